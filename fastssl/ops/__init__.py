@@ -1,0 +1,7 @@
+"""Packed kernels: tensors in, tensors out. Each op has a folder with its reference, its kernels and its README.
+
+`backend=` of every op: "reference" (plain PyTorch), "native" (compiled C++ or CUDA), "triton", "torch" (PyTorch's own
+kernel); None takes the environment variable FASTSSL_BACKEND, else the fastest there is. What exists: `fastssl info`.
+"""
+
+from fastssl.ops.strided_conv import strided_conv as strided_conv

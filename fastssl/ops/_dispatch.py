@@ -1,0 +1,106 @@
+"""Which kernel runs: schemas, the compiled modules, and the choice of a backend.
+
+Every op has a schema `fastssl_native::<op>_fwd/_bwd` (compiled C++ and CUDA) and `fastssl_triton::<op>_fwd/_bwd`;
+kernels plug into them from optional modules. What exists is read once, here, into `BACKENDS`.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+_NATIVE = torch.library.Library("fastssl_native", "DEF")
+_TRITON = torch.library.Library("fastssl_triton", "DEF")
+
+#: op -> device type -> backends, the preferred one first.
+BACKENDS: dict[str, dict[str, tuple[str, ...]]] = {}
+#: op -> (backend, device type) -> why it is missing, in words.
+MISSING: dict[str, dict[tuple[str, str], str]] = {}
+
+
+def _load_compiled_modules() -> dict[str, str]:
+    """Load `_C_cpu` and `_C_cuda`; returns device type -> why there is no module, empty where there is one."""
+    reasons = {}
+    for device in ("cpu", "cuda"):
+        libraries = sorted(_PACKAGE.glob(f"_C_{device}*.so"))
+        reasons[device] = ""
+        if not libraries:
+            reasons[device] = f"compiled module _C_{device} was not built"
+            continue
+        try:
+            torch.ops.load_library(str(libraries[0]))
+        except OSError as error:
+            reasons[device] = f"{libraries[0].name} does not load: {error}"
+    return reasons
+
+
+#: The backend that FASTSSL_BACKEND asks for, read once: reading the environment inside a public function breaks fullgraph.
+DEFAULT_BACKEND = os.environ.get("FASTSSL_BACKEND")
+#: device type -> why the compiled module for it is missing ("" where it is loaded).
+COMPILED_MODULES = _load_compiled_modules()
+
+
+def define_op(
+    name: str,
+    *,
+    forward: str,
+    backward: str,
+    fake_forward: Callable[..., Any],
+    fake_backward: Callable[..., Any],
+    torch_devices: Sequence[str] = (),
+) -> None:
+    """Define the schemas of an op, register its fake kernels and note which kernels exist.
+
+    Args:
+        name: The op, which is the stem of both schemas.
+        forward: Signature of `<name>_fwd`, such as "(Tensor x) -> Tensor".
+        backward: Signature of `<name>_bwd`.
+        fake_forward: Shapes of the forward, for tracing.
+        fake_backward: Shapes of the backward.
+        torch_devices: Device types on which PyTorch's own kernel serves the op and measures faster than the reference.
+    """
+    for namespace, library in (("fastssl_native", _NATIVE), ("fastssl_triton", _TRITON)):
+        for suffix, signature, fake in (("fwd", forward, fake_forward), ("bwd", backward, fake_backward)):
+            library.define(f"{name}_{suffix}{signature}")
+            torch.library.register_fake(f"{namespace}::{name}_{suffix}", fake)
+    BACKENDS[name], MISSING[name] = {}, {}
+    for device, key in (("cpu", "CPU"), ("cuda", "CUDA")):
+        present = []
+        for backend in ("native", "triton"):
+            if torch._C._dispatch_has_kernel_for_dispatch_key(f"fastssl_{backend}::{name}_fwd", key):
+                present.append(backend)
+            elif backend == "native":
+                MISSING[name][backend, device] = COMPILED_MODULES[device] or "no kernel written for this device"
+            elif device == "cuda":
+                MISSING[name][backend, device] = "no kernel written for this device"
+        if device in torch_devices:
+            present.append("torch")
+        BACKENDS[name][device] = (*present, "reference")
+
+
+def choose_backend(op: str, x: Tensor, backend: str | None, *, unsupported: dict[str, str] | None = None) -> str:
+    """The backend that serves a call.
+
+    Args:
+        op: Name of the op.
+        x: A tensor of the call; its device decides what is there.
+        backend: The caller's wish; None takes FASTSSL_BACKEND, else the first backend that serves the call.
+        unsupported: Backend -> why it does not serve the arguments of this call.
+
+    Raises:
+        ValueError: The backend asked for does not exist for this op, device and arguments.
+    """
+    unsupported = unsupported or {}
+    present = BACKENDS[op].get(x.device.type, ("reference",))
+    wish = backend or DEFAULT_BACKEND
+    if wish is None:
+        return next(name for name in present if name not in unsupported)
+    if wish in present and wish not in unsupported:
+        return wish
+    why = unsupported.get(wish) or MISSING[op].get((wish, x.device.type)) or "there is no such backend for it"
+    usable = ", ".join(name for name in present if name not in unsupported)
+    raise ValueError(f"backend={wish!r}: not available for {op} on {x.device.type} ({why}); available: {usable}")

@@ -1,0 +1,47 @@
+"""Strided convolution over packed sequences, with norm and activation, in plain PyTorch: the specification."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastssl.packing import Layout
+
+
+def strided_conv(
+    x: Tensor,  # (N, C_in)
+    weight: Tensor,  # (C_out, C_in, K)
+    layout: Layout,
+    *,
+    stride: int,
+    bias: Tensor | None,  # (C_out,)
+    norm: str,
+    norm_weight: Tensor | None,  # (C_out,)
+    norm_bias: Tensor | None,  # (C_out,)
+    eps: float,
+    activation: str,
+) -> Tensor:  # (N_out, C_out)
+    """One sequence at a time, so nothing can reach across a border. Arguments as in `fastssl.ops.strided_conv`."""
+    outputs = []
+    # An empty batch still runs one empty sequence, which keeps every parameter in the graph, with a gradient of zero.
+    for sequence in x.split(layout.lengths) if layout.lengths else (x,):
+        if len(sequence) >= weight.shape[2]:
+            frames = F.conv1d(sequence.t(), weight, stride=stride).t()
+        else:
+            frames = sequence[:0] @ weight[:, :, 0].t()
+        frames = frames.to(torch.promote_types(frames.dtype, torch.float32))
+        if bias is not None:
+            frames = frames + bias
+        if norm == "group":
+            mean = frames.mean(0)
+            variance = (frames - mean).square().mean(0)
+            frames = (frames - mean) * torch.rsqrt(variance + eps)
+        elif norm == "layer":
+            frames = F.layer_norm(frames, frames.shape[1:], eps=eps)
+        if norm_weight is not None:
+            frames = frames * norm_weight
+        if norm_bias is not None:
+            frames = frames + norm_bias
+        if activation == "gelu":
+            frames = F.gelu(frames)
+        outputs.append(frames.to(x.dtype))
+    return torch.cat(outputs)

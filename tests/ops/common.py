@@ -1,0 +1,89 @@
+"""What the op tests share: which implementations exist, and how close is close."""
+
+from collections.abc import Callable, Sequence
+
+import pytest
+from _pytest.mark import ParameterSet
+import torch
+from torch import Tensor
+
+from fastssl.ops._dispatch import BACKENDS
+from fastssl.packing import Layout
+
+#: Lengths of the batches that every op is tested on: ordinary, one long beside many short, length 1, empty sequences.
+LENGTHS = {
+    "odd": (37, 23, 41),
+    "one_long": (301, 3, 2, 1, 5, 4),
+    "single_frame": (1,),
+    "with_empty": (0, 17, 0, 30),
+    "empty_batch": (),
+}
+
+
+def implementations(op: str, *, compiled_only: bool = False) -> list[ParameterSet]:
+    """(backend, device) of everything that exists for an op on this machine, as pytest parameters."""
+    pairs = []
+    for device, backends in BACKENDS[op].items():
+        marks = [pytest.mark.gpu] if device == "cuda" else []
+        for backend in backends:
+            if not compiled_only or backend in ("native", "triton"):
+                pairs.append(pytest.param(backend, device, marks=marks, id=f"{backend}-{device}"))
+    return pairs
+
+
+def layout_of(lengths: Sequence[int], device: str = "cpu") -> Layout:
+    return Layout.from_lengths(lengths, device=device)
+
+
+def assert_as_good_as(x: Tensor, plain: Tensor, exact: Tensor, what: str) -> None:
+    """The one tolerance rule, in max norm: at most twice the error of plain PyTorch in the same dtype, plus 4 eps."""
+    assert x.shape == exact.shape, f"{what}: shape {tuple(x.shape)}, expected {tuple(exact.shape)}"
+    if exact.numel() == 0:
+        return
+    exact = exact.to(torch.float64)
+    error = (x.to(torch.float64) - exact).abs().max()
+    allowed = 2 * (plain.to(torch.float64) - exact).abs().max() + 4 * torch.finfo(x.dtype).eps * exact.abs().max()
+    assert error <= allowed, f"{what}: off by {error:.3g}, allowed {allowed:.3g}"
+
+
+def gradients(outputs: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients of a fixed weighted sum of `outputs`, so that no direction is missed by symmetry."""
+    weights = torch.sin(torch.arange(outputs.numel(), device=outputs.device, dtype=torch.float64) + 1)
+    loss = (outputs.to(torch.float64) * weights.reshape(outputs.shape)).sum()
+    return list(torch.autograd.grad(loss, list(inputs)))
+
+
+def cast(tensors: dict[str, Tensor], dtype: torch.dtype, device: str = "cpu") -> dict[str, Tensor]:
+    """Fresh leaves of another dtype, floating tensors only."""
+    return {
+        name: tensor.detach().to(device, dtype if tensor.is_floating_point() else None).requires_grad_(
+            tensor.is_floating_point()
+        )
+        for name, tensor in tensors.items()
+    }
+
+
+def check_against_reference(
+    run: Callable[[dict[str, Tensor], str], Tensor],
+    inputs: dict[str, Tensor],
+    *,
+    backend: str,
+    device: str,
+    dtype: torch.dtype,
+    backward: bool,
+) -> None:
+    """Compare `run(inputs, backend)` with the reference in fp64, allowing twice the reference's own error in `dtype`."""
+    exact, plain, ours = cast(inputs, torch.float64), cast(inputs, dtype, device), cast(inputs, dtype, device)
+    for name in exact:  # rounding the inputs is not the op's error
+        exact[name] = plain[name].detach().to("cpu", exact[name].dtype).requires_grad_(exact[name].requires_grad)
+    results = [run(exact, "reference"), run(plain, "reference"), run(ours, backend)]
+    if not backward:
+        assert_as_good_as(results[2].cpu(), results[1].cpu(), results[0], "output")
+        return
+    names = [name for name in inputs if inputs[name].is_floating_point()]
+    found = [
+        gradients(out, [tensors[name] for name in names])
+        for out, tensors in zip(results, (exact, plain, ours), strict=True)
+    ]
+    for name, exact_grad, plain_grad, grad in zip(names, *found, strict=True):
+        assert_as_good_as(grad.cpu(), plain_grad.cpu(), exact_grad, f"grad_{name}")

@@ -1,0 +1,186 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fastssl.ops import strided_conv
+from fastssl.packing import Layout
+from tests.ops.common import LENGTHS, check_against_reference, implementations, layout_of
+
+#: name -> (lengths, C_in, C_out, K, stride, options)
+CASES = {
+    "first_layer": (LENGTHS["odd"], 1, 8, 10, 5, {"norm": "group"}),
+    "middle_layer": (LENGTHS["odd"], 8, 6, 3, 2, {}),
+    "last_layer": (LENGTHS["one_long"], 8, 8, 2, 2, {"bias": True}),
+    "layer_norm": (LENGTHS["with_empty"], 8, 6, 3, 2, {"norm": "layer", "bias": True}),
+    "group_norm_bias": (LENGTHS["one_long"], 5, 7, 3, 2, {"norm": "group", "bias": True}),
+    "no_activation": (LENGTHS["odd"], 8, 6, 3, 1, {"activation": "none"}),
+    "stride_over_kernel": (LENGTHS["odd"], 4, 4, 2, 3, {}),
+    "all_too_short": (LENGTHS["single_frame"], 8, 6, 3, 2, {"norm": "group"}),
+    "empty_batch": (LENGTHS["empty_batch"], 8, 6, 3, 2, {"norm": "layer"}),
+}
+EVERY_CASE = pytest.mark.parametrize("case", CASES)
+EVERY_IMPLEMENTATION = pytest.mark.parametrize(("backend", "device"), implementations("strided_conv"))
+
+
+def make_inputs(case: str, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    lengths, c_in, c_out, kernel, _, options = CASES[case]
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=dtype)
+
+    inputs = {"x": normal(sum(lengths), c_in), "weight": normal(c_out, c_in, kernel) / (c_in * kernel) ** 0.5}
+    if options.get("bias"):
+        inputs["bias"] = normal(c_out)
+    if options.get("norm"):
+        inputs |= {"norm_weight": 1 + normal(c_out) / 4, "norm_bias": normal(c_out)}
+    return inputs
+
+
+def run(case: str, inputs: dict[str, Tensor], backend: str | None = None) -> Tensor:
+    lengths, _, _, _, stride, options = CASES[case]
+    out, layout = strided_conv(
+        inputs["x"],
+        inputs["weight"],
+        layout_of(lengths, inputs["x"].device.type),
+        stride=stride,
+        bias=inputs.get("bias"),
+        norm=options.get("norm", "none"),
+        norm_weight=inputs.get("norm_weight"),
+        norm_bias=inputs.get("norm_bias"),
+        activation=options.get("activation", "gelu"),
+        backend=backend,
+    )
+    assert layout.total == len(out)
+    return out
+
+
+@EVERY_CASE
+@EVERY_IMPLEMENTATION
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_forward(case: str, backend: str, device: str, dtype: torch.dtype) -> None:
+    check_against_reference(
+        lambda inputs, name: run(case, inputs, name),
+        make_inputs(case),
+        backend=backend,
+        device=device,
+        dtype=dtype,
+        backward=False,
+    )
+
+
+@EVERY_CASE
+@EVERY_IMPLEMENTATION
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_backward(case: str, backend: str, device: str, dtype: torch.dtype) -> None:
+    check_against_reference(
+        lambda inputs, name: run(case, inputs, name),
+        make_inputs(case),
+        backend=backend,
+        device=device,
+        dtype=dtype,
+        backward=True,
+    )
+
+
+@pytest.mark.parametrize("norm", ["none", "group", "layer"])
+def test_forward_is_the_layer_of_torch(norm: str) -> None:
+    torch.manual_seed(0)
+    conv = torch.nn.Conv1d(8, 6, 3, stride=2)
+    group_norm, layer_norm = torch.nn.GroupNorm(6, 6), torch.nn.LayerNorm(6)
+    torch.nn.init.normal_(group_norm.weight), torch.nn.init.normal_(layer_norm.bias)
+    lengths = (31, 9, 64)
+    x = torch.randn(sum(lengths), 8)
+    module = {"group": group_norm, "layer": layer_norm, "none": None}[norm]
+    expected = []
+    for sequence in x.split(lengths):
+        frames = conv(sequence.t()[None])
+        if norm == "group":
+            frames = group_norm(frames)
+        frames = frames[0].t()
+        expected.append(torch.nn.functional.gelu(layer_norm(frames) if norm == "layer" else frames))
+    out, layout = strided_conv(
+        x,
+        conv.weight,
+        layout_of(lengths),
+        stride=2,
+        bias=conv.bias,
+        norm=norm,
+        norm_weight=None if module is None else module.weight,
+        norm_bias=None if module is None else module.bias,
+    )
+    assert layout.lengths == (15, 4, 31)
+    torch.testing.assert_close(out, torch.cat(expected), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "case", ["first_layer", "layer_norm", "group_norm_bias", "last_layer", "all_too_short", "empty_batch"]
+)
+@pytest.mark.parametrize(("backend", "device"), implementations("strided_conv"))
+def test_gradcheck(case: str, backend: str, device: str) -> None:
+    if device == "cuda":
+        pytest.skip("gradcheck runs on the reference and the CPU")
+    inputs = {name: tensor.requires_grad_() for name, tensor in make_inputs(case, torch.float64).items()}
+    names = list(inputs)
+    assert torch.autograd.gradcheck(
+        lambda *tensors: run(case, dict(zip(names, tensors, strict=True)), backend), tuple(inputs.values())
+    )
+
+
+@pytest.mark.parametrize("case", ["first_layer", "last_layer"])
+@EVERY_IMPLEMENTATION
+def test_compile(case: str, backend: str, device: str) -> None:
+    inputs = {name: tensor.to(device).requires_grad_() for name, tensor in make_inputs(case).items()}
+    compiled = torch.compile(lambda tensors: run(case, tensors, backend), fullgraph=True, dynamic=True)
+    out, eager = compiled(inputs), run(case, inputs, backend)
+    torch.testing.assert_close(out, eager, rtol=1e-4, atol=1e-5)
+    grad = torch.autograd.grad(out.square().sum(), inputs["weight"])[0]
+    grad_eager = torch.autograd.grad(eager.square().sum(), inputs["weight"])[0]
+    torch.testing.assert_close(grad, grad_eager, rtol=1e-3, atol=1e-3)
+
+
+@EVERY_IMPLEMENTATION
+@settings(max_examples=25, deadline=None)
+@given(lengths=st.lists(st.integers(0, 200), min_size=1, max_size=6), norm=st.sampled_from(["none", "group", "layer"]))
+def test_batch_mates_do_not_matter(backend: str, device: str, lengths: list[int], norm: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(sum(lengths), 16, generator=generator).to(device)
+    weight = torch.randn(24, 16, 3, generator=generator).to(device)
+    out, layout = strided_conv(x, weight, layout_of(lengths, device), stride=2, norm=norm, backend=backend)
+    for length, together, sequence in zip(lengths, out.split(layout.lengths), x.split(lengths), strict=True):
+        alone, _ = strided_conv(sequence, weight, layout_of([length], device), stride=2, norm=norm, backend=backend)
+        if device == "cpu":
+            assert torch.equal(together, alone)
+        else:
+            torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
+
+
+def test_autocast_reaches_the_arguments_and_not_the_op() -> None:
+    inputs = make_inputs("first_layer")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = run("first_layer", inputs)
+    assert out.dtype == torch.bfloat16
+    expected = run(
+        "first_layer", inputs | {"x": inputs["x"].bfloat16(), "weight": inputs["weight"].bfloat16()}
+    )
+    assert torch.equal(out, expected)
+
+
+def test_rejects_bad_input() -> None:
+    x, weight, layout = torch.randn(20, 4), torch.randn(6, 4, 3), Layout.from_lengths([12, 8])
+    for message, arguments in {
+        r"x: expected \(20, C_in\)": {"x": torch.randn(19, 4)},
+        r"weight: expected \(C_out, 4, K\)": {"weight": torch.randn(6, 5, 3)},
+        r"weight: dtype torch.float64": {"weight": weight.double()},
+        "stride: must be": {"stride": 0},
+        "norm: must be": {"norm": "batch"},
+        "activation: must be": {"activation": "relu"},
+        r"bias: expected \(6,\)": {"bias": torch.randn(5)},
+        "norm_weight and norm_bias: given": {"norm_weight": torch.randn(6)},
+        "backend='warp': not available for strided_conv on cpu .*; available: .*reference": {"backend": "warp"},
+    }.items():
+        call = {"x": x, "weight": weight, "stride": 2} | arguments
+        with pytest.raises(ValueError, match=message):
+            strided_conv(call.pop("x"), call.pop("weight"), layout, **call)
