@@ -1,0 +1,37 @@
+"""Multi-head self-attention over packed sequences."""
+
+from torch import Tensor, nn
+
+from fastssl import ops
+from fastssl.nn.linear import PackedLinear
+from fastssl.packing import Layout
+
+
+class SelfAttention(nn.Module):
+    """Self-attention within each sequence, by `ops.varlen_attention`.
+
+    Args:
+        width: D, split evenly over the heads.
+        heads: H.
+        dropout: On the attention probabilities, in training.
+
+    Raises:
+        ValueError: The heads do not divide the width.
+    """
+
+    def __init__(self, width: int, heads: int, *, dropout: float) -> None:
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"heads: {heads} do not divide a width of {width}")
+        self.heads = heads
+        self.dropout = dropout
+        self.q_proj = PackedLinear(width, width)
+        self.k_proj = PackedLinear(width, width)
+        self.v_proj = PackedLinear(width, width)
+        self.out_proj = PackedLinear(width, width)
+
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:  # (N, D) -> (N, D)
+        q, k, v = (linear(x).unflatten(1, (self.heads, -1)) for linear in (self.q_proj, self.k_proj, self.v_proj))
+        attended = ops.varlen_attention(q, k, v, layout, dropout_p=self.dropout if self.training else 0.0)
+        out: Tensor = self.out_proj(attended.flatten(1))
+        return out

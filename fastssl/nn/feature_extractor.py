@@ -1,0 +1,134 @@
+"""From waveforms to frames: the convolutional front end and the projection to the model's width."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from torch import Tensor, nn
+
+from fastssl import ops
+from fastssl.nn.linear import PackedLinear
+from fastssl.packing import Packed
+
+
+class ConvLayer(nn.Module):
+    """One strided convolution with its norm and GELU, by `ops.strided_conv`.
+
+    Args:
+        c_in: Input channels.
+        c_out: Output channels.
+        kernel: Kernel width in input frames.
+        stride: Stride in input frames.
+        bias: Whether the convolution has a bias.
+        norm: "none", "group" (over time, per utterance and channel) or "layer" (over channels).
+    """
+
+    def __init__(
+        self, c_in: int, c_out: int, *, kernel: int, stride: int, bias: bool, norm: Literal["none", "group", "layer"]
+    ) -> None:
+        super().__init__()
+        self.norm: Literal["none", "group", "layer"] = norm
+        self.stride = stride
+        # The modules hold the parameters under the names that Transformers gives them; the op computes.
+        self.conv = nn.Conv1d(c_in, c_out, kernel, stride=stride, bias=bias)
+        self.layer_norm: nn.GroupNorm | nn.LayerNorm | None = None
+        if norm == "group":
+            self.layer_norm = nn.GroupNorm(c_out, c_out)
+        elif norm == "layer":
+            self.layer_norm = nn.LayerNorm(c_out)
+        nn.init.kaiming_normal_(self.conv.weight)
+
+    def forward(self, frames: Packed) -> Packed:
+        """(N, c_in) to (N_out, c_out)."""
+        values, layout = ops.strided_conv(
+            frames.values,
+            self.conv.weight,
+            frames.layout,
+            stride=self.stride,
+            bias=self.conv.bias,
+            norm=self.norm,
+            norm_weight=None if self.layer_norm is None else self.layer_norm.weight,
+            norm_bias=None if self.layer_norm is None else self.layer_norm.bias,
+            eps=1e-5 if self.layer_norm is None else self.layer_norm.eps,
+        )
+        return Packed(values, layout)
+
+
+class FeatureExtractor(nn.Module):
+    """The convolution stack of wav2vec 2.0 (arXiv 2006.11477, section 2): 16 kHz samples to frames of 20 ms.
+
+    Args:
+        channels: Output channels of each layer.
+        kernels: Kernel width of each layer.
+        strides: Stride of each layer.
+        bias: Whether convolutions have a bias.
+        norm: "group" (first layer only, over time per utterance) or "layer" (every layer).
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        kernels: Sequence[int],
+        strides: Sequence[int],
+        *,
+        bias: bool,
+        norm: Literal["group", "layer"],
+    ) -> None:
+        super().__init__()
+        if norm not in ("group", "layer"):
+            raise ValueError(f"norm: must be 'group' or 'layer', got {norm!r}")
+        self.conv_layers = nn.ModuleList(
+            ConvLayer(
+                c_in,
+                c_out,
+                kernel=kernel,
+                stride=stride,
+                bias=bias,
+                norm="layer" if norm == "layer" else "group" if index == 0 else "none",
+            )
+            for index, (c_in, c_out, kernel, stride) in enumerate(
+                zip([1, *channels[:-1]], channels, kernels, strides, strict=True)
+            )
+        )
+
+    def forward(self, waveforms: Packed) -> Packed:
+        """(N samples, 1) to (N frames, C). An utterance shorter than the receptive field leaves no frame."""
+        frames = waveforms
+        for layer in self.conv_layers:
+            frames = layer(frames)
+        return frames
+
+
+class FeatureProjection(nn.Module):
+    """Layer norm of the front end's frames, then a linear map to the model's width.
+
+    Args:
+        c_in: Channels of the front end.
+        width: D, width of the transformer.
+        eps: Of the layer norm.
+        dropout: After the projection.
+    """
+
+    def __init__(self, c_in: int, width: int, *, eps: float, dropout: float) -> None:
+        super().__init__()
+        self.layer_norm = nn.LayerNorm(c_in, eps=eps)
+        self.projection = PackedLinear(c_in, width)
+        self.dropout = nn.Dropout(dropout)
+        bound = c_in**-0.5
+        nn.init.uniform_(self.projection.weight, -bound, bound)
+        nn.init.uniform_(self.projection.bias, -bound, bound)
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:  # (N, C) -> (N, D), (N, C)
+        """The projected frames, and the normalised ones that the quantiser takes."""
+        normalised = self.layer_norm(features)
+        projected: Tensor = self.dropout(self.projection(normalised))
+        return projected, normalised
+
+
+def scale_gradient(x: Tensor, factor: float) -> Tensor:
+    """`x` itself, with its gradient multiplied by `factor`; 0 stops the gradient."""
+    if factor == 0.0:
+        return x.detach()
+    if factor != 1.0 and x.requires_grad:
+        x = x.view_as(x)
+        x.register_hook(lambda grad: grad * factor)
+    return x

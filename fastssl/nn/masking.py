@@ -1,0 +1,91 @@
+"""Which frames are masked, and which frames serve as negatives, on a packed batch."""
+
+import torch
+from torch import Tensor
+
+from fastssl.nn.random import uniform
+from fastssl.packing import Layout
+
+# What the numbers of an utterance's key are used for; nn/quantizer.py takes stream 3.
+_STREAM_COUNT, _STREAM_STARTS, _STREAM_NEGATIVES = range(3)
+
+
+def sample_span_mask(
+    layout: Layout,
+    keys: Tensor,  # (B,)
+    *,
+    probability: float,
+    length: int,
+    min_spans: int = 0,
+) -> Tensor:  # (N,)
+    """Span mask of wav2vec 2.0 (arXiv 2006.11477, section 3.1): floor(p T / L + U(0, 1)) spans, which may overlap.
+
+    Span starts are drawn without replacement from the first T - L frames of each utterance, as fairseq does. Vectorised
+    over the batch, on the device of `keys`, without a synchronisation.
+
+    Args:
+        layout: Frames of each utterance.
+        keys: (B,) int64 from `utterance_keys` or `draw_keys`; an utterance's mask depends on its key and length alone.
+        probability: p, the share of frames that would be masked if spans did not overlap.
+        length: L, frames of a span.
+        min_spans: At least so many spans per utterance (as far as it has frames).
+
+    Returns:
+        (N,) bool, True where a frame is masked.
+
+    Raises:
+        ValueError: `probability` is not in [0, 1] or `length` is below 1.
+    """
+    if not 0 <= probability <= 1:
+        raise ValueError(f"probability: must be in [0, 1], got {probability}")
+    if length < 1:
+        raise ValueError(f"length: must be at least 1 frame, got {length}")
+    frames = layout.cu_seqlens.diff().to(torch.int64)  # (B,)
+    rounding = uniform(keys, torch.zeros_like(keys), stream=_STREAM_COUNT)
+    spans = (probability / length * frames + rounding).to(torch.int64).clamp(min=min_spans)
+    candidates = torch.maximum(frames - length, torch.minimum(spans + 1, frames))
+
+    sequence, position = layout.sequence_ids, layout.positions
+    score = uniform(keys[sequence], position, stream=_STREAM_STARTS)
+    score = torch.where(position < candidates[sequence], score, 1.0)
+    # Sorting by sequence first leaves every sequence in its own rows, its best candidates in front.
+    order = torch.argsort(sequence + score.to(torch.float64) * 0.5)
+    starts = torch.zeros_like(score, dtype=torch.int32)
+    starts[order] = (position < torch.minimum(spans, candidates)[sequence]).to(torch.int32)
+
+    started = torch.nn.functional.pad(starts.cumsum(0), (1, 0))  # (N + 1,) spans that start before each row
+    row = torch.arange(layout.total, device=keys.device)
+    return started[row + 1] > started[row + 1 - torch.clamp(position + 1, max=length)]
+
+
+def sample_negatives(
+    mask: Tensor,  # (N,)
+    layout: Layout,
+    keys: Tensor,  # (B,)
+    *,
+    count: int,
+) -> Tensor:  # (M, count)
+    """Negatives of each masked frame, uniform with replacement from the other masked frames of its utterance.
+
+    Args:
+        mask: (N,) bool.
+        layout: Frames of each utterance.
+        keys: (B,) int64; the draws of an utterance depend on its key and its own masked frames alone.
+        count: K, negatives per masked frame.
+
+    Returns:
+        (M, K) int64, for each of the M masked frames in order: rows among the masked frames, or -1 where the utterance
+        has no other masked frame.
+    """
+    before = torch.nn.functional.pad(mask.cumsum(0), (1, 0))  # (N + 1,) masked frames before each row
+    first = before[layout.cu_seqlens.long()]  # (B + 1,) rows of each utterance among the masked
+    rows = mask.nonzero().squeeze(1)
+    sequence = layout.sequence_ids[rows]
+    own = before[rows] - first[sequence]
+    others = first.diff()[sequence] - 1
+    counter = own.unsqueeze(1) * count + torch.arange(count, device=mask.device)
+    draw = uniform(keys[sequence].unsqueeze(1), counter, stream=_STREAM_NEGATIVES)
+    other = (draw * others.unsqueeze(1)).to(torch.int64)
+    other = torch.minimum(other, (others - 1).unsqueeze(1))
+    other = other + (other >= own.unsqueeze(1)).to(torch.int64)
+    return torch.where(others.unsqueeze(1) > 0, other + first[sequence].unsqueeze(1), -1)

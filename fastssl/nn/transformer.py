@@ -1,0 +1,176 @@
+"""The transformer over packed frames: positional convolution, layers, and the encoder that stacks them."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastssl.nn.attention import SelfAttention
+from fastssl.nn.linear import PackedLinear
+from fastssl.packing import Layout, Packed
+
+
+class ConvolutionalPositionalEmbedding(nn.Module):
+    """Grouped convolution over time with weight norm and GELU, which tells the transformer where a frame is.
+
+    wav2vec 2.0 (arXiv 2006.11477, section 2). Each utterance is convolved on its own, with zeros beyond its ends.
+
+    Args:
+        width: D, channels in and out.
+        kernel: Frames; an even kernel drops the last output frame.
+        groups: Channel groups.
+    """
+
+    def __init__(self, width: int, *, kernel: int, groups: int) -> None:
+        super().__init__()
+        conv = nn.Conv1d(width, width, kernel, padding=kernel // 2, groups=groups)
+        nn.init.normal_(conv.weight, std=2 * (kernel * width) ** -0.5)
+        nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
+        self.conv = nn.utils.parametrizations.weight_norm(conv, dim=2)
+
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:  # (N, D) -> (N, D)
+        weight, bias = self.conv.weight, self.conv.bias
+        # An empty batch convolves one frame of zeros and drops it, which keeps the parameters in the graph.
+        sequences = [frames for frames in x.split(layout.lengths) if len(frames)] or [x.new_zeros(1, x.shape[1])]
+        outputs = [
+            F.conv1d(frames.t(), weight, bias, padding=self.conv.padding, groups=self.conv.groups)[:, : len(frames)].t()
+            for frames in sequences
+        ]
+        return F.gelu(torch.cat(outputs)[: len(x)])
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with GELU between them."""
+
+    def __init__(self, width: int, inner_width: int, *, activation_dropout: float, dropout: float) -> None:
+        super().__init__()
+        self.intermediate_dense = PackedLinear(width, inner_width)
+        self.intermediate_dropout = nn.Dropout(activation_dropout)
+        self.output_dense = PackedLinear(inner_width, width)
+        self.output_dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, D) -> (N, D)
+        x = self.intermediate_dropout(F.gelu(self.intermediate_dense(x)))
+        out: Tensor = self.output_dropout(self.output_dense(x))
+        return out
+
+
+class TransformerLayer(nn.Module):
+    """Self-attention and feed-forward, each with a residual.
+
+    Args:
+        width: D.
+        inner_width: Width of the feed-forward layer.
+        heads: H.
+        pre_norm: Norm before each block ("stable layer norm") instead of after its residual.
+        dropout: After each block.
+        attention_dropout: On attention probabilities.
+        activation_dropout: Inside the feed-forward layer.
+        eps: Of the layer norms.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        inner_width: int,
+        heads: int,
+        *,
+        pre_norm: bool,
+        dropout: float,
+        attention_dropout: float,
+        activation_dropout: float,
+        eps: float,
+    ) -> None:
+        super().__init__()
+        self.pre_norm = pre_norm
+        self.attention = SelfAttention(width, heads, dropout=attention_dropout)
+        self.dropout = nn.Dropout(dropout)
+        self.layer_norm = nn.LayerNorm(width, eps=eps)
+        self.feed_forward = FeedForward(width, inner_width, activation_dropout=activation_dropout, dropout=dropout)
+        self.final_layer_norm = nn.LayerNorm(width, eps=eps)
+
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:  # (N, D) -> (N, D)
+        if self.pre_norm:
+            x = x + self.dropout(self.attention(self.layer_norm(x), layout))
+            out: Tensor = x + self.feed_forward(self.final_layer_norm(x))
+            return out
+        x = self.layer_norm(x + self.dropout(self.attention(x, layout)))
+        out = self.final_layer_norm(x + self.feed_forward(x))
+        return out
+
+
+class Transformer(nn.Module):
+    """Positional convolution and a stack of layers.
+
+    Args:
+        depth: Number of layers.
+        width: D.
+        inner_width: Width of the feed-forward layers.
+        heads: H.
+        positional_kernel: Frames of the positional convolution.
+        positional_groups: Its channel groups.
+        pre_norm: Norm before each block, and once at the end ("stable layer norm"), instead of after each block.
+        dropout: After each block and after the positional embedding.
+        attention_dropout: On attention probabilities.
+        activation_dropout: Inside feed-forward layers.
+        layer_drop: Probability of skipping a layer in training (LayerDrop, arXiv 1909.11556).
+        eps: Of the layer norms.
+    """
+
+    def __init__(
+        self,
+        depth: int,
+        width: int,
+        inner_width: int,
+        heads: int,
+        *,
+        positional_kernel: int,
+        positional_groups: int,
+        pre_norm: bool,
+        dropout: float,
+        attention_dropout: float,
+        activation_dropout: float,
+        layer_drop: float,
+        eps: float,
+    ) -> None:
+        super().__init__()
+        self.pre_norm = pre_norm
+        self.layer_drop = layer_drop
+        self.pos_conv_embed = ConvolutionalPositionalEmbedding(
+            width, kernel=positional_kernel, groups=positional_groups
+        )
+        self.layer_norm = nn.LayerNorm(width, eps=eps)
+        self.dropout = nn.Dropout(dropout)
+        self.layers = nn.ModuleList(
+            TransformerLayer(
+                width,
+                inner_width,
+                heads,
+                pre_norm=pre_norm,
+                dropout=dropout,
+                attention_dropout=attention_dropout,
+                activation_dropout=activation_dropout,
+                eps=eps,
+            )
+            for _ in range(depth)
+        )
+
+    def forward(self, frames: Packed, *, layer_drop: torch.Generator | None = None) -> list[Packed]:
+        """The input of each layer, then the output of the last, as Transformers orders its hidden states.
+
+        Args:
+            frames: (N, D).
+            layer_drop: CPU generator from which the layers to skip are drawn in training; None takes torch's own.
+        """
+        x, layout = frames
+        x = x + self.pos_conv_embed(x, layout)
+        x = self.dropout(x if self.pre_norm else self.layer_norm(x))
+        keep = [True] * len(self.layers)
+        if self.training and self.layer_drop > 0:
+            keep = (torch.rand(len(keep), generator=layer_drop) >= self.layer_drop).tolist()
+        hidden_states = [Packed(x, layout)]
+        for layer, kept in zip(self.layers, keep, strict=True):
+            x = layer(x, layout) if kept else x
+            hidden_states.append(Packed(x, layout))
+        if self.pre_norm:
+            hidden_states[-1] = Packed(self.layer_norm(x), layout)
+        return hidden_states
