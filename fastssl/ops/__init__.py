@@ -4,4 +4,6 @@
 kernel); None takes the environment variable FASTSSL_BACKEND, else the fastest there is. What exists: `fastssl info`.
 """
 
+from fastssl.ops.contrastive_loss import contrastive_loss as contrastive_loss
 from fastssl.ops.strided_conv import strided_conv as strided_conv
+from fastssl.ops.varlen_attention import varlen_attention as varlen_attention

@@ -38,7 +38,7 @@ def test_layer_drop_follows_its_generator_and_rests_in_evaluation() -> None:
     frames = Packed(torch.randn(20, 16), Layout.from_lengths([12, 8]))
 
     def skipped() -> list[bool]:
-        states = transformer(frames, layer_drop=torch.Generator().manual_seed(3))
+        states = transformer(frames, layer_drop=torch.Generator().manual_seed(0))
         return [torch.equal(a.values, b.values) for a, b in zip(states[:-1], states[1:], strict=True)]
 
     first = skipped()

@@ -1,0 +1,289 @@
+"""wav2vec 2.0 pre-training (Baevski et al. 2020, arXiv 2006.11477), on packed batches."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fastssl import ops
+from fastssl.models.encoder import Encoder, EncoderConfig, load_encoder_weights, read_config, read_weights
+from fastssl.nn.linear import PackedLinear
+from fastssl.nn.masking import sample_negatives, sample_span_mask
+from fastssl.nn.quantizer import GumbelQuantizer, Quantized
+from fastssl.nn.random import gumbel
+from fastssl.packing import Layout, Packed
+
+_STREAM_GUMBEL = 3
+
+
+@dataclass(frozen=True)
+class Wav2Vec2Config(EncoderConfig):
+    """An encoder with its pre-training head and objective; names and defaults of Transformers' `Wav2Vec2Config`.
+
+    Args:
+        mask_time_prob: Share of frames that would be masked if spans did not overlap.
+        mask_time_length: Frames of a masked span.
+        mask_time_min_masks: At least so many spans per utterance.
+        num_negatives: Distractors per masked frame.
+        contrastive_logits_temperature: Of the contrastive loss.
+        num_codevector_groups: Groups of the quantiser.
+        num_codevectors_per_group: Codes in each group.
+        codevector_dim: Width of the quantised vector.
+        proj_codevector_dim: Width in which context and target are compared.
+        feat_quantizer_dropout: On the frames that the quantiser takes.
+        diversity_loss_weight: Weight of the diversity loss.
+        features_penalty_weight: Weight of the mean square of the front end's frames (fairseq: 10).
+    """
+
+    mask_time_prob: float = 0.65
+    mask_time_length: int = 10
+    mask_time_min_masks: int = 2
+    num_negatives: int = 100
+    contrastive_logits_temperature: float = 0.1
+    num_codevector_groups: int = 2
+    num_codevectors_per_group: int = 320
+    codevector_dim: int = 256
+    proj_codevector_dim: int = 256
+    feat_quantizer_dropout: float = 0.0
+    diversity_loss_weight: float = 0.1
+    features_penalty_weight: float = 10.0
+
+
+#: Sizes of the paper, with the dropouts of fairseq's recipes, and a size for CPUs and tests.
+PRESETS = {
+    "wav2vec2-base": Wav2Vec2Config(
+        activation_dropout=0.0,
+        feat_proj_dropout=0.1,
+        feat_quantizer_dropout=0.1,
+        layerdrop=0.05,
+        do_normalize=False,
+        feature_grad_mult=0.1,
+    ),
+    "wav2vec2-large": Wav2Vec2Config(
+        hidden_size=1024,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        intermediate_size=4096,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        activation_dropout=0.0,
+        feat_proj_dropout=0.1,
+        feat_quantizer_dropout=0.1,
+        layerdrop=0.0,
+        feat_extract_norm="layer",
+        conv_bias=True,
+        do_stable_layer_norm=True,
+        codevector_dim=768,
+        proj_codevector_dim=768,
+    ),
+    "wav2vec2-tiny": Wav2Vec2Config(
+        hidden_size=192,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=768,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        layerdrop=0.0,
+        conv_dim=(128,) * 7,
+        num_conv_pos_embeddings=32,
+        num_conv_pos_embedding_groups=8,
+        num_codevectors_per_group=64,
+        codevector_dim=64,
+        proj_codevector_dim=64,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class PretrainingOutput:
+    """Loss and statistics of one batch; sums over its M masked frames unless a line says otherwise."""
+
+    loss: Tensor  # () fp32, contrastive + weighted diversity and features penalty
+    contrastive_loss: Tensor  # () fp32, nats
+    diversity_loss: Tensor  # () fp32 in [0, 1), of the batches of all processes; not a sum
+    features_penalty: Tensor  # () fp32, over utterances: mean square of its frames x its masked frames
+    correct: Tensor  # () int64, masked frames whose own target scores highest
+    chance: Tensor  # () fp32, of 1 / (1 + negatives)
+    masked_frames: int  # M
+    code_perplexity: Tensor  # (G,) fp32, of the chosen codes; not a sum
+    prob_perplexity: Tensor  # (G,) fp32, of the mean probabilities of all processes; not a sum
+    features: Packed  # (N, D) of the masked input
+
+
+class Wav2Vec2ForPreTraining(nn.Module):
+    """Encoder, quantiser and projections; the state dict is that of Transformers' class of this name.
+
+    Args:
+        config: Shape and objective.
+    """
+
+    def __init__(self, config: Wav2Vec2Config) -> None:
+        super().__init__()
+        self.config = config
+        self.wav2vec2 = Encoder(config)
+        self.dropout_features = nn.Dropout(config.feat_quantizer_dropout)
+        self.quantizer = GumbelQuantizer(
+            config.conv_dim[-1],
+            groups=config.num_codevector_groups,
+            codes=config.num_codevectors_per_group,
+            width=config.codevector_dim,
+        )
+        self.project_hid = PackedLinear(config.hidden_size, config.proj_codevector_dim)
+        self.project_q = PackedLinear(config.codevector_dim, config.proj_codevector_dim)
+
+    def forward(
+        self,
+        waveforms: Packed,
+        *,
+        keys: Tensor,
+        gumbel_temperature: float,
+        layer_drop: torch.Generator | None = None,
+    ) -> PretrainingOutput:
+        """Mask, encode, quantise and compare.
+
+        Args:
+            waveforms: (N, 1) samples at 16 kHz; a batch of no utterances is legal and contributes nothing.
+            keys: (B,) int64 from `nn.random.utterance_keys` or `draw_keys`, on the device of the waveforms; mask,
+                negatives and Gumbel noise of an utterance follow from its key.
+            gumbel_temperature: Of the quantiser's softmax.
+            layer_drop: CPU generator for the layers to skip; None takes torch's own.
+        """
+        config = self.config
+        frames = self.wav2vec2.extract_features(waveforms)
+        mask = sample_span_mask(
+            frames.layout,
+            keys,
+            probability=config.mask_time_prob,
+            length=config.mask_time_length,
+            min_spans=config.mask_time_min_masks,
+        )
+        negatives = sample_negatives(mask, frames.layout, keys, count=config.num_negatives)
+        noise = None
+        if self.training:
+            noise = self._gumbel_noise(mask, frames.layout, keys)
+        return self.compare(
+            frames,
+            mask=mask,
+            negatives=negatives,
+            gumbel_noise=noise,
+            gumbel_temperature=gumbel_temperature,
+            layer_drop=layer_drop,
+        )
+
+    def _gumbel_noise(self, mask: Tensor, layout: Layout, keys: Tensor) -> Tensor:  # (M, G * V)
+        codes = self.quantizer.groups * self.quantizer.codes
+        rows = mask.nonzero().squeeze(1)
+        counters = layout.positions[rows].unsqueeze(1) * codes + torch.arange(codes, device=mask.device)
+        return gumbel(keys[layout.sequence_ids[rows]].unsqueeze(1), counters, stream=_STREAM_GUMBEL)
+
+    def compare(
+        self,
+        frames: Packed,
+        *,
+        mask: Tensor,
+        negatives: Tensor,
+        gumbel_noise: Tensor | None,
+        gumbel_temperature: float,
+        layer_drop: torch.Generator | None = None,
+    ) -> PretrainingOutput:
+        """The objective (arXiv 2006.11477, equations 2 to 4) with everything random already drawn.
+
+        Args:
+            frames: (N, C) of the front end.
+            mask: (N,) bool, True where masked.
+            negatives: (M, K) rows of masked frames, -1 for none.
+            gumbel_noise: (M, G * V), None for none.
+            gumbel_temperature: Of the quantiser's softmax.
+            layer_drop: As in `forward`.
+        """
+        config = self.config
+        layout = frames.layout
+        projected, normalised = self.wav2vec2.feature_projection(frames.values)
+        masked_input = torch.where(mask.unsqueeze(1), self.wav2vec2.masked_spec_embed.to(projected.dtype), projected)
+        features = self.wav2vec2.encoder(Packed(masked_input, layout), layer_drop=layer_drop)[-1]
+
+        rows = mask.nonzero().squeeze(1)  # (M,)
+        targets = self.dropout_features(normalised.index_select(0, rows))
+        quantized: Quantized = self.quantizer(targets, temperature=gumbel_temperature, noise=gumbel_noise)
+        losses, correct = ops.contrastive_loss(
+            self.project_hid(features.values.index_select(0, rows)),
+            self.project_q(quantized.values),
+            negatives,
+            temperature=config.contrastive_logits_temperature,
+        )
+        contrastive = losses.sum()
+        prob_perplexity = _perplexity(_mean_over_processes(quantized.probabilities))
+        total_codes = config.num_codevector_groups * config.num_codevectors_per_group
+        diversity = (total_codes - prob_perplexity.sum()) / total_codes
+        penalty = _features_penalty(frames, mask)
+        loss = contrastive + config.features_penalty_weight * penalty
+        loss = loss + config.diversity_loss_weight * len(rows) * diversity
+        chosen = torch.nn.functional.one_hot(quantized.codes, config.num_codevectors_per_group).float()
+        return PretrainingOutput(
+            loss=loss,
+            contrastive_loss=contrastive.detach(),
+            diversity_loss=diversity.detach(),
+            features_penalty=penalty.detach(),
+            correct=correct.sum(),
+            chance=(1 / (1 + (negatives >= 0).sum(1))).sum(),
+            masked_frames=len(rows),
+            code_perplexity=_perplexity(chosen.sum(0) / max(1, len(rows))),
+            prob_perplexity=prob_perplexity.detach(),
+            features=features,
+        )
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "Wav2Vec2ForPreTraining":
+        """Open a folder in Transformers' layout; a folder that holds an encoder alone gets a fresh quantiser.
+
+        Raises:
+            ValueError: The folder holds no wav2vec 2.0 model, or its weights do not fit its config.
+        """
+        folder = Path(folder)
+        model = cls(Wav2Vec2Config.from_dict(read_config(folder)))
+        model.load_weights(read_weights(folder), name=str(folder))
+        return model
+
+    def load_weights(self, weights: dict[str, Tensor], *, name: str) -> None:
+        """Load an encoder's weights, and the head's where they are there too.
+
+        Raises:
+            ValueError: A weight of the encoder is missing, or one has another shape.
+        """
+        load_encoder_weights(self.wav2vec2, weights, name=name)
+        own = {key: tensor for key, tensor in self.state_dict().items() if not key.startswith("wav2vec2.")}
+        if not own.keys() <= weights.keys():
+            return
+        for key, tensor in own.items():
+            if weights[key].shape != tensor.shape:
+                raise ValueError(
+                    f"{name}: {key} has shape {tuple(weights[key].shape)}, expected {tuple(tensor.shape)}"
+                )
+        self.load_state_dict({key: weights[key] for key in own}, strict=False)
+
+
+def _perplexity(probabilities: Tensor) -> Tensor:  # (G, V) -> (G,)
+    return torch.exp(-(probabilities * torch.log(probabilities + 1e-7)).sum(-1))
+
+
+def _mean_over_processes(probabilities: Tensor) -> Tensor:  # (M, G, V) -> (G, V)
+    """Mean over the masked frames of all processes, with gradient."""
+    total = probabilities.sum(0)
+    count = torch.full((), probabilities.shape[0], dtype=total.dtype, device=total.device)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        from torch.distributed.nn.functional import all_reduce
+
+        total = all_reduce(total)
+        torch.distributed.all_reduce(count)
+    return total / count.clamp(min=1)
+
+
+def _features_penalty(frames: Packed, mask: Tensor) -> Tensor:
+    """Sum over utterances of the mean square of its frames, times its masked frames, so that batches add up."""
+    layout = frames.layout
+    lengths = layout.cu_seqlens.diff()
+    squares = frames.values.float().square().mean(1)
+    masked = torch.zeros(len(lengths), device=mask.device).index_add(0, layout.sequence_ids, mask.float())
+    weight = masked / lengths.clamp(min=1)
+    return (squares * weight[layout.sequence_ids]).sum()

@@ -1,0 +1,245 @@
+"""Equality with Transformers, independence of batch mates, and what a batch of the objective does."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastssl.models.encoder import Encoder, EncoderConfig, load_encoder
+from fastssl.models.wav2vec2 import PRESETS, Wav2Vec2Config, Wav2Vec2ForPreTraining
+from fastssl.nn.masking import sample_negatives, sample_span_mask
+from fastssl.nn.random import gumbel, utterance_keys
+from fastssl.packing import Layout, Packed
+
+transformers = pytest.importorskip("transformers")
+
+SMALL = Wav2Vec2Config(
+    hidden_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    intermediate_size=64,
+    hidden_dropout=0.0,
+    attention_dropout=0.0,
+    activation_dropout=0.0,
+    layerdrop=0.0,
+    conv_dim=(32,) * 7,
+    num_conv_pos_embeddings=16,
+    num_conv_pos_embedding_groups=4,
+    num_codevectors_per_group=20,
+    codevector_dim=16,
+    proj_codevector_dim=24,
+    features_penalty_weight=0.0,
+)
+VARIANTS = {
+    "group": SMALL,
+    "layer": replace(SMALL, feat_extract_norm="layer", conv_bias=True, do_stable_layer_norm=True),
+}
+EVERY_VARIANT = pytest.mark.parametrize("variant", VARIANTS)
+
+
+def waveforms_of(*lengths: int) -> Packed:
+    generator = torch.Generator().manual_seed(1)
+    return Packed.pack([torch.randn(length, 1, generator=generator) for length in lengths])
+
+
+def make_model(variant: str) -> Wav2Vec2ForPreTraining:
+    torch.manual_seed(0)
+    return Wav2Vec2ForPreTraining(VARIANTS[variant])
+
+
+def make_transformers_model(config: Wav2Vec2Config) -> torch.nn.Module:
+    values = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(config).items()}
+    theirs = transformers.Wav2Vec2Config(**values, final_dropout=0.0, attn_implementation="eager")
+    return transformers.Wav2Vec2ForPreTraining(theirs)
+
+
+@EVERY_VARIANT
+def test_loss_and_every_gradient_equal_transformers(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(variant).train()
+    theirs = make_transformers_model(model.config).train()
+    theirs.load_state_dict(model.state_dict())
+    waveforms = waveforms_of(24_000)
+    keys = utterance_keys(0, 0, torch.tensor([7]))
+    frames = model.wav2vec2.extract_features(waveforms)
+    mask = sample_span_mask(frames.layout, keys, probability=0.65, length=10, min_spans=2)
+    negatives = sample_negatives(mask, frames.layout, keys, count=25)
+    rows = mask.nonzero().squeeze(1)
+    noise = gumbel(keys, torch.arange(frames.layout.total * 40).view(-1, 40), stream=3)
+
+    def gumbel_softmax(logits: torch.Tensor, tau: float, hard: bool) -> torch.Tensor:
+        noisy = logits + noise.view_as(logits)
+        soft = F.softmax(noisy / tau, -1)
+        return F.one_hot(noisy.argmax(-1), logits.shape[-1]) + (soft - soft.detach())
+
+    monkeypatch.setattr(F, "gumbel_softmax", gumbel_softmax)
+    theirs.set_gumbel_temperature(1.7)
+    sampled = torch.zeros(1, frames.layout.total, 25, dtype=torch.long)
+    sampled[0, rows] = rows[negatives]
+    expected = theirs(
+        waveforms.values.view(1, -1), mask_time_indices=mask.view(1, -1), sampled_negative_indices=sampled
+    )
+    ours = model.compare(
+        frames, mask=mask, negatives=negatives, gumbel_noise=noise[rows], gumbel_temperature=1.7
+    )
+    torch.testing.assert_close(ours.loss, expected.loss, rtol=1e-4, atol=0)
+    torch.testing.assert_close(ours.contrastive_loss, expected.contrastive_loss, rtol=1e-4, atol=0)
+    torch.testing.assert_close(ours.prob_perplexity.sum(), expected.codevector_perplexity, rtol=1e-4, atol=0)
+    ours.loss.backward()
+    expected.loss.backward()
+    their_grads = {name: parameter.grad for name, parameter in theirs.named_parameters()}
+    assert their_grads.keys() == {name for name, _ in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        # Softmax does not see a bias on the keys: its gradient is zero but for rounding, on both sides.
+        scale = their_grads[name.replace("k_proj.bias", "q_proj.bias")].abs().max()
+        assert scale > 0, f"{name} gets no gradient, so the comparison shows nothing"
+        assert (parameter.grad - their_grads[name]).abs().max() <= 1e-4 * scale, name
+
+
+@EVERY_VARIANT
+def test_features_of_mixed_batches_equal_transformers_on_each_alone(variant: str) -> None:
+    model = make_model(variant).eval()
+    theirs = make_transformers_model(model.config).eval()
+    theirs.load_state_dict(model.state_dict())
+    waveforms = waveforms_of(16_000, 4_321, 400, 30_011)
+    with torch.no_grad():
+        output = model.wav2vec2(waveforms)
+        for b, waveform in enumerate(waveforms.unpack()):
+            expected = theirs.wav2vec2(waveform.view(1, -1), output_hidden_states=True)
+            assert len(output.hidden_states) == len(expected.hidden_states)
+            # With pre-norm, Transformers 5 gives the last of them before the final norm, Transformers 4 and we after it.
+            theirs_states = [*expected.hidden_states[:-1], expected.last_hidden_state]
+            for ours, hidden in zip(output.hidden_states, theirs_states, strict=True):
+                scale = hidden.abs().max().item()
+                torch.testing.assert_close(ours.unpack()[b], hidden[0], rtol=0, atol=1e-4 * scale)
+            assert torch.equal(output.features.values, output.hidden_states[-1].values)
+
+
+@EVERY_VARIANT
+@settings(max_examples=15, deadline=None)
+@given(lengths=st.lists(st.integers(0, 12_000), min_size=2, max_size=5))
+def test_features_alone_and_in_any_batch_are_equal_bit_for_bit(variant: str, lengths: list[int]) -> None:
+    encoder = make_model(variant).wav2vec2.eval()
+    waveforms = waveforms_of(*lengths)
+    with torch.no_grad():
+        together = encoder(waveforms)
+        for b, waveform in enumerate(waveforms.unpack()):
+            alone = encoder(Packed.pack([waveform]))
+            for ours, expected in zip(together.hidden_states, alone.hidden_states, strict=True):
+                assert torch.equal(ours.unpack()[b], expected.values)
+
+
+@pytest.mark.parametrize("preset", ["wav2vec2-tiny"])
+def test_presets_are_bit_exact_too(preset: str) -> None:
+    torch.manual_seed(0)
+    encoder = Encoder(PRESETS[preset]).eval()
+    waveforms = waveforms_of(3_200, 64_000, 1_000, 31_337, 4_000)
+    with torch.no_grad():
+        together = encoder(waveforms).features.unpack()
+        for ours, waveform in zip(together, waveforms.unpack(), strict=True):
+            assert torch.equal(ours, encoder(Packed.pack([waveform])).features.values)
+
+
+def test_sizes_of_presets() -> None:
+    parameters = {}
+    for name, config in PRESETS.items():
+        with torch.device("meta"):
+            parameters[name] = sum(p.numel() for p in Wav2Vec2ForPreTraining(config).parameters()) / 1e6
+    # Base and large: the published models of 95 M and 317 M with their pre-training heads.
+    assert parameters["wav2vec2-base"] == pytest.approx(95.05, abs=0.05)
+    assert parameters["wav2vec2-large"] == pytest.approx(317.4, abs=0.5)
+    assert parameters["wav2vec2-tiny"] == pytest.approx(2.25, abs=0.05)
+
+
+@EVERY_VARIANT
+def test_losses_of_utterances_add_up(variant: str) -> None:
+    model = make_model(variant).train()
+    model.config = replace(model.config, diversity_loss_weight=0.0, features_penalty_weight=10.0)
+    waveforms, keys = waveforms_of(9_000, 16_000, 3_000), utterance_keys(0, 3, torch.tensor([5, 6, 7]))
+    together = model(waveforms, keys=keys, gumbel_temperature=2.0)
+    alone = [
+        model(Packed.pack([waveform]), keys=keys[b : b + 1], gumbel_temperature=2.0)
+        for b, waveform in enumerate(waveforms.unpack())
+    ]
+    assert together.masked_frames == sum(output.masked_frames for output in alone)
+    assert together.correct == sum(output.correct for output in alone)
+    torch.testing.assert_close(together.loss, torch.stack([output.loss for output in alone]).sum(), rtol=1e-5, atol=0)
+
+
+@EVERY_VARIANT
+def test_an_empty_batch_costs_nothing_and_reaches_every_parameter(variant: str) -> None:
+    model = make_model(variant).train()
+    empty = Packed(torch.zeros(0, 1), Layout.from_lengths([]))
+    output = model(empty, keys=torch.zeros(0, dtype=torch.int64), gumbel_temperature=2.0)
+    assert output.masked_frames == 0
+    assert output.loss.item() == 0.0
+    output.loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.eq(0).all(), name
+
+
+def test_accuracy_at_chance_counts_the_negatives_there_are() -> None:
+    model = make_model("group").train()
+    output = model(waveforms_of(3_000), keys=torch.tensor([3]), gumbel_temperature=2.0)
+    assert output.chance.item() / output.masked_frames == pytest.approx(1 / 101)
+
+
+@EVERY_VARIANT
+def test_a_saved_encoder_opens_in_transformers_with_the_same_features(variant: str, tmp_path: Path) -> None:
+    encoder = make_model(variant).wav2vec2.eval()
+    encoder.save_pretrained(tmp_path)
+    theirs, report = transformers.Wav2Vec2Model.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    preprocessor = transformers.AutoFeatureExtractor.from_pretrained(tmp_path)
+    assert preprocessor.do_normalize == encoder.config.do_normalize
+    waveform = waveforms_of(9_999)
+    with torch.no_grad():
+        expected = theirs.eval()(waveform.values.view(1, -1)).last_hidden_state[0]
+        torch.testing.assert_close(encoder(waveform).features.values, expected, rtol=0, atol=1e-4)
+        again = load_encoder(tmp_path)
+        assert again.config == EncoderConfig.from_dict(vars(encoder.config))
+        assert torch.equal(again(waveform).features.values, encoder(waveform).features.values)
+
+
+@pytest.mark.parametrize("name", ["Wav2Vec2Model", "Wav2Vec2ForPreTraining", "Wav2Vec2ForCTC"])
+def test_loads_what_transformers_saves(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    theirs = getattr(transformers, name)(make_transformers_model(SMALL).config).eval()
+    theirs.save_pretrained(tmp_path)
+    waveform = waveforms_of(5_000)
+    base = theirs if name == "Wav2Vec2Model" else theirs.wav2vec2
+    with torch.no_grad():
+        expected = base(waveform.values.view(1, -1)).last_hidden_state[0]
+        for source in (tmp_path, theirs):
+            features = load_encoder(source)(waveform).features.values
+            torch.testing.assert_close(features, expected, rtol=0, atol=1e-4)
+    model = Wav2Vec2ForPreTraining.from_pretrained(tmp_path)
+    if name == "Wav2Vec2ForPreTraining":
+        assert torch.equal(model.quantizer.codevectors, theirs.quantizer.codevectors)
+
+
+def test_rejects_bad_input(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no model there; looked for .*config\.json"):
+        load_encoder(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "whisper"}')
+    with pytest.raises(ValueError, match="model_type is 'whisper'"):
+        load_encoder(tmp_path)
+    with pytest.raises(ValueError, match="Linear is not a Transformers wav2vec 2.0 model"):
+        load_encoder(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="hidden_act='relu' is not supported"):
+        EncoderConfig.from_dict({"hidden_act": "relu"})
+    with pytest.raises(ValueError, match="conv_dim, conv_kernel, conv_stride"):
+        EncoderConfig(conv_dim=(32,))
+    with pytest.raises(ValueError, match=r"waveforms: expected \(N, 1\)"):
+        make_model("group").wav2vec2(Packed(torch.zeros(400, 2), Layout.from_lengths([400])))
+    encoder = make_model("group").wav2vec2
+    encoder.save_pretrained(tmp_path)
+    config = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(config.replace('"hidden_size": 48', '"hidden_size": 32'))
+    with pytest.raises(ValueError, match=r"has shape .*, expected"):
+        load_encoder(tmp_path)
