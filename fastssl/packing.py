@@ -5,7 +5,6 @@ Nothing else in the package converts between padded and packed batches.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -46,18 +45,18 @@ class Layout:
         offsets = tuple(accumulate(lengths, initial=0))
         return cls(lengths, torch.tensor(offsets, dtype=torch.int32, device=device), max(lengths, default=0), offsets[-1])
 
-    @cached_property
+    @property
     def offsets(self) -> tuple[int, ...]:
         """`cu_seqlens` on the host: B + 1 numbers."""
         return tuple(accumulate(self.lengths, initial=0))
 
-    @cached_property
+    @property
     def sequence_ids(self) -> Tensor:
         """(N,) int64 on the device: which sequence each row belongs to."""
         lengths = self.cu_seqlens.diff().long()
         return torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths, output_size=self.total)
 
-    @cached_property
+    @property
     def positions(self) -> Tensor:
         """(N,) int64 on the device: the index of each row within its sequence."""
         rows = torch.arange(self.total, device=self.cu_seqlens.device)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastssl.ops._dispatch import choose_backend, define_op
-from fastssl.ops.strided_conv import reference
+from fastssl.ops.strided_conv import reference, torch_gemm
 from fastssl.packing import Layout
 
 _FORWARD = (
@@ -62,7 +62,12 @@ def _fake_backward(
 
 
 define_op(
-    "strided_conv", forward=_FORWARD, backward=_BACKWARD, fake_forward=_fake_forward, fake_backward=_fake_backward
+    "strided_conv",
+    forward=_FORWARD,
+    backward=_BACKWARD,
+    fake_forward=_fake_forward,
+    fake_backward=_fake_backward,
+    torch_devices=("cpu",),
 )
 
 
@@ -110,9 +115,13 @@ def strided_conv(
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
     _check(x, weight, layout, stride, bias, norm, norm_weight, norm_bias, activation)
-    choose_backend("strided_conv", x, backend)
+    unsupported = {}
+    if x.dtype not in (torch.float32, torch.float64):
+        unsupported["torch"] = f"its products are rounded one by one, which is too coarse for {x.dtype}"
+    chosen = choose_backend("strided_conv", x, backend, unsupported=unsupported)
+    implementation = torch_gemm.strided_conv if chosen == "torch" else reference.strided_conv
     with torch.autocast(x.device.type, enabled=False):
-        out = reference.strided_conv(
+        out = implementation(
             x,
             weight,
             layout,
