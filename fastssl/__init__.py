@@ -1,0 +1,9 @@
+"""Self-supervised speech encoders that never compute padding."""
+
+from fastssl import ops as ops
+from fastssl.models.encoder import Encoder as Encoder
+from fastssl.models.encoder import EncoderConfig as EncoderConfig
+from fastssl.models.encoder import EncoderOutput as EncoderOutput
+from fastssl.models.encoder import load_encoder as load_encoder
+from fastssl.packing import Layout as Layout
+from fastssl.packing import Packed as Packed

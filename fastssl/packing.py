@@ -43,7 +43,8 @@ class Layout:
         if any(length < 0 for length in lengths):
             raise ValueError(f"lengths: must not be negative, got {lengths}")
         offsets = tuple(accumulate(lengths, initial=0))
-        return cls(lengths, torch.tensor(offsets, dtype=torch.int32, device=device), max(lengths, default=0), offsets[-1])
+        cu_seqlens = torch.tensor(offsets, dtype=torch.int32, device=device)
+        return cls(lengths, cu_seqlens, max(lengths, default=0), offsets[-1])
 
     @property
     def offsets(self) -> tuple[int, ...]:
@@ -63,7 +64,7 @@ class Layout:
         return rows - self.cu_seqlens[:-1].long()[self.sequence_ids]
 
     def after_conv(self, kernel: int, stride: int) -> "Layout":
-        """Layout of a convolution's output, without padding: floor((length - kernel) / stride) + 1 frames, at least 0."""
+        """Layout after a convolution without padding: floor((length - kernel) / stride) + 1 frames, at least 0."""
         if kernel < 1 or stride < 1:
             raise ValueError(f"kernel and stride: must be at least 1, got {kernel} and {stride}")
         lengths = [max(0, (length - kernel) // stride + 1) for length in self.lengths]
@@ -97,8 +98,8 @@ class Packed(NamedTuple):
         """
         if not sequences:
             raise ValueError("sequences: nothing to pack; an empty batch has no shape to take")
-        if len({sequence.shape[1:] for sequence in sequences}) > 1 or any(sequence.dim() == 0 for sequence in sequences):
-            shapes = [tuple(sequence.shape) for sequence in sequences]
+        shapes = [tuple(sequence.shape) for sequence in sequences]
+        if () in shapes or len({shape[1:] for shape in shapes}) > 1:
             raise ValueError(f"sequences: must agree in all but the first dimension, got {shapes}")
         lengths = [sequence.shape[0] for sequence in sequences]
         return cls(torch.cat(tuple(sequences)), Layout.from_lengths(lengths, device=sequences[0].device))
@@ -122,7 +123,7 @@ class Packed(NamedTuple):
         if x.dim() < 2 or len(host_lengths) != x.shape[0]:
             raise ValueError(f"lengths: {len(host_lengths)} of them for x of shape {tuple(x.shape)}")
         if max(host_lengths, default=0) > x.shape[1]:
-            raise ValueError(f"lengths: up to {max(host_lengths)}, but x of shape {tuple(x.shape)} has {x.shape[1]} frames")
+            raise ValueError(f"lengths: up to {max(host_lengths)}, but x is {tuple(x.shape)}")
         layout = Layout.from_lengths(host_lengths, device=x.device)
         rows = layout.sequence_ids * x.shape[1] + layout.positions
         return cls(x.flatten(0, 1).index_select(0, rows), layout)
@@ -132,7 +133,7 @@ class Packed(NamedTuple):
         batch, longest = len(self.layout.lengths), self.layout.max_length
         padded = self.values.new_full((batch * longest, *self.values.shape[1:]), value)
         rows = self.layout.sequence_ids * longest + self.layout.positions
-        return padded.index_copy(0, rows, self.values).unflatten(0, (batch, longest))
+        return padded.index_copy(0, rows, self.values).view(batch, longest, *self.values.shape[1:])
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Packed":
         """The same batch on another device."""

@@ -1,0 +1,1 @@
+"""One file per system: an encoder and its pre-training objective."""

@@ -4,11 +4,12 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from fastssl.nn.feature_extractor import FeatureExtractor, FeatureProjection, scale_gradient
 from fastssl.nn.transformer import Transformer
@@ -90,7 +91,8 @@ class EncoderConfig:
             if values.get(key, served) != served:
                 raise ValueError(f"config: {key}={values[key]!r} is not supported, only {served!r}")
         names = {field.name for field in fields(cls)}
-        known = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items() if name in names}
+        known = {name: value for name, value in values.items() if name in names}
+        known |= {name: tuple(value) for name, value in known.items() if isinstance(value, list)}
         return cls(**known)
 
     @property

@@ -257,9 +257,7 @@ class Wav2Vec2ForPreTraining(nn.Module):
             return
         for key, tensor in own.items():
             if weights[key].shape != tensor.shape:
-                raise ValueError(
-                    f"{name}: {key} has shape {tuple(weights[key].shape)}, expected {tuple(tensor.shape)}"
-                )
+                raise ValueError(f"{name}: {key} has shape {tuple(weights[key].shape)}, expected {tuple(tensor.shape)}")
         self.load_state_dict({key: weights[key] for key in own}, strict=False)
 
 

@@ -1,0 +1,1 @@
+"""Modules over packed sequences: front end, attention, transformer, quantiser, masking."""

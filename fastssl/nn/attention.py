@@ -30,7 +30,8 @@ class SelfAttention(nn.Module):
         self.v_proj = PackedLinear(width, width)
         self.out_proj = PackedLinear(width, width)
 
-    def forward(self, x: Tensor, layout: Layout) -> Tensor:  # (N, D) -> (N, D)
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:  # (N, D)
+        """Frames (N, D) that have seen their whole sequence."""
         q, k, v = (linear(x).unflatten(1, (self.heads, -1)) for linear in (self.q_proj, self.k_proj, self.v_proj))
         attended = ops.varlen_attention(q, k, v, layout, dropout_p=self.dropout if self.training else 0.0)
         out: Tensor = self.out_proj(attended.flatten(1))

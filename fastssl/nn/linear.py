@@ -10,7 +10,8 @@ _STABLE_ROWS = 12
 class PackedLinear(nn.Linear):
     """`torch.nn.Linear` over packed frames (N, D); on the CPU a frame's bits are the same in any batch."""
 
-    def forward(self, input: Tensor) -> Tensor:  # (N, in_features) -> (N, out_features)
+    def forward(self, input: Tensor) -> Tensor:
+        """(N, in_features) to (N, out_features)."""
         rows = input.shape[0]
         if rows >= _STABLE_ROWS or input.device.type != "cpu":
             return super().forward(input)

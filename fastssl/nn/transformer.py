@@ -27,7 +27,8 @@ class ConvolutionalPositionalEmbedding(nn.Module):
         nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
         self.conv = nn.utils.parametrizations.weight_norm(conv, dim=2)
 
-    def forward(self, x: Tensor, layout: Layout) -> Tensor:  # (N, D) -> (N, D)
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+        """The embedding (N, D) of frames (N, D)."""
         weight, bias = self.conv.weight, self.conv.bias
         # An empty batch convolves one frame of zeros and drops it, which keeps the parameters in the graph.
         sequences = [frames for frames in x.split(layout.lengths) if len(frames)] or [x.new_zeros(1, x.shape[1])]
@@ -48,7 +49,8 @@ class FeedForward(nn.Module):
         self.output_dense = PackedLinear(inner_width, width)
         self.output_dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor) -> Tensor:  # (N, D) -> (N, D)
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, D) to (N, D), frame by frame."""
         x = self.intermediate_dropout(F.gelu(self.intermediate_dense(x)))
         out: Tensor = self.output_dropout(self.output_dense(x))
         return out
@@ -88,14 +90,15 @@ class TransformerLayer(nn.Module):
         self.feed_forward = FeedForward(width, inner_width, activation_dropout=activation_dropout, dropout=dropout)
         self.final_layer_norm = nn.LayerNorm(width, eps=eps)
 
-    def forward(self, x: Tensor, layout: Layout) -> Tensor:  # (N, D) -> (N, D)
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+        """(N, D) to (N, D)."""
         if self.pre_norm:
             x = x + self.dropout(self.attention(self.layer_norm(x), layout))
-            out: Tensor = x + self.feed_forward(self.final_layer_norm(x))
-            return out
-        x = self.layer_norm(x + self.dropout(self.attention(x, layout)))
-        out = self.final_layer_norm(x + self.feed_forward(x))
-        return out
+            x = x + self.feed_forward(self.final_layer_norm(x))
+        else:
+            x = self.layer_norm(x + self.dropout(self.attention(x, layout)))
+            x = self.final_layer_norm(x + self.feed_forward(x))
+        return x
 
 
 class Transformer(nn.Module):

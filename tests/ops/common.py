@@ -3,8 +3,8 @@
 from collections.abc import Callable, Sequence
 
 import pytest
-from _pytest.mark import ParameterSet
 import torch
+from _pytest.mark import ParameterSet
 from torch import Tensor
 
 from fastssl.ops._dispatch import BACKENDS
@@ -22,13 +22,12 @@ LENGTHS = {
 
 def implementations(op: str, *, compiled_only: bool = False) -> list[ParameterSet]:
     """(backend, device) of everything that exists for an op on this machine, as pytest parameters."""
-    pairs = []
-    for device, backends in BACKENDS[op].items():
-        marks = [pytest.mark.gpu] if device == "cuda" else []
-        for backend in backends:
-            if not compiled_only or backend in ("native", "triton"):
-                pairs.append(pytest.param(backend, device, marks=marks, id=f"{backend}-{device}"))
-    return pairs
+    return [
+        pytest.param(backend, device, marks=[pytest.mark.gpu] if device == "cuda" else [], id=f"{backend}-{device}")
+        for device, backends in BACKENDS[op].items()
+        for backend in backends
+        if not compiled_only or backend in ("native", "triton")
+    ]
 
 
 def layout_of(lengths: Sequence[int], device: str = "cpu") -> Layout:
@@ -56,9 +55,9 @@ def gradients(outputs: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
 def cast(tensors: dict[str, Tensor], dtype: torch.dtype, device: str = "cpu") -> dict[str, Tensor]:
     """Fresh leaves of another dtype, floating tensors only."""
     return {
-        name: tensor.detach().to(device, dtype if tensor.is_floating_point() else None).requires_grad_(
-            tensor.is_floating_point()
-        )
+        name: tensor.detach()
+        .to(device, dtype if tensor.is_floating_point() else None)
+        .requires_grad_(tensor.is_floating_point())
         for name, tensor in tensors.items()
     }
 
@@ -72,7 +71,7 @@ def check_against_reference(
     dtype: torch.dtype,
     backward: bool,
 ) -> None:
-    """Compare `run(inputs, backend)` with the reference in fp64, allowing twice the reference's own error in `dtype`."""
+    """Compare `run(inputs, backend)` with the reference in fp64, allowing twice the reference's error in `dtype`."""
     exact, plain, ours = cast(inputs, torch.float64), cast(inputs, dtype, device), cast(inputs, dtype, device)
     for name in exact:  # rounding the inputs is not the op's error
         exact[name] = plain[name].detach().to("cpu", exact[name].dtype).requires_grad_(exact[name].requires_grad)

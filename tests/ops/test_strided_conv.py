@@ -1,3 +1,5 @@
+from typing import Any, Literal
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,8 +10,10 @@ from fastssl.ops import strided_conv
 from fastssl.packing import Layout
 from tests.ops.common import LENGTHS, check_against_reference, implementations, layout_of
 
+Norm = Literal["none", "group", "layer"]
+
 #: name -> (lengths, C_in, C_out, K, stride, options)
-CASES = {
+CASES: dict[str, tuple[tuple[int, ...], int, int, int, int, dict[str, Any]]] = {
     "first_layer": (LENGTHS["odd"], 1, 8, 10, 5, {"norm": "group"}),
     "middle_layer": (LENGTHS["odd"], 8, 6, 3, 2, {}),
     "last_layer": (LENGTHS["one_long"], 8, 8, 2, 2, {"bias": True}),
@@ -59,10 +63,9 @@ def run(case: str, inputs: dict[str, Tensor], backend: str | None = None) -> Ten
 
 def skip_unserved(backend: str, dtype: torch.dtype) -> None:
     if backend == "torch" and dtype in (torch.bfloat16, torch.float16):
+        x, weight = torch.zeros(9, 1, dtype=dtype), torch.zeros(1, 1, 3, dtype=dtype)
         with pytest.raises(ValueError, match="backend='torch': not available"):
-            strided_conv(
-                torch.zeros(9, 1, dtype=dtype), torch.zeros(1, 1, 3, dtype=dtype), layout_of([9]), stride=2, backend="torch"
-            )
+            strided_conv(x, weight, layout_of([9]), stride=2, backend="torch")
         pytest.skip("PyTorch's GEMM serves fp32 and fp64 only")
 
 
@@ -97,7 +100,7 @@ def test_backward(case: str, backend: str, device: str, dtype: torch.dtype) -> N
 
 
 @pytest.mark.parametrize("norm", ["none", "group", "layer"])
-def test_forward_is_the_layer_of_torch(norm: str) -> None:
+def test_forward_is_the_layer_of_torch(norm: Norm) -> None:
     torch.manual_seed(0)
     conv = torch.nn.Conv1d(8, 6, 3, stride=2)
     group_norm, layer_norm = torch.nn.GroupNorm(6, 6), torch.nn.LayerNorm(6)
@@ -155,7 +158,7 @@ def test_compile(case: str, backend: str, device: str) -> None:
 @EVERY_IMPLEMENTATION
 @settings(max_examples=25, deadline=None)
 @given(lengths=st.lists(st.integers(0, 200), min_size=1, max_size=6), norm=st.sampled_from(["none", "group", "layer"]))
-def test_batch_mates_do_not_matter(backend: str, device: str, lengths: list[int], norm: str) -> None:
+def test_batch_mates_do_not_matter(backend: str, device: str, lengths: list[int], norm: Norm) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(sum(lengths), 16, generator=generator).to(device)
     weight = torch.randn(24, 16, 3, generator=generator).to(device)
@@ -173,15 +176,13 @@ def test_autocast_reaches_the_arguments_and_not_the_op() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = run("first_layer", inputs)
     assert out.dtype == torch.bfloat16
-    expected = run(
-        "first_layer", inputs | {"x": inputs["x"].bfloat16(), "weight": inputs["weight"].bfloat16()}
-    )
+    expected = run("first_layer", inputs | {"x": inputs["x"].bfloat16(), "weight": inputs["weight"].bfloat16()})
     assert torch.equal(out, expected)
 
 
 def test_rejects_bad_input() -> None:
     x, weight, layout = torch.randn(20, 4), torch.randn(6, 4, 3), Layout.from_lengths([12, 8])
-    for message, arguments in {
+    bad: dict[str, dict[str, Any]] = {
         r"x: expected \(20, C_in\)": {"x": torch.randn(19, 4)},
         r"weight: expected \(C_out, 4, K\)": {"weight": torch.randn(6, 5, 3)},
         r"weight: dtype torch.float64": {"weight": weight.double()},
@@ -191,7 +192,8 @@ def test_rejects_bad_input() -> None:
         r"bias: expected \(6,\)": {"bias": torch.randn(5)},
         "norm_weight and norm_bias: given": {"norm_weight": torch.randn(6)},
         "backend='warp': not available for strided_conv on cpu .*; available: .*reference": {"backend": "warp"},
-    }.items():
-        call = {"x": x, "weight": weight, "stride": 2} | arguments
+    }
+    for message, arguments in bad.items():
+        call: dict[str, Any] = {"x": x, "weight": weight, "stride": 2} | arguments
         with pytest.raises(ValueError, match=message):
             strided_conv(call.pop("x"), call.pop("weight"), layout, **call)

@@ -6,6 +6,7 @@ are recomputed in the backward: only the input and the convolution's output are 
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -50,7 +51,7 @@ def _spans(layout: Layout, layout_out: Layout) -> Iterator[tuple[int, int, int]]
 class _StridedConv(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: torch.autograd.function.FunctionCtx,
+        ctx: Any,
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -78,17 +79,15 @@ class _StridedConv(torch.autograd.Function):
             normalised = _norm(conv_out[rows], norm, norm_weight, norm_bias, eps)[0]
             out[rows] = F.gelu(normalised) if activation == "gelu" else normalised
         ctx.save_for_backward(x, weight, bias, norm_weight, norm_bias, conv_out)
-        ctx.settings = spans, stride, norm, eps, activation  # type: ignore[attr-defined]
+        ctx.settings = spans, stride, norm, eps, activation
         return out
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc, untyped-decorator]
-    def backward(  # type: ignore[override]
-        ctx: torch.autograd.function.FunctionCtx, grad_out: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        x, weight, bias, norm_weight, norm_bias, conv_out = ctx.saved_tensors  # type: ignore[attr-defined]
-        spans, stride, norm, eps, activation = ctx.settings  # type: ignore[attr-defined]
-        needs_x: bool = ctx.needs_input_grad[0]  # type: ignore[attr-defined]
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, norm_weight, norm_bias, conv_out = ctx.saved_tensors
+        spans, stride, norm, eps, activation = ctx.settings
+        needs_x: bool = ctx.needs_input_grad[0]
         matrix = weight.permute(2, 1, 0).flatten(0, 1).contiguous()
         grad_x = torch.zeros_like(x) if needs_x else None
         grad_matrix = torch.zeros_like(matrix)
@@ -119,9 +118,7 @@ class _StridedConv(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, grad_norm_weight, grad_norm_bias, None, None, None, None, None, None
 
 
-def _operands(
-    x: Tensor, weight: Tensor, first_in: int, frames: int, stride: int
-) -> Iterator[tuple[slice, Tensor]]:
+def _operands(x: Tensor, weight: Tensor, first_in: int, frames: int, stride: int) -> Iterator[tuple[slice, Tensor]]:
     """Rows of the weight matrix, and the view of the input (frames, rows) that they multiply."""
     _, c_in, kernel = weight.shape
     if c_in < _FEWEST_CHANNELS:

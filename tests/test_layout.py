@@ -1,0 +1,68 @@
+"""The floors of the house: an import goes down only (ARCHITECTURE.md)."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent.parent / "fastssl"
+FLOORS = {
+    "cli": 6,
+    "train": 5,
+    "interop": 4,
+    "models": 3,
+    "nn": 2,
+    "ops": 1,
+    "data": 1,
+    "metrics": 1,
+    "packing": 0,
+}
+#: What a user needs for the kernels and modules alone; everything else comes with an extra.
+CORE_DEPENDENCIES = {"torch", "numpy", "safetensors", "typing_extensions", "fastssl"}
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+
+def imported_names(path: Path) -> set[str]:
+    """Absolute names that a file imports, wherever in the file; relative imports are not used here."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names.add(node.module or "")
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_go_down_only(path: Path) -> None:
+    room = room_of(path)
+    if room in ("__init__", "__main__"):
+        return
+    assert room in FLOORS, f"{room} stands on no floor; see ARCHITECTURE.md"
+    for name in imported_names(path):
+        parts = name.split(".")
+        if parts[0] != "fastssl" or len(parts) < 2 or parts[1] == room or parts[1] not in FLOORS:
+            continue
+        assert FLOORS[parts[1]] < FLOORS[room], f"{path}: {room} (floor {FLOORS[room]}) imports {name}"
+
+
+def test_the_core_imports_core_dependencies_only() -> None:
+    standard = __import__("sys").stdlib_module_names
+    for path in SOURCES:
+        if room_of(path) in ("packing", "ops", "nn", "models"):
+            outside = {name.split(".")[0] for name in imported_names(path)} - CORE_DEPENDENCIES - set(standard)
+            assert not outside, f"{path} imports {outside}"
+
+
+def test_op_folders_have_the_same_shape() -> None:
+    for folder in (PACKAGE / "ops").iterdir():
+        if folder.is_dir() and folder.name != "__pycache__":
+            for name in ("__init__.py", "reference.py", "op.py", "README.md"):
+                assert (folder / name).is_file(), f"{folder.name} has no {name}"
+            assert (PACKAGE.parent / "tests" / "ops" / f"test_{folder.name}.py").is_file()
