@@ -1,0 +1,188 @@
+"""Pre-train wav2vec2-tiny here and in Transformers on the same crops, side by side: loss, accuracy, time per update.
+
+    python -m benchmarks.studies.pretrain_against_transformers AUDIO --updates 800 --output result.json
+
+Both models have the same size, the same initial weights, optimiser, schedule and batches; masks and negatives are each
+library's own. Updates alternate, so that both see the same machine. Time covers masks, negatives, forward, backward
+and step; decoding is not counted. The accuracy of Transformers is computed outside its time, as it does not report one.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch.utils.data import DataLoader
+from transformers.models.wav2vec2.modeling_wav2vec2 import _compute_mask_indices, _sample_negative_indices
+
+from fastssl.data.batches import AudioBatch, UpdateSampler, WaveformDataset
+from fastssl.data.corpus import open_corpus
+from fastssl.models.wav2vec2 import PRESETS, Wav2Vec2ForPreTraining
+from fastssl.nn.random import utterance_keys
+
+LEARNING_RATE, WARMUP, CLIP_NORM = 1e-3, 100, 10.0
+
+
+class Learner:
+    """A model with its optimiser and schedule.
+
+    Args:
+        model: What learns.
+        updates: At which the learning rate is back at 0.
+    """
+
+    def __init__(self, model: torch.nn.Module, updates: int) -> None:
+        self.model = model.train()
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01
+        )
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda u: (u + 1) / WARMUP if u < WARMUP else (updates - u) / max(1, updates - WARMUP)
+        )
+
+    def step(self, loss: torch.Tensor) -> None:
+        self.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP_NORM)
+        self.optimizer.step()
+        self.schedule.step()
+
+
+def temperature_at(update: int) -> float:
+    return max(0.5, 2.0 * 0.999**update)
+
+
+def step_here(learner: Learner, batch: AudioBatch, update: int) -> dict[str, float]:
+    began = time.perf_counter()
+    output = learner.model(
+        batch.waveforms, keys=utterance_keys(0, update, batch.ids), gumbel_temperature=temperature_at(update)
+    )
+    learner.step(output.loss / output.masked_frames)
+    seconds = time.perf_counter() - began
+    frames = output.masked_frames
+    return {
+        "loss": output.contrastive_loss.item() / frames,
+        "accuracy": output.correct.item() / frames,
+        "perplexity": output.prob_perplexity.sum().item(),
+        "seconds": seconds,
+    }
+
+
+def step_there(learner: Learner, padded: torch.Tensor, lengths: list[int], update: int) -> dict[str, float]:
+    model: Any = learner.model
+    began = time.perf_counter()
+    frames = model._get_feat_extract_output_lengths(torch.tensor(lengths))
+    shape = (len(lengths), int(frames.max()))
+    attention = torch.arange(shape[1]) < frames.unsqueeze(1)
+    config = model.config
+    mask = _compute_mask_indices(
+        shape, config.mask_time_prob, config.mask_time_length, attention_mask=attention.long(), min_masks=2
+    )
+    negatives = _sample_negative_indices(shape, config.num_negatives, mask)
+    mask, negatives = torch.from_numpy(mask), torch.from_numpy(negatives)
+    model.set_gumbel_temperature(temperature_at(update))
+    output = model(padded, mask_time_indices=mask, sampled_negative_indices=negatives)
+    learner.step(output.loss / mask.sum())
+    seconds = time.perf_counter() - began
+    with torch.no_grad():
+        context, targets = output.projected_states[mask], output.projected_quantized_states
+        candidates = torch.cat([targets[mask].unsqueeze(1), targets.flatten(0, 1)[negatives[mask].long()]], 1)
+        same = (candidates[:, 1:] == candidates[:, :1]).all(-1)
+        scores = torch.cosine_similarity(context.unsqueeze(1), candidates, dim=-1)
+        scores[:, 1:][same] = -torch.inf
+        correct = (scores.argmax(1) == 0) & ~same.all(1)
+    return {
+        "loss": output.contrastive_loss.item() / int(mask.sum()),
+        "accuracy": correct.float().mean().item(),
+        "perplexity": output.codevector_perplexity.item(),
+        "seconds": seconds,
+    }
+
+
+def make_learners(updates: int) -> tuple[Learner, Learner]:
+    torch.manual_seed(0)
+    # Transformers has no features penalty.
+    config = replace(PRESETS["wav2vec2-tiny"], features_penalty_weight=0.0)
+    ours = Wav2Vec2ForPreTraining(config)
+    values = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(config).items()}
+    theirs = transformers.Wav2Vec2ForPreTraining(transformers.Wav2Vec2Config(**values))
+    theirs.load_state_dict(ours.state_dict())
+    return Learner(ours, updates), Learner(theirs, updates)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("audio", help="folder of recordings")
+    parser.add_argument("--updates", type=int, default=800)
+    parser.add_argument("--crop-s", type=float, default=4.0)
+    parser.add_argument("--max-duration-s", type=float, default=48.0)
+    parser.add_argument("--output", type=Path, required=True)
+    args = parser.parse_args()
+
+    corpus = open_corpus(args.audio, min_duration_s=min(2.0, args.crop_s))
+    sampler = UpdateSampler(corpus.cuts, max_duration_s=args.max_duration_s, crop_s=args.crop_s, seed=0)
+    batches = iter(DataLoader(WaveformDataset(normalize=True), sampler=sampler, batch_size=None))
+    ours, theirs = make_learners(args.updates)
+    rows: list[dict[str, Any]] = []
+    np.random.seed(0)  # noqa: NPY002, which is what Transformers draws from
+    for update in range(args.updates):
+        batch = next(batches)
+        padded = batch.waveforms.to_padded().squeeze(-1)
+        lengths = list(batch.waveforms.layout.lengths)
+        row = {"update": update, "audio_s": batch.duration_s}
+        row["fastssl"] = step_here(ours, batch, update)
+        row["transformers"] = step_there(theirs, padded, lengths, update)
+        rows.append(row)
+        if (update + 1) % 50 == 0:
+            print(f"{update + 1:5d} " + "  ".join(_describe(rows[-50:], name) for name in ("fastssl", "transformers")))
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    args.output.write_text(
+        json.dumps(
+            {
+                "study": "pretrain_against_transformers",
+                "machine": {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
+                "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+                "commit": commit,
+                "settings": {"updates": args.updates, "crop_s": args.crop_s, "max_duration_s": args.max_duration_s},
+                "parameters": sum(parameter.numel() for parameter in ours.model.parameters()),
+                "every_50_updates": [
+                    {"update": first + len(rows[first : first + 50])}
+                    | {name: _average(rows[first : first + 50], name) for name in ("fastssl", "transformers")}
+                    for first in range(0, len(rows), 50)
+                ],
+                "median_seconds_per_update": {
+                    name: statistics.median(row[name]["seconds"] for row in rows) for name in ("fastssl", "transformers")
+                },
+                "median_of_ratios": statistics.median(
+                    row["transformers"]["seconds"] / row["fastssl"]["seconds"] for row in rows
+                ),
+            },
+            indent=2,
+        )
+        + "\n"
+    )
+
+
+def _average(rows: list[dict[str, Any]], name: str) -> dict[str, float]:
+    means = {key: statistics.fmean(row[name][key] for row in rows) for key in ("loss", "accuracy", "perplexity")}
+    return means | {"median_seconds": statistics.median(row[name]["seconds"] for row in rows)}
+
+
+def _describe(rows: list[dict[str, Any]], name: str) -> str:
+    mean = _average(rows, name)
+    return (
+        f"{name}: loss {mean['loss']:.3f} accuracy {mean['accuracy']:.3f} "
+        f"perplexity {mean['perplexity']:.1f} {mean['median_seconds']:.2f} s"
+    )
+
+
+if __name__ == "__main__":
+    main()
