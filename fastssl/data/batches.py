@@ -1,0 +1,283 @@
+"""Batches by duration: a plan that is a function of seed and epoch, and the dataset that decodes it."""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from lhotse.cut import Cut
+from lhotse.utils import compute_num_samples, fastcopy
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from fastssl.data.audio import SAMPLE_RATE_HZ, AudioError, read_waveform
+from fastssl.data.corpus import Problem, cut_name
+from fastssl.data.waveforms import pack_waveforms
+from fastssl.packing import Layout, Packed
+
+
+@dataclass(frozen=True, eq=False)
+class AudioBatch:
+    """Waveforms of B utterances, on the host until `.to()`.
+
+    Args:
+        waveforms: Values (N, 1) float32 at 16 kHz, lengths in samples.
+        ids: (B,) int64, stable hash of each utterance's id.
+        names: B paths for messages, with "@12.0s" for a part of a recording.
+        update: The optimiser update the batch belongs to, from 0.
+        problems: Utterances of the plan that could not be used; B is 0 where that is all of them.
+    """
+
+    waveforms: Packed
+    ids: Tensor  # (B,)
+    names: tuple[str, ...]
+    update: int
+    problems: tuple[Problem, ...]
+
+    @property
+    def duration_s(self) -> float:
+        """Seconds of audio."""
+        return self.waveforms.layout.total / SAMPLE_RATE_HZ
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "AudioBatch":
+        """The same batch on another device."""
+        waveforms = self.waveforms.to(device, non_blocking=non_blocking)
+        ids = self.ids.to(device, non_blocking=non_blocking)
+        return AudioBatch(waveforms, ids, self.names, self.update, self.problems)
+
+    def pin_memory(self) -> "AudioBatch":
+        """The same batch in page-locked memory; the data loader calls this."""
+        return AudioBatch(self.waveforms.pin_memory(), self.ids.pin_memory(), self.names, self.update, self.problems)
+
+
+@dataclass(frozen=True)
+class BatchSpec:
+    """What to decode for one micro-batch.
+
+    Args:
+        update: The optimiser update it belongs to.
+        cuts: Its utterances, uncropped.
+        crop_s: Length of the crops; None for whole utterances.
+        seed: With `update` and the id of a cut, decides where its crop begins.
+    """
+
+    update: int
+    cuts: tuple[Cut, ...]
+    crop_s: float | None
+    seed: int
+
+    @property
+    def duration_s(self) -> float:
+        """Seconds of audio, after cropping."""
+        return float(sum(cropped_length(cut, self.crop_s) for cut in self.cuts) / SAMPLE_RATE_HZ)
+
+
+def utterance_id(name: str) -> int:
+    """A stable int64 hash of an utterance's id."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little", signed=True)
+
+
+def cropped_length(cut: Cut, crop_s: float | None) -> int:
+    """Samples of a cut at 16 kHz after cropping."""
+    duration = cut.duration if crop_s is None else min(cut.duration, crop_s)
+    return int(compute_num_samples(duration, SAMPLE_RATE_HZ))
+
+
+def crop(cut: Cut, *, crop_s: float | None, seed: int, update: int) -> Cut:
+    """The part of a cut that is used in one update: a function of (seed, update, cut id) and of nothing else.
+
+    Args:
+        cut: The utterance.
+        crop_s: Length of the crop; None, or no less than the cut, keeps it whole.
+        seed: Of the run.
+        update: Optimiser update, from 0.
+    """
+    rate = cut.recording.sampling_rate
+    if crop_s is None or cut.duration <= crop_s:
+        return cut
+    first, total = compute_num_samples(cut.start, rate), compute_num_samples(cut.duration, rate)
+    spare = total - compute_num_samples(crop_s, rate)
+    start = first + _hash(f"crop/{seed}/{update}/{cut.id}") % (spare + 1)
+    return fastcopy(cut, start=start / rate, duration=crop_s, supervisions=[])
+
+
+class UpdateSampler(Sampler[BatchSpec]):
+    """Micro-batches without end, each with the update it belongs to; only metadata is touched.
+
+    Micro-batch m, counted over all epochs, belongs to update m // (world_size * accumulation) and goes to rank
+    m % world_size. The plan of an epoch is a function of the seed, the epoch, the cuts, `max_duration_s`, `crop_s` and
+    `num_buckets`, so ranks and accumulation steps share out the same micro-batches, an epoch may end in the middle of
+    an update, and no rank runs dry.
+
+    In an epoch every cut is drawn once, except that a window of a long recording is drawn once for every `crop_s` in it
+    (ids `...#1`, `...#2` from the second draw on), so that long recordings count by duration. Cuts of similar length
+    after cropping go together, in a new order every epoch. What comes twice in one update, at the seam of two epochs or
+    in a corpus smaller than an update, has the same crop both times.
+
+    Lhotse's DynamicBucketingSampler does not serve here. Its constraint counts padding, it leaves a partial batch
+    in every bucket at the end of an epoch (or, with `sync_buckets=False`, drops what is left), and to resume it draws
+    every batch again.
+
+    Args:
+        cuts: The utterances, from `open_corpus`; read once, order matters.
+        max_duration_s: Audio in one micro-batch, after cropping; exceeded only by an utterance that is longer alone.
+        crop_s: Length of the random crops; None for whole utterances.
+        seed: Of the run.
+        rank: Of this process.
+        world_size: Processes.
+        accumulation: Micro-batches of one process per update.
+        consumed: Micro-batches of this process to skip, for resuming.
+        num_buckets: Most groups of similar length; a small corpus has fewer, so that each holds some batches.
+
+    Raises:
+        ValueError: There are no cuts, or a number is out of range.
+    """
+
+    def __init__(
+        self,
+        cuts: Iterable[Cut],
+        *,
+        max_duration_s: float,
+        crop_s: float | None,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        accumulation: int = 1,
+        consumed: int = 0,
+        num_buckets: int = 30,
+    ) -> None:
+        self.cuts = list(cuts)
+        _check_durations(self.cuts, max_duration_s, crop_s)
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank: must be from 0 to {world_size - 1}, got {rank}")
+        if accumulation < 1 or consumed < 0 or num_buckets < 1:
+            numbers = f"{accumulation}, {consumed} and {num_buckets}"
+            raise ValueError(f"accumulation, consumed, num_buckets: must be at least 1, 0 and 1, got {numbers}")
+        self.crop_s, self.seed, self.rank, self.world_size = crop_s, seed, rank, world_size
+        self.accumulation, self.consumed = accumulation, consumed
+        self._budget = compute_num_samples(max_duration_s, SAMPLE_RATE_HZ)
+        draws = [(index, copy) for index, cut in enumerate(self.cuts) for copy in range(_draws(cut, crop_s))]
+        # (draws, 2): index of the cut, and which draw of it.
+        self._draws: NDArray[np.int64] = np.array(draws, dtype=np.int64)
+        lengths = np.array([cropped_length(cut, crop_s) for cut in self.cuts], dtype=np.int64)
+        self._lengths = lengths[self._draws[:, 0]]
+        # A group must hold several batches, or the same utterances would meet in every epoch.
+        enough = int(self._lengths.sum()) // (4 * self._budget)
+        self._buckets = _buckets(self._lengths, max(1, min(num_buckets, enough)))
+
+    def __iter__(self) -> Iterator[BatchSpec]:
+        number = self.rank + self.world_size * self.consumed
+        epoch, first = 0, 0
+        while True:
+            plan = self._plan(epoch)
+            while number < first + len(plan):
+                update = number // (self.world_size * self.accumulation)
+                cuts = tuple(self._drawn(draw) for draw in plan[number - first])
+                yield BatchSpec(update, cuts, self.crop_s, self.seed)
+                number += self.world_size
+            epoch, first = epoch + 1, first + len(plan)
+
+    def _drawn(self, draw: int) -> Cut:
+        index, copy = self._draws[draw]
+        cut = self.cuts[index]
+        return fastcopy(cut, id=f"{cut.id}#{copy}") if copy else cut
+
+    def _plan(self, epoch: int) -> list[NDArray[np.int64]]:
+        """Draws of each micro-batch of an epoch."""
+        random = np.random.default_rng(_hash(f"epoch/{self.seed}/{epoch}"))
+        order = random.permutation(len(self._lengths))
+        order = order[np.argsort(self._buckets[order], kind="stable")]
+        batches = _fill(order, self._lengths[order], self._budget)
+        return [batches[index] for index in random.permutation(len(batches))]
+
+
+def fixed_batches(cuts: Iterable[Cut], *, max_duration_s: float, crop_s: float | None, seed: int) -> list[BatchSpec]:
+    """Micro-batches for validation: every cut once, always with the same crop, a function of (seed, cut id).
+
+    Args:
+        cuts: The utterances.
+        max_duration_s: Audio in one micro-batch, after cropping; exceeded only by an utterance that is longer alone.
+        crop_s: Length of the crops; None for whole utterances.
+        seed: Of the run.
+
+    Raises:
+        ValueError: There are no cuts, or a number is out of range.
+    """
+    ordered = sorted(cuts, key=lambda cut: (cropped_length(cut, crop_s), cut.id))
+    _check_durations(ordered, max_duration_s, crop_s)
+    lengths = np.array([cropped_length(cut, crop_s) for cut in ordered], dtype=np.int64)
+    batches = _fill(np.arange(len(ordered)), lengths, compute_num_samples(max_duration_s, SAMPLE_RATE_HZ))
+    return [BatchSpec(0, tuple(ordered[index] for index in batch), crop_s, seed) for batch in batches]
+
+
+class WaveformDataset(Dataset[AudioBatch]):
+    """Decodes a `BatchSpec`, in data loader workers: `DataLoader(dataset, sampler=sampler, batch_size=None)`.
+
+    Args:
+        normalize: Zero mean and unit variance for each crop, as Transformers' feature extractor.
+        channel: Of several channels take this one (default: their mean).
+    """
+
+    def __init__(self, *, normalize: bool, channel: int | None = None) -> None:
+        self.normalize, self.channel = normalize, channel
+
+    def __getitem__(self, spec: BatchSpec) -> AudioBatch:
+        """Decode; what cannot be used becomes a problem of the batch, and never an exception."""
+        read = [self._read(cut, spec) for cut in spec.cuts]
+        problems = tuple(item for item in read if isinstance(item, Problem))
+        waveforms = [item for item in read if not isinstance(item, Problem)]
+        used = [cut for cut, item in zip(spec.cuts, read, strict=True) if not isinstance(item, Problem)]
+        values = torch.from_numpy(pack_waveforms(waveforms, normalize=self.normalize, eps=1e-7))
+        layout = Layout.from_lengths([len(waveform) for waveform in waveforms])
+        ids = torch.tensor([utterance_id(cut.id) for cut in used], dtype=torch.int64)
+        names = tuple(cut_name(cut) for cut in used)
+        return AudioBatch(Packed(values[:, None], layout), ids, names, spec.update, problems)
+
+    def _read(self, cut: Cut, spec: BatchSpec) -> NDArray[np.float32] | Problem:
+        part = crop(cut, crop_s=spec.crop_s, seed=spec.seed, update=spec.update)
+        try:
+            return read_waveform(part, channel=self.channel)
+        except AudioError as error:
+            return Problem(cut_name(cut), str(error))
+
+
+def _hash(key: str) -> int:
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
+
+
+def _check_durations(cuts: Sequence[Cut], max_duration_s: float, crop_s: float | None) -> None:
+    if not cuts:
+        raise ValueError("cuts: there are none")
+    if not max_duration_s > 0:
+        raise ValueError(f"max_duration_s: must be positive, got {max_duration_s}")
+    if crop_s is not None and not crop_s > 0:
+        raise ValueError(f"crop_s: must be positive, or None for whole utterances, got {crop_s}")
+
+
+def _draws(cut: Cut, crop_s: float | None) -> int:
+    """How often a cut is drawn in an epoch."""
+    if crop_s is None or "window_of" not in (cut.custom or {}):
+        return 1
+    return max(1, round(float(cut.duration) / crop_s))
+
+
+def _buckets(lengths: NDArray[np.int64], number: int) -> NDArray[np.int64]:
+    """(n,) group of each length: about the same total in each, and equal lengths in one group."""
+    ordered = np.sort(lengths)
+    totals = np.cumsum(ordered)
+    edges = ordered[np.searchsorted(totals, totals[-1] * np.arange(1, number) / number)]
+    return np.searchsorted(np.unique(edges), lengths, side="left").astype(np.int64)
+
+
+def _fill(order: NDArray[np.int64], lengths: NDArray[np.int64], budget: int) -> list[NDArray[np.int64]]:
+    """Cut `order` into batches of at most `budget`, or of one element where that alone is more."""
+    totals = np.cumsum(lengths)
+    batches, start = [], 0
+    while start < len(order):
+        limit = totals[start] - lengths[start] + budget
+        stop = max(start + 1, int(np.searchsorted(totals, limit, side="right")))
+        batches.append(order[start:stop])
+        start = stop
+    return batches

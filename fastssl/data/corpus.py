@@ -1,0 +1,286 @@
+"""A corpus: what can be used of a folder of audio, a Lhotse manifest, or a shar directory, and what cannot."""
+
+import hashlib
+import math
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+
+import soundfile
+from lhotse import AudioSource, CutSet, Recording
+from lhotse.cut import Cut, MonoCut, MultiCut
+from lhotse.serialization import deserialize_item, load_jsonl
+from lhotse.utils import compute_num_samples, fastcopy
+
+from fastssl.data.shar import is_shar, read_shar
+
+EXTENSIONS = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3")
+MANIFEST_EXTENSIONS = (".jsonl.gz", ".jsonl")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A recording that cannot be used.
+
+    Args:
+        name: Its path, with "@12.0s" where it is a part of one.
+        reason: What is wrong, to follow the name in a sentence: "is empty", "does not decode: ...".
+    """
+
+    name: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.reason}"
+
+
+@dataclass
+class Corpus:
+    """Cuts to train on or extract from, and what was left out.
+
+    Args:
+        cuts: One cut per recording, or several windows of a long one; ids are unique.
+        problems: What cannot be used.
+    """
+
+    cuts: CutSet
+    problems: list[Problem] = field(default_factory=list)
+
+    @property
+    def duration_s(self) -> float:
+        """Seconds of audio in all cuts."""
+        return math.fsum(cut.duration for cut in self.cuts)
+
+    @property
+    def num_recordings(self) -> int:
+        """Different recordings the cuts come from."""
+        return len({cut.recording.id for cut in self.cuts})
+
+
+def open_corpus(
+    source: str | Path,
+    *,
+    min_duration_s: float = 2.0,
+    window_s: float | None = 60.0,
+    max_bad_fraction: float = 0.05,
+    jobs: int = 8,
+) -> Corpus:
+    """Find what can be used; reads headers and no audio.
+
+    Args:
+        source: A folder (searched to the bottom, hidden files left out), one audio file, a Lhotse manifest of cuts or
+            recordings (`.jsonl.gz`), or a Lhotse shar directory.
+        min_duration_s: What is shorter is a problem.
+        window_s: What is longer becomes windows of equal length, at most this. None keeps recordings whole, and joins
+            the windows of a prepared manifest again.
+        max_bad_fraction: More problems than this, of all recordings, are an error.
+        jobs: Headers read at a time.
+
+    Raises:
+        ValueError: The source does not exist or is of no such kind, has no audio, has more problems than allowed, or
+            holds two utterances of the same name.
+    """
+    path = Path(source)
+    if not path.exists():
+        raise ValueError(f"source: {path} does not exist")
+    if path.is_dir():
+        found = _from_cuts(read_shar(path), jobs) if is_shar(path) else _from_files(path, _audio_files(path), jobs)
+    elif path.name.lower().endswith(EXTENSIONS):
+        found = _from_files(path.parent, [path], jobs)
+    elif path.name.endswith(MANIFEST_EXTENSIONS):
+        found = _from_cuts(_read_manifest(path), jobs)
+    else:
+        raise ValueError(
+            f"source: {path} is neither a folder, nor a Lhotse manifest ({', '.join(MANIFEST_EXTENSIONS)}), "
+            f"nor an audio file ({', '.join(EXTENSIONS)})"
+        )
+
+    cuts, problems = [], []
+    for item in found:
+        if isinstance(item, Problem):
+            problems.append(item)
+        elif item.duration < min_duration_s - 1e-6:
+            reason = f"is {item.duration:.2f} s long, below the minimum of {min_duration_s:g} s"
+            problems.append(Problem(cut_name(item), reason))
+        else:
+            cuts.append(item)
+    _judge(path, len(cuts), problems, max_bad_fraction)
+    cuts = list(_joined(cuts)) if window_s is None else [window for cut in cuts for window in _windows(cut, window_s)]
+    name, times = Counter(cut.id for cut in cuts).most_common(1)[0]
+    if times > 1:
+        raise ValueError(f"source: {path} has {times} cuts with id {name!r}")
+    return Corpus(CutSet.from_cuts(cuts), problems)
+
+
+def cut_name(cut: Cut) -> str:
+    """The path of a cut's recording for messages, with "@12.0s" where the cut begins later than its recording."""
+    source = cut.recording.sources[0]
+    path = source.source if isinstance(source.source, str) and source.source else cut.recording.id
+    return f"{path}@{cut.start:.1f}s" if cut.start > 0 else str(path)
+
+
+def write_manifest(corpus: Corpus, output: Path) -> None:
+    """Write the cuts as a Lhotse manifest, at once or not at all.
+
+    Raises:
+        ValueError: The name of `output` does not end with .jsonl.gz.
+    """
+    if not output.name.endswith(".jsonl.gz"):
+        raise ValueError(f"output: {output} must end with .jsonl.gz")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_name(f".{output.name.removesuffix('.jsonl.gz')}.{os.getpid()}.partial.jsonl.gz")
+    try:
+        corpus.cuts.to_jsonl(partial)
+        partial.replace(output)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def split_corpus(corpus: Corpus, *, fraction: float, seed: int) -> tuple[Corpus, Corpus]:
+    """Training and validation, by recording: all windows of one recording are on one side.
+
+    The recordings with the lowest hash of (seed, id) are for validation, so that the split does not depend on the order
+    of the corpus, and hardly changes when recordings are added.
+
+    Args:
+        corpus: What to split; its problems stay with the training side.
+        fraction: Of the recordings, for validation; above 0 and below 1. Of two recordings or more, each side has one.
+        seed: Another seed is another split.
+
+    Raises:
+        ValueError: The fraction is out of range.
+    """
+    if not 0 < fraction < 1:
+        raise ValueError(f"fraction: must be above 0 and below 1, got {fraction}")
+    recordings = sorted({cut.recording.id for cut in corpus.cuts}, key=lambda name: (_digest(seed, name), name))
+    number = min(max(1, round(fraction * len(recordings))), len(recordings) - 1)
+    held_out = set(recordings[: max(0, number)])
+    valid = [cut for cut in corpus.cuts if cut.recording.id in held_out]
+    train = [cut for cut in corpus.cuts if cut.recording.id not in held_out]
+    return Corpus(CutSet.from_cuts(train), corpus.problems), Corpus(CutSet.from_cuts(valid))
+
+
+def _digest(seed: int, name: str) -> bytes:
+    return hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+
+
+def _judge(path: Path, num_usable: int, problems: list[Problem], max_bad_fraction: float) -> None:
+    """Raise if too little is left."""
+    total = num_usable + len(problems)
+    if total == 0:
+        raise ValueError(f"source: no audio in {path} (looked for {', '.join(EXTENSIONS)}, in its subfolders too)")
+    if num_usable == 0 or len(problems) > max_bad_fraction * total:
+        shown = "\n".join(f"  {problem}" for problem in problems[:5])
+        more = f"\n  and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ValueError(
+            f"source: {len(problems)} of {total} recordings in {path} cannot be used, "
+            f"more than the {max_bad_fraction:.0%} allowed (max_bad_fraction):\n{shown}{more}"
+        )
+
+
+def _audio_files(folder: Path) -> list[Path]:
+    """Audio files below the folder, sorted; links to folders are followed, but no folder is entered twice."""
+    files, entered = [], set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(place)) in entered:
+            folders.clear()
+            continue
+        entered.add(real)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        files += [Path(place, name) for name in names if name.lower().endswith(EXTENSIONS) and not name.startswith(".")]
+    return sorted(files)
+
+
+def _from_files(root: Path, files: list[Path], jobs: int) -> Iterator[Cut | Problem]:
+    def scan(path: Path) -> Cut | Problem:
+        return _scan(path, recording_id=path.relative_to(root).as_posix())
+
+    with ThreadPoolExecutor(jobs) as pool:
+        yield from pool.map(scan, files)
+
+
+def _scan(path: Path, *, recording_id: str) -> Cut | Problem:
+    """The cut of a whole file, by its header."""
+    name = str(path.absolute())
+    try:
+        if path.stat().st_size == 0:
+            return Problem(name, "is empty")
+        with soundfile.SoundFile(name) as audio:
+            rate, channels, frames = audio.samplerate, audio.channels, audio.frames
+            # A stream that was never finished does not say how long it is.
+            if not 0 <= frames < 2**48:
+                frames = sum(len(block) for block in audio.blocks(blocksize=1 << 20, dtype="float32"))
+    except (OSError, RuntimeError) as error:
+        return Problem(name, f"does not open as audio: {str(error).strip()}")
+    if frames == 0:
+        return Problem(name, "is empty")
+    sources = [AudioSource(type="file", channels=list(range(channels)), source=name)]
+    return Recording(
+        id=recording_id, sources=sources, sampling_rate=rate, num_samples=frames, duration=frames / rate
+    ).to_cut()
+
+
+def _read_manifest(path: Path) -> Iterator[Cut]:
+    try:
+        for line in load_jsonl(path):
+            item = deserialize_item(line)
+            yield item.to_cut() if isinstance(item, Recording) else item
+    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"source: {path} is not a Lhotse manifest of cuts or recordings: {error}") from error
+
+
+def _from_cuts(cuts: Iterable[Cut], jobs: int) -> Iterator[Cut | Problem]:
+    """Manifests are believed, except about files that are not there."""
+
+    def check(cut: Cut) -> Cut | Problem:
+        if not isinstance(cut, MonoCut | MultiCut) or not cut.has_recording:
+            return Problem(str(getattr(cut, "id", cut)), "is not a cut of one recording")
+        for source in cut.recording.sources:
+            if source.type == "shar":
+                return Problem(cut.id, "has no audio in its shard")
+            in_tar = "tar_member" in (cut.custom or {})
+            if source.type == "file" and not in_tar and not Path(source.source).exists():
+                return Problem(source.source, "does not exist")
+        return cut
+
+    with ThreadPoolExecutor(jobs) as pool:
+        yield from pool.map(check, cuts)
+
+
+def _windows(cut: Cut, window_s: float) -> Iterator[Cut]:
+    """The cut, or windows of equal length if it is longer than `window_s`; each knows the cut it is a window of."""
+    number = math.ceil(cut.duration / window_s - 1e-6)
+    if number <= 1:
+        yield cut
+        return
+    rate = cut.recording.sampling_rate
+    first, total = compute_num_samples(cut.start, rate), compute_num_samples(cut.duration, rate)
+    edges = [first + total * index // number for index in range(number + 1)]
+    parent = {"id": cut.id, "start": cut.start, "duration": cut.duration}
+    for start, stop in pairwise(edges):
+        yield fastcopy(
+            cut,
+            id=f"{cut.id}@{start / rate:.3f}s",
+            start=start / rate,
+            duration=(stop - start) / rate,
+            supervisions=[],
+            custom={**(cut.custom or {}), "window_of": parent},
+        )
+
+
+def _joined(cuts: Iterable[Cut]) -> Iterator[Cut]:
+    """The reverse of `_windows`."""
+    entered = set()
+    for cut in cuts:
+        custom = dict(cut.custom or {})
+        parent = custom.pop("window_of", None)
+        # A window that was exported to shar is a recording of its own.
+        if parent is None or parent["start"] + parent["duration"] > cut.recording.duration + 1e-3:
+            yield cut
+        elif parent["id"] not in entered:
+            entered.add(parent["id"])
+            yield fastcopy(cut, **parent, custom=custom or None)

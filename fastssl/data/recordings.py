@@ -1,0 +1,130 @@
+"""Whole recordings in overlapping chunks whose frames fit together exactly, for feature extraction.
+
+A frame of a convolutional encoder sees `receptive_field` samples, and frames begin every `stride` samples (400 and 320
+for wav2vec 2.0 and its kin), so frame t of a recording covers samples [320 t, 320 t + 400). Every chunk begins at a
+multiple of the stride, so frame j of a chunk that begins at sample s is frame s / 320 + j of the recording. Of two
+chunks that overlap, the earlier gives the frames up to the middle of the overlap and the later those from there: each
+frame of the recording comes from exactly one chunk, and has half the overlap of context beside it.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from lhotse.cut import Cut
+from lhotse.utils import compute_num_samples
+from torch import Tensor
+
+from fastssl.data.audio import SAMPLE_RATE_HZ, AudioError, read_samples, resampling_ratio
+
+
+@dataclass(frozen=True, eq=False)
+class Chunk:
+    """Part of a recording, and where its frames belong: `whole[first_frame : ...] = encode(waveform)[keep]`.
+
+    Args:
+        waveform: (T, 1) float32 at 16 kHz, ready for `Packed.pack`.
+        start: Its first sample, counted at 16 kHz from the beginning of the recording; a multiple of the stride.
+        keep: Which of the frames of this chunk to keep.
+        first_frame: The frame of the recording that the first kept one is.
+    """
+
+    waveform: Tensor  # (T, 1)
+    start: int
+    keep: slice
+    first_frame: int
+
+
+def count_frames(length: int, *, stride: int = 320, receptive_field: int = 400) -> int:
+    """Frames of a recording of `length` samples at 16 kHz."""
+    return max(0, (length - receptive_field) // stride + 1)
+
+
+def read_chunks(
+    cut: Cut,
+    *,
+    chunk_s: float,
+    overlap_s: float,
+    normalize: bool,
+    channel: int | None = None,
+    stride: int = 320,
+    receptive_field: int = 400,
+) -> Iterator[Chunk]:
+    """Read a recording chunk by chunk; memory is that of one chunk.
+
+    Args:
+        cut: A whole recording, from `open_corpus(..., window_s=None)`.
+        chunk_s: Length of a chunk; a shorter recording is one chunk.
+        overlap_s: Least length that neighbours share; chunks may have to share up to 0.1 s more.
+        normalize: Zero mean and unit variance over the whole recording, as if it were one chunk; a longer one is then
+            decoded twice.
+        channel: Of several channels take this one (default: their mean).
+        stride: Samples from one frame to the next.
+        receptive_field: Samples that one frame sees.
+
+    Yields:
+        Chunks in order, at least one. Together they keep frames 0 to `count_frames(length)` - 1, each once; a few are
+        missing at the end where the decoder gives up to 0.1 s less than the header promised.
+
+    Raises:
+        ValueError: The chunk is too short for the overlap, or the overlap for the receptive field.
+        AudioError: The audio cannot be used, perhaps only after some chunks, or is shorter than one frame.
+    """
+    period, steps = resampling_ratio(cut.recording.sampling_rate)
+    # Chunks begin where a sample at 16 kHz is also one of the source, so that they are on one resampling grid.
+    step = math.lcm(stride, steps)
+    size = round(chunk_s * SAMPLE_RATE_HZ)
+    overlap = max(0, math.ceil(overlap_s * SAMPLE_RATE_HZ))
+    hop = (size - overlap) // step * step
+    if hop < step:
+        raise ValueError(f"chunk_s: {chunk_s:g} s leaves no room beside an overlap of {overlap_s:g} s")
+    if overlap < 2 * (receptive_field - stride):
+        least_s = 2 * (receptive_field - stride) / SAMPLE_RATE_HZ
+        raise ValueError(f"overlap_s: must be at least {least_s:g}, got {overlap_s:g}")
+    origin = compute_num_samples(cut.start, cut.recording.sampling_rate)
+    total = round(compute_num_samples(cut.duration, cut.recording.sampling_rate) * steps / period)
+    too_short = f"is shorter than one frame ({receptive_field / SAMPLE_RATE_HZ:g} s)"
+    num_frames = count_frames(total, stride=stride, receptive_field=receptive_field)
+    if num_frames == 0:
+        raise AudioError(too_short)
+
+    def read(start: int, length: int) -> Tensor:
+        first = origin + start // steps * period
+        return torch.from_numpy(read_samples(cut, first=first, length=length, channel=channel))
+
+    # The last chunk is the one with the last frame in it.
+    frames_before_last = num_frames - count_frames(size, stride=stride, receptive_field=receptive_field)
+    last = max(0, -(-frames_before_last * stride // hop))
+    whole = read(0, total) if last == 0 else None
+    mean, deviation = 0.0, 1.0
+    if normalize:
+        pieces = (read(start, min(hop, total - start)) for start in range(0, total, hop))
+        mean, deviation = _mean_and_deviation(pieces if whole is None else iter([whole]))
+    trim = (size - hop) // 2 // stride
+    for index in range(last + 1):
+        start = index * hop
+        waveform = whole if whole is not None else read(start, min(size, total - start))
+        frames = count_frames(len(waveform), stride=stride, receptive_field=receptive_field)
+        if index < last:
+            frames = min(frames, hop // stride + trim)
+        keep = slice(trim if index > 0 else 0, frames)
+        if frames == 0 and index == 0:
+            raise AudioError(too_short)
+        if keep.start < keep.stop:
+            yield Chunk(((waveform - mean) / deviation)[:, None], start, keep, start // stride + keep.start)
+
+
+def _mean_and_deviation(pieces: Iterator[Tensor]) -> tuple[float, float]:
+    """Of all samples, in one pass; the deviation with the 1e-7 of Transformers' feature extractor under the root."""
+    count, mean, squares = 0, 0.0, 0.0
+    for piece in pieces:
+        if len(piece) == 0:
+            continue
+        values = piece.numpy().astype(np.float64)
+        shift = float(values.mean()) - mean
+        mean += shift * len(values) / (count + len(values))
+        squares += float(((values - values.mean()) ** 2).sum()) + shift**2 * count * len(values) / (count + len(values))
+        count += len(values)
+    return mean, math.sqrt(squares / count + 1e-7)

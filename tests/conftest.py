@@ -1,0 +1,23 @@
+"""What all tests share."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture(scope="session")
+def spoken_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two minutes of synthetic speech of four speakers, with `utterances.tsv`. Read only: every test shares it."""
+    pytest.importorskip("espeakng_loader", reason="espeakng_loader is not installed")
+    from fastssl.data.synthetic import speak_corpus
+
+    return speak_corpus(tmp_path_factory.mktemp("corpus") / "spoken", minutes=2, seed=0, speakers=4)
