@@ -4,6 +4,7 @@ Every op has a schema `fastssl_native::<op>_fwd/_bwd` (compiled C++ and CUDA) an
 kernels plug into them from optional modules. What exists is read once, here, into `BACKENDS`.
 """
 
+import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,21 +25,25 @@ MISSING: dict[str, dict[tuple[str, str], str]] = {}
 
 def _load_compiled_modules() -> dict[str, str]:
     """Load `_C_cpu` and `_C_cuda`; returns device type -> why there is no module, empty where there is one."""
+    report = _PACKAGE / "_build_report.json"  # what the installation left out, and why
+    left_out = json.loads(report.read_text()) if report.exists() else {}
     reasons = {}
     for device in ("cpu", "cuda"):
         libraries = sorted(_PACKAGE.glob(f"_C_{device}*.so"))
         reasons[device] = ""
         if not libraries:
-            reasons[device] = f"compiled module _C_{device} was not built"
+            reasons[device] = (
+                f"compiled module _C_{device} was not built: {left_out.get(device, 'pip install fastssl')}"
+            )
             continue
         try:
             torch.ops.load_library(str(libraries[0]))
         except OSError as error:
-            reasons[device] = f"{libraries[0].name} does not load: {error}"
+            reasons[device] = f"{libraries[0].name} does not load: {error.__cause__ or error}"
     return reasons
 
 
-#: The backend that FASTSSL_BACKEND asks for, read once: reading the environment inside a public function breaks fullgraph.
+#: What FASTSSL_BACKEND asks for, read once: reading the environment inside a public function breaks fullgraph.
 DEFAULT_BACKEND = os.environ.get("FASTSSL_BACKEND")
 #: device type -> why the compiled module for it is missing ("" where it is loaded).
 COMPILED_MODULES = _load_compiled_modules()

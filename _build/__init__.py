@@ -1,0 +1,1 @@
+"""Builds the package: `backend.py` is what pip calls, `extensions.py` compiles `csrc/`."""

@@ -1,0 +1,52 @@
+// What every kernel of the compiled modules asks of its tensors, and how it picks a template by dtype.
+#pragma once
+
+#include <cstdint>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/Half.h>
+
+namespace fastssl {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline void check_tensor(const Tensor& tensor, const char* name, int64_t dim, ScalarType dtype) {
+  STD_TORCH_CHECK(tensor.dim() == dim, name, ": expected ", dim, " dimensions, got ", tensor.dim());
+  STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, ": wrong dtype");
+  STD_TORCH_CHECK(tensor.is_contiguous(), name, ": must be contiguous");
+}
+
+// Type in which values of another type are accumulated.
+template <typename scalar_t>
+struct Accumulator {
+  using type = float;
+};
+template <>
+struct Accumulator<double> {
+  using type = double;
+};
+
+// Calls `function` with a value of the C++ type that holds elements of `dtype`; the value itself means nothing.
+template <typename Function>
+void dispatch_floating(ScalarType dtype, const char* op, const Function& function) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return function(float{});
+    case ScalarType::Double:
+      return function(double{});
+    case ScalarType::BFloat16:
+      return function(torch::headeronly::BFloat16{});
+    case ScalarType::Half:
+      return function(torch::headeronly::Half{});
+    default:
+      STD_TORCH_CHECK(false, op, ": x must be float64, float32, bfloat16 or float16");
+  }
+}
+
+}  // namespace fastssl

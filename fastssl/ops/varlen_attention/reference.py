@@ -1,0 +1,86 @@
+"""Attention within each sequence of a packed batch, in plain PyTorch: the specification."""
+
+import torch
+from torch import Tensor
+
+from fastssl.packing import Layout
+
+
+def varlen_attention(
+    q: Tensor,  # (N, H, E)
+    k: Tensor,  # (N, H, E)
+    v: Tensor,  # (N, H, E)
+    layout: Layout,
+    *,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,  # ()
+    distance_bias: Tensor | None,  # (H, 2R+1)
+    gate: Tensor | None,  # (N, H)
+) -> Tensor:  # (N, H, E)
+    """One sequence at a time, so nothing can reach across a border. Arguments as in `fastssl.ops.varlen_attention`."""
+    accumulation = torch.promote_types(q.dtype, torch.float32)
+    outputs = []
+    begin = 0
+    # An empty batch still runs one empty sequence, which keeps every input in the graph, with a gradient of zero.
+    for length in layout.lengths or (0,):
+        end = begin + length
+        # (H, T, E), always a copy: the bits of a GEMM depend on how its operands are aligned.
+        query, key, value = (
+            x[begin:end].transpose(0, 1).to(accumulation, copy=True, memory_format=torch.contiguous_format)
+            for x in (q, k, v)
+        )
+        logits = query @ key.transpose(1, 2) * scale
+        if distance_bias is not None:
+            bias = _biases(distance_bias.to(accumulation), length)
+            logits = logits + (bias if gate is None else bias * gate[begin:end].to(accumulation).t().unsqueeze(2))
+        probabilities = logits.softmax(2)
+        if seed is not None:
+            rows = torch.arange(begin, end, device=q.device)
+            keep = dropout_mask(seed, rows, heads=q.shape[1], keys=length, dropout_p=dropout_p)
+            probabilities = probabilities * keep
+            value = value / (1 - dropout_p)
+        outputs.append((probabilities @ value).transpose(0, 1).to(q.dtype))
+        begin = end
+    return torch.cat(outputs)
+
+
+def _biases(
+    distance_bias: Tensor,  # (H, 2R+1)
+    length: int,
+) -> Tensor:  # (H, T, T)
+    reach = distance_bias.shape[1] // 2
+    positions = torch.arange(length, device=distance_bias.device)
+    distances = positions - positions.unsqueeze(1)  # key minus query
+    return distance_bias[:, distances.clamp(-reach, reach) + reach]
+
+
+def dropout_mask(
+    seed: Tensor,  # ()
+    rows: Tensor,  # (T,)
+    *,
+    heads: int,
+    keys: int,
+    dropout_p: float,
+) -> Tensor:  # (H, T, keys)
+    """Which attention probabilities are kept: a hash of seed, packed query row, head and key index, see README.md.
+
+    The arithmetic is that of uint32, done in int32: products wrap to the same bits, and only shifts and comparisons
+    have to see to the sign.
+    """
+    state = _mix(seed.to(torch.int32) ^ (0x9E3779B9 - 2**32))
+    state = _mix(state ^ (seed >> 32).to(torch.int32))
+    state = _mix(state ^ rows.to(torch.int32))
+    state = _mix(state ^ torch.arange(heads, dtype=torch.int32, device=rows.device).unsqueeze(1))
+    state = _mix(state.unsqueeze(2) ^ torch.arange(keys, dtype=torch.int32, device=rows.device))
+    # A uint32 with its highest bit flipped is an int32 of the same order.
+    return (state ^ -(2**31)) >= int(dropout_p * 2**32) - 2**31
+
+
+def _mix(x: Tensor) -> Tensor:
+    """The finaliser of MurmurHash3."""
+    x = x ^ ((x >> 16) & 0xFFFF)
+    x = x * (0x85EBCA6B - 2**32)
+    x = x ^ ((x >> 13) & 0x7FFFF)
+    x = x * (0xC2B2AE35 - 2**32)
+    return x ^ ((x >> 16) & 0xFFFF)

@@ -1,0 +1,418 @@
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.nn.attention import varlen
+from torch.nn.attention.varlen import varlen_attn
+from torch.utils.checkpoint import checkpoint
+from transformers.models.wavlm.modeling_wavlm import WavLMAttention
+
+from fastssl.ops import _dispatch, varlen_attention
+from fastssl.ops.varlen_attention import reference
+from tests.ops.common import LENGTHS, check_against_reference, gradients, implementations, layout_of
+
+SEED = torch.tensor(-4242424242424242)
+
+#: name -> (lengths, H, E, options); "reach" is R of the distance bias
+CASES: dict[str, tuple[tuple[int, ...], int, int, dict[str, Any]]] = {
+    "plain": (LENGTHS["odd"], 3, 8, {}),
+    "one_long": (LENGTHS["one_long"], 2, 16, {}),
+    "single_frame": (LENGTHS["single_frame"], 2, 8, {}),
+    "with_empty": (LENGTHS["with_empty"], 2, 8, {}),
+    "empty_batch": (LENGTHS["empty_batch"], 2, 8, {}),
+    "scale": ((9, 14), 1, 5, {"scale": 0.7}),
+    "distance_bias": (LENGTHS["odd"], 3, 8, {"reach": 50}),
+    "gated": (LENGTHS["with_empty"], 3, 8, {"reach": 4, "gated": True}),
+    "dropout": (LENGTHS["one_long"], 2, 8, {"dropout_p": 0.3}),
+    "everything": ((9, 14), 3, 8, {"scale": 0.5, "reach": 4, "gated": True, "dropout_p": 0.3}),
+    "everything_empty": (LENGTHS["empty_batch"], 3, 8, {"reach": 4, "gated": True, "dropout_p": 0.3}),
+}
+
+
+def make_inputs(case: str, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    lengths, heads, width, options = CASES[case]
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=dtype)
+
+    inputs = {name: normal(sum(lengths), heads, width) for name in ("q", "k", "v")}
+    if "dropout_p" in options:
+        inputs["seed"] = SEED
+    if "reach" in options:
+        inputs["distance_bias"] = normal(heads, 2 * options["reach"] + 1)
+    if "gated" in options:
+        inputs["gate"] = 1 + normal(sum(lengths), heads)
+    return inputs
+
+
+def run(case: str, inputs: dict[str, Tensor], backend: str | None = None) -> Tensor:
+    lengths, _, _, options = CASES[case]
+    return varlen_attention(
+        inputs["q"],
+        inputs["k"],
+        inputs["v"],
+        layout_of(lengths, inputs["q"].device.type),
+        scale=options.get("scale"),
+        dropout_p=options.get("dropout_p", 0.0),
+        seed=inputs.get("seed"),
+        distance_bias=inputs.get("distance_bias"),
+        gate=inputs.get("gate"),
+        backend=backend,
+    )
+
+
+def every_case(*dtypes: torch.dtype, with_torch: bool) -> pytest.MarkDecorator:
+    """Every case on every implementation, less what PyTorch's own kernel has no argument or dtype for."""
+    parameters = []
+    for case, (lengths, _, _, options) in CASES.items():
+        for implementation in implementations("varlen_attention"):
+            backend, device = implementation.values
+            for dtype in dtypes:
+                cuda_torch = backend == "torch" and device == "cuda"
+                if backend == "torch" and (not with_torch or "reach" in options or "dropout_p" in options):
+                    continue
+                if cuda_torch and ("scale" in options or dtype.itemsize != 2 or not sum(lengths)):
+                    continue
+                name = f"{case}-{implementation.id}-{dtype}".replace("torch.", "")
+                parameters.append(pytest.param(case, backend, device, dtype, marks=implementation.marks, id=name))
+    return pytest.mark.parametrize(("case", "backend", "device", "dtype"), parameters)
+
+
+@every_case(torch.float32, torch.bfloat16, torch.float16, with_torch=True)
+def test_forward(case: str, backend: str, device: str, dtype: torch.dtype) -> None:
+    check_against_reference(
+        lambda inputs, name: run(case, inputs, name),
+        make_inputs(case),
+        backend=backend,
+        device=device,
+        dtype=dtype,
+        backward=False,
+    )
+
+
+# PyTorch's backward is less precise than the reference, and not ours to bound: gradcheck and SDPA vouch for it below.
+@every_case(torch.float32, torch.bfloat16, with_torch=False)
+def test_backward(case: str, backend: str, device: str, dtype: torch.dtype) -> None:
+    check_against_reference(
+        lambda inputs, name: run(case, inputs, name),
+        make_inputs(case),
+        backend=backend,
+        device=device,
+        dtype=dtype,
+        backward=True,
+    )
+
+
+#: name -> (lengths, reach, gated, dropout_p): gradcheck perturbs every input, so these are small
+SMALL = {
+    "plain": ((3, 1, 0, 2), None, False, 0.0),
+    "dropout": ((3, 2), None, False, 0.4),
+    "distance_bias": ((3, 2), 1, False, 0.0),
+    "everything": ((4, 0, 1), 2, True, 0.4),
+}
+
+
+@pytest.mark.parametrize("case", SMALL)
+@pytest.mark.parametrize(("backend", "device"), implementations("varlen_attention"))
+def test_gradcheck(case: str, backend: str, device: str) -> None:
+    lengths, reach, gated, dropout_p = SMALL[case]
+    if device == "cuda":
+        pytest.skip("gradcheck runs on the CPU")
+    if backend == "torch" and case != "plain":
+        pytest.skip("PyTorch's kernel has neither bias nor dropout")
+    generator = torch.Generator().manual_seed(0)
+    shapes: dict[str, tuple[int, ...]] = {name: (sum(lengths), 2, 2) for name in ("q", "k", "v")}
+    if reach is not None:
+        shapes["distance_bias"] = (2, 2 * reach + 1)
+    if gated:
+        shapes["gate"] = (sum(lengths), 2)
+    inputs = {
+        name: torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+        for name, shape in shapes.items()
+    }
+
+    def attend(*tensors: Tensor) -> Tensor:
+        q, k, v, *rest = tensors
+        return varlen_attention(
+            q,
+            k,
+            v,
+            layout_of(lengths),
+            dropout_p=dropout_p,
+            seed=SEED if dropout_p else None,
+            distance_bias=rest[0] if rest else None,
+            gate=rest[1] if gated else None,
+            backend=backend,
+        )
+
+    assert torch.autograd.gradcheck(attend, tuple(inputs.values()))
+
+
+@pytest.mark.parametrize("namespace", ["fastssl_native", "fastssl_triton"])
+@pytest.mark.parametrize("case", ["plain", "everything", "empty_batch"])
+def test_fake_kernels_have_the_shapes_of_the_reference(case: str, namespace: str) -> None:
+    inputs, op = make_inputs(case, torch.bfloat16), getattr(torch.ops, namespace)
+    lengths, heads, _, options = CASES[case]
+    layout, dropout_p = layout_of(lengths), options.get("dropout_p", 0.0)
+    with FakeTensorMode() as mode:
+        q, k, v, cu_seqlens = (mode.from_tensor(x) for x in (inputs["q"], inputs["k"], inputs["v"], layout.cu_seqlens))
+        seed, bias, gate = (
+            mode.from_tensor(inputs[name]) if name in inputs else None for name in ("seed", "distance_bias", "gate")
+        )
+        rest = (cu_seqlens, layout.max_length, 0.5, dropout_p, seed, bias, gate)
+        out, logsumexp = op.varlen_attention_fwd(q, k, v, *rest)
+        grads = op.varlen_attention_bwd(torch.empty_like(out), q, k, v, out, logsumexp, *rest)
+    expected = run(case, inputs)
+    assert (out.shape, out.dtype) == (expected.shape, expected.dtype)
+    assert (logsumexp.shape, logsumexp.dtype) == ((heads, sum(lengths)), torch.float32)
+    for grad, x in zip(grads, (q, k, v, bias, gate), strict=True):
+        assert grad.shape == ((0,) if x is None else x.shape)
+        assert grad.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("backend", "device"), implementations("varlen_attention"))
+def test_compile(backend: str, device: str) -> None:
+    case = "scale" if backend == "torch" and device == "cpu" else "plain" if backend == "torch" else "everything"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    inputs = {name: tensor.to(device) for name, tensor in make_inputs(case).items()}
+    inputs = {name: x.to(dtype).requires_grad_() if x.is_floating_point() else x for name, x in inputs.items()}
+    compiled = torch.compile(lambda x: run(case, x, backend), fullgraph=True, dynamic=True, backend="aot_eager")
+    out, eager = compiled(inputs), run(case, inputs, backend)
+    torch.testing.assert_close(out, eager, rtol=1e-4, atol=1e-5)
+    grad = torch.autograd.grad(out.square().sum(), inputs["k"])[0]
+    grad_eager = torch.autograd.grad(eager.square().sum(), inputs["k"])[0]
+    torch.testing.assert_close(grad, grad_eager, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("backend", "device"), implementations("varlen_attention"))
+@settings(max_examples=25, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 200), min_size=1, max_size=6),
+    heads_and_width=st.sampled_from([(1, 1), (2, 13), (4, 16)]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_batch_mates_do_not_matter(
+    backend: str, device: str, lengths: list[int], heads_and_width: tuple[int, int], dtype: torch.dtype
+) -> None:
+    if backend == "torch" and device == "cuda":
+        heads_and_width, dtype, lengths = (4, 16), torch.bfloat16, [length + 1 for length in lengths]
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(sum(lengths), *heads_and_width, generator=generator).to(device, dtype) for _ in range(3))
+    bias = torch.randn(heads_and_width[0], 21, generator=generator).to(device) if backend != "torch" else None
+    out = varlen_attention(q, k, v, layout_of(lengths, device), distance_bias=bias, backend=backend)
+    for length, together, *alone in zip(lengths, *(x.split(lengths) for x in (out, q, k, v)), strict=True):
+        q, k, v = (x.clone() for x in alone)  # memory of its own, which is aligned differently
+        expected = varlen_attention(q, k, v, layout_of([length], device), distance_bias=bias, backend=backend)
+        if device == "cpu":
+            assert torch.equal(together, expected)
+        else:
+            torch.testing.assert_close(together, expected, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(("backend", "device"), implementations("varlen_attention"))
+def test_equals_sdpa_of_each_sequence(backend: str, device: str) -> None:
+    dtype, tolerance = (torch.bfloat16, 2e-2) if device == "cuda" else (torch.float32, 1e-5)
+    inputs = {name: tensor.to(device, dtype).requires_grad_() for name, tensor in make_inputs("plain").items()}
+    expected = [
+        F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in qkv)).transpose(0, 1)
+        for qkv in zip(*(inputs[name].split(LENGTHS["odd"]) for name in ("q", "k", "v")), strict=True)
+    ]
+    out = run("plain", inputs, backend)
+    torch.testing.assert_close(out, torch.cat(expected), rtol=tolerance, atol=tolerance)
+    grads, expected_grads = (gradients(x, list(inputs.values())) for x in (out, torch.cat(expected)))
+    torch.testing.assert_close(grads, expected_grads, rtol=tolerance, atol=tolerance)
+
+
+def test_gated_distance_bias_is_that_of_wavlm() -> None:
+    torch.manual_seed(0)
+    lengths, heads, width, reach = (90, 7, 41), 4, 8, 40
+    wavlm = WavLMAttention(embed_dim=heads * width, num_heads=heads, num_buckets=16, max_distance=reach)
+    # The middle row of a (2R+1, 2R+1) bias holds every distance from -R to R.
+    distance_bias = wavlm.compute_bias(2 * reach + 1, 2 * reach + 1)[:, reach].detach()
+    q, k, v = (torch.randn(sum(lengths), heads, width) for _ in range(3))
+    gate = 1 + torch.randn(sum(lengths), heads)
+    expected = []
+    for query, key, value, factor in zip(*(x.split(lengths) for x in (q, k, v, gate)), strict=True):
+        dense = wavlm.compute_bias(len(query), len(query)) * factor.t().unsqueeze(2)
+        query, key, value = query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
+        expected.append(F.scaled_dot_product_attention(query, key, value, attn_mask=dense).transpose(0, 1))
+    out = varlen_attention(q, k, v, layout_of(lengths), distance_bias=distance_bias, gate=gate)
+    torch.testing.assert_close(out, torch.cat(expected), rtol=1e-5, atol=1e-5)
+
+
+def kept(lengths: tuple[int, ...], heads: int, dropout_p: float, seed: Tensor | None) -> list[Tensor]:
+    """The dropout mask of every sequence, (T, H, T), from outside: equal logits, and values that tell keys apart."""
+    zeros = torch.zeros(sum(lengths), heads, max(lengths))
+    values = torch.cat([torch.eye(length, max(lengths)) for length in lengths]).unsqueeze(1).expand_as(zeros)
+    out = varlen_attention(zeros, zeros, values, layout_of(lengths), dropout_p=dropout_p, seed=seed)
+    masks = []
+    for weights, length in zip(out.split(lengths), lengths, strict=True):
+        weights = weights[:, :, :length] * length * (1 - dropout_p)
+        assert torch.all(torch.isclose(weights, weights.round(), atol=1e-5))
+        masks.append(weights.round().bool())
+    return masks
+
+
+def keeps(seed: int, row: int, head: int, key: int, dropout_p: float) -> bool:
+    """The hash of README.md in Python's own integers."""
+
+    def mix(x: int) -> int:
+        x = (x ^ x >> 16) * 0x85EBCA6B % 2**32
+        x = (x ^ x >> 13) * 0xC2B2AE35 % 2**32
+        return x ^ x >> 16
+
+    state = mix(seed % 2**32 ^ 0x9E3779B9)
+    for word in ((seed >> 32) % 2**32, row, head, key):
+        state = mix(state ^ word)
+    return state >= int(dropout_p * 2**32)
+
+
+@pytest.mark.parametrize("seed", [0, 1, -1, 2**63 - 1, -(2**63), 1234567890123456789])
+@pytest.mark.parametrize("dropout_p", [0.1, 0.5, 0.999])
+def test_dropout_keeps_what_the_hash_says(seed: int, dropout_p: float) -> None:
+    lengths, heads = (5, 0, 9), 3
+    masks = kept(lengths, heads, dropout_p, torch.tensor(seed))
+    for begin, length, mask in zip((0, 5, 5), lengths, masks, strict=True):
+        for row, head, key in torch.cartesian_prod(*(torch.arange(size) for size in (length, heads, length))).tolist():
+            assert mask[row, head, key] == keeps(seed, begin + row, head, key, dropout_p)
+
+
+def test_the_compiler_drops_the_same() -> None:
+    rows = torch.arange(1000, 1037)
+
+    def mask(seed: Tensor) -> Tensor:
+        return reference.dropout_mask(seed, rows, heads=3, keys=41, dropout_p=0.3)
+
+    assert torch.equal(torch.compile(mask, fullgraph=True)(SEED), mask(SEED))
+
+
+def test_dropout_drops_as_often_as_asked_and_nothing_together() -> None:
+    (mask,) = kept((400,), 4, 0.2, SEED)
+    dropped = 1 - mask.double()
+    assert abs(dropped.mean() - 0.2) < 5 * 0.4 / dropped.numel() ** 0.5
+    for dims in ((0, 1), (0, 2), (1, 2)):  # as often for every key, head and row
+        share = dropped.mean(dims)
+        assert (share - 0.2).abs().max() < 5 * 0.4 / (dropped.numel() / share.numel()) ** 0.5
+    centred = (dropped - 0.2) / 0.4
+    other = 1 - kept((400,), 4, 0.2, SEED + 1)[0].double()
+    for neighbour in (*(centred.roll(1, dim) for dim in range(3)), centred.roll((1, 1), (0, 2)), (other - 0.2) / 0.4):
+        assert (centred * neighbour).mean().abs() < 5 / dropped.numel() ** 0.5
+
+
+def test_dropout_of_a_row_does_not_depend_on_later_sequences() -> None:
+    alone, together = kept((30,), 2, 0.3, SEED), kept((30, 12, 40), 2, 0.3, SEED)
+    assert torch.equal(alone[0], together[0])
+    assert not torch.equal(together[0][:12, :, :12], together[1])
+
+
+def test_seed_comes_from_the_generator_when_none_is_given() -> None:
+    torch.manual_seed(7)
+    first, second = kept((20,), 2, 0.5, None), kept((20,), 2, 0.5, None)
+    torch.manual_seed(7)
+    again = kept((20,), 2, 0.5, None)
+    assert torch.equal(first[0], again[0])
+    assert not torch.equal(first[0], second[0])
+
+
+def test_checkpointing_repeats_the_mask() -> None:
+    inputs = make_inputs("dropout")
+    q, k, v = (inputs[name].requires_grad_() for name in ("q", "k", "v"))
+    layout = layout_of(LENGTHS["one_long"])
+
+    def attend(q: Tensor) -> Tensor:
+        return varlen_attention(q, k, v, layout, dropout_p=0.3)
+
+    torch.manual_seed(3)
+    direct = torch.autograd.grad(attend(q).square().sum(), (q, v))
+    torch.manual_seed(3)
+    recomputed = torch.autograd.grad(checkpoint(attend, q, use_reentrant=False).square().sum(), (q, v))
+    assert all(torch.equal(a, b) for a, b in zip(direct, recomputed, strict=True))
+
+
+@pytest.mark.parametrize("case", ["plain", "everything"])
+def test_low_precision_is_rounded_once(case: str) -> None:
+    inputs = make_inputs(case)
+    rounded = {name: x.bfloat16() if x.is_floating_point() else x for name, x in inputs.items()}
+    precise = {name: x.float() if x.is_floating_point() else x for name, x in rounded.items()}
+    assert torch.equal(run(case, rounded, "reference"), run(case, precise, "reference").bfloat16())
+
+
+@pytest.mark.parametrize("case", ["plain", "everything"])
+def test_autocast_reaches_the_arguments_and_not_the_op(case: str) -> None:
+    inputs = make_inputs(case)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = run(case, inputs)
+    assert out.dtype == torch.bfloat16
+    rounded = {name: inputs[name].bfloat16() for name in ("q", "k", "v")}
+    assert torch.equal(out, run(case, inputs | rounded))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, None),
+        ({"dtype": torch.float32}, "takes float16 and bfloat16"),
+        ({"width": 20}, "multiple of 8"),
+        ({"width": 264}, "multiple of 8"),
+        ({"scale": 0.5}, "default scale"),
+        ({"lengths": ()}, "empty batch"),
+        ({"capability": (7, 5)}, "compute capability"),
+    ],
+)
+def test_cuda_calls_varlen_attn_where_it_serves(
+    change: dict[str, Any], message: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a GPU: tensors that pretend to be on one go as far as the fake kernel of PyTorch."""
+    good: dict[str, Any] = {"dtype": torch.bfloat16, "width": 64, "lengths": (10, 0, 20), "capability": (8, 0)}
+    case = good | change
+    scale = case.get("scale")
+    called = []
+
+    def spy(*arguments: Any) -> Any:
+        called.append(arguments)
+        return varlen_attn(*arguments)
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: case["capability"])
+    monkeypatch.setattr(varlen, "varlen_attn", spy)
+    monkeypatch.setattr(_dispatch, "DEFAULT_BACKEND", None)
+    with FakeTensorMode():
+        layout = layout_of(case["lengths"], "cuda")
+        q = torch.empty(layout.total, 2, case["width"], dtype=case["dtype"], device="cuda")
+        out = varlen_attention(q, q, q, layout, scale=scale)
+        assert (out.shape, out.dtype, out.device) == (q.shape, q.dtype, q.device)
+        if message is not None:
+            with pytest.raises(ValueError, match=f"backend='torch': .*{message}.*available: reference"):
+                varlen_attention(q, q, q, layout, scale=scale, backend="torch")
+    assert bool(called) == (message is None)
+
+
+def test_rejects_bad_input() -> None:
+    layout = layout_of((12, 8))
+    q, k, v = (torch.randn(20, 2, 4) for _ in range(3))
+    bias = torch.randn(2, 5)
+    changes: dict[str, dict[str, Any]] = {
+        r"q: expected \(20, H, E\)": {"q": torch.randn(19, 2, 4)},
+        r"q: expected .* got \(20, 8\)": {"q": torch.randn(20, 8)},
+        r"k: expected \(20, 2, 4\)": {"k": torch.randn(20, 1, 4)},
+        "v: expected .* torch.float32, as q, got .* torch.float64": {"v": v.double()},
+        "dropout_p: must be": {"dropout_p": 1.0},
+        r"seed: expected \(\) torch.int64": {"dropout_p": 0.1, "seed": torch.tensor([1])},
+        "seed: expected .* got .* torch.int32": {"dropout_p": 0.1, "seed": torch.tensor(1, dtype=torch.int32)},
+        r"distance_bias: expected \(2, 2R\+1\), got \(2, 6\)": {"distance_bias": torch.randn(2, 6)},
+        r"distance_bias: expected \(2, 2R\+1\), got \(3, 5\)": {"distance_bias": torch.randn(3, 5)},
+        "gate: given, but": {"gate": torch.ones(20, 2)},
+        r"gate: expected \(20, 2\)": {"distance_bias": bias, "gate": torch.ones(2, 20)},
+        "backend='torch': .*no distance bias.*available: reference": {"distance_bias": bias, "backend": "torch"},
+        "backend='torch': .*no dropout.*available: reference": {"dropout_p": 0.1, "backend": "torch"},
+        "backend='warp': not available for varlen_attention on cpu": {"backend": "warp"},
+    }
+    good: dict[str, Any] = {"q": q, "k": k, "v": v, "layout": layout}
+    for message, change in changes.items():
+        with pytest.raises(ValueError, match=message):
+            varlen_attention(**(good | change))
