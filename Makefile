@@ -12,7 +12,7 @@ STEPS  ?= 200
 BIN       := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEMO      := demo
-SOURCES   := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
+SOURCES   := $(shell find csrc _build -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.py')
 
 .PHONY: pretrain test lint clean
 
@@ -41,4 +41,4 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) $(DEMO) build dist runs fastssl/*.so *.egg-info
+	rm -rf $(VENV) $(DEMO) build dist runs fastssl/*.so fastssl/_build_report.json *.egg-info

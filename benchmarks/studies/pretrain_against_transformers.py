@@ -83,11 +83,11 @@ def step_there(learner: Learner, padded: torch.Tensor, lengths: list[int], updat
     shape = (len(lengths), int(frames.max()))
     attention = torch.arange(shape[1]) < frames.unsqueeze(1)
     config = model.config
-    mask = _compute_mask_indices(
+    masked = _compute_mask_indices(
         shape, config.mask_time_prob, config.mask_time_length, attention_mask=attention.long(), min_masks=2
     )
-    negatives = _sample_negative_indices(shape, config.num_negatives, mask)
-    mask, negatives = torch.from_numpy(mask), torch.from_numpy(negatives)
+    negatives = torch.from_numpy(_sample_negative_indices(shape, config.num_negatives, masked))
+    mask = torch.from_numpy(masked)
     model.set_gumbel_temperature(temperature_at(update))
     output = model(padded, mask_time_indices=mask, sampled_negative_indices=negatives)
     learner.step(output.loss / mask.sum())
@@ -112,7 +112,9 @@ def make_learners(updates: int) -> tuple[Learner, Learner]:
     # Transformers has no features penalty.
     config = replace(PRESETS["wav2vec2-tiny"], features_penalty_weight=0.0)
     ours = Wav2Vec2ForPreTraining(config)
-    values = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(config).items()}
+    values: dict[str, Any] = {
+        name: list(value) if isinstance(value, tuple) else value for name, value in vars(config).items()
+    }
     theirs = transformers.Wav2Vec2ForPreTraining(transformers.Wav2Vec2Config(**values))
     theirs.load_state_dict(ours.state_dict())
     return Learner(ours, updates), Learner(theirs, updates)
@@ -142,13 +144,16 @@ def main() -> None:
         row["transformers"] = step_there(theirs, padded, lengths, update)
         rows.append(row)
         if (update + 1) % 50 == 0:
-            print(f"{update + 1:5d} " + "  ".join(_describe(rows[-50:], name) for name in ("fastssl", "transformers")))
+            print(
+                f"{update + 1:5d} " + "  ".join(_describe(rows[-50:], n) for n in ("fastssl", "transformers")),
+                flush=True,
+            )
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     args.output.write_text(
         json.dumps(
             {
                 "study": "pretrain_against_transformers",
-                "machine": {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
+                "machine": {"processor": _processor(), "threads": torch.get_num_threads()},
                 "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
                 "commit": commit,
                 "settings": {"updates": args.updates, "crop_s": args.crop_s, "max_duration_s": args.max_duration_s},
@@ -159,7 +164,7 @@ def main() -> None:
                     for first in range(0, len(rows), 50)
                 ],
                 "median_seconds_per_update": {
-                    name: statistics.median(row[name]["seconds"] for row in rows) for name in ("fastssl", "transformers")
+                    name: _average(rows, name)["median_seconds"] for name in ("fastssl", "transformers")
                 },
                 "median_of_ratios": statistics.median(
                     row["transformers"]["seconds"] / row["fastssl"]["seconds"] for row in rows
@@ -169,6 +174,11 @@ def main() -> None:
         )
         + "\n"
     )
+
+
+def _processor() -> str:
+    names = [line.partition(": ")[2] for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    return names[0] if names else platform.machine()
 
 
 def _average(rows: list[dict[str, Any]], name: str) -> dict[str, float]:
