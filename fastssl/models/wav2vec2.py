@@ -50,7 +50,7 @@ class Wav2Vec2Config(EncoderConfig):
     features_penalty_weight: float = 10.0
 
 
-#: Sizes of the paper, with the dropouts of fairseq's recipes, and a size for CPUs and tests.
+#: Sizes of the paper with the settings of fairseq's recipes, and a size for CPUs and tests; `recipes/` trains them.
 PRESETS = {
     "wav2vec2-base": Wav2Vec2Config(
         activation_dropout=0.0,
@@ -68,14 +68,13 @@ PRESETS = {
         hidden_dropout=0.0,
         attention_dropout=0.0,
         activation_dropout=0.0,
-        feat_proj_dropout=0.1,
-        feat_quantizer_dropout=0.1,
         layerdrop=0.0,
         feat_extract_norm="layer",
         conv_bias=True,
         do_stable_layer_norm=True,
         codevector_dim=768,
         proj_codevector_dim=768,
+        features_penalty_weight=0.0,
     ),
     "wav2vec2-tiny": Wav2Vec2Config(
         hidden_size=192,
@@ -91,6 +90,7 @@ PRESETS = {
         num_codevectors_per_group=64,
         codevector_dim=64,
         proj_codevector_dim=64,
+        features_penalty_weight=0.0,
     ),
 }
 

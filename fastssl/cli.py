@@ -1,0 +1,324 @@
+"""The command line. Each command imports what it needs when it runs, so that `--help` and `info` answer at once."""
+
+import argparse
+import dataclasses
+import glob
+import logging
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from importlib import metadata, util
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+_RECIPES = Path(__file__).resolve().parent / "recipes"
+_DEFAULT_RECIPE = "wav2vec2-base"
+#: What the commands other than `info` import, by the name pip knows.
+_TRAIN_EXTRA = ("jsonargparse", "lhotse", "lightning", "matplotlib", "rich", "soundfile", "tensorboard")
+_AUDIO_HELP = (
+    "Folder of recordings (WAV, FLAC, OGG, MP3; any sample rate, any number of channels; subfolders too), "
+    "Lhotse manifest (.jsonl.gz), or Lhotse shar directory."
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status."""
+    commands: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
+        "pretrain": (_pretrain, "train an encoder on a folder of audio"),
+        "extract": (_extract, "write the features of every recording"),
+        "prepare": (_prepare, "look through a folder once and write a manifest (optional)"),
+        "info": (_info, "show the kernels of each op, and why one is missing"),
+    }
+    width = max(len(name) for name in commands)
+    parser = argparse.ArgumentParser(
+        prog="fastssl",
+        description="Self-supervised speech encoders that never compute padding.",
+        epilog="commands:\n"
+        + "".join(f"  {name:{width}}  {summary}\n" for name, (_, summary) in commands.items())
+        + "\n`fastssl COMMAND --help` explains a command. To begin:\n"
+        "  fastssl pretrain FOLDER --recipe wav2vec2-tiny --output runs/first",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=commands, metavar="COMMAND", help=", ".join(commands))
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    command = parser.parse_args(given[:1]).command
+    if command != "info":
+        missing = [name for name in _TRAIN_EXTRA if util.find_spec(name) is None]
+        if missing:
+            print(f"fastssl {command} needs {', '.join(missing)}: pip install 'fastssl[train]'", file=sys.stderr)
+            return 1
+    run = commands[command][0]
+    try:
+        run(given[1:])
+    except ValueError as error:
+        if not _is_for_the_user(error):
+            raise
+        print(f"fastssl {command}: {error}", file=sys.stderr)
+        return 1
+    except RuntimeError as error:
+        from fastssl.train.module import TrainingError
+
+        if not isinstance(error, TrainingError):
+            raise
+        # The log has said it, once for all processes.
+        return 1
+    return 0
+
+
+def _is_for_the_user(error: ValueError) -> bool:
+    """Whether the package itself refused something; what other packages raise is a defect, and keeps its traceback."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return Path(frame.f_code.co_filename).is_relative_to(Path(__file__).parent)
+
+
+def recipes() -> dict[str, Path]:
+    """The recipes of the package by name."""
+    return {path.stem: path for path in sorted(_RECIPES.glob("*.yaml"))}
+
+
+def _pretrain(arguments: Sequence[str]) -> None:
+    from fastssl.train.config import PretrainConfig
+
+    parser = _pretrain_parser(arguments)
+    settings = parser.instantiate(parser.parse_args(list(arguments)))
+    if settings.get("audio") is None:
+        parser.error("AUDIO is missing: the folder, manifest or shar directory to train on")
+    # Relative paths in RUN/config.yaml would mean something else elsewhere.
+    data = settings.data
+    if isinstance(data.valid, str):
+        data = dataclasses.replace(data, valid=str(Path(data.valid).absolute()))
+    config = PretrainConfig(
+        audio=str(Path(settings.audio).absolute()),
+        output=settings.output,
+        seed=settings.seed,
+        init=None if settings.init is None else str(Path(settings.init).absolute()),
+        model=settings.model,
+        data=data,
+        optimizer=settings.optimizer,
+        temperature=settings.temperature,
+        trainer=settings.trainer,
+    )
+    # Lightning takes seconds to import, which a wrong option should not.
+    from fastssl.train.pretrain import is_first_process, pretrain
+
+    _log_to_console(logging.INFO if is_first_process() else logging.WARNING)
+    pretrain(config, resume=settings.resume)
+
+
+def _pretrain_parser(arguments: Sequence[str]) -> "ArgumentParser":
+    """The parser, its defaults already those of recipe, config, or the run to resume, so that `--help` shows them.
+
+    What stands on the command line then wins, wherever it stands.
+    """
+    from fastssl.models.wav2vec2 import Wav2Vec2Config
+    from fastssl.train.config import DataConfig, OptimizerConfig, TemperatureConfig, TrainerConfig
+
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    peek.add_argument("--recipe")
+    peek.add_argument("--config")
+    peek.add_argument("--output")
+    peek.add_argument("--resume", action="store_true")
+    peeked, _ = peek.parse_known_args(list(arguments))
+    defaults = [_recipe_path(peeked.recipe or _DEFAULT_RECIPE)]
+    if peeked.resume and peeked.output is not None:
+        defaults = [Path(peeked.output) / "config.yaml"]
+        if not defaults[0].is_file():
+            raise ValueError(f"--resume: there is no run in {peeked.output} (looked for {defaults[0]})")
+    if peeked.config is not None:
+        if not Path(peeked.config).is_file():
+            raise ValueError(f"--config: there is no file {peeked.config}")
+        defaults.append(Path(peeked.config))
+
+    parser = _parser(
+        "pretrain",
+        "Train an encoder by wav2vec 2.0's objective. RUN gets config.yaml, checkpoints/, logs/ (TensorBoard), "
+        "metrics.csv, report.png and encoder/, which Transformers opens. "
+        "`--config RUN/config.yaml --output OTHER` repeats a run.",
+        defaults=defaults,
+    )
+    # A default of None would replace what --config says.
+    parser.add_argument("audio", nargs="?", default=argparse.SUPPRESS, metavar="AUDIO", help=_AUDIO_HELP)
+    parser.add_argument(
+        "--recipe",
+        metavar="NAME",
+        default=_DEFAULT_RECIPE,
+        help=f"Where the settings below start from: {', '.join(recipes())}, or a YAML file.",
+    )
+    parser.add_argument("--config", metavar="FILE", help="More settings from a YAML file, such as RUN/config.yaml.")
+    parser.add_argument("--output", required=True, metavar="RUN", help="Folder of the run; must not exist yet.")
+    parser.add_argument(
+        "--resume", action="store_true", help="Continue the run in RUN, with its settings, as if it had never stopped."
+    )
+    parser.add_argument(
+        "--init",
+        type=str | None,
+        metavar="MODEL",
+        help="Start from these weights, with a new optimiser: a Transformers folder, or an earlier run.",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="All randomness of the run derives from it.")
+    parser.add_argument("--model", type=Wav2Vec2Config, default=Wav2Vec2Config())
+    parser.add_argument("--data", type=DataConfig, default=DataConfig())
+    parser.add_argument("--optimizer", type=OptimizerConfig, default=OptimizerConfig())
+    parser.add_argument("--temperature", type=TemperatureConfig, default=TemperatureConfig())
+    parser.add_argument("--trainer", type=TrainerConfig, default=TrainerConfig())
+    return parser
+
+
+def _recipe_path(name: str) -> Path:
+    known = recipes()
+    if name in known:
+        return known[name]
+    if name.endswith((".yaml", ".yml")) and Path(name).is_file():
+        return Path(name)
+    raise ValueError(f"--recipe: there is no {name!r}; there are {', '.join(known)}, and any YAML file")
+
+
+def _extract(arguments: Sequence[str]) -> None:
+    parser = _parser(
+        "extract",
+        "Write the features of every recording: safetensors shards, and index.jsonl with file, shard, key, layer, "
+        "frames and frame period. Started again with the same arguments, it goes on where it was.",
+    )
+    parser.add_argument("model", metavar="MODEL", help="A run of `fastssl pretrain`, or a Transformers folder.")
+    parser.add_argument("audio", metavar="AUDIO", help=_AUDIO_HELP)
+    parser.add_argument("--output", required=True, metavar="FEATURES", help="Folder for shards and index.")
+    parser.add_argument(
+        "--layer", type=int | None, help="0 is the input of the first layer; null is the output of the last."
+    )
+    parser.add_argument("--chunk_s", type=float, default=60.0, help="Longer recordings are encoded in chunks, seconds.")
+    parser.add_argument("--overlap_s", type=float, default=6.0, help="What neighbouring chunks share, seconds.")
+    parser.add_argument("--channel", type=int | None, help="The channel to read; null averages all of them.")
+    parser.add_argument("--shard_mb", type=float, default=512.0, help="Size of a shard, megabytes.")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one.")
+    settings = parser.parse_args(list(arguments))
+    from fastssl.train.extract import extract
+
+    _log_to_console()
+    extract(
+        settings.model,
+        settings.audio,
+        settings.output,
+        layer=settings.layer,
+        chunk_s=settings.chunk_s,
+        overlap_s=settings.overlap_s,
+        channel=settings.channel,
+        shard_mb=settings.shard_mb,
+        device=settings.device,
+    )
+
+
+def _prepare(arguments: Sequence[str]) -> None:
+    from fastssl.data.corpus import open_corpus, write_manifest
+
+    parser = _parser(
+        "prepare",
+        "Read the headers of all recordings once and write a Lhotse manifest, which pretrain and extract take in "
+        "place of the folder. Worth it for large folders on slow disks.",
+    )
+    parser.add_argument("audio", metavar="AUDIO", help=_AUDIO_HELP)
+    parser.add_argument("--output", required=True, metavar="MANIFEST", help="File to write, NAME.jsonl.gz.")
+    parser.add_argument("--min_duration_s", type=float, default=2.0, help="Shorter recordings are left out.")
+    parser.add_argument("--window_s", type=float, default=60.0, help="Longer recordings become windows of this length.")
+    parser.add_argument(
+        "--max_bad_fraction", type=float, default=0.05, help="It is an error when more than this fraction is unusable."
+    )
+    settings = parser.parse_args(list(arguments))
+    corpus = open_corpus(
+        settings.audio,
+        min_duration_s=settings.min_duration_s,
+        window_s=settings.window_s,
+        max_bad_fraction=settings.max_bad_fraction,
+    )
+    write_manifest(corpus, Path(settings.output))
+    for problem in corpus.problems:
+        print(f"left out: {problem}", file=sys.stderr)
+    print(
+        f"{settings.output}: {corpus.num_recordings} recordings, {corpus.duration_s / 3600:.2f} hours, "
+        f"{len(corpus.problems)} left out"
+    )
+
+
+def _info(arguments: Sequence[str]) -> None:
+    """Print what there is; nothing but the core dependencies is needed."""
+    argparse.ArgumentParser(
+        prog="fastssl info", description="Show the kernels of each op per device, and why one is missing."
+    ).parse_args(list(arguments))
+    import platform
+
+    import torch
+
+    from fastssl import ops
+
+    versions = [f"{name} {_version(name)}" for name in ("fastssl", "torch", "triton", "numpy", "safetensors")]
+    print(", ".join([f"python {platform.python_version()}", *versions]))
+    print(f"CPU: {_cpu_name()}, {torch.get_num_threads()} threads")
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+        print(f"GPU: {', '.join(names)} (CUDA {torch.version.cuda})")
+    else:
+        print(f"GPU: none that torch can use (torch is built for {_torch_build()})")
+    if ops._dispatch.DEFAULT_BACKEND is not None:
+        print(f"FASTSSL_BACKEND={ops._dispatch.DEFAULT_BACKEND}")
+    for device, reason in ops._dispatch.COMPILED_MODULES.items():
+        print(f"compiled module for {device}: {reason or 'loaded'}")
+    for op, devices in ops._dispatch.BACKENDS.items():
+        print(f"\n{op}")
+        for device, backends in devices.items():
+            print(f"  {device}: {', '.join(backends)}")
+            for (backend, place), reason in ops._dispatch.MISSING[op].items():
+                if place == device:
+                    print(f"    no {backend}: {reason}")
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _cpu_name() -> str:
+    import platform
+
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _torch_build() -> str:
+    import torch
+
+    return f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU"
+
+
+def _parser(command: str, description: str, *, defaults: Sequence[Path] = ()) -> "ArgumentParser":
+    from jsonargparse import ArgumentParser
+
+    return ArgumentParser(
+        prog=f"fastssl {command}",
+        description=description,
+        allow_abbrev=False,
+        default_config_files=[glob.escape(str(path)) for path in defaults],
+    )
+
+
+class _ConsoleHandler(logging.Handler):
+    """Prints above the progress bar; errors go to the error output."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from rich import get_console
+
+        if record.levelno >= logging.ERROR:
+            print(f"fastssl: {self.format(record)}", file=sys.stderr)
+            return
+        get_console().print(self.format(record), markup=False, highlight=False, soft_wrap=True)
+
+
+def _log_to_console(level: int = logging.INFO) -> None:
+    package = logging.getLogger("fastssl")
+    package.handlers = [_ConsoleHandler()]
+    package.setLevel(level)

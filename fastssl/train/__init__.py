@@ -1,0 +1,1 @@
+"""Training: Lightning modules and data modules, what they report, and the runs they leave."""

@@ -1,0 +1,132 @@
+"""Checkpoints that are whole or not there, and weights to start from."""
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from fastssl.models.encoder import EncoderConfig, read_config, read_weights
+from fastssl.models.wav2vec2 import Wav2Vec2Config, Wav2Vec2ForPreTraining
+
+#: Settings of the encoder that may differ from those of the weights it starts from; the others decide the shapes, or
+#: what the weights compute.
+_FREE_FIELDS = frozenset(
+    {
+        "hidden_dropout",
+        "attention_dropout",
+        "activation_dropout",
+        "feat_proj_dropout",
+        "layerdrop",
+        "initializer_range",
+        "feature_grad_mult",
+    }
+)
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes beside the target, then renames.
+
+    Lightning's own writer puts its temporary file in the system's temporary folder, and moving it from there to
+    another file system is a copy that a kill leaves half done.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+        """Write a checkpoint that is on the disk, whole, when it has its name."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        with temporary.open("wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+
+
+class PeriodicCheckpoint(Checkpoint):
+    """Saves `last.ckpt` every `every` updates and at the end, and `<update>.ckpt` every `keep_every`.
+
+    Where held-out recordings are scored after the same update, the checkpoint waits for the scores: a run that
+    resumes from it would not score them again.
+    """
+
+    def __init__(self, folder: Path, *, every: int, keep_every: int | None, scores_every: int | None) -> None:
+        self.folder = folder
+        self.every = every
+        self.keep_every = keep_every
+        self.scores_every = scores_every
+        self._saved = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A resumed run has its checkpoint already."""
+        self._saved = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save, unless scores are due."""
+        if self.scores_every is None or trainer.global_step % self.scores_every:
+            self._save_where_due(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save with the scores."""
+        self._save_where_due(trainer)
+
+    def _save_where_due(self, trainer: Trainer) -> None:
+        update = trainer.global_step
+        due = update % self.every == 0 or update == trainer.max_steps
+        if not due or update == self._saved:
+            return
+        self._saved = update
+        if self.keep_every is not None and update % self.keep_every == 0:
+            trainer.save_checkpoint(self.folder / f"{update:07d}.ckpt")
+        trainer.save_checkpoint(self.folder / "last.ckpt")
+
+
+def saved_update(checkpoint: Path) -> int:
+    """How many updates a checkpoint has behind it."""
+    return int(torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"])
+
+
+def initialise(model: Wav2Vec2ForPreTraining, source: str) -> bool:
+    """Copy the weights of a Transformers folder or an earlier run into a model.
+
+    Args:
+        model: Takes the weights.
+        source: A folder with config.json and weights, or a run: its last checkpoint, else its `encoder/`.
+
+    Returns:
+        Whether the quantiser and the projections came with it; an encoder alone leaves them fresh.
+
+    Raises:
+        ValueError: The folder holds no weights, or those of another architecture.
+    """
+    folder = Path(source)
+    checkpoint = folder / "checkpoints" / "last.ckpt"
+    name = f"--init {source}"
+    if checkpoint.is_file():
+        config = Wav2Vec2Config.from_dict(yaml.safe_load((folder / "config.yaml").read_text())["model"])
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+        weights = {key.removeprefix("model."): tensor for key, tensor in state.items()}
+    else:
+        if (folder / "encoder" / "config.json").is_file():
+            folder = folder / "encoder"
+        try:
+            config = Wav2Vec2Config.from_dict(read_config(folder))
+            weights = read_weights(folder)
+        except ValueError as error:
+            raise ValueError(f"{name}: no run (there is no {checkpoint}) and no Transformers model: {error}") from None
+    differences = [
+        f"model.{field.name} is {getattr(config, field.name)} there and {getattr(model.config, field.name)} here"
+        for field in dataclasses.fields(EncoderConfig)
+        if field.name not in _FREE_FIELDS and getattr(config, field.name) != getattr(model.config, field.name)
+    ]
+    if differences:
+        raise ValueError(f"{name}: another architecture: {'; '.join(differences)}")
+    model.load_weights(weights, name=name)
+    return all(key in weights for key in model.state_dict() if not key.startswith("wav2vec2."))

@@ -1,0 +1,236 @@
+"""The settings of a pre-training run: what `--help` shows, what a recipe sets, what RUN/config.yaml keeps."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from fastssl.models.wav2vec2 import Wav2Vec2Config
+
+#: Settings that `--resume` may change, because they change neither weights nor batches of the updates still to come
+#: (`max_steps` moves the end of the learning rate's decay; whoever sets it asks for that).
+RESUMABLE = (
+    "audio",
+    "output",
+    "data.max_bad_fraction",
+    "data.num_workers",
+    "trainer.accelerator",
+    "trainer.accumulation",
+    "trainer.checkpoint_every",
+    "trainer.devices",
+    "trainer.keep_every",
+    "trainer.log_every",
+    "trainer.max_steps",
+    "trainer.num_nodes",
+    "trainer.progress",
+    "trainer.val_check_interval",
+)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is trained on, and in which portions.
+
+    Args:
+        max_duration_s: Seconds of audio per batch and process, counted after cropping.
+        crop_s: Recordings are cropped to this many seconds, at a random place on every draw; null trains on whole ones.
+        min_duration_s: Recordings shorter than this, or than a crop, are left out.
+        window_s: Longer recordings are read in windows of this many seconds, drawn in proportion to their duration.
+        valid: Held-out recordings to score: a folder or manifest, or a fraction of AUDIO; 0 scores nothing.
+        channel: The channel to read; null averages all of them.
+        max_bad_fraction: Training stops when more than this fraction of the recordings cannot be used.
+        num_workers: Processes that decode audio, per training process; null chooses by the number of cores.
+    """
+
+    max_duration_s: float = 87.5
+    crop_s: float | None = 15.625
+    min_duration_s: float = 2.0
+    window_s: float = 60.0
+    valid: float | str = 0.01
+    channel: int | None = None
+    max_bad_fraction: float = 0.05
+    num_workers: int | None = None
+
+    def __post_init__(self) -> None:
+        _require_positive("data", self, "max_duration_s", "window_s")
+        if self.crop_s is not None and self.crop_s <= 0:
+            raise ValueError(f"data.crop_s: must be positive, or null for whole recordings, got {self.crop_s}")
+        if self.crop_s is not None and self.crop_s > self.max_duration_s:
+            raise ValueError(f"data.crop_s: {self.crop_s} s is more than data.max_duration_s={self.max_duration_s}")
+        if not isinstance(self.valid, str) and not 0 <= self.valid < 1:
+            raise ValueError(f"data.valid: a fraction must be at least 0 and below 1, got {self.valid}")
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise ValueError(f"data.max_bad_fraction: must be between 0 and 1, got {self.max_bad_fraction}")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Adam with decoupled weight decay; the learning rate rises linearly, then falls linearly to 0 at max_steps.
+
+    Args:
+        lr: The highest learning rate.
+        betas: Decay of the averages of the gradient and of its square.
+        eps: Added to the denominator.
+        weight_decay: Decoupled, on all parameters.
+        warmup_updates: Updates until the highest learning rate.
+        clip_norm: Gradients are scaled down to this norm where they exceed it; null does not clip.
+    """
+
+    lr: float = 5e-4
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = 1e-6
+    weight_decay: float = 0.01
+    warmup_updates: int = 32_000
+    clip_norm: float | None = None
+
+    def __post_init__(self) -> None:
+        _require_positive("optimizer", self, "lr", "eps")
+        if self.warmup_updates < 0:
+            raise ValueError(f"optimizer.warmup_updates: must not be negative, got {self.warmup_updates}")
+        if self.clip_norm is not None and self.clip_norm <= 0:
+            raise ValueError(f"optimizer.clip_norm: must be positive, or null not to clip, got {self.clip_norm}")
+
+    def lr_factor(self, update: int, max_steps: int) -> float:
+        """What the learning rate of an update (from 0) is multiplied by: never 0 before `max_steps`."""
+        if update < self.warmup_updates:
+            return (update + 1) / self.warmup_updates
+        return max(0.0, (max_steps - update) / max(1, max_steps - self.warmup_updates))
+
+
+@dataclass(frozen=True)
+class TemperatureConfig:
+    """Temperature of the Gumbel softmax that chooses codes: start * decay^update, never below end.
+
+    Args:
+        start: Temperature of the first update.
+        end: The lowest temperature.
+        decay: Factor per update.
+    """
+
+    start: float = 2.0
+    end: float = 0.5
+    decay: float = 0.999995
+
+    def __post_init__(self) -> None:
+        _require_positive("temperature", self, "start", "end", "decay")
+
+    def at(self, update: int) -> float:
+        """The temperature of an update, counted from 0."""
+        return float(max(self.end, self.start * self.decay**update))
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """How long, on what, and how often to report.
+
+    Args:
+        max_steps: Optimiser updates in all.
+        accumulation: Batches per process and update.
+        precision: bf16-mixed and 16-mixed keep weights and loss in fp32.
+        accelerator: Where to train.
+        devices: Processes on this machine, one per device.
+        num_nodes: Machines.
+        log_every: Updates between two rows of metrics.csv.
+        val_check_interval: Updates between two scores of the held-out recordings.
+        checkpoint_every: Updates between two checkpoints; the last one is kept.
+        keep_every: Updates between checkpoints that are kept for good; null keeps the last one alone.
+        progress: Show a progress bar on a terminal.
+    """
+
+    max_steps: int = 400_000
+    accumulation: int = 1
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    devices: int = 1
+    num_nodes: int = 1
+    log_every: int = 10
+    val_check_interval: int = 1000
+    checkpoint_every: int = 1000
+    keep_every: int | None = None
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        _require_positive("trainer", self, "max_steps", "accumulation", "devices", "num_nodes")
+        _require_positive("trainer", self, "log_every", "val_check_interval", "checkpoint_every")
+        if self.keep_every is not None and (self.keep_every <= 0 or self.keep_every % self.checkpoint_every):
+            raise ValueError(
+                f"trainer.keep_every: must be a multiple of trainer.checkpoint_every={self.checkpoint_every}, "
+                f"got {self.keep_every}"
+            )
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Everything that decides a run; `RUN/config.yaml` holds it, but for its own place.
+
+    Args:
+        audio: Folder of recordings, Lhotse manifest, or shar directory.
+        output: Folder of the run.
+        seed: All randomness of the run derives from it.
+        init: Folder with the weights to start from: a Transformers model or an earlier run; null starts from noise.
+        model: The encoder and its objective.
+        data: What is trained on.
+        optimizer: Adam.
+        temperature: Of the Gumbel softmax.
+        trainer: How long, and on what.
+    """
+
+    audio: str
+    output: str
+    seed: int = 0
+    init: str | None = None
+    model: Wav2Vec2Config = field(default_factory=Wav2Vec2Config)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    temperature: TemperatureConfig = field(default_factory=TemperatureConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+
+
+def write_config(config: PretrainConfig, path: Path) -> None:
+    """Write the settings as YAML, atomically; `fastssl pretrain --config` reads them back."""
+    values = _plain(dataclasses.asdict(config))
+    # A copy of the run must not write into the run.
+    del values["output"]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(yaml.safe_dump(values, sort_keys=False))
+    temporary.replace(path)
+
+
+def check_resumable(config: PretrainConfig, path: Path) -> None:
+    """Refuse to continue a run with settings that would make it another run.
+
+    Args:
+        config: The settings to continue with.
+        path: `RUN/config.yaml`.
+
+    Raises:
+        ValueError: A setting differs that `--resume` cannot change; the message lists all of them.
+    """
+    before = _flatten(yaml.safe_load(path.read_text()))
+    after = _flatten(_plain(dataclasses.asdict(config)))
+    changed = [name for name in after if name not in RESUMABLE and before.get(name) != after[name]]
+    if changed:
+        differences = "; ".join(f"{name}: {before.get(name)} in the run, {after[name]} now" for name in changed)
+        raise ValueError(f"--resume: these cannot change in mid-run: {differences}; begin a new run with --init")
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, the way YAML gives them back."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (tuple, list)) else value
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        flat.update(_flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return flat
+
+
+def _require_positive(group: str, config: object, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) <= 0:
+            raise ValueError(f"{group}.{name}: must be positive, got {getattr(config, name)}")

@@ -1,0 +1,182 @@
+"""Corpora and loaders of a run, and the account of the recordings that cannot be used."""
+
+import hashlib
+import os
+from typing import Any
+
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader
+
+from fastssl.data.batches import AudioBatch, BatchSpec, UpdateSampler, WaveformDataset, fixed_batches
+from fastssl.data.corpus import Corpus, Problem, open_corpus, split_corpus
+from fastssl.train.config import DataConfig
+from fastssl.train.module import TrainingError
+
+#: Below this many unusable recordings, or draws, a fraction means nothing.
+_FEW_RECORDINGS, _FEW_DRAWS = 3, 200
+
+
+class Account:
+    """Recordings drawn so far, and by name those that could not be used.
+
+    Args:
+        total: Recordings of the corpus, or windows of long ones.
+        max_bad_fraction: Of the recordings drawn so far, how many may fail.
+        left_out: Problems found before the first draw, in the headers; they do not count against `max_bad_fraction`
+            here, because `open_corpus` has judged them.
+    """
+
+    def __init__(self, total: int, max_bad_fraction: float, left_out: list[Problem]) -> None:
+        self.total = total
+        self.max_bad_fraction = max_bad_fraction
+        self.left_out = left_out
+        self.draws = 0
+        self.unusable: dict[str, str] = {}
+
+    def note(self, draws: int, problems: list[Problem]) -> list[Problem]:
+        """Add what an update drew, over all processes; returns the problems that are new.
+
+        Raises:
+            TrainingError: More than `max_bad_fraction` of the recordings drawn so far failed.
+        """
+        self.draws += draws
+        fresh = list({problem.name: problem for problem in problems if problem.name not in self.unusable}.values())
+        self.unusable |= {problem.name: problem.reason for problem in fresh}
+        # One pass over the corpus draws everything, so more draws than recordings are no new recordings.
+        drawn = min(self.draws, self.total)
+        few = min(_FEW_DRAWS, self.total)
+        failed = len(self.unusable)
+        if fresh and failed >= min(_FEW_RECORDINGS, few) and failed > self.max_bad_fraction * max(drawn, few):
+            examples = "; ".join(f"{name} {reason}" for name, reason in list(self.unusable.items())[:5])
+            raise TrainingError(
+                f"{failed} of the {drawn} recordings drawn so far cannot be used, more than "
+                f"data.max_bad_fraction={self.max_bad_fraction:g} allows, among them: {examples}"
+            )
+        return fresh
+
+
+class PretrainDataModule(LightningDataModule):
+    """Loaders of a pre-training run.
+
+    The training loader never ends, and its batches are a function of seed and position alone. The position that is
+    saved counts batches that have been stepped on: with workers, the sampler itself is ahead of the model.
+
+    Args:
+        audio: Folder, manifest or shar directory.
+        config: How it is read and cut into batches.
+        normalize: Whether waveforms are brought to zero mean and unit variance.
+        seed: Of the order and the crops.
+        accumulation: Batches per process and update.
+
+    Raises:
+        ValueError: There is nothing to train on, or too much of it is unusable.
+    """
+
+    def __init__(self, audio: str, config: DataConfig, *, normalize: bool, seed: int, accumulation: int) -> None:
+        super().__init__()
+        self.config = config
+        self.normalize = normalize
+        self.seed = seed
+        self.accumulation = accumulation
+        self.train_corpus = self._open(audio)
+        self.valid_corpus: Corpus | None = None
+        if isinstance(config.valid, str):
+            self.valid_corpus = self._open(config.valid)
+        elif config.valid > 0:
+            self.train_corpus, self.valid_corpus = split_corpus(self.train_corpus, fraction=config.valid, seed=seed)
+        if self.valid_corpus is not None and len(self.valid_corpus.cuts) == 0:
+            self.valid_corpus = None
+        left_out = self.train_corpus.problems + (self.valid_corpus.problems if self.valid_corpus is not None else [])
+        self.account = Account(len(self.train_corpus.cuts), config.max_bad_fraction, left_out)
+        self._consumed = 0
+        self._digest = ""
+
+    def _open(self, source: str) -> Corpus:
+        config = self.config
+        shortest = min(config.min_duration_s, config.crop_s or config.min_duration_s)
+        return open_corpus(
+            source, min_duration_s=shortest, window_s=config.window_s, max_bad_fraction=config.max_bad_fraction
+        )
+
+    def train_dataloader(self) -> DataLoader[AudioBatch]:
+        """Batches without end, from where the run stands."""
+        assert self.trainer is not None
+        sampler = UpdateSampler(
+            self.train_corpus.cuts,
+            max_duration_s=self.config.max_duration_s,
+            crop_s=self.config.crop_s,
+            seed=self.seed,
+            rank=self.trainer.global_rank,
+            world_size=self.trainer.world_size,
+            accumulation=self.accumulation,
+            consumed=self._consumed,
+        )
+        return self._loader(sampler)
+
+    def val_dataloader(self) -> DataLoader[AudioBatch] | list[Any]:
+        """This process's share of the held-out batches.
+
+        The diversity loss talks to the other processes in every batch, so all have the same number: empty ones fill up.
+        """
+        assert self.trainer is not None
+        if self.valid_corpus is None:
+            return []
+        config = self.config
+        specs = fixed_batches(
+            self.valid_corpus.cuts, max_duration_s=config.max_duration_s, crop_s=config.crop_s, seed=self.seed
+        )
+        rank, world_size = self.trainer.global_rank, self.trainer.world_size
+        share = specs[rank::world_size]
+        share += [BatchSpec(0, (), config.crop_s, self.seed)] * (-(-len(specs) // world_size) - len(share))
+        return self._loader(share)
+
+    def _loader(self, sampler: Any) -> DataLoader[AudioBatch]:
+        workers = self.config.num_workers
+        if workers is None:
+            workers = min(4, max(1, (os.cpu_count() or 1) // 2))
+        return DataLoader(
+            WaveformDataset(normalize=self.normalize, channel=self.config.channel),
+            sampler=sampler,
+            batch_size=None,
+            num_workers=workers,
+            pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Batches stepped on, and the account; plain values only, so that a checkpoint loads without pickle."""
+        assert self.trainer is not None
+        return {
+            "updates": self.trainer.global_step,
+            "batches_per_update": self.accumulation * self.trainer.world_size,
+            "corpus": self._fingerprint(),
+            "draws": self.account.draws,
+            "unusable": dict(self.account.unusable),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue behind the batches that were stepped on.
+
+        Raises:
+            ValueError: The recordings, or the number of batches in an update, are no longer those of the run.
+        """
+        assert self.trainer is not None
+        per_update = self.accumulation * self.trainer.world_size
+        if state_dict["batches_per_update"] != per_update:
+            raise ValueError(
+                f"--resume: the run has {state_dict['batches_per_update']} batches in an update (devices x nodes x "
+                f"accumulation), and these settings make {per_update}"
+            )
+        if state_dict["corpus"] != self._fingerprint():
+            raise ValueError("--resume: AUDIO no longer has the recordings that the run began with; try --init")
+        self._consumed = state_dict["updates"] * self.accumulation
+        self.account.draws = state_dict["draws"]
+        self.account.unusable = dict(state_dict["unusable"])
+
+    def _fingerprint(self) -> str:
+        """Changes with the recordings to train on, of which the plan of batches is a function."""
+        if not self._digest:
+            digest = hashlib.blake2b(digest_size=16)
+            for cut in self.train_corpus.cuts:
+                digest.update(f"{cut.id} {cut.duration}\n".encode())
+            self._digest = digest.hexdigest()
+        return self._digest

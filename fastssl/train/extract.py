@@ -1,0 +1,253 @@
+"""`fastssl extract`: the features of every recording, in safetensors shards with an index."""
+
+import hashlib
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from lhotse.cut import Cut
+from rich import get_console
+from rich.progress import track
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fastssl.data.audio import SAMPLE_RATE_HZ, AudioError
+from fastssl.data.corpus import Problem, cut_name, open_corpus
+from fastssl.data.recordings import Chunk, read_chunks
+from fastssl.models.encoder import Encoder, load_encoder
+from fastssl.packing import Packed
+
+logger = logging.getLogger(__name__)
+
+#: Audio that goes through the encoder at a time; features do not depend on it.
+_BATCH_S = 60.0
+
+
+def extract(
+    model: str | Path,
+    audio: str | Path,
+    output: str | Path,
+    *,
+    layer: int | None = None,
+    chunk_s: float = 60.0,
+    overlap_s: float = 6.0,
+    channel: int | None = None,
+    shard_mb: float = 512.0,
+    device: str = "auto",
+) -> list[Problem]:
+    """Write the features of every recording.
+
+    `output` gets shards `features-00000.safetensors`, ..., of tensors (frames, width) fp32, and `index.jsonl`, a line
+    per recording: `file`, `shard`, `key` of the tensor in it, `layer`, `frames`, `frame_period_s`. A run that was
+    stopped goes on where it was.
+
+    Recordings longer than a chunk are encoded in chunks; a frame of theirs has at least half the overlap as context on
+    either side. An encoder with group norm (the base model) normalises over a whole chunk, so the features of such
+    recordings depend a little on `chunk_s` everywhere; one with layer norm (large) only through the lost context.
+
+    Args:
+        model: A run of `fastssl pretrain`, or a folder in Transformers' layout.
+        audio: Folder, Lhotse manifest or shar directory.
+        output: Folder for shards and index.
+        layer: 0 is the input of the first layer, L the output of the last; None is the last.
+        chunk_s: Longer recordings are cut into chunks of this length.
+        overlap_s: What neighbouring chunks share.
+        channel: The channel to read; None averages all of them.
+        shard_mb: A shard is closed when it has this much.
+        device: Where to encode; "auto" takes a GPU where there is one.
+
+    Returns:
+        The recordings that could not be used.
+
+    Raises:
+        ValueError: MODEL, AUDIO, the layer or the folder does not serve; the folder was begun with other settings.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    encoder = load_encoder(model).to(device)
+    layers = encoder.config.num_hidden_layers
+    if layer is not None and not 0 <= layer <= layers:
+        raise ValueError(f"--layer: the model has layers 0 to {layers}, got {layer}")
+    layer = layers if layer is None else layer
+    receptive_field = encoder.config.receptive_field_samples
+    corpus = open_corpus(audio, min_duration_s=receptive_field / SAMPLE_RATE_HZ, window_s=None, max_bad_fraction=1.0)
+    shards = _Shards(
+        Path(output),
+        settings={
+            "audio": str(Path(audio).absolute()),
+            "weights": _digest(encoder),
+            "layer": layer,
+            "chunk_s": chunk_s,
+            "overlap_s": overlap_s,
+            "channel": channel,
+        },
+        common={"layer": layer, "frame_period_s": encoder.config.samples_per_frame / SAMPLE_RATE_HZ},
+        shard_bytes=round(shard_mb * 1e6),
+    )
+    if shards.done:
+        logger.info("%d recordings are there already", len(shards.done))
+    problems = list(corpus.problems)
+    batch = _Batch(encoder, layer, shards)
+    cuts = [cut for cut in corpus.cuts if cut.id not in shards.done]
+    for cut in track(cuts, "recordings", console=get_console(), disable=not get_console().is_terminal):
+        chunks = read_chunks(
+            cut,
+            chunk_s=chunk_s,
+            overlap_s=overlap_s,
+            normalize=encoder.config.do_normalize,
+            channel=channel,
+            stride=encoder.config.samples_per_frame,
+            receptive_field=receptive_field,
+        )
+        try:
+            for chunk in chunks:
+                batch.add(cut, chunk)
+        except AudioError as error:
+            batch.drop(cut)
+            problems.append(Problem(cut_name(cut), str(error)))
+        else:
+            batch.finish(cut)
+    batch.encode()
+    shards.close()
+    for problem in problems:
+        logger.warning("left out: %s", problem)
+    logger.info("%d recordings in %s, %d left out", len(shards.done), output, len(problems))
+    return problems
+
+
+class _Batch:
+    """Chunks of several recordings that go through the encoder together.
+
+    A recording is written when all its chunks are encoded, and not at all when one of them turns out to be damaged.
+    """
+
+    def __init__(self, encoder: Encoder, layer: int, shards: "_Shards") -> None:
+        self.encoder = encoder
+        self.layer = layer
+        self.shards = shards
+        self._chunks: list[tuple[Cut, Chunk]] = []
+        self._parts: dict[str, list[Tensor]] = {}
+        self._finished: list[Cut] = []
+
+    def add(self, cut: Cut, chunk: Chunk) -> None:
+        self._chunks.append((cut, chunk))
+        if sum(len(chunk.waveform) for _, chunk in self._chunks) >= _BATCH_S * SAMPLE_RATE_HZ:
+            self.encode()
+
+    def drop(self, cut: Cut) -> None:
+        self._chunks = [(other, chunk) for other, chunk in self._chunks if other.id != cut.id]
+        self._parts.pop(cut.id, None)
+
+    def finish(self, cut: Cut) -> None:
+        self._finished.append(cut)
+
+    @torch.inference_mode()
+    def encode(self) -> None:
+        """Encode what is there, and write the recordings that are complete."""
+        if self._chunks:
+            device = next(self.encoder.parameters()).device
+            waveforms = Packed.pack([chunk.waveform for _, chunk in self._chunks]).to(device)
+            features = self.encoder(waveforms).hidden_states[self.layer].unpack()
+            for (cut, chunk), frames in zip(self._chunks, features, strict=True):
+                self._parts.setdefault(cut.id, []).append(frames[chunk.keep].cpu())
+            self._chunks.clear()
+        for cut in self._finished:
+            self.shards.add(cut, torch.cat(self._parts.pop(cut.id)))
+        self._finished.clear()
+
+
+class _Shards:
+    """The output folder: shards appear whole, and the index names only what is in them.
+
+    Args:
+        folder: Where; created if missing.
+        settings: What decides the features; kept beside them.
+        common: Index entries that all recordings share.
+        shard_bytes: A shard is closed when it has this much.
+
+    Raises:
+        ValueError: The folder was begun with other settings, or holds something else.
+    """
+
+    def __init__(self, folder: Path, *, settings: dict[str, Any], common: dict[str, Any], shard_bytes: int) -> None:
+        self.folder = folder
+        self.common = common
+        self.shard_bytes = shard_bytes
+        self._open: dict[str, Tensor] = {}
+        self._open_bytes = 0
+        self._files: dict[str, str] = {}
+        self._index = folder / "index.jsonl"
+        self._begin(settings)
+        entries = _read_index(self._index)
+        #: Keys of the recordings that are in the index.
+        self.done = {entry["key"] for entry in entries}
+        self._number = 1 + max((_shard_number(entry["shard"]) for entry in entries), default=-1)
+        # What a kill left of a last line must not be continued.
+        _replace(self._index, "".join(json.dumps(entry) + "\n" for entry in entries))
+
+    def _begin(self, settings: dict[str, Any]) -> None:
+        path = self.folder / "settings.json"
+        if path.is_file():
+            before = json.loads(path.read_text())
+            changed = [name for name, value in settings.items() if before.get(name) != value]
+            if changed:
+                differences = "; ".join(f"{name}: {before.get(name)} there, {settings[name]} now" for name in changed)
+                raise ValueError(f"--output: {self.folder} was begun with other settings ({differences})")
+            return
+        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+            raise ValueError(f"--output: {self.folder} exists, is not empty, and holds no features")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        _replace(path, json.dumps(settings, indent=2) + "\n")
+
+    def add(self, cut: Cut, features: Tensor) -> None:  # (T, D)
+        self._open[cut.id] = features.contiguous()
+        self._files[cut.id] = cut_name(cut)
+        self._open_bytes += features.nbytes
+        if self._open_bytes >= self.shard_bytes:
+            self.close()
+
+    def close(self) -> None:
+        """Write the open shard, then its lines of the index."""
+        if not self._open:
+            return
+        shard = f"features-{self._number:05d}.safetensors"
+        temporary = self.folder / f"{shard}.tmp"
+        save_file(self._open, temporary)
+        temporary.replace(self.folder / shard)
+        with self._index.open("a") as file:
+            for key, features in self._open.items():
+                entry = {"file": self._files[key], "shard": shard, "key": key, **self.common, "frames": len(features)}
+                file.write(json.dumps(entry) + "\n")
+        self.done |= self._open.keys()
+        self._number += 1
+        self._open.clear()
+        self._open_bytes = 0
+        self._files.clear()
+
+
+def _read_index(path: Path) -> list[dict[str, Any]]:
+    """The complete lines."""
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def _shard_number(name: str) -> int:
+    return int(name.removeprefix("features-").removesuffix(".safetensors"))
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def _digest(encoder: Encoder) -> str:
+    """Of the weights: another model is another set of features, whatever its folder is called."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in encoder.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,286 @@
+"""What a user sees of a run while it trains: progress bar, metrics.csv, TensorBoard, and warnings in words."""
+
+import logging
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from rich import get_console
+from rich.console import RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+from torch.utils.tensorboard import SummaryWriter
+
+from fastssl.data.batches import AudioBatch
+from fastssl.data.corpus import Problem
+from fastssl.train.data import Account
+from fastssl.train.metrics_file import MetricsFile
+from fastssl.train.module import PretrainModule, TrainingError
+
+logger = logging.getLogger(__name__)
+
+#: Updates in a row that look collapsed before it is said.
+_COLLAPSED_UPDATES = 100
+#: Of an update, averaged over the reporting interval weighted by masked frames; the others are sums or the latest.
+_AVERAGED = ("loss", "contrastive_loss", "diversity_loss", "features_penalty", "accuracy", "chance")
+
+
+def metric_columns(groups: int) -> list[str]:
+    """Columns of metrics.csv for a quantiser of so many groups."""
+    perplexities = [f"{kind}_perplexity_{group}" for kind in ("code", "prob") for group in range(groups)]
+    scores = ["loss", "contrastive_loss", "accuracy", "chance", *perplexities]
+    return [
+        "update",
+        "audio_hours",
+        *_AVERAGED,
+        *perplexities,
+        "grad_norm",
+        "learning_rate",
+        "temperature",
+        "masked_frames",
+        "utterances",
+        "unusable",
+        "audio_s_per_s",
+        *(f"valid_{name}" for name in scores),
+    ]
+
+
+class Monitor(Callback):
+    """Reports what the module measured, on the first process; keeps the account of unusable recordings, on all.
+
+    Args:
+        run: Folder of the run.
+        account: Of the recordings drawn.
+        groups: Of the quantiser.
+        log_every: Updates between two rows.
+        resume_at: The update that a resumed run continues behind; None for a new run.
+    """
+
+    def __init__(self, run: Path, account: Account, *, groups: int, log_every: int, resume_at: int | None) -> None:
+        self.run = run
+        self.account = account
+        self.groups = groups
+        self.log_every = log_every
+        self.resume_at = resume_at
+        self.audio_s = 0.0
+        #: What the progress bar shows: of the last update, and of the last row.
+        self.shown: dict[str, float] = {}
+        self._window: dict[str, float] = {}
+        self._problems: list[Problem] = []
+        self._named_held_out: set[str] = set()
+        self._collapsed = 0
+        self._clock = 0.0
+        self._timed_audio_s = 0.0
+        self._file: MetricsFile | None = None
+        self._board: SummaryWriter | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Audio seen, the open interval, and how long the codes look collapsed."""
+        return {"audio_s": self.audio_s, "window": dict(self._window), "collapsed": self._collapsed}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue where the checkpoint was written."""
+        self.audio_s = state_dict["audio_s"]
+        self._window = dict(state_dict["window"])
+        self._collapsed = state_dict["collapsed"]
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Open the files."""
+        if not trainer.is_global_zero or self._file is not None:
+            return
+        self._file = MetricsFile(self.run / "metrics.csv", metric_columns(self.groups), resume_at=self.resume_at)
+        purge = None if self.resume_at is None else self.resume_at + 1
+        self._board = SummaryWriter(self.run / "logs", purge_step=purge)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock of the throughput."""
+        self._clock = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: AudioBatch, batch_idx: int
+    ) -> None:
+        """Take in a batch, and after the last one of an update, the update."""
+        assert isinstance(pl_module, PretrainModule)
+        self._problems += batch.problems
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        update = pl_module.last_update
+        problems, self._problems = self._problems, []
+        # All processes know from the sums whether any of them has something to tell.
+        if update["unusable"] and trainer.world_size > 1:
+            everywhere: list[list[Problem]] = [[] for _ in range(trainer.world_size)]
+            torch.distributed.all_gather_object(everywhere, problems)
+            problems = [problem for part in everywhere for problem in part]
+        self._report_problems(trainer, self.account.note(round(update["drawn"]), problems))
+        if not update["masked_frames"] and trainer.is_global_zero:
+            logger.warning("update %d has no masked frame: nothing of its batch could be used", trainer.global_step)
+        self.audio_s += update["audio_s"]
+        self._timed_audio_s += update["audio_s"]
+        for name, value in update.items():
+            averaged = name in _AVERAGED or "perplexity" in name
+            self._window[name] = self._window.get(name, 0.0) + value * (update["masked_frames"] if averaged else 1.0)
+        self._watch_for_collapse(trainer, update)
+        self.shown |= update
+        if trainer.global_step % self.log_every == 0 or trainer.global_step == trainer.max_steps:
+            self._close_window(trainer, update)
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: AudioBatch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Name held-out recordings that cannot be used; they do not count against the limit."""
+        for problem in batch.problems:
+            if problem.name not in self._named_held_out:
+                logger.warning("unusable, held out: %s", problem)
+            self._named_held_out.add(problem.name)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Scoring is not counted in the throughput."""
+        self._clock -= time.perf_counter()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Report the scores."""
+        assert isinstance(pl_module, PretrainModule)
+        self._clock += time.perf_counter()
+        scores = {f"valid_{name}": value for name, value in pl_module.last_validation.items()}
+        scores = {name: value for name, value in scores.items() if name in metric_columns(self.groups)}
+        self.shown |= scores
+        self._write(trainer, scores)
+        if trainer.is_global_zero:
+            logger.info(
+                "held-out recordings after %d updates: loss %.3f, accuracy %.1f %% (chance %.1f %%)",
+                trainer.global_step,
+                scores["valid_contrastive_loss"],
+                100 * scores["valid_accuracy"],
+                100 * scores["valid_chance"],
+            )
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Log why training cannot go on, before anything is torn down: all processes have the same reason."""
+        if not trainer.is_global_zero:
+            return
+        if isinstance(exception, TrainingError):
+            logger.error("%s", exception)
+        elif isinstance(exception, (KeyboardInterrupt, SystemExit)):
+            logger.info("stopped after %d updates; --resume continues behind the last checkpoint", trainer.global_step)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Close TensorBoard's file."""
+        if self._board is not None:
+            self._board.close()
+
+    def _close_window(self, trainer: Trainer, update: dict[str, float]) -> None:
+        """Write the averages over the updates since the last row."""
+        now = time.perf_counter()
+        frames = max(1.0, self._window["masked_frames"])
+        row = {name: update[name] for name in ("learning_rate", "temperature", "grad_norm")}
+        for name, value in self._window.items():
+            if name in _AVERAGED or "perplexity" in name:
+                row[name] = value / frames
+            elif name in ("masked_frames", "utterances"):
+                row[name] = value
+        row["unusable"] = len(self.account.unusable)
+        row["audio_hours"] = self.audio_s / 3600
+        row["audio_s_per_s"] = self._timed_audio_s / max(1e-9, now - self._clock)
+        self.shown |= row
+        self._clock, self._timed_audio_s = now, 0.0
+        self._window.clear()
+        self._write(trainer, row)
+
+    def _write(self, trainer: Trainer, row: dict[str, float]) -> None:
+        if self._file is None or self._board is None:
+            return
+        self._file.append({"update": trainer.global_step, **row})
+        for name, value in row.items():
+            self._board.add_scalar(name, value, trainer.global_step)
+
+    def _report_problems(self, trainer: Trainer, problems: list[Problem]) -> None:
+        if trainer.is_global_zero:
+            for problem in problems:
+                logger.warning("unusable: %s", problem)
+
+    def _watch_for_collapse(self, trainer: Trainer, update: dict[str, float]) -> None:
+        """Say it once when all codes have become one and the model guesses."""
+        perplexity = max(update[f"code_perplexity_{group}"] for group in range(self.groups))
+        collapsed = update["masked_frames"] > 0 and perplexity < 2 and update["accuracy"] < update["chance"] + 0.02
+        self._collapsed = self._collapsed + 1 if collapsed else 0
+        if self._collapsed == _COLLAPSED_UPDATES and trainer.is_global_zero:
+            logger.warning(
+                "the codes have collapsed: for %d updates nearly all frames had the same code (perplexity %.2f) and "
+                "the accuracy was that of guessing (%.1f %%). More training rarely mends this; a lower optimizer.lr, "
+                "more audio per update, a higher temperature.end or a higher model.diversity_loss_weight may",
+                self._collapsed,
+                perplexity,
+                100 * update["accuracy"],
+            )
+
+
+class _TwoLines(Progress):
+    """The bar, and below it the numbers, for which a terminal of 80 columns has no room beside it."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        for task in self.tasks:
+            yield Text(task.description)
+
+
+class RunProgress(Callback):
+    """A progress bar on a terminal; one line per row of metrics.csv elsewhere.
+
+    Args:
+        monitor: Has the numbers.
+        enabled: Whether to show a bar on a terminal.
+    """
+
+    def __init__(self, monitor: Monitor, *, enabled: bool) -> None:
+        self.monitor = monitor
+        self.enabled = enabled
+        self._progress: Progress | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show the bar."""
+        if not (trainer.is_global_zero and self.enabled and get_console().is_terminal):
+            return
+        columns = (TextColumn("update"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn())
+        self._progress = _TwoLines(*columns, console=get_console())
+        self._progress.add_task("", total=trainer.max_steps, completed=trainer.global_step)
+        self._progress.start()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: AudioBatch, batch_idx: int
+    ) -> None:
+        """Move the bar after each update, or log a line with each row."""
+        if (batch_idx + 1) % trainer.accumulate_grad_batches or not trainer.is_global_zero:
+            return
+        shown = self.monitor.shown
+        if self._progress is not None:
+            task = self._progress.task_ids[0]
+            self._progress.update(task, completed=trainer.global_step, description=_describe(shown))
+        elif trainer.global_step % self.monitor.log_every == 0 or trainer.global_step == trainer.max_steps:
+            logger.info("update %d of %d: %s", trainer.global_step, trainer.max_steps, _describe(shown))
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave the terminal as it was."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+
+def _describe(shown: dict[str, float]) -> str:
+    codes = " ".join(f"{value:.1f}" for name, value in sorted(shown.items()) if name.startswith("code_perplexity"))
+    parts = [
+        f"loss {shown['contrastive_loss']:.3f}",
+        f"accuracy {100 * shown['accuracy']:.1f} % (chance {100 * shown['chance']:.1f} %)",
+        f"perplexity {codes}",
+    ]
+    if "audio_s_per_s" in shown:
+        parts += [f"{shown['audio_s_per_s']:.0f} s/s", f"{shown['audio_hours']:.2f} h"]
+    return ", ".join(parts)

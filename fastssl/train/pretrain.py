@@ -1,0 +1,217 @@
+"""`fastssl pretrain`: a folder of audio becomes a run with an encoder in it."""
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy, Strategy
+from rich import get_console
+
+from fastssl.models.wav2vec2 import Wav2Vec2ForPreTraining
+from fastssl.train.checkpoints import AtomicCheckpointIO, PeriodicCheckpoint, initialise, saved_update
+from fastssl.train.config import PretrainConfig, TrainerConfig, check_resumable, write_config
+from fastssl.train.data import PretrainDataModule
+from fastssl.train.module import PretrainModule
+from fastssl.train.monitors import Monitor, RunProgress
+from fastssl.train.report import draw_report, summarise
+
+logger = logging.getLogger(__name__)
+
+
+def is_first_process() -> bool:
+    """Whether this process speaks for the run and makes its folder; Lightning, torchrun or SLURM start the others."""
+    ranks = [os.environ[name] for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID") if name in os.environ]
+    return int(ranks[0] if ranks else 0) == 0 and os.environ.get("NODE_RANK", "0") == "0"
+
+
+def pretrain(config: PretrainConfig, *, resume: bool = False) -> None:
+    """Train an encoder by wav2vec 2.0's objective and leave it, with everything about the run, in `config.output`.
+
+    The folder gets config.yaml, checkpoints/, logs/ (TensorBoard, and what was said), metrics.csv, report.png, and
+    encoder/ in Transformers' layout.
+
+    Args:
+        config: The settings.
+        resume: Continue the run in `config.output` behind its last checkpoint, as if it had never stopped.
+
+    Raises:
+        ValueError: A setting, AUDIO or MODEL does not serve; the folder holds another run, or none to resume.
+        TrainingError: The loss became NaN or infinite, or too many recordings cannot be used.
+    """
+    run = Path(config.output)
+    checkpoint = run / "checkpoints" / "last.ckpt"
+    first = is_first_process()
+    if first:
+        _check_folder(run, config, resume=resume)
+    data = PretrainDataModule(
+        config.audio,
+        config.data,
+        normalize=config.model.do_normalize,
+        seed=config.seed,
+        accumulation=config.trainer.accumulation,
+    )
+    torch.manual_seed(config.seed)
+    model = Wav2Vec2ForPreTraining(config.model)
+    resume_from = checkpoint if resume and checkpoint.is_file() else None
+    complete = initialise(model, config.init) if config.init is not None and resume_from is None else True
+    if first:
+        (run / "logs").mkdir(parents=True, exist_ok=True)
+        write_config(config, run / "config.yaml")
+    with _log_to(run / "logs" / "pretrain.log", enabled=first), _quiet_lightning():
+        if first:
+            _describe(config, data, model, complete=complete, resume_from=resume_from)
+        _fit(config, run, data, model, resume_from=resume_from)
+
+
+def _fit(
+    config: PretrainConfig,
+    run: Path,
+    data: PretrainDataModule,
+    model: Wav2Vec2ForPreTraining,
+    *,
+    resume_from: Path | None,
+) -> None:
+    settings = config.trainer
+    module = PretrainModule(
+        model,
+        optimizer=config.optimizer,
+        temperature=config.temperature,
+        max_steps=settings.max_steps,
+        seed=config.seed,
+    )
+    monitor = Monitor(
+        run,
+        data.account,
+        groups=config.model.num_codevector_groups,
+        log_every=settings.log_every,
+        resume_at=None if resume_from is None else saved_update(resume_from),
+    )
+    scores_every = min(settings.val_check_interval, settings.max_steps)
+    checkpoints = PeriodicCheckpoint(
+        run / "checkpoints",
+        every=settings.checkpoint_every,
+        keep_every=settings.keep_every,
+        scores_every=None if data.valid_corpus is None else scores_every,
+    )
+    devices, num_nodes = _devices(settings)
+    trainer = Trainer(
+        accelerator=settings.accelerator,
+        devices=devices,
+        num_nodes=num_nodes,
+        strategy=_strategy(devices * num_nodes, unused_parameters=config.model.layerdrop > 0),
+        precision=settings.precision,
+        max_steps=settings.max_steps,
+        max_epochs=-1,
+        accumulate_grad_batches=settings.accumulation,
+        # Lightning counts batches; without an end, one epoch is all there is.
+        val_check_interval=scores_every * settings.accumulation,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        callbacks=[monitor, RunProgress(monitor, enabled=settings.progress), checkpoints],
+        plugins=[AtomicCheckpointIO()],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=run,
+    )
+    trainer.fit(module, datamodule=data, ckpt_path=resume_from)
+    if trainer.is_global_zero:
+        model.wav2vec2.save_pretrained(run / "encoder")
+        draw_report(run)
+        get_console().print(summarise(run, data.account))
+        logger.info("encoder: %s", run / "encoder")
+
+
+def _check_folder(run: Path, config: PretrainConfig, *, resume: bool) -> None:
+    """Neither overwrite a run nor continue what is none."""
+    if resume:
+        if not (run / "config.yaml").is_file():
+            raise ValueError(f"--resume: there is no run in {run} (looked for {run / 'config.yaml'})")
+        check_resumable(config, run / "config.yaml")
+    elif run.exists() and (not run.is_dir() or any(run.iterdir())):
+        raise ValueError(f"--output: {run} exists and is not empty; continue it with --resume, or name another folder")
+
+
+def _describe(
+    config: PretrainConfig,
+    data: PretrainDataModule,
+    model: Wav2Vec2ForPreTraining,
+    *,
+    complete: bool,
+    resume_from: Path | None,
+) -> None:
+    """Say what is about to happen, and what was left out of it."""
+    for problem in data.account.left_out:
+        logger.warning("left out: %s", problem)
+    corpora = [("training", data.train_corpus)]
+    if data.valid_corpus is not None:
+        corpora.append(("held out", data.valid_corpus))
+    for name, corpus in corpora:
+        hours = corpus.duration_s / 3600
+        logger.info("%s: %d recordings, %.2f hours", name, corpus.num_recordings, hours)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    logger.info("model: %.2f M parameters, %d updates", parameters / 1e6, config.trainer.max_steps)
+    if config.init is not None and resume_from is None:
+        logger.info("weights from %s%s", config.init, "" if complete else "; it has no quantiser, which starts fresh")
+    if resume_from is not None:
+        logger.info("continuing behind update %d", saved_update(resume_from))
+    if config.optimizer.warmup_updates >= config.trainer.max_steps:
+        logger.warning(
+            "the learning rate rises for %d updates (optimizer.warmup_updates), and the run ends after %d",
+            config.optimizer.warmup_updates,
+            config.trainer.max_steps,
+        )
+
+
+def _devices(settings: TrainerConfig) -> tuple[int, int]:
+    """Processes per machine, and machines; under torchrun its own numbers."""
+    if torch.distributed.is_torchelastic_launched():
+        local = int(os.environ["LOCAL_WORLD_SIZE"])
+        return local, int(os.environ["WORLD_SIZE"]) // local
+    return settings.devices, settings.num_nodes
+
+
+def _strategy(world_size: int, *, unused_parameters: bool) -> Strategy | str:
+    return "auto" if world_size == 1 else DDPStrategy(find_unused_parameters=unused_parameters)
+
+
+@contextmanager
+def _log_to(path: Path, *, enabled: bool) -> Iterator[None]:
+    """Append what the package says to a file."""
+    if not enabled:
+        yield
+        return
+    package = logging.getLogger("fastssl")
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    level = package.level
+    package.addHandler(handler)
+    package.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        package.setLevel(level)
+        package.removeHandler(handler)
+        handler.close()
+
+
+@contextmanager
+def _quiet_lightning() -> Iterator[None]:
+    """Keep back Lightning's remarks about itself; its errors come through."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [lightning.level for lightning in loggers]
+    for lightning in loggers:
+        lightning.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="lightning.*")
+            yield
+    finally:
+        for lightning, level in zip(loggers, levels, strict=True):
+            lightning.setLevel(level)

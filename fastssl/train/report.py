@@ -1,0 +1,94 @@
+"""The end of a run: a short table, and RUN/report.png."""
+
+from pathlib import Path
+
+from rich.table import Table
+
+from fastssl.train.data import Account
+from fastssl.train.metrics_file import read_metrics
+
+_Rows = list[dict[str, float]]
+
+
+def summarise(run: Path, account: Account) -> Table:
+    """What came out of a run.
+
+    Args:
+        run: Its folder, with metrics.csv.
+        account: Of the recordings.
+    """
+    rows = read_metrics(run / "metrics.csv")
+    training = [row for row in rows if "contrastive_loss" in row]
+    valid = [row for row in rows if "valid_contrastive_loss" in row]
+    table = Table("", "begin", "end")
+    if training:
+        first, last = training[0], training[-1]
+        table.add_row("updates", f"{first['update']:.0f}", f"{last['update']:.0f}")
+        table.add_row("hours of audio", f"{first['audio_hours']:.2f}", f"{last['audio_hours']:.2f}")
+        _add_scores(table, "", first, last)
+        table.add_row("audio seconds per second", f"{first['audio_s_per_s']:.0f}", f"{last['audio_s_per_s']:.0f}")
+    if valid:
+        _add_scores(table, "valid_", valid[0], valid[-1])
+    table.add_row("recordings left out", "", str(len(account.left_out)))
+    table.add_row("recordings unusable", "", str(len(account.unusable)))
+    return table
+
+
+def _add_scores(table: Table, prefix: str, first: dict[str, float], last: dict[str, float]) -> None:
+    where = "held out: " if prefix else ""
+
+    def add(name: str, key: str, factor: float, digits: int) -> None:
+        table.add_row(where + name, *(f"{factor * row[prefix + key]:.{digits}f}" for row in (first, last)))
+
+    add("contrastive loss, nats", "contrastive_loss", 1, 3)
+    add("accuracy, %", "accuracy", 100, 1)
+    add("chance, %", "chance", 100, 1)
+    for group in range(_num_groups(first, prefix)):
+        add(f"code perplexity, group {group}", f"code_perplexity_{group}", 1, 1)
+
+
+def draw_report(run: Path) -> None:
+    """Draw loss, accuracy, perplexity and throughput over hours of audio into RUN/report.png."""
+    # The canvas is chosen without pyplot, which would look for a display.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = read_metrics(run / "metrics.csv")
+    training = [row for row in rows if "contrastive_loss" in row]
+    if not training:
+        return
+    # Rows with scores follow the row of the same update, which knows the hours.
+    hours = {row["update"]: row["audio_hours"] for row in training}
+    scored = [row for row in rows if "valid_loss" in row and row["update"] in hours]
+    valid = [{**row, "audio_hours": hours[row["update"]]} for row in scored]
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    FigureCanvasAgg(figure)
+    loss, accuracy, perplexity, throughput = figure.subplots(2, 2).flat
+
+    def plot(axes: object, source: _Rows, key: str, label: str, factor: float = 1.0, style: str = "-") -> None:
+        points = [(row["audio_hours"], factor * row[key]) for row in source if key in row]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label)  # type: ignore[attr-defined]
+
+    plot(loss, training, "contrastive_loss", "training")
+    plot(loss, valid, "valid_contrastive_loss", "held out", style="o-")
+    loss.set_ylabel("contrastive loss, nats per masked frame")
+    plot(accuracy, training, "accuracy", "training", 100)
+    plot(accuracy, valid, "valid_accuracy", "held out", 100, "o-")
+    plot(accuracy, training, "chance", "chance", 100, ":")
+    accuracy.set_ylabel("contrastive accuracy, %")
+    for group in range(_num_groups(training[0], "")):
+        plot(perplexity, training, f"code_perplexity_{group}", f"group {group}")
+    perplexity.set_ylabel("code perplexity")
+    plot(throughput, training, "audio_s_per_s", "training")
+    throughput.set_ylabel("audio seconds per second")
+    throughput.set_ylim(bottom=0)
+    for axes in (loss, accuracy, perplexity, throughput):
+        axes.set_xlabel("hours of audio")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(run / "report.png", dpi=120)
+
+
+def _num_groups(row: dict[str, float], prefix: str) -> int:
+    return sum(name.startswith(f"{prefix}code_perplexity_") for name in row)

@@ -1,0 +1,184 @@
+"""The command line: what it says, and what it refuses."""
+
+import dataclasses
+import logging
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib import util
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fastssl import cli, ops
+from fastssl.models.wav2vec2 import Wav2Vec2Config
+from fastssl.train.config import PretrainConfig, write_config
+
+
+@pytest.fixture(autouse=True)
+def _logging() -> Iterator[None]:
+    """The command line speaks through handlers of its own, which other tests do not want."""
+    package = logging.getLogger("fastssl")
+    handlers, level = package.handlers, package.level
+    yield
+    package.handlers = handlers
+    package.setLevel(level)
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[PretrainConfig, bool]]:
+    """What `pretrain` would be called with."""
+    calls: list[tuple[PretrainConfig, bool]] = []
+    monkeypatch.setattr(
+        "fastssl.train.pretrain.pretrain", lambda config, *, resume: calls.append((config, resume)), raising=True
+    )
+    return calls
+
+
+def test_help_lists_the_commands_and_explains_them(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--help"])
+    text = capsys.readouterr().out
+    for command in ("pretrain", "extract", "prepare", "info"):
+        assert f"  {command} " in text
+        with pytest.raises(SystemExit, match="0"):
+            cli.main([command, "--help"])
+        assert f"fastssl {command}" in capsys.readouterr().out
+    assert "distill" not in text
+
+
+def test_help_shows_the_values_of_the_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["pretrain", "--recipe", "wav2vec2-tiny", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "random place on every draw; null trains on whole ones. (type: float | null, default: 4.0)" in text
+    assert "WAV, FLAC, OGG, MP3" in text
+
+
+def test_unknown_words_get_an_answer_that_lists_what_exists(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["destill"])
+    assert "choose from 'pretrain', 'extract', 'prepare', 'info'" in capsys.readouterr().err
+    assert cli.main(["pretrain", str(tmp_path), "--recipe", "wav2vec3", "--output", str(tmp_path / "run")]) == 1
+    assert "wav2vec2-base, wav2vec2-large, wav2vec2-tiny" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["pretrain", str(tmp_path), "--output", str(tmp_path / "run"), "--data.crop", "3"])
+    message = capsys.readouterr().err
+    assert "unrecognized arguments: --data.crop" in message
+    assert "--data.crop_s" in message
+    (tmp_path / "wrong.yaml").write_text("model: {width: 3}")
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(
+            ["pretrain", str(tmp_path), "--output", str(tmp_path / "run"), "--config", str(tmp_path / "wrong.yaml")]
+        )
+    assert "Group 'model' does not accept option 'width'" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["pretrain", str(tmp_path), "--recipe", "wav2vec2-tiny", "--output", str(tmp_path / "run")]) == 1
+    message = capsys.readouterr().err
+    assert message.startswith(f"fastssl pretrain: source: no audio in {tmp_path} (looked for .wav")
+    assert not (tmp_path / "run").exists()
+    assert cli.main(["pretrain", str(tmp_path), "--output", "run", "--trainer.max_steps", "0"]) == 1
+    assert "trainer.max_steps: must be positive, got 0" in capsys.readouterr().err
+
+
+def test_command_line_wins_over_config_and_config_over_recipe(
+    started: list[tuple[PretrainConfig, bool]], tmp_path: Path
+) -> None:
+    (tmp_path / "mine.yaml").write_text("data: {crop_s: 3.0}\noptimizer: {lr: 0.1}\naudio: /recordings\n")
+    config = ["--config", str(tmp_path / "mine.yaml")]
+    cli.main(["pretrain", "--data.crop_s", "null", "--recipe", "wav2vec2-tiny", *config, "--output", "run"])
+    cli.main(["pretrain", "elsewhere", *config, "--output", "run", "--model.conv_dim", "[8,8,8,8,8,8,8]"])
+    first, second = started[0][0], started[1][0]
+    assert (first.data.crop_s, first.optimizer.lr, first.audio) == (None, 0.1, "/recordings")
+    assert first.model.hidden_size == 192
+    assert (second.data.crop_s, second.audio) == (3.0, str(Path.cwd() / "elsewhere"))
+    assert second.model.conv_dim == (8,) * 7
+    assert second.optimizer.warmup_updates == 32000
+
+
+def test_config_file_reproduces_the_run(started: list[tuple[PretrainConfig, bool]], tmp_path: Path) -> None:
+    arguments = ["--recipe", "wav2vec2-large", "--seed", "5", "--data.valid", "0.1", "--optimizer.clip_norm", "1"]
+    cli.main(["pretrain", str(tmp_path), "--output", str(tmp_path / "run"), *arguments])
+    (tmp_path / "run").mkdir()
+    write_config(started[0][0], tmp_path / "run" / "config.yaml")
+    cli.main(["pretrain", "--config", str(tmp_path / "run" / "config.yaml"), "--output", str(tmp_path / "run")])
+    cli.main(["pretrain", "--output", str(tmp_path / "run"), "--resume"])
+    assert started[1] == started[0]
+    assert started[2] == (started[0][0], True)
+
+
+@pytest.mark.parametrize("name", ["wav2vec2-base", "wav2vec2-large", "wav2vec2-tiny"])
+def test_recipes_set_every_option_of_the_model_and_load(
+    name: str, started: list[tuple[PretrainConfig, bool]], tmp_path: Path
+) -> None:
+    recipe = yaml.safe_load(cli.recipes()[name].read_text())
+    # What stays at Transformers' value for all models.
+    left = {"layer_norm_eps", "initializer_range"}
+    assert {field.name for field in dataclasses.fields(Wav2Vec2Config)} - recipe["model"].keys() == left
+    cli.main(["pretrain", str(tmp_path), "--recipe", name, "--output", str(tmp_path / "run")])
+    config = started[0][0]
+    assert config.model == Wav2Vec2Config.from_dict(recipe["model"])
+    assert config.optimizer.lr == recipe["optimizer"]["lr"]
+    assert config.trainer.max_steps == recipe["trainer"]["max_steps"]
+
+
+def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    find_spec = util.find_spec
+    monkeypatch.setattr(util, "find_spec", lambda name: None if name in ("lhotse", "rich") else find_spec(name))
+    assert cli.main(["prepare", "somewhere", "--output", "x.jsonl.gz"]) == 1
+    assert "needs lhotse, rich: pip install 'fastssl[train]'" in capsys.readouterr().err
+    assert cli.main(["info"]) == 0
+
+
+def test_info_gives_backends_and_reasons(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["info"]) == 0
+    text = capsys.readouterr().out
+    for op, devices in ops._dispatch.BACKENDS.items():
+        section = text.split(f"\n{op}\n")[1].split("\n\n")[0]
+        for device, backends in devices.items():
+            assert f"  {device}: {', '.join(backends)}\n" in section + "\n"
+        for (backend, _), reason in ops._dispatch.MISSING[op].items():
+            assert f"no {backend}: {reason}" in section
+    assert "torch " in text
+    assert "CPU: " in text
+
+
+def test_info_and_help_need_none_of_the_extras() -> None:
+    blocked = (
+        "jsonargparse",
+        "lhotse",
+        "lightning",
+        "matplotlib",
+        "rich",
+        "soundfile",
+        "tensorboard",
+        "sklearn",
+        "yaml",
+    )
+    program = f"import sys; sys.modules |= dict.fromkeys({blocked!r}); from fastssl.cli import main; main(['info'])"
+    outcome = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60)
+    assert outcome.returncode == 0, outcome.stderr
+    assert "contrastive_loss" in outcome.stdout
+
+
+def test_prepare_writes_what_pretrain_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import numpy as np
+    import soundfile
+
+    from fastssl.data.corpus import open_corpus
+
+    folder = tmp_path / "audio"
+    folder.mkdir()
+    for index in range(20):
+        soundfile.write(folder / f"{index}.wav", np.zeros(16000 * 3), 16000)
+    (folder / "empty.wav").touch()
+    manifest = tmp_path / "corpus.jsonl.gz"
+    assert cli.main(["prepare", str(folder), "--output", str(manifest)]) == 0
+    outcome = capsys.readouterr()
+    assert "20 recordings, 0.02 hours, 1 left out" in outcome.out
+    assert "empty.wav is empty" in outcome.err
+    assert open_corpus(manifest).num_recordings == 20

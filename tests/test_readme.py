@@ -1,0 +1,40 @@
+"""What the README shows runs."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from fastssl.cli import recipes
+from fastssl.models.encoder import Encoder
+from fastssl.models.wav2vec2 import PRESETS, Wav2Vec2Config
+
+README = Path(__file__).resolve().parent.parent / "README.md"
+BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
+def test_python_blocks(block: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if "transformers" in block:
+        pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    Encoder(PRESETS["wav2vec2-tiny"]).save_pretrained(tmp_path / "runs" / "demo" / "encoder")
+    exec(compile(block.replace("runs/demo", str(tmp_path / "runs" / "demo")), "README.md", "exec"), {})
+    if "print(" in block:
+        assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_recipes_train_the_presets(name: str) -> None:
+    values = yaml.safe_load(recipes()[name].read_text())["model"]
+    assert Wav2Vec2Config.from_dict(values) == PRESETS[name]
+
+
+def test_every_recipe_and_folder_is_named() -> None:
+    text = README.read_text()
+    assert {"wav2vec2-base", "wav2vec2-large", "wav2vec2-tiny"} == recipes().keys()
+    for path in (README.parent / "fastssl").iterdir():
+        if path.is_dir() and any(path.glob("*.py")):
+            assert f"  {path.name}/" in text, f"README's tree leaves out {path.name}/"

@@ -1,0 +1,137 @@
+"""Features on disk: the right ones, all of them, once."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import soundfile
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from fastssl.data.recordings import read_chunks
+from fastssl.models.encoder import Encoder, EncoderConfig
+from fastssl.packing import Packed
+from fastssl.train.extract import extract
+from tests.train.conftest import MakeConfig, write_recording
+
+
+@pytest.fixture
+def encoder(make_config: MakeConfig, tmp_path: Path) -> Encoder:
+    """A layer-norm encoder, whose front end has no statistics over time; in `tmp_path / "model"`."""
+    model = make_config().model
+    values = {field.name: getattr(model, field.name) for field in dataclasses.fields(EncoderConfig)}
+    values |= {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "do_normalize": False}
+    torch.manual_seed(1)
+    encoder = Encoder(EncoderConfig(**values)).eval()
+    encoder.save_pretrained(tmp_path / "model")
+    return encoder
+
+
+def _read(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+    entries = [json.loads(line) for line in (folder / "index.jsonl").read_text().splitlines()]
+    features = {}
+    for entry in entries:
+        with safe_open(folder / entry["shard"], framework="pt") as shard:
+            features[entry["key"]] = shard.get_tensor(entry["key"])
+    return entries, features
+
+
+def _encode(encoder: Encoder, path: Path, layer: int) -> Tensor:
+    samples, _ = soundfile.read(path, dtype="float32")
+    with torch.inference_mode():
+        features: Tensor = encoder(Packed.pack([torch.from_numpy(samples)[:, None]])).hidden_states[layer].values
+        return features
+
+
+@pytest.mark.parametrize("layer", [0, 1, None])
+def test_features_are_those_of_the_encoder(
+    encoder: Encoder, recordings: Path, tmp_path: Path, layer: int | None
+) -> None:
+    assert extract(tmp_path / "model", recordings, tmp_path / "out", layer=layer) == []
+    entries, features = _read(tmp_path / "out")
+    paths = sorted(recordings.rglob("*.wav"))
+    assert [entry["key"] for entry in entries] == [path.relative_to(recordings).as_posix() for path in paths]
+    for entry, path in zip(entries, paths, strict=True):
+        assert entry["file"] == str(path)
+        assert entry["layer"] == (2 if layer is None else layer)
+        assert entry["frame_period_s"] == 0.02
+        assert entry["frames"] == len(features[entry["key"]])
+        torch.testing.assert_close(features[entry["key"]], _encode(encoder, path, entry["layer"]), rtol=0, atol=1e-5)
+
+
+def test_chunks_fit_together(encoder: Encoder, tmp_path: Path) -> None:
+    # The input of the first layer sees the positional convolution's few frames; half the overlap covers them, so
+    # it is the same in chunks. The layers see a whole chunk, and no more than that.
+    path = tmp_path / "audio" / "long.wav"
+    write_recording(path, 11.3, seed=5)
+    write_recording(tmp_path / "audio" / "short.wav", 2.0, seed=6)
+    extract(tmp_path / "model", tmp_path / "audio", tmp_path / "chunks", layer=0, chunk_s=3.0, overlap_s=0.5)
+    entries, features = _read(tmp_path / "chunks")
+    assert [(entry["key"], entry["frames"]) for entry in entries] == [("long.wav", 564), ("short.wav", 99)]
+    torch.testing.assert_close(features["long.wav"], _encode(encoder, path, 0), rtol=0, atol=1e-5)
+
+
+def test_goes_on_where_it_was(
+    encoder: Encoder, recordings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    extract(tmp_path / "model", recordings, whole, shard_mb=0.02)
+    _, expected = _read(whole)
+    extract(tmp_path / "model", recordings, stopped, shard_mb=0.02)
+    shards = sorted(stopped.glob("*.safetensors"))
+    assert len(shards) > 3
+    # As a kill leaves it: a shard that no line names, a line cut short, a shard half written.
+    lines = (stopped / "index.jsonl").read_text().splitlines(keepends=True)
+    kept = [line for line in lines if json.loads(line)["shard"] in ("features-00000.safetensors", shards[1].name)]
+    (stopped / "index.jsonl").write_text("".join(kept) + lines[len(kept)][:30])
+    for shard in shards[3:]:
+        shard.unlink()
+    (stopped / "features-00003.safetensors.tmp").write_bytes(b"half")
+    done = {json.loads(line)["key"] for line in kept}
+    read: list[str] = []
+
+    def count(cut: Any, **settings: Any) -> Any:
+        read.append(cut.id)
+        return read_chunks(cut, **settings)
+
+    monkeypatch.setattr("fastssl.train.extract.read_chunks", count)
+    extract(tmp_path / "model", recordings, stopped, shard_mb=0.02)
+    assert set(read) == expected.keys() - done
+    entries, found = _read(stopped)
+    assert len(entries) == len(expected)
+    assert found.keys() == expected.keys()
+    for key, tensor in expected.items():
+        assert torch.equal(found[key], tensor), key
+
+
+def test_refuses_to_mix(encoder: Encoder, recordings: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    extract(model, recordings, tmp_path / "out", layer=1)
+    with pytest.raises(ValueError, match=r"begun with other settings \(layer: 1 there, 2 now\)"):
+        extract(model, recordings, tmp_path / "out")
+    with pytest.raises(ValueError, match="audio: "):
+        extract(model, recordings / "speaker0", tmp_path / "out", layer=1)
+    torch.manual_seed(2)
+    Encoder(encoder.config).save_pretrained(model)
+    with pytest.raises(ValueError, match="weights: "):
+        extract(model, recordings, tmp_path / "out", layer=1)
+    with pytest.raises(ValueError, match="layers 0 to 2, got 3"):
+        extract(model, recordings, tmp_path / "out", layer=3)
+    with pytest.raises(ValueError, match="holds no features"):
+        extract(model, recordings, recordings)
+
+
+def test_damaged_recordings_are_left_out(encoder: Encoder, tmp_path: Path) -> None:
+    for index in range(3):
+        write_recording(tmp_path / "audio" / f"{index}.wav", 4.0, seed=index)
+    path = tmp_path / "audio" / "1.flac"
+    samples, rate = soundfile.read(tmp_path / "audio" / "1.wav")
+    soundfile.write(path, samples, rate)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 3 // 4])
+    # Its first chunks decode, and must not be written.
+    problems = extract(tmp_path / "model", tmp_path / "audio", tmp_path / "out", chunk_s=1.0, overlap_s=0.2)
+    assert [Path(problem.name).name for problem in problems] == ["1.flac"]
+    assert [entry["key"] for entry in _read(tmp_path / "out")[0]] == ["0.wav", "1.wav", "2.wav"]

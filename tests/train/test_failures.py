@@ -1,0 +1,142 @@
+"""What stops a run, and what it says."""
+
+import logging
+import math
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from fastssl.data.corpus import Problem
+from fastssl.train.data import Account
+from fastssl.train.metrics_file import read_metrics
+from fastssl.train.module import TrainingError
+from fastssl.train.monitors import Monitor
+from fastssl.train.pretrain import pretrain
+from tests.train.conftest import MakeConfig, write_recording
+
+
+def _damage(path: Path) -> None:
+    """Keep the header, lose the end: only decoding finds out."""
+    path.write_bytes(path.read_bytes()[:2000])
+
+
+def _flac_folder(folder: Path, number: int) -> list[Path]:
+    paths = []
+    for index in range(number):
+        write_recording(folder / f"{index:02d}.wav", 2.0, seed=index)
+        samples, rate = soundfile.read(folder / f"{index:02d}.wav")
+        paths.append(folder / f"{index:02d}.flac")
+        soundfile.write(paths[-1], samples, rate)
+        (folder / f"{index:02d}.wav").unlink()
+    return paths
+
+
+@pytest.mark.parametrize(("level", "what"), [(3e38, "the loss is nan"), (1e30, "the gradient norm is (inf|nan)")])
+def test_what_is_not_finite_names_the_files_and_spares_the_weights(
+    make_config: MakeConfig, recordings: Path, tmp_path: Path, level: float, what: str
+) -> None:
+    shutil.copytree(recordings, tmp_path / "audio")
+    # Finite samples whose squares are not: nothing is wrong with the file until the model has seen it.
+    soundfile.write(tmp_path / "audio" / "loud.wav", np.full(32000, level, dtype=np.float32), 16000, subtype="FLOAT")
+    changes = {"model.do_normalize": False, "data.valid": 0.0, "trainer.checkpoint_every": 1, "trainer.max_steps": 12}
+    config = make_config(audio=tmp_path / "audio", **changes)
+    with pytest.raises(TrainingError, match=rf"(?s){what} in update \d+.*loud\.wav"):
+        pretrain(config)
+    run = Path(config.output)
+    rows = read_metrics(run / "metrics.csv") if (run / "metrics.csv").exists() else []
+    assert all(math.isfinite(row["loss"]) for row in rows)
+    if (run / "checkpoints" / "last.ckpt").exists():
+        checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+        assert checkpoint["global_step"] == len(rows)
+        assert all(tensor.isfinite().all() for tensor in checkpoint["state_dict"].values())
+    assert not (run / "encoder").exists()
+
+
+def test_damaged_recordings_are_named_once_and_survive_resume(
+    make_config: MakeConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = _flac_folder(tmp_path / "audio", 20)
+    _damage(paths[3])
+    (tmp_path / "audio" / "empty.wav").touch()
+    config = make_config(audio=tmp_path / "audio", **{"data.valid": 0.0, "trainer.max_steps": 16})
+    with caplog.at_level(logging.INFO, logger="fastssl"):
+        pretrain(config)
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert sum("empty.wav is empty" in message for message in warnings) == 1
+    assert sum("03.flac" in message for message in warnings) == 1
+    rows = read_metrics(Path(config.output) / "metrics.csv")
+    # Three recordings fit a batch, so 16 updates pass over the corpus twice and more.
+    assert sum(row["utterances"] for row in rows) > 40
+    assert rows[-1]["unusable"] == 1
+    summary = capsys.readouterr().out
+    assert re.search(r"recordings left out +│ +│ 1 ", summary)
+    assert re.search(r"recordings unusable +│ +│ 1 ", summary)
+    checkpoint = torch.load(Path(config.output) / "checkpoints" / "last.ckpt", weights_only=True)
+    state = checkpoint["PretrainDataModule"]
+    assert [Path(name).name for name in state["unusable"]] == ["03.flac"]
+    assert state["draws"] > sum(row["utterances"] for row in rows)
+    caplog.clear()
+    pretrain(make_config(audio=tmp_path / "audio", **{"data.valid": 0.0, "trainer.max_steps": 30}), resume=True)
+    assert "03.flac" not in caplog.text
+    assert read_metrics(Path(config.output) / "metrics.csv")[-1]["unusable"] == 1
+
+
+def test_folder_where_nothing_decodes_stops(make_config: MakeConfig, tmp_path: Path) -> None:
+    for path in _flac_folder(tmp_path / "audio", 12):
+        _damage(path)
+    config = make_config(audio=tmp_path / "audio", **{"data.valid": 0.0, "trainer.max_steps": 1000})
+    with pytest.raises(TrainingError, match=r"of the \d+ recordings drawn so far cannot be used.*\.flac does not"):
+        pretrain(config)
+
+
+def test_account_judges_fractions_of_what_was_drawn() -> None:
+    def problems(*numbers: int) -> list[Problem]:
+        return [Problem(f"{number}.wav", "does not decode") for number in numbers]
+
+    account = Account(1000, 0.05, [])
+    assert account.note(3, problems(0)) == problems(0)
+    assert account.note(3, problems(0)) == []
+    account.note(100, problems(1, 2, 3, 4, 5, 6, 7, 8, 9))
+    with pytest.raises(TrainingError, match="11 of the 107 recordings"):
+        account.note(1, problems(10))
+    account = Account(1000, 0.05, [])
+    account.note(5000, [])
+    account.note(1, problems(*range(50)))
+    with pytest.raises(TrainingError, match="51 of the 1000 recordings"):
+        account.note(1, problems(50))
+    with pytest.raises(TrainingError, match="2 of the 2"):
+        Account(2, 0.05, []).note(2, problems(0, 1))
+    Account(3, 0.05, []).note(3, problems(0))
+
+
+def test_collapse_is_said_in_words(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("fastssl.train.monitors._COLLAPSED_UPDATES", 3)
+    healthy = {
+        "masked_frames": 100.0,
+        "accuracy": 0.5,
+        "chance": 0.01,
+        "code_perplexity_0": 1.0,
+        "code_perplexity_1": 40.0,
+    }
+    collapsed = healthy | {"accuracy": 0.01, "code_perplexity_1": 1.1}
+    monitor = Monitor(Path("nowhere"), Account(1, 0.05, []), groups=2, log_every=1, resume_at=None)
+
+    class _FirstProcess:
+        is_global_zero = True
+
+    for update in (collapsed, collapsed, healthy, collapsed, collapsed):
+        monitor._watch_for_collapse(_FirstProcess(), update)  # type: ignore[arg-type]
+    assert not caplog.records
+    restored = Monitor(Path("nowhere"), Account(1, 0.05, []), groups=2, log_every=1, resume_at=None)
+    restored.load_state_dict(monitor.state_dict())
+    restored._watch_for_collapse(_FirstProcess(), collapsed)  # type: ignore[arg-type]
+    restored._watch_for_collapse(_FirstProcess(), collapsed)  # type: ignore[arg-type]
+    assert len(caplog.records) == 1
+    assert "the codes have collapsed" in caplog.text

@@ -1,0 +1,88 @@
+"""Several processes: started by torchrun or by Lightning, stopped together, resumed. Minutes, so only on request."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from fastssl.train.config import PretrainConfig
+from fastssl.train.metrics_file import read_metrics
+from tests.train.conftest import MakeConfig, as_yaml_file
+
+pytestmark = pytest.mark.slow
+
+
+def _run(config: PretrainConfig, folder: Path, *options: str, launcher: tuple[str, ...] = ()) -> Any:
+    command = [sys.executable, *launcher, "-m", "fastssl", "pretrain", "--config", str(as_yaml_file(config, folder))]
+    return subprocess.run(
+        [*command, "--output", config.output, *options],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def _losses(config: PretrainConfig) -> list[float]:
+    return [row["loss"] for row in read_metrics(Path(config.output) / "metrics.csv") if "loss" in row]
+
+
+def _weights(config: PretrainConfig) -> dict[str, torch.Tensor]:
+    weights: dict[str, torch.Tensor] = torch.load(Path(config.output) / "checkpoints" / "last.ckpt", weights_only=True)[
+        "state_dict"
+    ]
+    return weights
+
+
+def test_torchrun_and_resume_equal_lightnings_own_launch(make_config: MakeConfig, tmp_path: Path) -> None:
+    # Layer drop leaves parameters without a gradient, on all processes the same.
+    own = make_config("own", **{"trainer.devices": 2})
+    assert _run(own, tmp_path).returncode == 0
+    assert len(_losses(own)) == 8
+
+    torchrun = make_config("torchrun")
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    outcome = _run(torchrun, tmp_path, launcher=launcher)
+    assert outcome.returncode == 0, outcome.stderr
+    assert _losses(torchrun) == _losses(own)
+
+    # Half of it, with the learning rate of the whole: the second half then repeats the first run.
+    half = make_config("half", **{"trainer.devices": 2, "trainer.max_steps": 8, "trainer.keep_every": 4})
+    assert _run(half, tmp_path).returncode == 0
+    checkpoints = Path(half.output) / "checkpoints"
+    (checkpoints / "0000004.ckpt").replace(checkpoints / "last.ckpt")
+    outcome = _run(half, tmp_path, "--resume")
+    assert outcome.returncode == 0, outcome.stderr
+    assert _losses(half) == _losses(own)
+    expected = _weights(own)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in _weights(half).items())
+
+
+def test_processes_stop_together_and_name_the_file_of_any(
+    make_config: MakeConfig, recordings: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(recordings, tmp_path / "audio")
+    soundfile.write(tmp_path / "audio" / "loud.wav", np.full(32000, 3e38, dtype=np.float32), 16000, subtype="FLOAT")
+    for path in (tmp_path / "audio" / "speaker1").iterdir():
+        samples, rate = soundfile.read(path)
+        soundfile.write(path.with_suffix(".flac"), samples, rate)
+        path.unlink()
+    damaged = tmp_path / "audio" / "speaker1" / "01.flac"
+    damaged.write_bytes(damaged.read_bytes()[:2000])
+    changes = {"trainer.devices": 2, "model.do_normalize": False, "data.valid": 0.0, "trainer.max_steps": 50}
+    outcome = _run(make_config(audio=tmp_path / "audio", **changes), tmp_path)
+    assert outcome.returncode == 1
+    assert "loud.wav" in outcome.stderr
+    assert outcome.stderr.count("the loss is nan") == 1
+    assert "Traceback" not in outcome.stderr
+    log = (tmp_path / "run" / "logs" / "pretrain.log").read_text()
+    assert log.count("the loss is nan") == 1
+    assert log.count("01.flac does not decode") <= 1

@@ -1,0 +1,153 @@
+"""A run that was killed ends as one that was not."""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastssl.data.batches import AudioBatch
+from fastssl.train.checkpoints import saved_update
+from fastssl.train.config import PretrainConfig, write_config
+from fastssl.train.metrics_file import read_metrics
+from fastssl.train.module import PretrainModule
+from fastssl.train.pretrain import pretrain
+from tests.train.conftest import MakeConfig, as_yaml_file
+
+_LONG = {
+    "trainer.max_steps": 30,
+    "trainer.accumulation": 2,
+    "trainer.checkpoint_every": 3,
+    "trainer.val_check_interval": 6,
+}
+
+
+def test_killed_run_ends_with_the_weights_of_an_unbroken_run(make_config: MakeConfig, tmp_path: Path) -> None:
+    unbroken, killed = make_config("unbroken", **_LONG), make_config("killed", **_LONG)
+    pretrain(unbroken)
+    _kill_in_the_middle(killed, tmp_path)
+    assert 3 <= saved_update(Path(killed.output) / "checkpoints" / "last.ckpt") < 30
+    pretrain(killed, resume=True)
+
+    expected, found = _checkpoint(unbroken), _checkpoint(killed)
+    assert found["global_step"] == expected["global_step"] == 30
+    _assert_same(found["state_dict"], expected["state_dict"])
+    _assert_same(found["optimizer_states"], expected["optimizer_states"])
+    _assert_same(found["lr_schedulers"], expected["lr_schedulers"])
+    for name in ("encoder/model.safetensors", "encoder/config.json"):
+        assert (Path(killed.output) / name).read_bytes() == (Path(unbroken.output) / name).read_bytes()
+    assert _metrics(killed) == _metrics(unbroken)
+
+
+def test_scores_that_a_kill_prevented_are_made_up_for(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config(**{"trainer.max_steps": 6})
+
+    def die(self: PretrainModule, batch: AudioBatch, batch_idx: int) -> None:
+        raise KeyError("the fourth update is the first to be scored")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(PretrainModule, "validation_step", die)
+        with pytest.raises(KeyError):
+            pretrain(config)
+    pretrain(config, resume=True)
+    assert [row["update"] for row in _metrics(config)] == [1, 2, 3, 4, 4, 5, 6]
+    assert "valid_loss" in _metrics(config)[4]
+
+
+def test_resume_before_the_first_checkpoint_begins_again(make_config: MakeConfig) -> None:
+    config = make_config(**{"trainer.max_steps": 2})
+    run = Path(config.output)
+    run.mkdir()
+    write_config(config, run / "config.yaml")
+    pretrain(config, resume=True)
+    assert saved_update(run / "checkpoints" / "last.ckpt") == 2
+
+
+def test_finished_run_can_be_extended_and_resumed(make_config: MakeConfig) -> None:
+    config = make_config(**{"trainer.max_steps": 2, "trainer.keep_every": 2})
+    pretrain(config)
+    encoder = (Path(config.output) / "encoder" / "model.safetensors").read_bytes()
+    pretrain(config, resume=True)
+    assert (Path(config.output) / "encoder" / "model.safetensors").read_bytes() == encoder
+    longer = dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, max_steps=4))
+    pretrain(longer, resume=True)
+    assert saved_update(Path(config.output) / "checkpoints" / "last.ckpt") == 4
+    assert sorted(path.name for path in (Path(config.output) / "checkpoints").iterdir()) == [
+        "0000002.ckpt",
+        "0000004.ckpt",
+        "last.ckpt",
+    ]
+
+
+def test_resume_refuses_another_run(make_config: MakeConfig, recordings: Path) -> None:
+    config = make_config(**{"trainer.max_steps": 2})
+    with pytest.raises(ValueError, match="there is no run in"):
+        pretrain(config, resume=True)
+    pretrain(config)
+    with pytest.raises(ValueError, match=r"seed: 3 in the run, 4 now"):
+        pretrain(dataclasses.replace(config, seed=4), resume=True)
+    with pytest.raises(ValueError, match=r"data\.crop_s: 2 in the run, 1 now"):
+        pretrain(make_config(**{"trainer.max_steps": 2, "data.crop_s": 1}), resume=True)
+    with pytest.raises(ValueError, match=r"1 batches in an update .* make 2"):
+        pretrain(make_config(**{"trainer.max_steps": 4, "trainer.accumulation": 2}), resume=True)
+    with pytest.raises(ValueError, match="no longer has the recordings"):
+        pretrain(make_config(audio=recordings / "speaker0", **{"trainer.max_steps": 4}), resume=True)
+
+
+def test_run_is_never_overwritten(make_config: MakeConfig) -> None:
+    config = make_config()
+    Path(config.output).mkdir()
+    (Path(config.output) / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match="exists and is not empty"):
+        pretrain(config)
+    assert [path.name for path in Path(config.output).iterdir()] == ["thesis.txt"]
+
+
+def _kill_in_the_middle(config: PretrainConfig, folder: Path) -> None:
+    """Start the run in another process and kill it when metrics.csv has the fifth update."""
+    command = [sys.executable, "-m", "fastssl", "pretrain", "--config", str(as_yaml_file(config, folder))]
+    with (folder / "killed.log").open("w") as log:
+        process = subprocess.Popen(
+            [*command, "--output", config.output], env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=log, stderr=log
+        )
+        metrics = Path(config.output) / "metrics.csv"
+        deadline = time.monotonic() + 120
+        while not metrics.exists() or len(metrics.read_text().splitlines()) < 7:
+            assert process.poll() is None, (folder / "killed.log").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+
+
+def _checkpoint(config: PretrainConfig) -> dict[str, Any]:
+    checkpoint: dict[str, Any] = torch.load(Path(config.output) / "checkpoints" / "last.ckpt", weights_only=True)
+    return checkpoint
+
+
+def _assert_same(found: Any, expected: Any) -> None:
+    """Equal in every bit."""
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        for key in expected:
+            _assert_same(found[key], expected[key])
+    elif isinstance(expected, list):
+        assert len(found) == len(expected)
+        for one, other in zip(found, expected, strict=True):
+            _assert_same(one, other)
+    elif isinstance(expected, torch.Tensor):
+        assert torch.equal(found, expected)
+    else:
+        assert found == expected
+
+
+def _metrics(config: PretrainConfig) -> list[dict[str, float]]:
+    """Everything that does not depend on the clock."""
+    rows = read_metrics(Path(config.output) / "metrics.csv")
+    return [{name: value for name, value in row.items() if name != "audio_s_per_s"} for row in rows]

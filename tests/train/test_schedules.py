@@ -1,0 +1,59 @@
+"""Learning rate, temperature, settings that make no sense, and the files of metrics."""
+
+from pathlib import Path
+
+import pytest
+
+from fastssl.train.config import DataConfig, OptimizerConfig, TemperatureConfig, TrainerConfig
+from fastssl.train.metrics_file import MetricsFile, read_metrics
+
+
+def test_learning_rate_rises_and_falls_linearly() -> None:
+    config = OptimizerConfig(warmup_updates=4)
+    factors = [config.lr_factor(update, 10) for update in range(10)]
+    assert factors == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
+    assert config.lr_factor(10, 10) == 0
+    assert OptimizerConfig(warmup_updates=0).lr_factor(0, 1) == 1
+    assert OptimizerConfig(warmup_updates=10).lr_factor(4, 5) == 0.5
+
+
+def test_temperature_falls_to_its_end() -> None:
+    config = TemperatureConfig(start=2.0, end=0.5, decay=0.999)
+    assert config.at(0) == 2.0
+    assert config.at(100) == pytest.approx(2 * 0.999**100)
+    assert config.at(10_000) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: DataConfig(crop_s=0), r"data\.crop_s"),
+        (lambda: DataConfig(crop_s=90), r"data\.crop_s: 90 s is more than data\.max_duration_s=87\.5"),
+        (lambda: DataConfig(valid=1.0), r"data\.valid"),
+        (lambda: OptimizerConfig(lr=0), r"optimizer\.lr"),
+        (lambda: OptimizerConfig(clip_norm=-1), r"optimizer\.clip_norm"),
+        (lambda: TemperatureConfig(end=0), r"temperature\.end"),
+        (lambda: TrainerConfig(max_steps=0), r"trainer\.max_steps"),
+        (lambda: TrainerConfig(checkpoint_every=10, keep_every=15), r"trainer\.keep_every: must be a multiple"),
+    ],
+)
+def test_settings_without_sense_are_named(make: object, message: str) -> None:
+    assert callable(make)
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_metrics_file_drops_what_will_be_written_again(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    file = MetricsFile(path, ["update", "loss", "valid_loss"])
+    for update in range(1, 5):
+        file.append({"update": update, "loss": 1 / update})
+    file.append({"update": 4, "valid_loss": 0.5})
+    with path.open("a") as broken:
+        broken.write("5,0.")
+    resumed = MetricsFile(path, ["update", "loss", "valid_loss"], resume_at=3)
+    resumed.append({"update": 4, "loss": 7.0})
+    assert [row["update"] for row in read_metrics(path)] == [1, 2, 3, 4]
+    assert read_metrics(path)[-1] == {"update": 4, "loss": 7.0}
+    MetricsFile(path, ["update", "loss", "valid_loss"])
+    assert read_metrics(path) == []
