@@ -104,7 +104,7 @@ def open_corpus(
         if isinstance(item, Problem):
             problems.append(item)
         elif item.duration < min_duration_s - 1e-6:
-            reason = f"is {item.duration:.2f} s long, below the minimum of {min_duration_s:g} s"
+            reason = f"is {item.duration:.2f} s long, below min_duration_s={min_duration_s:g}"
             problems.append(Problem(cut_name(item), reason))
         else:
             cuts.append(item)

@@ -67,7 +67,7 @@ def test_what_cannot_be_used_is_named(folder: Path) -> None:
     assert set(reasons) == {"empty.wav", "text.flac", "nothing.wav", "short.wav"}
     assert reasons["empty.wav"] == reasons["nothing.wav"] == "is empty"
     assert reasons["text.flac"].startswith("does not open as audio")
-    assert reasons["short.wav"] == "is 1.50 s long, below the minimum of 2 s"
+    assert reasons["short.wav"] == "is 1.50 s long, below min_duration_s=2"
     assert corpus.num_recordings == 5
 
 
@@ -140,7 +140,7 @@ def test_manifest_with_missing_files_and_short_cuts(folder: Path, tmp_path: Path
     (folder / "d.mp3").unlink()
     corpus = open_corpus(tmp_path / "cuts.jsonl.gz", max_bad_fraction=0.5)
     assert [str(problem) for problem in corpus.problems] == [
-        f"{folder / 'a.flac'} is 1.00 s long, below the minimum of 2 s",
+        f"{folder / 'a.flac'} is 1.00 s long, below min_duration_s=2",
         f"{folder / 'd.mp3'} does not exist",
     ]
 
