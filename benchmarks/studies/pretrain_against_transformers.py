@@ -127,6 +127,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
 
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     corpus = open_corpus(args.audio, min_duration_s=min(2.0, args.crop_s))
     sampler = UpdateSampler(corpus.cuts, max_duration_s=args.max_duration_s, crop_s=args.crop_s, seed=0)
     batches = iter(DataLoader(WaveformDataset(normalize=True), sampler=sampler, batch_size=None))
@@ -146,7 +147,6 @@ def main() -> None:
                 f"{update + 1:5d} " + "  ".join(_describe(rows[-50:], n) for n in ("fastssl", "transformers")),
                 flush=True,
             )
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     args.output.write_text(
         json.dumps(
             {
