@@ -6,8 +6,8 @@
 PYTHON ?= python3
 VENV   ?= .venv
 AUDIO  ?=
-RUN    ?= runs/$(if $(AUDIO),$(notdir $(AUDIO:/=)),demo)
-STEPS  ?= 200
+RUN    ?= runs/$(if $(AUDIO),$(shell basename "$$(realpath "$(AUDIO)")"),demo)
+STEPS  ?= 350
 
 BIN       := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -28,9 +28,9 @@ $(DEMO)/utterances.tsv: | $(INSTALLED)
 	$(BIN)/python -m fastssl.data.synthetic $(DEMO) --minutes 30 --seed 0
 
 pretrain: $(INSTALLED) $(if $(AUDIO),,$(DEMO)/utterances.tsv)
-	$(BIN)/fastssl pretrain $(or $(AUDIO),$(DEMO)) --recipe wav2vec2-tiny --output $(RUN) \
-	    --trainer.max_steps $(STEPS) --trainer.val_check_interval 100 --trainer.checkpoint_every 100 \
-	    $(if $(wildcard $(RUN)/config.yaml),--resume)
+	resume=$$(test ! -f "$(RUN)/config.yaml" || echo --resume); \
+	$(BIN)/fastssl pretrain "$(or $(AUDIO),$(DEMO))" --recipe wav2vec2-tiny --output "$(RUN)" \
+	    --trainer.max_steps $(STEPS) --trainer.val_check_interval 50 --trainer.checkpoint_every 50 $$resume
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest

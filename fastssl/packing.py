@@ -67,8 +67,11 @@ class Layout:
         """Layout after a convolution without padding: floor((length - kernel) / stride) + 1 frames, at least 0."""
         if kernel < 1 or stride < 1:
             raise ValueError(f"kernel and stride: must be at least 1, got {kernel} and {stride}")
-        lengths = [max(0, (length - kernel) // stride + 1) for length in self.lengths]
-        return Layout.from_lengths(lengths, device=self.cu_seqlens.device)
+        lengths = tuple(max(0, (length - kernel) // stride + 1) for length in self.lengths)
+        # On the device from what is there: a copy from the host would make the host wait, in every layer.
+        frames = ((self.cu_seqlens.diff() - kernel) // stride + 1).clamp(min=0)
+        cu_seqlens = torch.nn.functional.pad(frames.cumsum(0, dtype=torch.int32), (1, 0))
+        return Layout(lengths, cu_seqlens, max(lengths, default=0), sum(lengths))
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Layout":
         """The same layout with `cu_seqlens` on another device."""

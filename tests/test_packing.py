@@ -44,7 +44,11 @@ def test_after_conv_counts_what_torch_makes(lengths: list[int], kernel: int, str
         else 0
         for length in lengths
     ]
-    assert list(Layout.from_lengths(lengths).after_conv(kernel, stride).lengths) == expected
+    layout, expected_layout = Layout.from_lengths(lengths).after_conv(kernel, stride), Layout.from_lengths(expected)
+    assert layout.lengths == expected_layout.lengths
+    assert torch.equal(layout.cu_seqlens, expected_layout.cu_seqlens)
+    assert layout.cu_seqlens.dtype == torch.int32
+    assert (layout.max_length, layout.total) == (expected_layout.max_length, expected_layout.total)
 
 
 def test_rejects_bad_input() -> None:

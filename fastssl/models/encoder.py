@@ -4,16 +4,18 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from typing_extensions import Self
 
 from fastssl.nn.feature_extractor import FeatureExtractor, FeatureProjection, scale_gradient
 from fastssl.nn.transformer import Transformer
 from fastssl.packing import Packed
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 SAMPLE_RATE_HZ = 16000
 
@@ -76,7 +78,7 @@ class EncoderConfig:
             )
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+    def from_dict(cls, values: Mapping[str, Any]) -> "Self":
         """From a Transformers `config.json`, whose other keys are ignored.
 
         Raises:
@@ -109,12 +111,6 @@ class EncoderConfig:
         samples = 1
         for kernel, stride in zip(reversed(self.conv_kernel), reversed(self.conv_stride), strict=True):
             samples = (samples - 1) * stride + kernel
-        return samples
-
-    def count_frames(self, samples: int) -> int:
-        """Frames that come out of so many samples."""
-        for kernel, stride in zip(self.conv_kernel, self.conv_stride, strict=True):
-            samples = max(0, (samples - kernel) // stride + 1)
         return samples
 
 

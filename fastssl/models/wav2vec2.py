@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +49,14 @@ class Wav2Vec2Config(EncoderConfig):
     feat_quantizer_dropout: float = 0.0
     diversity_loss_weight: float = 0.1
     features_penalty_weight: float = 10.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.mask_time_prob <= 1:
+            raise ValueError(f"mask_time_prob: must be in [0, 1], got {self.mask_time_prob}")
+        if self.mask_time_length < 1 or self.num_negatives < 1:
+            numbers = f"{self.mask_time_length} and {self.num_negatives}"
+            raise ValueError(f"mask_time_length and num_negatives: must be at least 1, got {numbers}")
 
 
 #: Sizes of the paper with the settings of fairseq's recipes, and a size for CPUs and tests; `recipes/` trains them.
@@ -265,14 +274,28 @@ def _perplexity(probabilities: Tensor) -> Tensor:  # (G, V) -> (G,)
     return torch.exp(-(probabilities * torch.log(probabilities + 1e-7)).sum(-1))
 
 
+class _SumOverProcesses(torch.autograd.Function):
+    """All-reduce whose backward is one too: every process's loss depends on every process's summand."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone()
+        torch.distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        grad = grad.clone()
+        torch.distributed.all_reduce(grad)
+        return grad
+
+
 def _mean_over_processes(probabilities: Tensor) -> Tensor:  # (M, G, V) -> (G, V)
     """Mean over the masked frames of all processes, with gradient."""
     total = probabilities.sum(0)
     count = torch.full((), probabilities.shape[0], dtype=total.dtype, device=total.device)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        from torch.distributed.nn.functional import all_reduce
-
-        total = all_reduce(total)
+        total = _SumOverProcesses.apply(total)
         torch.distributed.all_reduce(count)
     return total / count.clamp(min=1)
 

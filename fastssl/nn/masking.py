@@ -49,7 +49,7 @@ def sample_span_mask(
     score = uniform(keys[sequence], position, stream=_STREAM_STARTS)
     score = torch.where(position < candidates[sequence], score, 1.0)
     # Sorting by sequence first leaves every sequence in its own rows, its best candidates in front.
-    order = torch.argsort(sequence + score.to(torch.float64) * 0.5)
+    order = torch.argsort(sequence + score.to(torch.float64) * 0.5, stable=True)
     starts = torch.zeros_like(score, dtype=torch.int32)
     starts[order] = (position < torch.minimum(spans, candidates)[sequence]).to(torch.int32)
 

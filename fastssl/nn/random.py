@@ -39,8 +39,9 @@ def utterance_keys(seed: int, update: int, ids: Tensor) -> Tensor:
     Returns:
         (B,) int64 on the device of `ids`.
     """
-    start = _mix(torch.tensor(_signed(seed + _GOLDEN), dtype=torch.int64, device=ids.device))
-    return _mix(_mix(start + _signed((update + 1) * _GOLDEN)) ^ ids)
+    start = int(_mix(torch.tensor(_signed(seed + _GOLDEN))))
+    start = int(_mix(torch.tensor(_signed(start + (update + 1) * _GOLDEN))))
+    return _mix(ids ^ start)
 
 
 def draw_keys(batch: int, *, generator: torch.Generator | None = None, device: torch.device | str = "cpu") -> Tensor:

@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,44 +44,57 @@ def _load_compiled_modules() -> dict[str, str]:
 
 
 #: What FASTSSL_BACKEND asks for, read once: reading the environment inside a public function breaks fullgraph.
-DEFAULT_BACKEND = os.environ.get("FASTSSL_BACKEND")
+DEFAULT_BACKEND = os.environ.get("FASTSSL_BACKEND") or None
 #: device type -> why the compiled module for it is missing ("" where it is loaded).
 COMPILED_MODULES = _load_compiled_modules()
+
+
+class Schemas(NamedTuple):
+    """What the kernels of an op have in common.
+
+    Args:
+        forward: Signature of `<name>_fwd`, such as "(Tensor x) -> Tensor".
+        backward: Signature of `<name>_bwd`.
+        fake_forward: Shapes of the forward, for tracing.
+        fake_backward: Shapes of the backward.
+    """
+
+    forward: str
+    backward: str
+    fake_forward: Callable[..., Any]
+    fake_backward: Callable[..., Any]
 
 
 def define_op(
     name: str,
     *,
-    forward: str,
-    backward: str,
-    fake_forward: Callable[..., Any],
-    fake_backward: Callable[..., Any],
+    schemas: Schemas | None = None,
     torch_devices: Sequence[str] = (),
 ) -> None:
     """Define the schemas of an op, register its fake kernels and note which kernels exist.
 
     Args:
         name: The op, which is the stem of both schemas.
-        forward: Signature of `<name>_fwd`, such as "(Tensor x) -> Tensor".
-        backward: Signature of `<name>_bwd`.
-        fake_forward: Shapes of the forward, for tracing.
-        fake_backward: Shapes of the backward.
+        schemas: Of its kernels; None while no kernel is written.
         torch_devices: Device types on which PyTorch's own kernel serves the op and measures faster than the reference.
     """
-    for namespace, library in (("fastssl_native", _NATIVE), ("fastssl_triton", _TRITON)):
-        for suffix, signature, fake in (("fwd", forward, fake_forward), ("bwd", backward, fake_backward)):
-            library.define(f"{name}_{suffix}{signature}")
-            torch.library.register_fake(f"{namespace}::{name}_{suffix}", fake)
+    if schemas is not None:
+        for namespace, library in (("fastssl_native", _NATIVE), ("fastssl_triton", _TRITON)):
+            library.define(f"{name}_fwd{schemas.forward}")
+            library.define(f"{name}_bwd{schemas.backward}")
+            torch.library.register_fake(f"{namespace}::{name}_fwd", schemas.fake_forward)
+            torch.library.register_fake(f"{namespace}::{name}_bwd", schemas.fake_backward)
     BACKENDS[name], MISSING[name] = {}, {}
     for device, key in (("cpu", "CPU"), ("cuda", "CUDA")):
         present = []
         for backend in ("native", "triton"):
-            if torch._C._dispatch_has_kernel_for_dispatch_key(f"fastssl_{backend}::{name}_fwd", key):
+            operator = f"fastssl_{backend}::{name}_fwd"
+            if schemas is not None and torch._C._dispatch_has_kernel_for_dispatch_key(operator, key):
                 present.append(backend)
-            elif backend == "native":
-                MISSING[name][backend, device] = COMPILED_MODULES[device] or "no kernel written for this device"
-            elif device == "cuda":
-                MISSING[name][backend, device] = "no kernel written for this device"
+            elif backend == "native" and schemas is not None and COMPILED_MODULES[device]:
+                MISSING[name][backend, device] = COMPILED_MODULES[device]
+            elif backend == "native" or device == "cuda":
+                MISSING[name][backend, device] = "no kernel written yet"
         if device in torch_devices:
             present.append("torch")
         BACKENDS[name][device] = (*present, "reference")

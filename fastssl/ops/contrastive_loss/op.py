@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastssl.ops._dispatch import choose_backend, define_op
+from fastssl.ops._dispatch import Schemas, choose_backend, define_op
 from fastssl.ops.contrastive_loss import reference
 
 _FORWARD = (
@@ -37,7 +37,8 @@ def _fake_backward(
 
 
 define_op(
-    "contrastive_loss", forward=_FORWARD, backward=_BACKWARD, fake_forward=_fake_forward, fake_backward=_fake_backward
+    "contrastive_loss",
+    schemas=Schemas(_FORWARD, _BACKWARD, _fake_forward, _fake_backward),
 )
 
 
@@ -72,7 +73,8 @@ def contrastive_loss(
         ValueError: Shapes, dtypes or options do not fit, or `backend` cannot serve the call.
     """
     _check(context, targets, negatives, temperature)
-    choose_backend("contrastive_loss", context, backend)
+    chosen = choose_backend("contrastive_loss", context, backend)
+    assert chosen == "reference"
     with torch.autocast(context.device.type, enabled=False):
         return reference.contrastive_loss(context, targets, negatives, temperature=temperature)
 

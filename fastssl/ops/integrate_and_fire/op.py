@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastssl.ops._dispatch import choose_backend, define_op
+from fastssl.ops._dispatch import Schemas, choose_backend, define_op
 from fastssl.ops.integrate_and_fire import reference
 from fastssl.packing import Layout
 
@@ -35,10 +35,7 @@ def _fake_backward(
 
 define_op(
     "integrate_and_fire",
-    forward=_FORWARD,
-    backward=_BACKWARD,
-    fake_forward=_fake_forward,
-    fake_backward=_fake_backward,
+    schemas=Schemas(_FORWARD, _BACKWARD, _fake_forward, _fake_backward),
 )
 
 

@@ -1,4 +1,4 @@
-"""The public function of `strided_conv`, its schema and its checks."""
+"""The public function of `strided_conv` and its checks."""
 
 from typing import Literal
 
@@ -9,66 +9,7 @@ from fastssl.ops._dispatch import choose_backend, define_op
 from fastssl.ops.strided_conv import reference, torch_gemm
 from fastssl.packing import Layout
 
-_FORWARD = (
-    "(Tensor x, Tensor weight, Tensor cu_seqlens, Tensor cu_seqlens_out, SymInt total_out, int stride, Tensor? bias,"
-    " str norm, Tensor? norm_weight, Tensor? norm_bias, float eps, str activation) -> (Tensor, Tensor, Tensor, Tensor)"
-)
-_BACKWARD = (
-    "(Tensor grad_out, Tensor x, Tensor weight, Tensor conv_out, Tensor mean, Tensor rstd, Tensor cu_seqlens,"
-    " Tensor cu_seqlens_out, int stride, Tensor? bias, str norm, Tensor? norm_weight, Tensor? norm_bias,"
-    " str activation) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
-
-
-def _fake_forward(
-    x: Tensor,
-    weight: Tensor,
-    cu_seqlens: Tensor,
-    cu_seqlens_out: Tensor,
-    total_out: int,
-    stride: int,
-    bias: Tensor | None,
-    norm: str,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-    activation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    channels = weight.shape[0]
-    statistics = {"none": (0,), "group": (cu_seqlens.shape[0] - 1, channels), "layer": (total_out,)}[norm]
-    mean = x.new_empty(statistics, dtype=torch.promote_types(x.dtype, torch.float32))
-    out = x.new_empty((total_out, channels))
-    return out, torch.empty_like(out), mean, torch.empty_like(mean)
-
-
-def _fake_backward(
-    grad_out: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    conv_out: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    cu_seqlens: Tensor,
-    cu_seqlens_out: Tensor,
-    stride: int,
-    bias: Tensor | None,
-    norm: str,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    activation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    per_channel = weight.new_empty(weight.shape[0])
-    return torch.empty_like(x), torch.empty_like(weight), per_channel, per_channel.clone(), per_channel.clone()
-
-
-define_op(
-    "strided_conv",
-    forward=_FORWARD,
-    backward=_BACKWARD,
-    fake_forward=_fake_forward,
-    fake_backward=_fake_backward,
-    torch_devices=("cpu",),
-)
+define_op("strided_conv", torch_devices=("cpu",))
 
 
 def strided_conv(
@@ -119,7 +60,7 @@ def strided_conv(
     if x.dtype not in (torch.float32, torch.float64):
         unsupported["torch"] = f"its products are rounded one by one, which is too coarse for {x.dtype}"
     chosen = choose_backend("strided_conv", x, backend, unsupported=unsupported)
-    implementation = torch_gemm.strided_conv if chosen == "torch" else reference.strided_conv
+    implementation = {"torch": torch_gemm.strided_conv, "reference": reference.strided_conv}[chosen]
     with torch.autocast(x.device.type, enabled=False):
         out = implementation(
             x,
@@ -149,6 +90,8 @@ def _check(
 ) -> None:
     if x.dim() != 2 or x.shape[0] != layout.total:
         raise ValueError(f"x: expected ({layout.total}, C_in) for this layout, got {tuple(x.shape)}")
+    if layout.cu_seqlens.device != x.device:
+        raise ValueError(f"layout: is on {layout.cu_seqlens.device}, x on {x.device}")
     if weight.dim() != 3 or weight.shape[1] != x.shape[1]:
         raise ValueError(f"weight: expected (C_out, {x.shape[1]}, K), got {tuple(weight.shape)}")
     if weight.dtype != x.dtype:

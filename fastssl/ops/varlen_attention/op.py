@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastssl.ops._dispatch import choose_backend, define_op
+from fastssl.ops._dispatch import Schemas, choose_backend, define_op
 from fastssl.ops.varlen_attention import reference
 from fastssl.packing import Layout
 
@@ -59,10 +59,7 @@ def _fake_backward(
 
 define_op(
     "varlen_attention",
-    forward=_FORWARD,
-    backward=_BACKWARD,
-    fake_forward=_fake_forward,
-    fake_backward=_fake_backward,
+    schemas=Schemas(_FORWARD, _BACKWARD, _fake_forward, _fake_backward),
     torch_devices=("cpu", "cuda"),
 )
 
@@ -121,6 +118,7 @@ def varlen_attention(
     with torch.autocast(device, enabled=False):
         if chosen == "torch":
             return _torch_kernel(q, k, v, layout, scale)
+        assert chosen == "reference"
         return reference.varlen_attention(
             q, k, v, layout, scale=scale, dropout_p=dropout_p, seed=seed, distance_bias=distance_bias, gate=gate
         )
@@ -186,6 +184,8 @@ def _check(
 ) -> None:
     if q.dim() != 3 or q.shape[0] != layout.total:
         raise ValueError(f"q: expected ({layout.total}, H, E) for this layout, got {tuple(q.shape)}")
+    if layout.cu_seqlens.device != q.device:
+        raise ValueError(f"layout: is on {layout.cu_seqlens.device}, q on {q.device}")
     for name, x in (("k", k), ("v", v)):
         if x.shape != q.shape or x.dtype != q.dtype:
             raise ValueError(f"{name}: expected {tuple(q.shape)} {q.dtype}, as q, got {tuple(x.shape)} {x.dtype}")
