@@ -5,6 +5,8 @@
 Both models have the same size, the same initial weights, optimiser, schedule and batches; masks and negatives are each
 library's own. Updates alternate, so that both see the same machine. Time covers masks, negatives, forward, backward
 and step; decoding is not counted. The accuracy of Transformers is computed outside its time, as it does not report one.
+At the end the weights of both are scored by the same code on held-out recordings, with the same masks and negatives and
+without noise.
 """
 
 import argparse
@@ -22,8 +24,8 @@ import transformers
 from torch.utils.data import DataLoader
 from transformers.models.wav2vec2.modeling_wav2vec2 import _compute_mask_indices, _sample_negative_indices
 
-from fastssl.data.batches import AudioBatch, UpdateSampler, WaveformDataset
-from fastssl.data.corpus import open_corpus
+from fastssl.data.batches import AudioBatch, UpdateSampler, WaveformDataset, fixed_batches
+from fastssl.data.corpus import Corpus, open_corpus, split_corpus
 from fastssl.models.wav2vec2 import PRESETS, Wav2Vec2ForPreTraining
 from fastssl.nn.random import utterance_keys
 
@@ -59,10 +61,10 @@ def temperature_at(update: int) -> float:
     return max(0.5, 2.0 * 0.999**update)
 
 
-def step_here(learner: Learner, batch: AudioBatch, update: int) -> dict[str, float]:
+def step_here(learner: Learner, batch: AudioBatch, update: int, seed: int) -> dict[str, float]:
     began = time.perf_counter()
     output = learner.model(
-        batch.waveforms, keys=utterance_keys(0, update, batch.ids), gumbel_temperature=temperature_at(update)
+        batch.waveforms, keys=utterance_keys(seed, update, batch.ids), gumbel_temperature=temperature_at(update)
     )
     learner.step(output.loss / output.masked_frames)
     seconds = time.perf_counter() - began
@@ -106,8 +108,8 @@ def step_there(learner: Learner, padded: torch.Tensor, lengths: list[int], updat
     }
 
 
-def make_learners(updates: int) -> tuple[Learner, Learner]:
-    torch.manual_seed(0)
+def make_learners(updates: int, seed: int) -> tuple[Learner, Learner]:
+    torch.manual_seed(seed)
     config = PRESETS["wav2vec2-tiny"]  # without the features penalty, which Transformers does not have
     ours = Wav2Vec2ForPreTraining(config)
     values: dict[str, Any] = {
@@ -118,28 +120,48 @@ def make_learners(updates: int) -> tuple[Learner, Learner]:
     return Learner(ours, updates), Learner(theirs, updates)
 
 
+def score(
+    weights: dict[str, torch.Tensor], corpus: Corpus, *, crop_s: float, max_duration_s: float
+) -> dict[str, float]:
+    model = Wav2Vec2ForPreTraining(PRESETS["wav2vec2-tiny"]).eval()
+    model.load_state_dict(weights)
+    dataset = WaveformDataset(normalize=True)
+    loss, correct, frames = 0.0, 0, 0
+    for spec in fixed_batches(corpus.cuts, max_duration_s=max_duration_s, crop_s=crop_s, seed=0):
+        batch = dataset[spec]
+        with torch.no_grad():
+            output = model(batch.waveforms, keys=utterance_keys(0, -1, batch.ids), gumbel_temperature=1.0)
+        loss += output.contrastive_loss.item()
+        correct += int(output.correct)
+        frames += output.masked_frames
+    return {"loss": loss / frames, "accuracy": correct / frames, "masked_frames": frames}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("audio", help="folder of recordings")
     parser.add_argument("--updates", type=int, default=800)
     parser.add_argument("--crop-s", type=float, default=4.0)
     parser.add_argument("--max-duration-s", type=float, default=48.0)
+    parser.add_argument("--held-out", type=float, default=0.1, help="fraction of the recordings")
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
 
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     corpus = open_corpus(args.audio, min_duration_s=min(2.0, args.crop_s))
-    sampler = UpdateSampler(corpus.cuts, max_duration_s=args.max_duration_s, crop_s=args.crop_s, seed=0)
+    train, held_out = split_corpus(corpus, fraction=args.held_out, seed=args.seed)
+    sampler = UpdateSampler(train.cuts, max_duration_s=args.max_duration_s, crop_s=args.crop_s, seed=args.seed)
     batches = iter(DataLoader(WaveformDataset(normalize=True), sampler=sampler, batch_size=None))
-    ours, theirs = make_learners(args.updates)
+    ours, theirs = make_learners(args.updates, args.seed)
     rows: list[dict[str, Any]] = []
-    np.random.seed(0)  # noqa: NPY002, which is what Transformers draws from
+    np.random.seed(args.seed)  # noqa: NPY002, which is what Transformers draws from
     for update in range(args.updates):
         batch = next(batches)
         padded = batch.waveforms.to_padded().squeeze(-1)
         lengths = list(batch.waveforms.layout.lengths)
         row = {"update": update, "audio_s": batch.duration_s}
-        row["fastssl"] = step_here(ours, batch, update)
+        row["fastssl"] = step_here(ours, batch, update, args.seed)
         row["transformers"] = step_there(theirs, padded, lengths, update)
         rows.append(row)
         if (update + 1) % 50 == 0:
@@ -154,13 +176,22 @@ def main() -> None:
                 "machine": {"processor": _processor(), "threads": torch.get_num_threads()},
                 "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
                 "commit": commit,
-                "settings": {"updates": args.updates, "crop_s": args.crop_s, "max_duration_s": args.max_duration_s},
+                "settings": {name: value for name, value in vars(args).items() if name not in ("audio", "output")},
                 "parameters": sum(parameter.numel() for parameter in ours.model.parameters()),
                 "every_50_updates": [
                     {"update": first + len(rows[first : first + 50])}
                     | {name: _average(rows[first : first + 50], name) for name in ("fastssl", "transformers")}
                     for first in range(0, len(rows), 50)
                 ],
+                "held_out": {
+                    name: score(
+                        dict(learner.model.state_dict()),
+                        held_out,
+                        crop_s=args.crop_s,
+                        max_duration_s=args.max_duration_s,
+                    )
+                    for name, learner in (("fastssl", ours), ("transformers", theirs))
+                },
                 "median_seconds_per_update": {
                     name: _average(rows, name)["median_seconds"] for name in ("fastssl", "transformers")
                 },
