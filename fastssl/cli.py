@@ -3,6 +3,8 @@
 import argparse
 import dataclasses
 import glob
+import importlib
+import json
 import logging
 import sys
 import traceback
@@ -264,6 +266,7 @@ def _info(arguments: Sequence[str]) -> None:
         print(f"FASTSSL_BACKEND={ops._dispatch.DEFAULT_BACKEND}")
     for device, reason in ops._dispatch.COMPILED_MODULES.items():
         print(f"compiled module for {device}: {reason or 'loaded'}")
+    print(f"compiled module for data workers: {_why_no_host_module() or 'loaded'}")
     for op, devices in ops._dispatch.BACKENDS.items():
         print(f"\n{op}")
         for device, backends in devices.items():
@@ -271,6 +274,19 @@ def _info(arguments: Sequence[str]) -> None:
             for (backend, place), reason in ops._dispatch.MISSING[op].items():
                 if place == device:
                     print(f"    no {backend}: {reason}")
+
+
+def _why_no_host_module() -> str:
+    """Why numpy does what `fastssl._host` would do; empty where it is loaded."""
+    try:
+        importlib.import_module("fastssl._host")
+    except ModuleNotFoundError:
+        report = Path(__file__).resolve().parent / "_build_report.json"  # what the installation left out, and why
+        left_out = json.loads(report.read_text()) if report.exists() else {}
+        return f"compiled module _host was not built: {left_out.get('host', 'pip install fastssl')}"
+    except ImportError as error:
+        return f"_host does not load: {error}"
+    return ""
 
 
 def _version(package: str) -> str:

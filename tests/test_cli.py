@@ -145,6 +145,15 @@ def test_info_gives_backends_and_reasons(capsys: pytest.CaptureFixture[str]) -> 
             assert f"no {backend}: {reason}" in section
     assert "torch " in text
     assert "CPU: " in text
+    assert "compiled module for data workers: " in text
+
+
+def test_info_says_why_the_host_module_is_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "fastssl._host", None)
+    assert cli.main(["info"]) == 0
+    assert "compiled module for data workers: compiled module _host was not built: " in capsys.readouterr().out
 
 
 def test_info_and_help_need_none_of_the_extras() -> None:

@@ -73,6 +73,8 @@ def read_samples(cut: Cut, *, first: int, length: int, channel: int | None) -> N
         raise AudioError(f"ends before {first / recording.sampling_rate:.2f} s, where this part of it begins")
 
     samples = _decode(cut, start, stop - start)
+    if samples.shape[1] <= max(columns):
+        raise AudioError(f"has {samples.shape[1]} channels, its manifest says {recording.num_channels}")
     end = start + len(samples)
     wanted = first + length * period // steps
     if end < min(stop, wanted) - _TOLERANCE_S * recording.sampling_rate:
@@ -125,6 +127,8 @@ def _columns(cut: Cut, channel: int | None) -> list[int]:
         if channel not in wanted:
             raise AudioError(f"has channels {wanted}, not {channel}")
         wanted = [channel]
+    if not set(wanted) <= set(available):
+        raise AudioError(f"has channels {available}, and its manifest asks for {wanted}")
     return [available.index(one) for one in wanted]
 
 

@@ -42,6 +42,25 @@ def count_frames(length: int, *, stride: int = 320, receptive_field: int = 400) 
     return max(0, (length - receptive_field) // stride + 1)
 
 
+def chunk_hop(rate_hz: int, *, chunk_s: float, overlap_s: float, stride: int = 320, receptive_field: int = 400) -> int:
+    """Samples at 16 kHz from the beginning of one chunk to that of the next, of recordings at `rate_hz`.
+
+    Raises:
+        ValueError: The chunk is too short for the overlap, or the overlap for the receptive field.
+    """
+    _, steps = resampling_ratio(rate_hz)
+    # Chunks begin where a sample at 16 kHz is also one of the source, so that they are on one resampling grid.
+    step = math.lcm(stride, steps)
+    overlap = max(0, math.ceil(overlap_s * SAMPLE_RATE_HZ))
+    hop = (round(chunk_s * SAMPLE_RATE_HZ) - overlap) // step * step
+    if hop < step:
+        raise ValueError(f"chunk_s: {chunk_s:g} s leaves no room beside an overlap of {overlap_s:g} s")
+    if overlap < 2 * (receptive_field - stride):
+        least_s = 2 * (receptive_field - stride) / SAMPLE_RATE_HZ
+        raise ValueError(f"overlap_s: must be at least {least_s:g}, got {overlap_s:g}")
+    return hop
+
+
 def read_chunks(
     cut: Cut,
     *,
@@ -69,20 +88,18 @@ def read_chunks(
         missing at the end where the decoder gives up to 0.1 s less than the header promised.
 
     Raises:
-        ValueError: The chunk is too short for the overlap, or the overlap for the receptive field.
+        ValueError: As in `chunk_hop`.
         AudioError: The audio cannot be used, perhaps only after some chunks, or is shorter than one frame.
     """
     period, steps = resampling_ratio(cut.recording.sampling_rate)
-    # Chunks begin where a sample at 16 kHz is also one of the source, so that they are on one resampling grid.
-    step = math.lcm(stride, steps)
     size = round(chunk_s * SAMPLE_RATE_HZ)
-    overlap = max(0, math.ceil(overlap_s * SAMPLE_RATE_HZ))
-    hop = (size - overlap) // step * step
-    if hop < step:
-        raise ValueError(f"chunk_s: {chunk_s:g} s leaves no room beside an overlap of {overlap_s:g} s")
-    if overlap < 2 * (receptive_field - stride):
-        least_s = 2 * (receptive_field - stride) / SAMPLE_RATE_HZ
-        raise ValueError(f"overlap_s: must be at least {least_s:g}, got {overlap_s:g}")
+    hop = chunk_hop(
+        cut.recording.sampling_rate,
+        chunk_s=chunk_s,
+        overlap_s=overlap_s,
+        stride=stride,
+        receptive_field=receptive_field,
+    )
     origin = compute_num_samples(cut.start, cut.recording.sampling_rate)
     total = round(compute_num_samples(cut.duration, cut.recording.sampling_rate) * steps / period)
     too_short = f"is shorter than one frame ({receptive_field / SAMPLE_RATE_HZ:g} s)"

@@ -1,7 +1,10 @@
 """Checkpoints that are whole or not there, and weights to start from."""
 
 import dataclasses
+import json
 import os
+import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from fastssl.models.encoder import EncoderConfig, read_config, read_weights
+from fastssl.models.encoder import Encoder, EncoderConfig, read_config, read_weights
 from fastssl.models.wav2vec2 import Wav2Vec2Config, Wav2Vec2ForPreTraining
 
 #: Settings of the encoder that may differ from those of the weights it starts from; the others decide the shapes, or
@@ -49,14 +52,17 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class PeriodicCheckpoint(Checkpoint):
-    """Saves `last.ckpt` every `every` updates and at the end, and `<update>.ckpt` every `keep_every`.
+    """Saves `last.ckpt` and the encoder every `every` updates and at the end, and `<update>.ckpt` every `keep_every`.
 
     Where held-out recordings are scored after the same update, the checkpoint waits for the scores: a run that
     resumes from it would not score them again.
     """
 
-    def __init__(self, folder: Path, *, every: int, keep_every: int | None, scores_every: int | None) -> None:
-        self.folder = folder
+    def __init__(
+        self, run: Path, encoder: Encoder, *, every: int, keep_every: int | None, scores_every: int | None
+    ) -> None:
+        self.run = run
+        self.encoder = encoder
         self.every = every
         self.keep_every = keep_every
         self.scores_every = scores_every
@@ -84,8 +90,29 @@ class PeriodicCheckpoint(Checkpoint):
             return
         self._saved = update
         if self.keep_every is not None and update % self.keep_every == 0:
-            trainer.save_checkpoint(self.folder / f"{update:07d}.ckpt")
-        trainer.save_checkpoint(self.folder / "last.ckpt")
+            trainer.save_checkpoint(self.run / "checkpoints" / f"{update:07d}.ckpt")
+        trainer.save_checkpoint(self.run / "checkpoints" / "last.ckpt")
+        if trainer.is_global_zero:
+            save_encoder(self.encoder, self.run / "encoder")
+
+
+def save_encoder(encoder: Encoder, folder: Path) -> None:
+    """Write an encoder in Transformers' layout, so that at every moment the folder is not there, or is whole.
+
+    Args:
+        encoder: What to write.
+        folder: Where; an encoder that is there has the same config.
+    """
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    encoder.save_pretrained(temporary)
+    if not folder.exists():
+        temporary.replace(folder)
+        return
+    # A folder cannot replace another at once, but a file can, and only the weights differ.
+    for path in temporary.iterdir():
+        path.replace(folder / path.name)
+    temporary.rmdir()
 
 
 def saved_update(checkpoint: Path) -> int:
@@ -121,12 +148,23 @@ def initialise(model: Wav2Vec2ForPreTraining, source: str) -> bool:
             weights = read_weights(folder)
         except ValueError as error:
             raise ValueError(f"{name}: no run (there is no {checkpoint}) and no Transformers model: {error}") from None
-    differences = [
-        f"model.{field.name} is {getattr(config, field.name)} there and {getattr(model.config, field.name)} here"
-        for field in dataclasses.fields(EncoderConfig)
-        if field.name not in _FREE_FIELDS and getattr(config, field.name) != getattr(model.config, field.name)
-    ]
-    if differences:
-        raise ValueError(f"{name}: another architecture: {'; '.join(differences)}")
+    there, here = _architecture(config), _architecture(model.config)
+    different = [key for key in there if there[key] != here[key]]
+    if different:
+        differences = "; ".join(f"model.{key} is {there[key]} there and {here[key]} here" for key in different)
+        options = " ".join(f"--model.{key} {_as_argument(there[key])}" for key in different)
+        raise ValueError(
+            f"{name}: another architecture: {differences}. Take the --recipe of that architecture, or add: {options}"
+        )
     model.load_weights(weights, name=name)
     return all(key in weights for key in model.state_dict() if not key.startswith("wav2vec2."))
+
+
+def _architecture(config: EncoderConfig) -> dict[str, Any]:
+    names = [field.name for field in dataclasses.fields(EncoderConfig)]
+    return {name: getattr(config, name) for name in names if name not in _FREE_FIELDS}
+
+
+def _as_argument(value: Any) -> str:
+    """A setting as it is typed on the command line."""
+    return shlex.quote(value if isinstance(value, str) else json.dumps(value, separators=(",", ":")))

@@ -38,7 +38,8 @@ class DataConfig:
         crop_s: Recordings are cropped to this many seconds, at a random place on every draw; null trains on whole ones.
         min_duration_s: Recordings shorter than this, or than a crop, are left out.
         window_s: Longer recordings are read in windows of this many seconds, drawn in proportion to their duration.
-        valid: Held-out recordings to score: a folder or manifest, or a fraction of AUDIO; 0 scores nothing.
+        valid: Held-out recordings to score: a folder or manifest, whose recordings are then not trained on where AUDIO
+            has them too, or a fraction of AUDIO; 0 scores nothing.
         channel: The channel to read; null averages all of them.
         max_bad_fraction: Training stops when more than this fraction of the recordings cannot be used.
         num_workers: Processes that decode audio, per training process; null chooses by the number of cores.
@@ -114,7 +115,9 @@ class TemperatureConfig:
     decay: float = 0.999995
 
     def __post_init__(self) -> None:
-        _require_positive("temperature", self, "start", "end", "decay")
+        _require_positive("temperature", self, "start", "end")
+        if not 0 < self.decay <= 1:
+            raise ValueError(f"temperature.decay: must be above 0 and at most 1, got {self.decay}")
 
     def at(self, update: int) -> float:
         """The temperature of an update, counted from 0."""

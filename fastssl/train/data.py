@@ -4,6 +4,9 @@ import hashlib
 import os
 from typing import Any
 
+import torch
+from lhotse import CutSet
+from lhotse.cut import Cut
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
@@ -12,7 +15,7 @@ from fastssl.data.corpus import Corpus, Problem, open_corpus, split_corpus
 from fastssl.train.config import DataConfig
 from fastssl.train.module import TrainingError
 
-#: Below this many unusable recordings, or draws, a fraction means nothing.
+#: Below this many unusable recordings, or draws, the fraction of the draws says nothing about the corpus.
 _FEW_RECORDINGS, _FEW_DRAWS = 3, 200
 
 
@@ -21,7 +24,7 @@ class Account:
 
     Args:
         total: Recordings of the corpus, or windows of long ones.
-        max_bad_fraction: Of the recordings drawn so far, how many may fail.
+        max_bad_fraction: Of all recordings, how many may fail; of those drawn so far too, once they are many.
         left_out: Problems found before the first draw, in the headers; they do not count against `max_bad_fraction`
             here, because `open_corpus` has judged them.
     """
@@ -37,7 +40,7 @@ class Account:
         """Add what an update drew, over all processes; returns the problems that are new.
 
         Raises:
-            TrainingError: More than `max_bad_fraction` of the recordings drawn so far failed.
+            TrainingError: More than `max_bad_fraction` of the corpus failed, or will at this rate.
         """
         self.draws += draws
         fresh = list({problem.name: problem for problem in problems if problem.name not in self.unusable}.values())
@@ -46,7 +49,8 @@ class Account:
         drawn = min(self.draws, self.total)
         few = min(_FEW_DRAWS, self.total)
         failed = len(self.unusable)
-        if fresh and failed >= min(_FEW_RECORDINGS, few) and failed > self.max_bad_fraction * max(drawn, few):
+        judged = self.total if failed < _FEW_RECORDINGS else max(drawn, few)
+        if fresh and failed > self.max_bad_fraction * judged:
             examples = "; ".join(f"{name} {reason}" for name, reason in list(self.unusable.items())[:5])
             raise TrainingError(
                 f"{failed} of the {drawn} recordings drawn so far cannot be used, more than "
@@ -69,7 +73,7 @@ class PretrainDataModule(LightningDataModule):
         accumulation: Batches per process and update.
 
     Raises:
-        ValueError: There is nothing to train on, or too much of it is unusable.
+        ValueError: There is nothing to train on, or too much of it is unusable, or all of it is held out.
     """
 
     def __init__(self, audio: str, config: DataConfig, *, normalize: bool, seed: int, accumulation: int) -> None:
@@ -80,8 +84,11 @@ class PretrainDataModule(LightningDataModule):
         self.accumulation = accumulation
         self.train_corpus = self._open(audio)
         self.valid_corpus: Corpus | None = None
+        #: Cuts of AUDIO that are not trained on, because `data.valid` names a place with the same recordings.
+        self.num_overlapping = 0
         if isinstance(config.valid, str):
             self.valid_corpus = self._open(config.valid)
+            self._leave_out_held_out(audio, config.valid)
         elif config.valid > 0:
             self.train_corpus, self.valid_corpus = split_corpus(self.train_corpus, fraction=config.valid, seed=seed)
         if self.valid_corpus is not None and len(self.valid_corpus.cuts) == 0:
@@ -97,6 +104,20 @@ class PretrainDataModule(LightningDataModule):
         return open_corpus(
             source, min_duration_s=shortest, window_s=config.window_s, max_bad_fraction=config.max_bad_fraction
         )
+
+    def _leave_out_held_out(self, audio: str, valid: str) -> None:
+        """Never train on a recording that is scored, wherever the two corpora name it."""
+        assert self.valid_corpus is not None
+        held_out = {path for cut in self.valid_corpus.cuts for path in _paths(cut)}
+        cuts = [cut for cut in self.train_corpus.cuts if held_out.isdisjoint(_paths(cut))]
+        self.num_overlapping = len(self.train_corpus.cuts) - len(cuts)
+        if not cuts:
+            raise ValueError(f"data.valid: {valid} holds out all recordings of {audio}; nothing is left to train on")
+        self.train_corpus = Corpus(CutSet.from_cuts(cuts), self.train_corpus.problems)
+
+    def transfer_batch_to_device(self, batch: AudioBatch, device: torch.device, dataloader_idx: int) -> AudioBatch:
+        """Copy without waiting; the batch is in page-locked memory where the device is a GPU."""
+        return batch.to(device, non_blocking=True)
 
     def train_dataloader(self) -> DataLoader[AudioBatch]:
         """Batches without end, from where the run stands."""
@@ -180,3 +201,9 @@ class PretrainDataModule(LightningDataModule):
                 digest.update(f"{cut.id} {cut.duration}\n".encode())
             self._digest = digest.hexdigest()
         return self._digest
+
+
+def _paths(cut: Cut) -> set[str]:
+    """Where the audio of a cut is, links followed; nothing for audio in memory."""
+    sources = [source.source for source in cut.recording.sources]
+    return {os.path.realpath(source) for source in sources if isinstance(source, str)}

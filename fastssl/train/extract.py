@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastssl.data.audio import SAMPLE_RATE_HZ, AudioError
 from fastssl.data.corpus import Problem, cut_name, open_corpus
-from fastssl.data.recordings import Chunk, read_chunks
+from fastssl.data.recordings import Chunk, chunk_hop, read_chunks
 from fastssl.models.encoder import Encoder, load_encoder
 from fastssl.packing import Packed
 
@@ -62,7 +62,8 @@ def extract(
         The recordings that could not be used.
 
     Raises:
-        ValueError: MODEL, AUDIO, the layer or the folder does not serve; the folder was begun with other settings.
+        ValueError: MODEL, AUDIO, the layer, the chunks or the folder does not serve; the folder was begun with other
+            settings.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -73,6 +74,15 @@ def extract(
     layer = layers if layer is None else layer
     receptive_field = encoder.config.receptive_field_samples
     corpus = open_corpus(audio, min_duration_s=receptive_field / SAMPLE_RATE_HZ, window_s=None, max_bad_fraction=1.0)
+    # Before anything is written: the folder remembers the settings, and then takes no others.
+    for rate_hz in sorted({cut.recording.sampling_rate for cut in corpus.cuts}):
+        chunk_hop(
+            rate_hz,
+            chunk_s=chunk_s,
+            overlap_s=overlap_s,
+            stride=encoder.config.samples_per_frame,
+            receptive_field=receptive_field,
+        )
     shards = _Shards(
         Path(output),
         settings={

@@ -16,6 +16,8 @@ from fastssl.train.config import OptimizerConfig, TemperatureConfig
 
 #: Crops, masks and negatives of held-out recordings are those of this update, every time.
 VALIDATION_UPDATE = -1
+#: Updates in a row that fp16 may skip: its scale is halved each time, and by then it is no longer to blame.
+_MAX_SKIPPED_UPDATES = 20
 #: What is summed over the frames, batches and processes of an update; the perplexities of each group follow.
 _SUMS = (
     "loss",
@@ -72,6 +74,7 @@ class PretrainModule(LightningModule):
         self.last_validation: dict[str, float] = {}
         self._pending: list[tuple[Tensor, tuple[str, ...]]] = []
         self._reduced = torch.empty(0)
+        self._skipped = 0
         self._validation: list[Tensor] = []
 
     def configure_optimizers(self) -> Any:
@@ -123,7 +126,8 @@ class PretrainModule(LightningModule):
         """Clip, then look at loss and norm: the one time in an update that the host waits for the device.
 
         Raises:
-            TrainingError: The loss or a gradient is NaN or infinite; the weights have not been touched.
+            TrainingError: The loss or a gradient is NaN or infinite, with fp16 a gradient of many updates in a row; the
+                weights have not been touched.
         """
         norm = torch.nn.utils.clip_grad_norm_(self.parameters(), self.optimizer_config.clip_norm or math.inf)
         values = torch.cat((self._reduced, norm.detach().to(self._reduced)[None])).tolist()
@@ -134,7 +138,8 @@ class PretrainModule(LightningModule):
         # fp16's scaler skips a step whose gradients overflowed, and lowers the scale.
         plugin = self.trainer.precision_plugin
         scaled = isinstance(plugin, MixedPrecision) and plugin.scaler is not None
-        if not math.isfinite(values[0]) or not (scaled or math.isfinite(values[-1])):
+        self._skipped = 0 if math.isfinite(values[-1]) else self._skipped + 1
+        if not math.isfinite(values[0]) or self._skipped >= (_MAX_SKIPPED_UPDATES if scaled else 1):
             raise TrainingError(self._describe_non_finite(values[0], values[-1]))
         self._pending.clear()
 
@@ -169,9 +174,10 @@ class PretrainModule(LightningModule):
             torch.distributed.all_gather_object(everywhere, guilty)
             guilty = [name for names in everywhere for name in names]
         what = f"the gradient norm is {norm}" if math.isfinite(loss) else f"the loss is {loss}"
+        often = f", the last of {self._skipped} in a row" if self._skipped > 1 else ""
         return (
-            f"{what} in update {self.global_step + 1}; the weights are those before it, and the last checkpoint too. "
-            f"Recordings of the batch: {', '.join(guilty)}"
+            f"{what} in update {self.global_step + 1}{often}; the weights are those before it, and the last checkpoint "
+            f"too. Recordings of the batch: {', '.join(guilty)}"
         )
 
 

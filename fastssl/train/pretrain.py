@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import DDPStrategy, Strategy
 from rich import get_console
 
 from fastssl.models.wav2vec2 import Wav2Vec2ForPreTraining
-from fastssl.train.checkpoints import AtomicCheckpointIO, PeriodicCheckpoint, initialise, saved_update
+from fastssl.train.checkpoints import AtomicCheckpointIO, PeriodicCheckpoint, initialise, save_encoder, saved_update
 from fastssl.train.config import PretrainConfig, TrainerConfig, check_resumable, write_config
 from fastssl.train.data import PretrainDataModule
 from fastssl.train.module import PretrainModule
@@ -33,19 +33,21 @@ def pretrain(config: PretrainConfig, *, resume: bool = False) -> None:
     """Train an encoder by wav2vec 2.0's objective and leave it, with everything about the run, in `config.output`.
 
     The folder gets config.yaml, checkpoints/, logs/ (TensorBoard, and what was said), metrics.csv, report.png, and
-    encoder/ in Transformers' layout.
+    encoder/ in Transformers' layout, which is that of the last checkpoint until the run ends.
 
     Args:
         config: The settings.
         resume: Continue the run in `config.output` behind its last checkpoint, as if it had never stopped.
 
     Raises:
-        ValueError: A setting, AUDIO or MODEL does not serve; the folder holds another run, or none to resume.
+        ValueError: A setting, AUDIO, MODEL or this machine does not serve; the folder holds another run, or none to
+            resume.
         TrainingError: The loss became NaN or infinite, or too many recordings cannot be used.
     """
     run = Path(config.output)
     checkpoint = run / "checkpoints" / "last.ckpt"
     first = is_first_process()
+    _check_devices(config.trainer)
     if first:
         _check_folder(run, config, resume=resume)
     data = PretrainDataModule(
@@ -93,7 +95,8 @@ def _fit(
     )
     scores_every = min(settings.val_check_interval, settings.max_steps)
     checkpoints = PeriodicCheckpoint(
-        run / "checkpoints",
+        run,
+        model.wav2vec2,
         every=settings.checkpoint_every,
         keep_every=settings.keep_every,
         scores_every=None if data.valid_corpus is None else scores_every,
@@ -103,7 +106,10 @@ def _fit(
         accelerator=settings.accelerator,
         devices=devices,
         num_nodes=num_nodes,
-        strategy=_strategy(devices * num_nodes, unused_parameters=config.model.layerdrop > 0),
+        strategy=_strategy(
+            devices * num_nodes,
+            unused_parameters=config.model.layerdrop > 0 or config.model.feature_grad_mult == 0,
+        ),
         precision=settings.precision,
         max_steps=settings.max_steps,
         max_epochs=-1,
@@ -122,7 +128,7 @@ def _fit(
     )
     trainer.fit(module, datamodule=data, ckpt_path=resume_from)
     if trainer.is_global_zero:
-        model.wav2vec2.save_pretrained(run / "encoder")
+        save_encoder(model.wav2vec2, run / "encoder")
         draw_report(run)
         get_console().print(summarise(run, data.account))
         logger.info("encoder: %s", run / "encoder")
@@ -133,7 +139,9 @@ def _check_folder(run: Path, config: PretrainConfig, *, resume: bool) -> None:
     if resume:
         if not (run / "config.yaml").is_file():
             raise ValueError(f"--resume: there is no run in {run} (looked for {run / 'config.yaml'})")
-        check_resumable(config, run / "config.yaml")
+        # Without a checkpoint nothing has been trained that other settings could spoil.
+        if (run / "checkpoints" / "last.ckpt").is_file():
+            check_resumable(config, run / "config.yaml")
     elif run.exists() and (not run.is_dir() or any(run.iterdir())):
         raise ValueError(f"--output: {run} exists and is not empty; continue it with --resume, or name another folder")
 
@@ -155,6 +163,17 @@ def _describe(
     for name, corpus in corpora:
         hours = corpus.duration_s / 3600
         logger.info("%s: %d recordings, %.2f hours", name, corpus.num_recordings, hours)
+    if data.num_overlapping:
+        logger.info("not trained on, because data.valid holds them out: %d cuts of AUDIO", data.num_overlapping)
+    if data.valid_corpus is not None and not isinstance(config.data.valid, str):
+        held_out_s = data.valid_corpus.duration_s
+        share = held_out_s / (held_out_s + data.train_corpus.duration_s)
+        if share > 3 * config.data.valid:
+            logger.warning(
+                "%.1f %% of the audio is held out, where data.valid asks for %.1f %%: a recording is never divided",
+                100 * share,
+                100 * config.data.valid,
+            )
     parameters = sum(parameter.numel() for parameter in model.parameters())
     logger.info("model: %.2f M parameters, %d updates", parameters / 1e6, config.trainer.max_steps)
     if config.init is not None and resume_from is None:
@@ -175,6 +194,19 @@ def _devices(settings: TrainerConfig) -> tuple[int, int]:
         local = int(os.environ["LOCAL_WORLD_SIZE"])
         return local, int(os.environ["WORLD_SIZE"]) // local
     return settings.devices, settings.num_nodes
+
+
+def _check_devices(settings: TrainerConfig) -> None:
+    """Refuse what Lightning would refuse after the folder is written, or change without a word."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if settings.accelerator == "gpu" and gpus == 0:
+        raise ValueError("trainer.accelerator: gpu, but torch can use none here (`fastssl info` shows what there is)")
+    on_gpu = settings.accelerator != "cpu" and gpus > 0
+    devices, _ = _devices(settings)
+    if on_gpu and devices > gpus:
+        raise ValueError(f"trainer.devices: {devices}, but there are {gpus} GPUs here")
+    if settings.precision == "16-mixed" and not on_gpu:
+        raise ValueError("trainer.precision: 16-mixed needs a GPU; on the CPU take 32-true or bf16-mixed")
 
 
 def _strategy(world_size: int, *, unused_parameters: bool) -> Strategy | str:

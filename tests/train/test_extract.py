@@ -124,6 +124,15 @@ def test_refuses_to_mix(encoder: Encoder, recordings: Path, tmp_path: Path) -> N
         extract(model, recordings, recordings)
 
 
+@pytest.mark.parametrize("wrong", [{"chunk_s": 1.0, "overlap_s": 2.0}, {"overlap_s": 0.0}, {"layer": 9}])
+def test_wrong_settings_leave_no_trace(
+    encoder: Encoder, recordings: Path, tmp_path: Path, wrong: dict[str, Any]
+) -> None:
+    with pytest.raises(ValueError, match=r"chunk_s: |overlap_s: |--layer: "):
+        extract(tmp_path / "model", recordings, tmp_path / "out", **wrong)
+    assert not (tmp_path / "out").exists()
+
+
 def test_damaged_recordings_are_left_out(encoder: Encoder, tmp_path: Path) -> None:
     for index in range(3):
         write_recording(tmp_path / "audio" / f"{index}.wav", 4.0, seed=index)

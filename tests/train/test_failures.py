@@ -5,16 +5,20 @@ import math
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import soundfile
 import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
 
 from fastssl.data.corpus import Problem
+from fastssl.models.encoder import load_encoder
+from fastssl.models.wav2vec2 import Wav2Vec2ForPreTraining
 from fastssl.train.data import Account
 from fastssl.train.metrics_file import read_metrics
-from fastssl.train.module import TrainingError
+from fastssl.train.module import _SUMS, PretrainModule, TrainingError
 from fastssl.train.monitors import Monitor
 from fastssl.train.pretrain import pretrain
 from tests.train.conftest import MakeConfig, write_recording
@@ -54,7 +58,7 @@ def test_what_is_not_finite_names_the_files_and_spares_the_weights(
         checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
         assert checkpoint["global_step"] == len(rows)
         assert all(tensor.isfinite().all() for tensor in checkpoint["state_dict"].values())
-    assert not (run / "encoder").exists()
+        assert all(tensor.isfinite().all() for tensor in load_encoder(run).state_dict().values())
 
 
 def test_damaged_recordings_are_named_once_and_survive_resume(
@@ -111,7 +115,41 @@ def test_account_judges_fractions_of_what_was_drawn() -> None:
         account.note(1, problems(50))
     with pytest.raises(TrainingError, match="2 of the 2"):
         Account(2, 0.05, []).note(2, problems(0, 1))
-    Account(3, 0.05, []).note(3, problems(0))
+    with pytest.raises(TrainingError, match="1 of the 3"):
+        Account(3, 0.05, []).note(3, problems(0))
+    with pytest.raises(TrainingError, match="1 of the 1 recordings"):
+        Account(1000, 0.0, []).note(1, problems(0))
+    account = Account(40, 0.05, [])
+    account.note(1, problems(0))
+    account.note(1, problems(1))
+    with pytest.raises(TrainingError, match="3 of the 3"):
+        account.note(1, problems(2))
+
+
+def test_fp16_does_not_skip_updates_for_ever(make_config: MakeConfig) -> None:
+    config = make_config()
+    module = PretrainModule(
+        Wav2Vec2ForPreTraining(config.model),
+        optimizer=config.optimizer,
+        temperature=config.temperature,
+        max_steps=100,
+        seed=0,
+    )
+    precision = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu"))
+    module._trainer = SimpleNamespace(precision_plugin=precision, world_size=1, global_step=0)  # type: ignore[assignment]
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    sums = torch.zeros(len(_SUMS) + 4, dtype=torch.float64)
+
+    def update(gradient: float) -> None:
+        for parameter in module.parameters():
+            parameter.grad = torch.full_like(parameter, gradient)
+        module._reduced, module._pending = sums, [(sums, ("loud.wav",))]
+        module.configure_gradient_clipping(optimizer)
+
+    for gradient in (*[math.inf] * 19, 0.0, *[math.inf] * 19):
+        update(gradient)
+    with pytest.raises(TrainingError, match=r"the last of 20 in a row.*loud\.wav"):
+        update(math.inf)
 
 
 def test_collapse_is_said_in_words(

@@ -49,8 +49,10 @@ def test_other_architectures_and_other_folders_are_refused(make_config: MakeConf
     with pytest.raises(ValueError, match=r"model\.hidden_size is 32 there and 16 here"):
         initialise(Wav2Vec2ForPreTraining(make_config(**{"model.hidden_size": 16}).model), str(tmp_path))
     # Same shapes, other meaning.
-    with pytest.raises(ValueError, match=r"model\.do_stable_layer_norm is False there and True here"):
+    with pytest.raises(ValueError, match=r"is False there and True here.* add: --model\.do_stable_layer_norm false$"):
         initialise(Wav2Vec2ForPreTraining(make_config(**{"model.do_stable_layer_norm": True}).model), str(tmp_path))
+    with pytest.raises(ValueError, match=r"add: --model\.conv_dim '\[16,16,16,16,16,16,16\]'$"):
+        initialise(Wav2Vec2ForPreTraining(make_config(**{"model.conv_dim": (8,) * 7}).model), str(tmp_path))
     with pytest.raises(ValueError, match=r"no run \(there is no .*last\.ckpt\) and no Transformers model"):
         initialise(Wav2Vec2ForPreTraining(config), str(tmp_path / "nowhere"))
     refused = make_config("refused", init=str(tmp_path / "nowhere"))

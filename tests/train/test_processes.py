@@ -66,6 +66,14 @@ def test_torchrun_and_resume_equal_lightnings_own_launch(make_config: MakeConfig
     assert all(torch.equal(tensor, expected[name]) for name, tensor in _weights(half).items())
 
 
+def test_front_end_without_gradient_does_not_stop_the_processes(make_config: MakeConfig, tmp_path: Path) -> None:
+    changes = {"trainer.devices": 2, "trainer.max_steps": 3, "model.layerdrop": 0.0, "model.feature_grad_mult": 0.0}
+    config = make_config(**changes)
+    outcome = _run(config, tmp_path)
+    assert outcome.returncode == 0, outcome.stderr
+    assert len(_losses(config)) == 3
+
+
 def test_processes_stop_together_and_name_the_file_of_any(
     make_config: MakeConfig, recordings: Path, tmp_path: Path
 ) -> None:
@@ -78,6 +86,8 @@ def test_processes_stop_together_and_name_the_file_of_any(
     damaged = tmp_path / "audio" / "speaker1" / "01.flac"
     damaged.write_bytes(damaged.read_bytes()[:2000])
     changes = {"trainer.devices": 2, "model.do_normalize": False, "data.valid": 0.0, "trainer.max_steps": 50}
+    # One unusable recording of 15 is too many by default.
+    changes["data.max_bad_fraction"] = 0.5
     outcome = _run(make_config(audio=tmp_path / "audio", **changes), tmp_path)
     assert outcome.returncode == 1
     assert "loud.wav" in outcome.stderr

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from fastssl.data.batches import AudioBatch
+from fastssl.models.encoder import load_encoder
 from fastssl.train.checkpoints import saved_update
 from fastssl.train.config import PretrainConfig, write_config
 from fastssl.train.metrics_file import read_metrics
@@ -55,7 +56,11 @@ def test_scores_that_a_kill_prevented_are_made_up_for(make_config: MakeConfig, m
         patched.setattr(PretrainModule, "validation_step", die)
         with pytest.raises(KeyError):
             pretrain(config)
+    # The unfinished run has the encoder of its last checkpoint.
+    _assert_encoder_is_that_of_the_checkpoint(config, update=2)
     pretrain(config, resume=True)
+    _assert_encoder_is_that_of_the_checkpoint(config, update=6)
+    assert not list(Path(config.output).glob(".*"))
     assert [row["update"] for row in _metrics(config)] == [1, 2, 3, 4, 4, 5, 6]
     assert "valid_loss" in _metrics(config)[4]
 
@@ -64,8 +69,10 @@ def test_resume_before_the_first_checkpoint_begins_again(make_config: MakeConfig
     config = make_config(**{"trainer.max_steps": 2})
     run = Path(config.output)
     run.mkdir()
-    write_config(config, run / "config.yaml")
+    # There is nothing yet that another seed could spoil.
+    write_config(dataclasses.replace(config, seed=7), run / "config.yaml")
     pretrain(config, resume=True)
+    assert "seed: 3\n" in (run / "config.yaml").read_text()
     assert saved_update(run / "checkpoints" / "last.ckpt") == 2
 
 
@@ -124,6 +131,13 @@ def _kill_in_the_middle(config: PretrainConfig, folder: Path) -> None:
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
         process.wait()
+
+
+def _assert_encoder_is_that_of_the_checkpoint(config: PretrainConfig, *, update: int) -> None:
+    checkpoint = _checkpoint(config)
+    assert checkpoint["global_step"] == update
+    for name, tensor in load_encoder(config.output).state_dict().items():
+        assert torch.equal(tensor, checkpoint["state_dict"][f"model.wav2vec2.{name}"]), name
 
 
 def _checkpoint(config: PretrainConfig) -> dict[str, Any]:

@@ -1,0 +1,85 @@
+"""What is refused, or said, before a run begins."""
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastssl.data.batches import AudioBatch, BatchSpec, WaveformDataset
+from fastssl.train.config import TemperatureConfig
+from fastssl.train.data import PretrainDataModule
+from fastssl.train.pretrain import pretrain
+from tests.train.conftest import MakeConfig
+
+
+def _open(config: Any) -> PretrainDataModule:
+    return PretrainDataModule(config.audio, config.data, normalize=True, seed=config.seed, accumulation=1)
+
+
+def _files(data: PretrainDataModule, name: str) -> set[str]:
+    return {Path(cut.recording.sources[0].source).resolve().name for cut in getattr(data, name).cuts}
+
+
+def test_what_is_scored_is_not_trained_on(
+    make_config: MakeConfig, recordings: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    # The same files by another name.
+    (tmp_path / "link").symlink_to(recordings / "speaker0")
+    changes = {"data.valid": str(tmp_path / "link"), "trainer.max_steps": 1}
+    data = _open(make_config(**changes))
+    training, held_out = _files(data, "train_corpus"), _files(data, "valid_corpus")
+    assert len(held_out) == data.num_overlapping == 5
+    assert training == {path.name for path in recordings.rglob("*.wav")} - held_out
+    with caplog.at_level(logging.INFO, logger="fastssl"):
+        pretrain(make_config(**changes))
+    assert "data.valid holds them out: 5 cuts of AUDIO" in caplog.text
+    with pytest.raises(ValueError, match="nothing is left to train on"):
+        _open(make_config(audio=recordings / "speaker0", **{"data.valid": str(recordings)}))
+    shutil.copytree(recordings / "speaker1", tmp_path / "other")
+    assert _open(make_config(**{"data.valid": str(tmp_path / "other")})).num_overlapping == 0
+
+
+def test_held_out_share_that_is_far_from_the_wish_is_said(
+    make_config: MakeConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    pretrain(make_config(**{"data.valid": 0.2, "trainer.max_steps": 1}))
+    assert "is held out, where" not in caplog.text
+    pretrain(make_config("other", **{"data.valid": 0.001, "trainer.max_steps": 1}))
+    assert "is held out, where data.valid asks for 0.1 %" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("gpus", "changes", "message"),
+    [
+        (0, {"accelerator": "auto", "precision": "16-mixed"}, "trainer.precision: 16-mixed needs a GPU"),
+        (2, {"accelerator": "cpu", "precision": "16-mixed"}, "trainer.precision: 16-mixed needs a GPU"),
+        (0, {"accelerator": "gpu"}, "trainer.accelerator: gpu"),
+        (2, {"accelerator": "auto", "devices": 3}, "trainer.devices: 3, but there are 2 GPUs"),
+    ],
+)
+def test_missing_devices_are_refused_before_the_folder_is_written(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, gpus: int, changes: dict[str, Any], message: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    config = make_config(**{f"trainer.{name}": value for name, value in changes.items()})
+    with pytest.raises(ValueError, match=message):
+        pretrain(config)
+    assert not Path(config.output).exists()
+
+
+@pytest.mark.parametrize("decay", [0.0, -0.5, 1.01, float("nan")])
+def test_temperature_never_rises(decay: float) -> None:
+    with pytest.raises(ValueError, match=r"temperature\.decay"):
+        TemperatureConfig(decay=decay)
+
+
+def test_batches_reach_the_device_without_waiting(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(AudioBatch, "to", lambda self, device, non_blocking=False: asked.append(non_blocking))
+    batch = WaveformDataset(normalize=False)[BatchSpec(0, (), None, 0)]
+    _open(make_config()).transfer_batch_to_device(batch, torch.device("cpu"), 0)
+    assert asked == [True]
