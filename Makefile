@@ -7,7 +7,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 AUDIO  ?=
 RUN    ?= runs/$(if $(AUDIO),$(shell basename "$$(realpath "$(AUDIO)")"),demo)
-STEPS  ?= 350
+STEPS  ?= 420
 
 BIN       := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -30,7 +30,7 @@ $(DEMO)/utterances.tsv: | $(INSTALLED)
 pretrain: $(INSTALLED) $(if $(AUDIO),,$(DEMO)/utterances.tsv)
 	resume=$$(test ! -f "$(RUN)/config.yaml" || echo --resume); \
 	$(BIN)/fastssl pretrain "$(or $(AUDIO),$(DEMO))" --recipe wav2vec2-tiny --output "$(RUN)" \
-	    --trainer.max_steps $(STEPS) --trainer.val_check_interval 50 --trainer.checkpoint_every 50 $$resume
+	    --data.valid 0.05 --trainer.max_steps $(STEPS) --trainer.val_check_interval 50 --trainer.checkpoint_every 50 $$resume
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
