@@ -123,7 +123,7 @@ class PretrainModule(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip, then look at loss and norm: the one time in an update that the host waits for the device.
+        """Clip, then look at loss and norm, together, so that the host waits for the device once for both.
 
         Raises:
             TrainingError: The loss or a gradient is NaN or infinite, with fp16 a gradient of many updates in a row; the
