@@ -1,9 +1,13 @@
 """What all tests share."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when fastssl is imported: Triton kernels run on the CPU
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

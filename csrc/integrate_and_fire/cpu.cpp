@@ -8,7 +8,7 @@
 #include <tuple>
 #include <vector>
 
-#include "../common/target_clones.h"
+#include "../common/isa.h"
 #include "../common/tensor_checks.h"
 
 namespace fastssl {
@@ -24,26 +24,27 @@ int64_t sequence_of(int64_t row, const int32_t* begins, int64_t sequences) {
   return std::upper_bound(begins, begins + sequences, row) - begins - 1;
 }
 
-template <typename scalar_t, typename acc_t>
-FASTSSL_TARGET_CLONES
-void add_scaled(acc_t* sum, const scalar_t* row, acc_t scale, int64_t channels) {
+template <Isa isa, typename scalar_t, typename acc_t>
+FASTSSL_INLINE void add_scaled_body(acc_t* sum, const scalar_t* row, acc_t scale, int64_t channels) {
   for (int64_t c = 0; c < channels; ++c) {
     sum[c] += scale * static_cast<acc_t>(row[c]);
   }
 }
+FASTSSL_ISA_VARIANTS(add_scaled)
 
-template <typename scalar_t, typename acc_t>
-FASTSSL_TARGET_CLONES
-void store(scalar_t* row, const acc_t* sum, int64_t channels) {
+template <Isa isa, typename scalar_t, typename acc_t>
+FASTSSL_INLINE void store_body(scalar_t* row, const acc_t* sum, int64_t channels) {
   for (int64_t c = 0; c < channels; ++c) {
     row[c] = static_cast<scalar_t>(sum[c]);
   }
 }
+FASTSSL_ISA_VARIANTS(store)
 
 // grad . (current - next). Sixteen partial sums, because the compiler may not reorder a floating-point sum by itself.
-template <typename scalar_t, typename acc_t>
-FASTSSL_TARGET_CLONES
-acc_t dot_difference(const scalar_t* grad, const scalar_t* current, const scalar_t* next, int64_t channels) {
+template <Isa isa, typename scalar_t>
+FASTSSL_INLINE auto dot_difference_body(
+    const scalar_t* grad, const scalar_t* current, const scalar_t* next, int64_t channels) {
+  using acc_t = typename Accumulator<scalar_t>::type;
   constexpr int64_t kLanes = 16;
   acc_t partial[kLanes] = {};
   int64_t c = 0;
@@ -62,6 +63,7 @@ acc_t dot_difference(const scalar_t* grad, const scalar_t* current, const scalar
   }
   return sum;
 }
+FASTSSL_ISA_VARIANTS(dot_difference)
 
 Tensor forward(
     const Tensor& x,  // (N, C)
@@ -154,7 +156,7 @@ std::tuple<Tensor, Tensor> backward(
             store(grad_x_data + t * channels, sum.data(), channels);
             // Where the slot fired, a later frame of the same sequence ended it, so row t + 1 exists.
             grad_weights_data[t] = last_slot < fired
-                ? dot_difference<scalar_t, acc_t>(
+                ? dot_difference(
                       grads + last_slot * channels, x_data + t * channels, x_data + (t + 1) * channels, channels)
                 : acc_t(0);
           }

@@ -4,6 +4,8 @@ Every op has a schema `fastssl_native::<op>_fwd/_bwd` (compiled C++ and CUDA) an
 kernels plug into them from optional modules. What exists is read once, here, into `BACKENDS`.
 """
 
+import importlib
+import importlib.util
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -49,6 +51,20 @@ DEFAULT_BACKEND = os.environ.get("FASTSSL_BACKEND") or None
 COMPILED_MODULES = _load_compiled_modules()
 
 
+def _why_no_triton() -> dict[str, str]:
+    """Device type -> why Triton kernels do not run there, empty where they do."""
+    if importlib.util.find_spec("triton") is None:
+        return dict.fromkeys(("cpu", "cuda"), "triton is not installed")
+    interprets = os.environ.get("TRITON_INTERPRET") == "1"
+    return {
+        "cpu": "" if interprets else "Triton runs on the CPU in its interpreter only (TRITON_INTERPRET=1), for tests",
+        "cuda": "" if torch.cuda.is_available() else "no CUDA device",
+    }
+
+
+_WHY_NO_TRITON = _why_no_triton()
+
+
 class Schemas(NamedTuple):
     """What the kernels of an op have in common.
 
@@ -70,13 +86,15 @@ def define_op(
     *,
     schemas: Schemas | None = None,
     torch_devices: Sequence[str] = (),
+    triton_kernels: str | None = None,
 ) -> None:
-    """Define the schemas of an op, register its fake kernels and note which kernels exist.
+    """Define the schemas of an op, register its fake and Triton kernels and note which kernels exist.
 
     Args:
         name: The op, which is the stem of both schemas.
         schemas: Of its kernels; None while no kernel is written.
         torch_devices: Device types on which PyTorch's own kernel serves the op and measures faster than the reference.
+        triton_kernels: Module with `<name>_fwd` and `<name>_bwd`, imported only where Triton runs.
     """
     if schemas is not None:
         for namespace, library in (("fastssl_native", _NATIVE), ("fastssl_triton", _TRITON)):
@@ -86,18 +104,25 @@ def define_op(
             torch.library.register_fake(f"{namespace}::{name}_bwd", schemas.fake_backward)
     BACKENDS[name], MISSING[name] = {}, {}
     for device, key in (("cpu", "CPU"), ("cuda", "CUDA")):
-        present = []
-        for backend in ("native", "triton"):
-            operator = f"fastssl_{backend}::{name}_fwd"
-            if schemas is not None and torch._C._dispatch_has_kernel_for_dispatch_key(operator, key):
-                present.append(backend)
-            elif backend == "native" and schemas is not None and COMPILED_MODULES[device]:
-                MISSING[name][backend, device] = COMPILED_MODULES[device]
-            elif backend == "native" or device == "cuda":
-                MISSING[name][backend, device] = "no kernel written yet"
+        present, missing = [], MISSING[name]
+        if schemas is not None and torch._C._dispatch_has_kernel_for_dispatch_key(f"fastssl_native::{name}_fwd", key):
+            present.append("native")
+        else:
+            missing["native", device] = (schemas and COMPILED_MODULES[device]) or "no kernel written"
+        if triton_kernels is None or _WHY_NO_TRITON[device]:
+            missing["triton", device] = _WHY_NO_TRITON[device] if triton_kernels else "no kernel written"
+        else:
+            module = importlib.import_module(triton_kernels)
+            for stem in (f"{name}_fwd", f"{name}_bwd"):
+                _TRITON.impl(stem, getattr(module, stem), key)
+            present.append("triton")
         if device in torch_devices:
             present.append("torch")
-        BACKENDS[name][device] = (*present, "reference")
+        present.append("reference")
+        if device == "cpu" and "triton" in present:  # the interpreter is for tests: on request only
+            present.remove("triton")
+            present.append("triton")
+        BACKENDS[name][device] = tuple(present)
 
 
 def choose_backend(op: str, x: Tensor, backend: str | None, *, unsupported: dict[str, str] | None = None) -> str:

@@ -1,8 +1,11 @@
 """The public function of `varlen_attention`, its schema and its checks."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fastssl.ops._dispatch import Schemas, choose_backend, define_op
 from fastssl.ops.varlen_attention import reference
@@ -62,6 +65,58 @@ define_op(
     schemas=Schemas(_FORWARD, _BACKWARD, _fake_forward, _fake_backward),
     torch_devices=("cpu", "cuda"),
 )
+_KERNELS = {"native": torch.ops.fastssl_native, "triton": torch.ops.fastssl_triton}
+
+
+class _VarlenAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        distance_bias: Tensor | None,
+        gate: Tensor | None,
+        seed: Tensor | None,
+        cu_seqlens: Tensor,
+        max_length: int,
+        scale: float,
+        dropout_p: float,
+        backend: str,
+    ) -> Tensor:
+        out, logsumexp = _KERNELS[backend].varlen_attention_fwd(
+            q, k, v, cu_seqlens, max_length, scale, dropout_p, seed, distance_bias, gate
+        )
+        ctx.save_for_backward(q, k, v, out, logsumexp, cu_seqlens, seed, distance_bias, gate)
+        ctx.settings = max_length, scale, dropout_p, backend
+        return out  # type: ignore[no-any-return]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, logsumexp, cu_seqlens, seed, distance_bias, gate = ctx.saved_tensors
+        max_length, scale, dropout_p, backend = ctx.settings
+        *grads, grad_distance_bias, grad_gate = _KERNELS[backend].varlen_attention_bwd(
+            grad_out.contiguous(),
+            q,
+            k,
+            v,
+            out,
+            logsumexp,
+            cu_seqlens,
+            max_length,
+            scale,
+            dropout_p,
+            seed,
+            distance_bias,
+            gate,
+        )
+        return (
+            *grads,
+            None if distance_bias is None else grad_distance_bias,
+            None if gate is None else grad_gate,
+            *(None,) * 6,
+        )
 
 
 def varlen_attention(
@@ -118,6 +173,12 @@ def varlen_attention(
     with torch.autocast(device, enabled=False):
         if chosen == "torch":
             return _torch_kernel(q, k, v, layout, scale)
+        if chosen in _KERNELS:
+            inputs = (None if x is None else x.contiguous() for x in (q, k, v, distance_bias, gate))
+            out: Tensor = _VarlenAttention.apply(
+                *inputs, seed, layout.cu_seqlens, layout.max_length, scale, dropout_p, chosen
+            )
+            return out
         assert chosen == "reference"
         return reference.varlen_attention(
             q, k, v, layout, scale=scale, dropout_p=dropout_p, seed=seed, distance_bias=distance_bias, gate=gate
