@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastssl import ops
 from fastssl.nn.attention import SelfAttention
 from fastssl.nn.linear import PackedLinear
 from fastssl.packing import Layout, Packed
@@ -29,14 +30,7 @@ class ConvolutionalPositionalEmbedding(nn.Module):
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         """The embedding (N, D) of frames (N, D)."""
-        weight, bias = self.conv.weight, self.conv.bias
-        # An empty batch convolves one frame of zeros and drops it, which keeps the parameters in the graph.
-        sequences = [frames for frames in x.split(layout.lengths) if len(frames)] or [x.new_zeros(1, x.shape[1])]
-        outputs = [
-            F.conv1d(frames.t(), weight, bias, padding=self.conv.padding, groups=self.conv.groups)[:, : len(frames)].t()
-            for frames in sequences
-        ]
-        return F.gelu(torch.cat(outputs)[: len(x)])
+        return F.gelu(ops.positional_conv(x, self.conv.weight, layout, bias=self.conv.bias))
 
 
 class FeedForward(nn.Module):

@@ -1,0 +1,115 @@
+"""The backend "torch" of `positional_conv`: PyTorch's convolutions, called the way that measures fastest.
+
+On the CPU frames are channels-last, for which oneDNN's forward convolution is twice as fast; the gradient of the input
+is a forward convolution too. The gradient of the weight is a correlation over time with K lags, done by FFT over blocks
+of frames. On a GPU the batch is one sequence with zeros between the utterances.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastssl.packing import Layout
+
+
+def positional_conv(
+    x: Tensor,  # (N, D)
+    weight: Tensor,  # (D, D/G, K)
+    layout: Layout,
+    *,
+    bias: Tensor | None,  # (D,)
+) -> Tensor:  # (N, D)
+    """Arguments as in `fastssl.ops.positional_conv`; fp32, bf16 and fp16."""
+    if x.device.type == "cpu":
+        out: Tensor = _ChannelsLastConv.apply(x, weight, bias, layout)
+        return out
+    groups, padding = x.shape[1] // weight.shape[1], weight.shape[2] // 2
+    gapped, rows = _with_gaps(x, layout, gap=padding)
+    return F.conv1d(gapped.t()[None], weight, bias, padding=padding, groups=groups)[0].t()[rows]
+
+
+class _ChannelsLastConv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.layout, ctx.has_bias = layout, bias is not None
+        return _convolve(x, weight, bias, layout, first=0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        x, weight = ctx.saved_tensors
+        channels, group_channels, kernel = weight.shape
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            turned = weight.view(-1, group_channels, group_channels, kernel).transpose(1, 2).flip(3)
+            turned = turned.reshape(channels, group_channels, kernel)
+            # Taps run backwards: an even kernel reaches one frame further ahead than behind.
+            grad_x = _convolve(grad_out, turned, None, ctx.layout, first=1 - kernel % 2)
+        if ctx.needs_input_grad[1]:
+            grad_weight = _grad_weight(grad_out, x, weight, ctx.layout)
+        grad_bias = grad_out.sum(0, dtype=torch.float64).to(grad_out.dtype) if ctx.has_bias else None
+        return grad_x, grad_weight, grad_bias, None
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout, *, first: int) -> Tensor:
+    """Each utterance on its own, from output frame `first` on: the bits do not depend on the batch."""
+    groups, padding = x.shape[1] // weight.shape[1], weight.shape[2] // 2
+    filters = weight.unsqueeze(2).contiguous(memory_format=torch.channels_last)
+    out = x.new_empty(x.shape)
+    begin = 0
+    for length in layout.lengths:
+        if length:
+            # (T, D) seen as an image (1, D, 1, T) in channels-last order, which is no copy.
+            frames = x[begin : begin + length].view(1, 1, length, -1).permute(0, 3, 1, 2)
+            convolved = F.conv2d(frames, filters, bias, padding=(0, padding), groups=groups)
+            out[begin : begin + length] = convolved[0, :, 0, first : first + length].t()
+        begin += length
+    return out
+
+
+def _grad_weight(grad_out: Tensor, x: Tensor, weight: Tensor, layout: Layout) -> Tensor:
+    """Sum over frames t of grad_out[t, o] x[t + k - K // 2, i], for K lags k and each pair of channels of a group.
+
+    The blocks are so much shorter than the transform that no lag wraps around. A product per frequency sums over the
+    blocks, and the K lags that are wanted come back from the frequencies by one matrix product.
+    """
+    channels, group_channels, kernel = weight.shape
+    groups, padding = channels // group_channels, kernel // 2
+    transform = max(2, 1 << (2 * kernel - 1).bit_length())
+    block, frequencies = transform - kernel + 1, transform // 2 + 1
+    x, grad_out = (_with_gaps(frames.float(), layout, gap=padding)[0] for frames in (x, grad_out))
+    total = len(x)
+    blocks = max(1, -(-total // block))
+    x = F.pad(x, (0, 0, padding, blocks * block + transform - total - padding)).unfold(0, transform, block)[:blocks]
+    grad_out = F.pad(grad_out, (0, 0, 0, blocks * block - total)).view(blocks, block, channels).transpose(1, 2)
+    spectra = []
+    for frames in (grad_out, x):  # (blocks, D, time) -> (frequencies * G, blocks, D/G)
+        spectrum = torch.fft.rfft(frames, n=transform).view(blocks, groups, group_channels, frequencies)
+        spectra.append(spectrum.permute(3, 1, 0, 2).reshape(frequencies * groups, blocks, group_channels))
+    products = torch.bmm(spectra[0].mH, spectra[1]).view(frequencies, -1)
+    return (
+        (_inverse_transform(transform, kernel) @ torch.cat([products.real, products.imag]))
+        .view(kernel, channels, group_channels)
+        .permute(1, 2, 0)
+        .to(weight.dtype)
+    )
+
+
+def _inverse_transform(transform: int, kernel: int) -> Tensor:  # (K, 2 * frequencies)
+    """The first K rows of the inverse of a real FFT, for real and imaginary parts one below the other."""
+    frequency = torch.arange(transform // 2 + 1)
+    angles = (torch.arange(kernel).unsqueeze(1) * frequency % transform).double() * (2 * math.pi / transform)
+    twice = torch.where((frequency == 0) | (frequency == transform // 2), 1.0, 2.0).double() / transform
+    return torch.cat([angles.cos() * twice, -angles.sin() * twice], 1).float()
+
+
+def _with_gaps(x: Tensor, layout: Layout, *, gap: int) -> tuple[Tensor, Tensor]:
+    """The batch as one sequence with `gap` rows of zeros between utterances, and where in it each frame is."""
+    rows = torch.arange(len(x), device=x.device) + gap * layout.sequence_ids
+    gapped = x.new_zeros(layout.total + gap * max(0, len(layout.lengths) - 1), x.shape[1])
+    return gapped.index_copy(0, rows, x), rows
