@@ -1,0 +1,76 @@
+"""A small model learns the same with the kernels as with the references: the loss curves lie on each other."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastssl.models.wav2vec2 import Wav2Vec2Config, Wav2Vec2ForPreTraining
+from fastssl.nn.random import utterance_keys
+from fastssl.ops import _dispatch
+from fastssl.packing import Packed
+
+CONFIG = Wav2Vec2Config(
+    hidden_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    intermediate_size=96,
+    hidden_dropout=0.1,
+    attention_dropout=0.1,
+    activation_dropout=0.1,
+    feat_proj_dropout=0.1,
+    layerdrop=0.0,
+    mask_time_prob=0.3,
+    mask_time_length=5,
+    conv_dim=(32,) * 7,
+    num_conv_pos_embeddings=16,
+    num_conv_pos_embedding_groups=4,
+    num_codevectors_per_group=16,
+    codevector_dim=32,
+    proj_codevector_dim=32,
+    num_negatives=20,
+    features_penalty_weight=0.0,
+)
+UPDATES = 200
+WINDOW = 20
+#: Nats per masked frame. Until rounding first changes which code a frame chooses, the curves are one; from then on
+#: single updates differ, and the means over a window may by this much.
+TOLERANCE_OF_FIRST_WINDOW, TOLERANCE_OF_WINDOW_MEANS = 1e-3, 0.05
+
+
+def waveform(index: int, samples: int) -> Tensor:
+    """Tones that change every 80 ms: something to predict from its surroundings."""
+    generator = torch.Generator().manual_seed(index)
+    pitch = 200 * 2 ** torch.randint(0, 5, (samples // 1280 + 1,), generator=generator)
+    phase = (2 * math.pi * pitch.repeat_interleave(1280)[:samples] / 16000).cumsum(0)
+    return (phase.sin() + 0.1 * torch.randn(samples, generator=generator)).unsqueeze(1)
+
+
+def train(device: str) -> Tensor:  # (UPDATES,)
+    torch.manual_seed(0)
+    model = Wav2Vec2ForPreTraining(CONFIG).train().to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-6)
+    ids = torch.arange(3)
+    curve = []
+    for update in range(UPDATES):
+        waveforms = Packed.pack([waveform(3 * update + i, 12000 + 4000 * i) for i in range(3)]).to(device)
+        keys = utterance_keys(0, update, ids).to(device)
+        output = model(waveforms, keys=keys, gumbel_temperature=1.0)
+        optimizer.zero_grad()
+        (output.loss / output.masked_frames).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        curve.append(output.contrastive_loss / output.masked_frames)
+    return torch.stack(curve).cpu()
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_kernels_learn_as_references_do(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_kernels = train(device)
+    monkeypatch.setattr(_dispatch, "DEFAULT_BACKEND", "reference")
+    with_references = train(device)
+    means, means_of_references = (curve.view(-1, WINDOW).mean(1) for curve in (with_kernels, with_references))
+    assert means_of_references[-1] < means_of_references[0] - 0.2, "nothing was learned"
+    assert (with_kernels - with_references)[:WINDOW].abs().max() < TOLERANCE_OF_FIRST_WINDOW
+    assert (means - means_of_references).abs().max() < TOLERANCE_OF_WINDOW_MEANS
