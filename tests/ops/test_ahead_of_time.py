@@ -1,6 +1,7 @@
 """Every Triton kernel compiled for three GPUs, none of which needs to be there: shared memory fits, nothing spills."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -11,13 +12,42 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 OPS = tuple(sorted(path.parent.name for path in Path(fastssl.ops.__file__).parent.glob("*/triton_kernel.py")))
 
-#: (kernel, architecture) -> bytes per thread a kernel may spill, with the reason beside it
-ALLOWED_SPILLS: dict[tuple[str, int], int] = {}
+
+class Allowance(NamedTuple):
+    """What the kernels of an op may spill, in bytes per thread, where the label begins so, and why."""
+
+    op: str
+    label: str
+    architectures: tuple[int, ...]
+    spilled: int
+    why: str
+
+
+ALLOWANCES = (
+    Allowance(
+        "varlen_attention", "bfloat16", (80,), 128, "blocks are chosen for sm_90; sm_80 holds operands in registers"
+    ),
+    Allowance("varlen_attention", "float16", (80,), 128, "as with bfloat16"),
+    Allowance("varlen_attention", "bfloat16", (100,), 128, "blocks are chosen for sm_90; grad_distance_bias alone"),
+    Allowance("varlen_attention", "float16", (100,), 128, "as with bfloat16"),
+    Allowance(
+        "varlen_attention", "float32, E=128", (80, 90, 100), 512, "no tensor cores: correct, and not meant to be fast"
+    ),
+)
 
 
 def check(case: Compiled) -> None:
-    spilled, allowed = case.stack + case.local, ALLOWED_SPILLS.get((case.kernel, case.architecture), 0)
-    assert spilled <= allowed, f"spills {spilled} bytes per thread, allowed {allowed}: {case}"
+    allowed = max(
+        (
+            allowance.spilled
+            for allowance in ALLOWANCES
+            if allowance.op == case.op
+            and case.label.startswith(allowance.label)
+            and case.architecture in allowance.architectures
+        ),
+        default=0,
+    )
+    assert case.stack + case.local <= allowed, f"spills more than {allowed} bytes per thread: {case}"
     assert case.shared <= SHARED_BYTES[case.architecture], f"too much shared memory: {case}"
 
 
