@@ -206,7 +206,8 @@ def _backward_q_kernel(
         states = _row_states(seed_ptr, begin + rows, head)
 
     acc = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
-    for start in range(0, length, BLOCK_N):
+    # The softmax of one logit is constant: no gradient, not even the rounding of one.
+    for start in range(0, tl.where(length > 1, length, 0), BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
         k = _load_rows(k_ptr + offset, keys, length, stride, E, BLOCK_E)
         logits = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * _LOG2E)
@@ -297,7 +298,7 @@ def _backward_kv_kernel(
         grad_logits = weights * (grad_weights - delta[None, :])
         acc_k = tl.dot(grad_logits.to(q.dtype), q, acc_k, input_precision="ieee")
 
-    _store_rows(grad_k_ptr + offset, acc_k * scale, keys, length, stride, E, BLOCK_E)
+    _store_rows(grad_k_ptr + offset, acc_k * tl.where(length > 1, scale, 0.0), keys, length, stride, E, BLOCK_E)
     _store_rows(grad_v_ptr + offset, acc_v * keep_factor, keys, length, stride, E, BLOCK_E)
 
 
@@ -344,7 +345,7 @@ def _backward_bias_kernel(
         length = tl.load(cu_seqlens_ptr + sequence + 1) - begin
         offset = begin.to(tl.int64) * stride + head * E
         per_row = head.to(tl.int64) * total + begin
-        blocks = tl.cdiv(length, BLOCK)
+        blocks = tl.where(length > 1, tl.cdiv(length, BLOCK), 0)
         for block in range(tl.maximum(0, -ahead), tl.minimum(blocks, blocks - ahead)):
             rows = block * BLOCK + places
             keys = rows + ahead * BLOCK
