@@ -1,0 +1,67 @@
+"""Every Triton kernel compiled for three GPUs, none of which needs to be there: shared memory fits, nothing spills."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import fastssl.ops
+from tests.ops.ahead_of_time import SHARED_BYTES, Compiled, compiled
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+OPS = tuple(sorted(path.parent.name for path in Path(fastssl.ops.__file__).parent.glob("*/triton_kernel.py")))
+
+
+class Allowance(NamedTuple):
+    """What the kernels of an op may spill, in bytes per thread, where the label begins so, and why."""
+
+    op: str
+    label: str
+    architectures: tuple[int, ...]
+    spilled: int
+    why: str
+
+
+ALLOWANCES = (
+    Allowance(
+        "varlen_attention", "bfloat16", (80,), 128, "blocks are chosen for sm_90; sm_80 holds operands in registers"
+    ),
+    Allowance("varlen_attention", "float16", (80,), 128, "as with bfloat16"),
+    Allowance("varlen_attention", "bfloat16", (100,), 128, "blocks are chosen for sm_90; grad_distance_bias alone"),
+    Allowance("varlen_attention", "float16", (100,), 128, "as with bfloat16"),
+    Allowance(
+        "varlen_attention", "float32, E=128", (80, 90, 100), 512, "no tensor cores: correct, and not meant to be fast"
+    ),
+)
+
+
+def check(case: Compiled) -> None:
+    allowed = max(
+        (
+            allowance.spilled
+            for allowance in ALLOWANCES
+            if allowance.op == case.op
+            and case.label.startswith(allowance.label)
+            and case.architecture in allowance.architectures
+        ),
+        default=0,
+    )
+    assert case.stack + case.local <= allowed, f"spills more than {allowed} bytes per thread: {case}"
+    assert case.shared <= SHARED_BYTES[case.architecture], f"too much shared memory: {case}"
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_first_case_on_hopper(op: str) -> None:
+    cases = [case for case in compiled(OPS, (90,), only_first=True) if case.op == op]
+    assert cases
+    for case in cases:
+        check(case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", SHARED_BYTES)
+@pytest.mark.parametrize("op", OPS)
+def test_every_case(op: str, architecture: int) -> None:
+    for case in compiled((op,), (architecture,), only_first=False):
+        check(case)
