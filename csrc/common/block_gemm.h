@@ -1,0 +1,175 @@
+// Matrix products of blocks that stay in cache, for kernels that do something with a block before and after. Row-major
+// operands, vectorised along the columns of B and C; one instruction set is chosen per call (isa.h).
+//
+// A tile of 6 rows by up to 4 vectors is kept in registers (AVX-512: 24 sums, 4 vectors of B, 1 element of A), so that
+// an element of A is loaded once per 4 vector products and a vector of B once per 6. Every element of C is one chain of
+// additions in the order of `depth`: its bits depend neither on its neighbours nor on how the caller cuts rows and
+// columns into blocks.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+#include <utility>
+
+#include "isa.h"
+
+namespace fastssl {
+
+constexpr int64_t kTileRows = 6;  // callers round rows of A and C up to this ...
+constexpr int64_t kTileColumns = 16;  // ... and columns of B and C up to this; what lies there need not mean anything
+
+constexpr int64_t round_up(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
+
+template <Isa isa, typename T>
+struct Simd {
+  static constexpr int kBytes = isa == Isa::kAvx512 ? 64 : isa == Isa::kAvx2 ? 32 : 16;
+  static constexpr int kLanes = kBytes / static_cast<int>(sizeof(T));
+  static constexpr int kTileVectors = isa == Isa::kAvx512 ? 4 : 2;
+  typedef T Vector __attribute__((vector_size(kBytes)));
+};
+
+// A operand as it lies in memory: row m of it holds either A[m, :] or A[:, m].
+using RowsOfA = std::false_type;
+using ColumnsOfA = std::true_type;
+using Overwrite = std::false_type;
+using Add = std::true_type;
+
+template <Isa isa, int kVectors, typename Transposed, typename Adding, typename T>
+FASTSSL_INLINE void multiply_tile(
+    const T* __restrict a, int64_t lda, int64_t depth, const T* __restrict b, int64_t ldb, T* __restrict c, int64_t ldc) {
+  using Vector = typename Simd<isa, T>::Vector;
+  constexpr int kLanes = Simd<isa, T>::kLanes;
+  Vector sum[kTileRows][kVectors];
+#pragma GCC unroll 6
+  for (int row = 0; row < kTileRows; ++row) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectors; ++i) {
+      if constexpr (Adding::value) {
+        __builtin_memcpy(&sum[row][i], c + row * ldc + i * kLanes, sizeof(Vector));
+      } else {
+        sum[row][i] = Vector{};
+      }
+    }
+  }
+  for (int64_t k = 0; k < depth; ++k) {
+    Vector right[kVectors];
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectors; ++i) {
+      __builtin_memcpy(&right[i], b + k * ldb + i * kLanes, sizeof(Vector));
+    }
+#pragma GCC unroll 6
+    for (int row = 0; row < kTileRows; ++row) {
+      const T left = Transposed::value ? a[k * lda + row] : a[row * lda + k];
+#pragma GCC unroll 4
+      for (int i = 0; i < kVectors; ++i) {
+        sum[row][i] += left * right[i];
+      }
+    }
+  }
+#pragma GCC unroll 6
+  for (int row = 0; row < kTileRows; ++row) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectors; ++i) {
+      __builtin_memcpy(c + row * ldc + i * kLanes, &sum[row][i], sizeof(Vector));
+    }
+  }
+}
+
+template <Isa isa, int kVectors, typename Transposed, typename Adding, typename T>
+FASTSSL_INLINE void multiply_panel(
+    const T* a, int64_t lda, int64_t rows, int64_t depth, const T* b, int64_t ldb, T* c, int64_t ldc) {
+  for (int64_t row = 0; row < rows; row += kTileRows) {
+    multiply_tile<isa, kVectors, Transposed, Adding>(
+        a + (Transposed::value ? row : row * lda), lda, depth, b, ldb, c + row * ldc, ldc);
+  }
+}
+
+// C = A B, or C += A B, with A (rows, depth), B (depth, columns); ld*: elements from one row in memory to the next.
+template <Isa isa, typename Transposed, typename Adding, typename T>
+FASTSSL_INLINE void multiply_body(
+    Transposed,
+    Adding,
+    const T* a,
+    int64_t lda,
+    int64_t rows,
+    int64_t depth,
+    const T* b,
+    int64_t ldb,
+    int64_t columns,
+    T* c,
+    int64_t ldc) {
+  constexpr int kLanes = Simd<isa, T>::kLanes;
+  constexpr int kMost = Simd<isa, T>::kTileVectors;
+  for (int64_t vectors = round_up(columns, kTileColumns) / kLanes; vectors > 0;) {
+    // Panels as equal as can be: five vectors are 3 + 2, because a panel of one cannot keep the multipliers busy.
+    const int64_t panels = (vectors + kMost - 1) / kMost;
+    const int64_t width = (vectors + panels - 1) / panels;
+    if constexpr (kMost == 4) {
+      if (width == 4) {
+        multiply_panel<isa, 4, Transposed, Adding>(a, lda, rows, depth, b, ldb, c, ldc);
+      } else if (width == 3) {
+        multiply_panel<isa, 3, Transposed, Adding>(a, lda, rows, depth, b, ldb, c, ldc);
+      }
+    }
+    if (width == 2) {
+      multiply_panel<isa, 2, Transposed, Adding>(a, lda, rows, depth, b, ldb, c, ldc);
+    } else if (width == 1) {
+      multiply_panel<isa, 1, Transposed, Adding>(a, lda, rows, depth, b, ldb, c, ldc);
+    }
+    vectors -= width;
+    b += width * kLanes;
+    c += width * kLanes;
+  }
+}
+FASTSSL_ISA_VARIANTS(multiply)
+
+// Exchanges, in each pair of rows `kDistance` apart, the blocks of `kDistance` lanes off the diagonal.
+template <int kDistance, typename Vector, std::size_t... kLane>
+FASTSSL_INLINE void exchange_blocks(Vector& low, Vector& high, std::index_sequence<kLane...>) {
+  constexpr int kLanes = sizeof...(kLane);
+  const Vector a = low;
+  const Vector b = high;
+  low = __builtin_shufflevector(a, b, ((kLane & kDistance) ? kLanes + kLane - kDistance : kLane)...);
+  high = __builtin_shufflevector(a, b, ((kLane & kDistance) ? kLanes + kLane : kLane + kDistance)...);
+}
+
+template <int kDistance, typename Vector, int kLanes>
+FASTSSL_INLINE void transpose_registers(Vector (&rows)[kLanes]) {
+  if constexpr (kDistance < kLanes) {
+#pragma GCC unroll 16
+    for (int row = 0; row < kLanes; ++row) {
+      if ((row & kDistance) == 0) {
+        exchange_blocks<kDistance>(rows[row], rows[row + kDistance], std::make_index_sequence<kLanes>{});
+      }
+    }
+    transpose_registers<2 * kDistance>(rows);
+  }
+}
+
+// out[column][row] = x[row][column], rows and columns rounded up to 16.
+template <Isa isa, typename T>
+FASTSSL_INLINE void transpose_body(const T* x, int64_t ldx, int64_t rows, int64_t columns, T* out, int64_t ldout) {
+  using Vector = typename Simd<isa, T>::Vector;
+  constexpr int kLanes = Simd<isa, T>::kLanes;
+  rows = round_up(rows, kTileColumns);
+  columns = round_up(columns, kTileColumns);
+  for (int64_t row = 0; row < rows; row += kLanes) {
+    for (int64_t column = 0; column < columns; column += kLanes) {
+      Vector tile[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) {
+        __builtin_memcpy(&tile[i], x + (row + i) * ldx + column, sizeof(Vector));
+      }
+      transpose_registers<1>(tile);
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) {
+        __builtin_memcpy(out + (column + i) * ldout + row, &tile[i], sizeof(Vector));
+      }
+    }
+  }
+}
+FASTSSL_ISA_VARIANTS(transpose)
+
+}  // namespace fastssl
