@@ -20,7 +20,6 @@ namespace fastssl {
 namespace {
 
 constexpr int64_t kLanes = 16;  // partial sums, because the compiler may not reorder a floating-point sum by itself
-constexpr int64_t kRowsAtOnce = 4;
 constexpr int64_t kFramesPerTask = 16;
 constexpr double kEps = 1e-8;  // of the norms, as in torch.nn.functional.cosine_similarity
 
@@ -51,18 +50,21 @@ FASTSSL_INLINE int64_t padded_to_lanes(int64_t n) {
   return (n + kLanes - 1) / kLanes * kLanes;
 }
 
-template <typename acc_t>
+// Sums of kLanes numbers side by side. The loop must stay one: unrolled, GCC vectorises the loop around it, with shuffles.
+#define FASTSSL_FOR_LANES(lane) _Pragma("GCC unroll 1") for (int64_t lane = 0; lane < kLanes; ++lane)
+
+template <int64_t width = kLanes, typename acc_t>
 FASTSSL_INLINE acc_t sum_of_lanes(const acc_t* lanes) {
-  acc_t half[kLanes];
-  for (int64_t i = 0; i < kLanes; ++i) {
-    half[i] = lanes[i];
-  }
-  for (int64_t width = kLanes / 2; width > 0; width /= 2) {
-    for (int64_t i = 0; i < width; ++i) {
-      half[i] += half[i + width];
+  if constexpr (width == 1) {
+    return lanes[0];
+  } else {
+    acc_t half[width / 2];
+#pragma GCC unroll 1
+    for (int64_t i = 0; i < width / 2; ++i) {
+      half[i] = lanes[i] + lanes[i + width / 2];
     }
+    return sum_of_lanes<width / 2>(half);
   }
-  return half[0];
 }
 
 FASTSSL_INLINE uint32_t bits_of(float x) {
@@ -74,6 +76,15 @@ FASTSSL_INLINE uint32_t bits_of(double x) {
   return static_cast<uint32_t>(bits ^ (bits >> 32));
 }
 
+template <typename acc_t>
+FASTSSL_INLINE acc_t dot_of(const acc_t* a, const acc_t* b, int64_t padded) {
+  acc_t sum[kLanes] = {};
+  for (int64_t d = 0; d < padded; d += kLanes) {
+    FASTSSL_FOR_LANES(lane) sum[lane] += a[d + lane] * b[d + lane];
+  }
+  return sum_of_lanes(sum);
+}
+
 // Writes x / max(|x|, eps), padded with zeros, and returns |x|.
 template <Isa isa, typename scalar_t, typename acc_t>
 FASTSSL_INLINE acc_t normalise_body(acc_t* unit, const scalar_t* x, int64_t width) {
@@ -82,13 +93,7 @@ FASTSSL_INLINE acc_t normalise_body(acc_t* unit, const scalar_t* x, int64_t widt
     unit[d] = static_cast<acc_t>(x[d]);
   }
   std::fill(unit + width, unit + padded, acc_t(0));
-  acc_t partial[kLanes] = {};
-  for (int64_t d = 0; d < padded; d += kLanes) {
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-      partial[lane] += unit[d + lane] * unit[d + lane];
-    }
-  }
-  const acc_t norm = std::sqrt(sum_of_lanes(partial));
+  const acc_t norm = std::sqrt(dot_of(unit, unit, padded));
   const acc_t inverse = 1 / std::max(norm, static_cast<acc_t>(kEps));
   for (int64_t d = 0; d < padded; ++d) {
     unit[d] *= inverse;
@@ -120,35 +125,30 @@ FASTSSL_INLINE bool equal_rows_body(const scalar_t* a, const scalar_t* b, int64_
 }
 FASTSSL_ISA_VARIANTS(equal_rows)
 
-template <int64_t count, typename acc_t>
-FASTSSL_INLINE void dots_of(acc_t* out, const acc_t* x, const acc_t* table, const int32_t* rows, int64_t padded) {
-  acc_t partial[count][kLanes] = {};
-  const acc_t* row[count];
-  for (int64_t i = 0; i < count; ++i) {
-    row[i] = table + rows[i] * padded;
-  }
-  for (int64_t d = 0; d < padded; d += kLanes) {
-    for (int64_t i = 0; i < count; ++i) {
-      for (int64_t lane = 0; lane < kLanes; ++lane) {
-        partial[i][lane] += x[d + lane] * row[i][d + lane];
-      }
-    }
-  }
-  for (int64_t i = 0; i < count; ++i) {
-    out[i] = sum_of_lanes(partial[i]);
-  }
-}
-
 // out[i] = x . table[rows[i]]
 template <Isa isa, typename acc_t>
 FASTSSL_INLINE void dots_body(
     acc_t* out, const acc_t* x, const acc_t* table, const int32_t* rows, int64_t count, int64_t padded) {
   int64_t i = 0;
-  for (; i + kRowsAtOnce <= count; i += kRowsAtOnce) {
-    dots_of<kRowsAtOnce>(out + i, x, table, rows + i, padded);
+  for (; i + 4 <= count; i += 4) {
+    const acc_t* row_0 = table + rows[i] * padded;
+    const acc_t* row_1 = table + rows[i + 1] * padded;
+    const acc_t* row_2 = table + rows[i + 2] * padded;
+    const acc_t* row_3 = table + rows[i + 3] * padded;
+    acc_t sum_0[kLanes] = {}, sum_1[kLanes] = {}, sum_2[kLanes] = {}, sum_3[kLanes] = {};
+    for (int64_t d = 0; d < padded; d += kLanes) {
+      FASTSSL_FOR_LANES(lane) sum_0[lane] += x[d + lane] * row_0[d + lane];
+      FASTSSL_FOR_LANES(lane) sum_1[lane] += x[d + lane] * row_1[d + lane];
+      FASTSSL_FOR_LANES(lane) sum_2[lane] += x[d + lane] * row_2[d + lane];
+      FASTSSL_FOR_LANES(lane) sum_3[lane] += x[d + lane] * row_3[d + lane];
+    }
+    out[i] = sum_of_lanes(sum_0);
+    out[i + 1] = sum_of_lanes(sum_1);
+    out[i + 2] = sum_of_lanes(sum_2);
+    out[i + 3] = sum_of_lanes(sum_3);
   }
   for (; i < count; ++i) {
-    dots_of<1>(out + i, x, table, rows + i, padded);
+    out[i] = dot_of(x, table + rows[i] * padded, padded);
   }
 }
 FASTSSL_ISA_VARIANTS(dots)
@@ -158,7 +158,7 @@ template <Isa isa, typename acc_t>
 FASTSSL_INLINE void add_weighted_rows_body(
     acc_t* sum, const acc_t* table, const int32_t* rows, const acc_t* weights, int64_t count, int64_t padded) {
   int64_t i = 0;
-  for (; i + kRowsAtOnce <= count; i += kRowsAtOnce) {
+  for (; i + 4 <= count; i += 4) {
     const acc_t* row_0 = table + rows[i] * padded;
     const acc_t* row_1 = table + rows[i + 1] * padded;
     const acc_t* row_2 = table + rows[i + 2] * padded;
@@ -187,9 +187,7 @@ FASTSSL_INLINE acc_t cross_entropy_body(const acc_t* logits, int64_t padded) {
   acc_t lanes[kLanes];
   std::fill(lanes, lanes + kLanes, logits[0]);
   for (int64_t k = 0; k < padded; k += kLanes) {
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-      lanes[lane] = logits[k + lane] > lanes[lane] ? logits[k + lane] : lanes[lane];
-    }
+    FASTSSL_FOR_LANES(lane) lanes[lane] = logits[k + lane] > lanes[lane] ? logits[k + lane] : lanes[lane];
   }
   acc_t highest = lanes[0];
   for (int64_t lane = 1; lane < kLanes; ++lane) {
@@ -197,9 +195,7 @@ FASTSSL_INLINE acc_t cross_entropy_body(const acc_t* logits, int64_t padded) {
   }
   std::fill(lanes, lanes + kLanes, acc_t(0));
   for (int64_t k = 0; k < padded; k += kLanes) {
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-      lanes[lane] += vector_exp(logits[k + lane] - highest);
-    }
+    FASTSSL_FOR_LANES(lane) lanes[lane] += vector_exp(logits[k + lane] - highest);
   }
   return std::log(sum_of_lanes(lanes)) + (highest - logits[0]);
 }
@@ -231,16 +227,7 @@ FASTSSL_ISA_VARIANTS(softmax)
 template <Isa isa, typename scalar_t, typename acc_t>
 FASTSSL_INLINE void store_gradient_body(
     scalar_t* grad, const acc_t* grad_unit, const acc_t* unit, acc_t norm, int64_t width) {
-  acc_t along = 0;
-  if (norm >= static_cast<acc_t>(kEps)) {
-    acc_t partial[kLanes] = {};
-    for (int64_t d = 0; d < padded_to_lanes(width); d += kLanes) {
-      for (int64_t lane = 0; lane < kLanes; ++lane) {
-        partial[lane] += grad_unit[d + lane] * unit[d + lane];
-      }
-    }
-    along = sum_of_lanes(partial);
-  }
+  const acc_t along = norm >= static_cast<acc_t>(kEps) ? dot_of(grad_unit, unit, padded_to_lanes(width)) : acc_t(0);
   const acc_t inverse = 1 / std::max(norm, static_cast<acc_t>(kEps));
   for (int64_t d = 0; d < width; ++d) {
     grad[d] = static_cast<scalar_t>((grad_unit[d] - unit[d] * along) * inverse);
