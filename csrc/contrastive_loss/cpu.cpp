@@ -157,26 +157,33 @@ FASTSSL_ISA_VARIANTS(dots)
 template <Isa isa, typename acc_t>
 FASTSSL_INLINE void add_weighted_rows_body(
     acc_t* sum, const acc_t* table, const int32_t* rows, const acc_t* weights, int64_t count, int64_t padded) {
-  int64_t i = 0;
-  for (; i + 4 <= count; i += 4) {
-    const acc_t* row_0 = table + rows[i] * padded;
-    const acc_t* row_1 = table + rows[i + 1] * padded;
-    const acc_t* row_2 = table + rows[i + 2] * padded;
-    const acc_t* row_3 = table + rows[i + 3] * padded;
-    for (int64_t d = 0; d < padded; ++d) {
-      acc_t value = sum[d];
-      value += weights[i] * row_0[d];
-      value += weights[i + 1] * row_1[d];
-      value += weights[i + 2] * row_2[d];
-      value += weights[i + 3] * row_3[d];
-      sum[d] = value;
+  int64_t begin = 0;
+  for (; begin + 4 * kLanes <= padded; begin += 4 * kLanes) {
+    acc_t sum_0[kLanes], sum_1[kLanes], sum_2[kLanes], sum_3[kLanes];
+    FASTSSL_FOR_LANES(lane) sum_0[lane] = sum[begin + lane];
+    FASTSSL_FOR_LANES(lane) sum_1[lane] = sum[begin + lane + kLanes];
+    FASTSSL_FOR_LANES(lane) sum_2[lane] = sum[begin + lane + 2 * kLanes];
+    FASTSSL_FOR_LANES(lane) sum_3[lane] = sum[begin + lane + 3 * kLanes];
+    for (int64_t i = 0; i < count; ++i) {
+      const acc_t* row = table + rows[i] * padded + begin;
+      FASTSSL_FOR_LANES(lane) sum_0[lane] += weights[i] * row[lane];
+      FASTSSL_FOR_LANES(lane) sum_1[lane] += weights[i] * row[lane + kLanes];
+      FASTSSL_FOR_LANES(lane) sum_2[lane] += weights[i] * row[lane + 2 * kLanes];
+      FASTSSL_FOR_LANES(lane) sum_3[lane] += weights[i] * row[lane + 3 * kLanes];
     }
+    FASTSSL_FOR_LANES(lane) sum[begin + lane] = sum_0[lane];
+    FASTSSL_FOR_LANES(lane) sum[begin + lane + kLanes] = sum_1[lane];
+    FASTSSL_FOR_LANES(lane) sum[begin + lane + 2 * kLanes] = sum_2[lane];
+    FASTSSL_FOR_LANES(lane) sum[begin + lane + 3 * kLanes] = sum_3[lane];
   }
-  for (; i < count; ++i) {
-    const acc_t* row = table + rows[i] * padded;
-    for (int64_t d = 0; d < padded; ++d) {
-      sum[d] += weights[i] * row[d];
+  for (; begin < padded; begin += kLanes) {
+    acc_t sum_0[kLanes];
+    FASTSSL_FOR_LANES(lane) sum_0[lane] = sum[begin + lane];
+    for (int64_t i = 0; i < count; ++i) {
+      const acc_t* row = table + rows[i] * padded + begin;
+      FASTSSL_FOR_LANES(lane) sum_0[lane] += weights[i] * row[lane];
     }
+    FASTSSL_FOR_LANES(lane) sum[begin + lane] = sum_0[lane];
   }
 }
 FASTSSL_ISA_VARIANTS(add_weighted_rows)
