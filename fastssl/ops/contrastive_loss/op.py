@@ -42,6 +42,7 @@ def _fake_backward(
 define_op(
     "contrastive_loss",
     schemas=Schemas(_FORWARD, _BACKWARD, _fake_forward, _fake_backward),
+    triton_kernels="fastssl.ops.contrastive_loss.triton_kernel",
 )
 _KERNELS = {"native": torch.ops.fastssl_native, "triton": torch.ops.fastssl_triton}
 
@@ -102,7 +103,8 @@ def contrastive_loss(
         ValueError: Shapes, dtypes or options do not fit, or `backend` cannot serve the call.
     """
     _check(context, targets, negatives, temperature)
-    chosen = choose_backend("contrastive_loss", context, backend)
+    unsupported = {"triton": "it computes in float32"} if context.dtype == torch.float64 else None
+    chosen = choose_backend("contrastive_loss", context, backend, unsupported=unsupported)
     with torch.autocast(context.device.type, enabled=False):
         if chosen == "reference":
             return reference.contrastive_loss(context, targets, negatives, temperature=temperature)
