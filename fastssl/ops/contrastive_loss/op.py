@@ -66,9 +66,7 @@ class _ContrastiveLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _grad_correct: Tensor) -> tuple[Tensor | None, ...]:
-        grads = _KERNELS[ctx.backend].contrastive_loss_bwd(
-            grad_loss.contiguous(), *ctx.saved_tensors, ctx.temperature
-        )
+        grads = _KERNELS[ctx.backend].contrastive_loss_bwd(grad_loss.contiguous(), *ctx.saved_tensors, ctx.temperature)
         return *grads, None, None, None
 
 

@@ -51,9 +51,7 @@ def _measure_rows_kernel(
 @triton.jit
 def _candidates(negatives_ptr, frame, places, K: tl.constexpr):
     """Rows of targets: the frame's own, then its negatives; -1 where there is none."""
-    rows = tl.load(
-        negatives_ptr + frame.to(tl.int64) * K + places - 1, mask=(places > 0) & (places <= K), other=-1
-    )
+    rows = tl.load(negatives_ptr + frame.to(tl.int64) * K + places - 1, mask=(places > 0) & (places <= K), other=-1)
     return tl.where(places == 0, frame, rows.to(tl.int32))
 
 
