@@ -10,6 +10,7 @@ from torch._subclasses import FakeTensorMode
 from transformers.models.wav2vec2.modeling_wav2vec2 import Wav2Vec2ForPreTraining
 
 from fastssl.ops import contrastive_loss
+from fastssl.ops._dispatch import BACKENDS
 from tests.ops.common import LENGTHS, check_against_reference, implementations
 
 #: name -> (masked frames of each utterance, D, K, share of negatives that are -1, number of distinct targets or None)
@@ -26,6 +27,19 @@ CASES = {
 }
 EVERY_CASE = pytest.mark.parametrize("case", CASES)
 EVERY_IMPLEMENTATION = pytest.mark.parametrize(("backend", "device"), implementations("contrastive_loss"))
+COMPILED = pytest.mark.parametrize(("backend", "device"), implementations("contrastive_loss", compiled_only=True))
+
+
+def interpreted(backend: str, device: str) -> bool:
+    """Triton's interpreter takes 15 ms for a frame: it gets small batches."""
+    return (backend, device) == ("triton", "cpu")
+
+
+def draw_case(case: str, backend: str, device: str) -> dict[str, Tensor]:
+    lengths, *others = CASES[case]
+    if interpreted(backend, device):
+        lengths = tuple(-(-length // 8) for length in lengths)
+    return draw(lengths, *others)
 
 
 def draw(
@@ -71,7 +85,7 @@ def run(inputs: dict[str, Tensor], backend: str | None = None) -> Tensor:
 @EVERY_IMPLEMENTATION
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_forward(case: str, backend: str, device: str, dtype: torch.dtype) -> None:
-    inputs = draw(*CASES[case])
+    inputs = draw_case(case, backend, device)
     check_against_reference(run, inputs, backend=backend, device=device, dtype=dtype, backward=False)
     rounded = {name: x.to(device, dtype if x.is_floating_point() else None) for name, x in inputs.items()}
     assert run(rounded, backend).dtype == torch.float32
@@ -81,14 +95,15 @@ def test_forward(case: str, backend: str, device: str, dtype: torch.dtype) -> No
 @EVERY_IMPLEMENTATION
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_backward(case: str, backend: str, device: str, dtype: torch.dtype) -> None:
-    check_against_reference(run, draw(*CASES[case]), backend=backend, device=device, dtype=dtype, backward=True)
+    inputs = draw_case(case, backend, device)
+    check_against_reference(run, inputs, backend=backend, device=device, dtype=dtype, backward=True)
 
 
 @pytest.mark.parametrize("case", ["distinct", "codes", "empty_batch"])
 @EVERY_IMPLEMENTATION
 def test_gradcheck(case: str, backend: str, device: str) -> None:
-    if device == "cuda":
-        pytest.skip("gradcheck runs on the reference and the CPU")
+    if device == "cuda" or backend == "triton":
+        pytest.skip("gradcheck runs on the reference and the native CPU kernels")
     codes = 3 if case == "codes" else None
     inputs = draw((4, 1, 6) if case != "empty_batch" else (), 3, 4, 0.2, codes, torch.float64)
     context, targets = inputs["context"].requires_grad_(), inputs["targets"]
@@ -98,6 +113,17 @@ def test_gradcheck(case: str, backend: str, device: str) -> None:
         lambda context, targets: contrastive_loss(context, targets, inputs["negatives"], backend=backend)[0],
         (context, targets),
     )
+
+
+@pytest.mark.parametrize("case", ["missing", "no_negatives", "empty_batch"])
+@COMPILED
+def test_opcheck(case: str, backend: str, device: str) -> None:
+    context, targets, negatives = (x.to(device) for x in draw_case(case, backend, device).values())
+    ops = getattr(torch.ops, f"fastssl_{backend}")
+    torch.library.opcheck(ops.contrastive_loss_fwd.default, (context, targets, negatives, 0.1))
+    loss, _, logits = ops.contrastive_loss_fwd(context, targets, negatives, 0.1)
+    grad_loss = torch.rand_like(loss)
+    torch.library.opcheck(ops.contrastive_loss_bwd.default, (grad_loss, context, targets, negatives, loss, logits, 0.1))
 
 
 @pytest.mark.parametrize("namespace", ["fastssl_native", "fastssl_triton"])
@@ -120,7 +146,7 @@ def test_fake_kernels_have_the_shapes_of_the_reference(case: str, namespace: str
 
 @EVERY_IMPLEMENTATION
 def test_compile(backend: str, device: str) -> None:
-    inputs = {name: tensor.to(device) for name, tensor in draw(*CASES["codes"]).items()}
+    inputs = {name: tensor.to(device) for name, tensor in draw_case("codes", backend, device).items()}
     targets = inputs["targets"].requires_grad_()
     compiled = torch.compile(lambda tensors: call(tensors, backend), fullgraph=True, dynamic=True)
     (loss, correct), (eager, eager_correct) = compiled(inputs), call(inputs, backend)
@@ -130,7 +156,9 @@ def test_compile(backend: str, device: str) -> None:
     torch.testing.assert_close(grad, grad_eager, rtol=1e-4, atol=1e-5)
 
 
-@EVERY_IMPLEMENTATION
+@pytest.mark.parametrize(
+    ("backend", "device"), [it for it in implementations("contrastive_loss") if not interpreted(*it.values)]
+)
 @settings(max_examples=25, deadline=None)
 @given(
     lengths=st.lists(st.integers(0, 120), min_size=1, max_size=5),
@@ -139,6 +167,17 @@ def test_compile(backend: str, device: str) -> None:
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )
 def test_batch_mates_do_not_matter(
+    backend: str, device: str, lengths: list[int], width: int, count: int, dtype: torch.dtype
+) -> None:
+    check_batch_mates(backend, device, lengths, width, count, dtype)
+
+
+@COMPILED
+def test_batch_mates_do_not_matter_to_the_kernels(backend: str, device: str) -> None:
+    check_batch_mates(backend, device, [6, 1, 0, 5], 20, 40, torch.float32)
+
+
+def check_batch_mates(
     backend: str, device: str, lengths: list[int], width: int, count: int, dtype: torch.dtype
 ) -> None:
     inputs = draw(lengths, width, count, 0.1, sum(lengths) // 2 + 1, dtype)
@@ -163,7 +202,7 @@ def test_batch_mates_do_not_matter(
 @pytest.mark.parametrize("codes", [None, 5])
 @EVERY_IMPLEMENTATION
 def test_equals_transformers(codes: int | None, backend: str, device: str) -> None:
-    lengths, width, count, temperature = (60,), 32, 20, 0.2
+    lengths, width, count, temperature = (12 if interpreted(backend, device) else 60,), 32, 20, 0.2
     inputs = {name: tensor.to(device) for name, tensor in draw(lengths, width, count, 0.0, codes).items()}
     context, targets, negatives = inputs.values()
     leaves = (context.requires_grad_(), targets.requires_grad_())
@@ -189,18 +228,19 @@ def test_equals_transformers(codes: int | None, backend: str, device: str) -> No
 def test_equal_targets_are_left_out_and_no_others(backend: str, device: str) -> None:
     generator = torch.Generator().manual_seed(0)
     # Small whole numbers: many rows are permutations of each other, or have the same sum, and a few are equal.
-    targets = torch.randint(-1, 2, (200, 5), generator=generator).to(device, torch.float32)
+    frames = 20 if interpreted(backend, device) else 200
+    targets = torch.randint(-1, 2, (frames, 5), generator=generator).to(device, torch.float32)
     targets[::3] *= -0.0  # zeros of either sign are equal
-    context = torch.randn(200, 5, generator=generator).to(device)
-    negatives = torch.arange(200, device=device).expand(200, 200)
+    context = torch.randn(frames, 5, generator=generator).to(device)
+    negatives = torch.arange(frames, device=device).expand(frames, frames)
     equal = (targets.unsqueeze(1) == targets).all(2)
-    assert 0 < equal.sum() - 200 < 20000
+    assert 0 < equal.sum() - frames < frames**2 / 2
     loss, correct = contrastive_loss(context, targets, negatives, backend=backend)
     spelled_out, correct_too = contrastive_loss(context, targets, torch.where(equal, -1, negatives), backend=backend)
     assert torch.equal(loss, spelled_out)
     assert torch.equal(correct, correct_too)
     logits = F.cosine_similarity(context.unsqueeze(1), targets, dim=2) / 0.1
-    expected = logits.masked_fill(equal & ~torch.eye(200, dtype=torch.bool, device=device), -torch.inf).logsumexp(1)
+    expected = logits.masked_fill(equal & ~torch.eye(frames, dtype=torch.bool, device=device), -torch.inf).logsumexp(1)
     torch.testing.assert_close(loss, expected - logits.diagonal(), rtol=1e-4, atol=1e-5)
 
 
@@ -227,16 +267,45 @@ def test_correct_needs_a_negative_and_no_tie_of_all(backend: str, device: str) -
 
 @EVERY_IMPLEMENTATION
 def test_same_bits_every_time(backend: str, device: str) -> None:
-    inputs = {name: tensor.to(device) for name, tensor in draw((150, 90), 64, 100, 0.0, 40).items()}
+    lengths = (5, 3) if interpreted(backend, device) else (150, 90)
+    inputs = {name: tensor.to(device) for name, tensor in draw(lengths, 64, 100, 0.0, sum(lengths) // 6).items()}
     leaves = (inputs["context"].requires_grad_(), inputs["targets"].requires_grad_())
     first, *others = ((loss := run(inputs, backend), *torch.autograd.grad(loss.sum(), leaves)) for _ in range(3))
     for other in others:
         assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
-def test_int32_negatives_are_the_same() -> None:
-    inputs = draw(*CASES["missing"])
-    assert torch.equal(run(inputs), run(inputs | {"negatives": inputs["negatives"].int()}))
+@pytest.mark.skipif("native" not in BACKENDS["contrastive_loss"]["cpu"], reason="the compiled module was not built")
+def test_same_bits_with_any_number_of_threads() -> None:
+    inputs = draw((150, 90, 1, 60), 64, 100, 0.1, 40)
+    leaves = (inputs["context"].requires_grad_(), inputs["targets"].requires_grad_())
+    threads = torch.get_num_threads()
+    results = []
+    for number in (1, 2, 7):
+        torch.set_num_threads(number)
+        try:
+            loss = run(inputs, "native")
+            results.append((loss, *torch.autograd.grad(loss.sum(), leaves)))
+        finally:
+            torch.set_num_threads(threads)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], result, strict=True))
+
+
+@EVERY_IMPLEMENTATION
+def test_short_rows_take_the_least_norm(backend: str, device: str) -> None:
+    inputs = {name: tensor.to(device) for name, tensor in draw((5,), 8, 4, 0.0, None).items()}
+    # A row just below the least norm shows that its gradient keeps the direction of the row itself.
+    factors = torch.tensor([[1.0], [0.0], [1e-12], [1.0], [3e-9]], device=device)
+    inputs |= {name: inputs[name] * factors for name in ("context", "targets")}
+    for backward in (False, True):
+        check_against_reference(run, inputs, backend=backend, device=device, dtype=torch.float32, backward=backward)
+
+
+@EVERY_IMPLEMENTATION
+def test_int32_negatives_are_the_same(backend: str, device: str) -> None:
+    inputs = {name: tensor.to(device) for name, tensor in draw_case("missing", backend, device).items()}
+    assert torch.equal(run(inputs, backend), run(inputs | {"negatives": inputs["negatives"].int()}, backend))
 
 
 def test_low_precision_is_computed_in_fp32() -> None:
@@ -263,6 +332,11 @@ def test_rejects_bad_input() -> None:
         "negatives: must be -1 to 5, got 0 to 6": {"negatives": negatives + torch.tensor([0, 6, 1])},
         "negatives: must be -1 to 5, got -2 to 0": {"negatives": negatives - torch.tensor([0, 2, 1])},
         "temperature: must be above 0": {"temperature": 0.0},
+        "backend='triton': not available.*it computes in float32": {
+            "context": context.double(),
+            "targets": targets.double(),
+            "backend": "triton",
+        },
         "backend='torch': not available for contrastive_loss on cpu": {"backend": "torch"},
     }
     good = {"context": context, "targets": targets, "negatives": negatives}

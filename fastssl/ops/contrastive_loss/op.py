@@ -1,7 +1,10 @@
 """The public function of `contrastive_loss`, its schema and its checks."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fastssl.ops._dispatch import Schemas, choose_backend, define_op
 from fastssl.ops.contrastive_loss import reference
@@ -39,7 +42,32 @@ def _fake_backward(
 define_op(
     "contrastive_loss",
     schemas=Schemas(_FORWARD, _BACKWARD, _fake_forward, _fake_backward),
+    triton_kernels="fastssl.ops.contrastive_loss.triton_kernel",
 )
+_KERNELS = {"native": torch.ops.fastssl_native, "triton": torch.ops.fastssl_triton}
+
+
+class _ContrastiveLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        context: Tensor,  # (N, D)
+        targets: Tensor,  # (N, D)
+        negatives: Tensor,  # (N, K)
+        temperature: float,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:  # (N,), (N,)
+        loss, correct, logits = _KERNELS[backend].contrastive_loss_fwd(context, targets, negatives, temperature)
+        ctx.save_for_backward(context, targets, negatives, loss, logits)
+        ctx.mark_non_differentiable(correct)
+        ctx.temperature, ctx.backend = temperature, backend
+        return loss, correct
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, _grad_correct: Tensor) -> tuple[Tensor | None, ...]:
+        grads = _KERNELS[ctx.backend].contrastive_loss_bwd(grad_loss.contiguous(), *ctx.saved_tensors, ctx.temperature)
+        return *grads, None, None, None
 
 
 def contrastive_loss(
@@ -73,10 +101,15 @@ def contrastive_loss(
         ValueError: Shapes, dtypes or options do not fit, or `backend` cannot serve the call.
     """
     _check(context, targets, negatives, temperature)
-    chosen = choose_backend("contrastive_loss", context, backend)
-    assert chosen == "reference"
+    unsupported = {"triton": "it computes in float32"} if context.dtype == torch.float64 else None
+    chosen = choose_backend("contrastive_loss", context, backend, unsupported=unsupported)
     with torch.autocast(context.device.type, enabled=False):
-        return reference.contrastive_loss(context, targets, negatives, temperature=temperature)
+        if chosen == "reference":
+            return reference.contrastive_loss(context, targets, negatives, temperature=temperature)
+        loss, correct = _ContrastiveLoss.apply(
+            context.contiguous(), targets.contiguous(), negatives.contiguous(), temperature, chosen
+        )
+    return loss, correct
 
 
 def _check(context: Tensor, targets: Tensor, negatives: Tensor, temperature: float) -> None:
