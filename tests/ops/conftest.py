@@ -1,9 +1,16 @@
 """What every op test runs under: uninitialised memory is NaN, so an element left unwritten shows."""
 
+import importlib.util
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+from tests.ops.triton_interpreter import repair_bfloat16
+
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    repair_bfloat16()
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,29 @@
+"""What Triton's interpreter (3.8) gets wrong, put right: it multiplies bfloat16 matrices as integers, and truncates."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def repair_bfloat16() -> None:
+    """Make `tl.dot` of bfloat16 a product of the numbers, and fp32 to bfloat16 round to the nearest, as on a GPU."""
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    if hasattr(InterpreterBuilder, "bfloat16_repaired"):
+        return
+    cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
+
+    def cast_impl(self: Any, source: Any, target: Any) -> Any:
+        if source.dtype.scalar == tl.float32 and target.scalar == tl.bfloat16:
+            rounded = torch.from_numpy(np.ascontiguousarray(source.data)).bfloat16().view(torch.int16)
+            return TensorHandle(rounded.numpy().view(np.uint16).reshape(source.data.shape), tl.bfloat16)
+        return cast(self, source, target)
+
+    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        a, b = (cast(self, x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
+        return dot(self, a, b, *rest)
+
+    InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot = cast_impl, create_dot
+    InterpreterBuilder.bfloat16_repaired = True
