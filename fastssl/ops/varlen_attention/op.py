@@ -64,6 +64,7 @@ define_op(
     "varlen_attention",
     schemas=Schemas(_FORWARD, _BACKWARD, _fake_forward, _fake_backward),
     torch_devices=("cpu", "cuda"),
+    triton_kernels="fastssl.ops.varlen_attention.triton_kernel",
 )
 _KERNELS = {"native": torch.ops.fastssl_native, "triton": torch.ops.fastssl_triton}
 
