@@ -1,10 +1,33 @@
 """A linear layer whose rows do not depend on how many other rows there are."""
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-# MKL computes a row of an fp32 product with the same bits for any matrix of at least 12 rows, and with others below.
-_STABLE_ROWS = 12
+from fastssl.ops import _gemm
+
+
+class _Linear(torch.autograd.Function):
+    """The three products of a linear layer by `ops._gemm`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _gemm.nt(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        return (
+            _gemm.nn(grad_out, weight) if needs_x else None,
+            _gemm.tn(grad_out, x) if needs_weight else None,
+            grad_out.sum(0) if needs_bias else None,
+        )
 
 
 class PackedLinear(nn.Linear):
@@ -12,8 +35,11 @@ class PackedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, in_features) to (N, out_features)."""
+        if _gemm.takes_onednn(input) and self.weight.dtype == input.dtype and not torch.is_autocast_enabled("cpu"):
+            out: Tensor = _Linear.apply(input, self.weight, self.bias)
+            return out
         rows = input.shape[0]
-        if rows >= _STABLE_ROWS or input.device.type != "cpu":
+        if rows >= _gemm.STABLE_ROWS or input.device.type != "cpu":
             return super().forward(input)
-        padded = F.pad(input, (0, 0, 0, _STABLE_ROWS - rows))
+        padded = F.pad(input, (0, 0, 0, _gemm.STABLE_ROWS - rows))
         return F.linear(padded, self.weight, self.bias)[:rows]

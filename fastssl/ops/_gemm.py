@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # Below these many rows a library computes a row with other bits than in a larger product (measured, see the tests).
-_STABLE_ROWS_MKL = 12
+STABLE_ROWS = 12
 _STABLE_ROWS_ONEDNN = 2
 
 
@@ -32,8 +32,8 @@ def nt(
 ) -> Tensor:  # (M, N)
     """The product x @ weight.T, plus bias; the bits of a row do not depend on the other rows."""
     rows = x.shape[0]
-    onednn = _takes_onednn(x)
-    stable_rows = _STABLE_ROWS_ONEDNN if onednn else _STABLE_ROWS_MKL
+    onednn = takes_onednn(x)
+    stable_rows = _STABLE_ROWS_ONEDNN if onednn else STABLE_ROWS
     if rows < stable_rows:
         return nt(F.pad(x, (0, 0, 0, stable_rows - rows)), weight, bias)[:rows]
     if onednn:
@@ -54,12 +54,12 @@ def tn(
     y: Tensor,  # (M, K)
 ) -> Tensor:  # (N, K)
     """The product x.T @ y, the sum over frames that a weight's gradient is."""
-    if _takes_onednn(x) and min(*x.shape, y.shape[1]) > 0:
+    if takes_onednn(x) and min(*x.shape, y.shape[1]) > 0:
         return _onednn(x.t(), y.t(), None)
     return x.t() @ y
 
 
-def _takes_onednn(x: Tensor) -> bool:
+def takes_onednn(x: Tensor) -> bool:
     return ONEDNN_IS_FASTER and x.device.type == "cpu" and x.dtype == torch.float32
 
 
@@ -67,5 +67,19 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     # A weight that is neither row- nor column-major falls to a kernel a thousand times slower.
     if not (weight.is_contiguous() or weight.t().is_contiguous()):
         weight = weight.contiguous()
+    if torch.compiler.is_compiling():
+        opaque: Tensor = torch.ops.fastssl_gemm.onednn(x, weight, bias)
+        return opaque
+    return _onednn_kernel(x, weight, bias)
+
+
+def _onednn_kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return out
+
+
+# Inductor compiles oneDNN's product only where the weight is a constant; under a name it does not know it calls it.
+_LIBRARY = torch.library.Library("fastssl_gemm", "DEF")
+_LIBRARY.define("onednn(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+_LIBRARY.impl("onednn", _onednn_kernel, "CPU")
+torch.library.register_fake("fastssl_gemm::onednn", lambda x, weight, bias: x.new_empty(x.shape[0], weight.shape[0]))

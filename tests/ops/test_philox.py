@@ -1,0 +1,34 @@
+import pytest
+import torch
+
+from fastssl.ops._philox import keep_mask, philox
+
+#: Seed, counter and words as the authors of Random123 publish them.
+KNOWN = (0, 0, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8))
+
+
+def test_known_answer() -> None:
+    seed, counter, words = KNOWN
+    found = philox(torch.tensor(seed), torch.tensor([counter]))
+    assert tuple(int(word) for word in found) == words
+
+
+def test_every_bit_of_seed_and_counter_counts() -> None:
+    counters = torch.tensor([0, 1, 2**31, 2**32, 2**62])
+    blocks = {
+        tuple(words)
+        for seed in (0, 1, -1, 2**32, 2**62, -(2**63))
+        for words in torch.stack(philox(torch.tensor(seed), counters), 1).tolist()
+    }
+    assert len(blocks) == 6 * 5
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1, 0.5])
+def test_keep_mask(dropout_p: float) -> None:
+    seed = torch.tensor(-1234567890123456789)
+    mask = keep_mask(seed, (251, 403), dropout_p=dropout_p)
+    kept = mask.double().mean().item()
+    assert abs(kept - (1 - dropout_p)) <= 4 * (dropout_p * (1 - dropout_p) / mask.numel()) ** 0.5
+    shifted = keep_mask(seed, (100,), dropout_p=dropout_p, offset=7)
+    assert torch.equal(shifted, mask.flatten()[28:128])
+    assert keep_mask(seed, (0, 4), dropout_p=dropout_p).shape == (0, 4)
