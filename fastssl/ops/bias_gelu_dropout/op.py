@@ -87,7 +87,8 @@ def bias_gelu_dropout(
         ValueError: Shapes, dtypes or options do not fit, or `backend` cannot serve the call.
     """
     _check(x, bias)
-    chosen = choose_backend("bias_gelu_dropout", x, backend)
+    unsupported = {"triton": "it computes in float32"} if x.dtype == torch.float64 else None
+    chosen = choose_backend("bias_gelu_dropout", x, backend, unsupported=unsupported)
     seed = _philox.resolve_seed(seed, dropout_p=dropout_p, offset=offset, device=x.device)
     with torch.autocast(x.device.type, enabled=False):
         if chosen == "reference":

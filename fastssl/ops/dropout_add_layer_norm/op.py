@@ -182,10 +182,10 @@ def dropout_add_layer_norm(
         dtype = torch.get_autocast_dtype(device)
         x, residual = x.to(dtype), residual.to(dtype)
     _check(x, residual, weight, bias)
-    unsupported = (
-        {"triton": f"at most {_TRITON_MAX_WIDTH} channels, not {x.shape[1]}"} if x.shape[1] > _TRITON_MAX_WIDTH else {}
+    unsupported = _why_not_triton(x)
+    chosen = choose_backend(
+        "dropout_add_layer_norm", x, backend, unsupported={"triton": unsupported} if unsupported else None
     )
-    chosen = choose_backend("dropout_add_layer_norm", x, backend, unsupported=unsupported)
     seed = _philox.resolve_seed(seed, dropout_p=dropout_p, offset=offset, device=x.device)
     with torch.autocast(device, enabled=False):
         if chosen == "reference":
@@ -215,6 +215,14 @@ def dropout_add_layer_norm(
             chosen,
         )
         return result
+
+
+def _why_not_triton(x: Tensor) -> str | None:
+    if x.dtype == torch.float64:
+        return "it computes in float32"
+    if x.shape[1] > _TRITON_MAX_WIDTH:
+        return f"it takes at most {_TRITON_MAX_WIDTH} channels, not {x.shape[1]}"
+    return None
 
 
 def _check(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> None:
