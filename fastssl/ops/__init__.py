@@ -4,7 +4,9 @@
 kernel); None takes the environment variable FASTSSL_BACKEND, else the fastest there is. What exists: `fastssl info`.
 """
 
+from fastssl.ops.bias_gelu_dropout import bias_gelu_dropout as bias_gelu_dropout
 from fastssl.ops.contrastive_loss import contrastive_loss as contrastive_loss
+from fastssl.ops.dropout_add_layer_norm import dropout_add_layer_norm as dropout_add_layer_norm
 from fastssl.ops.integrate_and_fire import integrate_and_fire as integrate_and_fire
 from fastssl.ops.positional_conv import positional_conv as positional_conv
 from fastssl.ops.strided_conv import strided_conv as strided_conv

@@ -52,3 +52,38 @@ def philox(
         )
         k0, k1 = (k0 + 0x9E3779B9) & _LOW, (k1 + 0xBB67AE85) & _LOW
     return c0, c1, c2, c3
+
+
+def resolve_seed(seed: Tensor | None, *, dropout_p: float, offset: int, device: torch.device) -> Tensor | None:
+    """The seed of a call: none without dropout, the caller's, or one from PyTorch's generator of the device.
+
+    Drawing one does not wait for the device, and activation checkpointing, which restores the generator, repeats it.
+
+    Raises:
+        ValueError: An argument of the dropout does not fit.
+    """
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p: must be at least 0 and less than 1, got {dropout_p}")
+    if offset < 0:
+        raise ValueError(f"offset: must not be negative, got {offset}")
+    if seed is not None and (seed.dim() != 0 or seed.dtype != torch.int64 or seed.device != device):
+        raise ValueError(
+            f"seed: expected () torch.int64 on {device}, got {tuple(seed.shape)} {seed.dtype} on {seed.device}"
+        )
+    if dropout_p == 0:
+        return None
+    return torch.randint(2**63 - 1, (), device=device) if seed is None else seed
+
+
+def dropout(
+    x: Tensor,
+    *,
+    dropout_p: float,
+    seed: Tensor | None,  # ()
+    offset: int = 0,
+) -> Tensor:
+    """Dropout of `x` by `keep_mask`; `seed` is None where `dropout_p` is 0."""
+    if seed is None:
+        return x
+    keep = keep_mask(seed, tuple(x.shape), dropout_p=dropout_p, offset=offset)
+    return torch.where(keep, x * (1 / (1 - dropout_p)), 0.0)

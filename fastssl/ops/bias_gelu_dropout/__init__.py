@@ -1,0 +1,1 @@
+from fastssl.ops.bias_gelu_dropout.op import bias_gelu_dropout as bias_gelu_dropout

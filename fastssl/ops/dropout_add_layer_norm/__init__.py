@@ -1,0 +1,1 @@
+from fastssl.ops.dropout_add_layer_norm.op import dropout_add_layer_norm as dropout_add_layer_norm
