@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import limits, rivals, workloads
-from benchmarks.harness import Entry, Field, Outputs, Row, compare, worst_error
+from benchmarks.harness import Contenders, Entry, Outputs, Row, compare, worst_error
 from benchmarks.report import Rows, main
 from fastssl.models.encoder import Encoder
 from fastssl.models.wav2vec2 import PRESETS
@@ -47,15 +47,15 @@ def forward(title: str, lengths_s: Sequence[float], device: torch.device) -> Row
         run = _no_grad(lambda: model.extract_features(audio, lengths)[0][-1])
         return run, _no_grad(lambda: _each_alone(lambda x: model.extract_features(x)[0][-1], device, dtype))
 
-    field = Field()
-    field.add("fastssl", _no_grad(lambda: encoder(batch)), _check_ours(encoder, device, dtype))
-    field.add("Transformers, eager", _no_grad(lambda: _encode(theirs, audio, mask)), check_theirs)
-    field.add("Transformers, torch.compile", *transformers_compiled())
-    field.invite("torchaudio", torchaudio)
+    contenders = Contenders()
+    contenders.add("fastssl", _no_grad(lambda: encoder(batch)), _check_ours(encoder, device, dtype))
+    contenders.add("Transformers, eager", _no_grad(lambda: _encode(theirs, audio, mask)), check_theirs)
+    contenders.add("Transformers, torch.compile", *transformers_compiled())
+    contenders.invite("torchaudio", torchaudio)
     gemms = limits.encoder(encoder.config, workloads.samples_of(lengths_s), backward=False)
     return compare(
         title,
-        field,
+        contenders,
         reference=lambda: _reference(encoder, device),
         tolerance=tolerance,
         device=device,
@@ -76,10 +76,10 @@ def bf16_against_fp32(device: torch.device) -> Row:
     batch = workloads.waveforms(lengths_s, device)
     batch_half = Packed(batch.values.bfloat16(), batch.layout)
     audio, mask = workloads.padded(batch_half)
-    field = Field()
-    field.add("fastssl, bf16", _no_grad(lambda: half(batch_half)), _check_ours(half, device, torch.bfloat16))
-    field.add("ours in fp32", _no_grad(lambda: encoder(batch)), _check_ours(encoder, device, torch.float32))
-    field.add(
+    contenders = Contenders()
+    contenders.add("fastssl, bf16", _no_grad(lambda: half(batch_half)), _check_ours(half, device, torch.bfloat16))
+    contenders.add("ours in fp32", _no_grad(lambda: encoder(batch)), _check_ours(encoder, device, torch.float32))
+    contenders.add(
         "Transformers, eager, bf16",
         _no_grad(lambda: _encode(theirs, audio, mask)),
         _no_grad(lambda: _each_alone(partial(_encode, theirs), device, torch.bfloat16)),
@@ -87,7 +87,7 @@ def bf16_against_fp32(device: torch.device) -> Row:
     gemms = limits.encoder(encoder.config, workloads.samples_of(lengths_s), backward=False)
     return compare(
         "encoder forward in bf16 and in fp32, wav2vec 2.0 base, read-speech batch of 8",
-        field,
+        contenders,
         reference=lambda: _reference(encoder, device),
         tolerance=_TOLERANCES[torch.bfloat16],
         device=device,

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import limits, rivals
-from benchmarks.harness import Field, Outputs, Row, compare
+from benchmarks.harness import Contenders, Outputs, Row, compare
 from benchmarks.report import Rows, main
 from fastssl.nn.quantizer import GumbelQuantizer
 from fastssl.nn.random import draw_keys, gumbel
@@ -49,13 +49,13 @@ def forward_and_backward(device: torch.device) -> Row:
             return run_theirs()
 
     in_double: Any = rivals.in_double(ours)
-    field = Field()
-    field.add("fastssl", with_fresh_noise, lambda: run_ours(ours, x, fixed_noise))
-    field.add("Transformers, eager", run_theirs, check_theirs)
+    contenders = Contenders()
+    contenders.add("fastssl", with_fresh_noise, lambda: run_ours(ours, x, fixed_noise))
+    contenders.add("Transformers, eager", run_theirs, check_theirs)
     gemms = limits.quantizer(M, C, G, V, width)
     return compare(
         f"Gumbel quantiser forward and backward, {M} frames, {G} x {V} codes x {width // G}",
-        field,
+        contenders,
         reference=lambda: run_ours(in_double, x.detach().double().requires_grad_(), fixed_noise),
         tolerance=1e-4,
         device=device,

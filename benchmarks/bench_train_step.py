@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import limits, rivals, workloads
-from benchmarks.harness import Entry, Field, Outputs, Row, compare
+from benchmarks.harness import Contenders, Entry, Outputs, Row, compare
 from benchmarks.report import Rows, main
 from fastssl.models.encoder import Encoder
 from fastssl.models.wav2vec2 import PRESETS, Wav2Vec2Config, Wav2Vec2ForPreTraining
@@ -59,16 +59,16 @@ def pretraining(title: str, config: Wav2Vec2Config, lengths_s: Sequence[float], 
     def transformers(forward: Any) -> Entry:
         return _Step(theirs, partial(their_loss, forward), device), check_theirs
 
-    field = Field()
-    field.add("fastssl", _Step(model, our_loss, device), partial(_our_gradients, model, inputs))
-    field.add("Transformers, eager", *transformers(theirs))
-    _add_compiled(field, device, lambda: transformers(rivals.compiled(theirs)))
+    contenders = Contenders()
+    contenders.add("fastssl", _Step(model, our_loss, device), partial(_our_gradients, model, inputs))
+    contenders.add("Transformers, eager", *transformers(theirs))
+    _add_compiled(contenders, device, lambda: transformers(rivals.compiled(theirs)))
     samples = workloads.samples_of(lengths_s)
     masked = [round(0.49 * frames) for frames in workloads.frames(lengths_s)]
     gemms = limits.pretraining(config, samples, masked)
     return compare(
         title,
-        field,
+        contenders,
         reference=lambda: _their_gradients(rivals.in_double(theirs), inputs),
         tolerance=_TOLERANCE,
         device=device,
@@ -114,17 +114,17 @@ def encoder_training(device: torch.device) -> Row:
         together = lambda xs: encoder(Packed.pack(xs)).features.unpack()  # noqa: E731
         return run, partial(_encoder_gradients, encoder, together, device)
 
-    field = Field()
-    field.add("fastssl", *fastssl())
-    field.add("Transformers, eager", *transformers(theirs))
-    field.invite("torchaudio", torchaudio)
-    _add_compiled(field, device, lambda: transformers(rivals.compiled(theirs)))
+    contenders = Contenders()
+    contenders.add("fastssl", *fastssl())
+    contenders.add("Transformers, eager", *transformers(theirs))
+    contenders.invite("torchaudio", torchaudio)
+    _add_compiled(contenders, device, lambda: transformers(rivals.compiled(theirs)))
     in_double = rivals.in_double(theirs)
     alone = _each_alone(lambda x: in_double(x.double()).last_hidden_state)
     gemms = limits.encoder(config, workloads.samples_of(lengths_s), backward=True)
     return compare(
         "encoder training step, wav2vec 2.0 base, dropout 0.1, read-speech batch of 4",
-        field,
+        contenders,
         reference=partial(_encoder_gradients, in_double, alone, device),
         tolerance=_TOLERANCE,
         device=device,
@@ -226,12 +226,14 @@ def _gradients(model: nn.Module, loss: Tensor, rename: Callable[[str], str] = la
     return {"loss": loss.detach()} | {name: g for name, g in grads.items() if not name.endswith("k_proj.bias")}
 
 
-def _add_compiled(field: Field, device: torch.device, make: Callable[[], Entry]) -> None:
+def _add_compiled(contenders: Contenders, device: torch.device, make: Callable[[], Entry]) -> None:
     """Under torch.compile a training step of Transformers took 51 s to compile on two cores, and as long as before."""
     if device.type == "cuda":
-        field.add("Transformers, torch.compile", *make())
+        contenders.add("Transformers, torch.compile", *make())
     else:
-        field.skipped["Transformers, torch.compile"] = "on two cores it compiles for a minute and is then no faster"
+        contenders.skipped["Transformers, torch.compile"] = (
+            "on two cores it compiles for a minute and is then no faster"
+        )
 
 
 def _autocast(device: torch.device) -> torch.autocast:

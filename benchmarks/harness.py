@@ -7,7 +7,7 @@ A benchmark is a module with `ROWS`, a function for each of its rows that builds
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -75,11 +75,10 @@ class Row:
         """The contender that users get, which is the first of ours."""
         return next(name for name in self.measurements if name.startswith("fastssl"))
 
-    def rivals(self, prefix: str = "") -> list[str]:
-        return [n for n in self.measurements if not n.startswith("fastssl") and n.startswith(prefix)]
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+    def fastest_rival(self, prefix: str = "") -> str | None:
+        """Of those whose name begins with `prefix`."""
+        names = [n for n in self.measurements if not n.startswith("fastssl") and n.startswith(prefix)]
+        return min(names, key=lambda name: self.measurements[name].seconds, default=None)
 
 
 def backends(op: str, device: torch.device) -> list[str]:
@@ -89,16 +88,16 @@ def backends(op: str, device: torch.device) -> list[str]:
     return list(BACKENDS[op][device.type])
 
 
-class Field:
-    """The contenders of a row, and why some could not enter."""
+class Contenders:
+    """Who takes part in a comparison, and why some do not."""
 
     def __init__(self) -> None:
-        self.contenders: list[Contender] = []
+        self.present: list[Contender] = []
         self.skipped: dict[str, str] = {}
 
     def add(self, name: str, run: Callable[[], Any], check: Callable[[], Outputs] | None = None) -> None:
         """A contender; `run` gives the outputs for the gate too where there is no `check`."""
-        self.contenders.append(Contender(name, run, check or run))
+        self.present.append(Contender(name, run, check or run))
 
     def invite(self, name: str, make: Callable[[], Entry]) -> None:
         """A contender that may not be installed: the reason then goes to the table."""
@@ -114,7 +113,7 @@ def reason(error: BaseException) -> str:
 
 def compare(
     title: str,
-    entered: Field,
+    contenders: Contenders,
     *,
     reference: Callable[[], Outputs],
     tolerance: float,
@@ -128,7 +127,7 @@ def compare(
 
     Args:
         title: Of the row.
-        entered: The contenders; the first of ours is the one that users get.
+        contenders: Who takes part; the first of ours is the one that users get.
         reference: Outputs and gradients that every contender must give.
         tolerance: Allowed deviation of each tensor in max norm, as a share of the reference's largest value.
         device: Where the work runs.
@@ -141,13 +140,14 @@ def compare(
         GateError: A contender is wrong.
         BusyMachineError: The machine is in use.
     """
-    skipped = dict(entered.skipped)
-    contenders, errors = gate(entered.contenders, reference(), tolerance, skipped)
+    skipped = dict(contenders.skipped)
+    running, errors = gate(contenders.present, reference(), tolerance, skipped)
     wait_until_quiet()
-    measurements = _measure(contenders, device, budget_s, skipped)
-    for name, error in errors.items():
-        if name in measurements:
-            measurements[name].worst_error = error
+    seconds, peaks = _measure(running, device, budget_s, skipped)
+    measurements = {
+        name: Measurement(statistics.median(s), min(s), max(s), len(s), peaks[name], errors[name])
+        for name, s in seconds.items()
+    }
     found = limits()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -166,6 +166,8 @@ def gate(
     for contender in contenders:
         try:
             outputs = contender.check()
+        except GateError:
+            raise
         except Exception as error:  # whatever a rival dies of is a finding
             if contender.ours and not isinstance(error, ValueError):
                 raise
@@ -203,7 +205,8 @@ def worst_error(name: str, outputs: Outputs, reference: Outputs, tolerance: floa
 
 def _measure(
     contenders: Sequence[Contender], device: torch.device, budget_s: float, skipped: dict[str, str]
-) -> dict[str, Measurement]:
+) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Seconds of every round, and peak bytes, of each contender; a rival that runs out of memory is noted."""
     runs: dict[str, Callable[[], Any]] = {}
     seconds: dict[str, list[float]] = {}
     peaks: dict[str, int] = {}
@@ -227,10 +230,7 @@ def _measure(
     for times in _rounds(runs, device, rounds):
         for name, value in times.items():
             seconds[name].append(value)
-    return {
-        name: Measurement(statistics.median(values), min(values), max(values), len(values), peaks[name], 0.0)
-        for name, values in seconds.items()
-    }
+    return seconds, peaks
 
 
 def _rounds(runs: Mapping[str, Callable[[], Any]], device: torch.device, wanted: int) -> list[dict[str, float]]:

@@ -4,7 +4,9 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -42,53 +44,54 @@ def print_row(key: str, row: Row, seconds: float) -> None:
     )
 
 
-def verdict(target: Target, rows: Mapping[str, Row]) -> dict[str, str | bool | None]:
-    """A line of the target table: what was promised, what was measured, and whether it is met (None: not measured)."""
+class Verdict(NamedTuple):
+    """A line of the target table."""
+
+    row: str
+    work: str
+    ours: str | None
+    rival: str | None
+    target: str
+    measured: str
+    met: bool | None  # None: something of it was not measured
+
+
+def verdict(target: Target, rows: Mapping[str, Row]) -> Verdict:
+    """What was promised, what was measured, and whether it is met; the ruler is the first limit of the row."""
+    row = rows[target.row]
+    rival = row.fastest_rival(target.against)
+    ours, theirs = row.measurements[row.ours], row.measurements.get(rival or "")
+    limit_s = next(iter(row.limits.values()), None)
+    whole = rows.get(target.share[0]) if target.share else None
     promised, measured, met = [], [], []
-    row = rows.get(target.row)
-    rivals = row.rivals(target.against) if row else []
-    rival = min(rivals, key=lambda name: row.measurements[name].seconds) if row and rivals else None
-    ours = row.measurements[row.ours] if row else None
-    if target.speed is not None:
-        promised.append(f"{target.speed:g}x")
-        if row and ours and rival:
-            ratio = row.measurements[rival].seconds / ours.seconds
-            measured.append(f"{ratio:.2f}x ({rival})")
-            met.append(ratio >= target.speed)
-    if target.memory is not None:
-        promised.append(f"{target.memory:.2g} of the memory")
-        if row and ours and rival:
-            ratio = ours.peak_bytes / max(1, row.measurements[rival].peak_bytes)
-            measured.append(f"{ratio:.2g} of the memory")
-            met.append(ratio <= target.memory)
-    if target.limit is not None:
-        promised.append(f"{target.limit:g} of the limit")
-        if row and ours and row.limits:
-            ratios = [ours.seconds / limit_s for limit_s in row.limits.values()]
-            measured.append(" and ".join(f"{ratio:.2f}" for ratio in ratios) + " of the limit")
-            met.append(ratios[0] <= target.limit)
+
+    def judge(promise: str, ratio: float | None, words: str, kept: Callable[[float], bool]) -> None:
+        promised.append(promise)
+        measured.append("nothing" if ratio is None else words.format(ratio))
+        met.append(None if ratio is None else kept(ratio))
+
+    if (speed := target.speed) is not None:
+        ratio = theirs.seconds / ours.seconds if theirs else None
+        judge(f"{speed:g}x", ratio, f"{{:.2f}}x ({rival})", lambda ratio: ratio >= speed)
+    if (memory := target.memory) is not None:
+        ratio = ours.peak_bytes / max(1, theirs.peak_bytes) if theirs else None
+        judge(f"{memory:.2g} of its memory", ratio, "{:.2g} of its memory", lambda ratio: ratio <= memory)
+    if (limit := target.limit) is not None:
+        ratio = ours.seconds / limit_s if limit_s else None
+        judge(f"{limit:g} of the limit", ratio, "{:.2f} of the limit", lambda ratio: ratio <= limit)
     if target.share is not None:
-        whole = rows.get(target.share[0])
-        promised.append(f"{target.share[1]:.0%} of {target.share[0]}")
-        if ours and whole:
-            ratio = ours.seconds / whole.measurements[whole.ours].seconds
-            measured.append(f"{ratio:.1%} of {target.share[0]}")
-            met.append(ratio <= target.share[1])
-    complete = len(met) == len(promised)
-    return {
-        "row": target.row,
-        "work": target.work,
-        "target": ", ".join(promised),
-        "measured": ", ".join(measured),
-        "met": all(met) if complete else None,
-    }
+        name, share = target.share
+        ratio = ours.seconds / whole.measurements[whole.ours].seconds if whole else None
+        judge(f"{share:.0%} of {name}", ratio, f"{{:.1%}} of {name}", lambda ratio: ratio <= share)
+    result = None if None in met else all(met)
+    return Verdict(target.row, target.work, row.ours, rival, ", ".join(promised), ", ".join(measured), result)
 
 
-def print_verdicts(verdicts: list[dict[str, str | bool | None]]) -> None:
-    print(f"\n{'work':72s} {'target':40s} measured")
+def print_verdicts(verdicts: Sequence[Verdict]) -> None:
+    words = {True: "met", False: "MISSED", None: "not measured"}
+    print(f"\n{'work':72s} {'target':44s} measured")
     for line in verdicts:
-        word = {True: "met", False: "MISSED", None: "not measured"}[line["met"]]  # type: ignore[index]
-        print(f"{line['work']:72s} {line['target']:40s} {line['measured']}: {word}")
+        print(f"{line.work:72s} {line.target:44s} {line.measured}: {words[line.met]}")
 
 
 def main(rows: Rows, description: str, *, by_default: Mapping[str, Sequence[str]] | None = None) -> None:
@@ -123,8 +126,8 @@ def main(rows: Rows, description: str, *, by_default: Mapping[str, Sequence[str]
     if args.output:
         result = describe(device) | {
             "device": args.device,
-            "targets": verdicts,
-            "rows": {key: row.as_dict() for key, row in measured.items()},
+            "targets": [line._asdict() for line in verdicts],
+            "rows": {key: asdict(row) for key, row in measured.items()},
         }
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(result, indent=1) + "\n")

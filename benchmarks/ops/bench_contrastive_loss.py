@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import limits, rivals, workloads
-from benchmarks.harness import Field, Outputs, Row, backends, compare
+from benchmarks.harness import Contenders, Outputs, Row, backends, compare
 from benchmarks.report import Rows, main
 from fastssl import ops
 
@@ -43,16 +43,16 @@ def forward_and_backward(device: torch.device) -> Row:
     def gathered(function: Callable[..., Tensor]) -> Callable[[], Outputs]:
         return lambda: gradients(function(context, targets, negatives, temperature=_TEMPERATURE), context, targets)
 
-    field = Field()
+    contenders = Contenders()
     for backend in backends("contrastive_loss", device):
-        field.add(f"fastssl, {backend}", partial(ours, backend))
-    field.add("Transformers' formula", gathered(rivals.contrastive_loss))
+        contenders.add(f"fastssl, {backend}", partial(ours, backend))
+    contenders.add("Transformers' formula", gathered(rivals.contrastive_loss))
     by_compiler = torch.compile(rivals.contrastive_loss, dynamic=False)
-    field.add("Transformers' formula, torch.compile", gathered(by_compiler))
+    contenders.add("Transformers' formula, torch.compile", gathered(by_compiler))
     gemms = [gemm for frames in masked for gemm in limits.linear(frames, D, frames, backward=True)]
     return compare(
         f"contrastive loss forward and backward, {N} masked frames, {K} negatives, {D} wide",
-        field,
+        contenders,
         reference=lambda: ours("reference", *(x.detach().double().requires_grad_() for x in (context, targets))),
         tolerance=1e-4,
         device=device,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import limits, rivals
-from benchmarks.harness import Entry, Field, Outputs, Row, backends, compare
+from benchmarks.harness import Contenders, Entry, Outputs, Row, backends, compare
 from benchmarks.report import Rows, main
 from fastssl import ops
 from fastssl.packing import Layout, Packed
@@ -42,20 +42,20 @@ def forward_and_backward(device: torch.device) -> Row:
 
         return run, check
 
-    field = Field()
+    contenders = Contenders()
     for backend in backends("integrate_and_fire", device):
-        field.add(f"fastssl, {backend}", partial(ours, backend))
-    field.add("plain PyTorch, two sums", *padded(rivals.integrate_and_fire_two_sums))
-    field.add("plain PyTorch, dense product", *padded(rivals.integrate_and_fire_product))
+        contenders.add(f"fastssl, {backend}", partial(ours, backend))
+    contenders.add("plain PyTorch, two sums", *padded(rivals.integrate_and_fire_two_sums))
+    contenders.add("plain PyTorch, dense product", *padded(rivals.integrate_and_fire_product))
     product = torch.compile(rivals.integrate_and_fire_product, dynamic=False)
-    field.add("plain PyTorch, dense product, torch.compile", *padded(product))
+    contenders.add("plain PyTorch, dense product, torch.compile", *padded(product))
     # Forward: x in, out out. Backward: the gradient and x in, the gradient of x out.
     frame_bytes = C * x.element_size()
     moved = (3 * layout.total + 2 * layout_out.total) * frame_bytes
     footprint = 2 * (layout.total + layout_out.total) * frame_bytes
     return compare(
         f"integrate_and_fire forward and backward, {B} x {T} frames x {C}, {layout_out.total} come out",
-        field,
+        contenders,
         reference=lambda: ours("reference", x.detach().double().requires_grad_()),
         tolerance=tolerance,
         device=device,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import limits, rivals, workloads
-from benchmarks.harness import Entry, Field, Outputs, Row, backends, compare, worst_error
+from benchmarks.harness import Contenders, Entry, Outputs, Row, backends, compare, worst_error
 from benchmarks.report import Rows, main
 from fastssl import ops
 from fastssl.models.encoder import Encoder
@@ -60,18 +60,18 @@ def front_end(title: str, lengths_s: Sequence[float], device: torch.device) -> R
 
         return run, check
 
-    field = Field()
+    contenders = Contenders()
     for backend in backends("strided_conv", device):
-        field.add(f"fastssl, {backend}", *ours(backend))
-    field.add("Transformers, eager", *transformers())
-    field.add("Transformers, torch.compile", *transformers_compiled())
+        contenders.add(f"fastssl, {backend}", *ours(backend))
+    contenders.add("Transformers, eager", *transformers())
+    contenders.add("Transformers, torch.compile", *transformers_compiled())
     gemms = limits.front_end(config, batch.layout, backward=True)[0]
     in_double = rivals.in_double(theirs)
     gate_in_double = Packed(gate_batch.values.double(), gate_batch.layout)
     reference = _step(in_double, lambda: _each_alone(in_double, gate_in_double), dtype=torch.float64)
     return compare(
         title,
-        field,
+        contenders,
         reference=reference,
         tolerance=tolerance,
         device=device,

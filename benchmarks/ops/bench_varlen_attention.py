@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import limits, workloads
-from benchmarks.harness import Entry, Field, Outputs, Row, backends, compare
+from benchmarks.harness import Contenders, Entry, Outputs, Row, backends, compare
 from benchmarks.report import Rows, main
 from fastssl import ops
 from fastssl.packing import Layout, Packed
@@ -97,24 +97,24 @@ def attention(
         gates = Packed(gate, layout).to_padded().transpose(1, 2).unsqueeze(3)
         return (table[:, distances] * gates).masked_fill(~valid[:, None, None], -torch.inf).to(dtype)
 
-    field = Field()
+    contenders = Contenders()
     for backend in backends("varlen_attention", device):
-        field.add(f"fastssl, {backend}", partial(ours, backend, dropout_p), partial(check_ours, backend))
+        contenders.add(f"fastssl, {backend}", partial(ours, backend, dropout_p), partial(check_ours, backend))
     if bias:
-        field.add("SDPA, dense bias", *by_sdpa(dense_bias))
+        contenders.add("SDPA, dense bias", *by_sdpa(dense_bias))
     else:
-        field.add("SDPA, padded, with a mask", *by_sdpa(lambda: valid[:, None, None]))
+        contenders.add("SDPA, padded, with a mask", *by_sdpa(lambda: valid[:, None, None]))
         if min(frames) == max(frames):
-            field.add("SDPA, padded, without a mask", *by_sdpa(lambda: None))
+            contenders.add("SDPA, padded, without a mask", *by_sdpa(lambda: None))
         for name, function in _PACKED_RIVALS.items():
-            field.add(name, *by_packed(function))
+            contenders.add(name, *by_packed(function))
     work = "forward and backward" if backward else "forward"
     kind = (f", dropout {dropout_p:g}" if dropout_p else "") + (", gated distance bias" if bias else "")
     gemms = limits.attention(frames, _HEADS, _WIDTH, backward=backward)
     doubles = [x.detach().double().requires_grad_(backward) for x in (*packed, *extra)]
     return compare(
         f"varlen_attention {work}{kind}, {workload}, {len(frames)} sequences of {min(frames)} to {max(frames)} frames",
-        field,
+        contenders,
         reference=lambda: ours("reference", 0.0, doubles),
         tolerance=tolerance,
         device=device,
