@@ -1,0 +1,24 @@
+"""Everything that has a target, in one run: `python -m benchmarks.all --device cpu|cuda [--output JSON] [--only ROW]`.
+
+Correctness first, then times in turns, peak memory and limits; under ten minutes on two CPU cores. The last table says
+of every target whether it is met.
+"""
+
+from benchmarks import bench_encoder, bench_quantizer, bench_train_step
+from benchmarks.ops import bench_contrastive_loss, bench_integrate_and_fire, bench_strided_conv, bench_varlen_attention
+from benchmarks.report import Rows, main
+from benchmarks.targets import TARGETS
+
+ROWS: Rows = {
+    **bench_train_step.ROWS,
+    **bench_encoder.ROWS,
+    **bench_strided_conv.ROWS,
+    **bench_contrastive_loss.ROWS,
+    **bench_quantizer.ROWS,
+    **bench_integrate_and_fire.ROWS,
+    **bench_varlen_attention.ROWS,
+}
+
+if __name__ == "__main__":
+    promised = {device: list(dict.fromkeys(target.row for target in targets)) for device, targets in TARGETS.items()}
+    main(ROWS, __doc__, by_default=promised)

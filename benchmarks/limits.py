@@ -1,0 +1,170 @@
+"""What the machine allows: the time of every GEMM of the valid audio, measured at its own shape, and copy bandwidth.
+
+The limit of a piece of work is the sum over its GEMMs of the time each one takes alone in the same run. Everything else
+(norms, activations, softmax, dropout, losses, the optimiser) is free in it, so it cannot be reached, only approached.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.machine import seconds_of, undisturbed
+from fastssl.models.encoder import EncoderConfig
+from fastssl.models.wav2vec2 import Wav2Vec2Config
+from fastssl.packing import Layout
+
+# Taller products are measured with this many rows (or with an inner dimension of this) and scaled: their rate is flat.
+_TALLEST = 16384
+_SECONDS_PER_SHAPE = 0.15
+_REPEATS = 9
+
+
+class Gemm(NamedTuple):
+    """`times` times a batch of `batch` products (rows, inner) x (inner, columns)."""
+
+    rows: int
+    inner: int
+    columns: int
+    batch: int = 1
+    times: int = 1
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.rows * self.inner * self.columns * self.batch * self.times
+
+
+def linear(
+    rows: int, inner: int, columns: int, *, backward: bool, grad_input: bool = True, times: int = 1
+) -> list[Gemm]:
+    """The products of a linear layer: forward, gradient of the input, gradient of the weight."""
+    gemms = [Gemm(rows, inner, columns, times=times)]
+    if backward:
+        gemms += [Gemm(inner, rows, columns, times=times)]
+        gemms += [Gemm(rows, columns, inner, times=times)] if grad_input else []
+    return gemms
+
+
+def attention(frames: Sequence[int], heads: int, width: int, *, backward: bool, times: int = 1) -> list[Gemm]:
+    """QK' and PV of each utterance; dV, dP, dQ and dK of its backward. Nothing is recomputed in the limit."""
+    per_direction = 3 if backward else 1
+    gemms = []
+    for length in frames:
+        wide, deep = Gemm(length, width, length, heads), Gemm(length, length, width, heads)
+        # Of the backward's four, dP has the shape of QK', and dV, dQ and dK have that of PV.
+        gemms += [wide._replace(times=times * (2 if backward else 1))]
+        gemms += [deep._replace(times=times * (1 + per_direction if backward else 1))]
+    return gemms
+
+
+def front_end(config: EncoderConfig, layout: Layout, *, backward: bool) -> tuple[list[Gemm], Layout]:
+    """The convolutions as products with a matrix (kernel x channels in, channels out), and the frames they leave.
+
+    No gradient reaches the waveform.
+    """
+    gemms: list[Gemm] = []
+    c_in = 1
+    for c_out, kernel, stride in zip(config.conv_dim, config.conv_kernel, config.conv_stride, strict=True):
+        layout = layout.after_conv(kernel, stride)
+        gemms += linear(layout.total, kernel * c_in, c_out, backward=backward, grad_input=c_in > 1)
+        c_in = c_out
+    return gemms, layout
+
+
+def encoder(config: EncoderConfig, samples: Sequence[int], *, backward: bool) -> list[Gemm]:
+    """All products of `fastssl.models.encoder.Encoder` on utterances of so many samples."""
+    gemms, layout = front_end(config, Layout.from_lengths(samples), backward=backward)
+    N, D, depth = layout.total, config.hidden_size, config.num_hidden_layers
+    groups, kernel = config.num_conv_pos_embedding_groups, config.num_conv_pos_embeddings
+    gemms += linear(N, config.conv_dim[-1], D, backward=backward)
+    # The gradient of the positional convolution's input is a convolution of the same shape.
+    positional = linear(N, kernel * D // groups, D // groups, backward=backward, grad_input=False, times=groups)
+    gemms += positional + positional[:1] if backward else positional
+    gemms += linear(N, D, D, backward=backward, times=4 * depth)
+    gemms += linear(N, D, config.intermediate_size, backward=backward, times=depth)
+    gemms += linear(N, config.intermediate_size, D, backward=backward, times=depth)
+    heads = config.num_attention_heads
+    return gemms + attention(layout.lengths, heads, D // heads, backward=backward, times=depth)
+
+
+def quantizer(frames: int, c_in: int, groups: int, codes: int, width: int) -> list[Gemm]:
+    """Logits, and the straight-through gradient of the codes; picking a code takes no product."""
+    return [*linear(frames, c_in, groups * codes, backward=True), Gemm(frames, width // groups, codes, times=groups)]
+
+
+def pretraining(config: Wav2Vec2Config, samples: Sequence[int], masked: Sequence[int]) -> list[Gemm]:
+    """All products of a wav2vec 2.0 pre-training step whose utterances have so many masked frames."""
+    M, G, V = sum(masked), config.num_codevector_groups, config.num_codevectors_per_group
+    gemms = encoder(config, samples, backward=True)
+    gemms += quantizer(M, config.conv_dim[-1], G, V, config.codevector_dim)
+    gemms += linear(M, config.hidden_size, config.proj_codevector_dim, backward=True)
+    gemms += linear(M, config.codevector_dim, config.proj_codevector_dim, backward=True)
+    for frames in masked:
+        gemms += linear(frames, config.proj_codevector_dim, frames, backward=True)
+    return gemms
+
+
+def gemm_limits(gemms: Sequence[Gemm], dtype: torch.dtype, device: torch.device) -> dict[str, float]:
+    """Seconds by `aten::mm`, and by the fastest GEMM the machine offers for each shape."""
+    found = [(gemm.times, _gemm_seconds(gemm._replace(times=1), dtype, device)) for gemm in gemms]
+    name = f"GEMMs ({str(dtype).removeprefix('torch.')})"
+    limits = {f"{name}, aten::mm": sum(repeats * seconds["aten"] for repeats, seconds in found)}
+    if any(len(seconds) > 1 for _, seconds in found):
+        limits[f"{name}, fastest there is"] = sum(repeats * min(seconds.values()) for repeats, seconds in found)
+    return limits
+
+
+def copy_limit(moved_bytes: int, footprint_bytes: int, device: torch.device) -> dict[str, float]:
+    """Seconds to read and write so many bytes at the rate of a copy within as much memory as the work touches."""
+    source = torch.ones(footprint_bytes // 8, dtype=torch.float32, device=device)
+    target = torch.empty_like(source)
+    seconds = _median_seconds({"copy": lambda: target.copy_(source)}, device)["copy"]
+    rate = footprint_bytes / seconds
+    return {f"copy, {footprint_bytes / 1e6:.3g} MB at {rate / 1e9:.3g} GB/s": moved_bytes / rate}
+
+
+@cache
+def _gemm_seconds(gemm: Gemm, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
+    rows, inner, columns, batch, _ = gemm
+    scale = max(1.0, rows / _TALLEST) * max(1.0, inner / _TALLEST)
+    rows, inner = min(rows, _TALLEST), min(inner, _TALLEST)
+    if 0 in (rows, inner, columns, batch):
+        return {"aten": 0.0}
+    a = torch.randn(batch, rows, inner, device=device, dtype=dtype)
+    b = torch.randn(batch, columns, inner, device=device, dtype=dtype)  # as a linear layer holds its weight
+    calls: dict[str, Callable[[], Any]]
+    if batch == 1:
+        x, weight = a[0], b[0]
+        calls = {"aten": lambda: torch.mm(x, weight.t())}
+    else:
+        calls = {"aten": lambda: torch.bmm(a, b.transpose(1, 2))}
+    if device.type == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        calls["oneDNN"] = lambda: [_onednn(x, weight) for x, weight in zip(a, b, strict=True)]
+    return {name: scale * seconds for name, seconds in _median_seconds(calls, device).items()}
+
+
+def _onednn(x: Tensor, weight: Tensor) -> Tensor:  # (M, K), (N, K) -> (M, N)
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return out
+
+
+def _median_seconds(calls: dict[str, Callable[[], Any]], device: torch.device) -> dict[str, float]:
+    """Medians of a few interleaved calls."""
+    for call in calls.values():
+        call()
+    return undisturbed(lambda: _interleaved_medians(calls, device))
+
+
+def _interleaved_medians(calls: dict[str, Callable[[], Any]], device: torch.device) -> dict[str, float]:
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    began_s = time.perf_counter()
+    for repeat in range(_REPEATS):
+        if repeat >= 3 and time.perf_counter() - began_s > _SECONDS_PER_SHAPE * len(calls):
+            break
+        for name, call in calls.items():
+            seconds[name].append(seconds_of(call, device))
+    return {name: statistics.median(values) for name, values in seconds.items()}

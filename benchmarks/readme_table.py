@@ -1,0 +1,86 @@
+"""README's tables, from the newest committed results: `python -m benchmarks.readme_table [--check]`.
+
+Each block between `<!-- benchmarks cpu -->` (or `cuda`) and `<!-- end -->` is replaced by the table of the newest
+`benchmarks/results/*-all-<device>.json`. With `--check` nothing is written: it fails where a table is not up to date.
+"""
+
+import argparse
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+_BLOCK = re.compile(r"(<!-- benchmarks (cpu|cuda) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+
+
+def updated(text: str, results: Path) -> str:
+    """The text with its blocks filled from the newest results in a folder."""
+    return _BLOCK.sub(lambda found: found[1] + table(newest(results, found[2])) + found[4], text)
+
+
+def newest(results: Path, device: str) -> tuple[str, dict[str, Any]] | None:
+    """Name and content of the newest result of a device; names begin with their date."""
+    files = sorted(results.glob(f"*-all-{device}.json"))
+    return (files[-1].name, json.loads(files[-1].read_text())) if files else None
+
+
+def table(result: tuple[str, dict[str, Any]] | None) -> str:
+    """A line for every target: times, ratio to the rival, peak memory, ratio to the limit, and whether it is met."""
+    if result is None:
+        return "Not measured yet.\n"
+    name, content = result
+    machine, versions = content["machine"], content["versions"]
+    threads = f", {machine['threads']} threads" if content["device"] == "cpu" else ""
+    lines = [
+        f"{machine['device']}{threads}, torch {versions['torch']}, transformers {versions['transformers']}, commit "
+        f"{content['commit'][:7]} (`benchmarks/results/{name}`):",
+        "",
+        "| work | fastssl | fastest rival | rival / ours | peak memory | ours / limit | target |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    lines += [_line(target, content["rows"][target["row"]]) for target in content["targets"]]
+    return "\n".join(lines) + "\n"
+
+
+def _line(target: dict[str, Any], row: dict[str, Any]) -> str:
+    measurements = row["measurements"]
+    ours = measurements[target["ours"]]
+    rival = measurements.get(target["rival"])
+    cells = [target["work"], _time(ours["seconds"])]
+    if rival:
+        memory = f"{_bytes(ours['peak_bytes'])} / {_bytes(rival['peak_bytes'])}"
+        ratio = f"{rival['seconds'] / ours['seconds']:.2f}"
+        cells += [f"{_time(rival['seconds'])} ({target['rival']})", ratio, memory]
+    else:
+        cells += ["", "", _bytes(ours["peak_bytes"])]
+    cells += [f"{ours['seconds'] / limit_s:.2f}" for limit_s in list(row["limits"].values())[:1]] or [""]
+    word = {True: "met", False: "missed", None: "not measured"}[target["met"]]
+    return f"| {' | '.join(cells)} | {target['target']}: {word} |"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 1e9:.2g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="fail where the README is not up to date")
+    args = parser.parse_args()
+    readme = ROOT / "README.md"
+    text = readme.read_text()
+    new = updated(text, ROOT / "benchmarks" / "results")
+    if args.check and new != text:
+        raise SystemExit(
+            "README.md: its tables are not those of the newest results; run python -m benchmarks.readme_table"
+        )
+    if not args.check:
+        readme.write_text(new)
+
+
+if __name__ == "__main__":
+    main()

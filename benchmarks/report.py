@@ -1,0 +1,133 @@
+"""Tables, targets, JSON, and the command line that all benchmarks share."""
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from benchmarks.harness import Row
+from benchmarks.machine import describe
+from benchmarks.targets import TARGETS, Target
+
+Rows = Mapping[str, Callable[[torch.device], Row]]
+
+
+def print_row(key: str, row: Row, seconds: float) -> None:
+    """The contenders beside ours, then the limits."""
+    audio = "" if row.audio_s is None else f", {row.audio_s:.1f} s of audio"
+    print(f"\n{key}: {row.title}{audio}")
+    print(
+        f"  {'':44s} {'ms':>10s} {'ms, low to high':>21s} {'rounds':>6s} {'x ours':>7s} {'peak MB':>9s} {'x ours':>7s}"
+    )
+    ours = row.measurements[row.ours]
+    for name, m in row.measurements.items():
+        spread = f"{m.lowest_s * 1e3:.4g} to {m.highest_s * 1e3:.4g}"
+        memory = f"{m.peak_bytes / max(1, ours.peak_bytes):7.2f}"
+        print(
+            f"  {name:44s} {m.seconds * 1e3:10.4g} {spread:>21s} {m.rounds:6d} {m.seconds / ours.seconds:7.2f} "
+            f"{m.peak_bytes / 1e6:9.4g} {memory}   error {m.worst_error:.1g}"
+        )
+    for name, limit_s in row.limits.items():
+        print(f"  limit: {name:37s} {limit_s * 1e3:10.4g}    ours / limit {ours.seconds / limit_s:.2f}")
+    for name, why in row.skipped.items():
+        print(f"  {name:44s} not measured: {why}")
+    for note in row.notes:
+        print(f"  {note}")
+    print(
+        f"  gate: outputs and gradients within {row.tolerance:g} of the reference. This took {seconds:.0f} s.",
+        flush=True,
+    )
+
+
+class Verdict(NamedTuple):
+    """A line of the target table."""
+
+    row: str
+    work: str
+    ours: str | None
+    rival: str | None
+    target: str
+    measured: str
+    met: bool | None  # None: something of it was not measured
+
+
+def verdict(target: Target, rows: Mapping[str, Row]) -> Verdict:
+    """What was promised, what was measured, and whether it is met; the ruler is the first limit of the row."""
+    row = rows[target.row]
+    rival = row.fastest_rival(target.against)
+    ours, theirs = row.measurements[row.ours], row.measurements.get(rival or "")
+    limit_s = next(iter(row.limits.values()), None)
+    whole = rows.get(target.share[0]) if target.share else None
+    promised, measured, met = [], [], []
+
+    def judge(promise: str, ratio: float | None, words: str, kept: Callable[[float], bool]) -> None:
+        promised.append(promise)
+        measured.append("nothing" if ratio is None else words.format(ratio))
+        met.append(None if ratio is None else kept(ratio))
+
+    if (speed := target.speed) is not None:
+        ratio = theirs.seconds / ours.seconds if theirs else None
+        judge(f"{speed:g}x", ratio, f"{{:.2f}}x ({rival})", lambda ratio: ratio >= speed)
+    if (memory := target.memory) is not None:
+        ratio = ours.peak_bytes / max(1, theirs.peak_bytes) if theirs else None
+        judge(f"{memory:.2g} of its memory", ratio, "{:.2g} of its memory", lambda ratio: ratio <= memory)
+    if (limit := target.limit) is not None:
+        ratio = ours.seconds / limit_s if limit_s else None
+        judge(f"{limit:g} of the limit", ratio, "{:.2f} of the limit", lambda ratio: ratio <= limit)
+    if target.share is not None:
+        name, share = target.share
+        ratio = ours.seconds / whole.measurements[whole.ours].seconds if whole else None
+        judge(f"{share:.0%} of {name}", ratio, f"{{:.1%}} of {name}", lambda ratio: ratio <= share)
+    result = None if None in met else all(met)
+    return Verdict(target.row, target.work, row.ours, rival, ", ".join(promised), ", ".join(measured), result)
+
+
+def print_verdicts(verdicts: Sequence[Verdict]) -> None:
+    words = {True: "met", False: "MISSED", None: "not measured"}
+    print(f"\n{'work':72s} {'target':44s} measured")
+    for line in verdicts:
+        print(f"{line.work:72s} {line.target:44s} {line.measured}: {words[line.met]}")
+
+
+def main(rows: Rows, description: str, *, by_default: Mapping[str, Sequence[str]] | None = None) -> None:
+    """Measure rows, print them and the targets they have, and write JSON.
+
+    Args:
+        rows: Key -> function of a device that measures the row.
+        description: For `--help`.
+        by_default: Device -> the rows that are measured without `--only`; None means all of them.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--only", action="append", metavar="ROW", help=f"one of {', '.join(rows)}; may be repeated")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
+    parser.add_argument("--output", type=Path, help="JSON file")
+    args = parser.parse_args()
+    if unknown := set(args.only or ()) - rows.keys():
+        parser.error(f"--only: there is no row {', '.join(sorted(unknown))}")
+    torch.set_num_threads(args.threads)
+    device = torch.device(args.device, 0) if args.device == "cuda" else torch.device("cpu")
+
+    began_s = time.monotonic()
+    measured: dict[str, Row] = {}
+    for key in args.only or (by_default[args.device] if by_default else rows):
+        row_began_s = time.monotonic()
+        measured[key] = rows[key](device)
+        print_row(key, measured[key], time.monotonic() - row_began_s)
+    verdicts = [verdict(target, measured) for target in TARGETS[args.device] if target.row in measured]
+    if verdicts:
+        print_verdicts(verdicts)
+    print(f"\n{time.monotonic() - began_s:.0f} s in all")
+    if args.output:
+        result = describe(device) | {
+            "device": args.device,
+            "targets": [line._asdict() for line in verdicts],
+            "rows": {key: asdict(row) for key, row in measured.items()},
+        }
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(result, indent=1) + "\n")

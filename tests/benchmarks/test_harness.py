@@ -1,0 +1,159 @@
+"""The harness: wrong results get no numbers, and what is measured is what was done."""
+
+import os
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import harness, machine
+from benchmarks.harness import Contenders, GateError, Row, compare
+from benchmarks.machine import BusyMachineError, ForeignLoad, undisturbed, wait_until_quiet, with_peak_memory
+
+CPU = torch.device("cpu")
+RIGHT = {"out": torch.arange(4.0), "grad": torch.ones(2)}
+
+
+@pytest.fixture(autouse=True)
+def quiet_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These tests may run beside anything."""
+    monkeypatch.setattr(ForeignLoad, "too_much", lambda self: False)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+
+
+def compared(
+    ours: Callable[[], dict[str, Tensor]] = lambda: RIGHT,
+    rival: Callable[[], dict[str, Tensor]] = lambda: RIGHT,
+    timed: Callable[[], object] = lambda: None,
+) -> Row:
+    contenders = Contenders()
+    contenders.add("fastssl", timed, ours)
+    contenders.add("rival", timed, rival)
+    return compare(
+        "work", contenders, reference=lambda: RIGHT, tolerance=1e-3, device=CPU, limits=lambda: {"GEMMs": 1e-9}
+    )
+
+
+def test_right_results_are_timed() -> None:
+    row = compared()
+    assert row.ours == "fastssl"
+    assert row.fastest_rival() == "rival"
+    for measurement in row.measurements.values():
+        assert measurement.rounds >= 3
+        assert 0 < measurement.lowest_s <= measurement.seconds <= measurement.highest_s
+        assert measurement.worst_error == 0
+    assert row.limits == {"GEMMs": 1e-9}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"out": RIGHT["out"] + 0.01, "grad": RIGHT["grad"]},
+        {"out": RIGHT["out"], "grad": torch.tensor([1.0, torch.nan])},
+        {"out": RIGHT["out"][:3], "grad": RIGHT["grad"]},
+        {"out": RIGHT["out"]},
+        {},
+    ],
+    ids=["value", "nan", "shape", "missing", "nothing"],
+)
+@pytest.mark.parametrize("who", ["ours", "rival"])
+def test_wrong_results_are_not_timed(wrong: dict[str, Tensor], who: str) -> None:
+    calls: list[int] = []
+    with pytest.raises(GateError):
+        compared(**{who: lambda: wrong, "timed": lambda: calls.append(1)})  # type: ignore[arg-type]
+    assert not calls
+
+
+def test_a_small_deviation_passes_and_is_reported() -> None:
+    row = compared(rival=lambda: {"out": RIGHT["out"] + 3e-4, "grad": RIGHT["grad"]})
+    assert row.measurements["rival"].worst_error == pytest.approx(1e-4, rel=0.01)
+
+
+def test_a_rival_that_cannot_run_is_noted_and_ours_must_run() -> None:
+    def fail() -> dict[str, Tensor]:
+        raise RuntimeError("no kernel")
+
+    row = compared(rival=fail)
+    assert row.skipped == {"rival": "RuntimeError: no kernel"}
+    assert row.fastest_rival() is None
+    with pytest.raises(RuntimeError, match="no kernel"):
+        compared(ours=fail)
+
+
+def test_a_backend_that_does_not_serve_the_case_is_noted_and_one_must() -> None:
+    def fail() -> dict[str, Tensor]:
+        raise ValueError("backend='torch': not available")
+
+    contenders = Contenders()
+    contenders.add("fastssl, torch", fail)
+    contenders.add("fastssl, reference", lambda: RIGHT)
+    row = compare("work", contenders, reference=lambda: RIGHT, tolerance=0, device=CPU)
+    assert row.ours == "fastssl, reference"
+    assert "fastssl, torch" in row.skipped
+    with pytest.raises(GateError, match="none of ours"):
+        compared(ours=fail)
+
+
+def test_what_is_not_installed_is_noted() -> None:
+    def make() -> harness.Entry:
+        raise ImportError("no such library")
+
+    contenders = Contenders()
+    contenders.invite("rival", make)
+    assert contenders.skipped == {"rival": "ImportError: no such library"}
+
+
+def test_contenders_take_turns() -> None:
+    order: list[str] = []
+    contenders = Contenders()
+    for name in ("fastssl", "a", "b"):
+        contenders.add(name, lambda name=name: order.append(name), lambda: RIGHT)  # type: ignore[misc]
+    row = compare("work", contenders, reference=lambda: RIGHT, tolerance=0, device=CPU)
+    rounds = [order[i : i + 3] for i in range(6, len(order), 3)]  # after two calls of each for warmth and memory
+    assert len(rounds) == row.measurements["fastssl"].rounds
+    assert all(sorted(turn) == ["a", "b", "fastssl"] for turn in rounds)
+    assert {turn[0] for turn in rounds} == {"a", "b", "fastssl"}
+
+
+def test_peak_memory_is_that_of_the_call() -> None:
+    size = 64 << 20
+    held = torch.ones(size // 4)
+    del held  # what was freed before does not hide what the call takes
+    pieces = [torch.ones(1 << 18) for _ in range(64)]
+    del pieces
+
+    def call() -> None:
+        for _ in range(3):
+            torch.ones(size // 4).sum()
+
+    _, peak = with_peak_memory(call, CPU)
+    assert size <= peak < 1.3 * size
+    assert with_peak_memory(lambda: None, CPU)[1] < size / 10
+
+
+def test_a_busy_machine_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ForeignLoad, "too_much", lambda self: True)
+    with pytest.raises(BusyMachineError, match="other processes"):
+        wait_until_quiet(patience_s=0)
+    monkeypatch.setattr(machine, "wait_until_quiet", lambda: None)
+    attempts: list[int] = []
+    with pytest.raises(BusyMachineError):
+        undisturbed(lambda: attempts.append(1), attempts=3)
+    assert len(attempts) == 3
+
+
+def test_load_is_that_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    taken_s = iter([10.0, 10.0, 10.9])
+    monkeypatch.setattr(machine, "_others_cpu_s", lambda: next(taken_s))
+    load = ForeignLoad()
+    assert not load.too_much()
+    monkeypatch.setattr(os, "cpu_count", torch.get_num_threads)  # no core is idle
+    assert load.too_much()
+
+
+def test_proc_stat_counts_at_least_ourselves() -> None:
+    sum(range(3_000_000))
+    assert machine._others_cpu_s() > -1  # everybody's time is not less than ours

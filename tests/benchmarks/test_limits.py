@@ -1,0 +1,81 @@
+"""The limit counts the products that a model makes on valid audio, and no others."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import limits, rivals, workloads
+from benchmarks.limits import Gemm
+from fastssl.models.encoder import Encoder
+from fastssl.models.wav2vec2 import PRESETS
+
+pytest.importorskip("transformers")
+
+CPU = torch.device("cpu")
+TINY = replace(PRESETS["wav2vec2-tiny"], conv_dim=(16,) * 7, hidden_size=32, intermediate_size=48)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_the_encoder_has_the_products_that_transformers_makes_without_padding(backward: bool) -> None:
+    samples = 80_000
+    config = replace(TINY, num_conv_pos_embedding_groups=1)  # the counter is wrong about the backward of groups
+    model = rivals.transformers_encoder(Encoder(config)).eval()  # in training it asks for the gradient of the audio
+    model.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as counter:
+        out = model(torch.randn(1, samples)).last_hidden_state
+        if backward:
+            out.sum().backward()
+    counted = sum(gemm.flops for gemm in limits.encoder(config, [samples], backward=backward))
+    # Its positional convolution computes one frame more, and drops it.
+    assert counted == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+def test_utterances_add_up_where_they_do_not_see_each_other() -> None:
+    one, two = ([gemm.flops for gemm in limits.encoder(TINY, [n], backward=True)] for n in (20_000, 50_000))
+    both = limits.encoder(TINY, [20_000, 50_000], backward=True)
+    assert sum(gemm.flops for gemm in both) == sum(one) + sum(two)
+
+
+def test_pretraining_adds_the_head() -> None:
+    samples, masked = [32_000], [40]
+    encoder = sum(gemm.flops for gemm in limits.encoder(TINY, samples, backward=True))
+    step = sum(gemm.flops for gemm in limits.pretraining(TINY, samples, masked))
+    # logits of 2 x 64 codes, their straight-through gradient, both projections, all pairs of masked frames
+    head = 2 * 40 * (3 * 16 * 128 + 2 * 32 * 64 + 3 * 32 * 64 + 3 * 64 * 64 + 3 * 64 * 40)
+    assert step - encoder == head
+
+
+def test_attention_has_two_products_forward_and_four_backward() -> None:
+    forward, both = (limits.attention([10, 7], 3, 4, backward=backward) for backward in (False, True))
+    assert sum(gemm.flops for gemm in forward) == 2 * 2 * 3 * 4 * (100 + 49)
+    assert sum(gemm.flops for gemm in both) == 3 * sum(gemm.flops for gemm in forward)
+
+
+def test_limits_are_measured_by_every_gemm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "undisturbed", lambda work: work())
+    gemms = [Gemm(24, 16, 8, times=3), Gemm(12, 8, 12, batch=2), Gemm(0, 8, 8)]
+    found = limits.gemm_limits(gemms, torch.float32, CPU)
+    assert list(found) == ["GEMMs (float32), aten::mm", "GEMMs (float32), fastest there is"]
+    by_aten, fastest = found.values()
+    assert 0 < fastest <= by_aten
+    assert len(limits.gemm_limits(gemms, torch.bfloat16, CPU)) == 1
+    assert limits.copy_limit(1000, 8000, CPU).popitem()[1] > 0
+
+
+def test_tall_products_are_scaled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "undisturbed", lambda work: work())
+    monkeypatch.setattr(limits, "_TALLEST", 8)
+    monkeypatch.setattr(limits, "_interleaved_medians", lambda calls, device: dict.fromkeys(calls, 1.0))
+    limits._gemm_seconds.cache_clear()
+    found = limits.gemm_limits([Gemm(32, 4, 4), Gemm(4, 16, 4, times=5)], torch.float32, CPU)
+    limits._gemm_seconds.cache_clear()
+    assert set(found.values()) == {4.0 + 5 * 2.0}
+
+
+def test_audio_of_the_benchmarks_has_layers_of_work() -> None:
+    config = PRESETS["wav2vec2-base"]
+    lengths_s = workloads.read_speech(4)
+    total = sum(gemm.flops for gemm in limits.encoder(config, workloads.samples_of(lengths_s), backward=False))
+    assert 12e9 < total / sum(lengths_s) < 17e9  # published: 6.9 multiply-adds per second of audio for a 15 s utterance
