@@ -33,10 +33,6 @@ CONFIG = Wav2Vec2Config(
     features_penalty_weight=0.0,
 )
 UPDATES = 200
-WINDOW = 20
-#: Nats per masked frame. Until rounding first changes which code a frame chooses, the curves are one; from then on
-#: single updates differ, and the means over a window may by this much.
-TOLERANCE_OF_FIRST_WINDOW, TOLERANCE_OF_WINDOW_MEANS = 1e-3, 0.05
 
 
 def waveform(index: int, samples: int) -> Tensor:
@@ -47,16 +43,16 @@ def waveform(index: int, samples: int) -> Tensor:
     return (phase.sin() + 0.1 * torch.randn(samples, generator=generator)).unsqueeze(1)
 
 
-def train(device: str) -> Tensor:  # (UPDATES,)
+def train(device: str, dtype: torch.dtype) -> Tensor:  # (UPDATES,)
     torch.manual_seed(0)
-    model = Wav2Vec2ForPreTraining(CONFIG).train().to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-6)
+    model = Wav2Vec2ForPreTraining(CONFIG).train().to(device, dtype)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, eps=1e-6)
     ids = torch.arange(3)
     curve = []
     for update in range(UPDATES):
-        waveforms = Packed.pack([waveform(3 * update + i, 12000 + 4000 * i) for i in range(3)]).to(device)
+        waveforms = Packed.pack([waveform(3 * update + i, 12000 + 4000 * i).to(dtype) for i in range(3)])
         keys = utterance_keys(0, update, ids).to(device)
-        output = model(waveforms, keys=keys, gumbel_temperature=1.0)
+        output = model(waveforms.to(device), keys=keys, gumbel_temperature=1.0)
         optimizer.zero_grad()
         (output.loss / output.masked_frames).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -66,11 +62,16 @@ def train(device: str) -> Tensor:  # (UPDATES,)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_kernels_learn_as_references_do(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with_kernels = train(device)
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.slow)])
+def test_kernels_learn_as_references_do(device: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_kernels = train(device, dtype)
     monkeypatch.setattr(_dispatch, "DEFAULT_BACKEND", "reference")
-    with_references = train(device)
-    means, means_of_references = (curve.view(-1, WINDOW).mean(1) for curve in (with_kernels, with_references))
-    assert means_of_references[-1] < means_of_references[0] - 0.2, "nothing was learned"
-    assert (with_kernels - with_references)[:WINDOW].abs().max() < TOLERANCE_OF_FIRST_WINDOW
-    assert (means - means_of_references).abs().max() < TOLERANCE_OF_WINDOW_MEANS
+    with_references = train(device, dtype)
+    assert with_references[-20:].mean() < with_references[:20].mean() - 0.15, "nothing was learned"
+    apart = (with_kernels - with_references).abs()
+    if dtype == torch.float64:
+        assert apart.max() < 1e-9
+    else:
+        # Late in the run rounding changes which code a frame chooses, and then single updates differ.
+        assert apart[:100].max() < 1e-3
+        assert (with_kernels - with_references).view(-1, 50).mean(1).abs().max() < 0.02

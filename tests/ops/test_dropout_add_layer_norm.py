@@ -87,9 +87,7 @@ def test_gradcheck(prenorm: bool, dropout_p: float, backend: str, device: str) -
         pytest.skip("gradcheck runs on the reference and the CPU")
     generator = torch.Generator().manual_seed(0)
     shapes = ((5, 6), (5, 6), (6,), (6,))
-    inputs = tuple(
-        torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes
-    )
+    inputs = tuple(torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes)
 
     def norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Any:
         return dropout_add_layer_norm(  # type: ignore[call-overload]
@@ -200,7 +198,9 @@ def test_repeats_its_bits(case: str, backend: str, device: str) -> None:
 
 def test_threads_do_not_matter() -> None:
     generator = torch.Generator().manual_seed(0)
-    leaves = [torch.randn(*shape, generator=generator).requires_grad_() for shape in ((301, 80), (301, 80), (80,), (80,))]
+    leaves = [
+        torch.randn(*shape, generator=generator).requires_grad_() for shape in ((301, 80), (301, 80), (80,), (80,))
+    ]
     results = []
     threads = torch.get_num_threads()
     try:
