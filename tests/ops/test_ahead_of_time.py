@@ -24,15 +24,10 @@ class Allowance(NamedTuple):
 
 
 ALLOWANCES = (
-    Allowance(
-        "varlen_attention", "bfloat16", (80,), 128, "blocks are chosen for sm_90; sm_80 holds operands in registers"
-    ),
-    Allowance("varlen_attention", "float16", (80,), 128, "as with bfloat16"),
-    Allowance("varlen_attention", "bfloat16", (100,), 128, "blocks are chosen for sm_90; grad_distance_bias alone"),
-    Allowance("varlen_attention", "float16", (100,), 128, "as with bfloat16"),
-    Allowance(
-        "varlen_attention", "float32, E=128", (80, 90, 100), 512, "no tensor cores: correct, and not meant to be fast"
-    ),
+    Allowance("varlen_attention", "bfloat16", (80, 100), 144, "blocks are chosen for sm_90"),
+    Allowance("varlen_attention", "float16", (80, 100), 144, "as with bfloat16"),
+    Allowance("varlen_attention", "float32, E=64", (90, 100), 24, "no tensor cores, and not meant to be fast"),
+    Allowance("varlen_attention", "float32, E=128", (80, 90, 100), 432, "as with E=64"),
 )
 
 

@@ -150,7 +150,8 @@ def varlen_attention(
         distance_bias: (H, 2R + 1), by key position minus query position, the ends standing for everything beyond.
         gate: (N, H) factor of a query's distance bias; None is 1. Only with `distance_bias`.
         backend: See `fastssl.ops`; None takes the fastest there is. "torch" serves neither bias nor dropout; on CUDA
-            it needs fp16 or bf16, the default scale, and E a multiple of 8 up to 256.
+            it needs fp16 or bf16, the default scale, and E a multiple of 8 up to 256. "triton" takes fp32, fp16 and
+            bf16 and E up to 128.
 
     Returns:
         (N, H, E) in the dtype of `q`, which under autocast is autocast's for all three. Logits, softmax, bias and sums
@@ -164,8 +165,9 @@ def varlen_attention(
         dtype = torch.get_autocast_dtype(device)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     _check(q, k, v, layout, dropout_p, seed, distance_bias, gate)
-    unsupported = _why_not_torch(q, layout, scale, dropout_p, distance_bias)
-    chosen = choose_backend("varlen_attention", q, backend, unsupported={"torch": unsupported} if unsupported else None)
+    why_not = {"torch": _why_not_torch(q, layout, scale, dropout_p, distance_bias), "triton": _why_not_triton(q)}
+    unsupported = {name: why for name, why in why_not.items() if why is not None}
+    chosen = choose_backend("varlen_attention", q, backend, unsupported=unsupported)
     scale = q.shape[2] ** -0.5 if scale is None else scale
     if dropout_p == 0:
         seed = None
@@ -227,6 +229,12 @@ def _why_not_torch(
         if _compute_capability(q.device) < (8, 0):
             return "varlen_attn needs compute capability 8.0"
     return None
+
+
+def _why_not_triton(q: Tensor) -> str | None:
+    if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"its kernels take float32, float16 and bfloat16, not {q.dtype}"
+    return f"its kernels take E up to 128, not {q.shape[2]}" if q.shape[2] > 128 else None
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
