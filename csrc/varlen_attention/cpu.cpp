@@ -58,7 +58,8 @@ struct Problem {
   const int32_t* begins;
   int64_t sequences;
   int64_t longest;
-  acc_t scale;
+  acc_t scale;  // of the products of queries and keys
+  acc_t logit_scale;  // the same in units of ln 2
   std::vector<acc_t> bias;  // (H, 2R + 1)
   int64_t reach;
   std::vector<acc_t> gate;  // (N, H)
@@ -107,6 +108,7 @@ Problem<scalar_t> describe(
   problem.sequences = cu_seqlens.size(0) - 1;
   problem.longest = max_length;
   problem.scale = scale;
+  problem.logit_scale = scale * kLog2OfE;
   if (distance_bias.has_value()) {
     problem.bias = widened<typename Problem<scalar_t>::acc_t>(*distance_bias);
     problem.reach = distance_bias->size(1) / 2;
@@ -200,7 +202,8 @@ const T* spread_bias(const Problem<scalar_t>& problem, int64_t head, int64_t len
   }
   const T* middle = problem.bias.data() + head * (2 * problem.reach + 1) + problem.reach;
   for (int64_t distance = 1 - length; distance < length + kPadding; ++distance) {
-    spread[distance + length - 1] = middle[std::clamp(distance, -problem.reach, problem.reach)];
+    spread[distance + length - 1] =
+        static_cast<T>(kLog2OfE) * middle[std::clamp(distance, -problem.reach, problem.reach)];
   }
   return spread + length - 1;
 }
@@ -283,7 +286,7 @@ void attend(
   for (int64_t query = task.first_query; query < task.last_query; query += kQueryBlock) {
     const int64_t queries = std::min(kQueryBlock, task.last_query - query);
     load_rows(
-        problem.q + offset + query * problem.stride, problem.stride, queries, kTileRows, width, problem.scale,
+        problem.q + offset + query * problem.stride, problem.stride, queries, kTileRows, width, problem.logit_scale,
         +scratch.query);
     for (int64_t key = 0; key < length; key += kKeyBlock) {
       multiply(
@@ -460,7 +463,7 @@ void attend_backward(
     const int64_t rows = std::min(kQueryBlock, queries_of_task - row);
     const int64_t from = offset + (task.first_query + row) * stride;
     T* grad_out = scratch.grad_out + row * padded_width;
-    load_rows(problem.q + from, stride, rows, kTileRows, width, problem.scale, scratch.query + row * padded_width);
+    load_rows(problem.q + from, stride, rows, kTileRows, width, problem.logit_scale, scratch.query + row * padded_width);
     load_rows(gradients.grad_out + from, stride, rows, kTileRows, width, T(1), grad_out);
     load_rows(gradients.out + from, stride, rows, kTileRows, width, T(1), +scratch.out);
     row_dots(+scratch.out, grad_out, rows, padded_width, scratch.delta + row);
@@ -526,7 +529,7 @@ void attend_backward(
       const T* no_factors = nullptr;
       scalar_t* grad_k = gradients.grad_k + offset + key * stride;
       scalar_t* grad_v = gradients.grad_v + offset + key * stride;
-      store_rows(+scratch.grad_key, keys, width, T(1), no_factors, grad_k, stride);
+      store_rows(+scratch.grad_key, keys, width, static_cast<T>(kLnOf2), no_factors, grad_k, stride);
       store_rows(+scratch.grad_value, keys, width, T(1), no_factors, grad_v, stride);
     }
   }

@@ -8,7 +8,6 @@
 #include "../common/block_gemm.h"
 #include "../common/counter_random.h"
 #include "../common/tensor_checks.h"
-#include "../common/vector_math.h"
 
 namespace fastssl {
 
@@ -23,6 +22,31 @@ constexpr int64_t kBlockStride = kKeyBlock + kGap;
 static_assert(kQueryBlock % kTileRows == 0 && kKeyBlock % kTileRows == 0 && kKeyBlock % kTileColumns == 0);
 static_assert(kGap >= kQueryBlock + kTileColumns);
 
+// Logits are kept in units of ln 2: the factor goes into queries and bias, and exp becomes a power of two, half the work.
+constexpr double kLog2OfE = 1.44269504088896340736;
+constexpr double kLnOf2 = 0.69314718055994530942;
+
+// 2^x for x up to 127; 2^-125, which no sum with 1 notices, for everything below. A polynomial in the distance from the
+// nearest integer, within 1e-7 of it, whose exponent that integer is added to. NaN for NaN.
+FASTSSL_INLINE float power_of_two(float x) {
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer and leaves that in the low bits
+  const float clamped = x < -125.0f ? -125.0f : x;
+  const float shifted = clamped + kRound;
+  const float f = clamped - (shifted - kRound);
+  float p = 1.55946813e-4f;
+  p = p * f + 1.34066437e-3f;
+  p = p * f + 9.61769296e-3f;
+  p = p * f + 5.55031055e-2f;
+  p = p * f + 2.40226528e-1f;
+  p = p * f + 6.93147215e-1f;
+  p = p * f + 1.0f;
+  return __builtin_bit_cast(float, __builtin_bit_cast(uint32_t, p) + (__builtin_bit_cast(uint32_t, shifted) << 23));
+}
+
+FASTSSL_INLINE double power_of_two(double x) {
+  return std::exp2(x);
+}
+
 // What the rows of a block have in common. Pointers to one value per query are null where there is no such argument.
 template <typename T>
 struct Rows {
@@ -30,12 +54,15 @@ struct Rows {
   int64_t keys;
   int64_t first_query;  // positions within the sequence
   int64_t first_key;
-  const T* bias;  // at distance 0
+  const T* bias;  // at distance 0, in units of ln 2
   const T* gate;
   const uint32_t* dropout_states;
   uint32_t dropout_threshold;
   T kept_factor;  // 1 / (1 - p)
 };
+
+// Rows of one head lie so far apart that the processor does not foresee the next.
+constexpr int64_t kRowsAhead = 8;
 
 // out[row] = factor * x[row], zeros up to the next multiple of 16 columns and of `row_multiple` rows.
 template <Isa isa, typename scalar_t, typename T>
@@ -45,6 +72,9 @@ FASTSSL_INLINE void load_rows_body(
   for (int64_t row = 0; row < rows; ++row) {
     const scalar_t* __restrict from = x + row * ldx;
     T* __restrict to = out + row * ldout;
+    for (const scalar_t* line = from; line < from + columns; line += 64 / sizeof(scalar_t)) {
+      __builtin_prefetch(line + kRowsAhead * ldx);
+    }
     for (int64_t column = 0; column < columns; ++column) {
       to[column] = factor * static_cast<T>(from[column]);
     }
@@ -168,10 +198,10 @@ FASTSSL_INLINE void softmax_body(Rows<T> rows, T* logits, int64_t ld, T* factors
     }
     const T most = row_maximum<isa>(x, columns);
     for (int64_t key = 0; key < columns; ++key) {
-      x[key] = vector_exp(x[key] - most);
+      x[key] = power_of_two(x[key] - most);
     }
     const T sum = row_sum<isa>(x, columns);
-    logsumexp[row] = most + std::log(sum);
+    logsumexp[row] = (most + std::log2(sum)) * static_cast<T>(kLnOf2);
     factors[row] = 1 / sum;
     if (rows.dropout_states != nullptr) {
       factors[row] *= rows.kept_factor;
@@ -192,12 +222,12 @@ FASTSSL_INLINE void softmax_backward_body(Rows<T> rows, const T* logsumexp, cons
   for (int64_t row = 0; row < rows.queries; ++row) {
     T* __restrict weight = weights + row * kBlockStride;
     T* __restrict grad = grads + row * kBlockStride;
-    const T row_logsumexp = logsumexp[row];
+    const T row_logsumexp = logsumexp[row] * static_cast<T>(kLog2OfE);
     const T row_delta = delta[row];
     add_bias(rows, row, columns, weight);
     if (rows.dropout_states == nullptr) {
       for (int64_t key = 0; key < columns; ++key) {
-        const T probability = vector_exp(weight[key] - row_logsumexp);
+        const T probability = power_of_two(weight[key] - row_logsumexp);
         weight[key] = probability;
         grad[key] = probability * (grad[key] - row_delta);
       }
@@ -208,7 +238,7 @@ FASTSSL_INLINE void softmax_backward_body(Rows<T> rows, const T* logsumexp, cons
       for (int32_t key = 0; key < static_cast<int32_t>(columns); ++key) {
         const bool keep = murmur_mix(state ^ static_cast<uint32_t>(first_key + key)) >= threshold;
         const T factor = keep ? rows.kept_factor : T(0);
-        const T probability = vector_exp(weight[key] - row_logsumexp);
+        const T probability = power_of_two(weight[key] - row_logsumexp);
         weight[key] = factor * probability;
         grad[key] = probability * (factor * grad[key] - row_delta);
       }
@@ -242,7 +272,8 @@ FASTSSL_INLINE void bias_backward_body(Rows<T> rows, const T* grads, T* diagonal
   }
   if (rows.gate != nullptr) {
     for (int64_t row = 0; row < rows.queries; ++row) {
-      grad_gate[row] += dot<isa>(grads + row * kBlockStride, rows.bias + distance - row, columns);
+      grad_gate[row] +=
+          static_cast<T>(kLnOf2) * dot<isa>(grads + row * kBlockStride, rows.bias + distance - row, columns);
     }
   }
 }
