@@ -1,7 +1,7 @@
 """From waveforms to frames: the convolutional front end and the projection to the model's width."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, cast
 
 from torch import Tensor, nn
 
@@ -11,7 +11,7 @@ from fastssl.packing import Packed
 
 
 class ConvLayer(nn.Module):
-    """One strided convolution with its norm and GELU, by `ops.strided_conv`.
+    """The parameters of one strided convolution and its norm; `FeatureExtractor` runs all layers as one op.
 
     Args:
         c_in: Input channels.
@@ -37,20 +37,17 @@ class ConvLayer(nn.Module):
             self.layer_norm = nn.LayerNorm(c_out)
         nn.init.kaiming_normal_(self.conv.weight)
 
-    def forward(self, frames: Packed) -> Packed:
-        """(N, c_in) to (N_out, c_out)."""
-        values, layout = ops.strided_conv(
-            frames.values,
+    def as_op_layer(self) -> ops.StridedConvLayer:
+        """The layer as `ops.strided_conv_stack` takes it."""
+        return ops.StridedConvLayer(
             self.conv.weight,
-            frames.layout,
-            stride=self.stride,
-            bias=self.conv.bias,
-            norm=self.norm,
-            norm_weight=None if self.layer_norm is None else self.layer_norm.weight,
-            norm_bias=None if self.layer_norm is None else self.layer_norm.bias,
-            eps=1e-5 if self.layer_norm is None else self.layer_norm.eps,
+            self.stride,
+            self.conv.bias,
+            self.norm,
+            None if self.layer_norm is None else self.layer_norm.weight,
+            None if self.layer_norm is None else self.layer_norm.bias,
+            1e-5 if self.layer_norm is None else self.layer_norm.eps,
         )
-        return Packed(values, layout)
 
 
 class FeatureExtractor(nn.Module):
@@ -92,10 +89,8 @@ class FeatureExtractor(nn.Module):
 
     def forward(self, waveforms: Packed) -> Packed:
         """(N samples, 1) to (N frames, C). An utterance shorter than the receptive field leaves no frame."""
-        frames = waveforms
-        for layer in self.conv_layers:
-            frames = layer(frames)
-        return frames
+        layers = [cast(ConvLayer, layer).as_op_layer() for layer in self.conv_layers]
+        return Packed(*ops.strided_conv_stack(waveforms.values, layers, waveforms.layout))
 
 
 class FeatureProjection(nn.Module):

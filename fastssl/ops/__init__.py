@@ -9,5 +9,7 @@ from fastssl.ops.contrastive_loss import contrastive_loss as contrastive_loss
 from fastssl.ops.dropout_add_layer_norm import dropout_add_layer_norm as dropout_add_layer_norm
 from fastssl.ops.integrate_and_fire import integrate_and_fire as integrate_and_fire
 from fastssl.ops.positional_conv import positional_conv as positional_conv
+from fastssl.ops.strided_conv import StridedConvLayer as StridedConvLayer
 from fastssl.ops.strided_conv import strided_conv as strided_conv
+from fastssl.ops.strided_conv import strided_conv_stack as strided_conv_stack
 from fastssl.ops.varlen_attention import varlen_attention as varlen_attention

@@ -8,7 +8,7 @@ import importlib
 import importlib.util
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,12 +81,17 @@ class Schemas(NamedTuple):
     fake_backward: Callable[..., Any]
 
 
+def _has_native_kernel(name: str, key: str) -> bool:
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"fastssl_native::{name}", key))
+
+
 def define_op(
     name: str,
     *,
     schemas: Schemas | None = None,
     torch_devices: Sequence[str] = (),
     triton_kernels: str | None = None,
+    native_cpu: tuple[str, Mapping[str, str]] | None = None,
 ) -> None:
     """Define the schemas of an op, register its fake and Triton kernels and note which kernels exist.
 
@@ -95,6 +100,8 @@ def define_op(
         schemas: Of its kernels; None while no kernel is written.
         torch_devices: Device types on which PyTorch's own kernel serves the op and measures faster than the reference.
         triton_kernels: Module with `<name>_fwd` and `<name>_bwd`, imported only where Triton runs.
+        native_cpu: Where the native CPU kernels are Python around compiled parts: the module with `<name>_fwd` and
+            `<name>_bwd`, and the parts, name -> signature.
     """
     if schemas is not None:
         for namespace, library in (("fastssl_native", _NATIVE), ("fastssl_triton", _TRITON)):
@@ -102,10 +109,18 @@ def define_op(
             library.define(f"{name}_bwd{schemas.backward}")
             torch.library.register_fake(f"{namespace}::{name}_fwd", schemas.fake_forward)
             torch.library.register_fake(f"{namespace}::{name}_bwd", schemas.fake_backward)
+    if native_cpu is not None:
+        module_name, parts = native_cpu
+        for part, signature in parts.items():
+            _NATIVE.define(part + signature)
+        if all(_has_native_kernel(part, "CPU") for part in parts):
+            module = importlib.import_module(module_name)
+            for stem in (f"{name}_fwd", f"{name}_bwd"):
+                _NATIVE.impl(stem, getattr(module, stem), "CPU")
     BACKENDS[name], MISSING[name] = {}, {}
     for device, key in (("cpu", "CPU"), ("cuda", "CUDA")):
         present, missing = [], MISSING[name]
-        if schemas is not None and torch._C._dispatch_has_kernel_for_dispatch_key(f"fastssl_native::{name}_fwd", key):
+        if schemas is not None and _has_native_kernel(f"{name}_fwd", key):
             present.append("native")
         else:
             missing["native", device] = (schemas and COMPILED_MODULES[device]) or "no kernel written"

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastssl.ops import strided_conv
+from fastssl.ops import StridedConvLayer, strided_conv, strided_conv_stack
 from fastssl.packing import Layout
 from tests.ops.common import LENGTHS, cast, check_against_reference, gradients, implementations, layout_of
 
@@ -61,19 +61,56 @@ def run(case: str, inputs: dict[str, Tensor], backend: str | None = None) -> Ten
     return out
 
 
-def skip_unserved(backend: str, dtype: torch.dtype) -> None:
-    if backend == "torch" and dtype in (torch.bfloat16, torch.float16):
-        x, weight = torch.zeros(9, 1, dtype=dtype), torch.zeros(1, 1, 3, dtype=dtype)
-        with pytest.raises(ValueError, match="backend='torch': not available"):
-            strided_conv(x, weight, layout_of([9]), stride=2, backend="torch")
-        pytest.skip("PyTorch's GEMM serves fp32 and fp64 only")
+PARAMETERS = ("weight", "bias", "norm_weight", "norm_bias")
+#: name -> (lengths, C_in, channels, kernels, strides, norms, bias)
+STACKS: dict[str, tuple[tuple[int, ...], int, list[int], list[int], list[int], list[Norm], bool]] = {
+    "wav2vec2_group": ((431, 40, 290), 1, [16, 16, 16], [10, 3, 2], [5, 2, 2], ["group", "none", "none"], False),
+    "wav2vec2_layer": ((431, 7, 290), 1, [16, 16, 16], [10, 3, 2], [5, 2, 2], ["layer"] * 3, True),
+    "odd": ((50, 1, 0, 77, 9), 3, [5, 9, 4], [2, 7, 3], [3, 2, 1], ["none", "group", "layer"], True),
+    "waveform_without_norm": ((31, 64), 1, [70, 5], [4, 1], [6, 1], ["none", "none"], True),
+}
+
+
+def make_stack(case: str, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    lengths, c_in, channels, kernels, _, norms, bias = STACKS[case]
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=dtype)
+
+    inputs = {"x": normal(sum(lengths), c_in)}
+    for index, (c_out, kernel, norm) in enumerate(zip(channels, kernels, norms, strict=True)):
+        inputs[f"weight_{index}"] = normal(c_out, c_in, kernel) / (c_in * kernel) ** 0.5
+        if bias:
+            inputs[f"bias_{index}"] = normal(c_out)
+        if norm != "none":
+            inputs |= {f"norm_weight_{index}": 1 + normal(c_out) / 4, f"norm_bias_{index}": normal(c_out)}
+        c_in = c_out
+    return inputs
+
+
+def run_stack(case: str, inputs: dict[str, Tensor], backend: str | None = None) -> Tensor:
+    lengths, _, _, _, strides, norms, _ = STACKS[case]
+    layers = [
+        StridedConvLayer(
+            inputs[f"weight_{index}"],
+            stride,
+            inputs.get(f"bias_{index}"),
+            norm,
+            inputs.get(f"norm_weight_{index}"),
+            inputs.get(f"norm_bias_{index}"),
+        )
+        for index, (stride, norm) in enumerate(zip(strides, norms, strict=True))
+    ]
+    out, layout = strided_conv_stack(inputs["x"], layers, layout_of(lengths, inputs["x"].device.type), backend=backend)
+    assert layout.total == len(out)
+    return out
 
 
 @EVERY_CASE
 @EVERY_IMPLEMENTATION
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_forward(case: str, backend: str, device: str, dtype: torch.dtype) -> None:
-    skip_unserved(backend, dtype)
     check_against_reference(
         lambda inputs, name: run(case, inputs, name),
         make_inputs(case),
@@ -88,7 +125,6 @@ def test_forward(case: str, backend: str, device: str, dtype: torch.dtype) -> No
 @EVERY_IMPLEMENTATION
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_backward(case: str, backend: str, device: str, dtype: torch.dtype) -> None:
-    skip_unserved(backend, dtype)
     check_against_reference(
         lambda inputs, name: run(case, inputs, name),
         make_inputs(case),
@@ -154,6 +190,26 @@ def test_gradcheck(case: str, backend: str, device: str) -> None:
     )
 
 
+@pytest.mark.parametrize("case", STACKS)
+@pytest.mark.parametrize("needs_grad_x", [False, True])
+@pytest.mark.parametrize(("backend", "device"), implementations("strided_conv", compiled_only=True))
+def test_opcheck(case: str, backend: str, device: str, needs_grad_x: bool) -> None:
+    lengths, _, _, kernels, strides, norms, _ = STACKS[case]
+    inputs, depth = {name: tensor.to(device) for name, tensor in make_stack(case).items()}, len(strides)
+    layouts = [layout_of(lengths, device)]
+    for kernel, stride in zip(kernels, strides, strict=True):
+        layouts.append(layouts[-1].after_conv(kernel, stride))
+    parameters = [[inputs.get(f"{name}_{index}") for index in range(depth)] for name in PARAMETERS]
+    ops = getattr(torch.ops, f"fastssl_{backend}")
+    cu_seqlens, totals = [layout.cu_seqlens for layout in layouts], [layout.total for layout in layouts[1:]]
+    settings = [totals, [layout.max_length for layout in layouts[1:]], strides, norms, [1e-5] * depth, ["gelu"] * depth]
+    arguments = (inputs["x"], *parameters, cu_seqlens, *settings, True)
+    torch.library.opcheck(ops.strided_conv_fwd.default, arguments)
+    out, *kept = ops.strided_conv_fwd(*arguments)
+    arguments = (torch.ones_like(out), inputs["x"], *parameters, *kept, cu_seqlens, *settings, needs_grad_x)
+    torch.library.opcheck(ops.strided_conv_bwd.default, arguments)
+
+
 @pytest.mark.parametrize("case", ["first_layer"])
 @EVERY_IMPLEMENTATION
 def test_compile(case: str, backend: str, device: str) -> None:
@@ -186,6 +242,29 @@ def test_batch_mates_do_not_matter(backend: str, device: str, lengths: list[int]
             assert torch.equal(together, alone)
         else:
             torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", STACKS)
+@EVERY_IMPLEMENTATION
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("waveform_needs_grad", [False, True])
+def test_stack(case: str, backend: str, device: str, dtype: torch.dtype, waveform_needs_grad: bool) -> None:
+    inputs = make_stack(case)
+    rest = {name: tensor for name, tensor in inputs.items() if name != "x"}
+    for backward in (False, True):
+        check_against_reference(
+            lambda tensors, name: run_stack(case, inputs_with_x(inputs, tensors), name),
+            inputs if waveform_needs_grad else rest,
+            backend=backend,
+            device=device,
+            dtype=dtype,
+            backward=backward,
+        )
+
+
+def inputs_with_x(inputs: dict[str, Tensor], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    like = tensors["weight_0"]
+    return {"x": inputs["x"].to(like.device, like.dtype)} | tensors
 
 
 def test_autocast_reaches_the_arguments_and_not_the_op() -> None:

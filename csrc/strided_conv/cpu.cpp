@@ -1,0 +1,887 @@
+// What of a strided convolution on the CPU is no matrix product: the first layer, whose one input channel makes no
+// product worth the name, and norm and activation after it. Derivation: fastssl/ops/strided_conv/README.md; the
+// products, and the order of all this, are in fastssl/ops/strided_conv/blocks.py.
+//
+// Rows are addressed through a grid: sequence b has the rows grid[b] to grid[b + 1], more than the frames it has; what
+// is over counts as zero. A call works on a block of grid rows. A tensor holds that block, or all frames packed.
+
+#include <algorithm>
+#include <cmath>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "../common/isa.h"
+#include "../common/tensor_checks.h"
+#include "../common/vector_math.h"
+
+namespace fastssl {
+namespace {
+
+// Rows per task: enough to pay for handing it out, few enough to sum in fp32.
+constexpr int64_t kSegmentRows = 64;
+// Rows of the first layer's gradient that are kept in the L1 cache until they are multiplied with their windows.
+constexpr int64_t kStripRows = 8;
+constexpr int64_t kLanes = 16;
+
+// Consecutive grid rows of one sequence.
+struct Segment {
+  int64_t sequence;
+  int64_t first_frame;
+  int64_t frames;  // rows that hold a frame: they come first
+  int64_t rows;
+  int64_t block_row;  // of the first frame, within the block
+};
+
+std::vector<Segment> cut_into_segments(
+    const Tensor& grid, const Tensor& cu_seqlens, int64_t first_row, int64_t rows, int64_t segment_rows) {
+  check_tensor(grid, "grid", 1, ScalarType::Int);
+  check_tensor(cu_seqlens, "cu_seqlens", 1, ScalarType::Int);
+  const int32_t* begins = grid.const_data_ptr<int32_t>();
+  const int32_t* packed_begins = cu_seqlens.const_data_ptr<int32_t>();
+  const int64_t sequences = grid.size(0) - 1;
+  const int64_t last_row = first_row + rows;
+  std::vector<Segment> segments;
+  int64_t row = first_row;
+  int64_t sequence = std::upper_bound(begins, begins + sequences + 1, row) - begins - 1;
+  while (row < last_row) {
+    // Rows after the last sequence belong to nobody.
+    const bool nobody = sequence >= sequences;
+    const int64_t end = nobody ? last_row : std::min<int64_t>(last_row, begins[sequence + 1]);
+    const int64_t stop = std::min(end, row + segment_rows);
+    if (stop > row) {
+      const int64_t first_frame = nobody ? 0 : row - begins[sequence];
+      const int64_t length = nobody ? 0 : packed_begins[sequence + 1] - packed_begins[sequence];
+      const int64_t frames = std::clamp<int64_t>(length - first_frame, 0, stop - row);
+      segments.push_back({sequence, first_frame, frames, stop - row, row - first_row});
+    }
+    row = stop;
+    sequence += !nobody && row == begins[sequence + 1];
+  }
+  return segments;
+}
+
+enum class Norm { kNone, kGroup, kLayer };
+
+Norm parse_norm(const std::string& norm) {
+  STD_TORCH_CHECK(norm == "none" || norm == "group" || norm == "layer", "norm: must be none, group or layer");
+  return norm == "none" ? Norm::kNone : norm == "group" ? Norm::kGroup : Norm::kLayer;
+}
+
+// What a layer does to the output of its convolution. Parameters that it lacks are 0 and 1.
+template <typename acc_t>
+struct Layer {
+  int64_t channels;
+  Norm norm;
+  bool gelu;
+  acc_t eps;
+  const acc_t* bias;  // (C,)
+  const acc_t* norm_weight;  // (C,)
+  const acc_t* norm_bias;  // (C,)
+  const acc_t* mean;  // (B, C), group norm only
+  const acc_t* rstd;  // (B, C), group norm only
+};
+
+template <typename acc_t>
+Layer<acc_t> make_layer(
+    const Tensor& parameters,  // (3, C)
+    const Tensor& statistics,  // (2, B, C)
+    const std::string& norm,
+    double eps,
+    const std::string& activation) {
+  STD_TORCH_CHECK(activation == "gelu" || activation == "none", "activation: must be gelu or none");
+  const int64_t channels = parameters.size(1);
+  const acc_t* rows = parameters.const_data_ptr<acc_t>();
+  const Norm kind = parse_norm(norm);
+  const bool group = kind == Norm::kGroup;
+  if (group) {
+    check_tensor(statistics, "statistics", 3, parameters.scalar_type());
+  }
+  const acc_t* mean = group ? statistics.const_data_ptr<acc_t>() : nullptr;
+  const acc_t* rstd = group ? mean + statistics.size(1) * channels : nullptr;
+  const bool gelu = activation == "gelu";
+  return {channels, kind, gelu, static_cast<acc_t>(eps), rows, rows + channels, rows + 2 * channels, mean, rstd};
+}
+
+// Partial sums per lane, because the compiler may not reorder a floating-point sum by itself.
+template <typename acc_t, typename Term>
+FASTSSL_INLINE acc_t sum_over(int64_t count, const Term& term) {
+  acc_t partial[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      partial[lane] += term(i + lane);
+    }
+  }
+  acc_t sum = 0;
+  for (; i < count; ++i) {
+    sum += term(i);
+  }
+  for (int64_t lane = 0; lane < kLanes; ++lane) {
+    sum += partial[lane];
+  }
+  return sum;
+}
+
+// standard = (z + bias - mean) * rstd, or z + bias where there is no norm. Returns the rstd of layer norm.
+template <typename scalar_t, typename acc_t>
+FASTSSL_INLINE acc_t standardise(const Layer<acc_t>& layer, int64_t sequence, const scalar_t* z, acc_t* standard) {
+  const int64_t channels = layer.channels;
+  const acc_t* bias = layer.bias;
+  if (layer.norm == Norm::kGroup) {
+    const acc_t* mean = layer.mean + sequence * channels;
+    const acc_t* rstd = layer.rstd + sequence * channels;
+    for (int64_t c = 0; c < channels; ++c) {
+      standard[c] = (static_cast<acc_t>(z[c]) + bias[c] - mean[c]) * rstd[c];
+    }
+    return 1;
+  }
+  for (int64_t c = 0; c < channels; ++c) {
+    standard[c] = static_cast<acc_t>(z[c]) + bias[c];
+  }
+  if (layer.norm == Norm::kNone) {
+    return 1;
+  }
+  const acc_t mean = sum_over<acc_t>(channels, [=](int64_t c) { return standard[c]; }) / channels;
+  const acc_t variance = sum_over<acc_t>(channels, [=](int64_t c) {
+    const acc_t centred = standard[c] - mean;
+    return centred * centred;
+  }) / channels;
+  const acc_t rstd = 1 / std::sqrt(variance + layer.eps);
+  for (int64_t c = 0; c < channels; ++c) {
+    standard[c] = (standard[c] - mean) * rstd;
+  }
+  return rstd;
+}
+
+template <typename scalar_t, typename acc_t>
+FASTSSL_INLINE void activate(const Layer<acc_t>& layer, const acc_t* standard, scalar_t* out) {
+  const acc_t* weight = layer.norm_weight;
+  const acc_t* bias = layer.norm_bias;
+  if (layer.gelu) {
+    for (int64_t c = 0; c < layer.channels; ++c) {
+      out[c] = static_cast<scalar_t>(gelu(standard[c] * weight[c] + bias[c]));
+    }
+  } else {
+    for (int64_t c = 0; c < layer.channels; ++c) {
+      out[c] = static_cast<scalar_t>(standard[c] * weight[c] + bias[c]);
+    }
+  }
+}
+
+// Gradient of what the activation took.
+template <typename scalar_t, typename acc_t>
+FASTSSL_INLINE void activate_backward(
+    const Layer<acc_t>& layer, const acc_t* standard, const scalar_t* grad_out, acc_t* grad) {
+  const acc_t* weight = layer.norm_weight;
+  const acc_t* bias = layer.norm_bias;
+  if (layer.gelu) {
+    for (int64_t c = 0; c < layer.channels; ++c) {
+      grad[c] = static_cast<acc_t>(grad_out[c]) * gelu_derivative(standard[c] * weight[c] + bias[c]);
+    }
+  } else {
+    for (int64_t c = 0; c < layer.channels; ++c) {
+      grad[c] = static_cast<acc_t>(grad_out[c]);
+    }
+  }
+}
+
+// In place, from the gradient of what the activation took to that of the convolution; adds the gradients of the norm's
+// parameters to `sums` (3, C), whose first row is the bias's and not touched here.
+template <typename acc_t>
+FASTSSL_INLINE void layer_norm_backward(
+    const Layer<acc_t>& layer, const acc_t* standard, acc_t rstd, acc_t* grad, acc_t* sums) {
+  const int64_t channels = layer.channels;
+  const acc_t* weight = layer.norm_weight;
+  acc_t* sum_weight = sums + channels;
+  acc_t* sum_bias = sums + 2 * channels;
+  for (int64_t c = 0; c < channels; ++c) {
+    sum_weight[c] += grad[c] * standard[c];
+    sum_bias[c] += grad[c];
+    grad[c] *= weight[c];
+  }
+  const acc_t mean = sum_over<acc_t>(channels, [=](int64_t c) { return grad[c]; }) / channels;
+  const acc_t slope = sum_over<acc_t>(channels, [=](int64_t c) { return grad[c] * standard[c]; }) / channels;
+  for (int64_t c = 0; c < channels; ++c) {
+    grad[c] = rstd * (grad[c] - mean - standard[c] * slope);
+  }
+}
+
+// 64 bytes of numbers, which every instruction set cuts into registers of its own.
+template <typename T>
+struct Vector {
+  typedef T type __attribute__((vector_size(64), aligned(sizeof(T)), may_alias));
+};
+
+// z = window . taps, the first layer's convolution at one frame. Four vectors of channels stay in registers.
+template <typename acc_t>
+FASTSSL_INLINE void window_product(
+    const acc_t* taps,  // (K, C)
+    const acc_t* window,  // (K,)
+    int64_t kernel,
+    int64_t channels,
+    acc_t* z) {
+  using vector_t = typename Vector<acc_t>::type;
+  constexpr int64_t kWidth = 64 / sizeof(acc_t);
+  int64_t c = 0;
+  for (; c + 4 * kWidth <= channels; c += 4 * kWidth) {
+    vector_t sum_0{}, sum_1{}, sum_2{}, sum_3{};
+    for (int64_t k = 0; k < kernel; ++k) {
+      const vector_t* row = reinterpret_cast<const vector_t*>(taps + k * channels + c);
+      sum_0 += row[0] * window[k];
+      sum_1 += row[1] * window[k];
+      sum_2 += row[2] * window[k];
+      sum_3 += row[3] * window[k];
+    }
+    vector_t* out = reinterpret_cast<vector_t*>(z + c);
+    out[0] = sum_0;
+    out[1] = sum_1;
+    out[2] = sum_2;
+    out[3] = sum_3;
+  }
+  for (; c < channels; ++c) {
+    acc_t sum = 0;
+    for (int64_t k = 0; k < kernel; ++k) {
+      sum += taps[k * channels + c] * window[k];
+    }
+    z[c] = sum;
+  }
+}
+
+// sums[k] += sum over rows of grad[row] * window_row[k], the gradient of the first layer's taps.
+template <typename acc_t>
+FASTSSL_INLINE void add_window_gradients(
+    const acc_t* grad,  // (rows, C)
+    const acc_t* windows,  // window of row r at r * stride
+    int64_t rows,
+    int64_t kernel,
+    int64_t stride,
+    int64_t channels,
+    acc_t* sums) {  // (K, C)
+  using vector_t = typename Vector<acc_t>::type;
+  constexpr int64_t kWidth = 64 / sizeof(acc_t);
+  int64_t c = 0;
+  for (; c + 4 * kWidth <= channels; c += 4 * kWidth) {
+    for (int64_t k = 0; k < kernel; ++k) {
+      vector_t* sum = reinterpret_cast<vector_t*>(sums + k * channels + c);
+      vector_t sum_0 = sum[0], sum_1 = sum[1], sum_2 = sum[2], sum_3 = sum[3];
+      for (int64_t r = 0; r < rows; ++r) {
+        const vector_t* row = reinterpret_cast<const vector_t*>(grad + r * channels + c);
+        const acc_t sample = windows[r * stride + k];
+        sum_0 += row[0] * sample;
+        sum_1 += row[1] * sample;
+        sum_2 += row[2] * sample;
+        sum_3 += row[3] * sample;
+      }
+      sum[0] = sum_0;
+      sum[1] = sum_1;
+      sum[2] = sum_2;
+      sum[3] = sum_3;
+    }
+  }
+  for (; c < channels; ++c) {
+    for (int64_t k = 0; k < kernel; ++k) {
+      for (int64_t r = 0; r < rows; ++r) {
+        sums[k * channels + c] += grad[r * channels + c] * windows[r * stride + k];
+      }
+    }
+  }
+}
+
+// Where the rows of the convolution come from: memory, or for the first layer the waveform.
+template <typename scalar_t, typename acc_t>
+struct Source {
+  const scalar_t* data;
+  const int32_t* begins;  // of the sequences in `data`; nullptr: `data` is the block itself
+  const acc_t* taps;  // (K, C) of the first layer
+  int64_t kernel;  // 0: `data` holds rows
+  int64_t stride;
+
+  // Numbers that a task needs for the windows of a segment.
+  int64_t window_numbers() const {
+    return kernel == 0 ? 0 : (kSegmentRows - 1) * stride + kernel;
+  }
+};
+
+template <typename scalar_t, typename acc_t>
+Source<scalar_t, acc_t> make_source(
+    const Tensor& source, const std::optional<Tensor>& begins, const Tensor& taps, int64_t stride) {
+  check_tensor(source, "source", 2, source.scalar_type());
+  const int32_t* begins_data = begins ? begins->template const_data_ptr<int32_t>() : nullptr;
+  return {source.const_data_ptr<scalar_t>(), begins_data, taps.const_data_ptr<acc_t>(), taps.size(0), stride};
+}
+
+// Prepares the windows of a segment.
+template <typename scalar_t, typename acc_t>
+FASTSSL_INLINE void load_windows(const Source<scalar_t, acc_t>& source, const Segment& segment, acc_t* windows) {
+  const scalar_t* samples =
+      source.data + source.begins[segment.sequence] + segment.first_frame * source.stride;
+  const int64_t count = (segment.frames - 1) * source.stride + source.kernel;
+  for (int64_t i = 0; i < count; ++i) {
+    windows[i] = static_cast<acc_t>(samples[i]);
+  }
+}
+
+// One frame of a segment, standardised. Returns the rstd of layer norm.
+template <typename scalar_t, typename acc_t>
+FASTSSL_INLINE acc_t standardise_frame(
+    const Source<scalar_t, acc_t>& source,
+    const Layer<acc_t>& layer,
+    const Segment& segment,
+    int64_t frame,
+    const acc_t* windows,
+    acc_t* standard) {
+  if (source.kernel > 0) {
+    window_product(source.taps, windows + frame * source.stride, source.kernel, layer.channels, standard);
+    return standardise(layer, segment.sequence, standard, standard);
+  }
+  const int64_t row =
+      source.begins ? source.begins[segment.sequence] + segment.first_frame + frame : segment.block_row + frame;
+  return standardise(layer, segment.sequence, source.data + row * layer.channels, standard);
+}
+
+template <Isa isa, typename scalar_t, typename acc_t>
+FASTSSL_INLINE void forward_segment_body(
+    const Source<scalar_t, acc_t>* source,
+    const Layer<acc_t>* layer,
+    const Segment* segment,
+    acc_t* scratch,
+    scalar_t* out) {
+  acc_t* standard = scratch;
+  acc_t* windows = scratch + layer->channels;
+  if (source->kernel > 0 && segment->frames > 0) {
+    load_windows(*source, *segment, windows);
+  }
+  for (int64_t frame = 0; frame < segment->frames; ++frame) {
+    standardise_frame(*source, *layer, *segment, frame, windows, standard);
+    activate(*layer, standard, out + frame * layer->channels);
+  }
+}
+FASTSSL_ISA_VARIANTS(forward_segment)
+
+// out = activation(norm(source + bias)) on the rows of a block.
+void epilogue_forward(
+    const Tensor& source,  // rows (R or N, C), or the waveform (N_in, 1)
+    const std::optional<Tensor>& source_begins,  // (B + 1,) where the source is packed; none: it is the block
+    const Tensor& taps,  // (K, C) of the first layer, else (0, C)
+    const Tensor& parameters,  // (3, C): bias, norm_weight, norm_bias
+    const Tensor& statistics,  // (2, B, C): mean and rstd, group norm only
+    const Tensor& cu_seqlens,  // (B + 1,)
+    const Tensor& grid,  // (B + 1,)
+    int64_t first_row,
+    int64_t rows,
+    Tensor out,  // (rows, C), or packed
+    bool out_is_packed,
+    int64_t stride,
+    const std::string& norm,
+    double eps,
+    const std::string& activation) {
+  check_tensor(out, "out", 2, source.scalar_type());
+  const std::vector<Segment> segments = cut_into_segments(grid, cu_seqlens, first_row, rows, kSegmentRows);
+  const int32_t* packed_begins = cu_seqlens.const_data_ptr<int32_t>();
+  dispatch_floating(source.scalar_type(), "strided_conv", [&](auto tag) {
+    using scalar_t = decltype(tag);
+    using acc_t = typename Accumulator<scalar_t>::type;
+    const auto layer = make_layer<acc_t>(parameters, statistics, norm, eps, activation);
+    const auto rows_in = make_source<scalar_t, acc_t>(source, source_begins, taps, stride);
+    scalar_t* out_data = out.mutable_data_ptr<scalar_t>();
+    torch::stable::parallel_for(0, segments.size(), 1, [&](int64_t first, int64_t last) {
+      std::vector<acc_t> scratch(layer.channels + rows_in.window_numbers());
+      for (int64_t index = first; index < last; ++index) {
+        const Segment& segment = segments[index];
+        if (!out_is_packed) {
+          scalar_t* begin = out_data + segment.block_row * layer.channels;
+          forward_segment(&rows_in, &layer, &segment, scratch.data(), begin);
+          std::fill(begin + segment.frames * layer.channels, begin + segment.rows * layer.channels, scalar_t(0));
+        } else if (segment.frames > 0) {
+          const int64_t row = packed_begins[segment.sequence] + segment.first_frame;
+          forward_segment(&rows_in, &layer, &segment, scratch.data(), out_data + row * layer.channels);
+        }
+      }
+    });
+  });
+}
+
+// Gradients of a block's rows as the next layer's products leave them: the gradient of row u * phases + p is in `first`
+// where p < first_phases, in `second` where it is less than second_phases more, and zero where no window reaches.
+template <typename scalar_t>
+struct Gradients {
+  const scalar_t* first;
+  const scalar_t* second;
+  int64_t first_phases;
+  int64_t second_phases;
+  int64_t phases;
+  int64_t channels;
+  const scalar_t* zeros;  // (C,)
+};
+
+template <typename scalar_t>
+FASTSSL_INLINE const scalar_t* gradient_row(const Gradients<scalar_t>& grads, int64_t row) {
+  const int64_t u = row / grads.phases;
+  const int64_t phase = row - u * grads.phases;
+  if (phase < grads.first_phases) {
+    return grads.first + (u * grads.first_phases + phase) * grads.channels;
+  }
+  if (phase < grads.first_phases + grads.second_phases) {
+    return grads.second + (u * grads.second_phases + phase - grads.first_phases) * grads.channels;
+  }
+  return grads.zeros;
+}
+
+// A row block of the backward: writes the gradient of the convolution to `grad_conv` unless that is nullptr, and the
+// sums over the segment to `sums` (K + 3, C) unless that is: gradient times window, gradient (of the bias), and those
+// of the norm's weight and bias. For group norm, whose backward needs these sums first, the gradient is that of what
+// the activation took.
+template <Isa isa, typename scalar_t, typename acc_t>
+FASTSSL_INLINE void backward_segment_body(
+    const Source<scalar_t, acc_t>* source,
+    const Layer<acc_t>* layer,
+    const Gradients<scalar_t>* grads,
+    const Segment* segment,
+    int64_t first_grad_row,
+    acc_t* scratch,
+    scalar_t* grad_conv,
+    acc_t* sums) {
+  const int64_t channels = layer->channels;
+  const int64_t kernel = source->kernel;
+  acc_t* standard = scratch;
+  acc_t* strip = scratch + channels;
+  acc_t* windows = strip + kStripRows * channels;
+  if (sums != nullptr) {
+    std::fill(sums, sums + (kernel + 3) * channels, acc_t(0));
+  }
+  if (kernel > 0 && segment->frames > 0) {
+    load_windows(*source, *segment, windows);
+  }
+  acc_t* tail_sums = sums + kernel * channels;
+  for (int64_t begin = 0; begin < segment->frames; begin += kStripRows) {
+    const int64_t rows = segment->frames - begin < kStripRows ? segment->frames - begin : kStripRows;
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t frame = begin + r;
+      acc_t* grad = strip + r * channels;
+      const acc_t rstd = standardise_frame(*source, *layer, *segment, frame, windows, standard);
+      activate_backward(*layer, standard, gradient_row(*grads, first_grad_row + frame), grad);
+      if (layer->norm == Norm::kLayer) {
+        layer_norm_backward(*layer, standard, rstd, grad, tail_sums);
+      }
+      if (sums != nullptr) {
+        for (int64_t c = 0; c < channels; ++c) {
+          tail_sums[c] += grad[c];
+        }
+      }
+      if (grad_conv != nullptr) {
+        for (int64_t c = 0; c < channels; ++c) {
+          grad_conv[frame * channels + c] = static_cast<scalar_t>(grad[c]);
+        }
+      }
+    }
+    if (kernel > 0) {
+      add_window_gradients(strip, windows + begin * source->stride, rows, kernel, source->stride, channels, sums);
+    }
+  }
+}
+FASTSSL_ISA_VARIANTS(backward_segment)
+
+template <Isa isa, typename acc_t>
+FASTSSL_INLINE void add_to_body(double* total, const acc_t* part, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    total[i] += static_cast<double>(part[i]);
+  }
+}
+FASTSSL_ISA_VARIANTS(add_to)
+
+// The gradient of a layer's convolution on the rows of a block, and the sums over rows that its parameters' gradients
+// are made of. Group norm only where source is a waveform: elsewhere it is `group_norm_backward`.
+void epilogue_backward(
+    const Tensor& grad_first,  // (U, first_phases * C), or packed (N, C)
+    const Tensor& grad_second,  // (U, second_phases * C)
+    int64_t phases,
+    bool grad_is_packed,
+    const Tensor& source,  // packed rows (N, C), or the waveform (N_in, 1)
+    const Tensor& source_begins,  // (B + 1,)
+    const Tensor& taps,  // (K, C) of the first layer, else (0, C)
+    const Tensor& parameters,  // (3, C)
+    const Tensor& statistics,  // (2, B, C)
+    const Tensor& cu_seqlens,  // (B + 1,)
+    const Tensor& grid,  // (B + 1,)
+    int64_t first_row,
+    int64_t rows,
+    std::optional<Tensor> grad_conv,  // (rows, C), or packed; none where the source is a waveform
+    bool grad_conv_is_packed,
+    std::optional<Tensor> sums,  // (B for group norm, else 1, K + 3, C) float64, added to; none where nobody asks
+    int64_t stride,
+    const std::string& norm,
+    double eps,
+    const std::string& activation) {
+  const std::vector<Segment> segments = cut_into_segments(grid, cu_seqlens, first_row, rows, kSegmentRows);
+  const int32_t* packed_begins = cu_seqlens.const_data_ptr<int32_t>();
+  STD_TORCH_CHECK(grad_conv || sums, "grad_conv and sums: nothing to compute");
+  STD_TORCH_CHECK(sums || (taps.size(0) == 0 && norm == "none"), "sums: needed for the first layer and for layer norm");
+  STD_TORCH_CHECK(norm != "group" || !grad_conv, "norm: group norm has another backward");
+  check_tensor(grad_first, "grad_first", 2, source.scalar_type());
+  check_tensor(grad_second, "grad_second", 2, source.scalar_type());
+  dispatch_floating(source.scalar_type(), "strided_conv", [&](auto tag) {
+    using scalar_t = decltype(tag);
+    using acc_t = typename Accumulator<scalar_t>::type;
+    const auto layer = make_layer<acc_t>(parameters, statistics, norm, eps, activation);
+    const auto rows_in = make_source<scalar_t, acc_t>(source, source_begins, taps, stride);
+    const int64_t channels = layer.channels;
+    const std::vector<scalar_t> zeros(channels, scalar_t(0));
+    const Gradients<scalar_t> grads{
+        grad_first.const_data_ptr<scalar_t>(),
+        grad_second.const_data_ptr<scalar_t>(),
+        grad_first.size(1) / channels,
+        grad_second.size(1) / channels,
+        phases,
+        channels,
+        zeros.data()};
+    scalar_t* grad_conv_data = grad_conv ? grad_conv->template mutable_data_ptr<scalar_t>() : nullptr;
+    const int64_t width = (rows_in.kernel + 3) * channels;
+    std::vector<acc_t> partial(sums ? segments.size() * width : 0);
+    torch::stable::parallel_for(0, segments.size(), 1, [&](int64_t first, int64_t last) {
+      std::vector<acc_t> scratch((1 + kStripRows) * channels + rows_in.window_numbers());
+      for (int64_t index = first; index < last; ++index) {
+        const Segment& segment = segments[index];
+        const int64_t packed_row =
+            segment.frames > 0 ? packed_begins[segment.sequence] + segment.first_frame : 0;
+        scalar_t* out = grad_conv_data == nullptr
+            ? nullptr
+            : grad_conv_data + (grad_conv_is_packed ? packed_row : segment.block_row) * channels;
+        backward_segment(
+            &rows_in,
+            &layer,
+            &grads,
+            &segment,
+            grad_is_packed ? packed_row : segment.block_row,
+            scratch.data(),
+            out,
+            sums ? partial.data() + index * width : nullptr);
+        if (out != nullptr && !grad_conv_is_packed) {
+          std::fill(out + segment.frames * channels, out + segment.rows * channels, scalar_t(0));
+        }
+      }
+    });
+    if (sums) {
+      // In the order of the segments, so that the bits do not depend on the number of threads.
+      double* total = sums->template mutable_data_ptr<double>();
+      constexpr int64_t kColumns = 1024;
+      torch::stable::parallel_for(0, (width + kColumns - 1) / kColumns, 1, [&](int64_t first, int64_t last) {
+        const int64_t begin = first * kColumns;
+        const int64_t count = std::min(last * kColumns, width) - begin;
+        for (size_t index = 0; index < segments.size(); ++index) {
+          if (segments[index].frames > 0) {
+            const int64_t row = layer.norm == Norm::kGroup ? segments[index].sequence : 0;
+            add_to(total + row * width + begin, static_cast<const acc_t*>(partial.data() + index * width + begin), count);
+          }
+        }
+      });
+    }
+  });
+}
+
+// Channels per task of the group norms, whose sums run over time.
+constexpr int64_t kGroupChannels = 32;
+
+// Mean and rstd over the frames of one sequence, for a few channels: two passes.
+template <Isa isa, typename scalar_t, typename acc_t>
+FASTSSL_INLINE void group_statistics_body(
+    const scalar_t* x, const acc_t* bias, int64_t frames, int64_t row_stride, int64_t channels, double eps, acc_t* mean,
+    acc_t* rstd) {
+  double sum[kGroupChannels] = {};
+  double square[kGroupChannels] = {};
+  for (int64_t t = 0; t < frames; ++t) {
+    for (int64_t c = 0; c < channels; ++c) {
+      sum[c] += static_cast<double>(x[t * row_stride + c]);
+    }
+  }
+  for (int64_t c = 0; c < channels; ++c) {
+    sum[c] /= frames;
+  }
+  for (int64_t t = 0; t < frames; ++t) {
+    for (int64_t c = 0; c < channels; ++c) {
+      const double centred = static_cast<double>(x[t * row_stride + c]) - sum[c];
+      square[c] += centred * centred;
+    }
+  }
+  for (int64_t c = 0; c < channels; ++c) {
+    mean[c] = static_cast<acc_t>(sum[c] + static_cast<double>(bias[c]));
+    rstd[c] = static_cast<acc_t>(1 / std::sqrt(square[c] / frames + eps));
+  }
+}
+FASTSSL_ISA_VARIANTS(group_statistics)
+
+Tensor compute_group_statistics(
+    const Tensor& conv_out,  // (N, C)
+    const Tensor& parameters,  // (3, C)
+    const Tensor& cu_seqlens,  // (B + 1,)
+    double eps) {
+  check_tensor(conv_out, "conv_out", 2, conv_out.scalar_type());
+  check_tensor(cu_seqlens, "cu_seqlens", 1, ScalarType::Int);
+  const int64_t channels = conv_out.size(1);
+  const int64_t sequences = cu_seqlens.size(0) - 1;
+  const int32_t* begins = cu_seqlens.const_data_ptr<int32_t>();
+  Tensor statistics = torch::stable::new_zeros(parameters, {2, sequences, channels});
+  dispatch_floating(conv_out.scalar_type(), "strided_conv", [&](auto tag) {
+    using scalar_t = decltype(tag);
+    using acc_t = typename Accumulator<scalar_t>::type;
+    const scalar_t* data = conv_out.const_data_ptr<scalar_t>();
+    const acc_t* bias = parameters.const_data_ptr<acc_t>();
+    acc_t* mean = statistics.mutable_data_ptr<acc_t>();
+    const int64_t tiles = (channels + kGroupChannels - 1) / kGroupChannels;
+    torch::stable::parallel_for(0, sequences * tiles, 1, [&](int64_t first, int64_t last) {
+      for (int64_t index = first; index < last; ++index) {
+        const int64_t sequence = index / tiles;
+        const int64_t c = (index % tiles) * kGroupChannels;
+        const int64_t frames = begins[sequence + 1] - begins[sequence];
+        if (frames > 0) {
+          acc_t* out = mean + sequence * channels + c;
+          group_statistics(
+              data + begins[sequence] * channels + c, bias + c, frames, channels,
+              std::min(kGroupChannels, channels - c), eps, out, out + sequences * channels);
+        }
+      }
+    });
+  });
+  return statistics;
+}
+
+// Backward of activation and group norm for a few channels of one sequence: one pass for the sums, one for the result.
+template <Isa isa, typename scalar_t, typename acc_t>
+FASTSSL_INLINE void group_norm_backward_body(
+    const Layer<acc_t>* layer,
+    const Gradients<scalar_t>* grads,
+    const scalar_t* conv_out,
+    int64_t sequence,
+    int64_t first_grad_row,
+    int64_t first_channel,
+    int64_t channels,
+    int64_t frames,
+    scalar_t* grad_conv,
+    double* sums) {
+  const acc_t* bias = layer->bias + first_channel;
+  const acc_t* weight = layer->norm_weight + first_channel;
+  const acc_t* shift = layer->norm_bias + first_channel;
+  const acc_t* mean = layer->mean + sequence * layer->channels + first_channel;
+  const acc_t* rstd = layer->rstd + sequence * layer->channels + first_channel;
+  double sum[kGroupChannels] = {};
+  double slope[kGroupChannels] = {};
+  acc_t standard[kGroupChannels];
+  acc_t grad[kGroupChannels];
+  for (int pass = 0; pass < 2; ++pass) {
+    for (int64_t t = 0; t < frames; ++t) {
+      const scalar_t* z = conv_out + t * layer->channels;
+      const scalar_t* grad_out = gradient_row(*grads, first_grad_row + t) + first_channel;
+      for (int64_t c = 0; c < channels; ++c) {
+        standard[c] = (static_cast<acc_t>(z[c]) + bias[c] - mean[c]) * rstd[c];
+        const acc_t outer = layer->gelu ? gelu_derivative(standard[c] * weight[c] + shift[c]) : acc_t(1);
+        grad[c] = static_cast<acc_t>(grad_out[c]) * outer;
+      }
+      if (pass == 0) {
+        for (int64_t c = 0; c < channels; ++c) {
+          sum[c] += static_cast<double>(grad[c]);
+          slope[c] += static_cast<double>(grad[c]) * static_cast<double>(standard[c]);
+        }
+      } else {
+        for (int64_t c = 0; c < channels; ++c) {
+          const acc_t centred =
+              grad[c] - static_cast<acc_t>(sum[c] / frames) - standard[c] * static_cast<acc_t>(slope[c] / frames);
+          grad_conv[t * layer->channels + c] = static_cast<scalar_t>(centred * rstd[c] * weight[c]);
+        }
+      }
+    }
+  }
+  for (int64_t c = 0; c < channels; ++c) {
+    sums[layer->channels + c] = slope[c];
+    sums[2 * layer->channels + c] = sum[c];
+  }
+}
+FASTSSL_ISA_VARIANTS(group_norm_backward)
+
+// As `epilogue_backward`, for group norm over stored rows; the block is all rows.
+void epilogue_group_backward(
+    const Tensor& grad_first,  // (U, first_phases * C), or packed (N, C)
+    const Tensor& grad_second,  // (U, second_phases * C)
+    int64_t phases,
+    bool grad_is_packed,
+    const Tensor& conv_out,  // (N, C)
+    const Tensor& parameters,  // (3, C)
+    const Tensor& statistics,  // (2, B, C)
+    const Tensor& cu_seqlens,  // (B + 1,)
+    const Tensor& grid,  // (B + 1,)
+    Tensor grad_conv,  // (R, C), zero where it is not written
+    Tensor sums,  // (B, 3, C) float64, the first row untouched: the bias has no gradient
+    double eps,
+    const std::string& activation) {
+  check_tensor(grad_first, "grad_first", 2, conv_out.scalar_type());
+  check_tensor(grad_second, "grad_second", 2, conv_out.scalar_type());
+  check_tensor(grid, "grid", 1, ScalarType::Int);
+  check_tensor(cu_seqlens, "cu_seqlens", 1, ScalarType::Int);
+  const int32_t* begins = cu_seqlens.const_data_ptr<int32_t>();
+  const int32_t* grid_begins = grid.const_data_ptr<int32_t>();
+  const int64_t sequences = cu_seqlens.size(0) - 1;
+  dispatch_floating(conv_out.scalar_type(), "strided_conv", [&](auto tag) {
+    using scalar_t = decltype(tag);
+    using acc_t = typename Accumulator<scalar_t>::type;
+    const auto layer = make_layer<acc_t>(parameters, statistics, "group", eps, activation);
+    const int64_t channels = layer.channels;
+    const std::vector<scalar_t> zeros(channels, scalar_t(0));
+    const Gradients<scalar_t> grads{
+        grad_first.const_data_ptr<scalar_t>(),
+        grad_second.const_data_ptr<scalar_t>(),
+        grad_first.size(1) / channels,
+        grad_second.size(1) / channels,
+        phases,
+        channels,
+        zeros.data()};
+    const scalar_t* conv_data = conv_out.const_data_ptr<scalar_t>();
+    scalar_t* grad_conv_data = grad_conv.mutable_data_ptr<scalar_t>();
+    double* sums_data = sums.mutable_data_ptr<double>();
+    const int64_t tiles = (channels + kGroupChannels - 1) / kGroupChannels;
+    torch::stable::parallel_for(0, sequences * tiles, 1, [&](int64_t first, int64_t last) {
+      for (int64_t index = first; index < last; ++index) {
+        const int64_t sequence = index / tiles;
+        const int64_t c = (index % tiles) * kGroupChannels;
+        const int64_t frames = begins[sequence + 1] - begins[sequence];
+        if (frames > 0) {
+          group_norm_backward(
+              &layer,
+              &grads,
+              conv_data + begins[sequence] * channels + c,
+              sequence,
+              static_cast<int64_t>(grad_is_packed ? begins[sequence] : grid_begins[sequence]),
+              c,
+              std::min(kGroupChannels, channels - c),
+              frames,
+              grad_conv_data + grid_begins[sequence] * channels + c,
+              sums_data + sequence * 3 * channels + c);
+        }
+      }
+    });
+  });
+}
+
+// Windows per task of the first layer's statistics.
+constexpr int64_t kMomentFrames = 1024;
+
+// Adds the windows of a few frames to `sum` (K,), or their centred products to `products` (K, K).
+template <Isa isa, typename scalar_t>
+FASTSSL_INLINE void window_moments_body(
+    const scalar_t* samples,
+    int64_t frames,
+    int64_t kernel,
+    int64_t stride,
+    const double* mean,
+    double* centred,
+    double* out) {
+  for (int64_t t = 0; t < frames; ++t) {
+    const scalar_t* window = samples + t * stride;
+    if (mean == nullptr) {
+      for (int64_t k = 0; k < kernel; ++k) {
+        out[k] += static_cast<double>(window[k]);
+      }
+      continue;
+    }
+    for (int64_t k = 0; k < kernel; ++k) {
+      centred[k] = static_cast<double>(window[k]) - mean[k];
+    }
+    for (int64_t j = 0; j < kernel; ++j) {
+      for (int64_t k = 0; k < kernel; ++k) {
+        out[j * kernel + k] += centred[j] * centred[k];
+      }
+    }
+  }
+}
+FASTSSL_ISA_VARIANTS(window_moments)
+
+// Mean (K,) or centred covariance (K, K) of the windows of one sequence.
+template <typename scalar_t>
+void average_windows(
+    const scalar_t* samples, int64_t frames, int64_t kernel, int64_t stride, const double* mean, double* out) {
+  const int64_t width = mean == nullptr ? kernel : kernel * kernel;
+  const int64_t tasks = (frames + kMomentFrames - 1) / kMomentFrames;
+  std::vector<double> partial(tasks * width);
+  torch::stable::parallel_for(0, tasks, 1, [&](int64_t first, int64_t last) {
+    std::vector<double> centred(kernel);
+    for (int64_t task = first; task < last; ++task) {
+      const int64_t begin = task * kMomentFrames;
+      window_moments(
+          samples + begin * stride, std::min(kMomentFrames, frames - begin), kernel, stride, mean, centred.data(),
+          partial.data() + task * width);
+    }
+  });
+  for (int64_t i = 0; i < width; ++i) {
+    double sum = 0;
+    for (int64_t task = 0; task < tasks; ++task) {
+      sum += partial[task * width + i];
+    }
+    out[i] = sum / frames;
+  }
+}
+
+// Group norm's statistics of the first layer, which follow from the mean and covariance of the waveform's windows.
+std::tuple<Tensor, Tensor, Tensor> first_layer_statistics(
+    const Tensor& x,  // (N_in, 1)
+    const Tensor& taps,  // (K, C)
+    const Tensor& parameters,  // (3, C)
+    const Tensor& cu_seqlens_in,  // (B + 1,)
+    const Tensor& cu_seqlens,  // (B + 1,)
+    int64_t stride,
+    double eps) {
+  check_tensor(x, "x", 2, x.scalar_type());
+  check_tensor(cu_seqlens_in, "cu_seqlens_in", 1, ScalarType::Int);
+  check_tensor(cu_seqlens, "cu_seqlens", 1, ScalarType::Int);
+  const int64_t kernel = taps.size(0);
+  const int64_t channels = taps.size(1);
+  const int64_t sequences = cu_seqlens.size(0) - 1;
+  const int32_t* begins_in = cu_seqlens_in.const_data_ptr<int32_t>();
+  const int32_t* begins = cu_seqlens.const_data_ptr<int32_t>();
+  Tensor statistics = torch::stable::new_zeros(parameters, {2, sequences, channels});
+  Tensor means = torch::stable::new_zeros(parameters, {sequences, kernel}, ScalarType::Double);
+  Tensor covariances = torch::stable::new_zeros(parameters, {sequences, kernel, kernel}, ScalarType::Double);
+  dispatch_floating(x.scalar_type(), "strided_conv", [&](auto tag) {
+    using scalar_t = decltype(tag);
+    using acc_t = typename Accumulator<scalar_t>::type;
+    const scalar_t* samples = x.const_data_ptr<scalar_t>();
+    const acc_t* weight = taps.const_data_ptr<acc_t>();
+    const acc_t* bias = parameters.const_data_ptr<acc_t>();
+    acc_t* mean_out = statistics.mutable_data_ptr<acc_t>();
+    for (int64_t sequence = 0; sequence < sequences; ++sequence) {
+      const int64_t frames = begins[sequence + 1] - begins[sequence];
+      if (frames == 0) {
+        continue;
+      }
+      double* mean = means.mutable_data_ptr<double>() + sequence * kernel;
+      double* covariance = covariances.mutable_data_ptr<double>() + sequence * kernel * kernel;
+      average_windows<scalar_t>(samples + begins_in[sequence], frames, kernel, stride, nullptr, mean);
+      average_windows<scalar_t>(samples + begins_in[sequence], frames, kernel, stride, mean, covariance);
+      for (int64_t c = 0; c < channels; ++c) {
+        double level = static_cast<double>(bias[c]);
+        double variance = 0;
+        for (int64_t j = 0; j < kernel; ++j) {
+          double product = 0;
+          for (int64_t k = 0; k < kernel; ++k) {
+            product += covariance[j * kernel + k] * static_cast<double>(weight[k * channels + c]);
+          }
+          level += mean[j] * static_cast<double>(weight[j * channels + c]);
+          variance += product * static_cast<double>(weight[j * channels + c]);
+        }
+        const int64_t index = sequence * channels + c;
+        mean_out[index] = static_cast<acc_t>(level);
+        mean_out[sequences * channels + index] = static_cast<acc_t>(1 / std::sqrt(std::max(variance, 0.0) + eps));
+      }
+    }
+  });
+  return {statistics, means, covariances};
+}
+
+}  // namespace
+}  // namespace fastssl
+
+STABLE_TORCH_LIBRARY_IMPL(fastssl_native, CPU, m) {
+  m.impl("strided_conv_epilogue_fwd", TORCH_BOX(&fastssl::epilogue_forward));
+  m.impl("strided_conv_epilogue_bwd", TORCH_BOX(&fastssl::epilogue_backward));
+  m.impl("strided_conv_group_bwd", TORCH_BOX(&fastssl::epilogue_group_backward));
+  m.impl("strided_conv_group_statistics", TORCH_BOX(&fastssl::compute_group_statistics));
+  m.impl("strided_conv_first_statistics", TORCH_BOX(&fastssl::first_layer_statistics));
+}
