@@ -194,7 +194,17 @@ _STABLE_ABI = (
     "-DTORCH_STABLE_ONLY",
     f"-DTORCH_TARGET_VERSION=0x{MINIMUM_TORCH[0]:02x}{MINIMUM_TORCH[1]:02x}" + "0" * 12,
 )
-_CXX_FLAGS = ("-std=c++20", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas")
+# Without -fno-trapping-math a loop with a comparison of floats has control flow for AVX2 and is not vectorised.
+_CXX_FLAGS = (
+    "-std=c++20",
+    "-O3",
+    "-fno-trapping-math",
+    "-DNDEBUG",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wno-unknown-pragmas",
+)
 
 
 def cpu_module() -> Module:

@@ -39,7 +39,7 @@ FASTSSL_INLINE void forward_rows_body(
       continue;
     }
     const acc_t scale = static_cast<acc_t>(call->dropout.scale);
-    const uint8_t* __restrict keep = keep_bytes(keep_scratch, call->dropout, begin, width);
+    const uint8_t* __restrict keep = keep_bytes<isa>(keep_scratch, call->dropout, begin, width);
     for (int64_t c = 0; c < width; ++c) {
       const acc_t scaled = gelu(static_cast<acc_t>(x[c]) + bias[c]) * scale;
       out[c] = static_cast<scalar_t>(keep[c] ? scaled : acc_t(0));
@@ -72,7 +72,7 @@ FASTSSL_INLINE void backward_rows_body(
       continue;
     }
     const acc_t scale = static_cast<acc_t>(call->dropout.scale);
-    const uint8_t* __restrict keep = keep_bytes(keep_scratch, call->dropout, begin, width);
+    const uint8_t* __restrict keep = keep_bytes<isa>(keep_scratch, call->dropout, begin, width);
     for (int64_t c = 0; c < width; ++c) {
       const acc_t scaled = static_cast<acc_t>(grad_out[c]) * scale;
       const acc_t grad = (keep[c] ? scaled : acc_t(0)) * gelu_derivative(static_cast<acc_t>(x[c]) + bias[c]);

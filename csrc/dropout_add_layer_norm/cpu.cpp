@@ -104,7 +104,7 @@ FASTSSL_INLINE void forward_rows_body(
   acc_t* __restrict centred = buffer + width;
   for (int64_t row = first_row; row < last_row; ++row) {
     const int64_t begin = row * width;
-    const uint8_t* keep = call->dropout.active ? keep_bytes(keep_scratch, call->dropout, begin, width) : nullptr;
+    const uint8_t* keep = call->dropout.active ? keep_bytes<isa>(keep_scratch, call->dropout, begin, width) : nullptr;
     add_branch(sum, call->x + begin, call->residual + begin, keep, call->dropout, width);
     if (call->sum != nullptr) {
       // What is normalised is the sum as it is returned, so that the backward finds it there.
@@ -163,7 +163,7 @@ FASTSSL_INLINE void backward_rows_body(
     const int64_t begin = row * width;
     const acc_t mean = call->mean[row];
     const acc_t rstd = call->rstd[row];
-    const uint8_t* keep = call->dropout.active ? keep_bytes(keep_scratch, call->dropout, begin, width) : nullptr;
+    const uint8_t* keep = call->dropout.active ? keep_bytes<isa>(keep_scratch, call->dropout, begin, width) : nullptr;
     if (call->residual == nullptr) {
       const scalar_t* __restrict sum = call->x + begin;
       for (int64_t c = 0; c < width; ++c) {
