@@ -5,6 +5,7 @@ kernel); None takes the environment variable FASTSSL_BACKEND, else the fastest t
 """
 
 from fastssl.ops.contrastive_loss import contrastive_loss as contrastive_loss
+from fastssl.ops.gumbel_quantize import gumbel_quantize as gumbel_quantize
 from fastssl.ops.integrate_and_fire import integrate_and_fire as integrate_and_fire
 from fastssl.ops.strided_conv import strided_conv as strided_conv
 from fastssl.ops.varlen_attention import varlen_attention as varlen_attention
