@@ -11,8 +11,8 @@ from fastssl import ops
 from fastssl.models.encoder import Encoder, EncoderConfig, load_encoder_weights, read_config, read_weights
 from fastssl.nn.linear import PackedLinear
 from fastssl.nn.masking import sample_negatives, sample_span_mask
-from fastssl.nn.quantizer import GumbelQuantizer, Quantized
-from fastssl.nn.random import gumbel
+from fastssl.nn.quantizer import GumbelQuantizer
+from fastssl.nn.random import noise_seeds
 from fastssl.packing import Layout, Packed
 
 _STREAM_GUMBEL = 3
@@ -168,23 +168,20 @@ class Wav2Vec2ForPreTraining(nn.Module):
             min_spans=config.mask_time_min_masks,
         )
         negatives = sample_negatives(mask, frames.layout, keys, count=config.num_negatives)
-        noise = None
-        if self.training:
-            noise = self._gumbel_noise(mask, frames.layout, keys)
+        seeds = self._gumbel_seeds(mask, frames.layout, keys) if self.training else None
         return self.compare(
             frames,
             mask=mask,
             negatives=negatives,
-            gumbel_noise=noise,
+            gumbel_seeds=seeds,
             gumbel_temperature=gumbel_temperature,
             layer_drop=layer_drop,
         )
 
-    def _gumbel_noise(self, mask: Tensor, layout: Layout, keys: Tensor) -> Tensor:  # (M, G * V)
+    def _gumbel_seeds(self, mask: Tensor, layout: Layout, keys: Tensor) -> Tensor:  # (M,)
         codes = self.quantizer.groups * self.quantizer.codes
         rows = mask.nonzero().squeeze(1)
-        counters = layout.positions[rows].unsqueeze(1) * codes + torch.arange(codes, device=mask.device)
-        return gumbel(keys[layout.sequence_ids[rows]].unsqueeze(1), counters, stream=_STREAM_GUMBEL)
+        return noise_seeds(keys[layout.sequence_ids[rows]], layout.positions[rows] * codes, stream=_STREAM_GUMBEL)
 
     def compare(
         self,
@@ -192,8 +189,9 @@ class Wav2Vec2ForPreTraining(nn.Module):
         *,
         mask: Tensor,
         negatives: Tensor,
-        gumbel_noise: Tensor | None,
         gumbel_temperature: float,
+        gumbel_noise: Tensor | None = None,
+        gumbel_seeds: Tensor | None = None,
         layer_drop: torch.Generator | None = None,
     ) -> PretrainingOutput:
         """The objective (arXiv 2006.11477, equations 2 to 4) with everything random already drawn.
@@ -202,8 +200,9 @@ class Wav2Vec2ForPreTraining(nn.Module):
             frames: (N, C) of the front end.
             mask: (N,) bool, True where masked.
             negatives: (M, K) rows of masked frames, -1 for none.
-            gumbel_noise: (M, G * V), None for none.
             gumbel_temperature: Of the quantiser's softmax.
+            gumbel_noise: (M, G * V) for the quantiser.
+            gumbel_seeds: (M,) int64 from which it is drawn instead; neither for no noise.
             layer_drop: As in `forward`.
         """
         config = self.config
@@ -214,7 +213,7 @@ class Wav2Vec2ForPreTraining(nn.Module):
 
         rows = mask.nonzero().squeeze(1)  # (M,)
         targets = self.dropout_features(normalised.index_select(0, rows))
-        quantized: Quantized = self.quantizer(targets, temperature=gumbel_temperature, noise=gumbel_noise)
+        quantized = self.quantizer(targets, temperature=gumbel_temperature, noise=gumbel_noise, seeds=gumbel_seeds)
         losses, correct = ops.contrastive_loss(
             self.project_hid(features.values.index_select(0, rows)),
             self.project_q(quantized.values),
@@ -222,13 +221,12 @@ class Wav2Vec2ForPreTraining(nn.Module):
             temperature=config.contrastive_logits_temperature,
         )
         contrastive = losses.sum()
-        prob_perplexity = _perplexity(_mean_over_processes(quantized.probabilities))
+        prob_perplexity = _perplexity(_mean_over_processes(quantized.probability_sums, len(rows)))
         total_codes = config.num_codevector_groups * config.num_codevectors_per_group
         diversity = (total_codes - prob_perplexity.sum()) / total_codes
         penalty = _features_penalty(frames, mask)
         loss = contrastive + config.features_penalty_weight * penalty
         loss = loss + config.diversity_loss_weight * len(rows) * diversity
-        chosen = torch.nn.functional.one_hot(quantized.codes, config.num_codevectors_per_group).float()
         return PretrainingOutput(
             loss=loss,
             contrastive_loss=contrastive.detach(),
@@ -237,7 +235,7 @@ class Wav2Vec2ForPreTraining(nn.Module):
             correct=correct.sum(),
             chance=(1 / (1 + (negatives >= 0).sum(1))).sum(),
             masked_frames=len(rows),
-            code_perplexity=_perplexity(chosen.sum(0) / max(1, len(rows))),
+            code_perplexity=_perplexity(quantized.counts / max(1, len(rows))),
             prob_perplexity=prob_perplexity.detach(),
             features=features,
         )
@@ -290,10 +288,9 @@ class _SumOverProcesses(torch.autograd.Function):
         return grad
 
 
-def _mean_over_processes(probabilities: Tensor) -> Tensor:  # (M, G, V) -> (G, V)
-    """Mean over the masked frames of all processes, with gradient."""
-    total = probabilities.sum(0)
-    count = torch.full((), probabilities.shape[0], dtype=total.dtype, device=total.device)
+def _mean_over_processes(total: Tensor, frames: int) -> Tensor:  # (G, V) -> (G, V)
+    """Mean over the masked frames of all processes, with gradient, from the sum over this one's."""
+    count = torch.full((), frames, dtype=total.dtype, device=total.device)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         total = _SumOverProcesses.apply(total)
         torch.distributed.all_reduce(count)

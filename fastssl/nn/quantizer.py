@@ -1,20 +1,11 @@
 """Product quantisation with a straight-through Gumbel softmax."""
 
-from typing import NamedTuple
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastssl import ops
 from fastssl.nn.linear import PackedLinear
-
-
-class Quantized(NamedTuple):
-    """What the quantiser returns for M frames, G groups of V codes."""
-
-    values: Tensor  # (M, width)
-    codes: Tensor  # (M, G) int64, the chosen code of each group
-    probabilities: Tensor  # (M, G, V) fp32, softmax without noise
+from fastssl.ops.gumbel_quantize.op import GumbelQuantized
 
 
 class GumbelQuantizer(nn.Module):
@@ -41,21 +32,23 @@ class GumbelQuantizer(nn.Module):
         nn.init.normal_(self.weight_proj.weight, std=1.0)
         nn.init.zeros_(self.weight_proj.bias)
 
-    def forward(self, x: Tensor, *, temperature: float = 1.0, noise: Tensor | None = None) -> Quantized:
+    def forward(
+        self, x: Tensor, *, temperature: float = 1.0, noise: Tensor | None = None, seeds: Tensor | None = None
+    ) -> GumbelQuantized:
         """Quantise frames; the gradient passes through the softmax at `temperature`.
 
         Args:
             x: (M, c_in).
             temperature: Of the softmax that carries the gradient.
-            noise: (M, G * V) Gumbel noise added to the logits, None for none (the likeliest code is taken).
+            noise: (M, G * V) Gumbel noise added to the logits.
+            seeds: (M,) int64 from which it is drawn instead, see `ops.gumbel_quantize`. With neither, the likeliest
+                code is taken.
         """
-        logits = self.weight_proj(x).unflatten(1, (self.groups, self.codes)).float()
-        noisy = logits if noise is None else logits + noise.view_as(logits)
-        soft = F.softmax(noisy / temperature, dim=-1)
-        chosen = noisy.argmax(-1)
-        hard = F.one_hot(chosen, self.codes).to(soft.dtype)
-        # In this order the sum is exactly one-hot, so equal codes give equal vectors to the last bit.
-        weights = hard + (soft - soft.detach())
-        codevectors = self.codevectors.view(self.groups, self.codes, -1)
-        values = torch.einsum("mgv,gvd->mgd", weights.to(codevectors.dtype), codevectors).flatten(1)
-        return Quantized(values, chosen, F.softmax(logits, dim=-1))
+        shape = (self.groups, self.codes)
+        return ops.gumbel_quantize(
+            self.weight_proj(x).unflatten(1, shape),
+            self.codevectors.view(*shape, -1),
+            noise=None if noise is None else noise.unflatten(1, shape),
+            seeds=seeds,
+            temperature=temperature,
+        )

@@ -7,6 +7,7 @@ kernel); None takes the environment variable FASTSSL_BACKEND, else the fastest t
 from fastssl.ops.bias_gelu_dropout import bias_gelu_dropout as bias_gelu_dropout
 from fastssl.ops.contrastive_loss import contrastive_loss as contrastive_loss
 from fastssl.ops.dropout_add_layer_norm import dropout_add_layer_norm as dropout_add_layer_norm
+from fastssl.ops.gumbel_quantize import gumbel_quantize as gumbel_quantize
 from fastssl.ops.integrate_and_fire import integrate_and_fire as integrate_and_fire
 from fastssl.ops.positional_conv import positional_conv as positional_conv
 from fastssl.ops.strided_conv import StridedConvLayer as StridedConvLayer

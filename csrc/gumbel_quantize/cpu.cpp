@@ -1,0 +1,549 @@
+// Straight-through Gumbel softmax on the CPU. Formulas and figures: fastssl/ops/gumbel_quantize/README.md.
+//
+// A row is the V logits of one frame and group. Rows are padded to whole vectors in a buffer that stays in the first-level
+// cache: logits with minus infinity, whose exp is 0. The forward never sees the temperature, and the backward draws the
+// noise again. No two threads write the same element, and no order of additions depends on the number of threads.
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+#include <optional>
+#include <tuple>
+#include <type_traits>
+#include <vector>
+
+#include "../common/isa.h"
+#include "../common/split_mix.h"
+#include "../common/tensor_checks.h"
+#include "../common/vector_math.h"
+
+namespace fastssl {
+namespace {
+
+constexpr int64_t kLanes = 16;  // partial results, because the compiler may not reorder a floating-point sum by itself
+constexpr int64_t kPadding = 32;  // rows in buffers have a multiple of so many elements
+constexpr int64_t kFramesPerTask = 16;
+
+int64_t padded(int64_t size) {
+  return (size + kPadding - 1) / kPadding * kPadding;
+}
+
+// Elements of a tensor whose type is known at run time only.
+struct Elements {
+  const void* data;
+  ScalarType dtype;
+};
+
+template <typename acc_t, typename scalar_t>
+FASTSSL_INLINE void convert(acc_t* to, const scalar_t* from, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    to[i] = static_cast<acc_t>(from[i]);
+  }
+}
+
+template <typename acc_t>
+FASTSSL_INLINE void load(acc_t* to, Elements from, int64_t offset, int64_t count) {
+  switch (from.dtype) {
+    case ScalarType::Float:
+      return convert(to, static_cast<const float*>(from.data) + offset, count);
+    case ScalarType::Double:
+      return convert(to, static_cast<const double*>(from.data) + offset, count);
+    case ScalarType::BFloat16:
+      return convert(to, static_cast<const torch::headeronly::BFloat16*>(from.data) + offset, count);
+    default:
+      return convert(to, static_cast<const torch::headeronly::Half*>(from.data) + offset, count);
+  }
+}
+
+template <typename acc_t>
+FASTSSL_INLINE void store(void* to, ScalarType dtype, int64_t offset, const acc_t* from, int64_t count) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return convert(static_cast<float*>(to) + offset, from, count);
+    case ScalarType::Double:
+      return convert(static_cast<double*>(to) + offset, from, count);
+    case ScalarType::BFloat16:
+      return convert(static_cast<torch::headeronly::BFloat16*>(to) + offset, from, count);
+    default:
+      return convert(static_cast<torch::headeronly::Half*>(to) + offset, from, count);
+  }
+}
+
+template <typename T>
+FASTSSL_INLINE T maximum(const T* x, int64_t count) {
+  T lanes[kLanes];
+  for (int64_t lane = 0; lane < kLanes; ++lane) {
+    lanes[lane] = x[lane];
+  }
+  for (int64_t i = kLanes; i < count; i += kLanes) {
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      lanes[lane] = x[i + lane] > lanes[lane] ? x[i + lane] : lanes[lane];
+    }
+  }
+  T result = lanes[0];
+  for (int64_t lane = 1; lane < kLanes; ++lane) {
+    result = lanes[lane] > result ? lanes[lane] : result;
+  }
+  return result;
+}
+
+// Where the largest element is, the first of equal ones.
+template <typename T>
+FASTSSL_INLINE int64_t first_maximum(const T* x, int64_t count) {
+  using Index = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
+  T lanes[kLanes];
+  Index index[kLanes];
+  for (int64_t lane = 0; lane < kLanes; ++lane) {
+    lanes[lane] = x[lane];
+    index[lane] = static_cast<Index>(lane);
+  }
+  for (int64_t i = kLanes; i < count; i += kLanes) {
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      const bool larger = x[i + lane] > lanes[lane];
+      lanes[lane] = larger ? x[i + lane] : lanes[lane];
+      index[lane] = larger ? static_cast<Index>(i + lane) : index[lane];
+    }
+  }
+  int64_t best = 0;
+  for (int64_t lane = 1; lane < kLanes; ++lane) {
+    if (lanes[lane] > lanes[best] || (lanes[lane] == lanes[best] && index[lane] < index[best])) {
+      best = lane;
+    }
+  }
+  return index[best];
+}
+
+template <typename T>
+FASTSSL_INLINE T sum_of(const T* lanes) {
+  T sum = 0;
+  for (int64_t lane = 0; lane < kLanes; ++lane) {
+    sum += lanes[lane];
+  }
+  return sum;
+}
+
+// Everything about the logits and their noise that both directions read.
+template <typename acc_t>
+struct Logits {
+  Elements values;  // (M, G, V)
+  const acc_t* noise;  // (M, G, V) or null
+  const int64_t* seeds;  // (M,) or null
+  int64_t groups;
+  int64_t codes;
+  int64_t padded_codes;
+};
+
+// One row of logits in `plain`, with noise in `noisy`.
+template <typename acc_t>
+FASTSSL_INLINE void load_row(const Logits<acc_t>& logits, int64_t frame, int64_t group, acc_t* plain, acc_t* noisy) {
+  const int64_t offset = (frame * logits.groups + group) * logits.codes;
+  load(plain, logits.values, offset, logits.codes);
+  for (int64_t v = logits.codes; v < logits.padded_codes; ++v) {
+    plain[v] = -std::numeric_limits<acc_t>::infinity();
+  }
+  if (logits.seeds != nullptr) {
+    const uint64_t seed = static_cast<uint64_t>(logits.seeds[frame]) + static_cast<uint64_t>(group * logits.codes) * kGolden;
+    for (int64_t v = 0; v < logits.padded_codes; ++v) {
+      noisy[v] = plain[v] + static_cast<acc_t>(split_mix_gumbel(seed, static_cast<uint64_t>(v)));
+    }
+  } else {
+    std::copy(plain, plain + logits.padded_codes, noisy);
+    if (logits.noise != nullptr) {
+      for (int64_t v = 0; v < logits.codes; ++v) {
+        noisy[v] += logits.noise[offset + v];
+      }
+    }
+  }
+}
+
+template <typename acc_t>
+struct Forward {
+  Logits<acc_t> logits;
+  const char* codevectors;  // (G, V, E)
+  char* values;  // (M, G, E)
+  int64_t vector_bytes;
+  int64_t* codes;  // (M, G)
+  acc_t* probability_sums;  // (tasks, G, padded V)
+  int64_t frames;
+};
+
+template <Isa isa, typename acc_t>
+FASTSSL_INLINE void forward_tasks_body(const Forward<acc_t>* forward, int64_t first_task, int64_t last_task) {
+  const Logits<acc_t> logits = forward->logits;
+  const int64_t width = logits.padded_codes;
+  std::vector<acc_t> buffer(2 * width);
+  acc_t* plain = buffer.data();
+  acc_t* noisy = plain + width;
+  for (int64_t task = first_task; task < last_task; ++task) {
+    acc_t* sums = forward->probability_sums + task * logits.groups * width;
+    std::fill(sums, sums + logits.groups * width, acc_t(0));
+    const int64_t last_frame = std::min(forward->frames, (task + 1) * kFramesPerTask);
+    for (int64_t frame = task * kFramesPerTask; frame < last_frame; ++frame) {
+      for (int64_t group = 0; group < logits.groups; ++group) {
+        load_row(logits, frame, group, plain, noisy);
+        const int64_t code = first_maximum(noisy, width);
+        const int64_t row = frame * logits.groups + group;
+        forward->codes[row] = code;
+        std::memcpy(
+            forward->values + row * forward->vector_bytes,
+            forward->codevectors + (group * logits.codes + code) * forward->vector_bytes,
+            forward->vector_bytes);
+
+        const acc_t highest = maximum(plain, width);
+        acc_t lanes[kLanes] = {};
+        for (int64_t v = 0; v < width; v += kLanes) {
+          for (int64_t lane = 0; lane < kLanes; ++lane) {
+            plain[v + lane] = vector_exp(plain[v + lane] - highest);
+            lanes[lane] += plain[v + lane];
+          }
+        }
+        const acc_t scale = acc_t(1) / sum_of(lanes);
+        for (int64_t v = 0; v < width; ++v) {
+          sums[group * width + v] += plain[v] * scale;
+        }
+      }
+    }
+  }
+}
+FASTSSL_ISA_VARIANTS(forward_tasks)
+
+// The registers of an instruction set, and the tile of a matrix product whose sums fit into them.
+template <Isa isa, typename acc_t>
+struct Tile {
+  static constexpr int kBytes = isa == Isa::kAvx512 ? 64 : isa == Isa::kAvx2 ? 32 : 16;
+  static constexpr int kRows = isa == Isa::kAvx512 ? 12 : 6;
+  static constexpr int kVector = kBytes / sizeof(acc_t);
+  static constexpr int kColumns = 2 * kVector;
+  typedef acc_t Vector __attribute__((vector_size(kBytes)));
+};
+
+template <typename acc_t>
+struct Backward {
+  Logits<acc_t> logits;
+  Elements grad_values;  // (M, G, E)
+  const acc_t* codevectors;  // (G, padded V / columns, E, columns)
+  const acc_t* grad_sums;  // (G, padded V)
+  void* grad_logits;  // (M, G, V), in the type of the logits
+  int64_t width;  // E
+  acc_t temperature;
+};
+
+// out = rows @ panels: (kRows, E) of `rows`, which are stored (E, kRows), by all panels of a group.
+template <Isa isa, typename acc_t>
+FASTSSL_INLINE void multiply(const acc_t* rows, const acc_t* panels, int64_t width, int64_t columns, acc_t* out) {
+  using T = Tile<isa, acc_t>;
+  using Vector = typename T::Vector;
+  for (int64_t first = 0; first < columns; first += T::kColumns) {
+    const acc_t* panel = panels + first * width;
+    Vector sums[T::kRows][2] = {};
+    for (int64_t k = 0; k < width; ++k) {
+      Vector left, right;
+      std::memcpy(&left, panel + k * T::kColumns, sizeof(Vector));
+      std::memcpy(&right, panel + k * T::kColumns + T::kVector, sizeof(Vector));
+#pragma GCC unroll 12
+      for (int row = 0; row < T::kRows; ++row) {
+        sums[row][0] += rows[k * T::kRows + row] * left;
+        sums[row][1] += rows[k * T::kRows + row] * right;
+      }
+    }
+#pragma GCC unroll 12
+    for (int row = 0; row < T::kRows; ++row) {
+      std::memcpy(out + row * columns + first, &sums[row], 2 * sizeof(Vector));
+    }
+  }
+}
+
+// grad_logits of one row: two softmaxes by their Jacobians. `grad_soft` is the gradient of the one with noise.
+template <typename acc_t>
+FASTSSL_INLINE void jacobian_row(
+    acc_t* plain, acc_t* noisy, const acc_t* grad_soft, const acc_t* grad_sums, acc_t temperature, int64_t width) {
+  const acc_t highest = maximum(plain, width);
+  const acc_t highest_noisy = maximum(noisy, width);
+  const acc_t coldness = acc_t(1) / temperature;
+  acc_t total[kLanes] = {};
+  acc_t total_noisy[kLanes] = {};
+  acc_t dot[kLanes] = {};
+  acc_t dot_noisy[kLanes] = {};
+  for (int64_t v = 0; v < width; v += kLanes) {
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      const int64_t i = v + lane;
+      plain[i] = vector_exp(plain[i] - highest);
+      noisy[i] = vector_exp((noisy[i] - highest_noisy) * coldness);
+      total[lane] += plain[i];
+      total_noisy[lane] += noisy[i];
+      dot[lane] += plain[i] * grad_sums[i];
+      dot_noisy[lane] += noisy[i] * grad_soft[i];
+    }
+  }
+  const acc_t scale = acc_t(1) / sum_of(total);
+  const acc_t scale_noisy = acc_t(1) / sum_of(total_noisy);
+  const acc_t mean = sum_of(dot) * scale;
+  const acc_t mean_noisy = sum_of(dot_noisy) * scale_noisy;
+  for (int64_t i = 0; i < width; ++i) {
+    plain[i] = plain[i] * scale * (grad_sums[i] - mean) +
+        noisy[i] * (scale_noisy * coldness) * (grad_soft[i] - mean_noisy);
+  }
+}
+
+template <Isa isa, typename acc_t>
+FASTSSL_INLINE void backward_frames_body(const Backward<acc_t>* backward, int64_t first_frame, int64_t last_frame) {
+  constexpr int64_t kRows = Tile<isa, acc_t>::kRows;
+  const Logits<acc_t> logits = backward->logits;
+  const int64_t columns = logits.padded_codes;
+  const int64_t width = backward->width;
+  std::vector<acc_t> buffer((kRows + 2) * columns + (kRows + 1) * width);
+  acc_t* grad_soft = buffer.data();
+  acc_t* plain = grad_soft + kRows * columns;
+  acc_t* noisy = plain + columns;
+  acc_t* rows = noisy + columns;
+  acc_t* row = rows + kRows * width;
+  for (int64_t block = first_frame; block < last_frame; block += kRows) {
+    const int64_t frames = std::min(kRows, last_frame - block);
+    for (int64_t group = 0; group < logits.groups; ++group) {
+      std::fill(rows, rows + kRows * width, acc_t(0));
+      for (int64_t i = 0; i < frames; ++i) {
+        load(row, backward->grad_values, ((block + i) * logits.groups + group) * width, width);
+        for (int64_t k = 0; k < width; ++k) {
+          rows[k * kRows + i] = row[k];
+        }
+      }
+      multiply<isa>(rows, backward->codevectors + group * columns * width, width, columns, grad_soft);
+      for (int64_t i = 0; i < frames; ++i) {
+        load_row(logits, block + i, group, plain, noisy);
+        jacobian_row(
+            plain,
+            noisy,
+            grad_soft + i * columns,
+            backward->grad_sums + group * columns,
+            backward->temperature,
+            columns);
+        const int64_t offset = ((block + i) * logits.groups + group) * logits.codes;
+        store(backward->grad_logits, logits.values.dtype, offset, plain, logits.codes);
+      }
+    }
+  }
+}
+FASTSSL_ISA_VARIANTS(backward_frames)
+
+// Codevectors as `multiply` reads them: in panels of a tile's columns, transposed, with zeros behind the last code.
+template <Isa isa, typename acc_t>
+FASTSSL_INLINE void pack_panels_body(acc_t* panels, Elements codevectors, int64_t groups, int64_t codes, int64_t width) {
+  constexpr int64_t kColumns = Tile<isa, acc_t>::kColumns;
+  const int64_t columns = padded(codes);
+  std::vector<acc_t> row(width);
+  for (int64_t group = 0; group < groups; ++group) {
+    for (int64_t v = 0; v < codes; ++v) {
+      load(row.data(), codevectors, (group * codes + v) * width, width);
+      acc_t* panel = panels + (group * columns + v / kColumns * kColumns) * width + v % kColumns;
+      for (int64_t k = 0; k < width; ++k) {
+        panel[k * kColumns] = row[k];
+      }
+    }
+  }
+}
+FASTSSL_ISA_VARIANTS(pack_panels)
+
+// The gradient of each codevector: the sum over the rows that took it, in the order of their frames.
+template <Isa isa, typename acc_t>
+FASTSSL_INLINE void sum_rows_body(
+    void* grad_codevectors,
+    Elements grad_values,
+    const int64_t* rows,
+    const int64_t* begins,
+    int64_t width,
+    int64_t first_code,
+    int64_t last_code,
+    acc_t) {
+  std::vector<acc_t> buffer(2 * width);
+  acc_t* sum = buffer.data();
+  acc_t* row = sum + width;
+  for (int64_t code = first_code; code < last_code; ++code) {
+    std::fill(sum, sum + width, acc_t(0));
+    for (int64_t i = begins[code]; i < begins[code + 1]; ++i) {
+      load(row, grad_values, rows[i] * width, width);
+      for (int64_t k = 0; k < width; ++k) {
+        sum[k] += row[k];
+      }
+    }
+    store(grad_codevectors, grad_values.dtype, code * width, sum, width);
+  }
+}
+FASTSSL_ISA_VARIANTS(sum_rows)
+
+Elements elements_of(const Tensor& tensor) {
+  return {tensor.const_data_ptr(), tensor.scalar_type()};
+}
+
+ScalarType accumulator_of(const Tensor& logits, const Tensor& codevectors) {
+  const bool wide = logits.scalar_type() == ScalarType::Double || codevectors.scalar_type() == ScalarType::Double;
+  return wide ? ScalarType::Double : ScalarType::Float;
+}
+
+void check(
+    const Tensor& logits,
+    const Tensor& codevectors,
+    const std::optional<Tensor>& noise,
+    const std::optional<Tensor>& seeds) {
+  check_tensor(logits, "logits", 3, logits.scalar_type());
+  check_tensor(codevectors, "codevectors", 3, codevectors.scalar_type());
+  for (const Tensor* tensor : {&logits, &codevectors}) {
+    dispatch_floating(tensor->scalar_type(), "gumbel_quantize", [](auto) {});
+  }
+  if (noise.has_value()) {
+    check_tensor(*noise, "noise", 3, accumulator_of(logits, codevectors));
+  }
+  if (seeds.has_value()) {
+    check_tensor(*seeds, "seeds", 1, ScalarType::Long);
+  }
+}
+
+template <typename acc_t>
+Logits<acc_t> logits_of(
+    const Tensor& logits, const std::optional<Tensor>& noise, const std::optional<Tensor>& seeds) {
+  return {
+      elements_of(logits),
+      noise.has_value() ? noise->const_data_ptr<acc_t>() : nullptr,
+      seeds.has_value() ? seeds->const_data_ptr<int64_t>() : nullptr,
+      logits.size(1),
+      logits.size(2),
+      padded(logits.size(2))};
+}
+
+template <typename Function>
+void dispatch_accumulator(ScalarType dtype, const Function& function) {
+  if (dtype == ScalarType::Double) {
+    return function(double{});
+  }
+  return function(float{});
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
+    const Tensor& logits,  // (M, G, V)
+    const Tensor& codevectors,  // (G, V, E)
+    std::optional<Tensor> noise,  // (M, G, V)
+    std::optional<Tensor> seeds) {  // (M,)
+  check(logits, codevectors, noise, seeds);
+  const int64_t frames = logits.size(0);
+  const int64_t groups = logits.size(1);
+  const int64_t code_count = logits.size(2);
+  const int64_t width = codevectors.size(2);
+  const ScalarType accumulator = accumulator_of(logits, codevectors);
+  Tensor values = torch::stable::new_empty(codevectors, {frames, groups * width});
+  Tensor codes = torch::stable::new_empty(logits, {frames, groups}, ScalarType::Long);
+  Tensor probability_sums = torch::stable::new_empty(logits, {groups, code_count}, accumulator);
+  Tensor counts = torch::stable::new_zeros(logits, {groups, code_count}, ScalarType::Long);
+  dispatch_accumulator(accumulator, [&](auto tag) {
+    using acc_t = decltype(tag);
+    const int64_t tasks = (frames + kFramesPerTask - 1) / kFramesPerTask;
+    const int64_t padded_codes = padded(code_count);
+    std::vector<acc_t> partial_sums(tasks * groups * padded_codes);
+    const Forward<acc_t> arguments{
+        logits_of<acc_t>(logits, noise, seeds),
+        static_cast<const char*>(codevectors.const_data_ptr()),
+        static_cast<char*>(values.mutable_data_ptr()),
+        width * static_cast<int64_t>(codevectors.element_size()),
+        codes.mutable_data_ptr<int64_t>(),
+        partial_sums.data(),
+        frames};
+    torch::stable::parallel_for(0, tasks, 1, [&](int64_t first_task, int64_t last_task) {
+      forward_tasks(&arguments, first_task, last_task);
+    });
+    acc_t* sums = probability_sums.mutable_data_ptr<acc_t>();
+    std::fill(sums, sums + groups * code_count, acc_t(0));
+    for (int64_t task = 0; task < tasks; ++task) {
+      for (int64_t group = 0; group < groups; ++group) {
+        const acc_t* partial = partial_sums.data() + (task * groups + group) * padded_codes;
+        for (int64_t v = 0; v < code_count; ++v) {
+          sums[group * code_count + v] += partial[v];
+        }
+      }
+    }
+  });
+  const int64_t* code = codes.const_data_ptr<int64_t>();
+  int64_t* count = counts.mutable_data_ptr<int64_t>();
+  for (int64_t row = 0; row < frames * groups; ++row) {
+    ++count[row % groups * code_count + code[row]];
+  }
+  return {values, codes, probability_sums, counts};
+}
+
+std::tuple<Tensor, Tensor> backward(
+    const Tensor& grad_values,  // (M, G * E)
+    const Tensor& grad_probability_sums,  // (G, V)
+    const Tensor& logits,  // (M, G, V)
+    const Tensor& codevectors,  // (G, V, E)
+    std::optional<Tensor> noise,  // (M, G, V)
+    std::optional<Tensor> seeds,  // (M,)
+    const Tensor& codes,  // (M, G)
+    double temperature) {
+  check(logits, codevectors, noise, seeds);
+  const ScalarType accumulator = accumulator_of(logits, codevectors);
+  check_tensor(grad_values, "grad_values", 2, codevectors.scalar_type());
+  check_tensor(grad_probability_sums, "grad_probability_sums", 2, accumulator);
+  check_tensor(codes, "codes", 2, ScalarType::Long);
+  const int64_t frames = logits.size(0);
+  const int64_t groups = logits.size(1);
+  const int64_t code_count = logits.size(2);
+  const int64_t width = codevectors.size(2);
+  const int64_t padded_codes = padded(code_count);
+  Tensor grad_logits = torch::stable::empty_like(logits);
+  Tensor grad_codevectors = torch::stable::empty_like(codevectors);
+
+  // Rows of grad_values by the code they took, frames in order: a counting sort.
+  const int64_t* code = codes.const_data_ptr<int64_t>();
+  std::vector<int64_t> begins(groups * code_count + 1);
+  for (int64_t row = 0; row < frames * groups; ++row) {
+    ++begins[row % groups * code_count + code[row] + 1];
+  }
+  for (int64_t i = 0; i < groups * code_count; ++i) {
+    begins[i + 1] += begins[i];
+  }
+  std::vector<int64_t> rows(frames * groups);
+  std::vector<int64_t> next(begins.begin(), begins.end() - 1);
+  for (int64_t row = 0; row < frames * groups; ++row) {
+    rows[next[row % groups * code_count + code[row]]++] = row;
+  }
+
+  dispatch_accumulator(accumulator, [&](auto tag) {
+    using acc_t = decltype(tag);
+    const acc_t* grad_sums = grad_probability_sums.const_data_ptr<acc_t>();
+    std::vector<acc_t> panels(groups * padded_codes * width);
+    std::vector<acc_t> padded_grad_sums(groups * padded_codes);
+    pack_panels(panels.data(), elements_of(codevectors), groups, code_count, width);
+    for (int64_t group = 0; group < groups; ++group) {
+      std::copy_n(grad_sums + group * code_count, code_count, padded_grad_sums.data() + group * padded_codes);
+    }
+    const Backward<acc_t> arguments{
+        logits_of<acc_t>(logits, noise, seeds),
+        elements_of(grad_values),
+        panels.data(),
+        padded_grad_sums.data(),
+        grad_logits.mutable_data_ptr(),
+        width,
+        static_cast<acc_t>(temperature)};
+    torch::stable::parallel_for(0, frames, kFramesPerTask, [&](int64_t first_frame, int64_t last_frame) {
+      backward_frames(&arguments, first_frame, last_frame);
+    });
+    void* grad_codevectors_data = grad_codevectors.mutable_data_ptr();
+    torch::stable::parallel_for(0, groups * code_count, 32, [&](int64_t first_code, int64_t last_code) {
+      sum_rows(
+          grad_codevectors_data,
+          elements_of(grad_values),
+          rows.data(),
+          begins.data(),
+          width,
+          first_code,
+          last_code,
+          acc_t(0));
+    });
+  });
+  return {grad_logits, grad_codevectors};
+}
+
+}  // namespace
+}  // namespace fastssl
+
+STABLE_TORCH_LIBRARY_IMPL(fastssl_native, CPU, m) {
+  m.impl("gumbel_quantize_fwd", TORCH_BOX(&fastssl::forward));
+  m.impl("gumbel_quantize_bwd", TORCH_BOX(&fastssl::backward));
+}
