@@ -63,8 +63,8 @@ def test_widths_of_long_sequences(backend: str, device: str, width: int, dtype: 
 @pytest.mark.parametrize(
     ("backend", "device"),
     [
-        pytest.param(*kernel.values, marks=[*kernel.marks, *([pytest.mark.slow] if "triton" in kernel.values else [])])
-        for kernel in implementations("varlen_attention", compiled_only=True)
+        pytest.param(*kernel.values, marks=pytest.mark.slow, id=kernel.id)
+        for kernel in KERNELS
         if kernel.values[1] == "cpu"
     ]
     + ON_GPU,
@@ -96,6 +96,18 @@ def test_drops_what_the_reference_drops(backend: str, device: str, seed: int, dr
     (grad,) = torch.autograd.grad(out, values, grad_out.to(device))
     for weights, mask in zip(grad.split(lengths), masks, strict=True):
         assert torch.equal(weights[:, :, : mask.shape[2]].permute(1, 2, 0) > 0, mask)
+
+
+@pytest.mark.parametrize(("backend", "device"), KERNELS)
+def test_a_bias_of_minus_infinity_forbids(backend: str, device: str) -> None:
+    lengths, reach = (150, 3), 40
+    inputs = {name: x.to(device) for name, x in make_inputs(lengths, 1, 16, reach).items() if name != "gate"}
+    inputs["distance_bias"][:, [0, -1]] = float("-inf")  # local attention: nobody beyond 39 frames
+    leaves = [inputs[name].requires_grad_() for name in ("q", "k", "v", "distance_bias")]
+    outputs = [run(inputs, layout_of(lengths, device), name) for name in (backend, "reference")]
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-5, atol=1e-5)
+    found, expected = (gradients(out, leaves) for out in outputs)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.gpu

@@ -139,8 +139,9 @@ def _forward_kernel(
             logits += bias_factor[:, None] * _biases(bias_ptr, keys[None, :] - rows[:, None], reach)
         logits = tl.where((keys < length)[None, :], logits, float("-inf"))
         new_highest = tl.maximum(highest, tl.max(logits, 1))
-        rescale = tl.exp2(highest - new_highest)
-        weights = tl.exp2(logits - new_highest[:, None])
+        shift = tl.where(new_highest > float("-inf"), new_highest, 0.0)  # a bias may be -inf all over a block
+        rescale = tl.exp2(highest - shift)
+        weights = tl.exp2(logits - shift[:, None])
         sums = sums * rescale + tl.sum(weights, 1)
         if seed_ptr is not None:
             weights = tl.where(_kept(states[:, None], keys[None, :], threshold), weights, 0.0)
