@@ -5,6 +5,9 @@
 // an element of A is loaded once per 4 vector products and a vector of B once per 6. Every element of C is one chain of
 // additions in the order of `depth`: its bits depend neither on its neighbours nor on how the caller cuts rows and
 // columns into blocks.
+//
+// Operands are float, double, or pairs of bfloat16 that follow each other along `depth`, the first in the low half;
+// those are summed in float, where the processor multiplies them (`multiplies_bfloat16`).
 #pragma once
 
 #include <cstdint>
@@ -22,6 +25,19 @@ constexpr int64_t round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
 }
 
+using BFloat16Pair = uint32_t;
+
+template <typename Operand>
+constexpr bool kIsPair = std::is_same_v<Operand, BFloat16Pair>;
+
+inline bool multiplies_bfloat16() {
+#if FASTSSL_HAS_ISA_VARIANTS
+  return current_isa() == Isa::kAvx512 && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
 template <Isa isa, typename T>
 struct Simd {
   static constexpr int kBytes = isa == Isa::kAvx512 ? 64 : isa == Isa::kAvx2 ? 32 : 16;
@@ -36,20 +52,39 @@ using ColumnsOfA = std::true_type;
 using Overwrite = std::false_type;
 using Add = std::true_type;
 
-template <Isa isa, int kVectors, typename Transposed, typename Adding, typename T>
+template <typename Sum, typename Right, typename Operand>
+FASTSSL_INLINE void multiply_add(Sum& sum, Operand left, const Right& right) {
+  if constexpr (kIsPair<Operand>) {
+#if FASTSSL_HAS_ISA_VARIANTS
+    const Right spread = left - Right{};
+    asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(right), "v"(spread));
+#endif
+  } else {
+    sum += left * right;
+  }
+}
+
+template <Isa isa, int kVectors, typename Transposed, typename Adding, typename Operand, typename Sum>
 FASTSSL_INLINE void multiply_tile(
-    const T* __restrict a, int64_t lda, int64_t depth, const T* __restrict b, int64_t ldb, T* __restrict c, int64_t ldc) {
-  using Vector = typename Simd<isa, T>::Vector;
-  constexpr int kLanes = Simd<isa, T>::kLanes;
-  Vector sum[kTileRows][kVectors];
+    const Operand* __restrict a,
+    int64_t lda,
+    int64_t depth,
+    const Operand* __restrict b,
+    int64_t ldb,
+    Sum* __restrict c,
+    int64_t ldc) {
+  using SumVector = typename Simd<isa, Sum>::Vector;
+  using Vector = typename Simd<isa, Operand>::Vector;
+  constexpr int kLanes = Simd<isa, Sum>::kLanes;
+  SumVector sum[kTileRows][kVectors];
 #pragma GCC unroll 6
   for (int row = 0; row < kTileRows; ++row) {
 #pragma GCC unroll 4
     for (int i = 0; i < kVectors; ++i) {
       if constexpr (Adding::value) {
-        __builtin_memcpy(&sum[row][i], c + row * ldc + i * kLanes, sizeof(Vector));
+        __builtin_memcpy(&sum[row][i], c + row * ldc + i * kLanes, sizeof(SumVector));
       } else {
-        sum[row][i] = Vector{};
+        sum[row][i] = SumVector{};
       }
     }
   }
@@ -61,10 +96,10 @@ FASTSSL_INLINE void multiply_tile(
     }
 #pragma GCC unroll 6
     for (int row = 0; row < kTileRows; ++row) {
-      const T left = Transposed::value ? a[k * lda + row] : a[row * lda + k];
+      const Operand left = Transposed::value ? a[k * lda + row] : a[row * lda + k];
 #pragma GCC unroll 4
       for (int i = 0; i < kVectors; ++i) {
-        sum[row][i] += left * right[i];
+        multiply_add(sum[row][i], left, right[i]);
       }
     }
   }
@@ -72,36 +107,35 @@ FASTSSL_INLINE void multiply_tile(
   for (int row = 0; row < kTileRows; ++row) {
 #pragma GCC unroll 4
     for (int i = 0; i < kVectors; ++i) {
-      __builtin_memcpy(c + row * ldc + i * kLanes, &sum[row][i], sizeof(Vector));
+      __builtin_memcpy(c + row * ldc + i * kLanes, &sum[row][i], sizeof(SumVector));
     }
   }
 }
 
-template <Isa isa, int kVectors, typename Transposed, typename Adding, typename T>
+template <Isa isa, int kVectors, typename Transposed, typename Adding, typename Operand, typename Sum>
 FASTSSL_INLINE void multiply_panel(
-    const T* a, int64_t lda, int64_t rows, int64_t depth, const T* b, int64_t ldb, T* c, int64_t ldc) {
+    const Operand* a, int64_t lda, int64_t rows, int64_t depth, const Operand* b, int64_t ldb, Sum* c, int64_t ldc) {
   for (int64_t row = 0; row < rows; row += kTileRows) {
     multiply_tile<isa, kVectors, Transposed, Adding>(
         a + (Transposed::value ? row : row * lda), lda, depth, b, ldb, c + row * ldc, ldc);
   }
 }
 
-// C = A B, or C += A B, with A (rows, depth), B (depth, columns); ld*: elements from one row in memory to the next.
-template <Isa isa, typename Transposed, typename Adding, typename T>
-FASTSSL_INLINE void multiply_body(
+template <Isa isa, typename Transposed, typename Adding, typename Operand, typename Sum>
+FASTSSL_INLINE void multiply_blocks_body(
     Transposed,
     Adding,
-    const T* a,
+    const Operand* a,
     int64_t lda,
     int64_t rows,
     int64_t depth,
-    const T* b,
+    const Operand* b,
     int64_t ldb,
     int64_t columns,
-    T* c,
+    Sum* c,
     int64_t ldc) {
-  constexpr int kLanes = Simd<isa, T>::kLanes;
-  constexpr int kMost = Simd<isa, T>::kTileVectors;
+  constexpr int kLanes = Simd<isa, Sum>::kLanes;
+  constexpr int kMost = Simd<isa, Sum>::kTileVectors;
   for (int64_t vectors = round_up(columns, kTileColumns) / kLanes; vectors > 0;) {
     // Panels as equal as can be: five vectors are 3 + 2, because a panel of one cannot keep the multipliers busy.
     const int64_t panels = (vectors + kMost - 1) / kMost;
@@ -123,7 +157,31 @@ FASTSSL_INLINE void multiply_body(
     c += width * kLanes;
   }
 }
-FASTSSL_ISA_VARIANTS(multiply)
+FASTSSL_ISA_VARIANTS(multiply_blocks)
+
+// C = A B, or C += A B, with A (rows, depth), B (depth, columns); ld*: elements from one row in memory to the next.
+// Sizes, too, count pairs where operands are pairs.
+template <typename Transposed, typename Adding, typename Operand, typename Sum>
+void multiply(
+    Transposed transposed,
+    Adding adding,
+    const Operand* a,
+    int64_t lda,
+    int64_t rows,
+    int64_t depth,
+    const Operand* b,
+    int64_t ldb,
+    int64_t columns,
+    Sum* c,
+    int64_t ldc) {
+  if constexpr (!kIsPair<Operand>) {
+    multiply_blocks(transposed, adding, a, lda, rows, depth, b, ldb, columns, c, ldc);
+  } else {
+#if FASTSSL_HAS_ISA_VARIANTS
+    multiply_blocks_avx512(transposed, adding, a, lda, rows, depth, b, ldb, columns, c, ldc);
+#endif
+  }
+}
 
 // Exchanges, in each pair of rows `kDistance` apart, the blocks of `kDistance` lanes off the diagonal.
 template <int kDistance, typename Vector, std::size_t... kLane>

@@ -22,7 +22,7 @@ constexpr int64_t kBlockStride = kKeyBlock + kGap;
 static_assert(kQueryBlock % kTileRows == 0 && kKeyBlock % kTileRows == 0 && kKeyBlock % kTileColumns == 0);
 static_assert(kGap >= kQueryBlock + kTileColumns);
 
-// Logits are kept in units of ln 2: the factor goes into queries and bias, and exp becomes a power of two, half the work.
+// Logits are in units of ln 2, so that exp becomes a power of two, which is half the work.
 constexpr double kLog2OfE = 1.44269504088896340736;
 constexpr double kLnOf2 = 0.69314718055994530942;
 
@@ -54,6 +54,7 @@ struct Rows {
   int64_t keys;
   int64_t first_query;  // positions within the sequence
   int64_t first_key;
+  T logit_factor;  // of the products of queries and keys, into units of ln 2
   const T* bias;  // at distance 0, in units of ln 2
   const T* gate;
   const uint32_t* dropout_states;
@@ -61,51 +62,7 @@ struct Rows {
   T kept_factor;  // 1 / (1 - p)
 };
 
-// Rows of one head lie so far apart that the processor does not foresee the next.
-constexpr int64_t kRowsAhead = 8;
-
-// out[row] = factor * x[row], zeros up to the next multiple of 16 columns and of `row_multiple` rows.
-template <Isa isa, typename scalar_t, typename T>
-FASTSSL_INLINE void load_rows_body(
-    const scalar_t* x, int64_t ldx, int64_t rows, int64_t row_multiple, int64_t columns, T factor, T* out) {
-  const int64_t ldout = round_up(columns, kTileColumns);
-  for (int64_t row = 0; row < rows; ++row) {
-    const scalar_t* __restrict from = x + row * ldx;
-    T* __restrict to = out + row * ldout;
-    for (const scalar_t* line = from; line < from + columns; line += 64 / sizeof(scalar_t)) {
-      __builtin_prefetch(line + kRowsAhead * ldx);
-    }
-    for (int64_t column = 0; column < columns; ++column) {
-      to[column] = factor * static_cast<T>(from[column]);
-    }
-    for (int64_t column = columns; column < ldout; ++column) {
-      to[column] = 0;
-    }
-  }
-  const int64_t end = round_up(rows, row_multiple) * ldout;
-  for (int64_t i = rows * ldout; i < end; ++i) {
-    out[i] = 0;
-  }
-}
-FASTSSL_ISA_VARIANTS(load_rows)
-
-// out[row] = factor * x[row], with a factor of its own for each row where `factors` is given.
-template <Isa isa, typename T, typename scalar_t>
-FASTSSL_INLINE void store_rows_body(
-    const T* x, int64_t rows, int64_t columns, T factor, const T* factors, scalar_t* out, int64_t ldout) {
-  const int64_t ldx = round_up(columns, kTileColumns);
-  for (int64_t row = 0; row < rows; ++row) {
-    const T row_factor = factors == nullptr ? factor : factors[row];
-    const T* __restrict from = x + row * ldx;
-    scalar_t* __restrict to = out + row * ldout;
-    for (int64_t column = 0; column < columns; ++column) {
-      to[column] = static_cast<scalar_t>(row_factor * from[column]);
-    }
-  }
-}
-FASTSSL_ISA_VARIANTS(store_rows)
-
-// sums[row] = x[row] . y[row]
+// x . y, over whole vectors
 template <Isa isa, typename T>
 FASTSSL_INLINE T dot(const T* x, const T* y, int64_t n) {
   using Vector = typename Simd<isa, T>::Vector;
@@ -129,23 +86,45 @@ FASTSSL_INLINE T dot(const T* x, const T* y, int64_t n) {
   return sum;
 }
 
-template <Isa isa, typename T>
-FASTSSL_INLINE void row_dots_body(const T* x, const T* y, int64_t rows, int64_t ld, T* sums) {
+// sums[row] = x[row] . y[row], in sixteen parts that do not wait for each other
+template <Isa isa, typename scalar_t, typename T>
+FASTSSL_INLINE void row_dots_body(
+    const scalar_t* x, const scalar_t* y, int64_t rows, int64_t ld, int64_t columns, T* sums) {
+  constexpr int64_t kParts = 16;
   for (int64_t row = 0; row < rows; ++row) {
-    sums[row] = dot<isa>(x + row * ld, y + row * ld, ld);
+    const scalar_t* a = x + row * ld;
+    const scalar_t* b = y + row * ld;
+    T parts[kParts] = {};
+    int64_t column = 0;
+    for (; column + kParts <= columns; column += kParts) {
+      for (int64_t part = 0; part < kParts; ++part) {
+        parts[part] += static_cast<T>(a[column + part]) * static_cast<T>(b[column + part]);
+      }
+    }
+    T sum = 0;
+    for (; column < columns; ++column) {
+      sum += static_cast<T>(a[column]) * static_cast<T>(b[column]);
+    }
+    for (int64_t part = 0; part < kParts; ++part) {
+      sum += parts[part];
+    }
+    sums[row] = sum;
   }
 }
 FASTSSL_ISA_VARIANTS(row_dots)
 
+// The largest of factor * x[i]
 template <Isa isa, typename T>
-FASTSSL_INLINE T row_maximum(const T* x, int64_t n) {
+FASTSSL_INLINE T row_maximum(const T* x, T factor, int64_t n) {
   using Vector = typename Simd<isa, T>::Vector;
   constexpr int kLanes = Simd<isa, T>::kLanes;
   Vector most;
   __builtin_memcpy(&most, x, sizeof(Vector));
+  most *= factor;
   for (int64_t i = kLanes; i < n; i += kLanes) {
     Vector a;
     __builtin_memcpy(&a, x + i, sizeof(Vector));
+    a *= factor;
     most = a > most ? a : most;
   }
   T result = most[0];
@@ -174,31 +153,38 @@ FASTSSL_INLINE T row_sum(const T* x, int64_t n) {
   return sum;
 }
 
+// Adds the bias to the logits of a row, where there is one; returns the factor that is still to be applied.
 template <typename T>
-FASTSSL_INLINE void add_bias(const Rows<T>& rows, int64_t row, int64_t columns, T* __restrict logits) {
+FASTSSL_INLINE T add_bias(const Rows<T>& rows, int64_t row, int64_t columns, T* __restrict logits) {
   if (rows.bias == nullptr) {
-    return;
+    return rows.logit_factor;
   }
   const T* __restrict bias = rows.bias + rows.first_key - (rows.first_query + row);
   const T gate = rows.gate == nullptr ? T(1) : rows.gate[row];
+  const T factor = rows.logit_factor;
   for (int64_t key = 0; key < columns; ++key) {
-    logits[key] += gate * bias[key];
+    logits[key] = factor * logits[key] + gate * bias[key];
   }
+  return 1;
 }
 
-// logits -> exp(logits - their maximum), 0 where dropped; also the factor that makes them probabilities, and logsumexp.
+// Products of queries and keys -> exp(logit - the largest of the row), 0 where dropped and after the last key; also the
+// factors that make rows probabilities, and their logsumexp.
 template <Isa isa, typename T>
 FASTSSL_INLINE void softmax_body(Rows<T> rows, T* logits, int64_t ld, T* factors, T* logsumexp) {
   const int64_t columns = round_up(rows.keys, kPadding);
   for (int64_t row = 0; row < rows.queries; ++row) {
     T* __restrict x = logits + row * ld;
-    add_bias(rows, row, columns, x);
+    const T factor = add_bias(rows, row, columns, x);
     for (int64_t key = rows.keys; key < columns; ++key) {
-      x[key] = -std::numeric_limits<T>::infinity();
+      x[key] = x[0];  // does not change the maximum
     }
-    const T most = row_maximum<isa>(x, columns);
+    const T most = row_maximum<isa>(x, factor, columns);
     for (int64_t key = 0; key < columns; ++key) {
-      x[key] = power_of_two(x[key] - most);
+      x[key] = power_of_two(factor * x[key] - most);
+    }
+    for (int64_t key = rows.keys; key < columns; ++key) {
+      x[key] = 0;
     }
     const T sum = row_sum<isa>(x, columns);
     logsumexp[row] = (most + std::log2(sum)) * static_cast<T>(kLnOf2);
@@ -215,7 +201,7 @@ FASTSSL_INLINE void softmax_body(Rows<T> rows, T* logits, int64_t ld, T* factors
 }
 FASTSSL_ISA_VARIANTS(softmax)
 
-// weights: logits -> probabilities after dropout. grads: of those -> of the logits. Zeros after the last key.
+// weights: products of queries and keys -> probabilities after dropout. grads: of those -> of the logits. Zeros after the last key.
 template <Isa isa, typename T>
 FASTSSL_INLINE void softmax_backward_body(Rows<T> rows, const T* logsumexp, const T* delta, T* weights, T* grads) {
   const int64_t columns = round_up(rows.keys, kPadding);
@@ -224,10 +210,10 @@ FASTSSL_INLINE void softmax_backward_body(Rows<T> rows, const T* logsumexp, cons
     T* __restrict grad = grads + row * kBlockStride;
     const T row_logsumexp = logsumexp[row] * static_cast<T>(kLog2OfE);
     const T row_delta = delta[row];
-    add_bias(rows, row, columns, weight);
+    const T logit_factor = add_bias(rows, row, columns, weight);
     if (rows.dropout_states == nullptr) {
       for (int64_t key = 0; key < columns; ++key) {
-        const T probability = power_of_two(weight[key] - row_logsumexp);
+        const T probability = power_of_two(logit_factor * weight[key] - row_logsumexp);
         weight[key] = probability;
         grad[key] = probability * (grad[key] - row_delta);
       }
@@ -238,7 +224,7 @@ FASTSSL_INLINE void softmax_backward_body(Rows<T> rows, const T* logsumexp, cons
       for (int32_t key = 0; key < static_cast<int32_t>(columns); ++key) {
         const bool keep = murmur_mix(state ^ static_cast<uint32_t>(first_key + key)) >= threshold;
         const T factor = keep ? rows.kept_factor : T(0);
-        const T probability = power_of_two(weight[key] - row_logsumexp);
+        const T probability = power_of_two(logit_factor * weight[key] - row_logsumexp);
         weight[key] = factor * probability;
         grad[key] = probability * (factor * grad[key] - row_delta);
       }
