@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastssl.ops import StridedConvLayer, strided_conv, strided_conv_stack
+from fastssl.ops._dispatch import BACKENDS
+from fastssl.ops.strided_conv import blocks
 from fastssl.packing import Layout
 from tests.ops.common import LENGTHS, cast, check_against_reference, gradients, implementations, layout_of
 
@@ -193,8 +195,7 @@ def test_gradcheck(case: str, backend: str, device: str) -> None:
     )
 
 
-@pytest.mark.parametrize("case", STACKS)
-@pytest.mark.parametrize("needs_grad_x", [False, True])
+@pytest.mark.parametrize(("case", "needs_grad_x"), [("wav2vec2_group", False), ("wav2vec2_layer", True), ("odd", True)])
 @pytest.mark.parametrize(("backend", "device"), implementations("strided_conv", compiled_only=True))
 def test_opcheck(case: str, backend: str, device: str, needs_grad_x: bool) -> None:
     lengths, _, _, kernels, strides, norms, _ = STACKS[case]
@@ -274,9 +275,8 @@ def inputs_with_x(inputs: dict[str, Tensor], tensors: dict[str, Tensor]) -> dict
 def test_compile_stack(backend: str, device: str) -> None:
     inputs = {name: tensor.to(device).requires_grad_() for name, tensor in make_stack("wav2vec2_group").items()}
     compiled = torch.compile(lambda tensors: run_stack("wav2vec2_group", tensors, backend), fullgraph=True)
-    results = []
-    for out in (compiled(inputs), run_stack("wav2vec2_group", inputs, backend)):
-        results.append([out, *gradients(out, list(inputs.values()))])
+    outs = compiled(inputs), run_stack("wav2vec2_group", inputs, backend)
+    results = [[out, *gradients(out, list(inputs.values()))] for out in outs]
     for found, expected in zip(*results, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
@@ -320,6 +320,26 @@ def test_a_stack_keeps_convolutions_only(backend: str, device: str, dtype: torch
         if index > 0:
             expected.append(torch.Size((layout.total, c)))
     assert sorted(sizes) == sorted(expected)
+
+
+@pytest.mark.skipif("native" not in BACKENDS["strided_conv"]["cpu"], reason="the compiled module is not there")
+@pytest.mark.parametrize("case", STACKS)
+@pytest.mark.parametrize("waveform_needs_grad", [False, True])
+def test_blocks_do_not_matter(case: str, waveform_needs_grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = cast(make_stack(case), torch.float32)
+    inputs["x"].requires_grad_(waveform_needs_grad)
+    names = [name for name, tensor in inputs.items() if tensor.requires_grad]
+    results = []
+    for numbers in (blocks._BLOCK_NUMBERS, 1):
+        monkeypatch.setattr(blocks, "_BLOCK_NUMBERS", numbers)
+        out = run_stack(case, inputs, "native")
+        results.append((out, gradients(out, [inputs[name] for name in names])))
+    (out, grads), (out_in_blocks, grads_in_blocks) = results
+    assert torch.equal(out_in_blocks, out)
+    for name, grad, found in zip(names, grads, grads_in_blocks, strict=True):
+        # A bias before a norm over time has a gradient of zero, up to rounding.
+        scale = max(grad.abs().max().item(), 1e-2)
+        assert (found - grad).abs().max() < 1e-5 * scale, name
 
 
 @pytest.mark.parametrize("case", STACKS)
