@@ -341,26 +341,54 @@ FASTSSL_INLINE acc_t standardise_frame(
   return standardise(layer, segment.sequence, source.data + row * layer.channels, standard);
 }
 
+// Where a row of the result goes: into the windows of the next layer that see it.
+template <typename scalar_t>
+struct Windows {
+  scalar_t* data;  // (count, kernel * C)
+  int64_t count;
+  int64_t kernel;
+  int64_t stride;
+};
+
 template <Isa isa, typename scalar_t, typename acc_t>
 FASTSSL_INLINE void forward_segment_body(
     const Source<scalar_t, acc_t>* source,
     const Layer<acc_t>* layer,
     const Segment* segment,
-    acc_t* scratch,
-    scalar_t* out) {
+    const Windows<scalar_t>* out,
+    int64_t first_row,  // of the result
+    int64_t rows,  // those after the frames become zero
+    acc_t* scratch) {
+  const int64_t channels = layer->channels;
   acc_t* standard = scratch;
-  acc_t* windows = scratch + layer->channels;
+  acc_t* windows = scratch + channels;
   if (source->kernel > 0 && segment->frames > 0) {
     load_windows(*source, *segment, windows);
   }
-  for (int64_t frame = 0; frame < segment->frames; ++frame) {
-    standardise_frame(*source, *layer, *segment, frame, windows, standard);
-    activate(*layer, standard, out + frame * layer->channels);
+  for (int64_t frame = 0; frame < rows; ++frame) {
+    const int64_t row = first_row + frame;
+    const int64_t last = row / out->stride < out->count ? row / out->stride : out->count - 1;
+    const int64_t first = row < out->kernel ? 0 : (row - out->kernel) / out->stride + 1;
+    if (first > last) {
+      continue;  // strides may leave frames out
+    }
+    const auto place = [=](int64_t window) {
+      return out->data + (window * out->kernel + row - window * out->stride) * channels;
+    };
+    if (frame < segment->frames) {
+      standardise_frame(*source, *layer, *segment, frame, windows, standard);
+      activate(*layer, standard, place(last));
+    } else {
+      std::fill(place(last), place(last) + channels, scalar_t(0));
+    }
+    for (int64_t window = first; window < last; ++window) {
+      std::copy(place(last), place(last) + channels, place(window));
+    }
   }
 }
 FASTSSL_ISA_VARIANTS(forward_segment)
 
-// out = activation(norm(source + bias)) on the rows of a block.
+// activation(norm(source + bias)) on the rows of a block, as the windows that the next layer multiplies.
 void epilogue_forward(
     const Tensor& source,  // rows (R or N, C), or the waveform (N_in, 1)
     const std::optional<Tensor>& source_begins,  // (B + 1,) where the source is packed; none: it is the block
@@ -371,8 +399,10 @@ void epilogue_forward(
     const Tensor& grid,  // (B + 1,)
     int64_t first_row,
     int64_t rows,
-    Tensor out,  // (rows, C), or packed
+    Tensor out,  // (windows, kernel * C), or packed (N, C)
     bool out_is_packed,
+    int64_t out_kernel,
+    int64_t out_stride,
     int64_t stride,
     const std::string& norm,
     double eps,
@@ -385,18 +415,16 @@ void epilogue_forward(
     using acc_t = typename Accumulator<scalar_t>::type;
     const auto layer = make_layer<acc_t>(parameters, statistics, norm, eps, activation);
     const auto rows_in = make_source<scalar_t, acc_t>(source, source_begins, taps, stride);
-    scalar_t* out_data = out.mutable_data_ptr<scalar_t>();
+    const Windows<scalar_t> windows{out.mutable_data_ptr<scalar_t>(), out.size(0), out_kernel, out_stride};
     torch::stable::parallel_for(0, segments.size(), 1, [&](int64_t first, int64_t last) {
       std::vector<acc_t> scratch(layer.channels + rows_in.window_numbers());
       for (int64_t index = first; index < last; ++index) {
         const Segment& segment = segments[index];
         if (!out_is_packed) {
-          scalar_t* begin = out_data + segment.block_row * layer.channels;
-          forward_segment(&rows_in, &layer, &segment, scratch.data(), begin);
-          std::fill(begin + segment.frames * layer.channels, begin + segment.rows * layer.channels, scalar_t(0));
+          forward_segment(&rows_in, &layer, &segment, &windows, segment.block_row, segment.rows, scratch.data());
         } else if (segment.frames > 0) {
           const int64_t row = packed_begins[segment.sequence] + segment.first_frame;
-          forward_segment(&rows_in, &layer, &segment, scratch.data(), out_data + row * layer.channels);
+          forward_segment(&rows_in, &layer, &segment, &windows, row, segment.frames, scratch.data());
         }
       }
     });
@@ -577,6 +605,36 @@ void epilogue_backward(
         }
       });
     }
+  });
+}
+
+// Numbers on a side of the squares in which a transposition works.
+constexpr int64_t kSquare = 16;
+
+// out = x.T, which a product over frames needs and PyTorch does on one thread.
+void transpose(const Tensor& x, Tensor out) {
+  check_tensor(x, "x", 2, x.scalar_type());
+  check_tensor(out, "out", 2, x.scalar_type());
+  const int64_t rows = x.size(0);
+  const int64_t columns = x.size(1);
+  dispatch_floating(x.scalar_type(), "strided_conv", [&](auto tag) {
+    using scalar_t = decltype(tag);
+    const scalar_t* from = x.const_data_ptr<scalar_t>();
+    scalar_t* to = out.mutable_data_ptr<scalar_t>();
+    torch::stable::parallel_for(0, (columns + kSquare - 1) / kSquare, 1, [&](int64_t first, int64_t last) {
+      for (int64_t strip = first; strip < last; ++strip) {
+        const int64_t column = strip * kSquare;
+        const int64_t column_end = std::min(column + kSquare, columns);
+        for (int64_t row = 0; row < rows; row += kSquare) {
+          const int64_t row_end = std::min(row + kSquare, rows);
+          for (int64_t c = column; c < column_end; ++c) {
+            for (int64_t r = row; r < row_end; ++r) {
+              to[c * rows + r] = from[r * columns + c];
+            }
+          }
+        }
+      }
+    });
   });
 }
 
@@ -883,5 +941,6 @@ STABLE_TORCH_LIBRARY_IMPL(fastssl_native, CPU, m) {
   m.impl("strided_conv_epilogue_bwd", TORCH_BOX(&fastssl::epilogue_backward));
   m.impl("strided_conv_group_bwd", TORCH_BOX(&fastssl::epilogue_group_backward));
   m.impl("strided_conv_group_statistics", TORCH_BOX(&fastssl::compute_group_statistics));
+  m.impl("strided_conv_transpose", TORCH_BOX(&fastssl::transpose));
   m.impl("strided_conv_first_statistics", TORCH_BOX(&fastssl::first_layer_statistics));
 }

@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastssl.ops import StridedConvLayer, strided_conv, strided_conv_stack
+from fastssl.ops._dispatch import BACKENDS
+from fastssl.ops.strided_conv import blocks
 from fastssl.packing import Layout
 from tests.ops.common import LENGTHS, cast, check_against_reference, gradients, implementations, layout_of
 
@@ -89,8 +91,10 @@ def make_stack(case: str, dtype: torch.dtype = torch.float32) -> dict[str, Tenso
     return inputs
 
 
-def run_stack(case: str, inputs: dict[str, Tensor], backend: str | None = None) -> Tensor:
-    lengths, _, _, _, strides, norms, _ = STACKS[case]
+def run_stack(
+    case: str, inputs: dict[str, Tensor], backend: str | None = None, lengths: tuple[int, ...] | None = None
+) -> Tensor:
+    batch, _, _, _, strides, norms, _ = STACKS[case]
     layers = [
         StridedConvLayer(
             inputs[f"weight_{index}"],
@@ -102,7 +106,8 @@ def run_stack(case: str, inputs: dict[str, Tensor], backend: str | None = None) 
         )
         for index, (stride, norm) in enumerate(zip(strides, norms, strict=True))
     ]
-    out, layout = strided_conv_stack(inputs["x"], layers, layout_of(lengths, inputs["x"].device.type), backend=backend)
+    layout = layout_of(batch if lengths is None else lengths, inputs["x"].device.type)
+    out, layout = strided_conv_stack(inputs["x"], layers, layout, backend=backend)
     assert layout.total == len(out)
     return out
 
@@ -190,8 +195,7 @@ def test_gradcheck(case: str, backend: str, device: str) -> None:
     )
 
 
-@pytest.mark.parametrize("case", STACKS)
-@pytest.mark.parametrize("needs_grad_x", [False, True])
+@pytest.mark.parametrize(("case", "needs_grad_x"), [("wav2vec2_group", False), ("wav2vec2_layer", True), ("odd", True)])
 @pytest.mark.parametrize(("backend", "device"), implementations("strided_conv", compiled_only=True))
 def test_opcheck(case: str, backend: str, device: str, needs_grad_x: bool) -> None:
     lengths, _, _, kernels, strides, norms, _ = STACKS[case]
@@ -267,6 +271,89 @@ def inputs_with_x(inputs: dict[str, Tensor], tensors: dict[str, Tensor]) -> dict
     return {"x": inputs["x"].to(like.device, like.dtype)} | tensors
 
 
+@pytest.mark.parametrize(("backend", "device"), implementations("strided_conv", compiled_only=True))
+def test_compile_stack(backend: str, device: str) -> None:
+    inputs = {name: tensor.to(device).requires_grad_() for name, tensor in make_stack("wav2vec2_group").items()}
+    compiled = torch.compile(lambda tensors: run_stack("wav2vec2_group", tensors, backend), fullgraph=True)
+    outs = compiled(inputs), run_stack("wav2vec2_group", inputs, backend)
+    results = [[out, *gradients(out, list(inputs.values()))] for out in outs]
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("case", ["wav2vec2_group", "wav2vec2_layer"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@EVERY_IMPLEMENTATION
+def test_batch_mates_do_not_matter_to_a_stack(backend: str, device: str, case: str, dtype: torch.dtype) -> None:
+    if device == "cuda":
+        pytest.skip("bit for bit on the CPU only")
+    lengths, _, _, kernels, strides, _, _ = STACKS[case]
+    inputs, layout = cast(make_stack(case), dtype), layout_of(lengths)
+    out = run_stack(case, inputs, backend)
+    for kernel, stride in zip(kernels, strides, strict=True):
+        layout = layout.after_conv(kernel, stride)
+    for index, (together, sequence) in enumerate(
+        zip(out.split(layout.lengths), inputs["x"].split(lengths), strict=True)
+    ):
+        alone = run_stack(case, inputs | {"x": sequence.clone()}, backend, (lengths[index],))
+        assert torch.equal(together, alone)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("backend", "device"), implementations("strided_conv", compiled_only=True))
+def test_a_stack_keeps_convolutions_only(backend: str, device: str, dtype: torch.dtype) -> None:
+    inputs = cast(make_stack("wav2vec2_group"), dtype, device)
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        run_stack("wav2vec2_group", inputs | {"x": inputs["x"].detach()}, backend)
+    parameters = {tensor.data_ptr() for name, tensor in inputs.items()}
+    sizes = [tensor.shape for pointer, tensor in kept.items() if pointer not in parameters and tensor.numel() > 4]
+    lengths, _, channels, kernels, strides, _, _ = STACKS["wav2vec2_group"]
+    layout, expected = layout_of(lengths), [torch.Size((2, len(lengths), channels[0]))]
+    for index, (c, kernel, stride) in enumerate(zip(channels, kernels, strides, strict=True)):
+        layout = layout.after_conv(kernel, stride)
+        if index > 0:
+            expected.append(torch.Size((layout.total, c)))
+    assert sorted(sizes) == sorted(expected)
+
+
+@pytest.mark.skipif("native" not in BACKENDS["strided_conv"]["cpu"], reason="the compiled module is not there")
+@pytest.mark.parametrize("case", STACKS)
+@pytest.mark.parametrize("waveform_needs_grad", [False, True])
+def test_blocks_do_not_matter(case: str, waveform_needs_grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = cast(make_stack(case), torch.float32)
+    inputs["x"].requires_grad_(waveform_needs_grad)
+    names = [name for name, tensor in inputs.items() if tensor.requires_grad]
+    results = []
+    for numbers in (blocks._BLOCK_NUMBERS, 1):
+        monkeypatch.setattr(blocks, "_BLOCK_NUMBERS", numbers)
+        out = run_stack(case, inputs, "native")
+        results.append((out, gradients(out, [inputs[name] for name in names])))
+    (out, grads), (out_in_blocks, grads_in_blocks) = results
+    assert torch.equal(out_in_blocks, out)
+    for name, grad, found in zip(names, grads, grads_in_blocks, strict=True):
+        # A bias before a norm over time has a gradient of zero, up to rounding.
+        scale = max(grad.abs().max().item(), 1e-2)
+        assert (found - grad).abs().max() < 1e-5 * scale, name
+
+
+@pytest.mark.parametrize("case", STACKS)
+@pytest.mark.parametrize(("backend", "device"), implementations("strided_conv", compiled_only=True))
+def test_same_bits_every_time(backend: str, device: str, case: str) -> None:
+    inputs = cast(make_stack(case), torch.float32, device)
+    runs = []
+    for _ in range(3):
+        out = run_stack(case, inputs, backend)
+        runs.append([out, *gradients(out, list(inputs.values()))])
+    for again in runs[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(runs[0], again, strict=True))
+
+
 def test_autocast_reaches_the_arguments_and_not_the_op() -> None:
     inputs = make_inputs("first_layer")
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -293,3 +380,7 @@ def test_rejects_bad_input() -> None:
         call: dict[str, Any] = {"x": x, "weight": weight, "stride": 2} | arguments
         with pytest.raises(ValueError, match=message):
             strided_conv(call.pop("x"), call.pop("weight"), layout, **call)
+    with pytest.raises(ValueError, match="layers: there must be at least one"):
+        strided_conv_stack(x, [], layout)
+    with pytest.raises(ValueError, match=r"layers\[1\].weight: expected \(C_out, 6, K\)"):
+        strided_conv_stack(x, [StridedConvLayer(weight, 2), StridedConvLayer(weight, 2)], layout)
