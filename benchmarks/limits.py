@@ -19,7 +19,7 @@ from fastssl.models.wav2vec2 import Wav2Vec2Config
 from fastssl.packing import Layout
 
 # Taller products are measured with this many rows (or with an inner dimension of this) and scaled: their rate is flat.
-_TALLEST = 16384
+_TALLEST = 8192
 _SECONDS_PER_SHAPE = 0.15
 _REPEATS = 9
 
@@ -110,11 +110,18 @@ def pretraining(config: Wav2Vec2Config, samples: Sequence[int], masked: Sequence
 
 def gemm_limits(gemms: Sequence[Gemm], dtype: torch.dtype, device: torch.device) -> dict[str, float]:
     """Seconds by `aten::mm`, and by the fastest GEMM the machine offers for each shape."""
-    found = [(gemm.times, _gemm_seconds(gemm._replace(times=1), dtype, device)) for gemm in gemms]
+    by_aten, fastest = 0.0, 0.0
+    for gemm in gemms:
+        if gemm.flops:
+            rows, inner = min(gemm.rows, _TALLEST), min(gemm.inner, _TALLEST)
+            seconds = _gemm_seconds(gemm._replace(rows=rows, inner=inner, times=1), dtype, device)
+            scale = gemm.times * (gemm.rows / rows) * (gemm.inner / inner)
+            by_aten += scale * seconds["aten"]
+            fastest += scale * min(seconds.values())
     name = f"GEMMs ({str(dtype).removeprefix('torch.')})"
-    limits = {f"{name}, aten::mm": sum(repeats * seconds["aten"] for repeats, seconds in found)}
-    if any(len(seconds) > 1 for _, seconds in found):
-        limits[f"{name}, fastest there is"] = sum(repeats * min(seconds.values()) for repeats, seconds in found)
+    limits = {f"{name}, aten::mm": by_aten}
+    if _has_onednn(dtype, device):
+        limits[f"{name}, fastest there is"] = fastest
     return limits
 
 
@@ -130,10 +137,6 @@ def copy_limit(moved_bytes: int, footprint_bytes: int, device: torch.device) -> 
 @cache
 def _gemm_seconds(gemm: Gemm, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
     rows, inner, columns, batch, _ = gemm
-    scale = max(1.0, rows / _TALLEST) * max(1.0, inner / _TALLEST)
-    rows, inner = min(rows, _TALLEST), min(inner, _TALLEST)
-    if 0 in (rows, inner, columns, batch):
-        return {"aten": 0.0}
     a = torch.randn(batch, rows, inner, device=device, dtype=dtype)
     b = torch.randn(batch, columns, inner, device=device, dtype=dtype)  # as a linear layer holds its weight
     calls: dict[str, Callable[[], Any]]
@@ -142,9 +145,14 @@ def _gemm_seconds(gemm: Gemm, dtype: torch.dtype, device: torch.device) -> dict[
         calls = {"aten": lambda: torch.mm(x, weight.t())}
     else:
         calls = {"aten": lambda: torch.bmm(a, b.transpose(1, 2))}
-    if device.type == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available():
+    if _has_onednn(dtype, device):
         calls["oneDNN"] = lambda: [_onednn(x, weight) for x, weight in zip(a, b, strict=True)]
-    return {name: scale * seconds for name, seconds in _median_seconds(calls, device).items()}
+    return _median_seconds(calls, device)
+
+
+def _has_onednn(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether oneDNN's product is another one than `aten::mm`; for bf16 they are the same."""
+    return device.type == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available()
 
 
 def _onednn(x: Tensor, weight: Tensor) -> Tensor:  # (M, K), (N, K) -> (M, N)

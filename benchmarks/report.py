@@ -111,6 +111,7 @@ def main(rows: Rows, description: str, *, by_default: Mapping[str, Sequence[str]
     if unknown := set(args.only or ()) - rows.keys():
         parser.error(f"--only: there is no row {', '.join(sorted(unknown))}")
     torch.set_num_threads(args.threads)
+    torch.backends.cudnn.allow_tf32 = False  # so that fp32 is fp32 in the gates; what is timed on a GPU is bf16
     device = torch.device(args.device, 0) if args.device == "cuda" else torch.device("cpu")
 
     began_s = time.monotonic()

@@ -106,8 +106,10 @@ def attention(
         contenders.add("SDPA, padded, with a mask", *by_sdpa(lambda: valid[:, None, None]))
         if min(frames) == max(frames):
             contenders.add("SDPA, padded, without a mask", *by_sdpa(lambda: None))
-        for name, function in _PACKED_RIVALS.items():
-            contenders.add(name, *by_packed(function))
+        contenders.add("SDPA, one utterance at a time", *by_packed(_one_at_a_time))
+        if device.type == "cuda":
+            contenders.add("varlen_attn", *by_packed(_varlen_attn))
+            contenders.add("FlashAttention", *by_packed(_flash_attention))
     work = "forward and backward" if backward else "forward"
     kind = (f", dropout {dropout_p:g}" if dropout_p else "") + (", gated distance bias" if bias else "")
     gemms = limits.attention(frames, _HEADS, _WIDTH, backward=backward)
@@ -155,13 +157,6 @@ def _flash_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, dropout_p:
         q, k, v, layout.cu_seqlens, layout.cu_seqlens, longest, longest, dropout_p=dropout_p
     )
     return out
-
-
-_PACKED_RIVALS: dict[str, Callable[..., Tensor]] = {
-    "SDPA, one utterance at a time": _one_at_a_time,
-    "varlen_attn": _varlen_attn,
-    "FlashAttention": _flash_attention,
-}
 
 
 def _batch(

@@ -34,19 +34,18 @@ class ConvolutionalPositionalEmbedding(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two linear layers with GELU between them."""
+    """Two linear layers with GELU and dropout between them."""
 
-    def __init__(self, width: int, inner_width: int, *, activation_dropout: float, dropout: float) -> None:
+    def __init__(self, width: int, inner_width: int, *, activation_dropout: float) -> None:
         super().__init__()
         self.intermediate_dense = PackedLinear(width, inner_width)
-        self.intermediate_dropout = nn.Dropout(activation_dropout)
         self.output_dense = PackedLinear(inner_width, width)
-        self.output_dropout = nn.Dropout(dropout)
+        self.activation_dropout = activation_dropout
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, D) to (N, D), frame by frame."""
-        x = self.intermediate_dropout(F.gelu(self.intermediate_dense(x)))
-        out: Tensor = self.output_dropout(self.output_dense(x))
+        dropout_p = self.activation_dropout if self.training else 0.0
+        out: Tensor = self.output_dense(ops.bias_gelu_dropout(self.intermediate_dense(x), None, dropout_p=dropout_p))
         return out
 
 
@@ -78,21 +77,52 @@ class TransformerLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.pre_norm = pre_norm
+        self.dropout = dropout
         self.attention = SelfAttention(width, heads, dropout=attention_dropout)
-        self.dropout = nn.Dropout(dropout)
         self.layer_norm = nn.LayerNorm(width, eps=eps)
-        self.feed_forward = FeedForward(width, inner_width, activation_dropout=activation_dropout, dropout=dropout)
+        self.feed_forward = FeedForward(width, inner_width, activation_dropout=activation_dropout)
         self.final_layer_norm = nn.LayerNorm(width, eps=eps)
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         """(N, D) to (N, D)."""
         if self.pre_norm:
-            x = x + self.dropout(self.attention(self.layer_norm(x), layout))
-            x = x + self.feed_forward(self.final_layer_norm(x))
-        else:
-            x = self.layer_norm(x + self.dropout(self.attention(x, layout)))
-            x = self.final_layer_norm(x + self.feed_forward(x))
-        return x
+            return self.chain(x, self.layer_norm(x), layout, self.layer_norm)[0]
+        dropout_p = self.dropout if self.training else 0.0
+        x = _add_and_norm(self.attention(x, layout), x, self.layer_norm, dropout_p=dropout_p)
+        return _add_and_norm(self.feed_forward(x), x, self.final_layer_norm, dropout_p=dropout_p)
+
+    def chain(self, x: Tensor, normalised: Tensor, layout: Layout, following: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+        """A layer with its norm before each block, in a stack: the last residual and the next layer's norm are one op.
+
+        Args:
+            x: (N, D) input.
+            normalised: (N, D) what the layer's first norm makes of it.
+            layout: Where each sequence begins.
+            following: The norm that comes next.
+
+        Returns:
+            The output (N, D), and what `following` makes of it.
+        """
+        dropout_p = self.dropout if self.training else 0.0
+        attended = self.attention(normalised, layout)
+        normalised, x = _norm_and_sum(attended, x, self.final_layer_norm, dropout_p=dropout_p)
+        normalised, x = _norm_and_sum(self.feed_forward(normalised), x, following, dropout_p=dropout_p)
+        return x, normalised
+
+
+def _add_and_norm(branch: Tensor, residual: Tensor, norm: nn.LayerNorm, *, dropout_p: float = 0.0) -> Tensor:
+    # The modules hold the parameters under the names that Transformers gives them; the op computes.
+    return ops.dropout_add_layer_norm(
+        branch, residual, weight=norm.weight, bias=norm.bias, eps=norm.eps, dropout_p=dropout_p
+    )
+
+
+def _norm_and_sum(
+    branch: Tensor, residual: Tensor, norm: nn.LayerNorm, *, dropout_p: float
+) -> tuple[Tensor, Tensor]:
+    return ops.dropout_add_layer_norm(
+        branch, residual, weight=norm.weight, bias=norm.bias, eps=norm.eps, dropout_p=dropout_p, prenorm=True
+    )
 
 
 class Transformer(nn.Module):
@@ -159,15 +189,26 @@ class Transformer(nn.Module):
             layer_drop: CPU generator from which the layers to skip are drawn in training; None takes torch's own.
         """
         x, layout = frames
-        x = x + self.pos_conv_embed(x, layout)
-        x = self.dropout(x if self.pre_norm else self.layer_norm(x))
+        position = self.pos_conv_embed(x, layout)
+        x = self.dropout(x + position if self.pre_norm else _add_and_norm(position, x, self.layer_norm))
         keep = [True] * len(self.layers)
         if self.training and self.layer_drop > 0:
             keep = (torch.rand(len(keep), generator=layer_drop) >= self.layer_drop).tolist()
-        hidden_states = [Packed(x, layout)]
-        for layer, kept in zip(self.layers, keep, strict=True):
-            x = layer(x, layout) if kept else x
-            hidden_states.append(Packed(x, layout))
         if self.pre_norm:
-            hidden_states[-1] = Packed(self.layer_norm(x), layout)
-        return hidden_states
+            return [Packed(state, layout) for state in self._pre_norm_states(x, layout, keep)]
+        states = [x]
+        for layer, kept in zip(self.layers, keep, strict=True):
+            states.append(layer(states[-1], layout) if kept else states[-1])
+        return [Packed(state, layout) for state in states]
+
+    def _pre_norm_states(self, x: Tensor, layout: Layout, keep: list[bool]) -> list[Tensor]:
+        norms = [layer.layer_norm for layer, kept in zip(self.layers, keep, strict=True) if kept] + [self.layer_norm]
+        following = iter(norms)
+        normalised = next(following)(x)
+        states = [x]
+        for layer, kept in zip(self.layers, keep, strict=True):
+            if kept:
+                x, normalised = layer.chain(x, normalised, layout, next(following))
+            states.append(x)
+        states[-1] = normalised
+        return states

@@ -21,7 +21,7 @@ _BACKWARD = (
     " -> (Tensor grad_x, Tensor grad_residual, Tensor grad_weight, Tensor grad_bias)"
 )
 #: A row is held in the registers of one block of threads.
-_TRITON_MAX_WIDTH = 16384
+_TRITON_MAX_WIDTH = 8192
 
 
 def _fake_forward(
