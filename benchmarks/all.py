@@ -4,8 +4,14 @@ Correctness first, then times in turns, peak memory and limits; under ten minute
 of every target whether it is met.
 """
 
-from benchmarks import bench_encoder, bench_quantizer, bench_train_step
-from benchmarks.ops import bench_contrastive_loss, bench_integrate_and_fire, bench_strided_conv, bench_varlen_attention
+from benchmarks import bench_encoder, bench_train_step
+from benchmarks.ops import (
+    bench_contrastive_loss,
+    bench_gumbel_quantize,
+    bench_integrate_and_fire,
+    bench_strided_conv,
+    bench_varlen_attention,
+)
 from benchmarks.report import Rows, main
 from benchmarks.targets import TARGETS
 
@@ -14,7 +20,7 @@ ROWS: Rows = {
     **bench_encoder.ROWS,
     **bench_strided_conv.ROWS,
     **bench_contrastive_loss.ROWS,
-    **bench_quantizer.ROWS,
+    **bench_gumbel_quantize.ROWS,
     **bench_integrate_and_fire.ROWS,
     **bench_varlen_attention.ROWS,
 }

@@ -35,7 +35,7 @@ TARGETS: dict[str, list[Target]] = {
         Target("pretrain-tiny", "`wav2vec2-tiny` update, 12 crops of 4 s", 2),
         Target("front-end", "front end (7 layers), forward and backward, 15.6 s", 1.3, "", 1 / 2, 1.3),
         Target("contrastive-loss", "contrastive loss forward and backward, 900 x 100 x 256", 40, "", 1 / 20),
-        Target("quantizer", "Gumbel quantiser forward and backward, 900 frames, 2 x 320 x 128", 10, "", 1 / 20),
+        Target("gumbel-quantize", "Gumbel quantiser forward and backward, 900 frames, 2 x 320 x 128", 10, "", 1 / 20),
         Target("integrate-and-fire", "integrate_and_fire forward and backward, 8 x 750 x 512", 4, limit=2),
         Target("attention-read-speech", "varlen_attention forward and backward, `read-speech`", 1.5, "SDPA, padded"),
         Target("attention-dropout", "the same with dropout 0.1", 1.5, "SDPA, padded"),
