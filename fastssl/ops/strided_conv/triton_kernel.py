@@ -151,17 +151,30 @@ def _input_grad_kernel(
             weight = tl.load(weight_ptrs, mask=(channels < C_OUT)[:, None] & (columns < C_IN)[None, :], other=0.0)
         grad = tl.load(grad_ptr + source[:, None] * C_OUT + channels[None, :], mask=grad_mask, other=0.0)
         acc = tl.dot(grad, weight, acc, input_precision=PRECISION)
-    mask = (rows * STRIDE + phase < left)[:, None] & (columns < C_IN)[None, :]
     offset = (tl.load(cu_in_ptr + sequence) + first + phase).to(tl.int64) * C_IN
-    positions = offset + rows[:, None] * (STRIDE * C_IN) + columns[None, :]
+    positions = offset + rows * (STRIDE * C_IN)
+    inside = rows * STRIDE + phase < left
+    pointers = lower_conv_out_ptr, lower_out_ptr, grad_x_ptr
+    # By halves, which a thread has in its registers, so that what the GELU needs fits beside them.
+    halves = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+    column = (program // STRIDE % TILES_N) * BLOCK_N + tl.arange(0, BLOCK_N // 2)
+    _store_input_grad(halves[0], pointers, positions, inside, column, C_IN, GELU)
+    _store_input_grad(halves[1], pointers, positions, inside, column + BLOCK_N // 2, C_IN, GELU)
+
+
+@triton.jit
+def _store_input_grad(grad, pointers, positions, inside, columns, C_IN: tl.constexpr, GELU: tl.constexpr):
+    lower_conv_out_ptr, lower_out_ptr, grad_x_ptr = pointers
+    positions = positions[:, None] + columns[None, :]
+    mask = inside[:, None] & (columns < C_IN)[None, :]
     if lower_conv_out_ptr is not None:
         lower = tl.load(lower_conv_out_ptr + positions, mask=mask, other=0.0).to(tl.float32)
         if GELU:
-            below, bell = normal_at(lower, grad_ptr.dtype.element_ty == tl.float32)
-            acc *= gelu_derivative(lower, below, bell)
+            below, bell = normal_at(lower, grad_x_ptr.dtype.element_ty == tl.float32)
+            grad *= gelu_derivative(lower, below, bell)
             lower *= below
         tl.store(lower_out_ptr + positions, lower.to(lower_out_ptr.dtype.element_ty), mask=mask)
-    tl.store(grad_x_ptr + positions, acc.to(grad_x_ptr.dtype.element_ty), mask=mask)
+    tl.store(grad_x_ptr + positions, grad.to(grad_x_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -245,8 +258,8 @@ def _blocks(dtype: torch.dtype, precision: str, *, columns: int, depth: int) -> 
     """Tile for (many, columns) = (many, depth) @ (depth, columns)."""
     n, k = (max(16, triton.next_power_of_2(size)) for size in (columns, depth))
     if dtype != torch.float32:
-        # 96 KiB and 4 warps: two blocks to a multiprocessor, one of which multiplies while the other is at its GELU.
-        return _Blocks(128, min(128, n), min(64, k), 4, 3)
+        # 96 KiB: two blocks to a multiprocessor, one of which multiplies while the other is at its GELU.
+        return _Blocks(128, min(128, n), min(64, k), 8, 3)
     if precision == "tf32":
         return _Blocks(128, min(128, n), min(32, k), 4, 3)
     return _Blocks(64, min(64, n), 16, 4, 2)

@@ -78,20 +78,22 @@ def normal_at(x, EXACT: tl.constexpr):
     """
     bell = tl.exp2(x * x * -0.72134752044)
     if EXACT:
-        return 0.5 + 0.5 * tl.erf(x * 0.70710678119), bell
-    root = tl.rsqrt(1.0 + 0.282842712 * tl.abs(x))
-    t = root * root
-    p = 0.02513105050
-    p = p * t - 0.091450736
-    p = p * t + 0.0845428185
-    p = p * t - 0.00280394475
-    p = p * t + 0.070715852
-    p = p * t + 0.084270939
-    p = p * t + 0.1039213615
-    p = p * t + 0.1128347965
-    p = p * t + 0.112837933
-    tail = p * t * bell
-    return tl.where(x < 0, tail, 1.0 - tail), bell
+        below = 0.5 + 0.5 * tl.erf(x * 0.70710678119)
+    else:
+        root = tl.rsqrt(1.0 + 0.282842712 * tl.abs(x))
+        t = root * root
+        p = 0.02513105050
+        p = p * t - 0.091450736
+        p = p * t + 0.0845428185
+        p = p * t - 0.00280394475
+        p = p * t + 0.070715852
+        p = p * t + 0.084270939
+        p = p * t + 0.1039213615
+        p = p * t + 0.1128347965
+        p = p * t + 0.112837933
+        tail = p * t * bell
+        below = tl.where(x < 0, tail, 1.0 - tail)
+    return below, bell
 
 
 @triton.jit
@@ -146,8 +148,10 @@ def _multiply_windows(windows, weight_ptr, channels, C, WINDOW: tl.constexpr, PR
 @triton.jit
 def _per_channel(ptr, channels, C, default: tl.constexpr):
     if ptr is None:
-        return tl.full(channels.shape, default, tl.float32)[None, :]
-    return tl.load(ptr + channels, mask=channels < C, other=0.0).to(tl.float32)[None, :]
+        values = tl.full(channels.shape, default, tl.float32)
+    else:
+        values = tl.load(ptr + channels, mask=channels < C, other=0.0).to(tl.float32)
+    return values[None, :]
 
 
 @triton.jit
@@ -303,7 +307,7 @@ def _activate_backward_kernel(
             grad = tl.where(in_range, rstd * (grad - along - standard * across), 0.0)
         if totals_ptr is not None:
             grad = rstd * (norm_weight * grad - mean_grad - standard * mean_product)
-        if NORM != "group":
+        if NORM != "group" and weight_ptr is None:
             bias_sums += grad
         if grad_conv_ptr is not None:
             tl.store(grad_conv_ptr + positions, grad.to(grad_conv_ptr.dtype.element_ty), mask=mask)
