@@ -263,8 +263,6 @@ def _activate_backward_kernel(
     channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     in_range = (channels < C)[None, :]
     norm_weight = _per_channel(norm_weight_ptr, channels, C, 1.0)
-    norm_bias = _per_channel(norm_bias_ptr, channels, C, 0.0)
-    bias = _per_channel(bias_ptr, channels, C, 0.0)
     length = tl.maximum(tl.load(cu_out_ptr + sequence + 1) - tl.load(cu_out_ptr + sequence), 1)
     if totals_ptr is not None:
         totals_ptr += sequence * 3 * C
@@ -274,9 +272,9 @@ def _activate_backward_kernel(
     if weight_ptr is not None:
         x_ptr += tl.load(cu_in_ptr + sequence).to(tl.int64) + first.to(tl.int64) * STEP
         products = tl.zeros([BLOCK_K, BLOCK_C], tl.float32)
-    shift_sums = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
-    scale_sums = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
-    bias_sums = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
+    shift_sums = tl.zeros([BLOCK_C], tl.float32)
+    scale_sums = tl.zeros([BLOCK_C], tl.float32)
+    bias_sums = tl.zeros([BLOCK_C], tl.float32)
     for start in range(0, tl.minimum(left, CHUNK), BLOCK_T):
         rows = start + tl.arange(0, BLOCK_T)
         valid = rows < left
@@ -287,8 +285,12 @@ def _activate_backward_kernel(
             frames = _multiply_windows(windows, weight_ptr, channels, C, WINDOW, PRECISION)
         else:
             frames = tl.load(x_ptr + positions, mask=mask, other=0.0).to(tl.float32)
-        standard, rstd = _standardise(frames + bias, statistics_ptr, sequence, batch, channels, eps, C, NORM)
-        activated = standard * norm_weight + norm_bias
+        if bias_ptr is not None:
+            frames += _per_channel(bias_ptr, channels, C, 0.0)
+        standard, rstd = _standardise(frames, statistics_ptr, sequence, batch, channels, eps, C, NORM)
+        activated = standard * norm_weight
+        if norm_bias_ptr is not None:
+            activated += _per_channel(norm_bias_ptr, channels, C, 0.0)
         grad = tl.load(grad_out_ptr + positions, mask=mask, other=0.0).to(tl.float32)
         if GELU:
             below, bell = normal_at(activated, grad_out_ptr.dtype.element_ty == tl.float32)
@@ -297,9 +299,9 @@ def _activate_backward_kernel(
         if activated_ptr is not None:
             tl.store(activated_ptr + positions, activated.to(activated_ptr.dtype.element_ty), mask=mask)
         if NORM != "none":
-            shift_sums += grad
+            shift_sums += tl.sum(grad, 0)
         if NORM == "layer" or (NORM == "group" and weight_ptr is None):
-            scale_sums += grad * standard
+            scale_sums += tl.sum(grad * standard, 0)
         if NORM == "layer":
             grad *= norm_weight
             along = tl.sum(grad, 1)[:, None] / C
@@ -308,16 +310,16 @@ def _activate_backward_kernel(
         if totals_ptr is not None:
             grad = rstd * (norm_weight * grad - mean_grad - standard * mean_product)
         if NORM != "group" and weight_ptr is None:
-            bias_sums += grad
+            bias_sums += tl.sum(grad, 0)
         if grad_conv_ptr is not None:
             tl.store(grad_conv_ptr + positions, grad.to(grad_conv_ptr.dtype.element_ty), mask=mask)
         if weight_ptr is not None:
             products = tl.dot(tl.trans(windows), grad.to(windows.dtype), products, input_precision=PRECISION)
     if sums_ptr is not None:
         sums_ptr += program * 3 * C + channels
-        tl.store(sums_ptr, tl.sum(shift_sums, 0), mask=channels < C)
-        tl.store(sums_ptr + C, tl.sum(scale_sums, 0), mask=channels < C)
-        tl.store(sums_ptr + 2 * C, tl.sum(bias_sums, 0), mask=channels < C)
+        tl.store(sums_ptr, shift_sums, mask=channels < C)
+        tl.store(sums_ptr + C, scale_sums, mask=channels < C)
+        tl.store(sums_ptr + 2 * C, bias_sums, mask=channels < C)
     if products_ptr is not None:
         products_ptr += program.to(tl.int64) * BLOCK_K * C
         k = tl.arange(0, BLOCK_K)[:, None]
@@ -555,20 +557,12 @@ def _window_group_norm_backward_kernel(
     tl.store(grads_ptr + BLOCK_K * C, shift.to(tl.float32), mask=in_range)
 
 
-class _Blocks(NamedTuple):
-    """Frames and channels of a tile."""
-
-    frames: int
-    channels: int
-    warps: int
-
-
-def _row_blocks(layer: Layer, *, windows: bool) -> _Blocks:
-    if layer.norm == "layer":  # a tile holds all channels
-        channels = max(16, triton.next_power_of_2(layer.channels))
-        frames = min(64, max(16 if windows else 1, 8192 // channels))
-        return _Blocks(frames, channels, 8)
-    return _Blocks(32, _channel_block(layer.channels, 128), 4)
+def _row_blocks(layer: Layer, *, windows: bool) -> tuple[int, int]:
+    """Frames and channels of a tile: 16 numbers for each thread of 8 warps, 32 where a product needs 16 frames."""
+    if layer.norm != "layer":
+        return 32, _channel_block(layer.channels, 128)
+    channels = max(16, triton.next_power_of_2(layer.channels))  # a norm over channels needs them all
+    return min(64, max(16 if windows else 1, 4096 // channels)), channels
 
 
 def _channel_block(channels: int, largest: int) -> int:
@@ -585,7 +579,7 @@ def _chunk_programs(layer: Layer, chunk: int) -> int:
 
 def _settings(layer: Layer, *, windows: bool, precision: str) -> dict[str, Any]:
     """What the two kernels of norm and activation have in common."""
-    blocks = _row_blocks(layer, windows=windows)
+    block_t, block_c = _row_blocks(layer, windows=windows)
     return {
         "cu_in_ptr": layer.cu_in,
         "cu_out_ptr": layer.cu_out,
@@ -597,10 +591,11 @@ def _settings(layer: Layer, *, windows: bool, precision: str) -> dict[str, Any]:
         "NORM": layer.norm,
         "GELU": layer.gelu,
         "PRECISION": precision,
-        "BLOCK_T": blocks.frames,
-        "BLOCK_C": blocks.channels,
+        "BLOCK_T": block_t,
+        "BLOCK_C": block_c,
         "BLOCK_K": _window_block(layer) if windows else 16,
-        "num_warps": blocks.warps,
+        "num_warps": 8,
+        "num_stages": 2,
     }
 
 
