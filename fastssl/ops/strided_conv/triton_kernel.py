@@ -1,7 +1,8 @@
 """Triton kernels of `strided_conv`: convolution of packed frames as a matrix product whose rows overlap.
 
 With channels last, the K input frames of an output frame are K * C_in contiguous numbers, so no window is ever copied.
-Norm, activation and the first layer are in triton_rows.py; README.md has the formulas and what is kept.
+Norm, activation and the first layer are in triton_rows.py, sums over sequences in triton_statistics.py; README.md has
+the formulas and what is kept.
 
 A tile holds output frames of one sequence, counted from its beginning: where it reads is arithmetic, not a table, and
 the host knows nothing of the lengths.
@@ -9,23 +10,24 @@ the host knows nothing of the lengths.
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastssl.ops.strided_conv.triton_rows import (
+from fastssl.ops.strided_conv.triton_blocks import (
     Layer,
     RowGradients,
-    activate,
-    activate_backward,
+    block_for,
     block_of,
     gelu_derivative,
-    group_statistics,
     normal_at,
+    precision_of,
 )
+from fastssl.ops.strided_conv.triton_rows import activate, activate_backward
+from fastssl.ops.strided_conv.triton_statistics import group_statistics
 
 #: The weight gradient is cut into about so many programs: two for each of the 132 multiprocessors of an H200.
 _PROGRAMS = 264
@@ -249,29 +251,23 @@ class _Blocks(NamedTuple):
     stages: int
 
 
-def _precision(dtype: torch.dtype) -> str:
-    """How products of fp32 numbers are made: TF32 where torch was told that it may, exactly otherwise."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
-
-
-def _blocks(dtype: torch.dtype, precision: str, *, columns: int, depth: int) -> _Blocks:
+def _blocks(dtype: torch.dtype, *, columns: int, depth: int) -> _Blocks:
     """Tile for (many, columns) = (many, depth) @ (depth, columns)."""
-    n, k = (max(16, triton.next_power_of_2(size)) for size in (columns, depth))
     if dtype != torch.float32:
-        # 96 KiB: two blocks to a multiprocessor, one of which multiplies while the other is at its GELU.
-        return _Blocks(128, min(128, n), min(64, k), 8, 3)
-    if precision == "tf32":
-        return _Blocks(128, min(128, n), min(32, k), 4, 3)
-    return _Blocks(64, min(64, n), 16, 4, 2)
+        # 96 KiB and 128 registers: two blocks to a multiprocessor, one multiplies while the other is at its GELU.
+        return _Blocks(128, block_for(columns, 128), block_for(depth, 64), 8, 3)
+    if precision_of(dtype) == "tf32":
+        return _Blocks(128, block_for(columns, 128), block_for(depth, 32), 8, 3)
+    return _Blocks(64, block_for(columns, 64), 16, 4, 2)
 
 
-def _weight_grad_blocks(dtype: torch.dtype, precision: str, *, channels: int, window: int) -> _Blocks:
-    m, n = (max(16, triton.next_power_of_2(size)) for size in (channels, window))
+def _weight_grad_blocks(dtype: torch.dtype, *, channels: int, window: int) -> _Blocks:
+    """Tile for (channels, window) = (channels, many) @ (many, window)."""
     if dtype != torch.float32:
-        return _Blocks(min(128, m), min(256, n), 64, 8, 3)
-    if precision == "tf32":
-        return _Blocks(min(128, m), min(128, n), 32, 4, 3)
-    return _Blocks(min(64, m), min(64, n), 16, 4, 2)
+        return _Blocks(block_for(channels, 128), block_for(window, 256), 64, 8, 3)
+    if precision_of(dtype) == "tf32":
+        return _Blocks(block_for(channels, 128), block_for(window, 128), 32, 8, 3)
+    return _Blocks(block_for(channels, 64), block_for(window, 64), 16, 4, 2)
 
 
 def _as_matrix(weight: Tensor) -> Tensor:
@@ -279,15 +275,23 @@ def _as_matrix(weight: Tensor) -> Tensor:
     return weight.permute(0, 2, 1).flatten(1).contiguous()
 
 
-def _convolve(layer: Layer, x: Tensor, precision: str, *, conv_out: Tensor | None, out: Tensor | None) -> None:
-    blocks = _blocks(x.dtype, precision, columns=layer.channels, depth=layer.window)
+def _convolve(
+    layer: Layer,
+    x: Tensor,  # (N, C_in)
+    *,
+    keep: bool,
+    activate: bool,
+) -> tuple[Tensor, Tensor]:  # (N_out, C_out), (N_out, C_out)
+    """The product, and what bias and activation make of it (there is no norm); (0, C_out) for what is not asked for."""
+    conv_out, out = (x.new_empty((layer.total if made else 0, layer.channels)) for made in (keep, activate))
+    blocks = _blocks(x.dtype, columns=layer.channels, depth=layer.window)
     tiles = (layer.total // blocks.m + layer.batch) * triton.cdiv(layer.channels, blocks.n)
     _forward_kernel[(tiles,)](
         x,
         _as_matrix(layer.weight),
         layer.bias,
-        conv_out,
-        out,
+        conv_out if keep else None,
+        out if activate else None,
         layer.cu_in,
         layer.cu_out,
         layer.batch,
@@ -296,44 +300,38 @@ def _convolve(layer: Layer, x: Tensor, precision: str, *, conv_out: Tensor | Non
         WINDOW=layer.window,
         STRIDE=layer.stride,
         GELU=layer.gelu,
-        PRECISION=precision,
+        PRECISION=precision_of(x.dtype),
         BLOCK_M=blocks.m,
         BLOCK_N=blocks.n,
         BLOCK_K=blocks.k,
         num_warps=blocks.warps,
         num_stages=blocks.stages,
     )
+    return conv_out, out
 
 
-def _forward(layer: Layer, x: Tensor, *, save: bool, first: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(layer: Layer, x: Tensor, *, keep: bool, first: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Output, product and statistics of one layer; what is not kept is empty."""
-    kept = save and not (first and x.shape[1] == 1)
     nothing = x.new_empty((0, layer.channels))
-    statistics = x.new_empty((2, layer.batch, layer.channels) if layer.norm == "group" else 0, dtype=torch.float32)
+    statistics = x.new_zeros((2, layer.batch, layer.channels) if layer.norm == "group" else 0, dtype=torch.float32)
     if layer.total == 0:
-        return nothing, nothing, statistics.zero_()
-    precision, windows = _precision(x.dtype), first and layer.has_windows
-    conv_out = x.new_empty((layer.total, layer.channels)) if not windows and (kept or layer.norm != "none") else None
+        return nothing, nothing.clone(), statistics
+    windows = first and layer.has_windows
     if layer.norm == "none" and not windows:
-        out = x.new_empty((layer.total, layer.channels))
-        _convolve(layer, x, precision, conv_out=conv_out, out=out)
-    else:
-        frames = x
-        if conv_out is not None:
-            _convolve(layer, x, precision, conv_out=conv_out, out=None)
-            frames = conv_out
-        if layer.norm == "group":
-            statistics = group_statistics(layer, frames, windows=windows)
-        out = activate(layer, frames, statistics, windows=windows, precision=precision)
-    return out, conv_out if kept and conv_out is not None else nothing, statistics
+        conv_out, out = _convolve(layer, x, keep=keep, activate=True)
+        return out, conv_out, statistics
+    conv_out = nothing if windows else _convolve(layer, x, keep=True, activate=False)[0]
+    frames = x if windows else conv_out
+    if layer.norm == "group":
+        statistics = group_statistics(layer, frames, windows=windows)
+    out = activate(layer, frames, statistics, windows=windows)
+    return out, conv_out if keep else nothing, statistics
 
 
 def _input_grad(
     layer: Layer,
     grad_conv: Tensor,  # (N_out, C_out)
     rows: int,
-    precision: str,
-    *,
     lower: Layer | None = None,
     conv_out: Tensor | None = None,  # (N, C_in)
 ) -> tuple[Tensor, Tensor | None]:  # (N, C_in), (N, C_in)
@@ -341,7 +339,7 @@ def _input_grad(
     c_in = layer.weight.shape[1]
     grad_x = grad_conv.new_empty((rows, c_in))
     lower_out = None if conv_out is None else torch.empty_like(grad_x)
-    blocks = _blocks(grad_conv.dtype, precision, columns=c_in, depth=layer.channels)
+    blocks = _blocks(grad_conv.dtype, columns=c_in, depth=layer.channels)
     tiles = (rows // (layer.stride * blocks.m) + layer.batch) * triton.cdiv(c_in, blocks.n) * layer.stride
     _input_grad_kernel[(tiles,)](
         grad_conv,
@@ -357,7 +355,7 @@ def _input_grad(
         KERNEL=layer.weight.shape[2],
         STRIDE=layer.stride,
         GELU=lower is not None and lower.gelu,
-        PRECISION=precision,
+        PRECISION=precision_of(grad_conv.dtype),
         BLOCK_M=blocks.m,
         BLOCK_N=blocks.n,
         BLOCK_K=blocks.k,
@@ -367,9 +365,13 @@ def _input_grad(
     return grad_x, lower_out
 
 
-def _weight_grad(layer: Layer, x: Tensor, grad_conv: Tensor, precision: str) -> Tensor:
+def _weight_grad(
+    layer: Layer,
+    x: Tensor,  # (N, C_in)
+    grad_conv: Tensor,  # (N_out, C_out)
+) -> Tensor:  # (C_out, C_in, K)
     """Shares of the frames in one kernel, and their sum in another: the order of additions is fixed."""
-    blocks = _weight_grad_blocks(x.dtype, precision, channels=layer.channels, window=layer.window)
+    blocks = _weight_grad_blocks(x.dtype, channels=layer.channels, window=layer.window)
     tiles = triton.cdiv(layer.channels, blocks.m) * triton.cdiv(layer.window, blocks.n)
     share = max(8 * blocks.k, triton.cdiv(layer.total, max(1, _PROGRAMS // tiles)))
     shares = triton.cdiv(layer.total, share)
@@ -387,7 +389,7 @@ def _weight_grad(layer: Layer, x: Tensor, grad_conv: Tensor, precision: str) -> 
         C_OUT=layer.channels,
         WINDOW=layer.window,
         STRIDE=layer.stride,
-        PRECISION=precision,
+        PRECISION=precision_of(x.dtype),
         BLOCK_M=blocks.m,
         BLOCK_N=blocks.n,
         BLOCK_K=blocks.k,
@@ -446,10 +448,12 @@ def strided_conv_fwd(
     """Output of the stack, and for the backward each layer's product (or nothing) and group norm statistics."""
     layers = _stack(weights, biases, norm_weights, norm_biases, cu_seqlens, totals, strides, norms, eps, activations)
     conv_outs, statistics = [], []
-    for i, layer in enumerate(layers):
-        x, conv_out, statistic = _forward(layer, x, save=save, first=i == 0)
-        conv_outs.append(conv_out)
-        statistics.append(statistic)
+    with torch.cuda.device_of(x):
+        is_kept = [save and _is_kept(x, i) for i in range(len(layers))]
+        for i, layer in enumerate(layers):
+            x, conv_out, statistic = _forward(layer, x, keep=is_kept[i], first=i == 0)
+            conv_outs.append(conv_out)
+            statistics.append(statistic)
     return x, conv_outs, statistics
 
 
@@ -473,67 +477,71 @@ def strided_conv_bwd(
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     """Gradients of x, weights, biases, norm weights and norm biases; (0,) for a parameter that is absent."""
     layers = _stack(weights, biases, norm_weights, norm_biases, cu_seqlens, totals, strides, norms, eps, activations)
-    precision = _precision(x.dtype)
-    grad_x = x.new_zeros((len(x) if needs_grad_x else 0, x.shape[1]))
-    grad_weights = [torch.zeros_like(weight, memory_format=torch.contiguous_format) for weight in weights]
-    rows = [RowGradients() for _ in layers]
-    if totals[-1] == 0:
-        return grad_x, grad_weights, *_parameter_gradients(layers, rows)
-    grad, grad_conv, is_through = grad_out, grad_out, False
-    for i in reversed(range(len(layers))):
-        layer = layers[i]
-        if not is_through:
-            windows = i == 0 and layer.has_windows and not needs_grad_x
-            frames = x if windows else conv_outs[i]
-            if i == 0 and x.shape[1] == 1 and not windows:
-                frames = x.new_empty((layer.total, layer.channels))
-                _convolve(layer, x, precision, conv_out=frames, out=None)
-            rows[i] = activate_backward(
-                layer,
-                frames,
-                statistics[i],
-                grad,
-                windows=windows,
-                precision=precision,
-                keep_activated=i + 1 < len(layers),
-            )
-        if rows[i].activated is not None:
-            grad_weights[i + 1] = _weight_grad(layers[i + 1], rows[i].activated, grad_conv, precision)
-        grad_conv = rows[i].conv_out
-        if i > 0:
-            below = layers[i - 1]
-            is_through = below.norm == "none" and below.bias is None and (i > 1 or x.shape[1] > 1)
-            grad, activated = _input_grad(
-                layer, grad_conv, below.total, precision, lower=below, conv_out=conv_outs[i - 1] if is_through else None
-            )
-            if is_through:
-                rows[i - 1] = RowGradients(grad, activated)
-    if rows[0].weight is not None:
-        grad_weights[0] = rows[0].weight
-    else:
-        grad_weights[0] = _weight_grad(layers[0], x, grad_conv, precision)
-    if needs_grad_x:
-        grad_x, _ = _input_grad(layers[0], grad_conv, len(x), precision)
-    grad_weights = [grad.to(x.dtype).contiguous() for grad in grad_weights]
-    return grad_x, grad_weights, *_parameter_gradients(layers, rows)
+    grad_x, grads = x.new_zeros((len(x) if needs_grad_x else 0, x.shape[1])), [RowGradients() for _ in layers]
+    if totals[-1] > 0:
+        with torch.cuda.device_of(x):
+            grads = _backward(layers, grad_out, x, conv_outs, statistics, windows=not needs_grad_x)
+            if grads[0].conv_out is not None:
+                grad_x = _input_grad(layers[0], grads[0].conv_out, len(x))[0] if needs_grad_x else grad_x
 
+    def like(parameters: Sequence[Tensor | None], found: Sequence[Tensor | None]) -> list[Tensor]:
+        pairs = zip(parameters, found, strict=True)
+        return [x.new_empty(0) if parameter is None else _like(parameter, grad) for parameter, grad in pairs]
 
-def _parameter_gradients(
-    layers: Sequence[Layer], rows: Sequence[RowGradients]
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Of biases, norm weights and norm biases, in the dtype of each."""
-
-    def like(parameter: Tensor | None, grad: Tensor | None, weight: Tensor) -> Tensor:
-        if parameter is None:
-            return weight.new_empty(0)
-        return torch.zeros_like(parameter) if grad is None else grad.to(parameter.dtype, copy=True)
-
-    pairs = list(zip(layers, rows, strict=True))
     return (
-        [like(layer.bias, row.bias, layer.weight) for layer, row in pairs],
-        [like(layer.norm_weight, row.norm_weight, layer.weight) for layer, row in pairs],
-        [like(layer.norm_bias, row.norm_bias, layer.weight) for layer, row in pairs],
+        grad_x,
+        like(weights, [grad.weight for grad in grads]),
+        like(biases, [grad.bias for grad in grads]),
+        like(norm_weights, [grad.norm_weight for grad in grads]),
+        like(norm_biases, [grad.norm_bias for grad in grads]),
     )
+
+
+def _like(parameter: Tensor, grad: Tensor | None) -> Tensor:
+    """The gradient in memory of its own, zero where no frame saw the parameter."""
+    out = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
+    return out if grad is None else out.copy_(grad)
+
+
+def _backward(
+    layers: Sequence[Layer],
+    grad_out: Tensor,  # (N_out, C_out)
+    x: Tensor,  # (N, C_in)
+    conv_outs: Sequence[Tensor],
+    statistics: Sequence[Tensor],
+    *,
+    windows: bool,
+) -> list[RowGradients]:
+    """All gradients of each layer, and of the first layer's product, unless `windows` let it do without."""
+
+    def through(i: int, grad: Tensor) -> RowGradients:
+        """From the output of layer i to its product."""
+        layer, is_kept, last = layers[i], _is_kept(x, i), i + 1 == len(layers)
+        if windows and not is_kept and layer.has_windows:
+            return activate_backward(layer, x, statistics[i], grad, windows=True, keep_activated=not last)
+        product = conv_outs[i] if is_kept else _convolve(layer, x, keep=True, activate=False)[0]
+        return activate_backward(layer, product, statistics[i], grad, windows=False, keep_activated=not last)
+
+    grads, row = [], through(len(layers) - 1, grad_out)
+    for i in reversed(range(1, len(layers))):
+        layer, below, grad_conv = layers[i], layers[i - 1], row.conv_out
+        assert grad_conv is not None
+        if below.norm == "none" and below.bias is None and _is_kept(x, i - 1):
+            row_below = RowGradients(*_input_grad(layer, grad_conv, below.total, below, conv_outs[i - 1]))
+        else:
+            row_below = through(i - 1, _input_grad(layer, grad_conv, below.total)[0])
+        assert row_below.activated is not None
+        weight = _weight_grad(layer, row_below.activated, grad_conv)
+        grads.append(row._replace(conv_out=None, activated=None, weight=weight))
+        row = row_below
+    if row.conv_out is not None:
+        row = row._replace(activated=None, weight=_weight_grad(layers[0], x, row.conv_out))
+    return [row, *reversed(grads)]
+
+
+def _is_kept(x: Tensor, i: int) -> bool:
+    """Whether the forward keeps the product of layer i, rather than the backward making it again."""
+    return i > 0 or x.shape[1] > 1
 
 
 def ahead_of_time_cases() -> dict[str, Callable[[], object]]:
@@ -577,9 +585,9 @@ def _forward_and_backward(
     vectors = [torch.zeros(len(weight)) for weight in weights]
     biases = [None if norm == "group" else vector for vector in vectors]
     norm_parameters = [None if name == "none" else vector for name, vector in zip(norms, vectors, strict=True)]
-    parameters = weights, biases, norm_parameters, norm_parameters
     count = len(weights)
-    geometry = (
+    parameters: list[Any] = [weights, biases, norm_parameters, norm_parameters]
+    geometry: list[Any] = [
         [torch.tensor([0, length], dtype=torch.int32) for length in lengths],
         lengths[1:],
         lengths[1:],
@@ -587,6 +595,8 @@ def _forward_and_backward(
         norms,
         [1e-5] * count,
         ["gelu"] * count,
-    )
-    out, conv_outs, statistics = strided_conv_fwd(x, *parameters, *geometry, True)
-    strided_conv_bwd(out, x, *parameters, conv_outs, statistics, *geometry, needs_grad_x)
+    ]
+    arguments: list[Any] = [x, *parameters, *geometry, True]
+    out, conv_outs, statistics = strided_conv_fwd(*arguments)
+    arguments = [out, x, *parameters, conv_outs, statistics, *geometry, needs_grad_x]
+    strided_conv_bwd(*arguments)
