@@ -86,6 +86,7 @@ def _fake_backward(
 define_op(
     "strided_conv",
     schemas=Schemas(_FORWARD, _BACKWARD, _fake_forward, _fake_backward),
+    triton_kernels="fastssl.ops.strided_conv.triton_kernel",
     native_cpu=("fastssl.ops.strided_conv.blocks", blocks.PARTS),
 )
 
@@ -246,7 +247,8 @@ def _run_stack(
     layouts = [layout]
     for layer, weight in zip(layers, weights, strict=True):
         layouts.append(layouts[-1].after_conv(weight.shape[2], layer.stride))
-    chosen = choose_backend("strided_conv", x, backend)
+    unsupported = {"triton": "float64 has no fast products on a GPU"} if x.dtype == torch.float64 else {}
+    chosen = choose_backend("strided_conv", x, backend, unsupported=unsupported)
     with torch.autocast(x.device.type, enabled=False):
         if chosen == "reference":
             for layer, weight, layer_layout in zip(layers, weights, layouts[:-1], strict=True):
