@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from fastssl import ops
 from fastssl.nn.attention import SelfAttention
 from fastssl.nn.linear import PackedLinear
+from fastssl.ops import _gemm
 from fastssl.packing import Layout, Packed
 
 
@@ -45,7 +46,14 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, D) to (N, D), frame by frame."""
         dropout_p = self.activation_dropout if self.training else 0.0
-        out: Tensor = self.output_dense(ops.bias_gelu_dropout(self.intermediate_dense(x), None, dropout_p=dropout_p))
+        dense = self.intermediate_dense
+        fp32 = x.dtype == dense.weight.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
+        if fp32 and dropout_p == 0 and not torch.is_grad_enabled() and _gemm.takes_onednn(x):
+            # Nothing asks for what GELU was applied to, so the product need not be written before it.
+            activated = _gemm.nt(x, dense.weight, dense.bias, gelu=True)
+        else:
+            activated = ops.bias_gelu_dropout(dense(x), None, dropout_p=dropout_p)
+        out: Tensor = self.output_dense(activated)
         return out
 
 
@@ -117,9 +125,7 @@ def _add_and_norm(branch: Tensor, residual: Tensor, norm: nn.LayerNorm, *, dropo
     )
 
 
-def _norm_and_sum(
-    branch: Tensor, residual: Tensor, norm: nn.LayerNorm, *, dropout_p: float
-) -> tuple[Tensor, Tensor]:
+def _norm_and_sum(branch: Tensor, residual: Tensor, norm: nn.LayerNorm, *, dropout_p: float) -> tuple[Tensor, Tensor]:
     return ops.dropout_add_layer_norm(
         branch, residual, weight=norm.weight, bias=norm.bias, eps=norm.eps, dropout_p=dropout_p, prenorm=True
     )

@@ -29,16 +29,19 @@ def nt(
     x: Tensor,  # (M, K)
     weight: Tensor,  # (N, K)
     bias: Tensor | None = None,  # (N,)
+    *,
+    gelu: bool = False,
 ) -> Tensor:  # (M, N)
-    """The product x @ weight.T, plus bias; the bits of a row do not depend on the other rows."""
+    """The product x @ weight.T, plus bias, through GELU; the bits of a row do not depend on the other rows."""
     rows = x.shape[0]
     onednn = takes_onednn(x)
     stable_rows = _STABLE_ROWS_ONEDNN if onednn else STABLE_ROWS
     if rows < stable_rows:
-        return nt(F.pad(x, (0, 0, 0, stable_rows - rows)), weight, bias)[:rows]
+        return nt(F.pad(x, (0, 0, 0, stable_rows - rows)), weight, bias, gelu=gelu)[:rows]
     if onednn:
-        return _onednn(x, weight, bias)
-    return F.linear(x, weight, bias)
+        return _onednn(x, weight, bias, "gelu" if gelu else "none")
+    out = F.linear(x, weight, bias)
+    return F.gelu(out) if gelu else out
 
 
 def nn(
@@ -63,23 +66,26 @@ def takes_onednn(x: Tensor) -> bool:
     return ONEDNN_IS_FASTER and x.device.type == "cpu" and x.dtype == torch.float32
 
 
-def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none") -> Tensor:
     # A weight that is neither row- nor column-major falls to a kernel a thousand times slower.
     if not (weight.is_contiguous() or weight.t().is_contiguous()):
         weight = weight.contiguous()
     if torch.compiler.is_compiling():
-        opaque: Tensor = torch.ops.fastssl_gemm.onednn(x, weight, bias)
+        opaque: Tensor = torch.ops.fastssl_gemm.onednn(x, weight, bias, activation)
         return opaque
-    return _onednn_kernel(x, weight, bias)
+    return _onednn_kernel(x, weight, bias, activation)
 
 
-def _onednn_kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+def _onednn_kernel(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    # The last argument is the algorithm of GELU: "none" is the exact one.
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], "none")
     return out
 
 
 # Inductor compiles oneDNN's product only where the weight is a constant; under a name it does not know it calls it.
 _LIBRARY = torch.library.Library("fastssl_gemm", "DEF")
-_LIBRARY.define("onednn(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+_LIBRARY.define("onednn(Tensor x, Tensor weight, Tensor? bias, str activation) -> Tensor")
 _LIBRARY.impl("onednn", _onednn_kernel, "CPU")
-torch.library.register_fake("fastssl_gemm::onednn", lambda x, weight, bias: x.new_empty(x.shape[0], weight.shape[0]))
+torch.library.register_fake(
+    "fastssl_gemm::onednn", lambda x, weight, bias, activation: x.new_empty(x.shape[0], weight.shape[0])
+)

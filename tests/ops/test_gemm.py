@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastssl.ops import _gemm
@@ -27,6 +28,8 @@ def test_products(library: bool, rows: int, inner: int, width: int) -> None:
     exact = [tensor.double() for tensor in (x, weight, bias, y)]
     nt, nn, tn = _gemm.nt(x, weight, bias), _gemm.nn(y, weight), _gemm.tn(y, x)
     assert_as_good_as(nt, x @ weight.t() + bias, exact[0] @ exact[1].t() + exact[2], "nt")
+    activated, sums = _gemm.nt(x, weight, bias, gelu=True), exact[0] @ exact[1].t() + exact[2]
+    assert_as_good_as(activated, F.gelu(x @ weight.t() + bias), F.gelu(sums), "nt, gelu")
     assert_as_good_as(nn, y @ weight, exact[3] @ exact[1], "nn")
     assert_as_good_as(tn, y.t() @ x, exact[3].t() @ exact[0], "tn")
 
@@ -38,12 +41,13 @@ def test_operands_may_be_views(library: bool) -> None:
     assert_as_good_as(_gemm.tn(grad, x), grad.t() @ x, grad.double().t() @ x.double(), "tn")
 
 
+@pytest.mark.parametrize("gelu", [False, True])
 @pytest.mark.parametrize(("inner", "width"), [(64, 48), (192, 130), (513, 16)])
-def test_bits_of_a_row_do_not_depend_on_the_others(library: bool, inner: int, width: int) -> None:
+def test_bits_of_a_row_do_not_depend_on_the_others(library: bool, inner: int, width: int, gelu: bool) -> None:
     x, weight = draw(400, inner), draw(width, inner)
-    everything = _gemm.nt(x, weight)
+    everything = _gemm.nt(x, weight, gelu=gelu)
     for rows in (1, 2, 3, 7, 11, 12, 13, 40, 111, 399):
-        assert torch.equal(_gemm.nt(x[5 : 5 + rows].clone(), weight), everything[5 : 5 + rows]), rows
+        assert torch.equal(_gemm.nt(x[5 : 5 + rows].clone(), weight, gelu=gelu), everything[5 : 5 + rows]), rows
 
 
 def test_compiles_without_a_graph_break(library: bool) -> None:
