@@ -1,5 +1,7 @@
 """The transformer over packed frames: positional convolution, layers, and the encoder that stacks them."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -208,8 +210,8 @@ class Transformer(nn.Module):
         return [Packed(state, layout) for state in states]
 
     def _pre_norm_states(self, x: Tensor, layout: Layout, keep: list[bool]) -> list[Tensor]:
-        norms = [layer.layer_norm for layer, kept in zip(self.layers, keep, strict=True) if kept] + [self.layer_norm]
-        following = iter(norms)
+        norms: list[Any] = [layer.layer_norm for layer, kept in zip(self.layers, keep, strict=True) if kept]
+        following = iter([*norms, self.layer_norm])
         normalised = next(following)(x)
         states = [x]
         for layer, kept in zip(self.layers, keep, strict=True):
