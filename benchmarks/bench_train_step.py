@@ -235,13 +235,11 @@ def _gradients(model: nn.Module, loss: Tensor, rename: Callable[[str], str] = la
 
 
 def _add_compiled(contenders: Contenders, device: torch.device, make: Callable[[], Entry]) -> None:
-    """Under torch.compile a training step of Transformers took 51 s to compile on two cores, and as long as before."""
+    """Under torch.compile 10 s of audio took 21 s to compile and 3.1 s per step on two cores, against 3.1 s without."""
     if device.type == "cuda":
         contenders.add("Transformers, torch.compile", *make())
     else:
-        contenders.skipped["Transformers, torch.compile"] = (
-            "on two cores it compiles for a minute and is then no faster"
-        )
+        contenders.skipped["Transformers, torch.compile"] = "on a CPU it is no faster once it is compiled"
 
 
 def _autocast(device: torch.device) -> torch.autocast:
