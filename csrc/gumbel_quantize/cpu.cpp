@@ -1,12 +1,13 @@
 // Straight-through Gumbel softmax on the CPU. Formulas and figures: fastssl/ops/gumbel_quantize/README.md.
 //
-// A row is the V logits of one frame and group. Rows are padded to whole vectors in a buffer that stays in the first-level
-// cache: logits with minus infinity, whose exp is 0. The forward never sees the temperature, and the backward draws the
-// noise again. No two threads write the same element, and no order of additions depends on the number of threads.
+// A row is the V logits of one frame and group. Rows are padded to whole vectors in a buffer that stays in the
+// first-level cache, with minus infinity, whose exp is 0. The forward never sees the temperature, and the backward draws
+// the noise again. No two threads write the same element, and no order of additions depends on the number of threads.
 
 #include <algorithm>
 #include <cstring>
 #include <limits>
+#include <numeric>
 #include <optional>
 #include <tuple>
 #include <type_traits>
@@ -20,7 +21,7 @@
 namespace fastssl {
 namespace {
 
-constexpr int64_t kLanes = 16;  // partial results, because the compiler may not reorder a floating-point sum by itself
+constexpr int kLanes = 16;  // partial results, because the compiler may not reorder a floating-point sum by itself
 constexpr int64_t kPadding = 32;  // rows in buffers have a multiple of so many elements
 constexpr int64_t kFramesPerTask = 16;
 
@@ -69,57 +70,113 @@ FASTSSL_INLINE void store(void* to, ScalarType dtype, int64_t offset, const acc_
   }
 }
 
-template <typename T>
+// kLanes partial results in registers, for any instruction set: a reduction has the same order of additions on all.
+template <Isa isa, typename T>
+struct Lanes {
+  static constexpr int kBytes = isa == Isa::kAvx512 ? 64 : isa == Isa::kAvx2 ? 32 : 16;
+  static constexpr int kVector = kBytes / sizeof(T);
+  static constexpr int kCount = kLanes / kVector;
+  typedef T Vector __attribute__((vector_size(kBytes)));
+  using Index = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
+  typedef Index Indices __attribute__((vector_size(kBytes)));
+};
+
+template <Isa isa, typename T>
 FASTSSL_INLINE T maximum(const T* x, int64_t count) {
-  T lanes[kLanes];
-  for (int64_t lane = 0; lane < kLanes; ++lane) {
-    lanes[lane] = x[lane];
-  }
+  using L = Lanes<isa, T>;
+  typename L::Vector best[L::kCount];
+  std::memcpy(best, x, sizeof(best));
   for (int64_t i = kLanes; i < count; i += kLanes) {
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-      lanes[lane] = x[i + lane] > lanes[lane] ? x[i + lane] : lanes[lane];
+#pragma GCC unroll 8
+    for (int j = 0; j < L::kCount; ++j) {
+      typename L::Vector value;
+      std::memcpy(&value, x + i + j * L::kVector, sizeof(value));
+      best[j] = value > best[j] ? value : best[j];
     }
   }
-  T result = lanes[0];
-  for (int64_t lane = 1; lane < kLanes; ++lane) {
-    result = lanes[lane] > result ? lanes[lane] : result;
-  }
-  return result;
+  T lanes[kLanes];
+  std::memcpy(lanes, best, sizeof(best));
+  return *std::max_element(lanes, lanes + kLanes);
 }
 
 // Where the largest element is, the first of equal ones.
-template <typename T>
+template <Isa isa, typename T>
 FASTSSL_INLINE int64_t first_maximum(const T* x, int64_t count) {
-  using Index = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
-  T lanes[kLanes];
+  using L = Lanes<isa, T>;
+  using Index = typename L::Index;
   Index index[kLanes];
-  for (int64_t lane = 0; lane < kLanes; ++lane) {
-    lanes[lane] = x[lane];
-    index[lane] = static_cast<Index>(lane);
+  for (int lane = 0; lane < kLanes; ++lane) {
+    index[lane] = lane;
   }
+  typename L::Vector best[L::kCount];
+  typename L::Indices current[L::kCount];
+  typename L::Indices found[L::kCount];
+  std::memcpy(best, x, sizeof(best));
+  std::memcpy(current, index, sizeof(current));
+  std::memcpy(found, index, sizeof(found));
   for (int64_t i = kLanes; i < count; i += kLanes) {
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-      const bool larger = x[i + lane] > lanes[lane];
-      lanes[lane] = larger ? x[i + lane] : lanes[lane];
-      index[lane] = larger ? static_cast<Index>(i + lane) : index[lane];
+#pragma GCC unroll 8
+    for (int j = 0; j < L::kCount; ++j) {
+      typename L::Vector value;
+      std::memcpy(&value, x + i + j * L::kVector, sizeof(value));
+      current[j] += static_cast<Index>(kLanes);
+      found[j] = value > best[j] ? current[j] : found[j];
+      best[j] = value > best[j] ? value : best[j];
     }
   }
-  int64_t best = 0;
-  for (int64_t lane = 1; lane < kLanes; ++lane) {
-    if (lanes[lane] > lanes[best] || (lanes[lane] == lanes[best] && index[lane] < index[best])) {
-      best = lane;
+  T lanes[kLanes];
+  std::memcpy(lanes, best, sizeof(best));
+  std::memcpy(index, found, sizeof(found));
+  int result = 0;
+  for (int lane = 1; lane < kLanes; ++lane) {
+    if (lanes[lane] > lanes[result] || (lanes[lane] == lanes[result] && index[lane] < index[result])) {
+      result = lane;
     }
   }
-  return index[best];
+  return index[result];
 }
 
-template <typename T>
-FASTSSL_INLINE T sum_of(const T* lanes) {
-  T sum = 0;
-  for (int64_t lane = 0; lane < kLanes; ++lane) {
-    sum += lanes[lane];
+template <Isa isa, typename T>
+FASTSSL_INLINE T sum_of(const T* x, int64_t count) {
+  using L = Lanes<isa, T>;
+  typename L::Vector sums[L::kCount] = {};
+  for (int64_t i = 0; i < count; i += kLanes) {
+#pragma GCC unroll 8
+    for (int j = 0; j < L::kCount; ++j) {
+      typename L::Vector value;
+      std::memcpy(&value, x + i + j * L::kVector, sizeof(value));
+      sums[j] += value;
+    }
   }
-  return sum;
+  T lanes[kLanes];
+  std::memcpy(lanes, sums, sizeof(sums));
+  return std::accumulate(lanes, lanes + kLanes, T(0));
+}
+
+template <Isa isa, typename T>
+FASTSSL_INLINE T dot_of(const T* x, const T* y, int64_t count) {
+  using L = Lanes<isa, T>;
+  typename L::Vector sums[L::kCount] = {};
+  for (int64_t i = 0; i < count; i += kLanes) {
+#pragma GCC unroll 8
+    for (int j = 0; j < L::kCount; ++j) {
+      typename L::Vector left, right;
+      std::memcpy(&left, x + i + j * L::kVector, sizeof(left));
+      std::memcpy(&right, y + i + j * L::kVector, sizeof(right));
+      sums[j] += left * right;
+    }
+  }
+  T lanes[kLanes];
+  std::memcpy(lanes, sums, sizeof(sums));
+  return std::accumulate(lanes, lanes + kLanes, T(0));
+}
+
+// x = exp((x - highest) * factor).
+template <typename T>
+FASTSSL_INLINE void exponentiate(T* x, T highest, T factor, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    x[i] = vector_exp((x[i] - highest) * factor);
+  }
 }
 
 // Everything about the logits and their noise that both directions read.
@@ -142,7 +199,8 @@ FASTSSL_INLINE void load_row(const Logits<acc_t>& logits, int64_t frame, int64_t
     plain[v] = -std::numeric_limits<acc_t>::infinity();
   }
   if (logits.seeds != nullptr) {
-    const uint64_t seed = static_cast<uint64_t>(logits.seeds[frame]) + static_cast<uint64_t>(group * logits.codes) * kGolden;
+    const uint64_t first_code = static_cast<uint64_t>(group * logits.codes);
+    const uint64_t seed = static_cast<uint64_t>(logits.seeds[frame]) + first_code * kGolden;
     for (int64_t v = 0; v < logits.padded_codes; ++v) {
       noisy[v] = plain[v] + static_cast<acc_t>(split_mix_gumbel(seed, static_cast<uint64_t>(v)));
     }
@@ -181,7 +239,7 @@ FASTSSL_INLINE void forward_tasks_body(const Forward<acc_t>* forward, int64_t fi
     for (int64_t frame = task * kFramesPerTask; frame < last_frame; ++frame) {
       for (int64_t group = 0; group < logits.groups; ++group) {
         load_row(logits, frame, group, plain, noisy);
-        const int64_t code = first_maximum(noisy, width);
+        const int64_t code = first_maximum<isa>(noisy, width);
         const int64_t row = frame * logits.groups + group;
         forward->codes[row] = code;
         std::memcpy(
@@ -189,15 +247,8 @@ FASTSSL_INLINE void forward_tasks_body(const Forward<acc_t>* forward, int64_t fi
             forward->codevectors + (group * logits.codes + code) * forward->vector_bytes,
             forward->vector_bytes);
 
-        const acc_t highest = maximum(plain, width);
-        acc_t lanes[kLanes] = {};
-        for (int64_t v = 0; v < width; v += kLanes) {
-          for (int64_t lane = 0; lane < kLanes; ++lane) {
-            plain[v + lane] = vector_exp(plain[v + lane] - highest);
-            lanes[lane] += plain[v + lane];
-          }
-        }
-        const acc_t scale = acc_t(1) / sum_of(lanes);
+        exponentiate(plain, maximum<isa>(plain, width), acc_t(1), width);
+        const acc_t scale = acc_t(1) / sum_of<isa>(plain, width);
         for (int64_t v = 0; v < width; ++v) {
           sums[group * width + v] += plain[v] * scale;
         }
@@ -207,14 +258,13 @@ FASTSSL_INLINE void forward_tasks_body(const Forward<acc_t>* forward, int64_t fi
 }
 FASTSSL_ISA_VARIANTS(forward_tasks)
 
-// The registers of an instruction set, and the tile of a matrix product whose sums fit into them.
+// The tile of a matrix product whose sums fit into the registers of an instruction set.
 template <Isa isa, typename acc_t>
 struct Tile {
-  static constexpr int kBytes = isa == Isa::kAvx512 ? 64 : isa == Isa::kAvx2 ? 32 : 16;
+  using Vector = typename Lanes<isa, acc_t>::Vector;
   static constexpr int kRows = isa == Isa::kAvx512 ? 12 : 6;
-  static constexpr int kVector = kBytes / sizeof(acc_t);
+  static constexpr int kVector = Lanes<isa, acc_t>::kVector;
   static constexpr int kColumns = 2 * kVector;
-  typedef acc_t Vector __attribute__((vector_size(kBytes)));
 };
 
 template <typename acc_t>
@@ -254,31 +304,16 @@ FASTSSL_INLINE void multiply(const acc_t* rows, const acc_t* panels, int64_t wid
 }
 
 // grad_logits of one row: two softmaxes by their Jacobians. `grad_soft` is the gradient of the one with noise.
-template <typename acc_t>
+template <Isa isa, typename acc_t>
 FASTSSL_INLINE void jacobian_row(
     acc_t* plain, acc_t* noisy, const acc_t* grad_soft, const acc_t* grad_sums, acc_t temperature, int64_t width) {
-  const acc_t highest = maximum(plain, width);
-  const acc_t highest_noisy = maximum(noisy, width);
   const acc_t coldness = acc_t(1) / temperature;
-  acc_t total[kLanes] = {};
-  acc_t total_noisy[kLanes] = {};
-  acc_t dot[kLanes] = {};
-  acc_t dot_noisy[kLanes] = {};
-  for (int64_t v = 0; v < width; v += kLanes) {
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-      const int64_t i = v + lane;
-      plain[i] = vector_exp(plain[i] - highest);
-      noisy[i] = vector_exp((noisy[i] - highest_noisy) * coldness);
-      total[lane] += plain[i];
-      total_noisy[lane] += noisy[i];
-      dot[lane] += plain[i] * grad_sums[i];
-      dot_noisy[lane] += noisy[i] * grad_soft[i];
-    }
-  }
-  const acc_t scale = acc_t(1) / sum_of(total);
-  const acc_t scale_noisy = acc_t(1) / sum_of(total_noisy);
-  const acc_t mean = sum_of(dot) * scale;
-  const acc_t mean_noisy = sum_of(dot_noisy) * scale_noisy;
+  exponentiate(plain, maximum<isa>(plain, width), acc_t(1), width);
+  exponentiate(noisy, maximum<isa>(noisy, width), coldness, width);
+  const acc_t scale = acc_t(1) / sum_of<isa>(plain, width);
+  const acc_t scale_noisy = acc_t(1) / sum_of<isa>(noisy, width);
+  const acc_t mean = dot_of<isa>(plain, grad_sums, width) * scale;
+  const acc_t mean_noisy = dot_of<isa>(noisy, grad_soft, width) * scale_noisy;
   for (int64_t i = 0; i < width; ++i) {
     plain[i] = plain[i] * scale * (grad_sums[i] - mean) +
         noisy[i] * (scale_noisy * coldness) * (grad_soft[i] - mean_noisy);
@@ -310,7 +345,7 @@ FASTSSL_INLINE void backward_frames_body(const Backward<acc_t>* backward, int64_
       multiply<isa>(rows, backward->codevectors + group * columns * width, width, columns, grad_soft);
       for (int64_t i = 0; i < frames; ++i) {
         load_row(logits, block + i, group, plain, noisy);
-        jacobian_row(
+        jacobian_row<isa>(
             plain,
             noisy,
             grad_soft + i * columns,
@@ -327,7 +362,8 @@ FASTSSL_ISA_VARIANTS(backward_frames)
 
 // Codevectors as `multiply` reads them: in panels of a tile's columns, transposed, with zeros behind the last code.
 template <Isa isa, typename acc_t>
-FASTSSL_INLINE void pack_panels_body(acc_t* panels, Elements codevectors, int64_t groups, int64_t codes, int64_t width) {
+FASTSSL_INLINE void pack_panels_body(
+    acc_t* panels, Elements codevectors, int64_t groups, int64_t codes, int64_t width) {
   constexpr int64_t kColumns = Tile<isa, acc_t>::kColumns;
   const int64_t columns = padded(codes);
   std::vector<acc_t> row(width);
