@@ -5,6 +5,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
+#include <limits>
 #include <tuple>
 #include <vector>
 
@@ -14,38 +16,68 @@
 namespace fastssl {
 namespace {
 
+constexpr int64_t kRowsAtOnce = 4;
+
 // Rows per task such that a task moves about 64 KiB: less is lost in the overhead of handing it out.
 int64_t rows_per_task(int64_t channels, int64_t element_size) {
   return std::max<int64_t>(1, 65536 / std::max<int64_t>(1, channels * element_size));
 }
 
 // The sequence that a packed row belongs to.
-int64_t sequence_of(int64_t row, const int32_t* begins, int64_t sequences) {
+FASTSSL_INLINE int64_t sequence_of(int64_t row, const int32_t* begins, int64_t sequences) {
   return std::upper_bound(begins, begins + sequences, row) - begins - 1;
 }
 
-template <Isa isa, typename scalar_t, typename acc_t>
-FASTSSL_INLINE void add_scaled_body(acc_t* sum, const scalar_t* row, acc_t scale, int64_t channels) {
+// to = (to +) the weighted sum of ROWS neighbouring rows.
+template <int ROWS, bool ADD, typename to_t, typename scalar_t, typename acc_t>
+FASTSSL_INLINE void combine(to_t* to, const scalar_t* rows, const acc_t* weights, int64_t channels) {
   for (int64_t c = 0; c < channels; ++c) {
-    sum[c] += scale * static_cast<acc_t>(row[c]);
+    acc_t sum = ADD ? static_cast<acc_t>(to[c]) : acc_t(0);
+#pragma GCC unroll 4
+    for (int row = 0; row < ROWS; ++row) {
+      sum += weights[row] * static_cast<acc_t>(rows[row * channels + c]);
+    }
+    to[c] = static_cast<to_t>(sum);
   }
 }
-FASTSSL_ISA_VARIANTS(add_scaled)
 
-template <Isa isa, typename scalar_t, typename acc_t>
-FASTSSL_INLINE void store_body(scalar_t* row, const acc_t* sum, int64_t channels) {
-  for (int64_t c = 0; c < channels; ++c) {
-    row[c] = static_cast<scalar_t>(sum[c]);
+template <bool ADD, typename to_t, typename scalar_t, typename acc_t>
+FASTSSL_INLINE void combine_up_to_four(
+    to_t* to, const scalar_t* rows, const acc_t* weights, int64_t count, int64_t channels) {
+  switch (count) {
+    case 1:
+      return combine<1, ADD>(to, rows, weights, channels);
+    case 2:
+      return combine<2, ADD>(to, rows, weights, channels);
+    case 3:
+      return combine<3, ADD>(to, rows, weights, channels);
+    default:
+      return combine<4, ADD>(to, rows, weights, channels);
   }
 }
-FASTSSL_ISA_VARIANTS(store)
 
-// grad . (current - next). Sixteen partial sums, because the compiler may not reorder a floating-point sum by itself.
-template <Isa isa, typename scalar_t>
-FASTSSL_INLINE auto dot_difference_body(
+// The weighted sum of any number of neighbouring rows, added one after the other. `sum` is room for one row.
+template <typename scalar_t, typename acc_t>
+FASTSSL_INLINE void weighted_sum(
+    scalar_t* to, acc_t* sum, const scalar_t* rows, const acc_t* weights, int64_t count, int64_t channels) {
+  if (count > 0 && count <= kRowsAtOnce) {
+    return combine_up_to_four<false>(to, rows, weights, count, channels);
+  }
+  std::fill(sum, sum + channels, acc_t(0));
+  for (int64_t row = 0; row < count; row += kRowsAtOnce) {
+    combine_up_to_four<true>(
+        sum, rows + row * channels, weights + row, std::min(count - row, kRowsAtOnce), channels);
+  }
+  for (int64_t c = 0; c < channels; ++c) {
+    to[c] = static_cast<scalar_t>(sum[c]);
+  }
+}
+
+// grad . (current - next), in partial sums, because the compiler may not reorder a floating-point sum by itself.
+template <typename scalar_t, typename acc_t = typename Accumulator<scalar_t>::type>
+FASTSSL_INLINE acc_t dot_difference(
     const scalar_t* grad, const scalar_t* current, const scalar_t* next, int64_t channels) {
-  using acc_t = typename Accumulator<scalar_t>::type;
-  constexpr int64_t kLanes = 16;
+  constexpr int64_t kLanes = 64;
   acc_t partial[kLanes] = {};
   int64_t c = 0;
   for (; c + kLanes <= channels; c += kLanes) {
@@ -54,16 +86,155 @@ FASTSSL_INLINE auto dot_difference_body(
           (static_cast<acc_t>(current[c + lane]) - static_cast<acc_t>(next[c + lane]));
     }
   }
-  acc_t sum = 0;
-  for (; c < channels; ++c) {
-    sum += static_cast<acc_t>(grad[c]) * (static_cast<acc_t>(current[c]) - static_cast<acc_t>(next[c]));
+  for (int64_t lane = 0; c + lane < channels; ++lane) {
+    partial[lane] += static_cast<acc_t>(grad[c + lane]) *
+        (static_cast<acc_t>(current[c + lane]) - static_cast<acc_t>(next[c + lane]));
   }
-  for (int64_t lane = 0; lane < kLanes; ++lane) {
-    sum += partial[lane];
+#pragma GCC unroll 8
+  for (int64_t half = kLanes / 2; half > 0; half /= 2) {
+    for (int64_t lane = 0; lane < half; ++lane) {
+      partial[lane] += partial[lane + half];
+    }
   }
-  return sum;
+  return partial[0];
 }
-FASTSSL_ISA_VARIANTS(dot_difference)
+
+struct Geometry {
+  const double* position;  // (N,)
+  const int32_t* begins;  // (B + 1,)
+  const int32_t* out_begins;  // (B + 1,)
+  int64_t sequences;
+  int64_t channels;
+  double threshold;
+};
+
+// How much of `slot` lies between two positions, in weight.
+FASTSSL_INLINE double overlap(const Geometry& geometry, double previous, double reached, double slot) {
+  return (std::min(reached, slot + 1) - std::max(previous, slot)) * geometry.threshold;
+}
+
+template <Isa isa, typename scalar_t>
+FASTSSL_INLINE void forward_rows_body(
+    const Geometry* geometry_pointer, const scalar_t* x, scalar_t* out, int64_t first_row, int64_t last_row) {
+  using acc_t = typename Accumulator<scalar_t>::type;
+  const Geometry geometry = *geometry_pointer;
+  std::vector<acc_t> sum(geometry.channels);
+  std::vector<acc_t> weights;
+  for (int64_t row = first_row; row < last_row; ++row) {
+    const int64_t sequence = sequence_of(row, geometry.out_begins, geometry.sequences);
+    const double* position = geometry.position;
+    const int64_t begin = geometry.begins[sequence];
+    const int64_t end = geometry.begins[sequence + 1];
+    const double slot = static_cast<double>(row - geometry.out_begins[sequence]);
+    const int64_t first = std::upper_bound(position + begin, position + end, slot) - position;
+    weights.clear();
+    for (int64_t t = first; t < end; ++t) {
+      const double previous = t == begin ? 0.0 : position[t - 1];
+      weights.push_back(static_cast<acc_t>(overlap(geometry, previous, position[t], slot)));
+      if (position[t] >= slot + 1) {
+        break;
+      }
+    }
+    const int64_t count = static_cast<int64_t>(weights.size());
+    weighted_sum(
+        out + row * geometry.channels,
+        sum.data(),
+        x + first * geometry.channels,
+        weights.data(),
+        count,
+        geometry.channels);
+  }
+}
+FASTSSL_ISA_VARIANTS(forward_rows)
+
+template <Isa isa, typename scalar_t>
+FASTSSL_INLINE void backward_rows_body(
+    const Geometry* geometry_pointer,
+    const scalar_t* grad_out,
+    const scalar_t* x,
+    scalar_t* grad_x,
+    double* grad_positions,
+    int64_t first_row,
+    int64_t last_row) {
+  using acc_t = typename Accumulator<scalar_t>::type;
+  const Geometry geometry = *geometry_pointer;
+  const int64_t channels = geometry.channels;
+  std::vector<acc_t> sum(channels);
+  std::vector<acc_t> weights;
+  for (int64_t t = first_row; t < last_row; ++t) {
+    const int64_t sequence = sequence_of(t, geometry.begins, geometry.sequences);
+    const int64_t fired = geometry.out_begins[sequence + 1] - geometry.out_begins[sequence];
+    const scalar_t* grads = grad_out + geometry.out_begins[sequence] * channels;
+    const double reached = geometry.position[t];
+    const double previous = t == geometry.begins[sequence] ? 0.0 : geometry.position[t - 1];
+    const int64_t first_slot = static_cast<int64_t>(previous);
+    const int64_t last_slot = static_cast<int64_t>(reached);
+    weights.clear();
+    for (int64_t slot = first_slot; slot <= std::min(last_slot, fired - 1); ++slot) {
+      weights.push_back(static_cast<acc_t>(overlap(geometry, previous, reached, static_cast<double>(slot))));
+    }
+    const int64_t count = static_cast<int64_t>(weights.size());
+    weighted_sum(
+        grad_x + t * channels, sum.data(), grads + first_slot * channels, weights.data(), count, channels);
+    // Where the slot fired, a later frame of the same sequence ended it, so row t + 1 exists.
+    grad_positions[t] = last_slot < fired
+        ? dot_difference(grads + last_slot * channels, x + t * channels, x + (t + 1) * channels, channels)
+        : acc_t(0);
+  }
+}
+FASTSSL_ISA_VARIANTS(backward_rows)
+
+// Positions where frames end, and how many output frames each sequence gives: NaN where a weight is not valid.
+std::tuple<Tensor, Tensor> scan(
+    const Tensor& weights,  // (N,)
+    const Tensor& cu_seqlens,  // (B + 1,)
+    double threshold) {
+  check_tensor(weights, "weights", 1, weights.scalar_type());
+  check_tensor(cu_seqlens, "cu_seqlens", 1, ScalarType::Int);
+  const int64_t sequences = cu_seqlens.size(0) - 1;
+  Tensor positions = torch::stable::new_empty(weights, {weights.size(0)}, ScalarType::Double);
+  Tensor fired = torch::stable::new_empty(weights, {sequences}, ScalarType::Double);
+  double* position = positions.mutable_data_ptr<double>();
+  double* count = fired.mutable_data_ptr<double>();
+  const int32_t* begins = cu_seqlens.const_data_ptr<int32_t>();
+  dispatch_floating(weights.scalar_type(), "integrate_and_fire", [&](auto tag) {
+    using scalar_t = decltype(tag);
+    const scalar_t* weight = weights.const_data_ptr<scalar_t>();
+    torch::stable::parallel_for(0, sequences, 4, [&](int64_t first_sequence, int64_t last_sequence) {
+      for (int64_t sequence = first_sequence; sequence < last_sequence; ++sequence) {
+        double sum = 0;
+        bool valid = true;
+        for (int64_t t = begins[sequence]; t < begins[sequence + 1]; ++t) {
+          const double value = static_cast<double>(weight[t]);
+          valid &= value >= 0 && value < std::numeric_limits<double>::infinity();
+          sum += value;
+          position[t] = sum / threshold;
+        }
+        count[sequence] = valid ? std::floor(sum / threshold) : std::numeric_limits<double>::quiet_NaN();
+      }
+    });
+  });
+  return {positions, fired};
+}
+
+Geometry geometry_of(
+    const Tensor& x,
+    const Tensor& positions,
+    const Tensor& cu_seqlens,
+    const Tensor& cu_seqlens_out,
+    double threshold) {
+  check_tensor(x, "x", 2, x.scalar_type());
+  check_tensor(positions, "positions", 1, ScalarType::Double);
+  check_tensor(cu_seqlens, "cu_seqlens", 1, ScalarType::Int);
+  check_tensor(cu_seqlens_out, "cu_seqlens_out", 1, ScalarType::Int);
+  return {
+      positions.const_data_ptr<double>(),
+      cu_seqlens.const_data_ptr<int32_t>(),
+      cu_seqlens_out.const_data_ptr<int32_t>(),
+      cu_seqlens.size(0) - 1,
+      x.size(1),
+      threshold};
+}
 
 Tensor forward(
     const Tensor& x,  // (N, C)
@@ -72,40 +243,15 @@ Tensor forward(
     const Tensor& cu_seqlens_out,  // (B + 1,)
     int64_t total_out,
     double threshold) {
-  check_tensor(x, "x", 2, x.scalar_type());
-  check_tensor(positions, "positions", 1, ScalarType::Double);
-  check_tensor(cu_seqlens, "cu_seqlens", 1, ScalarType::Int);
-  check_tensor(cu_seqlens_out, "cu_seqlens_out", 1, ScalarType::Int);
-  const int64_t channels = x.size(1);
-  Tensor out = torch::stable::new_empty(x, {total_out, channels});
-  const double* position = positions.const_data_ptr<double>();
-  const int32_t* begins = cu_seqlens.const_data_ptr<int32_t>();
-  const int32_t* out_begins = cu_seqlens_out.const_data_ptr<int32_t>();
-  const int64_t sequences = cu_seqlens.size(0) - 1;
-
+  Tensor out = torch::stable::new_empty(x, {total_out, x.size(1)});
+  const Geometry geometry = geometry_of(x, positions, cu_seqlens, cu_seqlens_out, threshold);
   dispatch_floating(x.scalar_type(), "integrate_and_fire", [&](auto tag) {
     using scalar_t = decltype(tag);
-    using acc_t = typename Accumulator<scalar_t>::type;
     const scalar_t* x_data = x.const_data_ptr<scalar_t>();
     scalar_t* out_data = out.mutable_data_ptr<scalar_t>();
     torch::stable::parallel_for(
-        0, total_out, rows_per_task(channels, sizeof(scalar_t)), [&](int64_t first_row, int64_t last_row) {
-          std::vector<acc_t> sum(channels);
-          for (int64_t row = first_row; row < last_row; ++row) {
-            const int64_t sequence = sequence_of(row, out_begins, sequences);
-            const int64_t begin = begins[sequence];
-            const int64_t end = begins[sequence + 1];
-            const double slot = static_cast<double>(row - out_begins[sequence]);
-            std::fill(sum.begin(), sum.end(), acc_t(0));
-            int64_t t = std::upper_bound(position + begin, position + end, slot) - position;
-            for (bool more = true; more && t < end; ++t) {
-              const double previous = t == begin ? 0.0 : position[t - 1];
-              const double overlap = std::min(position[t], slot + 1) - std::max(previous, slot);
-              add_scaled(sum.data(), x_data + t * channels, static_cast<acc_t>(overlap * threshold), channels);
-              more = position[t] < slot + 1;
-            }
-            store(out_data + row * channels, sum.data(), channels);
-          }
+        0, total_out, rows_per_task(x.size(1), sizeof(scalar_t)), [&](int64_t first_row, int64_t last_row) {
+          forward_rows(&geometry, x_data, out_data, first_row, last_row);
         });
   });
   return out;
@@ -118,55 +264,26 @@ std::tuple<Tensor, Tensor> backward(
     const Tensor& cu_seqlens,  // (B + 1,)
     const Tensor& cu_seqlens_out,  // (B + 1,)
     double threshold) {
-  check_tensor(x, "x", 2, x.scalar_type());
   check_tensor(grad_out, "grad_out", 2, x.scalar_type());
-  check_tensor(positions, "positions", 1, ScalarType::Double);
-  check_tensor(cu_seqlens, "cu_seqlens", 1, ScalarType::Int);
-  check_tensor(cu_seqlens_out, "cu_seqlens_out", 1, ScalarType::Int);
-  const int64_t channels = x.size(1);
   Tensor grad_x = torch::stable::empty_like(x);
   Tensor grad_weights = torch::stable::empty_like(positions);
-  const double* position = positions.const_data_ptr<double>();
-  const int32_t* begins = cu_seqlens.const_data_ptr<int32_t>();
-  const int32_t* out_begins = cu_seqlens_out.const_data_ptr<int32_t>();
-  const int64_t sequences = cu_seqlens.size(0) - 1;
+  const Geometry geometry = geometry_of(x, positions, cu_seqlens, cu_seqlens_out, threshold);
   double* grad_weights_data = grad_weights.mutable_data_ptr<double>();
-
   dispatch_floating(x.scalar_type(), "integrate_and_fire", [&](auto tag) {
     using scalar_t = decltype(tag);
-    using acc_t = typename Accumulator<scalar_t>::type;
     const scalar_t* x_data = x.const_data_ptr<scalar_t>();
     const scalar_t* grad_out_data = grad_out.const_data_ptr<scalar_t>();
     scalar_t* grad_x_data = grad_x.mutable_data_ptr<scalar_t>();
     torch::stable::parallel_for(
-        0, x.size(0), rows_per_task(channels, sizeof(scalar_t)), [&](int64_t first_row, int64_t last_row) {
-          std::vector<acc_t> sum(channels);
-          for (int64_t t = first_row; t < last_row; ++t) {
-            const int64_t sequence = sequence_of(t, begins, sequences);
-            const int64_t fired = out_begins[sequence + 1] - out_begins[sequence];
-            const scalar_t* grads = grad_out_data + out_begins[sequence] * channels;
-            const double previous = t == begins[sequence] ? 0.0 : position[t - 1];
-            const int64_t last_slot = static_cast<int64_t>(std::floor(position[t]));
-            std::fill(sum.begin(), sum.end(), acc_t(0));
-            for (int64_t slot = static_cast<int64_t>(std::floor(previous)); slot <= std::min(last_slot, fired - 1);
-                 ++slot) {
-              const double overlap = std::min(position[t], slot + 1.0) - std::max(previous, static_cast<double>(slot));
-              add_scaled(sum.data(), grads + slot * channels, static_cast<acc_t>(overlap * threshold), channels);
-            }
-            store(grad_x_data + t * channels, sum.data(), channels);
-            // Where the slot fired, a later frame of the same sequence ended it, so row t + 1 exists.
-            grad_weights_data[t] = last_slot < fired
-                ? dot_difference(
-                      grads + last_slot * channels, x_data + t * channels, x_data + (t + 1) * channels, channels)
-                : acc_t(0);
-          }
+        0, x.size(0), rows_per_task(x.size(1), sizeof(scalar_t)), [&](int64_t first_row, int64_t last_row) {
+          backward_rows(&geometry, grad_out_data, x_data, grad_x_data, grad_weights_data, first_row, last_row);
         });
   });
   // A weight moves its own frame's end and every later one: the gradient is the sum from its frame on.
-  torch::stable::parallel_for(0, sequences, 16, [&](int64_t first_sequence, int64_t last_sequence) {
+  torch::stable::parallel_for(0, geometry.sequences, 4, [&](int64_t first_sequence, int64_t last_sequence) {
     for (int64_t sequence = first_sequence; sequence < last_sequence; ++sequence) {
       double sum = 0;
-      for (int64_t t = begins[sequence + 1] - 1; t >= begins[sequence]; --t) {
+      for (int64_t t = geometry.begins[sequence + 1] - 1; t >= geometry.begins[sequence]; --t) {
         sum += grad_weights_data[t];
         grad_weights_data[t] = sum;
       }
@@ -179,6 +296,7 @@ std::tuple<Tensor, Tensor> backward(
 }  // namespace fastssl
 
 STABLE_TORCH_LIBRARY_IMPL(fastssl_native, CPU, m) {
+  m.impl("integrate_and_fire_scan", TORCH_BOX(&fastssl::scan));
   m.impl("integrate_and_fire_fwd", TORCH_BOX(&fastssl::forward));
   m.impl("integrate_and_fire_bwd", TORCH_BOX(&fastssl::backward));
 }

@@ -140,6 +140,18 @@ def define_op(
         BACKENDS[name][device] = tuple(present)
 
 
+def define_native(name: str, signature: str, fake: Callable[..., Any]) -> None:
+    """Define one more kernel that every compiled implementation of an op has, beside its forward and backward.
+
+    Args:
+        name: Of the kernel.
+        signature: Such as "(Tensor x) -> Tensor".
+        fake: Its shapes, for tracing.
+    """
+    _NATIVE.define(f"{name}{signature}")
+    torch.library.register_fake(f"fastssl_native::{name}", fake)
+
+
 def choose_backend(op: str, x: Tensor, backend: str | None, *, unsupported: dict[str, str] | None = None) -> str:
     """The backend that serves a call.
 

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastssl.ops._dispatch import Schemas, choose_backend, define_op
+from fastssl.ops._dispatch import Schemas, choose_backend, define_native, define_op
 from fastssl.ops.integrate_and_fire import reference
 from fastssl.packing import Layout
 
+_SCAN = "(Tensor weights, Tensor cu_seqlens, float threshold) -> (Tensor positions, Tensor fired)"
 _FORWARD = (
     "(Tensor x, Tensor positions, Tensor cu_seqlens, Tensor cu_seqlens_out, SymInt total_out, float threshold)"
     " -> Tensor"
@@ -19,6 +20,11 @@ _BACKWARD = (
     "(Tensor grad_out, Tensor x, Tensor positions, Tensor cu_seqlens, Tensor cu_seqlens_out, float threshold)"
     " -> (Tensor, Tensor)"
 )
+
+
+def _fake_scan(weights: Tensor, cu_seqlens: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    sequences = cu_seqlens.shape[0] - 1
+    return weights.new_empty(weights.shape, dtype=torch.float64), weights.new_empty(sequences, dtype=torch.float64)
 
 
 def _fake_forward(
@@ -37,6 +43,9 @@ define_op(
     "integrate_and_fire",
     schemas=Schemas(_FORWARD, _BACKWARD, _fake_forward, _fake_backward),
 )
+
+
+define_native("integrate_and_fire_scan", _SCAN, _fake_scan)
 
 
 class _IntegrateAndFire(torch.autograd.Function):
@@ -105,10 +114,12 @@ def integrate_and_fire(
     with torch.autocast(x.device.type, enabled=False):
         if chosen == "reference":
             positions = reference.fire_positions(weights, layout, threshold)
-            layout_out = _layout_after_firing(positions, weights, layout)
+            layout_out = _layout_after_firing(reference.fired(positions, weights, layout))
             return reference.integrate_and_fire(x, positions, layout, layout_out, threshold=threshold), layout_out
-        positions = reference.fire_positions(weights.detach(), layout, threshold)
-        layout_out = _layout_after_firing(positions, weights, layout)
+        positions, fired = torch.ops.fastssl_native.integrate_and_fire_scan(
+            weights.detach().contiguous(), layout.cu_seqlens, threshold
+        )
+        layout_out = _layout_after_firing(fired)
         out = fire(x, weights, positions, layout, layout_out, threshold=threshold)
     return out, layout_out
 
@@ -138,21 +149,17 @@ def fire(
     return out
 
 
-def _layout_after_firing(positions: Tensor, weights: Tensor, layout: Layout) -> Layout:
-    """Output frames of each utterance; reads them from the device together with the check of the weights."""
-    if layout.total == 0:
-        return Layout.from_lengths([0] * len(layout.lengths), device=positions.device)
-    weights, positions = weights.detach(), positions.detach()
-    # The last frame of an empty utterance is somebody else's; its count is set to 0 below.
-    fired = positions[(layout.cu_seqlens[1:] - 1).clamp(min=0)].floor()
-    valid = ((weights >= 0) & (weights < math.inf)).all()
-    *counts, all_valid = torch.cat((fired, valid.to(fired.dtype)[None])).tolist()
-    if not all_valid:
+def _layout_after_firing(fired: Tensor) -> Layout:
+    """Layout of as many frames as each utterance gives, which are read from the device: the one time it is waited for."""
+    counts = fired.tolist()
+    if any(math.isnan(count) for count in counts):
         raise ValueError("weights: must be finite and not negative")
     if sum(counts) > torch.iinfo(torch.int32).max:
         raise ValueError(f"weights: would fire {sum(counts):.3g} output frames")
-    lengths = [int(count) if length else 0 for count, length in zip(counts, layout.lengths, strict=True)]
-    return Layout.from_lengths(lengths, device=positions.device)
+    lengths = tuple(int(count) for count in counts)
+    # On the device from what is there: a copy from the host would make the host wait again.
+    cu_seqlens = torch.nn.functional.pad(fired.cumsum(0), (1, 0)).to(torch.int32)
+    return Layout(lengths, cu_seqlens, max(lengths, default=0), sum(lengths))
 
 
 def _check(x: Tensor, weights: Tensor, layout: Layout, threshold: float) -> None:

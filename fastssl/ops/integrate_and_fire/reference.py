@@ -25,6 +25,15 @@ def fire_positions(weights: Tensor, layout: Layout, threshold: float) -> Tensor:
     return Packed.from_padded(sums, layout.lengths).values / threshold
 
 
+def fired(positions: Tensor, weights: Tensor, layout: Layout) -> Tensor:
+    """How many output frames each utterance gives: (B,) float64, NaN where a weight is negative or not finite."""
+    weights, positions = weights.detach(), positions.detach()
+    valid = (weights >= 0) & (weights < torch.inf)
+    last = torch.where(valid, positions, torch.nan)
+    ends = Packed(last, layout).to_padded()
+    return ends.amax(1).floor() if layout.total > 0 else positions.new_zeros(len(layout.lengths))
+
+
 def integrate_and_fire(
     x: Tensor,  # (N, C)
     positions: Tensor,  # (N,)
