@@ -150,7 +150,7 @@ def fire(
 
 
 def _layout_after_firing(fired: Tensor) -> Layout:
-    """Layout of as many frames as each utterance gives, which are read from the device: the one time it is waited for."""
+    """Layout of as many frames as each utterance gives; reading them is the one time that the device is waited for."""
     counts = fired.tolist()
     if any(math.isnan(count) for count in counts):
         raise ValueError("weights: must be finite and not negative")
