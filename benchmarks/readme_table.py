@@ -34,8 +34,8 @@ def table(result: tuple[str, dict[str, Any]] | None) -> str:
     threads = f", {machine['threads']} threads" if content["device"] == "cpu" else ""
     lines = [
         f"{machine['device']}{threads}, torch {versions['torch']}, transformers {versions['transformers']}, commit "
-        f"{content['commit'][:7]} (`benchmarks/results/{name}`). Limits: the GEMMs of the valid audio by `aten::mm` and, in "
-        "fp32 on a CPU, by the fastest GEMM there is; a copy for integrate-and-fire.",
+        f"{content['commit'][:7]} (`benchmarks/results/{name}`). Limits: the GEMMs of the valid audio by "
+        "`aten::mm` and, in fp32 on a CPU, by the fastest GEMM there is; a copy for integrate-and-fire.",
         "",
         "| work | fastssl | fastest rival | rival / ours | peak memory | ours / limits | target |",
         "|---|---|---|---|---|---|---|",
