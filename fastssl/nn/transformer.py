@@ -208,11 +208,12 @@ class Transformer(nn.Module):
         return [Packed(state, layout) for state in states]
 
     def _pre_norm_states(self, x: Tensor, layout: Layout, keep: list[bool]) -> list[Tensor]:
-        norms = [layer.layer_norm for layer, kept in zip(self.layers, keep, strict=True) if kept] + [self.layer_norm]
-        following = iter(norms)
+        layers = [layer for layer in self.layers if isinstance(layer, TransformerLayer)]
+        norms = [layer.layer_norm for layer, kept in zip(layers, keep, strict=True) if kept]
+        following = iter([*norms, self.layer_norm])
         normalised = next(following)(x)
         states = [x]
-        for layer, kept in zip(self.layers, keep, strict=True):
+        for layer, kept in zip(layers, keep, strict=True):
             if kept:
                 x, normalised = layer.chain(x, normalised, layout, next(following))
             states.append(x)

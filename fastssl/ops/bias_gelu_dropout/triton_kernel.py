@@ -124,6 +124,7 @@ def bias_gelu_dropout_fwd(
     seed: Tensor | None,  # ()
     offset: int,
 ) -> Tensor:
+    """Dropout of GELU(x + bias)."""
     rows, width = x.shape
     out = torch.empty_like(x)
     blocks = _blocks(width)
@@ -154,6 +155,7 @@ def bias_gelu_dropout_bwd(
     seed: Tensor | None,  # ()
     offset: int,
 ) -> tuple[Tensor, Tensor]:
+    """Gradients of x and of the bias (empty without one)."""
     rows, width = x.shape
     grad_x = torch.empty_like(x)
     blocks = _blocks(width)
