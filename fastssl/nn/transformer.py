@@ -1,7 +1,5 @@
 """The transformer over packed frames: positional convolution, layers, and the encoder that stacks them."""
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -210,7 +208,7 @@ class Transformer(nn.Module):
         return [Packed(state, layout) for state in states]
 
     def _pre_norm_states(self, x: Tensor, layout: Layout, keep: list[bool]) -> list[Tensor]:
-        layers: list[Any] = list(self.layers)
+        layers = [layer for layer in self.layers if isinstance(layer, TransformerLayer)]
         norms = [layer.layer_norm for layer, kept in zip(layers, keep, strict=True) if kept]
         following = iter([*norms, self.layer_norm])
         normalised = next(following)(x)

@@ -157,10 +157,17 @@ def test_batch_mates_do_not_matter(backend: str, device: str, lengths: tuple[int
 def test_drops_what_the_specification_says(backend: str, device: str, width: int) -> None:
     x, zeros = torch.ones(9, width, device=device), torch.zeros(9, width, device=device)
     seed = SEED.to(device)
-    parameters = {"weight": zeros[0], "bias": zeros[0]}
     for offset in (0, 3, 2**32 - 2, 2**40):
         _, total = dropout_add_layer_norm(
-            x, zeros, **parameters, dropout_p=0.4, seed=seed, offset=offset, prenorm=True, backend=backend
+            x,
+            zeros,
+            weight=zeros[0],
+            bias=zeros[0],
+            dropout_p=0.4,
+            seed=seed,
+            offset=offset,
+            prenorm=True,
+            backend=backend,
         )
         expected = keep_mask(seed, (9, width), dropout_p=0.4, offset=offset) / 0.6
         torch.testing.assert_close(total, expected)

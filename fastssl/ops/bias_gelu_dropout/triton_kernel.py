@@ -124,7 +124,7 @@ def bias_gelu_dropout_fwd(
     seed: Tensor | None,  # ()
     offset: int,
 ) -> Tensor:
-    """The forward kernel, with the schema of op.py."""
+    """Dropout of GELU(x + bias)."""
     rows, width = x.shape
     out = torch.empty_like(x)
     blocks = _blocks(width)
@@ -155,7 +155,7 @@ def bias_gelu_dropout_bwd(
     seed: Tensor | None,  # ()
     offset: int,
 ) -> tuple[Tensor, Tensor]:
-    """The backward kernel, with the schema of op.py."""
+    """Gradients of x and of the bias (empty without one)."""
     rows, width = x.shape
     grad_x = torch.empty_like(x)
     blocks = _blocks(width)

@@ -21,7 +21,7 @@ _MAX_PROGRAMS = 1024
 def _sum_of_branches(
     x_ptr, residual_ptr, index, inside, keep, keep_scale, HAS_RESIDUAL: tl.constexpr, DROPOUT: tl.constexpr
 ):
-    """Residual + dropout(x) in fp32; without a residual `x` is the sum itself."""
+    """The sum of residual and dropout(x) in fp32; without a residual `x` is the sum itself."""
     x = tl.load(x_ptr + index, mask=inside, other=0).to(tl.float32)
     if HAS_RESIDUAL:
         if DROPOUT:
@@ -161,7 +161,7 @@ def dropout_add_layer_norm_fwd(
     offset: int,
     prenorm: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The forward kernel, with the schema of op.py."""
+    """The normalised sum, the sum (empty without `prenorm`), mean and 1 / standard deviation of its rows."""
     rows, width = x.shape
     out = torch.empty_like(x)
     total = x.new_empty(x.shape if prenorm else 0)
@@ -204,7 +204,7 @@ def dropout_add_layer_norm_bwd(
     seed: Tensor | None,  # ()
     offset: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The backward kernel, with the schema of op.py."""
+    """Gradients of x (empty without dropout), residual, weight and bias."""
     rows, width = x.shape
     grad_residual = torch.empty_like(x)
     grad_x = x.new_empty(x.shape if seed is not None else 0)
