@@ -125,8 +125,12 @@ FASTSSL_INLINE void round_columns_body(const float* x, int64_t ld, int64_t rows,
   for (int64_t row = 0; row < rows; ++row) {
     const float* __restrict from = x + row * ld;
     Half* __restrict to = reinterpret_cast<Half*>(out + row * (ld / 2));
-    for (int64_t column = 0; column < columns; ++column) {
+    const int64_t end = round_up(columns, kTileColumns);
+    for (int64_t column = 0; column < end; ++column) {
       to[column] = static_cast<uint16_t>(rounded_to_bfloat16(from[column]));
+    }
+    if (columns % 2 != 0) {
+      to[columns] = 0;
     }
   }
 }
@@ -146,11 +150,11 @@ FASTSSL_INLINE void round_rows_body(const float* x, int64_t ld, int64_t rows, in
 }
 FASTSSL_ISA_VARIANTS(round_rows)
 
-// Of a block that was computed, to be summed over its columns. Pairs go to `pairs`, in rows of ld / 2.
+// Of a block that was computed, to be summed over its columns; a zero after an odd last one. Pairs go to `pairs`, in rows of ld / 2.
 template <typename Operand, typename T>
 const Operand* along_columns(const T* x, int64_t ld, int64_t rows, int64_t columns, Operand* pairs) {
   if constexpr (kIsPair<Operand>) {
-    round_columns(x, ld, rows, round_up(columns, kTileColumns), pairs);
+    round_columns(x, ld, rows, columns, pairs);
     return pairs;
   } else {
     return x;

@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <limits>
 
 #include "../common/block_gemm.h"
 #include "../common/counter_random.h"
@@ -113,44 +114,59 @@ FASTSSL_INLINE void row_dots_body(
 }
 FASTSSL_ISA_VARIANTS(row_dots)
 
-// The largest of factor * x[i]
-template <Isa isa, typename T>
-FASTSSL_INLINE T row_maximum(const T* x, T factor, int64_t n) {
+struct Larger {
+  template <typename Vector>
+  FASTSSL_INLINE void operator()(Vector& most, const Vector& x) const {
+    most = x > most ? x : most;
+  }
+};
+
+struct Plus {
+  template <typename Vector>
+  FASTSSL_INLINE void operator()(Vector& sum, const Vector& x) const {
+    sum += x;
+  }
+};
+
+// Folds factor * x[i], i < n, into `identity`; x has room up to whole vectors.
+template <Isa isa, typename T, typename Fold>
+FASTSSL_INLINE T fold_row(const T* x, T factor, int64_t n, T identity, Fold fold) {
   using Vector = typename Simd<isa, T>::Vector;
   constexpr int kLanes = Simd<isa, T>::kLanes;
-  Vector most;
-  __builtin_memcpy(&most, x, sizeof(Vector));
-  most *= factor;
-  for (int64_t i = kLanes; i < n; i += kLanes) {
+  constexpr int kChains = 4;  // that do not wait for each other
+  const Vector start = Vector{} + identity;
+  Vector folded[kChains] = {start, start, start, start};
+  int64_t i = 0;
+  for (; i + kChains * kLanes <= n; i += kChains * kLanes) {
+#pragma GCC unroll 4
+    for (int chain = 0; chain < kChains; ++chain) {
+      Vector a;
+      __builtin_memcpy(&a, x + i + chain * kLanes, sizeof(Vector));
+      fold(folded[chain], a * factor);
+    }
+  }
+  for (; i < n; i += kLanes) {
     Vector a;
     __builtin_memcpy(&a, x + i, sizeof(Vector));
     a *= factor;
-    most = a > most ? a : most;
+    for (int lane = 0; lane < kLanes; ++lane) {
+      a[lane] = lane < n - i ? a[lane] : identity;
+    }
+    fold(folded[0], a);
   }
-  T result = most[0];
-#pragma GCC unroll 16
-  for (int lane = 1; lane < kLanes; ++lane) {
-    result = most[lane] > result ? most[lane] : result;
+  fold(folded[0], folded[1]);
+  fold(folded[2], folded[3]);
+  fold(folded[0], folded[2]);
+  T lanes[kLanes];
+  __builtin_memcpy(lanes, &folded[0], sizeof(Vector));
+#pragma GCC unroll 4
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+#pragma GCC unroll 8
+    for (int lane = 0; lane < half; ++lane) {
+      fold(lanes[lane], lanes[lane + half]);
+    }
   }
-  return result;
-}
-
-template <Isa isa, typename T>
-FASTSSL_INLINE T row_sum(const T* x, int64_t n) {
-  using Vector = typename Simd<isa, T>::Vector;
-  constexpr int kLanes = Simd<isa, T>::kLanes;
-  Vector sums = {};
-  for (int64_t i = 0; i < n; i += kLanes) {
-    Vector a;
-    __builtin_memcpy(&a, x + i, sizeof(Vector));
-    sums += a;
-  }
-  T sum = 0;
-#pragma GCC unroll 16
-  for (int lane = 0; lane < kLanes; ++lane) {
-    sum += sums[lane];
-  }
-  return sum;
+  return lanes[0];
 }
 
 // Adds the bias to the logits of a row, where there is one; returns the factor that is still to be applied.
@@ -168,25 +184,19 @@ FASTSSL_INLINE T add_bias(const Rows<T>& rows, int64_t row, int64_t columns, T* 
   return 1;
 }
 
-// Products of queries and keys -> exp(logit - the largest of the row), 0 where dropped and after the last key; also the
-// factors that make rows probabilities, and their logsumexp.
+// Products of queries and keys -> exp(logit - the largest of the row), 0 where dropped; also the factors that make rows
+// probabilities, and their logsumexp. What comes after the last key means nothing.
 template <Isa isa, typename T>
 FASTSSL_INLINE void softmax_body(Rows<T> rows, T* logits, int64_t ld, T* factors, T* logsumexp) {
   const int64_t columns = round_up(rows.keys, kPadding);
   for (int64_t row = 0; row < rows.queries; ++row) {
     T* __restrict x = logits + row * ld;
     const T factor = add_bias(rows, row, columns, x);
-    for (int64_t key = rows.keys; key < columns; ++key) {
-      x[key] = x[0];  // does not change the maximum
-    }
-    const T most = row_maximum<isa>(x, factor, columns);
+    const T most = fold_row<isa>(x, factor, rows.keys, -std::numeric_limits<T>::infinity(), Larger{});
     for (int64_t key = 0; key < columns; ++key) {
       x[key] = power_of_two(factor * x[key] - most);
     }
-    for (int64_t key = rows.keys; key < columns; ++key) {
-      x[key] = 0;
-    }
-    const T sum = row_sum<isa>(x, columns);
+    const T sum = fold_row<isa>(x, T(1), rows.keys, T(0), Plus{});
     logsumexp[row] = (most + std::log2(sum)) * static_cast<T>(kLnOf2);
     factors[row] = 1 / sum;
     if (rows.dropout_states != nullptr) {
