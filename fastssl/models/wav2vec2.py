@@ -167,8 +167,9 @@ class Wav2Vec2ForPreTraining(nn.Module):
             length=config.mask_time_length,
             min_spans=config.mask_time_min_masks,
         )
-        negatives = sample_negatives(mask, frames.layout, keys, count=config.num_negatives)
-        seeds = self._gumbel_seeds(mask, frames.layout, keys) if self.training else None
+        rows = mask.nonzero().squeeze(1)  # the host waits for the device, once: it must know M
+        negatives = sample_negatives(mask, frames.layout, keys, count=config.num_negatives, rows=rows)
+        seeds = self._gumbel_seeds(rows, frames.layout, keys) if self.training else None
         return self.compare(
             frames,
             mask=mask,
@@ -176,11 +177,11 @@ class Wav2Vec2ForPreTraining(nn.Module):
             gumbel_seeds=seeds,
             gumbel_temperature=gumbel_temperature,
             layer_drop=layer_drop,
+            rows=rows,
         )
 
-    def _gumbel_seeds(self, mask: Tensor, layout: Layout, keys: Tensor) -> Tensor:  # (M,)
+    def _gumbel_seeds(self, rows: Tensor, layout: Layout, keys: Tensor) -> Tensor:  # (M,) -> (M,)
         codes = self.quantizer.groups * self.quantizer.codes
-        rows = mask.nonzero().squeeze(1)
         return noise_seeds(keys[layout.sequence_ids[rows]], layout.positions[rows] * codes, stream=_STREAM_GUMBEL)
 
     def compare(
@@ -193,6 +194,7 @@ class Wav2Vec2ForPreTraining(nn.Module):
         gumbel_noise: Tensor | None = None,
         gumbel_seeds: Tensor | None = None,
         layer_drop: torch.Generator | None = None,
+        rows: Tensor | None = None,
     ) -> PretrainingOutput:
         """The objective (arXiv 2006.11477, equations 2 to 4) with everything random already drawn.
 
@@ -204,6 +206,7 @@ class Wav2Vec2ForPreTraining(nn.Module):
             gumbel_noise: (M, G * V) for the quantiser.
             gumbel_seeds: (M,) int64 from which it is drawn instead; neither for no noise.
             layer_drop: As in `forward`.
+            rows: (M,) int64, `mask.nonzero()`, from a caller who has it.
         """
         config = self.config
         layout = frames.layout
@@ -211,7 +214,7 @@ class Wav2Vec2ForPreTraining(nn.Module):
         masked_input = torch.where(mask.unsqueeze(1), self.wav2vec2.masked_spec_embed.to(projected.dtype), projected)
         features = self.wav2vec2.encoder(Packed(masked_input, layout), layer_drop=layer_drop)[-1]
 
-        rows = mask.nonzero().squeeze(1)  # (M,)
+        rows = mask.nonzero().squeeze(1) if rows is None else rows
         targets = self.dropout_features(normalised.index_select(0, rows))
         quantized = self.quantizer(targets, temperature=gumbel_temperature, noise=gumbel_noise, seeds=gumbel_seeds)
         losses, correct = ops.contrastive_loss(

@@ -64,6 +64,7 @@ def sample_negatives(
     keys: Tensor,  # (B,)
     *,
     count: int,
+    rows: Tensor | None = None,  # (M,)
 ) -> Tensor:  # (M, count)
     """Negatives of each masked frame, uniform with replacement from the other masked frames of its utterance.
 
@@ -72,6 +73,7 @@ def sample_negatives(
         layout: Frames of each utterance.
         keys: (B,) int64; the draws of an utterance depend on its key and its own masked frames alone.
         count: K, negatives per masked frame.
+        rows: (M,) int64, `mask.nonzero()`, from a caller who has it: to find it, the host waits for the device.
 
     Returns:
         (M, K) int64, for each of the M masked frames in order: rows among the masked frames, or -1 where the utterance
@@ -79,7 +81,7 @@ def sample_negatives(
     """
     before = torch.nn.functional.pad(mask.cumsum(0), (1, 0))  # (N + 1,) masked frames before each row
     first = before[layout.cu_seqlens.long()]  # (B + 1,) rows of each utterance among the masked
-    rows = mask.nonzero().squeeze(1)
+    rows = mask.nonzero().squeeze(1) if rows is None else rows
     sequence = layout.sequence_ids[rows]
     own = before[rows] - first[sequence]
     others = first.diff()[sequence] - 1

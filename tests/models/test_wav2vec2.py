@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastssl.models.encoder import Encoder, EncoderConfig, load_encoder
 from fastssl.models.wav2vec2 import PRESETS, Wav2Vec2Config, Wav2Vec2ForPreTraining
@@ -153,6 +154,26 @@ def test_sizes_of_presets() -> None:
     assert parameters["wav2vec2-base"] == pytest.approx(95.05, abs=0.05)
     assert parameters["wav2vec2-large"] == pytest.approx(317.4, abs=0.5)
     assert parameters["wav2vec2-tiny"] == pytest.approx(2.25, abs=0.05)
+
+
+class _DataDependentSizes(TorchDispatchMode):
+    """Counts what would make the host wait for a GPU to learn a size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        by_mask = func is torch.ops.aten.index.Tensor and any(i is not None and i.dtype == torch.bool for i in args[1])
+        self.count += by_mask or func in (torch.ops.aten.nonzero.default, torch.ops.aten.masked_select.default)
+        return func(*args, **(kwargs or {}))
+
+
+def test_masked_frames_are_looked_for_once() -> None:
+    model = make_model("group").train()
+    with _DataDependentSizes() as sizes:
+        model(waveforms_of(9_000), keys=utterance_keys(0, 3, torch.tensor([5])), gumbel_temperature=2.0)
+    assert sizes.count == 1
 
 
 @EVERY_VARIANT

@@ -36,10 +36,10 @@ def interpreted(backend: str, device: str) -> bool:
 
 
 def draw_case(case: str, backend: str, device: str) -> dict[str, Tensor]:
-    lengths, *others = CASES[case]
+    lengths, width, count, missing, codes = CASES[case]
     if interpreted(backend, device):
         lengths = tuple(-(-length // 8) for length in lengths)
-    return draw(lengths, *others)
+    return draw(lengths, width, count, missing, codes)
 
 
 def draw(
@@ -157,7 +157,7 @@ def test_compile(backend: str, device: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("backend", "device"), [it for it in implementations("contrastive_loss") if not interpreted(*it.values)]
+    ("backend", "device"), [it for it in implementations("contrastive_loss") if it.id != "triton-cpu"]
 )
 @settings(max_examples=25, deadline=None)
 @given(
