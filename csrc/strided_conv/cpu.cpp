@@ -14,28 +14,18 @@
 
 #include "../common/isa.h"
 #include "../common/tensor_checks.h"
-#include "../common/vector_math.h"
+#include "rows.h"
 
 namespace fastssl {
 namespace {
 
-// Rows per task: enough to pay for handing it out, few enough to sum in fp32.
-constexpr int64_t kSegmentRows = 64;
+using namespace strided_conv;
+
 // Rows of the first layer's gradient that are kept in the L1 cache until they are multiplied with their windows.
 constexpr int64_t kStripRows = 8;
-constexpr int64_t kLanes = 16;
-
-// Consecutive grid rows of one sequence.
-struct Segment {
-  int64_t sequence;
-  int64_t first_frame;
-  int64_t frames;  // rows that hold a frame: they come first
-  int64_t rows;
-  int64_t block_row;  // of the first frame, within the block
-};
 
 std::vector<Segment> cut_into_segments(
-    const Tensor& grid, const Tensor& cu_seqlens, int64_t first_row, int64_t rows, int64_t segment_rows) {
+    const Tensor& grid, const Tensor& cu_seqlens, int64_t first_row, int64_t rows) {
   check_tensor(grid, "grid", 1, ScalarType::Int);
   check_tensor(cu_seqlens, "cu_seqlens", 1, ScalarType::Int);
   const int32_t* begins = grid.const_data_ptr<int32_t>();
@@ -49,7 +39,7 @@ std::vector<Segment> cut_into_segments(
     // Rows after the last sequence belong to nobody.
     const bool nobody = sequence >= sequences;
     const int64_t end = nobody ? last_row : std::min<int64_t>(last_row, begins[sequence + 1]);
-    const int64_t stop = std::min(end, row + segment_rows);
+    const int64_t stop = std::min(end, row + kSegmentRows);
     if (stop > row) {
       const int64_t first_frame = nobody ? 0 : row - begins[sequence];
       const int64_t length = nobody ? 0 : packed_begins[sequence + 1] - packed_begins[sequence];
@@ -62,26 +52,10 @@ std::vector<Segment> cut_into_segments(
   return segments;
 }
 
-enum class Norm { kNone, kGroup, kLayer };
-
 Norm parse_norm(const std::string& norm) {
   STD_TORCH_CHECK(norm == "none" || norm == "group" || norm == "layer", "norm: must be none, group or layer");
   return norm == "none" ? Norm::kNone : norm == "group" ? Norm::kGroup : Norm::kLayer;
 }
-
-// What a layer does to the output of its convolution. Parameters that it lacks are 0 and 1.
-template <typename acc_t>
-struct Layer {
-  int64_t channels;
-  Norm norm;
-  bool gelu;
-  acc_t eps;
-  const acc_t* bias;  // (C,)
-  const acc_t* norm_weight;  // (C,)
-  const acc_t* norm_bias;  // (C,)
-  const acc_t* mean;  // (B, C), group norm only
-  const acc_t* rstd;  // (B, C), group norm only
-};
 
 template <typename acc_t>
 Layer<acc_t> make_layer(
@@ -104,206 +78,6 @@ Layer<acc_t> make_layer(
   return {channels, kind, gelu, static_cast<acc_t>(eps), rows, rows + channels, rows + 2 * channels, mean, rstd};
 }
 
-// Partial sums per lane, because the compiler may not reorder a floating-point sum by itself.
-template <typename acc_t, typename Term>
-FASTSSL_INLINE acc_t sum_over(int64_t count, const Term& term) {
-  acc_t partial[kLanes] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-      partial[lane] += term(i + lane);
-    }
-  }
-  acc_t sum = 0;
-  for (; i < count; ++i) {
-    sum += term(i);
-  }
-  for (int64_t lane = 0; lane < kLanes; ++lane) {
-    sum += partial[lane];
-  }
-  return sum;
-}
-
-// standard = (z + bias - mean) * rstd, or z + bias where there is no norm. Returns the rstd of layer norm.
-template <typename scalar_t, typename acc_t>
-FASTSSL_INLINE acc_t standardise(const Layer<acc_t>& layer, int64_t sequence, const scalar_t* z, acc_t* standard) {
-  const int64_t channels = layer.channels;
-  const acc_t* bias = layer.bias;
-  if (layer.norm == Norm::kGroup) {
-    const acc_t* mean = layer.mean + sequence * channels;
-    const acc_t* rstd = layer.rstd + sequence * channels;
-    for (int64_t c = 0; c < channels; ++c) {
-      standard[c] = (static_cast<acc_t>(z[c]) + bias[c] - mean[c]) * rstd[c];
-    }
-    return 1;
-  }
-  for (int64_t c = 0; c < channels; ++c) {
-    standard[c] = static_cast<acc_t>(z[c]) + bias[c];
-  }
-  if (layer.norm == Norm::kNone) {
-    return 1;
-  }
-  const acc_t mean = sum_over<acc_t>(channels, [=](int64_t c) { return standard[c]; }) / channels;
-  const acc_t variance = sum_over<acc_t>(channels, [=](int64_t c) {
-    const acc_t centred = standard[c] - mean;
-    return centred * centred;
-  }) / channels;
-  const acc_t rstd = 1 / std::sqrt(variance + layer.eps);
-  for (int64_t c = 0; c < channels; ++c) {
-    standard[c] = (standard[c] - mean) * rstd;
-  }
-  return rstd;
-}
-
-template <typename scalar_t, typename acc_t>
-FASTSSL_INLINE void activate(const Layer<acc_t>& layer, const acc_t* standard, scalar_t* out) {
-  const acc_t* weight = layer.norm_weight;
-  const acc_t* bias = layer.norm_bias;
-  if (layer.gelu) {
-    for (int64_t c = 0; c < layer.channels; ++c) {
-      out[c] = static_cast<scalar_t>(gelu(standard[c] * weight[c] + bias[c]));
-    }
-  } else {
-    for (int64_t c = 0; c < layer.channels; ++c) {
-      out[c] = static_cast<scalar_t>(standard[c] * weight[c] + bias[c]);
-    }
-  }
-}
-
-// Gradient of what the activation took.
-template <typename scalar_t, typename acc_t>
-FASTSSL_INLINE void activate_backward(
-    const Layer<acc_t>& layer, const acc_t* standard, const scalar_t* grad_out, acc_t* grad) {
-  const acc_t* weight = layer.norm_weight;
-  const acc_t* bias = layer.norm_bias;
-  if (layer.gelu) {
-    for (int64_t c = 0; c < layer.channels; ++c) {
-      grad[c] = static_cast<acc_t>(grad_out[c]) * gelu_derivative(standard[c] * weight[c] + bias[c]);
-    }
-  } else {
-    for (int64_t c = 0; c < layer.channels; ++c) {
-      grad[c] = static_cast<acc_t>(grad_out[c]);
-    }
-  }
-}
-
-// In place, from the gradient of what the activation took to that of the convolution; adds the gradients of the norm's
-// parameters to `sums` (3, C), whose first row is the bias's and not touched here.
-template <typename acc_t>
-FASTSSL_INLINE void layer_norm_backward(
-    const Layer<acc_t>& layer, const acc_t* standard, acc_t rstd, acc_t* grad, acc_t* sums) {
-  const int64_t channels = layer.channels;
-  const acc_t* weight = layer.norm_weight;
-  acc_t* sum_weight = sums + channels;
-  acc_t* sum_bias = sums + 2 * channels;
-  for (int64_t c = 0; c < channels; ++c) {
-    sum_weight[c] += grad[c] * standard[c];
-    sum_bias[c] += grad[c];
-    grad[c] *= weight[c];
-  }
-  const acc_t mean = sum_over<acc_t>(channels, [=](int64_t c) { return grad[c]; }) / channels;
-  const acc_t slope = sum_over<acc_t>(channels, [=](int64_t c) { return grad[c] * standard[c]; }) / channels;
-  for (int64_t c = 0; c < channels; ++c) {
-    grad[c] = rstd * (grad[c] - mean - standard[c] * slope);
-  }
-}
-
-// 64 bytes of numbers, which every instruction set cuts into registers of its own.
-template <typename T>
-struct Vector {
-  typedef T type __attribute__((vector_size(64), aligned(sizeof(T)), may_alias));
-};
-
-// z = window . taps, the first layer's convolution at one frame. Four vectors of channels stay in registers.
-template <typename acc_t>
-FASTSSL_INLINE void window_product(
-    const acc_t* taps,  // (K, C)
-    const acc_t* window,  // (K,)
-    int64_t kernel,
-    int64_t channels,
-    acc_t* z) {
-  using vector_t = typename Vector<acc_t>::type;
-  constexpr int64_t kWidth = 64 / sizeof(acc_t);
-  int64_t c = 0;
-  for (; c + 4 * kWidth <= channels; c += 4 * kWidth) {
-    vector_t sum_0{}, sum_1{}, sum_2{}, sum_3{};
-    for (int64_t k = 0; k < kernel; ++k) {
-      const vector_t* row = reinterpret_cast<const vector_t*>(taps + k * channels + c);
-      sum_0 += row[0] * window[k];
-      sum_1 += row[1] * window[k];
-      sum_2 += row[2] * window[k];
-      sum_3 += row[3] * window[k];
-    }
-    vector_t* out = reinterpret_cast<vector_t*>(z + c);
-    out[0] = sum_0;
-    out[1] = sum_1;
-    out[2] = sum_2;
-    out[3] = sum_3;
-  }
-  for (; c < channels; ++c) {
-    acc_t sum = 0;
-    for (int64_t k = 0; k < kernel; ++k) {
-      sum += taps[k * channels + c] * window[k];
-    }
-    z[c] = sum;
-  }
-}
-
-// sums[k] += sum over rows of grad[row] * window_row[k], the gradient of the first layer's taps.
-template <typename acc_t>
-FASTSSL_INLINE void add_window_gradients(
-    const acc_t* grad,  // (rows, C)
-    const acc_t* windows,  // window of row r at r * stride
-    int64_t rows,
-    int64_t kernel,
-    int64_t stride,
-    int64_t channels,
-    acc_t* sums) {  // (K, C)
-  using vector_t = typename Vector<acc_t>::type;
-  constexpr int64_t kWidth = 64 / sizeof(acc_t);
-  int64_t c = 0;
-  for (; c + 4 * kWidth <= channels; c += 4 * kWidth) {
-    for (int64_t k = 0; k < kernel; ++k) {
-      vector_t* sum = reinterpret_cast<vector_t*>(sums + k * channels + c);
-      vector_t sum_0 = sum[0], sum_1 = sum[1], sum_2 = sum[2], sum_3 = sum[3];
-      for (int64_t r = 0; r < rows; ++r) {
-        const vector_t* row = reinterpret_cast<const vector_t*>(grad + r * channels + c);
-        const acc_t sample = windows[r * stride + k];
-        sum_0 += row[0] * sample;
-        sum_1 += row[1] * sample;
-        sum_2 += row[2] * sample;
-        sum_3 += row[3] * sample;
-      }
-      sum[0] = sum_0;
-      sum[1] = sum_1;
-      sum[2] = sum_2;
-      sum[3] = sum_3;
-    }
-  }
-  for (; c < channels; ++c) {
-    for (int64_t k = 0; k < kernel; ++k) {
-      for (int64_t r = 0; r < rows; ++r) {
-        sums[k * channels + c] += grad[r * channels + c] * windows[r * stride + k];
-      }
-    }
-  }
-}
-
-// Where the rows of the convolution come from: memory, or for the first layer the waveform.
-template <typename scalar_t, typename acc_t>
-struct Source {
-  const scalar_t* data;
-  const int32_t* begins;  // of the sequences in `data`; nullptr: `data` is the block itself
-  const acc_t* taps;  // (K, C) of the first layer
-  int64_t kernel;  // 0: `data` holds rows
-  int64_t stride;
-
-  // Numbers that a task needs for the windows of a segment.
-  int64_t window_numbers() const {
-    return kernel == 0 ? 0 : (kSegmentRows - 1) * stride + kernel;
-  }
-};
-
 template <typename scalar_t, typename acc_t>
 Source<scalar_t, acc_t> make_source(
     const Tensor& source, const std::optional<Tensor>& begins, const Tensor& taps, int64_t stride) {
@@ -311,44 +85,6 @@ Source<scalar_t, acc_t> make_source(
   const int32_t* begins_data = begins ? begins->template const_data_ptr<int32_t>() : nullptr;
   return {source.const_data_ptr<scalar_t>(), begins_data, taps.const_data_ptr<acc_t>(), taps.size(0), stride};
 }
-
-// Prepares the windows of a segment.
-template <typename scalar_t, typename acc_t>
-FASTSSL_INLINE void load_windows(const Source<scalar_t, acc_t>& source, const Segment& segment, acc_t* windows) {
-  const scalar_t* samples =
-      source.data + source.begins[segment.sequence] + segment.first_frame * source.stride;
-  const int64_t count = (segment.frames - 1) * source.stride + source.kernel;
-  for (int64_t i = 0; i < count; ++i) {
-    windows[i] = static_cast<acc_t>(samples[i]);
-  }
-}
-
-// One frame of a segment, standardised. Returns the rstd of layer norm.
-template <typename scalar_t, typename acc_t>
-FASTSSL_INLINE acc_t standardise_frame(
-    const Source<scalar_t, acc_t>& source,
-    const Layer<acc_t>& layer,
-    const Segment& segment,
-    int64_t frame,
-    const acc_t* windows,
-    acc_t* standard) {
-  if (source.kernel > 0) {
-    window_product(source.taps, windows + frame * source.stride, source.kernel, layer.channels, standard);
-    return standardise(layer, segment.sequence, standard, standard);
-  }
-  const int64_t row =
-      source.begins ? source.begins[segment.sequence] + segment.first_frame + frame : segment.block_row + frame;
-  return standardise(layer, segment.sequence, source.data + row * layer.channels, standard);
-}
-
-// Where a row of the result goes: into the windows of the next layer that see it.
-template <typename scalar_t>
-struct Windows {
-  scalar_t* data;  // (count, kernel * C)
-  int64_t count;
-  int64_t kernel;
-  int64_t stride;
-};
 
 template <Isa isa, typename scalar_t, typename acc_t>
 FASTSSL_INLINE void forward_segment_body(
@@ -408,7 +144,7 @@ void epilogue_forward(
     double eps,
     const std::string& activation) {
   check_tensor(out, "out", 2, source.scalar_type());
-  const std::vector<Segment> segments = cut_into_segments(grid, cu_seqlens, first_row, rows, kSegmentRows);
+  const std::vector<Segment> segments = cut_into_segments(grid, cu_seqlens, first_row, rows);
   const int32_t* packed_begins = cu_seqlens.const_data_ptr<int32_t>();
   dispatch_floating(source.scalar_type(), "strided_conv", [&](auto tag) {
     using scalar_t = decltype(tag);
@@ -429,32 +165,6 @@ void epilogue_forward(
       }
     });
   });
-}
-
-// Gradients of a block's rows as the next layer's products leave them: the gradient of row u * phases + p is in `first`
-// where p < first_phases, in `second` where it is less than second_phases more, and zero where no window reaches.
-template <typename scalar_t>
-struct Gradients {
-  const scalar_t* first;
-  const scalar_t* second;
-  int64_t first_phases;
-  int64_t second_phases;
-  int64_t phases;
-  int64_t channels;
-  const scalar_t* zeros;  // (C,)
-};
-
-template <typename scalar_t>
-FASTSSL_INLINE const scalar_t* gradient_row(const Gradients<scalar_t>& grads, int64_t row) {
-  const int64_t u = row / grads.phases;
-  const int64_t phase = row - u * grads.phases;
-  if (phase < grads.first_phases) {
-    return grads.first + (u * grads.first_phases + phase) * grads.channels;
-  }
-  if (phase < grads.first_phases + grads.second_phases) {
-    return grads.second + (u * grads.second_phases + phase - grads.first_phases) * grads.channels;
-  }
-  return grads.zeros;
 }
 
 // A row block of the backward: writes the gradient of the convolution to `grad_conv` unless that is nullptr, and the
@@ -542,7 +252,7 @@ void epilogue_backward(
     const std::string& norm,
     double eps,
     const std::string& activation) {
-  const std::vector<Segment> segments = cut_into_segments(grid, cu_seqlens, first_row, rows, kSegmentRows);
+  const std::vector<Segment> segments = cut_into_segments(grid, cu_seqlens, first_row, rows);
   const int32_t* packed_begins = cu_seqlens.const_data_ptr<int32_t>();
   STD_TORCH_CHECK(grad_conv || sums, "grad_conv and sums: nothing to compute");
   STD_TORCH_CHECK(sums || (taps.size(0) == 0 && norm == "none"), "sums: needed for the first layer and for layer norm");
