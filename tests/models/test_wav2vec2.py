@@ -159,7 +159,9 @@ def test_sizes_of_presets() -> None:
 class _DataDependentSizes(TorchDispatchMode):
     """Counts what would make the host wait for a GPU to learn a size."""
 
-    count = 0
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         by_mask = func is torch.ops.aten.index.Tensor and any(i is not None and i.dtype == torch.bool for i in args[1])
