@@ -160,7 +160,7 @@ class _DataDependentSizes(TorchDispatchMode):
     """Counts what would make the host wait for a GPU to learn a size."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
