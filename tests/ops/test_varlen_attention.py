@@ -68,10 +68,25 @@ def run(case: str, inputs: dict[str, Tensor], backend: str | None = None) -> Ten
     )
 
 
+#: The same for the CPU kernel, whose blocks are 48 queries and 192 keys in tiles of 6 by 16: lengths and widths below,
+#: at and above them; and 300 frames with everything on, which is two blocks of keys and reaches beyond R.
+BLOCK_CASES: dict[str, tuple[tuple[int, ...], int, int, dict[str, Any]]] = {
+    "queries": ((47, 48, 49), 2, 64, {}),
+    "keys": ((191, 192, 193), 1, 64, {"reach": 200, "gated": True}),
+    "widths_odd": ((97, 5), 2, 33, {"reach": 30, "dropout_p": 0.2}),
+    "widths_wide": ((50, 17), 1, 130, {"scale": -0.1}),
+    "chunks": ((385,), 1, 16, {"reach": 3}),
+    "long": ((300, 1), 2, 64, {"reach": 100, "gated": True, "dropout_p": 0.1}),
+}
+CASES_OF_ALL = tuple(CASES)
+CASES |= BLOCK_CASES
+
+
 def every_case(*dtypes: torch.dtype, with_torch: bool) -> pytest.MarkDecorator:
     """Every case on every implementation, less what PyTorch's own kernel has no argument or dtype for."""
     parameters = []
-    for case, (lengths, _, _, options) in CASES.items():
+    for case in CASES_OF_ALL:
+        lengths, _, _, options = CASES[case]
         for implementation in implementations("varlen_attention"):
             backend, device = implementation.values
             for dtype in dtypes:
@@ -108,6 +123,58 @@ def test_backward(case: str, backend: str, device: str, dtype: torch.dtype) -> N
         dtype=dtype,
         backward=True,
     )
+
+
+native_cpu = pytest.mark.skipif(
+    "native" not in _dispatch.BACKENDS["varlen_attention"]["cpu"], reason="the compiled CPU module is not there"
+)
+
+
+@native_cpu
+@pytest.mark.parametrize("case", BLOCK_CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_blocks_of_the_cpu_kernel(case: str, dtype: torch.dtype) -> None:
+    for backward in (False, True):
+        check_against_reference(
+            lambda inputs, name: run(case, inputs, name),
+            make_inputs(case),
+            backend="native",
+            device="cpu",
+            dtype=dtype,
+            backward=backward,
+        )
+
+
+@native_cpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_threads_do_not_matter(dtype: torch.dtype) -> None:
+    """With more threads than heads, a long sequence is cut into tasks, whose backward takes another way."""
+    lengths, heads, width = (900, 31), 2, 24
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(sum(lengths), heads, width, generator=generator, dtype=dtype) for _ in range(3))
+    bias = torch.randn(heads, 101, generator=generator)
+    gate = torch.randn(sum(lengths), heads, generator=generator)
+    inputs = [x.requires_grad_() for x in (q, k, v, bias, gate)]
+    results = []
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 7):
+            torch.set_num_threads(count)
+            options: dict[str, Any] = {"dropout_p": 0.1, "seed": SEED, "distance_bias": bias, "gate": gate}
+            out = varlen_attention(q, k, v, layout_of(lengths), **options, backend="native")
+            results.append((out, *gradients(out, inputs)))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@native_cpu
+def test_a_single_frame_has_no_gradient() -> None:
+    q, k, v = (torch.randn(1, 3, 64, generator=torch.Generator().manual_seed(i)).requires_grad_() for i in range(3))
+    grad_q, grad_k, grad_v = gradients(varlen_attention(q, k, v, layout_of((1,)), backend="native"), [q, k, v])
+    assert not grad_q.any()
+    assert not grad_k.any()
+    assert grad_v.all()
 
 
 #: name -> (lengths, reach, gated, dropout_p): gradcheck perturbs every input, so these are small
@@ -181,7 +248,7 @@ def test_fake_kernels_have_the_shapes_of_the_reference(case: str, namespace: str
 
 @pytest.mark.parametrize(("backend", "device"), implementations("varlen_attention"))
 def test_compile(backend: str, device: str) -> None:
-    case = "scale" if backend == "torch" and device == "cpu" else "plain" if backend == "torch" else "everything"
+    case = "plain" if backend == "torch" else "everything"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     inputs = {name: tensor.to(device) for name, tensor in make_inputs(case).items()}
     inputs = {name: x.to(dtype).requires_grad_() if x.is_floating_point() else x for name, x in inputs.items()}

@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -63,7 +62,7 @@ def _fake_backward(
 define_op(
     "varlen_attention",
     schemas=Schemas(_FORWARD, _BACKWARD, _fake_forward, _fake_backward),
-    torch_devices=("cpu", "cuda"),
+    torch_devices=("cuda",),
     triton_kernels="fastssl.ops.varlen_attention.triton_kernel",
 )
 _KERNELS = {"native": torch.ops.fastssl_native, "triton": torch.ops.fastssl_triton}
@@ -149,9 +148,9 @@ def varlen_attention(
             PyTorch's generator of that device, without waiting for it, so activation checkpointing repeats it.
         distance_bias: (H, 2R + 1), by key position minus query position, the ends standing for everything beyond.
         gate: (N, H) factor of a query's distance bias; None is 1. Only with `distance_bias`.
-        backend: See `fastssl.ops`; None takes the fastest there is. "torch" serves neither bias nor dropout; on CUDA
-            it needs fp16 or bf16, the default scale, and E a multiple of 8 up to 256. "triton" takes fp32, fp16 and
-            bf16 and E up to 128.
+        backend: See `fastssl.ops`; None takes the fastest there is. "torch", on CUDA only, serves neither bias nor
+            dropout and needs fp16 or bf16, the default scale, and E a multiple of 8 up to 256. "triton" takes fp32,
+            fp16 and bf16 and E up to 128.
 
     Returns:
         (N, H, E) in the dtype of `q`, which under autocast is autocast's for all three. Logits, softmax, bias and sums
@@ -175,7 +174,7 @@ def varlen_attention(
         seed = torch.randint(2**63 - 1, (), device=q.device)
     with torch.autocast(device, enabled=False):
         if chosen == "torch":
-            return _torch_kernel(q, k, v, layout, scale)
+            return _torch_kernel(q, k, v, layout)
         if chosen in _KERNELS:
             inputs = (None if x is None else x.contiguous() for x in (q, k, v, distance_bias, gate))
             out: Tensor = _VarlenAttention.apply(
@@ -188,26 +187,14 @@ def varlen_attention(
         )
 
 
-def _torch_kernel(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> Tensor:
-    """PyTorch's own attention: `varlen_attn` on CUDA (default scale only), SDPA sequence by sequence on the CPU."""
-    if q.device.type == "cuda":
-        from torch.nn.attention.varlen import varlen_attn
+def _torch_kernel(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
+    """PyTorch's own attention: `varlen_attn`, default scale only."""
+    from torch.nn.attention.varlen import varlen_attn
 
-        longest = layout.max_length
-        out = varlen_attn(q, k, v, layout.cu_seqlens, layout.cu_seqlens, longest, longest)
-        assert isinstance(out, Tensor)
-        return out
-    outputs = []
-    begin = 0
-    for length in layout.lengths or (0,):
-        end = begin + length
-        # (1, H, T, E), always a copy: the bits of a GEMM depend on how its operands are aligned. It costs no time.
-        query, key, value = (
-            x[begin:end].transpose(0, 1).unsqueeze(0).clone(memory_format=torch.contiguous_format) for x in (q, k, v)
-        )
-        outputs.append(F.scaled_dot_product_attention(query, key, value, scale=scale).squeeze(0).transpose(0, 1))
-        begin = end
-    return torch.cat(outputs)
+    longest = layout.max_length
+    out = varlen_attn(q, k, v, layout.cu_seqlens, layout.cu_seqlens, longest, longest)
+    assert isinstance(out, Tensor)
+    return out
 
 
 def _why_not_torch(

@@ -1,0 +1,30 @@
+"""Compiled CPU kernels under every instruction set they are built for, narrower than the one the other tests run on."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastssl.ops._dispatch import BACKENDS
+
+FOLDER = Path(__file__).resolve().parent
+#: Forward and backward of every op against the reference, and attention at the borders of its blocks.
+SELECTION = "(native-cpu and (test_forward or test_backward)) or test_blocks_of_the_cpu_kernel"
+
+
+@pytest.mark.parametrize("capability", ["avx2", "default"])
+def test_kernels_agree_with_the_reference(capability: str) -> None:
+    ops = [op for op, backends in BACKENDS.items() if "native" in backends["cpu"]]
+    files = [str(FOLDER / f"test_{op}.py") for op in ops if (FOLDER / f"test_{op}.py").exists()]
+    if not files:
+        pytest.skip("the compiled CPU module is not there")
+    if capability == "avx2" and torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        pytest.skip("this machine has no AVX2")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", SELECTION, *files]
+    environment = os.environ | {"FASTSSL_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=FOLDER.parent.parent, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
+    assert " passed" in result.stdout
