@@ -20,6 +20,8 @@ namespace {
 constexpr int kWarp = 32;
 constexpr int kWarpsPerBlock = 4;
 constexpr int kScanThreads = 256;
+constexpr int kScanPiece = 1024;
+constexpr int kFramesAtOnce = 4;  // loads of a warp that are under way together
 
 // WIDTH neighbouring channels, moved in one instruction.
 template <typename scalar_t, int WIDTH>
@@ -63,20 +65,32 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock) forward_kernel(
   const int end = begins[sequence + 1];
   const double slot = static_cast<double>(row - out_begins[sequence]);
   const int first = first_above(position, begin, end, slot);
+  int last = first;
+  while (last + 1 < end && position[last] < slot + 1) {
+    ++last;
+  }
 
   for (int c = threadIdx.x * WIDTH; c < channels; c += kWarp * WIDTH) {
     acc_t sum[WIDTH] = {};
-    for (int t = first; t < end; ++t) {
-      const double reached = position[t];
-      const double previous = t == begin ? 0.0 : position[t - 1];
-      const acc_t weight = static_cast<acc_t>((fmin(reached, slot + 1) - fmax(previous, slot)) * threshold);
-      const Block frame = *reinterpret_cast<const Block*>(x_ptr + static_cast<int64_t>(t) * channels + c);
+    for (int t = first; t <= last; t += kFramesAtOnce) {
+      Block frames[kFramesAtOnce] = {};
 #pragma unroll
-      for (int i = 0; i < WIDTH; ++i) {
-        sum[i] += weight * static_cast<acc_t>(frame.value[i]);
+      for (int u = 0; u < kFramesAtOnce; ++u) {
+        if (t + u <= last) {
+          frames[u] = *reinterpret_cast<const Block*>(x_ptr + static_cast<int64_t>(t + u) * channels + c);
+        }
       }
-      if (reached >= slot + 1) {
-        break;
+#pragma unroll
+      for (int u = 0; u < kFramesAtOnce; ++u) {
+        if (t + u <= last) {
+          const double previous = t + u == begin ? 0.0 : position[t + u - 1];
+          const acc_t weight =
+              static_cast<acc_t>((fmin(position[t + u], slot + 1) - fmax(previous, slot)) * threshold);
+#pragma unroll
+          for (int i = 0; i < WIDTH; ++i) {
+            sum[i] += weight * static_cast<acc_t>(frames[u].value[i]);
+          }
+        }
       }
     }
     Block result;
@@ -115,17 +129,32 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock) backward_kernel(
   const int first_slot = static_cast<int>(previous);
   const int last_slot = static_cast<int>(reached);
   const bool fires_later = last_slot < fired;
+  const acc_t last_weight =
+      static_cast<acc_t>((reached - fmax(previous, static_cast<double>(last_slot))) * threshold);
 
   acc_t dot = 0;
   for (int c = threadIdx.x * WIDTH; c < channels; c += kWarp * WIDTH) {
     acc_t sum[WIDTH] = {};
-    for (int slot = first_slot; slot <= last_slot && slot < fired; ++slot) {
+    // Slots that the frame only passes through; most frames end in the slot they began in.
+    for (int slot = first_slot; slot < last_slot && slot < fired; ++slot) {
       const acc_t weight =
-          static_cast<acc_t>((fmin(reached, slot + 1.0) - fmax(previous, static_cast<double>(slot))) * threshold);
+          static_cast<acc_t>((slot + 1.0 - fmax(previous, static_cast<double>(slot))) * threshold);
       const Block grad = *reinterpret_cast<const Block*>(grads + static_cast<int64_t>(slot) * channels + c);
 #pragma unroll
       for (int i = 0; i < WIDTH; ++i) {
         sum[i] += weight * static_cast<acc_t>(grad.value[i]);
+      }
+    }
+    // Where the slot fired, a later frame of the same sequence ended it, so row t + 1 exists.
+    if (fires_later) {
+      const Block grad = *reinterpret_cast<const Block*>(grads + static_cast<int64_t>(last_slot) * channels + c);
+      const Block frame = *reinterpret_cast<const Block*>(x_ptr + static_cast<int64_t>(t) * channels + c);
+      const Block next = *reinterpret_cast<const Block*>(x_ptr + (static_cast<int64_t>(t) + 1) * channels + c);
+#pragma unroll
+      for (int i = 0; i < WIDTH; ++i) {
+        const acc_t value = static_cast<acc_t>(grad.value[i]);
+        sum[i] += last_weight * value;
+        dot += value * (static_cast<acc_t>(frame.value[i]) - static_cast<acc_t>(next.value[i]));
       }
     }
     Block result;
@@ -134,17 +163,6 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock) backward_kernel(
       result.value[i] = static_cast<scalar_t>(sum[i]);
     }
     *reinterpret_cast<Block*>(grad_x_ptr + static_cast<int64_t>(t) * channels + c) = result;
-    // Where the slot fired, a later frame of the same sequence ended it, so row t + 1 exists.
-    if (fires_later) {
-      const Block grad = *reinterpret_cast<const Block*>(grads + static_cast<int64_t>(last_slot) * channels + c);
-      const Block frame = *reinterpret_cast<const Block*>(x_ptr + static_cast<int64_t>(t) * channels + c);
-      const Block next = *reinterpret_cast<const Block*>(x_ptr + (static_cast<int64_t>(t) + 1) * channels + c);
-#pragma unroll
-      for (int i = 0; i < WIDTH; ++i) {
-        dot += static_cast<acc_t>(grad.value[i]) *
-            (static_cast<acc_t>(frame.value[i]) - static_cast<acc_t>(next.value[i]));
-      }
-    }
   }
 #pragma unroll
   for (int distance = kWarp / 2; distance > 0; distance /= 2) {
@@ -165,6 +183,55 @@ __device__ double warp_scan(double value) {
     }
   }
   return value;
+}
+
+// One block per sequence: the sum of the weights so far over the threshold, and how many output frames that makes, NaN
+// where a weight is not valid. One thread adds, so that the sums rise and are those of the CPU to the last bit; the
+// others load and divide.
+template <typename scalar_t>
+__global__ void __launch_bounds__(kScanThreads) scan_kernel(
+    const scalar_t* __restrict__ weights,  // (N,)
+    const int32_t* __restrict__ begins,  // (B + 1,)
+    double* __restrict__ position,  // (N,)
+    double* __restrict__ fired,  // (B,)
+    double threshold) {
+  constexpr int kAtOnce = 8;
+  __shared__ double sums[kScanPiece];
+  const int end = begins[blockIdx.x + 1];
+  double sum = 0;
+  bool invalid = false;
+  for (int first = begins[blockIdx.x]; first < end; first += kScanPiece) {
+    const int count = min(kScanPiece, end - first);
+    for (int i = threadIdx.x; i < kScanPiece; i += kScanThreads) {
+      const double value = i < count ? static_cast<double>(weights[first + i]) : 0.0;
+      invalid |= !(value >= 0 && isfinite(value));
+      sums[i] = value;
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      for (int i = 0; i < count; i += kAtOnce) {
+        double part[kAtOnce];
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) {
+          part[j] = sums[i + j];
+        }
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) {
+          sum += part[j];
+          sums[i + j] = sum;
+        }
+      }
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < count; i += kScanThreads) {
+      position[first + i] = sums[i] / threshold;
+    }
+    __syncthreads();
+  }
+  const bool any_invalid = __syncthreads_or(invalid);
+  if (threadIdx.x == 0) {
+    fired[blockIdx.x] = any_invalid ? nan("") : floor(sum / threshold);
+  }
 }
 
 // One block per sequence: in place, every element becomes the sum from it to the end of its sequence. Pieces are cut
@@ -211,6 +278,32 @@ cudaStream_t current_stream(const Tensor& tensor) {
 
 int blocks_for(int64_t rows) {
   return static_cast<int>((rows + kWarpsPerBlock - 1) / kWarpsPerBlock);
+}
+
+std::tuple<Tensor, Tensor> scan(
+    const Tensor& weights,  // (N,)
+    const Tensor& cu_seqlens,  // (B + 1,)
+    double threshold) {
+  check_tensor(weights, "weights", 1, weights.scalar_type());
+  check_tensor(cu_seqlens, "cu_seqlens", 1, ScalarType::Int);
+  const torch::stable::accelerator::DeviceGuard guard(weights.get_device_index());
+  const int64_t sequences = cu_seqlens.size(0) - 1;
+  Tensor positions = torch::stable::new_empty(weights, {weights.size(0)}, ScalarType::Double);
+  Tensor fired = torch::stable::new_empty(weights, {sequences}, ScalarType::Double);
+  if (sequences == 0) {
+    return {positions, fired};
+  }
+  dispatch_floating(weights.scalar_type(), "integrate_and_fire", [&](auto tag) {
+    using scalar_t = decltype(tag);
+    scan_kernel<scalar_t><<<static_cast<int>(sequences), kScanThreads, 0, current_stream(weights)>>>(
+        weights.const_data_ptr<scalar_t>(),
+        cu_seqlens.const_data_ptr<int32_t>(),
+        positions.mutable_data_ptr<double>(),
+        fired.mutable_data_ptr<double>(),
+        threshold);
+  });
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  return {positions, fired};
 }
 
 Tensor forward(
@@ -310,6 +403,7 @@ std::tuple<Tensor, Tensor> backward(
 }  // namespace fastssl
 
 STABLE_TORCH_LIBRARY_IMPL(fastssl_native, CUDA, m) {
+  m.impl("integrate_and_fire_scan", TORCH_BOX(&fastssl::scan));
   m.impl("integrate_and_fire_fwd", TORCH_BOX(&fastssl::forward));
   m.impl("integrate_and_fire_bwd", TORCH_BOX(&fastssl::backward));
 }

@@ -57,7 +57,11 @@ def _fake_backward(
     return torch.empty_like(logits), torch.empty_like(codevectors)
 
 
-define_op("gumbel_quantize", schemas=Schemas(_FORWARD, _BACKWARD, _fake_forward, _fake_backward))
+define_op(
+    "gumbel_quantize",
+    schemas=Schemas(_FORWARD, _BACKWARD, _fake_forward, _fake_backward),
+    triton_kernels="fastssl.ops.gumbel_quantize.triton_kernel",
+)
 _KERNELS = {"native": torch.ops.fastssl_native, "triton": torch.ops.fastssl_triton}
 
 
