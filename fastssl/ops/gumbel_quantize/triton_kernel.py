@@ -214,9 +214,10 @@ def _backward_vectors_kernel(
     )
 
 
-def _source(noise: Tensor | None, seeds: Tensor | None) -> object:
-    """A constant of the kernels."""
-    return _SEEDS if seeds is not None else _NOISE if noise is not None else _NO_NOISE
+def _source(noise: Tensor | None, seeds: Tensor | None) -> int:
+    source = _SEEDS if seeds is not None else _NOISE if noise is not None else _NO_NOISE
+    value: int = source.value
+    return value
 
 
 def _shares(frames: int, block: int) -> int:
