@@ -1,6 +1,6 @@
 // Elementary functions that the compiler vectorises in a plain loop, for any instruction set of isa.h: no branches, no
-// calls, no tables. float: at most 2 units in the last place for exp and log, 2e-7 absolute for the normal distribution and
-// GELU (a tenth of that where they are small). double goes to the C library: it is there for gradient checks.
+// calls, no tables. float: at most 2 units in the last place for exp and log, 2e-7 absolute for the normal distribution
+// and GELU (a tenth of that where they are small). double goes to the C library: it is there for gradient checks.
 #pragma once
 
 #include <cmath>

@@ -1,8 +1,8 @@
 // Straight-through Gumbel softmax on the CPU. Formulas and figures: fastssl/ops/gumbel_quantize/README.md.
 //
 // A row is the V logits of one frame and group. Rows are padded to whole vectors in a buffer that stays in the
-// first-level cache, with minus infinity, whose exp is 0. The forward never sees the temperature, and the backward draws
-// the noise again. No two threads write the same element, and no order of additions depends on the number of threads.
+// first-level cache, with minus infinity, whose exp is 0. The forward never sees the temperature, and the backward
+// draws the noise again. No two threads write the same element, and no order of additions depends on the number of threads.
 
 #include <algorithm>
 #include <cstring>

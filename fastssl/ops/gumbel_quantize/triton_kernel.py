@@ -221,7 +221,8 @@ def _source(noise: Tensor | None, seeds: Tensor | None) -> int:
 
 
 def _shares(frames: int, block: int) -> int:
-    return max(1, min(_MAX_SHARES, triton.cdiv(frames, block)))
+    shares: int = max(1, min(_MAX_SHARES, triton.cdiv(frames, block)))
+    return shares
 
 
 def gumbel_quantize_fwd(
