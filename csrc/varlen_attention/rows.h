@@ -221,10 +221,10 @@ FASTSSL_INLINE void softmax_backward_body(Rows<T> rows, const T* logsumexp, cons
     T* __restrict grad = grads + row * kBlockStride;
     const T row_logsumexp = static_cast<T>(logsumexp[row] * kLog2OfE);
     const T row_delta = delta[row];
-    const T factor_log2 = add_bias(rows, row, columns, weight);
+    const T logit_factor = add_bias(rows, row, columns, weight);
     if (rows.dropout_states == nullptr) {
       for (int64_t key = 0; key < columns; ++key) {
-        const T probability = power_of_two(factor_log2 * weight[key] - row_logsumexp);
+        const T probability = power_of_two(logit_factor * weight[key] - row_logsumexp);
         weight[key] = probability;
         grad[key] = probability * (grad[key] - row_delta);
       }
@@ -235,7 +235,7 @@ FASTSSL_INLINE void softmax_backward_body(Rows<T> rows, const T* logsumexp, cons
       for (int32_t key = 0; key < static_cast<int32_t>(columns); ++key) {
         const bool keep = murmur_mix(state ^ static_cast<uint32_t>(first_key + key)) >= threshold;
         const T factor = keep ? rows.kept_factor : T(0);
-        const T probability = power_of_two(factor_log2 * weight[key] - row_logsumexp);
+        const T probability = power_of_two(logit_factor * weight[key] - row_logsumexp);
         weight[key] = factor * probability;
         grad[key] = probability * (factor * grad[key] - row_delta);
       }
