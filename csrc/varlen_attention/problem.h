@@ -189,8 +189,7 @@ const T* spread_bias(const Problem<scalar_t>& problem, int64_t head, int64_t len
   }
   const T* middle = problem.bias.data() + head * (2 * problem.reach + 1) + problem.reach;
   for (int64_t distance = 1 - length; distance < length + kPadding; ++distance) {
-    spread[distance + length - 1] =
-        static_cast<T>(kLog2OfE) * middle[std::clamp(distance, -problem.reach, problem.reach)];
+    spread[distance + length - 1] = middle[std::clamp(distance, -problem.reach, problem.reach)];
   }
   return spread + length - 1;
 }
@@ -208,7 +207,8 @@ struct QueryBlock {
     Rows<acc_t> rows{};
     rows.queries = queries;
     rows.first_query = first_query;
-    rows.logit_factor = static_cast<acc_t>(problem.scale * kLog2OfE);
+    rows.scale = problem.scale;
+    rows.scale_log2 = static_cast<acc_t>(problem.scale * kLog2OfE);
     rows.bias = bias;
     if (!problem.gate.empty()) {
       for (int64_t i = 0; i < queries; ++i) {

@@ -23,7 +23,7 @@ constexpr int64_t kBlockStride = kKeyBlock + kGap;
 static_assert(kQueryBlock % kTileRows == 0 && kKeyBlock % kTileRows == 0 && kKeyBlock % kTileColumns == 0);
 static_assert(kGap >= kQueryBlock + kTileColumns);
 
-// Logits are in units of ln 2, so that exp becomes a power of two, which is half the work.
+// exp(x) is 2^(x / ln 2), whose factor joins that of the logits: half the work.
 constexpr double kLog2OfE = 1.44269504088896340736;
 constexpr double kLnOf2 = 0.69314718055994530942;
 
@@ -55,8 +55,9 @@ struct Rows {
   int64_t keys;
   int64_t first_query;  // positions within the sequence
   int64_t first_key;
-  T logit_factor;  // of the products of queries and keys, into units of ln 2
-  const T* bias;  // at distance 0, in units of ln 2
+  T scale;  // of the products of queries and keys
+  T scale_log2;  // the same, into units of ln 2
+  const T* bias;  // at distance 0
   const T* gate;
   const uint32_t* dropout_states;
   uint32_t dropout_threshold;
@@ -169,19 +170,19 @@ FASTSSL_INLINE T fold_row(const T* x, T factor, int64_t n, T identity, Fold fold
   return lanes[0];
 }
 
-// Adds the bias to the logits of a row, where there is one; returns the factor that is still to be applied.
+// Turns products of queries and keys into logits where there is a bias; returns what takes the result to units of ln 2.
 template <typename T>
 FASTSSL_INLINE T add_bias(const Rows<T>& rows, int64_t row, int64_t columns, T* __restrict logits) {
   if (rows.bias == nullptr) {
-    return rows.logit_factor;
+    return rows.scale_log2;
   }
   const T* __restrict bias = rows.bias + rows.first_key - (rows.first_query + row);
   const T gate = rows.gate == nullptr ? T(1) : rows.gate[row];
-  const T factor = rows.logit_factor;
+  const T scale = rows.scale;
   for (int64_t key = 0; key < columns; ++key) {
-    logits[key] = factor * logits[key] + gate * bias[key];
+    logits[key] = scale * logits[key] + gate * bias[key];
   }
-  return 1;
+  return static_cast<T>(kLog2OfE);
 }
 
 // Products of queries and keys -> exp(logit - the largest of the row), 0 where dropped; also the factors that make rows
@@ -197,7 +198,7 @@ FASTSSL_INLINE void softmax_body(Rows<T> rows, T* logits, int64_t ld, T* factors
       x[key] = power_of_two(factor * x[key] - most);
     }
     const T sum = fold_row<isa>(x, T(1), rows.keys, T(0), Plus{});
-    logsumexp[row] = (most + std::log2(sum)) * static_cast<T>(kLnOf2);
+    logsumexp[row] = static_cast<T>((most + std::log2(static_cast<double>(sum))) * kLnOf2);
     factors[row] = 1 / sum;
     if (rows.dropout_states != nullptr) {
       factors[row] *= rows.kept_factor;
@@ -218,7 +219,7 @@ FASTSSL_INLINE void softmax_backward_body(Rows<T> rows, const T* logsumexp, cons
   for (int64_t row = 0; row < rows.queries; ++row) {
     T* __restrict weight = weights + row * kBlockStride;
     T* __restrict grad = grads + row * kBlockStride;
-    const T row_logsumexp = logsumexp[row] * static_cast<T>(kLog2OfE);
+    const T row_logsumexp = static_cast<T>(logsumexp[row] * kLog2OfE);
     const T row_delta = delta[row];
     const T logit_factor = add_bias(rows, row, columns, weight);
     if (rows.dropout_states == nullptr) {
@@ -268,8 +269,7 @@ FASTSSL_INLINE void bias_backward_body(Rows<T> rows, const T* grads, T* diagonal
   }
   if (rows.gate != nullptr) {
     for (int64_t row = 0; row < rows.queries; ++row) {
-      grad_gate[row] +=
-          static_cast<T>(kLnOf2) * dot<isa>(grads + row * kBlockStride, rows.bias + distance - row, columns);
+      grad_gate[row] += dot<isa>(grads + row * kBlockStride, rows.bias + distance - row, columns);
     }
   }
 }
