@@ -141,7 +141,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         | {name: _version(name) for name in ("torch", "triton", "transformers", "torchaudio", "flash_attn", "numpy")},
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
-        "command": " ".join(["python", *(Path(word).name if os.path.isabs(word) else word for word in sys.argv)]),
+        "command": " ".join(["python", *(Path(word).name if Path(word).is_absolute() else word for word in sys.argv)]),
     }
 
 
