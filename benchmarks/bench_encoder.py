@@ -53,7 +53,7 @@ def forward(title: str, lengths_s: Sequence[float], device: torch.device) -> Row
     if device.type == "cuda" or len(lengths_s) == 1:
         contenders.add("Transformers, torch.compile", *transformers_compiled())
     else:
-        contenders.skipped["Transformers, torch.compile"] = "no faster than eager on a CPU (see encoder-one)"
+        contenders.skipped["Transformers, torch.compile"] = "compiling takes long; encoder-one has it"
     contenders.invite("torchaudio", torchaudio)
     gemms = limits.encoder(encoder.config, workloads.samples_of(lengths_s), backward=False)
     return compare(

@@ -87,7 +87,8 @@ def with_peak_memory(call: Callable[[], Any], device: torch.device) -> tuple[flo
     """Seconds of a call, and the bytes that it took at its peak beyond what was held before it.
 
     On the CPU that is resident memory. The heap is given back to the system first, so that a call does not live on what
-    another one left behind, and pages are counted when they are touched.
+    another one left behind, and pages are counted when they are touched. Linux keeps the peak by counters that each
+    processor brings up to date in batches, so it may lack some hundred kilobytes.
     """
     gc.collect()
     if device.type == "cuda":

@@ -1,7 +1,8 @@
 """Matrix products of packed frames on the CPU, by the faster of PyTorch's two libraries.
 
 `aten::mm` is MKL's in fp32, which uses no AVX-512 on processors that are not Intel's: on an AMD Zen 5 it reaches half
-of what oneDNN does. In half precision `aten::mm` is oneDNN's already.
+of what oneDNN does. In half precision `aten::mm` is oneDNN's already. None of these is for autograd to record, which
+does not know oneDNN's product: they are called inside a `torch.autograd.Function` or without gradient.
 """
 
 from pathlib import Path

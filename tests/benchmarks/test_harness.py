@@ -129,7 +129,9 @@ def test_peak_memory_is_that_of_the_call() -> None:
             torch.ones(size // 4).sum()
 
     _, peak = with_peak_memory(call, CPU)
-    assert size <= peak < 1.3 * size
+    # Linux brings its counters up to date by 32 pages for each processor and kind of page.
+    granularity = 2 * 32 * 4096 * (os.cpu_count() or 1)
+    assert size - granularity <= peak < 1.3 * size
     assert with_peak_memory(lambda: None, CPU)[1] < size / 10
 
 
