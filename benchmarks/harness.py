@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks.limits import CopyLimit
 from benchmarks.machine import seconds_of, undisturbed, wait_until_quiet, with_peak_memory
 
 Outputs = Mapping[str, Tensor]
@@ -22,6 +23,7 @@ Entry = tuple[Callable[[], Any], Callable[[], Outputs]]
 # A call of this many seconds shows nothing of a cold start, so that the first one counts.
 _SLOW_S = 5.0
 _MOST_ROUNDS = 40
+_COPY = "copy"
 
 
 class GateError(AssertionError):
@@ -119,6 +121,7 @@ def compare(
     tolerance: float,
     device: torch.device,
     limits: Callable[[], dict[str, float]] = dict,
+    copy_limit: CopyLimit | None = None,
     audio_s: float | None = None,
     budget_s: float = 12.0,
     notes: Sequence[str] = (),
@@ -132,6 +135,7 @@ def compare(
         tolerance: Allowed deviation of each tensor in max norm, as a share of the reference's largest value.
         device: Where the work runs.
         limits: Measures the limits, after the contenders.
+        copy_limit: Takes its turn among the contenders.
         audio_s: Valid audio in the work.
         budget_s: For the timed rounds, of which there are at least two.
         notes: What a reader has to know.
@@ -143,12 +147,16 @@ def compare(
     skipped = dict(contenders.skipped)
     running, errors = gate(contenders.present, reference(), tolerance, skipped)
     wait_until_quiet()
+    if copy_limit is not None:
+        running.append(Contender(_COPY, copy_limit.run, dict))
     seconds, peaks = _measure(running, device, budget_s, skipped)
+    found = limits()
+    if copy_limit is not None:
+        found |= [copy_limit.named_seconds(statistics.median(seconds.pop(_COPY)))]
     measurements = {
         name: Measurement(statistics.median(s), min(s), max(s), len(s), peaks[name], errors[name])
         for name, s in seconds.items()
     }
-    found = limits()
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return Row(title, tolerance, measurements, skipped, found, audio_s, list(notes))

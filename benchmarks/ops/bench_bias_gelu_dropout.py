@@ -52,7 +52,7 @@ def forward_and_backward(device: torch.device, *, dropout_p: float) -> Row:
         reference=lambda: ours("reference", *(leaf.detach().double().requires_grad_() for leaf in (x, bias))),
         tolerance=tolerance,
         device=device,
-        limits=lambda: limits.copy_limit(5 * tensor_bytes, 4 * tensor_bytes, device),
+        copy_limit=limits.copy_limit(5 * tensor_bytes, 4 * tensor_bytes, device),
         budget_s=4,
     )
 

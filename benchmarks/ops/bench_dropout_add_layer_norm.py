@@ -59,7 +59,7 @@ def forward_and_backward(device: torch.device, *, dropout_p: float) -> Row:
         reference=lambda: ours("reference", tuple(leaf.detach().double().requires_grad_() for leaf in leaves)),
         tolerance=tolerance,
         device=device,
-        limits=lambda: limits.copy_limit(tensors * tensor_bytes, 6 * tensor_bytes, device),
+        copy_limit=limits.copy_limit(tensors * tensor_bytes, 6 * tensor_bytes, device),
         budget_s=4,
     )
 

@@ -59,7 +59,7 @@ def forward_and_backward(device: torch.device) -> Row:
         reference=lambda: ours("reference", x.detach().double().requires_grad_()),
         tolerance=tolerance,
         device=device,
-        limits=lambda: limits.copy_limit(moved, footprint, device),
+        copy_limit=limits.copy_limit(moved, footprint, device),
         budget_s=4,
     )
 

@@ -38,10 +38,8 @@ def front_end(title: str, lengths_s: Sequence[float], device: torch.device) -> R
 
     def ours(backend: str) -> Entry:
         def encode(frames: Packed) -> Tensor:
-            for layer in extractor.conv_layers:
-                assert isinstance(layer, ConvLayer)
-                frames = _layer(layer, frames, backend)
-            return frames.values
+            layers = [layer.as_op_layer() for layer in extractor.conv_layers if isinstance(layer, ConvLayer)]
+            return ops.strided_conv_stack(frames.values, layers, frames.layout, backend=backend)[0]
 
         run = step(extractor, lambda: encode(batch), grad_out)
         return run, step(extractor, lambda: encode(gate_batch))
@@ -80,22 +78,6 @@ def front_end(title: str, lengths_s: Sequence[float], device: torch.device) -> R
         budget_s=8,
         notes=[f"padded batch: {workloads.padding_factor(lengths_s):.2f} times the valid audio"],
     )
-
-
-def _layer(layer: ConvLayer, frames: Packed, backend: str) -> Packed:
-    norm = layer.layer_norm
-    values, layout = ops.strided_conv(
-        frames.values,
-        layer.conv.weight,
-        frames.layout,
-        stride=layer.stride,
-        bias=layer.conv.bias,
-        norm=layer.norm,
-        norm_weight=None if norm is None else norm.weight,
-        norm_bias=None if norm is None else norm.bias,
-        backend=backend,
-    )
-    return Packed(values, layout)
 
 
 def _each_alone(model: nn.Module, batch: Packed) -> Tensor:

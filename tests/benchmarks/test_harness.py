@@ -10,6 +10,7 @@ from torch import Tensor
 
 from benchmarks import harness, machine
 from benchmarks.harness import Contenders, GateError, Row, compare
+from benchmarks.limits import CopyLimit
 from benchmarks.machine import BusyMachineError, ForeignLoad, undisturbed, wait_until_quiet, with_peak_memory
 
 CPU = torch.device("cpu")
@@ -115,6 +116,17 @@ def test_contenders_take_turns() -> None:
     assert len(rounds) == row.measurements["fastssl"].rounds
     assert all(sorted(turn) == ["a", "b", "fastssl"] for turn in rounds)
     assert {turn[0] for turn in rounds} == {"a", "b", "fastssl"}
+
+
+def test_the_limit_of_a_copy_takes_its_turn() -> None:
+    copies: list[None] = []
+    contenders = Contenders()
+    contenders.add("fastssl", lambda: None, lambda: RIGHT)
+    limit = CopyLimit(lambda: copies.append(None), moved_bytes=8, footprint_bytes=8)
+    row = compare("work", contenders, reference=lambda: RIGHT, tolerance=0, device=CPU, copy_limit=limit)
+    assert len(copies) == 2 + row.measurements["fastssl"].rounds
+    assert list(row.measurements) == ["fastssl"]
+    assert len(row.limits) == 1
 
 
 def test_peak_memory_is_that_of_the_call() -> None:

@@ -61,7 +61,12 @@ def test_limits_are_measured_by_every_gemm(monkeypatch: pytest.MonkeyPatch) -> N
     by_aten, fastest = found.values()
     assert 0 < fastest <= by_aten
     assert len(limits.gemm_limits(gemms, torch.bfloat16, CPU)) == 1
-    assert limits.copy_limit(1000, 8000, CPU).popitem()[1] > 0
+
+
+def test_a_copy_is_scaled_to_the_bytes_moved() -> None:
+    copy = limits.copy_limit(moved_bytes=24_000_000, footprint_bytes=8_000_000, device=CPU)
+    copy.run()
+    assert copy.named_seconds(1e-3) == ("copy, 8 MB at 8 GB/s", 3e-3)
 
 
 def test_tall_products_are_scaled(monkeypatch: pytest.MonkeyPatch) -> None:
