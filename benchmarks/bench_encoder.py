@@ -50,10 +50,7 @@ def forward(title: str, lengths_s: Sequence[float], device: torch.device) -> Row
     contenders = Contenders()
     contenders.add("fastssl", _no_grad(lambda: encoder(batch)), _check_ours(encoder, device, dtype))
     contenders.add("Transformers, eager", _no_grad(lambda: _encode(theirs, audio, mask)), check_theirs)
-    if device.type == "cuda" or len(lengths_s) == 1:
-        contenders.add("Transformers, torch.compile", *transformers_compiled())
-    else:
-        contenders.skipped["Transformers, torch.compile"] = "compiling takes long; encoder-one has it"
+    rivals.add_compiled(contenders, device, transformers_compiled, quick=len(lengths_s) == 1)
     contenders.invite("torchaudio", torchaudio)
     gemms = limits.encoder(encoder.config, workloads.samples_of(lengths_s), backward=False)
     return compare(

@@ -65,7 +65,7 @@ def pretraining(title: str, config: Wav2Vec2Config, lengths_s: Sequence[float], 
     contenders = Contenders()
     contenders.add("fastssl", _Step(model, our_loss, device), partial(_our_gradients, model, inputs))
     contenders.add("Transformers, eager", *transformers(theirs))
-    _add_compiled(contenders, device, lambda: transformers(rivals.compiled(theirs)))
+    rivals.add_compiled(contenders, device, lambda: transformers(rivals.compiled(theirs)), quick=False)
     samples = workloads.samples_of(lengths_s)
     masked = [round(0.49 * frames) for frames in workloads.frames(lengths_s)]
     gemms = limits.pretraining(config, samples, masked)
@@ -121,7 +121,7 @@ def encoder_training(device: torch.device) -> Row:
     contenders.add("fastssl", *fastssl())
     contenders.add("Transformers, eager", *transformers(theirs))
     contenders.invite("torchaudio", torchaudio)
-    _add_compiled(contenders, device, lambda: transformers(rivals.compiled(theirs)))
+    rivals.add_compiled(contenders, device, lambda: transformers(rivals.compiled(theirs)), quick=False)
     in_double = rivals.in_double(theirs)
     alone = _each_alone(lambda x: in_double(x.double()).last_hidden_state)
     gemms = limits.encoder(config, workloads.samples_of(lengths_s), backward=True)
@@ -232,14 +232,6 @@ def _gradients(model: nn.Module, loss: Tensor, rename: Callable[[str], str] = la
     model.zero_grad(set_to_none=True)
     model.train()
     return {name: grad for name, grad in grads.items() if not name.endswith("k_proj.bias")}
-
-
-def _add_compiled(contenders: Contenders, device: torch.device, make: Callable[[], Entry]) -> None:
-    """Under torch.compile 10 s of audio took 21 s to compile and 3.1 s per step on two cores, against 3.1 s without."""
-    if device.type == "cuda":
-        contenders.add("Transformers, torch.compile", *make())
-    else:
-        contenders.skipped["Transformers, torch.compile"] = "compiling takes long; encoder-one has a forward"
 
 
 def _autocast(device: torch.device) -> torch.autocast:

@@ -19,6 +19,8 @@ _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 # user, nice, system, irq, softirq and steal of the first line of /proc/stat
 _BUSY_COLUMNS = (0, 1, 2, 5, 6, 7)
 
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+
 
 class BusyMachineError(RuntimeError):
     """Other processes use the machine, so that a time would not be ours."""
@@ -81,6 +83,21 @@ def undisturbed(work: Callable[[], T], attempts: int = 4) -> T:
             return result
         wait_until_quiet()
     raise BusyMachineError(f"other processes disturbed {attempts} attempts to measure: end them, and measure again")
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep up to 2 GB of freed memory for the next tensor, for the rest of the process.
+
+    By itself it gives every tensor above 32 MB back to the system at once, and takes the same pages again with a page
+    fault each: on some machines that takes longer than the work on them, and more so the more memory a work takes.
+
+    Raises:
+        RuntimeError: The C library is another one.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    most = 2**31 - 1
+    if mallopt is None or not (mallopt(_M_MMAP_THRESHOLD, most) and mallopt(_M_TRIM_THRESHOLD, most)):
+        raise RuntimeError("--keep-freed-memory: only glibc can")
 
 
 def with_peak_memory(call: Callable[[], Any], device: torch.device) -> tuple[float, int]:

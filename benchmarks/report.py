@@ -10,8 +10,9 @@ from typing import NamedTuple
 
 import torch
 
+from benchmarks import rivals
 from benchmarks.harness import Row
-from benchmarks.machine import describe
+from benchmarks.machine import describe, keep_freed_memory
 from benchmarks.targets import TARGETS, Target
 
 Rows = Mapping[str, Callable[[torch.device], Row]]
@@ -107,10 +108,18 @@ def main(rows: Rows, description: str, *, by_default: Mapping[str, Sequence[str]
     parser.add_argument("--only", action="append", metavar="ROW", help=f"one of {', '.join(rows)}; may be repeated")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
     parser.add_argument("--output", type=Path, help="JSON file")
+    parser.add_argument("--compiled", action="store_true", help="torch.compile takes part in every row (takes long)")
+    parser.add_argument(
+        "--keep-freed-memory", action="store_true", help="glibc keeps the memory that tensors free, for all contenders"
+    )
     args = parser.parse_args()
     if unknown := set(args.only or ()) - rows.keys():
         parser.error(f"--only: there is no row {', '.join(sorted(unknown))}")
     torch.set_num_threads(args.threads)
+    if args.compiled:
+        rivals.compile_everywhere()
+    if args.keep_freed_memory:
+        keep_freed_memory()
     torch.backends.cudnn.allow_tf32 = False  # so that fp32 is fp32 in the gates; what is timed on a GPU is bf16
     device = torch.device(args.device, 0) if args.device == "cuda" else torch.device("cpu")
 

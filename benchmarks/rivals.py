@@ -9,9 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.harness import Contenders, Entry
 from fastssl.models.encoder import Encoder, EncoderConfig
 from fastssl.models.wav2vec2 import Wav2Vec2ForPreTraining
 from fastssl.nn.quantizer import GumbelQuantizer
+
+_compiles_everywhere = False
 
 
 def transformers_encoder(encoder: Encoder) -> Any:
@@ -154,6 +157,21 @@ def integrate_and_fire_product(x: Tensor, weights: Tensor, slots: int) -> Tensor
     slot = torch.arange(slots, device=x.device, dtype=after.dtype).unsqueeze(1)
     overlap = torch.minimum(after.unsqueeze(1), slot + 1) - torch.maximum(before.unsqueeze(1), slot)
     return torch.bmm(overlap.clamp(min=0).to(x.dtype), x)
+
+
+def compile_everywhere() -> None:
+    """Let `torch.compile` take part where it compiles for minutes, too."""
+    global _compiles_everywhere
+    _compiles_everywhere = True
+
+
+def add_compiled(contenders: Contenders, device: torch.device, make: Callable[[], Entry], *, quick: bool) -> None:
+    """Transformers under `torch.compile`: on a GPU and where it compiles quickly; elsewhere it is noted as left out."""
+    name = "Transformers, torch.compile"
+    if device.type == "cuda" or quick or _compiles_everywhere:
+        contenders.add(name, *make())
+    else:
+        contenders.skipped[name] = "compiling takes a minute and more; it takes part with --compiled"
 
 
 def compiled(model: nn.Module) -> Any:

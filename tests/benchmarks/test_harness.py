@@ -1,5 +1,6 @@
 """The harness: wrong results get no numbers, and what is measured is what was done."""
 
+import ctypes
 import os
 import time
 from collections.abc import Callable
@@ -8,10 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import harness, machine
+from benchmarks import harness, machine, rivals
 from benchmarks.harness import Contenders, GateError, Row, compare
 from benchmarks.limits import CopyLimit
-from benchmarks.machine import BusyMachineError, ForeignLoad, undisturbed, wait_until_quiet, with_peak_memory
+from benchmarks.machine import (
+    BusyMachineError,
+    ForeignLoad,
+    keep_freed_memory,
+    undisturbed,
+    wait_until_quiet,
+    with_peak_memory,
+)
 
 CPU = torch.device("cpu")
 RIGHT = {"out": torch.arange(4.0), "grad": torch.ones(2)}
@@ -171,3 +179,36 @@ def test_load_is_that_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_proc_stat_counts_at_least_ourselves() -> None:
     sum(range(3_000_000))
     assert machine._others_cpu_s() > -1  # everybody's time is not less than ours
+
+
+@pytest.mark.parametrize("accepts", [True, False])
+def test_freed_memory_is_kept_or_the_user_is_told(monkeypatch: pytest.MonkeyPatch, accepts: bool) -> None:
+    settings: dict[int, int] = {}
+
+    class Library:
+        @staticmethod
+        def mallopt(parameter: int, value: int) -> int:
+            settings[parameter] = value
+            return int(accepts)
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Library)
+    if accepts:
+        keep_freed_memory()
+        assert settings == {-1: 2**31 - 1, -3: 2**31 - 1}  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
+    else:
+        with pytest.raises(RuntimeError, match="glibc"):
+            keep_freed_memory()
+
+
+def test_the_compiled_rival_is_named_where_it_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = (lambda: None, lambda: RIGHT)
+    left_out, quick, asked_for = Contenders(), Contenders(), Contenders()
+    rivals.add_compiled(left_out, CPU, lambda: entry, quick=False)
+    assert not left_out.present
+    assert "--compiled" in left_out.skipped["Transformers, torch.compile"]
+    rivals.add_compiled(quick, CPU, lambda: entry, quick=True)
+    monkeypatch.setattr(rivals, "_compiles_everywhere", False)  # put back when the test ends
+    rivals.compile_everywhere()
+    rivals.add_compiled(asked_for, CPU, lambda: entry, quick=False)
+    for contenders in (quick, asked_for):
+        assert [contender.name for contender in contenders.present] == ["Transformers, torch.compile"]
