@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from fastssl import ops
 from fastssl.ops import _gemm
 
 
@@ -35,7 +36,7 @@ class PackedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, in_features) to (N, out_features)."""
-        if _gemm.takes_onednn(input) and self.weight.dtype == input.dtype and not torch.is_autocast_enabled("cpu"):
+        if self._by_onednn(input):
             out: Tensor = _Linear.apply(input, self.weight, self.bias)
             return out
         rows = input.shape[0]
@@ -43,3 +44,14 @@ class PackedLinear(nn.Linear):
             return super().forward(input)
         padded = F.pad(input, (0, 0, 0, _gemm.STABLE_ROWS - rows))
         return F.linear(padded, self.weight, self.bias)[:rows]
+
+    def with_gelu(self, input: Tensor) -> Tensor:
+        """GELU of what `forward` returns: one product where nobody asks for what GELU is applied to."""
+        watched = torch.is_grad_enabled() or self._forward_pre_hooks or self._forward_hooks
+        if self._by_onednn(input) and not watched:
+            return _gemm.nt(input, self.weight, self.bias, gelu=True)
+        return ops.bias_gelu_dropout(self(input), None)
+
+    def _by_onednn(self, input: Tensor) -> bool:
+        alike = self.weight.dtype == input.dtype and not torch.is_autocast_enabled("cpu")
+        return alike and _gemm.takes_onednn(input)

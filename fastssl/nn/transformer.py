@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from fastssl import ops
 from fastssl.nn.attention import SelfAttention
 from fastssl.nn.linear import PackedLinear
-from fastssl.ops import _gemm
 from fastssl.packing import Layout, Packed
 
 
@@ -47,10 +46,8 @@ class FeedForward(nn.Module):
         """(N, D) to (N, D), frame by frame."""
         dropout_p = self.activation_dropout if self.training else 0.0
         dense = self.intermediate_dense
-        fp32 = x.dtype == dense.weight.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
-        if fp32 and dropout_p == 0 and not torch.is_grad_enabled() and _gemm.takes_onednn(x):
-            # Nothing asks for what GELU was applied to, so the product need not be written before it.
-            activated = _gemm.nt(x, dense.weight, dense.bias, gelu=True)
+        if dropout_p == 0 and isinstance(dense, PackedLinear):
+            activated = dense.with_gelu(x)
         else:
             activated = ops.bias_gelu_dropout(dense(x), None, dropout_p=dropout_p)
         out: Tensor = self.output_dense(activated)
