@@ -32,6 +32,7 @@ ALLOWANCES = (
     Allowance("strided_conv", "front end, layer norm, bfloat16", (100,), 104, "blocks are chosen for sm_90"),
     Allowance("strided_conv", "front end, layer norm, float16", (90, 100), 104, "as with bfloat16, 8 on sm_90"),
     Allowance("strided_conv", "front end, layer norm, float32", (80, 90, 100), 48, "not meant to be fast"),
+    Allowance("dropout_add_layer_norm", "D=8192", (80, 90, 100), 16, "wider than any speech encoder so far"),
 )
 
 
