@@ -23,9 +23,10 @@ FASTSSL_INLINE float split_mix_uniform(uint64_t seed, uint64_t counter) {
   return static_cast<float>(bits) * 0x1p-23f + 0x1p-24f;
 }
 
-// Standard Gumbel noise.
-FASTSSL_INLINE float split_mix_gumbel(uint64_t seed, uint64_t counter) {
-  return -vector_log(-vector_log(split_mix_uniform(seed, counter)));
+// Standard Gumbel noise; the uniform number is the same for every T.
+template <typename T>
+FASTSSL_INLINE T split_mix_gumbel(uint64_t seed, uint64_t counter) {
+  return -vector_log(-vector_log(static_cast<T>(split_mix_uniform(seed, counter))));
 }
 
 }  // namespace fastssl

@@ -60,6 +60,10 @@ FASTSSL_INLINE float vector_log(float x) {
   return r + low + n * 0.693359375f;
 }
 
+FASTSSL_INLINE double vector_log(double x) {
+  return std::log(x);
+}
+
 // The standard normal distribution at a point: the probability below it, and the density times the square root of 2 pi.
 template <typename T>
 struct Normal {

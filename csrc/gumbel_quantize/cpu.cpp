@@ -202,7 +202,7 @@ FASTSSL_INLINE void load_row(const Logits<acc_t>& logits, int64_t frame, int64_t
     const uint64_t first_code = static_cast<uint64_t>(group * logits.codes);
     const uint64_t seed = static_cast<uint64_t>(logits.seeds[frame]) + first_code * kGolden;
     for (int64_t v = 0; v < logits.padded_codes; ++v) {
-      noisy[v] = plain[v] + static_cast<acc_t>(split_mix_gumbel(seed, static_cast<uint64_t>(v)));
+      noisy[v] = plain[v] + split_mix_gumbel<acc_t>(seed, static_cast<uint64_t>(v));
     }
   } else {
     std::copy(plain, plain + logits.padded_codes, noisy);

@@ -36,6 +36,6 @@ def uniform(seeds: Tensor, counters: Tensor) -> Tensor:
     return _shift_right(bits, 41).to(torch.float32) * 2.0**-23 + 2.0**-24
 
 
-def gumbel(seeds: Tensor, counters: Tensor) -> Tensor:
-    """Standard Gumbel noise -log(-log(u)) in fp32. Arguments as in `uniform`."""
-    return -torch.log(-torch.log(uniform(seeds, counters)))
+def gumbel(seeds: Tensor, counters: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Standard Gumbel noise -log(-log(u)), computed in `dtype` from the same u. Arguments as in `uniform`."""
+    return -torch.log(-torch.log(uniform(seeds, counters).to(dtype)))

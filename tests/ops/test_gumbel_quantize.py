@@ -104,8 +104,8 @@ def test_gradcheck(case: str, backend: str, device: str) -> None:
     inputs = {name: x[:4] if name != "codevectors" else x for name, x in inputs.items()}
     logits, codevectors = differentiable(inputs)
     noise = torch.zeros(()).double()
-    if "seeds" in inputs:  # drawn here, because the kernel's noise is in fp32 and may differ in its last bits
-        noise = inputs["noise"] = reference.gumbel_noise(inputs.pop("seeds"), *logits.shape[1:]).double()
+    if "seeds" in inputs:
+        noise = inputs["noise"] = reference.gumbel_noise(inputs.pop("seeds"), *logits.shape[1:], dtype=torch.float64)
 
     def probability_sums(logits: Tensor) -> Tensor:
         return call(inputs | {"logits": logits}, backend).probability_sums
@@ -202,6 +202,20 @@ def test_noise_is_a_function_of_key_position_and_code(backend: str, device: str)
     (grad,) = torch.autograd.grad(values.sum(), logits)
     found = (-grad[..., 1:]).log() - (-grad[..., 1:2]).log()
     torch.testing.assert_close(found.cpu(), expected[..., 1:] - expected[..., 1:2], rtol=1e-5, atol=2e-5)
+
+
+@EVERY_IMPLEMENTATION
+def test_float64_is_float64_throughout(backend: str, device: str) -> None:
+    skip_float64_in_triton(backend)
+    inputs = {name: x.to(device) for name, x in make_inputs("three_groups", torch.float64).items()}
+    assert "seeds" in inputs
+    grads = []
+    for implementation in (backend, "reference"):
+        logits, codevectors = differentiable(inputs)
+        output = call(inputs | {"logits": logits, "codevectors": codevectors}, implementation)
+        loss = output.values.square().sum() + output.probability_sums.square().sum()
+        grads.append(torch.autograd.grad(loss, (logits, codevectors)))
+    torch.testing.assert_close(*grads, rtol=1e-10, atol=1e-12)
 
 
 @EVERY_IMPLEMENTATION

@@ -7,10 +7,15 @@ from torch import Tensor
 from fastssl.ops import _splitmix
 
 
-def gumbel_noise(seeds: Tensor, groups: int, codes: int) -> Tensor:  # (M,) -> (M, G, V)
-    """Standard Gumbel noise in fp32: code v of group g takes number g * V + v of its frame's seed."""
+def gumbel_noise(
+    seeds: Tensor,  # (M,)
+    groups: int,
+    codes: int,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:  # (M, G, V)
+    """Standard Gumbel noise: code v of group g takes number g * V + v of its frame's seed."""
     counters = torch.arange(groups * codes, device=seeds.device)
-    noise: Tensor = _splitmix.gumbel(seeds.unsqueeze(1), counters).unflatten(1, (groups, codes))
+    noise: Tensor = _splitmix.gumbel(seeds.unsqueeze(1), counters, dtype).unflatten(1, (groups, codes))
     return noise
 
 
@@ -26,7 +31,7 @@ def gumbel_quantize(
     accumulator = torch.promote_types(torch.promote_types(logits.dtype, codevectors.dtype), torch.float32)
     logits = logits.to(accumulator)
     if seeds is not None:
-        noise = gumbel_noise(seeds, logits.shape[1], logits.shape[2])
+        noise = gumbel_noise(seeds, logits.shape[1], logits.shape[2], accumulator)
     noisy = logits if noise is None else logits + noise.to(accumulator)
     soft = F.softmax(noisy / temperature, dim=-1)
     codes = noisy.argmax(-1)
