@@ -105,7 +105,8 @@ def test_gradcheck(case: str, backend: str, device: str) -> None:
     logits, codevectors = differentiable(inputs)
     noise = torch.zeros(()).double()
     if "seeds" in inputs:
-        noise = inputs["noise"] = reference.gumbel_noise(inputs.pop("seeds"), *logits.shape[1:], dtype=torch.float64)
+        seeds, (_, groups, codes) = inputs.pop("seeds"), logits.shape
+        noise = inputs["noise"] = reference.gumbel_noise(seeds, groups, codes, torch.float64)
 
     def probability_sums(logits: Tensor) -> Tensor:
         return call(inputs | {"logits": logits}, backend).probability_sums
