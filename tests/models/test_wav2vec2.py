@@ -1,5 +1,6 @@
 """Equality with Transformers, independence of batch mates, and what a batch of the objective does."""
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -265,3 +266,30 @@ def test_rejects_bad_input(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(config.replace('"hidden_size": 48', '"hidden_size": 32'))
     with pytest.raises(ValueError, match=r"has shape .*, expected"):
         load_encoder(tmp_path)
+
+
+@pytest.mark.gpu
+@EVERY_VARIANT
+def test_the_host_waits_for_the_device_once(variant: str) -> None:
+    """For the number of masked frames."""
+    torch.manual_seed(0)
+    config = replace(VARIANTS[variant], hidden_dropout=0.1, attention_dropout=0.1, activation_dropout=0.1)
+    model = Wav2Vec2ForPreTraining(config).cuda().train()
+    waveforms, keys = waveforms_of(16000, 9000, 400).to("cuda"), utterance_keys(0, 0, torch.arange(3)).cuda()
+
+    def step() -> None:
+        with torch.autocast("cuda", torch.bfloat16):
+            output = model(waveforms, keys=keys, gumbel_temperature=1.0)
+        output.loss.backward()
+
+    step()  # compiled, and everything loaded
+    torch.cuda.synchronize()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    waits = [str(warning.message) for warning in caught if "synchronizing CUDA operation" in str(warning.message)]
+    assert len(waits) == 1, waits
