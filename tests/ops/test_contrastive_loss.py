@@ -265,16 +265,6 @@ def test_correct_needs_a_negative_and_no_tie_of_all(backend: str, device: str) -
         assert (loss[0] == 0) == (max(none if row == 3 else row for row in negatives) == none)
 
 
-@EVERY_IMPLEMENTATION
-def test_same_bits_every_time(backend: str, device: str) -> None:
-    lengths = (5, 3) if interpreted(backend, device) else (150, 90)
-    inputs = {name: tensor.to(device) for name, tensor in draw(lengths, 64, 100, 0.0, sum(lengths) // 6).items()}
-    leaves = (inputs["context"].requires_grad_(), inputs["targets"].requires_grad_())
-    first, *others = ((loss := run(inputs, backend), *torch.autograd.grad(loss.sum(), leaves)) for _ in range(3))
-    for other in others:
-        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
-
-
 @pytest.mark.skipif("native" not in BACKENDS["contrastive_loss"]["cpu"], reason="the compiled module was not built")
 def test_same_bits_with_any_number_of_threads() -> None:
     inputs = draw((150, 90, 1, 60), 64, 100, 0.1, 40)

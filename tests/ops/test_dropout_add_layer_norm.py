@@ -194,15 +194,6 @@ def test_parameters_keep_their_dtype(backend: str, device: str) -> None:
     assert dtypes == [torch.bfloat16, torch.bfloat16, torch.float32, torch.float32]
 
 
-@EVERY_IMPLEMENTATION
-@pytest.mark.parametrize("case", ["dropout", "prenorm"])
-def test_repeats_its_bits(case: str, backend: str, device: str) -> None:
-    inputs = {name: tensor.to(device) for name, tensor in make_inputs(case).items()}
-    leaves = [tensor.requires_grad_() for tensor in inputs.values() if tensor.is_floating_point()]
-    first, second = ([out, *gradients(out, leaves)] for out in (run(case, inputs, backend) for _ in range(2)))
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
 def test_threads_do_not_matter() -> None:
     generator = torch.Generator().manual_seed(0)
     leaves = [

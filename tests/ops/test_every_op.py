@@ -160,6 +160,8 @@ def test_extreme_batches(op: str, backend: str, device: str, lengths: tuple[int,
 @pytest.mark.parametrize(("op", "backend", "device"), every_implementation())
 def test_same_bits_every_time(op: str, backend: str, device: str) -> None:
     """On a GPU with many blocks and many times, because a race shows now and then."""
+    if (backend, device) == ("triton", "cpu"):
+        pytest.skip("the interpreter runs one program after another")
     lengths, times = (FIFTY_SHORT, 50) if device == "cuda" else ((37, 1, 0, 23), 3)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     make, _ = CASES[op]
