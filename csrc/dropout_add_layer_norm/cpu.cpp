@@ -19,12 +19,14 @@ namespace {
 constexpr int64_t kLanes = 64;
 
 template <typename T>
-FASTSSL_INLINE T add_lanes(const T* partial) {
-  T sum = 0;
-  for (int64_t lane = 0; lane < kLanes; ++lane) {
-    sum += partial[lane];
+FASTSSL_INLINE T add_lanes(T* partial) {
+#pragma GCC unroll 8
+  for (int64_t half = kLanes / 2; half > 0; half /= 2) {
+    for (int64_t lane = 0; lane < half; ++lane) {
+      partial[lane] += partial[lane + half];
+    }
   }
-  return sum;
+  return partial[0];
 }
 
 template <typename T>
