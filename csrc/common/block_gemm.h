@@ -2,14 +2,15 @@
 // operands, vectorised along the columns of B and C; one instruction set is chosen per call (isa.h).
 //
 // A tile of 6 rows by up to 4 vectors is kept in registers (AVX-512: 24 sums, 4 vectors of B, 1 element of A), so that
-// an element of A is loaded once per 4 vector products and a vector of B once per 6. Every element of C is one chain of
-// additions in the order of `depth`: its bits depend neither on its neighbours nor on how the caller cuts rows and
-// columns into blocks.
+// an element of A is loaded once per 4 vector products and a vector of B once per 6. A product is added up
+// in the order of `depth`, in chains of `kLongestChain` that start from zero and then join C, because rounding errors
+// grow with a chain. Its bits depend neither on neighbours nor on how the caller cuts rows and columns into blocks.
 //
 // Operands are float, double, or pairs of bfloat16 that follow each other along `depth`, the first in the low half;
 // those are summed in float, where the processor multiplies them (`multiplies_bfloat16`).
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <type_traits>
 #include <utility>
@@ -37,6 +38,10 @@ inline bool multiplies_bfloat16() {
   return false;
 #endif
 }
+
+// Products that are added up before they join C; fewer where there is no fused multiply-add, which rounds them once more.
+template <Isa isa>
+constexpr int64_t kLongestChain = isa == Isa::kDefault ? 16 : 32;
 
 template <Isa isa, typename T>
 struct Simd {
@@ -81,11 +86,7 @@ FASTSSL_INLINE void multiply_tile(
   for (int row = 0; row < kTileRows; ++row) {
 #pragma GCC unroll 4
     for (int i = 0; i < kVectors; ++i) {
-      if constexpr (Adding::value) {
-        __builtin_memcpy(&sum[row][i], c + row * ldc + i * kLanes, sizeof(SumVector));
-      } else {
-        sum[row][i] = SumVector{};
-      }
+      sum[row][i] = SumVector{};
     }
   }
   for (int64_t k = 0; k < depth; ++k) {
@@ -107,6 +108,11 @@ FASTSSL_INLINE void multiply_tile(
   for (int row = 0; row < kTileRows; ++row) {
 #pragma GCC unroll 4
     for (int i = 0; i < kVectors; ++i) {
+      if constexpr (Adding::value) {
+        SumVector before;
+        __builtin_memcpy(&before, c + row * ldc + i * kLanes, sizeof(SumVector));
+        sum[row][i] += before;
+      }
       __builtin_memcpy(c + row * ldc + i * kLanes, &sum[row][i], sizeof(SumVector));
     }
   }
@@ -116,8 +122,16 @@ template <Isa isa, int kVectors, typename Transposed, typename Adding, typename 
 FASTSSL_INLINE void multiply_panel(
     const Operand* a, int64_t lda, int64_t rows, int64_t depth, const Operand* b, int64_t ldb, Sum* c, int64_t ldc) {
   for (int64_t row = 0; row < rows; row += kTileRows) {
-    multiply_tile<isa, kVectors, Transposed, Adding>(
-        a + (Transposed::value ? row : row * lda), lda, depth, b, ldb, c + row * ldc, ldc);
+    const Operand* first = a + (Transposed::value ? row : row * lda);
+    const int64_t chain = kIsPair<Operand> ? depth : std::min(depth, kLongestChain<isa>);
+    multiply_tile<isa, kVectors, Transposed, Adding>(first, lda, chain, b, ldb, c + row * ldc, ldc);
+    if constexpr (!kIsPair<Operand>) {  // whose rounding is larger, and whose sums GCC does not keep in registers here
+      for (int64_t k = chain; k < depth; k += chain) {
+        multiply_tile<isa, kVectors, Transposed, Add>(
+            first + (Transposed::value ? k * lda : k), lda, std::min(chain, depth - k), b + k * ldb, ldb, c + row * ldc,
+            ldc);
+      }
+    }
   }
 }
 

@@ -207,7 +207,6 @@ struct BackwardScratch {
 };
 
 // Sums of the gradients of the logits along diagonals, a row for each head and chunk of queries of each sequence.
-template <typename T>
 struct Diagonals {
   template <typename scalar_t>
   explicit Diagonals(const Problem<scalar_t>& problem) {
@@ -229,13 +228,13 @@ struct Diagonals {
   }
 
   // Where the sums of a chunk have distance 0.
-  T* middle(int64_t sequence, int64_t head, int64_t length, int64_t chunk) {
+  double* middle(int64_t sequence, int64_t head, int64_t length, int64_t chunk) {
     const int64_t row = head * chunks(length) + chunk;
     return sums.data() + starts[sequence] + row * row_size(length) + (chunk + 1) * kQueryChunk + kGap;
   }
 
   std::vector<int64_t> starts;
-  std::vector<T> sums;
+  std::vector<double> sums;
 };
 
 template <typename scalar_t>
@@ -256,7 +255,7 @@ void attend_backward(
     const Task& task,
     BackwardScratch<Operand, T>& scratch,
     Gradients<scalar_t>& gradients,
-    Diagonals<T>& diagonals) {
+    Diagonals& diagonals) {
   const int64_t width = problem.width;
   const int64_t padded_width = problem.padded_width;
   const int64_t stride = problem.stride;
@@ -330,7 +329,7 @@ void attend_backward(
             kBlockStride / kDepth<Operand>, queries, depth_of<Operand>(keys), scratch.keys.data(), padded_width,
             padded_width, scratch.grad_query.data() + row * padded_width, padded_width);
         if (bias != nullptr) {
-          T* middle = diagonals.middle(task.sequence, task.head, length, (task.first_query + row) / kQueryChunk);
+          double* middle = diagonals.middle(task.sequence, task.head, length, (task.first_query + row) / kQueryChunk);
           bias_backward(rows, grads, middle, grad_gate + row);
         }
       }
@@ -354,16 +353,16 @@ void attend_backward(
 }
 
 // Adds the rows of all sequences and chunks, in this order, beyond R to the ends of the bias.
-template <typename scalar_t, typename T>
-std::vector<T> sum_diagonals(const Problem<scalar_t>& problem, Diagonals<T>& diagonals) {
-  std::vector<T> grad_bias(problem.bias.size());
+template <typename scalar_t>
+std::vector<double> sum_diagonals(const Problem<scalar_t>& problem, Diagonals& diagonals) {
+  std::vector<double> grad_bias(problem.bias.size());
   for (int64_t sequence = 0; sequence < problem.sequences && !grad_bias.empty(); ++sequence) {
     const int64_t length = problem.length(sequence);
     torch::stable::parallel_for(0, problem.heads, 1, [&](int64_t first_head, int64_t last_head) {
       for (int64_t head = first_head; head < last_head; ++head) {
-        T* sums = grad_bias.data() + head * (2 * problem.reach + 1) + problem.reach;
-        for (int64_t chunk = 0; chunk < Diagonals<T>::chunks(length); ++chunk) {
-          const T* row = diagonals.middle(sequence, head, length, chunk);
+        double* sums = grad_bias.data() + head * (2 * problem.reach + 1) + problem.reach;
+        for (int64_t chunk = 0; chunk < Diagonals::chunks(length); ++chunk) {
+          const double* row = diagonals.middle(sequence, head, length, chunk);
           const int64_t last_query = std::min((chunk + 1) * kQueryChunk, length) - 1;
           for (int64_t distance = -last_query; distance < length - chunk * kQueryChunk; ++distance) {
             sums[std::clamp(distance, -problem.reach, problem.reach)] += row[distance];
@@ -452,7 +451,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
         grad_k.mutable_data_ptr<scalar_t>(),
         grad_v.mutable_data_ptr<scalar_t>(),
         std::vector<acc_t>(problem.gate.size())};
-    Diagonals<acc_t> diagonals(problem);
+    Diagonals diagonals(problem);
     dispatch_operand<scalar_t>([&](auto operand) {
       using Scratch = BackwardScratch<decltype(operand), acc_t>;
       run_tasks<Scratch>(backward_tasks(problem), problem, [&](const Task& task, Scratch& scratch) {

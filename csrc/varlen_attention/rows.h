@@ -2,6 +2,7 @@
 // derivatives. fastssl/ops/varlen_attention/README.md has the formulas.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -88,7 +89,8 @@ FASTSSL_INLINE T dot(const T* x, const T* y, int64_t n) {
   return sum;
 }
 
-// sums[row] = x[row] . y[row], in sixteen parts that do not wait for each other
+// sums[row] = x[row] . y[row], in sixteen parts that do not wait for each other. In double, which costs little beside the
+// products: this is taken from sums of the same size, whose small remainders the gradients of biases and gates add up.
 template <Isa isa, typename scalar_t, typename T>
 FASTSSL_INLINE void row_dots_body(
     const scalar_t* x, const scalar_t* y, int64_t rows, int64_t ld, int64_t columns, T* sums) {
@@ -96,21 +98,21 @@ FASTSSL_INLINE void row_dots_body(
   for (int64_t row = 0; row < rows; ++row) {
     const scalar_t* a = x + row * ld;
     const scalar_t* b = y + row * ld;
-    T parts[kParts] = {};
+    double parts[kParts] = {};
     int64_t column = 0;
     for (; column + kParts <= columns; column += kParts) {
       for (int64_t part = 0; part < kParts; ++part) {
-        parts[part] += static_cast<T>(a[column + part]) * static_cast<T>(b[column + part]);
+        parts[part] += static_cast<double>(static_cast<T>(a[column + part])) * static_cast<T>(b[column + part]);
       }
     }
-    T sum = 0;
+    double sum = 0;
     for (; column < columns; ++column) {
-      sum += static_cast<T>(a[column]) * static_cast<T>(b[column]);
+      sum += static_cast<double>(static_cast<T>(a[column])) * static_cast<T>(b[column]);
     }
     for (int64_t part = 0; part < kParts; ++part) {
       sum += parts[part];
     }
-    sums[row] = sum;
+    sums[row] = static_cast<T>(sum);
   }
 }
 FASTSSL_ISA_VARIANTS(row_dots)
@@ -170,6 +172,10 @@ FASTSSL_INLINE T fold_row(const T* x, T factor, int64_t n, T identity, Fold fold
   return lanes[0];
 }
 
+// Elements of a row whose sum is one of `fold_row`: 16 additions to every lane, so that rounding does not grow with rows.
+template <Isa isa, typename T>
+constexpr int64_t kSumBlock = 64 * Simd<isa, T>::kLanes;
+
 // Turns products of queries and keys into logits where there is a bias; returns what takes the result to units of ln 2.
 template <typename T>
 FASTSSL_INLINE T add_bias(const Rows<T>& rows, int64_t row, int64_t columns, T* __restrict logits) {
@@ -197,11 +203,13 @@ FASTSSL_INLINE void softmax_body(Rows<T> rows, T* logits, int64_t ld, T* factors
     for (int64_t key = 0; key < columns; ++key) {
       x[key] = power_of_two(factor * x[key] - most);
     }
-    const T sum = fold_row<isa>(x, T(1), rows.keys, T(0), Plus{});
-    logsumexp[row] = static_cast<T>((most + std::log2(static_cast<double>(sum))) * kLnOf2);
-    factors[row] = 1 / sum;
+    double sum = 0;
+    for (int64_t key = 0; key < rows.keys; key += kSumBlock<isa, T>) {
+      sum += fold_row<isa>(x + key, T(1), std::min(kSumBlock<isa, T>, rows.keys - key), T(0), Plus{});
+    }
+    logsumexp[row] = static_cast<T>((most + std::log2(sum)) * kLnOf2);
+    factors[row] = static_cast<T>((rows.dropout_states == nullptr ? T(1) : rows.kept_factor) / sum);
     if (rows.dropout_states != nullptr) {
-      factors[row] *= rows.kept_factor;
       const uint32_t state = rows.dropout_states[row];
       const uint32_t threshold = rows.dropout_threshold;
       for (int32_t key = 0; key < static_cast<int32_t>(columns); ++key) {
@@ -220,11 +228,13 @@ FASTSSL_INLINE void softmax_backward_body(Rows<T> rows, const T* logsumexp, cons
     T* __restrict weight = weights + row * kBlockStride;
     T* __restrict grad = grads + row * kBlockStride;
     const T row_logsumexp = static_cast<T>(logsumexp[row] * kLog2OfE);
+    // Without what this leaves, probabilities of a row are off together, by as much as 5e-7 where its logits are near 10.
+    const T remainder = static_cast<T>(logsumexp[row] * kLog2OfE - row_logsumexp);
     const T row_delta = delta[row];
     const T logit_factor = add_bias(rows, row, columns, weight);
     if (rows.dropout_states == nullptr) {
       for (int64_t key = 0; key < columns; ++key) {
-        const T probability = power_of_two(logit_factor * weight[key] - row_logsumexp);
+        const T probability = power_of_two((logit_factor * weight[key] - row_logsumexp) - remainder);
         weight[key] = probability;
         grad[key] = probability * (grad[key] - row_delta);
       }
@@ -235,7 +245,7 @@ FASTSSL_INLINE void softmax_backward_body(Rows<T> rows, const T* logsumexp, cons
       for (int32_t key = 0; key < static_cast<int32_t>(columns); ++key) {
         const bool keep = murmur_mix(state ^ static_cast<uint32_t>(first_key + key)) >= threshold;
         const T factor = keep ? rows.kept_factor : T(0);
-        const T probability = power_of_two(logit_factor * weight[key] - row_logsumexp);
+        const T probability = power_of_two((logit_factor * weight[key] - row_logsumexp) - remainder);
         weight[key] = factor * probability;
         grad[key] = probability * (factor * grad[key] - row_delta);
       }
@@ -248,24 +258,33 @@ FASTSSL_INLINE void softmax_backward_body(Rows<T> rows, const T* logsumexp, cons
 }
 FASTSSL_ISA_VARIANTS(softmax_backward)
 
+// Gradients on a diagonal that are added up before they join others: they are of both signs, and their sum is small.
+constexpr int64_t kDiagonalChain = 12;
+
 // From the gradients of the logits of a block: sums along its diagonals, times the gate, added to `diagonals` (at
 // distance 0); and sums of its rows times the bias, added to `grad_gate` where there is a gate.
 template <Isa isa, typename T>
-FASTSSL_INLINE void bias_backward_body(Rows<T> rows, const T* grads, T* diagonals, T* grad_gate) {
+FASTSSL_INLINE void bias_backward_body(Rows<T> rows, const T* grads, double* diagonals, T* grad_gate) {
   using Vector = typename Simd<isa, T>::Vector;
   constexpr int kLanes = Simd<isa, T>::kLanes;
   const int64_t columns = round_up(rows.keys, kPadding);
   const int64_t distance = rows.first_key - rows.first_query;
   // Lane l of the vector at `column` of row 0 goes down the diagonal from there: one column on in every row.
   for (int64_t column = -kQueryBlock; column < columns; column += kLanes) {
-    Vector sum;
-    __builtin_memcpy(&sum, diagonals + distance + column, sizeof(Vector));
-    for (int64_t row = 0; row < rows.queries; ++row) {
-      Vector grad;
-      __builtin_memcpy(&grad, grads + row * (kBlockStride + 1) + column, sizeof(Vector));
-      sum += (rows.gate == nullptr ? T(1) : rows.gate[row]) * grad;
+    Vector sum{};
+    for (int64_t first = 0; first < rows.queries; first += kDiagonalChain) {
+      Vector part{};
+      for (int64_t row = first; row < std::min(first + kDiagonalChain, rows.queries); ++row) {
+        Vector grad;
+        __builtin_memcpy(&grad, grads + row * (kBlockStride + 1) + column, sizeof(Vector));
+        part += (rows.gate == nullptr ? T(1) : rows.gate[row]) * grad;
+      }
+      sum += part;
     }
-    __builtin_memcpy(diagonals + distance + column, &sum, sizeof(Vector));
+    double* sums = diagonals + distance + column;
+    for (int lane = 0; lane < kLanes; ++lane) {
+      sums[lane] += sum[lane];
+    }
   }
   if (rows.gate != nullptr) {
     for (int64_t row = 0; row < rows.queries; ++row) {

@@ -72,7 +72,7 @@ def run(case: str, inputs: dict[str, Tensor], backend: str | None = None) -> Ten
 #: at and above them; and 300 frames with everything on, which is two blocks of keys and reaches beyond R.
 BLOCK_CASES: dict[str, tuple[tuple[int, ...], int, int, dict[str, Any]]] = {
     "queries": ((47, 48, 49), 2, 64, {}),
-    "keys": ((191, 192, 193), 1, 64, {"reach": 200}),
+    "keys": ((191, 192, 193), 1, 64, {"reach": 200, "gated": True}),
     "widths_odd": ((97, 5), 2, 33, {"reach": 30, "dropout_p": 0.2}),
     "widths_wide": ((50, 17), 1, 130, {"scale": -0.1}),
     "chunks": ((385,), 1, 16, {"reach": 3}),
