@@ -39,7 +39,7 @@ inline bool multiplies_bfloat16() {
 #endif
 }
 
-// Products that are added up before they join C; fewer where there is no fused multiply-add, which rounds them once more.
+// Products that are added up before they join C; fewer without fused multiply-add, where they are rounded once more.
 template <Isa isa>
 constexpr int64_t kLongestChain = isa == Isa::kDefault ? 16 : 32;
 

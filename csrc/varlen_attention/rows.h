@@ -89,8 +89,8 @@ FASTSSL_INLINE T dot(const T* x, const T* y, int64_t n) {
   return sum;
 }
 
-// sums[row] = x[row] . y[row], in sixteen parts that do not wait for each other. In double, which costs little beside the
-// products: this is taken from sums of the same size, whose small remainders the gradients of biases and gates add up.
+// sums[row] = x[row] . y[row], in sixteen parts that do not wait for each other. In double, which costs little beside
+// the products: it is taken from numbers of its size, and the gradients of biases and gates add up what remains.
 template <Isa isa, typename scalar_t, typename T>
 FASTSSL_INLINE void row_dots_body(
     const scalar_t* x, const scalar_t* y, int64_t rows, int64_t ld, int64_t columns, T* sums) {
@@ -172,7 +172,7 @@ FASTSSL_INLINE T fold_row(const T* x, T factor, int64_t n, T identity, Fold fold
   return lanes[0];
 }
 
-// Elements of a row whose sum is one of `fold_row`: 16 additions to every lane, so that rounding does not grow with rows.
+// How much of a row one `fold_row` adds up: 16 additions to every lane, so that rounding does not grow with the row.
 template <Isa isa, typename T>
 constexpr int64_t kSumBlock = 64 * Simd<isa, T>::kLanes;
 
@@ -228,7 +228,7 @@ FASTSSL_INLINE void softmax_backward_body(Rows<T> rows, const T* logsumexp, cons
     T* __restrict weight = weights + row * kBlockStride;
     T* __restrict grad = grads + row * kBlockStride;
     const T row_logsumexp = static_cast<T>(logsumexp[row] * kLog2OfE);
-    // Without what this leaves, probabilities of a row are off together, by as much as 5e-7 where its logits are near 10.
+    // Without this, the probabilities of a row whose logits are near 10 are off together, by up to 3e-7.
     const T remainder = static_cast<T>(logsumexp[row] * kLog2OfE - row_logsumexp);
     const T row_delta = delta[row];
     const T logit_factor = add_bias(rows, row, columns, weight);
