@@ -24,7 +24,8 @@ def test_kernels_agree_with_the_reference(capability: str) -> None:
     if capability == "avx2" and torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         pytest.skip("this machine has no AVX2")
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", SELECTION, *files]
-    environment = os.environ | {"FASTSSL_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"FASTSSL_CPU_CAPABILITY": capability, "ATEN_CPU_CAPABILITY": capability}
+    environment["OMP_NUM_THREADS"] = "1"
     result = subprocess.run(command, cwd=FOLDER.parent.parent, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
     assert " passed" in result.stdout

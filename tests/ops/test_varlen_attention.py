@@ -30,7 +30,8 @@ CASES: dict[str, tuple[tuple[int, ...], int, int, dict[str, Any]]] = {
     "gated": (LENGTHS["with_empty"], 3, 8, {"reach": 4, "gated": True}),
     "dropout": (LENGTHS["one_long"], 2, 8, {"dropout_p": 0.3}),
     "everything": ((9, 14), 3, 8, {"scale": 0.5, "reach": 4, "gated": True, "dropout_p": 0.3}),
-    "many_blocks": ((150, 3, 70), 1, 20, {"reach": 40, "gated": True, "dropout_p": 0.2}),
+    # Two heads: with one, the largest of 81 sums over the batch is too often luck of plain PyTorch.
+    "many_blocks": ((150, 3, 70), 2, 20, {"reach": 40, "gated": True, "dropout_p": 0.2}),
     "everything_empty": (LENGTHS["empty_batch"], 3, 8, {"reach": 4, "gated": True, "dropout_p": 0.3}),
 }
 
