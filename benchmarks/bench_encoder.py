@@ -93,6 +93,7 @@ def bf16_against_fp32(device: torch.device) -> Row:
         device=device,
         limits=lambda: limits.gemm_limits(gemms, torch.bfloat16, device),
         audio_s=sum(lengths_s),
+        budget_s=6,
     )
 
 

@@ -1,8 +1,9 @@
 // The contrastive loss on the CPU. Derivation and conventions: fastssl/ops/contrastive_loss/README.md.
 //
-// Rows are normalised once, into a table whose rows are padded with zeros to whole vectors; then everything is dots with,
-// and weighted sums of, rows of that table, which an utterance keeps in the second-level cache. A frame, and in the
-// backward a target, has one writer and one order of additions, whatever the batch and the number of threads.
+// Everything is dots with, and weighted sums of, rows of a table, which an utterance keeps in the second-level cache; the
+// table is the tensor itself, or a copy in the accumulation type with rows padded to whole vectors. Their lengths go into
+// the results and the weights. A frame, and in the backward a target, has one writer and one order of additions, whatever
+// the batch and the number of threads.
 
 #include <algorithm>
 #include <atomic>
@@ -10,6 +11,7 @@
 #include <limits>
 #include <new>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "../common/isa.h"
@@ -85,22 +87,21 @@ FASTSSL_INLINE acc_t dot_of(const acc_t* a, const acc_t* b, int64_t padded) {
   return sum_of_lanes(sum);
 }
 
-// Writes x / max(|x|, eps), padded with zeros, and returns |x|.
+// Writes x, padded with zeros.
 template <Isa isa, typename scalar_t, typename acc_t>
-FASTSSL_INLINE acc_t normalise_body(acc_t* unit, const scalar_t* x, int64_t width) {
-  const int64_t padded = padded_to_lanes(width);
+FASTSSL_INLINE void widen_body(acc_t* wide, const scalar_t* x, int64_t width) {
   for (int64_t d = 0; d < width; ++d) {
-    unit[d] = static_cast<acc_t>(x[d]);
+    wide[d] = static_cast<acc_t>(x[d]);
   }
-  std::fill(unit + width, unit + padded, acc_t(0));
-  const acc_t norm = std::sqrt(dot_of(unit, unit, padded));
-  const acc_t inverse = 1 / std::max(norm, static_cast<acc_t>(kEps));
-  for (int64_t d = 0; d < padded; ++d) {
-    unit[d] *= inverse;
-  }
-  return norm;
+  std::fill(wide + width, wide + padded_to_lanes(width), acc_t(0));
 }
-FASTSSL_ISA_VARIANTS(normalise)
+FASTSSL_ISA_VARIANTS(widen)
+
+template <Isa isa, typename acc_t>
+FASTSSL_INLINE acc_t norm_body(const acc_t* x, int64_t padded) {
+  return std::sqrt(dot_of(x, x, padded));
+}
+FASTSSL_ISA_VARIANTS(norm)
 
 // Equal rows have equal hashes; 0.0 and -0.0 are equal.
 template <Isa isa, typename acc_t, typename scalar_t>
@@ -230,14 +231,14 @@ FASTSSL_INLINE void softmax_body(acc_t* weights, const acc_t* logits, acc_t log_
 }
 FASTSSL_ISA_VARIANTS(softmax)
 
-// Takes the gradient of x / max(|x|, eps) to that of x.
+// Takes the gradient of x * scale, with scale = 1 / max(|x|, eps), to that of x.
 template <Isa isa, typename scalar_t, typename acc_t>
 FASTSSL_INLINE void store_gradient_body(
-    scalar_t* grad, const acc_t* grad_unit, const acc_t* unit, acc_t norm, int64_t width) {
-  const acc_t along = norm >= static_cast<acc_t>(kEps) ? dot_of(grad_unit, unit, padded_to_lanes(width)) : acc_t(0);
-  const acc_t inverse = 1 / std::max(norm, static_cast<acc_t>(kEps));
+    scalar_t* grad, const acc_t* grad_unit, const acc_t* x, acc_t scale, int64_t width) {
+  const bool has_direction = scale < static_cast<acc_t>(1 / kEps);
+  const acc_t along = has_direction ? dot_of(grad_unit, x, padded_to_lanes(width)) * scale * scale : acc_t(0);
   for (int64_t d = 0; d < width; ++d) {
-    grad[d] = static_cast<scalar_t>((grad_unit[d] - unit[d] * along) * inverse);
+    grad[d] = static_cast<scalar_t>((grad_unit[d] - x[d] * along) * scale);
   }
 }
 FASTSSL_ISA_VARIANTS(store_gradient)
@@ -252,26 +253,49 @@ void dispatch_index(const Tensor& negatives, const Function& function) {
   return function(negatives.const_data_ptr<int64_t>());
 }
 
-// All rows of a matrix at length 1, and the lengths they had.
-template <typename acc_t>
-struct UnitRows {
-  Buffer<acc_t> values;  // (N, padded)
-  Buffer<acc_t> norms;  // (N,)
-  int64_t padded;
+// The rows of a matrix in the accumulation type, each a whole number of vectors, and what brings them to length 1. Every
+// row is to be prepared before it is read.
+template <typename scalar_t, typename acc_t>
+class Table {
+ public:
+  Table(const scalar_t* x, int64_t frames, int64_t width)
+      : x_(x),
+        width_(width),
+        padded_(padded_to_lanes(width)),
+        is_copied_(!std::is_same_v<scalar_t, acc_t> || width != padded_),
+        copy_(is_copied_ ? frames * padded_ : 0),
+        scales_(frames) {}
 
-  template <typename scalar_t>
-  UnitRows(const scalar_t* x, int64_t frames, int64_t width)
-      : values(frames * padded_to_lanes(width)), norms(frames), padded(padded_to_lanes(width)) {
-    torch::stable::parallel_for(0, frames, 4 * kFramesPerTask, [&](int64_t first, int64_t last) {
-      for (int64_t n = first; n < last; ++n) {
-        norms[n] = normalise(values.data() + n * padded, x + n * width, width);
-      }
-    });
+  void prepare(int64_t n) const {
+    if (is_copied_) {
+      widen(copy_.data() + n * padded_, x_ + n * width_, width_);
+    }
+    scales_[n] = 1 / std::max(norm(row(n), padded_), static_cast<acc_t>(kEps));
   }
 
   const acc_t* row(int64_t n) const {
-    return values.data() + n * padded;
+    if constexpr (std::is_same_v<scalar_t, acc_t>) {
+      return (is_copied_ ? copy_.data() : x_) + n * padded_;
+    } else {
+      return copy_.data() + n * padded_;
+    }
   }
+
+  acc_t scale(int64_t n) const {
+    return scales_[n];
+  }
+
+  int64_t padded() const {
+    return padded_;
+  }
+
+ private:
+  const scalar_t* x_;
+  int64_t width_;
+  int64_t padded_;
+  bool is_copied_;  // the matrix itself does not do
+  Buffer<acc_t> copy_;  // (N, padded)
+  Buffer<acc_t> scales_;  // (N,)
 };
 
 void check_inputs(const Tensor& context, const Tensor& targets, const Tensor& negatives) {
@@ -308,16 +332,18 @@ std::tuple<Tensor, Tensor, Tensor> forward(
     acc_t* loss_data = loss.mutable_data_ptr<acc_t>();
     acc_t* logits_data = logits.mutable_data_ptr<acc_t>();
     const acc_t inverse_temperature = static_cast<acc_t>(1 / temperature);
-    const UnitRows<acc_t> unit_targets(target_data, frames, width);
+    const Table<scalar_t, acc_t> target_table(target_data, frames, width);
+    const Table<scalar_t, acc_t> context_table(context_data, frames, width);
     const Buffer<uint32_t> hashes(frames);
     torch::stable::parallel_for(0, frames, 4 * kFramesPerTask, [&](int64_t first, int64_t last) {
       for (int64_t n = first; n < last; ++n) {
+        target_table.prepare(n);
+        context_table.prepare(n);
         hashes[n] = hash_row(target_data + n * width, acc_t(0), width);
       }
     });
     dispatch_index(negatives, [&](const auto* negative_data) {
       torch::stable::parallel_for(0, frames, kFramesPerTask, [&](int64_t first, int64_t last) {
-        const Buffer<acc_t> unit_context(unit_targets.padded);
         // The logits that are left, the positive in front, and where they came from.
         const Buffer<int32_t> rows(count + 1);
         const Buffer<int64_t> places(count + 1);
@@ -338,13 +364,13 @@ std::tuple<Tensor, Tensor, Tensor> forward(
               ++many;
             }
           }
-          normalise(unit_context.data(), context_data + n * width, width);
-          dots(left.data(), static_cast<const acc_t*>(unit_context.data()), unit_targets.row(0),
-               static_cast<const int32_t*>(rows.data()), many, unit_targets.padded);
+          dots(left.data(), context_table.row(n), target_table.row(0), static_cast<const int32_t*>(rows.data()), many,
+               target_table.padded());
+          const acc_t scale = context_table.scale(n) * inverse_temperature;
           acc_t* row = logits_data + n * (count + 1);
           std::fill(row, row + count + 1, kNone);
           for (int64_t i = 0; i < many; ++i) {
-            left[i] *= inverse_temperature;
+            left[i] *= scale * target_table.scale(rows[i]);
             row[places[i]] = left[i];
           }
           std::fill(left.data() + many, left.data() + padded_to_lanes(many), kNone);
@@ -390,9 +416,9 @@ std::tuple<Tensor, Tensor> backward(
     const acc_t* logits_data = logits.const_data_ptr<acc_t>();
     scalar_t* grad_context_data = grad_context.mutable_data_ptr<scalar_t>();
     scalar_t* grad_targets_data = grad_targets.mutable_data_ptr<scalar_t>();
-    const UnitRows<acc_t> unit_targets(targets.const_data_ptr<scalar_t>(), frames, width);
-    const UnitRows<acc_t> unit_context(context.const_data_ptr<scalar_t>(), frames, width);
-    const int64_t padded = unit_targets.padded;
+    const Table<scalar_t, acc_t> target_table(targets.const_data_ptr<scalar_t>(), frames, width);
+    const Table<scalar_t, acc_t> context_table(context.const_data_ptr<scalar_t>(), frames, width);
+    const int64_t padded = target_table.padded();
     constexpr acc_t kNone = -std::numeric_limits<acc_t>::infinity();
 
     dispatch_index(negatives, [&](const auto* negative_data) {
@@ -401,6 +427,8 @@ std::tuple<Tensor, Tensor> backward(
         for (int64_t worker = first; worker < last; ++worker) {
           int64_t* counts = next.data() + worker * frames;
           for (int64_t n = first_frame_of(worker); n < first_frame_of(worker + 1); ++n) {
+            target_table.prepare(n);
+            context_table.prepare(n);
             for (int64_t k = 0; k < count; ++k) {
               if (logits_data[n * (count + 1) + k + 1] > kNone) {
                 ++counts[negative_data[n * count + k]];
@@ -443,17 +471,21 @@ std::tuple<Tensor, Tensor> backward(
             }
             softmax(weights.data(), static_cast<const acc_t*>(weights.data()), row[0] + loss_data[n], scale, many);
             weights[0] -= scale;
-            positive_weights[n] = weights[0];
+            const acc_t context_scale = context_table.scale(n);
+            positive_weights[n] = weights[0] * context_scale;
             for (int64_t i = 1; i < many; ++i) {
               const int64_t to = place[rows[i]]++;
               pair_frames[to] = static_cast<int32_t>(n);
-              pair_weights[to] = weights[i];
+              pair_weights[to] = weights[i] * context_scale;
+            }
+            for (int64_t i = 0; i < many; ++i) {
+              weights[i] *= target_table.scale(rows[i]);
             }
             std::fill(sum.data(), sum.data() + padded, acc_t(0));
-            add_weighted_rows(sum.data(), unit_targets.row(0), static_cast<const int32_t*>(rows.data()),
+            add_weighted_rows(sum.data(), target_table.row(0), static_cast<const int32_t*>(rows.data()),
                               static_cast<const acc_t*>(weights.data()), many, padded);
-            store_gradient(grad_context_data + n * width, static_cast<const acc_t*>(sum.data()), unit_context.row(n),
-                           unit_context.norms[n], width);
+            store_gradient(grad_context_data + n * width, static_cast<const acc_t*>(sum.data()), context_table.row(n),
+                           context_scale, width);
           }
         }
       });
@@ -461,13 +493,13 @@ std::tuple<Tensor, Tensor> backward(
         const Buffer<acc_t> sum(padded);
         for (int64_t m = first; m < last; ++m) {
           for (int64_t d = 0; d < padded; ++d) {
-            sum[d] = positive_weights[m] * unit_context.row(m)[d];
+            sum[d] = positive_weights[m] * context_table.row(m)[d];
           }
-          add_weighted_rows(sum.data(), unit_context.row(0), static_cast<const int32_t*>(pair_frames.data() + begins[m]),
+          add_weighted_rows(sum.data(), context_table.row(0), static_cast<const int32_t*>(pair_frames.data() + begins[m]),
                             static_cast<const acc_t*>(pair_weights.data() + begins[m]), begins[m + 1] - begins[m],
                             padded);
-          store_gradient(grad_targets_data + m * width, static_cast<const acc_t*>(sum.data()), unit_targets.row(m),
-                         unit_targets.norms[m], width);
+          store_gradient(grad_targets_data + m * width, static_cast<const acc_t*>(sum.data()), target_table.row(m),
+                         target_table.scale(m), width);
         }
       });
     });

@@ -18,13 +18,15 @@ def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return bool(request.param)
 
 
-def draw(*shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @EVERY_SHAPE
-def test_products(library: bool, rows: int, inner: int, width: int) -> None:
-    x, weight, bias, y = draw(rows, inner), draw(width, inner), draw(width), draw(rows, width)
+def test_products(library: bool, rows: int, inner: int, width: int, dtype: torch.dtype) -> None:
+    shapes = [(rows, inner), (width, inner), (width,), (rows, width)]
+    x, weight, bias, y = (draw(*shape, dtype=dtype) for shape in shapes)
     exact = [tensor.double() for tensor in (x, weight, bias, y)]
     nt, nn, tn = _gemm.nt(x, weight, bias), _gemm.nn(y, weight), _gemm.tn(y, x)
     assert_as_good_as(nt, x @ weight.t() + bias, exact[0] @ exact[1].t() + exact[2], "nt")
@@ -41,10 +43,13 @@ def test_operands_may_be_views(library: bool) -> None:
     assert_as_good_as(_gemm.tn(grad, x), grad.t() @ x, grad.double().t() @ x.double(), "tn")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("gelu", [False, True])
 @pytest.mark.parametrize(("inner", "width"), [(64, 48), (192, 130), (513, 16)])
-def test_bits_of_a_row_do_not_depend_on_the_others(library: bool, inner: int, width: int, gelu: bool) -> None:
-    x, weight = draw(400, inner), draw(width, inner)
+def test_bits_of_a_row_do_not_depend_on_the_others(
+    library: bool, inner: int, width: int, gelu: bool, dtype: torch.dtype
+) -> None:
+    x, weight = draw(400, inner, dtype=dtype), draw(width, inner, dtype=dtype)
     everything = _gemm.nt(x, weight, gelu=gelu)
     for rows in (1, 2, 3, 7, 11, 12, 13, 40, 111, 399):
         assert torch.equal(_gemm.nt(x[5 : 5 + rows].clone(), weight, gelu=gelu), everything[5 : 5 + rows]), rows

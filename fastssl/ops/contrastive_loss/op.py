@@ -105,10 +105,14 @@ def contrastive_loss(
     chosen = choose_backend("contrastive_loss", context, backend, unsupported=unsupported)
     with torch.autocast(context.device.type, enabled=False):
         if chosen == "reference":
+            _check_rows(negatives)
             return reference.contrastive_loss(context, targets, negatives, temperature=temperature)
-        loss, correct = _ContrastiveLoss.apply(
-            context.contiguous(), targets.contiguous(), negatives.contiguous(), temperature, chosen
-        )
+        inputs = context.contiguous(), targets.contiguous(), negatives.contiguous()
+        try:
+            loss, correct = _ContrastiveLoss.apply(*inputs, temperature, chosen)
+        except RuntimeError:
+            _check_rows(negatives)  # the compiled kernel found a row that is none; this says which
+            raise
     return loss, correct
 
 
@@ -127,8 +131,11 @@ def _check(context: Tensor, targets: Tensor, negatives: Tensor, temperature: flo
         )
     if not temperature > 0:
         raise ValueError(f"temperature: must be above 0, got {temperature}")
-    # Reading the values would break a compiled graph in two.
+
+
+def _check_rows(negatives: Tensor) -> None:
+    # Reading the values would break a compiled graph in two, and on a GPU make the host wait.
     if negatives.device.type == "cpu" and negatives.numel() > 0 and not torch.compiler.is_compiling():
         lowest, highest = (int(bound) for bound in negatives.aminmax())
-        if lowest < -1 or highest >= len(context):
-            raise ValueError(f"negatives: must be -1 to {len(context) - 1}, got {lowest} to {highest}")
+        if lowest < -1 or highest >= len(negatives):
+            raise ValueError(f"negatives: must be -1 to {len(negatives) - 1}, got {lowest} to {highest}")
