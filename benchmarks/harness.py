@@ -234,7 +234,7 @@ def _measure(
         rounds = int(min(_MOST_ROUNDS, max(3, budget_s / round_s)))
         seconds = {name: [] for name in runs}  # those calls found an empty heap
     else:
-        rounds = max(1 if round_s > 20 else 2, int(budget_s / round_s))
+        rounds = max(1 if round_s > 10 else 2, int(budget_s / round_s))
     for times in _rounds(runs, device, rounds):
         for name, value in times.items():
             seconds[name].append(value)
