@@ -120,7 +120,10 @@ def test_contenders_take_turns() -> None:
     for name in ("fastssl", "a", "b"):
         contenders.add(name, lambda name=name: order.append(name), lambda: RIGHT)  # type: ignore[misc]
     row = compare("work", contenders, reference=lambda: RIGHT, tolerance=0, device=CPU)
-    rounds = [order[i : i + 3] for i in range(6, len(order), 3)]  # after two calls of each for warmth and memory
+    calls = order[6:]  # after two calls of each for warmth and memory
+    assert all(calls[i : i + 5] == calls[i : i + 1] * 5 for i in range(0, len(calls), 5))  # short ones come in a row
+    turns = calls[::5]
+    rounds = [turns[i : i + 3] for i in range(0, len(turns), 3)]
     assert len(rounds) == row.measurements["fastssl"].rounds
     assert all(sorted(turn) == ["a", "b", "fastssl"] for turn in rounds)
     assert {turn[0] for turn in rounds} == {"a", "b", "fastssl"}
@@ -132,7 +135,7 @@ def test_the_limit_of_a_copy_takes_its_turn() -> None:
     contenders.add("fastssl", lambda: None, lambda: RIGHT)
     limit = CopyLimit(lambda: copies.append(None), moved_bytes=8, footprint_bytes=8)
     row = compare("work", contenders, reference=lambda: RIGHT, tolerance=0, device=CPU, copy_limit=limit)
-    assert len(copies) == 2 + row.measurements["fastssl"].rounds
+    assert len(copies) == 2 + 5 * row.measurements["fastssl"].rounds
     assert list(row.measurements) == ["fastssl"]
     assert len(row.limits) == 1
 
