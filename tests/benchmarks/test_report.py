@@ -1,6 +1,7 @@
 """Targets, JSON, and the README's tables."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 
 from benchmarks import all as everything
 from benchmarks import readme_table, report
-from benchmarks.harness import Measurement, Row
+from benchmarks.harness import GateError, Measurement, Row
 from benchmarks.report import verdict
 from benchmarks.targets import TARGETS, Target
 
@@ -88,3 +89,21 @@ def test_the_readme_quotes_the_newest_results() -> None:
     text = (readme_table.ROOT / "README.md").read_text()
     assert text.count("<!-- benchmarks ") == 2
     assert readme_table.updated(text, readme_table.ROOT / "benchmarks" / "results") == text
+
+
+def test_a_row_is_measured_in_a_process_of_its_own() -> None:
+    cpu = torch.device("cpu")
+    assert report._apart(lambda device: row_of(float(os.getpid()), {}), cpu).measurements[
+        "fastssl, native"
+    ].seconds != float(os.getpid())
+
+    def fail(device: torch.device) -> Row:
+        raise GateError("rival: out is off")
+
+    def die(device: torch.device) -> Row:
+        os._exit(3)
+
+    with pytest.raises(GateError, match="rival: out is off"):
+        report._apart(fail, cpu)
+    with pytest.raises(RuntimeError, match="exit code 3"):
+        report._apart(die, cpu)
