@@ -1,6 +1,8 @@
 """Self-supervised speech encoders that never compute padding."""
 
 from fastssl import ops as ops
+from fastssl.interop import accelerate as accelerate
+from fastssl.interop import restore as restore
 from fastssl.models.encoder import Encoder as Encoder
 from fastssl.models.encoder import EncoderConfig as EncoderConfig
 from fastssl.models.encoder import EncoderOutput as EncoderOutput

@@ -131,9 +131,16 @@ class Packed(NamedTuple):
         rows = layout.sequence_ids * x.shape[1] + layout.positions
         return cls(x.flatten(0, 1).index_select(0, rows), layout)
 
-    def to_padded(self, value: float = 0.0) -> Tensor:
-        """(B, T, ...) padded at the end with `value`, where T is the longest length."""
+    def to_padded(self, value: float = 0.0, *, length: int | None = None) -> Tensor:
+        """(B, T, ...) padded at the end with `value`; T is `length`, or else the longest length.
+
+        Raises:
+            ValueError: `length` is less than the longest.
+        """
         batch, longest = len(self.layout.lengths), self.layout.max_length
+        if length is not None and length < longest:
+            raise ValueError(f"length: {length} is less than the longest sequence, {longest}")
+        longest = longest if length is None else length
         padded = self.values.new_full((batch * longest, *self.values.shape[1:]), value)
         rows = self.layout.sequence_ids * longest + self.layout.positions
         return padded.index_copy(0, rows, self.values).view(batch, longest, *self.values.shape[1:])

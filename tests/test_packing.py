@@ -64,3 +64,13 @@ def test_rejects_bad_input() -> None:
         Packed.from_padded(torch.zeros(2, 4), [3])
     with pytest.raises(ValueError, match="lengths: up to 5"):
         Packed.from_padded(torch.zeros(2, 4), [3, 5])
+
+
+def test_padded_to_a_given_length() -> None:
+    packed = Packed.pack([torch.ones(2, 3), torch.ones(4, 3)])
+    padded = packed.to_padded(length=6)
+    assert padded.shape == (2, 6, 3)
+    assert torch.equal(padded[:, :4], packed.to_padded())
+    assert not padded[:, 4:].any()
+    with pytest.raises(ValueError, match="length: 3 is less than the longest sequence, 4"):
+        packed.to_padded(length=3)

@@ -31,27 +31,32 @@ class _Linear(torch.autograd.Function):
         )
 
 
+def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`torch.nn.functional.linear` over packed frames (N, C); on the CPU a frame's bits are the same in any batch."""
+    if _by_onednn(x, weight):
+        out: Tensor = _Linear.apply(x, weight, bias)
+        return out
+    rows = x.shape[0]
+    if rows >= _gemm.STABLE_ROWS or x.device.type != "cpu":
+        return F.linear(x, weight, bias)
+    padded = F.pad(x, (0, 0, 0, _gemm.STABLE_ROWS - rows))
+    return F.linear(padded, weight, bias)[:rows]
+
+
+def _by_onednn(x: Tensor, weight: Tensor) -> bool:
+    return weight.dtype == x.dtype and not torch.is_autocast_enabled("cpu") and _gemm.takes_onednn(x)
+
+
 class PackedLinear(nn.Linear):
     """`torch.nn.Linear` over packed frames (N, D); on the CPU a frame's bits are the same in any batch."""
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, in_features) to (N, out_features)."""
-        if self._by_onednn(input):
-            out: Tensor = _Linear.apply(input, self.weight, self.bias)
-            return out
-        rows = input.shape[0]
-        if rows >= _gemm.STABLE_ROWS or input.device.type != "cpu":
-            return super().forward(input)
-        padded = F.pad(input, (0, 0, 0, _gemm.STABLE_ROWS - rows))
-        return F.linear(padded, self.weight, self.bias)[:rows]
+        return packed_linear(input, self.weight, self.bias)
 
     def with_gelu(self, input: Tensor) -> Tensor:
         """GELU of what `forward` returns: one product where nobody asks for what GELU is applied to."""
         watched = torch.is_grad_enabled() or self._forward_pre_hooks or self._forward_hooks
-        if self._by_onednn(input) and not watched:
+        if _by_onednn(input, self.weight) and not watched:
             return _gemm.nt(input, self.weight, self.bias, gelu=True)
         return ops.bias_gelu_dropout(self(input), None)
-
-    def _by_onednn(self, input: Tensor) -> bool:
-        alike = self.weight.dtype == input.dtype and not torch.is_autocast_enabled("cpu")
-        return alike and _gemm.takes_onednn(input)

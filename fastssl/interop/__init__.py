@@ -1,0 +1,4 @@
+"""Other people's models: run by our kernels, and read from their checkpoints."""
+
+from fastssl.interop.accelerate import accelerate as accelerate
+from fastssl.interop.accelerate import restore as restore

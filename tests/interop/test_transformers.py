@@ -1,0 +1,360 @@
+"""Accelerated Transformers encoders: the numbers of the original on each utterance alone, through the same calls."""
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastssl
+
+transformers = pytest.importorskip("transformers")
+
+TINY = {
+    "hidden_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "conv_dim": [32] * 7,
+    "num_conv_pos_embeddings": 16,
+    "num_conv_pos_embedding_groups": 4,
+    "num_codevectors_per_group": 20,
+    "codevector_dim": 16,
+    "proj_codevector_dim": 24,
+    "vocab_size": 11,
+    "num_labels": 5,
+    "classifier_proj_size": 20,
+    "tdnn_dim": [16, 16, 24],
+    "tdnn_kernel": [3, 3, 1],
+    "tdnn_dilation": [1, 2, 1],
+    "xvector_output_dim": 12,
+    "mask_time_length": 3,
+}
+LARGE = {"feat_extract_norm": "layer", "conv_bias": True, "do_stable_layer_norm": True}
+ADAPTER = {"add_adapter": True, "output_hidden_size": 40, "num_adapter_layers": 2}
+NO_DROPOUT = dict.fromkeys(
+    (
+        "hidden_dropout",
+        "attention_dropout",
+        "activation_dropout",
+        "feat_proj_dropout",
+        "final_dropout",
+        "layerdrop",
+        "feat_quantizer_dropout",
+    ),
+    0.0,
+)
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "wav2vec2 base": ("Wav2Vec2", {}),
+    "wav2vec2 large": ("Wav2Vec2", LARGE),
+    "wav2vec2 base, layer norm": ("Wav2Vec2", {"feat_extract_norm": "layer", "conv_bias": True}),
+    "wav2vec2 base, adapter": ("Wav2Vec2", ADAPTER),
+    "wav2vec2 large, adapters": ("Wav2Vec2", LARGE | ADAPTER | {"adapter_attn_dim": 8, "output_hidden_size": 48}),
+    "hubert base": ("Hubert", {}),
+    "hubert large": ("Hubert", LARGE),
+    "hubert without projection norm": ("Hubert", {"feat_proj_layer_norm": False}),
+    "wavlm base": ("WavLM", {"num_buckets": 20, "max_bucket_distance": 25}),
+    "wavlm large": ("WavLM", LARGE | {"num_buckets": 20, "max_bucket_distance": 25}),
+    "data2vec": ("Data2VecAudio", {"num_conv_pos_embeddings": 3, "conv_pos_kernel_size": 7}),
+    "unispeech base": ("UniSpeech", {}),
+    "unispeech large": ("UniSpeech", LARGE),
+    "unispeech-sat base": ("UniSpeechSat", {}),
+    "unispeech-sat large": ("UniSpeechSat", LARGE),
+}
+EVERY_VARIANT = pytest.mark.parametrize("variant", VARIANTS)
+BATCHES = {"single": [6000], "equal": [5000, 5000], "mixed": [5000, 900, 3300], "extreme": [30000, 400, 719, 720]}
+
+
+def make(variant: str, head: str = "Model", **options: Any) -> Any:
+    family, settings = VARIANTS[variant]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**TINY | NO_DROPOUT | settings | options)
+    return getattr(transformers, f"{family}{head}")(config).eval()
+
+
+def batch_of(lengths: list[int]) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(len(lengths))
+    waveforms = torch.randn(len(lengths), max(lengths), generator=generator)
+    mask = (torch.arange(max(lengths)) < torch.tensor(lengths).unsqueeze(1)).long()
+    return waveforms * mask, mask
+
+
+def assert_close(found: Tensor, expected: Tensor, relative: float, what: str = "") -> None:
+    """In max norm."""
+    assert found.shape == expected.shape, what
+    assert (found - expected).abs().max() <= relative * expected.abs().max(), what
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@EVERY_VARIANT
+def test_equals_the_original_on_each_utterance_alone(variant: str, batch: str) -> None:
+    original = make(variant)
+    model = fastssl.accelerate(copy.deepcopy(original))
+    waveforms, mask = batch_of(BATCHES[batch])
+    with torch.no_grad():
+        found = model(waveforms, attention_mask=mask, output_hidden_states=True)
+        for row, samples in enumerate(mask.sum(1).tolist()):
+            expected = original(waveforms[row : row + 1, :samples], output_hidden_states=True)
+            assert type(found) is type(expected)
+            assert found.keys() == expected.keys()
+            frames = expected.hidden_states[0].shape[1]
+            for layer, (ours, theirs) in enumerate(zip(found.hidden_states, expected.hidden_states, strict=True)):
+                assert_close(ours[row, :frames], theirs[0], 2e-4, f"hidden state {layer}")
+                assert not ours[row, frames:].any()
+            last = expected.last_hidden_state[0]
+            assert_close(found.last_hidden_state[row, : len(last)], last, 2e-4, "last hidden state")
+            assert not found.last_hidden_state[row, len(last) :].any()
+
+
+@pytest.mark.parametrize("batch", ["equal", "mixed"])
+@EVERY_VARIANT
+def test_training_gives_the_loss_and_gradients_of_each_utterance_alone(variant: str, batch: str) -> None:
+    original = make(variant, apply_spec_augment=False).train()
+    model = fastssl.accelerate(copy.deepcopy(original))
+    waveforms, mask = batch_of(BATCHES[batch])
+
+    def score(frames: Tensor) -> Tensor:
+        return (frames * torch.sin(torch.arange(frames.numel())).view_as(frames)).sum()
+
+    together = model(waveforms, attention_mask=mask).last_hidden_state
+    loss, expected_loss = torch.zeros(()), torch.zeros(())
+    for row, samples in enumerate(mask.sum(1).tolist()):
+        alone = original(waveforms[row : row + 1, :samples]).last_hidden_state[0]
+        loss, expected_loss = loss + score(together[row, : len(alone)]), expected_loss + score(alone)
+    loss.backward()
+    expected_loss.backward()
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-3, atol=1e-3)
+    grads = {name: parameter.grad for name, parameter in model.named_parameters()}
+    scale = max(float(p.grad.abs().max()) for p in original.parameters() if p.grad is not None)
+    for name, parameter in original.named_parameters():
+        if parameter.grad is None:
+            assert grads[name] is None, name
+        else:
+            found = grads[name]
+            assert found is not None, name
+            # The softmax does not see a bias on the keys: its gradient is rounding and nothing else.
+            allowed = 1e-3 * float(parameter.grad.abs().max()) + 1e-6 * scale
+            assert (found - parameter.grad).abs().max() <= allowed, name
+
+
+HEADS = {
+    "Wav2Vec2": ["ForCTC", "ForSequenceClassification", "ForAudioFrameClassification", "ForXVector", "ForPreTraining"],
+    "Hubert": ["ForCTC", "ForSequenceClassification"],
+    "WavLM": ["ForCTC", "ForSequenceClassification", "ForAudioFrameClassification", "ForXVector"],
+    "Data2VecAudio": ["ForCTC", "ForSequenceClassification", "ForAudioFrameClassification", "ForXVector"],
+    "UniSpeech": ["ForCTC", "ForSequenceClassification", "ForPreTraining"],
+    "UniSpeechSat": [
+        "ForCTC",
+        "ForSequenceClassification",
+        "ForAudioFrameClassification",
+        "ForXVector",
+        "ForPreTraining",
+    ],
+}
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(
+    ("variant", "head"),
+    [(variant, head) for variant, (family, options) in VARIANTS.items() if not options for head in HEADS[family]]
+    + [(variant, head) for variant in ("wavlm base", "data2vec") for head in HEADS[VARIANTS[variant][0]]],
+)
+def test_every_head_gives_the_same(variant: str, head: str, weighted: bool) -> None:
+    original = make(variant, head, use_weighted_layer_sum=weighted)
+    model = fastssl.accelerate(copy.deepcopy(original))
+    waveforms, _ = batch_of([9000, 9000])
+    with torch.no_grad():
+        found, expected = (m(waveforms, output_hidden_states=True) for m in (model, original))
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        if isinstance(value, Tensor):
+            assert_close(found[key], value, 1e-3, key)
+
+
+def test_parameters_are_shared_and_restored() -> None:
+    model = make("wav2vec2 base", "ForCTC")
+    names, ids, kind = list(model.state_dict()), [id(p) for p in model.parameters()], type(model.wav2vec2)
+    assert fastssl.accelerate(model) is model
+    assert list(model.state_dict()) == names
+    assert [id(p) for p in model.parameters()] == ids
+    assert isinstance(model.wav2vec2, kind)
+    assert type(model.wav2vec2) is not kind
+    fastssl.accelerate(model)  # again: nothing happens
+    assert fastssl.restore(model) is model
+    assert type(model.wav2vec2) is kind
+    assert not [key for key in vars(model.wav2vec2) if "fastssl" in key]
+
+
+@pytest.mark.parametrize(("way", "variant"), [("pickle", "data2vec"), ("deepcopy", "wavlm base")])
+def test_copies_are_accelerated(way: str, variant: str) -> None:
+    """PyTorch pickles no module with weight norm, which the others have; Data2Vec has none."""
+    model = fastssl.accelerate(make(variant, "ForCTC"))
+    again = pickle.loads(pickle.dumps(model)) if way == "pickle" else copy.deepcopy(model)
+    waveforms, mask = batch_of([5000, 900])
+    with torch.no_grad():
+        assert type(again.base_model) is type(model.base_model)
+        assert torch.equal(again(waveforms, attention_mask=mask).logits, model(waveforms, attention_mask=mask).logits)
+
+
+def test_save_pretrained_writes_what_the_original_writes(tmp_path: Path) -> None:
+    model = make("hubert base")
+    model.save_pretrained(tmp_path / "original")
+    fastssl.accelerate(model).save_pretrained(tmp_path / "accelerated")
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "original" / name).read_bytes() == (tmp_path / "accelerated" / name).read_bytes()
+    assert type(transformers.AutoModel.from_pretrained(tmp_path / "accelerated")) is transformers.HubertModel
+
+
+@pytest.mark.parametrize("kind", [torch.bool, torch.int32, torch.int64, torch.float32])
+def test_masks_of_any_type(kind: torch.dtype) -> None:
+    model = fastssl.accelerate(make("wav2vec2 base"))
+    waveforms, mask = batch_of([5000, 900, 0])
+    with torch.no_grad():
+        expected = model(waveforms, attention_mask=mask).last_hidden_state
+        assert torch.equal(model(waveforms, attention_mask=mask.to(kind)).last_hidden_state, expected)
+        assert not expected[2].any()  # all padding
+
+
+def test_batch_mates_do_not_matter() -> None:
+    model = fastssl.accelerate(make("wav2vec2 base"))
+    waveforms, mask = batch_of([5000, 900, 3300])
+    with torch.no_grad():
+        together = model(waveforms, attention_mask=mask).last_hidden_state
+        alone = model(waveforms[1:2, :900]).last_hidden_state
+    assert torch.equal(together[1:2, : alone.shape[1]], alone)
+
+
+def test_bad_masks_are_named() -> None:
+    model = fastssl.accelerate(make("wav2vec2 base"))
+    waveforms, mask = batch_of([5000, 900])
+    hole = mask.clone()
+    hole[1, 100] = 0
+    cases = {
+        r"attention_mask: row 1 has padding before or between samples": hole,
+        r"attention_mask: row 1 has padding before": mask.flip(1),
+        r"attention_mask: expected \(2, 5000\).* got \(2, 4000\)": mask[:, :4000],
+        r"attention_mask: must be 1 \(a sample\) or 0 \(padding\)": mask * 2,
+    }
+    for message, bad in cases.items():
+        with pytest.raises(ValueError, match=message):
+            model(waveforms, attention_mask=bad)
+    with pytest.raises(ValueError, match=r"input_values: expected \(B, T\)"):
+        model(waveforms.unsqueeze(1))
+
+
+def test_attention_weights_come_from_the_original_code() -> None:
+    original = make("wav2vec2 base", attn_implementation="eager")
+    model = fastssl.accelerate(copy.deepcopy(original))
+    waveforms, mask = batch_of([5000, 900])
+    with torch.no_grad(), pytest.warns(UserWarning, match="attention weights"):
+        found = model(waveforms, attention_mask=mask, output_attentions=True)
+    expected = original(waveforms, attention_mask=mask, output_attentions=True)
+    torch.testing.assert_close(found.attentions, expected.attentions)
+
+
+def test_tuples_and_chosen_hidden_states() -> None:
+    original = make("wav2vec2 base")
+    model = fastssl.accelerate(copy.deepcopy(original))
+    waveforms, _ = batch_of([5000])
+    with torch.no_grad():
+        for options in ({"return_dict": False}, {"return_dict": False, "output_hidden_states": True}):
+            found, expected = (m(waveforms, **options) for m in (model, original))
+            assert isinstance(found, tuple)
+            assert len(found) == len(expected)
+        found, expected = (m(waveforms, output_hidden_states=[0, -1]).hidden_states for m in (model, original))
+    assert [state is None for state in found] == [state is None for state in expected]
+
+
+def test_norm_over_padding_is_that_of_transformers() -> None:
+    original = make("wav2vec2 base", attn_implementation="eager")
+    model = fastssl.accelerate(copy.deepcopy(original), norm="padded")
+    waveforms, mask = batch_of([5000, 1900])
+    with torch.no_grad():
+        found = model(waveforms, attention_mask=mask).last_hidden_state
+        expected = original(waveforms, attention_mask=mask).last_hidden_state
+    frames = (1900 - 400) // 320 + 1
+    assert_close(found[1, :frames], expected[1, :frames], 2e-4)
+    with pytest.raises(ValueError, match="norm: must be 'valid' or 'padded'"):
+        fastssl.accelerate(original, norm="batch")  # type: ignore[arg-type]
+
+
+def test_what_is_not_known_or_not_served_is_named() -> None:
+    with pytest.raises(ValueError, match=r"Linear has no encoder.*transformers\.Wav2Vec2Model"):
+        fastssl.accelerate(nn.Linear(2, 2))
+    model = make("hubert base", conv_pos_batch_norm=True)
+    with pytest.raises(ValueError, match="conv_pos_batch_norm"):
+        fastssl.accelerate(model)
+    assert type(model) is transformers.HubertModel
+    with pytest.raises(ValueError, match="hidden_act='relu'"):
+        fastssl.accelerate(make("wav2vec2 base", hidden_act="relu"))
+
+
+@pytest.mark.parametrize("variant", ["wav2vec2 base", "hubert base", "wavlm large"])
+def test_random_draws_are_those_of_the_original(variant: str) -> None:
+    """SpecAugment, and layer drop, whose draws come from numpy's and torch's generators."""
+    options: dict[str, Any] = {"mask_time_prob": 0.5, "layerdrop": 0.4}
+    if not variant.startswith("wavlm"):  # which has no mask_feature_min_masks in its config
+        options |= {"mask_feature_prob": 0.2, "mask_feature_length": 4}
+    original = make(variant, **options).train()
+    model = fastssl.accelerate(copy.deepcopy(original))
+    waveforms, _ = batch_of([9000, 9000])
+    outputs = []
+    for m in (model, original):
+        np.random.seed(3)  # noqa: NPY002 (the generator that Transformers draws from)
+        torch.manual_seed(3)
+        outputs.append(m(waveforms).last_hidden_state)
+    assert_close(outputs[0], outputs[1], 2e-4)
+
+
+def test_given_time_masks() -> None:
+    original = make("wav2vec2 base").train()
+    model = fastssl.accelerate(copy.deepcopy(original))
+    waveforms, _ = batch_of([5000, 5000])
+    masked = torch.zeros(2, 15, dtype=torch.bool)
+    masked[0, 2:7] = masked[1, 10:] = True
+    found, expected = (m(waveforms, mask_time_indices=masked).last_hidden_state for m in (model, original))
+    assert_close(found, expected, 2e-4)
+
+
+@pytest.mark.parametrize("variant", ["wav2vec2 base", "wav2vec2 large"])
+def test_gradient_checkpointing_and_frozen_front_ends(variant: str) -> None:
+    model = make(variant, "ForCTC", apply_spec_augment=False).train()
+    fastssl.accelerate(model)
+    model.freeze_feature_encoder()
+    waveforms, mask = batch_of([9000, 5000])
+    labels = torch.tensor([[1, 2, 3], [4, 5, -100]])
+    grads = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.zero_grad()
+        model(waveforms, attention_mask=mask, labels=labels).loss.backward()
+        grads.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert not [name for name in grads[0] if "feature_extractor" in name]
+    torch.testing.assert_close(grads[1], grads[0])
+
+
+def test_layers_in_the_place_of_linear_ones_are_called() -> None:
+    """As LoRA puts them there."""
+
+    class Adapted(nn.Module):
+        def __init__(self, base: nn.Linear) -> None:
+            super().__init__()
+            self.base, self.down, self.up = base, nn.Linear(base.in_features, 2), nn.Linear(2, base.out_features)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.base(x) + self.up(self.down(x))
+            return out
+
+    original = make("wav2vec2 base")
+    for layer in original.encoder.layers:
+        layer.attention.q_proj = Adapted(layer.attention.q_proj)
+        layer.feed_forward.intermediate_dense = Adapted(layer.feed_forward.intermediate_dense)
+    model = fastssl.accelerate(copy.deepcopy(original))
+    waveforms, _ = batch_of([5000])
+    with torch.no_grad():
+        assert_close(model(waveforms).last_hidden_state, original(waveforms).last_hidden_state, 2e-4)
