@@ -181,7 +181,7 @@ def test_the_host_does_not_wait(op: str, backend: str, device: str) -> None:
     inputs, layout = leaves_of(make(sum(lengths)), device, torch.float32), layout_of(lengths, device)
     outputs_and_gradients(op, inputs, layout, backend)  # compiled, and everything loaded
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
+    torch.cuda.set_sync_debug_mode("error")  # the next wait for the device raises
     try:
         outputs_and_gradients(op, inputs, layout, backend)
     finally:

@@ -166,7 +166,7 @@ def test_the_host_does_not_wait(backend: str, device: str, stack: Stack) -> None
 
     step()  # compiled, and everything loaded
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
+    torch.cuda.set_sync_debug_mode("error")  # the next wait for the device raises
     try:
         step()
     finally:

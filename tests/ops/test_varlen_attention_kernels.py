@@ -164,7 +164,7 @@ def test_the_host_does_not_wait(backend: str, device: str) -> None:
     leaves, layout = [x for x in inputs.values() if x.requires_grad], layout_of(lengths, device)
     torch.autograd.grad(run(inputs, layout, backend).sum(), leaves)  # compiled, and everything loaded
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
+    torch.cuda.set_sync_debug_mode("error")  # the next wait for the device raises
     try:
         torch.autograd.grad(run(inputs, layout, backend).sum(), leaves)
     finally:
