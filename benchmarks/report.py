@@ -127,13 +127,20 @@ def _apart(measure: Callable[[torch.device], Row], device: torch.device) -> Row:
     return result
 
 
-def main(rows: Rows, description: str, *, by_default: Mapping[str, Sequence[str]] | None = None) -> None:
+def main(
+    rows: Rows,
+    description: str,
+    *,
+    by_default: Mapping[str, Sequence[str]] | None = None,
+    targets: Mapping[str, Sequence[Target]] = TARGETS,
+) -> None:
     """Measure rows, print them and the targets they have, and write JSON.
 
     Args:
         rows: Key -> function of a device that measures the row.
         description: For `--help`.
         by_default: Device -> the rows that are measured without `--only`; None means all of them.
+        targets: Device -> what is promised.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -161,7 +168,7 @@ def main(rows: Rows, description: str, *, by_default: Mapping[str, Sequence[str]
         row_began_s = time.monotonic()
         measured[key] = _apart(rows[key], device)
         print_row(key, measured[key], time.monotonic() - row_began_s)
-    verdicts = [verdict(target, measured) for target in TARGETS[args.device] if target.row in measured]
+    verdicts = [verdict(target, measured) for target in targets[args.device] if target.row in measured]
     if verdicts:
         print_verdicts(verdicts)
     print(f"\n{time.monotonic() - began_s:.0f} s in all")

@@ -1,0 +1,208 @@
+"""Other libraries' models before and after `accelerate`: `python -m benchmarks.bench_drop_in --device cpu|cuda`.
+
+Every architecture, forward pass and training step, on `read-speech` and on `equal`, where there is nothing to pad. The
+weights are random; layer drop and SpecAugment are off, so that every step is the same work; dropout is on.
+"""
+
+import copy
+import importlib
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import fastssl
+from benchmarks import limits, rivals, workloads
+from benchmarks.harness import Contenders, Outputs, Row, compare
+from benchmarks.report import Rows, main
+from benchmarks.targets import Target
+from fastssl.models.encoder import EncoderConfig
+
+_GATE_S = [1.0, 0.7]
+_TOLERANCES = {"forward": {torch.float32: 2e-4, torch.bfloat16: 0.1}, "training": {torch.float32: 1e-3}}
+_BASE = EncoderConfig()
+_LARGE = EncoderConfig(
+    hidden_size=1024,
+    num_hidden_layers=24,
+    num_attention_heads=16,
+    intermediate_size=4096,
+    feat_extract_norm="layer",
+    conv_bias=True,
+    do_stable_layer_norm=True,
+)
+# Five convolutions of 19 frames are as many products as one of 95.
+_DATA2VEC = EncoderConfig(feat_extract_norm="layer", num_conv_pos_embeddings=95)
+
+
+class Architecture(NamedTuple):
+    """A model of another library.
+
+    Args:
+        make: Builds it with random weights.
+        encode: (model, (B, T) samples, (B,) lengths or None) -> (B, F, D).
+        takes_lengths: Whether the original does; torchaudio's WavLM computes padding as if it were audio.
+        shape: What its products are counted by.
+    """
+
+    make: Callable[[], nn.Module]
+    encode: Callable[[Any, Tensor, Tensor | None], Tensor]
+    shape: EncoderConfig
+    takes_lengths: bool = True
+
+
+def _transformers(family: str, **settings: Any) -> nn.Module:
+    library = importlib.import_module("transformers")
+    config = getattr(library, f"{family}Config")(**{"layerdrop": 0.0, "apply_spec_augment": False} | settings)
+    model: nn.Module = getattr(library, f"{family}Model")(config)
+    return model
+
+
+def _encode_transformers(model: Any, audio: Tensor, lengths: Tensor | None) -> Tensor:
+    mask = None
+    if lengths is not None:
+        mask = (torch.arange(audio.shape[1], device=audio.device) < lengths.unsqueeze(1)).long()
+    out: Tensor = model(audio, attention_mask=mask).last_hidden_state
+    return out
+
+
+def _torchaudio(factory: str) -> nn.Module:
+    model: nn.Module = getattr(importlib.import_module("torchaudio.models"), factory)(encoder_layer_drop=0.0)
+    return model
+
+
+def _encode_torchaudio(model: Any, audio: Tensor, lengths: Tensor | None) -> Tensor:
+    out: Tensor = model(audio, lengths)[0]
+    return out
+
+
+def _of_transformers(family: str, shape: EncoderConfig, **settings: Any) -> Architecture:
+    if shape is _LARGE:
+        fields = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+        fields += ("feat_extract_norm", "conv_bias", "do_stable_layer_norm")
+        settings = {name: getattr(shape, name) for name in fields} | settings
+    return Architecture(partial(_transformers, family, **settings), _encode_transformers, shape)
+
+
+ARCHITECTURES = {
+    "wav2vec2-base": _of_transformers("Wav2Vec2", _BASE),
+    "wav2vec2-large": _of_transformers("Wav2Vec2", _LARGE),
+    "hubert-base": _of_transformers("Hubert", _BASE),
+    "wavlm-base": _of_transformers("WavLM", _BASE),
+    "wavlm-large": _of_transformers("WavLM", _LARGE),
+    "data2vec-base": _of_transformers("Data2VecAudio", _DATA2VEC),
+    "unispeech-base": _of_transformers("UniSpeech", _BASE),
+    "unispeech-sat-base": _of_transformers("UniSpeechSat", _BASE),
+    "torchaudio-wav2vec2-base": Architecture(partial(_torchaudio, "wav2vec2_base"), _encode_torchaudio, _BASE),
+    "torchaudio-hubert-base": Architecture(partial(_torchaudio, "hubert_base"), _encode_torchaudio, _BASE),
+    "torchaudio-wavlm-base": Architecture(
+        partial(_torchaudio, "wavlm_base"), _encode_torchaudio, _BASE, takes_lengths=False
+    ),
+}
+
+
+def _lengths_s(name: str, workload: str, device: torch.device) -> list[float]:
+    """Some 15 to 40 s of audio on a CPU, 400 s on a GPU."""
+    large = ARCHITECTURES[name].shape is _LARGE
+    if device.type == "cpu":
+        return workloads.equal(1) if workload == "equal" else workloads.read_speech(2 if large else 3)
+    return workloads.equal(26) if workload == "equal" else workloads.read_speech(workloads.utterances_for(400))
+
+
+def drop_in(name: str, work: str, workload: str, device: torch.device) -> Row:
+    """The original and the accelerated model; fp32 on the CPU, bf16 or its autocast on a GPU."""
+    torch.manual_seed(0)
+    architecture, training = ARCHITECTURES[name], work == "training"
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    original = architecture.make().to(device)
+    exact = rivals.in_double(original)
+    if not training:
+        original = original.to(dtype).eval()
+    ours = fastssl.accelerate(copy.deepcopy(original))
+    lengths_s = _lengths_s(name, workload, device)
+    batch = workloads.waveforms(lengths_s, device)
+    audio, mask = workloads.padded(batch)
+    lengths = mask.sum(1)
+    if not training:
+        audio = audio.to(dtype)
+
+    def contender(model: nn.Module, given: Tensor | None) -> tuple[Callable[[], Any], Callable[[], Outputs]]:
+        encode = partial(architecture.encode, model)
+        run = partial(_step, model, encode, audio, given) if training else partial(_forward, encode, audio, given)
+        together = model is ours
+        return run, partial(_gate_outputs, model, architecture, device, together=together, training=training)
+
+    contenders = Contenders()
+    contenders.add("fastssl", *contender(ours, lengths))
+    contenders.add("original", *contender(original, lengths if architecture.takes_lengths else None))
+    gemms = limits.encoder(architecture.shape, workloads.samples_of(lengths_s), backward=training)
+    return compare(
+        f"{name}, {work}, {workload}",
+        contenders,
+        reference=partial(_gate_outputs, exact, architecture, device, together=False, training=training),
+        tolerance=_TOLERANCES[work].get(dtype, 0.1),
+        device=device,
+        limits=lambda: limits.gemm_limits(gemms, dtype, device),
+        audio_s=sum(lengths_s),
+        budget_s=5,
+        notes=[f"padded batch: {workloads.padding_factor(lengths_s):.2f} times the valid audio"],
+    )
+
+
+@torch.no_grad()
+def _forward(encode: Callable[[Tensor, Tensor | None], Tensor], audio: Tensor, lengths: Tensor | None) -> None:
+    encode(audio, lengths)
+
+
+def _step(
+    model: nn.Module, encode: Callable[[Tensor, Tensor | None], Tensor], audio: Tensor, lengths: Tensor | None
+) -> None:
+    model.train()
+    model.zero_grad(set_to_none=True)
+    with torch.autocast(audio.device.type, torch.bfloat16, enabled=audio.is_cuda):
+        features = encode(audio, lengths)
+    features.float().square().mean().backward()
+
+
+def _gate_outputs(
+    model: nn.Module, architecture: Architecture, device: torch.device, *, together: bool, training: bool
+) -> Outputs:
+    """Features of two utterances, of ours in one batch and else alone; for training, the gradients of a sum of them."""
+    model.eval()
+    dtype = next(model.parameters()).dtype
+    batch = workloads.waveforms(_GATE_S, device)
+    half = training and device.type == "cuda" and dtype != torch.float64
+    with torch.set_grad_enabled(training), torch.autocast(device.type, torch.bfloat16, enabled=half):
+        if together:
+            audio, mask = workloads.padded(batch)
+            padded = architecture.encode(model, audio.to(dtype), mask.sum(1))
+            frames = workloads.frames(_GATE_S)
+            features = [row[:length] for row, length in zip(padded, frames, strict=True)]
+        else:
+            features = [architecture.encode(model, x.t().to(dtype), None)[0] for x in batch.unpack()]
+    outputs = {f"utterance {i}": x.detach() for i, x in enumerate(features)}
+    if not training:
+        return outputs
+    weights = [torch.sin(torch.arange(x.numel(), device=device)).view_as(x) for x in features]
+    torch.stack([(x * weight).sum() for x, weight in zip(features, weights, strict=True)]).sum().backward()
+    # The softmax does not see a bias on the keys, whose gradient is rounding error and nothing else.
+    grads = {f"gradient of {n}": p.grad for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return outputs | {n: grad for n, grad in grads.items() if not n.endswith("k_proj.bias")}
+
+
+def _rows(works: Sequence[str], sets: Sequence[str]) -> Rows:
+    return {
+        f"{name}-{work}-{workload}": partial(drop_in, name, work, workload)
+        for name in ARCHITECTURES
+        for work in works
+        for workload in sets
+    }
+
+
+ROWS = _rows(("forward", "training"), ("read-speech", "equal"))
+_PROMISED = [Target(row, row, 1.0, "original") for row in ROWS]
+
+if __name__ == "__main__":
+    main(ROWS, __doc__, targets={"cpu": _PROMISED, "cuda": _PROMISED})
