@@ -32,6 +32,15 @@ _LARGE = EncoderConfig(
     conv_bias=True,
     do_stable_layer_norm=True,
 )
+_FIELDS = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "feat_extract_norm",
+    "conv_bias",
+    "do_stable_layer_norm",
+)
 # Five convolutions of 19 frames are as many products as one of 95.
 _DATA2VEC = EncoderConfig(feat_extract_norm="layer", num_conv_pos_embeddings=95)
 
@@ -79,9 +88,7 @@ def _encode_torchaudio(model: Any, audio: Tensor, lengths: Tensor | None) -> Ten
 
 def _of_transformers(family: str, shape: EncoderConfig, **settings: Any) -> Architecture:
     if shape is _LARGE:
-        fields = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-        fields += ("feat_extract_norm", "conv_bias", "do_stable_layer_norm")
-        settings = {name: getattr(shape, name) for name in fields} | settings
+        settings = {name: getattr(shape, name) for name in _FIELDS} | settings
     return Architecture(partial(_transformers, family, **settings), _encode_transformers, shape)
 
 

@@ -2,6 +2,7 @@
 
 from fastssl import ops as ops
 from fastssl.interop import accelerate as accelerate
+from fastssl.interop import register_attention as register_attention
 from fastssl.interop import restore as restore
 from fastssl.models.encoder import Encoder as Encoder
 from fastssl.models.encoder import EncoderConfig as EncoderConfig

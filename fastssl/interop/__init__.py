@@ -2,3 +2,4 @@
 
 from fastssl.interop.accelerate import accelerate as accelerate
 from fastssl.interop.accelerate import restore as restore
+from fastssl.interop.attention import register_attention as register_attention

@@ -1,0 +1,85 @@
+"""Our attention in Transformers' own encoders: `attn_implementation="fastssl"`."""
+
+import warnings
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from fastssl import ops
+from fastssl.packing import Layout
+
+NAME = "fastssl"
+
+
+class _Valid(NamedTuple):
+    """What Transformers hands to every layer as its attention mask."""
+
+    rows: Tensor  # (N,) of the flattened padded batch
+    layout: Layout
+
+
+def register_attention() -> None:
+    """Let Transformers' models be made with `attn_implementation="fastssl"`: `varlen_attention` over the valid frames.
+
+    For every bidirectional encoder whose attention can be chosen, speech or not; WavLM's cannot. The rest of the model
+    runs as it did, padding included; `accelerate` is what takes that away. Padding frames get zeros, attention weights
+    are not returned, and a mask may have holes.
+
+    Raises:
+        ImportError: Transformers is not installed.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(NAME, _attend)
+    AttentionMaskInterface.register(NAME, _mask)
+
+
+def _mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    *,
+    mask_function: Any = None,
+    attention_mask: Tensor | None = None,  # (B, T)
+    **options: Any,
+) -> _Valid | None:
+    """Which rows are valid, once per forward pass: the host waits for the device here and nowhere else."""
+    from transformers.masking_utils import bidirectional_mask_function
+
+    if mask_function is not bidirectional_mask_function or q_length != kv_length:
+        raise ValueError(f"attn_implementation: {NAME!r} serves self-attention in both directions only")
+    if attention_mask is None:
+        return None
+    valid = attention_mask.bool()
+    layout = Layout.from_lengths(valid.sum(1).tolist(), device=valid.device)
+    return _Valid(valid.flatten().nonzero().squeeze(1), layout)
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,  # (B, H, T, E)
+    key: Tensor,  # (B, H, T, E)
+    value: Tensor,  # (B, H, T, E)
+    attention_mask: _Valid | Tensor | None,
+    *,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:  # (B, T, H, E)
+    if is_causal or getattr(module, "is_causal", False) or not query.shape == key.shape == value.shape:
+        raise ValueError(f"attn_implementation: {NAME!r} serves self-attention in both directions only")
+    if isinstance(attention_mask, Tensor) or options.get("position_bias") is not None:
+        raise ValueError(f"attn_implementation: {NAME!r} takes (B, T) masks, neither dense ones nor biases")
+    if options.get("output_attentions"):
+        warnings.warn(f"attn_implementation={NAME!r} returns no attention weights", stacklevel=2)
+    B, _, T, _ = query.shape
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+    if attention_mask is None:
+        layout = Layout.from_lengths([T] * B, device=q.device)
+        return ops.varlen_attention(q, k, v, layout, scale=scaling, dropout_p=dropout).unflatten(0, (B, T)), None
+    rows, layout = attention_mask
+    q, k, v = (x.index_select(0, rows) for x in (q, k, v))
+    attended = ops.varlen_attention(q, k, v, layout, scale=scaling, dropout_p=dropout)
+    padded = attended.new_zeros(B * T, *attended.shape[1:]).index_copy(0, rows, attended)
+    return padded.unflatten(0, (B, T)), None
