@@ -1,6 +1,7 @@
 """The parts of other people's encoders over packed frames: their modules and parameters, our ops.
 
-A module that is not the plain one of PyTorch (an adapter in its place, a hook on it) is called as it is, on (N, C).
+A linear layer, norm or dropout that is not the plain one of PyTorch (an adapter in its place, a hook on it) is called as
+it is, on (N, C). Whatever else is not as its library made it is an error: its code would not run.
 """
 
 from typing import Any, Literal
@@ -16,8 +17,36 @@ from fastssl.packing import Layout, Packed
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a module is exactly PyTorch's own, and nobody watches it."""
+    return type(module) is kind and not _is_watched(module) and type(getattr(module, "weight", None)) in _PLAIN_WEIGHTS
+
+
+_PLAIN_WEIGHTS = (nn.Parameter, Tensor, type(None))  # not a quantised or sharded one
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether a call of it does more than its class's `forward`."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return type(module) is kind and not hooks
+    return bool(hooks) or "forward" in vars(module)
+
+
+_LIBRARIES = ("transformers.", "torchaudio.", "torch.nn.", "fastssl.")
+
+
+def bypassed(module: Any) -> Any:
+    """A module whose parameters and submodules we use, and whose `forward` we stand in for.
+
+    Raises:
+        ValueError: Its class is somebody else's, or it has a hook: that code would never run.
+    """
+    kind = type(module)
+    if not kind.__module__.startswith(_LIBRARIES):
+        raise ValueError(f"model: it holds a {kind.__module__}.{kind.__name__}, whose code accelerate would not run")
+    if _is_watched(module):
+        raise ValueError(
+            f"model: a {kind.__name__} of it has a hook or a forward of its own, which accelerate would not call; ask "
+            "for hidden states, or restore the model"
+        )
+    return module
 
 
 def linear(module: nn.Module, x: Tensor) -> Tensor:
@@ -96,7 +125,7 @@ def front_end(conv_layers: Any, waveforms: Packed) -> Packed:
     """Strided convolutions, each a module with `conv` and perhaps `layer_norm`; GELU after each."""
     layers = []
     for module in conv_layers:
-        conv, norm = module.conv, getattr(module, "layer_norm", None)
+        conv, norm = bypassed(module.conv), getattr(bypassed(module), "layer_norm", None)
         kind: Literal["none", "group", "layer"] = "none"
         if norm is not None:
             kind = "group" if isinstance(norm, nn.GroupNorm) else "layer"
@@ -106,7 +135,7 @@ def front_end(conv_layers: Any, waveforms: Packed) -> Packed:
                 conv.stride[0],
                 conv.bias,
                 kind,
-                None if norm is None else norm.weight,
+                None if norm is None else bypassed(norm).weight,
                 None if norm is None else norm.bias,
                 1e-5 if norm is None else norm.eps,
             )
@@ -114,9 +143,10 @@ def front_end(conv_layers: Any, waveforms: Packed) -> Packed:
     return Packed(*ops.strided_conv_stack(waveforms.values, layers, waveforms.layout))
 
 
-def positional_conv(conv: nn.Module, x: Tensor, layout: Layout) -> Tensor:
+def positional_conv(conv: Any, x: Tensor, layout: Layout) -> Tensor:
     """A grouped convolution as long as its input, before its activation; `conv` may have a parametrized weight."""
-    return ops.positional_conv(x, conv.weight, layout, bias=conv.bias)  # type: ignore[arg-type]
+    conv = bypassed(conv)
+    return ops.positional_conv(x, conv.weight, layout, bias=conv.bias)
 
 
 def dropout(module: nn.Module, x: Tensor) -> Tensor:

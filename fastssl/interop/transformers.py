@@ -82,6 +82,8 @@ def _original_class(module: nn.Module) -> type[nn.Module] | None:
 @cache
 def _accelerated(name: str) -> type[nn.Module]:
     original = getattr(importlib.import_module(f"transformers.models.{_ARCHITECTURES[name].module}"), name)
+    # Traced, every new set of lengths would be compiled anew, and the ops are fused already.
+    run = torch.compiler.disable(_forward, reason="an accelerated encoder runs as it is")
 
     def forward(
         self: Any,
@@ -97,7 +99,7 @@ def _accelerated(name: str) -> type[nn.Module]:
                 return original.forward(self, input_values, attention_mask, mask_time_indices, **kwargs)
             finally:
                 self.__class__ = accelerated
-        return _forward(self, original, input_values, attention_mask, mask_time_indices, kwargs)
+        return run(self, original, input_values, attention_mask, mask_time_indices, kwargs)
 
     namespace = {"forward": forward, "__module__": __name__, "__qualname__": name, "__doc__": original.__doc__}
     return type(name, (original,), namespace)
@@ -134,7 +136,7 @@ def _forward(
     padded_frames = _frames_after(self, samples)
 
     frames = _front_end(self, input_values, lengths)
-    projected, normalised = _project(self.feature_projection, frames.values)
+    projected, normalised = _project(L.bypassed(self.feature_projection), frames.values)
     x = _mask(
         self,
         original,
@@ -185,7 +187,7 @@ def _frames_after(model: Any, samples: int) -> int:
 def _front_end(model: Any, input_values: Tensor, lengths: list[int]) -> Packed:
     extractor = model.feature_extractor
     if getattr(model, _NORM) == "valid":
-        return L.front_end(extractor.conv_layers, waveforms_of(input_values, lengths))
+        return L.front_end(L.bypassed(extractor).conv_layers, waveforms_of(input_values, lengths))
     padded = extractor(input_values).transpose(1, 2)
     frames = [_frames_after(model, length) for length in lengths]
     return Packed.from_padded(padded, frames)
@@ -221,8 +223,8 @@ def _mask(
 
 def _encode(encoder: Any, x: Packed) -> tuple[Tensor, list[Tensor]]:
     """The last hidden state, and the hidden states as Transformers has them, before a last norm."""
-    layout, stable = x.layout, "StableLayerNorm" in type(encoder).__name__
-    values = x.values + _position(encoder.pos_conv_embed, x)
+    layout, stable = x.layout, "StableLayerNorm" in type(L.bypassed(encoder)).__name__
+    values = x.values + _position(L.bypassed(encoder.pos_conv_embed), x)
     if not stable:
         values = encoder.layer_norm(values)
     values = L.dropout(encoder.dropout, values)
@@ -232,7 +234,7 @@ def _encode(encoder: Any, x: Packed) -> tuple[Tensor, list[Tensor]]:
     for index, layer in enumerate(encoder.layers):
         if _skips(encoder, index, has_bias=bias is not None):
             continue
-        if getattr(layer, "gradient_checkpointing", False) and layer.training:
+        if getattr(L.bypassed(layer), "gradient_checkpointing", False) and layer.training:
             values = layer._gradient_checkpointing_func(run, layer, values, layout, bias)
         else:
             values = run(layer, values, layout, bias)
@@ -264,13 +266,14 @@ def _pre_norm_layer(layer: Any, x: Tensor, layout: Layout, bias: Tensor | None) 
 
 def _feed_forward(module: Any, x: Tensor) -> tuple[Tensor, nn.Module]:
     """The output before its dropout, and that dropout."""
+    L.bypassed(module)
     branch = L.feed_forward(module.intermediate_dense, module.intermediate_dropout, module.output_dense, x)
     return branch, module.output_dropout
 
 
 def _attention(module: Any, x: Tensor, layout: Layout, bias: Tensor | None) -> Tensor:
     gate = None if bias is None else _gate(module, x)
-    dropout = module.dropout if module.training else 0.0
+    dropout = L.bypassed(module).dropout if module.training else 0.0
     return L.attention(module, x, layout, heads=module.num_heads, dropout=dropout, distance_bias=bias, gate=gate)
 
 
@@ -298,7 +301,7 @@ def _position(embedding: Any, x: Packed) -> Tensor:
         return F.gelu(L.positional_conv(embedding.conv, x.values, x.layout))
     values = x.values
     for layer in embedding.layers:
-        values = F.gelu(layer.layer_norm(L.positional_conv(layer.conv, values, x.layout)))
+        values = F.gelu(L.bypassed(layer).layer_norm(L.positional_conv(layer.conv, values, x.layout)))
     return values
 
 
@@ -308,13 +311,13 @@ def _adapt(model: Any, x: Packed, padded_frames: int) -> Tensor:
     if adapter is None:
         return x.to_padded(length=padded_frames)
     values = x.values
-    if adapter.proj is not None:
+    if L.bypassed(adapter).proj is not None:
         values = adapter.proj_layer_norm(L.linear(adapter.proj, values))
     x, padded = Packed(values, x.layout), padded_frames
     for layer in adapter.layers:
         drawn = np.random.random()  # noqa: NPY002 (the generator that the original draws from)
         if not adapter.training or drawn > adapter.layerdrop:
-            x = _adapter_layer(layer.conv, x)
+            x = _adapter_layer(L.bypassed(L.bypassed(layer).conv), x)
             padded = _adapter_frames(layer.conv, padded)
     return x.to_padded(length=padded)
 
