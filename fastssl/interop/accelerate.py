@@ -14,7 +14,8 @@ def accelerate(model: Model, *, norm: Norm = "valid") -> Model:
     """Run the speech encoders in a model packed and fused, in place: parameters, state dict and calls stay the same.
 
     Args:
-        model: A Transformers encoder, or any module that holds one: a head, a PEFT model, your own.
+        model: A Transformers or torchaudio encoder, or any module that holds one: a head, a pipeline's wrapper, a
+            PEFT model, your own.
         norm: What the group norm of a padded batch is over: "valid", the samples of each utterance, so that batch mates
             do not matter; or "padded", the padding too, as the original does it.
 
@@ -29,7 +30,7 @@ def accelerate(model: Model, *, norm: Norm = "valid") -> Model:
         raise ValueError(f"norm: must be 'valid' or 'padded', got {norm!r}")
     found = [(module, library) for module in model.modules() for library in _libraries() if library.knows(module)]
     if not found:
-        known = ", ".join(_transformers().KNOWN)
+        known = ", ".join([*_transformers().KNOWN, *_torchaudio().KNOWN])
         raise ValueError(f"model: {type(model).__name__} has no encoder that can be accelerated; known: {known}")
     for module, library in found:
         library.check(module)
@@ -52,10 +53,18 @@ def restore(model: Model) -> Model:
 
 def _libraries() -> list[ModuleType]:
     """Ours for the libraries that are in use: a model of another one cannot be there."""
-    return [_transformers()] if "transformers" in sys.modules else []
+    libraries = [_transformers()] if "transformers" in sys.modules else []
+    # torchaudio does not import beside every torch, so whether it does is left to who has a model of it.
+    return [*libraries, _torchaudio()] if _torchaudio().MODULE in sys.modules else libraries
 
 
 def _transformers() -> ModuleType:
     from fastssl.interop import transformers
 
     return transformers
+
+
+def _torchaudio() -> ModuleType:
+    from fastssl.interop import torchaudio
+
+    return torchaudio

@@ -1,0 +1,254 @@
+"""torchaudio's speech encoders, run packed: wav2vec 2.0, HuBERT, XLS-R and WavLM, which all are its `Wav2Vec2Model`.
+
+An accelerated encoder is of a subclass of its class, with the same name and another `forward` and `extract_features`:
+`isinstance`, pickling, `copy.deepcopy` and the pipelines' wrappers see the model they know. Each utterance is computed
+as if it were alone; frames of padding are zero, and so are their logits. An auxiliary head that is not a plain linear
+layer gets the padded batch, as the original gives it.
+
+What stays as it is: hooks on linear layers, norms and dropouts are called, but hooks on what holds them (the feature
+extractor, the encoder, a layer) are not. The wrapper of a pipeline that normalises waveforms does so over all of a
+batch, its padding and its batch mates. A `HuBERTPretrainModel` calls the parts of its encoder by itself: accelerated or
+not, it computes what it did, in the same time.
+"""
+
+import importlib
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from fastssl import ops
+from fastssl.interop import layers as L
+from fastssl.nn.linear import packed_linear
+from fastssl.packing import Layout, Packed
+
+_NAME = "Wav2Vec2Model"
+MODULE = "torchaudio.models.wav2vec2.model"
+KNOWN = (f"torchaudio.{_NAME}",)
+_NORM = "_fastssl_torchaudio_norm"
+
+
+def knows(module: nn.Module) -> bool:
+    """Whether it is such an encoder, accelerated or not."""
+    return _original_class(module) is not None
+
+
+def check(module: Any) -> None:
+    """Raise ValueError where an encoder has a part that is not torchaudio's own: the class takes any."""
+    extractor, encoder = module.feature_extractor, module.encoder
+    _expect("feature_extractor", extractor, "FeatureExtractor")
+    for index, layer in enumerate(extractor.conv_layers):
+        name = f"feature_extractor.conv_layers.{index}"
+        _expect(name, layer, "ConvLayerBlock")
+        norm = layer.layer_norm
+        if isinstance(norm, nn.GroupNorm) and norm.num_groups != norm.num_channels:
+            groups = f"{norm.num_groups} groups for {norm.num_channels} channels"
+            raise ValueError(f"model: {name}.layer_norm has {groups}; only as many groups as channels are served")
+    _expect("encoder", encoder, "Encoder")
+    _expect("encoder.feature_projection", encoder.feature_projection, "FeatureProjection")
+    _expect("encoder.transformer", encoder.transformer, "Transformer")
+    position = encoder.transformer.pos_conv_embed
+    _expect("encoder.transformer.pos_conv_embed", position, "ConvolutionalPositionalEmbedding")
+    for index, layer in enumerate(encoder.transformer.layers):
+        name = f"encoder.transformer.layers.{index}"
+        _expect(name, layer, "EncoderLayer")
+        _expect(f"{name}.attention", layer.attention, "SelfAttention", "WavLMSelfAttention")
+        _expect(f"{name}.feed_forward", layer.feed_forward, "FeedForward")
+
+
+def accelerate(module: nn.Module, norm: str) -> None:
+    """Give an encoder our `forward` and `extract_features`."""
+    module.__class__ = _accelerated()
+    setattr(module, _NORM, norm)
+
+
+def restore(module: nn.Module) -> None:
+    """Give an encoder its own `forward` and `extract_features` back."""
+    if _NORM in vars(module):
+        original = _original_class(module)
+        assert original is not None
+        module.__class__ = original
+        delattr(module, _NORM)
+
+
+def _original_class(module: nn.Module) -> type[nn.Module] | None:
+    # A subclass of somebody else has a forward of its own, perhaps; ours are marked.
+    candidates = type(module).__mro__ if _NORM in vars(module) else (type(module),)
+    for cls in candidates:
+        if cls.__name__ == _NAME and cls.__module__ == MODULE:
+            return cls
+    return None
+
+
+def _expect(name: str, module: Any, *kinds: str) -> None:
+    cls = type(module)
+    if cls.__name__ not in kinds or not cls.__module__.startswith("torchaudio.models.wav2vec2."):
+        found = f"{cls.__module__}.{cls.__name__}"
+        raise ValueError(f"model: {name} is a {found}; only torchaudio's {' or '.join(kinds)} is served")
+
+
+@cache
+def _accelerated() -> type[nn.Module]:
+    original = getattr(importlib.import_module(MODULE), _NAME)
+    namespace = {
+        "forward": _forward,
+        "extract_features": _extract_features,
+        "__module__": __name__,
+        "__qualname__": _NAME,
+        "__doc__": original.__doc__,
+    }
+    return type(_NAME, (original,), namespace)
+
+
+def __getattr__(name: str) -> Any:
+    """The accelerated class, where pickle looks for it."""
+    if name == _NAME:
+        return _accelerated()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _forward(
+    self: Any,
+    waveforms: Tensor,  # (B, T)
+    lengths: Tensor | None = None,  # (B,)
+) -> tuple[Tensor, Tensor | None]:  # (B, F, D) or (B, F, labels), (B,)
+    """The last layer's frames, or the auxiliary head's logits, and how many of each row are valid."""
+    frames, padded_frames, frame_lengths = _front_end(self, waveforms, lengths)
+    transformer = self.encoder.transformer
+    x, layout, bias = _embed(self.encoder, frames), frames.layout, None
+    for layer in transformer.layers:
+        # Layer drop, by the same draws as the original's, which draws where nothing is ever dropped, too.
+        if not (transformer.training and torch.rand(1).item() <= transformer.layer_drop):
+            x, bias = _layer(layer, x, layout, bias)
+    if not transformer.layer_norm_first:
+        x = transformer.layer_norm(x)
+    if self.aux is None or not L.is_plain(self.aux, nn.Linear):
+        padded = Packed(x, layout).to_padded(length=padded_frames)
+        return (padded if self.aux is None else self.aux(padded)), frame_lengths
+    return Packed(L.linear(self.aux, x), layout).to_padded(length=padded_frames), frame_lengths
+
+
+def _extract_features(
+    self: Any,
+    waveforms: Tensor,  # (B, T)
+    lengths: Tensor | None = None,  # (B,)
+    num_layers: int | None = None,
+) -> tuple[list[Tensor], Tensor | None]:  # of (B, F, D), (B,)
+    """The frames of every layer, or of the first `num_layers`, and how many of each row are valid."""
+    layers = self.encoder.transformer.layers
+    if num_layers is not None and not 0 < num_layers <= len(layers):
+        raise ValueError(f"num_layers: must be from 1 to {len(layers)}, got {num_layers}")
+    frames, padded_frames, frame_lengths = _front_end(self, waveforms, lengths)
+    x, bias, outputs = _embed(self.encoder, frames), None, []
+    for layer in layers[:num_layers]:
+        x, bias = _layer(layer, x, frames.layout, bias)
+        outputs.append(Packed(x, frames.layout).to_padded(length=padded_frames))
+    return outputs, frame_lengths
+
+
+def _front_end(model: Any, waveforms: Tensor, lengths: Tensor | None) -> tuple[Packed, int, Tensor | None]:
+    """The convolutions' frames, how many the padded batch has, and the valid ones of each row, as `lengths` are."""
+    if waveforms.dim() != 2:
+        raise ValueError(f"waveforms: expected (B, T) samples, got {tuple(waveforms.shape)}")
+    batch, samples = waveforms.shape
+    valid = [samples] * batch if lengths is None else _valid_lengths(lengths, batch, samples)
+    padded_frames = _frames_after(model, Layout.from_lengths([samples])).max_length
+    if getattr(model, _NORM) == "valid":
+        frames = L.front_end(model.feature_extractor.conv_layers, L.waveforms_of(waveforms, valid))
+    else:
+        padded, _ = model.feature_extractor(waveforms, None)
+        frames = Packed.from_padded(padded, _frames_after(model, Layout.from_lengths(valid)).lengths)
+    frame_lengths = None if lengths is None else frames.layout.cu_seqlens.diff().to(lengths.device, lengths.dtype)
+    return frames, padded_frames, frame_lengths
+
+
+def _valid_lengths(lengths: Tensor, batch: int, samples: int) -> list[int]:
+    if lengths.shape != (batch,):
+        raise ValueError(f"lengths: expected ({batch},), one for each waveform, got {tuple(lengths.shape)}")
+    if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
+        raise ValueError(f"lengths: must be integers, got {lengths.dtype}")
+    host: list[int] = lengths.tolist()
+    for row, length in enumerate(host):
+        if not 0 <= length <= samples:
+            raise ValueError(f"lengths: row {row} has {length} samples, but the waveforms are {(batch, samples)}")
+    return host
+
+
+def _frames_after(model: Any, layout: Layout) -> Layout:
+    for layer in model.feature_extractor.conv_layers:
+        layout = layout.after_conv(layer.conv.kernel_size[0], layer.conv.stride[0])
+    return layout
+
+
+def _embed(encoder: Any, frames: Packed) -> Tensor:  # (N, D)
+    """What the first layer takes."""
+    projection, transformer = encoder.feature_projection, encoder.transformer
+    projected = L.linear(projection.projection, projection.layer_norm(frames.values))
+    x = L.dropout(projection.dropout, projected)
+    x = x + F.gelu(L.positional_conv(transformer.pos_conv_embed.conv, x, frames.layout))
+    if transformer.layer_norm_first:
+        x = transformer.layer_norm(x)
+    return L.dropout(transformer.dropout, x)
+
+
+def _layer(layer: Any, x: Tensor, layout: Layout, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """One layer's output, and WavLM's distance bias for the layers to come."""
+    attention, feed_forward = layer.attention, layer.feed_forward
+    normalised = layer.layer_norm(x) if layer.layer_norm_first else x
+    if hasattr(attention, "rel_attn_embed"):
+        # Only the first layer has one. Where layer drop skips that layer, the original goes without, and so do we.
+        bias = _distance_bias(attention) if bias is None and attention.rel_attn_embed is not None else bias
+        attended = _wavlm_attention(attention, normalised, layout, bias)
+    else:
+        dropout = attention.dropout if attention.training else 0.0
+        attended = L.attention(attention, normalised, layout, heads=attention.num_heads, dropout=dropout)
+    if layer.layer_norm_first:
+        x, normalised = L.sum_and_norm(attended, x, layer.final_layer_norm, layer.dropout)
+        return x + L.dropout(feed_forward.output_dropout, _feed_forward(feed_forward, normalised)), bias
+    x = L.add_and_norm(attended, x, layer.layer_norm, layer.dropout)
+    branch = _feed_forward(feed_forward, x)
+    return L.add_and_norm(branch, x, layer.final_layer_norm, feed_forward.output_dropout), bias
+
+
+def _feed_forward(module: Any, x: Tensor) -> Tensor:
+    """The output before its dropout."""
+    return L.feed_forward(module.intermediate_dense, module.intermediate_dropout, module.output_dense, x)
+
+
+def _wavlm_attention(module: Any, x: Tensor, layout: Layout, bias: Tensor | None) -> Tensor:  # (N, D) -> (N, D)
+    """Self-attention by the parameters of a `torch.nn.MultiheadAttention`."""
+    parameters = module.attention
+    projected = packed_linear(x, parameters.in_proj_weight, parameters.in_proj_bias)
+    q, k, v = projected.unflatten(1, (3, module.num_heads, -1)).unbind(1)
+    attended = ops.varlen_attention(
+        q,
+        k,
+        v,
+        layout,
+        dropout_p=module.dropout if module.training else 0.0,
+        distance_bias=bias,
+        gate=_gate(module, x) if bias is not None and module.gru_rel_pos else None,
+    ).flatten(1)
+    out = parameters.out_proj
+    if L.is_plain(out, NonDynamicallyQuantizableLinear):  # a Linear in all but name
+        return packed_linear(attended, out.weight, out.bias)
+    return L.linear(out, attended)
+
+
+def _distance_bias(attention: Any) -> Tensor:
+    """WavLM's relative position bias (arXiv 2110.13900, section 2.2) by distance, (H, 2R + 1): constant beyond R."""
+    # The buckets are found on the host, as the original does: a logarithm elsewhere may round to another one.
+    distances = torch.arange(-attention.max_distance, attention.max_distance + 1)
+    embedding = attention.rel_attn_embed
+    bias: Tensor = embedding(attention._relative_positions_bucket(distances).to(embedding.weight.device))
+    return bias.t()
+
+
+def _gate(attention: Any, x: Tensor) -> Tensor:  # (N, D) -> (N, H)
+    heads = x.unflatten(1, (attention.num_heads, -1))
+    gate_a, gate_b = torch.sigmoid(attention.gru_rel_pos_linear(heads).unflatten(2, (2, 4)).sum(-1)).unbind(-1)
+    gate: Tensor = gate_a * (gate_b * attention.gru_rel_pos_const.view(-1) - 1.0) + 2.0
+    return gate
