@@ -1,7 +1,7 @@
 """The parts of other people's encoders over packed frames: their modules and parameters, our ops.
 
-A linear layer, norm or dropout that is not the plain one of PyTorch (an adapter in its place, a hook on it) is called as
-it is, on (N, C). Whatever else is not as its library made it is an error: its code would not run.
+A linear layer, norm or dropout that is not the plain one of PyTorch (an adapter in its place, a hook on it) is called
+as it is, on (N, C). Whatever else is not as its library made it is an error: its code would not run.
 """
 
 from typing import Any, Literal
@@ -119,6 +119,23 @@ def attention(
     )
     attended = ops.varlen_attention(q, k, v, layout, dropout_p=dropout, distance_bias=distance_bias, gate=gate)
     return linear(modules.out_proj, attended.flatten(1))
+
+
+def distance_bias(attention: Any) -> Tensor:
+    """WavLM's relative position bias (arXiv 2110.13900, section 2.2) by distance, (H, 2R + 1): constant beyond R."""
+    # The buckets are found on the host, as the originals do: a logarithm elsewhere may round to another one.
+    distances = torch.arange(-attention.max_distance, attention.max_distance + 1)
+    embedding = attention.rel_attn_embed
+    bias: Tensor = embedding(attention._relative_positions_bucket(distances).to(embedding.weight.device))
+    return bias.t()
+
+
+def gate(attention: Any, x: Tensor) -> Tensor:  # (N, D) -> (N, H)
+    """What WavLM multiplies that bias with, by frame and head."""
+    projected = attention.gru_rel_pos_linear(x.unflatten(1, (attention.num_heads, -1)))
+    gate_a, gate_b = torch.sigmoid(projected.unflatten(2, (2, 4)).sum(-1)).unbind(-1)
+    gate: Tensor = gate_a * (gate_b * attention.gru_rel_pos_const.view(-1) - 1.0) + 2.0
+    return gate
 
 
 def front_end(conv_layers: Any, waveforms: Packed) -> Packed:

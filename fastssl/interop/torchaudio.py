@@ -5,14 +5,13 @@ An accelerated encoder is of a subclass of its class, with the same name and ano
 as if it were alone; frames of padding are zero, and so are their logits. An auxiliary head that is not a plain linear
 layer gets the padded batch, as the original gives it.
 
-What stays as it is: hooks on linear layers, norms and dropouts are called, but hooks on what holds them (the feature
-extractor, the encoder, a layer) are not. The wrapper of a pipeline that normalises waveforms does so over all of a
-batch, its padding and its batch mates. A `HuBERTPretrainModel` calls the parts of its encoder by itself: accelerated or
-not, it computes what it did, in the same time.
+What stays as it is: the wrapper of a pipeline that normalises waveforms does so over all of a batch, its padding and
+its batch mates. A `HuBERTPretrainModel` calls the parts of its encoder by itself: accelerated or not, it computes what
+it did, in the same time.
 """
 
 import importlib
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -93,9 +92,11 @@ def _expect(name: str, module: Any, *kinds: str) -> None:
 @cache
 def _accelerated() -> type[nn.Module]:
     original = getattr(importlib.import_module(MODULE), _NAME)
+    # Traced, every new set of lengths would be compiled anew, and the ops are fused already.
+    untraced = partial(torch.compiler.disable, reason="an accelerated encoder runs as it is")
     namespace = {
-        "forward": _forward,
-        "extract_features": _extract_features,
+        "forward": untraced(_forward),
+        "extract_features": untraced(_extract_features),
         "__module__": __name__,
         "__qualname__": _NAME,
         "__doc__": original.__doc__,
@@ -117,7 +118,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor | None]:  # (B, F, D) or (B, F, labels), (B,)
     """The last layer's frames, or the auxiliary head's logits, and how many of each row are valid."""
     frames, padded_frames, frame_lengths = _front_end(self, waveforms, lengths)
-    transformer = self.encoder.transformer
+    transformer = L.bypassed(L.bypassed(self.encoder).transformer)
     x, layout, bias = _embed(self.encoder, frames), frames.layout, None
     for layer in transformer.layers:
         # Layer drop, by the same draws as the original's, which draws where nothing is ever dropped, too.
@@ -138,7 +139,7 @@ def _extract_features(
     num_layers: int | None = None,
 ) -> tuple[list[Tensor], Tensor | None]:  # of (B, F, D), (B,)
     """The frames of every layer, or of the first `num_layers`, and how many of each row are valid."""
-    layers = self.encoder.transformer.layers
+    layers = L.bypassed(L.bypassed(self.encoder).transformer).layers
     if num_layers is not None and not 0 < num_layers <= len(layers):
         raise ValueError(f"num_layers: must be from 1 to {len(layers)}, got {num_layers}")
     frames, padded_frames, frame_lengths = _front_end(self, waveforms, lengths)
@@ -157,7 +158,7 @@ def _front_end(model: Any, waveforms: Tensor, lengths: Tensor | None) -> tuple[P
     valid = [samples] * batch if lengths is None else _valid_lengths(lengths, batch, samples)
     padded_frames = _frames_after(model, Layout.from_lengths([samples])).max_length
     if getattr(model, _NORM) == "valid":
-        frames = L.front_end(model.feature_extractor.conv_layers, L.waveforms_of(waveforms, valid))
+        frames = L.front_end(L.bypassed(model.feature_extractor).conv_layers, L.waveforms_of(waveforms, valid))
     else:
         padded, _ = model.feature_extractor(waveforms, None)
         frames = Packed.from_padded(padded, _frames_after(model, Layout.from_lengths(valid)).lengths)
@@ -185,10 +186,10 @@ def _frames_after(model: Any, layout: Layout) -> Layout:
 
 def _embed(encoder: Any, frames: Packed) -> Tensor:  # (N, D)
     """What the first layer takes."""
-    projection, transformer = encoder.feature_projection, encoder.transformer
+    projection, transformer = L.bypassed(encoder.feature_projection), encoder.transformer
     projected = L.linear(projection.projection, projection.layer_norm(frames.values))
     x = L.dropout(projection.dropout, projected)
-    x = x + F.gelu(L.positional_conv(transformer.pos_conv_embed.conv, x, frames.layout))
+    x = x + F.gelu(L.positional_conv(L.bypassed(transformer.pos_conv_embed).conv, x, frames.layout))
     if transformer.layer_norm_first:
         x = transformer.layer_norm(x)
     return L.dropout(transformer.dropout, x)
@@ -196,11 +197,11 @@ def _embed(encoder: Any, frames: Packed) -> Tensor:  # (N, D)
 
 def _layer(layer: Any, x: Tensor, layout: Layout, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """One layer's output, and WavLM's distance bias for the layers to come."""
-    attention, feed_forward = layer.attention, layer.feed_forward
+    attention, feed_forward = L.bypassed(L.bypassed(layer).attention), L.bypassed(layer.feed_forward)
     normalised = layer.layer_norm(x) if layer.layer_norm_first else x
     if hasattr(attention, "rel_attn_embed"):
         # Only the first layer has one. Where layer drop skips that layer, the original goes without, and so do we.
-        bias = _distance_bias(attention) if bias is None and attention.rel_attn_embed is not None else bias
+        bias = L.distance_bias(attention) if bias is None and attention.rel_attn_embed is not None else bias
         attended = _wavlm_attention(attention, normalised, layout, bias)
     else:
         dropout = attention.dropout if attention.training else 0.0
@@ -220,7 +221,7 @@ def _feed_forward(module: Any, x: Tensor) -> Tensor:
 
 def _wavlm_attention(module: Any, x: Tensor, layout: Layout, bias: Tensor | None) -> Tensor:  # (N, D) -> (N, D)
     """Self-attention by the parameters of a `torch.nn.MultiheadAttention`."""
-    parameters = module.attention
+    parameters = L.bypassed(module.attention)
     projected = packed_linear(x, parameters.in_proj_weight, parameters.in_proj_bias)
     q, k, v = projected.unflatten(1, (3, module.num_heads, -1)).unbind(1)
     attended = ops.varlen_attention(
@@ -230,25 +231,9 @@ def _wavlm_attention(module: Any, x: Tensor, layout: Layout, bias: Tensor | None
         layout,
         dropout_p=module.dropout if module.training else 0.0,
         distance_bias=bias,
-        gate=_gate(module, x) if bias is not None and module.gru_rel_pos else None,
+        gate=L.gate(module, x) if bias is not None and module.gru_rel_pos else None,
     ).flatten(1)
     out = parameters.out_proj
     if L.is_plain(out, NonDynamicallyQuantizableLinear):  # a Linear in all but name
         return packed_linear(attended, out.weight, out.bias)
     return L.linear(out, attended)
-
-
-def _distance_bias(attention: Any) -> Tensor:
-    """WavLM's relative position bias (arXiv 2110.13900, section 2.2) by distance, (H, 2R + 1): constant beyond R."""
-    # The buckets are found on the host, as the original does: a logarithm elsewhere may round to another one.
-    distances = torch.arange(-attention.max_distance, attention.max_distance + 1)
-    embedding = attention.rel_attn_embed
-    bias: Tensor = embedding(attention._relative_positions_bucket(distances).to(embedding.weight.device))
-    return bias.t()
-
-
-def _gate(attention: Any, x: Tensor) -> Tensor:  # (N, D) -> (N, H)
-    heads = x.unflatten(1, (attention.num_heads, -1))
-    gate_a, gate_b = torch.sigmoid(attention.gru_rel_pos_linear(heads).unflatten(2, (2, 4)).sum(-1)).unbind(-1)
-    gate: Tensor = gate_a * (gate_b * attention.gru_rel_pos_const.view(-1) - 1.0) + 2.0
-    return gate

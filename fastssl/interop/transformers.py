@@ -228,7 +228,8 @@ def _encode(encoder: Any, x: Packed) -> tuple[Tensor, list[Tensor]]:
     if not stable:
         values = encoder.layer_norm(values)
     values = L.dropout(encoder.dropout, values)
-    bias = _distance_bias(encoder.layers[0].attention) if len(encoder.layers) else None
+    first = encoder.layers[0].attention if len(encoder.layers) else None
+    bias = L.distance_bias(first) if hasattr(first, "rel_attn_embed") else None
     run = _pre_norm_layer if stable else _post_norm_layer
     hidden_states = [values]
     for index, layer in enumerate(encoder.layers):
@@ -272,27 +273,9 @@ def _feed_forward(module: Any, x: Tensor) -> tuple[Tensor, nn.Module]:
 
 
 def _attention(module: Any, x: Tensor, layout: Layout, bias: Tensor | None) -> Tensor:
-    gate = None if bias is None else _gate(module, x)
+    gate = None if bias is None else L.gate(module, x)
     dropout = L.bypassed(module).dropout if module.training else 0.0
     return L.attention(module, x, layout, heads=module.num_heads, dropout=dropout, distance_bias=bias, gate=gate)
-
-
-def _distance_bias(attention: Any) -> Tensor | None:
-    """WavLM's relative position bias (arXiv 2110.13900, section 2.2) by distance, (H, 2R + 1): constant beyond R."""
-    if not hasattr(attention, "rel_attn_embed"):
-        return None
-    reach = attention.max_distance
-    distances = torch.arange(-reach, reach + 1, device=attention.rel_attn_embed.weight.device)
-    bias: Tensor = attention.rel_attn_embed(attention._relative_positions_bucket(distances))
-    return bias.t()
-
-
-def _gate(attention: Any, x: Tensor) -> Tensor:  # (N, D) -> (N, H)
-    heads = x.unflatten(1, (attention.num_heads, -1))
-    projected = attention.gru_rel_pos_linear(heads).unflatten(2, (2, 4)).sum(-1)
-    gate_a, gate_b = torch.sigmoid(projected).unbind(-1)
-    gate: Tensor = gate_a * (gate_b * attention.gru_rel_pos_const.view(-1) - 1.0) + 2.0
-    return gate
 
 
 def _position(embedding: Any, x: Packed) -> Tensor:
