@@ -18,6 +18,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--speech", type=Path, help="folder of recordings to test on, instead of synthesised speech")
+
+
+@pytest.fixture(scope="session")
+def speech_folder(request: pytest.FixtureRequest) -> Path:
+    """Recordings of speech: the folder given with `--speech`, or else the spoken corpus."""
+    folder: Path | None = request.config.getoption("--speech")
+    return folder or request.getfixturevalue("spoken_corpus")
+
+
 @pytest.fixture(scope="session")
 def spoken_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two minutes of synthetic speech of four speakers, with `utterances.tsv`. Read only: every test shares it."""

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastssl import ops
+from fastssl.nn.activation import sigmoid
 from fastssl.nn.linear import packed_linear
 from fastssl.packing import Layout, Packed
 
@@ -133,7 +134,7 @@ def distance_bias(attention: Any) -> Tensor:
 def gate(attention: Any, x: Tensor) -> Tensor:  # (N, D) -> (N, H)
     """What WavLM multiplies that bias with, by frame and head."""
     projected = attention.gru_rel_pos_linear(x.unflatten(1, (attention.num_heads, -1)))
-    gate_a, gate_b = torch.sigmoid(projected.unflatten(2, (2, 4)).sum(-1)).unbind(-1)
+    gate_a, gate_b = sigmoid(projected.unflatten(2, (2, 4)).sum(-1)).unbind(-1)
     gate: Tensor = gate_a * (gate_b * attention.gru_rel_pos_const.view(-1) - 1.0) + 2.0
     return gate
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fastssl import ops
 from fastssl.interop import layers as L
 from fastssl.interop.layers import waveforms_of
+from fastssl.nn.activation import sigmoid
 from fastssl.packing import Layout, Packed
 
 
@@ -315,7 +316,8 @@ def _adapter_layer(conv: nn.Conv1d, x: Packed) -> Packed:
     out, layout = ops.strided_conv(
         values, conv.weight, framed, stride=conv.stride[0], bias=conv.bias, norm="none", activation="none"
     )
-    return Packed(F.glu(out, dim=1), layout)
+    kept, gate = out.chunk(2, dim=1)
+    return Packed(kept * sigmoid(gate), layout)
 
 
 def _adapter_frames(conv: nn.Conv1d, frames: int) -> int:
