@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def sigmoid(x: Tensor) -> Tensor:
-    """`torch.sigmoid`. On a CPU PyTorch ends each thread's share by another exponential; in fp64 its bits round away."""
+    """`torch.sigmoid`. On a CPU PyTorch ends each thread's share by another exponential; fp64 hides it."""
     if x.device.type != "cpu" or x.dtype == torch.float64:
         return torch.sigmoid(x)
     return torch.sigmoid(x.double()).to(x.dtype)
