@@ -1,5 +1,6 @@
 """Self-supervised speech encoders that never compute padding."""
 
+from fastssl import nn as nn
 from fastssl import ops as ops
 from fastssl.interop import accelerate as accelerate
 from fastssl.interop import register_attention as register_attention

@@ -10,6 +10,15 @@ from fastssl.packing import Layout
 class SelfAttention(nn.Module):
     """Self-attention within each sequence, by `ops.varlen_attention`.
 
+    Example:
+        >>> import torch
+        >>> from fastssl import Layout
+        >>> from fastssl.nn import SelfAttention
+        >>> attention = SelfAttention(64, 4, dropout=0.1)
+        >>> layout = Layout.from_lengths([300, 40])
+        >>> attention(torch.randn(340, 64), layout).shape
+        torch.Size([340, 64])
+
     Args:
         width: D, split evenly over the heads.
         heads: H.

@@ -53,6 +53,17 @@ class ConvLayer(nn.Module):
 class FeatureExtractor(nn.Module):
     """The convolution stack of wav2vec 2.0 (arXiv 2006.11477, section 2): 16 kHz samples to frames of 20 ms.
 
+    Example:
+        >>> import torch
+        >>> from fastssl import Packed
+        >>> from fastssl.nn import FeatureExtractor
+        >>> kernels, strides = (10, 3, 3, 3, 3, 2, 2), (5, 2, 2, 2, 2, 2, 2)
+        >>> extractor = FeatureExtractor([64] * 7, kernels, strides, bias=False, norm="group")
+        >>> waveforms = Packed.pack([torch.randn(16_000, 1), torch.randn(52_000, 1)])
+        >>> frames = extractor(waveforms)
+        >>> frames.layout.lengths, frames.values.shape
+        ((49, 162), torch.Size([211, 64]))
+
     Args:
         channels: Output channels of each layer.
         kernels: Kernel width of each layer.

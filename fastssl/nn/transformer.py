@@ -15,6 +15,16 @@ class ConvolutionalPositionalEmbedding(nn.Module):
 
     wav2vec 2.0 (arXiv 2006.11477, section 2). Each utterance is convolved on its own, with zeros beyond its ends.
 
+    Example:
+        >>> import torch
+        >>> from fastssl import Layout
+        >>> from fastssl.nn import ConvolutionalPositionalEmbedding
+        >>> embedding = ConvolutionalPositionalEmbedding(64, kernel=32, groups=8)
+        >>> layout = Layout.from_lengths([300, 40])
+        >>> x = torch.randn(340, 64)
+        >>> (x + embedding(x, layout)).shape
+        torch.Size([340, 64])
+
     Args:
         width: D, channels in and out.
         kernel: Frames; an even kernel drops the last output frame.

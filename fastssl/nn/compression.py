@@ -1,0 +1,314 @@
+"""Fewer frames: average pooling, strided convolution, and integrate-and-fire at any rate, over packed sequences.
+
+On Compressing Sequences (arXiv 2210.07189) and Once-for-All Sequence Compression (arXiv 2211.02332). A compressed
+sequence is packed as every other is, so what follows costs as much less as there are fewer frames.
+"""
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastssl import ops
+from fastssl.ops.integrate_and_fire.reference import fire_positions
+from fastssl.packing import Layout, Packed
+
+Kind = Literal["average", "strided", "integrate-and-fire"]
+_LEAST_FRAMES = 2  # the contrastive loss needs two; a pooled utterance one
+_LEAST_WEIGHT = 1e-6
+_MARGIN = 1e-4  # of a sum above a whole number, so that rounding does not lose the frame
+_LARGEST_RATE = 2 - 1e-5
+_REACH = 2  # frames on each side that a weight sees
+
+
+class Compressed(NamedTuple):
+    """What `SequenceCompressor` returns."""
+
+    frames: Packed  # (N_out, C)
+    frame_period_ms: Tensor  # (B,) float64 on the CPU: what was obtained, NaN for an utterance without frames
+    weights: Tensor | None  # (N,) alpha', which were integrated: after mixing by the rate, and protected
+    learned_weights: Tensor | None  # (N,) alpha in (0, 1), before mixing: for losses that guide the boundaries
+
+
+class SequenceCompressor(nn.Module):
+    """Shorten packed sequences: by a fixed factor, or where a learned network says and as much as the caller says.
+
+    Kinds:
+        "average": the mean of each `factor` frames; frames that fill no window are dropped.
+        "strided": a convolution of kernel and stride `factor`, which starts as the average; likewise.
+        "integrate-and-fire": each frame has a weight, and one frame comes out where the weights add up to 1: the
+            weighted mean (`ops.integrate_and_fire`). A rate lambda in [0, 2] mixes the learned weights (arXiv
+            2211.02332): lambda alpha + 1 - lambda up to 1, then (2 - lambda) alpha. 0 keeps every frame, 1 is the
+            learned segmentation, 2 leaves the fewest frames. In training the rest of an utterance, less than a whole
+            frame, is dropped; in evaluation a rest of at least half a frame is kept, as its weighted mean.
+
+    Whatever the kind, two frames survive of an utterance that has two, and one of one. Of weights that add up to less,
+    the sum is raised to that; windows of an average become as small as they must; a strided convolution sees zeros
+    after the utterance. Frames do not depend on batch mates, and all is differentiable, the rate too.
+
+    Example:
+        >>> import torch
+        >>> from fastssl import Packed
+        >>> from fastssl.nn import SequenceCompressor
+        >>> frames = Packed.pack([torch.randn(300, 64), torch.randn(80, 64)])  # one every 20 ms
+        >>> compressor = SequenceCompressor(64, kind="average", factor=4)
+        >>> compressor(frames).frames.layout.lengths
+        (75, 20)
+        >>> compressor = SequenceCompressor(64, kind="integrate-and-fire").eval()
+        >>> compressed = compressor(frames, frame_period_ms=50.0)
+        >>> compressed.frames.layout.lengths
+        (120, 32)
+        >>> compressed.frame_period_ms.tolist()
+        [50.0, 50.0]
+
+    Args:
+        channels: C, in and out.
+        kind: "average", "strided" or "integrate-and-fire".
+        factor: Of the first two: input frames to an output frame.
+        input_period_ms: From one input frame to the next.
+
+    Raises:
+        ValueError: An option does not fit the kind.
+    """
+
+    def __init__(self, channels: int, *, kind: Kind, factor: int | None = None, input_period_ms: float = 20.0) -> None:
+        super().__init__()
+        if kind not in ("average", "strided", "integrate-and-fire"):
+            raise ValueError(f"kind: must be 'average', 'strided' or 'integrate-and-fire', got {kind!r}")
+        if (factor is None) != (kind == "integrate-and-fire"):
+            raise ValueError(f"factor: 'average' and 'strided' need one, and no other kind; got {factor} for {kind!r}")
+        if factor is not None and factor < 1:
+            raise ValueError(f"factor: must be at least 1, got {factor}")
+        if not 0 < input_period_ms < math.inf:
+            raise ValueError(f"input_period_ms: must be positive and finite, got {input_period_ms}")
+        self.kind = kind
+        self.factor = factor
+        self.input_period_ms = input_period_ms
+        if kind == "strided":
+            self.conv = nn.Conv1d(channels, channels, self._window, stride=self._window)
+            nn.init.zeros_(self.conv.bias)  # type: ignore[arg-type]
+            with torch.no_grad():
+                self.conv.weight.copy_(torch.eye(channels).unsqueeze(2).expand_as(self.conv.weight) / self._window)
+        elif kind == "integrate-and-fire":
+            self.weights = WeightNetwork(channels)
+
+    @property
+    def _window(self) -> int:
+        assert self.factor is not None
+        return self.factor
+
+    def forward(
+        self,
+        frames: Packed,  # (N, C)
+        *,
+        rate: float | Tensor | None = None,  # () or (B,)
+        frame_period_ms: float | Tensor | None = None,  # () or (B,)
+    ) -> Compressed:
+        """Shorten each sequence.
+
+        Args:
+            frames: (N, C).
+            rate: lambda, for integrate-and-fire alone: one number, or one for each utterance. A tensor takes a gradient
+                and is clamped to [0, 2] instead of checked, for which the host would wait. None is 1.
+            frame_period_ms: The mean period to come as near as whole frames allow, at least `input_period_ms`, instead
+                of a rate: each utterance's follows from the mean of its learned weights.
+
+        Raises:
+            ValueError: `frames` has another width, or `rate` or `frame_period_ms` is out of range, or given together,
+                or to a kind that has none.
+        """
+        x, layout = frames
+        if self.kind != "integrate-and-fire":
+            if rate is not None or frame_period_ms is not None:
+                raise ValueError(f"rate and frame_period_ms: {self.kind!r} has a fixed factor, {self.factor}")
+            compress = self._average if self.kind == "average" else self._strided
+            out = compress(x, layout)
+            return Compressed(out, _period(layout, out.layout, self.input_period_ms), None, None)
+        learned = self.weights(x, layout)
+        rates = self._rates(learned, layout, rate, frame_period_ms)
+        weights = _protect(mix_weights(learned, rates[layout.sequence_ids]), layout)
+        out = Packed(*ops.integrate_and_fire(x, weights, layout)) if self.training else _fire_all(x, weights, layout)
+        return Compressed(out, _period(layout, out.layout, self.input_period_ms), weights, learned)
+
+    def _average(self, x: Tensor, layout: Layout) -> Packed:
+        out_layout = _layout_of_windows(layout, self._window)
+        sequence, window = out_layout.sequence_ids, out_layout.positions
+        frames, windows = layout.cu_seqlens.diff().long()[sequence], out_layout.cu_seqlens.diff().long()[sequence]
+        whole = frames >= windows * self._window
+        first = torch.where(whole, window * self._window, window * frames // windows)
+        end = torch.where(whole, first + self._window, (window + 1) * frames // windows)
+        begin = layout.cu_seqlens[:-1].long()[sequence]
+        steps = first.unsqueeze(1) + torch.arange(self._window, device=x.device)  # (N_out, factor)
+        within = steps < end.unsqueeze(1)
+        rows = (begin.unsqueeze(1) + torch.minimum(steps, (end - 1).unsqueeze(1))).flatten()
+        gathered = x.index_select(0, rows).unflatten(0, steps.shape)
+        total = torch.where(within.unsqueeze(2), gathered, 0).sum(1)
+        return Packed(total / (end - first).unsqueeze(1), out_layout)
+
+    def _strided(self, x: Tensor, layout: Layout) -> Packed:
+        # Where there is no whole window left, zeros after the utterance make it one.
+        lengths = [max(frames, self._window * min(frames, _LEAST_FRAMES)) for frames in layout.lengths]
+        if lengths != list(layout.lengths):
+            longer = Layout.from_lengths(lengths, device=x.device)
+            x, layout = _spread(x, layout, longer, before=0), longer
+        conv = self.conv
+        return Packed(*ops.strided_conv(x, conv.weight, layout, stride=self._window, bias=conv.bias, activation="none"))
+
+    def _rates(
+        self, learned: Tensor, layout: Layout, rate: float | Tensor | None, frame_period_ms: float | Tensor | None
+    ) -> Tensor:  # (B,)
+        if rate is not None and frame_period_ms is not None:
+            raise ValueError(f"rate and frame_period_ms: one of them, got {rate} and {frame_period_ms}")
+        if frame_period_ms is None:
+            rate = 1.0 if rate is None else rate
+            return _per_utterance("rate", rate, layout, learned, (0.0, 2.0)).clamp(0.0, _LARGEST_RATE)
+        limits = (self.input_period_ms, math.inf)
+        period = _per_utterance("frame_period_ms", frame_period_ms, layout, learned, limits)
+        lengths = layout.cu_seqlens.diff().clamp(min=1)
+        mean_weight = _sums(learned, layout) / lengths
+        solved = rate_for_period(period.clamp(min=self.input_period_ms), mean_weight, self.input_period_ms)
+        return solved.clamp(0.0, _LARGEST_RATE).to(learned.dtype)
+
+
+class WeightNetwork(nn.Module):
+    """A weight in (0, 1) for each frame, from itself and two frames on each side (arXiv 2211.02332).
+
+    Convolution, layer norm, ReLU, and a linear layer with a sigmoid.
+
+    Args:
+        channels: C of the frames.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        # The modules hold the parameters; the op computes.
+        self.conv = nn.Conv1d(channels, channels, 2 * _REACH + 1, padding=_REACH)
+        self.layer_norm = nn.LayerNorm(channels)
+        self.projection = nn.Linear(channels, 1)
+
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:  # (N, C)
+        """(N,) weights, in at least fp32; zeros lie beyond the ends of each sequence."""
+        if x.dim() != 2 or x.shape != (layout.total, self.conv.in_channels):
+            raise ValueError(f"frames: expected {(layout.total, self.conv.in_channels)}, got {tuple(x.shape)}")
+        longer = _longer(layout, 2 * _REACH)
+        hidden, _ = ops.strided_conv(
+            _spread(x, layout, longer, before=_REACH),
+            self.conv.weight,
+            longer,
+            stride=1,
+            bias=self.conv.bias,
+            norm="layer",
+            norm_weight=self.layer_norm.weight,
+            norm_bias=self.layer_norm.bias,
+            eps=self.layer_norm.eps,
+            activation="none",
+        )
+        accumulator = torch.promote_types(hidden.dtype, torch.float32)
+        # Neither a product with one column nor a sigmoid gives an element the same bits anywhere in a tensor (the last
+        # few take another loop): a sum of each row does, and a rounded sigmoid in fp64.
+        direction, bias = self.projection.weight, self.projection.bias
+        logits = (torch.relu(hidden).to(accumulator) * direction.to(accumulator)).sum(1) + bias.to(accumulator)
+        weights = torch.sigmoid(logits.double()).to(accumulator)
+        return weights.clamp(min=_LEAST_WEIGHT)  # where all were zero, no sum could be raised
+
+
+def mix_weights(learned: Tensor, rate: Tensor) -> Tensor:
+    """The weights alpha' of arXiv 2211.02332: from all frames (rate 0) over the learned ones (1) to none (2).
+
+    Args:
+        learned: alpha, (N,).
+        rate: lambda, broadcast against it.
+    """
+    return torch.where(rate <= 1, rate * learned + (1 - rate), (2 - rate) * learned)
+
+
+def rate_for_period(period_ms: Tensor, mean_weight: Tensor, input_period_ms: float) -> Tensor:
+    """The rate at which frames come out with a period: its inverse is the mean of `mix_weights`.
+
+    Args:
+        period_ms: (B,), at least `input_period_ms`.
+        mean_weight: (B,) of the learned weights, in (0, 1).
+        input_period_ms: From one input frame to the next.
+
+    Returns:
+        (B,) in [0, 2).
+    """
+    share = input_period_ms / period_ms
+    up_to_one = (1 - share) / (1 - mean_weight).clamp(min=_LEAST_WEIGHT)
+    beyond = 2 - share / mean_weight.clamp(min=_LEAST_WEIGHT)
+    return torch.where(share >= mean_weight, up_to_one, beyond)
+
+
+def _per_utterance(
+    name: str, value: float | Tensor, layout: Layout, like: Tensor, limits: tuple[float, float]
+) -> Tensor:  # (B,)
+    batch = len(layout.lengths)
+    if isinstance(value, Tensor):
+        if value.shape not in ((), (batch,)):
+            raise ValueError(
+                f"{name}: expected a number or ({batch},), one for each utterance, got {tuple(value.shape)}"
+            )
+        return value.to(like).expand(batch)
+    if not limits[0] <= value <= limits[1] or math.isinf(value):
+        raise ValueError(f"{name}: must be from {limits[0]:g} to {limits[1]:g}, got {value:g}")
+    return like.new_full((batch,), value)
+
+
+def _layout_of_windows(layout: Layout, factor: int) -> Layout:
+    """Whole windows of each sequence, but at least as many as must survive."""
+    lengths = tuple(max(frames // factor, min(frames, _LEAST_FRAMES)) for frames in layout.lengths)
+    # On the device from what is there: a copy from the host would make the host wait.
+    frames = layout.cu_seqlens.diff()
+    windows = torch.maximum(frames // factor, frames.clamp(max=_LEAST_FRAMES))
+    cu_seqlens = nn.functional.pad(windows.cumsum(0, dtype=torch.int32), (1, 0))
+    return Layout(lengths, cu_seqlens, max(lengths, default=0), sum(lengths))
+
+
+def _longer(layout: Layout, frames: int) -> Layout:
+    """Each sequence longer by so many frames."""
+    lengths = tuple(length + frames for length in layout.lengths)
+    added = frames * torch.arange(len(lengths) + 1, dtype=torch.int32, device=layout.cu_seqlens.device)
+    return Layout(lengths, layout.cu_seqlens + added, max(lengths, default=0), sum(lengths))
+
+
+def _spread(x: Tensor, layout: Layout, longer: Layout, *, before: int) -> Tensor:
+    """The sequences in longer ones, with so many zeros before each and the others behind."""
+    rows = longer.cu_seqlens[:-1].long()[layout.sequence_ids] + layout.positions + before
+    return x.new_zeros(longer.total, *x.shape[1:]).index_copy(0, rows, x)
+
+
+def _sums(weights: Tensor, layout: Layout) -> Tensor:
+    """(B,) fp64: where each utterance ends on the axis of output frames, with the bits that the op finds."""
+    ends = Packed(fire_positions(weights, layout, 1.0), layout).to_padded(length=max(1, layout.max_length))
+    last = (layout.cu_seqlens.diff().long() - 1).clamp(min=0)
+    return ends.gather(1, last.unsqueeze(1)).squeeze(1)
+
+
+def _protect(weights: Tensor, layout: Layout) -> Tensor:
+    """The weights, scaled up where they would leave fewer frames than must survive."""
+    sums, least = _sums(weights, layout), layout.cu_seqlens.diff().clamp(max=_LEAST_FRAMES).double()
+    scale = torch.where(sums < least, (least + _MARGIN) / torch.where(sums < least, sums, 1.0), 1.0)
+    return weights * scale.to(weights.dtype)[layout.sequence_ids]
+
+
+def _fire_all(x: Tensor, weights: Tensor, layout: Layout) -> Packed:
+    """Integrate-and-fire that keeps a rest of at least half a frame, as the weighted mean that other frames are."""
+    sums = _sums(weights, layout)
+    rest = sums - sums.detach().floor()
+    kept = rest.detach() >= 0.5
+    # A frame of zeros after the utterance completes its last slot and leaves in it what was there.
+    missing = torch.where(kept, 1 + _MARGIN - rest.detach(), 0.0).to(weights.dtype)
+    longer = _longer(layout, 1)
+    all_weights = _spread(weights, layout, longer, before=0).index_copy(0, longer.cu_seqlens[1:].long() - 1, missing)
+    out, out_layout = ops.integrate_and_fire(_spread(x, layout, longer, before=0), all_weights, longer)
+    sequence = out_layout.sequence_ids
+    last = out_layout.positions == out_layout.cu_seqlens.diff()[sequence] - 1
+    completes = torch.where(kept, rest, 1.0)[sequence]
+    return Packed(out * torch.where(last, 1 / completes, 1.0).to(out.dtype).unsqueeze(1), out_layout)
+
+
+def _period(before: Layout, after: Layout, input_period_ms: float) -> Tensor:
+    pairs = zip(before.lengths, after.lengths, strict=True)
+    periods = [input_period_ms * frames / fewer if fewer else math.nan for frames, fewer in pairs]
+    return torch.tensor(periods, dtype=torch.float64)

@@ -1,0 +1,89 @@
+"""The contrastive objective of wav2vec 2.0 with its negatives, over the masked frames of a packed batch."""
+
+import torch
+from torch import Tensor, nn
+
+from fastssl import ops
+from fastssl.nn.masking import sample_negatives
+from fastssl.nn.random import draw_keys
+from fastssl.packing import Layout
+
+
+class ContrastiveLoss(nn.Module):
+    """Tell each masked frame's target from K of other masked frames of its utterance (arXiv 2006.11477, equation 3).
+
+    Negatives are drawn uniformly with replacement. They never come from another utterance, and those of an utterance
+    follow from its key: the same in any batch.
+
+    Example:
+        >>> import torch
+        >>> from fastssl import Layout
+        >>> from fastssl.nn import ContrastiveLoss
+        >>> contrastive_loss = ContrastiveLoss(negatives=100)
+        >>> masked = Layout.from_lengths([120, 35])  # masked frames of each utterance
+        >>> context, targets = torch.randn(155, 64, requires_grad=True), torch.randn(155, 64)
+        >>> loss, correct = contrastive_loss(context, targets, masked)
+        >>> loss.sum().backward()
+        >>> loss.shape, correct.dtype
+        (torch.Size([155]), torch.bool)
+
+    Args:
+        negatives: K, for each frame.
+        temperature: What the cosines are divided by.
+
+    Raises:
+        ValueError: `negatives` is below 1, or `temperature` not above 0.
+    """
+
+    def __init__(self, *, negatives: int = 100, temperature: float = 0.1) -> None:
+        super().__init__()
+        if negatives < 1:
+            raise ValueError(f"negatives: must be at least 1, got {negatives}")
+        if not temperature > 0:
+            raise ValueError(f"temperature: must be above 0, got {temperature}")
+        self.negatives = negatives
+        self.temperature = temperature
+
+    def forward(
+        self,
+        context: Tensor,  # (M, D)
+        targets: Tensor,  # (M, D)
+        layout: Layout,
+        *,
+        mask: Tensor | None = None,  # (N,)
+        keys: Tensor | None = None,  # (B,)
+    ) -> tuple[Tensor, Tensor]:  # (M,), (M,)
+        """Compare each masked frame with its target and with its negatives.
+
+        Args:
+            context: (M, D) what the encoder says at the masked frames, in order.
+            targets: (M, D) what is there, in the dtype of `context`.
+            layout: How many masked frames each utterance has; or, with `mask`, how many frames.
+            mask: (N,) bool, True at the M masked frames of the N in `layout`.
+            keys: (B,) int64 from `nn.random.utterance_keys` or `draw_keys`; None draws them from PyTorch's generator.
+
+        Returns:
+            The loss (M,) in at least fp32, 0 where an utterance has one masked frame alone, and whether the frame's
+            target scored highest, (M,) bool: see `ops.contrastive_loss`.
+
+        Raises:
+            ValueError: Shapes or dtypes do not fit.
+        """
+        if keys is None:
+            keys = draw_keys(len(layout.lengths), device=context.device)
+        elif keys.shape != (len(layout.lengths),) or keys.dtype != torch.int64:
+            expected = f"({len(layout.lengths)},) torch.int64"
+            raise ValueError(f"keys: expected {expected}, one for each utterance, got {tuple(keys.shape)} {keys.dtype}")
+        if mask is None:
+            if context.shape[:1] != (layout.total,):
+                raise ValueError(f"layout: has {layout.total} masked frames, but context is {tuple(context.shape)}")
+            mask = torch.ones(layout.total, dtype=torch.bool, device=context.device)
+            rows = torch.arange(layout.total, device=context.device)
+        else:
+            if mask.shape != (layout.total,) or mask.dtype != torch.bool:
+                raise ValueError(f"mask: expected ({layout.total},) torch.bool, got {tuple(mask.shape)} {mask.dtype}")
+            rows = mask.nonzero().squeeze(1)
+            if context.shape[:1] != rows.shape:
+                raise ValueError(f"mask: has {len(rows)} masked frames, but context is {tuple(context.shape)}")
+        negatives = sample_negatives(mask, layout, keys, count=self.negatives, rows=rows)
+        return ops.contrastive_loss(context, targets, negatives, temperature=self.temperature)
