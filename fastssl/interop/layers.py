@@ -135,7 +135,7 @@ def gate(attention: Any, x: Tensor) -> Tensor:  # (N, D) -> (N, H)
     """What WavLM multiplies that bias with, by frame and head."""
     heads = x.unflatten(1, (attention.num_heads, -1)).flatten(0, 1)  # (N * H, E)
     projected = linear(attention.gru_rel_pos_linear, heads).unflatten(1, (2, 4)).sum(-1)
-    gate_a, gate_b = sigmoid(projected).unflatten(0, (len(x), -1)).unbind(-1)
+    gate_a, gate_b = sigmoid(projected).unflatten(0, (len(x), attention.num_heads)).unbind(-1)
     gate: Tensor = gate_a * (gate_b * attention.gru_rel_pos_const.view(-1) - 1.0) + 2.0
     return gate
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastssl import ops
+from fastssl.nn.activation import sigmoid
 from fastssl.ops.integrate_and_fire.reference import fire_positions
 from fastssl.packing import Layout, Packed
 
@@ -205,11 +206,10 @@ class WeightNetwork(nn.Module):
             activation="none",
         )
         accumulator = torch.promote_types(hidden.dtype, torch.float32)
-        # Neither a product with one column nor a sigmoid gives an element the same bits anywhere in a tensor (the last
-        # few take another loop): a sum of each row does, and a rounded sigmoid in fp64.
+        # A product with one column does not give an element the same bits anywhere in a tensor: a sum of each row does.
         direction, bias = self.projection.weight, self.projection.bias
         logits = (torch.relu(hidden).to(accumulator) * direction.to(accumulator)).sum(1) + bias.to(accumulator)
-        weights = torch.sigmoid(logits.double()).to(accumulator)
+        weights = sigmoid(logits)
         return weights.clamp(min=_LEAST_WEIGHT)  # where all were zero, no sum could be raised
 
 
