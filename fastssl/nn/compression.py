@@ -44,6 +44,10 @@ class SequenceCompressor(nn.Module):
             learned segmentation, 2 leaves the fewest frames. In training the rest of an utterance, less than a whole
             frame, is dropped; in evaluation a rest of at least half a frame is kept, as its weighted mean.
 
+    One model serves every rate once it has met them in training: `rate` takes one for each utterance, for instance
+    `nn.random.uniform(keys, torch.zeros_like(keys), stream=...)`. `learned_weights` are there for losses that guide
+    where frames end, and `weights` for one on how many there are.
+
     Whatever the kind, two frames survive of an utterance that has two, and one of one. Of weights that add up to less,
     the sum is raised to that; windows of an average become as small as they must; a strided convolution sees zeros
     after the utterance. Frames do not depend on batch mates, and all is differentiable, the rate too.
