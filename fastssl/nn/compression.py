@@ -87,6 +87,7 @@ class SequenceCompressor(nn.Module):
             raise ValueError(f"factor: must be at least 1, got {factor}")
         if not 0 < input_period_ms < math.inf:
             raise ValueError(f"input_period_ms: must be positive and finite, got {input_period_ms}")
+        self.channels = channels
         self.kind = kind
         self.factor = factor
         self.input_period_ms = input_period_ms
@@ -96,7 +97,7 @@ class SequenceCompressor(nn.Module):
             with torch.no_grad():
                 self.conv.weight.copy_(torch.eye(channels).unsqueeze(2).expand_as(self.conv.weight) / self._window)
         elif kind == "integrate-and-fire":
-            self.weights = WeightNetwork(channels)
+            self.weight_network = WeightNetwork(channels)
 
     @property
     def _window(self) -> int:
@@ -124,13 +125,15 @@ class SequenceCompressor(nn.Module):
                 or to a kind that has none.
         """
         x, layout = frames
+        if x.shape != (layout.total, self.channels):
+            raise ValueError(f"frames: expected {(layout.total, self.channels)}, got {tuple(x.shape)}")
         if self.kind != "integrate-and-fire":
             if rate is not None or frame_period_ms is not None:
                 raise ValueError(f"rate and frame_period_ms: {self.kind!r} has a fixed factor, {self.factor}")
             compress = self._average if self.kind == "average" else self._strided
             out = compress(x, layout)
             return Compressed(out, _period(layout, out.layout, self.input_period_ms), None, None)
-        learned = self.weights(x, layout)
+        learned = self.weight_network(x, layout)
         rates = self._rates(learned, layout, rate, frame_period_ms)
         weights = _protect(mix_weights(learned, rates[layout.sequence_ids]), layout)
         out = Packed(*ops.integrate_and_fire(x, weights, layout)) if self.training else _fire_all(x, weights, layout)
@@ -148,8 +151,9 @@ class SequenceCompressor(nn.Module):
         within = steps < end.unsqueeze(1)
         rows = (begin.unsqueeze(1) + torch.minimum(steps, (end - 1).unsqueeze(1))).flatten()
         gathered = x.index_select(0, rows).unflatten(0, steps.shape)
-        total = torch.where(within.unsqueeze(2), gathered, 0).sum(1)
-        return Packed(total / (end - first).unsqueeze(1), out_layout)
+        accumulator = torch.promote_types(x.dtype, torch.float32)
+        total = torch.where(within.unsqueeze(2), gathered, 0).sum(1, dtype=accumulator)
+        return Packed((total / (end - first).unsqueeze(1)).to(x.dtype), out_layout)
 
     def _strided(self, x: Tensor, layout: Layout) -> Packed:
         # Where there is no whole window left, zeros after the utterance make it one.
@@ -194,8 +198,6 @@ class WeightNetwork(nn.Module):
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:  # (N, C)
         """(N,) weights, in at least fp32; zeros lie beyond the ends of each sequence."""
-        if x.dim() != 2 or x.shape != (layout.total, self.conv.in_channels):
-            raise ValueError(f"frames: expected {(layout.total, self.conv.in_channels)}, got {tuple(x.shape)}")
         longer = _longer(layout, 2 * _REACH)
         hidden, _ = ops.strided_conv(
             _spread(x, layout, longer, before=_REACH),

@@ -128,7 +128,7 @@ def test_rate_zero_keeps_every_frame_as_it_is() -> None:
 
 
 def test_periods_of_rates_are_those_of_the_paper() -> None:
-    """PAPER's table: a mean weight of 2/9, which is 90 ms at rate 1."""
+    """A mean weight of 2/9, which is 90 ms at rate 1."""
     table = {0.0: 20.0, 0.25: 24.83, 0.5: 32.73, 0.7: 43.9, 0.75: 48.0, 1.0: 90.0}
     learned = torch.full((1,), 2 / 9, dtype=torch.float64)
     for rate, period in table.items():
@@ -226,12 +226,12 @@ def test_a_period_takes_a_gradient_through_the_weights() -> None:
     period = torch.tensor([55.0, 33.0], dtype=torch.float64, requires_grad=True)
 
     def run(period: Tensor, bias: Tensor) -> Tensor:
-        state = {"weights.projection.bias": bias}
+        state = {"weight_network.projection.bias": bias}
         options = {"frame_period_ms": period}
         out: Tensor = torch.func.functional_call(compressor, state, (frames,), options).frames.values
         return out
 
-    assert torch.autograd.gradcheck(run, (period, compressor.weights.projection.bias))
+    assert torch.autograd.gradcheck(run, (period, compressor.weight_network.projection.bias))
 
 
 def test_a_rate_is_learned() -> None:
@@ -274,6 +274,7 @@ def test_rejects_bad_input() -> None:
         r"rate and frame_period_ms: one of them": lambda: fire(frames, rate=1.0, frame_period_ms=40.0),
         r"rate and frame_period_ms: 'average' has a fixed factor": lambda: average(frames, rate=1.0),
         r"frames: expected \(50, 16\), got \(50, 8\)": lambda: fire(frames_of([20, 30], channels=8)),
+        r"frames: expected \(50, 16\), got \(50, 4\)": lambda: average(frames_of([20, 30], channels=4)),
         r"kind: must be": lambda: SequenceCompressor(4, kind="mean"),  # type: ignore[arg-type]
         r"factor: 'average' and 'strided' need one": lambda: SequenceCompressor(4, kind="average"),
         r"factor: 'average'.* got 2 for 'integrate": lambda: SequenceCompressor(4, kind="integrate-and-fire", factor=2),
