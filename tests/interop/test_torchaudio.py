@@ -5,6 +5,8 @@ import pickle
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fastssl
@@ -155,6 +157,21 @@ def test_batch_mates_do_not_matter(variant: str) -> None:
                 assert torch.equal(together[row : row + 1, : frames[row]], alone)
 
 
+@settings(max_examples=15, deadline=None)
+@given(lengths=st.lists(st.integers(0, 4000), min_size=1, max_size=5), extra=st.integers(0, 1000))
+def test_any_lengths(lengths: list[int], extra: int) -> None:
+    original = make("wav2vec2 base")
+    model = fastssl.accelerate(copy.deepcopy(original))
+    waveforms = nn.functional.pad(batch_of(lengths)[0], (0, extra), value=3.0)
+    with torch.no_grad():
+        together, frames = model(waveforms, torch.tensor(lengths))
+        for row, samples in enumerate(lengths):
+            assert not together[row, frames[row] :].any()
+            if samples >= 720:  # the norm of a single frame's convolution has little to go by
+                expected = original(waveforms[row : row + 1, :samples])[0][0]
+                assert_close(together[row, : frames[row]], expected, 2e-4)
+
+
 def test_waveforms_of_any_strides() -> None:
     model = fastssl.accelerate(make("wav2vec2 base"))
     waveforms, lengths = batch_of([5000, 900])
@@ -207,13 +224,17 @@ def test_layer_drop_draws_as_the_original(variant: str) -> None:
     original = make(variant, encoder_layer_drop=0.4).train()
     model = fastssl.accelerate(copy.deepcopy(original))
     waveforms, _ = batch_of([9000, 9000])
-    for seed in range(6):
+    skipped = set()
+    for seed in range(16):
         outputs = []
         for m in (model, original):
             torch.manual_seed(seed)
             outputs.append((m(waveforms)[0], torch.rand(1)))
         assert_close(outputs[0][0], outputs[1][0], 2e-4, f"seed {seed}")
         assert torch.equal(outputs[0][1], outputs[1][1])  # as many draws
+        torch.manual_seed(seed)
+        skipped.add(tuple(torch.rand(1).item() <= 0.4 for _ in range(3)))
+    assert {(False, False, False), (True, False, False)} <= skipped
 
 
 def test_dropout_drops_in_training_only() -> None:

@@ -172,6 +172,16 @@ def test_two_frames_survive(kind: str, training: bool) -> None:
             torch.testing.assert_close(out.frames.values[0], frames.values[0])
 
 
+def test_two_frames_survive_weights_of_zero() -> None:
+    compressor = make("integrate-and-fire").eval()
+    torch.nn.init.constant_(compressor.weight_network.projection.bias, -1000.0)
+    frames = frames_of([40, 0, 1, 300])
+    for options in ({}, {"rate": 2.0}, {"frame_period_ms": 500.0}):
+        out = compressor(frames, **options)
+        assert out.frames.layout.lengths == ((2, 0, 1, 12) if "frame_period_ms" in options else (2, 0, 1, 2))
+        assert out.frames.values.isfinite().all()
+
+
 @EVERY_KIND
 @settings(max_examples=20, deadline=None)
 @given(lengths=st.lists(st.integers(0, 60), min_size=1, max_size=5), rate=st.floats(0, 2))
