@@ -1,9 +1,10 @@
 """The parts of other people's encoders over packed frames: their modules and parameters, our ops.
 
 A linear layer, norm or dropout that is not the plain one of PyTorch (an adapter in its place, a hook on it) is called
-as it is, on (N, C). Whatever else is not as its library made it is an error: its code would not run.
+as it is, on (N, C). Where anything else is not as its library made it, the original code runs: `foreign_code`.
 """
 
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
@@ -33,21 +34,18 @@ def _is_watched(module: nn.Module) -> bool:
 _LIBRARIES = ("transformers.", "torchaudio.", "torch.nn.", "fastssl.")
 
 
-def bypassed(module: Any) -> Any:
-    """A module whose parameters and submodules we use, and whose `forward` we stand in for.
+def foreign_code(modules: Iterable[nn.Module]) -> str | None:
+    """Why ours may not stand in for the `forward` of these modules; None where it may.
 
-    Raises:
-        ValueError: Its class is somebody else's, or it has a hook: that code would never run.
+    A hook on one of them, or a class of somebody else's in its place, would be left out without a word.
     """
-    kind = type(module)
-    if not kind.__module__.startswith(_LIBRARIES):
-        raise ValueError(f"model: it holds a {kind.__module__}.{kind.__name__}, whose code accelerate would not run")
-    if _is_watched(module):
-        raise ValueError(
-            f"model: a {kind.__name__} of it has a hook or a forward of its own, which accelerate would not call; ask "
-            "for hidden states, or restore the model"
-        )
-    return module
+    for module in modules:
+        kind = type(module)
+        if not kind.__module__.startswith(_LIBRARIES):
+            return f"a {kind.__module__}.{kind.__name__} is in the place of a module of the original"
+        if _is_watched(module):
+            return f"a {kind.__name__} has a hook or a forward of its own"
+    return None
 
 
 def linear(module: nn.Module, x: Tensor) -> Tensor:
@@ -144,7 +142,7 @@ def front_end(conv_layers: Any, waveforms: Packed) -> Packed:
     """Strided convolutions, each a module with `conv` and perhaps `layer_norm`; GELU after each."""
     layers = []
     for module in conv_layers:
-        conv, norm = bypassed(module.conv), getattr(bypassed(module), "layer_norm", None)
+        conv, norm = module.conv, getattr(module, "layer_norm", None)
         kind: Literal["none", "group", "layer"] = "none"
         if norm is not None:
             kind = "group" if isinstance(norm, nn.GroupNorm) else "layer"
@@ -154,7 +152,7 @@ def front_end(conv_layers: Any, waveforms: Packed) -> Packed:
                 conv.stride[0],
                 conv.bias,
                 kind,
-                None if norm is None else bypassed(norm).weight,
+                None if norm is None else norm.weight,
                 None if norm is None else norm.bias,
                 1e-5 if norm is None else norm.eps,
             )
@@ -164,7 +162,6 @@ def front_end(conv_layers: Any, waveforms: Packed) -> Packed:
 
 def positional_conv(conv: Any, x: Tensor, layout: Layout) -> Tensor:
     """A grouped convolution as long as its input, before its activation; `conv` may have a parametrized weight."""
-    conv = bypassed(conv)
     return ops.positional_conv(x, conv.weight, layout, bias=conv.bias)
 
 

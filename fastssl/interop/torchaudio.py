@@ -5,12 +5,16 @@ An accelerated encoder is of a subclass of its class, with the same name and ano
 as if it were alone; frames of padding are zero, and so are their logits. An auxiliary head that is not a plain linear
 layer gets the padded batch, as the original gives it.
 
-What stays as it is: the wrapper of a pipeline that normalises waveforms does so over all of a batch, its padding and
+What stays as it is: hooks on linear layers, norms and dropouts are called, but where somebody has hooked a module that
+this code does not call (the feature extractor, a convolution, the encoder, one of its layers), the original code runs,
+with a warning. The wrapper of a pipeline that normalises waveforms does so over all of a batch, its padding and
 its batch mates. A `HuBERTPretrainModel` calls the parts of its encoder by itself: accelerated or not, it computes what
 it did, in the same time.
 """
 
 import importlib
+import warnings
+from collections.abc import Iterator
 from functools import cache, partial
 from typing import Any
 
@@ -117,8 +121,11 @@ def _forward(
     lengths: Tensor | None = None,  # (B,)
 ) -> tuple[Tensor, Tensor | None]:  # (B, F, D) or (B, F, labels), (B,)
     """The last layer's frames, or the auxiliary head's logits, and how many of each row are valid."""
+    if _runs_as_it_was(self):
+        output: tuple[Tensor, Tensor | None] = _original(self).forward(self, waveforms, lengths)
+        return output
     frames, padded_frames, frame_lengths = _front_end(self, waveforms, lengths)
-    transformer = L.bypassed(L.bypassed(self.encoder).transformer)
+    transformer = self.encoder.transformer
     x, layout, bias = _embed(self.encoder, frames), frames.layout, None
     for layer in transformer.layers:
         # Layer drop, by the same draws as the original's, which draws where nothing is ever dropped, too.
@@ -139,7 +146,11 @@ def _extract_features(
     num_layers: int | None = None,
 ) -> tuple[list[Tensor], Tensor | None]:  # of (B, F, D), (B,)
     """The frames of every layer, or of the first `num_layers`, and how many of each row are valid."""
-    layers = L.bypassed(L.bypassed(self.encoder).transformer).layers
+    if _runs_as_it_was(self):
+        output: tuple[list[Tensor], Tensor | None]
+        output = _original(self).extract_features(self, waveforms, lengths, num_layers)
+        return output
+    layers = self.encoder.transformer.layers
     if num_layers is not None and not 0 < num_layers <= len(layers):
         raise ValueError(f"num_layers: must be from 1 to {len(layers)}, got {num_layers}")
     frames, padded_frames, frame_lengths = _front_end(self, waveforms, lengths)
@@ -150,6 +161,35 @@ def _extract_features(
     return outputs, frame_lengths
 
 
+def _original(model: nn.Module) -> Any:
+    return _original_class(model)
+
+
+def _runs_as_it_was(model: Any) -> bool:
+    reason = L.foreign_code(_modules_not_called(model))
+    if reason is not None:
+        warnings.warn(f"{reason}, so the original code runs, padded", stacklevel=4)
+    return reason is not None
+
+
+def _modules_not_called(model: Any) -> Iterator[nn.Module]:
+    """Those that the original calls and this code only reads."""
+    extractor, encoder = model.feature_extractor, model.encoder
+    if getattr(model, _NORM) == "valid":
+        yield extractor
+        for block in extractor.conv_layers:
+            yield from (block, block.conv)
+            if block.layer_norm is not None:
+                yield block.layer_norm
+    transformer = encoder.transformer
+    yield from (encoder, encoder.feature_projection, transformer)
+    yield from (transformer.pos_conv_embed, transformer.pos_conv_embed.conv)
+    for layer in transformer.layers:
+        yield from (layer, layer.attention, layer.feed_forward)
+        if hasattr(layer.attention, "rel_attn_embed"):
+            yield layer.attention.attention
+
+
 def _front_end(model: Any, waveforms: Tensor, lengths: Tensor | None) -> tuple[Packed, int, Tensor | None]:
     """The convolutions' frames, how many the padded batch has, and the valid ones of each row, as `lengths` are."""
     if waveforms.dim() != 2:
@@ -158,7 +198,7 @@ def _front_end(model: Any, waveforms: Tensor, lengths: Tensor | None) -> tuple[P
     valid = [samples] * batch if lengths is None else _valid_lengths(lengths, batch, samples)
     padded_frames = _frames_after(model, Layout.from_lengths([samples])).max_length
     if getattr(model, _NORM) == "valid":
-        frames = L.front_end(L.bypassed(model.feature_extractor).conv_layers, L.waveforms_of(waveforms, valid))
+        frames = L.front_end(model.feature_extractor.conv_layers, L.waveforms_of(waveforms, valid))
     else:
         padded, _ = model.feature_extractor(waveforms, None)
         frames = Packed.from_padded(padded, _frames_after(model, Layout.from_lengths(valid)).lengths)
@@ -186,10 +226,10 @@ def _frames_after(model: Any, layout: Layout) -> Layout:
 
 def _embed(encoder: Any, frames: Packed) -> Tensor:  # (N, D)
     """What the first layer takes."""
-    projection, transformer = L.bypassed(encoder.feature_projection), encoder.transformer
+    projection, transformer = encoder.feature_projection, encoder.transformer
     projected = L.linear(projection.projection, projection.layer_norm(frames.values))
     x = L.dropout(projection.dropout, projected)
-    x = x + F.gelu(L.positional_conv(L.bypassed(transformer.pos_conv_embed).conv, x, frames.layout))
+    x = x + F.gelu(L.positional_conv(transformer.pos_conv_embed.conv, x, frames.layout))
     if transformer.layer_norm_first:
         x = transformer.layer_norm(x)
     return L.dropout(transformer.dropout, x)
@@ -197,7 +237,7 @@ def _embed(encoder: Any, frames: Packed) -> Tensor:  # (N, D)
 
 def _layer(layer: Any, x: Tensor, layout: Layout, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """One layer's output, and WavLM's distance bias for the layers to come."""
-    attention, feed_forward = L.bypassed(L.bypassed(layer).attention), L.bypassed(layer.feed_forward)
+    attention, feed_forward = layer.attention, layer.feed_forward
     normalised = layer.layer_norm(x) if layer.layer_norm_first else x
     if hasattr(attention, "rel_attn_embed"):
         # Only the first layer has one. Where layer drop skips that layer, the original goes without, and so do we.
@@ -221,7 +261,7 @@ def _feed_forward(module: Any, x: Tensor) -> Tensor:
 
 def _wavlm_attention(module: Any, x: Tensor, layout: Layout, bias: Tensor | None) -> Tensor:  # (N, D) -> (N, D)
     """Self-attention by the parameters of a `torch.nn.MultiheadAttention`."""
-    parameters = L.bypassed(module.attention)
+    parameters = module.attention
     projected = packed_linear(x, parameters.in_proj_weight, parameters.in_proj_bias)
     q, k, v = projected.unflatten(1, (3, module.num_heads, -1)).unbind(1)
     attended = ops.varlen_attention(

@@ -6,6 +6,7 @@ An accelerated encoder is of a subclass of its class, with the same name and ano
 
 import importlib
 import warnings
+from collections.abc import Iterator
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -93,8 +94,11 @@ def _accelerated(name: str) -> type[nn.Module]:
         mask_time_indices: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
+        reason = L.foreign_code(_modules_not_called(self))
         if _option(self, kwargs, "output_attentions"):
-            warnings.warn("attention weights exist in the original code only, which runs instead", stacklevel=2)
+            reason = "attention weights exist in the original code only"
+        if reason is not None:
+            warnings.warn(f"{reason}, so the original code runs, padded", stacklevel=2)
             accelerated, self.__class__ = type(self), original  # Transformers records outputs by class
             try:
                 return original.forward(self, input_values, attention_mask, mask_time_indices, **kwargs)
@@ -111,6 +115,26 @@ def __getattr__(name: str) -> Any:
     if name in _ARCHITECTURES:
         return _accelerated(name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _modules_not_called(model: Any) -> Iterator[nn.Module]:
+    """Those that the original calls and this code only reads."""
+    if getattr(model, _NORM) == "valid":
+        yield model.feature_extractor
+        for block in model.feature_extractor.conv_layers:
+            yield from (block, block.conv)
+            if hasattr(block, "layer_norm"):
+                yield block.layer_norm
+    encoder, position = model.encoder, model.encoder.pos_conv_embed
+    yield from (encoder, model.feature_projection, position)
+    for block in getattr(position, "layers", [position]):
+        yield from (block, block.conv)
+    for layer in encoder.layers:
+        yield from (layer, layer.attention, layer.feed_forward)
+    if getattr(model, "adapter", None) is not None:
+        yield model.adapter
+        for layer in model.adapter.layers:
+            yield from (layer, layer.conv)
 
 
 def _option(model: Any, given: dict[str, Any], name: str) -> Any:
@@ -137,7 +161,7 @@ def _forward(
     padded_frames = _frames_after(self, samples)
 
     frames = _front_end(self, input_values, lengths)
-    projected, normalised = _project(L.bypassed(self.feature_projection), frames.values)
+    projected, normalised = _project(self.feature_projection, frames.values)
     x = _mask(
         self,
         original,
@@ -188,7 +212,7 @@ def _frames_after(model: Any, samples: int) -> int:
 def _front_end(model: Any, input_values: Tensor, lengths: list[int]) -> Packed:
     extractor = model.feature_extractor
     if getattr(model, _NORM) == "valid":
-        return L.front_end(L.bypassed(extractor).conv_layers, waveforms_of(input_values, lengths))
+        return L.front_end(extractor.conv_layers, waveforms_of(input_values, lengths))
     padded = extractor(input_values).transpose(1, 2)
     frames = [_frames_after(model, length) for length in lengths]
     return Packed.from_padded(padded, frames)
@@ -224,8 +248,8 @@ def _mask(
 
 def _encode(encoder: Any, x: Packed) -> tuple[Tensor, list[Tensor]]:
     """The last hidden state, and the hidden states as Transformers has them, before a last norm."""
-    layout, stable = x.layout, "StableLayerNorm" in type(L.bypassed(encoder)).__name__
-    values = x.values + _position(L.bypassed(encoder.pos_conv_embed), x)
+    layout, stable = x.layout, "StableLayerNorm" in type(encoder).__name__
+    values = x.values + _position(encoder.pos_conv_embed, x)
     if not stable:
         values = encoder.layer_norm(values)
     values = L.dropout(encoder.dropout, values)
@@ -236,7 +260,7 @@ def _encode(encoder: Any, x: Packed) -> tuple[Tensor, list[Tensor]]:
     for index, layer in enumerate(encoder.layers):
         if _skips(encoder, index, has_bias=bias is not None):
             continue
-        if getattr(L.bypassed(layer), "gradient_checkpointing", False) and layer.training:
+        if getattr(layer, "gradient_checkpointing", False) and layer.training:
             values = layer._gradient_checkpointing_func(run, layer, values, layout, bias)
         else:
             values = run(layer, values, layout, bias)
@@ -268,14 +292,13 @@ def _pre_norm_layer(layer: Any, x: Tensor, layout: Layout, bias: Tensor | None) 
 
 def _feed_forward(module: Any, x: Tensor) -> tuple[Tensor, nn.Module]:
     """The output before its dropout, and that dropout."""
-    L.bypassed(module)
     branch = L.feed_forward(module.intermediate_dense, module.intermediate_dropout, module.output_dense, x)
     return branch, module.output_dropout
 
 
 def _attention(module: Any, x: Tensor, layout: Layout, bias: Tensor | None) -> Tensor:
     gate = None if bias is None else L.gate(module, x)
-    dropout = L.bypassed(module).dropout if module.training else 0.0
+    dropout = module.dropout if module.training else 0.0
     return L.attention(module, x, layout, heads=module.num_heads, dropout=dropout, distance_bias=bias, gate=gate)
 
 
@@ -285,7 +308,7 @@ def _position(embedding: Any, x: Packed) -> Tensor:
         return F.gelu(L.positional_conv(embedding.conv, x.values, x.layout))
     values = x.values
     for layer in embedding.layers:
-        values = F.gelu(L.bypassed(layer).layer_norm(L.positional_conv(layer.conv, values, x.layout)))
+        values = F.gelu(layer.layer_norm(L.positional_conv(layer.conv, values, x.layout)))
     return values
 
 
@@ -295,13 +318,13 @@ def _adapt(model: Any, x: Packed, padded_frames: int) -> Tensor:
     if adapter is None:
         return x.to_padded(length=padded_frames)
     values = x.values
-    if L.bypassed(adapter).proj is not None:
+    if adapter.proj is not None:
         values = adapter.proj_layer_norm(L.linear(adapter.proj, values))
     x, padded = Packed(values, x.layout), padded_frames
     for layer in adapter.layers:
         drawn = np.random.random()  # noqa: NPY002 (the generator that the original draws from)
         if not adapter.training or drawn > adapter.layerdrop:
-            x = _adapter_layer(L.bypassed(L.bypassed(layer).conv), x)
+            x = _adapter_layer(layer.conv, x)
             padded = _adapter_frames(layer.conv, padded)
     return x.to_padded(length=padded)
 
