@@ -1,17 +1,25 @@
-"""The encoder that every system here pre-trains: parameter names and folder layout of Transformers' Wav2Vec2Model."""
+"""The encoder that every system here pre-trains: parameter names and folder layout of Transformers' encoders."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from fastssl.models.folder import (
+    MODEL_CLASSES,
+    head_prefix,
+    read_config,
+    read_weights,
+    write_json,
+    write_text,
+    write_weights,
+)
+from fastssl.models.model_card import ModelCard
 from fastssl.nn.feature_extractor import FeatureExtractor, FeatureProjection, scale_gradient
-from fastssl.nn.transformer import Transformer
+from fastssl.nn.transformer import RelativePositions, Transformer
 from fastssl.packing import Packed
 
 if TYPE_CHECKING:
@@ -19,10 +27,20 @@ if TYPE_CHECKING:
 
 SAMPLE_RATE_HZ = 16000
 
+#: Fields that one `model_type` alone has.
+_OWN_FIELDS = {
+    "feat_proj_layer_norm": "hubert",
+    "num_buckets": "wavlm",
+    "max_bucket_distance": "wavlm",
+    "conv_pos_kernel_size": "data2vec-audio",
+}
+#: What data2vec-audio always has, so that its config does not say so.
+_DATA2VEC: dict[str, Any] = {"feat_extract_norm": "layer", "do_stable_layer_norm": False}
+
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """Shape of an encoder; names and defaults of Transformers' `Wav2Vec2Config` (the base model).
+    """Shape of an encoder; names and defaults of Transformers' configs (the base models).
 
     Args:
         hidden_size: Width of the transformer.
@@ -39,13 +57,22 @@ class EncoderConfig:
         conv_kernel: Kernel of each convolution.
         conv_stride: Stride of each convolution.
         conv_bias: Whether convolutions have a bias.
-        num_conv_pos_embeddings: Kernel of the positional convolution, in frames.
+        num_conv_pos_embeddings: Kernel of the positional convolution, in frames; of data2vec-audio, how many there are.
         num_conv_pos_embedding_groups: Its groups.
         do_stable_layer_norm: Norm before each block instead of after it.
         layer_norm_eps: Of the layer norms.
         initializer_range: Standard deviation of initial linear weights.
         do_normalize: Whether waveforms are brought to zero mean and unit variance before the encoder.
         feature_grad_mult: Factor on the gradient that reaches the front end.
+        model_type: The architecture, by Transformers' name: wav2vec2, hubert, wavlm, data2vec-audio, unispeech or
+            unispeech-sat.
+        feat_proj_layer_norm: Whether the front end's frames are normalised before the projection (hubert).
+        num_buckets: Buckets of the relative position bias (wavlm).
+        max_bucket_distance: The distance in frames from which on all share a bucket (wavlm).
+        conv_pos_kernel_size: Kernel of each positional convolution, in frames (data2vec-audio).
+
+    Raises:
+        ValueError: Values that do not fit together, or that the architecture does not have.
     """
 
     hidden_size: int = 768
@@ -69,8 +96,21 @@ class EncoderConfig:
     initializer_range: float = 0.02
     do_normalize: bool = True
     feature_grad_mult: float = 1.0
+    model_type: str = "wav2vec2"
+    feat_proj_layer_norm: bool = True
+    num_buckets: int = 320
+    max_bucket_distance: int = 800
+    conv_pos_kernel_size: int = 19
 
     def __post_init__(self) -> None:
+        if self.model_type not in MODEL_CLASSES:
+            raise ValueError(f"model_type: {self.model_type!r} is none of {', '.join(MODEL_CLASSES)}")
+        fixed = _DATA2VEC if self.model_type == "data2vec-audio" else {}
+        if self.model_type != "hubert":
+            fixed = fixed | {"feat_proj_layer_norm": True}
+        for name, value in fixed.items():
+            if getattr(self, name) != value:
+                raise ValueError(f"{name}: {self.model_type} has {value!r} alone, got {getattr(self, name)!r}")
         if not len(self.conv_dim) == len(self.conv_kernel) == len(self.conv_stride):
             raise ValueError(
                 f"conv_dim, conv_kernel, conv_stride: {len(self.conv_dim)}, {len(self.conv_kernel)} and "
@@ -79,22 +119,26 @@ class EncoderConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Self":
-        """From a Transformers `config.json`, whose other keys are ignored.
+        """From a Transformers `config.json`: its other keys are ignored, and what it leaves out has the type's default.
 
         Raises:
             ValueError: The model has a part that is not built here.
         """
+        model_type = values.get("model_type", "wav2vec2")
         for key, served in {
             "hidden_act": "gelu",
             "feat_extract_activation": "gelu",
             "add_adapter": False,
             "adapter_attn_dim": None,
+            "conv_pos_batch_norm": False,  # would take batch mates in
         }.items():
             if values.get(key, served) != served:
                 raise ValueError(f"config: {key}={values[key]!r} is not supported, only {served!r}")
-        names = {field.name for field in fields(cls)}
+        names = {field.name for field in fields(cls) if _OWN_FIELDS.get(field.name, model_type) == model_type}
         known = {name: value for name, value in values.items() if name in names}
         known |= {name: tuple(value) for name, value in known.items() if isinstance(value, list)}
+        if model_type == "data2vec-audio":
+            known = {"num_conv_pos_embeddings": 5} | known | _DATA2VEC
         return cls(**known)
 
     @property
@@ -122,7 +166,7 @@ class EncoderOutput(NamedTuple):
 
 
 class Encoder(nn.Module):
-    """wav2vec 2.0 encoder over packed waveforms; its state dict is that of Transformers' `Wav2Vec2Model`.
+    """A speech encoder over packed waveforms; its state dict is that of Transformers' base model of its type.
 
     Args:
         config: Its shape.
@@ -139,15 +183,21 @@ class Encoder(nn.Module):
             norm=config.feat_extract_norm,
         )
         self.feature_projection = FeatureProjection(
-            config.conv_dim[-1], config.hidden_size, eps=config.layer_norm_eps, dropout=config.feat_proj_dropout
+            config.conv_dim[-1],
+            config.hidden_size,
+            eps=config.layer_norm_eps,
+            dropout=config.feat_proj_dropout,
+            norm=config.feat_proj_layer_norm,
         )
         self.masked_spec_embed = nn.Parameter(torch.rand(config.hidden_size))
+        stacked = config.model_type == "data2vec-audio"
+        gated = config.model_type == "wavlm"
         self.encoder = Transformer(
             config.num_hidden_layers,
             config.hidden_size,
             config.intermediate_size,
             config.num_attention_heads,
-            positional_kernel=config.num_conv_pos_embeddings,
+            positional_kernel=config.conv_pos_kernel_size if stacked else config.num_conv_pos_embeddings,
             positional_groups=config.num_conv_pos_embedding_groups,
             pre_norm=config.do_stable_layer_norm,
             dropout=config.hidden_dropout,
@@ -155,10 +205,13 @@ class Encoder(nn.Module):
             activation_dropout=config.activation_dropout,
             layer_drop=config.layerdrop,
             eps=config.layer_norm_eps,
+            positional_depth=config.num_conv_pos_embeddings if stacked else None,
+            relative_positions=RelativePositions(config.num_buckets, config.max_bucket_distance) if gated else None,
         )
         for module in self.encoder.modules():
-            if isinstance(module, nn.Linear):
+            if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=config.initializer_range)
+            if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
 
     def forward(self, waveforms: Packed) -> EncoderOutput:
@@ -180,13 +233,19 @@ class Encoder(nn.Module):
         values, layout = self.feature_extractor(waveforms)
         return Packed(scale_gradient(values, self.config.feature_grad_mult), layout)
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json, model.safetensors and preprocessor_config.json, as Transformers reads them."""
+    def save_pretrained(self, folder: str | Path, *, card: ModelCard | None = None) -> None:
+        """Write what Transformers and the Hub read: two configs, model.safetensors and README.md.
+
+        Args:
+            folder: Made where it is not there.
+            card: What README.md says of how the encoder came about; without one, a README.md that is there is kept.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        config = {"model_type": "wav2vec2", "architectures": ["Wav2Vec2Model"], "torch_dtype": "float32"}
-        config |= _as_transformers(self.config)
-        _write_json(folder / "config.json", config)
+        model_type = self.config.model_type
+        dtype = str(self.masked_spec_embed.dtype).removeprefix("torch.")
+        config = {"model_type": model_type, "architectures": [MODEL_CLASSES[model_type]], "torch_dtype": dtype}
+        write_json(folder / "config.json", config | _as_transformers(self.config))
         preprocessor = {
             "feature_extractor_type": "Wav2Vec2FeatureExtractor",
             "feature_size": 1,
@@ -195,101 +254,58 @@ class Encoder(nn.Module):
             "do_normalize": self.config.do_normalize,
             "return_attention_mask": self.config.feat_extract_norm == "layer",
         }
-        _write_json(folder / "preprocessor_config.json", preprocessor)
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        partial = folder / "model.safetensors.partial"
-        save_file(tensors, partial, metadata={"format": "pt"})
-        partial.replace(folder / "model.safetensors")
+        write_json(folder / "preprocessor_config.json", preprocessor)
+        if card is not None or not (folder / "README.md").exists():
+            parameters = sum(parameter.numel() for parameter in self.parameters())
+            text = (card or ModelCard()).as_markdown(self.config, parameters=parameters)
+            write_text(folder / "README.md", text)
+        write_weights(folder / "model.safetensors", self.state_dict())
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "Encoder":
-        """Open a folder in Transformers' layout: any wav2vec 2.0 model, of whose heads the encoder is taken.
+        """Open a folder in Transformers' layout: any model of a served type, of whose heads the encoder is taken.
 
         Raises:
             ValueError: The folder holds no such model, or its weights do not fit its config.
         """
         folder = Path(folder)
-        values = read_config(folder)
-        encoder = cls(EncoderConfig.from_dict(values))
+        encoder = cls(EncoderConfig.from_dict(read_config(folder)))
         load_encoder_weights(encoder, read_weights(folder), name=str(folder))
         return encoder
-
-
-def load_encoder(path_or_model: str | Path | nn.Module) -> Encoder:
-    """Open an encoder, in evaluation mode.
-
-    Args:
-        path_or_model: A run of `fastssl pretrain`, a folder in Transformers' layout (wav2vec 2.0), or a Transformers
-            wav2vec 2.0 model, whose weights are copied.
-
-    Raises:
-        ValueError: It is none of these; says what was looked for.
-    """
-    if isinstance(path_or_model, Encoder):
-        return path_or_model.eval()
-    if isinstance(path_or_model, nn.Module):
-        return _from_transformers_model(path_or_model).eval()
-    folder = Path(path_or_model)
-    if (folder / "encoder" / "config.json").exists():
-        folder = folder / "encoder"
-    return Encoder.from_pretrained(folder).eval()
-
-
-def _from_transformers_model(model: nn.Module) -> Encoder:
-    config = getattr(model, "config", None)
-    if getattr(config, "model_type", None) != "wav2vec2":
-        raise ValueError(f"path_or_model: {type(model).__name__} is not a Transformers wav2vec 2.0 model")
-    encoder = Encoder(EncoderConfig.from_dict(config.to_dict()))  # type: ignore[union-attr]
-    load_encoder_weights(encoder, model.state_dict(), name=type(model).__name__)
-    return encoder.to(next(model.parameters()).device)
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The config of a folder in Transformers' layout, with `do_normalize` of its preprocessor."""
-    path = folder / "config.json"
-    if not path.exists():
-        raise ValueError(f"{folder}: no model there; looked for {path} and {folder / 'encoder' / 'config.json'}")
-    values: dict[str, Any] = json.loads(path.read_text())
-    if values.get("model_type") != "wav2vec2":
-        raise ValueError(f"{path}: model_type is {values.get('model_type')!r}, expected 'wav2vec2'")
-    preprocessor = folder / "preprocessor_config.json"
-    if preprocessor.exists():
-        values["do_normalize"] = json.loads(preprocessor.read_text()).get("do_normalize", True)
-    return values
-
-
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """The weights of a folder in Transformers' layout."""
-    path = folder / "model.safetensors"
-    if path.exists():
-        return load_file(path)
-    path = folder / "pytorch_model.bin"
-    if path.exists():
-        weights: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
-        return weights
-    raise ValueError(f"{folder}: no weights there; looked for model.safetensors and pytorch_model.bin")
 
 
 def load_encoder_weights(encoder: Encoder, weights: Mapping[str, Tensor], *, name: str) -> None:
     """Load weights under any of the names that Transformers has given them; heads are left aside.
 
+    Args:
+        encoder: Takes the weights.
+        weights: By name, of a base model or of a model with a head.
+        name: Of the file or model, for errors.
+
     Raises:
-        ValueError: A weight is missing or of another shape.
+        ValueError: A weight is missing or of another shape, or the encoder has no place for one.
     """
     own = encoder.state_dict()
-    prefix = "wav2vec2." if any(key.startswith("wav2vec2.") for key in weights) else ""
+    prefix = head_prefix(encoder.config.model_type)
+    if not any(key.startswith(prefix) for key in weights):
+        prefix = ""
+    roots = {key.partition(".")[0] for key in own}
     found = {}
-    for key in own:
-        old_key = key.replace("parametrizations.weight.original0", "weight_g")
-        old_key = old_key.replace("parametrizations.weight.original1", "weight_v")
-        for candidate in (prefix + key, prefix + old_key):
-            if candidate in weights:
-                found[key] = weights[candidate]
+    for key, tensor in weights.items():
+        current = key.removeprefix(prefix)
+        if key.startswith(prefix) and current.partition(".")[0] in roots:
+            current = current.replace("conv.weight_g", "conv.parametrizations.weight.original0")
+            current = current.replace("conv.weight_v", "conv.parametrizations.weight.original1")
+            found[current] = tensor
     # Models fine-tuned without masking do not store the mask vector.
     found.setdefault("masked_spec_embed", own["masked_spec_embed"])
-    missing = sorted(own.keys() - found.keys())
-    if missing:
-        raise ValueError(f"{name}: weights are missing: {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}")
+    for problem, keys in {
+        "weights are missing": own.keys() - found.keys(),
+        "weights that the encoder has no place for": found.keys() - own.keys(),
+    }.items():
+        if keys:
+            some = ", ".join(sorted(keys)[:5])
+            raise ValueError(f"{name}: {problem}: {some}{' ...' if len(keys) > 5 else ''}")
     for key, tensor in found.items():
         if tensor.shape != own[key].shape:
             raise ValueError(f"{name}: {key} has shape {tuple(tensor.shape)}, expected {tuple(own[key].shape)}")
@@ -297,10 +313,11 @@ def load_encoder_weights(encoder: Encoder, weights: Mapping[str, Tensor], *, nam
 
 
 def _as_transformers(config: EncoderConfig) -> dict[str, Any]:
-    values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()}
+    values = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in asdict(config).items()
+        if _OWN_FIELDS.get(name, config.model_type) == config.model_type
+        and not (config.model_type == "data2vec-audio" and name in _DATA2VEC)
+    }
     values |= {"num_feat_extract_layers": len(config.conv_dim), "hidden_act": "gelu", "feat_extract_activation": "gelu"}
     return values
-
-
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n")

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from fastssl import ops
-from fastssl.models.encoder import Encoder, EncoderConfig, load_encoder_weights, read_config, read_weights
+from fastssl.models.encoder import Encoder, EncoderConfig, load_encoder_weights
+from fastssl.models.folder import read_config, read_weights
 from fastssl.nn.linear import PackedLinear
 from fastssl.nn.masking import sample_negatives, sample_span_mask
 from fastssl.nn.quantizer import GumbelQuantizer
@@ -52,6 +53,8 @@ class Wav2Vec2Config(EncoderConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.model_type != "wav2vec2":
+            raise ValueError(f"model_type: wav2vec 2.0 pre-training has a wav2vec2 encoder, got {self.model_type!r}")
         if not 0 <= self.mask_time_prob <= 1:
             raise ValueError(f"mask_time_prob: must be in [0, 1], got {self.mask_time_prob}")
         if self.mask_time_length < 1 or self.num_negatives < 1:

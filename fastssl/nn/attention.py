@@ -1,5 +1,8 @@
 """Multi-head self-attention over packed sequences."""
 
+import math
+
+import torch
 from torch import Tensor, nn
 
 from fastssl import ops
@@ -39,9 +42,91 @@ class SelfAttention(nn.Module):
         self.v_proj = PackedLinear(width, width)
         self.out_proj = PackedLinear(width, width)
 
-    def forward(self, x: Tensor, layout: Layout) -> Tensor:  # (N, D)
-        """Frames (N, D) that have seen their whole sequence."""
+    def forward(self, x: Tensor, layout: Layout, distance_bias: Tensor | None = None) -> Tensor:
+        """Frames that have seen their whole sequence.
+
+        Args:
+            x: (N, D).
+            layout: Where each sequence begins.
+            distance_bias: (H, 2R + 1) added to the logits by key position minus query position, see
+                `ops.varlen_attention`.
+        """
         q, k, v = (linear(x).unflatten(1, (self.heads, -1)) for linear in (self.q_proj, self.k_proj, self.v_proj))
-        attended = ops.varlen_attention(q, k, v, layout, dropout_p=self.dropout if self.training else 0.0)
+        attended = ops.varlen_attention(
+            q,
+            k,
+            v,
+            layout,
+            dropout_p=self.dropout if self.training else 0.0,
+            distance_bias=distance_bias,
+            gate=None if distance_bias is None else self.gate(x),
+        )
         out: Tensor = self.out_proj(attended.flatten(1))
         return out
+
+    def gate(self, x: Tensor) -> Tensor | None:  # (N, D) -> (N, H)
+        """What a query's distance bias is multiplied by; None is 1."""
+        return None
+
+
+class GatedSelfAttention(SelfAttention):
+    """Self-attention with WavLM's gated relative position bias (arXiv 2110.13900, section III-B).
+
+    Args:
+        width: D, split evenly over the heads.
+        heads: H.
+        dropout: On the attention probabilities, in training.
+        embedding: The bias by bucket of distance, in the one layer of a stack that has it for all, else None.
+    """
+
+    def __init__(
+        self, width: int, heads: int, *, dropout: float, embedding: "RelativePositionEmbedding | None" = None
+    ) -> None:
+        super().__init__(width, heads, dropout=dropout)
+        self.gru_rel_pos_const = nn.Parameter(torch.ones(1, heads, 1, 1))
+        self.gru_rel_pos_linear = PackedLinear(width // heads, 8)
+        if embedding is not None:
+            self.rel_attn_embed = embedding
+
+    def gate(self, x: Tensor) -> Tensor:  # (N, D) -> (N, H)
+        """Of each query and head, from the query's own frame."""
+        heads = x.reshape(x.shape[0] * self.heads, -1)  # (N * H, E)
+        # Summed, because Microsoft's WavLM stores the projection to two gates as four parts of each.
+        logits = self.gru_rel_pos_linear(heads).view(-1, self.heads, 2, 4).sum(-1)
+        first, second = torch.sigmoid(logits).unbind(-1)
+        return first * (second * self.gru_rel_pos_const.view(-1) - 1.0) + 2.0
+
+
+class RelativePositionEmbedding(nn.Embedding):
+    """A bias per head and bucket of distance: T5's buckets (arXiv 1910.10683), exact near by, logarithmic further off.
+
+    Args:
+        buckets: Half of them for keys behind the query, half for keys before it or at it.
+        heads: H.
+        max_distance: R; all distances from here on share a bucket.
+
+    Raises:
+        ValueError: There are fewer than 4 buckets, or `max_distance` lies among those of a single distance.
+    """
+
+    def __init__(self, buckets: int, heads: int, *, max_distance: int) -> None:
+        if buckets < 4 or max_distance <= buckets // 4:
+            raise ValueError(
+                f"num_buckets and max_bucket_distance: {buckets} and {max_distance}; must be at least 4, and more "
+                "than a quarter of the buckets"
+            )
+        super().__init__(buckets, heads)
+        self.max_distance = max_distance
+
+    def by_distance(self) -> Tensor:  # (H, 2R + 1)
+        """The bias of every distance from -R to R, key position minus query position."""
+        half = self.num_embeddings // 2
+        exact = half // 2
+        distances = torch.arange(-self.max_distance, self.max_distance + 1, device=self.weight.device)
+        size = distances.abs()
+        # The operations, in this order and in fp32, decide which bucket a distance at a border falls into.
+        shares = torch.log(size.float() / exact) / math.log(self.max_distance / exact) * (half - exact)
+        logarithmic = (exact + shares.clamp(min=0)).long().clamp(max=half - 1)
+        rows = torch.where(size < exact, size, logarithmic) + (distances > 0) * half
+        bias: Tensor = self(rows)
+        return bias.t()

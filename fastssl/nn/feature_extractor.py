@@ -112,11 +112,12 @@ class FeatureProjection(nn.Module):
         width: D, width of the transformer.
         eps: Of the layer norm.
         dropout: After the projection.
+        norm: Whether there is the layer norm.
     """
 
-    def __init__(self, c_in: int, width: int, *, eps: float, dropout: float) -> None:
+    def __init__(self, c_in: int, width: int, *, eps: float, dropout: float, norm: bool = True) -> None:
         super().__init__()
-        self.layer_norm = nn.LayerNorm(c_in, eps=eps)
+        self.layer_norm = nn.LayerNorm(c_in, eps=eps) if norm else None
         self.projection = PackedLinear(c_in, width)
         self.dropout = nn.Dropout(dropout)
         bound = c_in**-0.5
@@ -125,7 +126,7 @@ class FeatureProjection(nn.Module):
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:  # (N, C) -> (N, D), (N, C)
         """The projected frames, and the normalised ones that the quantiser takes."""
-        normalised = self.layer_norm(features)
+        normalised = features if self.layer_norm is None else self.layer_norm(features)
         projected: Tensor = self.dropout(self.projection(normalised))
         return projected, normalised
 

@@ -1,11 +1,13 @@
 """The transformer over packed frames: positional convolution, layers, and the encoder that stacks them."""
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastssl import ops
-from fastssl.nn.attention import SelfAttention
+from fastssl.nn.attention import GatedSelfAttention, RelativePositionEmbedding, SelfAttention
 from fastssl.nn.linear import PackedLinear
 from fastssl.packing import Layout, Packed
 
@@ -43,6 +45,49 @@ class ConvolutionalPositionalEmbedding(nn.Module):
         return F.gelu(ops.positional_conv(x, self.conv.weight, layout, bias=self.conv.bias))
 
 
+class StackedPositionalEmbedding(nn.Module):
+    """data2vec's positional embedding (arXiv 2202.03555): short grouped convolutions, each with layer norm and GELU.
+
+    Args:
+        width: D, channels in and out.
+        depth: Convolutions.
+        kernel: Frames of each; an even kernel drops the last output frame.
+        groups: Channel groups.
+    """
+
+    def __init__(self, width: int, *, depth: int, kernel: int, groups: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(PositionalConvLayer(width, kernel=kernel, groups=groups) for _ in range(depth))
+
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+        """The embedding (N, D) of frames (N, D)."""
+        for layer in self.layers:
+            x = layer(x, layout)
+        return x
+
+
+class PositionalConvLayer(nn.Module):
+    """One convolution of `StackedPositionalEmbedding`."""
+
+    def __init__(self, width: int, *, kernel: int, groups: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(width, width, kernel, padding=kernel // 2, groups=groups)
+        self.layer_norm = nn.LayerNorm(width, elementwise_affine=False)
+        nn.init.kaiming_normal_(self.conv.weight)
+        nn.init.zeros_(self.conv.bias)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+        """(N, D) to (N, D)."""
+        return F.gelu(self.layer_norm(ops.positional_conv(x, self.conv.weight, layout, bias=self.conv.bias)))
+
+
+class RelativePositions(NamedTuple):
+    """WavLM's buckets of distance, see `RelativePositionEmbedding`."""
+
+    buckets: int
+    max_distance: int
+
+
 class FeedForward(nn.Module):
     """Two linear layers with GELU and dropout between them."""
 
@@ -76,6 +121,7 @@ class TransformerLayer(nn.Module):
         attention_dropout: On attention probabilities.
         activation_dropout: Inside the feed-forward layer.
         eps: Of the layer norms.
+        attention: Replaces the plain self-attention.
     """
 
     def __init__(
@@ -89,24 +135,32 @@ class TransformerLayer(nn.Module):
         attention_dropout: float,
         activation_dropout: float,
         eps: float,
+        attention: SelfAttention | None = None,
     ) -> None:
         super().__init__()
         self.pre_norm = pre_norm
         self.dropout = dropout
-        self.attention = SelfAttention(width, heads, dropout=attention_dropout)
+        self.attention = attention or SelfAttention(width, heads, dropout=attention_dropout)
         self.layer_norm = nn.LayerNorm(width, eps=eps)
         self.feed_forward = FeedForward(width, inner_width, activation_dropout=activation_dropout)
         self.final_layer_norm = nn.LayerNorm(width, eps=eps)
 
-    def forward(self, x: Tensor, layout: Layout) -> Tensor:
-        """(N, D) to (N, D)."""
+    def forward(self, x: Tensor, layout: Layout, distance_bias: Tensor | None = None) -> Tensor:
+        """(N, D) to (N, D); `distance_bias` (H, 2R + 1) is the attention's."""
         if self.pre_norm:
-            return self.chain(x, self.layer_norm(x), layout, self.layer_norm)[0]
+            return self.chain(x, self.layer_norm(x), layout, self.layer_norm, distance_bias)[0]
         dropout_p = self.dropout if self.training else 0.0
-        x = _add_and_norm(self.attention(x, layout), x, self.layer_norm, dropout_p=dropout_p)
+        x = _add_and_norm(self.attention(x, layout, distance_bias), x, self.layer_norm, dropout_p=dropout_p)
         return _add_and_norm(self.feed_forward(x), x, self.final_layer_norm, dropout_p=dropout_p)
 
-    def chain(self, x: Tensor, normalised: Tensor, layout: Layout, following: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+    def chain(
+        self,
+        x: Tensor,
+        normalised: Tensor,
+        layout: Layout,
+        following: nn.LayerNorm,
+        distance_bias: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """A layer with its norm before each block, in a stack: the last residual and the next layer's norm are one op.
 
         Args:
@@ -114,12 +168,13 @@ class TransformerLayer(nn.Module):
             normalised: (N, D) what the layer's first norm makes of it.
             layout: Where each sequence begins.
             following: The norm that comes next.
+            distance_bias: (H, 2R + 1) of the attention.
 
         Returns:
             The output (N, D), and what `following` makes of it.
         """
         dropout_p = self.dropout if self.training else 0.0
-        attended = self.attention(normalised, layout)
+        attended = self.attention(normalised, layout, distance_bias)
         normalised, x = _norm_and_sum(attended, x, self.final_layer_norm, dropout_p=dropout_p)
         normalised, x = _norm_and_sum(self.feed_forward(normalised), x, following, dropout_p=dropout_p)
         return x, normalised
@@ -138,6 +193,17 @@ def _norm_and_sum(branch: Tensor, residual: Tensor, norm: nn.LayerNorm, *, dropo
     )
 
 
+def _gated_attention(
+    width: int, heads: int, dropout: float, positions: RelativePositions | None, *, first: bool
+) -> SelfAttention | None:
+    if positions is None:
+        return None
+    embedding = None
+    if first:
+        embedding = RelativePositionEmbedding(positions.buckets, heads, max_distance=positions.max_distance)
+    return GatedSelfAttention(width, heads, dropout=dropout, embedding=embedding)
+
+
 class Transformer(nn.Module):
     """Positional convolution and a stack of layers.
 
@@ -154,6 +220,9 @@ class Transformer(nn.Module):
         activation_dropout: Inside feed-forward layers.
         layer_drop: Probability of skipping a layer in training (LayerDrop, arXiv 1909.11556).
         eps: Of the layer norms.
+        positional_depth: So many positional convolutions, each with a norm (data2vec); None is one with weight norm.
+        relative_positions: Gated attention with a bias by distance (WavLM); the first layer has the bias of all layers,
+            and is never skipped.
     """
 
     def __init__(
@@ -171,13 +240,21 @@ class Transformer(nn.Module):
         activation_dropout: float,
         layer_drop: float,
         eps: float,
+        positional_depth: int | None = None,
+        relative_positions: RelativePositions | None = None,
     ) -> None:
         super().__init__()
         self.pre_norm = pre_norm
         self.layer_drop = layer_drop
-        self.pos_conv_embed = ConvolutionalPositionalEmbedding(
-            width, kernel=positional_kernel, groups=positional_groups
-        )
+        self.pos_conv_embed: ConvolutionalPositionalEmbedding | StackedPositionalEmbedding
+        if positional_depth is None:
+            self.pos_conv_embed = ConvolutionalPositionalEmbedding(
+                width, kernel=positional_kernel, groups=positional_groups
+            )
+        else:
+            self.pos_conv_embed = StackedPositionalEmbedding(
+                width, depth=positional_depth, kernel=positional_kernel, groups=positional_groups
+            )
         self.layer_norm = nn.LayerNorm(width, eps=eps)
         self.dropout = nn.Dropout(dropout)
         self.layers = nn.ModuleList(
@@ -190,8 +267,9 @@ class Transformer(nn.Module):
                 attention_dropout=attention_dropout,
                 activation_dropout=activation_dropout,
                 eps=eps,
+                attention=_gated_attention(width, heads, attention_dropout, relative_positions, first=index == 0),
             )
-            for _ in range(depth)
+            for index in range(depth)
         )
 
     def forward(self, frames: Packed, *, layer_drop: torch.Generator | None = None) -> list[Packed]:
@@ -207,14 +285,24 @@ class Transformer(nn.Module):
         keep = [True] * len(self.layers)
         if self.training and self.layer_drop > 0:
             keep = (torch.rand(len(keep), generator=layer_drop) >= self.layer_drop).tolist()
+        bias = self._distance_bias()
+        if bias is not None:
+            keep[0] = True
         if self.pre_norm:
-            return [Packed(state, layout) for state in self._pre_norm_states(x, layout, keep)]
+            return [Packed(state, layout) for state in self._pre_norm_states(x, layout, keep, bias)]
         states = [x]
         for layer, kept in zip(self.layers, keep, strict=True):
-            states.append(layer(states[-1], layout) if kept else states[-1])
+            states.append(layer(states[-1], layout, bias) if kept else states[-1])
         return [Packed(state, layout) for state in states]
 
-    def _pre_norm_states(self, x: Tensor, layout: Layout, keep: list[bool]) -> list[Tensor]:
+    def _distance_bias(self) -> Tensor | None:  # (H, 2R + 1)
+        """The first layer's, which every layer takes."""
+        for layer in self.layers:
+            embedding = getattr(layer.attention, "rel_attn_embed", None)
+            return embedding.by_distance() if isinstance(embedding, RelativePositionEmbedding) else None
+        return None
+
+    def _pre_norm_states(self, x: Tensor, layout: Layout, keep: list[bool], bias: Tensor | None) -> list[Tensor]:
         layers = [layer for layer in self.layers if isinstance(layer, TransformerLayer)]
         norms = [layer.layer_norm for layer, kept in zip(layers, keep, strict=True) if kept]
         following = iter([*norms, self.layer_norm])
@@ -222,7 +310,7 @@ class Transformer(nn.Module):
         states = [x]
         for layer, kept in zip(layers, keep, strict=True):
             if kept:
-                x, normalised = layer.chain(x, normalised, layout, next(following))
+                x, normalised = layer.chain(x, normalised, layout, next(following), bias)
             states.append(x)
         states[-1] = normalised
         return states

@@ -14,7 +14,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from fastssl.models.encoder import Encoder, EncoderConfig, read_config, read_weights
+from fastssl.models.encoder import Encoder, EncoderConfig
+from fastssl.models.folder import read_config, read_weights
 from fastssl.models.wav2vec2 import Wav2Vec2Config, Wav2Vec2ForPreTraining
 
 #: Settings of the encoder that may differ from those of the weights it starts from; the others decide the shapes, or

@@ -16,7 +16,8 @@ from torch import Tensor
 from fastssl.data.audio import SAMPLE_RATE_HZ, AudioError
 from fastssl.data.corpus import Problem, cut_name, open_corpus
 from fastssl.data.recordings import Chunk, chunk_hop, read_chunks
-from fastssl.models.encoder import Encoder, load_encoder
+from fastssl.interop import load_encoder
+from fastssl.models.encoder import Encoder
 from fastssl.packing import Packed
 
 logger = logging.getLogger(__name__)

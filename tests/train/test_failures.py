@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
 
 from fastssl.data.corpus import Problem
-from fastssl.models.encoder import load_encoder
+from fastssl.interop import load_encoder
 from fastssl.models.wav2vec2 import Wav2Vec2ForPreTraining
 from fastssl.train.data import Account
 from fastssl.train.metrics_file import read_metrics

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fastssl.data.batches import AudioBatch
-from fastssl.models.encoder import load_encoder
+from fastssl.interop import load_encoder
 from fastssl.train.checkpoints import saved_update
 from fastssl.train.config import PretrainConfig, write_config
 from fastssl.train.metrics_file import read_metrics

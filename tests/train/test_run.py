@@ -7,7 +7,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
 from fastssl.data.batches import WaveformDataset, fixed_batches
-from fastssl.models.encoder import load_encoder
+from fastssl.interop import load_encoder
 from fastssl.nn.random import utterance_keys
 from fastssl.train.data import PretrainDataModule
 from fastssl.train.metrics_file import read_metrics

@@ -1,0 +1,227 @@
+"""Checkpoints of fairseq (wav2vec 2.0, HuBERT, data2vec audio) and of Microsoft's WavLM.
+
+Such a file is a pickle that names classes of fairseq and omegaconf. Nothing of them is imported or run: PyTorch's
+restricted unpickler reads it, an inert object stands in the place of each of theirs, and any other name is refused.
+"""
+
+import argparse
+import ast
+import pickletools
+import re
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from fastssl.interop import names
+from fastssl.models.encoder import EncoderConfig
+
+#: Packages, and data types of Python's own, whose objects are replaced by inert ones. Their code never runs, so that
+#: the list says what belongs into such a file, not what could be trusted.
+_EXPECTED = re.compile(
+    r"(argparse|fairseq|hydra|numpy|omegaconf|typing)\..+|builtins\.(bool|dict|float|getattr|int|list|str|tuple)"
+)
+#: Where the encoder is in a checkpoint: fine-tuned models hold it.
+_PREFIXES = ("w2v_encoder.w2v_model.", "encoder.w2v_model.", "w2v_encoder.", "w2v_model.", "")
+_FIRST_WEIGHT = "feature_extractor.conv_layers.0.0.weight"
+_CONV_LAYERS = "[(512, 10, 5)] + [(512, 3, 2)] * 4 + [(512, 2, 2)] * 2"
+#: Settings that change the numbers, with the only value that is served, which is also fairseq's default.
+_SERVED: dict[str, Any] = {
+    "activation_fn": "gelu",
+    "layer_type": "transformer",
+    "quantize_input": False,
+    "crop_seq_to_multiple": 1,
+    "conv_pos_batch_norm": False,
+    "attn_type": "",
+    "pos_enc_type": "abs",
+}
+
+
+class _Inert:
+    """An object of somebody's class: takes what the pickle gives it, and does nothing."""
+
+    def __new__(cls, *args: Any) -> "_Inert":
+        made = super().__new__(cls)
+        made._given = args
+        return made
+
+    _given: tuple[Any, ...]
+
+    def __setstate__(self, state: Any) -> None:
+        for part in state if isinstance(state, tuple) else (state,):
+            if isinstance(part, dict):
+                vars(self).update(part)
+
+
+def read_checkpoint(path: Path) -> tuple[EncoderConfig, dict[str, Tensor]]:
+    """The config and the weights of the encoder in a checkpoint, by Transformers' names; heads may be among them.
+
+    Args:
+        path: A file that fairseq or WavLM's authors wrote, pre-trained or fine-tuned.
+
+    Raises:
+        ValueError: It is no such file, it names something to run, or the model has a part that is not served.
+    """
+    try:
+        checkpoint = _load(path)
+        cfg = next((cfg for key in ("cfg", "args") if (cfg := _plain(checkpoint.get(key)))), None)
+    except Exception as error:  # a file that may hold anything can fail in any way
+        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = f"it names {refused[1]}, which is not run" if refused else str(error).partition("\n")[0]
+        raise ValueError(f"{path}: no checkpoint of fairseq that can be read: {reason}") from error
+    weights = checkpoint.get("model")
+    if not isinstance(weights, dict) or not isinstance(cfg, dict):
+        raise ValueError(f"{path}: no checkpoint of fairseq: looked for 'model', and for 'cfg' or 'args', in it")
+    prefix = next((prefix for prefix in _PREFIXES if prefix + _FIRST_WEIGHT in weights), None)
+    if prefix is None:
+        raise ValueError(f"{path}: no speech encoder in it; looked for a weight ...{_FIRST_WEIGHT}")
+    weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+    try:
+        config = _config(cfg, weights)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    return config, names.renamed(weights, names.FAIRSEQ)
+
+
+def _load(path: Path) -> dict[str, Any]:
+    expected = [(_Inert, name) for name in _globals_in(path) if _EXPECTED.fullmatch(name)]
+    with torch.serialization.safe_globals(expected):  # type: ignore[arg-type]
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    if not isinstance(loaded, dict):
+        raise ValueError(f"it holds a {type(loaded).__name__}, not a dictionary")
+    return loaded
+
+
+def _globals_in(path: Path) -> set[str]:
+    """The classes and functions that a file names; reads the operations of its pickles, without doing them."""
+    found = set()
+    for stream in _pickles_of(path):
+        for operation, argument, _ in pickletools.genops(stream):
+            if operation.name == "GLOBAL":
+                found.add(str(argument).replace(" ", ".", 1).replace("__builtin__.", "builtins.", 1))
+    return found
+
+
+def _pickles_of(path: Path) -> Iterator[IO[bytes]]:
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            for name in archive.namelist():
+                if name.endswith("/data.pkl"):
+                    with archive.open(name) as stream:
+                        yield stream
+        return
+    with path.open("rb") as stream:
+        for _ in range(4):  # before PyTorch 1.6: a magic number, a version, the system, the object; then raw numbers
+            yield stream
+
+
+def _plain(value: Any) -> Any:
+    """Dictionaries, lists and values in the place of namespaces, omegaconf's nodes and enumerations."""
+    if isinstance(value, (_Inert, argparse.Namespace)):
+        state = dict(vars(value))
+        given = state.pop("_given", ())
+        for key in ("_content", "_val"):  # of omegaconf's containers and values
+            if key in state:
+                return _plain(state[key])
+        return _plain(state) if state or not given else _plain(given[-1])
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _config(cfg: dict[str, Any], weights: Mapping[str, Tensor]) -> EncoderConfig:
+    """What a checkpoint says of its encoder; fairseq's defaults for what it does not say."""
+    levels = [cfg]  # a fine-tuned model's own, then that of the model it was made from
+    while nested := _model_of(levels[-1]).get("w2v_args"):
+        levels.append(nested)
+    model = _model_of(levels[-1])
+    for name, served in _SERVED.items():
+        if model.get(name, served) != served:
+            raise ValueError(f"{name}={model[name]!r} is not served, only {served!r}")
+    modes = {"default": "group", "layer_norm": "layer"}
+    mode = model.get("extractor_mode", "default")
+    if mode not in modes:
+        raise ValueError(f"extractor_mode={mode!r} is not served, only {' and '.join(modes)}")
+    layers = _parse_layers(model.get("conv_feature_layers", _CONV_LAYERS))
+    values = {
+        "model_type": "wav2vec2",
+        "hidden_size": model.get("encoder_embed_dim", 768),
+        "num_hidden_layers": model.get("encoder_layers", 12),
+        "num_attention_heads": model.get("encoder_attention_heads", 12),
+        "intermediate_size": model.get("encoder_ffn_embed_dim", 3072),
+        "hidden_dropout": model.get("dropout", 0.1),
+        "attention_dropout": model.get("attention_dropout", 0.1),
+        "activation_dropout": model.get("activation_dropout", 0.0),
+        "feat_proj_dropout": model.get("dropout_input", 0.0),
+        "layerdrop": model.get("encoder_layerdrop", 0.0),
+        "feat_extract_norm": modes[mode],
+        "conv_dim": tuple(layer[0] for layer in layers),
+        "conv_kernel": tuple(layer[1] for layer in layers),
+        "conv_stride": tuple(layer[2] for layer in layers),
+        "conv_bias": model.get("conv_bias", False),
+        "num_conv_pos_embeddings": model.get("conv_pos", 128),
+        "num_conv_pos_embedding_groups": model.get("conv_pos_groups", 16),
+        "do_stable_layer_norm": model.get("layer_norm_first", False),
+        "do_normalize": _normalises(levels),
+        "feature_grad_mult": model.get("feature_grad_mult", 1.0),
+    }
+    return EncoderConfig(**values | _own_settings(model, weights))
+
+
+def _own_settings(model: Mapping[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The settings of the one architecture that a model is of."""
+    if "relative_position_embedding" in model:
+        if not (model["relative_position_embedding"] and model.get("gru_rel_pos")):
+            raise ValueError("WavLM without relative_position_embedding and gru_rel_pos is not served")
+        return {
+            "model_type": "wavlm",
+            "num_buckets": model.get("num_buckets", 320),
+            "max_bucket_distance": model.get("max_distance", 1280),
+        }
+    depth = model.get("pos_conv_depth", 1)
+    if depth > 1:
+        kernel = max(3, model.get("conv_pos", 128) // depth)
+        return {"model_type": "data2vec-audio", "num_conv_pos_embeddings": depth, "conv_pos_kernel_size": kernel}
+    kind = f"{model.get('_name')} {model.get('arch')}"
+    return {"model_type": "hubert"} if "hubert" in kind or "label_embs_concat" in weights else {}
+
+
+def _model_of(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """The part that is the model's; before hydra, and in WavLM, everything lies on one level."""
+    model = cfg.get("model")
+    return dict(model if isinstance(model, Mapping) else cfg)
+
+
+def _normalises(levels: list[dict[str, Any]]) -> bool:
+    """Whether waveforms are normalised: the task says so, or before hydra, the arguments."""
+    for cfg in levels:
+        for part in (cfg.get("task"), cfg, _model_of(cfg)):
+            # In a model's part it may be a reference to the task's, which is text.
+            if isinstance(part, Mapping) and isinstance(part.get("normalize"), bool):
+                return bool(part["normalize"])
+    return False
+
+
+def _parse_layers(text: Any) -> list[tuple[int, int, int]]:
+    """Channels, kernel and stride of each convolution, from text such as "[(512, 10, 5)] + [(512, 3, 2)] * 4"."""
+
+    def value_of(node: ast.expr) -> Any:
+        if isinstance(node, (ast.List, ast.Tuple)):
+            return [value_of(item) for item in node.elts]
+        if isinstance(node, ast.Constant) and isinstance(node.value, int) and 0 < node.value < 2**16:
+            return node.value
+        if isinstance(node, ast.BinOp):
+            left, right = value_of(node.left), value_of(node.right)
+            if isinstance(node.op, ast.Add) and isinstance(left, list) and isinstance(right, list):
+                return left + right
+            if isinstance(node.op, ast.Mult) and isinstance(left, list) and isinstance(right, int) and right < 100:
+                return left * right
+        raise ValueError(f"conv_feature_layers: {text!r} is not a sum of lists of (channels, kernel, stride)")
+
+    layers = value_of(ast.parse(str(text).strip(), mode="eval").body)
+    if not isinstance(layers, list) or not all(isinstance(layer, list) and len(layer) == 3 for layer in layers):
+        raise ValueError(f"conv_feature_layers: {text!r} is not a list of (channels, kernel, stride)")
+    return [(channels, kernel, stride) for channels, kernel, stride in layers]

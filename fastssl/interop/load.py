@@ -1,0 +1,137 @@
+"""`load_encoder`: a run, a folder, a checkpoint, a model of the Hub or a model in memory becomes an `Encoder`."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+from fastssl.interop import hub, names
+from fastssl.interop.fairseq import read_checkpoint
+from fastssl.models.encoder import Encoder, EncoderConfig, load_encoder_weights
+from fastssl.models.folder import MODEL_CLASSES
+
+_CAN_BE_OPENED = (
+    "a run of `fastssl pretrain`; a folder in Transformers' layout, or its name on the Hub; a checkpoint (.pt) of "
+    "fairseq's wav2vec 2.0, HuBERT or data2vec audio, or of WavLM; a Transformers model, with or without a head; a "
+    "torchaudio Wav2Vec2Model or HuBERTPretrainModel"
+)
+
+
+def load_encoder(path_or_model: str | Path | nn.Module) -> Encoder:
+    """Open an encoder, in evaluation mode.
+
+    Architectures: wav2vec 2.0, HuBERT, WavLM, data2vec audio, UniSpeech, UniSpeech-SAT. Heads are left aside. What is
+    read from a file is in fp32 on the CPU, whatever it was; what is copied from a model has its dtype and device.
+
+    Args:
+        path_or_model: One of:
+
+            - a run of `fastssl pretrain`;
+            - a folder in Transformers' layout, its weights in safetensors or not, whole or in shards;
+            - a model of the Hub ("facebook/hubert-base-ls960"), where there is no such path; needs huggingface_hub;
+            - a checkpoint of fairseq or WavLM (.pt), pre-trained or fine-tuned; nothing in it is run;
+            - a Transformers model, accelerated or not, whose weights are copied. Whether waveforms should be normalised
+              only its preprocessor knows: `config.do_normalize` is True, unless the model's config has it;
+            - a torchaudio model, whose weights are copied. `config.do_normalize` says whether it normalises waveforms
+              itself, as those of some bundles do.
+
+    Returns:
+        An encoder; an `Encoder` is returned as it is.
+
+    Raises:
+        ValueError: It is none of these, has a part that is not served, or its weights do not fit its config; says what
+            was looked for.
+    """
+    if isinstance(path_or_model, Encoder):
+        return path_or_model.eval()
+    if isinstance(path_or_model, nn.Module):
+        return _from_model(path_or_model).eval()
+    if not isinstance(path_or_model, (str, Path)):
+        raise ValueError(f"path_or_model: {type(path_or_model).__name__} is not known. Can be opened: {_CAN_BE_OPENED}")
+    return _from_path(path_or_model).eval()
+
+
+def _from_path(name: str | Path) -> Encoder:
+    path = Path(name)
+    if path.is_file():
+        config, weights = read_checkpoint(path)
+        encoder = Encoder(config)
+        load_encoder_weights(encoder, weights, name=str(path))
+        return encoder
+    if not path.exists():
+        if not hub.may_be_id(str(name)):
+            raise ValueError(f"{name}: there is no such file or folder. Can be opened: {_CAN_BE_OPENED}")
+        path = hub.download(str(name))
+    elif (path / "encoder" / "config.json").exists():
+        path = path / "encoder"
+    return Encoder.from_pretrained(path)
+
+
+def _from_model(model: nn.Module) -> Encoder:
+    kind = _torchaudio_kind(model)
+    if kind == "bundle":
+        return _from_torchaudio(model.model, normalizes=bool(model.normalize_waveform))
+    if kind == "pretraining":
+        return _from_torchaudio(model.wav2vec2, model_type="hubert")
+    if kind == "encoder":
+        return _from_torchaudio(model)
+    config: Any = getattr(model, "config", None)
+    model_type = getattr(config, "model_type", None)
+    if model_type not in MODEL_CLASSES:
+        what = type(model).__name__ + ("" if model_type is None else f" (model_type {model_type!r})")
+        raise ValueError(f"path_or_model: {what} is not known. Can be opened: {_CAN_BE_OPENED}")
+    return _copied(model, EncoderConfig.from_dict(config.to_dict()), model.state_dict())
+
+
+def _copied(model: nn.Module, config: EncoderConfig, weights: dict[str, Any]) -> Encoder:
+    encoder = Encoder(config)
+    load_encoder_weights(encoder, weights, name=type(model).__name__)
+    first = next(model.parameters())
+    return encoder.to(device=first.device, dtype=first.dtype)
+
+
+def _torchaudio_kind(model: nn.Module) -> Literal["encoder", "pretraining", "bundle"] | None:
+    """Which of torchaudio's models it is, or a subclass of; without importing torchaudio."""
+    kinds: dict[str, Literal["encoder", "pretraining", "bundle"]] = {
+        "torchaudio.models.wav2vec2.model.Wav2Vec2Model": "encoder",
+        "torchaudio.models.wav2vec2.model.HuBERTPretrainModel": "pretraining",
+        "torchaudio.pipelines._wav2vec2.utils._Wav2Vec2Model": "bundle",
+    }
+    classes = (f"{cls.__module__}.{cls.__qualname__}" for cls in type(model).__mro__)
+    return next((kinds[name] for name in classes if name in kinds), None)
+
+
+def _from_torchaudio(model: Any, *, normalizes: bool = False, model_type: str = "wav2vec2") -> Encoder:
+    transformer = model.encoder.transformer
+    convolutions = [layer.conv for layer in model.feature_extractor.conv_layers]
+    position = transformer.pos_conv_embed.conv
+    if len(transformer.layers) == 0:
+        raise ValueError("path_or_model: a torchaudio model without layers, whose heads are not known")
+    layer = transformer.layers[0]
+    last_norm = model.feature_extractor.conv_layers[-1].layer_norm
+    values = {
+        "model_type": model_type,
+        "hidden_size": position.in_channels,
+        "num_hidden_layers": len(transformer.layers),
+        "num_attention_heads": layer.attention.num_heads,
+        "intermediate_size": layer.feed_forward.intermediate_dense.out_features,
+        "hidden_dropout": layer.dropout.p,
+        "attention_dropout": layer.attention.dropout,
+        "activation_dropout": layer.feed_forward.intermediate_dropout.p,
+        "feat_proj_dropout": model.encoder.feature_projection.dropout.p,
+        "layerdrop": transformer.layer_drop,
+        "feat_extract_norm": "layer" if isinstance(last_norm, nn.LayerNorm) else "group",
+        "conv_dim": tuple(conv.out_channels for conv in convolutions),
+        "conv_kernel": tuple(conv.kernel_size[0] for conv in convolutions),
+        "conv_stride": tuple(conv.stride[0] for conv in convolutions),
+        "conv_bias": convolutions[0].bias is not None,
+        "num_conv_pos_embeddings": position.kernel_size[0],
+        "num_conv_pos_embedding_groups": position.groups,
+        "do_stable_layer_norm": layer.layer_norm_first,
+        "do_normalize": normalizes,
+    }
+    embedding = getattr(layer.attention, "rel_attn_embed", None)
+    if embedding is not None:
+        distance = layer.attention.max_distance
+        values |= {"model_type": "wavlm", "num_buckets": embedding.num_embeddings, "max_bucket_distance": distance}
+    return _copied(model, EncoderConfig(**values), names.renamed(model.state_dict(), names.TORCHAUDIO))

@@ -1,0 +1,58 @@
+"""What other libraries call the weights of an encoder, and what Transformers calls them.
+
+A table is a list of rules: a pattern that a whole name must match, and what it becomes. The first rule that fits
+counts; a name that fits none stays as it is. (`weight_g` and `weight_v` of weight norm are names that Transformers
+itself once gave; `load_encoder_weights` reads them.)
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+Rules = Sequence[tuple[str, str]]
+
+#: fairseq's wav2vec 2.0, HuBERT and data2vec audio, and Microsoft's WavLM, which was made from them.
+FAIRSEQ: Rules = (
+    (r"mask_emb", r"masked_spec_embed"),
+    # A block is convolution, dropout, norm, GELU; a layer norm stands between two transpositions.
+    (r"feature_extractor\.conv_layers\.(\d+)\.0\.(\w+)", r"feature_extractor.conv_layers.\1.conv.\2"),
+    (r"feature_extractor\.conv_layers\.(\d+)\.2(?:\.1)?\.(\w+)", r"feature_extractor.conv_layers.\1.layer_norm.\2"),
+    (r"layer_norm\.(\w+)", r"feature_projection.layer_norm.\1"),
+    (r"post_extract_proj\.(\w+)", r"feature_projection.projection.\1"),
+    # data2vec's stack comes first: its names have a number more.
+    (r"encoder\.pos_conv\.(\d+)\.0\.(\w+)", r"encoder.pos_conv_embed.layers.\1.conv.\2"),
+    (r"encoder\.pos_conv\.0\.(.+)", r"encoder.pos_conv_embed.conv.\1"),
+    (
+        r"encoder\.layers\.(\d+)\.self_attn\.relative_attention_bias\.(.+)",
+        r"encoder.layers.\1.attention.rel_attn_embed.\2",
+    ),
+    (r"encoder\.layers\.(\d+)\.self_attn\.grep_linear\.(\w+)", r"encoder.layers.\1.attention.gru_rel_pos_linear.\2"),
+    (r"encoder\.layers\.(\d+)\.self_attn\.grep_a", r"encoder.layers.\1.attention.gru_rel_pos_const"),
+    (r"encoder\.layers\.(\d+)\.self_attn\.(.+)", r"encoder.layers.\1.attention.\2"),
+    (r"encoder\.layers\.(\d+)\.self_attn_layer_norm\.(\w+)", r"encoder.layers.\1.layer_norm.\2"),
+    (r"encoder\.layers\.(\d+)\.fc1\.(\w+)", r"encoder.layers.\1.feed_forward.intermediate_dense.\2"),
+    (r"encoder\.layers\.(\d+)\.fc2\.(\w+)", r"encoder.layers.\1.feed_forward.output_dense.\2"),
+)
+
+#: torchaudio's `Wav2Vec2Model`; its WavLM keeps a `torch.nn.MultiheadAttention` inside its attention.
+TORCHAUDIO: Rules = (
+    (r"encoder\.feature_projection\.(.+)", r"feature_projection.\1"),
+    (r"encoder\.transformer\.layers\.(\d+)\.attention\.attention\.(.+)", r"encoder.layers.\1.attention.\2"),
+    (r"encoder\.transformer\.(.+)", r"encoder.\1"),
+)
+
+
+def renamed(weights: Mapping[str, Tensor], rules: Rules) -> dict[str, Tensor]:
+    """The same weights by the names that a table gives them; q, k and v that lie in one tensor are taken apart."""
+    compiled = [(re.compile(pattern), name) for pattern, name in rules]
+    found = {}
+    for old, tensor in weights.items():
+        new = next((match.expand(name) for pattern, name in compiled if (match := pattern.fullmatch(old))), old)
+        stem, packed, kind = new.partition(".attention.in_proj_")
+        if packed:
+            for letter, part in zip("qkv", tensor.chunk(3), strict=True):
+                found[f"{stem}.attention.{letter}_proj.{kind}"] = part
+        else:
+            found[new] = tensor
+    return found

@@ -1,0 +1,108 @@
+"""Folders in Transformers' layout: config.json, preprocessor_config.json and weights."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+#: The `model_type`s that are served, and the class that Transformers has for each.
+MODEL_CLASSES = {
+    "wav2vec2": "Wav2Vec2Model",
+    "hubert": "HubertModel",
+    "wavlm": "WavLMModel",
+    "data2vec-audio": "Data2VecAudioModel",
+    "unispeech": "UniSpeechModel",
+    "unispeech-sat": "UniSpeechSatModel",
+}
+#: Files of weights, in the order in which they are looked for; an index names the files that it is divided into.
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+
+def head_prefix(model_type: str) -> str:
+    """What the names of an encoder's weights begin with in a model that has a head."""
+    return model_type.replace("-", "_") + "."
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config of a folder, with `do_normalize` of its preprocessor.
+
+    Raises:
+        ValueError: There is no config, or that of a model that is not served.
+    """
+    path = folder / "config.json"
+    if not path.exists():
+        raise ValueError(f"{folder}: no model there; looked for {path} and {folder / 'encoder' / 'config.json'}")
+    values = _read_json(path)
+    if values.get("model_type") not in MODEL_CLASSES:
+        served = ", ".join(MODEL_CLASSES)
+        raise ValueError(f"{path}: model_type is {values.get('model_type')!r}, served are: {served}")
+    preprocessor = folder / "preprocessor_config.json"
+    if preprocessor.exists():
+        values["do_normalize"] = _read_json(preprocessor).get("do_normalize", True)
+    return values
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The weights of a folder, of the encoder and of whatever else is in the model.
+
+    Raises:
+        ValueError: There are none, or a file that the index names is missing or is damaged.
+    """
+    path = next((folder / name for name in WEIGHT_FILES if (folder / name).exists()), None)
+    if path is None:
+        raise ValueError(f"{folder}: no weights there; looked for {', '.join(WEIGHT_FILES)}")
+    if path.suffix != ".json":
+        return _read_tensors(path)
+    weights: dict[str, Tensor] = {}
+    for name in sorted(set(_read_json(path)["weight_map"].values())):
+        if not (folder / name).exists():
+            raise ValueError(f"{folder / name}: is missing; {path.name} names it")
+        weights |= _read_tensors(folder / name)
+    return weights
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        weights: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of safetensors, zipfile or pickle, which share no class
+        raise ValueError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from error
+    return weights
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: is no JSON: {error}") from None
+    return values
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write a JSON file that is there, whole, or is not."""
+    write_text(path, json.dumps(values, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file that is there, whole, or is not."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def write_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file that is there, whole, or is not."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    partial = path.with_name(path.name + ".partial")
+    save_file(tensors, partial, metadata={"format": "pt"})
+    partial.replace(path)

@@ -1,0 +1,102 @@
+"""The model card of an encoder: README.md, as the Hub reads it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fastssl.models.encoder import EncoderConfig
+
+_FRONT_MATTER = """---
+library_name: transformers
+pipeline_tag: feature-extraction
+tags:
+- fastssl
+- speech
+- self-supervised-learning
+- {model_type}
+---
+"""
+_LOADING = """## Use
+
+With Transformers:
+
+```python
+from transformers import AutoModel
+
+model = AutoModel.from_pretrained("...")  # this folder, or its name on the Hub
+```
+
+With fastssl, which computes no padding:
+
+```python
+import fastssl
+import torch
+
+encoder = fastssl.load_encoder("...")  # this folder, or its name on the Hub
+waveforms = fastssl.Packed.pack([torch.randn(16_000, 1), torch.randn(52_000, 1)])  # 16 kHz
+with torch.no_grad():
+    features = encoder(waveforms).features.unpack()  # of each: (frames, {width}), one every {period_ms:g} ms
+```
+"""
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What is known of how an encoder came about; what is not known (None) is left out of the card.
+
+    Args:
+        recipe: By which it was trained.
+        data_hours: Hours of audio that it was trained on.
+        updates: Optimiser updates behind it.
+        version: Of fastssl.
+        commit: Of fastssl.
+        quality: Scores by name.
+    """
+
+    recipe: str | None = None
+    data_hours: float | None = None
+    updates: int | None = None
+    version: str | None = None
+    commit: str | None = None
+    quality: Mapping[str, float] = field(default_factory=dict)
+
+    def as_markdown(self, config: "EncoderConfig", *, parameters: int) -> str:
+        """The text of README.md, with the front matter of the Hub.
+
+        Args:
+            config: Of the encoder.
+            parameters: How many it has.
+        """
+        normalised = "brought to zero mean and unit variance" if config.do_normalize else "as it is"
+        facts: dict[str, str | None] = {
+            "architecture": config.model_type,
+            "parameters": f"{parameters / 1e6:.2f} M",
+            "layers, width": f"{config.num_hidden_layers}, {config.hidden_size}",
+            "input": f"16 kHz, each waveform {normalised}",
+            "recipe": self.recipe,
+            "audio it was trained on": None if self.data_hours is None else f"{self.data_hours:.2f} hours",
+            "updates": None if self.updates is None else f"{self.updates}",
+            "fastssl": _both(self.version, None if self.commit is None else f"commit {self.commit}"),
+        }
+        parts = [
+            _FRONT_MATTER.format(model_type=config.model_type),
+            "# Speech encoder\n\nA self-supervised encoder of speech, written by fastssl.\n",
+            _table("", "", {name: fact for name, fact in facts.items() if fact is not None}),
+        ]
+        if self.quality:
+            scores = {name: f"{value:.4g}" for name, value in self.quality.items()}
+            parts.append("## Quality\n\n" + _table("score", "value", scores))
+        period_ms = 1000 * config.samples_per_frame / 16_000
+        parts.append(_LOADING.format(width=config.hidden_size, period_ms=period_ms))
+        return "\n".join(parts)
+
+
+def _both(first: str | None, second: str | None) -> str | None:
+    return ", ".join(part for part in (first, second) if part is not None) or None
+
+
+def _table(left: str, right: str, rows: Mapping[str, str]) -> str:
+    lines = [f"| {left} | {right} |", "|---|---|"]
+    lines += [f"| {name} | {value.replace('|', chr(92) + '|')} |" for name, value in rows.items()]
+    return "\n".join(lines) + "\n"
