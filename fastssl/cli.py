@@ -92,11 +92,15 @@ def _pretrain(arguments: Sequence[str]) -> None:
     data = settings.data
     if isinstance(data.valid, str):
         data = dataclasses.replace(data, valid=str(Path(data.valid).absolute()))
+    recipe = settings.recipe
+    if recipe is None and not settings.resume and settings.config is None:
+        recipe = _DEFAULT_RECIPE
     config = PretrainConfig(
         audio=str(Path(settings.audio).absolute()),
         output=settings.output,
         seed=settings.seed,
         init=None if settings.init is None else str(Path(settings.init).absolute()),
+        recipe=recipe,
         model=settings.model,
         data=data,
         optimizer=settings.optimizer,
@@ -146,8 +150,9 @@ def _pretrain_parser(arguments: Sequence[str]) -> "ArgumentParser":
     parser.add_argument(
         "--recipe",
         metavar="NAME",
-        default=_DEFAULT_RECIPE,
-        help=f"Where the settings below start from: {', '.join(recipes())}, or a YAML file.",
+        type=str | None,
+        help=f"Where the settings below start from: {', '.join(recipes())}, or a YAML file; if not given, "
+        f"{_DEFAULT_RECIPE}.",
     )
     parser.add_argument("--config", metavar="FILE", help="More settings from a YAML file, such as RUN/config.yaml.")
     parser.add_argument("--output", required=True, metavar="RUN", help="Folder of the run; must not exist yet.")

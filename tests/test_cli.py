@@ -98,6 +98,10 @@ def test_command_line_wins_over_config_and_config_over_recipe(
     assert (second.data.crop_s, second.audio) == (3.0, str(Path.cwd() / "elsewhere"))
     assert second.model.conv_dim == (8,) * 7
     assert second.optimizer.warmup_updates == 32000
+    # A file that does not name its recipe may have replaced all of it.
+    assert (first.recipe, second.recipe) == ("wav2vec2-tiny", None)
+    cli.main(["pretrain", "elsewhere", "--output", "run"])
+    assert started[2][0].recipe == "wav2vec2-base"
 
 
 def test_config_file_reproduces_the_run(started: list[tuple[PretrainConfig, bool]], tmp_path: Path) -> None:
@@ -107,6 +111,7 @@ def test_config_file_reproduces_the_run(started: list[tuple[PretrainConfig, bool
     write_config(started[0][0], tmp_path / "run" / "config.yaml")
     cli.main(["pretrain", "--config", str(tmp_path / "run" / "config.yaml"), "--output", str(tmp_path / "run")])
     cli.main(["pretrain", "--output", str(tmp_path / "run"), "--resume"])
+    assert started[0][0].recipe == "wav2vec2-large"
     assert started[1] == started[0]
     assert started[2] == (started[0][0], True)
 
@@ -116,8 +121,9 @@ def test_recipes_set_every_option_of_the_model_and_load(
     name: str, started: list[tuple[PretrainConfig, bool]], tmp_path: Path
 ) -> None:
     recipe = yaml.safe_load(cli.recipes()[name].read_text())
-    # What stays at Transformers' value for all models.
-    left = {"layer_norm_eps", "initializer_range"}
+    # What stays at Transformers' value for all models, and what wav2vec 2.0 does not have.
+    left = {"layer_norm_eps", "initializer_range", "model_type", "feat_proj_layer_norm", "num_buckets"}
+    left |= {"max_bucket_distance", "conv_pos_kernel_size"}
     assert {field.name for field in dataclasses.fields(Wav2Vec2Config)} - recipe["model"].keys() == left
     cli.main(["pretrain", str(tmp_path), "--recipe", name, "--output", str(tmp_path / "run")])
     config = started[0][0]

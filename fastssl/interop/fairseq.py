@@ -81,7 +81,7 @@ def read_checkpoint(path: Path) -> tuple[EncoderConfig, dict[str, Tensor]]:
     weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
     try:
         config = _config(cfg, weights)
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return config, names.renamed(weights, names.FAIRSEQ)
 
@@ -137,7 +137,7 @@ def _config(cfg: dict[str, Any], weights: Mapping[str, Tensor]) -> EncoderConfig
     levels = [cfg]  # a fine-tuned model's own, then that of the model it was made from
     while nested := _model_of(levels[-1]).get("w2v_args"):
         levels.append(nested)
-    model = _model_of(levels[-1])
+    model = {name: value for name, value in _model_of(levels[-1]).items() if value is not None}
     for name, served in _SERVED.items():
         if model.get(name, served) != served:
             raise ValueError(f"{name}={model[name]!r} is not served, only {served!r}")
@@ -148,25 +148,25 @@ def _config(cfg: dict[str, Any], weights: Mapping[str, Tensor]) -> EncoderConfig
     layers = _parse_layers(model.get("conv_feature_layers", _CONV_LAYERS))
     values = {
         "model_type": "wav2vec2",
-        "hidden_size": model.get("encoder_embed_dim", 768),
-        "num_hidden_layers": model.get("encoder_layers", 12),
-        "num_attention_heads": model.get("encoder_attention_heads", 12),
-        "intermediate_size": model.get("encoder_ffn_embed_dim", 3072),
-        "hidden_dropout": model.get("dropout", 0.1),
-        "attention_dropout": model.get("attention_dropout", 0.1),
-        "activation_dropout": model.get("activation_dropout", 0.0),
-        "feat_proj_dropout": model.get("dropout_input", 0.0),
-        "layerdrop": model.get("encoder_layerdrop", 0.0),
+        "hidden_size": _setting(model, "encoder_embed_dim", 768),
+        "num_hidden_layers": _setting(model, "encoder_layers", 12),
+        "num_attention_heads": _setting(model, "encoder_attention_heads", 12),
+        "intermediate_size": _setting(model, "encoder_ffn_embed_dim", 3072),
+        "hidden_dropout": _setting(model, "dropout", 0.1),
+        "attention_dropout": _setting(model, "attention_dropout", 0.1),
+        "activation_dropout": _setting(model, "activation_dropout", 0.0),
+        "feat_proj_dropout": _setting(model, "dropout_input", 0.0),
+        "layerdrop": _setting(model, "encoder_layerdrop", 0.0),
         "feat_extract_norm": modes[mode],
         "conv_dim": tuple(layer[0] for layer in layers),
         "conv_kernel": tuple(layer[1] for layer in layers),
         "conv_stride": tuple(layer[2] for layer in layers),
-        "conv_bias": model.get("conv_bias", False),
-        "num_conv_pos_embeddings": model.get("conv_pos", 128),
-        "num_conv_pos_embedding_groups": model.get("conv_pos_groups", 16),
-        "do_stable_layer_norm": model.get("layer_norm_first", False),
+        "conv_bias": _setting(model, "conv_bias", False),
+        "num_conv_pos_embeddings": _setting(model, "conv_pos", 128),
+        "num_conv_pos_embedding_groups": _setting(model, "conv_pos_groups", 16),
+        "do_stable_layer_norm": _setting(model, "layer_norm_first", False),
         "do_normalize": _normalises(levels),
-        "feature_grad_mult": model.get("feature_grad_mult", 1.0),
+        "feature_grad_mult": _setting(model, "feature_grad_mult", 1.0),
     }
     return EncoderConfig(**values | _own_settings(model, weights))
 
@@ -178,15 +178,24 @@ def _own_settings(model: Mapping[str, Any], weights: Mapping[str, Tensor]) -> di
             raise ValueError("WavLM without relative_position_embedding and gru_rel_pos is not served")
         return {
             "model_type": "wavlm",
-            "num_buckets": model.get("num_buckets", 320),
-            "max_bucket_distance": model.get("max_distance", 1280),
+            "num_buckets": _setting(model, "num_buckets", 320),
+            "max_bucket_distance": _setting(model, "max_distance", 1280),
         }
-    depth = model.get("pos_conv_depth", 1)
+    depth = _setting(model, "pos_conv_depth", 1)
     if depth > 1:
-        kernel = max(3, model.get("conv_pos", 128) // depth)
+        kernel = max(3, _setting(model, "conv_pos", 128) // depth)
         return {"model_type": "data2vec-audio", "num_conv_pos_embeddings": depth, "conv_pos_kernel_size": kernel}
     kind = f"{model.get('_name')} {model.get('arch')}"
     return {"model_type": "hubert"} if "hubert" in kind or "label_embs_concat" in weights else {}
+
+
+def _setting(model: Mapping[str, Any], name: str, default: Any) -> Any:
+    """A setting, which must be of its default's type."""
+    value = model.get(name, default)
+    number = isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool)
+    if type(value) is not type(default) and not number:
+        raise ValueError(f"{name}={value!r} is no {type(default).__name__}")
+    return value
 
 
 def _model_of(cfg: Mapping[str, Any]) -> dict[str, Any]:

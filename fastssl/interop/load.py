@@ -102,6 +102,18 @@ def _torchaudio_kind(model: nn.Module) -> Literal["encoder", "pretraining", "bun
 
 
 def _from_torchaudio(model: Any, *, normalizes: bool = False, model_type: str = "wav2vec2") -> Encoder:
+    config = torchaudio_config(model, normalizes=normalizes, model_type=model_type)
+    return _copied(model, config, names.renamed(model.state_dict(), names.TORCHAUDIO))
+
+
+def torchaudio_config(model: Any, *, normalizes: bool = False, model_type: str = "wav2vec2") -> EncoderConfig:
+    """What the modules of a torchaudio `Wav2Vec2Model` say of its shape; it keeps no config.
+
+    Args:
+        model: Which has only the modules to tell wav2vec 2.0 from WavLM, and nothing to tell it from HuBERT.
+        normalizes: Whether what holds the model normalises waveforms.
+        model_type: Of a model that is no WavLM.
+    """
     transformer = model.encoder.transformer
     convolutions = [layer.conv for layer in model.feature_extractor.conv_layers]
     position = transformer.pos_conv_embed.conv
@@ -134,4 +146,4 @@ def _from_torchaudio(model: Any, *, normalizes: bool = False, model_type: str = 
     if embedding is not None:
         distance = layer.attention.max_distance
         values |= {"model_type": "wavlm", "num_buckets": embedding.num_embeddings, "max_bucket_distance": distance}
-    return _copied(model, EncoderConfig(**values), names.renamed(model.state_dict(), names.TORCHAUDIO))
+    return EncoderConfig(**values)

@@ -105,12 +105,13 @@ class EncoderConfig:
     def __post_init__(self) -> None:
         if self.model_type not in MODEL_CLASSES:
             raise ValueError(f"model_type: {self.model_type!r} is none of {', '.join(MODEL_CLASSES)}")
-        fixed = _DATA2VEC if self.model_type == "data2vec-audio" else {}
-        if self.model_type != "hubert":
-            fixed = fixed | {"feat_proj_layer_norm": True}
+        foreign = [field for field in fields(self) if _OWN_FIELDS.get(field.name, self.model_type) != self.model_type]
+        fixed = {field.name: field.default for field in foreign}
+        if self.model_type == "data2vec-audio":
+            fixed |= _DATA2VEC
         for name, value in fixed.items():
             if getattr(self, name) != value:
-                raise ValueError(f"{name}: {self.model_type} has {value!r} alone, got {getattr(self, name)!r}")
+                raise ValueError(f"{name}: must be {value!r} for {self.model_type}, got {getattr(self, name)!r}")
         if not len(self.conv_dim) == len(self.conv_kernel) == len(self.conv_stride):
             raise ValueError(
                 f"conv_dim, conv_kernel, conv_stride: {len(self.conv_dim)}, {len(self.conv_kernel)} and "

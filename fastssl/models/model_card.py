@@ -98,5 +98,7 @@ def _both(first: str | None, second: str | None) -> str | None:
 
 def _table(left: str, right: str, rows: Mapping[str, str]) -> str:
     lines = [f"| {left} | {right} |", "|---|---|"]
-    lines += [f"| {name} | {value.replace('|', chr(92) + '|')} |" for name, value in rows.items()]
+    for row in rows.items():
+        name, value = (text.replace("|", "\\|") for text in row)
+        lines.append(f"| {name} | {value} |")
     return "\n".join(lines) + "\n"

@@ -5,6 +5,7 @@ import json
 import os
 import shlex
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from fastssl.models.encoder import Encoder, EncoderConfig
 from fastssl.models.folder import read_config, read_weights
+from fastssl.models.model_card import ModelCard
 from fastssl.models.wav2vec2 import Wav2Vec2Config, Wav2Vec2ForPreTraining
 
 #: Settings of the encoder that may differ from those of the weights it starts from; the others decide the shapes, or
@@ -60,10 +62,18 @@ class PeriodicCheckpoint(Checkpoint):
     """
 
     def __init__(
-        self, run: Path, encoder: Encoder, *, every: int, keep_every: int | None, scores_every: int | None
+        self,
+        run: Path,
+        encoder: Encoder,
+        *,
+        card: Callable[[int], ModelCard],
+        every: int,
+        keep_every: int | None,
+        scores_every: int | None,
     ) -> None:
         self.run = run
         self.encoder = encoder
+        self.card = card
         self.every = every
         self.keep_every = keep_every
         self.scores_every = scores_every
@@ -94,23 +104,24 @@ class PeriodicCheckpoint(Checkpoint):
             trainer.save_checkpoint(self.run / "checkpoints" / f"{update:07d}.ckpt")
         trainer.save_checkpoint(self.run / "checkpoints" / "last.ckpt")
         if trainer.is_global_zero:
-            save_encoder(self.encoder, self.run / "encoder")
+            save_encoder(self.encoder, self.run / "encoder", card=self.card(update))
 
 
-def save_encoder(encoder: Encoder, folder: Path) -> None:
+def save_encoder(encoder: Encoder, folder: Path, *, card: ModelCard) -> None:
     """Write an encoder in Transformers' layout, so that at every moment the folder is not there, or is whole.
 
     Args:
         encoder: What to write.
         folder: Where; an encoder that is there has the same config.
+        card: What its README.md says.
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    encoder.save_pretrained(temporary)
+    encoder.save_pretrained(temporary, card=card)
     if not folder.exists():
         temporary.replace(folder)
         return
-    # A folder cannot replace another at once, but a file can, and only the weights differ.
+    # A folder cannot replace another at once, but a file can, and only the weights and the card differ.
     for path in temporary.iterdir():
         path.replace(folder / path.name)
     temporary.rmdir()

@@ -14,6 +14,7 @@ from fastssl.models.wav2vec2 import Wav2Vec2Config
 RESUMABLE = (
     "audio",
     "output",
+    "recipe",
     "data.max_bad_fraction",
     "data.num_workers",
     "trainer.accelerator",
@@ -173,6 +174,7 @@ class PretrainConfig:
         output: Folder of the run.
         seed: All randomness of the run derives from it.
         init: Folder with the weights to start from: a Transformers model or an earlier run; null starts from noise.
+        recipe: Where the settings started from, for the model card.
         model: The encoder and its objective.
         data: What is trained on.
         optimizer: Adam.
@@ -184,6 +186,7 @@ class PretrainConfig:
     output: str
     seed: int = 0
     init: str | None = None
+    recipe: str | None = None
     model: Wav2Vec2Config = field(default_factory=Wav2Vec2Config)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -211,7 +214,9 @@ def check_resumable(config: PretrainConfig, path: Path) -> None:
     Raises:
         ValueError: A setting differs that `--resume` cannot change; the message lists all of them.
     """
-    before = _flatten(yaml.safe_load(path.read_text()))
+    # A run of an earlier version knows nothing of a later one's settings, and was made with what is now their default.
+    defaults = dataclasses.asdict(PretrainConfig(audio="", output=""))
+    before = _flatten(_plain(defaults)) | _flatten(yaml.safe_load(path.read_text()))
     after = _flatten(_plain(dataclasses.asdict(config)))
     changed = [name for name in after if name not in RESUMABLE and before.get(name) != after[name]]
     if changed:

@@ -5,6 +5,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from lightning.pytorch.strategies import DDPStrategy, Strategy
 from rich import get_console
 
 from fastssl.models.wav2vec2 import Wav2Vec2ForPreTraining
+from fastssl.train.card import make_card
 from fastssl.train.checkpoints import AtomicCheckpointIO, PeriodicCheckpoint, initialise, save_encoder, saved_update
 from fastssl.train.config import PretrainConfig, TrainerConfig, check_resumable, write_config
 from fastssl.train.data import PretrainDataModule
@@ -94,9 +96,11 @@ def _fit(
         resume_at=None if resume_from is None else saved_update(resume_from),
     )
     scores_every = min(settings.val_check_interval, settings.max_steps)
+    card = partial(make_card, run, recipe=config.recipe, data_hours=data.train_corpus.duration_s / 3600)
     checkpoints = PeriodicCheckpoint(
         run,
         model.wav2vec2,
+        card=lambda update: card(updates=update),
         every=settings.checkpoint_every,
         keep_every=settings.keep_every,
         scores_every=None if data.valid_corpus is None else scores_every,
@@ -128,7 +132,7 @@ def _fit(
     )
     trainer.fit(module, datamodule=data, ckpt_path=resume_from)
     if trainer.is_global_zero:
-        save_encoder(model.wav2vec2, run / "encoder")
+        save_encoder(model.wav2vec2, run / "encoder", card=card(updates=trainer.global_step))
         draw_report(run)
         get_console().print(summarise(run, data.account))
         logger.info("encoder: %s", run / "encoder")

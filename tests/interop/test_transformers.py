@@ -11,17 +11,24 @@ import torch
 from torch import Tensor, nn
 
 import fastssl
-from tests.interop.tiny_models import BATCHES, EVERY_VARIANT, VARIANTS, assert_close, batch_of, make
+from tests.interop.tiny_models import (
+    BATCHES,
+    EVERY_ACCELERATED_VARIANT,
+    VARIANTS,
+    assert_close,
+    padded_batch,
+    transformers_model,
+)
 
 transformers = pytest.importorskip("transformers")
 
 
 @pytest.mark.parametrize("batch", BATCHES)
-@EVERY_VARIANT
+@EVERY_ACCELERATED_VARIANT
 def test_equals_the_original_on_each_utterance_alone(variant: str, batch: str) -> None:
-    original = make(variant)
+    original = transformers_model(variant)
     model = fastssl.accelerate(copy.deepcopy(original))
-    waveforms, mask = batch_of(BATCHES[batch])
+    waveforms, mask = padded_batch(BATCHES[batch])
     with torch.no_grad():
         found = model(waveforms, attention_mask=mask, output_hidden_states=True)
         for row, samples in enumerate(mask.sum(1).tolist()):
@@ -38,11 +45,11 @@ def test_equals_the_original_on_each_utterance_alone(variant: str, batch: str) -
 
 
 @pytest.mark.parametrize("batch", ["equal", "mixed"])
-@EVERY_VARIANT
+@EVERY_ACCELERATED_VARIANT
 def test_training_gives_the_loss_and_gradients_of_each_utterance_alone(variant: str, batch: str) -> None:
-    original = make(variant, apply_spec_augment=False).train()
+    original = transformers_model(variant, apply_spec_augment=False).train()
     model = fastssl.accelerate(copy.deepcopy(original))
-    waveforms, mask = batch_of(BATCHES[batch])
+    waveforms, mask = padded_batch(BATCHES[batch])
 
     def score(frames: Tensor) -> Tensor:
         return (frames * torch.sin(torch.arange(frames.numel())).view_as(frames)).sum()
@@ -91,9 +98,9 @@ HEADS = {
     + [(variant, head) for variant in ("wavlm base", "data2vec") for head in HEADS[VARIANTS[variant][0]]],
 )
 def test_every_head_gives_the_same(variant: str, head: str, weighted: bool) -> None:
-    original = make(variant, head, use_weighted_layer_sum=weighted)
+    original = transformers_model(variant, head, use_weighted_layer_sum=weighted)
     model = fastssl.accelerate(copy.deepcopy(original))
-    waveforms, _ = batch_of([9000, 9000])
+    waveforms, _ = padded_batch([9000, 9000])
     with torch.no_grad():
         found, expected = (m(waveforms, output_hidden_states=True) for m in (model, original))
     assert found.keys() == expected.keys()
@@ -103,7 +110,7 @@ def test_every_head_gives_the_same(variant: str, head: str, weighted: bool) -> N
 
 
 def test_parameters_are_shared_and_restored() -> None:
-    model = make("wav2vec2 base", "ForCTC")
+    model = transformers_model("wav2vec2 base", "ForCTC")
     names, ids, kind = list(model.state_dict()), [id(p) for p in model.parameters()], type(model.wav2vec2)
     assert fastssl.accelerate(model) is model
     assert list(model.state_dict()) == names
@@ -119,16 +126,16 @@ def test_parameters_are_shared_and_restored() -> None:
 @pytest.mark.parametrize(("way", "variant"), [("pickle", "data2vec"), ("deepcopy", "wavlm base")])
 def test_copies_are_accelerated(way: str, variant: str) -> None:
     """PyTorch pickles no module with weight norm, which the others have; Data2Vec has none."""
-    model = fastssl.accelerate(make(variant, "ForCTC"))
+    model = fastssl.accelerate(transformers_model(variant, "ForCTC"))
     again = pickle.loads(pickle.dumps(model)) if way == "pickle" else copy.deepcopy(model)
-    waveforms, mask = batch_of([5000, 900])
+    waveforms, mask = padded_batch([5000, 900])
     with torch.no_grad():
         assert type(again.base_model) is type(model.base_model)
         assert torch.equal(again(waveforms, attention_mask=mask).logits, model(waveforms, attention_mask=mask).logits)
 
 
 def test_save_pretrained_writes_what_the_original_writes(tmp_path: Path) -> None:
-    model = make("hubert base")
+    model = transformers_model("hubert base")
     model.save_pretrained(tmp_path / "original")
     fastssl.accelerate(model).save_pretrained(tmp_path / "accelerated")
     for name in ("config.json", "model.safetensors"):
@@ -138,8 +145,8 @@ def test_save_pretrained_writes_what_the_original_writes(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("kind", [torch.bool, torch.int32, torch.int64, torch.float32])
 def test_masks_of_any_type(kind: torch.dtype) -> None:
-    model = fastssl.accelerate(make("wav2vec2 base"))
-    waveforms, mask = batch_of([5000, 900, 0])
+    model = fastssl.accelerate(transformers_model("wav2vec2 base"))
+    waveforms, mask = padded_batch([5000, 900, 0])
     with torch.no_grad():
         expected = model(waveforms, attention_mask=mask).last_hidden_state
         assert torch.equal(model(waveforms, attention_mask=mask.to(kind)).last_hidden_state, expected)
@@ -147,8 +154,8 @@ def test_masks_of_any_type(kind: torch.dtype) -> None:
 
 
 def test_batch_mates_do_not_matter() -> None:
-    model = fastssl.accelerate(make("wav2vec2 base"))
-    waveforms, mask = batch_of([5000, 900, 3300])
+    model = fastssl.accelerate(transformers_model("wav2vec2 base"))
+    waveforms, mask = padded_batch([5000, 900, 3300])
     with torch.no_grad():
         together = model(waveforms, attention_mask=mask).last_hidden_state
         alone = model(waveforms[1:2, :900]).last_hidden_state
@@ -156,8 +163,8 @@ def test_batch_mates_do_not_matter() -> None:
 
 
 def test_bad_masks_are_named() -> None:
-    model = fastssl.accelerate(make("wav2vec2 base"))
-    waveforms, mask = batch_of([5000, 900])
+    model = fastssl.accelerate(transformers_model("wav2vec2 base"))
+    waveforms, mask = padded_batch([5000, 900])
     hole = mask.clone()
     hole[1, 100] = 0
     cases = {
@@ -174,9 +181,9 @@ def test_bad_masks_are_named() -> None:
 
 
 def test_attention_weights_come_from_the_original_code() -> None:
-    original = make("wav2vec2 base", attn_implementation="eager")
+    original = transformers_model("wav2vec2 base", attn_implementation="eager")
     model = fastssl.accelerate(copy.deepcopy(original))
-    waveforms, mask = batch_of([5000, 900])
+    waveforms, mask = padded_batch([5000, 900])
     with torch.no_grad(), pytest.warns(UserWarning, match="attention weights"):
         found = model(waveforms, attention_mask=mask, output_attentions=True)
     expected = original(waveforms, attention_mask=mask, output_attentions=True)
@@ -184,9 +191,9 @@ def test_attention_weights_come_from_the_original_code() -> None:
 
 
 def test_tuples_and_chosen_hidden_states() -> None:
-    original = make("wav2vec2 base")
+    original = transformers_model("wav2vec2 base")
     model = fastssl.accelerate(copy.deepcopy(original))
-    waveforms, _ = batch_of([5000])
+    waveforms, _ = padded_batch([5000])
     with torch.no_grad():
         for options in ({"return_dict": False}, {"return_dict": False, "output_hidden_states": True}):
             found, expected = (m(waveforms, **options) for m in (model, original))
@@ -197,9 +204,9 @@ def test_tuples_and_chosen_hidden_states() -> None:
 
 
 def test_norm_over_padding_is_that_of_transformers() -> None:
-    original = make("wav2vec2 base", attn_implementation="eager")
+    original = transformers_model("wav2vec2 base", attn_implementation="eager")
     model = fastssl.accelerate(copy.deepcopy(original), norm="padded")
-    waveforms, mask = batch_of([5000, 1900])
+    waveforms, mask = padded_batch([5000, 1900])
     with torch.no_grad():
         found = model(waveforms, attention_mask=mask).last_hidden_state
         expected = original(waveforms, attention_mask=mask).last_hidden_state
@@ -212,12 +219,12 @@ def test_norm_over_padding_is_that_of_transformers() -> None:
 def test_what_is_not_known_or_not_served_is_named() -> None:
     with pytest.raises(ValueError, match=r"Linear has no encoder.*transformers\.Wav2Vec2Model"):
         fastssl.accelerate(nn.Linear(2, 2))
-    model = make("hubert base", conv_pos_batch_norm=True)
+    model = transformers_model("hubert base", conv_pos_batch_norm=True)
     with pytest.raises(ValueError, match="conv_pos_batch_norm"):
         fastssl.accelerate(model)
     assert type(model) is transformers.HubertModel
     with pytest.raises(ValueError, match="hidden_act='relu'"):
-        fastssl.accelerate(make("wav2vec2 base", hidden_act="relu"))
+        fastssl.accelerate(transformers_model("wav2vec2 base", hidden_act="relu"))
 
 
 @pytest.mark.parametrize("variant", ["wav2vec2 base", "hubert base", "wavlm large"])
@@ -226,9 +233,9 @@ def test_random_draws_are_those_of_the_original(variant: str) -> None:
     options: dict[str, Any] = {"mask_time_prob": 0.5, "layerdrop": 0.4}
     if not variant.startswith("wavlm"):  # which has no mask_feature_min_masks in its config
         options |= {"mask_feature_prob": 0.2, "mask_feature_length": 4}
-    original = make(variant, **options).train()
+    original = transformers_model(variant, **options).train()
     model = fastssl.accelerate(copy.deepcopy(original))
-    waveforms, _ = batch_of([9000, 9000])
+    waveforms, _ = padded_batch([9000, 9000])
     outputs = []
     for m in (model, original):
         np.random.seed(3)  # noqa: NPY002 (the generator that Transformers draws from)
@@ -238,9 +245,9 @@ def test_random_draws_are_those_of_the_original(variant: str) -> None:
 
 
 def test_given_time_masks() -> None:
-    original = make("wav2vec2 base").train()
+    original = transformers_model("wav2vec2 base").train()
     model = fastssl.accelerate(copy.deepcopy(original))
-    waveforms, _ = batch_of([5000, 5000])
+    waveforms, _ = padded_batch([5000, 5000])
     masked = torch.zeros(2, 15, dtype=torch.bool)
     masked[0, 2:7] = masked[1, 10:] = True
     found, expected = (m(waveforms, mask_time_indices=masked).last_hidden_state for m in (model, original))
@@ -249,10 +256,10 @@ def test_given_time_masks() -> None:
 
 @pytest.mark.parametrize("variant", ["wav2vec2 base", "wav2vec2 large"])
 def test_gradient_checkpointing_and_frozen_front_ends(variant: str) -> None:
-    model = make(variant, "ForCTC", apply_spec_augment=False).train()
+    model = transformers_model(variant, "ForCTC", apply_spec_augment=False).train()
     fastssl.accelerate(model)
     model.freeze_feature_encoder()
-    waveforms, mask = batch_of([9000, 5000])
+    waveforms, mask = padded_batch([9000, 5000])
     labels = torch.tensor([[1, 2, 3], [4, 5, -100]])
     grads = []
     for checkpointing in (False, True):
@@ -277,21 +284,21 @@ def test_layers_in_the_place_of_linear_ones_are_called() -> None:
             out: Tensor = self.base(x) + self.up(self.down(x))
             return out
 
-    original = make("wav2vec2 base")
+    original = transformers_model("wav2vec2 base")
     for layer in original.encoder.layers:
         layer.attention.q_proj = Adapted(layer.attention.q_proj)
         layer.feed_forward.intermediate_dense = Adapted(layer.feed_forward.intermediate_dense)
     model = fastssl.accelerate(copy.deepcopy(original))
-    waveforms, _ = batch_of([5000])
+    waveforms, _ = padded_batch([5000])
     with torch.no_grad():
         assert_close(model(waveforms).last_hidden_state, original(waveforms).last_hidden_state, 2e-4)
 
 
 @pytest.mark.parametrize("variant", ["wav2vec2 base, adapter", "wavlm large", "data2vec"])
 def test_the_original_code_runs_where_a_module_that_is_not_called_has_a_hook(variant: str) -> None:
-    original = make(variant)
+    original = transformers_model(variant)
     model = fastssl.accelerate(copy.deepcopy(original))
-    waveforms, _ = batch_of([5000])
+    waveforms, _ = padded_batch([5000])
     library = "transformers.models"
     names = [name for name, module in model.named_modules() if name and type(module).__module__.startswith(library)]
     names += [name for name, module in model.named_modules() if isinstance(module, nn.Conv1d)]
@@ -316,12 +323,12 @@ def test_layers_of_somebody_else_are_called() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return 2 * super().forward(x)
 
-    original = make("wav2vec2 base")
+    original = transformers_model("wav2vec2 base")
     block = original.feature_extractor.conv_layers[3]
     doubling = Doubling(32, 32, 3, stride=2, bias=False)
     doubling.load_state_dict(block.conv.state_dict())
     block.conv = doubling
     model = fastssl.accelerate(copy.deepcopy(original))
-    waveforms, _ = batch_of([5000])
+    waveforms, _ = padded_batch([5000])
     with torch.no_grad(), pytest.warns(UserWarning, match=r"Doubling is in the place of .* the original code runs"):
         assert torch.equal(model(waveforms).last_hidden_state, original(waveforms).last_hidden_state)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import fastssl
-from tests.interop.tiny_models import EVERY_VARIANT, assert_close, batch_of, make
+from tests.interop.tiny_models import EVERY_ACCELERATED_VARIANT, assert_close, padded_batch, transformers_model
 
 transformers = pytest.importorskip("transformers")
 soundfile = pytest.importorskip("soundfile")
@@ -29,10 +29,10 @@ def speech(speech_folder: Path) -> list[Any]:
     return [*decoded[:2], *decoded[-3:]]
 
 
-@EVERY_VARIANT
+@EVERY_ACCELERATED_VARIANT
 def test_batch_mates_do_not_matter_to_speech(variant: str, speech: list[Any]) -> None:
     """Bit for bit, through the feature extractor and the public call."""
-    model = fastssl.accelerate(make(variant))
+    model = fastssl.accelerate(transformers_model(variant))
     extractor = transformers.Wav2Vec2FeatureExtractor(return_attention_mask=True)
     batch = extractor(speech, sampling_rate=16_000, padding=True, return_tensors="pt")
     with torch.no_grad():
@@ -61,7 +61,7 @@ def ctc_script(model: Any, speech: list[Any]) -> tuple[float, list[Tensor]]:
 @pytest.mark.parametrize("variant", ["wav2vec2 large", "hubert large", "wavlm large", "unispeech large"])
 def test_the_same_script_before_and_after(variant: str, speech: list[Any]) -> None:
     """Where the original does not mix batch mates (layer norm, one positional convolution): the same numbers."""
-    model = make(variant, "ForCTC", apply_spec_augment=False)
+    model = transformers_model(variant, "ForCTC", apply_spec_augment=False)
     loss, grads = ctc_script(model, speech)
     grads = [grad.clone() for grad in grads]
     found_loss, found_grads = ctc_script(fastssl.accelerate(model), speech)
@@ -71,17 +71,17 @@ def test_the_same_script_before_and_after(variant: str, speech: list[Any]) -> No
         assert (found - expected).abs().max() <= 2e-3 * expected.abs().max() + 1e-5 * scale
 
 
-@EVERY_VARIANT
+@EVERY_ACCELERATED_VARIANT
 @pytest.mark.parametrize("way", ["weights in bf16", "autocast"])
 def test_half_precision_by_the_two_times_rule(variant: str, way: str) -> None:
     """At most twice as far from fp64 as the original in the same precision, in max norm, for every hidden state."""
-    original = make(variant)
+    original = transformers_model(variant)
     exact = copy.deepcopy(original).double()
     if way == "weights in bf16":
         original = original.bfloat16()
         exact.load_state_dict(original.state_dict())
     model = fastssl.accelerate(copy.deepcopy(original))
-    waveforms, mask = batch_of([5000, 900, 3300])
+    waveforms, mask = padded_batch([5000, 900, 3300])
     waveforms = waveforms.bfloat16()
     inputs = waveforms if way == "weights in bf16" else waveforms.float()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=way == "autocast"):
@@ -97,10 +97,10 @@ def test_half_precision_by_the_two_times_rule(variant: str, way: str) -> None:
 
 
 def test_gradients_in_bf16_by_the_two_times_rule() -> None:
-    original = make("wav2vec2 large", apply_spec_augment=False).bfloat16().train()
+    original = transformers_model("wav2vec2 large", apply_spec_augment=False).bfloat16().train()
     exact = copy.deepcopy(original).double()
     model = fastssl.accelerate(copy.deepcopy(original))
-    waveforms, _ = batch_of([5000, 5000])
+    waveforms, _ = padded_batch([5000, 5000])
     waveforms = waveforms.bfloat16()
     for m in (original, exact, model):
         out = m(waveforms.to(next(m.parameters()).dtype)).last_hidden_state
@@ -116,7 +116,7 @@ def test_gradients_in_bf16_by_the_two_times_rule() -> None:
 
 def test_torch_compile_does_not_trace_an_accelerated_encoder() -> None:
     """So that new lengths cost no compilation; what is around it is compiled."""
-    model = fastssl.accelerate(make("wav2vec2 base"))
+    model = fastssl.accelerate(transformers_model("wav2vec2 base"))
     graphs = []
 
     def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
@@ -136,7 +136,7 @@ def test_torch_compile_does_not_trace_an_accelerated_encoder() -> None:
     compiled = torch.compile(head, backend=backend)
     with torch.no_grad():
         for lengths in ([5000, 900], [5000, 1700], [5000, 4000]):
-            waveforms, mask = batch_of(lengths)
+            waveforms, mask = padded_batch(lengths)
             assert torch.equal(compiled(waveforms, mask), head(waveforms, mask))
     assert len(graphs) == 1
     assert len(list(graphs[0].graph.nodes)) < 10
@@ -149,10 +149,10 @@ def _score(x: Tensor) -> Tensor:  # (B, F, D) -> ()
 def _ddp_gradients(rank: int, store: str, results: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    model = fastssl.accelerate(make("wav2vec2 base", apply_spec_augment=False).train())
+    model = fastssl.accelerate(transformers_model("wav2vec2 base", apply_spec_augment=False).train())
     model.masked_spec_embed.requires_grad_(False)
     parallel = torch.nn.parallel.DistributedDataParallel(model)
-    waveforms, mask = batch_of([5000, 900])
+    waveforms, mask = padded_batch([5000, 900])
     samples = int(mask[rank].sum())
     _score(parallel(waveforms[rank : rank + 1, :samples]).last_hidden_state).backward()
     if rank == 0:
@@ -170,8 +170,8 @@ def test_ddp_averages_the_gradients_of_two_processes(tmp_path: Path) -> None:
         process.join()
         assert process.exitcode == 0
     grads = torch.load(results)
-    model = fastssl.accelerate(make("wav2vec2 base", apply_spec_augment=False).train())
-    waveforms, mask = batch_of([5000, 900])
+    model = fastssl.accelerate(transformers_model("wav2vec2 base", apply_spec_augment=False).train())
+    waveforms, mask = padded_batch([5000, 900])
     (_score(model(waveforms, attention_mask=mask).last_hidden_state) / 2).backward()
     expected = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     assert grads.keys() == expected.keys()
@@ -184,7 +184,7 @@ def test_ddp_averages_the_gradients_of_two_processes(tmp_path: Path) -> None:
 def test_peft(first: str) -> None:
     peft = pytest.importorskip("peft", reason="peft is not installed")
     config = peft.LoraConfig(target_modules=["q_proj", "v_proj", "output_dense"], init_lora_weights=False, r=2)
-    original = make("wav2vec2 large", "ForCTC")
+    original = transformers_model("wav2vec2 large", "ForCTC")
     model = copy.deepcopy(original)
     torch.manual_seed(1)
     expected_model = peft.get_peft_model(original, config)
@@ -193,7 +193,7 @@ def test_peft(first: str) -> None:
         model = peft.get_peft_model(fastssl.accelerate(model), config)
     else:
         model = fastssl.accelerate(peft.get_peft_model(model, config))
-    waveforms, mask = batch_of([5000, 2000])
+    waveforms, mask = padded_batch([5000, 2000])
     labels = torch.tensor([[1, 2, 3], [4, 5, -100]])
     found, expected = (m(waveforms, attention_mask=mask, labels=labels) for m in (model, expected_model))
     torch.testing.assert_close(found.loss, expected.loss, rtol=1e-4, atol=0)

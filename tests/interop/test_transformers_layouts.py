@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastssl
-from tests.interop.tiny_models import make
+from tests.interop.tiny_models import transformers_model
 
 _VARIANTS = ["wav2vec2 base", "wavlm large", "data2vec"]
 lengths_of_batches = st.lists(
@@ -21,7 +21,7 @@ mask_types = st.sampled_from([torch.bool, torch.uint8, torch.int32, torch.int64,
 
 @cache
 def accelerated(variant: str) -> Any:
-    return fastssl.accelerate(make(variant))
+    return fastssl.accelerate(transformers_model(variant))
 
 
 def features_alone(model: Any, waveform: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Small models of every architecture with random weights, and batches for them."""
+"""Tiny models of other libraries, with random weights, and batches for them."""
 
 from typing import Any
 
@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-transformers = pytest.importorskip("transformers")
+from fastssl.packing import Packed
 
-TINY = {
+TINY: dict[str, Any] = {
     "hidden_size": 48,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
@@ -16,6 +16,14 @@ TINY = {
     "conv_dim": [32] * 7,
     "num_conv_pos_embeddings": 16,
     "num_conv_pos_embedding_groups": 4,
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "activation_dropout": 0.0,
+    "feat_proj_dropout": 0.0,
+    "final_dropout": 0.0,
+    "feat_quantizer_dropout": 0.0,
+    "layerdrop": 0.0,
+    "mask_time_length": 3,
     "num_codevectors_per_group": 20,
     "codevector_dim": 16,
     "proj_codevector_dim": 24,
@@ -26,58 +34,83 @@ TINY = {
     "tdnn_kernel": [3, 3, 1],
     "tdnn_dilation": [1, 2, 1],
     "xvector_output_dim": 12,
-    "mask_time_length": 3,
 }
 LARGE = {"feat_extract_norm": "layer", "conv_bias": True, "do_stable_layer_norm": True}
-ADAPTER = {"add_adapter": True, "output_hidden_size": 40, "num_adapter_layers": 2}
-NO_DROPOUT = dict.fromkeys(
-    (
-        "hidden_dropout",
-        "attention_dropout",
-        "activation_dropout",
-        "feat_proj_dropout",
-        "final_dropout",
-        "layerdrop",
-        "feat_quantizer_dropout",
-    ),
-    0.0,
-)
+BUCKETS = {"num_buckets": 20, "max_bucket_distance": 25}
+#: Family of Transformers' classes, and what differs from TINY.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "wav2vec2 base": ("Wav2Vec2", {}),
     "wav2vec2 large": ("Wav2Vec2", LARGE),
     "wav2vec2 base, layer norm": ("Wav2Vec2", {"feat_extract_norm": "layer", "conv_bias": True}),
-    "wav2vec2 base, adapter": ("Wav2Vec2", ADAPTER),
-    "wav2vec2 large, adapters": ("Wav2Vec2", LARGE | ADAPTER | {"adapter_attn_dim": 8, "output_hidden_size": 48}),
     "hubert base": ("Hubert", {}),
     "hubert large": ("Hubert", LARGE),
     "hubert without projection norm": ("Hubert", {"feat_proj_layer_norm": False}),
-    "wavlm base": ("WavLM", {"num_buckets": 20, "max_bucket_distance": 25}),
-    "wavlm large": ("WavLM", LARGE | {"num_buckets": 20, "max_bucket_distance": 25}),
+    "wavlm base": ("WavLM", BUCKETS),
+    "wavlm large": ("WavLM", LARGE | BUCKETS),
     "data2vec": ("Data2VecAudio", {"num_conv_pos_embeddings": 3, "conv_pos_kernel_size": 7}),
+    "data2vec, bias, even kernel": (
+        "Data2VecAudio",
+        {"num_conv_pos_embeddings": 2, "conv_pos_kernel_size": 8, "conv_bias": True},
+    ),
     "unispeech base": ("UniSpeech", {}),
     "unispeech large": ("UniSpeech", LARGE),
     "unispeech-sat base": ("UniSpeechSat", {}),
     "unispeech-sat large": ("UniSpeechSat", LARGE),
 }
-EVERY_VARIANT = pytest.mark.parametrize("variant", VARIANTS)
+ADAPTER = {"add_adapter": True, "output_hidden_size": 40, "num_adapter_layers": 2}
+#: What `accelerate` serves and `Encoder` does not.
+WITH_ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "wav2vec2 base, adapter": ("Wav2Vec2", ADAPTER),
+    "wav2vec2 large, adapters": ("Wav2Vec2", LARGE | ADAPTER | {"adapter_attn_dim": 8, "output_hidden_size": 48}),
+}
+#: One of each architecture.
+FAMILIES = ("wav2vec2 base", "hubert large", "wavlm base", "data2vec", "unispeech base", "unispeech-sat large")
 BATCHES = {"single": [6000], "equal": [5000, 5000], "mixed": [5000, 900, 3300], "extreme": [30000, 400, 719, 720]}
+EVERY_VARIANT = pytest.mark.parametrize("variant", VARIANTS)
+EVERY_ACCELERATED_VARIANT = pytest.mark.parametrize("variant", VARIANTS | WITH_ADAPTERS)
+EVERY_FAMILY = pytest.mark.parametrize("variant", FAMILIES)
 
 
-def make(variant: str, head: str = "Model", **options: Any) -> Any:
-    family, settings = VARIANTS[variant]
+def transformers_model(variant: str, head: str = "Model", **options: Any) -> Any:
+    """In evaluation mode; no parameter is left at a value that hides it."""
+    transformers = pytest.importorskip("transformers")
+    family, settings = (VARIANTS | WITH_ADAPTERS)[variant]
     torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**TINY | NO_DROPOUT | settings | options)
-    return getattr(transformers, f"{family}{head}")(config).eval()
+    config = getattr(transformers, f"{family}Config")(**TINY | settings | options)
+    model = getattr(transformers, f"{family}{head}")(config).eval()
+    disturb(model)
+    return model
 
 
-def batch_of(lengths: list[int]) -> tuple[Tensor, Tensor]:
+def disturb(model: torch.nn.Module) -> None:
+    """Move every parameter, so that one that lies in another's place, or is not copied, is seen."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+
+
+def padded_batch(lengths: list[int]) -> tuple[Tensor, Tensor]:  # (B, T), (B, T)
+    """Waveforms with zeros behind them, and their attention mask."""
     generator = torch.Generator().manual_seed(len(lengths))
     waveforms = torch.randn(len(lengths), max(lengths), generator=generator)
     mask = (torch.arange(max(lengths)) < torch.tensor(lengths).unsqueeze(1)).long()
     return waveforms * mask, mask
 
 
+def waveforms_of(*lengths: int) -> Packed:
+    generator = torch.Generator().manual_seed(len(lengths))
+    return Packed.pack([torch.randn(length, 1, generator=generator) for length in lengths])
+
+
 def assert_close(found: Tensor, expected: Tensor, relative: float, what: str = "") -> None:
     """In max norm."""
     assert found.shape == expected.shape, what
     assert (found - expected).abs().max() <= relative * expected.abs().max(), what
+
+
+def assert_same_weights(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """To the bit, by the same names."""
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        assert torch.equal(tensor, expected[name]), name

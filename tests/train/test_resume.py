@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from fastssl.data.batches import AudioBatch
 from fastssl.interop import load_encoder
@@ -41,7 +42,7 @@ def test_killed_run_ends_with_the_weights_of_an_unbroken_run(make_config: MakeCo
     _assert_same(found["state_dict"], expected["state_dict"])
     _assert_same(found["optimizer_states"], expected["optimizer_states"])
     _assert_same(found["lr_schedulers"], expected["lr_schedulers"])
-    for name in ("encoder/model.safetensors", "encoder/config.json"):
+    for name in ("encoder/model.safetensors", "encoder/config.json", "encoder/README.md"):
         assert (Path(killed.output) / name).read_bytes() == (Path(unbroken.output) / name).read_bytes()
     assert _metrics(killed) == _metrics(unbroken)
 
@@ -105,6 +106,19 @@ def test_resume_refuses_another_run(make_config: MakeConfig, recordings: Path) -
         pretrain(make_config(**{"trainer.max_steps": 4, "trainer.accumulation": 2}), resume=True)
     with pytest.raises(ValueError, match="no longer has the recordings"):
         pretrain(make_config(audio=recordings / "speaker0", **{"trainer.max_steps": 4}), resume=True)
+
+
+def test_runs_of_earlier_versions_go_on(make_config: MakeConfig) -> None:
+    """Their config.yaml lacks the settings that did not exist."""
+    config = make_config(**{"trainer.max_steps": 2, "trainer.val_check_interval": 2})
+    pretrain(config)
+    path = Path(config.output) / "config.yaml"
+    values = yaml.safe_load(path.read_text())
+    del values["recipe"], values["model"]["model_type"], values["model"]["num_buckets"]
+    path.write_text(yaml.safe_dump(values))
+    longer = make_config(**{"trainer.max_steps": 4, "trainer.val_check_interval": 2})
+    pretrain(longer, resume=True)
+    assert saved_update(Path(config.output) / "checkpoints" / "last.ckpt") == 4
 
 
 def test_run_is_never_overwritten(make_config: MakeConfig) -> None:
