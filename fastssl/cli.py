@@ -189,7 +189,11 @@ def _extract(arguments: Sequence[str]) -> None:
         "Write the features of every recording: safetensors shards, and index.jsonl with file, shard, key, layer, "
         "frames and frame period. Started again with the same arguments, it goes on where it was.",
     )
-    parser.add_argument("model", metavar="MODEL", help="A run of `fastssl pretrain`, or a Transformers folder.")
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="A run of `fastssl pretrain`, a Transformers folder, a name on the Hub, or a checkpoint of fairseq.",
+    )
     parser.add_argument("audio", metavar="AUDIO", help=_AUDIO_HELP)
     parser.add_argument("--output", required=True, metavar="FEATURES", help="Folder for shards and index.")
     parser.add_argument(

@@ -135,7 +135,7 @@ def _plain(value: Any) -> Any:
 def _config(cfg: dict[str, Any], weights: Mapping[str, Tensor]) -> EncoderConfig:
     """What a checkpoint says of its encoder; fairseq's defaults for what it does not say."""
     levels = [cfg]  # a fine-tuned model's own, then that of the model it was made from
-    while nested := _model_of(levels[-1]).get("w2v_args"):
+    while isinstance(nested := _model_of(levels[-1]).get("w2v_args"), dict):
         levels.append(nested)
     model = {name: value for name, value in _model_of(levels[-1]).items() if value is not None}
     for name, served in _SERVED.items():

@@ -80,7 +80,11 @@ def _from_model(model: nn.Module) -> Encoder:
     if model_type not in MODEL_CLASSES:
         what = type(model).__name__ + ("" if model_type is None else f" (model_type {model_type!r})")
         raise ValueError(f"path_or_model: {what} is not known. Can be opened: {_CAN_BE_OPENED}")
-    return _copied(model, EncoderConfig.from_dict(config.to_dict()), model.state_dict())
+    try:
+        own_config = EncoderConfig.from_dict(config.to_dict())
+    except ValueError as error:
+        raise ValueError(f"path_or_model: {type(model).__name__}: {error}") from None
+    return _copied(model, own_config, model.state_dict())
 
 
 def _copied(model: nn.Module, config: EncoderConfig, weights: dict[str, Any]) -> Encoder:

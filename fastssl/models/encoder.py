@@ -134,7 +134,7 @@ class EncoderConfig:
             "conv_pos_batch_norm": False,  # would take batch mates in
         }.items():
             if values.get(key, served) != served:
-                raise ValueError(f"config: {key}={values[key]!r} is not supported, only {served!r}")
+                raise ValueError(f"{key}={values[key]!r} is not supported, only {served!r}")
         names = {field.name for field in fields(cls) if _OWN_FIELDS.get(field.name, model_type) == model_type}
         known = {name: value for name, value in values.items() if name in names}
         known |= {name: tuple(value) for name, value in known.items() if isinstance(value, list)}
@@ -270,7 +270,12 @@ class Encoder(nn.Module):
             ValueError: The folder holds no such model, or its weights do not fit its config.
         """
         folder = Path(folder)
-        encoder = cls(EncoderConfig.from_dict(read_config(folder)))
+        values = read_config(folder)
+        try:
+            config = EncoderConfig.from_dict(values)
+        except ValueError as error:
+            raise ValueError(f"{folder / 'config.json'}: {error}") from None
+        encoder = cls(config)
         load_encoder_weights(encoder, read_weights(folder), name=str(folder))
         return encoder
 

@@ -9,6 +9,7 @@ import pytest
 import soundfile
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastssl.data.recordings import read_chunks
@@ -122,6 +123,17 @@ def test_refuses_to_mix(encoder: Encoder, recordings: Path, tmp_path: Path) -> N
         extract(model, recordings, tmp_path / "out", layer=3)
     with pytest.raises(ValueError, match="holds no features"):
         extract(model, recordings, recordings)
+
+
+def test_a_model_without_a_mask_vector_is_the_same_every_time(
+    encoder: Encoder, recordings: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "model" / "model.safetensors"
+    weights = load_file(path)
+    del weights["masked_spec_embed"]
+    save_file(weights, path)
+    for _ in range(2):
+        extract(tmp_path / "model", recordings, tmp_path / "out")
 
 
 @pytest.mark.parametrize("wrong", [{"chunk_s": 1.0, "overlap_s": 2.0}, {"overlap_s": 0.0}, {"layer": 9}])
