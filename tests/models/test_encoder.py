@@ -225,3 +225,17 @@ def test_the_snippet_of_the_card_runs(variant: str, tmp_path: Path) -> None:
     assert len(blocks) == 2
     for block in blocks:
         exec(block.partition("```")[0].replace('"..."', repr(str(tmp_path))), {})
+
+
+def test_a_broken_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = Encoder(SMALL)
+    encoder.save_pretrained(tmp_path)
+
+    def break_off(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+        path.write_bytes(b"half")
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr("fastssl.models.folder.save_file", break_off)
+    with pytest.raises(OSError, match="the disk is full"):
+        Encoder(SMALL).save_pretrained(tmp_path)
+    assert_same_weights(dict(fastssl.load_encoder(tmp_path).state_dict()), dict(encoder.state_dict()))
