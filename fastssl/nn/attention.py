@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastssl import ops
+from fastssl.nn.activation import sigmoid
 from fastssl.nn.linear import PackedLinear
 from fastssl.packing import Layout
 
@@ -93,7 +94,7 @@ class GatedSelfAttention(SelfAttention):
         heads = x.reshape(x.shape[0] * self.heads, -1)  # (N * H, E)
         # Summed, because Microsoft's WavLM stores the projection to two gates as four parts of each.
         logits = self.gru_rel_pos_linear(heads).view(-1, self.heads, 2, 4).sum(-1)
-        first, second = torch.sigmoid(logits).unbind(-1)
+        first, second = sigmoid(logits).unbind(-1)
         return first * (second * self.gru_rel_pos_const.view(-1) - 1.0) + 2.0
 
 
@@ -122,11 +123,11 @@ class RelativePositionEmbedding(nn.Embedding):
         """The bias of every distance from -R to R, key position minus query position."""
         half = self.num_embeddings // 2
         exact = half // 2
-        distances = torch.arange(-self.max_distance, self.max_distance + 1, device=self.weight.device)
+        distances = torch.arange(-self.max_distance, self.max_distance + 1)
         size = distances.abs()
-        # The operations, in this order and in fp32, decide which bucket a distance at a border falls into.
+        # The operations, in this order, in fp32 and on the host, decide into which bucket a distance at a border falls.
         shares = torch.log(size.float() / exact) / math.log(self.max_distance / exact) * (half - exact)
         logarithmic = (exact + shares.clamp(min=0)).long().clamp(max=half - 1)
         rows = torch.where(size < exact, size, logarithmic) + (distances > 0) * half
-        bias: Tensor = self(rows)
+        bias: Tensor = self(rows.to(self.weight.device))
         return bias.t()
