@@ -117,17 +117,17 @@ class RelativePositionEmbedding(nn.Embedding):
                 "than a quarter of the buckets"
             )
         super().__init__(buckets, heads)
-        self.max_distance = max_distance
+        half = buckets // 2
+        exact = half // 2
+        distances = torch.arange(-max_distance, max_distance + 1, device="cpu")
+        size = distances.abs()
+        # The operations, in this order, in fp32 and on the host, decide into which bucket a distance at a border falls.
+        shares = torch.log(size.float() / exact) / math.log(max_distance / exact) * (half - exact)
+        logarithmic = (exact + shares.clamp(min=0)).long().clamp(max=half - 1)
+        bucket = torch.where(size < exact, size, logarithmic) + (distances > 0) * half
+        self.register_buffer("_bucket_by_distance", bucket, persistent=False)
 
     def by_distance(self) -> Tensor:  # (H, 2R + 1)
         """The bias of every distance from -R to R, key position minus query position."""
-        half = self.num_embeddings // 2
-        exact = half // 2
-        distances = torch.arange(-self.max_distance, self.max_distance + 1)
-        size = distances.abs()
-        # The operations, in this order, in fp32 and on the host, decide into which bucket a distance at a border falls.
-        shares = torch.log(size.float() / exact) / math.log(self.max_distance / exact) * (half - exact)
-        logarithmic = (exact + shares.clamp(min=0)).long().clamp(max=half - 1)
-        rows = torch.where(size < exact, size, logarithmic) + (distances > 0) * half
-        bias: Tensor = self(rows.to(self.weight.device))
+        bias: Tensor = self(self._bucket_by_distance)
         return bias.t()
