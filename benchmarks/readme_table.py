@@ -1,7 +1,8 @@
 """README's tables, from the newest committed results: `python -m benchmarks.readme_table [--check]`.
 
-Each block between `<!-- benchmarks cpu -->` (or `cuda`) and `<!-- end -->` is replaced by the table of the newest
-`benchmarks/results/*-all-<device>.json`. With `--check` nothing is written: it fails where a table is not up to date.
+Each block between `<!-- all cpu -->` (or `drop-in`, or `cuda`) and `<!-- end -->` is replaced by the table of the
+newest `benchmarks/results/*-all-cpu.json` (and so on). With `--check` nothing is written: it fails where a table is not
+up to date.
 """
 
 import argparse
@@ -11,37 +12,71 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-_BLOCK = re.compile(r"(<!-- benchmarks (cpu|cuda) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+_BLOCK = re.compile(r"(<!-- (all|drop-in) (cpu|cuda) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
 def updated(text: str, results: Path) -> str:
     """The text with its blocks filled from the newest results in a folder."""
-    return _BLOCK.sub(lambda found: found[1] + table(newest(results, found[2])) + found[4], text)
+    tables = {"all": table, "drop-in": drop_in_table}
+
+    def fill(found: re.Match[str]) -> str:
+        result = newest(results, found[2], found[3])
+        return found[1] + ("Not measured yet.\n" if result is None else tables[found[2]](*result)) + found[5]
+
+    return _BLOCK.sub(fill, text)
 
 
-def newest(results: Path, device: str) -> tuple[str, dict[str, Any]] | None:
-    """Name and content of the newest result of a device; names begin with their date."""
-    files = sorted(results.glob(f"*-all-{device}.json"))
+def newest(results: Path, kind: str, device: str) -> tuple[str, dict[str, Any]] | None:
+    """Name and content of the newest result of a kind and device; names begin with their date."""
+    files = sorted(results.glob(f"*-{kind}-{device}.json"))
     return (files[-1].name, json.loads(files[-1].read_text())) if files else None
 
 
-def table(result: tuple[str, dict[str, Any]] | None) -> str:
+def table(name: str, content: dict[str, Any]) -> str:
     """A line for every target: times, ratio to the rival, peak memory, ratio to the limit, and whether it is met."""
-    if result is None:
-        return "Not measured yet.\n"
-    name, content = result
-    machine, versions = content["machine"], content["versions"]
-    threads = f", {machine['threads']} threads" if content["device"] == "cpu" else ""
     lines = [
-        f"{machine['device']}{threads}, torch {versions['torch']}, transformers {versions['transformers']}, commit "
-        f"{content['commit'][:7]} (`benchmarks/results/{name}`). Limits: the GEMMs of the valid audio by "
-        "`aten::mm` and, in fp32 on a CPU, by the fastest GEMM there is; a copy for integrate-and-fire.",
+        f"{_provenance(name, content)} Limits: the GEMMs of the valid audio by `aten::mm` and, in fp32 on a CPU, by "
+        "the fastest GEMM there is; a copy for integrate-and-fire.",
         "",
         "| work | fastssl | fastest rival | rival / ours | peak memory | ours / limits | target |",
         "|---|---|---|---|---|---|---|",
     ]
     lines += [_line(target, content["rows"][target["row"]]) for target in content["targets"]]
     return "\n".join(lines) + "\n"
+
+
+def drop_in_table(name: str, content: dict[str, Any]) -> str:
+    """A line for every architecture: time and memory of the original over ours, in each kind of work."""
+    works = list(dict.fromkeys(row["title"].partition(", ")[2] for row in content["rows"].values()))
+    rows = {row["title"]: row for row in content["rows"].values()}
+    lines = [
+        f"{_provenance(name, content)} Seconds, ours and the original's; their ratio; and the ratio of peak memory.",
+        "",
+        f"| architecture | {' | '.join(works)} |",
+        "|---" * (len(works) + 1) + "|",
+    ]
+    for architecture in dict.fromkeys(title.partition(", ")[0] for title in rows):
+        cells = [_before_and_after(rows.get(f"{architecture}, {work}")) for work in works]
+        lines.append(f"| {architecture} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _before_and_after(row: dict[str, Any] | None) -> str:
+    if row is None or not {"fastssl", "original"} <= row["measurements"].keys():
+        return ""
+    ours, original = (row["measurements"][name] for name in ("fastssl", "original"))
+    memory = original["peak_bytes"] / max(1, ours["peak_bytes"])
+    ratio = original["seconds"] / ours["seconds"]
+    return f"{ours['seconds']:.3g}, {original['seconds']:.3g}: **{ratio:.1f}**; {memory:.1f}"
+
+
+def _provenance(name: str, content: dict[str, Any]) -> str:
+    machine, versions = content["machine"], content["versions"]
+    threads = f", {machine['threads']} threads" if content["device"] == "cpu" else ""
+    return (
+        f"{machine['device']}{threads}, torch {versions['torch']}, transformers {versions['transformers']}, commit "
+        f"{content['commit'][:7]} (`benchmarks/results/{name}`)."
+    )
 
 
 def _line(target: dict[str, Any], row: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from benchmarks import rivals
-from benchmarks.harness import Row
+from benchmarks.harness import Measurement, Row
 from benchmarks.machine import describe, keep_freed_memory
 from benchmarks.targets import TARGETS, Target
 
@@ -146,7 +146,10 @@ def main(
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--only", action="append", metavar="ROW", help=f"one of {', '.join(rows)}; may be repeated")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
-    parser.add_argument("--output", type=Path, help="JSON file")
+    parser.add_argument("--output", type=Path, help="JSON file, written after every row")
+    parser.add_argument(
+        "--resume", action="store_true", help="do not measure again what OUTPUT has, which is of the same commit"
+    )
     parser.add_argument("--compiled", action="store_true", help="torch.compile takes part in every row (takes long)")
     parser.add_argument(
         "--keep-freed-memory", action="store_true", help="glibc keeps the memory that tensors free, for all contenders"
@@ -163,20 +166,45 @@ def main(
     device = torch.device(args.device, 0) if args.device == "cuda" else torch.device("cpu")
 
     began_s = time.monotonic()
-    measured: dict[str, Row] = {}
+    measured = _rows_of(args.output, device) if args.resume and args.output and args.output.exists() else {}
     for key in args.only or (by_default[args.device] if by_default else rows):
+        if key in measured:
+            continue
         row_began_s = time.monotonic()
         measured[key] = _apart(rows[key], device)
         print_row(key, measured[key], time.monotonic() - row_began_s)
+        if args.output:
+            _write(args.output, device, measured, targets[args.device])
     verdicts = [verdict(target, measured) for target in targets[args.device] if target.row in measured]
     if verdicts:
         print_verdicts(verdicts)
     print(f"\n{time.monotonic() - began_s:.0f} s in all")
-    if args.output:
-        result = describe(device) | {
-            "device": args.device,
-            "targets": [line._asdict() for line in verdicts],
-            "rows": {key: asdict(row) for key, row in measured.items()},
-        }
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _write(path: Path, device: torch.device, measured: Mapping[str, Row], targets: Sequence[Target]) -> None:
+    result = describe(device) | {
+        "device": device.type,
+        "targets": [verdict(target, measured)._asdict() for target in targets if target.row in measured],
+        "rows": {key: asdict(row) for key, row in measured.items()},
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(result, indent=1) + "\n")
+    partial.replace(path)
+
+
+def _rows_of(path: Path, device: torch.device) -> dict[str, Row]:
+    """What an interrupted run has measured.
+
+    Raises:
+        ValueError: It ran at another commit.
+    """
+    content = json.loads(path.read_text())
+    commit = describe(device)["commit"]
+    if content["commit"] != commit:
+        raise ValueError(f"{path}: was measured at commit {content['commit'][:7]}, and this is {commit[:7]}")
+    rows = {}
+    for key, values in content["rows"].items():
+        measurements = {name: Measurement(**m) for name, m in values["measurements"].items()}
+        rows[key] = Row(**values | {"measurements": measurements})
+    return rows

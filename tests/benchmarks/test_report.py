@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -59,12 +60,44 @@ def test_main_prints_the_table_and_writes_json(
     assert content["versions"]["torch"] == torch.__version__.split("+")[0]
     assert content.keys() >= {"machine", "commit", "uncommitted_changes", "command", "targets"}
 
-    text = "before\n<!-- benchmarks cpu -->\nold\n<!-- end -->\nafter\n<!-- benchmarks cuda -->\n<!-- end -->\n"
+    text = "before\n<!-- all cpu -->\nold\n<!-- end -->\nafter\n<!-- all cuda -->\n<!-- end -->\n"
     table = readme_table.updated(text, tmp_path / "new")
     assert "old" not in table
     assert "| 1 s | 2 s (theirs) | 2.00 | 1 MB / 2 MB | 1.11 |" in table
     assert "Not measured yet." in table
     assert readme_table.updated(table, tmp_path / "new") == table
+
+
+def test_a_run_goes_on_where_it_was_interrupted(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "result.json"
+    run_main(monkeypatch, "--only", "other", "--output", str(output))
+    first = json.loads(output.read_text())
+    capsys.readouterr()
+    run_main(monkeypatch, "--resume", "--output", str(output))
+    assert "other: " not in capsys.readouterr().out  # not measured again
+    content = json.loads(output.read_text())
+    assert content["rows"].keys() == {"other", "front-end"}
+    assert content["rows"]["other"] == first["rows"]["other"]
+    output.write_text(json.dumps(first | {"commit": "0123456789"}))
+    with pytest.raises(ValueError, match="was measured at commit 0123456"):
+        run_main(monkeypatch, "--resume", "--output", str(output))
+
+
+def test_the_drop_in_table_has_a_line_for_every_architecture(tmp_path: Path) -> None:
+    rows = {}
+    for work, ours_s in (("forward, equal", 1.0), ("training, equal", 2.0)):
+        row = row_of(ours_s, {"original": 3.0})
+        row.title = f"wavlm-base, {work}"
+        row.measurements["fastssl"] = row.measurements.pop("fastssl, native")
+        rows[work] = asdict(row)
+    content = {"device": "cpu", "commit": "0" * 40, "machine": {"device": "here", "threads": 2}, "rows": rows}
+    content["versions"] = {"torch": "2", "transformers": "5"}
+    (tmp_path / "2026-01-01-here-drop-in-cpu.json").write_text(json.dumps(content))
+    table = readme_table.updated("<!-- drop-in cpu -->\n<!-- end -->\n", tmp_path)
+    assert "| architecture | forward, equal | training, equal |" in table
+    assert "| wavlm-base | 1, 3: **3.0**; 3.0 | 2, 3: **1.5**; 1.5 |" in table
 
 
 def test_only_takes_known_rows(
@@ -80,14 +113,14 @@ def test_only_takes_known_rows(
 def test_the_newest_result_counts(tmp_path: Path) -> None:
     for name in ("2026-01-02-a-all-cpu", "2026-01-10-a-all-cpu", "2026-02-01-a-all-cuda", "2026-03-01-a-study"):
         (tmp_path / f"{name}.json").write_text(json.dumps({"name": name}))
-    found = readme_table.newest(tmp_path, "cpu")
+    found = readme_table.newest(tmp_path, "all", "cpu")
     assert found is not None
     assert found[0] == "2026-01-10-a-all-cpu.json"
 
 
 def test_the_readme_quotes_the_newest_results() -> None:
     text = (readme_table.ROOT / "README.md").read_text()
-    assert text.count("<!-- benchmarks ") == 2
+    assert text.count("<!-- all ") == text.count("<!-- drop-in ") == 2
     assert readme_table.updated(text, readme_table.ROOT / "benchmarks" / "results") == text
 
 
