@@ -53,7 +53,7 @@ def restore(model: Model) -> Model:
 
 def _libraries() -> list[ModuleType]:
     """Ours for the libraries that are in use: a model of another one cannot be there."""
-    libraries = [_transformers()] if "transformers" in sys.modules else []
+    libraries = [_transformers(), _pretraining_head()] if "transformers" in sys.modules else []
     # torchaudio does not import beside every torch, so whether it does is left to who has a model of it.
     return [*libraries, _torchaudio()] if _torchaudio().MODULE in sys.modules else libraries
 
@@ -62,6 +62,12 @@ def _transformers() -> ModuleType:
     from fastssl.interop import transformers
 
     return transformers
+
+
+def _pretraining_head() -> ModuleType:
+    from fastssl.interop import pretraining_head
+
+    return pretraining_head
 
 
 def _torchaudio() -> ModuleType:

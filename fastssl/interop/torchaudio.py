@@ -12,10 +12,9 @@ its batch mates. A `HuBERTPretrainModel` calls the parts of its encoder by itsel
 it did, in the same time.
 """
 
-import importlib
 import warnings
 from collections.abc import Iterator
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,18 +24,18 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fastssl import ops
 from fastssl.interop import layers as L
+from fastssl.interop.classes import NORM, AcceleratedClasses
 from fastssl.nn.linear import packed_linear
 from fastssl.packing import Layout, Packed
 
 _NAME = "Wav2Vec2Model"
 MODULE = "torchaudio.models.wav2vec2.model"
 KNOWN = (f"torchaudio.{_NAME}",)
-_NORM = "_fastssl_torchaudio_norm"
 
 
 def knows(module: nn.Module) -> bool:
     """Whether it is such an encoder, accelerated or not."""
-    return _original_class(module) is not None
+    return _CLASSES.original(module) is not None
 
 
 def check(module: Any) -> None:
@@ -64,26 +63,12 @@ def check(module: Any) -> None:
 
 def accelerate(module: nn.Module, norm: str) -> None:
     """Give an encoder our `forward` and `extract_features`."""
-    module.__class__ = _accelerated()
-    setattr(module, _NORM, norm)
+    _CLASSES.put_on(module, norm)
 
 
 def restore(module: nn.Module) -> None:
     """Give an encoder its own `forward` and `extract_features` back."""
-    if _NORM in vars(module):
-        original = _original_class(module)
-        assert original is not None
-        module.__class__ = original
-        delattr(module, _NORM)
-
-
-def _original_class(module: nn.Module) -> type[nn.Module] | None:
-    # A subclass of somebody else has a forward of its own, perhaps; ours are marked.
-    candidates = type(module).__mro__ if _NORM in vars(module) else (type(module),)
-    for cls in candidates:
-        if cls.__name__ == _NAME and cls.__module__ == MODULE:
-            return cls
-    return None
+    _CLASSES.take_off(module)
 
 
 def _expect(name: str, module: Any, *kinds: str) -> None:
@@ -93,28 +78,6 @@ def _expect(name: str, module: Any, *kinds: str) -> None:
         raise ValueError(f"model: {name} is a {found}; only torchaudio's {' or '.join(kinds)} is served")
 
 
-@cache
-def _accelerated() -> type[nn.Module]:
-    original = getattr(importlib.import_module(MODULE), _NAME)
-    # Traced, every new set of lengths would be compiled anew, and the ops are fused already.
-    untraced = partial(torch.compiler.disable, reason="an accelerated encoder runs as it is")
-    namespace = {
-        "forward": untraced(_forward),
-        "extract_features": untraced(_extract_features),
-        "__module__": __name__,
-        "__qualname__": _NAME,
-        "__doc__": original.__doc__,
-    }
-    return type(_NAME, (original,), namespace)
-
-
-def __getattr__(name: str) -> Any:
-    """The accelerated class, where pickle looks for it."""
-    if name == _NAME:
-        return _accelerated()
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
 def _forward(
     self: Any,
     waveforms: Tensor,  # (B, T)
@@ -122,7 +85,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor | None]:  # (B, F, D) or (B, F, labels), (B,)
     """The last layer's frames, or the auxiliary head's logits, and how many of each row are valid."""
     if _runs_as_it_was(self):
-        output: tuple[Tensor, Tensor | None] = _original(self).forward(self, waveforms, lengths)
+        output: tuple[Tensor, Tensor | None] = _CLASSES.original(self).forward(self, waveforms, lengths)
         return output
     frames, padded_frames, frame_lengths = _front_end(self, waveforms, lengths)
     transformer = self.encoder.transformer
@@ -148,7 +111,7 @@ def _extract_features(
     """The frames of every layer, or of the first `num_layers`, and how many of each row are valid."""
     if _runs_as_it_was(self):
         output: tuple[list[Tensor], Tensor | None]
-        output = _original(self).extract_features(self, waveforms, lengths, num_layers)
+        output = _CLASSES.original(self).extract_features(self, waveforms, lengths, num_layers)
         return output
     layers = self.encoder.transformer.layers
     if num_layers is not None and not 0 < num_layers <= len(layers):
@@ -161,10 +124,6 @@ def _extract_features(
     return outputs, frame_lengths
 
 
-def _original(model: nn.Module) -> Any:
-    return _original_class(model)
-
-
 def _runs_as_it_was(model: Any) -> bool:
     reason = L.foreign_code(_modules_not_called(model))
     if reason is not None:
@@ -175,7 +134,7 @@ def _runs_as_it_was(model: Any) -> bool:
 def _modules_not_called(model: Any) -> Iterator[nn.Module]:
     """Those that the original calls and this code only reads."""
     extractor, encoder = model.feature_extractor, model.encoder
-    if getattr(model, _NORM) == "valid":
+    if getattr(model, NORM) == "valid":
         yield extractor
         for block in extractor.conv_layers:
             yield from (block, block.conv)
@@ -197,7 +156,7 @@ def _front_end(model: Any, waveforms: Tensor, lengths: Tensor | None) -> tuple[P
     batch, samples = waveforms.shape
     valid = [samples] * batch if lengths is None else _valid_lengths(lengths, batch, samples)
     padded_frames = _frames_after(model, Layout.from_lengths([samples])).max_length
-    if getattr(model, _NORM) == "valid":
+    if getattr(model, NORM) == "valid":
         frames = L.front_end(model.feature_extractor.conv_layers, L.waveforms_of(waveforms, valid))
     else:
         padded, _ = model.feature_extractor(waveforms, None)
@@ -277,3 +236,13 @@ def _wavlm_attention(module: Any, x: Tensor, layout: Layout, bias: Tensor | None
     if L.is_plain(out, NonDynamicallyQuantizableLinear):  # a Linear in all but name
         return packed_linear(attended, out.weight, out.bias)
     return L.linear(out, attended)
+
+
+def _methods(original: type[nn.Module]) -> dict[str, Any]:
+    # Traced, every new set of lengths would be compiled anew, and the ops are fused already.
+    untraced = partial(torch.compiler.disable, reason="an accelerated encoder runs as it is")
+    return {"forward": untraced(_forward), "extract_features": untraced(_extract_features)}
+
+
+_CLASSES = AcceleratedClasses(__name__, {_NAME: MODULE}, _methods)
+__getattr__ = _CLASSES.by_name  # for pickle

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fastssl import ops
 from fastssl.interop import layers as L
+from fastssl.interop.classes import NORM, AcceleratedClasses
 from fastssl.interop.layers import waveforms_of
 from fastssl.nn.activation import sigmoid
 from fastssl.packing import Layout, Packed
@@ -36,12 +37,11 @@ _ARCHITECTURES = {
     "UniSpeechSatModel": _Architecture("unispeech_sat.modeling_unispeech_sat"),
 }
 KNOWN = tuple(f"transformers.{name}" for name in _ARCHITECTURES)
-_NORM = "_fastssl_norm"
 
 
 def knows(module: nn.Module) -> bool:
     """Whether it is one of the encoders, accelerated or not."""
-    return _original_class(module) is not None
+    return _CLASSES.original(module) is not None
 
 
 def check(module: nn.Module) -> None:
@@ -56,34 +56,15 @@ def check(module: nn.Module) -> None:
 
 def accelerate(module: nn.Module, norm: str) -> None:
     """Give an encoder our `forward`."""
-    original = _original_class(module)
-    assert original is not None
-    module.__class__ = _accelerated(original.__name__)
-    setattr(module, _NORM, norm)
+    _CLASSES.put_on(module, norm)
 
 
 def restore(module: nn.Module) -> None:
     """Give an encoder its own `forward` back."""
-    if _NORM in vars(module):
-        original = _original_class(module)
-        assert original is not None
-        module.__class__ = original
-        delattr(module, _NORM)
+    _CLASSES.take_off(module)
 
 
-def _original_class(module: nn.Module) -> type[nn.Module] | None:
-    # A subclass of somebody else has a forward of its own, perhaps; ours are marked.
-    candidates = type(module).__mro__ if _NORM in vars(module) else (type(module),)
-    for cls in candidates:
-        architecture = _ARCHITECTURES.get(cls.__name__)
-        if architecture is not None and cls.__module__ == f"transformers.models.{architecture.module}":
-            return cls
-    return None
-
-
-@cache
-def _accelerated(name: str) -> type[nn.Module]:
-    original = getattr(importlib.import_module(f"transformers.models.{_ARCHITECTURES[name].module}"), name)
+def _methods(original: type[nn.Module]) -> dict[str, Any]:
     # Traced, every new set of lengths would be compiled anew, and the ops are fused already.
     run = torch.compiler.disable(_forward, reason="an accelerated encoder runs as it is")
 
@@ -106,20 +87,20 @@ def _accelerated(name: str) -> type[nn.Module]:
                 self.__class__ = accelerated
         return run(self, original, input_values, attention_mask, mask_time_indices, kwargs)
 
-    namespace = {"forward": forward, "__module__": __name__, "__qualname__": name, "__doc__": original.__doc__}
-    return type(name, (original,), namespace)
+    return {"forward": forward}
 
 
-def __getattr__(name: str) -> Any:
-    """The accelerated classes, where pickle looks for them."""
-    if name in _ARCHITECTURES:
-        return _accelerated(name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+_CLASSES = AcceleratedClasses(
+    __name__,
+    {name: f"transformers.models.{architecture.module}" for name, architecture in _ARCHITECTURES.items()},
+    _methods,
+)
+__getattr__ = _CLASSES.by_name  # for pickle
 
 
 def _modules_not_called(model: Any) -> Iterator[nn.Module]:
     """Those that the original calls and this code only reads."""
-    if getattr(model, _NORM) == "valid":
+    if getattr(model, NORM) == "valid":
         yield model.feature_extractor
         for block in model.feature_extractor.conv_layers:
             yield from (block, block.conv)
@@ -211,7 +192,7 @@ def _frames_after(model: Any, samples: int) -> int:
 
 def _front_end(model: Any, input_values: Tensor, lengths: list[int]) -> Packed:
     extractor = model.feature_extractor
-    if getattr(model, _NORM) == "valid":
+    if getattr(model, NORM) == "valid":
         return L.front_end(extractor.conv_layers, waveforms_of(input_values, lengths))
     padded = extractor(input_values).transpose(1, 2)
     frames = [_frames_after(model, length) for length in lengths]

@@ -1,0 +1,120 @@
+"""Transformers' `Wav2Vec2ForPreTraining`: quantiser and contrastive loss by our ops, from and to padded batches.
+
+The original gathers every negative of every frame, padding included, and multiplies every code with every frame.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastssl import ops
+from fastssl.interop.classes import AcceleratedClasses
+from fastssl.ops.gumbel_quantize.op import GumbelQuantized
+
+_MODULE = "transformers.models.wav2vec2.modeling_wav2vec2"
+KNOWN = ()  # it holds an encoder, which is
+
+
+def knows(module: nn.Module) -> bool:
+    """Whether it is the model with the objective, or its quantiser, accelerated or not."""
+    return _CLASSES.original(module) is not None
+
+
+def check(module: nn.Module) -> None:
+    """Both are always served."""
+
+
+def accelerate(module: nn.Module, norm: str) -> None:
+    """Give the quantiser, or the model, our `forward`."""
+    _CLASSES.put_on(module, norm)
+
+
+def restore(module: nn.Module) -> None:
+    """Give it its own `forward` back."""
+    _CLASSES.take_off(module)
+
+
+def _quantize(
+    self: Any,
+    hidden_states: Tensor,  # (B, F, C)
+    mask_time_indices: Tensor | None = None,  # (B, F)
+) -> tuple[Tensor, Tensor]:  # (B, F, D), ()
+    """The vectors of every frame, and the perplexity over the masked ones, or over all."""
+    shape = (self.num_groups, self.num_vars)
+    logits = self.weight_proj(hidden_states).flatten(0, 1).unflatten(1, shape)
+    noise = None
+    if self.training:
+        # The draws of `torch.nn.functional.gumbel_softmax`, in its order.
+        noise = -torch.empty_like(logits, dtype=torch.float32).exponential_().log()
+    else:
+        logits = logits.detach()
+    codevectors = self.codevectors.view(*shape, -1)
+
+    def quantized(rows: Tensor | None) -> GumbelQuantized:
+        some = logits if rows is None else logits.index_select(0, rows)
+        drawn = noise if rows is None or noise is None else noise.index_select(0, rows)
+        return ops.gumbel_quantize(some, codevectors, noise=drawn, temperature=self.temperature)
+
+    if mask_time_indices is None:
+        counted, frames = quantized(None), len(logits)
+        values = counted.values
+    else:
+        mask = mask_time_indices.flatten()
+        masked, rest = mask.nonzero().squeeze(1), (~mask).nonzero().squeeze(1)
+        counted, frames = quantized(masked), len(masked)
+        values = counted.values.new_empty(len(logits), counted.values.shape[1])
+        values = values.index_copy(0, masked, counted.values).index_copy(0, rest, quantized(rest).values)
+    sums = counted.probability_sums if self.training else counted.counts.to(counted.probability_sums.dtype)
+    shares = sums / frames
+    perplexity = torch.exp(-torch.xlogy(shares, shares).sum(-1)).sum()
+    return values.unflatten(0, hidden_states.shape[:2]), perplexity
+
+
+def _losses(config: Any, output: Any, mask: Tensor | None, negatives: Tensor) -> dict[str, Tensor]:
+    """What the original adds where it is given negatives: frames (B, F, K) of the flattened batch."""
+    if mask is None:
+        raise ValueError("mask_time_indices: missing, but sampled_negative_indices are there; there is no loss without")
+    mask = mask.bool()
+    context, targets = output.projected_states, output.projected_quantized_states
+    # A frame without negatives costs nothing.
+    chosen = torch.where(mask.unsqueeze(2), negatives.long(), -1).flatten(0, 1)
+    losses, _ = ops.contrastive_loss(
+        context.flatten(0, 1),
+        targets.flatten(0, 1).to(context.dtype),
+        chosen,
+        temperature=config.contrastive_logits_temperature,
+    )
+    codes = config.num_codevectors_per_group * config.num_codevector_groups
+    contrastive, diversity = losses.sum(), (codes - output.codevector_perplexity) / codes * mask.sum()
+    loss = contrastive + config.diversity_loss_weight * diversity
+    return {"loss": loss, "contrastive_loss": contrastive, "diversity_loss": diversity}
+
+
+def _methods(original: type[nn.Module]) -> dict[str, Any]:
+    if original.__name__ == "Wav2Vec2GumbelVectorQuantizer":
+        return {"forward": _quantize}
+
+    def forward(
+        self: Any,
+        input_values: Tensor,
+        attention_mask: Tensor | None = None,
+        mask_time_indices: Tensor | None = None,
+        sampled_negative_indices: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        wants_tuple = kwargs.pop("return_dict", None)
+        tuple_by_config = getattr(self.config, "return_dict", True) is False
+        # Without negatives the original computes everything but the losses.
+        output = original.forward(self, input_values, attention_mask, mask_time_indices, return_dict=True, **kwargs)
+        if sampled_negative_indices is not None:
+            output = type(output)(**output | _losses(self.config, output, mask_time_indices, sampled_negative_indices))
+        return output.to_tuple() if wants_tuple is False or (wants_tuple is None and tuple_by_config) else output
+
+    return {"forward": forward}
+
+
+_CLASSES = AcceleratedClasses(
+    __name__, {"Wav2Vec2ForPreTraining": _MODULE, "Wav2Vec2GumbelVectorQuantizer": _MODULE}, _methods
+)
+__getattr__ = _CLASSES.by_name  # for pickle
