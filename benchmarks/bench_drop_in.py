@@ -19,6 +19,8 @@ from benchmarks.harness import Contenders, Outputs, Row, compare
 from benchmarks.report import Rows, main
 from benchmarks.targets import Target
 from fastssl.models.encoder import EncoderConfig
+from fastssl.models.wav2vec2 import PRESETS
+from fastssl.packing import Packed
 
 _GATE_S = [1.0, 0.7]
 _TOLERANCES = {"forward": {torch.float32: 2e-4, torch.bfloat16: 0.1}, "training": {torch.float32: 1e-3}}
@@ -199,7 +201,66 @@ def _gate_outputs(
     return outputs | {n: grad for n, grad in grads.items() if not n.endswith("k_proj.bias")}
 
 
-def _rows(works: Sequence[str], sets: Sequence[str]) -> Rows:
+def pretraining(workload: str, device: torch.device) -> Row:
+    """`Wav2Vec2ForPreTraining` with its objective; masks and negatives are drawn before. bf16 autocast on a GPU."""
+    torch.manual_seed(0)
+    library = importlib.import_module("transformers")
+    original = library.Wav2Vec2ForPreTraining(library.Wav2Vec2Config(layerdrop=0.0)).to(device)
+    ours = fastssl.accelerate(copy.deepcopy(original))
+    lengths_s = _lengths_s("wav2vec2-base", workload, device)
+    batch = workloads.waveforms(lengths_s, device)
+    inputs = _pretraining_inputs(original, batch)
+
+    def step(model: Any) -> None:
+        model.train()
+        model.zero_grad(set_to_none=True)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            loss = model(**inputs).loss
+        loss.backward()
+
+    def gradients(model: Any) -> Outputs:
+        model.eval()
+        model.quantizer.train()  # else it takes no gradient
+        torch.manual_seed(1)  # both draw the same noise
+        loss = model(**gate_inputs | {"input_values": gate_inputs["input_values"].to(model.project_q.weight)}).loss
+        loss.backward()
+        grads = {f"gradient of {n}": p.grad for n, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad(set_to_none=True)
+        return {"loss": loss.detach()} | {n: grad for n, grad in grads.items() if not n.endswith("k_proj.bias")}
+
+    gate_inputs = _pretraining_inputs(original, workloads.waveforms([1.0, 1.0], device))
+    contenders = Contenders()
+    contenders.add("fastssl", partial(step, ours), partial(gradients, ours))
+    contenders.add("original", partial(step, original), partial(gradients, original))
+    samples = workloads.samples_of(lengths_s)
+    masked = inputs["mask_time_indices"].sum(1).tolist()
+    gemms = limits.pretraining(PRESETS["wav2vec2-base"], samples, masked)
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    return compare(
+        f"wav2vec2-base for pre-training, training, {workload}",
+        contenders,
+        reference=partial(gradients, rivals.in_double(original)),
+        tolerance=1e-3,  # in fp32 everywhere: rounding the logits to bf16 makes the quantiser choose other codes
+        device=device,
+        limits=lambda: limits.gemm_limits(gemms, dtype, device),
+        audio_s=sum(lengths_s),
+        budget_s=5,
+        notes=[f"padded batch: {workloads.padding_factor(lengths_s):.2f} times the valid audio"],
+    )
+
+
+def _pretraining_inputs(model: Any, batch: Packed) -> dict[str, Tensor]:
+    audio, attention_mask = workloads.padded(batch)
+    mask, negatives = rivals.transformers_masks(model, attention_mask)
+    return {
+        "input_values": audio,
+        "attention_mask": attention_mask,
+        "mask_time_indices": mask,
+        "sampled_negative_indices": negatives,
+    }
+
+
+def _rows(works: Sequence[str], sets: Sequence[str]) -> dict[str, Callable[[torch.device], Row]]:
     return {
         f"{name}-{work}-{workload}": partial(drop_in, name, work, workload)
         for name in ARCHITECTURES
@@ -208,7 +269,9 @@ def _rows(works: Sequence[str], sets: Sequence[str]) -> Rows:
     }
 
 
-ROWS = _rows(("forward", "training"), ("read-speech", "equal"))
+ROWS: Rows = _rows(("forward", "training"), ("read-speech", "equal")) | {
+    f"wav2vec2-pretraining-{workload}": partial(pretraining, workload) for workload in ("read-speech", "equal")
+}
 _PROMISED = [Target(row, row, 1.0, "original") for row in ROWS]
 
 if __name__ == "__main__":
