@@ -33,7 +33,7 @@ class AcceleratedClasses:
     def original(self, module: nn.Module) -> Any:
         """The class that a module is of, accelerated or not; None for one that is not known."""
         # A subclass of somebody else has a forward of its own, perhaps; ours are marked.
-        candidates = type(module).__mro__ if NORM in vars(module) else (type(module),)
+        candidates = type(module).__mro__ if hasattr(type(module), NORM) else (type(module),)
         for cls in candidates:
             if self.sources.get(cls.__name__) == cls.__module__:
                 return cls
@@ -49,9 +49,9 @@ class AcceleratedClasses:
     def take_off(self, module: nn.Module) -> None:
         """Give a module its own methods back, if it has ours."""
         original = self.original(module)
-        if original is not None and NORM in vars(module):
+        if original is not None and hasattr(type(module), NORM):
             module.__class__ = original
-            delattr(module, NORM)
+            vars(module).pop(NORM, None)
 
     def by_name(self, name: str) -> type[nn.Module]:
         """The accelerated class of this name."""
@@ -63,5 +63,7 @@ class AcceleratedClasses:
         if original not in self._made:
             name = original.__name__
             namespace = {"__module__": self.home, "__qualname__": name, "__doc__": original.__doc__}
+            # An instance that the class itself makes, as `from_pretrained` does, has it too.
+            namespace[NORM] = "valid"
             self._made[original] = type(name, (original,), self.methods(original) | namespace)
         return self._made[original]

@@ -27,8 +27,13 @@ _PLAIN_WEIGHTS = (nn.Parameter, Tensor, type(None))  # not a quantised or sharde
 
 def _is_watched(module: nn.Module) -> bool:
     """Whether a call of it does more than its class's `forward`."""
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(hooks) or "forward" in vars(module)
+    if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks or "forward" in vars(module):
+        return True
+    return any(getattr(hook, "__module__", None) != _RECORDER for hook in module._forward_hooks.values())
+
+
+#: Leaves hooks on the layers of every model once asked for hidden states or attention weights; they change nothing.
+_RECORDER = "transformers.utils.output_capturing"
 
 
 _LIBRARIES = ("transformers.", "torchaudio.", "torch.nn.", "fastssl.")

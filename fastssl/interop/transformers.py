@@ -80,11 +80,7 @@ def _methods(original: type[nn.Module]) -> dict[str, Any]:
             reason = "attention weights exist in the original code only"
         if reason is not None:
             warnings.warn(f"{reason}, so the original code runs, padded", stacklevel=2)
-            accelerated, self.__class__ = type(self), original  # Transformers records outputs by class
-            try:
-                return original.forward(self, input_values, attention_mask, mask_time_indices, **kwargs)
-            finally:
-                self.__class__ = accelerated
+            return _as_original(self, original).forward(input_values, attention_mask, mask_time_indices, **kwargs)
         return run(self, original, input_values, attention_mask, mask_time_indices, kwargs)
 
     return {"forward": forward}
@@ -96,6 +92,13 @@ _CLASSES = AcceleratedClasses(
     _methods,
 )
 __getattr__ = _CLASSES.by_name  # for pickle
+
+
+def _as_original(model: nn.Module, original: type[nn.Module]) -> Any:
+    """The same model, of its own class, by which Transformers records outputs; other threads see no change."""
+    view = original.__new__(original)
+    object.__setattr__(view, "__dict__", vars(model))
+    return view
 
 
 def _modules_not_called(model: Any) -> Iterator[nn.Module]:

@@ -145,6 +145,16 @@ def test_copies_are_accelerated(way: str) -> None:
         assert torch.equal(again(waveforms, lengths)[0], model(waveforms, lengths)[0])
 
 
+def test_the_class_of_an_accelerated_model_makes_others() -> None:
+    model = fastssl.accelerate(make("wav2vec2 base"))
+    kind = type(model)
+    other = kind(model.feature_extractor, model.encoder).eval()
+    waveforms, lengths = batch_of([5000, 900])
+    with torch.no_grad():
+        assert torch.equal(other(waveforms, lengths)[0], model(waveforms, lengths)[0])
+    assert type(fastssl.restore(other)) is kind.__mro__[1]
+
+
 @EVERY_VARIANT
 def test_batch_mates_do_not_matter(variant: str) -> None:
     model = fastssl.accelerate(make(variant))

@@ -190,6 +190,43 @@ def test_attention_weights_come_from_the_original_code() -> None:
     torch.testing.assert_close(found.attentions, expected.attentions)
 
 
+@pytest.mark.parametrize("recorded", ["before", "after"])
+def test_a_model_that_has_recorded_its_layers_runs_packed(recorded: str) -> None:
+    """Transformers leaves hooks on the layers of every model that was once asked for more than its last state."""
+    model = transformers_model("wav2vec2 base", attn_implementation="eager")
+    waveforms, mask = padded_batch([5000, 900])
+    with torch.no_grad():
+        expected = fastssl.accelerate(copy.deepcopy(model))(waveforms, attention_mask=mask).last_hidden_state
+        if recorded == "before":
+            model(waveforms, output_hidden_states=True)
+        fastssl.accelerate(model)
+        if recorded == "after":
+            with pytest.warns(UserWarning, match="attention weights"):
+                model(waveforms, output_attentions=True)
+        assert torch.equal(model(waveforms, attention_mask=mask).last_hidden_state, expected)
+
+
+def test_while_the_original_code_runs_other_threads_find_the_model_accelerated() -> None:
+    model = fastssl.accelerate(transformers_model("wav2vec2 base", attn_implementation="eager"))
+    kinds = []
+    model.encoder.layer_norm.register_forward_hook(lambda *args: kinds.append(type(model)))
+    with torch.no_grad(), pytest.warns(UserWarning, match="attention weights"):
+        model(padded_batch([5000])[0], output_attentions=True)
+    assert kinds == [type(model)]
+
+
+def test_the_class_of_an_accelerated_model_makes_others(tmp_path: Path) -> None:
+    model = fastssl.accelerate(transformers_model("wav2vec2 base"))
+    model.save_pretrained(tmp_path)
+    for other in (type(model)(model.config), type(model).from_pretrained(tmp_path)):
+        other.load_state_dict(model.state_dict())
+        waveforms, mask = padded_batch([5000, 900])
+        with torch.no_grad():
+            found, expected = (m(waveforms, attention_mask=mask).last_hidden_state for m in (other.eval(), model))
+        assert torch.equal(found, expected)
+        assert type(fastssl.restore(other)) is transformers.Wav2Vec2Model
+
+
 def test_tuples_and_chosen_hidden_states() -> None:
     original = transformers_model("wav2vec2 base")
     model = fastssl.accelerate(copy.deepcopy(original))
