@@ -160,15 +160,17 @@ def make_model(folder: Path | None, characters: int, seed: int) -> Any:
     torch.manual_seed(seed)
     options: dict[str, Any] = {"vocab_size": characters + 1, "pad_token_id": BLANK, "ctc_loss_reduction": "mean"}
     options |= {"ctc_zero_infinity": True, "mask_time_length": 5}
-    if folder is not None:
-        return transformers.Wav2Vec2ForCTC.from_pretrained(folder, **options)
-    size: dict[str, Any] = {
-        "hidden_size": 192,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "intermediate_size": 768,
-    }
-    return transformers.Wav2Vec2ForCTC(transformers.Wav2Vec2Config(conv_dim=[128] * 7, **size, **options))
+    size: dict[str, Any] = {"hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 4}
+    size |= {"intermediate_size": 768, "conv_dim": [128] * 7}
+    model = (
+        transformers.Wav2Vec2ForCTC(transformers.Wav2Vec2Config(**size, **options))
+        if folder is None
+        else transformers.Wav2Vec2ForCTC.from_pretrained(folder, **options)
+    )
+    # Most frames are blank: a head that has to learn that first does so by gradients that ruin the encoder.
+    with torch.no_grad():
+        model.lm_head.bias[BLANK] = 3.0
+    return model
 
 
 def main() -> None:
@@ -178,8 +180,8 @@ def main() -> None:
     parser.add_argument("--label", default="text", help="column with what is said")
     parser.add_argument("--model", type=Path, help="folder in Transformers' layout (default: random weights)")
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--batch", type=int, default=8, help="utterances of a step")
-    parser.add_argument("--learning-rate", type=float, default=5e-4)
+    parser.add_argument("--batch", type=int, default=4, help="utterances of a step")
+    parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--every", type=int, default=50, help="steps between error rates")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)

@@ -78,7 +78,11 @@ def read_checkpoint(path: Path) -> tuple[EncoderConfig, dict[str, Tensor]]:
     prefix = next((prefix for prefix in _PREFIXES if prefix + _FIRST_WEIGHT in weights), None)
     if prefix is None:
         raise ValueError(f"{path}: no speech encoder in it; looked for a weight ...{_FIRST_WEIGHT}")
-    weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+    weights = {
+        name.removeprefix(prefix): tensor
+        for name, tensor in weights.items()
+        if isinstance(name, str) and name.startswith(prefix) and isinstance(tensor, Tensor)
+    }
     try:
         config = _config(cfg, weights)
     except ValueError as error:
@@ -216,6 +220,7 @@ def _normalises(levels: list[dict[str, Any]]) -> bool:
 
 def _parse_layers(text: Any) -> list[tuple[int, int, int]]:
     """Channels, kernel and stride of each convolution, from text such as "[(512, 10, 5)] + [(512, 3, 2)] * 4"."""
+    wrong = f"conv_feature_layers: {text!r:.200} is not a sum of lists of (channels, kernel, stride)"
 
     def value_of(node: ast.expr) -> Any:
         if isinstance(node, (ast.List, ast.Tuple)):
@@ -226,11 +231,15 @@ def _parse_layers(text: Any) -> list[tuple[int, int, int]]:
             left, right = value_of(node.left), value_of(node.right)
             if isinstance(node.op, ast.Add) and isinstance(left, list) and isinstance(right, list):
                 return left + right
-            if isinstance(node.op, ast.Mult) and isinstance(left, list) and isinstance(right, int) and right < 100:
+            factors = isinstance(node.op, ast.Mult) and isinstance(left, list) and isinstance(right, int)
+            if factors and len(left) * right < 100:  # text of a few letters could ask for any amount of memory
                 return left * right
-        raise ValueError(f"conv_feature_layers: {text!r} is not a sum of lists of (channels, kernel, stride)")
+        raise ValueError(wrong)
 
-    layers = value_of(ast.parse(str(text).strip(), mode="eval").body)
+    try:
+        layers = value_of(ast.parse(str(text).strip(), mode="eval").body)
+    except (SyntaxError, RecursionError, MemoryError):  # what a parser makes of what it cannot read
+        raise ValueError(wrong) from None
     if not isinstance(layers, list) or not all(isinstance(layer, list) and len(layer) == 3 for layer in layers):
-        raise ValueError(f"conv_feature_layers: {text!r} is not a list of (channels, kernel, stride)")
+        raise ValueError(f"conv_feature_layers: {text!r:.200} is not a list of (channels, kernel, stride)")
     return [(channels, kernel, stride) for channels, kernel, stride in layers]

@@ -105,6 +105,8 @@ class EncoderConfig:
     def __post_init__(self) -> None:
         if self.model_type not in MODEL_CLASSES:
             raise ValueError(f"model_type: {self.model_type!r} is none of {', '.join(MODEL_CLASSES)}")
+        for field in fields(EncoderConfig):
+            _check_value(field.name, getattr(self, field.name), field.default)
         foreign = [field for field in fields(self) if _OWN_FIELDS.get(field.name, self.model_type) != self.model_type]
         fixed = {field.name: field.default for field in foreign}
         if self.model_type == "data2vec-audio":
@@ -157,6 +159,22 @@ class EncoderConfig:
         for kernel, stride in zip(reversed(self.conv_kernel), reversed(self.conv_stride), strict=True):
             samples = (samples - 1) * stride + kernel
         return samples
+
+
+def _check_value(name: str, value: Any, default: Any) -> None:
+    """A config comes from a file, perhaps: a value must be of its default's type, and a size at least 1."""
+    if isinstance(default, tuple):
+        if not isinstance(value, tuple) or not value:
+            raise ValueError(f"{name}: must be a list with an entry for each convolution, got {value!r}")
+        for entry in value:
+            _check_value(name, entry, default[0])
+        return
+    kinds = (int, float) if isinstance(default, float) else (type(default),)
+    if type(value) not in kinds:
+        raise ValueError(f"{name}: must be of type {type(default).__name__}, got {value!r}")
+    least = 0 if name == "num_hidden_layers" else 1
+    if type(default) is int and value < least:
+        raise ValueError(f"{name}: must be at least {least}, got {value}")
 
 
 class EncoderOutput(NamedTuple):
@@ -272,10 +290,9 @@ class Encoder(nn.Module):
         folder = Path(folder)
         values = read_config(folder)
         try:
-            config = EncoderConfig.from_dict(values)
+            encoder = cls(EncoderConfig.from_dict(values))
         except ValueError as error:
             raise ValueError(f"{folder / 'config.json'}: {error}") from None
-        encoder = cls(config)
         load_encoder_weights(encoder, read_weights(folder), name=str(folder))
         return encoder
 
@@ -315,6 +332,8 @@ def load_encoder_weights(encoder: Encoder, weights: Mapping[str, Tensor], *, nam
     for key, tensor in found.items():
         if tensor.shape != own[key].shape:
             raise ValueError(f"{name}: {key} has shape {tuple(tensor.shape)}, expected {tuple(own[key].shape)}")
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name}: {key} is of {tensor.dtype}, which is no floating point")
     encoder.load_state_dict(found)
 
 

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -42,7 +42,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not path.exists():
         raise ValueError(f"{folder}: no model there; looked for {path} and {folder / 'encoder' / 'config.json'}")
     values = _read_json(path)
-    if values.get("model_type") not in MODEL_CLASSES:
+    if values.get("model_type") not in list(MODEL_CLASSES):  # compared, because JSON may hold what has no hash
         served = ", ".join(MODEL_CLASSES)
         raise ValueError(f"{path}: model_type is {values.get('model_type')!r}, served are: {served}")
     preprocessor = folder / "preprocessor_config.json"
@@ -62,8 +62,13 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         raise ValueError(f"{folder}: no weights there; looked for {', '.join(WEIGHT_FILES)}")
     if path.suffix != ".json":
         return _read_tensors(path)
+    files = _read_json(path).get("weight_map")
+    if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
+        raise ValueError(f"{path}: weight_map does not say which file has which weight")
     weights: dict[str, Tensor] = {}
-    for name in sorted(set(_read_json(path)["weight_map"].values())):
+    for name in sorted(set(files.values())):
+        if Path(name).name != name:
+            raise ValueError(f"{path}: names {name!r}, which is no file of its own folder")
         if not (folder / name).exists():
             raise ValueError(f"{folder / name}: is missing; {path.name} names it")
         weights |= _read_tensors(folder / name)
@@ -74,17 +79,28 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        weights: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+        weights = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of safetensors, zipfile or pickle, which share no class
-        raise ValueError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{path}: cannot be read: {str(error).partition(chr(10))[0]}") from error
+    if not is_state_dict(weights):
+        raise ValueError(f"{path}: holds no state dict, tensors by name")
     return weights
+
+
+def is_state_dict(weights: object) -> TypeGuard[dict[str, Tensor]]:
+    """Whether it is a dictionary of tensors by name."""
+    return isinstance(weights, dict) and all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in weights.items()
+    )
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: is no JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: is a {type(values).__name__}, not an object with names")
     return values
 
 

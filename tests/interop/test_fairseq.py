@@ -323,6 +323,9 @@ def test_not_even_what_is_expected_there_is_run(monkeypatch: pytest.MonkeyPatch,
         ({"conv_feature_layers": "__import__('os').system('true')"}, "is not a sum of lists"),
         ({"conv_feature_layers": "[(512, 10)]"}, "is not a list of"),
         ({"conv_feature_layers": "[(512, 10, 5)] * 10**9"}, "is not a sum of lists"),
+        ({"conv_feature_layers": "[(512, 10, 5)] * 99 * 99"}, "is not a sum of lists"),
+        ({"conv_feature_layers": "[(512,"}, "is not a sum of lists"),
+        ({"encoder_embed_dim": 0}, "hidden_size: must be at least 1, got 0"),
         ({"encoder_embed_dim": 64}, r"has shape \(48,\), expected \(64,\)"),
         ({"encoder_layers": 2}, r"no place for: encoder\.layers\.2"),
         ({"encoder_layers": 4}, r"weights are missing: encoder\.layers\.3"),
@@ -343,6 +346,7 @@ def test_other_files_are_named(tmp_path: Path) -> None:
     for content, message in (
         ({"state_dict": {}}, "looked for 'model', and for 'cfg' or 'args', in it"),
         ({"model": {}}, "looked for 'model', and for 'cfg' or 'args', in it"),
+        ({"args": args, "model": {3: torch.ones(1)}}, "no speech encoder in it; looked for"),
         ([1], "it holds a list, not a dictionary"),
         ({"args": args, "model": {"encoder.embed.weight": torch.ones(1)}}, "no speech encoder in it; looked for"),
     ):
