@@ -178,6 +178,21 @@ def dropout(module: nn.Module, x: Tensor) -> Tensor:
     return out
 
 
+def padded_by_last(x: Packed, length: int) -> Tensor:  # (N, D) -> (B, length, D)
+    """A padded batch with each utterance's last frame behind it, and zeros where there is none.
+
+    Greedy CTC decoding of the whole row gives the text of the utterance then. No gradient comes from the padding.
+    """
+    padded = x.to_padded(length=length)
+    lengths = x.layout.cu_seqlens.diff()
+    if not x.layout.total or min(x.layout.lengths) == length:
+        return padded
+    last = x.values.detach()[(x.layout.cu_seqlens[1:].long() - 1).clamp(min=0)]
+    last = torch.where(lengths.unsqueeze(1) > 0, last, 0)
+    valid = torch.arange(length, device=lengths.device) < lengths.unsqueeze(1)
+    return torch.where(valid.unsqueeze(2), padded, last.unsqueeze(1))
+
+
 def waveforms_of(x: Tensor, lengths: list[int]) -> Packed:
     """(B, T) padded samples as (N, 1) packed ones."""
     packed = Packed.from_padded(x, lengths)

@@ -2,8 +2,8 @@
 
 An accelerated encoder is of a subclass of its class, with the same name and another `forward` and `extract_features`:
 `isinstance`, pickling, `copy.deepcopy` and the pipelines' wrappers see the model they know. Each utterance is computed
-as if it were alone; frames of padding are zero, and so are their logits. An auxiliary head that is not a plain linear
-layer gets the padded batch, as the original gives it.
+as if it were alone. Behind it `forward` repeats its last frame or logits, and `extract_features` has zeros. An
+auxiliary head that is not a plain linear layer gets the padded batch, as the original gives it.
 
 What stays as it is: hooks on linear layers, norms and dropouts are called, but where somebody has hooked a module that
 this code does not call (the feature extractor, a convolution, the encoder, one of its layers), the original code runs,
@@ -97,9 +97,9 @@ def _forward(
     if not transformer.layer_norm_first:
         x = transformer.layer_norm(x)
     if self.aux is None or not L.is_plain(self.aux, nn.Linear):
-        padded = Packed(x, layout).to_padded(length=padded_frames)
+        padded = L.padded_by_last(Packed(x, layout), padded_frames)
         return (padded if self.aux is None else self.aux(padded)), frame_lengths
-    return Packed(L.linear(self.aux, x), layout).to_padded(length=padded_frames), frame_lengths
+    return L.padded_by_last(Packed(L.linear(self.aux, x), layout), padded_frames), frame_lengths
 
 
 def _extract_features(

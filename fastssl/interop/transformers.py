@@ -134,7 +134,7 @@ def _forward(
     mask_time_indices: Tensor | None,  # (B, F)
     options: dict[str, Any],
 ) -> Any:
-    """What the original returns, from packed frames; frames of padding are zero."""
+    """What the original returns, from packed frames."""
     if input_values.dim() != 2:
         raise ValueError(f"input_values: expected (B, T) samples, got {tuple(input_values.shape)}")
     batch, samples = input_values.shape
@@ -300,7 +300,7 @@ def _adapt(model: Any, x: Packed, padded_frames: int) -> Tensor:
     """The convolutional adapter, if there is one, on each utterance alone; else the frames, padded."""
     adapter = getattr(model, "adapter", None)
     if adapter is None:
-        return x.to_padded(length=padded_frames)
+        return L.padded_by_last(x, padded_frames)
     values = x.values
     if adapter.proj is not None:
         values = adapter.proj_layer_norm(L.linear(adapter.proj, values))
@@ -310,7 +310,7 @@ def _adapt(model: Any, x: Packed, padded_frames: int) -> Tensor:
         if not adapter.training or drawn > adapter.layerdrop:
             x = _adapter_layer(layer.conv, x)
             padded = _adapter_frames(layer.conv, padded)
-    return x.to_padded(length=padded)
+    return L.padded_by_last(x, padded)
 
 
 def _adapter_layer(conv: nn.Conv1d, x: Packed) -> Packed:

@@ -83,8 +83,8 @@ class SequenceCompressor(nn.Module):
             raise ValueError(f"kind: must be 'average', 'strided' or 'integrate-and-fire', got {kind!r}")
         if (factor is None) != (kind == "integrate-and-fire"):
             raise ValueError(f"factor: 'average' and 'strided' need one, and no other kind; got {factor} for {kind!r}")
-        if factor is not None and factor < 1:
-            raise ValueError(f"factor: must be at least 1, got {factor}")
+        if factor is not None and (type(factor) is not int or factor < 1):
+            raise ValueError(f"factor: must be a whole number of at least 1, got {factor!r}")
         if not 0 < input_period_ms < math.inf:
             raise ValueError(f"input_period_ms: must be positive and finite, got {input_period_ms}")
         self.channels = channels

@@ -1,5 +1,7 @@
 """The contrastive objective of wav2vec 2.0 with its negatives, over the masked frames of a packed batch."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -37,10 +39,10 @@ class ContrastiveLoss(nn.Module):
 
     def __init__(self, *, negatives: int = 100, temperature: float = 0.1) -> None:
         super().__init__()
-        if negatives < 1:
-            raise ValueError(f"negatives: must be at least 1, got {negatives}")
-        if not temperature > 0:
-            raise ValueError(f"temperature: must be above 0, got {temperature}")
+        if type(negatives) is not int or negatives < 1:
+            raise ValueError(f"negatives: must be a whole number of at least 1, got {negatives!r}")
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"temperature: must be above 0 and finite, got {temperature}")
         self.negatives = negatives
         self.temperature = temperature
 

@@ -16,6 +16,7 @@ from tests.interop.tiny_models import (
     EVERY_ACCELERATED_VARIANT,
     VARIANTS,
     assert_close,
+    assert_padded_by_last,
     padded_batch,
     transformers_model,
 )
@@ -41,7 +42,7 @@ def test_equals_the_original_on_each_utterance_alone(variant: str, batch: str) -
                 assert not ours[row, frames:].any()
             last = expected.last_hidden_state[0]
             assert_close(found.last_hidden_state[row, : len(last)], last, 2e-4, "last hidden state")
-            assert not found.last_hidden_state[row, len(last) :].any()
+            assert_padded_by_last(found.last_hidden_state[row], len(last))
 
 
 @pytest.mark.parametrize("batch", ["equal", "mixed"])
@@ -107,6 +108,22 @@ def test_every_head_gives_the_same(variant: str, head: str, weighted: bool) -> N
     for key, value in expected.items():
         if isinstance(value, Tensor):
             assert_close(found[key], value, 1e-3, key)
+
+
+def test_greedy_decoding_of_a_padded_batch_gives_the_text_of_each_utterance_alone() -> None:
+    """As scripts do it, over whole rows: padding adds no letters, and takes no gradient."""
+    model = fastssl.accelerate(transformers_model("wav2vec2 large", "ForCTC"))
+    waveforms, mask = padded_batch([9000, 900, 3300])
+    logits = model(waveforms, attention_mask=mask).logits
+    for row, samples in enumerate(mask.sum(1).tolist()):
+        alone = model(waveforms[row : row + 1, :samples]).logits[0]
+        assert torch.equal(logits[row].argmax(1).unique_consecutive(), alone.argmax(1).unique_consecutive())
+    hidden = model.wav2vec2(waveforms, attention_mask=mask).last_hidden_state
+    padding = torch.ones_like(hidden, dtype=torch.bool)
+    for row, frames in enumerate((27, 2, 10)):
+        padding[row, :frames] = False
+    hidden[padding].sum().backward()
+    assert not any(p.grad.any() for p in model.parameters() if p.grad is not None)
 
 
 def test_parameters_are_shared_and_restored() -> None:

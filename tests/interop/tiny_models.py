@@ -109,6 +109,12 @@ def assert_close(found: Tensor, expected: Tensor, relative: float, what: str = "
     assert (found - expected).abs().max() <= relative * expected.abs().max(), what
 
 
+def assert_padded_by_last(row: Tensor, count: int) -> None:  # (F, D)
+    """After so many frames the last of them is repeated; zeros where there is none."""
+    last = row[count - 1] if count else torch.zeros_like(row[:1]).sum(0)
+    assert torch.equal(row[count:], last.expand_as(row[count:]))
+
+
 def assert_same_weights(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     """To the bit, by the same names."""
     assert found.keys() == expected.keys()

@@ -288,7 +288,8 @@ def test_rejects_bad_input() -> None:
         r"kind: must be": lambda: SequenceCompressor(4, kind="mean"),  # type: ignore[arg-type]
         r"factor: 'average' and 'strided' need one": lambda: SequenceCompressor(4, kind="average"),
         r"factor: 'average'.* got 2 for 'integrate": lambda: SequenceCompressor(4, kind="integrate-and-fire", factor=2),
-        r"factor: must be at least 1, got 0": lambda: SequenceCompressor(4, kind="average", factor=0),
+        r"factor: must be a whole number .* got 0": lambda: SequenceCompressor(4, kind="average", factor=0),
+        r"factor: must be a whole number .* got 2.5": lambda: SequenceCompressor(4, kind="average", factor=2.5),
         r"input_period_ms: must be positive": lambda: SequenceCompressor(
             4, kind="average", factor=2, input_period_ms=0.0
         ),

@@ -105,7 +105,8 @@ def test_rejects_bad_input() -> None:
             contrastive_loss(context, targets, layout, **options)
     with pytest.raises(ValueError, match=r"layout: has 48 masked frames, but context is \(40, 8\)"):
         contrastive_loss(context[:40], targets[:40], layout)
-    with pytest.raises(ValueError, match="negatives: must be at least 1"):
-        ContrastiveLoss(negatives=0)
+    for negatives in (0, 2.5):
+        with pytest.raises(ValueError, match="negatives: must be a whole number"):
+            ContrastiveLoss(negatives=negatives)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="temperature: must be above 0"):
         ContrastiveLoss(temperature=0.0)
