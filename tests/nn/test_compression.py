@@ -289,7 +289,11 @@ def test_rejects_bad_input() -> None:
         r"factor: 'average' and 'strided' need one": lambda: SequenceCompressor(4, kind="average"),
         r"factor: 'average'.* got 2 for 'integrate": lambda: SequenceCompressor(4, kind="integrate-and-fire", factor=2),
         r"factor: must be a whole number .* got 0": lambda: SequenceCompressor(4, kind="average", factor=0),
-        r"factor: must be a whole number .* got 2.5": lambda: SequenceCompressor(4, kind="average", factor=2.5),
+        r"factor: must be a whole number .* got 2.5": lambda: SequenceCompressor(
+            4,
+            kind="average",
+            factor=2.5,  # type: ignore[arg-type]
+        ),
         r"input_period_ms: must be positive": lambda: SequenceCompressor(
             4, kind="average", factor=2, input_period_ms=0.0
         ),
