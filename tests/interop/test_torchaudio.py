@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -167,6 +168,21 @@ def test_batch_mates_do_not_matter(variant: str) -> None:
             for row, samples in enumerate(batch):
                 alone, _ = model(waveforms[row : row + 1, :samples])
                 assert torch.equal(together[row : row + 1, : frames[row]], alone)
+
+
+@EVERY_VARIANT
+def test_batch_mates_do_not_matter_to_speech(variant: str, speech: list[Any]) -> None:
+    model = fastssl.accelerate(make(variant))
+    lengths = torch.tensor([len(waveform) for waveform in speech])
+    padded = nn.utils.rnn.pad_sequence([torch.from_numpy(waveform) for waveform in speech], batch_first=True)
+    with torch.no_grad():
+        together, frames = model(padded, lengths)
+        layers, _ = model.extract_features(padded, lengths)
+        for row, waveform in enumerate(speech):
+            alone = torch.from_numpy(waveform).unsqueeze(0)
+            assert torch.equal(together[row : row + 1, : frames[row]], model(alone)[0])
+            for layer, expected in zip(layers, model.extract_features(alone)[0], strict=True):
+                assert torch.equal(layer[row : row + 1, : frames[row]], expected)
 
 
 @settings(max_examples=15, deadline=None)

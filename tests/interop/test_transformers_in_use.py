@@ -13,20 +13,6 @@ import fastssl
 from tests.interop.tiny_models import EVERY_ACCELERATED_VARIANT, assert_close, padded_batch, transformers_model
 
 transformers = pytest.importorskip("transformers")
-soundfile = pytest.importorskip("soundfile")
-
-
-@pytest.fixture(scope="module")
-def speech(speech_folder: Path) -> list[Any]:
-    """The two shortest and the three longest recordings, as samples at 16 kHz."""
-    from fastssl.data.audio import resample
-
-    decoded = []
-    for path in sorted([*speech_folder.rglob("*.flac"), *speech_folder.rglob("*.wav")])[:40]:
-        samples, rate_hz = soundfile.read(path, dtype="float32")
-        decoded.append(resample(samples, rate_hz, 16_000))
-    decoded.sort(key=len)
-    return [*decoded[:2], *decoded[-3:]]
 
 
 @EVERY_ACCELERATED_VARIANT
