@@ -86,3 +86,8 @@ def check_against_reference(
     ]
     for name, exact_grad, plain_grad, grad in zip(names, *found, strict=True):
         assert_as_good_as(grad.cpu(), plain_grad.cpu(), exact_grad, f"grad_{name}")
+
+
+def compiler_for(backend: str) -> str:
+    """Of `torch.compile`: what it generates for plain PyTorch is PyTorch's to test, and takes seconds."""
+    return "aot_eager" if backend in ("reference", "torch") else "inductor"

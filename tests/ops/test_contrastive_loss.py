@@ -11,7 +11,7 @@ from transformers.models.wav2vec2.modeling_wav2vec2 import Wav2Vec2ForPreTrainin
 
 from fastssl.ops import contrastive_loss
 from fastssl.ops._dispatch import BACKENDS
-from tests.ops.common import LENGTHS, check_against_reference, implementations
+from tests.ops.common import LENGTHS, check_against_reference, compiler_for, implementations
 
 #: name -> (masked frames of each utterance, D, K, share of negatives that are -1, number of distinct targets or None)
 CASES = {
@@ -148,7 +148,9 @@ def test_fake_kernels_have_the_shapes_of_the_reference(case: str, namespace: str
 def test_compile(backend: str, device: str) -> None:
     inputs = {name: tensor.to(device) for name, tensor in draw_case("codes", backend, device).items()}
     targets = inputs["targets"].requires_grad_()
-    compiled = torch.compile(lambda tensors: call(tensors, backend), fullgraph=True, dynamic=True)
+    compiled = torch.compile(
+        lambda tensors: call(tensors, backend), fullgraph=True, dynamic=True, backend=compiler_for(backend)
+    )
     (loss, correct), (eager, eager_correct) = compiled(inputs), call(inputs, backend)
     torch.testing.assert_close(loss, eager, rtol=1e-5, atol=1e-5)
     assert torch.equal(correct, eager_correct)

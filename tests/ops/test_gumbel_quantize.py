@@ -11,7 +11,7 @@ from fastssl.nn.random import gumbel, noise_seeds
 from fastssl.ops import gumbel_quantize
 from fastssl.ops.gumbel_quantize import reference
 from fastssl.ops.gumbel_quantize.op import GumbelQuantized
-from tests.ops.common import LENGTHS, assert_as_good_as, cast, check_against_reference, implementations
+from tests.ops.common import LENGTHS, assert_as_good_as, cast, check_against_reference, compiler_for, implementations
 
 #: name -> (M, G, V, E, where the noise comes from)
 CASES = {
@@ -144,7 +144,9 @@ def test_opcheck(case: str, dtype: torch.dtype, backend: str, device: str) -> No
 def test_compile(backend: str, device: str) -> None:
     inputs = {name: tensor.to(device) for name, tensor in make_inputs("seeds").items()}
     leaves = differentiable(inputs)
-    compiled = torch.compile(lambda tensors: call(tensors, backend), fullgraph=True, dynamic=True)(inputs)
+    compiled = torch.compile(
+        lambda tensors: call(tensors, backend), fullgraph=True, dynamic=True, backend=compiler_for(backend)
+    )(inputs)
     eager = call(inputs, backend)
     for found, expected in zip(compiled, eager, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

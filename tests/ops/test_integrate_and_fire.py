@@ -11,7 +11,7 @@ from fastssl.ops import integrate_and_fire
 from fastssl.ops.integrate_and_fire import reference
 from fastssl.ops.integrate_and_fire.op import fire
 from fastssl.packing import Layout
-from tests.ops.common import LENGTHS, check_against_reference, implementations, layout_of
+from tests.ops.common import LENGTHS, check_against_reference, compiler_for, implementations, layout_of
 
 #: name -> (lengths, C, mean weight, threshold)
 CASES = {
@@ -186,7 +186,7 @@ def test_compile(backend: str, device: str) -> None:
             return reference.integrate_and_fire(x, positions, layout, layout_out, threshold=threshold)
         return fire(x, weights, positions.detach(), layout, layout_out, threshold=threshold)
 
-    out = torch.compile(kernels, fullgraph=True, dynamic=True)(x, weights, positions)
+    out = torch.compile(kernels, fullgraph=True, dynamic=True, backend=compiler_for(backend))(x, weights, positions)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
     grads = torch.autograd.grad(out.square().sum(), (x, weights))
     expected_grads = torch.autograd.grad(expected.square().sum(), (x, weights))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastssl.ops import positional_conv
 from fastssl.packing import Layout
-from tests.ops.common import LENGTHS, check_against_reference, implementations, layout_of
+from tests.ops.common import LENGTHS, check_against_reference, compiler_for, implementations, layout_of
 
 #: name -> (lengths, groups, channels of a group, K, bias)
 CASES = {
@@ -109,7 +109,9 @@ def test_long_sequences_have_an_exact_weight_gradient() -> None:
 @EVERY_IMPLEMENTATION
 def test_compile(backend: str, device: str) -> None:
     inputs = {name: tensor.to(device).requires_grad_() for name, tensor in make_inputs("wav2vec2").items()}
-    compiled = torch.compile(lambda tensors: run("wav2vec2", tensors, backend), fullgraph=True, dynamic=True)
+    compiled = torch.compile(
+        lambda tensors: run("wav2vec2", tensors, backend), fullgraph=True, dynamic=True, backend=compiler_for(backend)
+    )
     out, eager = compiled(inputs), run("wav2vec2", inputs, backend)
     torch.testing.assert_close(out, eager, rtol=1e-4, atol=1e-4)
     (grads, expected) = (torch.autograd.grad(y.square().sum(), list(inputs.values())) for y in (out, eager))

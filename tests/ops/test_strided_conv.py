@@ -10,7 +10,7 @@ from fastssl.ops import StridedConvLayer, strided_conv, strided_conv_stack
 from fastssl.ops._dispatch import BACKENDS
 from fastssl.ops.strided_conv import blocks
 from fastssl.packing import Layout
-from tests.ops.common import LENGTHS, cast, check_against_reference, gradients, implementations, layout_of
+from tests.ops.common import LENGTHS, cast, check_against_reference, compiler_for, gradients, implementations, layout_of
 
 Norm = Literal["none", "group", "layer"]
 
@@ -224,7 +224,9 @@ def test_compile(case: str, backend: str, device: str) -> None:
     if backend == "triton" and device == "cpu":
         pytest.skip("the interpreter is slow: test_compile_stack has it")
     inputs = {name: tensor.to(device).requires_grad_() for name, tensor in make_inputs(case).items()}
-    compiled = torch.compile(lambda tensors: run(case, tensors, backend), fullgraph=True, dynamic=True)
+    compiled = torch.compile(
+        lambda tensors: run(case, tensors, backend), fullgraph=True, dynamic=True, backend=compiler_for(backend)
+    )
     out, eager = compiled(inputs), run(case, inputs, backend)
     torch.testing.assert_close(out, eager, rtol=1e-4, atol=1e-5)
     grad = torch.autograd.grad(out.square().sum(), inputs["weight"])[0]
@@ -282,7 +284,9 @@ def inputs_with_x(inputs: dict[str, Tensor], tensors: dict[str, Tensor]) -> dict
 @pytest.mark.parametrize(("backend", "device"), implementations("strided_conv", compiled_only=True))
 def test_compile_stack(backend: str, device: str) -> None:
     inputs = {name: tensor.to(device).requires_grad_() for name, tensor in make_stack("wav2vec2_group").items()}
-    compiled = torch.compile(lambda tensors: run_stack("wav2vec2_group", tensors, backend), fullgraph=True)
+    compiled = torch.compile(
+        lambda tensors: run_stack("wav2vec2_group", tensors, backend), fullgraph=True, backend=compiler_for(backend)
+    )
     outs = compiled(inputs), run_stack("wav2vec2_group", inputs, backend)
     results = [[out, *gradients(out, list(inputs.values()))] for out in outs]
     for found, expected in zip(*results, strict=True):
