@@ -13,7 +13,6 @@ from fastssl.interop.classes import AcceleratedClasses
 from fastssl.ops.gumbel_quantize.op import GumbelQuantized
 
 _MODULE = "transformers.models.wav2vec2.modeling_wav2vec2"
-KNOWN = ()  # it holds an encoder, which is
 
 
 def knows(module: nn.Module) -> bool:

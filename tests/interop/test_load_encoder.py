@@ -20,6 +20,7 @@ from fastssl.models.encoder import Encoder, EncoderConfig
 from tests.interop.tiny_models import (
     EVERY_FAMILY,
     TINY,
+    TORCHAUDIO_FACTORIES,
     assert_close,
     assert_same_weights,
     disturb,
@@ -331,22 +332,7 @@ def test_torchaudio_models_with_the_weight_norm_of_old() -> None:
     assert_same_weights(dict(found.state_dict()), dict(expected.state_dict()))
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "wav2vec2_base",
-        "wav2vec2_large",
-        "wav2vec2_large_lv60k",
-        "wav2vec2_xlsr_300m",
-        "wav2vec2_xlsr_1b",
-        "wav2vec2_xlsr_2b",
-        "hubert_base",
-        "hubert_large",
-        "hubert_xlarge",
-        "wavlm_base",
-        "wavlm_large",
-    ],
-)
+@pytest.mark.parametrize("name", TORCHAUDIO_FACTORIES)
 def test_every_factory_of_torchaudio_has_an_encoder_of_its_shapes(name: str) -> None:
     models = pytest.importorskip("torchaudio.models")
     with torch.device("meta"):

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fastssl
-from tests.interop.tiny_models import assert_padded_by_last
-from tests.interop.tiny_torchaudio import VARIANTS, assert_close, batch_of, make
+from tests.interop.tiny_models import Adapted, assert_close, assert_padded_by_last
+from tests.interop.tiny_torchaudio import VARIANTS, batch_of, make
 
 EVERY_VARIANT = pytest.mark.parametrize("variant", VARIANTS)
 BATCHES = {"single": [6000], "equal": [5000, 5000], "mixed": [5000, 900, 3300], "extreme": [30000, 400, 719, 399, 0]}
@@ -274,18 +274,6 @@ def test_dropout_drops_in_training_only() -> None:
             assert torch.equal(model(waveforms, lengths)[0], model(waveforms, lengths)[0])
             model.train()
             assert not torch.equal(model(waveforms, lengths)[0], model(waveforms, lengths)[0]), name
-
-
-class Adapted(nn.Module):
-    """As LoRA puts it in the place of a linear layer."""
-
-    def __init__(self, base: nn.Linear) -> None:
-        super().__init__()
-        self.base, self.down, self.up = base, nn.Linear(base.in_features, 2), nn.Linear(2, base.out_features)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.base(x) + self.up(self.down(x))
-        return out
 
 
 @pytest.mark.parametrize("variant", ["wav2vec2 base, logits", "wavlm base"])

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 import fastssl
-from tests.interop.tiny_torchaudio import TINY, assert_close, batch_of, make, models
+from tests.interop.tiny_models import TORCHAUDIO_FACTORIES, assert_close
+from tests.interop.tiny_torchaudio import TINY, batch_of, make, models
 
 pipelines = pytest.importorskip("torchaudio.pipelines")
 wrappers = pytest.importorskip("torchaudio.pipelines._wav2vec2.utils")
@@ -30,23 +31,10 @@ def test_wrappers_of_pipelines(variant: str, normalize_waveform: bool) -> None:
             assert_close(found, expected, 2e-4)
 
 
-FACTORIES = [
-    "wav2vec2_base",
-    "wav2vec2_large",
-    "wav2vec2_large_lv60k",
-    "wav2vec2_xlsr_300m",
-    "wav2vec2_xlsr_1b",
-    "wav2vec2_xlsr_2b",
-    "hubert_base",
-    "hubert_large",
-    "hubert_xlarge",
-    "wavlm_base",
-    "wavlm_large",
-]
 BUNDLES = [name for name, value in vars(pipelines).items() if isinstance(value, pipelines.Wav2Vec2Bundle)]
 
 
-@pytest.mark.parametrize("name", FACTORIES)
+@pytest.mark.parametrize("name", TORCHAUDIO_FACTORIES)
 def test_every_factory_is_served(name: str) -> None:
     with torch.device("meta"):
         model = getattr(models, name)()

@@ -15,6 +15,7 @@ from tests.interop.tiny_models import (
     BATCHES,
     EVERY_ACCELERATED_VARIANT,
     VARIANTS,
+    Adapted,
     assert_close,
     assert_padded_by_last,
     padded_batch,
@@ -328,15 +329,6 @@ def test_gradient_checkpointing_and_frozen_front_ends(variant: str) -> None:
 
 def test_layers_in_the_place_of_linear_ones_are_called() -> None:
     """As LoRA puts them there."""
-
-    class Adapted(nn.Module):
-        def __init__(self, base: nn.Linear) -> None:
-            super().__init__()
-            self.base, self.down, self.up = base, nn.Linear(base.in_features, 2), nn.Linear(2, base.out_features)
-
-        def forward(self, x: Tensor) -> Tensor:
-            out: Tensor = self.base(x) + self.up(self.down(x))
-            return out
 
     original = transformers_model("wav2vec2 base")
     for layer in original.encoder.layers:

@@ -63,6 +63,20 @@ WITH_ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
     "wav2vec2 base, adapter": ("Wav2Vec2", ADAPTER),
     "wav2vec2 large, adapters": ("Wav2Vec2", LARGE | ADAPTER | {"adapter_attn_dim": 8, "output_hidden_size": 48}),
 }
+#: Of torchaudio, by name: the architectures that were published.
+TORCHAUDIO_FACTORIES = [
+    "wav2vec2_base",
+    "wav2vec2_large",
+    "wav2vec2_large_lv60k",
+    "wav2vec2_xlsr_300m",
+    "wav2vec2_xlsr_1b",
+    "wav2vec2_xlsr_2b",
+    "hubert_base",
+    "hubert_large",
+    "hubert_xlarge",
+    "wavlm_base",
+    "wavlm_large",
+]
 #: One of each architecture.
 FAMILIES = ("wav2vec2 base", "hubert large", "wavlm base", "data2vec", "unispeech base", "unispeech-sat large")
 BATCHES = {"single": [6000], "equal": [5000, 5000], "mixed": [5000, 900, 3300], "extreme": [30000, 400, 719, 720]}
@@ -88,6 +102,22 @@ def disturb(model: torch.nn.Module) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+
+
+class Adapted(torch.nn.Module):
+    """As LoRA puts it in the place of a linear layer."""
+
+    def __init__(self, base: torch.nn.Linear) -> None:
+        super().__init__()
+        self.base, self.down, self.up = (
+            base,
+            torch.nn.Linear(base.in_features, 2),
+            torch.nn.Linear(2, base.out_features),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.base(x) + self.up(self.down(x))
+        return out
 
 
 def padded_batch(lengths: list[int]) -> tuple[Tensor, Tensor]:  # (B, T), (B, T)

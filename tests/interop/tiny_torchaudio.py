@@ -53,9 +53,3 @@ def batch_of(lengths: list[int]) -> tuple[Tensor, Tensor]:
     """Waveforms with noise in their padding, which nobody may hear."""
     generator = torch.Generator().manual_seed(len(lengths))
     return torch.randn(len(lengths), max(lengths), generator=generator), torch.tensor(lengths)
-
-
-def assert_close(found: Tensor, expected: Tensor, relative: float, what: str = "") -> None:
-    """In max norm."""
-    assert found.shape == expected.shape, what
-    assert (found - expected).abs().max() <= relative * expected.abs().max(), what
