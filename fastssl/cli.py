@@ -31,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
         "pretrain": (_pretrain, "train an encoder on a folder of audio"),
         "extract": (_extract, "write the features of every recording"),
+        "label": (_label, "cluster the frames of every recording, for HuBERT to learn from"),
         "prepare": (_prepare, "look through a folder once and write a manifest (optional)"),
         "info": (_info, "show the kernels of each op, and why one is missing"),
     }
@@ -82,7 +83,7 @@ def recipes() -> dict[str, Path]:
 
 
 def _pretrain(arguments: Sequence[str]) -> None:
-    from fastssl.train.config import PretrainConfig
+    from fastssl.train.config import PretrainConfig, TemperatureConfig
 
     parser = _pretrain_parser(arguments)
     settings = parser.instantiate(parser.parse_args(list(arguments)))
@@ -92,6 +93,8 @@ def _pretrain(arguments: Sequence[str]) -> None:
     data = settings.data
     if isinstance(data.valid, str):
         data = dataclasses.replace(data, valid=str(Path(data.valid).absolute()))
+    if data.labels is not None:
+        data = dataclasses.replace(data, labels=str(Path(data.labels).absolute()))
     recipe = settings.recipe
     if recipe is None and not settings.resume and settings.config is None:
         recipe = _DEFAULT_RECIPE
@@ -101,10 +104,11 @@ def _pretrain(arguments: Sequence[str]) -> None:
         seed=settings.seed,
         init=None if settings.init is None else str(Path(settings.init).absolute()),
         recipe=recipe,
+        system=settings.system,
         model=settings.model,
         data=data,
         optimizer=settings.optimizer,
-        temperature=settings.temperature,
+        temperature=settings.get("temperature") or TemperatureConfig(),
         trainer=settings.trainer,
     )
     # Lightning takes seconds to import, which a wrong option should not.
@@ -119,8 +123,8 @@ def _pretrain_parser(arguments: Sequence[str]) -> "ArgumentParser":
 
     What stands on the command line then wins, wherever it stands.
     """
-    from fastssl.models.wav2vec2 import Wav2Vec2Config
     from fastssl.train.config import DataConfig, OptimizerConfig, TemperatureConfig, TrainerConfig
+    from fastssl.train.systems import SYSTEMS
 
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     peek.add_argument("--recipe")
@@ -138,10 +142,12 @@ def _pretrain_parser(arguments: Sequence[str]) -> "ArgumentParser":
             raise ValueError(f"--config: there is no file {peeked.config}")
         defaults.append(Path(peeked.config))
 
+    system = _system_of(defaults)
     parser = _parser(
         "pretrain",
-        "Train an encoder by wav2vec 2.0's objective. RUN gets config.yaml, checkpoints/, logs/ (TensorBoard), "
-        "metrics.csv, report.png and encoder/, which Transformers opens. "
+        f"Train an encoder by {SYSTEMS[system].title}'s objective. RUN gets config.yaml, checkpoints/, logs/ "
+        "(TensorBoard), metrics.csv, report.png and encoder/, which load_encoder and, where it has such models, "
+        "Transformers open. "
         "`--config RUN/config.yaml --output OTHER` repeats a run.",
         defaults=defaults,
     )
@@ -166,12 +172,35 @@ def _pretrain_parser(arguments: Sequence[str]) -> "ArgumentParser":
         help="Start from these weights, with a new optimiser: a Transformers folder, or an earlier run.",
     )
     parser.add_argument("--seed", type=int, default=0, help="All randomness of the run derives from it.")
-    parser.add_argument("--model", type=Wav2Vec2Config, default=Wav2Vec2Config())
+    parser.add_argument(
+        "--system", default="wav2vec2", help=f"The objective, which the recipe decides: {', '.join(SYSTEMS)}."
+    )
+    config = SYSTEMS[system].config
+    parser.add_argument("--model", type=config, default=config())
     parser.add_argument("--data", type=DataConfig, default=DataConfig())
     parser.add_argument("--optimizer", type=OptimizerConfig, default=OptimizerConfig())
-    parser.add_argument("--temperature", type=TemperatureConfig, default=TemperatureConfig())
+    if system == "wav2vec2":
+        parser.add_argument("--temperature", type=TemperatureConfig, default=TemperatureConfig())
     parser.add_argument("--trainer", type=TrainerConfig, default=TrainerConfig())
     return parser
+
+
+def _system_of(files: Sequence[Path]) -> str:
+    """The system that settings are of; the last file that says so wins. The settings of `model` follow from it."""
+    import yaml
+
+    from fastssl.train.systems import SYSTEMS
+
+    system = "wav2vec2"
+    for path in files:
+        try:
+            values = yaml.safe_load(path.read_text())
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path}: is no YAML: {error}") from None
+        system = (values if isinstance(values, dict) else {}).get("system", system)
+        if system not in list(SYSTEMS):
+            raise ValueError(f"{path}: system is {system!r}, and there are {', '.join(SYSTEMS)}")
+    return system
 
 
 def _recipe_path(name: str) -> Path:
@@ -217,6 +246,49 @@ def _extract(arguments: Sequence[str]) -> None:
         overlap_s=settings.overlap_s,
         channel=settings.channel,
         shard_mb=settings.shard_mb,
+        device=settings.device,
+    )
+
+
+def _label(arguments: Sequence[str]) -> None:
+    from fastssl.train.label import LabelSettings, label
+
+    parser = _parser(
+        "label",
+        "Cluster frames by k-means and write the class of each, a table beside the audio that Lhotse reads too. "
+        "Without --model the frames are MFCC, as for HuBERT's first iteration. `fastssl pretrain AUDIO --recipe "
+        "hubert-base --data.labels LABELS` learns from them. Started again with the same arguments, it goes on where "
+        "it was, and adds new recordings.",
+    )
+    parser.add_argument("audio", metavar="AUDIO", help=_AUDIO_HELP)
+    parser.add_argument("--output", required=True, metavar="LABELS", help="Folder for the labels.")
+    parser.add_class_arguments(LabelSettings)
+    parser.add_argument(
+        "--kmeans",
+        type=str | None,
+        metavar="LABELS",
+        help="Take features and k-means model of these labels, so that held-out audio has the same classes.",
+    )
+    parser.add_argument("--num_workers", type=int | None, help="Processes that decode; null chooses by the cores.")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one.")
+    settings = parser.parse_args(list(arguments))
+    model = settings.model
+    if model is not None and Path(model).exists():
+        model = str(Path(model).absolute())
+    _log_to_console()
+    label(
+        settings.audio,
+        settings.output,
+        LabelSettings(
+            model=model,
+            layer=settings.layer,
+            clusters=settings.clusters,
+            fit_frames=settings.fit_frames,
+            seed=settings.seed,
+            channel=settings.channel,
+        ),
+        kmeans=settings.kmeans,
+        num_workers=settings.num_workers,
         device=settings.device,
     )
 

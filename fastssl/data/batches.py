@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -14,6 +14,8 @@ from torch.utils.data import Dataset, Sampler
 
 from fastssl.data.audio import SAMPLE_RATE_HZ, AudioError, read_waveform
 from fastssl.data.corpus import Problem, cut_name
+from fastssl.data.labels import LabelTable
+from fastssl.data.recordings import count_frames
 from fastssl.data.waveforms import pack_waveforms
 from fastssl.packing import Layout, Packed
 
@@ -28,6 +30,8 @@ class AudioBatch:
         names: B paths for messages, with "@12.0s" for a part of a recording.
         update: The optimiser update the batch belongs to, from 0.
         problems: Utterances of the plan that could not be used; B is 0 where that is all of them.
+        labels: (T,) int64, one for each of the T frames that an encoder makes of the waveforms; None where there are
+            none.
     """
 
     waveforms: Packed
@@ -35,6 +39,7 @@ class AudioBatch:
     names: tuple[str, ...]
     update: int
     problems: tuple[Problem, ...]
+    labels: Tensor | None = None  # (T,)
 
     @property
     def duration_s(self) -> float:
@@ -43,13 +48,21 @@ class AudioBatch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "AudioBatch":
         """The same batch on another device."""
-        waveforms = self.waveforms.to(device, non_blocking=non_blocking)
-        ids = self.ids.to(device, non_blocking=non_blocking)
-        return AudioBatch(waveforms, ids, self.names, self.update, self.problems)
+        return replace(
+            self,
+            waveforms=self.waveforms.to(device, non_blocking=non_blocking),
+            ids=self.ids.to(device, non_blocking=non_blocking),
+            labels=None if self.labels is None else self.labels.to(device, non_blocking=non_blocking),
+        )
 
     def pin_memory(self) -> "AudioBatch":
         """The same batch in page-locked memory; the data loader calls this."""
-        return AudioBatch(self.waveforms.pin_memory(), self.ids.pin_memory(), self.names, self.update, self.problems)
+        return replace(
+            self,
+            waveforms=self.waveforms.pin_memory(),
+            ids=self.ids.pin_memory(),
+            labels=None if self.labels is None else self.labels.pin_memory(),
+        )
 
 
 @dataclass(frozen=True)
@@ -212,16 +225,39 @@ def fixed_batches(cuts: Iterable[Cut], *, max_duration_s: float, crop_s: float |
     return [BatchSpec(0, tuple(ordered[index] for index in batch), crop_s, seed) for batch in batches]
 
 
+@dataclass(frozen=True)
+class FrameLabels:
+    """Labels of a corpus on the frames of an encoder.
+
+    Args:
+        table: The labels.
+        stride: Samples at 16 kHz from one frame to the next.
+        receptive_field: Samples that one frame sees.
+    """
+
+    table: LabelTable
+    stride: int
+    receptive_field: int
+
+    def of(self, cut: Cut, start_s: float, length: int) -> NDArray[np.int64]:
+        """The labels of `length` samples of a cut, from `start_s` of its recording on."""
+        frames = count_frames(length, stride=self.stride, receptive_field=self.receptive_field)
+        return self.table.at(
+            cut, start_s=start_s, frames=frames, stride=self.stride, receptive_field=self.receptive_field
+        )
+
+
 class WaveformDataset(Dataset[AudioBatch]):
     """Decodes a `BatchSpec`, in data loader workers: `DataLoader(dataset, sampler=sampler, batch_size=None)`.
 
     Args:
         normalize: Zero mean and unit variance for each crop, as Transformers' feature extractor.
         channel: Of several channels take this one (default: their mean).
+        labels: Labels of the corpus, and the frames of the encoder; None reads no labels.
     """
 
-    def __init__(self, *, normalize: bool, channel: int | None = None) -> None:
-        self.normalize, self.channel = normalize, channel
+    def __init__(self, *, normalize: bool, channel: int | None = None, labels: "FrameLabels | None" = None) -> None:
+        self.normalize, self.channel, self.labels = normalize, channel, labels
 
     def __getitem__(self, spec: BatchSpec) -> AudioBatch:
         """Decode; what cannot be used becomes a problem of the batch, and never an exception."""
@@ -233,14 +269,22 @@ class WaveformDataset(Dataset[AudioBatch]):
         layout = Layout.from_lengths([len(waveform) for waveform in waveforms])
         ids = torch.tensor([utterance_id(cut.id) for cut in used], dtype=torch.int64)
         names = tuple(cut_name(cut) for cut in used)
-        return AudioBatch(Packed(values[:, None], layout), ids, names, spec.update, problems)
+        labels = None
+        if self.labels is not None:
+            pairs = zip(used, waveforms, strict=True)
+            parts = [self.labels.of(cut, _part(cut, spec).start, len(waveform)) for cut, waveform in pairs]
+            labels = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *parts]))
+        return AudioBatch(Packed(values[:, None], layout), ids, names, spec.update, problems, labels)
 
     def _read(self, cut: Cut, spec: BatchSpec) -> NDArray[np.float32] | Problem:
-        part = crop(cut, crop_s=spec.crop_s, seed=spec.seed, update=spec.update)
         try:
-            return read_waveform(part, channel=self.channel)
+            return read_waveform(_part(cut, spec), channel=self.channel)
         except AudioError as error:
             return Problem(cut_name(cut), str(error))
+
+
+def _part(cut: Cut, spec: BatchSpec) -> Cut:
+    return crop(cut, crop_s=spec.crop_s, seed=spec.seed, update=spec.update)
 
 
 def _hash(key: str) -> int:

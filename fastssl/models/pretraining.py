@@ -1,15 +1,83 @@
-"""What systems that predict discrete targets of masked frames have in common: HuBERT and BEST-RQ."""
+"""What the systems that are pre-trained here have in common: an encoder, a head, and sums over masked frames."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar, Protocol
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from fastssl.models.encoder import Encoder, load_encoder_weights
 from fastssl.packing import Packed
+
+
+class StepOutput(Protocol):
+    """What the training loop asks of the outcome of one batch."""
+
+    @property
+    def loss(self) -> Tensor:
+        """() fp32, summed over the masked frames."""
+
+    @property
+    def masked_frames(self) -> int:
+        """M."""
+
+    @property
+    def code_counts(self) -> Tensor | None:
+        """(V,) int64, how often each code is the target; None where the system reports perplexities itself."""
+
+    def scores(self) -> dict[str, Tensor]:
+        """What is reported as averages over masked frames: () sums, by the names in `PretrainingModel.score_names`."""
+
+
+class PretrainingModel(nn.Module):
+    """An encoder with the head that its objective needs; the encoder is the attribute named `encoder_name`."""
+
+    encoder_name: ClassVar[str]
+
+    @property
+    def speech_encoder(self) -> Encoder:
+        """The encoder."""
+        encoder = getattr(self, self.encoder_name)
+        assert isinstance(encoder, Encoder)
+        return encoder
+
+    @property
+    def score_names(self) -> tuple[str, ...]:
+        """Names of the scores, the one that tells most first."""
+        raise NotImplementedError
+
+    def head_state(self) -> dict[str, Tensor]:
+        """The weights that are not the encoder's."""
+        prefix = f"{self.encoder_name}."
+        return {key: tensor for key, tensor in self.state_dict().items() if not key.startswith(prefix)}
+
+    def load_weights(self, weights: Mapping[str, Tensor], *, name: str) -> None:
+        """Load an encoder's weights, and the head's where they are all there too.
+
+        Args:
+            weights: By name.
+            name: Of the folder or file, for errors.
+
+        Raises:
+            ValueError: A weight of the encoder is missing, or one has another shape.
+        """
+        load_encoder_weights(self.speech_encoder, weights, name=name)
+        own = self.head_state()
+        if not own.keys() <= weights.keys():
+            return
+        for key, tensor in own.items():
+            if weights[key].shape != tensor.shape:
+                raise ValueError(f"{name}: {key} has shape {tuple(weights[key].shape)}, expected {tuple(tensor.shape)}")
+        self.load_state_dict({key: weights[key] for key in own}, strict=False)
+
+
+PREDICTION_SCORES = ("prediction_loss", "accuracy", "chance", "features_penalty")
 
 
 @dataclass(frozen=True)
 class PredictionOutput:
-    """Loss and statistics of one batch; sums over its M masked frames unless a line says otherwise."""
+    """Masked prediction of discrete targets, one batch; sums over its M masked frames unless a line says otherwise."""
 
     loss: Tensor  # () fp32, what is minimised: prediction + weighted features penalty
     prediction_loss: Tensor  # () fp32, cross-entropy of the targets, nats
@@ -18,3 +86,32 @@ class PredictionOutput:
     masked_frames: int  # M
     code_counts: Tensor  # (V,) int64, how often each code is the target, over all frames, masked or not
     features: Packed  # (N, D) of the masked input
+
+    def scores(self) -> dict[str, Tensor]:
+        """Sums by the names of `PREDICTION_SCORES`."""
+        chance = torch.full_like(self.prediction_loss, self.masked_frames / len(self.code_counts))
+        values = (self.prediction_loss, self.correct, chance, self.features_penalty)
+        return dict(zip(PREDICTION_SCORES, values, strict=True))
+
+
+def features_penalty(frames: Packed, mask: Tensor) -> Tensor:
+    """Sum over utterances of the mean square of its frames, times its masked frames, so that batches add up.
+
+    Args:
+        frames: (N, C) of the front end.
+        mask: (N,) bool, True where masked.
+
+    Returns:
+        () fp32.
+    """
+    layout = frames.layout
+    lengths = layout.cu_seqlens.diff()
+    squares = frames.values.float().square().mean(1)
+    masked = torch.zeros(len(lengths), device=mask.device).index_add(0, layout.sequence_ids, mask.float())
+    weight = masked / lengths.clamp(min=1)
+    return (squares * weight[layout.sequence_ids]).sum()
+
+
+def perplexity(probabilities: Tensor) -> Tensor:  # (..., V) -> (...)
+    """The exponential of the entropy."""
+    return torch.exp(-(probabilities * torch.log(probabilities + 1e-7)).sum(-1))

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from fastssl import ops
-from fastssl.models.encoder import Encoder, EncoderConfig, load_encoder_weights
+from fastssl.models.encoder import Encoder, EncoderConfig
 from fastssl.models.folder import read_config, read_weights
+from fastssl.models.pretraining import PretrainingModel, features_penalty, perplexity
 from fastssl.nn.linear import PackedLinear
 from fastssl.nn.masking import sample_negatives, sample_span_mask
 from fastssl.nn.quantizer import GumbelQuantizer
@@ -122,13 +123,35 @@ class PretrainingOutput:
     prob_perplexity: Tensor  # (G,) fp32, of the mean probabilities of all processes; not a sum
     features: Packed  # (N, D) of the masked input
 
+    @property
+    def code_counts(self) -> None:
+        """Of several groups there is no one distribution; the perplexities are among the scores."""
+        return None
 
-class Wav2Vec2ForPreTraining(nn.Module):
+    def scores(self) -> dict[str, Tensor]:
+        """Sums by the names of `Wav2Vec2ForPreTraining.score_names`."""
+        frames = self.masked_frames
+        groups = range(len(self.code_perplexity))
+        return {
+            "contrastive_loss": self.contrastive_loss,
+            "accuracy": self.correct,
+            "chance": self.chance,
+            "diversity_loss": self.diversity_loss * frames,
+            "features_penalty": self.features_penalty,
+            # No sum over batches gives the perplexity of their union: an average by masked frames stands for it.
+            **{f"code_perplexity_{group}": self.code_perplexity[group] * frames for group in groups},
+            **{f"prob_perplexity_{group}": self.prob_perplexity[group] * frames for group in groups},
+        }
+
+
+class Wav2Vec2ForPreTraining(PretrainingModel):
     """Encoder, quantiser and projections; the state dict is that of Transformers' class of this name.
 
     Args:
         config: Shape and objective.
     """
+
+    encoder_name = "wav2vec2"
 
     def __init__(self, config: Wav2Vec2Config) -> None:
         super().__init__()
@@ -143,6 +166,13 @@ class Wav2Vec2ForPreTraining(nn.Module):
         )
         self.project_hid = PackedLinear(config.hidden_size, config.proj_codevector_dim)
         self.project_q = PackedLinear(config.codevector_dim, config.proj_codevector_dim)
+
+    @property
+    def score_names(self) -> tuple[str, ...]:
+        """As in `PretrainingOutput.scores`."""
+        groups = range(self.config.num_codevector_groups)
+        perplexities = [f"{kind}_perplexity_{group}" for kind in ("code", "prob") for group in groups]
+        return ("contrastive_loss", "accuracy", "chance", "diversity_loss", "features_penalty", *perplexities)
 
     def forward(
         self,
@@ -227,10 +257,10 @@ class Wav2Vec2ForPreTraining(nn.Module):
             temperature=config.contrastive_logits_temperature,
         )
         contrastive = losses.sum()
-        prob_perplexity = _perplexity(_mean_over_processes(quantized.probability_sums, len(rows)))
+        prob_perplexity = perplexity(_mean_over_processes(quantized.probability_sums, len(rows)))
         total_codes = config.num_codevector_groups * config.num_codevectors_per_group
         diversity = (total_codes - prob_perplexity.sum()) / total_codes
-        penalty = _features_penalty(frames, mask)
+        penalty = features_penalty(frames, mask)
         loss = contrastive + config.features_penalty_weight * penalty
         loss = loss + config.diversity_loss_weight * len(rows) * diversity
         return PretrainingOutput(
@@ -241,7 +271,7 @@ class Wav2Vec2ForPreTraining(nn.Module):
             correct=correct.sum(),
             chance=(1 / (1 + (negatives >= 0).sum(1))).sum(),
             masked_frames=len(rows),
-            code_perplexity=_perplexity(quantized.counts / max(1, len(rows))),
+            code_perplexity=perplexity(quantized.counts / max(1, len(rows))),
             prob_perplexity=prob_perplexity.detach(),
             features=features,
         )
@@ -257,25 +287,6 @@ class Wav2Vec2ForPreTraining(nn.Module):
         model = cls(Wav2Vec2Config.from_dict(read_config(folder)))
         model.load_weights(read_weights(folder), name=str(folder))
         return model
-
-    def load_weights(self, weights: dict[str, Tensor], *, name: str) -> None:
-        """Load an encoder's weights, and the head's where they are there too.
-
-        Raises:
-            ValueError: A weight of the encoder is missing, or one has another shape.
-        """
-        load_encoder_weights(self.wav2vec2, weights, name=name)
-        own = {key: tensor for key, tensor in self.state_dict().items() if not key.startswith("wav2vec2.")}
-        if not own.keys() <= weights.keys():
-            return
-        for key, tensor in own.items():
-            if weights[key].shape != tensor.shape:
-                raise ValueError(f"{name}: {key} has shape {tuple(weights[key].shape)}, expected {tuple(tensor.shape)}")
-        self.load_state_dict({key: weights[key] for key in own}, strict=False)
-
-
-def _perplexity(probabilities: Tensor) -> Tensor:  # (G, V) -> (G,)
-    return torch.exp(-(probabilities * torch.log(probabilities + 1e-7)).sum(-1))
 
 
 class _SumOverProcesses(torch.autograd.Function):
@@ -301,13 +312,3 @@ def _mean_over_processes(total: Tensor, frames: int) -> Tensor:  # (G, V) -> (G,
         total = _SumOverProcesses.apply(total)
         torch.distributed.all_reduce(count)
     return total / count.clamp(min=1)
-
-
-def _features_penalty(frames: Packed, mask: Tensor) -> Tensor:
-    """Sum over utterances of the mean square of its frames, times its masked frames, so that batches add up."""
-    layout = frames.layout
-    lengths = layout.cu_seqlens.diff()
-    squares = frames.values.float().square().mean(1)
-    masked = torch.zeros(len(lengths), device=mask.device).index_add(0, layout.sequence_ids, mask.float())
-    weight = masked / lengths.clamp(min=1)
-    return (squares * weight[layout.sequence_ids]).sum()

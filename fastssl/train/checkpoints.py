@@ -18,7 +18,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from fastssl.models.encoder import Encoder, EncoderConfig
 from fastssl.models.folder import read_config, read_weights
 from fastssl.models.model_card import ModelCard
-from fastssl.models.wav2vec2 import Wav2Vec2Config, Wav2Vec2ForPreTraining
+from fastssl.train.systems import SYSTEMS, Model, system_of
 
 #: Settings of the encoder that may differ from those of the weights it starts from; the others decide the shapes, or
 #: what the weights compute.
@@ -132,7 +132,7 @@ def saved_update(checkpoint: Path) -> int:
     return int(torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"])
 
 
-def initialise(model: Wav2Vec2ForPreTraining, source: str) -> bool:
+def initialise(model: Model, source: str) -> bool:
     """Copy the weights of a Transformers folder or an earlier run into a model.
 
     Args:
@@ -140,7 +140,7 @@ def initialise(model: Wav2Vec2ForPreTraining, source: str) -> bool:
         source: A folder with config.json and weights, or a run: its last checkpoint, else its `encoder/`.
 
     Returns:
-        Whether the quantiser and the projections came with it; an encoder alone leaves them fresh.
+        Whether the head of the objective came with it; an encoder alone leaves it fresh.
 
     Raises:
         ValueError: The folder holds no weights, or those of another architecture.
@@ -149,14 +149,18 @@ def initialise(model: Wav2Vec2ForPreTraining, source: str) -> bool:
     checkpoint = folder / "checkpoints" / "last.ckpt"
     name = f"--init {source}"
     if checkpoint.is_file():
-        config = Wav2Vec2Config.from_dict(yaml.safe_load((folder / "config.yaml").read_text())["model"])
+        settings = yaml.safe_load((folder / "config.yaml").read_text())
+        system = settings.get("system", "wav2vec2")
+        if system != (wanted := system_of(model.config)):
+            raise ValueError(f"{name}: is a run of {system}, and this is to be one of {wanted}")
+        config = SYSTEMS[system].config.from_dict(settings["model"])
         state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
         weights = {key.removeprefix("model."): tensor for key, tensor in state.items()}
     else:
         if (folder / "encoder" / "config.json").is_file():
             folder = folder / "encoder"
         try:
-            config = Wav2Vec2Config.from_dict(read_config(folder))
+            config = type(model.config).from_dict(read_config(folder))
             weights = read_weights(folder)
         except ValueError as error:
             raise ValueError(f"{name}: no run (there is no {checkpoint}) and no Transformers model: {error}") from None
@@ -169,7 +173,7 @@ def initialise(model: Wav2Vec2ForPreTraining, source: str) -> bool:
             f"{name}: another architecture: {differences}. Take the --recipe of that architecture, or add: {options}"
         )
     model.load_weights(weights, name=name)
-    return all(key in weights for key in model.state_dict() if not key.startswith("wav2vec2."))
+    return model.head_state().keys() <= weights.keys()
 
 
 def _architecture(config: EncoderConfig) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import yaml
 
 from fastssl.models.wav2vec2 import Wav2Vec2Config
+from fastssl.train.systems import SYSTEMS, ModelConfig
 
 #: Settings that `--resume` may change, because they change neither weights nor batches of the updates still to come
 #: (`max_steps` moves the end of the learning rate's decay; whoever sets it asks for that).
@@ -42,6 +43,7 @@ class DataConfig:
         valid: Held-out recordings to score: a folder or manifest, whose recordings are then not trained on where AUDIO
             has them too, or a fraction of AUDIO; 0 scores nothing.
         channel: The channel to read; null averages all of them.
+        labels: Folder that `fastssl label` wrote for AUDIO, of which HuBERT learns; null makes labels from MFCC first.
         max_bad_fraction: Training stops when more than this fraction of the recordings cannot be used.
         num_workers: Processes that decode audio, per training process; null chooses by the number of cores.
     """
@@ -52,6 +54,7 @@ class DataConfig:
     window_s: float = 60.0
     valid: float | str = 0.01
     channel: int | None = None
+    labels: str | None = None
     max_bad_fraction: float = 0.05
     num_workers: int | None = None
 
@@ -175,11 +178,15 @@ class PretrainConfig:
         seed: All randomness of the run derives from it.
         init: Folder with the weights to start from: a Transformers model or an earlier run; null starts from noise.
         recipe: Where the settings started from, for the model card.
+        system: Which objective: wav2vec2 or hubert.
         model: The encoder and its objective.
         data: What is trained on.
         optimizer: Adam.
-        temperature: Of the Gumbel softmax.
+        temperature: Of wav2vec 2.0's Gumbel softmax.
         trainer: How long, and on what.
+
+    Raises:
+        ValueError: The settings of `model` are not those of the system, or there are labels for one that takes none.
     """
 
     audio: str
@@ -187,16 +194,26 @@ class PretrainConfig:
     seed: int = 0
     init: str | None = None
     recipe: str | None = None
-    model: Wav2Vec2Config = field(default_factory=Wav2Vec2Config)
+    system: str = "wav2vec2"
+    model: ModelConfig = field(default_factory=Wav2Vec2Config)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     temperature: TemperatureConfig = field(default_factory=TemperatureConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
 
+    def __post_init__(self) -> None:
+        if self.system not in SYSTEMS:
+            raise ValueError(f"system: {self.system!r} is none of {', '.join(SYSTEMS)}")
+        expected = SYSTEMS[self.system].config
+        if type(self.model) is not expected:
+            raise ValueError(f"model: {self.system} has a {expected.__name__}, got a {type(self.model).__name__}")
+        if self.data.labels is not None and not SYSTEMS[self.system].labels:
+            raise ValueError(f"data.labels: {self.system} learns from audio alone")
+
 
 def write_config(config: PretrainConfig, path: Path) -> None:
     """Write the settings as YAML, atomically; `fastssl pretrain --config` reads them back."""
-    values = _plain(dataclasses.asdict(config))
+    values = _values(config)
     # A copy of the run must not write into the run.
     del values["output"]
     temporary = path.with_suffix(".tmp")
@@ -215,13 +232,22 @@ def check_resumable(config: PretrainConfig, path: Path) -> None:
         ValueError: A setting differs that `--resume` cannot change; the message lists all of them.
     """
     # A run of an earlier version knows nothing of a later one's settings, and was made with what is now their default.
-    defaults = dataclasses.asdict(PretrainConfig(audio="", output=""))
-    before = _flatten(_plain(defaults)) | _flatten(yaml.safe_load(path.read_text()))
-    after = _flatten(_plain(dataclasses.asdict(config)))
+    model = SYSTEMS[config.system].config()
+    defaults = PretrainConfig(audio="", output="", system=config.system, model=model)
+    before = _flatten(_values(defaults)) | _flatten(yaml.safe_load(path.read_text()))
+    after = _flatten(_values(config))
     changed = [name for name in after if name not in RESUMABLE and before.get(name) != after[name]]
     if changed:
         differences = "; ".join(f"{name}: {before.get(name)} in the run, {after[name]} now" for name in changed)
         raise ValueError(f"--resume: these cannot change in mid-run: {differences}; begin a new run with --init")
+
+
+def _values(config: PretrainConfig) -> dict[str, Any]:
+    """The settings that count, as YAML has them."""
+    values: dict[str, Any] = _plain(dataclasses.asdict(config))
+    if config.system != "wav2vec2":
+        del values["temperature"]
+    return values
 
 
 def _plain(value: Any) -> Any:

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lhotse import CutSet
@@ -10,8 +10,9 @@ from lhotse.cut import Cut
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
-from fastssl.data.batches import AudioBatch, BatchSpec, UpdateSampler, WaveformDataset, fixed_batches
+from fastssl.data.batches import AudioBatch, BatchSpec, FrameLabels, UpdateSampler, WaveformDataset, fixed_batches
 from fastssl.data.corpus import Corpus, Problem, open_corpus, split_corpus
+from fastssl.data.labels import LabelTable
 from fastssl.train.config import DataConfig
 from fastssl.train.module import TrainingError
 
@@ -95,8 +96,51 @@ class PretrainDataModule(LightningDataModule):
             self.valid_corpus = None
         left_out = self.train_corpus.problems + (self.valid_corpus.problems if self.valid_corpus is not None else [])
         self.account = Account(len(self.train_corpus.cuts), config.max_bad_fraction, left_out)
+        self._labels: dict[str, FrameLabels | None] = {"train": None, "valid": None}
         self._consumed = 0
         self._digest = ""
+
+    def attach_labels(
+        self, part: Literal["train", "valid"], table: LabelTable, *, stride: int, receptive_field: int
+    ) -> list[Problem]:
+        """Read labels with the audio, and leave out what they do not fit.
+
+        Args:
+            part: Whether they are of the recordings to train on, or of the held-out ones.
+            table: The labels.
+            stride: Samples from one frame of the encoder to the next.
+            receptive_field: Samples that one frame sees.
+
+        Returns:
+            The recordings that are left out.
+
+        Raises:
+            ValueError: More than `data.max_bad_fraction` of the cuts have no labels that fit.
+        """
+        corpus = self.train_corpus if part == "train" else self.valid_corpus
+        assert corpus is not None
+        self._labels[part] = FrameLabels(table, stride, receptive_field)
+        labelled, problems = self._labelled(corpus, table)
+        if part == "train":
+            self.train_corpus = labelled
+            self.account.total = len(labelled.cuts)
+        else:
+            self.valid_corpus = labelled
+        self.account.left_out += problems
+        return problems
+
+    def _labelled(self, corpus: Corpus, table: LabelTable) -> tuple[Corpus, list[Problem]]:
+        judged = [(cut, table.problem(cut)) for cut in corpus.cuts]
+        problems = [problem for _, problem in judged if problem is not None]
+        cuts = [cut for cut, problem in judged if problem is None]
+        if not cuts or len(problems) > self.config.max_bad_fraction * len(judged):
+            shown = "\n".join(f"  {problem}" for problem in problems[:5])
+            more = f"\n  and {len(problems) - 5} more" if len(problems) > 5 else ""
+            raise ValueError(
+                f"data.labels: {len(problems)} of {len(judged)} recordings have no labels that fit, more than "
+                f"data.max_bad_fraction={self.config.max_bad_fraction:g} allows:\n{shown}{more}"
+            )
+        return Corpus(CutSet.from_cuts(cuts), corpus.problems), problems
 
     def _open(self, source: str) -> Corpus:
         config = self.config
@@ -132,7 +176,7 @@ class PretrainDataModule(LightningDataModule):
             accumulation=self.accumulation,
             consumed=self._consumed,
         )
-        return self._loader(sampler)
+        return self._loader(sampler, self._labels["train"])
 
     def val_dataloader(self) -> DataLoader[AudioBatch] | list[Any]:
         """This process's share of the held-out batches.
@@ -149,14 +193,14 @@ class PretrainDataModule(LightningDataModule):
         rank, world_size = self.trainer.global_rank, self.trainer.world_size
         share = specs[rank::world_size]
         share += [BatchSpec(0, (), config.crop_s, self.seed)] * (-(-len(specs) // world_size) - len(share))
-        return self._loader(share)
+        return self._loader(share, self._labels["valid"])
 
-    def _loader(self, sampler: Any) -> DataLoader[AudioBatch]:
+    def _loader(self, sampler: Any, labels: FrameLabels | None) -> DataLoader[AudioBatch]:
         workers = self.config.num_workers
         if workers is None:
             workers = min(4, max(1, (os.cpu_count() or 1) // 2))
         return DataLoader(
-            WaveformDataset(normalize=self.normalize, channel=self.config.channel),
+            WaveformDataset(normalize=self.normalize, channel=self.config.channel, labels=labels),
             sampler=sampler,
             batch_size=None,
             num_workers=workers,

@@ -15,15 +15,12 @@ from torch import Tensor
 
 from fastssl.data.audio import SAMPLE_RATE_HZ, AudioError
 from fastssl.data.corpus import Problem, cut_name, open_corpus
-from fastssl.data.recordings import Chunk, chunk_hop, read_chunks
+from fastssl.data.recordings import chunk_hop
 from fastssl.interop import load_encoder
 from fastssl.models.encoder import Encoder
-from fastssl.packing import Packed
+from fastssl.train.encode import Reading, encode_recordings
 
 logger = logging.getLogger(__name__)
-
-#: Audio that goes through the encoder at a time; features do not depend on it.
-_BATCH_S = 60.0
 
 
 def extract(
@@ -88,7 +85,7 @@ def extract(
         Path(output),
         settings={
             "audio": str(Path(audio).absolute()),
-            "weights": _digest(encoder),
+            "weights": weights_digest(encoder),
             "layer": layer,
             "chunk_s": chunk_s,
             "overlap_s": overlap_s,
@@ -100,73 +97,21 @@ def extract(
     if shards.done:
         logger.info("%d recordings are there already", len(shards.done))
     problems = list(corpus.problems)
-    batch = _Batch(encoder, layer, shards)
     cuts = [cut for cut in corpus.cuts if cut.id not in shards.done]
-    for cut in track(cuts, "recordings", console=get_console(), disable=not get_console().is_terminal):
-        chunks = read_chunks(
-            cut,
-            chunk_s=chunk_s,
-            overlap_s=overlap_s,
-            normalize=encoder.config.do_normalize,
-            channel=channel,
-            stride=encoder.config.samples_per_frame,
-            receptive_field=receptive_field,
-        )
-        try:
-            for chunk in chunks:
-                batch.add(cut, chunk)
-        except AudioError as error:
-            batch.drop(cut)
-            problems.append(Problem(cut_name(cut), str(error)))
+    encoded = encode_recordings(encoder, cuts, Reading(chunk_s, overlap_s, channel), layer=layer)
+    console = get_console()
+    for cut, features in track(
+        encoded, "recordings", total=len(cuts), console=console, disable=not console.is_terminal
+    ):
+        if isinstance(features, AudioError):
+            problems.append(Problem(cut_name(cut), str(features)))
         else:
-            batch.finish(cut)
-    batch.encode()
+            shards.add(cut, features)
     shards.close()
     for problem in problems:
         logger.warning("left out: %s", problem)
     logger.info("%d recordings in %s, %d left out", len(shards.done), output, len(problems))
     return problems
-
-
-class _Batch:
-    """Chunks of several recordings that go through the encoder together.
-
-    A recording is written when all its chunks are encoded, and not at all when one of them turns out to be damaged.
-    """
-
-    def __init__(self, encoder: Encoder, layer: int, shards: "_Shards") -> None:
-        self.encoder = encoder
-        self.layer = layer
-        self.shards = shards
-        self._chunks: list[tuple[Cut, Chunk]] = []
-        self._parts: dict[str, list[Tensor]] = {}
-        self._finished: list[Cut] = []
-
-    def add(self, cut: Cut, chunk: Chunk) -> None:
-        self._chunks.append((cut, chunk))
-        if sum(len(chunk.waveform) for _, chunk in self._chunks) >= _BATCH_S * SAMPLE_RATE_HZ:
-            self.encode()
-
-    def drop(self, cut: Cut) -> None:
-        self._chunks = [(other, chunk) for other, chunk in self._chunks if other.id != cut.id]
-        self._parts.pop(cut.id, None)
-
-    def finish(self, cut: Cut) -> None:
-        self._finished.append(cut)
-
-    @torch.inference_mode()
-    def encode(self) -> None:
-        """Encode what is there, and write the recordings that are complete."""
-        if self._chunks:
-            device = next(self.encoder.parameters()).device
-            waveforms = Packed.pack([chunk.waveform for _, chunk in self._chunks]).to(device)
-            features = self.encoder(waveforms).hidden_states[self.layer].unpack()
-            for (cut, chunk), frames in zip(self._chunks, features, strict=True):
-                self._parts.setdefault(cut.id, []).append(frames[chunk.keep].cpu())
-            self._chunks.clear()
-        for cut in self._finished:
-            self.shards.add(cut, torch.cat(self._parts.pop(cut.id)))
-        self._finished.clear()
 
 
 class _Shards:
@@ -255,8 +200,8 @@ def _replace(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def _digest(encoder: Encoder) -> str:
-    """Of the weights: another model is another set of features, whatever its folder is called."""
+def weights_digest(encoder: Encoder) -> str:
+    """A hash of the weights: another model is another set of features, whatever its folder is called."""
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in encoder.state_dict().items():
         if name == "masked_spec_embed":

@@ -1,4 +1,4 @@
-"""The training step of wav2vec 2.0 pre-training: losses summed, gradients scaled once by the frames of an update."""
+"""The training step of every system: losses summed, gradients scaled once by the masked frames of an update."""
 
 import hashlib
 import math
@@ -10,28 +10,19 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 
 from fastssl.data.batches import AudioBatch
-from fastssl.models.wav2vec2 import PretrainingOutput, Wav2Vec2ForPreTraining
+from fastssl.models.hubert import HubertForPreTraining
+from fastssl.models.pretraining import StepOutput, perplexity
+from fastssl.models.wav2vec2 import Wav2Vec2ForPreTraining
 from fastssl.nn.random import utterance_keys
 from fastssl.train.config import OptimizerConfig, TemperatureConfig
+from fastssl.train.systems import Model
 
 #: Crops, masks and negatives of held-out recordings are those of this update, every time.
 VALIDATION_UPDATE = -1
 #: Updates in a row that fp16 may skip: its scale is halved each time, and by then it is no longer to blame.
 _MAX_SKIPPED_UPDATES = 20
-#: What is summed over the frames, batches and processes of an update; the perplexities of each group follow.
-_SUMS = (
-    "loss",
-    "contrastive_loss",
-    "diversity_loss",
-    "features_penalty",
-    "correct",
-    "chance",
-    "masked_frames",
-    "audio_s",
-    "utterances",
-    "drawn",
-    "unusable",
-)
+#: What every system counts over the batches and processes of an update; its loss, scores and code counts follow.
+_COUNTS = ("masked_frames", "audio_s", "utterances", "drawn", "unusable")
 
 
 class TrainingError(RuntimeError):
@@ -39,7 +30,7 @@ class TrainingError(RuntimeError):
 
 
 class PretrainModule(LightningModule):
-    """wav2vec 2.0 pre-training (arXiv:2006.11477) of packed batches.
+    """Pre-training of packed batches.
 
     Every random number is a function of the seed, the update and the utterance, or of the seed and the number of the
     batch, so nothing random has to be saved: crops, masks, negatives and Gumbel noise do not depend on how
@@ -48,14 +39,14 @@ class PretrainModule(LightningModule):
     Args:
         model: What is trained.
         optimizer: Adam and its schedule.
-        temperature: Schedule of the Gumbel softmax.
+        temperature: Schedule of wav2vec 2.0's Gumbel softmax.
         max_steps: The update at which the learning rate is 0.
         seed: Of masks, negatives, noise, dropout and layer drop.
     """
 
     def __init__(
         self,
-        model: Wav2Vec2ForPreTraining,
+        model: Model,
         *,
         optimizer: OptimizerConfig,
         temperature: TemperatureConfig,
@@ -68,14 +59,17 @@ class PretrainModule(LightningModule):
         self.temperature = temperature
         self.max_steps = max_steps
         self.seed = seed
-        #: Of the last finished update, over all processes: the sums of `_SUMS`, perplexities, norm, rate, temperature.
+        #: Of the last finished update, over all processes: counts, averages of loss and scores, norm, learning rate.
         self.last_update: dict[str, float] = {}
-        #: The same of the last scoring of the held-out recordings.
+        #: (V,) how often each code was the target in it; empty where the system reports perplexities itself.
+        self.last_code_counts = torch.empty(0, dtype=torch.float64)
+        #: Averages of the last scoring of the held-out recordings.
         self.last_validation: dict[str, float] = {}
         self._pending: list[tuple[Tensor, tuple[str, ...]]] = []
         self._reduced = torch.empty(0)
         self._skipped = 0
         self._validation: list[Tensor] = []
+        self._names = model.score_names
 
     def configure_optimizers(self) -> Any:
         """AdamW over all parameters, as fairseq's adam does it, and the schedule by update."""
@@ -95,15 +89,27 @@ class PretrainModule(LightningModule):
         layer_drop = None
         if self.model.config.layerdrop > 0:
             layer_drop = torch.Generator().manual_seed(_seed_of("layer drop", self.seed, batch.update))
-        output = self.model(
-            batch.waveforms,
-            keys=utterance_keys(self.seed, batch.update, batch.ids),
-            gumbel_temperature=self.temperature.at(batch.update),
-            layer_drop=layer_drop,
-        )
-        self._pending.append((_sums(output, batch), batch.names))
+        output = self._forward(batch, update=batch.update, layer_drop=layer_drop)
+        self._pending.append((self._sums(output, batch), batch.names))
         loss: Tensor = output.loss
         return loss
+
+    def _forward(self, batch: AudioBatch, *, update: int, layer_drop: torch.Generator | None = None) -> StepOutput:
+        """One batch; `update` decides masks and whatever else is drawn."""
+        keys = utterance_keys(self.seed, update, batch.ids)
+        if isinstance(self.model, Wav2Vec2ForPreTraining):
+            # The schedule goes by the update that the run is at, also where held-out recordings are scored.
+            at = self.global_step if update == VALIDATION_UPDATE else update
+            temperature = self.temperature.at(at)
+            output: StepOutput = self.model(
+                batch.waveforms, keys=keys, gumbel_temperature=temperature, layer_drop=layer_drop
+            )
+        elif isinstance(self.model, HubertForPreTraining):
+            assert batch.labels is not None
+            output = self.model(batch.waveforms, keys=keys, labels=batch.labels, layer_drop=layer_drop)
+        else:
+            output = self.model(batch.waveforms, keys=keys, layer_drop=layer_drop)
+        return output
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Turn the gradient of the summed loss into that of the mean over the masked frames of the update.
@@ -112,7 +118,7 @@ class PretrainModule(LightningModule):
         and before clipping.
         """
         self._reduced = self._reduce(torch.stack([sums for sums, _ in self._pending]).sum(0))
-        masked_frames = self._reduced[_SUMS.index("masked_frames")].clamp(min=1)
+        masked_frames = self._reduced[_COUNTS.index("masked_frames")].clamp(min=1)
         scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / masked_frames
         gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
         torch._foreach_mul_(gradients, scale.float())
@@ -130,33 +136,48 @@ class PretrainModule(LightningModule):
                 weights have not been touched.
         """
         norm = torch.nn.utils.clip_grad_norm_(self.parameters(), self.optimizer_config.clip_norm or math.inf)
-        values = torch.cat((self._reduced, norm.detach().to(self._reduced)[None])).tolist()
-        self.last_update = _averages(values[:-1])
-        self.last_update["grad_norm"] = values[-1]
+        values = torch.cat((self._reduced, norm.detach().to(self._reduced)[None])).cpu()
+        self.last_update, self.last_code_counts = self._averages(values[:-1])
+        norm_value = values[-1].item()
+        self.last_update["grad_norm"] = norm_value
         self.last_update["learning_rate"] = optimizer.param_groups[0]["lr"]
-        self.last_update["temperature"] = self.temperature.at(self.global_step)
+        if isinstance(self.model, Wav2Vec2ForPreTraining):
+            self.last_update["temperature"] = self.temperature.at(self.global_step)
         # fp16's scaler skips a step whose gradients overflowed, and lowers the scale.
         plugin = self.trainer.precision_plugin
         scaled = isinstance(plugin, MixedPrecision) and plugin.scaler is not None
-        self._skipped = 0 if math.isfinite(values[-1]) else self._skipped + 1
-        if not math.isfinite(values[0]) or self._skipped >= (_MAX_SKIPPED_UPDATES if scaled else 1):
-            raise TrainingError(self._describe_non_finite(values[0], values[-1]))
+        self._skipped = 0 if math.isfinite(norm_value) else self._skipped + 1
+        loss = self.last_update["loss"]
+        if not math.isfinite(loss) or self._skipped >= (_MAX_SKIPPED_UPDATES if scaled else 1):
+            raise TrainingError(self._describe_non_finite(loss, norm_value))
         self._pending.clear()
 
     def validation_step(self, batch: AudioBatch, batch_idx: int) -> None:
         """Score a batch of held-out recordings."""
-        output = self.model(
-            batch.waveforms,
-            keys=utterance_keys(self.seed, VALIDATION_UPDATE, batch.ids),
-            gumbel_temperature=self.temperature.at(self.global_step),
-        )
-        self._validation.append(_sums(output, batch))
+        self._validation.append(self._sums(self._forward(batch, update=VALIDATION_UPDATE), batch))
 
     def on_validation_epoch_end(self) -> None:
         """Average the scores over all batches and processes."""
-        sums = self._reduce(torch.stack(self._validation).sum(0))
-        self.last_validation = _averages(sums.tolist())
+        sums = self._reduce(torch.stack(self._validation).sum(0)).cpu()
+        self.last_validation, counts = self._averages(sums)
+        self.last_validation |= code_usage(counts)
         self._validation.clear()
+
+    def _sums(self, output: StepOutput, batch: AudioBatch) -> Tensor:
+        """What a batch adds to the sums of its update, float64: counts, loss, scores, how often each code occurs."""
+        utterances, problems = len(batch.names), len(batch.problems)
+        counts = (output.masked_frames, batch.duration_s, utterances, utterances + problems, problems)
+        scores = output.scores()
+        summed = torch.stack([output.loss.detach().double(), *(scores[name].detach().double() for name in self._names)])
+        codes = summed.new_empty(0) if output.code_counts is None else output.code_counts.to(summed)
+        return torch.cat((summed.new_tensor(counts), summed, codes))
+
+    def _averages(self, sums: Tensor) -> tuple[dict[str, float], Tensor]:
+        """Counts, and averages over masked frames of loss and scores, by name; and the counts of the codes."""
+        first, last = len(_COUNTS), len(_COUNTS) + 1 + len(self._names)
+        counts = dict(zip(_COUNTS, sums[:first].tolist(), strict=True))
+        averages = (sums[first:last] / max(1.0, counts["masked_frames"])).tolist()
+        return dict(zip(("loss", *self._names), averages, strict=True)) | counts, sums[last:]
 
     def _reduce(self, sums: Tensor) -> Tensor:
         """The sum over the processes."""
@@ -166,7 +187,8 @@ class PretrainModule(LightningModule):
 
     def _describe_non_finite(self, loss: float, norm: float) -> str:
         """Name the recordings, wherever they are: every process stops with the same words."""
-        guilty = [name for sums, names in self._pending if not math.isfinite(sums[0].item()) for name in names]
+        at = len(_COUNTS)  # of the loss
+        guilty = [name for sums, names in self._pending if not math.isfinite(sums[at].item()) for name in names]
         if math.isfinite(loss):
             guilty = [name for _, names in self._pending for name in names]
         if self.trainer.world_size > 1:
@@ -187,36 +209,13 @@ def _seed_of(purpose: str, *numbers: int) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
 
 
-def _sums(output: PretrainingOutput, batch: AudioBatch) -> Tensor:
-    """What a batch adds to the sums of its update: float64, in the order of `_SUMS`, then the perplexities."""
-    device = output.loss.device
-    frames = output.masked_frames
-    on_device = (output.loss, output.contrastive_loss, output.diversity_loss * frames, output.features_penalty)
-    counted = (output.correct, output.chance)
-    known = (frames, batch.duration_s, len(batch.names), len(batch.names) + len(batch.problems), len(batch.problems))
-    return torch.cat(
-        (
-            torch.stack([value.detach().double() for value in (*on_device, *counted)]),
-            torch.tensor(known, dtype=torch.float64, device=device),
-            output.code_perplexity.detach().double() * frames,
-            output.prob_perplexity.detach().double() * frames,
-        )
-    )
+def code_usage(counts: Tensor) -> dict[str, float]:
+    """Perplexity of the distribution of the codes, and the share of them that occurs; nothing where there are none.
 
-
-def _averages(values: list[float]) -> dict[str, float]:
-    """Sums of an update by name; those over masked frames as averages.
-
-    Perplexities are averages over batches by masked frames: no sum over batches gives the perplexity of their union.
+    Args:
+        counts: (V,) float64, how often each occurs.
     """
-    named = dict(zip(_SUMS, values, strict=False))
-    frames = max(1.0, named["masked_frames"])
-    averages = {name: named[name] / frames for name in _SUMS[: _SUMS.index("masked_frames")]}
-    averages["accuracy"] = averages.pop("correct")
-    counts = {name: named[name] for name in _SUMS[_SUMS.index("masked_frames") :]}
-    perplexities = values[len(_SUMS) :]
-    groups = len(perplexities) // 2
-    for group in range(groups):
-        averages[f"code_perplexity_{group}"] = perplexities[group] / frames
-        averages[f"prob_perplexity_{group}"] = perplexities[groups + group] / frames
-    return averages | counts
+    if len(counts) == 0:
+        return {}
+    shares = counts / counts.sum().clamp(min=1)
+    return {"code_perplexity": perplexity(shares).item(), "code_utilisation": (counts > 0).double().mean().item()}

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,25 +18,29 @@ from fastssl.data.batches import AudioBatch
 from fastssl.data.corpus import Problem
 from fastssl.train.data import Account
 from fastssl.train.metrics_file import MetricsFile
-from fastssl.train.module import PretrainModule, TrainingError
+from fastssl.train.module import PretrainModule, TrainingError, code_usage
 
 logger = logging.getLogger(__name__)
 
 #: Updates in a row that look collapsed before it is said.
 _COLLAPSED_UPDATES = 100
-#: Of an update, averaged over the reporting interval weighted by masked frames; the others are sums or the latest.
-_AVERAGED = ("loss", "contrastive_loss", "diversity_loss", "features_penalty", "accuracy", "chance")
+#: Where a system reports how often each code is the target.
+_CODE_USAGE = ("code_perplexity", "code_utilisation")
 
 
-def metric_columns(groups: int) -> list[str]:
-    """Columns of metrics.csv for a quantiser of so many groups."""
-    perplexities = [f"{kind}_perplexity_{group}" for kind in ("code", "prob") for group in range(groups)]
-    scores = ["loss", "contrastive_loss", "accuracy", "chance", *perplexities]
+def metric_columns(score_names: Sequence[str], *, extra: Sequence[str] = ()) -> list[str]:
+    """Columns of metrics.csv for a system with such scores.
+
+    Args:
+        score_names: `PretrainingModel.score_names`.
+        extra: Of callbacks.
+    """
+    usage = [] if any("perplexity" in name for name in score_names) else list(_CODE_USAGE)
+    scores = ["loss", *score_names, *usage]
     return [
         "update",
         "audio_hours",
-        *_AVERAGED,
-        *perplexities,
+        *scores,
         "grad_norm",
         "learning_rate",
         "temperature",
@@ -45,6 +49,7 @@ def metric_columns(groups: int) -> list[str]:
         "unusable",
         "audio_s_per_s",
         *(f"valid_{name}" for name in scores),
+        *extra,
     ]
 
 
@@ -54,21 +59,24 @@ class Monitor(Callback):
     Args:
         run: Folder of the run.
         account: Of the recordings drawn.
-        groups: Of the quantiser.
+        score_names: What the system reports, `PretrainingModel.score_names`.
         log_every: Updates between two rows.
         resume_at: The update that a resumed run continues behind; None for a new run.
     """
 
-    def __init__(self, run: Path, account: Account, *, groups: int, log_every: int, resume_at: int | None) -> None:
+    def __init__(
+        self, run: Path, account: Account, *, score_names: Sequence[str], log_every: int, resume_at: int | None
+    ) -> None:
         self.run = run
         self.account = account
-        self.groups = groups
+        self.score_names = tuple(score_names)
         self.log_every = log_every
         self.resume_at = resume_at
         self.audio_s = 0.0
         #: What the progress bar shows: of the last update, and of the last row.
         self.shown: dict[str, float] = {}
         self._window: dict[str, float] = {}
+        self._code_counts = torch.empty(0, dtype=torch.float64)
         self._problems: list[Problem] = []
         self._named_held_out: set[str] = set()
         self._collapsed = 0
@@ -79,19 +87,25 @@ class Monitor(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Audio seen, the open interval, and how long the codes look collapsed."""
-        return {"audio_s": self.audio_s, "window": dict(self._window), "collapsed": self._collapsed}
+        return {
+            "audio_s": self.audio_s,
+            "window": dict(self._window),
+            "code_counts": self._code_counts,
+            "collapsed": self._collapsed,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where the checkpoint was written."""
         self.audio_s = state_dict["audio_s"]
         self._window = dict(state_dict["window"])
+        self._code_counts = state_dict.get("code_counts", self._code_counts)
         self._collapsed = state_dict["collapsed"]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Open the files."""
         if not trainer.is_global_zero or self._file is not None:
             return
-        self._file = MetricsFile(self.run / "metrics.csv", metric_columns(self.groups), resume_at=self.resume_at)
+        self._file = MetricsFile(self.run / "metrics.csv", metric_columns(self.score_names), resume_at=self.resume_at)
         purge = None if self.resume_at is None else self.resume_at + 1
         self._board = SummaryWriter(self.run / "logs", purge_step=purge)
 
@@ -119,9 +133,13 @@ class Monitor(Callback):
             logger.warning("update %d has no masked frame: nothing of its batch could be used", trainer.global_step)
         self.audio_s += update["audio_s"]
         self._timed_audio_s += update["audio_s"]
-        for name, value in update.items():
-            averaged = name in _AVERAGED or "perplexity" in name
-            self._window[name] = self._window.get(name, 0.0) + value * (update["masked_frames"] if averaged else 1.0)
+        for name in ("masked_frames", "utterances"):
+            self._window[name] = self._window.get(name, 0.0) + update[name]
+        for name in ("loss", *self.score_names):
+            self._window[name] = self._window.get(name, 0.0) + update[name] * update["masked_frames"]
+        if len(self._code_counts) == 0:
+            self._code_counts = torch.zeros_like(pl_module.last_code_counts)
+        self._code_counts = self._code_counts + pl_module.last_code_counts
         self._watch_for_collapse(trainer, update)
         self.shown |= update
         if trainer.global_step % self.log_every == 0 or trainer.global_step == trainer.max_steps:
@@ -151,14 +169,14 @@ class Monitor(Callback):
         assert isinstance(pl_module, PretrainModule)
         self._clock += time.perf_counter()
         scores = {f"valid_{name}": value for name, value in pl_module.last_validation.items()}
-        scores = {name: value for name, value in scores.items() if name in metric_columns(self.groups)}
+        scores = {name: value for name, value in scores.items() if name in metric_columns(self.score_names)}
         self.shown |= scores
         self._write(trainer, scores)
         if trainer.is_global_zero:
             logger.info(
                 "held-out recordings after %d updates: loss %.3f, accuracy %.1f %% (chance %.1f %%)",
                 trainer.global_step,
-                scores["valid_contrastive_loss"],
+                scores[f"valid_{self.score_names[0]}"],
                 100 * scores["valid_accuracy"],
                 100 * scores["valid_chance"],
             )
@@ -181,18 +199,18 @@ class Monitor(Callback):
         """Write the averages over the updates since the last row."""
         now = time.perf_counter()
         frames = max(1.0, self._window["masked_frames"])
-        row = {name: update[name] for name in ("learning_rate", "temperature", "grad_norm")}
-        for name, value in self._window.items():
-            if name in _AVERAGED or "perplexity" in name:
-                row[name] = value / frames
-            elif name in ("masked_frames", "utterances"):
-                row[name] = value
+        rates = ("learning_rate", "temperature", "grad_norm")
+        row: dict[str, float] = {name: update[name] for name in rates if name in update}
+        row |= {name: self._window[name] / frames for name in ("loss", *self.score_names)}
+        row |= {name: self._window[name] for name in ("masked_frames", "utterances")}
+        row |= code_usage(self._code_counts)
         row["unusable"] = len(self.account.unusable)
         row["audio_hours"] = self.audio_s / 3600
         row["audio_s_per_s"] = self._timed_audio_s / max(1e-9, now - self._clock)
         self.shown |= row
         self._clock, self._timed_audio_s = now, 0.0
         self._window.clear()
+        self._code_counts = torch.zeros_like(self._code_counts)
         self._write(trainer, row)
 
     def _write(self, trainer: Trainer, row: dict[str, float]) -> None:
@@ -209,7 +227,10 @@ class Monitor(Callback):
 
     def _watch_for_collapse(self, trainer: Trainer, update: dict[str, float]) -> None:
         """Say it once when all codes have become one and the model guesses."""
-        perplexity = max(update[f"code_perplexity_{group}"] for group in range(self.groups))
+        perplexities = [value for name, value in update.items() if name.startswith("code_perplexity_")]
+        if not perplexities:  # targets that are given do not collapse
+            return
+        perplexity = max(perplexities)
         collapsed = update["masked_frames"] > 0 and perplexity < 2 and update["accuracy"] < update["chance"] + 0.02
         self._collapsed = self._collapsed + 1 if collapsed else 0
         if self._collapsed == _COLLAPSED_UPDATES and trainer.is_global_zero:
@@ -263,9 +284,16 @@ class RunProgress(Callback):
         shown = self.monitor.shown
         if self._progress is not None:
             task = self._progress.task_ids[0]
-            self._progress.update(task, completed=trainer.global_step, description=_describe(shown))
+            self._progress.update(
+                task, completed=trainer.global_step, description=_describe(shown, loss=self.monitor.score_names[0])
+            )
         elif trainer.global_step % self.monitor.log_every == 0 or trainer.global_step == trainer.max_steps:
-            logger.info("update %d of %d: %s", trainer.global_step, trainer.max_steps, _describe(shown))
+            logger.info(
+                "update %d of %d: %s",
+                trainer.global_step,
+                trainer.max_steps,
+                _describe(shown, loss=self.monitor.score_names[0]),
+            )
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the terminal as it was."""
@@ -274,13 +302,14 @@ class RunProgress(Callback):
             self._progress = None
 
 
-def _describe(shown: dict[str, float]) -> str:
+def _describe(shown: dict[str, float], *, loss: str) -> str:
     codes = " ".join(f"{value:.1f}" for name, value in sorted(shown.items()) if name.startswith("code_perplexity"))
     parts = [
-        f"loss {shown['contrastive_loss']:.3f}",
+        f"loss {shown[loss]:.3f}",
         f"accuracy {100 * shown['accuracy']:.1f} % (chance {100 * shown['chance']:.1f} %)",
-        f"perplexity {codes}",
     ]
+    if codes:
+        parts.append(f"perplexity {codes}")
     if "audio_s_per_s" in shown:
         parts += [f"{shown['audio_s_per_s']:.0f} s/s", f"{shown['audio_hours']:.2f} h"]
     return ", ".join(parts)

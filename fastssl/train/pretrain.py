@@ -13,14 +13,15 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from rich import get_console
 
-from fastssl.models.wav2vec2 import Wav2Vec2ForPreTraining
 from fastssl.train.card import make_card
 from fastssl.train.checkpoints import AtomicCheckpointIO, PeriodicCheckpoint, initialise, save_encoder, saved_update
 from fastssl.train.config import PretrainConfig, TrainerConfig, check_resumable, write_config
 from fastssl.train.data import PretrainDataModule
+from fastssl.train.label import labels_for_run, open_labels
 from fastssl.train.module import PretrainModule
 from fastssl.train.monitors import Monitor, RunProgress
 from fastssl.train.report import draw_report, summarise
+from fastssl.train.systems import SYSTEMS, Model, build_model
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ def is_first_process() -> bool:
 
 
 def pretrain(config: PretrainConfig, *, resume: bool = False) -> None:
-    """Train an encoder by wav2vec 2.0's objective and leave it, with everything about the run, in `config.output`.
+    """Train an encoder and leave it, with everything about the run, in `config.output`.
 
     The folder gets config.yaml, checkpoints/, logs/ (TensorBoard, and what was said), metrics.csv, report.png, and
     encoder/ in Transformers' layout, which is that of the last checkpoint until the run ends.
@@ -59,8 +60,12 @@ def pretrain(config: PretrainConfig, *, resume: bool = False) -> None:
         seed=config.seed,
         accumulation=config.trainer.accumulation,
     )
+    labels = open_labels(config)
+    if labels is not None:
+        stride, receptive_field = config.model.samples_per_frame, config.model.receptive_field_samples
+        data.attach_labels("train", labels, stride=stride, receptive_field=receptive_field)
     torch.manual_seed(config.seed)
-    model = Wav2Vec2ForPreTraining(config.model)
+    model = build_model(config.model)
     resume_from = checkpoint if resume and checkpoint.is_file() else None
     complete = initialise(model, config.init) if config.init is not None and resume_from is None else True
     if first:
@@ -69,6 +74,8 @@ def pretrain(config: PretrainConfig, *, resume: bool = False) -> None:
     with _log_to(run / "logs" / "pretrain.log", enabled=first), _quiet_lightning():
         if first:
             _describe(config, data, model, complete=complete, resume_from=resume_from)
+        if SYSTEMS[config.system].labels:
+            labels_for_run(run, config, data, labels, first=first)
         _fit(config, run, data, model, resume_from=resume_from)
 
 
@@ -76,7 +83,7 @@ def _fit(
     config: PretrainConfig,
     run: Path,
     data: PretrainDataModule,
-    model: Wav2Vec2ForPreTraining,
+    model: Model,
     *,
     resume_from: Path | None,
 ) -> None:
@@ -91,7 +98,7 @@ def _fit(
     monitor = Monitor(
         run,
         data.account,
-        groups=config.model.num_codevector_groups,
+        score_names=model.score_names,
         log_every=settings.log_every,
         resume_at=None if resume_from is None else saved_update(resume_from),
     )
@@ -99,7 +106,7 @@ def _fit(
     card = partial(make_card, run, recipe=config.recipe, data_hours=data.train_corpus.duration_s / 3600)
     checkpoints = PeriodicCheckpoint(
         run,
-        model.wav2vec2,
+        model.speech_encoder,
         card=lambda update: card(updates=update),
         every=settings.checkpoint_every,
         keep_every=settings.keep_every,
@@ -132,7 +139,7 @@ def _fit(
     )
     trainer.fit(module, datamodule=data, ckpt_path=resume_from)
     if trainer.is_global_zero:
-        save_encoder(model.wav2vec2, run / "encoder", card=card(updates=trainer.global_step))
+        save_encoder(model.speech_encoder, run / "encoder", card=card(updates=trainer.global_step))
         draw_report(run)
         get_console().print(summarise(run, data.account))
         logger.info("encoder: %s", run / "encoder")
@@ -153,7 +160,7 @@ def _check_folder(run: Path, config: PretrainConfig, *, resume: bool) -> None:
 def _describe(
     config: PretrainConfig,
     data: PretrainDataModule,
-    model: Wav2Vec2ForPreTraining,
+    model: Model,
     *,
     complete: bool,
     resume_from: Path | None,
@@ -181,7 +188,7 @@ def _describe(
     parameters = sum(parameter.numel() for parameter in model.parameters())
     logger.info("model: %.2f M parameters, %d updates", parameters / 1e6, config.trainer.max_steps)
     if config.init is not None and resume_from is None:
-        logger.info("weights from %s%s", config.init, "" if complete else "; it has no quantiser, which starts fresh")
+        logger.info("weights from %s%s", config.init, "" if complete else "; what is not of the encoder starts fresh")
     if resume_from is not None:
         logger.info("continuing behind update %d", saved_update(resume_from))
     if config.optimizer.warmup_updates >= config.trainer.max_steps:

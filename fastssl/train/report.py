@@ -8,6 +8,8 @@ from fastssl.train.data import Account
 from fastssl.train.metrics_file import read_metrics
 
 _Rows = list[dict[str, float]]
+#: The column that says of a row that it is of training, by system; the held-out one has "valid_" before it.
+_LOSSES = {"contrastive_loss": "contrastive loss", "prediction_loss": "cross-entropy"}
 
 
 def summarise(run: Path, account: Account) -> Table:
@@ -18,33 +20,36 @@ def summarise(run: Path, account: Account) -> Table:
         account: Of the recordings.
     """
     rows = read_metrics(run / "metrics.csv")
-    training = [row for row in rows if "contrastive_loss" in row]
-    valid = [row for row in rows if "valid_contrastive_loss" in row]
+    loss = _loss_column(rows)
+    training = [row for row in rows if loss in row]
+    valid = [row for row in rows if f"valid_{loss}" in row]
     table = Table("", "begin", "end")
     if training:
         first, last = training[0], training[-1]
         table.add_row("updates", f"{first['update']:.0f}", f"{last['update']:.0f}")
         table.add_row("hours of audio", f"{first['audio_hours']:.2f}", f"{last['audio_hours']:.2f}")
-        _add_scores(table, "", first, last)
+        _add_scores(table, "", loss, first, last)
         table.add_row("audio seconds per second", f"{first['audio_s_per_s']:.0f}", f"{last['audio_s_per_s']:.0f}")
     if valid:
-        _add_scores(table, "valid_", valid[0], valid[-1])
+        _add_scores(table, "valid_", loss, valid[0], valid[-1])
     table.add_row("recordings left out", "", str(len(account.left_out)))
     table.add_row("recordings unusable", "", str(len(account.unusable)))
     return table
 
 
-def _add_scores(table: Table, prefix: str, first: dict[str, float], last: dict[str, float]) -> None:
+def _add_scores(table: Table, prefix: str, loss: str, first: dict[str, float], last: dict[str, float]) -> None:
     where = "held out: " if prefix else ""
 
     def add(name: str, key: str, factor: float, digits: int) -> None:
         table.add_row(where + name, *(f"{factor * row[prefix + key]:.{digits}f}" for row in (first, last)))
 
-    add("contrastive loss, nats", "contrastive_loss", 1, 3)
+    add(f"{_LOSSES[loss]}, nats", loss, 1, 3)
     add("accuracy, %", "accuracy", 100, 1)
     add("chance, %", "chance", 100, 1)
-    for group in range(_num_groups(first, prefix)):
-        add(f"code perplexity, group {group}", f"code_perplexity_{group}", 1, 1)
+    for key, name in _perplexities(first, prefix).items():
+        add(name, key, 1, 1)
+    if f"{prefix}code_utilisation" in first:
+        add("codes that occur, %", "code_utilisation", 100, 1)
 
 
 def draw_report(run: Path) -> None:
@@ -54,7 +59,8 @@ def draw_report(run: Path) -> None:
     from matplotlib.figure import Figure
 
     rows = read_metrics(run / "metrics.csv")
-    training = [row for row in rows if "contrastive_loss" in row]
+    loss_column = _loss_column(rows)
+    training = [row for row in rows if loss_column in row]
     if not training:
         return
     # Rows with scores follow the row of the same update, which knows the hours.
@@ -70,15 +76,15 @@ def draw_report(run: Path) -> None:
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label)  # type: ignore[attr-defined]
 
-    plot(loss, training, "contrastive_loss", "training")
-    plot(loss, valid, "valid_contrastive_loss", "held out", style="o-")
-    loss.set_ylabel("contrastive loss, nats per masked frame")
+    plot(loss, training, loss_column, "training")
+    plot(loss, valid, f"valid_{loss_column}", "held out", style="o-")
+    loss.set_ylabel(f"{_LOSSES[loss_column]}, nats per masked frame")
     plot(accuracy, training, "accuracy", "training", 100)
     plot(accuracy, valid, "valid_accuracy", "held out", 100, "o-")
     plot(accuracy, training, "chance", "chance", 100, ":")
-    accuracy.set_ylabel("contrastive accuracy, %")
-    for group in range(_num_groups(training[0], "")):
-        plot(perplexity, training, f"code_perplexity_{group}", f"group {group}")
+    accuracy.set_ylabel("accuracy, %")
+    for key, name in _perplexities(training[0], "").items():
+        plot(perplexity, training, key, name.removeprefix("code perplexity, "))
     perplexity.set_ylabel("code perplexity")
     plot(throughput, training, "audio_s_per_s", "training")
     throughput.set_ylabel("audio seconds per second")
@@ -90,5 +96,12 @@ def draw_report(run: Path) -> None:
     figure.savefig(run / "report.png", dpi=120)
 
 
-def _num_groups(row: dict[str, float], prefix: str) -> int:
-    return sum(name.startswith(f"{prefix}code_perplexity_") for name in row)
+def _loss_column(rows: _Rows) -> str:
+    return next((name for row in rows for name in _LOSSES if name in row), "contrastive_loss")
+
+
+def _perplexities(row: dict[str, float], prefix: str) -> dict[str, str]:
+    """Columns without their prefix, and what they are called."""
+    names = [name.removeprefix(prefix) for name in row if name.startswith(f"{prefix}code_perplexity")]
+    groups = {name: name.removeprefix("code_perplexity").removeprefix("_") for name in names}
+    return {name: "code perplexity" + (f", group {group}" if group else "") for name, group in groups.items()}

@@ -98,7 +98,7 @@ def test_goes_on_where_it_was(
         read.append(cut.id)
         return read_chunks(cut, **settings)
 
-    monkeypatch.setattr("fastssl.train.extract.read_chunks", count)
+    monkeypatch.setattr("fastssl.train.encode.read_chunks", count)
     extract(tmp_path / "model", recordings, stopped, shard_mb=0.02)
     assert set(read) == expected.keys() - done
     entries, found = _read(stopped)

@@ -15,12 +15,12 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 
 from fastssl.data.corpus import Problem
 from fastssl.interop import load_encoder
-from fastssl.models.wav2vec2 import Wav2Vec2ForPreTraining
 from fastssl.train.data import Account
 from fastssl.train.metrics_file import read_metrics
-from fastssl.train.module import _SUMS, PretrainModule, TrainingError
+from fastssl.train.module import _COUNTS, PretrainModule, TrainingError
 from fastssl.train.monitors import Monitor
 from fastssl.train.pretrain import pretrain
+from fastssl.train.systems import build_model
 from tests.train.conftest import MakeConfig, write_recording
 
 
@@ -129,7 +129,7 @@ def test_account_judges_fractions_of_what_was_drawn() -> None:
 def test_fp16_does_not_skip_updates_for_ever(make_config: MakeConfig) -> None:
     config = make_config()
     module = PretrainModule(
-        Wav2Vec2ForPreTraining(config.model),
+        build_model(config.model),
         optimizer=config.optimizer,
         temperature=config.temperature,
         max_steps=100,
@@ -138,7 +138,7 @@ def test_fp16_does_not_skip_updates_for_ever(make_config: MakeConfig) -> None:
     precision = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu"))
     module._trainer = SimpleNamespace(precision_plugin=precision, world_size=1, global_step=0)  # type: ignore[assignment]
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
-    sums = torch.zeros(len(_SUMS) + 4, dtype=torch.float64)
+    sums = torch.zeros(len(_COUNTS) + 1 + len(module.model.score_names), dtype=torch.float64)
 
     def update(gradient: float) -> None:
         for parameter in module.parameters():
@@ -164,7 +164,7 @@ def test_collapse_is_said_in_words(
         "code_perplexity_1": 40.0,
     }
     collapsed = healthy | {"accuracy": 0.01, "code_perplexity_1": 1.1}
-    monitor = Monitor(Path("nowhere"), Account(1, 0.05, []), groups=2, log_every=1, resume_at=None)
+    monitor = Monitor(Path("nowhere"), Account(1, 0.05, []), score_names=(), log_every=1, resume_at=None)
 
     class _FirstProcess:
         is_global_zero = True
@@ -172,7 +172,7 @@ def test_collapse_is_said_in_words(
     for update in (collapsed, collapsed, healthy, collapsed, collapsed):
         monitor._watch_for_collapse(_FirstProcess(), update)  # type: ignore[arg-type]
     assert not caplog.records
-    restored = Monitor(Path("nowhere"), Account(1, 0.05, []), groups=2, log_every=1, resume_at=None)
+    restored = Monitor(Path("nowhere"), Account(1, 0.05, []), score_names=(), log_every=1, resume_at=None)
     restored.load_state_dict(monitor.state_dict())
     restored._watch_for_collapse(_FirstProcess(), collapsed)  # type: ignore[arg-type]
     restored._watch_for_collapse(_FirstProcess(), collapsed)  # type: ignore[arg-type]

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastssl.models.wav2vec2 import Wav2Vec2ForPreTraining
 from fastssl.train.checkpoints import initialise
 from fastssl.train.pretrain import pretrain
+from fastssl.train.systems import build_model
 from tests.train.conftest import MakeConfig
 
 
@@ -15,7 +15,7 @@ def test_run_gives_all_its_weights_and_no_optimiser(make_config: MakeConfig) -> 
     first = make_config("first", **{"trainer.max_steps": 2})
     pretrain(first)
     saved = torch.load(Path(first.output) / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
-    model = Wav2Vec2ForPreTraining(first.model)
+    model = build_model(first.model)
     assert initialise(model, first.output)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, saved[f"model.{name}"]), name
@@ -33,8 +33,8 @@ def test_run_gives_all_its_weights_and_no_optimiser(make_config: MakeConfig) -> 
 
 def test_folder_of_an_encoder_leaves_the_quantiser_fresh(make_config: MakeConfig, tmp_path: Path) -> None:
     config = make_config().model
-    source, model, untouched = (Wav2Vec2ForPreTraining(config) for _ in range(3))
-    source.wav2vec2.save_pretrained(tmp_path / "encoder")
+    source, model, untouched = (build_model(config) for _ in range(3))
+    source.speech_encoder.save_pretrained(tmp_path / "encoder")
     untouched.load_state_dict(model.state_dict())
     for folder in (tmp_path / "encoder", tmp_path):  # a Transformers folder, and a run that has only its encoder left
         assert not initialise(model, str(folder))
@@ -45,16 +45,16 @@ def test_folder_of_an_encoder_leaves_the_quantiser_fresh(make_config: MakeConfig
 
 def test_other_architectures_and_other_folders_are_refused(make_config: MakeConfig, tmp_path: Path) -> None:
     config = make_config().model
-    Wav2Vec2ForPreTraining(config).wav2vec2.save_pretrained(tmp_path / "encoder")
+    build_model(config).speech_encoder.save_pretrained(tmp_path / "encoder")
     with pytest.raises(ValueError, match=r"model\.hidden_size is 32 there and 16 here"):
-        initialise(Wav2Vec2ForPreTraining(make_config(**{"model.hidden_size": 16}).model), str(tmp_path))
+        initialise(build_model(make_config(**{"model.hidden_size": 16}).model), str(tmp_path))
     # Same shapes, other meaning.
     with pytest.raises(ValueError, match=r"is False there and True here.* add: --model\.do_stable_layer_norm false$"):
-        initialise(Wav2Vec2ForPreTraining(make_config(**{"model.do_stable_layer_norm": True}).model), str(tmp_path))
+        initialise(build_model(make_config(**{"model.do_stable_layer_norm": True}).model), str(tmp_path))
     with pytest.raises(ValueError, match=r"add: --model\.conv_dim '\[16,16,16,16,16,16,16\]'$"):
-        initialise(Wav2Vec2ForPreTraining(make_config(**{"model.conv_dim": (8,) * 7}).model), str(tmp_path))
+        initialise(build_model(make_config(**{"model.conv_dim": (8,) * 7}).model), str(tmp_path))
     with pytest.raises(ValueError, match=r"no run \(there is no .*last\.ckpt\) and no Transformers model"):
-        initialise(Wav2Vec2ForPreTraining(config), str(tmp_path / "nowhere"))
+        initialise(build_model(config), str(tmp_path / "nowhere"))
     refused = make_config("refused", init=str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match="--init"):
         pretrain(refused)

@@ -1,0 +1,181 @@
+"""Labels of frames, from which HuBERT learns: a table beside the audio, in a form that Lhotse reads.
+
+A folder of labels holds
+
+- `labels.jsonl`: a Lhotse supervision per recording (`SupervisionSet.from_file` reads it), whose field `labels` is a
+  list of classes, one every `frame_shift` seconds, the first of the frame around `first_centre` seconds;
+- `settings.json`: what the labels were made from, and how;
+- `kmeans.safetensors`: the `centres` (classes, width) that frames were assigned to.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lhotse import SupervisionSegment
+from lhotse.cut import Cut
+from numpy.typing import NDArray
+
+from fastssl.data.audio import SAMPLE_RATE_HZ
+from fastssl.data.corpus import Problem, cut_name
+
+LABELS_FILE, SETTINGS_FILE, CENTRES_FILE = "labels.jsonl", "settings.json", "kmeans.safetensors"
+#: Audio may end so much earlier or later than when it was labelled: headers are not exact (MP3).
+_TOLERANCE_S = 0.1
+
+
+@dataclass(frozen=True)
+class _Entry:
+    begin: int  # in the labels of all
+    end: int
+    duration_s: float
+    rate_hz: int
+
+
+class LabelTable:
+    """The labels of a corpus, in memory (2 bytes a label where there are at most 32,767 classes).
+
+    Args:
+        folder: Written by `fastssl label`.
+
+    Raises:
+        ValueError: The folder holds no labels, or they are damaged.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.settings = read_settings(self.folder)
+        self.classes = int(self.settings["clusters"])
+        self.frame_shift_s = float(self.settings["frame_shift_s"])
+        self.first_centre_s = float(self.settings["first_centre_s"])
+        kind = np.int16 if self.classes <= np.iinfo(np.int16).max else np.int32
+        self._entries: dict[str, _Entry] = {}
+        parts, begin = [], 0
+        for line in read_lines(self.folder / LABELS_FILE):
+            labels: NDArray[Any] = np.asarray(line["custom"]["labels"], dtype=kind)
+            if len(labels) and not 0 <= labels.min() <= labels.max() < self.classes:
+                raise ValueError(
+                    f"{self.folder / LABELS_FILE}: {line['id']} has labels from {labels.min()} to {labels.max()}, "
+                    f"where there are {self.classes} classes"
+                )
+            rate_hz = int(line["custom"]["sampling_rate"])
+            self._entries[line["id"]] = _Entry(begin, begin + len(labels), float(line["duration"]), rate_hz)
+            parts.append(labels)
+            begin += len(labels)
+        self._labels = np.concatenate(parts) if parts else np.empty(0, kind)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._entries
+
+    def problem(self, cut: Cut) -> Problem | None:
+        """What is wrong with the labels of a cut, or of the recording that it is a window of; None where they fit."""
+        key, _, duration_s = labelled_part(cut)
+        entry = self._entries.get(key)
+        if entry is None:
+            return Problem(cut_name(cut), f"has no labels in {self.folder}")
+        if entry.rate_hz != cut.recording.sampling_rate:
+            return Problem(
+                cut_name(cut), f"was labelled at {entry.rate_hz} Hz and is at {cut.recording.sampling_rate} Hz now"
+            )
+        if abs(entry.duration_s - duration_s) > _TOLERANCE_S:
+            return Problem(cut_name(cut), f"has labels for {entry.duration_s:.2f} s and is {duration_s:.2f} s long")
+        found, expected = entry.end - entry.begin, entry.duration_s / self.frame_shift_s
+        # Within the tolerance, less what the windows at the ends lack.
+        if abs(found - expected) > 2 + _TOLERANCE_S / self.frame_shift_s:
+            return Problem(
+                cut_name(cut),
+                f"has {found} labels, where {entry.duration_s:.2f} s at one every {1000 * self.frame_shift_s:g} ms "
+                f"make {expected:.0f}",
+            )
+        return None
+
+    def at(
+        self, cut: Cut, *, start_s: float, frames: int, stride: int, receptive_field: int
+    ) -> NDArray[np.int64]:  # (frames,)
+        """The label nearest to the centre of each frame of a part of a cut.
+
+        Args:
+            cut: As `open_corpus` gave it; one without `problem`.
+            start_s: Where the part begins in the recording of the cut.
+            frames: How many there are.
+            stride: Samples at 16 kHz from one frame to the next.
+            receptive_field: Samples that one frame sees.
+        """
+        key, origin_s, _ = labelled_part(cut)
+        entry = self._entries[key]
+        centres_s = start_s - origin_s + (receptive_field / 2 + stride * np.arange(frames)) / SAMPLE_RATE_HZ
+        nearest = np.rint((centres_s - self.first_centre_s) / self.frame_shift_s).astype(np.int64)
+        rows = entry.begin + np.clip(nearest, 0, entry.end - entry.begin - 1)
+        return self._labels[rows].astype(np.int64)
+
+
+def labelled_part(cut: Cut) -> tuple[str, float, float]:
+    """Under which id a cut is labelled, and where that part of the recording begins and how long it is, in seconds.
+
+    Windows share the labels of the cut that they are windows of, so that the length of windows is free to change.
+    """
+    parent = (cut.custom or {}).get("window_of")
+    if parent is None:
+        return cut.id, cut.start, cut.duration
+    return parent["id"], parent["start"], parent["duration"]
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """What the labels of a folder were made from, and how.
+
+    Raises:
+        ValueError: The folder holds no labels.
+    """
+    path = folder / SETTINGS_FILE
+    if not path.is_file() or not (folder / LABELS_FILE).is_file():
+        raise ValueError(f"{folder}: no labels there; looked for {path} and {LABELS_FILE}. `fastssl label` makes them")
+    settings: dict[str, Any] = json.loads(path.read_text())
+    return settings
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The supervisions of a file, but for a last line that a kill cut short.
+
+    Raises:
+        ValueError: A line is damaged.
+    """
+    if not path.is_file():
+        return
+    with path.open() as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith("\n"):
+                return
+            try:
+                values = json.loads(line)
+                assert {"id", "duration", "custom"} <= values.keys()
+                assert {"labels", "sampling_rate"} <= values["custom"].keys()
+            except (ValueError, AssertionError, AttributeError, TypeError):
+                raise ValueError(f"{path}: line {number} is no supervision with labels") from None
+            yield values
+
+
+def as_line(cut: Cut, labels: Iterable[int], *, frame_shift_s: float, first_centre_s: float) -> str:
+    """A line of `labels.jsonl`.
+
+    Args:
+        cut: What is labelled; not a window.
+        labels: Classes of its frames.
+        frame_shift_s: Seconds from one to the next.
+        first_centre_s: The middle of the first frame.
+    """
+    custom: Mapping[str, Any] = {
+        "labels": [int(label) for label in labels],
+        "frame_shift": frame_shift_s,
+        "first_centre": first_centre_s,
+        "sampling_rate": cut.recording.sampling_rate,
+    }
+    supervision = SupervisionSegment(
+        id=cut.id, recording_id=cut.recording.id, start=cut.start, duration=cut.duration, custom=dict(custom)
+    )
+    return json.dumps(supervision.to_dict(), separators=(",", ":")) + "\n"

@@ -1,0 +1,185 @@
+"""HuBERT pre-training (Hsu et al. 2021, arXiv 2106.07447), on packed batches."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastssl.models.encoder import Encoder, EncoderConfig
+from fastssl.models.folder import read_config, read_weights
+from fastssl.models.pretraining import PREDICTION_SCORES, PredictionOutput, PretrainingModel, features_penalty
+from fastssl.nn.linear import PackedLinear
+from fastssl.nn.masking import sample_span_mask
+from fastssl.packing import Packed
+
+
+@dataclass(frozen=True)
+class HubertConfig(EncoderConfig):
+    """An encoder with its pre-training head and objective; the values of fairseq's hubert_base_librispeech.yaml.
+
+    Args:
+        mask_time_prob: Share of frames that would be masked if spans did not overlap.
+        mask_time_length: Frames of a masked span.
+        mask_time_min_masks: At least so many spans per utterance.
+        num_clusters: Classes to predict, which are those of the labels.
+        final_dim: Width in which frames and classes are compared.
+        logit_temperature: What the cosines are divided by.
+        features_penalty_weight: Weight of the mean square of the front end's frames.
+    """
+
+    model_type: str = "hubert"
+    mask_time_prob: float = 0.8
+    mask_time_length: int = 10
+    mask_time_min_masks: int = 2
+    num_clusters: int = 100
+    final_dim: int = 256
+    logit_temperature: float = 0.1
+    features_penalty_weight: float = 10.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.model_type != "hubert":
+            raise ValueError(f"model_type: HuBERT pre-training has a hubert encoder, got {self.model_type!r}")
+        if not 0 <= self.mask_time_prob <= 1:
+            raise ValueError(f"mask_time_prob: must be in [0, 1], got {self.mask_time_prob}")
+        if self.mask_time_length < 1 or self.num_clusters < 2 or self.final_dim < 1:
+            numbers = f"{self.mask_time_length}, {self.num_clusters} and {self.final_dim}"
+            raise ValueError(
+                f"mask_time_length, num_clusters and final_dim: must be at least 1, 2 and 1, got {numbers}"
+            )
+        if self.logit_temperature <= 0:
+            raise ValueError(f"logit_temperature: must be positive, got {self.logit_temperature}")
+
+
+#: The size of the paper with the settings of fairseq's recipe, and a size for CPUs and tests; `recipes/` trains them.
+PRESETS = {
+    "hubert-base": HubertConfig(
+        activation_dropout=0.0,
+        feat_proj_dropout=0.1,
+        layerdrop=0.05,
+        do_normalize=False,
+        feature_grad_mult=0.1,
+    ),
+    "hubert-tiny": HubertConfig(
+        hidden_size=192,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=768,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        layerdrop=0.0,
+        conv_dim=(128,) * 7,
+        num_conv_pos_embeddings=32,
+        num_conv_pos_embedding_groups=8,
+        final_dim=64,
+        features_penalty_weight=0.0,
+    ),
+}
+
+
+class HubertForPreTraining(PretrainingModel):
+    """Encoder, projection and an embedding for each class; the encoder's names are those of Transformers.
+
+    Args:
+        config: Shape and objective.
+    """
+
+    encoder_name = "hubert"
+
+    def __init__(self, config: HubertConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.hubert = Encoder(config)
+        self.final_proj = PackedLinear(config.hidden_size, config.final_dim)
+        self.label_embeddings = nn.Parameter(torch.rand(config.num_clusters, config.final_dim))
+
+    @property
+    def score_names(self) -> tuple[str, ...]:
+        """As in `PredictionOutput.scores`."""
+        return PREDICTION_SCORES
+
+    def forward(
+        self,
+        waveforms: Packed,
+        *,
+        keys: Tensor,
+        labels: Tensor,
+        layer_drop: torch.Generator | None = None,
+    ) -> PredictionOutput:
+        """Mask, encode and predict the class of every masked frame.
+
+        Args:
+            waveforms: (N, 1) samples at 16 kHz; a batch of no utterances is legal and contributes nothing.
+            keys: (B,) int64 from `nn.random.utterance_keys` or `draw_keys`, on the device of the waveforms; the mask of
+                an utterance follows from its key.
+            labels: (T,) int64, the class of each of the T frames of the front end.
+            layer_drop: CPU generator for the layers to skip; None takes torch's own.
+
+        Raises:
+            ValueError: There is not one label for each frame.
+        """
+        config = self.config
+        frames = self.hubert.extract_features(waveforms)
+        if labels.shape != (frames.layout.total,):
+            raise ValueError(
+                f"labels: expected one for each of {frames.layout.total} frames, got {tuple(labels.shape)}"
+            )
+        mask = sample_span_mask(
+            frames.layout,
+            keys,
+            probability=config.mask_time_prob,
+            length=config.mask_time_length,
+            min_spans=config.mask_time_min_masks,
+        )
+        return self.predict(frames, mask=mask, labels=labels, layer_drop=layer_drop)
+
+    def predict(
+        self, frames: Packed, *, mask: Tensor, labels: Tensor, layer_drop: torch.Generator | None = None
+    ) -> PredictionOutput:
+        """The objective (arXiv 2106.07447, equations 1 and 3, masked frames alone) with the mask already drawn.
+
+        Args:
+            frames: (T, C) of the front end.
+            mask: (T,) bool, True where masked.
+            labels: (T,) int64 classes.
+            layer_drop: As in `forward`.
+        """
+        config = self.config
+        projected, _ = self.hubert.feature_projection(frames.values)
+        masked_input = torch.where(mask.unsqueeze(1), self.hubert.masked_spec_embed.to(projected.dtype), projected)
+        features = self.hubert.encoder(Packed(masked_input, frames.layout), layer_drop=layer_drop)[-1]
+
+        rows = mask.nonzero().squeeze(1)  # the host waits for the device, once: it must know M
+        targets = labels.index_select(0, rows)
+        logits = self._logits(self.final_proj(features.values.index_select(0, rows)))
+        prediction_loss = F.cross_entropy(logits, targets, reduction="sum")
+        penalty = features_penalty(frames, mask)
+        return PredictionOutput(
+            loss=prediction_loss + config.features_penalty_weight * penalty,
+            prediction_loss=prediction_loss.detach(),
+            features_penalty=penalty.detach(),
+            correct=(logits.argmax(1) == targets).sum(),
+            masked_frames=len(rows),
+            code_counts=torch.bincount(labels, minlength=config.num_clusters),
+            features=features,
+        )
+
+    def _logits(self, x: Tensor) -> Tensor:  # (M, final_dim) -> (M, num_clusters) fp32
+        """Cosines over the temperature; bf16 has too few digits for them."""
+        with torch.autocast(x.device.type, enabled=False):
+            x = F.normalize(x.float(), dim=1)
+            return x @ F.normalize(self.label_embeddings.float(), dim=1).t() / self.config.logit_temperature
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "HubertForPreTraining":
+        """Open a folder in Transformers' layout; a folder that holds an encoder alone gets a fresh head.
+
+        Raises:
+            ValueError: The folder holds no HuBERT model, or its weights do not fit its config.
+        """
+        folder = Path(folder)
+        model = cls(HubertConfig.from_dict(read_config(folder)))
+        model.load_weights(read_weights(folder), name=str(folder))
+        return model

@@ -1,0 +1,120 @@
+"""Recordings through an encoder, chunk by chunk, in batches that mix them."""
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from lhotse.cut import Cut
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from fastssl.data.audio import SAMPLE_RATE_HZ, AudioError
+from fastssl.data.recordings import Chunk, read_chunks
+from fastssl.models.encoder import Encoder
+from fastssl.packing import Packed
+
+#: Audio that goes through the encoder at a time; features do not depend on it.
+_BATCH_S = 60.0
+
+
+class Reading(NamedTuple):
+    """How recordings are read.
+
+    Args:
+        chunk_s: Longer ones are cut into chunks of this length.
+        overlap_s: What neighbouring chunks share.
+        channel: The channel to read; None averages all of them.
+        num_workers: Processes that decode; 0 decodes in this one.
+    """
+
+    chunk_s: float = 60.0
+    overlap_s: float = 6.0
+    channel: int | None = None
+    num_workers: int = 0
+
+
+def default_workers() -> int:
+    """Processes that decode where nobody says how many."""
+    return min(4, max(1, (os.cpu_count() or 1) // 2))
+
+
+def encode_recordings(
+    encoder: Encoder, cuts: Sequence[Cut], reading: Reading, *, layer: int
+) -> Iterator[tuple[Cut, Tensor | AudioError]]:
+    """The features of each recording, as soon as they are complete; or why it cannot be used.
+
+    Args:
+        encoder: On the device where it is to run.
+        cuts: Whole recordings, of `open_corpus(..., window_s=None)`.
+        reading: How they are read.
+        layer: 0 is the input of the first layer, L the output of the last.
+
+    Yields:
+        Every cut once, not quite in order, with features (frames, D) on the host.
+    """
+    chunks: list[tuple[int, Chunk]] = []
+    parts: dict[int, list[Tensor]] = {}
+    complete: list[int] = []
+    loader = DataLoader(_Chunks(encoder, cuts, reading), batch_size=None, num_workers=reading.num_workers)
+    for index, item in loader:
+        if isinstance(item, str):
+            chunks = [(other, chunk) for other, chunk in chunks if other != index]
+            parts.pop(index, None)
+            yield cuts[index], AudioError(item)
+        elif item is None:
+            complete.append(index)
+        else:
+            chunks.append((index, item))
+        if sum(len(chunk.waveform) for _, chunk in chunks) >= _BATCH_S * SAMPLE_RATE_HZ:
+            _encode(encoder, chunks, parts, layer=layer)
+            yield from ((cuts[index], torch.cat(parts.pop(index))) for index in complete)
+            complete.clear()
+    _encode(encoder, chunks, parts, layer=layer)
+    yield from ((cuts[index], torch.cat(parts.pop(index))) for index in complete)
+
+
+@torch.inference_mode()
+def _encode(encoder: Encoder, chunks: list[tuple[int, Chunk]], parts: dict[int, list[Tensor]], *, layer: int) -> None:
+    """Encode the chunks, and add what is kept of them to the parts of their recordings."""
+    if not chunks:
+        return
+    device = next(encoder.parameters()).device
+    waveforms = Packed.pack([chunk.waveform for _, chunk in chunks]).to(device)
+    features = encoder(waveforms).hidden_states[layer].unpack()
+    for (index, chunk), frames in zip(chunks, features, strict=True):
+        parts.setdefault(index, []).append(frames[chunk.keep].cpu())
+    chunks.clear()
+
+
+class _Chunks(IterableDataset[tuple[int, Chunk | str | None]]):
+    """Index of a recording with a chunk of it, then with None behind its last, or with what is wrong with it."""
+
+    def __init__(self, encoder: Encoder, cuts: Sequence[Cut], reading: Reading) -> None:
+        self.cuts = cuts
+        self.reading = reading
+        # Not the encoder: this goes to the workers.
+        self.normalize = encoder.config.do_normalize
+        self.stride = encoder.config.samples_per_frame
+        self.receptive_field = encoder.config.receptive_field_samples
+
+    def __iter__(self) -> Iterator[tuple[int, Chunk | str | None]]:
+        worker = get_worker_info()
+        first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        for index in range(first, len(self.cuts), step):
+            chunks = read_chunks(
+                self.cuts[index],
+                chunk_s=self.reading.chunk_s,
+                overlap_s=self.reading.overlap_s,
+                normalize=self.normalize,
+                channel=self.reading.channel,
+                stride=self.stride,
+                receptive_field=self.receptive_field,
+            )
+            try:
+                for chunk in chunks:
+                    yield index, chunk
+            except AudioError as error:
+                yield index, str(error)
+            else:
+                yield index, None

@@ -1,0 +1,36 @@
+"""The systems that `fastssl pretrain` trains: by name, the settings of each, and the model that they make."""
+
+from typing import NamedTuple
+
+from fastssl.models.hubert import HubertConfig, HubertForPreTraining
+from fastssl.models.wav2vec2 import Wav2Vec2Config, Wav2Vec2ForPreTraining
+
+ModelConfig = Wav2Vec2Config | HubertConfig
+Model = Wav2Vec2ForPreTraining | HubertForPreTraining
+
+
+class System(NamedTuple):
+    """A system and what it needs."""
+
+    title: str
+    config: type[ModelConfig]
+    #: Whether it predicts the labels that `fastssl label` makes.
+    labels: bool = False
+
+
+SYSTEMS = {
+    "wav2vec2": System("wav2vec 2.0", Wav2Vec2Config),
+    "hubert": System("HuBERT", HubertConfig, labels=True),
+}
+
+
+def system_of(config: ModelConfig) -> str:
+    """The name of the system that has such settings."""
+    return next(name for name, system in SYSTEMS.items() if type(config) is system.config)
+
+
+def build_model(config: ModelConfig) -> Model:
+    """A model with fresh weights, from torch's generator."""
+    if isinstance(config, HubertConfig):
+        return HubertForPreTraining(config)
+    return Wav2Vec2ForPreTraining(config)

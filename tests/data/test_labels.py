@@ -1,0 +1,129 @@
+"""Labels of frames: which label a frame of a crop gets, and what is said of labels that do not fit the audio."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lhotse import SupervisionSet
+from lhotse.cut import Cut
+
+from fastssl.data.batches import BatchSpec, FrameLabels, WaveformDataset, crop
+from fastssl.data.corpus import open_corpus
+from fastssl.data.labels import LABELS_FILE, SETTINGS_FILE, LabelTable, as_line
+from fastssl.data.mfcc import differences, mfcc
+from tests.data.making import noise, write
+
+
+def _write(
+    folder: Path, cuts: list[Cut], *, shift_s: float = 0.01, first_s: float = 0.005, classes: int = 1000
+) -> None:
+    """Labels that count the frames of each recording."""
+    shift_s, first_s = 0.01, 0.005
+    folder.mkdir(exist_ok=True)
+    settings = {"clusters": classes, "frame_shift_s": shift_s, "first_centre_s": first_s}
+    (folder / SETTINGS_FILE).write_text(json.dumps(settings))
+    with (folder / LABELS_FILE).open("w") as file:
+        for cut in cuts:
+            labels = range(round(cut.duration / shift_s))
+            file.write(as_line(cut, labels, frame_shift_s=shift_s, first_centre_s=first_s))
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> list[Cut]:
+    """A recording at 16 kHz, one at 8 kHz, and one of which there are two windows."""
+    folder = tmp_path / "audio"
+    write(folder / "a.wav", noise(2.0, rate=16000), rate=16000)
+    write(folder / "b.wav", noise(1.5, rate=8000), rate=8000)
+    write(folder / "c.wav", noise(5.0, rate=16000), rate=16000)
+    _write(tmp_path / "labels", list(open_corpus(folder, window_s=None, min_duration_s=1).cuts))
+    return list(open_corpus(folder, window_s=3.0, min_duration_s=1).cuts)
+
+
+def test_a_frame_gets_the_label_around_its_centre(corpus: list[Cut], tmp_path: Path) -> None:
+    table = LabelTable(tmp_path / "labels")
+    dataset = WaveformDataset(normalize=False, labels=FrameLabels(table, 320, 400))
+    assert len(corpus) == 4
+    for update in range(3):
+        for crop_s in (None, 0.7):
+            batch = dataset[BatchSpec(update, tuple(corpus), crop_s, seed=5)]
+            assert batch.labels is not None
+            expected = []
+            for cut, length in zip(corpus, batch.waveforms.layout.lengths, strict=True):
+                start_s = crop(cut, crop_s=crop_s, seed=5, update=update).start
+                centres_s = start_s + (320 * np.arange((length - 400) // 320 + 1) + 200) / 16000
+                # Label j is of the frame around 5 ms + j 10 ms of its recording, windows included.
+                expected += np.rint((centres_s - 0.005) / 0.01).tolist()
+            found = batch.labels.numpy()
+            assert np.abs(found - np.minimum(expected, 499)).max() <= 1  # to either side where it lies between two
+            assert len(found) == len(expected)
+
+
+def test_lhotse_reads_the_table(corpus: list[Cut], tmp_path: Path) -> None:
+    supervisions = {item.id: item for item in SupervisionSet.from_file(tmp_path / "labels" / LABELS_FILE)}
+    assert supervisions["b.wav"].labels == list(range(150))
+    assert supervisions["b.wav"].duration == 1.5
+
+
+def test_what_does_not_fit_is_named(corpus: list[Cut], tmp_path: Path) -> None:
+    table = LabelTable(tmp_path / "labels")
+    assert [table.problem(cut) for cut in corpus] == [None] * 4
+    first = corpus[0]
+
+    def said_of(cut: Cut) -> str:
+        problem = table.problem(cut)
+        assert problem is not None
+        assert problem.name.endswith("a.wav")
+        return problem.reason
+
+    assert "has no labels" in said_of(dataclasses.replace(first, id="new.wav"))
+    assert "has labels for 2.00 s and is 1.50 s long" in said_of(dataclasses.replace(first, duration=1.5))
+    slower = dataclasses.replace(first.recording, sampling_rate=8000)
+    assert "labelled at 16000 Hz and is at 8000 Hz now" in said_of(dataclasses.replace(first, recording=slower))
+    _change(tmp_path, "a.wav", lambda line: line["custom"]["labels"].__delitem__(slice(150, None)))
+    table = LabelTable(tmp_path / "labels")
+    assert "has 150 labels, where 2.00 s at one every 10 ms make 200" in said_of(first)
+
+
+def test_damaged_tables_are_refused(corpus: list[Cut], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no labels there"):
+        LabelTable(tmp_path)
+    _change(tmp_path, "a.wav", lambda line: line["custom"]["labels"].append(1000))
+    with pytest.raises(ValueError, match=r"a\.wav has labels from 0 to 1000, where there are 1000 classes"):
+        LabelTable(tmp_path / "labels")
+    path = tmp_path / "labels" / LABELS_FILE
+    path.write_text(path.read_text().replace('"custom"', '"other"', 1))
+    with pytest.raises(ValueError, match="line 1 is no supervision with labels"):
+        LabelTable(tmp_path / "labels")
+
+
+def test_torn_last_line_is_ignored(corpus: list[Cut], tmp_path: Path) -> None:
+    path = tmp_path / "labels" / LABELS_FILE
+    path.write_text(path.read_text()[:-20])
+    assert len(LabelTable(tmp_path / "labels")) == 2
+
+
+def test_mfcc_and_differences() -> None:
+    ramp = np.arange(20, dtype=np.float32)[:, None] * [[1.0, -2.0]]
+    slopes = differences(torch.from_numpy(ramp.astype(np.float32)))
+    np.testing.assert_allclose(slopes[2:-2].numpy(), np.broadcast_to([1.0, -2.0], (16, 2)), rtol=1e-6)
+    np.testing.assert_allclose(slopes[0].numpy(), [0.5, -1.0], rtol=1e-6)  # (1 * 1 + 2 * 2) / 10
+    noise = np.random.default_rng(0).standard_normal(16000).astype(np.float32)
+    frames = mfcc(noise)
+    assert frames.shape == (100, 39)
+    torch.testing.assert_close(frames[:, 13:26], differences(frames[:, :13]))
+    # Louder by a factor moves the first coefficient alone.
+    torch.testing.assert_close(mfcc(4 * noise)[:, 1:13], frames[:, 1:13], rtol=1e-3, atol=1e-2)
+    assert (mfcc(4 * noise)[:, 0] > frames[:, 0]).all()
+
+
+def _change(folder: Path, key: str, change: Any) -> None:
+    path = folder / "labels" / LABELS_FILE
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        if line["id"] == key:
+            change(line)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))

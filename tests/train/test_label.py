@@ -1,0 +1,209 @@
+"""`fastssl label`, and HuBERT runs that learn from what it makes."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file
+from transformers import AutoModel
+
+from fastssl.data.audio import read_waveform
+from fastssl.data.corpus import open_corpus
+from fastssl.data.labels import LABELS_FILE, LabelTable, read_lines
+from fastssl.data.mfcc import mfcc
+from fastssl.interop import load_encoder
+from fastssl.models.encoder import Encoder
+from fastssl.models.hubert import HubertConfig
+from fastssl.packing import Packed
+from fastssl.train.config import PretrainConfig, TrainerConfig
+from fastssl.train.label import LabelSettings, label
+from fastssl.train.metrics_file import read_metrics
+from fastssl.train.pretrain import pretrain
+from tests.train.conftest import MakeConfig, write_recording
+
+_SETTINGS = LabelSettings(clusters=7)
+
+
+def _labels(folder: Path) -> dict[str, list[int]]:
+    return {line["id"]: line["custom"]["labels"] for line in read_lines(folder / LABELS_FILE)}
+
+
+def test_labels_are_the_nearest_centres_and_reproducible(recordings: Path, tmp_path: Path) -> None:
+    assert label(recordings, tmp_path / "one", _SETTINGS, num_workers=0) == []
+    label(recordings, tmp_path / "two", _SETTINGS, num_workers=2)
+    found = _labels(tmp_path / "one")
+    assert len(found) == 14
+    assert found == _labels(tmp_path / "two")
+    centres = load_file(tmp_path / "one" / "kmeans.safetensors")["centres"]
+    assert centres.shape == (7, 39)
+    for cut in open_corpus(recordings, min_duration_s=0.1).cuts:
+        frames = mfcc(read_waveform(cut))
+        assert found[cut.id] == torch.cdist(frames.double(), centres.double()).argmin(1).tolist()
+    # Another seed, other classes.
+    label(recordings, tmp_path / "three", dataclasses.replace(_SETTINGS, seed=1), num_workers=0)
+    assert _labels(tmp_path / "three") != found
+
+
+def test_interruption_loses_nothing_and_new_recordings_are_added(
+    recordings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    audio, whole, broken = tmp_path / "audio", tmp_path / "whole", tmp_path / "broken"
+    shutil.copytree(recordings, audio)
+    label(audio, whole, _SETTINGS, num_workers=0)
+    shutil.copytree(whole, broken)
+    (broken / "done.json").unlink()
+    text = (broken / LABELS_FILE).read_text()
+    # Killed in the middle of a line.
+    (broken / LABELS_FILE).write_text(text[: len(text) // 2])
+    before = len(_labels(broken))
+    assert 3 < before < 14
+    decoded: list[int] = []
+
+    def count(waveform: NDArray[np.float32]) -> torch.Tensor:
+        decoded.append(len(waveform))
+        return mfcc(waveform)
+
+    monkeypatch.setattr("fastssl.train.label.mfcc", count)
+    label(audio, broken, _SETTINGS, num_workers=0)
+    assert len(decoded) == 14 - before
+    assert (broken / LABELS_FILE).read_text() == text
+
+    write_recording(audio / "new.wav", 2.0, seed=99)
+    write_recording(audio / "speaker0" / "00.wav", 3.0, seed=98)  # another recording under an old name
+    label(audio, broken, _SETTINGS, num_workers=0)
+    assert len(decoded) == 14 - before + 2
+    table = LabelTable(broken)
+    assert len(table) == 15
+    assert all(table.problem(cut) is None for cut in open_corpus(audio, min_duration_s=0.1).cuts)
+
+
+def test_other_settings_and_other_folders_are_refused(recordings: Path, tmp_path: Path) -> None:
+    label(recordings, tmp_path / "labels", _SETTINGS, num_workers=0)
+    with pytest.raises(ValueError, match=r"begun with other settings \(clusters: 7 there, 8 now\)"):
+        label(recordings, tmp_path / "labels", LabelSettings(clusters=8), num_workers=0)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").touch()
+    with pytest.raises(ValueError, match="exists, is not empty, and holds no labels"):
+        label(recordings, tmp_path / "other", _SETTINGS, num_workers=0)
+    with pytest.raises(ValueError, match="there is too little audio"):
+        label(recordings, tmp_path / "many", LabelSettings(clusters=100_000), num_workers=0)
+    assert not (tmp_path / "many").exists()
+    with pytest.raises(ValueError, match="--layer: is a layer of --model"):
+        LabelSettings(layer=3)
+
+
+def test_layer_of_a_model_and_a_kmeans_model_that_is_there(recordings: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = HubertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+    config = dataclasses.replace(config, conv_dim=(16,) * 7, num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=2)
+    Encoder(config).save_pretrained(tmp_path / "model")
+    settings = LabelSettings(model=str(tmp_path / "model"), layer=1, clusters=5)
+    label(recordings, tmp_path / "train", settings, num_workers=1)
+    encoder = load_encoder(tmp_path / "model")
+    centres = load_file(tmp_path / "train" / "kmeans.safetensors")["centres"]
+
+    held_out = tmp_path / "held_out"
+    write_recording(held_out / "x.wav", 1.7, seed=50)
+    label(held_out, tmp_path / "valid", LabelSettings(), kmeans=tmp_path / "train", num_workers=0)
+    samples, _ = soundfile.read(held_out / "x.wav", dtype="float32")
+    waveform = (samples - samples.mean()) / np.sqrt(samples.var() + 1e-7)
+    with torch.no_grad():
+        states = encoder(Packed.pack([torch.from_numpy(waveform.astype(np.float32))[:, None]])).hidden_states[1].values
+    expected = torch.cdist(states.double(), centres.double()).argmin(1).tolist()
+    assert _labels(tmp_path / "valid")["x.wav"] == expected
+    with pytest.raises(ValueError, match="the model has layers 0 to 2, got 3"):
+        label(recordings, tmp_path / "no", dataclasses.replace(settings, layer=3))
+
+
+def test_recordings_that_cannot_be_labelled_are_named(recordings: Path, tmp_path: Path) -> None:
+    shutil.copytree(recordings, tmp_path / "audio")
+    broken, hollow = tmp_path / "audio" / "broken.wav", tmp_path / "audio" / "hollow.wav"
+    broken.write_bytes(b"no audio")
+    soundfile.write(hollow, np.full(16000, np.nan, np.float32), 16000, subtype="FLOAT")
+    problems = label(tmp_path / "audio", tmp_path / "labels", _SETTINGS, num_workers=0)
+    assert [problem.name for problem in problems] == [str(broken), str(hollow)]
+    assert len(_labels(tmp_path / "labels")) == 14
+
+
+@pytest.fixture
+def hubert(make_config: MakeConfig) -> PretrainConfig:
+    """Settings of a small HuBERT run."""
+    base = make_config()
+    shape = {
+        field.name: getattr(base.model, field.name)
+        for field in dataclasses.fields(base.model)
+        if field.name in {item.name for item in dataclasses.fields(HubertConfig)} - {"model_type"}
+    }
+    model = HubertConfig(**shape | {"num_clusters": 7, "final_dim": 8, "mask_time_prob": 0.8})
+    return dataclasses.replace(base, system="hubert", model=model)
+
+
+def test_run_makes_labels_learns_and_resumes(hubert: PretrainConfig, tmp_path: Path) -> None:
+    pretrain(hubert)
+    run = Path(hubert.output)
+    rows = read_metrics(run / "metrics.csv")
+    assert rows[0]["prediction_loss"] > 0
+    assert rows[0]["chance"] == pytest.approx(1 / 7)
+    assert 1 < rows[0]["code_perplexity"] <= 7
+    assert 0 < rows[-1]["valid_code_utilisation"] <= 1
+    assert (run / "report.png").stat().st_size > 10_000
+    model = AutoModel.from_pretrained(run / "encoder")
+    assert type(model).__name__ == "HubertModel"
+
+    # The same run in two halves.
+    halves = dataclasses.replace(hubert, output=str(tmp_path / "halves"))
+    half = dataclasses.replace(halves, trainer=dataclasses.replace(hubert.trainer, keep_every=4))
+    pretrain(half)
+    checkpoints = Path(half.output) / "checkpoints"
+    (checkpoints / "0000004.ckpt").replace(checkpoints / "last.ckpt")
+    pretrain(halves, resume=True)
+    expected, found = (
+        torch.load(Path(config.output) / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+        for config in (hubert, halves)
+    )
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
+def test_second_iteration_learns_the_labels_it_is_given(
+    hubert: PretrainConfig, recordings: Path, tmp_path: Path
+) -> None:
+    Encoder(hubert.model).save_pretrained(tmp_path / "first")
+    label(recordings, tmp_path / "labels", LabelSettings(model=str(tmp_path / "first"), clusters=5), num_workers=0)
+    given = dataclasses.replace(hubert, data=dataclasses.replace(hubert.data, labels=str(tmp_path / "labels")))
+    with pytest.raises(ValueError, match=r"has 5 classes; add --model\.num_clusters 5"):
+        pretrain(given)
+    assert isinstance(hubert.model, HubertConfig)
+    given = dataclasses.replace(given, model=dataclasses.replace(hubert.model, num_clusters=5))
+
+    # Labels of other audio: nothing is written, and the files are named.
+    missing = json.loads((tmp_path / "labels" / LABELS_FILE).read_text().splitlines()[0])["id"]
+    lines = (tmp_path / "labels" / LABELS_FILE).read_text().splitlines(keepends=True)
+    (tmp_path / "labels" / LABELS_FILE).write_text("".join(lines[1:]))
+    with pytest.raises(ValueError, match=rf"data\.labels: 1 of \d+ recordings[^$]*{missing} has no labels in"):
+        pretrain(given)
+    assert not Path(given.output).exists()
+    (tmp_path / "labels" / LABELS_FILE).write_text("".join(lines))
+
+    # Held-out recordings of their own are labelled by the same k-means.
+    held_out = tmp_path / "held_out"
+    write_recording(held_out / "00.wav", 2.0, seed=70)
+    short = TrainerConfig(**dataclasses.asdict(hubert.trainer) | {"max_steps": 4})
+    given = dataclasses.replace(given, data=dataclasses.replace(given.data, valid=str(held_out)), trainer=short)
+    pretrain(given)
+    centres = [
+        load_file(folder / "kmeans.safetensors")["centres"]
+        for folder in (tmp_path / "labels", Path(given.output) / "labels-valid")
+    ]
+    assert torch.equal(*centres)
+    assert "valid_prediction_loss" in read_metrics(Path(given.output) / "metrics.csv")[-1]
+
+
+def test_labels_are_refused_where_nothing_learns_from_them(make_config: MakeConfig) -> None:
+    with pytest.raises(ValueError, match=r"data\.labels: wav2vec2 learns from audio alone"):
+        make_config(**{"data.labels": "somewhere"})
