@@ -141,6 +141,7 @@ class UpdateSampler(Sampler[BatchSpec]):
         rank: Of this process.
         world_size: Processes.
         accumulation: Micro-batches of one process per update.
+        max_utterances: Most utterances in one micro-batch; None for as many as there is time for.
         consumed: Micro-batches of this process to skip, for resuming.
         num_buckets: Most groups of similar length; a small corpus has fewer, so that each holds some batches.
 
@@ -158,6 +159,7 @@ class UpdateSampler(Sampler[BatchSpec]):
         rank: int = 0,
         world_size: int = 1,
         accumulation: int = 1,
+        max_utterances: int | None = None,
         consumed: int = 0,
         num_buckets: int = 30,
     ) -> None:
@@ -168,6 +170,9 @@ class UpdateSampler(Sampler[BatchSpec]):
         if accumulation < 1 or consumed < 0 or num_buckets < 1:
             numbers = f"{accumulation}, {consumed} and {num_buckets}"
             raise ValueError(f"accumulation, consumed, num_buckets: must be at least 1, 0 and 1, got {numbers}")
+        if max_utterances is not None and max_utterances < 1:
+            raise ValueError(f"max_utterances: must be at least 1, or None for no limit, got {max_utterances}")
+        self.max_utterances = max_utterances
         self.crop_s, self.seed, self.rank, self.world_size = crop_s, seed, rank, world_size
         self.accumulation, self.consumed = accumulation, consumed
         self._budget = compute_num_samples(max_duration_s, SAMPLE_RATE_HZ)
@@ -177,7 +182,10 @@ class UpdateSampler(Sampler[BatchSpec]):
         lengths = np.array([cropped_length(cut, crop_s) for cut in self.cuts], dtype=np.int64)
         self._lengths = lengths[self._draws[:, 0]]
         # A group must hold several batches, or the same utterances would meet in every epoch.
-        enough = int(self._lengths.sum()) // (4 * self._budget)
+        batches = int(self._lengths.sum()) / self._budget
+        if max_utterances is not None:
+            batches = max(batches, len(self._lengths) / max_utterances)
+        enough = int(batches / 4)
         self._buckets = _buckets(self._lengths, max(1, min(num_buckets, enough)))
 
     def __iter__(self) -> Iterator[BatchSpec]:
@@ -202,7 +210,7 @@ class UpdateSampler(Sampler[BatchSpec]):
         random = np.random.default_rng(_hash(f"epoch/{self.seed}/{epoch}"))
         order = random.permutation(len(self._lengths))
         order = order[np.argsort(self._buckets[order], kind="stable")]
-        batches = _fill(order, self._lengths[order], self._budget)
+        batches = _fill(order, self._lengths[order], self._budget, most=self.max_utterances)
         return [batches[index] for index in random.permutation(len(batches))]
 
 
@@ -315,13 +323,17 @@ def _buckets(lengths: NDArray[np.int64], number: int) -> NDArray[np.int64]:
     return np.searchsorted(np.unique(edges), lengths, side="left").astype(np.int64)
 
 
-def _fill(order: NDArray[np.int64], lengths: NDArray[np.int64], budget: int) -> list[NDArray[np.int64]]:
-    """Cut `order` into batches of at most `budget`, or of one element where that alone is more."""
+def _fill(
+    order: NDArray[np.int64], lengths: NDArray[np.int64], budget: int, *, most: int | None = None
+) -> list[NDArray[np.int64]]:
+    """Cut `order` into batches of at most `budget` and `most` elements, or of one where that alone is more."""
     totals = np.cumsum(lengths)
     batches, start = [], 0
     while start < len(order):
         limit = totals[start] - lengths[start] + budget
         stop = max(start + 1, int(np.searchsorted(totals, limit, side="right")))
+        if most is not None:
+            stop = min(stop, start + most)
         batches.append(order[start:stop])
         start = stop
     return batches

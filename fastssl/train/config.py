@@ -37,6 +37,7 @@ class DataConfig:
 
     Args:
         max_duration_s: Seconds of audio per batch and process, counted after cropping.
+        max_utterances: Most utterances per batch and process; null for as many as there is time for.
         crop_s: Recordings are cropped to this many seconds, at a random place on every draw; null trains on whole ones.
         min_duration_s: Recordings shorter than this, or than a crop, are left out.
         window_s: Longer recordings are read in windows of this many seconds, drawn in proportion to their duration.
@@ -49,6 +50,7 @@ class DataConfig:
     """
 
     max_duration_s: float = 87.5
+    max_utterances: int | None = None
     crop_s: float | None = 15.625
     min_duration_s: float = 2.0
     window_s: float = 60.0
@@ -60,6 +62,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _require_positive("data", self, "max_duration_s", "window_s")
+        if self.max_utterances is not None and self.max_utterances < 1:
+            raise ValueError(f"data.max_utterances: must be at least 1, or null, got {self.max_utterances}")
         if self.crop_s is not None and self.crop_s <= 0:
             raise ValueError(f"data.crop_s: must be positive, or null for whole recordings, got {self.crop_s}")
         if self.crop_s is not None and self.crop_s > self.max_duration_s:

@@ -174,6 +174,7 @@ class PretrainDataModule(LightningDataModule):
             rank=self.trainer.global_rank,
             world_size=self.trainer.world_size,
             accumulation=self.accumulation,
+            max_utterances=self.config.max_utterances,
             consumed=self._consumed,
         )
         return self._loader(sampler, self._labels["train"])

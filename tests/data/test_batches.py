@@ -137,6 +137,15 @@ def test_no_batch_is_longer_than_allowed(durations: list[float], crop_s: float |
         assert len(lengths) == 1 or sum(lengths) <= round(max_duration_s * 16000)
 
 
+def test_a_batch_has_no_more_utterances_than_allowed() -> None:
+    cuts = cuts_of([1.0 + index / 7 for index in range(42)])
+    sampler = UpdateSampler(cuts, max_duration_s=1000.0, crop_s=2.0, seed=0, max_utterances=4)
+    batches = epoch(sampler)
+    assert sorted(map(len, batches)) == [2] + [4] * 10
+    # The shorter limit of the two counts.
+    assert {len(spec.cuts) for spec in take(UpdateSampler(cuts, max_duration_s=4.0, crop_s=2.0, seed=0), 20)} <= {2, 3}
+
+
 def test_batches_are_filled() -> None:
     """Twelve crops of 4 s are exactly 48 s."""
     sampler = UpdateSampler(cuts_of([10.0] * 120), max_duration_s=48.0, crop_s=4.0, seed=0)
@@ -239,6 +248,7 @@ def test_a_crop_stays_in_its_window() -> None:
         ({"max_duration_s": 0.0}, "max_duration_s: must be positive"),
         ({"crop_s": 0.0}, "crop_s: must be positive"),
         ({"rank": 2, "world_size": 2}, "rank: must be from 0 to 1"),
+        ({"max_utterances": 0}, "max_utterances: must be at least 1"),
         ({"accumulation": 0}, "accumulation"),
         ({"consumed": -1}, "consumed"),
     ],
