@@ -132,15 +132,19 @@ def _pretrain_parser(arguments: Sequence[str]) -> "ArgumentParser":
     peek.add_argument("--output")
     peek.add_argument("--resume", action="store_true")
     peeked, _ = peek.parse_known_args(list(arguments))
-    defaults = [_recipe_path(peeked.recipe or _DEFAULT_RECIPE)]
+    config_file = None if peeked.config is None else Path(peeked.config)
+    if config_file is not None and not config_file.is_file():
+        raise ValueError(f"--config: there is no file {config_file}")
+    recipe = peeked.recipe
+    if recipe is None:
+        recipe = _DEFAULT_RECIPE if config_file is None else f"{_system_of([config_file])}-base"
+    defaults = [_recipe_path(recipe)]
     if peeked.resume and peeked.output is not None:
         defaults = [Path(peeked.output) / "config.yaml"]
         if not defaults[0].is_file():
             raise ValueError(f"--resume: there is no run in {peeked.output} (looked for {defaults[0]})")
-    if peeked.config is not None:
-        if not Path(peeked.config).is_file():
-            raise ValueError(f"--config: there is no file {peeked.config}")
-        defaults.append(Path(peeked.config))
+    if config_file is not None:
+        defaults.append(config_file)
 
     system = _system_of(defaults)
     parser = _parser(

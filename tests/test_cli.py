@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 from fastssl import cli, ops
-from fastssl.models.wav2vec2 import Wav2Vec2Config
 from fastssl.train.config import PretrainConfig, write_config
+from fastssl.train.systems import SYSTEMS, system_of
 
 
 @pytest.fixture(autouse=True)
@@ -104,19 +104,22 @@ def test_command_line_wins_over_config_and_config_over_recipe(
     assert started[2][0].recipe == "wav2vec2-base"
 
 
-def test_config_file_reproduces_the_run(started: list[tuple[PretrainConfig, bool]], tmp_path: Path) -> None:
-    arguments = ["--recipe", "wav2vec2-large", "--seed", "5", "--data.valid", "0.1", "--optimizer.clip_norm", "1"]
+@pytest.mark.parametrize("recipe", ["wav2vec2-large", "hubert-tiny"])
+def test_config_file_reproduces_the_run(
+    recipe: str, started: list[tuple[PretrainConfig, bool]], tmp_path: Path
+) -> None:
+    arguments = ["--recipe", recipe, "--seed", "5", "--data.valid", "0.1", "--optimizer.clip_norm", "1"]
     cli.main(["pretrain", str(tmp_path), "--output", str(tmp_path / "run"), *arguments])
     (tmp_path / "run").mkdir()
     write_config(started[0][0], tmp_path / "run" / "config.yaml")
     cli.main(["pretrain", "--config", str(tmp_path / "run" / "config.yaml"), "--output", str(tmp_path / "run")])
     cli.main(["pretrain", "--output", str(tmp_path / "run"), "--resume"])
-    assert started[0][0].recipe == "wav2vec2-large"
+    assert started[0][0].recipe == recipe
     assert started[1] == started[0]
     assert started[2] == (started[0][0], True)
 
 
-@pytest.mark.parametrize("name", ["wav2vec2-base", "wav2vec2-large", "wav2vec2-tiny"])
+@pytest.mark.parametrize("name", list(cli.recipes()))
 def test_recipes_set_every_option_of_the_model_and_load(
     name: str, started: list[tuple[PretrainConfig, bool]], tmp_path: Path
 ) -> None:
@@ -124,10 +127,12 @@ def test_recipes_set_every_option_of_the_model_and_load(
     # What stays at Transformers' value for all models, and what wav2vec 2.0 does not have.
     left = {"layer_norm_eps", "initializer_range", "model_type", "feat_proj_layer_norm", "num_buckets"}
     left |= {"max_bucket_distance", "conv_pos_kernel_size"}
-    assert {field.name for field in dataclasses.fields(Wav2Vec2Config)} - recipe["model"].keys() == left
+    kind = SYSTEMS[recipe["system"]].config
+    assert {field.name for field in dataclasses.fields(kind)} - recipe["model"].keys() == left
     cli.main(["pretrain", str(tmp_path), "--recipe", name, "--output", str(tmp_path / "run")])
     config = started[0][0]
-    assert config.model == Wav2Vec2Config.from_dict(recipe["model"])
+    assert config.system == recipe["system"] == system_of(config.model)
+    assert config.model == kind.from_dict(recipe["model"] | {"model_type": config.model.model_type})
     assert config.optimizer.lr == recipe["optimizer"]["lr"]
     assert config.trainer.max_steps == recipe["trainer"]["max_steps"]
 

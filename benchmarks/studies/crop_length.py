@@ -1,0 +1,238 @@
+"""Match to Win (arXiv:2209.15575): how short may the sequences be that an encoder is pre-trained on?
+
+    python -m benchmarks.studies.crop_length CORPORA --sounds ESC10 --runs RUNS --output crop_length.json [--full]
+
+wav2vec2-tiny learns from crops of 1, 2 and 5 s and from whole utterances; the only change from one to the next is
+`--data.crop_s`. Protocol A: 48 s of audio in every update, so all see the same audio and shorter crops mean
+more utterances. Protocol B: four utterances in every update, so audio grows with the crop; what that saves is what
+the paper claims. Updates are equal in both. Every encoder is scored on the same held-out crops, and probed, frozen:
+digits by CTC on whole utterances, and the voice in 1 s, in 5 s and in whole utterances. With --sounds the same for
+environmental sounds: crops of 1 and 2 s and whole sounds (5 s), probed for their class in 1 s and in whole sounds.
+
+ESC10 is a folder of `{class}_{fold}-{clip}-{take}.ogg`: folds 1 to 3 are pre-trained on; the probe learns from folds
+1 and 2, is tuned on 3 and tested on 4.
+"""
+
+import csv
+import statistics
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.studies.findings import Spread, compare
+from benchmarks.studies.pretraining_runs import (
+    Job,
+    StudyFile,
+    check_corpora,
+    corpora_parser,
+    held_out_scores,
+    parts_of_sounds,
+    train,
+)
+from benchmarks.studies.probes import Probe, probe
+
+COSTS = ("updates", "audio_hours", "training_s", "peak_mb", "mean_crop_s")
+#: Seconds of audio per update of protocol A, and utterances of protocol B.
+AUDIO_S, UTTERANCES = 48.0, 4
+SPEECH_PROBES = {
+    "digit error": Probe("test", "digits"),
+    "voice error, 1 s": Probe("voices_test", "voice", segment_s=1.0),
+    "voice error, 5 s": Probe("voices_test", "voice", segment_s=5.0),
+    "voice error, whole": Probe("voices_test", "voice"),
+}
+SOUND_PROBES = {
+    "class error, 1 s": Probe("test", "class", segment_s=1.0),
+    "class error, whole": Probe("test", "class"),
+}
+
+
+class Size(NamedTuple):
+    """How much of the study is done."""
+
+    updates: int
+    seeds: int
+    probe_steps: int
+
+
+DEFAULT, FULL = Size(updates=250, seeds=1, probe_steps=300), Size(updates=800, seeds=3, probe_steps=600)
+
+
+class Domain(NamedTuple):
+    """What is pre-trained on, scored and probed.
+
+    Args:
+        audio: To pre-train on.
+        held_out: To score.
+        corpora: Of the probes.
+        probes: By name.
+        crops: Lengths in seconds; None is whole utterances.
+    """
+
+    audio: Path
+    held_out: Path
+    corpora: Path
+    probes: Mapping[str, Probe]
+    crops: tuple[float | None, ...]
+
+
+def jobs(name: str, domain: Domain, size: Size) -> dict[str, Job]:
+    """The runs by key, `domain/protocol/crop/seed`."""
+    found = {}
+    for seed in range(size.seeds):
+        for crop_s in domain.crops:
+            for protocol in "AB":
+                key = f"{name}/{protocol}/{_crop_name(crop_s)}/{seed}"
+                limit = {"data.max_utterances": UTTERANCES, "data.max_duration_s": 1000} if protocol == "B" else {}
+                options = {
+                    "data.crop_s": crop_s,
+                    "data.max_duration_s": AUDIO_S,
+                    "data.min_duration_s": 1.0,
+                    # Scored once, afterwards, on crops that all share.
+                    "data.valid": 0,
+                    "trainer.max_steps": size.updates,
+                    "trainer.checkpoint_every": 100,
+                    "trainer.log_every": 50,
+                    "trainer.progress": "false",
+                } | limit
+                found[key] = Job(key.replace("/", "-"), domain.audio, "wav2vec2-tiny", options, seed)
+    return found
+
+
+def _crop_name(crop_s: float | None) -> str:
+    return "whole" if crop_s is None else f"{crop_s:g}s"
+
+
+def main() -> None:
+    """Do the runs that are not there yet, probe them, and write what follows."""
+    parser = corpora_parser(__doc__ or "")
+    parser.add_argument("--sounds", type=Path, metavar="ESC10", help="folder of environmental sounds; none without it")
+    parser.add_argument("--full", action="store_true", help=f"{FULL.seeds} seeds of {FULL.updates} updates: hours")
+    arguments = parser.parse_args()
+    size = FULL if arguments.full else DEFAULT
+    check_corpora(arguments.corpora, ["train", "dev", "test", "voices_train", "voices_dev", "voices_test"])
+    study = StudyFile(arguments.output, {"study": "crop_length", **size._asdict()})
+    speech = arguments.corpora
+    domains = {"speech": Domain(speech / "train", speech / "dev", speech, SPEECH_PROBES, (1.0, 2.0, 5.0, None))}
+    if arguments.sounds is not None:
+        sounds = parts_of_sounds(arguments.sounds, arguments.runs / "sounds")
+        domains["sound"] = Domain(sounds / "pretrain", sounds / "test", sounds, SOUND_PROBES, (1.0, 2.0, None))
+    for name, domain in domains.items():
+        for key, job in jobs(name, domain, size).items():
+            if key in study.results:
+                continue
+            trained = train(job, arguments.runs)
+            scores = probe(trained.run, domain.corpora, domain.probes, steps=size.probe_steps, seed=job.seed)
+            held_out = held_out_scores(trained.run, domain.held_out)
+            costs = {cost: getattr(trained, cost) for cost in COSTS}
+            study.add(key, {**costs, "held_out": held_out, "probes": scores})
+    study.conclude(findings(study.results))
+    write_csv(study.results, arguments.output.with_suffix(".csv"))
+    draw(study.results, arguments.output.with_suffix(".png"))
+    for line in study.content["findings"]:
+        print(line)
+
+
+def groups(results: Mapping[str, Any]) -> dict[tuple[str, str, str], list[Any]]:
+    """Results of all seeds, by domain, protocol and crop."""
+    grouped: dict[tuple[str, str, str], list[Any]] = {}
+    for key, result in results.items():
+        domain, protocol, crop, _ = key.split("/")
+        grouped.setdefault((domain, protocol, crop), []).append(result)
+    return grouped
+
+
+def findings(results: Mapping[str, Any]) -> list[str]:
+    """What the numbers say: the best and the shortest crop of each protocol and probe, and what the shortest saves."""
+    grouped = groups(results)
+    lines = []
+    for domain, protocol in sorted({key[:2] for key in grouped}):
+        whole = grouped[domain, protocol, "whole"]
+        for name in whole[0]["probes"]:
+            by_crop = {
+                crop: Spread([result["probes"][name] for result in grouped[domain, protocol, crop]])
+                for other, letter, crop in grouped
+                if (other, letter) == (domain, protocol)
+            }
+            lines += [
+                f"{domain}, protocol {protocol}, {name}: " + compare(crop, spread, "whole", by_crop["whole"])
+                for crop, spread in by_crop.items()
+                if crop != "whole"
+            ]
+        for crop in (
+            crop for other, letter, crop in grouped if (other, letter) == (domain, protocol) and crop != "whole"
+        ):
+            ratios = {
+                what: _mean(grouped[domain, protocol, crop], what) / _mean(whole, what)
+                for what in ("audio_hours", "training_s", "peak_mb")
+            }
+            shares = ", ".join(f"{ratio:.2f} of the {_COSTS[what]}" for what, ratio in ratios.items())
+            lines.append(f"{domain}, protocol {protocol}: crops of {crop} take {shares} that whole ones take")
+    return lines
+
+
+_COSTS = {"audio_hours": "audio", "training_s": "training time", "peak_mb": "peak memory"}
+
+
+def _mean(results: Iterable[Mapping[str, float]], name: str) -> float:
+    return statistics.fmean(result[name] for result in results)
+
+
+def write_csv(results: Mapping[str, Any], path: Path) -> None:
+    """A row per run."""
+    names = sorted({name for result in results.values() for name in result["probes"]})
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["domain", "protocol", "crop", "seed", *COSTS, "held_out_loss", "held_out_accuracy", *names])
+        for key, result in results.items():
+            values = [result[cost] for cost in COSTS]
+            values += [result["held_out"]["contrastive_loss"], result["held_out"]["accuracy"]]
+            values += [result["probes"].get(name, "") for name in names]
+            writer.writerow([*key.split("/"), *(f"{value:.6g}" if value != "" else "" for value in values)])
+
+
+def draw(results: Mapping[str, Any], path: Path) -> None:
+    """Errors over audio hours, training time and peak memory; a line per protocol, a mark per crop."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    grouped = groups(results)
+    rows = sorted(
+        {
+            (domain, name)
+            for domain, _, _ in grouped
+            for result in results.values()
+            for name in result["probes"]
+            if name in (SPEECH_PROBES if domain == "speech" else SOUND_PROBES)
+        }
+    )
+    figure = Figure(figsize=(12, 3 * len(rows)), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(len(rows), 3, squeeze=False)
+    for axes_row, (domain, name) in zip(grid, rows, strict=True):
+        for axes, (cost, title) in zip(
+            axes_row,
+            {"audio_hours": "hours of audio", "training_s": "s in updates", "peak_mb": "peak MB"}.items(),
+            strict=True,
+        ):
+            for protocol, style in (("A", "o-"), ("B", "s--")):
+                points = {
+                    crop: (_mean(runs, cost), Spread([run["probes"][name] for run in runs]), _mean(runs, "mean_crop_s"))
+                    for (other, letter, crop), runs in grouped.items()
+                    if (other, letter) == (domain, protocol)
+                }
+                x, spread = [point[0] for point in points.values()], [point[1] for point in points.values()]
+                heights, bars = [100 * s.mean for s in spread], [100 * s.deviation for s in spread]
+                axes.errorbar(x, heights, yerr=bars, fmt=style, capsize=3, label=f"protocol {protocol}")
+                for place, height, (_, _, crop_s) in zip(x, heights, points.values(), strict=True):
+                    axes.annotate(
+                        f"{crop_s:.1f} s", (place, height), textcoords="offset points", xytext=(4, 4), fontsize=7
+                    )
+            axes.set_xlabel(title)
+            axes.set_ylabel(f"{name}, %")
+            axes.grid(alpha=0.3)
+        axes_row[0].legend()
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,191 @@
+"""Early prediction (arXiv:2501.05966): do measures without labels, early in training, tell how good an encoder will be?
+
+    python -m benchmarks.studies.early_prediction CORPORA --runs RUNS --output early_prediction.json [--full]
+
+best-rq-tiny is trained with four ways of masking and three learning rates, bad ones among them, and the middle of the
+grid from two more seeds, which is the noise floor. At a quarter of the updates the checkpoint's loss on held-out
+recordings, the rank of its embeddings and the quality of their clusters are measured; at the end it is probed: digits
+by CTC, and the voice in 1 s. Which layer is looked at was chosen beforehand: the last for digits, the middle one for
+voices. Spearman's and Pearson's coefficients are between the measures at a quarter and the errors at the end.
+"""
+
+import csv
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.studies.findings import Spread, correlate
+from benchmarks.studies.pretraining_runs import (
+    Job,
+    StudyFile,
+    check_corpora,
+    corpora_parser,
+    quality_at,
+    train,
+)
+from benchmarks.studies.probes import Probe, probe
+
+#: Share of frames that would be masked if spans did not overlap, and frames of a span (40 ms each): next to nothing to
+#: predict, the two in between, and next to nothing to predict it from.
+MASKS = {"sparse": (0.05, 2), "short": (0.4, 2), "long": (0.4, 6), "dense": (1.0, 12)}
+LEARNING_RATES = (1e-4, 1e-3, 8e-3)
+CENTRE = ("long", 1e-3)
+#: Chosen before the first run: digits need what is said, which late layers know; voices need the middle.
+LAYER_OF = {"digit error": "last", "voice error": "middle"}
+PROBES = {
+    "digit error": Probe("test", "digits"),
+    "voice error": Probe("voices_test", "voice", segment_s=1.0),
+}
+MEASURES = ("held_out_loss", "effective_rank", "rankme", "log_inertia_per_frame", "davies_bouldin")
+
+
+class Size(NamedTuple):
+    """How much of the study is done."""
+
+    updates: int
+    seeds: int
+    quality_minutes: float
+    probe_steps: int
+
+
+DEFAULT = Size(updates=240, seeds=1, quality_minutes=8.0, probe_steps=300)
+FULL = Size(updates=800, seeds=3, quality_minutes=8.0, probe_steps=600)
+
+
+def jobs(corpora: Path, size: Size) -> dict[str, Job]:
+    """The runs by key, `mask/rate/seed`; the centre has two more seeds."""
+    grid = [(mask, rate, seed) for seed in range(size.seeds) for mask in MASKS for rate in LEARNING_RATES]
+    repeats = [(*CENTRE, seed) for seed in range(max(3, size.seeds)) if (*CENTRE, seed) not in grid]
+    return {
+        f"{mask}/{rate:g}/{seed}": Job(
+            f"best-rq-{mask}-{rate:g}-seed{seed}",
+            corpora / "train",
+            "best-rq-tiny",
+            {
+                "model.mask_time_prob": MASKS[mask][0],
+                "model.mask_time_length": MASKS[mask][1],
+                "optimizer.lr": rate,
+                # Warm-up ends before the checkpoint that is measured.
+                "optimizer.warmup_updates": size.updates // 10,
+                "data.valid": str(corpora / "dev"),
+                "data.min_duration_s": 1.0,
+                "trainer.max_steps": size.updates,
+                "trainer.val_check_interval": size.updates // 4,
+                "trainer.checkpoint_every": size.updates // 4,
+                "trainer.keep_every": size.updates // 4,
+                "trainer.log_every": 20,
+                "trainer.progress": "false",
+            },
+            seed,
+        )
+        for mask, rate, seed in grid + repeats
+    }
+
+
+def main() -> None:
+    """Do the runs that are not there yet, measure and probe them, and write what follows."""
+    parser = corpora_parser(__doc__ or "")
+    parser.add_argument("--full", action="store_true", help=f"{FULL.seeds} seeds of {FULL.updates} updates: hours")
+    arguments = parser.parse_args()
+    size = FULL if arguments.full else DEFAULT
+    check_corpora(arguments.corpora, ["train", "dev", "test", "voices_train", "voices_dev", "voices_test"])
+    study = StudyFile(arguments.output, {"study": "early_prediction", **size._asdict()})
+    for key, job in jobs(arguments.corpora, size).items():
+        if key in study.results:
+            continue
+        trained = train(job, arguments.runs)
+        result = {
+            "quarter": quality_at(
+                trained.run, size.updates // 4, arguments.corpora / "dev", minutes=size.quality_minutes
+            ),
+            "end": quality_at(trained.run, size.updates, arguments.corpora / "dev", minutes=size.quality_minutes),
+            "probes": probe(trained.run, arguments.corpora, PROBES, steps=size.probe_steps, seed=job.seed),
+            "training_s": trained.training_s,
+        }
+        study.add(key, result)
+    study.conclude(findings(study.results))
+    write_csv(study.results, arguments.output.with_suffix(".csv"))
+    draw(study.results, arguments.output.with_suffix(".png"))
+    for line in study.content["findings"]:
+        print(line)
+
+
+def measure(result: Mapping[str, Any], name: str, layer: str, *, when: str = "quarter") -> float:
+    """A measure of a checkpoint, of the last or of the middle layer; the loss has none."""
+    there = result[when]
+    if name == "held_out_loss":
+        return _number(there[name])
+    layers = there["layers"]
+    return _number(layers[-1 if layer == "last" else len(layers) // 2][name])
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)
+
+
+def findings(results: Mapping[str, Any]) -> list[str]:
+    """The noise floor, and how each measure goes with each error."""
+    lines = []
+    centre = [result for key, result in results.items() if key.rpartition("/")[0] == f"{CENTRE[0]}/{CENTRE[1]:g}"]
+    for name in PROBES:
+        errors = [result["probes"][name] for result in results.values()]
+        floor = Spread([result["probes"][name] for result in centre])
+        lines.append(
+            f"{name} at the end: {100 * min(errors):.1f} to {100 * max(errors):.1f} % over {len(errors)} runs; "
+            f"the centre of the grid, {len(centre)} seeds: {floor}"
+        )
+        for what in MEASURES:
+            layer = LAYER_OF[name]
+            found = [measure(result, what, layer) for result in results.values()]
+            ranked, linear = (correlate(found, errors, rank=rank) for rank in (True, False))
+            verdict = "" if ranked.low * ranked.high > 0 else ": not resolved at this scale"
+            of = "" if what == "held_out_loss" else f", {layer} layer"
+            lines.append(
+                f"{what}{of}, at a quarter, with {name} at the end: Spearman {ranked}, Pearson {linear}{verdict}"
+            )
+    return lines
+
+
+def write_csv(results: Mapping[str, Any], path: Path) -> None:
+    """A row per run."""
+    columns = {
+        **{f"{what}, {layer}": (what, layer) for what in MEASURES[1:] for layer in ("middle", "last")},
+        "held_out_loss": ("held_out_loss", "last"),
+    }
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["mask", "learning rate", "seed", *(f"{name}, at a quarter" for name in columns), *PROBES])
+        for key, result in results.items():
+            values = [measure(result, what, layer) for what, layer in columns.values()]
+            values += [result["probes"][name] for name in PROBES]
+            writer.writerow([*key.split("/"), *(f"{value:.6g}" for value in values)])
+
+
+def draw(results: Mapping[str, Any], path: Path) -> None:
+    """Errors at the end over measures at a quarter; a colour per way of masking, a marker per learning rate."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.2 * len(MEASURES), 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(len(PROBES), len(MEASURES), squeeze=False)
+    markers = dict(zip((f"{rate:g}" for rate in LEARNING_RATES), "vo^", strict=True))
+    for axes_row, name in zip(grid, PROBES, strict=True):
+        for axes, what in zip(axes_row, MEASURES, strict=True):
+            layer = LAYER_OF[name]
+            for index, mask in enumerate(MASKS):
+                for rate, marker in markers.items():
+                    some = [result for key, result in results.items() if key.startswith(f"{mask}/{rate}/")]
+                    x = [measure(result, what, layer) for result in some]
+                    y = [100 * result["probes"][name] for result in some]
+                    axes.scatter(x, y, color=f"C{index}", marker=marker, label=f"{mask}, {rate}")
+            axes.set_xlabel(what if what == "held_out_loss" else f"{what}, {layer} layer")
+            axes.grid(alpha=0.3)
+        axes_row[0].set_ylabel(f"{name} at the end, %")
+    grid[0][-1].legend(fontsize=6)
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    main()

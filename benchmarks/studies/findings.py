@@ -1,0 +1,87 @@
+"""What may be said of a difference, and how well one measure predicts another."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy import stats
+
+
+class Spread:
+    """Values of several seeds.
+
+    Args:
+        values: One per seed.
+    """
+
+    def __init__(self, values: Sequence[float]) -> None:
+        self.values = list(values)
+        self.mean = statistics.fmean(self.values)
+
+    @property
+    def deviation(self) -> float:
+        """Of the sample; 0 for a single value."""
+        return statistics.stdev(self.values) if len(self.values) > 1 else 0.0
+
+    def __str__(self) -> str:
+        of = f" +- {100 * self.deviation:.1f}" if len(self.values) > 1 else ""
+        return f"{100 * self.mean:.1f}{of} %"
+
+
+def compare(name: str, found: Spread, other_name: str, other: Spread) -> str:
+    """Which of two errors is lower, where the difference is above the spread over seeds.
+
+    A difference counts where Welch's t test rejects its absence at 5 %. One seed has no spread, so its difference never
+    counts.
+    """
+    sizes = f"{name} {found}, {other_name} {other}"
+    if len(found.values) < 2 or len(other.values) < 2:
+        return f"{sizes}: not resolved, one seed"
+    difference = found.mean - other.mean
+    if found.deviation == other.deviation == 0:
+        resolved = difference != 0
+    else:
+        resolved = stats.ttest_ind(found.values, other.values, equal_var=False).pvalue < 0.05
+    if not resolved:
+        return f"{sizes}: not resolved at this scale"
+    return f"{sizes}: {name} is {'lower' if difference < 0 else 'higher'} by {100 * abs(difference):.1f} points"
+
+
+class Correlation(NamedTuple):
+    """A coefficient with the interval in which 95 % of the resampled ones lie."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:+.2f} [{self.low:+.2f}, {self.high:+.2f}]"
+
+
+def correlate(x: Sequence[float], y: Sequence[float], *, rank: bool, draws: int = 2000, seed: int = 0) -> Correlation:
+    """A coefficient with its bootstrap interval (percentiles, pairs drawn with replacement).
+
+    Args:
+        x: A measure of each run.
+        y: Another.
+        rank: Spearman's, else Pearson's.
+        draws: Resamplings.
+        seed: Of these.
+
+    Returns:
+        NaN where one of them is constant, or fewer than three pairs are finite.
+    """
+    a, b = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
+    finite = np.isfinite(a) & np.isfinite(b)
+    a, b = a[finite], b[finite]
+    if len(a) < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
+        return Correlation(math.nan, math.nan, math.nan)
+    measure = stats.spearmanr if rank else stats.pearsonr
+    random = np.random.default_rng(seed)
+    rows = (random.integers(0, len(a), len(a)) for _ in range(draws))
+    # A resample of one pair alone has no coefficient.
+    found = [measure(a[row], b[row]).statistic for row in rows if np.ptp(a[row]) > 0 and np.ptp(b[row]) > 0]
+    low, high = np.percentile(found, [2.5, 97.5])
+    return Correlation(float(measure(a, b).statistic), float(low), float(high))

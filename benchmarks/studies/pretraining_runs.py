@@ -1,0 +1,262 @@
+"""Pre-training runs for the studies: each a process of its own, done once, resumed where it was interrupted."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from benchmarks.machine import describe
+from fastssl.data.batches import WaveformDataset, fixed_batches
+from fastssl.data.corpus import open_corpus
+from fastssl.nn.random import utterance_keys
+from fastssl.train.config import TemperatureConfig
+from fastssl.train.metrics_file import read_metrics
+from fastssl.train.systems import SYSTEMS, build_model
+
+#: How the corpora that the studies take are made; takes are divided before they are strung together.
+CORPORA = """
+CORPORA is a folder with six of connected digits, each with its `utterances.tsv` (path, speaker, voice, digits,
+seconds): train, dev, test, and voices_train, voices_dev, voices_test, where each utterance is at one of five speeds and
+through a channel of its own, so that thirty voices come of six speakers. Recordings are divided between train (takes 5
+to 34), dev (35 to 39) and test (40 to 49) before they are strung together.
+"""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run.
+
+    Args:
+        name: Of its folder.
+        audio: What it trains on.
+        recipe: By which.
+        options: As on the command line of `fastssl pretrain`, without the dashes before them.
+        seed: Of the run.
+    """
+
+    name: str
+    audio: Path
+    recipe: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a finished run took.
+
+    Args:
+        run: Its folder.
+        updates: Optimiser updates.
+        audio_hours: Audio that went through the model, every draw counted.
+        training_s: Seconds in updates: no scoring, no checkpoint, no start.
+        peak_mb: Resident memory of the training process at its highest, decoding workers apart; on a GPU of the host.
+        mean_crop_s: Audio per utterance and draw.
+    """
+
+    run: Path
+    updates: int
+    audio_hours: float
+    training_s: float
+    peak_mb: float
+    mean_crop_s: float
+
+
+def train(job: Job, folder: Path) -> Trained:
+    """Do a run, or what is left of it.
+
+    Raises:
+        RuntimeError: It failed; the message says where its log is.
+    """
+    run = folder / job.name
+    done = run / "trained.json"
+    if not done.is_file():
+        peak_mb = _train(job, run)
+        before = json.loads((run / "peak.json").read_text()) if (run / "peak.json").is_file() else 0.0
+        _write_json(run / "peak.json", max(peak_mb, before))
+        _write_json(done, _account(run) | {"peak_mb": max(peak_mb, before)})
+    return Trained(run, **json.loads(done.read_text()))
+
+
+def _train(job: Job, run: Path) -> float:
+    """Run `fastssl pretrain`; returns the peak memory of the process in MB."""
+    run.parent.mkdir(parents=True, exist_ok=True)
+    options = [f"--{name}={_as_text(value)}" for name, value in job.options.items()]
+    command = [sys.executable, "-m", "fastssl", "pretrain", str(job.audio), "--output", str(run)]
+    if (run / "config.yaml").is_file():
+        command.append("--resume")
+    else:
+        command += ["--recipe", job.recipe, f"--seed={job.seed}", *options]
+    log = run.parent / f"{run.name}.log"
+    print(f"{time.strftime('%H:%M:%S')} {job.name}", flush=True)
+    with log.open("a") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+        # wait4 knows what this one process used; RUSAGE_CHILDREN would know the largest of all.
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode != 0:
+        raise RuntimeError(f"{job.name} failed with status {process.returncode}; see {log}")
+    return usage.ru_maxrss / 1024
+
+
+def _as_text(value: Any) -> str:
+    return "null" if value is None else str(value)
+
+
+def _account(run: Path) -> dict[str, float]:
+    rows = [row for row in read_metrics(run / "metrics.csv") if "audio_s_per_s" in row]
+    hours, seconds, utterances = 0.0, 0.0, 0.0
+    for row in rows:
+        seconds += 3600 * (row["audio_hours"] - hours) / row["audio_s_per_s"]
+        utterances += row["utterances"]
+        hours = row["audio_hours"]
+    return {
+        "updates": round(rows[-1]["update"]),
+        "audio_hours": hours,
+        "training_s": seconds,
+        "mean_crop_s": 3600 * hours / utterances,
+    }
+
+
+@torch.inference_mode()
+def held_out_scores(run: Path, audio: Path, *, crop_s: float | None = 5.0) -> dict[str, float]:
+    """Loss and accuracy of a run's last checkpoint, on the same crops and masks whatever it was trained on.
+
+    Args:
+        run: Folder of a finished run; not of HuBERT, which needs labels.
+        audio: Held-out recordings.
+        crop_s: Length of the crops that are scored.
+    """
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    model = build_model(SYSTEMS[settings["system"]].config.from_dict(settings["model"])).eval()
+    state = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    model.load_state_dict({key.removeprefix("model."): tensor for key, tensor in state.items()})
+    cuts = open_corpus(audio, min_duration_s=1.0, window_s=60.0).cuts
+    dataset = WaveformDataset(normalize=model.config.do_normalize)
+    extra = {}
+    if settings["system"] == "wav2vec2":
+        extra["gumbel_temperature"] = TemperatureConfig(**settings["temperature"]).end
+    sums: dict[str, float] = {}
+    frames = 0
+    for spec in fixed_batches(cuts, max_duration_s=60.0, crop_s=crop_s, seed=0):
+        batch = dataset[spec]
+        output = model(batch.waveforms, keys=utterance_keys(0, -1, batch.ids), **extra)
+        frames += output.masked_frames
+        for name, value in output.scores().items():
+            sums[name] = sums.get(name, 0.0) + float(value)
+    return {name: value / frames for name, value in sums.items()}
+
+
+def parts_of_sounds(folder: Path, output: Path) -> Path:
+    """Divide ESC-10 by its folds into `pretrain` (1 to 3), and `train` (1, 2), `dev` (3) and `test` (4) with tables.
+
+    Args:
+        folder: With files `{class}_{fold}-{clip}-{take}.ogg`.
+        output: Made, of links to these files.
+
+    Raises:
+        ValueError: There are no such files, or none of some fold.
+    """
+    parts: dict[str, tuple[str, ...]] = {
+        "pretrain": ("1", "2", "3"),
+        "train": ("1", "2"),
+        "dev": ("3",),
+        "test": ("4",),
+    }
+    sounds = {path: path.stem.rpartition("_") for path in sorted(folder.glob("*_?-*.ogg"))}
+    for part, folds in parts.items():
+        chosen = {path: name for path, (name, _, rest) in sounds.items() if rest.partition("-")[0] in folds}
+        if not chosen:
+            raise ValueError(f"--sounds: {folder} has no sound of fold {' or '.join(folds)}")
+        (output / part).mkdir(parents=True, exist_ok=True)
+        for path in chosen:
+            link = output / part / path.name
+            if not link.exists():
+                link.symlink_to(path.resolve())
+        rows = "".join(f"{path.name}\t{name}\n" for path, name in chosen.items())
+        (output / part / "utterances.tsv").write_text(f"path\tclass\n{rows}")
+    return output
+
+
+class StudyFile:
+    """The JSON of a study: settings, machine, and a result per key, on the disk as soon as it is there.
+
+    Args:
+        path: Where; results in it are taken over if the settings are the same.
+        settings: What decides the results.
+
+    Raises:
+        ValueError: The file is of other settings.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+        self.path = path
+        plain = json.loads(json.dumps(settings))
+        self.content: dict[str, Any] = {"settings": plain, "machine": describe(_device()), "results": {}}
+        if path.is_file():
+            there = json.loads(path.read_text())
+            if there.get("settings") != plain:
+                raise ValueError(f"--output: {path} is of other settings: {there.get('settings')}, not {plain}")
+            self.content["results"] = there["results"]
+
+    @property
+    def results(self) -> dict[str, Any]:
+        """By key."""
+        results: dict[str, Any] = self.content["results"]
+        return results
+
+    def add(self, key: str, result: Any) -> None:
+        """Keep a result."""
+        self.results[key] = result
+        _write_json(self.path, self.content)
+
+    def conclude(self, findings: Any) -> None:
+        """Keep what follows from all of them."""
+        self.content["findings"] = findings
+        _write_json(self.path, self.content)
+
+
+def corpora_parser(description: str) -> argparse.ArgumentParser:
+    """The arguments that the studies share."""
+    parser = argparse.ArgumentParser(
+        description=description, epilog=CORPORA, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("corpora", type=Path, metavar="CORPORA", help="see below")
+    parser.add_argument(
+        "--runs", type=Path, required=True, help="folder for the pre-training runs; kept, and gone on with"
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="FILE.json", help="results; .csv and .png beside it"
+    )
+    return parser
+
+
+def check_corpora(folder: Path, names: Sequence[str]) -> None:
+    """Refuse before hours of training.
+
+    Raises:
+        ValueError: One of them is not there.
+    """
+    for name in names:
+        if not (folder / name / "utterances.tsv").is_file():
+            raise ValueError(f"CORPORA: there is no {folder / name / 'utterances.tsv'}")
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    temporary.replace(path)
