@@ -17,6 +17,8 @@ CASES = {
     "odd_kernel": (LENGTHS["odd"], 2, 8, 7, True),
     "kernel_longer_than_sequences": (LENGTHS["one_long"], 2, 4, 32, True),
     "depthwise": (LENGTHS["odd"], 6, 1, 5, False),
+    "depthwise_of_conformer": (LENGTHS["with_empty"], 24, 1, 31, True),
+    "depthwise_even": (LENGTHS["one_long"], 5, 1, 4, True),
     "one_group": (LENGTHS["with_empty"], 1, 5, 4, True),
     "kernel_1": (LENGTHS["odd"], 2, 3, 1, False),
     "single_frame": (LENGTHS["single_frame"], 2, 4, 8, True),

@@ -2,7 +2,8 @@
 
 On the CPU frames are channels-last, for which oneDNN's forward convolution is twice as fast; the gradient of the input
 is a forward convolution too. The gradient of the weight is a correlation over time with K lags, done by FFT over blocks
-of frames. On a GPU the batch is one sequence with zeros between the utterances.
+of frames, but lag by lag where each group is one channel. On a GPU the batch is one sequence with zeros between the
+utterances.
 """
 
 import math
@@ -51,7 +52,8 @@ class _ChannelsLastConv(torch.autograd.Function):
             # Taps run backwards: an even kernel reaches one frame further ahead than behind.
             grad_x = _convolve(grad_out, turned, None, ctx.layout, first=1 - kernel % 2)
         if ctx.needs_input_grad[1]:
-            grad_weight = _grad_weight(grad_out, x, weight, ctx.layout)
+            correlate = _grad_depthwise_weight if group_channels == 1 else _grad_weight
+            grad_weight = correlate(grad_out, x, weight, ctx.layout)
         grad_bias = grad_out.sum(0, dtype=torch.float64).to(grad_out.dtype) if ctx.has_bias else None
         return grad_x, grad_weight, grad_bias, None
 
@@ -98,6 +100,18 @@ def _grad_weight(grad_out: Tensor, x: Tensor, weight: Tensor, layout: Layout) ->
         .permute(1, 2, 0)
         .to(weight.dtype)
     )
+
+
+def _grad_depthwise_weight(grad_out: Tensor, x: Tensor, weight: Tensor, layout: Layout) -> Tensor:
+    """`_grad_weight` for groups of one channel, of which an FFT would be larger than the sums."""
+    kernel = weight.shape[2]
+    padding = kernel // 2
+    x, grad_out = (_with_gaps(frames.float(), layout, gap=padding)[0] for frames in (x, grad_out))
+    total = len(x)
+    x = F.pad(x, (0, 0, padding, kernel - 1 - padding))
+    products = torch.empty_like(grad_out)  # one for all lags: fresh memory costs more than the products
+    lags = [torch.mul(grad_out, x[lag : lag + total], out=products).sum(0) for lag in range(kernel)]
+    return torch.stack(lags, 1).unsqueeze(1).to(weight.dtype)
 
 
 def _inverse_transform(transform: int, kernel: int) -> Tensor:  # (K, 2 * frequencies)
