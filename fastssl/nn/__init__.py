@@ -1,8 +1,11 @@
-"""Modules over packed sequences, each usable alone: front end, attention, positions, compression, contrastive loss."""
+"""Modules over packed sequences, each usable alone: front ends, attention, positions, compression, quantiser, loss."""
 
 from fastssl.nn.attention import SelfAttention as SelfAttention
 from fastssl.nn.compression import Compressed as Compressed
 from fastssl.nn.compression import SequenceCompressor as SequenceCompressor
+from fastssl.nn.conformer import ConformerLayer as ConformerLayer
 from fastssl.nn.contrastive import ContrastiveLoss as ContrastiveLoss
 from fastssl.nn.feature_extractor import FeatureExtractor as FeatureExtractor
+from fastssl.nn.log_mel import LogMel as LogMel
+from fastssl.nn.random_projection import RandomProjectionQuantizer as RandomProjectionQuantizer
 from fastssl.nn.transformer import ConvolutionalPositionalEmbedding as ConvolutionalPositionalEmbedding

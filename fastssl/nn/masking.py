@@ -6,7 +6,7 @@ from torch import Tensor
 from fastssl.nn.random import uniform
 from fastssl.packing import Layout
 
-# What the numbers of an utterance's key are used for; nn/quantizer.py takes stream 3.
+# What the numbers of an utterance's key are used for; models/wav2vec2.py takes stream 3, models/best_rq.py stream 4.
 _STREAM_COUNT, _STREAM_STARTS, _STREAM_NEGATIVES = range(3)
 
 

@@ -4,6 +4,8 @@ A counter is hashed, so every draw of an utterance is a function of its key alon
 position, on any device, and after a restart. The mixer is SplitMix64 (`ops._splitmix`), which kernels know too.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -63,3 +65,9 @@ def uniform(keys: Tensor, counters: Tensor, *, stream: int) -> Tensor:
 def gumbel(keys: Tensor, counters: Tensor, *, stream: int) -> Tensor:
     """Standard Gumbel noise, -log(-log(u)). Arguments as in `uniform`."""
     return -torch.log(-torch.log(uniform(keys, counters, stream=stream)))
+
+
+def normal(keys: Tensor, counters: Tensor, *, stream: int) -> Tensor:
+    """Standard normal numbers, fp32 up to 5.8 from 0 (Box and Muller's transform). Arguments as in `uniform`."""
+    radius, angle = (uniform(keys, 2 * counters + part, stream=stream).double() for part in (0, 1))
+    return (torch.sqrt(-2 * torch.log(radius)) * torch.cos(2 * math.pi * angle)).float()

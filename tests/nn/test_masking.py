@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastssl.nn.masking import sample_negatives, sample_span_mask
-from fastssl.nn.random import draw_keys, gumbel, uniform, utterance_keys
+from fastssl.nn.random import draw_keys, gumbel, normal, uniform, utterance_keys
 from fastssl.packing import Layout
 
 LENGTHS = st.lists(st.integers(0, 120), min_size=1, max_size=6)
@@ -34,6 +34,21 @@ def test_gumbel_has_its_mean_and_variance() -> None:
     assert noise.isfinite().all()
     assert abs(noise.mean().item() - 0.5772) < 0.02
     assert abs(noise.var().item() - torch.pi**2 / 6) < 0.05
+
+
+def test_normal_numbers() -> None:
+    keys, counters = utterance_keys(0, 5, torch.arange(2)).unsqueeze(1), torch.arange(100_000)
+    noise = normal(keys, counters, stream=4)
+    assert noise.dtype == torch.float32
+    assert noise.isfinite().all()
+    assert abs(noise.mean().item()) < 0.01
+    assert abs(noise.var().item() - 1) < 0.02
+    # The share within one, two and three standard deviations.
+    for within, share in ((1, 0.6827), (2, 0.9545), (3, 0.9973)):
+        assert abs((noise.abs() < within).float().mean().item() - share) < 0.005
+    stacked = torch.cat([noise, noise.roll(1, dims=1), normal(keys, counters, stream=5)])
+    assert (torch.corrcoef(stacked) - torch.eye(6)).abs().max() < 0.02
+    assert torch.equal(normal(keys[1:], counters[7:], stream=4), noise[1:, 7:])
 
 
 def test_keys_differ_by_seed_update_and_utterance() -> None:

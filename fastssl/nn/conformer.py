@@ -1,0 +1,221 @@
+"""The Conformer over packed frames (arXiv 2005.08100), with rotary positions and without batch norm."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastssl import ops
+from fastssl.nn.activation import glu, silu
+from fastssl.nn.linear import PackedLinear
+from fastssl.nn.rotary import Rotation, rotate, rotation
+from fastssl.packing import Layout, Packed
+
+
+class RotarySelfAttention(nn.Module):
+    """Self-attention within each sequence whose logits see how far apart frames are, not where (arXiv 2104.09864).
+
+    Args:
+        width: D, split evenly over the heads.
+        heads: H; D / H must be even.
+        dropout: On the attention probabilities, in training.
+
+    Raises:
+        ValueError: The heads do not divide the width into even ones.
+    """
+
+    def __init__(self, width: int, heads: int, *, dropout: float) -> None:
+        super().__init__()
+        if width % (2 * heads):
+            raise ValueError(f"heads: {heads} do not divide a width of {width} into even widths")
+        self.heads = heads
+        self.dropout = dropout
+        self.qkv_proj = PackedLinear(width, 3 * width)
+        self.out_proj = PackedLinear(width, width)
+
+    def forward(self, x: Tensor, layout: Layout, turn: Rotation) -> Tensor:
+        """(N, D) to (N, D); `turn` is the rotation of `layout` for heads of width D / H."""
+        q, k, v = self.qkv_proj(x).unflatten(1, (3, self.heads, -1)).unbind(1)
+        dropout_p = self.dropout if self.training else 0.0
+        attended = ops.varlen_attention(rotate(q, turn), rotate(k, turn), v, layout, dropout_p=dropout_p)
+        out: Tensor = self.out_proj(attended.flatten(1))
+        return out
+
+
+class ConvolutionModule(nn.Module):
+    """Gated pointwise, depthwise and pointwise convolution; the depthwise one sees zeros beyond an utterance's ends.
+
+    Args:
+        width: D.
+        kernel: Frames of the depthwise convolution, odd.
+        eps: Of the layer norm.
+    """
+
+    def __init__(self, width: int, *, kernel: int, eps: float) -> None:
+        super().__init__()
+        self.gated_proj = PackedLinear(width, 2 * width)
+        # The module holds the parameters; the op computes.
+        self.depthwise_conv = nn.Conv1d(width, width, kernel, padding=kernel // 2, groups=width)
+        self.layer_norm = nn.LayerNorm(width, eps=eps)
+        self.out_proj = PackedLinear(width, width)
+
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+        """(N, D) to (N, D)."""
+        conv = self.depthwise_conv
+        mixed = ops.positional_conv(glu(self.gated_proj(x)), conv.weight, layout, bias=conv.bias)
+        out: Tensor = self.out_proj(silu(self.layer_norm(mixed)))
+        return out
+
+
+class _HalfFeedForward(nn.Module):
+    """Half of two linear layers with SiLU and dropout between them."""
+
+    def __init__(self, width: int, inner_width: int, *, dropout: float) -> None:
+        super().__init__()
+        self.intermediate_dense = PackedLinear(width, inner_width)
+        self.output_dense = PackedLinear(inner_width, width)
+        self.dropout = dropout
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, D) -> (N, D)
+        inner = F.dropout(silu(self.intermediate_dense(x)), self.dropout, self.training)
+        out: Tensor = 0.5 * self.output_dense(inner)
+        return out
+
+
+class ConformerLayer(nn.Module):
+    """Half a feed-forward layer, self-attention, convolution, and the other half, each normalised before (section 2).
+
+    Layer norm stands where the paper has batch norm, so no frame sees another utterance.
+
+    Example:
+        >>> import torch
+        >>> from fastssl import Layout
+        >>> from fastssl.nn import ConformerLayer
+        >>> layer = ConformerLayer(64, 256, 4, kernel=31, dropout=0.1)
+        >>> layout = Layout.from_lengths([300, 40])
+        >>> layer(torch.randn(340, 64), layout).shape
+        torch.Size([340, 64])
+
+    Args:
+        width: D.
+        inner_width: Width of the feed-forward layers.
+        heads: H; D / H must be even.
+        kernel: Frames of the depthwise convolution, odd.
+        dropout: After each block.
+        attention_dropout: On attention probabilities.
+        activation_dropout: Inside the feed-forward layers.
+        eps: Of the layer norms.
+
+    Raises:
+        ValueError: The heads do not divide the width into even ones, or the kernel is even.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        inner_width: int,
+        heads: int,
+        *,
+        kernel: int,
+        dropout: float,
+        attention_dropout: float = 0.0,
+        activation_dropout: float = 0.0,
+        eps: float = 1e-5,
+    ) -> None:
+        super().__init__()
+        if kernel % 2 == 0:
+            raise ValueError(f"kernel: must be odd, so that a frame is in its middle, got {kernel}")
+        self.dropout = dropout
+        self.first_norm = nn.LayerNorm(width, eps=eps)
+        self.first_feed_forward = _HalfFeedForward(width, inner_width, dropout=activation_dropout)
+        self.attention_norm = nn.LayerNorm(width, eps=eps)
+        self.attention = RotarySelfAttention(width, heads, dropout=attention_dropout)
+        self.convolution_norm = nn.LayerNorm(width, eps=eps)
+        self.convolution = ConvolutionModule(width, kernel=kernel, eps=eps)
+        self.second_norm = nn.LayerNorm(width, eps=eps)
+        self.second_feed_forward = _HalfFeedForward(width, inner_width, dropout=activation_dropout)
+        self.final_norm = nn.LayerNorm(width, eps=eps)
+
+    def forward(self, x: Tensor, layout: Layout, turn: Rotation | None = None) -> Tensor:
+        """(N, D) to (N, D); `turn` is the rotation of `layout`, from a caller who has it."""
+        turn = rotation(layout, x.shape[1] // self.attention.heads) if turn is None else turn
+        normalised, x = self._add(self.first_feed_forward(self.first_norm(x)), x, self.attention_norm)
+        normalised, x = self._add(self.attention(normalised, layout, turn), x, self.convolution_norm)
+        normalised, x = self._add(self.convolution(normalised, layout), x, self.second_norm)
+        return self._add(self.second_feed_forward(normalised), x, self.final_norm)[0]
+
+    def _add(self, branch: Tensor, residual: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+        """What `norm` makes of the sum, and the sum."""
+        return ops.dropout_add_layer_norm(
+            branch,
+            residual,
+            weight=norm.weight,
+            bias=norm.bias,
+            eps=norm.eps,
+            dropout_p=self.dropout if self.training else 0.0,
+            prenorm=True,
+        )
+
+
+class Conformer(nn.Module):
+    """A stack of layers.
+
+    Args:
+        depth: Number of layers.
+        width: D.
+        inner_width: Width of the feed-forward layers.
+        heads: H; D / H must be even.
+        kernel: Frames of the depthwise convolutions, odd.
+        dropout: After each block.
+        attention_dropout: On attention probabilities.
+        activation_dropout: Inside the feed-forward layers.
+        layer_drop: Probability of skipping a layer in training (LayerDrop, arXiv 1909.11556).
+        eps: Of the layer norms.
+    """
+
+    def __init__(
+        self,
+        depth: int,
+        width: int,
+        inner_width: int,
+        heads: int,
+        *,
+        kernel: int,
+        dropout: float,
+        attention_dropout: float,
+        activation_dropout: float,
+        layer_drop: float,
+        eps: float,
+    ) -> None:
+        super().__init__()
+        self.layer_drop = layer_drop
+        self.head_width = width // heads
+        self.layers = nn.ModuleList(
+            ConformerLayer(
+                width,
+                inner_width,
+                heads,
+                kernel=kernel,
+                dropout=dropout,
+                attention_dropout=attention_dropout,
+                activation_dropout=activation_dropout,
+                eps=eps,
+            )
+            for _ in range(depth)
+        )
+
+    def forward(self, frames: Packed, *, layer_drop: torch.Generator | None = None) -> list[Packed]:
+        """The input of each layer, then the output of the last.
+
+        Args:
+            frames: (N, D).
+            layer_drop: CPU generator from which the layers to skip are drawn in training; None takes torch's own.
+        """
+        x, layout = frames
+        turn = rotation(layout, self.head_width)
+        keep = [True] * len(self.layers)
+        if self.training and self.layer_drop > 0:
+            keep = (torch.rand(len(keep), generator=layer_drop) >= self.layer_drop).tolist()
+        states = [x]
+        for layer, kept in zip(self.layers, keep, strict=True):
+            states.append(layer(states[-1], layout, turn) if kept else states[-1])
+        return [Packed(state, layout) for state in states]

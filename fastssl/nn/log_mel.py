@@ -1,0 +1,114 @@
+"""Log-mel frames of packed waveforms, and their normalisation over each utterance."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from fastssl import ops
+from fastssl.nn.linear import packed_linear
+from fastssl.packing import Layout, Packed
+
+_SAMPLE_RATE_HZ = 16000
+#: Of a frame: 25 ms every 10 ms.
+WINDOW_SAMPLES, HOP_SAMPLES = 400, 160
+#: Least power of a mel band: about the rounding noise of 16 bits, so that digital silence is no outlier.
+_FLOOR = 1e-8
+#: Added to the variance: a band that never changes becomes zeros.
+_EPS = 1e-5
+
+
+class LogMel(nn.Module):
+    """Logarithm of the power in mel bands: windows of 25 ms (Hann) every 10 ms, HTK's mel scale from 0 to 8 kHz.
+
+    There is no padding: a frame sees samples of its own utterance alone, and utterances shorter than a window have
+    none. Computed in fp32 (fp64 for fp64 waveforms), under autocast and in models of half precision too.
+
+    Example:
+        >>> import torch
+        >>> from fastssl import Packed
+        >>> from fastssl.nn import LogMel
+        >>> waveforms = Packed.pack([torch.randn(16_000, 1), torch.randn(52_000, 1)])  # 16 kHz
+        >>> frames = LogMel(80)(waveforms)
+        >>> frames.layout.lengths, frames.values.shape
+        ((98, 323), torch.Size([421, 80]))
+
+    Args:
+        bands: Mel bands.
+    """
+
+    fourier: Tensor  # (2F, 1, 400)
+    bands: Tensor  # (bands, 2F)
+
+    def __init__(self, bands: int) -> None:
+        super().__init__()
+        self.register_buffer("fourier", _windowed_fourier(), persistent=False)
+        self.register_buffer("bands", mel_bands(bands).t().repeat(1, 2).contiguous(), persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LogMel":
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.fourier.dtype in (torch.float16, torch.bfloat16):
+            # Half precision is too coarse for a spectrum, and what it has rounded stays so.
+            self.fourier = _windowed_fourier().to(self.fourier.device)
+            self.bands = mel_bands(len(self.bands)).t().repeat(1, 2).contiguous().to(self.bands.device)
+        return self
+
+    def forward(self, waveforms: Packed) -> Packed:
+        """(N samples, 1) at 16 kHz to (N frames, bands)."""
+        dtype = torch.promote_types(waveforms.values.dtype, torch.float32)
+        with torch.autocast(waveforms.values.device.type, enabled=False):
+            parts, layout = ops.strided_conv(
+                waveforms.values.to(dtype),
+                self.fourier.to(dtype),
+                waveforms.layout,
+                stride=HOP_SAMPLES,
+                activation="none",
+            )
+            # Real and imaginary parts side by side: one product adds their squares and sums them over the bands.
+            power = packed_linear(parts.square(), self.bands.to(dtype), None)
+        return Packed(power.clamp(min=_FLOOR).log(), layout)
+
+
+def normalize_over_time(frames: Packed) -> Packed:
+    """Zero mean and unit variance of each channel over each utterance; (N, C) in its own dtype."""
+    x, layout = frames
+    counts = layout.cu_seqlens.diff().clamp(min=1).unsqueeze(1)
+    sequence = layout.sequence_ids
+    centred = x.double()
+    centred = centred - (_sums(centred, layout) / counts)[sequence]
+    variance = _sums(centred.square(), layout) / counts
+    return Packed((centred * (variance + _EPS).rsqrt()[sequence]).to(x.dtype), layout)
+
+
+def _sums(x: Tensor, layout: Layout) -> Tensor:  # (N, C) -> (B, C)
+    """Over each sequence, row after row, so that they do not depend on the batch."""
+    # Unsafe is to leave out a check of the offsets for which the host would wait.
+    return torch.segment_reduce(x, "sum", offsets=layout.cu_seqlens.long(), axis=0, unsafe=True)
+
+
+def _windowed_fourier() -> Tensor:  # (2F, 1, 400)
+    """The discrete Fourier transform of a window as filters: F real parts, then F imaginary ones."""
+    sample = torch.arange(WINDOW_SAMPLES, device="cpu")
+    window = 0.5 - 0.5 * torch.cos(2 * math.pi * sample.double() / WINDOW_SAMPLES)
+    frequency = torch.arange(WINDOW_SAMPLES // 2 + 1, device="cpu")
+    angles = 2 * math.pi / WINDOW_SAMPLES * (frequency.unsqueeze(1) * sample % WINDOW_SAMPLES).double()
+    return (torch.cat([angles.cos(), -angles.sin()]) * window).float().unsqueeze(1)
+
+
+def mel_bands(bands: int) -> Tensor:  # (F, bands)
+    """Triangles of equal width on HTK's mel scale, 2595 log10(1 + f / 700), each from its neighbours' peaks to its own.
+
+    Args:
+        bands: How many, from 0 to 8 kHz.
+
+    Returns:
+        (201, bands) fp32 weights of the frequencies of a window.
+    """
+    frequencies = torch.linspace(0, _SAMPLE_RATE_HZ / 2, WINDOW_SAMPLES // 2 + 1, dtype=torch.float64, device="cpu")
+    highest = 2595 * math.log10(1 + _SAMPLE_RATE_HZ / 2 / 700)
+    corners = 700 * (10 ** (torch.linspace(0, highest, bands + 2, dtype=torch.float64, device="cpu") / 2595) - 1)
+    widths = corners.diff()
+    distances = frequencies.unsqueeze(1) - corners  # (F, bands + 2)
+    rising, falling = distances[:, :-2] / widths[:-1], -distances[:, 2:] / widths[1:]
+    return torch.minimum(rising, falling).clamp(min=0).float()
