@@ -6,9 +6,12 @@ from fastssl.interop import accelerate as accelerate
 from fastssl.interop import load_encoder as load_encoder
 from fastssl.interop import register_attention as register_attention
 from fastssl.interop import restore as restore
+from fastssl.models.conformer import ConformerConfig as ConformerConfig
+from fastssl.models.conformer import ConformerEncoder as ConformerEncoder
 from fastssl.models.encoder import Encoder as Encoder
 from fastssl.models.encoder import EncoderConfig as EncoderConfig
 from fastssl.models.encoder import EncoderOutput as EncoderOutput
 from fastssl.models.model_card import ModelCard as ModelCard
+from fastssl.models.speech_encoder import SpeechEncoder as SpeechEncoder
 from fastssl.packing import Layout as Layout
 from fastssl.packing import Packed as Packed

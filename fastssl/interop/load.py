@@ -1,4 +1,4 @@
-"""`load_encoder`: a run, a folder, a checkpoint, a model of the Hub or a model in memory becomes an `Encoder`."""
+"""`load_encoder`: a run, a folder, a checkpoint, a model of the Hub or a model in memory becomes an encoder."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -9,6 +9,7 @@ from fastssl.interop import hub, names
 from fastssl.interop.fairseq import read_checkpoint
 from fastssl.models.encoder import Encoder, EncoderConfig, load_encoder_weights
 from fastssl.models.folder import MODEL_CLASSES
+from fastssl.models.speech_encoder import SpeechEncoder, open_encoder
 
 _CAN_BE_OPENED = (
     "a run of `fastssl pretrain`; a folder in Transformers' layout, or its name on the Hub; a checkpoint (.pt) of "
@@ -17,11 +18,12 @@ _CAN_BE_OPENED = (
 )
 
 
-def load_encoder(path_or_model: str | Path | nn.Module) -> Encoder:
+def load_encoder(path_or_model: str | Path | nn.Module) -> SpeechEncoder:
     """Open an encoder, in evaluation mode.
 
-    Architectures: wav2vec 2.0, HuBERT, WavLM, data2vec audio, UniSpeech, UniSpeech-SAT. Heads are left aside. What is
-    read from a file is in fp32 on the CPU, whatever it was; what is copied from a model has its dtype and device.
+    Architectures: wav2vec 2.0, HuBERT, WavLM, data2vec audio, UniSpeech, UniSpeech-SAT; and BEST-RQ, from a run or a
+    folder of fastssl's. Heads are left aside. What is read from a file is in fp32 on the CPU, whatever it was; what is
+    copied from a model has its dtype and device.
 
     Args:
         path_or_model: One of:
@@ -36,13 +38,13 @@ def load_encoder(path_or_model: str | Path | nn.Module) -> Encoder:
               itself, as those of some bundles do.
 
     Returns:
-        An encoder; an `Encoder` is returned as it is.
+        An encoder: a `ConformerEncoder` for BEST-RQ, else an `Encoder`. An encoder of ours is returned as it is.
 
     Raises:
         ValueError: It is none of these, has a part that is not served, or its weights do not fit its config; says what
             was looked for.
     """
-    if isinstance(path_or_model, Encoder):
+    if isinstance(path_or_model, SpeechEncoder):
         return path_or_model.eval()
     if isinstance(path_or_model, nn.Module):
         return _from_model(path_or_model).eval()
@@ -51,7 +53,7 @@ def load_encoder(path_or_model: str | Path | nn.Module) -> Encoder:
     return _from_path(path_or_model).eval()
 
 
-def _from_path(name: str | Path) -> Encoder:
+def _from_path(name: str | Path) -> SpeechEncoder:
     path = Path(name)
     if path.is_file():
         config, weights = read_checkpoint(path)
@@ -64,7 +66,7 @@ def _from_path(name: str | Path) -> Encoder:
         path = hub.download(str(name))
     elif (path / "encoder" / "config.json").exists():
         path = path / "encoder"
-    return Encoder.from_pretrained(path)
+    return open_encoder(path)
 
 
 def _from_model(model: nn.Module) -> Encoder:

@@ -1,4 +1,4 @@
-"""The encoder that every system here pre-trains: parameter names and folder layout of Transformers' encoders."""
+"""The encoder of wav2vec 2.0 and its relatives: parameter names and folder layout of Transformers' encoders."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fastssl.models.folder import (
     MODEL_CLASSES,
     head_prefix,
+    load_matching,
     read_config,
     read_weights,
     write_json,
@@ -106,7 +107,7 @@ class EncoderConfig:
         if self.model_type not in MODEL_CLASSES:
             raise ValueError(f"model_type: {self.model_type!r} is none of {', '.join(MODEL_CLASSES)}")
         for field in fields(EncoderConfig):
-            _check_value(field.name, getattr(self, field.name), field.default)
+            check_value(field.name, getattr(self, field.name), field.default)
         foreign = [field for field in fields(self) if _OWN_FIELDS.get(field.name, self.model_type) != self.model_type]
         fixed = {field.name: field.default for field in foreign}
         if self.model_type == "data2vec-audio":
@@ -161,18 +162,22 @@ class EncoderConfig:
         return samples
 
 
-def _check_value(name: str, value: Any, default: Any) -> None:
-    """A config comes from a file, perhaps: a value must be of its default's type, and a size at least 1."""
+def check_value(name: str, value: Any, default: Any) -> None:
+    """A config comes from a file, perhaps: a value must be of its default's type, and a size at least 1.
+
+    Raises:
+        ValueError: It is not; names the field.
+    """
     if isinstance(default, tuple):
         if not isinstance(value, tuple) or not value:
             raise ValueError(f"{name}: must be a list with an entry for each convolution, got {value!r}")
         for entry in value:
-            _check_value(name, entry, default[0])
+            check_value(name, entry, default[0])
         return
     kinds = (int, float) if isinstance(default, float) else (type(default),)
     if type(value) not in kinds:
         raise ValueError(f"{name}: must be of type {type(default).__name__}, got {value!r}")
-    least = 0 if name == "num_hidden_layers" else 1
+    least = 0 if name in ("num_hidden_layers", "mask_time_min_masks") else 1
     if type(default) is int and value < least:
         raise ValueError(f"{name}: must be at least {least}, got {value}")
 
@@ -322,19 +327,7 @@ def load_encoder_weights(encoder: Encoder, weights: Mapping[str, Tensor], *, nam
             found[current] = tensor
     # Models fine-tuned without masking do not store the mask vector.
     found.setdefault("masked_spec_embed", own["masked_spec_embed"])
-    for problem, keys in {
-        "weights are missing": own.keys() - found.keys(),
-        "weights that the encoder has no place for": found.keys() - own.keys(),
-    }.items():
-        if keys:
-            some = ", ".join(sorted(keys)[:5])
-            raise ValueError(f"{name}: {problem}: {some}{' ...' if len(keys) > 5 else ''}")
-    for key, tensor in found.items():
-        if tensor.shape != own[key].shape:
-            raise ValueError(f"{name}: {key} has shape {tuple(tensor.shape)}, expected {tuple(own[key].shape)}")
-        if not tensor.is_floating_point():
-            raise ValueError(f"{name}: {key} is of {tensor.dtype}, which is no floating point")
-    encoder.load_state_dict(found)
+    load_matching(encoder, found, name=name)
 
 
 def _as_transformers(config: EncoderConfig) -> dict[str, Any]:

@@ -1,15 +1,15 @@
-"""Folders in Transformers' layout: config.json, preprocessor_config.json and weights."""
+"""Folders of models: config.json, preprocessor_config.json and weights, as Transformers has them."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-#: The `model_type`s that are served, and the class that Transformers has for each.
+#: The `model_type`s of Transformers that are served, and its class for each.
 MODEL_CLASSES = {
     "wav2vec2": "Wav2Vec2Model",
     "hubert": "HubertModel",
@@ -18,6 +18,8 @@ MODEL_CLASSES = {
     "unispeech": "UniSpeechModel",
     "unispeech-sat": "UniSpeechSatModel",
 }
+#: The `model_type` of our Conformer encoder, which Transformers does not have.
+CONFORMER = "best-rq"
 #: Files of weights, in the order in which they are looked for; an index names the files that it is divided into.
 WEIGHT_FILES = (
     "model.safetensors",
@@ -32,8 +34,12 @@ def head_prefix(model_type: str) -> str:
     return model_type.replace("-", "_") + "."
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path, *, model_types: Iterable[str] = tuple(MODEL_CLASSES)) -> dict[str, Any]:
     """The config of a folder, with `do_normalize` of its preprocessor.
+
+    Args:
+        folder: Holds config.json.
+        model_types: Those that the caller serves.
 
     Raises:
         ValueError: There is no config, or that of a model that is not served.
@@ -42,8 +48,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not path.exists():
         raise ValueError(f"{folder}: no model there; looked for {path} and {folder / 'encoder' / 'config.json'}")
     values = _read_json(path)
-    if values.get("model_type") not in list(MODEL_CLASSES):  # compared, because JSON may hold what has no hash
-        served = ", ".join(MODEL_CLASSES)
+    model_types = list(model_types)
+    if values.get("model_type") not in model_types:  # compared, because JSON may hold what has no hash
+        served = ", ".join(model_types)
         raise ValueError(f"{path}: model_type is {values.get('model_type')!r}, served are: {served}")
     preprocessor = folder / "preprocessor_config.json"
     if preprocessor.exists():
@@ -92,6 +99,33 @@ def is_state_dict(weights: object) -> TypeGuard[dict[str, Tensor]]:
     return isinstance(weights, dict) and all(
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in weights.items()
     )
+
+
+def load_matching(module: nn.Module, weights: Mapping[str, Tensor], *, name: str) -> None:
+    """Load weights that are exactly those of a module.
+
+    Args:
+        module: Takes the weights.
+        weights: By name.
+        name: Of the file or model, for errors.
+
+    Raises:
+        ValueError: A weight is missing or of another shape, or the module has no place for one.
+    """
+    own = module.state_dict()
+    for problem, keys in {
+        "weights are missing": own.keys() - weights.keys(),
+        "weights that the encoder has no place for": weights.keys() - own.keys(),
+    }.items():
+        if keys:
+            some = ", ".join(sorted(keys)[:5])
+            raise ValueError(f"{name}: {problem}: {some}{' ...' if len(keys) > 5 else ''}")
+    for key, tensor in weights.items():
+        if tensor.shape != own[key].shape:
+            raise ValueError(f"{name}: {key} has shape {tuple(tensor.shape)}, expected {tuple(own[key].shape)}")
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name}: {key} is of {tensor.dtype}, which is no floating point")
+    module.load_state_dict(weights)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

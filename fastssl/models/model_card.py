@@ -4,11 +4,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from fastssl.models.folder import MODEL_CLASSES
+
 if TYPE_CHECKING:
+    from fastssl.models.conformer import ConformerConfig
     from fastssl.models.encoder import EncoderConfig
 
 _FRONT_MATTER = """---
-library_name: transformers
+library_name: {library}
 pipeline_tag: feature-extraction
 tags:
 - fastssl
@@ -17,9 +20,7 @@ tags:
 - {model_type}
 ---
 """
-_LOADING = """## Use
-
-With Transformers:
+_WITH_TRANSFORMERS = """With Transformers:
 
 ```python
 from transformers import AutoModel
@@ -27,7 +28,8 @@ from transformers import AutoModel
 model = AutoModel.from_pretrained("...")  # this folder, or its name on the Hub
 ```
 
-With fastssl, which computes no padding:
+"""
+_WITH_FASTSSL = """With fastssl, which computes no padding:
 
 ```python
 import fastssl
@@ -61,13 +63,14 @@ class ModelCard:
     commit: str | None = None
     quality: Mapping[str, float] = field(default_factory=dict)
 
-    def as_markdown(self, config: "EncoderConfig", *, parameters: int) -> str:
+    def as_markdown(self, config: "EncoderConfig | ConformerConfig", *, parameters: int) -> str:
         """The text of README.md, with the front matter of the Hub.
 
         Args:
             config: Of the encoder.
             parameters: How many it has.
         """
+        in_transformers = config.model_type in MODEL_CLASSES
         normalised = "brought to zero mean and unit variance" if config.do_normalize else "as it is"
         facts: dict[str, str | None] = {
             "architecture": config.model_type,
@@ -80,7 +83,9 @@ class ModelCard:
             "fastssl": _both(self.version, None if self.commit is None else f"commit {self.commit}"),
         }
         parts = [
-            _FRONT_MATTER.format(model_type=config.model_type),
+            _FRONT_MATTER.format(
+                model_type=config.model_type, library="transformers" if in_transformers else "fastssl"
+            ),
             "# Speech encoder\n\nA self-supervised encoder of speech, written by fastssl.\n",
             _table("", "", {name: fact for name, fact in facts.items() if fact is not None}),
         ]
@@ -88,7 +93,8 @@ class ModelCard:
             scores = {name: f"{value:.4g}" for name, value in self.quality.items()}
             parts.append("## Quality\n\n" + _table("score", "value", scores))
         period_ms = 1000 * config.samples_per_frame / 16_000
-        parts.append(_LOADING.format(width=config.hidden_size, period_ms=period_ms))
+        with_fastssl = _WITH_FASTSSL.format(width=config.hidden_size, period_ms=period_ms)
+        parts.append("## Use\n\n" + (_WITH_TRANSFORMERS if in_transformers else "") + with_fastssl)
         return "\n".join(parts)
 
 

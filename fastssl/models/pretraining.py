@@ -7,7 +7,9 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from fastssl.models.encoder import Encoder, load_encoder_weights
+from fastssl.models.conformer import ConformerEncoder
+from fastssl.models.encoder import Encoder
+from fastssl.models.speech_encoder import SpeechEncoder, load_speech_encoder
 from fastssl.packing import Packed
 
 
@@ -36,10 +38,10 @@ class PretrainingModel(nn.Module):
     encoder_name: ClassVar[str]
 
     @property
-    def speech_encoder(self) -> Encoder:
+    def speech_encoder(self) -> SpeechEncoder:
         """The encoder."""
         encoder = getattr(self, self.encoder_name)
-        assert isinstance(encoder, Encoder)
+        assert isinstance(encoder, (Encoder, ConformerEncoder))
         return encoder
 
     @property
@@ -62,7 +64,7 @@ class PretrainingModel(nn.Module):
         Raises:
             ValueError: A weight of the encoder is missing, or one has another shape.
         """
-        load_encoder_weights(self.speech_encoder, weights, name=name)
+        load_speech_encoder(self.speech_encoder, weights, name=name)
         own = self.head_state()
         if not own.keys() <= weights.keys():
             return

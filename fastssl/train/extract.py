@@ -17,7 +17,7 @@ from fastssl.data.audio import SAMPLE_RATE_HZ, AudioError
 from fastssl.data.corpus import Problem, cut_name, open_corpus
 from fastssl.data.recordings import chunk_hop
 from fastssl.interop import load_encoder
-from fastssl.models.encoder import Encoder
+from fastssl.models.speech_encoder import SpeechEncoder
 from fastssl.train.encode import Reading, encode_recordings
 
 logger = logging.getLogger(__name__)
@@ -200,7 +200,7 @@ def _replace(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def weights_digest(encoder: Encoder) -> str:
+def weights_digest(encoder: SpeechEncoder) -> str:
     """A hash of the weights: another model is another set of features, whatever its folder is called."""
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in encoder.state_dict().items():

@@ -2,11 +2,12 @@
 
 from typing import NamedTuple
 
+from fastssl.models.best_rq import BestRqConfig, BestRqForPreTraining
 from fastssl.models.hubert import HubertConfig, HubertForPreTraining
 from fastssl.models.wav2vec2 import Wav2Vec2Config, Wav2Vec2ForPreTraining
 
-ModelConfig = Wav2Vec2Config | HubertConfig
-Model = Wav2Vec2ForPreTraining | HubertForPreTraining
+ModelConfig = Wav2Vec2Config | HubertConfig | BestRqConfig
+Model = Wav2Vec2ForPreTraining | HubertForPreTraining | BestRqForPreTraining
 
 
 class System(NamedTuple):
@@ -21,6 +22,7 @@ class System(NamedTuple):
 SYSTEMS = {
     "wav2vec2": System("wav2vec 2.0", Wav2Vec2Config),
     "hubert": System("HuBERT", HubertConfig, labels=True),
+    "best-rq": System("BEST-RQ", BestRqConfig),
 }
 
 
@@ -33,4 +35,6 @@ def build_model(config: ModelConfig) -> Model:
     """A model with fresh weights, from torch's generator."""
     if isinstance(config, HubertConfig):
         return HubertForPreTraining(config)
+    if isinstance(config, BestRqConfig):
+        return BestRqForPreTraining(config)
     return Wav2Vec2ForPreTraining(config)

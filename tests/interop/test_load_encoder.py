@@ -290,6 +290,7 @@ def test_torchaudio_models_have_the_same_features(kind: str) -> None:
                 expected[-1] = model.encoder.transformer.layer_norm(expected[-1])
             for layer, (ours, state) in enumerate(zip(output.hidden_states[1:], expected, strict=True)):
                 assert_close(ours.unpack()[row], state[0], 2e-4, f"layer {layer}")
+    assert isinstance(encoder, fastssl.Encoder)
     config = encoder.config
     assert config.model_type == kind.split()[0]
     dropouts = (config.feat_proj_dropout, config.attention_dropout, config.activation_dropout, config.hidden_dropout)
@@ -309,6 +310,7 @@ def test_what_holds_a_torchaudio_model() -> None:
         assert encoder.config.model_type == "wav2vec2"
     pretraining = torchaudio.models.HuBERTPretrainModel(model, nn.Identity(), nn.Identity(), None)
     encoder = fastssl.load_encoder(pretraining)
+    assert isinstance(encoder, fastssl.Encoder)
     assert encoder.config.model_type == "hubert"
     expected["masked_spec_embed"] = encoder.masked_spec_embed.detach()  # torchaudio's mask generator has its own
     assert_same_weights(dict(encoder.state_dict()), expected)
@@ -327,6 +329,8 @@ def test_torchaudio_models_with_the_weight_norm_of_old() -> None:
         conv.weight_v.copy_(weights["original1"])
     assert "encoder.transformer.pos_conv_embed.conv.weight_g" in model.state_dict()
     found = fastssl.load_encoder(model)
+    assert isinstance(found, fastssl.Encoder)
+    assert isinstance(expected, fastssl.Encoder)
     with torch.no_grad():
         found.masked_spec_embed.copy_(expected.masked_spec_embed)
     assert_same_weights(dict(found.state_dict()), dict(expected.state_dict()))

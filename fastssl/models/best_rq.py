@@ -1,0 +1,180 @@
+"""BEST-RQ pre-training (Chiu et al. 2022, arXiv 2202.01855), on packed batches."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastssl.models.conformer import (
+    MEL_FRAMES_PER_FRAME,
+    ConformerConfig,
+    ConformerEncoder,
+    subsampled_layout,
+)
+from fastssl.models.folder import CONFORMER, read_config, read_weights
+from fastssl.models.pretraining import PREDICTION_SCORES, PredictionOutput, PretrainingModel
+from fastssl.nn.linear import PackedLinear
+from fastssl.nn.masking import sample_span_mask
+from fastssl.nn.random import normal
+from fastssl.nn.random_projection import RandomProjectionQuantizer
+from fastssl.packing import Layout, Packed
+
+_STREAM_NOISE = 4
+
+
+@dataclass(frozen=True)
+class BestRqConfig(ConformerConfig):
+    """An encoder with its objective; the defaults are SpeechBrain's recipe.
+
+    Args:
+        mask_time_prob: Share of frames (40 ms) that would be masked if spans did not overlap.
+        mask_time_length: Frames of a masked span.
+        mask_time_min_masks: At least so many spans per utterance.
+        mask_noise_std: Standard deviation of the noise that takes the place of masked log-mel frames.
+        codebook_size: Codes.
+        codebook_dim: Width of the codes.
+    """
+
+    mask_time_prob: float = 0.6
+    mask_time_length: int = 1
+    mask_time_min_masks: int = 1
+    mask_noise_std: float = 0.1
+    codebook_size: int = 8192
+    codebook_dim: int = 16
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.mask_time_prob <= 1:
+            raise ValueError(f"mask_time_prob: must be in [0, 1], got {self.mask_time_prob}")
+        if self.mask_noise_std < 0:
+            raise ValueError(f"mask_noise_std: must not be negative, got {self.mask_noise_std}")
+
+
+#: The size of SpeechBrain's recipe, and one for CPUs and tests; `recipes/` trains them.
+PRESETS = {
+    "best-rq-base": BestRqConfig(),
+    "best-rq-tiny": BestRqConfig(
+        hidden_size=144,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=576,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        activation_dropout=0.1,
+        conv_dim=(128, 128),
+        mask_time_prob=0.4,
+        mask_time_length=5,
+        codebook_size=512,
+    ),
+}
+
+
+class BestRqForPreTraining(PretrainingModel):
+    """Encoder, quantiser and classifier of codes.
+
+    Args:
+        config: Shape and objective.
+    """
+
+    encoder_name = "best_rq"
+
+    def __init__(self, config: BestRqConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.best_rq = ConformerEncoder(config)
+        self.quantizer = RandomProjectionQuantizer(
+            MEL_FRAMES_PER_FRAME * config.num_mel_bins, codes=config.codebook_size, code_width=config.codebook_dim
+        )
+        self.classifier = PackedLinear(config.hidden_size, config.codebook_size)
+        nn.init.xavier_uniform_(self.classifier.weight)
+        nn.init.zeros_(self.classifier.bias)
+
+    @property
+    def score_names(self) -> tuple[str, ...]:
+        """As in `PredictionOutput.scores`."""
+        return PREDICTION_SCORES
+
+    def forward(
+        self, waveforms: Packed, *, keys: Tensor, layer_drop: torch.Generator | None = None
+    ) -> PredictionOutput:
+        """Mask, encode, and predict the codes of what was masked.
+
+        Args:
+            waveforms: (N, 1) samples at 16 kHz; a batch of no utterances is legal and contributes nothing.
+            keys: (B,) int64 from `nn.random.utterance_keys` or `draw_keys`, on the device of the waveforms; mask and
+                noise of an utterance follow from its key.
+            layer_drop: CPU generator for the layers to skip; None takes torch's own.
+        """
+        config = self.config
+        mel = self.best_rq.extract_features(waveforms)
+        layout = subsampled_layout(mel.layout)
+        targets = self.targets(mel)
+        mask = sample_span_mask(
+            layout,
+            keys,
+            probability=config.mask_time_prob,
+            length=config.mask_time_length,
+            min_spans=config.mask_time_min_masks,
+        )
+        rows = mask.nonzero().squeeze(1)  # the host waits for the device, once: it must know M
+        masked_input = self._put_noise(mel, layout, keys, rows)
+        features = self.best_rq.encode(masked_input, layer_drop=layer_drop).features
+        logits = self.classifier(features.values.index_select(0, rows)).float()  # (M, V)
+        wanted = targets.index_select(0, rows)
+        loss = F.cross_entropy(logits, wanted, reduction="sum")
+        # Added up like `torch.bincount`, for which the host would wait.
+        counts = targets.new_zeros(config.codebook_size).scatter_add(0, targets, torch.ones_like(targets))
+        return PredictionOutput(
+            loss=loss,
+            prediction_loss=loss.detach(),
+            features_penalty=loss.new_zeros(()),
+            correct=(logits.detach().argmax(1) == wanted).sum(),
+            masked_frames=len(rows),
+            code_counts=counts,
+            features=features,
+        )
+
+    def targets(self, mel: Packed) -> Tensor:  # (N_mel, bands) -> (N,)
+        """The code of each of the encoder's frames: of mel frames 4t to 4t + 3 of `extract_features` for frame t."""
+        layout = subsampled_layout(mel.layout)
+        every = torch.arange(layout.total, device=mel.values.device)
+        stacked = mel.values.index_select(0, _mel_rows(every, layout, mel.layout).flatten())
+        codes: Tensor = self.quantizer(stacked.view(layout.total, MEL_FRAMES_PER_FRAME * self.config.num_mel_bins))
+        return codes
+
+    def _put_noise(self, mel: Packed, layout: Layout, keys: Tensor, rows: Tensor) -> Packed:
+        """Noise in the place of the mel frames 4t to 4t + 3 of each masked frame t, from key and position alone."""
+        mel_rows = _mel_rows(rows, layout, mel.layout)  # (M, 4)
+        bands = mel.values.shape[1]
+        first = layout.positions[rows] * MEL_FRAMES_PER_FRAME * bands
+        counters = first.unsqueeze(1) + torch.arange(MEL_FRAMES_PER_FRAME * bands, device=rows.device)
+        noise = self.config.mask_noise_std * normal(
+            keys[layout.sequence_ids[rows]].unsqueeze(1), counters, stream=_STREAM_NOISE
+        )
+        values = mel.values.index_copy(0, mel_rows.flatten(), noise.view(-1, bands).to(mel.values.dtype))
+        return Packed(values, mel.layout)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "BestRqForPreTraining":
+        """Open a folder; one that holds an encoder alone gets a fresh quantiser and classifier.
+
+        Raises:
+            ValueError: The folder holds no BEST-RQ model, or its weights do not fit its config.
+        """
+        folder = Path(folder)
+        values = read_config(folder, model_types=[CONFORMER])
+        try:
+            model = cls(BestRqConfig.from_dict(values))
+        except ValueError as error:
+            raise ValueError(f"{folder / 'config.json'}: {error}") from None
+        model.load_weights(read_weights(folder), name=str(folder))
+        return model
+
+
+def _mel_rows(rows: Tensor, layout: Layout, mel_layout: Layout) -> Tensor:  # (M,) -> (M, 4)
+    """Where the mel frames 4t to 4t + 3 of frames t are, that are in these rows of the encoder's layout."""
+    begin = mel_layout.cu_seqlens[:-1].long()[layout.sequence_ids[rows]]
+    first = begin + MEL_FRAMES_PER_FRAME * layout.positions[rows]
+    return first.unsqueeze(1) + torch.arange(MEL_FRAMES_PER_FRAME, device=rows.device)
