@@ -15,10 +15,12 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from fastssl.models.encoder import Encoder, EncoderConfig
-from fastssl.models.folder import read_config, read_weights
+from fastssl.models.conformer import ConformerConfig
+from fastssl.models.encoder import EncoderConfig
+from fastssl.models.folder import CONFORMER, MODEL_CLASSES, read_config, read_weights
 from fastssl.models.model_card import ModelCard
-from fastssl.train.systems import SYSTEMS, Model, system_of
+from fastssl.models.speech_encoder import SpeechEncoder
+from fastssl.train.systems import SYSTEMS, Model, ModelConfig, system_of
 
 #: Settings of the encoder that may differ from those of the weights it starts from; the others decide the shapes, or
 #: what the weights compute.
@@ -64,7 +66,7 @@ class PeriodicCheckpoint(Checkpoint):
     def __init__(
         self,
         run: Path,
-        encoder: Encoder,
+        encoder: SpeechEncoder,
         *,
         card: Callable[[int], ModelCard],
         every: int,
@@ -107,7 +109,7 @@ class PeriodicCheckpoint(Checkpoint):
             save_encoder(self.encoder, self.run / "encoder", card=self.card(update))
 
 
-def save_encoder(encoder: Encoder, folder: Path, *, card: ModelCard) -> None:
+def save_encoder(encoder: SpeechEncoder, folder: Path, *, card: ModelCard) -> None:
     """Write an encoder in Transformers' layout, so that at every moment the folder is not there, or is whole.
 
     Args:
@@ -160,10 +162,10 @@ def initialise(model: Model, source: str) -> bool:
         if (folder / "encoder" / "config.json").is_file():
             folder = folder / "encoder"
         try:
-            config = type(model.config).from_dict(read_config(folder))
+            config = type(model.config).from_dict(read_config(folder, model_types=[*MODEL_CLASSES, CONFORMER]))
             weights = read_weights(folder)
         except ValueError as error:
-            raise ValueError(f"{name}: no run (there is no {checkpoint}) and no Transformers model: {error}") from None
+            raise ValueError(f"{name}: no run (there is no {checkpoint}) and no model: {error}") from None
     there, here = _architecture(config), _architecture(model.config)
     different = [key for key in there if there[key] != here[key]]
     if different:
@@ -176,8 +178,9 @@ def initialise(model: Model, source: str) -> bool:
     return model.head_state().keys() <= weights.keys()
 
 
-def _architecture(config: EncoderConfig) -> dict[str, Any]:
-    names = [field.name for field in dataclasses.fields(EncoderConfig)]
+def _architecture(config: ModelConfig) -> dict[str, Any]:
+    shape = ConformerConfig if isinstance(config, ConformerConfig) else EncoderConfig
+    names = [field.name for field in dataclasses.fields(shape)]
     return {name: getattr(config, name) for name in names if name not in _FREE_FIELDS}
 
 

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from fastssl.data.audio import SAMPLE_RATE_HZ, AudioError
 from fastssl.data.recordings import Chunk, read_chunks
-from fastssl.models.encoder import Encoder
+from fastssl.models.speech_encoder import SpeechEncoder
 from fastssl.packing import Packed
 
 #: Audio that goes through the encoder at a time; features do not depend on it.
@@ -40,7 +40,7 @@ def default_workers() -> int:
 
 
 def encode_recordings(
-    encoder: Encoder, cuts: Sequence[Cut], reading: Reading, *, layer: int
+    encoder: SpeechEncoder, cuts: Sequence[Cut], reading: Reading, *, layer: int
 ) -> Iterator[tuple[Cut, Tensor | AudioError]]:
     """The features of each recording, as soon as they are complete; or why it cannot be used.
 
@@ -75,7 +75,9 @@ def encode_recordings(
 
 
 @torch.inference_mode()
-def _encode(encoder: Encoder, chunks: list[tuple[int, Chunk]], parts: dict[int, list[Tensor]], *, layer: int) -> None:
+def _encode(
+    encoder: SpeechEncoder, chunks: list[tuple[int, Chunk]], parts: dict[int, list[Tensor]], *, layer: int
+) -> None:
     """Encode the chunks, and add what is kept of them to the parts of their recordings."""
     if not chunks:
         return
@@ -90,7 +92,7 @@ def _encode(encoder: Encoder, chunks: list[tuple[int, Chunk]], parts: dict[int, 
 class _Chunks(IterableDataset[tuple[int, Chunk | str | None]]):
     """Index of a recording with a chunk of it, then with None behind its last, or with what is wrong with it."""
 
-    def __init__(self, encoder: Encoder, cuts: Sequence[Cut], reading: Reading) -> None:
+    def __init__(self, encoder: SpeechEncoder, cuts: Sequence[Cut], reading: Reading) -> None:
         self.cuts = cuts
         self.reading = reading
         # Not the encoder: this goes to the workers.

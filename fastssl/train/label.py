@@ -23,8 +23,8 @@ from fastssl.data.corpus import Problem, cut_name, open_corpus
 from fastssl.data.labels import CENTRES_FILE, LABELS_FILE, SETTINGS_FILE, LabelTable, as_line, read_lines, read_settings
 from fastssl.data.mfcc import MFCC_FIRST_CENTRE_S, MFCC_SHIFT_S, mfcc
 from fastssl.interop import load_encoder
-from fastssl.models.encoder import Encoder
 from fastssl.models.folder import write_json, write_weights
+from fastssl.models.speech_encoder import SpeechEncoder
 from fastssl.train.config import PretrainConfig
 from fastssl.train.data import PretrainDataModule
 from fastssl.train.encode import Reading, default_workers, encode_recordings
@@ -210,7 +210,7 @@ def _check_classes(table: LabelTable, config: PretrainConfig) -> None:
 class _Features:
     """What is clustered: MFCC, or a layer of an encoder."""
 
-    encoder: Encoder | None
+    encoder: SpeechEncoder | None
     layer: int
     frame_shift_s: float
     first_centre_s: float

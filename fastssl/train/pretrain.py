@@ -13,6 +13,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from rich import get_console
 
+from fastssl.models.encoder import EncoderConfig
 from fastssl.train.card import make_card
 from fastssl.train.checkpoints import AtomicCheckpointIO, PeriodicCheckpoint, initialise, save_encoder, saved_update
 from fastssl.train.config import PretrainConfig, TrainerConfig, check_resumable, write_config
@@ -21,7 +22,7 @@ from fastssl.train.label import labels_for_run, open_labels
 from fastssl.train.module import PretrainModule
 from fastssl.train.monitors import Monitor, RunProgress
 from fastssl.train.report import draw_report, summarise
-from fastssl.train.systems import SYSTEMS, Model, build_model
+from fastssl.train.systems import SYSTEMS, Model, ModelConfig, build_model
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +120,7 @@ def _fit(
         num_nodes=num_nodes,
         strategy=_strategy(
             devices * num_nodes,
-            unused_parameters=config.model.layerdrop > 0 or config.model.feature_grad_mult == 0,
+            unused_parameters=config.model.layerdrop > 0 or _is_front_end_frozen(config.model),
         ),
         precision=settings.precision,
         max_steps=settings.max_steps,
@@ -218,6 +219,10 @@ def _check_devices(settings: TrainerConfig) -> None:
         raise ValueError(f"trainer.devices: {devices}, but there are {gpus} GPUs here")
     if settings.precision == "16-mixed" and not on_gpu:
         raise ValueError("trainer.precision: 16-mixed needs a GPU; on the CPU take 32-true or bf16-mixed")
+
+
+def _is_front_end_frozen(config: ModelConfig) -> bool:
+    return isinstance(config, EncoderConfig) and config.feature_grad_mult == 0
 
 
 def _strategy(world_size: int, *, unused_parameters: bool) -> Strategy | str:

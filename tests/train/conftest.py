@@ -10,6 +10,9 @@ import pytest
 import soundfile
 import torch
 
+from fastssl.models.best_rq import BestRqConfig
+from fastssl.models.encoder import EncoderConfig
+from fastssl.models.hubert import HubertConfig
 from fastssl.models.wav2vec2 import Wav2Vec2Config
 from fastssl.train.config import (
     DataConfig,
@@ -19,8 +22,10 @@ from fastssl.train.config import (
     TrainerConfig,
     write_config,
 )
+from fastssl.train.systems import ModelConfig
 
 MakeConfig = Callable[..., PretrainConfig]
+MakeSystem = Callable[[PretrainConfig, str], PretrainConfig]
 
 _MODEL = Wav2Vec2Config(
     hidden_size=32,
@@ -43,6 +48,32 @@ WITHOUT_DROPOUT = {
     f"model.{name}": 0.0
     for name in ("hidden_dropout", "attention_dropout", "activation_dropout", "feat_quantizer_dropout", "layerdrop")
 }
+
+
+def model_of(system: str) -> ModelConfig:
+    """The settings of a tiny model without dropout."""
+    if system == "best-rq":
+        return BestRqConfig(
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=64,
+            hidden_dropout=0.0,
+            attention_dropout=0.0,
+            activation_dropout=0.0,
+            layerdrop=0.0,
+            conv_dim=(16, 16),
+            conv_depthwise_kernel_size=7,
+            mask_time_prob=0.4,
+            mask_time_length=3,
+            codebook_size=13,
+        )
+    plain: dict[str, Any] = {name.removeprefix("model."): value for name, value in WITHOUT_DROPOUT.items()}
+    wav2vec2 = dataclasses.replace(_MODEL, **plain)
+    if system == "wav2vec2":
+        return wav2vec2
+    shape = {field.name: getattr(wav2vec2, field.name) for field in dataclasses.fields(EncoderConfig)}
+    return HubertConfig(**shape | {"model_type": "hubert", "num_clusters": 7, "final_dim": 8})
 
 
 def write_recording(path: Path, seconds: float, seed: int) -> None:
@@ -76,6 +107,16 @@ def _one_thread() -> Any:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def make_system() -> MakeSystem:
+    """`make_system(config, "hubert")`: the same run of another system, without dropout."""
+
+    def make(config: PretrainConfig, system: str) -> PretrainConfig:
+        return dataclasses.replace(config, system=system, model=model_of(system))
+
+    return make
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from fastssl.train.config import PretrainConfig, TrainerConfig
 from fastssl.train.label import LabelSettings, label
 from fastssl.train.metrics_file import read_metrics
 from fastssl.train.pretrain import pretrain
-from tests.train.conftest import MakeConfig, write_recording
+from tests.train.conftest import MakeConfig, MakeSystem, write_recording
 
 _SETTINGS = LabelSettings(clusters=7)
 
@@ -132,16 +132,9 @@ def test_recordings_that_cannot_be_labelled_are_named(recordings: Path, tmp_path
 
 
 @pytest.fixture
-def hubert(make_config: MakeConfig) -> PretrainConfig:
+def hubert(make_config: MakeConfig, make_system: MakeSystem) -> PretrainConfig:
     """Settings of a small HuBERT run."""
-    base = make_config()
-    shape = {
-        field.name: getattr(base.model, field.name)
-        for field in dataclasses.fields(base.model)
-        if field.name in {item.name for item in dataclasses.fields(HubertConfig)} - {"model_type"}
-    }
-    model = HubertConfig(**shape | {"num_clusters": 7, "final_dim": 8, "mask_time_prob": 0.8})
-    return dataclasses.replace(base, system="hubert", model=model)
+    return make_system(make_config(), "hubert")
 
 
 def test_run_makes_labels_learns_and_resumes(hubert: PretrainConfig, tmp_path: Path) -> None:
@@ -173,12 +166,12 @@ def test_run_makes_labels_learns_and_resumes(hubert: PretrainConfig, tmp_path: P
 def test_second_iteration_learns_the_labels_it_is_given(
     hubert: PretrainConfig, recordings: Path, tmp_path: Path
 ) -> None:
+    assert isinstance(hubert.model, HubertConfig)
     Encoder(hubert.model).save_pretrained(tmp_path / "first")
     label(recordings, tmp_path / "labels", LabelSettings(model=str(tmp_path / "first"), clusters=5), num_workers=0)
     given = dataclasses.replace(hubert, data=dataclasses.replace(hubert.data, labels=str(tmp_path / "labels")))
     with pytest.raises(ValueError, match=r"has 5 classes; add --model\.num_clusters 5"):
         pretrain(given)
-    assert isinstance(hubert.model, HubertConfig)
     given = dataclasses.replace(given, model=dataclasses.replace(hubert.model, num_clusters=5))
 
     # Labels of other audio: nothing is written, and the files are named.

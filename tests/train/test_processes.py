@@ -13,10 +13,9 @@ import pytest
 import soundfile
 import torch
 
-from fastssl.models.hubert import HubertConfig
 from fastssl.train.config import PretrainConfig
 from fastssl.train.metrics_file import read_metrics
-from tests.train.conftest import WITHOUT_DROPOUT, MakeConfig, as_yaml_file
+from tests.train.conftest import MakeConfig, MakeSystem, as_yaml_file
 
 pytestmark = pytest.mark.slow
 
@@ -68,18 +67,14 @@ def test_torchrun_and_resume_equal_lightnings_own_launch(make_config: MakeConfig
     assert all(torch.equal(tensor, expected[name]) for name, tensor in _weights(half).items())
 
 
-def test_hubert_makes_its_labels_once_and_processes_share_out_its_updates(
-    make_config: MakeConfig, tmp_path: Path
+@pytest.mark.parametrize("system", ["hubert", "best-rq"])
+def test_processes_share_out_the_updates_of_every_system(
+    system: str, make_config: MakeConfig, make_system: MakeSystem, tmp_path: Path
 ) -> None:
-    base = make_config()
-    names = {field.name for field in dataclasses.fields(HubertConfig)} - {"model_type"}
-    shape = {name: value for name, value in dataclasses.asdict(base.model).items() if name in names}
-    dropouts = {name.removeprefix("model."): 0.0 for name in WITHOUT_DROPOUT if "quantizer" not in name}
-    model = HubertConfig(**shape | dropouts | {"num_clusters": 7, "final_dim": 8})
-    one = dataclasses.replace(base, system="hubert", model=model)
+    one = make_system(make_config(), system)
     accumulating = dataclasses.replace(one, trainer=dataclasses.replace(one.trainer, accumulation=2))
     assert _run(accumulating, tmp_path).returncode == 0
-    # Under torchrun the second process runs from the start, while the first labels.
+    # Under torchrun the second process runs from the start, while the first makes HuBERT's labels.
     two = dataclasses.replace(one, output=str(tmp_path / "two"))
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     outcome = _run(two, tmp_path, launcher=launcher)
