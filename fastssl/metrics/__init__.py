@@ -1,0 +1,14 @@
+"""What an encoder's frames say of it without labels: the rank they span, and how they cluster."""
+
+from fastssl.metrics.clusters import ClusterScores, fit_kmeans, nearest_centres, num_clusters, score_clusters
+from fastssl.metrics.rank import GramMatrix, effective_rank
+
+__all__ = [
+    "ClusterScores",
+    "GramMatrix",
+    "effective_rank",
+    "fit_kmeans",
+    "nearest_centres",
+    "num_clusters",
+    "score_clusters",
+]
