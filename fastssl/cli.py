@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 _RECIPES = Path(__file__).resolve().parent / "recipes"
 _DEFAULT_RECIPE = "wav2vec2-base"
-#: What the commands other than `info` import, by the name pip knows.
-_TRAIN_EXTRA = ("jsonargparse", "lhotse", "lightning", "matplotlib", "rich", "soundfile", "tensorboard")
+#: What the commands other than `info` import.
+_TRAIN_EXTRA = ("jsonargparse", "lhotse", "lightning", "matplotlib", "rich", "sklearn", "soundfile", "tensorboard")
 _AUDIO_HELP = (
     "Folder of recordings (WAV, FLAC, OGG, MP3; any sample rate, any number of channels; subfolders too), "
     "Lhotse manifest (.jsonl.gz), or Lhotse shar directory."
@@ -32,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "pretrain": (_pretrain, "train an encoder on a folder of audio"),
         "extract": (_extract, "write the features of every recording"),
         "label": (_label, "cluster the frames of every recording, for HuBERT to learn from"),
+        "quality": (_quality, "measure how good each layer of an encoder is, without labels"),
         "prepare": (_prepare, "look through a folder once and write a manifest (optional)"),
         "info": (_info, "show the kernels of each op, and why one is missing"),
     }
@@ -293,6 +294,45 @@ def _label(arguments: Sequence[str]) -> None:
         ),
         kmeans=settings.kmeans,
         num_workers=settings.num_workers,
+        device=settings.device,
+    )
+
+
+def _quality(arguments: Sequence[str]) -> None:
+    parser = _parser(
+        "quality",
+        "Measure each layer of an encoder on audio without labels: effective rank of all frames, RankMe, inertia of "
+        "k-means, Davies-Bouldin. Prints a table, writes it as JSON, and draws a plot beside it. Compare only what was "
+        "measured on the same audio with the same settings, layer by layer.",
+    )
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="A run of `fastssl pretrain`, a Transformers folder, a name on the Hub, or a checkpoint of fairseq.",
+    )
+    parser.add_argument("audio", metavar="AUDIO", help=_AUDIO_HELP)
+    parser.add_argument("--output", default="quality.json", metavar="FILE", help="Ends with .json; replaced if there.")
+    parser.add_argument(
+        "--minutes", type=float, default=60.0, help="Of AUDIO, always the same ones, whatever their order."
+    )
+    parser.add_argument("--layers", type=list[int] | None, help="Such as [0,6,12]; null measures all.")
+    parser.add_argument("--max_frames", type=int, default=102_400, help="Frames for k-means, drawn from all.")
+    parser.add_argument("--seed", type=int, default=0, help="Of the frames drawn, and of k-means.")
+    parser.add_argument("--channel", type=int | None, help="The channel to read; null averages all of them.")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one.")
+    settings = parser.parse_args(list(arguments))
+    from fastssl.train.quality_command import quality
+
+    _log_to_console()
+    quality(
+        settings.model,
+        settings.audio,
+        settings.output,
+        minutes=settings.minutes,
+        layers=settings.layers,
+        max_frames=settings.max_frames,
+        seed=settings.seed,
+        channel=settings.channel,
         device=settings.device,
     )
 

@@ -1,0 +1,200 @@
+"""`fastssl quality`: a table, a JSON file and a plot of how good each layer of an encoder is."""
+
+import json
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from lhotse.cut import Cut
+from rich import get_console
+from rich.progress import track
+from rich.table import Table
+
+import fastssl
+from fastssl.data.audio import SAMPLE_RATE_HZ
+from fastssl.data.corpus import Problem, open_corpus
+from fastssl.interop import load_encoder
+from fastssl.packing import Packed
+from fastssl.train.card import checked_out_commit
+from fastssl.train.quality import MAX_FRAMES, LayerQuality, first_minutes, measure_quality, quality_loader
+
+logger = logging.getLogger(__name__)
+
+#: The panels of the plot.
+_PANELS = {
+    "effective_rank": "effective rank of all frames",
+    "rankme": "RankMe",
+    "log_inertia_per_frame": "log of k-means inertia per frame",
+    "davies_bouldin": "Davies-Bouldin",
+}
+
+
+def quality(
+    model: str | Path,
+    audio: str | Path,
+    output: str | Path = "quality.json",
+    *,
+    minutes: float = 60.0,
+    layers: Sequence[int] | None = None,
+    max_frames: int = MAX_FRAMES,
+    seed: int = 0,
+    channel: int | None = None,
+    device: str = "auto",
+) -> list[LayerQuality]:
+    """Measure an encoder, print a table, and write `output` and, beside it, a plot of the same name.
+
+    Args:
+        model: What `load_encoder` opens.
+        audio: Folder, Lhotse manifest or shar directory; it needs no labels.
+        output: JSON file; replaced if it is there.
+        minutes: Of AUDIO, in an order that is fixed by the recordings' ids (`first_minutes`).
+        layers: Which; None measures all.
+        max_frames: Frames for k-means.
+        seed: Of the frames drawn, and of k-means.
+        channel: The channel to read; None averages all of them.
+        device: Where to encode; "auto" takes a GPU where there is one.
+
+    Raises:
+        ValueError: MODEL, AUDIO, the layers or the output does not serve; there is too little audio; frames are NaN.
+    """
+    output = Path(output)
+    if output.suffix != ".json" or output.is_dir():
+        raise ValueError(f"--output: {output} must be a file that ends with .json")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    encoder = load_encoder(model).to(device)
+    shortest_s = encoder.config.receptive_field_samples / SAMPLE_RATE_HZ
+    corpus = open_corpus(audio, min_duration_s=shortest_s, max_bad_fraction=1.0)
+    cuts = first_minutes(corpus.cuts, minutes)
+    problems = list(corpus.problems)
+    waveforms = _Waveforms(cuts, problems, normalize=encoder.config.do_normalize, channel=channel)
+    results = measure_quality(encoder, waveforms.read(), layers=layers, max_frames=max_frames, seed=seed)
+    for problem in problems:
+        logger.warning("left out: %s", problem)
+    report = {
+        "model": str(model),
+        "audio": str(audio),
+        "audio_hours": waveforms.seconds / 3600,
+        "settings": {"minutes": minutes, "max_frames": max_frames, "seed": seed, "channel": channel},
+        "versions": _versions(),
+        "left_out": [{"name": problem.name, "reason": problem.reason} for problem in problems],
+        "layers": [asdict(result) for result in results],
+    }
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = output.with_name(f"{output.name}.tmp")
+    temporary.write_text(json.dumps(_without_nan(report), indent=2) + "\n")
+    temporary.replace(output)
+    draw_layers(results, output.with_suffix(".png"))
+    get_console().print(_table(results))
+    _remark(results, waveforms.seconds, minutes, width=encoder.config.hidden_size)
+    logger.info("%s, %s", output, output.with_suffix(".png").name)
+    return results
+
+
+class _Waveforms:
+    """Batches of audio, with the time of what could be read, and the rest as problems."""
+
+    def __init__(self, cuts: Sequence[Cut], problems: list[Problem], *, normalize: bool, channel: int | None) -> None:
+        self.seconds = 0.0
+        self.problems = problems
+        self._batches = quality_loader(cuts, normalize=normalize, channel=channel)
+
+    def read(self) -> Iterator[Packed]:
+        console = get_console()
+        for batch in track(self._batches, "audio", console=console, disable=not console.is_terminal):
+            self.problems += batch.problems
+            self.seconds += batch.duration_s
+            if batch.names:
+                yield batch.waveforms
+        if not self.seconds:
+            raise ValueError(f"audio: none of its recordings can be used; {self.problems[-1]}")
+
+
+def draw_layers(results: Sequence[LayerQuality], path: Path) -> None:
+    """Draw each measure over the layers, as PNG."""
+    # The canvas is chosen without pyplot, which would look for a display.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    FigureCanvasAgg(figure)
+    layers = [result.layer for result in results]
+    for axes, (name, label) in zip(figure.subplots(2, 2).flat, _PANELS.items(), strict=True):
+        values = [getattr(result, name) for result in results]
+        axes.plot(layers, [value if math.isfinite(value) else math.nan for value in values], "o-")
+        axes.set_xlabel("layer (0: input of the first)")
+        axes.set_ylabel(label)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+    temporary = path.with_name(f"{path.name}.tmp")
+    figure.savefig(temporary, dpi=120, format="png")
+    temporary.replace(path)
+
+
+def _table(results: Sequence[LayerQuality]) -> Table:
+    first = results[0]
+    table = Table(
+        "layer",
+        "effective rank",
+        "RankMe",
+        "inertia per frame",
+        "its log",
+        "Davies-Bouldin",
+        caption=f"{first.frames} frames of {first.utterances} utterances; RankMe of {first.rankme_rows} "
+        f"{first.rankme_of}; {first.clusters} clusters of {first.clustered_frames} frames",
+    )
+    for column in table.columns:
+        column.justify = "right"
+    for result in results:
+        table.add_row(
+            str(result.layer),
+            f"{result.effective_rank:.1f}",
+            f"{result.rankme:.1f}",
+            f"{result.inertia_per_frame:.4g}",
+            f"{result.log_inertia_per_frame:.3f}",
+            f"{result.davies_bouldin:.3f}",
+        )
+    return table
+
+
+def _remark(results: Sequence[LayerQuality], seconds: float, minutes: float, *, width: int) -> None:
+    """Say what keeps these numbers from being compared with others."""
+    first = results[0]
+    if seconds < 60 * minutes - 1:
+        logger.warning(
+            "%.1f minutes of the %g asked for: compare only with what was measured on the same audio",
+            seconds / 60,
+            minutes,
+        )
+    if first.rankme_rows < 2 * width:
+        logger.warning(
+            "RankMe is that of %d %s and the width is %d: it says little until there are several times as many",
+            first.rankme_rows,
+            first.rankme_of,
+            width,
+        )
+
+
+def _versions() -> dict[str, str | None]:
+    versions: dict[str, str | None] = {"commit": checked_out_commit(Path(fastssl.__file__).resolve().parent.parent)}
+    for name in ("fastssl", "torch", "scikit-learn"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    return versions
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has neither NaN nor infinity: null stands for them."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
