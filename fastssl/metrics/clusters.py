@@ -86,6 +86,8 @@ def fit_kmeans(frames: NDArray[np.float32], clusters: int, *, seed: int, passes:
         init="k-means++",
         n_init=1,
         batch_size=max(1024, 4 * clusters),
+        # k-means++ would else cost more than the fit.
+        init_size=max(3072, 3 * clusters),
         max_iter=passes,
         max_no_improvement=None,
         tol=0.0,

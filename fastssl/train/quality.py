@@ -253,13 +253,12 @@ class _FrameFile:
         """Write frames `kept` of a batch to their places, a later one over an earlier one."""
         frames = values[torch.from_numpy(kept).to(values.device)].float().cpu().numpy()
         new = min(len(values), self.max_frames - self._rows)  # these come first, one behind the other
-        with self.path.open("r+b") as file:
-            file.seek(self._rows * 4 * self.width)
-            file.write(frames[:new].tobytes())
-            for frame, place in zip(frames[new:], places[new:].tolist(), strict=True):
-                file.seek(place * 4 * self.width)
-                file.write(frame.tobytes())
-        self._rows += new
+        if new:
+            with self.path.open("ab") as file:
+                file.write(frames[:new].tobytes())
+            self._rows += new
+        if len(frames) > new:
+            np.memmap(self.path, np.float32, "r+", shape=(self._rows, self.width))[places[new:]] = frames[new:]
 
     def read(self) -> NDArray[np.float32]:
         frames = np.fromfile(self.path, dtype=np.float32)

@@ -155,8 +155,10 @@ def draw_quality(axes: Iterator[Any], rows: Iterable[dict[str, float]]) -> bool:
         panel.set_xlabel(label)
         panel.set_ylabel(title)
         panel.grid(alpha=0.3)
-        if layers:
-            panel.legend(fontsize="x-small", ncols=-(-len(layers) // 7))
+        if name == "inertia":
+            panel.set_yscale("log")  # layers differ by the square of their norms
+        if name == "effective_rank":
+            panel.legend(fontsize="x-small", ncols=-(-len(layers) // 7))  # for all panels
     return True
 
 

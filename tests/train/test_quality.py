@@ -103,6 +103,16 @@ def test_a_seed_fixes_the_numbers() -> None:
     assert (first.effective_rank, first.rankme) == (other.effective_rank, other.rankme)
 
 
+def test_a_stream_equals_all_at_once() -> None:
+    at_once = _noise([300, 200, 80, 40])
+    parts = [Packed.pack([waveform]) for waveform in at_once.unpack()]
+    whole, streamed = (
+        dataclasses.asdict(measure_quality(_Samples(), batches, max_frames=500)[0]) for batches in ([at_once], parts)
+    )
+    assert whole.pop("rankme_of") == streamed.pop("rankme_of")
+    assert streamed == pytest.approx(whole, rel=1e-6)
+
+
 def test_rankme_takes_utterances_where_they_are_enough_and_the_frame_rate_from_the_config() -> None:
     many, few = _noise([130, 90, 30, 70]), _noise([130, 90, 30])
     with torch.no_grad():
