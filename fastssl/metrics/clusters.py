@@ -118,8 +118,8 @@ def score_clusters(frames: Iterable[Tensor], centres: Tensor) -> ClusterScores:
     `davies_bouldin_score`, which leaves out clusters without members too. Distances are added up in fp64.
 
     Args:
-        frames: Portions (n, D) that can be iterated twice, such as a list; what they hold beside 4 bytes a frame is
-            never in memory at once.
+        frames: Portions (n, D) that can be iterated twice, such as a list, and may be read as they are asked for; what
+            is kept is 4 bytes a frame.
         centres: (k, D); frames are moved to its device and dtype to be assigned.
 
     Raises:

@@ -26,8 +26,6 @@ MAX_FRAMES = 102_400
 _BATCH_S = 60.0
 #: RankMe's rows where there are too few utterances.
 _SEGMENT_S = 2.0
-#: Rows that are scored at a time.
-_CHUNK_ROWS = 8192
 
 
 @dataclass(frozen=True)
@@ -176,7 +174,7 @@ def _assess(
     # Clusters are the same wherever the origin is, and distances of numbers near it lose fewer digits.
     frames -= frames.mean(0, dtype=np.float64).astype(np.float32)
     centres = fit_kmeans(frames, clusters, seed=seed)
-    scores = score_clusters(torch.from_numpy(frames).split(_CHUNK_ROWS), centres.to(device))
+    scores = score_clusters([torch.from_numpy(frames)], centres.to(device))
     return LayerQuality(
         layer=layer,
         frames=ranks.frames.rows,

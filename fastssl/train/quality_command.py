@@ -113,6 +113,7 @@ class _Waveforms:
                 yield batch.waveforms
         if not self.seconds:
             raise ValueError(f"audio: none of its recordings can be used; {self.problems[-1]}")
+        logger.info("%.1f minutes encoded; now the clusters of each layer", self.seconds / 60)
 
 
 def draw_layers(results: Sequence[LayerQuality], path: Path) -> None:
