@@ -111,6 +111,7 @@ def _pretrain(arguments: Sequence[str]) -> None:
         optimizer=settings.optimizer,
         temperature=settings.get("temperature") or TemperatureConfig(),
         trainer=settings.trainer,
+        quality=settings.quality,
     )
     # Lightning takes seconds to import, which a wrong option should not.
     from fastssl.train.pretrain import is_first_process, pretrain
@@ -124,7 +125,7 @@ def _pretrain_parser(arguments: Sequence[str]) -> "ArgumentParser":
 
     What stands on the command line then wins, wherever it stands.
     """
-    from fastssl.train.config import DataConfig, OptimizerConfig, TemperatureConfig, TrainerConfig
+    from fastssl.train.config import DataConfig, OptimizerConfig, QualityConfig, TemperatureConfig, TrainerConfig
     from fastssl.train.systems import SYSTEMS
 
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -187,6 +188,7 @@ def _pretrain_parser(arguments: Sequence[str]) -> "ArgumentParser":
     if system == "wav2vec2":
         parser.add_argument("--temperature", type=TemperatureConfig, default=TemperatureConfig())
     parser.add_argument("--trainer", type=TrainerConfig, default=TrainerConfig())
+    parser.add_argument("--quality", type=QualityConfig, default=QualityConfig())
     return parser
 
 

@@ -18,6 +18,10 @@ RESUMABLE = (
     "recipe",
     "data.max_bad_fraction",
     "data.num_workers",
+    "quality.every",
+    "quality.layers",
+    "quality.max_frames",
+    "quality.minutes",
     "trainer.accelerator",
     "trainer.accumulation",
     "trainer.checkpoint_every",
@@ -173,6 +177,28 @@ class TrainerConfig:
 
 
 @dataclass(frozen=True)
+class QualityConfig:
+    """How often the encoder's quality is measured without labels on the held-out recordings, and how thoroughly.
+
+    Args:
+        every: Updates between two measurements; null measures nothing.
+        minutes: Of the held-out recordings, always the same ones.
+        layers: Which; null measures all.
+        max_frames: Frames for k-means, drawn from all.
+    """
+
+    every: int | None = None
+    minutes: float = 60.0
+    layers: tuple[int, ...] | None = None
+    max_frames: int = 102_400
+
+    def __post_init__(self) -> None:
+        _require_positive("quality", self, "minutes", "max_frames")
+        if self.every is not None and self.every < 1:
+            raise ValueError(f"quality.every: must be at least 1, or null not to measure, got {self.every}")
+
+
+@dataclass(frozen=True)
 class PretrainConfig:
     """Everything that decides a run; `RUN/config.yaml` holds it, but for its own place.
 
@@ -188,6 +214,7 @@ class PretrainConfig:
         optimizer: Adam.
         temperature: Of wav2vec 2.0's Gumbel softmax.
         trainer: How long, and on what.
+        quality: Whether and how the encoder is measured without labels meanwhile.
 
     Raises:
         ValueError: The settings of `model` are not those of the system, or there are labels for one that takes none.
@@ -204,6 +231,7 @@ class PretrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     temperature: TemperatureConfig = field(default_factory=TemperatureConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    quality: QualityConfig = field(default_factory=QualityConfig)
 
     def __post_init__(self) -> None:
         if self.system not in SYSTEMS:
@@ -213,6 +241,10 @@ class PretrainConfig:
             raise ValueError(f"model: {self.system} has a {expected.__name__}, got a {type(self.model).__name__}")
         if self.data.labels is not None and not SYSTEMS[self.system].labels:
             raise ValueError(f"data.labels: {self.system} learns from audio alone")
+        layers = self.model.num_hidden_layers
+        wrong = [layer for layer in self.quality.layers or () if not 0 <= layer <= layers]
+        if wrong:
+            raise ValueError(f"quality.layers: the model has layers 0 to {layers}, got {wrong[0]}")
 
 
 def write_config(config: PretrainConfig, path: Path) -> None:

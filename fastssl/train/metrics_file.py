@@ -12,7 +12,7 @@ class MetricsFile:
 
     Args:
         path: The file.
-        columns: Names; a value that a row does not have is left empty.
+        columns: Names; a value that a row does not have is left empty. A file that is continued keeps others.
         resume_at: Rows of later updates are dropped: the run will write them again. None begins a new file.
     """
 
@@ -22,6 +22,7 @@ class MetricsFile:
         rows = []
         if resume_at is not None and path.exists():
             rows = [row for row in read_metrics(path) if row["update"] <= resume_at]
+            self.columns = list(dict.fromkeys([*self.columns, *(name for row in rows for name in row)]))
         temporary = path.with_suffix(".tmp")
         self._write(temporary, "w", rows, header=True)
         temporary.replace(path)

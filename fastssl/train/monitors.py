@@ -2,7 +2,8 @@
 
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -60,16 +61,25 @@ class Monitor(Callback):
         run: Folder of the run.
         account: Of the recordings drawn.
         score_names: What the system reports, `PretrainingModel.score_names`.
+        columns: Of callbacks that `write` too.
         log_every: Updates between two rows.
         resume_at: The update that a resumed run continues behind; None for a new run.
     """
 
     def __init__(
-        self, run: Path, account: Account, *, score_names: Sequence[str], log_every: int, resume_at: int | None
+        self,
+        run: Path,
+        account: Account,
+        *,
+        score_names: Sequence[str],
+        columns: Sequence[str] = (),
+        log_every: int,
+        resume_at: int | None,
     ) -> None:
         self.run = run
         self.account = account
         self.score_names = tuple(score_names)
+        self.columns = tuple(columns)
         self.log_every = log_every
         self.resume_at = resume_at
         self.audio_s = 0.0
@@ -105,7 +115,9 @@ class Monitor(Callback):
         """Open the files."""
         if not trainer.is_global_zero or self._file is not None:
             return
-        self._file = MetricsFile(self.run / "metrics.csv", metric_columns(self.score_names), resume_at=self.resume_at)
+        self._file = MetricsFile(
+            self.run / "metrics.csv", metric_columns(self.score_names, extra=self.columns), resume_at=self.resume_at
+        )
         purge = None if self.resume_at is None else self.resume_at + 1
         self._board = SummaryWriter(self.run / "logs", purge_step=purge)
 
@@ -160,6 +172,13 @@ class Monitor(Callback):
                 logger.warning("unusable, held out: %s", problem)
             self._named_held_out.add(problem.name)
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done here is not counted in the throughput."""
+        self._clock -= time.perf_counter()
+        yield
+        self._clock += time.perf_counter()
+
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Scoring is not counted in the throughput."""
         self._clock -= time.perf_counter()
@@ -171,7 +190,7 @@ class Monitor(Callback):
         scores = {f"valid_{name}": value for name, value in pl_module.last_validation.items()}
         scores = {name: value for name, value in scores.items() if name in metric_columns(self.score_names)}
         self.shown |= scores
-        self._write(trainer, scores)
+        self.write(trainer, scores)
         if trainer.is_global_zero:
             logger.info(
                 "held-out recordings after %d updates: loss %.3f, accuracy %.1f %% (chance %.1f %%)",
@@ -211,12 +230,18 @@ class Monitor(Callback):
         self._clock, self._timed_audio_s = now, 0.0
         self._window.clear()
         self._code_counts = torch.zeros_like(self._code_counts)
-        self._write(trainer, row)
+        self.write(trainer, row)
 
-    def _write(self, trainer: Trainer, row: dict[str, float]) -> None:
+    def write(self, trainer: Trainer, row: dict[str, float]) -> None:
+        """Write what was found after the update that has just ended, to metrics.csv and TensorBoard.
+
+        Args:
+            trainer: Knows the update.
+            row: Values by column.
+        """
         if self._file is None or self._board is None:
             return
-        self._file.append({"update": trainer.global_step, **row})
+        self._file.append({"update": trainer.global_step, "audio_hours": self.audio_s / 3600, **row})
         for name, value in row.items():
             self._board.add_scalar(name, value, trainer.global_step)
 

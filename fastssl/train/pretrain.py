@@ -21,6 +21,8 @@ from fastssl.train.data import PretrainDataModule
 from fastssl.train.label import labels_for_run, open_labels
 from fastssl.train.module import PretrainModule
 from fastssl.train.monitors import Monitor, RunProgress
+from fastssl.train.quality import first_minutes, quality_loader
+from fastssl.train.quality_callback import QualityMonitor, quality_columns
 from fastssl.train.report import draw_report, summarise
 from fastssl.train.systems import SYSTEMS, Model, ModelConfig, build_model
 
@@ -61,6 +63,8 @@ def pretrain(config: PretrainConfig, *, resume: bool = False) -> None:
         seed=config.seed,
         accumulation=config.trainer.accumulation,
     )
+    if config.quality.every is not None and data.valid_corpus is None:
+        raise ValueError("quality.every: measures held-out recordings, and data.valid holds out none")
     labels = open_labels(config)
     if labels is not None:
         stride, receptive_field = config.model.samples_per_frame, config.model.receptive_field_samples
@@ -100,6 +104,7 @@ def _fit(
         run,
         data.account,
         score_names=model.score_names,
+        columns=quality_columns(config.model.num_hidden_layers) if config.quality.every else (),
         log_every=settings.log_every,
         resume_at=None if resume_from is None else saved_update(resume_from),
     )
@@ -131,7 +136,13 @@ def _fit(
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
-        callbacks=[monitor, RunProgress(monitor, enabled=settings.progress), checkpoints],
+        # Checkpoints last: a run that resumes from one has what was measured after the same update.
+        callbacks=[
+            monitor,
+            RunProgress(monitor, enabled=settings.progress),
+            *_quality_monitor(config, data, model, monitor),
+            checkpoints,
+        ],
         plugins=[AtomicCheckpointIO()],
         logger=False,
         enable_progress_bar=False,
@@ -144,6 +155,28 @@ def _fit(
         draw_report(run)
         get_console().print(summarise(run, data.account))
         logger.info("encoder: %s", run / "encoder")
+
+
+def _quality_monitor(
+    config: PretrainConfig, data: PretrainDataModule, model: Model, monitor: Monitor
+) -> list[QualityMonitor]:
+    """The callback that measures the encoder on held-out recordings, where that is asked for."""
+    settings = config.quality
+    if settings.every is None or data.valid_corpus is None:
+        return []
+    normalize = config.model.do_normalize
+    cuts = first_minutes(data.valid_corpus.cuts, settings.minutes)
+    callback = QualityMonitor(
+        model.speech_encoder,
+        lambda: quality_loader(cuts, normalize=normalize, channel=config.data.channel),
+        monitor.write,
+        every=settings.every,
+        layers=settings.layers,
+        max_frames=settings.max_frames,
+        seed=config.seed,
+        paused=monitor.paused,
+    )
+    return [callback]
 
 
 def _check_folder(run: Path, config: PretrainConfig, *, resume: bool) -> None:

@@ -6,6 +6,7 @@ from rich.table import Table
 
 from fastssl.train.data import Account
 from fastssl.train.metrics_file import read_metrics
+from fastssl.train.quality_callback import draw_quality
 
 _Rows = list[dict[str, float]]
 #: The column that says of a row that it is of training, by system; the held-out one has "valid_" before it.
@@ -63,13 +64,14 @@ def draw_report(run: Path) -> None:
     training = [row for row in rows if loss_column in row]
     if not training:
         return
-    # Rows with scores follow the row of the same update, which knows the hours.
-    hours = {row["update"]: row["audio_hours"] for row in training}
-    scored = [row for row in rows if "valid_loss" in row and row["update"] in hours]
-    valid = [{**row, "audio_hours": hours[row["update"]]} for row in scored]
-    figure = Figure(figsize=(11, 7), layout="constrained")
+    valid = [row for row in rows if "valid_loss" in row]
+    measured = [row for row in rows if any(name.startswith("quality_") for name in row)]
+    # Four panels of the training, and four more where quality was measured.
+    height = 4 if measured else 2
+    figure = Figure(figsize=(11, 3.5 * height), layout="constrained")
     FigureCanvasAgg(figure)
-    loss, accuracy, perplexity, throughput = figure.subplots(2, 2).flat
+    loss, accuracy, perplexity, throughput, *others = figure.subplots(height, 2).flat
+    draw_quality(iter(others), measured)
 
     def plot(axes: object, source: _Rows, key: str, label: str, factor: float = 1.0, style: str = "-") -> None:
         points = [(row["audio_hours"], factor * row[key]) for row in source if key in row]

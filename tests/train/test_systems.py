@@ -5,11 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.image import imread
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
 import fastssl
 from fastssl.models.best_rq import BestRqConfig, BestRqForPreTraining
 from fastssl.models.conformer import ConformerEncoder
 from fastssl.train.checkpoints import initialise
+from fastssl.train.config import QualityConfig
 from fastssl.train.metrics_file import read_metrics
 from fastssl.train.pretrain import pretrain
 from fastssl.train.systems import SYSTEMS, build_model, system_of
@@ -57,3 +60,45 @@ def test_weights_of_another_system_are_refused(
     with pytest.raises(ValueError, match=f"is a run of {other}, and this is to be one of {system}"):
         initialise(build_model(model_of(system)), config.output)
     assert system_of(model_of(system)) == system
+
+
+def test_quality_shows_everywhere_and_changes_nothing(
+    make_config: MakeConfig, make_system: MakeSystem, tmp_path: Path
+) -> None:
+    plain = make_system(make_config(**{"data.valid": 0.5}), "best-rq")
+    watched = dataclasses.replace(plain, output=str(tmp_path / "watched"), quality=QualityConfig(every=3))
+    pretrain(plain)
+    pretrain(watched)
+    states = [
+        torch.load(Path(config.output) / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+        for config in (plain, watched)
+    ]
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+
+    run = Path(watched.output)
+    measured = [row for row in read_metrics(run / "metrics.csv") if "quality_effective_rank_0" in row]
+    assert [row["update"] for row in measured] == [3, 6, 8]
+    assert all(1 <= row["quality_rankme_2"] <= 32 for row in measured)
+    board = EventAccumulator(str(run / "logs"))
+    board.Reload()
+    assert [event.step for event in board.Scalars("quality_davies_bouldin_1")] == [3, 6, 8]
+    assert "% of the training time" in (run / "logs" / "pretrain.log").read_text()
+    # Four more panels.
+    heights = [imread(Path(config.output) / "report.png").shape[0] for config in (plain, watched)]
+    assert heights[1] == 2 * heights[0]
+
+    # Measured no more, the run goes on with the rows that are there.
+    more = dataclasses.replace(watched.trainer, max_steps=10)
+    pretrain(dataclasses.replace(watched, trainer=more, quality=QualityConfig()), resume=True)
+    rows = read_metrics(run / "metrics.csv")
+    assert sum("quality_effective_rank_0" in row for row in rows) == 3
+    assert rows[-1]["update"] == 10
+
+
+def test_quality_needs_held_out_recordings_and_layers_that_exist(make_config: MakeConfig) -> None:
+    config = make_config(**{"data.valid": 0.0})
+    with pytest.raises(ValueError, match=r"quality\.every: measures held-out recordings"):
+        pretrain(dataclasses.replace(config, quality=QualityConfig(every=2)))
+    assert not Path(config.output).exists()
+    with pytest.raises(ValueError, match=r"quality\.layers: the model has layers 0 to 2, got 3"):
+        dataclasses.replace(config, quality=QualityConfig(every=2, layers=(3,)))
