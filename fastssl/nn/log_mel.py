@@ -6,7 +6,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from fastssl import ops
 from fastssl.nn.linear import packed_linear
 from fastssl.packing import Layout, Packed
 
@@ -38,7 +37,7 @@ class LogMel(nn.Module):
         bands: Mel bands.
     """
 
-    fourier: Tensor  # (2F, 1, 400)
+    fourier: Tensor  # (2F, 400)
     bands: Tensor  # (bands, 2F)
 
     def __init__(self, bands: int) -> None:
@@ -58,16 +57,18 @@ class LogMel(nn.Module):
         """(N samples, 1) at 16 kHz to (N frames, bands)."""
         dtype = torch.promote_types(waveforms.values.dtype, torch.float32)
         with torch.autocast(waveforms.values.device.type, enabled=False):
-            parts, layout = ops.strided_conv(
-                waveforms.values.to(dtype),
-                self.fourier.to(dtype),
-                waveforms.layout,
-                stride=HOP_SAMPLES,
-                activation="none",
-            )
+            windows, layout = _windows(waveforms)
+            parts = packed_linear(windows.to(dtype), self.fourier.to(dtype), None)
             # Real and imaginary parts side by side: one product adds their squares and sums them over the bands.
             power = packed_linear(parts.square(), self.bands.to(dtype), None)
         return Packed(power.clamp(min=_FLOOR).log(), layout)
+
+
+def _windows(waveforms: Packed) -> Packed:  # (N samples, 1) -> (N frames, 400)
+    layout = waveforms.layout.after_conv(WINDOW_SAMPLES, HOP_SAMPLES)
+    begin = waveforms.layout.cu_seqlens[:-1].long()[layout.sequence_ids] + HOP_SAMPLES * layout.positions
+    samples = begin.unsqueeze(1) + torch.arange(WINDOW_SAMPLES, device=begin.device)
+    return Packed(waveforms.values.squeeze(1)[samples], layout)
 
 
 def normalize_over_time(frames: Packed) -> Packed:
@@ -87,13 +88,13 @@ def _sums(x: Tensor, layout: Layout) -> Tensor:  # (N, C) -> (B, C)
     return torch.segment_reduce(x, "sum", offsets=layout.cu_seqlens.long(), axis=0, unsafe=True)
 
 
-def _windowed_fourier() -> Tensor:  # (2F, 1, 400)
-    """The discrete Fourier transform of a window as filters: F real parts, then F imaginary ones."""
+def _windowed_fourier() -> Tensor:  # (2F, 400)
+    """The discrete Fourier transform of a window as a matrix: F real parts, then F imaginary ones."""
     sample = torch.arange(WINDOW_SAMPLES, device="cpu")
     window = 0.5 - 0.5 * torch.cos(2 * math.pi * sample.double() / WINDOW_SAMPLES)
     frequency = torch.arange(WINDOW_SAMPLES // 2 + 1, device="cpu")
     angles = 2 * math.pi / WINDOW_SAMPLES * (frequency.unsqueeze(1) * sample % WINDOW_SAMPLES).double()
-    return (torch.cat([angles.cos(), -angles.sin()]) * window).float().unsqueeze(1)
+    return (torch.cat([angles.cos(), -angles.sin()]) * window).float()
 
 
 def mel_bands(bands: int) -> Tensor:  # (F, bands)
