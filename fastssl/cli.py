@@ -33,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "extract": (_extract, "write the features of every recording"),
         "label": (_label, "cluster the frames of every recording, for HuBERT to learn from"),
         "quality": (_quality, "measure how good each layer of an encoder is, without labels"),
+        "probe": (_probe, "compare what linear heads read from frozen encoders"),
         "prepare": (_prepare, "look through a folder once and write a manifest (optional)"),
         "info": (_info, "show the kernels of each op, and why one is missing"),
     }
@@ -337,6 +338,48 @@ def _quality(arguments: Sequence[str]) -> None:
         channel=settings.channel,
         device=settings.device,
     )
+
+
+def _probe(arguments: Sequence[str]) -> None:
+    parser = _parser(
+        "probe",
+        "Train linear heads on the frozen, weighted layers of encoders, beside log-mel and random initialisation: a "
+        "miniature of SUPERB's protocol. A table is tab-separated (.csv: comma-separated) with a header; column `path` "
+        "names recordings from the table's folder, the others are labels.",
+    )
+    parser.add_argument("model", metavar="MODEL", help="What to probe, as for `fastssl extract`.")
+    parser.add_argument("table", metavar="TABLE", help="The training part; without --dev and --test, divided 70:15:15.")
+    parser.add_argument("--compare", nargs="+", default=[], metavar="MODEL", help="More encoders for the table.")
+    parser.add_argument("--dev", type=str | None, metavar="TABLE", help="Chooses learning rate (verification: layer).")
+    parser.add_argument("--test", type=str | None, metavar="TABLE", help="Is looked at once.")
+    parser.add_argument("--target", required=True, metavar="COLUMN", help="The label; phones follow from digits.")
+    parser.add_argument(
+        "--task",
+        type=str | None,
+        help="classification, ctc or verification; null is ctc for digits, phones, phonemes and text (symbols are "
+        "separated by blanks where there are any, but for text; else they are characters), classification for the rest.",
+    )
+    parser.add_argument("--segment_s", type=float | None, help="Examples of this length; null is whole recordings.")
+    parser.add_argument("--folds", type=str | None, metavar="COLUMN", help="Hold out its values in turn for testing.")
+    parser.add_argument("--fold_size", type=int, default=1, help="Values held out together; verification needs two.")
+    parser.add_argument(
+        "--seeds", type=int, default=3, help="Orders of the examples; mean and deviation over all runs."
+    )
+    parser.add_argument("--steps", type=int, default=1000, help="Of each head.")
+    parser.add_argument("--batch_s", type=float, default=20.0, help="Audio of a step, seconds.")
+    parser.add_argument("--learning_rates", type=tuple[float, ...], default=(1e-3, 3e-3, 1e-2), help="To choose from.")
+    parser.add_argument("--context_s", type=float, default=0.1, help="What ctc sees beside a frame, seconds each side.")
+    parser.add_argument("--output", type=str | None, metavar="JSON", help="Everything that was measured.")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one.")
+    given = parser.parse_args(list(arguments))
+    from fastssl.train.probe import ProbeSettings
+    from fastssl.train.probing.command import probe
+
+    names = [field.name for field in dataclasses.fields(ProbeSettings)]
+    settings = ProbeSettings(**{name: given[name] for name in names})
+    _log_to_console()
+    models = [given.model, *given.compare]
+    probe(models, given.table, settings, dev=given.dev, test=given.test, output=given.output, device=given.device)
 
 
 def _prepare(arguments: Sequence[str]) -> None:

@@ -197,14 +197,14 @@ def _audio_files(folder: Path) -> list[Path]:
 
 def _from_files(root: Path, files: list[Path], jobs: int) -> Iterator[Cut | Problem]:
     def scan(path: Path) -> Cut | Problem:
-        return _scan(path, recording_id=path.relative_to(root).as_posix())
+        return scan_file(path, recording_id=path.relative_to(root).as_posix())
 
     with ThreadPoolExecutor(jobs) as pool:
         yield from pool.map(scan, files)
 
 
-def _scan(path: Path, *, recording_id: str) -> Cut | Problem:
-    """The cut of a whole file, by its header."""
+def scan_file(path: Path, *, recording_id: str) -> Cut | Problem:
+    """The cut of a whole file, by its header, or what is wrong with it."""
     name = str(path.absolute())
     try:
         if path.stat().st_size == 0:

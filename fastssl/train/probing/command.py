@@ -1,0 +1,131 @@
+"""What `fastssl probe` does around a probe: opening, dividing, printing, writing."""
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from rich import get_console
+from rich.table import Table as RichTable
+
+from fastssl.interop import load_encoder
+from fastssl.models.folder import write_json
+from fastssl.train.probe import ProbeResult, ProbeRun, ProbeSettings, run_probe
+from fastssl.train.probing.tables import read_table, split_table
+
+logger = logging.getLogger(__name__)
+
+_METRICS = {
+    "classification": "error rate",
+    "ctc": "symbol error rate",
+    "verification": "equal error rate",
+}
+
+
+def probe(
+    models: Sequence[str],
+    train: str | Path,
+    settings: ProbeSettings,
+    *,
+    dev: str | Path | None = None,
+    test: str | Path | None = None,
+    output: str | Path | None = None,
+    device: str = "auto",
+) -> list[ProbeResult]:
+    """Probe encoders, print a table, and write everything that was found out as JSON.
+
+    Args:
+        models: What `load_encoder` opens.
+        train: Table of the training part; without the others it is divided into all three.
+        settings: The task.
+        dev: Table of the development part.
+        test: Table of the test part.
+        output: JSON file to write, at once or not at all.
+        device: "auto" takes a GPU where there is one.
+
+    Raises:
+        ValueError: As `run_probe`, `read_table` and `load_encoder`; or one of `dev` and `test` is given alone.
+    """
+    if (dev is None) != (test is None):
+        raise ValueError("--dev and --test: give both, or none, which divides TABLE")
+    if len(set(models)) < len(models):
+        raise ValueError(f"MODEL and --compare: one is there twice among {', '.join(models)}")
+    if dev is None or test is None:
+        tables = split_table(read_table(train))
+        logger.warning(
+            "%s is divided 70:15:15 by file name. Parts that share recordings, or pieces of them, make every encoder "
+            "look better than it is: give --dev and --test",
+            train,
+        )
+    else:
+        tables = (read_table(train), read_table(dev), read_table(test))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    encoders = {name: load_encoder(name).to(device) for name in models}
+    if output is not None:
+        Path(output).parent.mkdir(parents=True, exist_ok=True)
+    results = run_probe(encoders, *tables, settings)
+    for problem in dict.fromkeys(problem for result in results for problem in result.problems):
+        logger.warning("left out: %s", problem)
+    get_console().print(as_table(results, settings))
+    for line in _sizes(results[0]):
+        logger.info("%s", line)
+    for result in results:
+        count = max(sum(part.infeasible for part in run.parts.values()) for run in result.runs)
+        if count:
+            logger.warning("%s: %d targets have more symbols than there are frames", result.encoder, count)
+    if output is not None:
+        versions = {name: metadata.version(name) for name in ("torch", "lhotse", "numpy")}
+        write_json(
+            Path(output),
+            {
+                "settings": dataclasses.asdict(settings) | {"task": settings.resolved_task},
+                "metric": _METRICS[settings.resolved_task],
+                "tables": [table.name for table in tables],
+                "versions": versions,
+                "results": [dataclasses.asdict(result) for result in results],
+            },
+        )
+    return results
+
+
+def as_table(results: Sequence[ProbeResult], settings: ProbeSettings) -> RichTable:
+    """A row for each encoder: mean and standard deviation over runs, and what was chosen."""
+    task = settings.resolved_task
+    runs = len(results[0].runs)
+    table = RichTable(title=f"{task}: {settings.target}", caption=f"{_METRICS[task]}, lower is better; runs: {runs}")
+    table.add_column("encoder", overflow="fold")
+    table.add_column(f"{_METRICS[task]} %", justify="right")
+    table.add_column("layer" if task == "verification" else "learning rate", justify="right")
+    if task != "verification":
+        table.add_column("weights of layers, %", justify="right", overflow="fold")
+    for result in results:
+        spread = "" if result.std is None else f" ± {100 * result.std:.2f}"
+        chosen = " ".join(sorted({f"{run.chosen:g}" for run in result.runs}))
+        row = [result.encoder, f"{100 * result.mean:.2f}{spread}", chosen]
+        if task != "verification":
+            row.append(" ".join(f"{100 * weight:.0f}" for weight in _mean_weights(result.runs)))
+        table.add_row(*row)
+    return table
+
+
+def _mean_weights(runs: Sequence[ProbeRun]) -> list[float]:
+    return [sum(weights) / len(runs) for weights in zip(*(run.layer_weights for run in runs), strict=True)]
+
+
+def _sizes(result: ProbeResult) -> list[str]:
+    """Of the parts of the first run."""
+    run = result.runs[0]
+    lines = []
+    for part, size in run.parts.items():
+        line = f"{part}: {size.recordings} recordings, {size.examples} examples, {size.hours:.2f} hours"
+        if run.held_out:
+            line += f" ({'of' if part == 'test' else 'without'} {', '.join(run.held_out)})"
+        lines.append(line)
+    if result.too_short:
+        lines.append(f"{result.too_short} recordings are shorter than a segment")
+    if run.trials is not None:
+        lines.append(f"trials: {run.trials[0]} pairs of the same, {run.trials[1]} of different ones")
+    return lines

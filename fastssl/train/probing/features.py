@@ -1,0 +1,310 @@
+"""Features that probes look at: of frozen encoders and of log-mel spectra, computed once and kept."""
+
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import IO, Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from lhotse.features.kaldi.extractors import Fbank, FbankConfig
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastssl.data.audio import SAMPLE_RATE_HZ, AudioError, read_waveform
+from fastssl.data.corpus import Problem, cut_name, scan_file
+from fastssl.data.waveforms import pack_waveforms
+from fastssl.models.encoder import Encoder
+from fastssl.packing import Layout, Packed
+from fastssl.train.probing.tables import Table
+
+#: Audio that goes through an encoder at a time; on the CPU features do not depend on it.
+_BATCH_S = 60.0
+#: Less than this makes no frame in some front ends.
+_SHORTEST_S = 0.1
+_MELS = 80
+#: Frames on either side that a delta looks at, as in Kaldi and HTK.
+_DELTA_REACH = 2
+
+Waveforms = Sequence[NDArray[np.float32]]
+
+
+class Source(Protocol):
+    """What turns waveforms at 16 kHz into features, layer by layer."""
+
+    frame_period_s: float
+    layers: int
+    width: int
+
+    @property
+    def key(self) -> object:
+        """Sources with equal keys give equal features."""
+
+    def __call__(self, waveforms: Waveforms) -> list[Packed]:
+        """Frames (N, D) of each layer."""
+
+
+class EncoderSource:
+    """All layers of a frozen encoder: the input of the first, then the output of each.
+
+    Args:
+        encoder: Is put into evaluation mode, where it is.
+    """
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.encoder = encoder.eval()
+        config = encoder.config
+        self.frame_period_s = config.samples_per_frame / SAMPLE_RATE_HZ
+        self.layers, self.width = config.num_hidden_layers + 1, config.hidden_size
+
+    @property
+    def key(self) -> object:
+        """The encoder itself: modules are compared by identity."""
+        return self.encoder
+
+    @torch.inference_mode()
+    def __call__(self, waveforms: Waveforms) -> list[Packed]:
+        """Frames (N, D) of each layer."""
+        device = next(self.encoder.parameters()).device
+        values = torch.from_numpy(pack_waveforms(waveforms, normalize=self.encoder.config.do_normalize))
+        layout = Layout.from_lengths([len(waveform) for waveform in waveforms])
+        states: list[Packed] = self.encoder(Packed(values[:, None], layout).to(device)).hidden_states
+        return states
+
+
+class RandomSource(EncoderSource):
+    """An encoder of the same architecture with fresh weights.
+
+    Args:
+        encoder: Its class and config are taken.
+        seed: Another seed, other weights.
+    """
+
+    def __init__(self, encoder: Encoder, *, seed: int) -> None:
+        device = next(encoder.parameters()).device
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            super().__init__(type(encoder)(encoder.config).to(device))
+        self._key = ("random", type(encoder), encoder.config, seed)
+
+    @property
+    def key(self) -> object:
+        """What the weights follow from."""
+        return self._key
+
+
+class LogMelSource:
+    """80 log-mel energies every 10 ms with deltas and delta-deltas, of waveforms of zero mean and unit variance."""
+
+    frame_period_s = 0.01
+    layers, width = 1, 3 * _MELS
+    key = "log-mel"
+
+    def __init__(self) -> None:
+        self._fbank = Fbank(FbankConfig(num_filters=_MELS, sampling_rate=SAMPLE_RATE_HZ))
+
+    def __call__(self, waveforms: Waveforms) -> list[Packed]:
+        """Frames (N, 240)."""
+        spectra = []
+        for waveform in waveforms:
+            normalized = torch.from_numpy(pack_waveforms([waveform], normalize=True))
+            mels = torch.as_tensor(self._fbank.extract(normalized, SAMPLE_RATE_HZ))
+            once = delta(mels)
+            spectra.append(torch.cat([mels, once, delta(once)], dim=1))
+        return [Packed.pack(spectra)]
+
+
+def delta(frames: Tensor) -> Tensor:  # (T, D) -> (T, D)
+    """The slope of a least-squares line through five frames; the first and the last frame go on beyond the edges."""
+    reach = range(1, _DELTA_REACH + 1)
+    index = torch.arange(len(frames), device=frames.device)
+    slope = torch.zeros_like(frames)
+    for step in reach:
+        ahead, behind = (index + step).clamp(max=len(frames) - 1), (index - step).clamp(min=0)
+        slope += step * (frames[ahead] - frames[behind])
+    return slope / (2 * sum(step**2 for step in reach))
+
+
+@dataclass(frozen=True, eq=False)
+class Features:
+    """Features of the examples of one table.
+
+    Args:
+        frames: (L, T, D) of each example, T frames in L layers: fp16, or fp32 where T is 1, the mean over an example.
+        rows: The row of the table that each example comes from.
+        seconds: Of audio in each example.
+        problems: Recordings that cannot be used.
+        too_short: Recordings shorter than one segment.
+    """
+
+    frames: Sequence[Tensor]
+    rows: tuple[int, ...]
+    seconds: tuple[float, ...]
+    problems: tuple[Problem, ...]
+    too_short: int
+
+
+class Standard(NamedTuple):
+    """Mean and inverse standard deviation of every dimension of every layer."""
+
+    mean: Tensor  # (L, 1, D)
+    scale: Tensor  # (L, 1, D)
+
+    @classmethod
+    def of(cls, features: Features, examples: Iterable[int]) -> "Standard":
+        """Over all frames of these examples, in fp64; a dimension that never changes becomes zero."""
+        chosen = [features.frames[example] for example in examples]
+        count = sum(frames.shape[1] for frames in chosen)
+        mean = torch.zeros_like(chosen[0][:, :1], dtype=torch.float64)
+        squares = torch.zeros_like(mean)
+        for frames in chosen:
+            mean += frames.sum(1, keepdim=True, dtype=torch.float64) / count
+        for frames in chosen:
+            # The differences are small, whatever the mean is.
+            squares += (frames.float() - mean.float()).square().sum(1, keepdim=True, dtype=torch.float64) / count
+        deviation = squares.sqrt()
+        scale = torch.where(deviation > 1e-6 * mean.abs(), 1 / deviation, 0.0)
+        return cls(mean.float(), scale.float())
+
+    def to(self, device: torch.device | str) -> "Standard":
+        """The same on another device."""
+        return Standard(self.mean.to(device), self.scale.to(device))
+
+    def __call__(self, values: Tensor) -> Tensor:  # (L, T, D) -> the same in fp32
+        """Zero mean and unit variance."""
+        return (values.float() - self.mean) * self.scale
+
+
+class FeatureStore:
+    """Features by source, table and kind, each computed when first asked for and kept as long as the store.
+
+    The weights of an encoder must not change meanwhile.
+
+    Args:
+        memory_gb: Features of one source and table beyond this go to a temporary file.
+    """
+
+    def __init__(self, *, memory_gb: float = 4.0) -> None:
+        self.memory_gb = memory_gb
+        self._kept: dict[tuple[object, ...], Features] = {}
+
+    def get(
+        self,
+        source: Source,
+        table: Table,
+        *,
+        name: str,
+        segment_s: float | None = None,
+        mean: bool = False,
+    ) -> Features:
+        """Features of every recording of a table.
+
+        Args:
+            source: Of which encoder.
+            table: Of which recordings.
+            name: Of the source, for errors.
+            segment_s: Cut recordings into examples of this length, encode each alone, and drop the rest. None: an
+                example is a recording.
+            mean: Keep the mean over the frames of each example, in fp32.
+
+        Raises:
+            ValueError: No recording can be used, or features are not finite.
+        """
+        key = (source.key, tuple(row.path for row in table.rows), segment_s, mean)
+        if key not in self._kept:
+            self._kept[key] = self._compute(source, table, name, segment_s, mean)
+        return self._kept[key]
+
+    def _compute(self, source: Source, table: Table, name: str, segment_s: float | None, mean: bool) -> Features:
+        recordings = _Recordings(table, segment_s)
+        kept = _Spool(self.memory_gb * 1e9)
+        rows: list[int] = []
+        seconds: list[float] = []
+        for batch in _batches(recordings):
+            states = [state.unpack() for state in source([waveform for _, waveform in batch])]
+            for (row, waveform), *layers in zip(batch, *states, strict=True):
+                frames = torch.stack(layers)
+                frames = frames.mean(1, keepdim=True) if mean else frames.half()
+                if frames.shape[1] == 0 or not frames.isfinite().all():
+                    what = "there is no frame" if frames.shape[1] == 0 else "there are values that are not finite"
+                    raise ValueError(f"{name}: {what} among the features of {table.rows[row].path}")
+                kept.add(frames.cpu())
+                rows.append(row)
+                seconds.append(len(waveform) / SAMPLE_RATE_HZ)
+        if not rows:
+            problem = f"; {recordings.problems[0]}" if recordings.problems else ""
+            short = f"; {recordings.too_short} are shorter than {segment_s:g} s" if recordings.too_short else ""
+            raise ValueError(f"{table.name}: no recording can be used{problem}{short}")
+        return Features(kept.tensors(), tuple(rows), tuple(seconds), tuple(recordings.problems), recordings.too_short)
+
+
+class _Recordings:
+    """The examples of a table as waveforms, with what was wrong on the way."""
+
+    def __init__(self, table: Table, segment_s: float | None) -> None:
+        self.table, self.segment_s = table, segment_s
+        self.problems: list[Problem] = []
+        self.too_short = 0
+
+    def __iter__(self) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        for number, row in enumerate(self.table.rows):
+            cut = scan_file(row.path, recording_id=str(row.path))
+            if isinstance(cut, Problem):
+                self.problems.append(cut)
+                continue
+            try:
+                waveform = read_waveform(cut)
+            except AudioError as error:
+                self.problems.append(Problem(cut_name(cut), str(error)))
+                continue
+            if len(waveform) < _SHORTEST_S * SAMPLE_RATE_HZ:
+                self.problems.append(Problem(cut_name(cut), f"is shorter than {_SHORTEST_S} s"))
+                continue
+            size = len(waveform) if self.segment_s is None else round(self.segment_s * SAMPLE_RATE_HZ)
+            self.too_short += len(waveform) < size
+            for first in range(0, len(waveform) - size + 1, size):
+                yield number, waveform[first : first + size]
+
+
+def _batches(
+    examples: Iterable[tuple[int, NDArray[np.float32]]],
+) -> Iterator[list[tuple[int, NDArray[np.float32]]]]:
+    batch: list[tuple[int, NDArray[np.float32]]] = []
+    for example in examples:
+        batch.append(example)
+        if sum(len(waveform) for _, waveform in batch) >= _BATCH_S * SAMPLE_RATE_HZ:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+class _Spool:
+    """Tensors (L, T, D) of one type, in memory, or from a limit on in a file that vanishes with them."""
+
+    def __init__(self, limit_bytes: float) -> None:
+        self._limit = limit_bytes
+        self._bytes = 0
+        self._held: list[Tensor] = []
+        self._shapes: list[torch.Size] = []
+        self._file: IO[bytes] | None = None
+
+    def add(self, tensor: Tensor) -> None:
+        self._shapes.append(tensor.shape)
+        self._held.append(tensor)
+        self._bytes += tensor.nbytes
+        if self._file is None and self._bytes > self._limit:
+            self._file = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as what maps it)
+        if self._file is not None:
+            for held in self._held:
+                self._file.write(held.contiguous().numpy().tobytes())
+            self._held = [tensor[:0]]  # remembers the type
+
+    def tensors(self) -> list[Tensor]:
+        if self._file is None:
+            return self._held
+        self._file.flush()
+        mapped: NDArray[Any] = np.memmap(self._file, dtype=self._held[0].numpy().dtype, mode="r+")
+        sizes = [shape.numel() for shape in self._shapes]
+        parts = torch.from_numpy(mapped).split(sizes)
+        return [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]

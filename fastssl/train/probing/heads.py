@@ -1,0 +1,255 @@
+"""Linear heads on a learned weighted sum of frozen layers: what they are, how they learn, what they get wrong."""
+
+import math
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastssl import ops
+from fastssl.packing import Layout, Packed
+from fastssl.train.probing.features import Features, Standard
+from fastssl.train.probing.scores import edit_distance
+
+BLANK = 0
+#: Of the layer weights' rate to the head's: the former move by their gradient alone, some hundred steps.
+_LAYER_RATE = 10.0
+#: Frames are given to a head at most this often.
+_LEAST_PERIOD_S = 0.02
+
+
+class Window(NamedTuple):
+    """The frames that one output of a head sees.
+
+    Args:
+        reach: Frames on either side of the middle one.
+        stride: Frames from one output to the next.
+    """
+
+    reach: int
+    stride: int
+
+    @classmethod
+    def of_seconds(cls, context_s: float, frame_period_s: float) -> "Window":
+        """As many frames as lie within `context_s` on either side; an output every 20 ms, or every frame if longer."""
+        reach = math.floor(context_s / frame_period_s + 1e-6)
+        return cls(reach, max(1, math.floor(_LEAST_PERIOD_S / frame_period_s + 1e-6)))
+
+    def outputs(self, frames: int) -> int:
+        """Of a head on so many frames, at least one."""
+        return (frames - 1) // self.stride + 1
+
+
+class Examples(NamedTuple):
+    """What a head learns from or is judged by.
+
+    Args:
+        features: Of one source and table.
+        chosen: Which examples of them.
+        targets: Of each chosen example: its class, or its symbols.
+    """
+
+    features: Features
+    chosen: tuple[int, ...]
+    targets: tuple[tuple[int, ...], ...]
+
+    def batches(self, batch_s: float, *, seed: int | None) -> Iterator["Examples"]:
+        """One pass in batches of about `batch_s` seconds, shuffled if there is a seed."""
+        order = list(range(len(self.chosen)))
+        if seed is not None:
+            generator = torch.Generator().manual_seed(seed)
+            order = torch.randperm(len(order), generator=generator).tolist()
+        batch: list[int] = []
+        total_s = 0.0
+        for index in order:
+            batch.append(index)
+            total_s += self.features.seconds[self.chosen[index]]
+            if total_s >= batch_s:
+                yield self._part(batch)
+                batch, total_s = [], 0.0
+        if batch:
+            yield self._part(batch)
+
+    def feasible(self, window: Window) -> "Examples":
+        """Those whose targets CTC can emit: an output for each symbol, and a blank between two equal ones."""
+        return self._part(
+            [
+                index
+                for index, (example, target) in enumerate(zip(self.chosen, self.targets, strict=True))
+                if window.outputs(self.features.frames[example].shape[1])
+                >= len(target) + sum(one == other for one, other in pairwise(target))
+            ]
+        )
+
+    def _part(self, indices: Sequence[int]) -> "Examples":
+        chosen, targets = (tuple(values[index] for index in indices) for values in (self.chosen, self.targets))
+        return Examples(self.features, chosen, targets)  # type: ignore[arg-type]
+
+    def gather(self, standard: Standard, reach: int) -> tuple[Tensor, Layout]:
+        """(L, N, D) standardised, with `reach` rows of zeros (the mean) before and after each example."""
+        frames = [self.features.frames[example] for example in self.chosen]
+        device = standard.mean.device
+        layout = Layout.from_lengths([part.shape[1] + 2 * reach for part in frames], device=device)
+        values = torch.zeros(len(frames[0]), layout.total, frames[0].shape[2], device=device)
+        for part, first in zip(frames, layout.offsets, strict=False):
+            values[:, first + reach : first + reach + part.shape[1]] = standard(part.to(device))
+        return values, layout
+
+
+class Head(nn.Module):
+    """Softmax-weighted sum of layers, then a linear map of a window of its frames.
+
+    It begins as the best head that looks at nothing: weights of zero, and biases by how often each output is right.
+    CTC from random weights spends a thousand steps on unlearning them, and on finding that most outputs are blank.
+
+    Args:
+        layers: L.
+        width: D.
+        prior: (C,) share of each class, or of each symbol and the blank among outputs.
+        window: Frames that an output sees.
+    """
+
+    def __init__(self, layers: int, width: int, prior: Tensor, window: Window) -> None:
+        super().__init__()
+        self.window = window
+        self.layer_logits = nn.Parameter(torch.zeros(layers))
+        self.weight = nn.Parameter(torch.zeros(len(prior), width, 2 * window.reach + 1))
+        self.bias = nn.Parameter(prior.clamp(min=1e-6).log())
+
+    @property
+    def layer_weights(self) -> Tensor:  # (L,)
+        """Weights of the sum: positive, together one."""
+        return self.layer_logits.softmax(0)
+
+    def forward(self, values: Tensor, layout: Layout) -> Packed:  # (L, N, D) -> (N_out, C)
+        """Logits of examples that have `window.reach` rows of zeros on either side."""
+        mixed = (self.layer_weights @ values.flatten(1)).view(values.shape[1:])
+        return Packed(
+            *ops.strided_conv(mixed, self.weight, layout, stride=self.window.stride, bias=self.bias, activation="none")
+        )
+
+
+class Judged(NamedTuple):
+    """A head on one part."""
+
+    error_rate: float  # edits per label; with one label per example, the share that is wrong
+    loss: float  # nats per label
+
+
+class Learner:
+    """Heads of several learning rates side by side on the same batches.
+
+    Args:
+        kind: "classification" (one output per example) or "ctc".
+        outputs: C.
+        window: Frames that an output sees.
+        rates: Learning rates, from where they fall linearly to 0; AdamW.
+        standard: Of the training part.
+        name: Of the encoder, for errors.
+    """
+
+    def __init__(
+        self,
+        kind: Literal["classification", "ctc"],
+        outputs: int,
+        window: Window,
+        *,
+        rates: Sequence[float],
+        standard: Standard,
+        name: str,
+    ) -> None:
+        self.kind, self.outputs, self.window, self.rates, self.name = kind, outputs, window, rates, name
+        self.standard = standard
+        self.heads: list[Head] = []
+
+    def learn(self, examples: Examples, *, steps: int, batch_s: float, seed: int) -> None:
+        """Take so many steps with new heads, over the examples again and again.
+
+        Args:
+            examples: The training part, without what CTC cannot emit.
+            steps: Of each head.
+            batch_s: Seconds of audio in a batch.
+            seed: Of the order of the examples.
+
+        Raises:
+            ValueError: A loss is not finite.
+        """
+        layers, _, width = self.standard.mean.shape
+        prior = self._prior(examples)
+        self.heads = [Head(layers, width, prior, self.window).to(self.standard.mean.device) for _ in self.rates]
+        groups = []
+        for head, rate in zip(self.heads, self.rates, strict=True):
+            groups.append({"params": [head.weight, head.bias], "lr": rate})
+            groups.append({"params": [head.layer_logits], "lr": rate * _LAYER_RATE, "weight_decay": 0.0})
+        optimizer = torch.optim.AdamW(groups)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+        step = epoch = 0
+        while step < steps:
+            for batch in examples.batches(batch_s, seed=1_000_003 * seed + epoch):
+                values, layout = batch.gather(self.standard, self.window.reach)
+                optimizer.zero_grad()
+                for head, rate in zip(self.heads, self.rates, strict=True):
+                    loss = self._loss(head(values, layout), batch.targets)
+                    if not loss.isfinite():
+                        raise ValueError(f"{self.name}: the loss at learning rate {rate:g} is {loss.item()}")
+                    loss.backward()
+                optimizer.step()
+                schedule.step()
+                step += 1
+                if step == steps:
+                    break
+            epoch += 1
+
+    def keep(self, index: int) -> Head:
+        """Forget the other heads."""
+        self.heads = [self.heads[index]]
+        return self.heads[0]
+
+    @torch.no_grad()
+    def judge(self, examples: Examples, *, batch_s: float) -> list[Judged]:
+        """Each head on these examples; CTC by the likeliest path. What CTC cannot emit adds no loss, but its errors."""
+        edits, losses = [0] * len(self.heads), [0.0] * len(self.heads)
+        for batch in examples.batches(batch_s, seed=None):
+            values, layout = batch.gather(self.standard, self.window.reach)
+            labels = sum(map(len, batch.targets))
+            for index, head in enumerate(self.heads):
+                logits = head(values, layout)
+                losses[index] += float(self._loss(logits, batch.targets)) * labels
+                found = self._decode(logits)
+                edits[index] += sum(edit_distance(*pair) for pair in zip(found, batch.targets, strict=True))
+        total = sum(map(len, examples.targets))
+        return [Judged(edit / total, loss / total) for edit, loss in zip(edits, losses, strict=True)]
+
+    def _prior(self, examples: Examples) -> Tensor:
+        """(C,) how often each output is right, if each symbol takes one."""
+        counts = torch.bincount(
+            torch.tensor([n for target in examples.targets for n in target]), minlength=self.outputs
+        )
+        outputs = sum(self.window.outputs(examples.features.frames[example].shape[1]) for example in examples.chosen)
+        if self.kind == "ctc":
+            counts[BLANK] = outputs - counts.sum()
+        return counts / outputs
+
+    def _loss(self, logits: Packed, targets: Sequence[Sequence[int]]) -> Tensor:
+        """Nats per label."""
+        flat = torch.tensor([label for target in targets for label in target], device=logits.values.device)
+        if self.kind == "classification":
+            return F.cross_entropy(logits.values, flat)
+        return F.ctc_loss(
+            logits.to_padded().log_softmax(2).transpose(0, 1),
+            flat,
+            torch.tensor(logits.layout.lengths),
+            torch.tensor([len(target) for target in targets]),
+            blank=BLANK,
+            reduction="sum",
+            zero_infinity=True,
+        ) / len(flat)
+
+    def _decode(self, logits: Packed) -> list[list[int]]:
+        paths = [path.cpu() for path in Packed(logits.values.argmax(1), logits.layout).unpack()]
+        if self.kind == "classification":
+            return [path.tolist() for path in paths]
+        return [[label for label in path.unique_consecutive().tolist() if label != BLANK] for path in paths]
