@@ -357,14 +357,12 @@ def _probe(arguments: Sequence[str]) -> None:
         "--task",
         type=str | None,
         help="classification, ctc or verification; null is ctc for digits, phones, phonemes and text (symbols are "
-        "separated by blanks where there are any, but for text; else they are characters), classification for the rest.",
+        "characters, or what blanks separate where there are any, but for text), classification for all others.",
     )
     parser.add_argument("--segment_s", type=float | None, help="Examples of this length; null is whole recordings.")
     parser.add_argument("--folds", type=str | None, metavar="COLUMN", help="Hold out its values in turn for testing.")
     parser.add_argument("--fold_size", type=int, default=1, help="Values held out together; verification needs two.")
-    parser.add_argument(
-        "--seeds", type=int, default=3, help="Orders of the examples; mean and deviation over all runs."
-    )
+    parser.add_argument("--seeds", type=int | None, help="Orders of the examples; null is 3, or 1 for each fold.")
     parser.add_argument("--steps", type=int, default=1000, help="Of each head.")
     parser.add_argument("--batch_s", type=float, default=20.0, help="Audio of a step, seconds.")
     parser.add_argument("--learning_rates", type=tuple[float, ...], default=(1e-3, 3e-3, 1e-2), help="To choose from.")
@@ -375,6 +373,8 @@ def _probe(arguments: Sequence[str]) -> None:
     from fastssl.train.probe import ProbeSettings
     from fastssl.train.probing.command import probe
 
+    if given.seeds is None:
+        given.seeds = 3 if given.folds is None else 1
     names = [field.name for field in dataclasses.fields(ProbeSettings)]
     settings = ProbeSettings(**{name: given[name] for name in names})
     _log_to_console()
