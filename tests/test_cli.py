@@ -60,7 +60,9 @@ def test_help_shows_the_values_of_the_recipe(capsys: pytest.CaptureFixture[str])
 def test_unknown_words_get_an_answer_that_lists_what_exists(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         cli.main(["destill"])
-    assert "choose from 'pretrain', 'extract', 'label', 'quality', 'probe', 'prepare', 'info'" in capsys.readouterr().err
+    assert (
+        "choose from 'pretrain', 'extract', 'label', 'quality', 'probe', 'prepare', 'info'" in capsys.readouterr().err
+    )
     assert cli.main(["pretrain", str(tmp_path), "--recipe", "wav2vec3", "--output", str(tmp_path / "run")]) == 1
     assert "wav2vec2-base, wav2vec2-large, wav2vec2-tiny" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):

@@ -26,6 +26,7 @@ from benchmarks.studies.pretraining_runs import (
     check_corpora,
     corpora_parser,
     held_out_scores,
+    open_checkpoint,
     parts_of_sounds,
     train,
 )
@@ -121,8 +122,8 @@ def main() -> None:
             if key in study.results:
                 continue
             trained = train(job, arguments.runs)
-            scores = probe(trained.run, domain.corpora, domain.probes, steps=size.probe_steps, seed=job.seed)
-            held_out = held_out_scores(trained.run, domain.held_out)
+            scores = probe(trained.run, domain.corpora, domain.probes, steps=size.probe_steps)
+            held_out = held_out_scores(open_checkpoint(trained.run), trained.run, domain.held_out)
             costs = {cost: getattr(trained, cost) for cost in COSTS}
             study.add(key, {**costs, "held_out": held_out, "probes": scores})
     study.conclude(findings(study.results))

@@ -100,7 +100,7 @@ def main() -> None:
                 trained.run, size.updates // 4, arguments.corpora / "dev", minutes=size.quality_minutes
             ),
             "end": quality_at(trained.run, size.updates, arguments.corpora / "dev", minutes=size.quality_minutes),
-            "probes": probe(trained.run, arguments.corpora, PROBES, steps=size.probe_steps, seed=job.seed),
+            "probes": probe(trained.run, arguments.corpora, PROBES, steps=size.probe_steps),
             "training_s": trained.training_s,
         }
         study.add(key, result)

@@ -2,12 +2,13 @@
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from fastssl.data.corpus import open_corpus
 from fastssl.nn.random import utterance_keys
 from fastssl.train.config import TemperatureConfig
 from fastssl.train.metrics_file import read_metrics
-from fastssl.train.systems import SYSTEMS, build_model
+from fastssl.train.quality import first_minutes, measure_quality, quality_loader
+from fastssl.train.systems import SYSTEMS, Model, build_model
 
 #: How the corpora that the studies take are made; takes are divided before they are strung together.
 CORPORA = """
@@ -127,19 +129,52 @@ def _account(run: Path) -> dict[str, float]:
     }
 
 
-@torch.inference_mode()
-def held_out_scores(run: Path, audio: Path, *, crop_s: float | None = 5.0) -> dict[str, float]:
-    """Loss and accuracy of a run's last checkpoint, on the same crops and masks whatever it was trained on.
+def quality_at(run: Path, update: int, audio: Path, *, minutes: float) -> dict[str, Any]:
+    """A checkpoint's loss on held-out recordings, and the quality of each of its layers.
 
     Args:
         run: Folder of a finished run; not of HuBERT, which needs labels.
+        update: The checkpoint's; it was kept, or is the last one.
+        audio: Held-out recordings.
+        minutes: Of these.
+    """
+    model = open_checkpoint(run, update)
+    cuts = first_minutes(open_corpus(audio, min_duration_s=1.0).cuts, minutes)
+    batches = quality_loader(cuts, normalize=model.config.do_normalize)
+    layers = measure_quality(model.speech_encoder, (batch.waveforms for batch in batches))
+    scores = held_out_scores(model, run, audio)
+    # NaN is no JSON.
+    rows = [{name: _finite(value) for name, value in asdict(layer).items()} for layer in layers]
+    return {"held_out_loss": _finite(scores[model.score_names[0]]), "accuracy": scores["accuracy"], "layers": rows}
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def open_checkpoint(run: Path, update: int | None = None) -> Model:
+    """The model of a checkpoint that was kept, or of the last one, in evaluation mode."""
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    model = build_model(SYSTEMS[settings["system"]].config.from_dict(settings["model"])).eval()
+    kept = run / "checkpoints" / f"{update or 0:07d}.ckpt"
+    state = torch.load(kept if kept.is_file() else run / "checkpoints" / "last.ckpt", weights_only=True)
+    if update is not None and state["global_step"] != update:
+        raise ValueError(f"{run}: kept no checkpoint of update {update}")
+    model.load_state_dict({key.removeprefix("model."): tensor for key, tensor in state["state_dict"].items()})
+    return model
+
+
+@torch.inference_mode()
+def held_out_scores(model: Model, run: Path, audio: Path, *, crop_s: float | None = 5.0) -> dict[str, float]:
+    """Loss and accuracy on the same crops and masks, whatever the model was trained on.
+
+    Args:
+        model: Of a run.
+        run: Its folder.
         audio: Held-out recordings.
         crop_s: Length of the crops that are scored.
     """
     settings = yaml.safe_load((run / "config.yaml").read_text())
-    model = build_model(SYSTEMS[settings["system"]].config.from_dict(settings["model"])).eval()
-    state = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
-    model.load_state_dict({key.removeprefix("model."): tensor for key, tensor in state.items()})
     cuts = open_corpus(audio, min_duration_s=1.0, window_s=60.0).cuts
     dataset = WaveformDataset(normalize=model.config.do_normalize)
     extra = {}

@@ -6,8 +6,8 @@ from typing import TypeAlias
 
 from torch import Tensor
 
-from fastssl.models.conformer import ConformerEncoder, load_conformer_weights
-from fastssl.models.encoder import Encoder, load_encoder_weights
+from fastssl.models.conformer import ConformerConfig, ConformerEncoder, load_conformer_weights
+from fastssl.models.encoder import Encoder, EncoderConfig, load_encoder_weights
 from fastssl.models.folder import CONFORMER, MODEL_CLASSES, read_config
 
 #: Of waveforms; with `config`, `forward`, `extract_features` and `save_pretrained`.
@@ -24,6 +24,11 @@ def open_encoder(folder: str | Path) -> SpeechEncoder:
     values = read_config(folder, model_types=[*MODEL_CLASSES, CONFORMER])
     opened = ConformerEncoder if values["model_type"] == CONFORMER else Encoder
     return opened.from_pretrained(folder)
+
+
+def fresh_encoder(config: EncoderConfig | ConformerConfig) -> SpeechEncoder:
+    """An encoder with new weights, from torch's generator."""
+    return ConformerEncoder(config) if isinstance(config, ConformerConfig) else Encoder(config)
 
 
 def load_speech_encoder(encoder: SpeechEncoder, weights: Mapping[str, Tensor], *, name: str) -> None:

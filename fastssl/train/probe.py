@@ -20,7 +20,7 @@ from typing import Literal
 
 import torch
 
-from fastssl.models.encoder import Encoder
+from fastssl.models.speech_encoder import SpeechEncoder
 from fastssl.train.probing.features import (
     EncoderSource,
     Features,
@@ -168,7 +168,7 @@ class ProbeResult:
 
 
 def run_probe(
-    models: Mapping[str, Encoder],
+    models: Mapping[str, SpeechEncoder],
     train: Table,
     dev: Table,
     test: Table,

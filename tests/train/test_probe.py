@@ -166,7 +166,7 @@ def test_baselines(tables: dict[str, Table], encoder: Encoder) -> None:
     state = torch.random.get_rng_state()
     one, same, other = (RandomSource(encoder, seed=seed) for seed in (0, 0, 1))
     assert torch.equal(torch.random.get_rng_state(), state)
-    weights = [source.encoder.feature_projection.projection.weight for source in (one, same, other)]
+    weights = [source.encoder.get_parameter("feature_projection.projection.weight") for source in (one, same, other)]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
     assert (one.key == same.key, one.key == other.key) == (True, False)

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastssl.data.audio import SAMPLE_RATE_HZ, AudioError, read_waveform
 from fastssl.data.corpus import Problem, cut_name, scan_file
 from fastssl.data.waveforms import pack_waveforms
-from fastssl.models.encoder import Encoder
+from fastssl.models.speech_encoder import SpeechEncoder, fresh_encoder
 from fastssl.packing import Layout, Packed
 from fastssl.train.probing.tables import Table
 
@@ -51,7 +51,7 @@ class EncoderSource:
         encoder: Is put into evaluation mode, where it is.
     """
 
-    def __init__(self, encoder: Encoder) -> None:
+    def __init__(self, encoder: SpeechEncoder) -> None:
         self.encoder = encoder.eval()
         config = encoder.config
         self.frame_period_s = config.samples_per_frame / SAMPLE_RATE_HZ
@@ -80,11 +80,11 @@ class RandomSource(EncoderSource):
         seed: Another seed, other weights.
     """
 
-    def __init__(self, encoder: Encoder, *, seed: int) -> None:
+    def __init__(self, encoder: SpeechEncoder, *, seed: int) -> None:
         device = next(encoder.parameters()).device
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            super().__init__(type(encoder)(encoder.config).to(device))
+            super().__init__(fresh_encoder(encoder.config).to(device))
         self._key = ("random", type(encoder), encoder.config, seed)
 
     @property
