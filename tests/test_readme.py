@@ -8,8 +8,9 @@ import torch
 import yaml
 
 from fastssl.cli import recipes
+from fastssl.models import best_rq, hubert, wav2vec2
 from fastssl.models.encoder import Encoder
-from fastssl.models.wav2vec2 import PRESETS, Wav2Vec2Config
+from fastssl.train.systems import SYSTEMS
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
@@ -20,22 +21,25 @@ def test_python_blocks(block: str, tmp_path: Path, capsys: pytest.CaptureFixture
     if "transformers" in block:
         pytest.importorskip("transformers")
     torch.manual_seed(0)
-    Encoder(PRESETS["wav2vec2-tiny"]).save_pretrained(tmp_path / "runs" / "demo" / "encoder")
+    Encoder(wav2vec2.PRESETS["wav2vec2-tiny"]).save_pretrained(tmp_path / "runs" / "demo" / "encoder")
     exec(compile(block.replace("runs/demo", str(tmp_path / "runs" / "demo")), "README.md", "exec"), {})
     if "print(" in block:
         assert capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", recipes())
 def test_recipes_train_the_presets(name: str) -> None:
-    values = yaml.safe_load(recipes()[name].read_text())["model"]
-    assert Wav2Vec2Config.from_dict(values) == PRESETS[name]
+    recipe = yaml.safe_load(recipes()[name].read_text())
+    preset = (wav2vec2.PRESETS | hubert.PRESETS | best_rq.PRESETS)[name]
+    values = recipe["model"] | {"model_type": preset.model_type}
+    assert SYSTEMS[recipe["system"]].config.from_dict(values) == preset
 
 
 def test_every_recipe_and_folder_is_named() -> None:
     text = README.read_text()
-    named = {"wav2vec2-base", "wav2vec2-large", "wav2vec2-tiny", "best-rq-base", "best-rq-tiny"}
-    assert named == recipes().keys()
+    for name in recipes():
+        system, _, size = name.rpartition("-")
+        assert re.search(rf"recipes/.*{system}-[^;]*{size}", text), f"README's tree leaves out {name}"
     for path in (README.parent / "fastssl").iterdir():
         if path.is_dir() and any(path.glob("*.py")):
             assert f"  {path.name}/" in text, f"README's tree leaves out {path.name}/"

@@ -18,6 +18,7 @@ import yaml
 from benchmarks.machine import describe
 from fastssl.data.batches import WaveformDataset, fixed_batches
 from fastssl.data.corpus import open_corpus
+from fastssl.models.speech_encoder import SpeechEncoder
 from fastssl.nn.random import utterance_keys
 from fastssl.train.config import TemperatureConfig
 from fastssl.train.metrics_file import read_metrics
@@ -139,16 +140,21 @@ def quality_at(run: Path, update: int, audio: Path, *, minutes: float) -> dict[s
         minutes: Of these.
     """
     model = open_checkpoint(run, update)
-    cuts = first_minutes(open_corpus(audio, min_duration_s=1.0).cuts, minutes)
-    batches = quality_loader(cuts, normalize=model.config.do_normalize)
-    layers = measure_quality(model.speech_encoder, (batch.waveforms for batch in batches))
     scores = held_out_scores(model, run, audio)
-    # NaN is no JSON.
-    rows = [{name: _finite(value) for name, value in asdict(layer).items()} for layer in layers]
-    return {"held_out_loss": _finite(scores[model.score_names[0]]), "accuracy": scores["accuracy"], "layers": rows}
+    layers = layer_quality(model.speech_encoder, audio, minutes=minutes)
+    return {"held_out_loss": _finite(scores[model.score_names[0]]), "accuracy": scores["accuracy"], "layers": layers}
+
+
+def layer_quality(encoder: SpeechEncoder, audio: Path, *, minutes: float) -> list[dict[str, Any]]:
+    """The quality of each layer, on so many minutes of held-out recordings."""
+    cuts = first_minutes(open_corpus(audio, min_duration_s=1.0).cuts, minutes)
+    batches = quality_loader(cuts, normalize=encoder.config.do_normalize)
+    layers = measure_quality(encoder, (batch.waveforms for batch in batches))
+    return [{name: _finite(value) for name, value in asdict(layer).items()} for layer in layers]
 
 
 def _finite(value: Any) -> Any:
+    # NaN is no JSON.
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

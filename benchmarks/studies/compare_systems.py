@@ -1,0 +1,146 @@
+"""The tiny recipes of all systems on one corpus: quality without labels, and what probes read, beside the baselines.
+
+    python -m benchmarks.studies.compare_systems CORPORA --runs RUNS --output compare_systems.json
+
+wav2vec2-tiny, hubert-tiny (two iterations, the second on classes of the first's third layer) and best-rq-tiny are
+pre-trained on train, and probed, frozen, beside log-mel and random initialisation: digits and phones by CTC on speakers
+that the head has learned from and, six times over, on the one it has not; thirty voices in 1 s; verification between
+speakers that the layer was not chosen on, two at a time.
+"""
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import fastssl
+from benchmarks.studies.pretraining_runs import (
+    Job,
+    StudyFile,
+    Trained,
+    check_corpora,
+    corpora_parser,
+    layer_quality,
+    train,
+)
+from benchmarks.studies.probes import Probe
+from fastssl.train.label import LabelSettings, label
+from fastssl.train.probe import ProbeResult, run_probe
+from fastssl.train.probing.features import FeatureStore
+
+PROBES = {
+    "digit error": Probe("test", "digits"),
+    "phone error": Probe("test", "phones"),
+    "digit error, held-out speakers": Probe("test", "digits", folds="speaker"),
+    "phone error, held-out speakers": Probe("test", "phones", folds="speaker"),
+    "voice error, 1 s": Probe("voices_test", "voice", segment_s=1.0),
+    "equal error rate, 1 s": Probe("test", "speaker", segment_s=1.0, task="verification", folds="speaker", fold_size=2),
+}
+#: Of hubert-tiny, from which the classes of the second iteration are made.
+LABEL_LAYER = 3
+
+
+def runs(corpora: Path, folder: Path, updates: int) -> dict[str, Trained]:
+    """The runs, done where they are not there yet."""
+    audio, options = corpora / "train", _options(corpora, updates)
+    found = {
+        "wav2vec 2.0": train(Job("wav2vec2", audio, "wav2vec2-tiny", options), folder),
+        "BEST-RQ": train(Job("best-rq", audio, "best-rq-tiny", options), folder),
+    }
+    first = found["HuBERT, iteration 1"] = train(
+        Job("hubert-1", audio, "hubert-tiny", _options(corpora, max(1, updates // 3))), folder
+    )
+    labels = folder / "hubert-labels"
+    label(audio, labels, LabelSettings(model=str(first.run.absolute()), layer=LABEL_LAYER, clusters=100))
+    given = options | {"data.labels": str(labels.absolute())}
+    found["HuBERT, iteration 2"] = train(Job("hubert-2", audio, "hubert-tiny", given), folder)
+    return found
+
+
+def _options(corpora: Path, updates: int) -> dict[str, Any]:
+    return {
+        "data.valid": str(corpora / "dev"),
+        "trainer.max_steps": updates,
+        "trainer.val_check_interval": max(1, updates // 12),
+        "trainer.checkpoint_every": max(1, updates // 12),
+        "trainer.progress": "false",
+    }
+
+
+def main() -> None:
+    """Do what is not done yet, and print the table."""
+    parser = corpora_parser(__doc__ or "")
+    parser.add_argument("--updates", type=int, default=3000, help="of each run; of HuBERT's first iteration a third")
+    parser.add_argument("--probe_steps", type=int, default=1000, help="of each head")
+    arguments = parser.parse_args()
+    check_corpora(arguments.corpora, ["train", "dev", "test", "voices_train", "voices_dev", "voices_test"])
+    settings = {"study": "compare_systems", "updates": arguments.updates, "probe_steps": arguments.probe_steps}
+    study = StudyFile(arguments.output, settings)
+    for name, trained in runs(arguments.corpora, arguments.runs, arguments.updates).items():
+        if f"run/{name}" not in study.results:
+            costs = {key: value for key, value in trained.__dict__.items() if key != "run"}
+            quality = layer_quality(fastssl.load_encoder(trained.run), arguments.corpora / "dev", minutes=8.0)
+            study.add(f"run/{name}", {**costs, "layers": quality})
+        _probe(study, name, trained.run, arguments.corpora, arguments.probe_steps, baselines=name == "wav2vec 2.0")
+    study.conclude(list(table(study.results)))
+    write_csv(study.results, arguments.output.with_suffix(".csv"))
+    print("\n".join(study.content["findings"]))
+
+
+def _probe(study: StudyFile, name: str, run: Path, corpora: Path, steps: int, *, baselines: bool) -> None:
+    encoder = fastssl.load_encoder(run)
+    features = FeatureStore()
+    for task_name, task in PROBES.items():
+        if f"probe/{name}/{task_name}" in study.results:
+            continue
+        settings = task.settings(steps=steps, seeds=1)
+        results = run_probe({name: encoder}, *task.tables(corpora), settings, features=features, baselines=baselines)
+        # The encoder's own last: where it is there, the baselines are too.
+        for result in reversed(results):
+            study.add(f"probe/{result.encoder}/{task_name}", _summary(result))
+
+
+def _summary(result: ProbeResult) -> dict[str, Any]:
+    return {
+        "mean": result.mean,
+        "std": result.std,
+        "errors": [run.error for run in result.runs],
+        "chosen": [run.chosen for run in result.runs],
+        "test_examples": [run.parts["test"].examples for run in result.runs],
+        "infeasible": [run.parts["test"].infeasible for run in result.runs],
+        "layer_weights": [list(run.layer_weights) for run in result.runs],
+    }
+
+
+def _encoders(results: Mapping[str, Any]) -> list[str]:
+    return list(dict.fromkeys(key.split("/")[1] for key in results if key.startswith("probe/")))
+
+
+def table(results: Mapping[str, Any]) -> list[str]:
+    """The errors in per cent, mean and deviation over folds, as Markdown."""
+    lines = ["| encoder | " + " | ".join(PROBES) + " |", "|" + "---|" * (len(PROBES) + 1)]
+    for name in _encoders(results):
+        cells = []
+        for task in PROBES:
+            result = results[f"probe/{name}/{task}"]
+            spread = "" if result["std"] is None else f" +- {100 * result['std']:.1f}"
+            cells.append(f"{100 * result['mean']:.1f}{spread}")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def write_csv(results: Mapping[str, Any], path: Path) -> None:
+    """A row per encoder: errors, then the quality of its last layer."""
+    measures = ("effective_rank", "rankme", "log_inertia_per_frame", "davies_bouldin")
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["encoder", "updates", *PROBES, *(f"{name}, last layer" for name in measures)])
+        for name in _encoders(results):
+            run = results.get(f"run/{name}")
+            quality = ["" if run is None else f"{run['layers'][-1][measure]:.6g}" for measure in measures]
+            errors = [f"{results[f'probe/{name}/{task}']['mean']:.6g}" for task in PROBES]
+            writer.writerow([name, "" if run is None else run["updates"], *errors, *quality])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""What the studies may say of their numbers, and how they divide and resume."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from benchmarks.studies import compare_systems, crop_length, early_prediction
+from benchmarks.studies.findings import Spread, compare, correlate
+from benchmarks.studies.pretraining_runs import Job, StudyFile, check_corpora, parts_of_sounds, train
+from tests.train.conftest import write_recording
+
+
+def test_a_difference_is_claimed_above_the_spread_alone() -> None:
+    steady, noisy, low = Spread([0.50, 0.51, 0.49]), Spread([0.30, 0.55, 0.44]), Spread([0.40, 0.41, 0.39])
+    assert compare("1s", low, "whole", steady).endswith("1s is lower by 10.0 points")
+    assert compare("1s", steady, "whole", low).endswith("1s is higher by 10.0 points")
+    assert compare("1s", noisy, "whole", steady).endswith("not resolved at this scale")
+    assert compare("1s", Spread([0.1]), "whole", Spread([0.9])).endswith("not resolved, one seed")
+    assert str(low) == "40.0 +- 1.0 %"
+
+
+def test_correlations_are_scipys_with_an_interval_around_them() -> None:
+    random = np.random.default_rng(0)
+    x = random.standard_normal(20)
+    y = (x + 0.3 * random.standard_normal(20)) ** 3
+    for rank, measure in ((True, stats.spearmanr), (False, stats.pearsonr)):
+        found = correlate(x.tolist(), y.tolist(), rank=rank, draws=300)
+        assert found.value == pytest.approx(measure(x, y).statistic)
+        assert -1 <= found.low < found.value < found.high <= 1
+        assert correlate(x.tolist(), y.tolist(), rank=rank, draws=300) == found
+    # A run that diverged has no measure, and one value has no coefficient.
+    assert correlate([*x, math.nan], [*y, 1.0], rank=True, draws=300).value == pytest.approx(
+        stats.spearmanr(x, y).statistic
+    )
+    assert math.isnan(correlate([1.0] * 5, [1.0, 2.0, 3.0, 4.0, 5.0], rank=True).value)
+
+
+def test_sounds_are_divided_by_fold(tmp_path: Path) -> None:
+    (tmp_path / "esc").mkdir()
+    for fold in range(1, 5):
+        (tmp_path / "esc" / f"crackling_fire_{fold}-10{fold}-A.ogg").touch()
+    parts = parts_of_sounds(tmp_path / "esc", tmp_path / "parts")
+    lines = {
+        part: (parts / part / "utterances.tsv").read_text().splitlines()
+        for part in ("pretrain", "train", "dev", "test")
+    }
+    assert {part: len(rows) - 1 for part, rows in lines.items()} == {"pretrain": 3, "train": 2, "dev": 1, "test": 1}
+    assert lines["test"] == ["path\tclass", "crackling_fire_4-104-A.ogg\tcrackling_fire"]
+    (tmp_path / "esc" / "crackling_fire_4-104-A.ogg").unlink()
+    with pytest.raises(ValueError, match="has no sound of fold 4"):
+        parts_of_sounds(tmp_path / "esc", tmp_path / "parts")
+
+
+def test_a_study_goes_on_with_its_own_results_only(tmp_path: Path) -> None:
+    path = tmp_path / "study.json"
+    StudyFile(path, {"updates": 3}).add("a", {"error": 0.5})
+    assert StudyFile(path, {"updates": 3}).results == {"a": {"error": 0.5}}
+    with pytest.raises(ValueError, match="is of other settings"):
+        StudyFile(path, {"updates": 4})
+    with pytest.raises(ValueError, match="CORPORA: there is no"):
+        check_corpora(tmp_path, ["train"])
+
+
+@pytest.mark.slow
+def test_a_run_is_done_once_and_resumed(tmp_path: Path) -> None:
+    for index in range(6):
+        write_recording(tmp_path / "audio" / f"{index}.wav", 2.0 + index / 4, seed=index)
+    options = {"data.max_duration_s": 6, "data.crop_s": 1.5, "data.valid": 0, "trainer.max_steps": 3}
+    options |= {"data.max_utterances": 2, "trainer.log_every": 1, "trainer.checkpoint_every": 1}
+    job = Job("one", tmp_path / "audio", "best-rq-tiny", options)
+    trained = train(job, tmp_path / "runs")
+    assert trained.updates == 3
+    assert trained.mean_crop_s == pytest.approx(1.5)
+    assert trained.audio_hours == pytest.approx(3 * 2 * 1.5 / 3600)
+    assert trained.training_s > 0
+    assert 100 < trained.peak_mb < 10_000
+    log = tmp_path / "runs" / "one.log"
+    before = log.read_text()
+    assert train(job, tmp_path / "runs") == trained
+    assert log.read_text() == before
+    # Killed behind its second update.
+    (tmp_path / "runs" / "one" / "trained.json").unlink()
+    again = train(job, tmp_path / "runs")
+    assert again.updates == 3
+    assert "continuing behind update 3" in log.read_text()
+    with pytest.raises(RuntimeError, match=r"bad failed with status 1; see .*bad\.log"):
+        train(Job("bad", tmp_path / "nowhere", "best-rq-tiny", {}), tmp_path / "runs")
+
+
+def _result(error: float, **more: Any) -> dict[str, Any]:
+    costs = {"updates": 10, "audio_hours": 1.0, "training_s": 5.0, "peak_mb": 500.0, "mean_crop_s": 2.0}
+    probes = dict.fromkeys(crop_length.SPEECH_PROBES, error)
+    return {**costs, "held_out": {"contrastive_loss": 3.0, "accuracy": 0.2}, "probes": probes, **more}
+
+
+def test_crop_length_tells_what_it_found(tmp_path: Path) -> None:
+    domain = crop_length.Domain(tmp_path, tmp_path, tmp_path, crop_length.SPEECH_PROBES, (1.0, 2.0, 5.0, None))
+    jobs = crop_length.jobs("speech", domain, crop_length.FULL)
+    assert len(jobs) == 2 * 4 * 3
+    assert jobs["speech/B/1s/0"].options["data.max_utterances"] == 4
+    assert jobs["speech/A/whole/2"].options["data.crop_s"] is None
+    results = {
+        f"speech/{protocol}/{crop}/{seed}": _result(
+            (0.3 if crop == "1s" else 0.5) + seed / 1000, audio_hours=0.1 if protocol == "B" and crop == "1s" else 1.0
+        )
+        for protocol in "AB"
+        for crop in ("1s", "2s", "whole")
+        for seed in range(3)
+    }
+    lines = crop_length.findings(results)
+    assert any("1s 30.1 +- 0.1 %" in line and "1s is lower by 20.0 points" in line for line in lines)
+    assert any("2s" in line and "not resolved at this scale" in line for line in lines)
+    assert any(line.startswith("speech, protocol B: crops of 1s take 0.10 of the audio") for line in lines)
+    crop_length.write_csv(results, tmp_path / "study.csv")
+    crop_length.draw(results, tmp_path / "study.png")
+    assert len((tmp_path / "study.csv").read_text().splitlines()) == 1 + len(results)
+    assert (tmp_path / "study.png").stat().st_size > 10_000
+
+
+def test_early_prediction_tells_what_it_found(tmp_path: Path) -> None:
+    jobs = early_prediction.jobs(tmp_path, early_prediction.DEFAULT)
+    assert len(jobs) == 4 * 3 + 2
+    assert len(early_prediction.jobs(tmp_path, early_prediction.FULL)) == 4 * 3 * 3
+    random = np.random.default_rng(0)
+    results = {}
+    for key in jobs:
+        good = float(random.random())
+        layer = {"effective_rank": 10 + 50 * good, "rankme": float(random.random()), "davies_bouldin": None}
+        layer["log_inertia_per_frame"] = 1.0
+        results[key] = {
+            "quarter": {"held_out_loss": 5.0, "layers": [layer] * 5},
+            "probes": {"digit error": 0.9 - 0.5 * good, "voice error": 0.5},
+        }
+    lines = early_prediction.findings(results)
+    assert "over 14 runs; the centre of the grid, 3 seeds" in lines[0]
+    rank = next(line for line in lines if line.startswith("effective_rank, last layer") and "digit error" in line)
+    assert "Spearman -1.00 [-1.00, -1.00]" in rank
+    assert "not resolved" not in rank
+    assert "not resolved" in next(line for line in lines if line.startswith("rankme, last layer"))
+    early_prediction.write_csv(results, tmp_path / "study.csv")
+    early_prediction.draw(results, tmp_path / "study.png")
+    assert json.dumps(results)
+
+
+def test_table_of_systems() -> None:
+    entry = {"mean": 0.125, "std": 0.01}
+    results = {f"probe/{name}/{task}": entry for name in ("BEST-RQ", "log-mel") for task in compare_systems.PROBES}
+    lines = compare_systems.table(results)
+    assert lines[2].startswith("| BEST-RQ | 12.5 +- 1.0 |")
+    assert len(lines) == 4
