@@ -12,9 +12,9 @@ from fastssl.models.folder import MODEL_CLASSES
 from fastssl.models.speech_encoder import SpeechEncoder, open_encoder
 
 _CAN_BE_OPENED = (
-    "a run of `fastssl pretrain`; a folder in Transformers' layout, or its name on the Hub; a checkpoint (.pt) of "
-    "fairseq's wav2vec 2.0, HuBERT or data2vec audio, or of WavLM; a Transformers model, with or without a head; a "
-    "torchaudio Wav2Vec2Model or HuBERTPretrainModel"
+    "a run of `fastssl pretrain`; a folder of its encoder or in Transformers' layout, or its name on the Hub; a "
+    "checkpoint (.pt) of fairseq's wav2vec 2.0, HuBERT or data2vec audio, or of WavLM; a Transformers model, with or "
+    "without a head; a torchaudio Wav2Vec2Model or HuBERTPretrainModel"
 )
 
 
@@ -29,7 +29,8 @@ def load_encoder(path_or_model: str | Path | nn.Module) -> SpeechEncoder:
         path_or_model: One of:
 
             - a run of `fastssl pretrain`;
-            - a folder in Transformers' layout, its weights in safetensors or not, whole or in shards;
+            - a folder that `save_pretrained` wrote, or another in Transformers' layout, its weights in safetensors or
+              not, whole or in shards;
             - a model of the Hub ("facebook/hubert-base-ls960"), where there is no such path; needs huggingface_hub;
             - a checkpoint of fairseq or WavLM (.pt), pre-trained or fine-tuned; nothing in it is run;
             - a Transformers model, accelerated or not, whose weights are copied. Whether waveforms should be normalised

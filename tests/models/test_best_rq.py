@@ -136,6 +136,16 @@ def test_everything_of_an_utterance_is_the_same_in_any_batch() -> None:
         assert (grad - expected).abs().max() <= 1e-4 * expected.abs().max(), name
 
 
+def test_the_tiny_preset_is_bit_exact_too() -> None:
+    torch.manual_seed(0)
+    encoder = BestRqForPreTraining(PRESETS["best-rq-tiny"]).eval().best_rq
+    waveforms = waveforms_of(3_200, 64_000, 1_360, 31_337, 4_000)
+    with torch.no_grad():
+        together = encoder(waveforms).features.unpack()
+        for ours, waveform in zip(together, waveforms.unpack(), strict=True):
+            assert torch.equal(ours, encoder(Packed.pack([waveform.clone()])).features.values)
+
+
 def test_an_empty_batch_costs_nothing_and_reaches_every_parameter() -> None:
     for lengths in ((), (1_000, 0)):
         model = make_model()

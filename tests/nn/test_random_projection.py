@@ -74,8 +74,7 @@ def test_blocks_bound_the_memory_and_change_nothing(monkeypatch: pytest.MonkeyPa
 def test_half_precision_does_not_choose_other_codes() -> None:
     torch.manual_seed(0)
     quantizer = RandomProjectionQuantizer(320, codes=512, code_width=16)
-    x = torch.randn(100, 320)
+    x = torch.randn(2_000, 320)  # of which bf16 would give about twenty another code
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(quantizer(x), quantizer(x.clone()))
         found = quantizer(x)
     assert torch.equal(found, quantizer(x))
