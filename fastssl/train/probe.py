@@ -40,6 +40,12 @@ Task = Literal["classification", "ctc", "verification"]
 
 #: Targets that are strings of symbols; any other is a class, if no task is asked for.
 CTC_TARGETS = ("digits", "phones", "phonemes", "text")
+#: A window of many frames wants smaller steps than a mean. Verification has nothing to train.
+LEARNING_RATES: dict[Task, tuple[float, ...]] = {
+    "ctc": (1e-3, 2e-3, 4e-3),
+    "classification": (3e-3, 1e-2, 3e-2),
+    "verification": (),
+}
 LOG_MEL, RANDOM = "log-mel", "random initialisation"
 
 
@@ -58,7 +64,8 @@ class ProbeSettings:
             tested on rows of the value. None: the parts as they are.
         fold_size: Values of a fold.
         seeds: Of the order of examples, each a run; per fold. Verification, where nothing is trained, has one.
-        learning_rates: Of the head; the best on the development part is taken, for each encoder and run.
+        learning_rates: Of the head; the best on the development part is taken, for each encoder and run. None takes
+            those of `LEARNING_RATES` for the task.
         steps: Of each head, on batches of `batch_s`.
         batch_s: Audio in a batch, seconds.
         context_s: What a frame's head sees on either side, seconds; ctc only.
@@ -73,9 +80,9 @@ class ProbeSettings:
     folds: str | None = None
     fold_size: int = 1
     seeds: int = 1
-    learning_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
-    steps: int = 1000
-    batch_s: float = 20.0
+    learning_rates: tuple[float, ...] | None = None
+    steps: int = 500
+    batch_s: float = 50.0
     context_s: float = 0.1
 
     def __post_init__(self) -> None:
@@ -85,7 +92,7 @@ class ProbeSettings:
             raise ValueError("segment_s: ctc takes whole recordings, because a part has no label of its own")
         if self.segment_s is not None and not self.segment_s >= 0.1:
             raise ValueError(f"segment_s: must be at least 0.1, got {self.segment_s}")
-        if not self.learning_rates or any(not rate > 0 for rate in self.learning_rates):
+        if self.learning_rates == () or any(not rate > 0 for rate in self.rates):
             raise ValueError(f"learning_rates: must be positive, got {self.learning_rates}")
         for name in ("fold_size", "seeds", "steps"):
             if getattr(self, name) < 1:
@@ -99,6 +106,11 @@ class ProbeSettings:
         if self.task is not None:
             return self.task
         return "ctc" if self.target in CTC_TARGETS else "classification"
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """The learning rates, with the rule for None applied."""
+        return LEARNING_RATES[self.resolved_task] if self.learning_rates is None else self.learning_rates
 
 
 @dataclass(frozen=True)
@@ -202,7 +214,9 @@ def run_probe(
     if baselines:
         if sources.keys() & {LOG_MEL, RANDOM}:
             raise ValueError(f"models: {LOG_MEL!r} and {RANDOM!r} are names of the baselines")
-        sources |= {LOG_MEL: LogMelSource(), RANDOM: RandomSource(first, seed=0)}
+        # Cosines, unlike heads, cannot leave dimensions aside.
+        log_mel = LogMelSource(deltas=settings.resolved_task != "verification")
+        sources |= {LOG_MEL: log_mel, RANDOM: RandomSource(first, seed=0)}
     parts = {"train": train, "dev": dev, "test": test}
     targets = _Targets(parts, settings)
     results = []
@@ -310,7 +324,7 @@ class _Probe:
             kind,
             self.targets.outputs,
             self.window,
-            rates=settings.learning_rates,
+            rates=settings.rates,
             standard=standard,
             name=self.name,
         )
@@ -326,8 +340,8 @@ class _Probe:
             parts={part: self._size(part, examples[part]) for part in examples},
             held_out=fold,
             seed=seed,
-            dev_errors={f"{rate:g}": one.error_rate for rate, one in zip(settings.learning_rates, judged, strict=True)},
-            chosen=settings.learning_rates[best],
+            dev_errors={f"{rate:g}": one.error_rate for rate, one in zip(settings.rates, judged, strict=True)},
+            chosen=settings.rates[best],
             layer_weights=tuple(head.layer_weights.tolist()),
         )
 

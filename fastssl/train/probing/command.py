@@ -81,7 +81,8 @@ def probe(
         write_json(
             Path(output),
             {
-                "settings": dataclasses.asdict(settings) | {"task": settings.resolved_task},
+                "settings": dataclasses.asdict(settings)
+                | {"task": settings.resolved_task, "learning_rates": settings.rates},
                 "metric": _METRICS[settings.resolved_task],
                 "tables": [table.name for table in tables],
                 "versions": versions,

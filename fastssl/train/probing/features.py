@@ -94,23 +94,35 @@ class RandomSource(EncoderSource):
 
 
 class LogMelSource:
-    """80 log-mel energies every 10 ms with deltas and delta-deltas, of waveforms of zero mean and unit variance."""
+    """80 log-mel energies every 10 ms, of waveforms of zero mean and unit variance.
+
+    Args:
+        deltas: Add deltas and delta-deltas. Means of them say nothing but how the edges of an example differ.
+    """
 
     frame_period_s = 0.01
-    layers, width = 1, 3 * _MELS
-    key = "log-mel"
+    layers = 1
 
-    def __init__(self) -> None:
+    def __init__(self, *, deltas: bool = True) -> None:
+        self.deltas = deltas
+        self.width = 3 * _MELS if deltas else _MELS
         self._fbank = Fbank(FbankConfig(num_filters=_MELS, sampling_rate=SAMPLE_RATE_HZ))
 
+    @property
+    def key(self) -> object:
+        """What the features follow from."""
+        return ("log-mel", self.deltas)
+
     def __call__(self, waveforms: Waveforms) -> list[Packed]:
-        """Frames (N, 240)."""
+        """Frames (N, 80), or (N, 240) with deltas."""
         spectra = []
         for waveform in waveforms:
             normalized = torch.from_numpy(pack_waveforms([waveform], normalize=True))
             mels = torch.as_tensor(self._fbank.extract(normalized, SAMPLE_RATE_HZ))
-            once = delta(mels)
-            spectra.append(torch.cat([mels, once, delta(once)], dim=1))
+            if self.deltas:
+                once = delta(mels)
+                mels = torch.cat([mels, once, delta(once)], dim=1)
+            spectra.append(mels)
         return [Packed.pack(spectra)]
 
 

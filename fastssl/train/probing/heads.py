@@ -15,8 +15,8 @@ from fastssl.train.probing.features import Features, Standard
 from fastssl.train.probing.scores import edit_distance
 
 BLANK = 0
-#: Of the layer weights' rate to the head's: the former move by their gradient alone, some hundred steps.
-_LAYER_RATE = 10.0
+#: Share of the steps in which the rate rises: Adam's first steps are as long as any, in directions of one batch.
+_WARM_UP = 0.05
 #: Frames are given to a head at most this often.
 _LEAST_PERIOD_S = 0.02
 
@@ -146,7 +146,7 @@ class Learner:
         kind: "classification" (one output per example) or "ctc".
         outputs: C.
         window: Frames that an output sees.
-        rates: Learning rates, from where they fall linearly to 0; AdamW.
+        rates: Learning rates of AdamW after a short rise, from where they fall linearly to 0.
         standard: Of the training part.
         name: Of the encoder, for errors.
     """
@@ -180,12 +180,14 @@ class Learner:
         layers, _, width = self.standard.mean.shape
         prior = self._prior(examples)
         self.heads = [Head(layers, width, prior, self.window).to(self.standard.mean.device) for _ in self.rates]
-        groups = []
-        for head, rate in zip(self.heads, self.rates, strict=True):
-            groups.append({"params": [head.weight, head.bias], "lr": rate})
-            groups.append({"params": [head.layer_logits], "lr": rate * _LAYER_RATE, "weight_decay": 0.0})
+        groups = [
+            {"params": list(head.parameters()), "lr": rate} for head, rate in zip(self.heads, self.rates, strict=True)
+        ]
         optimizer = torch.optim.AdamW(groups)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+        rise = max(1, round(_WARM_UP * steps))
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: min((step + 1) / rise, (steps - step) / max(1, steps - rise))
+        )
         step = epoch = 0
         while step < steps:
             for batch in examples.batches(batch_s, seed=1_000_003 * seed + epoch):
