@@ -368,7 +368,7 @@ def _probe(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--learning_rates",
         type=tuple[float, ...] | None,
-        help="To choose from; null is 0.001, 0.002 and 0.004 for ctc, 0.003, 0.01 and 0.03 for classification.",
+        help="To choose from; null is 0.002, 0.004 and 0.008 for ctc, 0.003, 0.01 and 0.03 for classification.",
     )
     parser.add_argument("--context_s", type=float, default=0.1, help="What ctc sees beside a frame, seconds each side.")
     parser.add_argument("--output", type=str | None, metavar="JSON", help="Everything that was measured.")

@@ -42,7 +42,7 @@ Task = Literal["classification", "ctc", "verification"]
 CTC_TARGETS = ("digits", "phones", "phonemes", "text")
 #: A window of many frames wants smaller steps than a mean. Verification has nothing to train.
 LEARNING_RATES: dict[Task, tuple[float, ...]] = {
-    "ctc": (1e-3, 2e-3, 4e-3),
+    "ctc": (2e-3, 4e-3, 8e-3),
     "classification": (3e-3, 1e-2, 3e-2),
     "verification": (),
 }

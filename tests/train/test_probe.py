@@ -173,6 +173,17 @@ def test_baselines(tables: dict[str, Table], encoder: Encoder) -> None:
     loud = FeatureStore().get(LogMelSource(), tables["dev"], name="mel")
     samples, _ = soundfile.read(tables["dev"].rows[0].path)
     assert loud.frames[0].shape == (1, round(len(samples) / 160), 240)
+    plain = FeatureStore().get(LogMelSource(deltas=False), tables["dev"], name="mel")
+    assert torch.equal(plain.frames[0], loud.frames[0][:, :, :80])
+
+
+def test_targets_longer_than_their_audio_are_counted(
+    tables: dict[str, Table], encoder: Encoder, store: FeatureStore
+) -> None:
+    changed = tables | {part: _changed(tables[part], 3, digits="0" * 500) for part in ("train", "test")}
+    (result,) = _run(encoder, changed, ProbeSettings("digits", steps=1), store, baselines=False)
+    assert [size.infeasible for size in result.runs[0].parts.values()] == [1, 0, 1]
+    assert result.mean == 1.0  # the symbols of the test part count all the same
 
 
 def test_recordings_that_cannot_be_used_are_named(tables: dict[str, Table], encoder: Encoder, tmp_path: Path) -> None:
