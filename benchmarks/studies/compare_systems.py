@@ -9,7 +9,7 @@ speakers that the layer was not chosen on, two at a time.
 """
 
 import csv
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,21 +40,17 @@ PROBES = {
 LABEL_LAYER = 3
 
 
-def runs(corpora: Path, folder: Path, updates: int) -> dict[str, Trained]:
-    """The runs, done where they are not there yet."""
+def runs(corpora: Path, folder: Path, updates: int) -> Iterator[tuple[str, Trained]]:
+    """Each run by name, done when it is asked for, if it is not there yet."""
     audio, options = corpora / "train", _options(corpora, updates)
-    found = {
-        "wav2vec 2.0": train(Job("wav2vec2", audio, "wav2vec2-tiny", options), folder),
-        "BEST-RQ": train(Job("best-rq", audio, "best-rq-tiny", options), folder),
-    }
-    first = found["HuBERT, iteration 1"] = train(
-        Job("hubert-1", audio, "hubert-tiny", _options(corpora, max(1, updates // 3))), folder
-    )
+    yield "wav2vec 2.0", train(Job("wav2vec2", audio, "wav2vec2-tiny", options), folder)
+    yield "BEST-RQ", train(Job("best-rq", audio, "best-rq-tiny", options), folder)
+    first = train(Job("hubert-1", audio, "hubert-tiny", _options(corpora, max(1, updates // 3))), folder)
+    yield "HuBERT, iteration 1", first
     labels = folder / "hubert-labels"
     label(audio, labels, LabelSettings(model=str(first.run.absolute()), layer=LABEL_LAYER, clusters=100))
     given = options | {"data.labels": str(labels.absolute())}
-    found["HuBERT, iteration 2"] = train(Job("hubert-2", audio, "hubert-tiny", given), folder)
-    return found
+    yield "HuBERT, iteration 2", train(Job("hubert-2", audio, "hubert-tiny", given), folder)
 
 
 def _options(corpora: Path, updates: int) -> dict[str, Any]:
@@ -76,7 +72,7 @@ def main() -> None:
     check_corpora(arguments.corpora, ["train", "dev", "test", "voices_train", "voices_dev", "voices_test"])
     settings = {"study": "compare_systems", "updates": arguments.updates, "probe_steps": arguments.probe_steps}
     study = StudyFile(arguments.output, settings)
-    for name, trained in runs(arguments.corpora, arguments.runs, arguments.updates).items():
+    for name, trained in runs(arguments.corpora, arguments.runs, arguments.updates):
         if f"run/{name}" not in study.results:
             costs = {key: value for key, value in trained.__dict__.items() if key != "run"}
             quality = layer_quality(fastssl.load_encoder(trained.run), arguments.corpora / "dev", minutes=8.0)

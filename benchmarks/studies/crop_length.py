@@ -32,7 +32,7 @@ from benchmarks.studies.pretraining_runs import (
 )
 from benchmarks.studies.probes import Probe, probe
 
-COSTS = ("updates", "audio_hours", "training_s", "peak_mb", "mean_crop_s")
+COSTS = ("updates", "audio_hours", "training_s", "cpu_s", "peak_mb", "mean_crop_s")
 #: Seconds of audio per update of protocol A, and utterances of protocol B.
 AUDIO_S, UTTERANCES = 48.0, 4
 SPEECH_PROBES = {
@@ -162,16 +162,19 @@ def findings(results: Mapping[str, Any]) -> list[str]:
         for crop in (
             crop for other, letter, crop in grouped if (other, letter) == (domain, protocol) and crop != "whole"
         ):
-            ratios = {
-                what: _mean(grouped[domain, protocol, crop], what) / _mean(whole, what)
-                for what in ("audio_hours", "training_s", "peak_mb")
-            }
-            shares = ", ".join(f"{ratio:.2f} of the {_COSTS[what]}" for what, ratio in ratios.items())
+            ratios = {what: _mean(grouped[domain, protocol, crop], what) / _mean(whole, what) for what in _COSTS}
+            shares = ", ".join(f"{ratio:.2f} of the {_COSTS[what][0]}" for what, ratio in ratios.items())
             lines.append(f"{domain}, protocol {protocol}: crops of {crop} take {shares} that whole ones take")
     return lines
 
 
-_COSTS = {"audio_hours": "audio", "training_s": "training time", "peak_mb": "peak memory"}
+#: In findings, and in the figure.
+_COSTS = {
+    "audio_hours": ("audio", "hours of audio"),
+    "training_s": ("time in updates", "s in updates"),
+    "cpu_s": ("processor time", "processor s"),
+    "peak_mb": ("peak memory", "peak MB"),
+}
 
 
 def _mean(results: Iterable[Mapping[str, float]], name: str) -> float:
@@ -206,15 +209,11 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
             if name in (SPEECH_PROBES if domain == "speech" else SOUND_PROBES)
         }
     )
-    figure = Figure(figsize=(12, 3 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(4 * len(_COSTS), 3 * len(rows)), layout="constrained")
     FigureCanvasAgg(figure)
-    grid = figure.subplots(len(rows), 3, squeeze=False)
+    grid = figure.subplots(len(rows), len(_COSTS), squeeze=False)
     for axes_row, (domain, name) in zip(grid, rows, strict=True):
-        for axes, (cost, title) in zip(
-            axes_row,
-            {"audio_hours": "hours of audio", "training_s": "s in updates", "peak_mb": "peak MB"}.items(),
-            strict=True,
-        ):
+        for axes, (cost, (_, title)) in zip(axes_row, _COSTS.items(), strict=True):
             for protocol, style in (("A", "o-"), ("B", "s--")):
                 points = {
                     crop: (_mean(runs, cost), Spread([run["probes"][name] for run in runs]), _mean(runs, "mean_crop_s"))

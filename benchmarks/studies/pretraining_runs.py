@@ -62,6 +62,7 @@ class Trained:
         updates: Optimiser updates.
         audio_hours: Audio that went through the model, every draw counted.
         training_s: Seconds in updates: no scoring, no checkpoint, no start.
+        cpu_s: Processor seconds of the training process, all of it, which a machine's other work does not change.
         peak_mb: Resident memory of the training process at its highest, decoding workers apart; on a GPU of the host.
         mean_crop_s: Audio per utterance and draw.
     """
@@ -70,6 +71,7 @@ class Trained:
     updates: int
     audio_hours: float
     training_s: float
+    cpu_s: float
     peak_mb: float
     mean_crop_s: float
 
@@ -83,15 +85,13 @@ def train(job: Job, folder: Path) -> Trained:
     run = folder / job.name
     done = run / "trained.json"
     if not done.is_file():
-        peak_mb = _train(job, run)
-        before = json.loads((run / "peak.json").read_text()) if (run / "peak.json").is_file() else 0.0
-        _write_json(run / "peak.json", max(peak_mb, before))
-        _write_json(done, _account(run) | {"peak_mb": max(peak_mb, before)})
+        usage = _train(job, run)
+        _write_json(done, _account(run) | usage)
     return Trained(run, **json.loads(done.read_text()))
 
 
-def _train(job: Job, run: Path) -> float:
-    """Run `fastssl pretrain`; returns the peak memory of the process in MB."""
+def _train(job: Job, run: Path) -> dict[str, float]:
+    """Run `fastssl pretrain`; returns peak memory and processor time, of interrupted attempts too if they are known."""
     run.parent.mkdir(parents=True, exist_ok=True)
     options = [f"--{name}={_as_text(value)}" for name, value in job.options.items()]
     command = [sys.executable, "-m", "fastssl", "pretrain", str(job.audio), "--output", str(run)]
@@ -99,16 +99,22 @@ def _train(job: Job, run: Path) -> float:
         command.append("--resume")
     else:
         command += ["--recipe", job.recipe, f"--seed={job.seed}", *options]
-    log = run.parent / f"{run.name}.log"
+    log, used = run.parent / f"{run.name}.log", run.parent / f"{run.name}.used.json"
     print(f"{time.strftime('%H:%M:%S')} {job.name}", flush=True)
     with log.open("a") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
         # wait4 knows what this one process used; RUSAGE_CHILDREN would know the largest of all.
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
+    before = json.loads(used.read_text()) if used.is_file() else {"cpu_s": 0.0, "peak_mb": 0.0}
+    after = {
+        "cpu_s": before["cpu_s"] + usage.ru_utime + usage.ru_stime,
+        "peak_mb": max(before["peak_mb"], usage.ru_maxrss / 1024),
+    }
+    _write_json(used, after)
     if process.returncode != 0:
         raise RuntimeError(f"{job.name} failed with status {process.returncode}; see {log}")
-    return usage.ru_maxrss / 1024
+    return after
 
 
 def _as_text(value: Any) -> str:

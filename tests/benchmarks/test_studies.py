@@ -78,6 +78,7 @@ def test_a_run_is_done_once_and_resumed(tmp_path: Path) -> None:
     assert trained.mean_crop_s == pytest.approx(1.5)
     assert trained.audio_hours == pytest.approx(3 * 2 * 1.5 / 3600)
     assert trained.training_s > 0
+    assert trained.cpu_s > 1
     assert 100 < trained.peak_mb < 10_000
     log = tmp_path / "runs" / "one.log"
     before = log.read_text()
@@ -93,7 +94,7 @@ def test_a_run_is_done_once_and_resumed(tmp_path: Path) -> None:
 
 
 def _result(error: float, **more: Any) -> dict[str, Any]:
-    costs = {"updates": 10, "audio_hours": 1.0, "training_s": 5.0, "peak_mb": 500.0, "mean_crop_s": 2.0}
+    costs = {"updates": 10, "audio_hours": 1.0, "training_s": 5.0, "cpu_s": 9.0, "peak_mb": 500.0, "mean_crop_s": 2.0}
     probes = dict.fromkeys(crop_length.SPEECH_PROBES, error)
     return {**costs, "held_out": {"contrastive_loss": 3.0, "accuracy": 0.2}, "probes": probes, **more}
 
