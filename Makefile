@@ -33,7 +33,8 @@ $(DEMO)/utterances.tsv: | $(INSTALLED)
 pretrain: $(INSTALLED) $(if $(AUDIO),,$(DEMO)/utterances.tsv)
 	resume=$$(test ! -f "$(RUN)/config.yaml" || echo --resume); \
 	$(BIN)/fastssl pretrain "$(or $(AUDIO),$(DEMO))" --recipe wav2vec2-tiny --output "$(RUN)" \
-	    --data.valid 0.05 --trainer.max_steps $(STEPS) --trainer.val_check_interval 50 --trainer.checkpoint_every 50 $$resume
+	    --data.valid 0.05 --trainer.max_steps $(STEPS) --trainer.val_check_interval 50 --trainer.checkpoint_every 50 \
+	    --quality.every 140 $$resume
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
