@@ -60,10 +60,10 @@ def pretraining(title: str, config: Wav2Vec2Config, lengths_s: Sequence[float], 
     check_theirs = partial(_their_gradients, theirs, inputs)
 
     def transformers(forward: Any) -> Entry:
-        return _Step(theirs, partial(their_loss, forward), device), check_theirs
+        return Step(theirs, partial(their_loss, forward), device), check_theirs
 
     contenders = Contenders()
-    contenders.add("fastssl", _Step(model, our_loss, device), partial(_our_gradients, model, inputs))
+    contenders.add("fastssl", Step(model, our_loss, device), partial(_our_gradients, model, inputs))
     contenders.add("Transformers, eager", *transformers(theirs))
     rivals.add_compiled(contenders, device, lambda: _compiling(*transformers(rivals.compiled(theirs))), quick=False)
     samples = workloads.samples_of(lengths_s)
@@ -75,7 +75,7 @@ def pretraining(title: str, config: Wav2Vec2Config, lengths_s: Sequence[float], 
         reference=lambda: _their_gradients(rivals.in_double(theirs), inputs),
         tolerance=_TOLERANCE,
         device=device,
-        limits=lambda: limits.gemm_limits(gemms, _dtype(device), device),
+        limits=lambda: limits.gemm_limits(gemms, dtype_of(device), device),
         audio_s=sum(lengths_s),
         notes=[f"padded batch: {workloads.padding_factor(lengths_s):.2f} times the valid audio"],
     )
@@ -95,7 +95,7 @@ def encoder_training(device: torch.device) -> Row:
     def step(model: nn.Module, features: Callable[[], Tensor]) -> Callable[[], None]:
         def run() -> None:
             model.zero_grad(set_to_none=True)
-            with _autocast(device):
+            with autocast(device):
                 out = features()
             out.float().square().mean().backward()
 
@@ -131,13 +131,13 @@ def encoder_training(device: torch.device) -> Row:
         reference=partial(_encoder_gradients, in_double, alone, device),
         tolerance=_TOLERANCE if device.type == "cpu" else _BF16_TOLERANCE,
         device=device,
-        limits=lambda: limits.gemm_limits(gemms, _dtype(device), device),
+        limits=lambda: limits.gemm_limits(gemms, dtype_of(device), device),
         audio_s=sum(lengths_s),
         notes=[f"padded batch: {workloads.padding_factor(lengths_s):.2f} times the valid audio"],
     )
 
 
-class _Step:
+class Step:
     """One update from a loss: backward, clipping, AdamW, whose moments are there from the start."""
 
     def __init__(self, model: nn.Module, loss: Callable[[], Tensor], device: torch.device) -> None:
@@ -149,7 +149,7 @@ class _Step:
         self.optimizer.zero_grad(set_to_none=True)
 
     def __call__(self) -> None:
-        with _autocast(self.device):
+        with autocast(self.device):
             loss = self.loss()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 10.0)
@@ -182,7 +182,7 @@ def _our_gradients(model: Wav2Vec2ForPreTraining, inputs: _GateInputs) -> Output
         gumbel_noise=inputs.noise[inputs.rows],
         gumbel_temperature=_TEMPERATURE,
     )
-    return {"loss": output.loss.detach()} | _gradients(model, output.loss)
+    return {"loss": output.loss.detach()} | gradients(model, output.loss)
 
 
 def _their_gradients(model: Any, inputs: _GateInputs) -> Outputs:
@@ -198,7 +198,7 @@ def _their_gradients(model: Any, inputs: _GateInputs) -> Outputs:
             mask_time_indices=inputs.mask.view(batch, frames),
             sampled_negative_indices=negatives.view(batch, frames, -1),
         )
-    return {"loss": output.loss.detach()} | _gradients(model, output.loss)
+    return {"loss": output.loss.detach()} | gradients(model, output.loss)
 
 
 def _each_alone(encode: Callable[[Tensor], Tensor]) -> Callable[[list[Tensor]], list[Tensor]]:
@@ -214,15 +214,15 @@ def _encoder_gradients(
 ) -> Outputs:
     """Features of two utterances of different lengths, and the gradients of a fixed sum of them."""
     model.eval()
-    with _autocast(device):
+    with autocast(device):
         features = encode(workloads.waveforms([1.0, 0.7], device).unpack())
     weights = [torch.sin(torch.arange(x.numel(), device=device)).view_as(x) for x in features]
     loss = torch.stack([(x * weight).sum() for x, weight in zip(features, weights, strict=True)]).sum()
     outputs = {f"utterance {i}": x.detach() for i, x in enumerate(features)}
-    return outputs | _gradients(model, loss, rename)
+    return outputs | gradients(model, loss, rename)
 
 
-def _gradients(model: nn.Module, loss: Tensor, rename: Callable[[str], str] = lambda name: name) -> dict[str, Tensor]:
+def gradients(model: nn.Module, loss: Tensor, rename: Callable[[str], str] = lambda name: name) -> dict[str, Tensor]:
     """Every gradient by our name; leaves the model in training mode without gradients.
 
     The softmax does not see a bias on the keys, whose gradient is rounding error and nothing else.
@@ -245,11 +245,11 @@ def _compiling(run: Callable[[], Any], check: Callable[[], Outputs]) -> Entry:
     return run, check_and_compile
 
 
-def _autocast(device: torch.device) -> torch.autocast:
+def autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
-def _dtype(device: torch.device) -> torch.dtype:
+def dtype_of(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from benchmarks.harness import Contenders, Entry
 from fastssl.models.encoder import Encoder, EncoderConfig
+from fastssl.models.hubert import HubertForPreTraining
 from fastssl.models.wav2vec2 import Wav2Vec2ForPreTraining
 from fastssl.nn.quantizer import GumbelQuantizer
 
@@ -60,32 +61,72 @@ def torchaudio_encoder(encoder: Encoder) -> Any:
     Raises:
         ImportError: torchaudio is not there, or not built for this torch.
     """
-    try:
-        from torchaudio.models import wav2vec2_model
-    except (ImportError, OSError) as error:  # OSError: its library does not load beside this torch
-        raise ImportError(f"torchaudio does not import beside torch {torch.__version__}: {error}") from error
-    config = encoder.config
-    model = wav2vec2_model(
-        extractor_mode=f"{config.feat_extract_norm}_norm",
-        extractor_conv_layer_config=list(zip(config.conv_dim, config.conv_kernel, config.conv_stride, strict=True)),
-        extractor_conv_bias=config.conv_bias,
-        encoder_embed_dim=config.hidden_size,
-        encoder_projection_dropout=config.feat_proj_dropout,
-        encoder_pos_conv_kernel=config.num_conv_pos_embeddings,
-        encoder_pos_conv_groups=config.num_conv_pos_embedding_groups,
-        encoder_num_layers=config.num_hidden_layers,
-        encoder_num_heads=config.num_attention_heads,
-        encoder_attention_dropout=config.attention_dropout,
-        encoder_ff_interm_features=config.intermediate_size,
-        encoder_ff_interm_dropout=config.activation_dropout,
-        encoder_dropout=config.hidden_dropout,
-        encoder_layer_norm_first=config.do_stable_layer_norm,
-        encoder_layer_drop=config.layerdrop,
-        aux_num_out=None,
-    )
+    shape = _torchaudio_shape(encoder.config)
+    model = _torchaudio_models().wav2vec2_model(**shape, aux_num_out=None)
     weights = encoder.state_dict()
     model.load_state_dict({name: weights[from_torchaudio(name)] for name in model.state_dict()})
     return model.to(next(encoder.parameters()).device)
+
+
+def torchaudio_hubert(ours: HubertForPreTraining) -> Any:
+    """torchaudio's HuBERT for pre-training with the weights of ours, which predicts masked frames alone.
+
+    Raises:
+        ImportError: torchaudio is not there, or not built for this torch.
+    """
+    config = ours.config
+    model = _torchaudio_models().hubert_pretrain_model(
+        **_torchaudio_shape(config),
+        mask_prob=config.mask_time_prob,
+        mask_selection="static",
+        mask_other=0.0,
+        mask_length=config.mask_time_length,
+        no_mask_overlap=False,
+        mask_min_space=1,
+        mask_channel_prob=0.0,
+        mask_channel_selection="static",
+        mask_channel_other=0.0,
+        mask_channel_length=10,
+        no_mask_channel_overlap=False,
+        mask_channel_min_space=1,
+        skip_masked=False,
+        skip_nomask=True,
+        num_classes=config.num_clusters,
+        final_dim=config.final_dim,
+        feature_grad_mult=None,
+    )
+    weights = ours.state_dict()
+    model.load_state_dict({name: weights[from_torchaudio_hubert(name)] for name in model.state_dict()})
+    return model.to(ours.label_embeddings.device)
+
+
+def _torchaudio_models() -> Any:
+    try:
+        import torchaudio.models
+    except (ImportError, OSError) as error:  # OSError: its library does not load beside this torch
+        raise ImportError(f"torchaudio does not import beside torch {torch.__version__}: {error}") from error
+    return torchaudio.models
+
+
+def _torchaudio_shape(config: EncoderConfig) -> dict[str, Any]:
+    """What its factories take for an encoder."""
+    return {
+        "extractor_mode": f"{config.feat_extract_norm}_norm",
+        "extractor_conv_layer_config": list(zip(config.conv_dim, config.conv_kernel, config.conv_stride, strict=True)),
+        "extractor_conv_bias": config.conv_bias,
+        "encoder_embed_dim": config.hidden_size,
+        "encoder_projection_dropout": config.feat_proj_dropout,
+        "encoder_pos_conv_kernel": config.num_conv_pos_embeddings,
+        "encoder_pos_conv_groups": config.num_conv_pos_embedding_groups,
+        "encoder_num_layers": config.num_hidden_layers,
+        "encoder_num_heads": config.num_attention_heads,
+        "encoder_attention_dropout": config.attention_dropout,
+        "encoder_ff_interm_features": config.intermediate_size,
+        "encoder_ff_interm_dropout": config.activation_dropout,
+        "encoder_dropout": config.hidden_dropout,
+        "encoder_layer_norm_first": config.do_stable_layer_norm,
+        "encoder_layer_drop": config.layerdrop,
+    }
 
 
 def from_torchaudio(name: str) -> str:
@@ -95,6 +136,13 @@ def from_torchaudio(name: str) -> str:
     )
     name = name.replace("weight_g", "parametrizations.weight.original0")
     return name.replace("weight_v", "parametrizations.weight.original1")
+
+
+def from_torchaudio_hubert(name: str) -> str:
+    """Our name of a parameter of torchaudio's HuBERT for pre-training."""
+    if name.startswith("wav2vec2."):
+        return "hubert." + from_torchaudio(name.removeprefix("wav2vec2."))
+    return "hubert.masked_spec_embed" if name == "mask_generator.mask_embedding" else name.partition(".")[2]
 
 
 def contrastive_loss(context: Tensor, targets: Tensor, negatives: Tensor, *, temperature: float) -> Tensor:

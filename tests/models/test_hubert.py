@@ -1,10 +1,13 @@
 """HuBERT's objective against a plain implementation, and what a batch may not change."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks import bench_hubert_step, rivals
 from fastssl.models.hubert import PRESETS, HubertConfig, HubertForPreTraining
 from fastssl.nn.masking import sample_span_mask
 from fastssl.packing import Packed
@@ -116,3 +119,16 @@ def test_presets_and_errors(model: HubertForPreTraining) -> None:
     for wrong in ({"num_clusters": 1}, {"mask_time_prob": 1.5}, {"logit_temperature": 0.0}, {"model_type": "wavlm"}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             HubertConfig(**wrong)
+
+
+def test_loss_and_gradients_equal_those_of_torchaudio(model: HubertForPreTraining) -> None:
+    pytest.importorskip("torchaudio", exc_type=ImportError)
+    device = torch.device("cpu")
+    gate = bench_hubert_step._Gate(model, device)
+    expected = gate.theirs(rivals.in_double(rivals.torchaudio_hubert(model)))
+    model.config = dataclasses.replace(_TINY, features_penalty_weight=0.0)
+    found = gate.ours(model)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        tolerance = 1e-5 * float(tensor.abs().max())
+        torch.testing.assert_close(found[name].double(), tensor, rtol=1e-4, atol=tolerance, msg=name)
