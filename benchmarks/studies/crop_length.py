@@ -16,6 +16,7 @@ ESC10 is a folder of `{class}_{fold}-{clip}-{take}.ogg`: folds 1 to 3 are pre-tr
 import csv
 import statistics
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,12 +24,13 @@ from benchmarks.studies.findings import Spread, compare
 from benchmarks.studies.pretraining_runs import (
     Job,
     StudyFile,
+    Trained,
     check_corpora,
     corpora_parser,
+    do_all,
     held_out_scores,
     open_checkpoint,
     parts_of_sounds,
-    train,
 )
 from benchmarks.studies.probes import Probe, probe
 
@@ -103,6 +105,14 @@ def _crop_name(crop_s: float | None) -> str:
     return "whole" if crop_s is None else f"{crop_s:g}s"
 
 
+def evaluate(domain: Domain, size: Size, job: Job, trained: Trained) -> dict[str, Any]:
+    """What a finished run took, and how good its encoder is."""
+    scores = probe(trained.run, domain.corpora, domain.probes, steps=size.probe_steps)
+    held_out = held_out_scores(open_checkpoint(trained.run), trained.run, domain.held_out)
+    costs = {cost: getattr(trained, cost) for cost in COSTS}
+    return {**costs, "held_out": held_out, "probes": scores}
+
+
 def main() -> None:
     """Do the runs that are not there yet, probe them, and write what follows."""
     parser = corpora_parser(__doc__ or "")
@@ -118,14 +128,8 @@ def main() -> None:
         sounds = parts_of_sounds(arguments.sounds, arguments.runs / "sounds")
         domains["sound"] = Domain(sounds / "pretrain", sounds / "test", sounds, SOUND_PROBES, (1.0, 2.0, None))
     for name, domain in domains.items():
-        for key, job in jobs(name, domain, size).items():
-            if key in study.results:
-                continue
-            trained = train(job, arguments.runs)
-            scores = probe(trained.run, domain.corpora, domain.probes, steps=size.probe_steps)
-            held_out = held_out_scores(open_checkpoint(trained.run), trained.run, domain.held_out)
-            costs = {cost: getattr(trained, cost) for cost in COSTS}
-            study.add(key, {**costs, "held_out": held_out, "probes": scores})
+        evaluated = partial(evaluate, domain, size)
+        do_all(study, jobs(name, domain, size), arguments.runs, evaluated, parallel=arguments.parallel)
     study.conclude(findings(study.results))
     write_csv(study.results, arguments.output.with_suffix(".csv"))
     draw(study.results, arguments.output.with_suffix(".png"))

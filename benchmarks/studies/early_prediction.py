@@ -12,6 +12,7 @@ voices. Spearman's and Pearson's coefficients are between the measures at a quar
 import csv
 import math
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,10 +20,11 @@ from benchmarks.studies.findings import Spread, correlate
 from benchmarks.studies.pretraining_runs import (
     Job,
     StudyFile,
+    Trained,
     check_corpora,
     corpora_parser,
+    do_all,
     quality_at,
-    train,
 )
 from benchmarks.studies.probes import Probe, probe
 
@@ -83,6 +85,20 @@ def jobs(corpora: Path, size: Size) -> dict[str, Job]:
     }
 
 
+def evaluate(corpora: Path, size: Size, job: Job, trained: Trained) -> dict[str, Any]:
+    """Measures at a quarter and at the end, and probes at the end."""
+    at = {"quarter": size.updates // 4, "end": size.updates}
+    measures = {
+        when: quality_at(trained.run, update, corpora / "dev", minutes=size.quality_minutes)
+        for when, update in at.items()
+    }
+    return {
+        **measures,
+        "probes": probe(trained.run, corpora, PROBES, steps=size.probe_steps),
+        "training_s": trained.training_s,
+    }
+
+
 def main() -> None:
     """Do the runs that are not there yet, measure and probe them, and write what follows."""
     parser = corpora_parser(__doc__ or "")
@@ -91,19 +107,8 @@ def main() -> None:
     size = FULL if arguments.full else DEFAULT
     check_corpora(arguments.corpora, ["train", "dev", "test", "voices_train", "voices_dev", "voices_test"])
     study = StudyFile(arguments.output, {"study": "early_prediction", **size._asdict()})
-    for key, job in jobs(arguments.corpora, size).items():
-        if key in study.results:
-            continue
-        trained = train(job, arguments.runs)
-        result = {
-            "quarter": quality_at(
-                trained.run, size.updates // 4, arguments.corpora / "dev", minutes=size.quality_minutes
-            ),
-            "end": quality_at(trained.run, size.updates, arguments.corpora / "dev", minutes=size.quality_minutes),
-            "probes": probe(trained.run, arguments.corpora, PROBES, steps=size.probe_steps),
-            "training_s": trained.training_s,
-        }
-        study.add(key, result)
+    evaluated = partial(evaluate, arguments.corpora, size)
+    do_all(study, jobs(arguments.corpora, size), arguments.runs, evaluated, parallel=arguments.parallel)
     study.conclude(findings(study.results))
     write_csv(study.results, arguments.output.with_suffix(".csv"))
     draw(study.results, arguments.output.with_suffix(".png"))

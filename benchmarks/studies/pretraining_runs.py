@@ -7,9 +7,11 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -272,6 +274,43 @@ class StudyFile:
         _write_json(self.path, self.content)
 
 
+def do_all(
+    study: StudyFile,
+    jobs: Mapping[str, Job],
+    folder: Path,
+    evaluate: Callable[[Job, Trained], Any],
+    *,
+    parallel: int,
+) -> None:
+    """Do the runs whose results the study does not have yet, and evaluate each.
+
+    Args:
+        study: Takes the results.
+        jobs: By key.
+        folder: Of the runs.
+        evaluate: Makes a result of a finished run; one at a time.
+        parallel: Runs at a time.
+
+    Raises:
+        RuntimeError: One failed; those that were under way are finished first.
+    """
+    lock = Lock()
+
+    def do(key: str) -> None:
+        trained = train(jobs[key], folder)
+        with lock:
+            study.add(key, evaluate(jobs[key], trained))
+
+    with ThreadPoolExecutor(parallel) as pool:
+        futures = [pool.submit(do, key) for key in jobs if key not in study.results]
+        try:
+            for future in as_completed(futures):
+                future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
 def corpora_parser(description: str) -> argparse.ArgumentParser:
     """The arguments that the studies share."""
     parser = argparse.ArgumentParser(
@@ -280,6 +319,12 @@ def corpora_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("corpora", type=Path, metavar="CORPORA", help="see below")
     parser.add_argument(
         "--runs", type=Path, required=True, help="folder for the pre-training runs; kept, and gone on with"
+    )
+    parser.add_argument(
+        "--parallel",
+        type=int,
+        default=1,
+        help="runs at a time; give each its share of the cores (OMP_NUM_THREADS), and expect no clean times",
     )
     parser.add_argument(
         "--output", type=Path, required=True, metavar="FILE.json", help="results; .csv and .png beside it"

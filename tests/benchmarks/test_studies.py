@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,18 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from benchmarks.studies import compare_systems, crop_length, early_prediction
+from benchmarks.studies import compare_systems, crop_length, early_prediction, pretraining_runs
 from benchmarks.studies.findings import Spread, compare, correlate
-from benchmarks.studies.pretraining_runs import Job, StudyFile, check_corpora, parts_of_sounds, train
+from benchmarks.studies.pretraining_runs import (
+    Job,
+    StudyFile,
+    Trained,
+    check_corpora,
+    corpora_parser,
+    do_all,
+    parts_of_sounds,
+    train,
+)
 from tests.train.conftest import write_recording
 
 
@@ -64,6 +74,36 @@ def test_a_study_goes_on_with_its_own_results_only(tmp_path: Path) -> None:
         StudyFile(path, {"updates": 4})
     with pytest.raises(ValueError, match="CORPORA: there is no"):
         check_corpora(tmp_path, ["train"])
+
+
+def test_runs_are_done_in_parallel_evaluated_one_at_a_time_and_a_failure_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    under_way, done = [0], []
+
+    def fake(job: Job, folder: Path) -> Trained:
+        if job.name == "bad":
+            raise RuntimeError("bad failed")
+        return Trained(folder / job.name, 1, 1.0, 1.0, 1.0, 1.0, 1.0)
+
+    def evaluate(job: Job, trained: Trained) -> str:
+        under_way[0] += 1
+        assert under_way[0] == 1
+        time.sleep(0.02)
+        under_way[0] -= 1
+        done.append(job.name)
+        return trained.run.name
+
+    monkeypatch.setattr(pretraining_runs, "train", fake)
+    jobs = {name: Job(name, tmp_path, "best-rq-tiny") for name in "abcd"}
+    study = StudyFile(tmp_path / "study.json", {})
+    study.add("c", "there already")
+    do_all(study, jobs, tmp_path, evaluate, parallel=3)
+    assert sorted(done) == ["a", "b", "d"]
+    assert study.results == {"a": "a", "b": "b", "c": "there already", "d": "d"}
+    assert corpora_parser("").parse_args(["c", "--runs", "r", "--output", "o.json"]).parallel == 1
+    with pytest.raises(RuntimeError, match="bad failed"):
+        do_all(study, {"x": Job("bad", tmp_path, "")}, tmp_path, evaluate, parallel=2)
 
 
 @pytest.mark.slow
