@@ -74,8 +74,8 @@ def main() -> None:
     study = StudyFile(arguments.output, settings)
     for name, trained in runs(arguments.corpora, arguments.runs, arguments.updates):
         if f"run/{name}" not in study.results:
-            costs = {key: value for key, value in trained.__dict__.items() if key != "run"}
             quality = layer_quality(fastssl.load_encoder(trained.run), arguments.corpora / "dev", minutes=8.0)
+            costs = {"updates": trained.updates, "audio_hours": trained.audio_hours}
             study.add(f"run/{name}", {**costs, "layers": quality})
         _probe(study, name, trained.run, arguments.corpora, arguments.probe_steps, baselines=name == "wav2vec 2.0")
     study.conclude(list(table(study.results)))
