@@ -1,5 +1,6 @@
 """The end of a run: a short table, and RUN/report.png."""
 
+import math
 from pathlib import Path
 
 from rich.table import Table
@@ -64,7 +65,9 @@ def draw_report(run: Path) -> None:
     training = [row for row in rows if loss_column in row]
     if not training:
         return
-    valid = [row for row in rows if "valid_loss" in row]
+    # An earlier version left the hours out of the rows with scores; the row of the same update has them.
+    hours = {row["update"]: row["audio_hours"] for row in training}
+    valid = [{"audio_hours": hours.get(row["update"], math.nan), **row} for row in rows if "valid_loss" in row]
     measured = [row for row in rows if any(name.startswith("quality_") for name in row)]
     # Four panels of the training, and four more where quality was measured.
     height = 4 if measured else 2

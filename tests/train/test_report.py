@@ -1,0 +1,21 @@
+"""RUN/report.png of runs that this version did not begin."""
+
+from pathlib import Path
+
+from fastssl.train.metrics_file import MetricsFile
+from fastssl.train.report import draw_report
+
+
+def test_scores_of_an_earlier_version_are_drawn(tmp_path: Path) -> None:
+    columns = ["update", "audio_hours", "contrastive_loss", "accuracy", "chance", "audio_s_per_s", "valid_loss"]
+    file = MetricsFile(tmp_path / "metrics.csv", [*columns, "valid_contrastive_loss", "valid_accuracy"])
+    shares = {"accuracy": 0.2, "chance": 0.01, "audio_s_per_s": 9.0}
+    for update in (1, 2):
+        file.append(
+            {"update": update, "audio_hours": update / 10, "contrastive_loss": 4.0, "audio_s_per_s": 9} | shares
+        )
+    # The rows of the scores did not say after how many hours they were.
+    for update in (2, 3):
+        file.append({"update": update, "valid_loss": 4.0, "valid_contrastive_loss": 4.0, "valid_accuracy": 0.1})
+    draw_report(tmp_path)
+    assert (tmp_path / "report.png").stat().st_size > 10_000
