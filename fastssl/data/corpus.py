@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import soundfile
 from lhotse import AudioSource, CutSet, Recording
@@ -121,6 +122,17 @@ def cut_name(cut: Cut) -> str:
     source = cut.recording.sources[0]
     path = source.source if isinstance(source.source, str) and source.source else cut.recording.id
     return f"{path}@{cut.start:.1f}s" if cut.start > 0 else str(path)
+
+
+def window_parent(cut: Cut) -> dict[str, Any] | None:
+    """Id, start and duration of the cut that this one is a window of; None where it is none.
+
+    A window that was exported to shar is a recording of its own.
+    """
+    parent: dict[str, Any] | None = (cut.custom or {}).get("window_of")
+    if parent is None or parent["start"] + parent["duration"] > cut.recording.duration + 1e-3:
+        return None
+    return parent
 
 
 def write_manifest(corpus: Corpus, output: Path) -> None:
@@ -252,7 +264,10 @@ def _from_cuts(cuts: Iterable[Cut], jobs: int) -> Iterator[Cut | Problem]:
 
 
 def _windows(cut: Cut, window_s: float) -> Iterator[Cut]:
-    """The cut, or windows of equal length if it is longer than `window_s`; each knows the cut it is a window of."""
+    """The cut, or windows of equal length if it is longer than `window_s`; each knows the cut it is a window of.
+
+    Windows of a window are of the same cut as it.
+    """
     number = math.ceil(cut.duration / window_s - 1e-6)
     if number <= 1:
         yield cut
@@ -260,7 +275,7 @@ def _windows(cut: Cut, window_s: float) -> Iterator[Cut]:
     rate = cut.recording.sampling_rate
     first, total = compute_num_samples(cut.start, rate), compute_num_samples(cut.duration, rate)
     edges = [first + total * index // number for index in range(number + 1)]
-    parent = {"id": cut.id, "start": cut.start, "duration": cut.duration}
+    parent = window_parent(cut) or {"id": cut.id, "start": cut.start, "duration": cut.duration}
     for start, stop in pairwise(edges):
         yield fastcopy(
             cut,
@@ -276,11 +291,10 @@ def _joined(cuts: Iterable[Cut]) -> Iterator[Cut]:
     """The reverse of `_windows`."""
     entered = set()
     for cut in cuts:
-        custom = dict(cut.custom or {})
-        parent = custom.pop("window_of", None)
-        # A window that was exported to shar is a recording of its own.
-        if parent is None or parent["start"] + parent["duration"] > cut.recording.duration + 1e-3:
+        parent = window_parent(cut)
+        if parent is None:
             yield cut
         elif parent["id"] not in entered:
             entered.add(parent["id"])
+            custom = {name: value for name, value in cut.custom.items() if name != "window_of"}
             yield fastcopy(cut, **parent, custom=custom or None)

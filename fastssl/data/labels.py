@@ -20,7 +20,7 @@ from lhotse.cut import Cut
 from numpy.typing import NDArray
 
 from fastssl.data.audio import SAMPLE_RATE_HZ
-from fastssl.data.corpus import Problem, cut_name
+from fastssl.data.corpus import Problem, cut_name, window_parent
 
 LABELS_FILE, SETTINGS_FILE, CENTRES_FILE = "labels.jsonl", "settings.json", "kmeans.safetensors"
 #: Audio may end so much earlier or later than when it was labelled: headers are not exact (MP3).
@@ -120,7 +120,7 @@ def labelled_part(cut: Cut) -> tuple[str, float, float]:
 
     Windows share the labels of the cut that they are windows of, so that the length of windows is free to change.
     """
-    parent = (cut.custom or {}).get("window_of")
+    parent = window_parent(cut)
     if parent is None:
         return cut.id, cut.start, cut.duration
     return parent["id"], parent["start"], parent["duration"]

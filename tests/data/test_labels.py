@@ -12,8 +12,8 @@ from lhotse import SupervisionSet
 from lhotse.cut import Cut
 
 from fastssl.data.batches import BatchSpec, FrameLabels, WaveformDataset, crop
-from fastssl.data.corpus import open_corpus
-from fastssl.data.labels import LABELS_FILE, SETTINGS_FILE, LabelTable, as_line
+from fastssl.data.corpus import open_corpus, write_manifest
+from fastssl.data.labels import LABELS_FILE, SETTINGS_FILE, LabelTable, as_line, labelled_part
 from fastssl.data.mfcc import differences, mfcc
 from tests.data.making import noise, write
 
@@ -60,6 +60,27 @@ def test_a_frame_gets_the_label_around_its_centre(corpus: list[Cut], tmp_path: P
             found = batch.labels.numpy()
             assert np.abs(found - np.minimum(expected, 499)).max() <= 1  # to either side where it lies between two
             assert len(found) == len(expected)
+
+
+def test_windows_of_manifests_and_shards_have_labels(corpus: list[Cut], tmp_path: Path) -> None:
+    table = LabelTable(tmp_path / "labels")
+    prepared = tmp_path / "prepared.jsonl.gz"
+    write_manifest(open_corpus(tmp_path / "audio", window_s=3.0, min_duration_s=1), prepared)
+    # Shorter windows than those of the manifest are still of the whole recording.
+    windows = [cut for cut in open_corpus(prepared, window_s=1.3, min_duration_s=1).cuts if cut.start > 2.5]
+    assert [labelled_part(cut)[0] for cut in windows] == ["c.wav"]
+    assert table.problem(windows[0]) is None
+    found = table.at(windows[0], start_s=windows[0].start, frames=2, stride=320, receptive_field=400)
+    assert np.abs(found - [windows[0].start * 100 + 0.75, windows[0].start * 100 + 2.75]).max() <= 1
+    # A window that was exported is a recording, and is labelled as one.
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    open_corpus(prepared, min_duration_s=1).cuts.to_shar(shards, fields={"recording": "wav"}, shard_size=10)
+    whole = list(open_corpus(shards, window_s=None, min_duration_s=1).cuts)
+    _write(tmp_path / "of_shards", whole)
+    table = LabelTable(tmp_path / "of_shards")
+    assert len(table) == 4
+    assert [table.problem(cut) for cut in open_corpus(shards, window_s=1.3, min_duration_s=1).cuts] == [None] * 8
 
 
 def test_lhotse_reads_the_table(corpus: list[Cut], tmp_path: Path) -> None:
