@@ -55,7 +55,7 @@ class LabelTable:
         self._entries: dict[str, _Entry] = {}
         parts, begin = [], 0
         for line in read_lines(self.folder / LABELS_FILE):
-            labels: NDArray[Any] = np.asarray(line["custom"]["labels"], dtype=kind)
+            labels: NDArray[Any] = np.array(line["custom"]["labels"])
             if len(labels) and not 0 <= labels.min() <= labels.max() < self.classes:
                 raise ValueError(
                     f"{self.folder / LABELS_FILE}: {line['id']} has labels from {labels.min()} to {labels.max()}, "
@@ -63,7 +63,7 @@ class LabelTable:
                 )
             rate_hz = int(line["custom"]["sampling_rate"])
             self._entries[line["id"]] = _Entry(begin, begin + len(labels), float(line["duration"]), rate_hz)
-            parts.append(labels)
+            parts.append(labels.astype(kind))
             begin += len(labels)
         self._labels = np.concatenate(parts) if parts else np.empty(0, kind)
 
@@ -87,7 +87,7 @@ class LabelTable:
             return Problem(cut_name(cut), f"has labels for {entry.duration_s:.2f} s and is {duration_s:.2f} s long")
         found, expected = entry.end - entry.begin, entry.duration_s / self.frame_shift_s
         # Within the tolerance, less what the windows at the ends lack.
-        if abs(found - expected) > 2 + _TOLERANCE_S / self.frame_shift_s:
+        if found == 0 or abs(found - expected) > 2 + _TOLERANCE_S / self.frame_shift_s:
             return Problem(
                 cut_name(cut),
                 f"has {found} labels, where {entry.duration_s:.2f} s at one every {1000 * self.frame_shift_s:g} ms "
@@ -130,12 +130,18 @@ def read_settings(folder: Path) -> dict[str, Any]:
     """What the labels of a folder were made from, and how.
 
     Raises:
-        ValueError: The folder holds no labels.
+        ValueError: The folder holds no labels, or its settings are damaged.
     """
     path = folder / SETTINGS_FILE
     if not path.is_file() or not (folder / LABELS_FILE).is_file():
         raise ValueError(f"{folder}: no labels there; looked for {path} and {LABELS_FILE}. `fastssl label` makes them")
-    settings: dict[str, Any] = json.loads(path.read_text())
+    try:
+        settings = json.loads(path.read_bytes())
+    except ValueError:
+        settings = None
+    numbers = ("clusters", "frame_shift_s", "first_centre_s")
+    if not isinstance(settings, dict) or not all(_is_positive(settings.get(name)) for name in numbers):
+        raise ValueError(f"{path}: is damaged; it does not say {', '.join(numbers)}")
     return settings
 
 
@@ -147,17 +153,30 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """
     if not path.is_file():
         return
-    with path.open() as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            if not line.endswith("\n"):
+            if not line.endswith(b"\n"):
                 return
             try:
                 values = json.loads(line)
-                assert {"id", "duration", "custom"} <= values.keys()
-                assert {"labels", "sampling_rate"} <= values["custom"].keys()
-            except (ValueError, AssertionError, AttributeError, TypeError):
-                raise ValueError(f"{path}: line {number} is no supervision with labels") from None
+            except ValueError:
+                values = None
+            if not _is_labelled(values):
+                raise ValueError(f"{path}: line {number} is no supervision with labels")
             yield values
+
+
+def _is_labelled(values: Any) -> bool:
+    custom = values.get("custom") if isinstance(values, dict) else None
+    if not isinstance(custom, dict) or not isinstance(values.get("id"), str):
+        return False
+    labels = custom.get("labels")
+    numbers = _is_positive(values.get("duration")) and _is_positive(custom.get("sampling_rate"))
+    return numbers and isinstance(labels, list) and set(map(type, labels)) <= {int}
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, (int, float)) and value > 0
 
 
 def as_line(cut: Cut, labels: Iterable[int], *, frame_shift_s: float, first_centre_s: float) -> str:
@@ -176,6 +195,11 @@ def as_line(cut: Cut, labels: Iterable[int], *, frame_shift_s: float, first_cent
         "sampling_rate": cut.recording.sampling_rate,
     }
     supervision = SupervisionSegment(
-        id=cut.id, recording_id=cut.recording.id, start=cut.start, duration=cut.duration, custom=dict(custom)
+        id=cut.id,
+        recording_id=cut.recording.id,
+        start=cut.start,
+        duration=cut.duration,
+        channel=cut.channel,
+        custom=dict(custom),
     )
     return json.dumps(supervision.to_dict(), separators=(",", ":")) + "\n"

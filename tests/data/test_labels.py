@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lhotse import SupervisionSet
-from lhotse.cut import Cut
+from lhotse import CutSet, RecordingSet, SupervisionSet
+from lhotse.cut import Cut, MonoCut
 
 from fastssl.data.batches import BatchSpec, FrameLabels, WaveformDataset, crop
 from fastssl.data.corpus import open_corpus, write_manifest
@@ -87,6 +87,15 @@ def test_lhotse_reads_the_table(corpus: list[Cut], tmp_path: Path) -> None:
     supervisions = {item.id: item for item in SupervisionSet.from_file(tmp_path / "labels" / LABELS_FILE)}
     assert supervisions["b.wav"].labels == list(range(150))
     assert supervisions["b.wav"].duration == 1.5
+    # A cut that begins inside one channel of a recording.
+    write(tmp_path / "stereo.wav", noise(3.0, channels=2))
+    (recording,) = [cut.recording for cut in open_corpus(tmp_path / "stereo.wav").cuts]
+    _write(tmp_path / "labels", [MonoCut("u", start=1.0, duration=1.2, channel=1, recording=recording)])
+    supervisions = SupervisionSet.from_file(tmp_path / "labels" / LABELS_FILE)
+    joined = CutSet.from_manifests(recordings=RecordingSet.from_recordings([recording]), supervisions=supervisions)
+    (cut,) = joined.trim_to_supervisions()
+    assert (cut.start, cut.duration, cut.channel) == (1.0, 1.2, 1)
+    assert len(cut.supervisions[0].labels) == 120
 
 
 def test_what_does_not_fit_is_named(corpus: list[Cut], tmp_path: Path) -> None:
@@ -107,6 +116,10 @@ def test_what_does_not_fit_is_named(corpus: list[Cut], tmp_path: Path) -> None:
     _change(tmp_path, "a.wav", lambda line: line["custom"]["labels"].__delitem__(slice(150, None)))
     table = LabelTable(tmp_path / "labels")
     assert "has 150 labels, where 2.00 s at one every 10 ms make 200" in said_of(first)
+    # So short that the tolerance is as long as the recording.
+    _change(tmp_path, "a.wav", lambda line: line.update(duration=0.1) or line["custom"]["labels"].clear())
+    table = LabelTable(tmp_path / "labels")
+    assert "has 0 labels, where 0.10 s" in said_of(dataclasses.replace(first, duration=0.1))
 
 
 def test_damaged_tables_are_refused(corpus: list[Cut], tmp_path: Path) -> None:
@@ -116,9 +129,43 @@ def test_damaged_tables_are_refused(corpus: list[Cut], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"a\.wav has labels from 0 to 1000, where there are 1000 classes"):
         LabelTable(tmp_path / "labels")
     path = tmp_path / "labels" / LABELS_FILE
-    path.write_text(path.read_text().replace('"custom"', '"other"', 1))
+    text = path.read_text()
+    for damaged in (
+        text.replace('"custom"', '"other"', 1),
+        text.replace('"labels": [0', '"labels": ["a"', 1),
+        text.replace('"labels": [0', '"labels": [0.5', 1),
+        text.replace('"duration": 2.0', '"duration": null', 1),
+        "\x00\n",
+        "[]\n",
+        "{\n",
+    ):
+        assert damaged != text
+        path.write_text(damaged)
+        with pytest.raises(ValueError, match="line 1 is no supervision with labels"):
+            LabelTable(tmp_path / "labels")
+    path.write_bytes(b"\xff\n")
     with pytest.raises(ValueError, match="line 1 is no supervision with labels"):
         LabelTable(tmp_path / "labels")
+    path.write_text(text)
+    for damaged in ("", "{", "[]", '{"clusters": 5}', '{"clusters": null, "frame_shift_s": 0, "first_centre_s": 1}'):
+        (tmp_path / "labels" / SETTINGS_FILE).write_text(damaged)
+        with pytest.raises(ValueError, match=r"settings\.json: is damaged"):
+            LabelTable(tmp_path / "labels")
+
+
+def test_more_classes_than_two_bytes_hold(tmp_path: Path) -> None:
+    write(tmp_path / "audio" / "a.wav", noise(0.5, rate=16000), rate=16000)
+    cuts = list(open_corpus(tmp_path / "audio", min_duration_s=0.1).cuts)
+    for classes, largest in ((40_000, 39_999), (100, 40_000)):
+        _write(tmp_path / "labels", cuts, classes=classes)
+        path = tmp_path / "labels" / LABELS_FILE
+        path.write_text(path.read_text().replace("49]", f"{largest}]"))
+        if largest < classes:
+            found = LabelTable(tmp_path / "labels").at(cuts[0], start_s=0, frames=50, stride=160, receptive_field=160)
+            assert found.tolist() == [*range(49), largest]
+        else:
+            with pytest.raises(ValueError, match="has labels from 0 to 40000, where there are 100 classes"):
+                LabelTable(tmp_path / "labels")
 
 
 def test_torn_last_line_is_ignored(corpus: list[Cut], tmp_path: Path) -> None:
