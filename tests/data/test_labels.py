@@ -174,7 +174,7 @@ def test_torn_last_line_is_ignored(corpus: list[Cut], tmp_path: Path) -> None:
     assert len(LabelTable(tmp_path / "labels")) == 2
 
 
-def test_mfcc_and_differences() -> None:
+def test_mfcc_and_differences(monkeypatch: pytest.MonkeyPatch) -> None:
     ramp = np.arange(20, dtype=np.float32)[:, None] * [[1.0, -2.0]]
     slopes = differences(torch.from_numpy(ramp.astype(np.float32)))
     np.testing.assert_allclose(slopes[2:-2].numpy(), np.broadcast_to([1.0, -2.0], (16, 2)), rtol=1e-6)
@@ -183,6 +183,13 @@ def test_mfcc_and_differences() -> None:
     frames = mfcc(noise)
     assert frames.shape == (100, 39)
     torch.testing.assert_close(frames[:, 13:26], differences(frames[:, :13]))
+    # A long recording is taken in blocks, of which no frame knows.
+    monkeypatch.setattr("fastssl.data.mfcc._BLOCK_FRAMES", 7)
+    for length in (15999, 15925, 11200, 11280, 400):
+        blocks = mfcc(noise[:length])
+        with monkeypatch.context() as whole:
+            whole.setattr("fastssl.data.mfcc._BLOCK_FRAMES", 1000)
+            torch.testing.assert_close(blocks, mfcc(noise[:length]), rtol=1e-4, atol=1e-4)
     # Louder by a factor moves the first coefficient alone.
     torch.testing.assert_close(mfcc(4 * noise)[:, 1:13], frames[:, 1:13], rtol=1e-3, atol=1e-2)
     assert (mfcc(4 * noise)[:, 0] > frames[:, 0]).all()

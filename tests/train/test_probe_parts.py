@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastssl.train.probing.features import Features, Standard, delta
+from fastssl.train.probing.features import Features, Standard
 from fastssl.train.probing.heads import Examples, Head, Learner, Window
 from fastssl.train.probing.scores import edit_distance, equal_error_rate, pair_scores
 from fastssl.train.probing.tables import Symbols, fold_values, phones_of_digits, read_table, split_table
@@ -218,11 +218,3 @@ def test_a_loss_that_is_not_finite_names_encoder_and_rate() -> None:
     learner = _learner(Standard.of(features, (0, 1)), rates=(1e-3, 1e36))
     with pytest.raises(ValueError, match=r"the encoder: the loss at learning rate 1e\+36 is nan"):
         learner.learn(Examples(features, (0, 1), ((1, 1, 2), (3, 1))), steps=50, batch_s=1, seed=0)
-
-
-def test_deltas_are_slopes() -> None:
-    ramp = torch.arange(10.0)[:, None] * torch.tensor([[3.0, -1.0]])
-    found = delta(ramp)
-    torch.testing.assert_close(found[2:-2], torch.tensor([[3.0, -1.0]]).expand(6, 2))
-    # Beyond the edge the first frame is repeated: (1 * (3 - 0) + 2 * (6 - 0)) / 10.
-    assert found[0, 0].item() == pytest.approx(1.5)

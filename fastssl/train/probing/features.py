@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastssl.data.audio import SAMPLE_RATE_HZ, AudioError, read_waveform
 from fastssl.data.corpus import Problem, cut_name, scan_file
+from fastssl.data.mfcc import differences
 from fastssl.data.waveforms import pack_waveforms
 from fastssl.models.speech_encoder import SpeechEncoder, fresh_encoder
 from fastssl.packing import Layout, Packed
@@ -23,8 +24,6 @@ _BATCH_S = 60.0
 #: Less than this makes no frame in some front ends.
 _SHORTEST_S = 0.1
 _MELS = 80
-#: Frames on either side that a delta looks at, as in Kaldi and HTK.
-_DELTA_REACH = 2
 
 Waveforms = Sequence[NDArray[np.float32]]
 
@@ -120,21 +119,10 @@ class LogMelSource:
             normalized = torch.from_numpy(pack_waveforms([waveform], normalize=True))
             mels = torch.as_tensor(self._fbank.extract(normalized, SAMPLE_RATE_HZ))
             if self.deltas:
-                once = delta(mels)
-                mels = torch.cat([mels, once, delta(once)], dim=1)
+                once = differences(mels)
+                mels = torch.cat([mels, once, differences(once)], dim=1)
             spectra.append(mels)
         return [Packed.pack(spectra)]
-
-
-def delta(frames: Tensor) -> Tensor:  # (T, D) -> (T, D)
-    """The slope of a least-squares line through five frames; the first and the last frame go on beyond the edges."""
-    reach = range(1, _DELTA_REACH + 1)
-    index = torch.arange(len(frames), device=frames.device)
-    slope = torch.zeros_like(frames)
-    for step in reach:
-        ahead, behind = (index + step).clamp(max=len(frames) - 1), (index - step).clamp(min=0)
-        slope += step * (frames[ahead] - frames[behind])
-    return slope / (2 * sum(step**2 for step in reach))
 
 
 @dataclass(frozen=True, eq=False)
