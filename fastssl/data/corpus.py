@@ -4,7 +4,7 @@ import hashlib
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -37,6 +37,12 @@ class Problem:
 
     def __str__(self) -> str:
         return f"{self.name} {self.reason}"
+
+
+def list_some(problems: Sequence[Problem]) -> str:
+    """The first few, a line each, and how many more there are."""
+    shown = "\n".join(f"  {problem}" for problem in problems[:5])
+    return shown + (f"\n  and {len(problems) - 5} more" if len(problems) > 5 else "")
 
 
 @dataclass
@@ -186,11 +192,9 @@ def _judge(path: Path, num_usable: int, problems: list[Problem], max_bad_fractio
     if total == 0:
         raise ValueError(f"source: no audio in {path} (looked for {', '.join(EXTENSIONS)}, in its subfolders too)")
     if num_usable == 0 or len(problems) > max_bad_fraction * total:
-        shown = "\n".join(f"  {problem}" for problem in problems[:5])
-        more = f"\n  and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise ValueError(
             f"source: {len(problems)} of {total} recordings in {path} cannot be used, "
-            f"more than the {max_bad_fraction:.0%} allowed (max_bad_fraction):\n{shown}{more}"
+            f"more than the {max_bad_fraction:.0%} allowed (max_bad_fraction):\n{list_some(problems)}"
         )
 
 

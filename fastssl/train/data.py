@@ -11,9 +11,10 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from fastssl.data.batches import AudioBatch, BatchSpec, FrameLabels, UpdateSampler, WaveformDataset, fixed_batches
-from fastssl.data.corpus import Corpus, Problem, open_corpus, split_corpus
+from fastssl.data.corpus import Corpus, Problem, list_some, open_corpus, split_corpus
 from fastssl.data.labels import LabelTable
 from fastssl.train.config import DataConfig
+from fastssl.train.encode import default_workers
 from fastssl.train.module import TrainingError
 
 #: Below this many unusable recordings, or draws, the fraction of the draws says nothing about the corpus.
@@ -101,46 +102,41 @@ class PretrainDataModule(LightningDataModule):
         self._digest = ""
 
     def attach_labels(
-        self, part: Literal["train", "valid"], table: LabelTable, *, stride: int, receptive_field: int
-    ) -> list[Problem]:
-        """Read labels with the audio, and leave out what they do not fit.
+        self, source: Literal["audio", "valid"], table: LabelTable, *, stride: int, receptive_field: int
+    ) -> None:
+        """Read labels with the audio, and leave out recordings that they do not fit; the account names them.
 
         Args:
-            part: Whether they are of the recordings to train on, or of the held-out ones.
+            source: Whether they are the labels of AUDIO, also of the fraction of it that is held out, or those of the
+                place that `data.valid` names.
             table: The labels.
             stride: Samples from one frame of the encoder to the next.
             receptive_field: Samples that one frame sees.
 
-        Returns:
-            The recordings that are left out.
-
         Raises:
-            ValueError: More than `data.max_bad_fraction` of the cuts have no labels that fit.
+            ValueError: More than `data.max_bad_fraction` of the cuts of AUDIO have no labels that fit, or all that are
+                to be trained on, or all held-out ones.
         """
-        corpus = self.train_corpus if part == "train" else self.valid_corpus
-        assert corpus is not None
-        self._labels[part] = FrameLabels(table, stride, receptive_field)
-        labelled, problems = self._labelled(corpus, table)
-        if part == "train":
-            self.train_corpus = labelled
-            self.account.total = len(labelled.cuts)
-        else:
-            self.valid_corpus = labelled
+        labels = FrameLabels(table, stride, receptive_field)
+        train = self.train_corpus if source == "audio" else None
+        valid = self.valid_corpus if isinstance(self.config.valid, str) == (source == "valid") else None
+        judged = {cut.id: table.problem(cut) for corpus in (train, valid) if corpus is not None for cut in corpus.cuts}
+        problems = [problem for problem in judged.values() if problem is not None]
+        unfit = {key for key, problem in judged.items() if problem is not None}
+        if source == "audio" and len(unfit) > self.config.max_bad_fraction * len(judged):
+            allowed = f"more than data.max_bad_fraction={self.config.max_bad_fraction:g} allows"
+            raise ValueError(_describe_unfit(problems, len(judged), allowed))
+        if train is not None:
+            self.train_corpus = _without(train, unfit)
+            self.account.total = len(self.train_corpus.cuts)
+            self._labels["train"] = labels
+        if valid is not None:
+            self.valid_corpus = _without(valid, unfit)
+            self._labels["valid"] = labels
+        for part, corpus in (("to train on", self.train_corpus), ("held out", self.valid_corpus)):
+            if corpus is not None and len(corpus.cuts) == 0:
+                raise ValueError(_describe_unfit(problems, len(judged), f"among them all that are {part}"))
         self.account.left_out += problems
-        return problems
-
-    def _labelled(self, corpus: Corpus, table: LabelTable) -> tuple[Corpus, list[Problem]]:
-        judged = [(cut, table.problem(cut)) for cut in corpus.cuts]
-        problems = [problem for _, problem in judged if problem is not None]
-        cuts = [cut for cut, problem in judged if problem is None]
-        if not cuts or len(problems) > self.config.max_bad_fraction * len(judged):
-            shown = "\n".join(f"  {problem}" for problem in problems[:5])
-            more = f"\n  and {len(problems) - 5} more" if len(problems) > 5 else ""
-            raise ValueError(
-                f"data.labels: {len(problems)} of {len(judged)} recordings have no labels that fit, more than "
-                f"data.max_bad_fraction={self.config.max_bad_fraction:g} allows:\n{shown}{more}"
-            )
-        return Corpus(CutSet.from_cuts(cuts), corpus.problems), problems
 
     def _open(self, source: str) -> Corpus:
         config = self.config
@@ -197,9 +193,7 @@ class PretrainDataModule(LightningDataModule):
         return self._loader(share, self._labels["valid"])
 
     def _loader(self, sampler: Any, labels: FrameLabels | None) -> DataLoader[AudioBatch]:
-        workers = self.config.num_workers
-        if workers is None:
-            workers = min(4, max(1, (os.cpu_count() or 1) // 2))
+        workers = default_workers() if self.config.num_workers is None else self.config.num_workers
         return DataLoader(
             WaveformDataset(normalize=self.normalize, channel=self.config.channel, labels=labels),
             sampler=sampler,
@@ -246,6 +240,14 @@ class PretrainDataModule(LightningDataModule):
                 digest.update(f"{cut.id} {cut.duration}\n".encode())
             self._digest = digest.hexdigest()
         return self._digest
+
+
+def _without(corpus: Corpus, ids: set[str]) -> Corpus:
+    return Corpus(CutSet.from_cuts(cut for cut in corpus.cuts if cut.id not in ids), corpus.problems)
+
+
+def _describe_unfit(problems: list[Problem], total: int, what: str) -> str:
+    return f"data.labels: {len(problems)} of {total} recordings have no labels that fit, {what}:\n{list_some(problems)}"
 
 
 def _paths(cut: Cut) -> set[str]:

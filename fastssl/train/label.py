@@ -13,6 +13,7 @@ import torch
 from lhotse.cut import Cut
 from rich import get_console
 from rich.progress import track
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -23,6 +24,7 @@ from fastssl.data.corpus import Problem, cut_name, open_corpus
 from fastssl.data.labels import CENTRES_FILE, LABELS_FILE, SETTINGS_FILE, LabelTable, as_line, read_lines, read_settings
 from fastssl.data.mfcc import MFCC_FIRST_CENTRE_S, MFCC_SHIFT_S, mfcc
 from fastssl.interop import load_encoder
+from fastssl.metrics import nearest_centres
 from fastssl.models.folder import write_json, write_weights
 from fastssl.models.speech_encoder import SpeechEncoder
 from fastssl.train.config import PretrainConfig
@@ -100,9 +102,13 @@ def label(
     donor = None if kmeans is None else Path(kmeans)
     if donor is not None:
         settings = _settings_of(donor, channel=settings.channel)
-    features = _Features.open(
-        settings, num_workers=default_workers() if num_workers is None else num_workers, device=device
-    )
+    workers = default_workers() if num_workers is None else num_workers
+    try:
+        features = _Features.open(settings, num_workers=workers, device=device)
+    except ValueError as error:
+        if donor is None:
+            raise
+        raise ValueError(f"--kmeans: {donor} is made from a layer of {settings.model}: {error}") from None
     _check_output(output)
     corpus = open_corpus(audio, min_duration_s=_MIN_DURATION_S, window_s=None, max_bad_fraction=1.0)
     cuts = list(corpus.cuts)
@@ -110,29 +116,35 @@ def label(
     done = {
         line["id"]: (line["duration"], line["custom"]["sampling_rate"]) for line in read_lines(output / LABELS_FILE)
     }
-    # A recording that was replaced by another of the same name is labelled again; the later line counts.
+    # A recording that was replaced by another of the same name is labelled again.
     todo = [cut for cut in cuts if done.get(cut.id) != (cut.duration, cut.recording.sampling_rate)]
     if done:
         logger.info("%d of %d recordings are labelled already", len(cuts) - len(todo), len(cuts))
-    problems = list(corpus.problems)
-    _drop_torn_line(output / LABELS_FILE)
+    if todo:
+        (output / _DONE_FILE).unlink(missing_ok=True)
+        _drop_lines(output / LABELS_FILE, {cut.id for cut in todo})
+    problems = corpus.problems + _append_lines(output / LABELS_FILE, features, todo, centres)
+    for problem in problems:
+        logger.warning("left out: %s", problem)
+    labelled = len(cuts) + len(corpus.problems) - len(problems)
+    write_json(output / _DONE_FILE, {"labelled": labelled, "left_out": len(problems)})
+    logger.info("%d recordings labelled in %s, %d left out", labelled, output, len(problems))
+    return problems
+
+
+def _append_lines(path: Path, features: "_Features", cuts: Sequence[Cut], centres: Tensor) -> list[Problem]:
+    """Label recordings; each is in the file as soon as it is done."""
+    problems = []
     console = get_console()
-    with (output / LABELS_FILE).open("a") as file:
-        frames = features.of(todo, centres=centres)
-        for cut, labels in track(
-            frames, "labelling", total=len(todo), console=console, disable=not console.is_terminal
-        ):
+    found = features.of(cuts, centres=centres)
+    with path.open("a") as file:
+        for cut, labels in track(found, "labelling", total=len(cuts), console=console, disable=not console.is_terminal):
             if isinstance(labels, AudioError):
                 problems.append(Problem(cut_name(cut), str(labels)))
                 continue
             shift_s, first_s = features.frame_shift_s, features.first_centre_s
             file.write(as_line(cut, labels.tolist(), frame_shift_s=shift_s, first_centre_s=first_s))
             file.flush()
-    for problem in problems:
-        logger.warning("left out: %s", problem)
-    labelled = len(cuts) + len(corpus.problems) - len(problems)
-    write_json(output / _DONE_FILE, {"labelled": labelled, "left_out": len(problems)})
-    logger.info("%d recordings labelled in %s, %d left out", labelled, output, len(problems))
     return problems
 
 
@@ -171,16 +183,12 @@ def labels_for_run(
         _label_or_wait(config.audio, made, settings, kmeans=None, workers=config.data.num_workers, first=first)
         given = LabelTable(made)
         _check_classes(given, config)
-        data.attach_labels("train", given, stride=stride, receptive_field=receptive_field)
-    if data.valid_corpus is None:
-        return
-    held_out = given
+        data.attach_labels("audio", given, stride=stride, receptive_field=receptive_field)
     if isinstance(config.data.valid, str):
         settings = LabelSettings(channel=config.data.channel)
         made, workers = run / "labels-valid", config.data.num_workers
         _label_or_wait(config.data.valid, made, settings, kmeans=given.folder, workers=workers, first=first)
-        held_out = LabelTable(made)
-    data.attach_labels("valid", held_out, stride=stride, receptive_field=receptive_field)
+        data.attach_labels("valid", LabelTable(made), stride=stride, receptive_field=receptive_field)
 
 
 def _label_or_wait(
@@ -243,7 +251,12 @@ class _Features:
             return
         reading = Reading(channel=self.channel, num_workers=self.num_workers)
         for cut, item in encode_recordings(self.encoder, cuts, reading, layer=self.layer):
-            yield cut, item if centres is None or isinstance(item, AudioError) else nearest_centres(item, centres)
+            if isinstance(item, Tensor):
+                try:
+                    item = _labelled(item, centres)
+                except AudioError as error:
+                    item = error
+            yield cut, item
 
 
 class _MfccDataset(Dataset[Tensor | str]):
@@ -257,15 +270,23 @@ class _MfccDataset(Dataset[Tensor | str]):
 
     def __getitem__(self, index: int) -> Tensor | str:
         try:
-            frames = mfcc(read_waveform(self.cuts[index], channel=self.channel))
+            waveform = read_waveform(self.cuts[index], channel=self.channel)
+            if len(waveform) < _MIN_DURATION_S * SAMPLE_RATE_HZ:
+                return f"is shorter than one frame ({_MIN_DURATION_S:g} s)"
+            return _labelled(mfcc(waveform), self.centres)
         except AudioError as error:
             return str(error)
-        return frames if self.centres is None else nearest_centres(frames, self.centres)
 
 
-def nearest_centres(x: Tensor, centres: Tensor) -> Tensor:  # (N, D), (K, D) -> (N,)
-    """The centre nearest to each row, by one matrix product; of equally near ones the first."""
-    return (x.float() @ centres.t() - centres.square().sum(1) / 2).argmax(1)
+def _labelled(frames: Tensor, centres: Tensor | None) -> Tensor:  # (N, D), (K, D) -> (N, D) or (N,)
+    """The frames, or, given centres, which of them is nearest to each.
+
+    Raises:
+        AudioError: They are not finite; a NaN is near to no centre, and one of them spoils k-means.
+    """
+    if not frames.isfinite().all():
+        raise AudioError("has frames that are not finite: its samples are too large, or the weights of the model are")
+    return frames if centres is None else nearest_centres(frames.float(), centres)
 
 
 def _centres(
@@ -278,7 +299,7 @@ def _centres(
         "first_centre_s": features.first_centre_s,
     }
     if (output / SETTINGS_FILE).is_file():
-        before = json.loads((output / SETTINGS_FILE).read_text())
+        before = read_settings(output)
         # A model is what it computes, wherever it lies.
         changed = [name for name in record if name != "model" and before.get(name) != record[name]]
         if changed:
@@ -288,6 +309,8 @@ def _centres(
         if donor is not None and not torch.equal(centres, _read_centres(donor)):
             raise ValueError(f"--kmeans: {output} was begun with another k-means model than that of {donor}")
         return centres
+    if donor is not None and read_settings(donor).get("weights") != features.digest:
+        raise ValueError(f"--kmeans: {donor} was made when {settings.model} had other weights than it has now")
     centres = _read_centres(donor) if donor is not None else _fit(features, cuts, settings)
     output.mkdir(parents=True, exist_ok=True)
     write_weights(output / CENTRES_FILE, {"centres": centres})
@@ -338,7 +361,10 @@ def _read_centres(folder: Path) -> Tensor:
     path = folder / CENTRES_FILE
     if not path.is_file():
         raise ValueError(f"{path}: is missing; it holds the k-means model")
-    return load_file(path)["centres"]
+    try:
+        return load_file(path)["centres"]
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(f"{path}: is damaged: {error}") from None
 
 
 def _check_output(output: Path) -> None:
@@ -349,16 +375,9 @@ def _check_output(output: Path) -> None:
         raise ValueError(f"--output: {output} exists, is not empty, and holds no labels")
 
 
-def _drop_torn_line(path: Path) -> None:
-    """What a kill left of a last line must not be continued."""
-    with path.open("rb+") as file:
-        size = file.seek(0, 2)
-        while size > 0:
-            start = max(0, size - (1 << 16))
-            file.seek(start)
-            newline = file.read(size - start).rfind(b"\n")
-            if newline >= 0:
-                size = start + newline + 1
-                break
-            size = start
-        file.truncate(size)
+def _drop_lines(path: Path, ids: set[str]) -> None:
+    """Leave out what is labelled anew, and what a kill left of a last line."""
+    partial = path.with_name(path.name + ".partial")
+    with path.open("rb") as file, partial.open("wb") as kept:
+        kept.writelines(line for line in file if line.endswith(b"\n") and json.loads(line)["id"] not in ids)
+    partial.replace(path)

@@ -68,7 +68,7 @@ def pretrain(config: PretrainConfig, *, resume: bool = False) -> None:
     labels = open_labels(config)
     if labels is not None:
         stride, receptive_field = config.model.samples_per_frame, config.model.receptive_field_samples
-        data.attach_labels("train", labels, stride=stride, receptive_field=receptive_field)
+        data.attach_labels("audio", labels, stride=stride, receptive_field=receptive_field)
     torch.manual_seed(config.seed)
     model = build_model(config.model)
     resume_from = checkpoint if resume and checkpoint.is_file() else None

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from lhotse import SupervisionSet
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 from transformers import AutoModel
@@ -22,12 +23,22 @@ from fastssl.models.encoder import Encoder
 from fastssl.models.hubert import HubertConfig
 from fastssl.packing import Packed
 from fastssl.train.config import PretrainConfig, TrainerConfig
+from fastssl.train.data import PretrainDataModule
 from fastssl.train.label import LabelSettings, label
 from fastssl.train.metrics_file import read_metrics
 from fastssl.train.pretrain import pretrain
 from tests.train.conftest import MakeConfig, MakeSystem, write_recording
 
 _SETTINGS = LabelSettings(clusters=7)
+_ENCODER = HubertConfig(
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=64,
+    conv_dim=(16,) * 7,
+    num_conv_pos_embeddings=8,
+    num_conv_pos_embedding_groups=2,
+)
 
 
 def _labels(folder: Path) -> dict[str, list[int]]:
@@ -80,6 +91,9 @@ def test_interruption_loses_nothing_and_new_recordings_are_added(
     assert len(decoded) == 14 - before + 2
     table = LabelTable(broken)
     assert len(table) == 15
+    # One line each: a reader of the file finds the recordings that are there now.
+    assert len(SupervisionSet.from_file(broken / LABELS_FILE)) == 15
+    assert len((broken / LABELS_FILE).read_text().splitlines()) == 15
     assert all(table.problem(cut) is None for cut in open_corpus(audio, min_duration_s=0.1).cuts)
 
 
@@ -100,9 +114,7 @@ def test_other_settings_and_other_folders_are_refused(recordings: Path, tmp_path
 
 def test_layer_of_a_model_and_a_kmeans_model_that_is_there(recordings: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    config = HubertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
-    config = dataclasses.replace(config, conv_dim=(16,) * 7, num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=2)
-    Encoder(config).save_pretrained(tmp_path / "model")
+    Encoder(_ENCODER).save_pretrained(tmp_path / "model")
     settings = LabelSettings(model=str(tmp_path / "model"), layer=1, clusters=5)
     label(recordings, tmp_path / "train", settings, num_workers=1)
     encoder = load_encoder(tmp_path / "model")
@@ -119,6 +131,27 @@ def test_layer_of_a_model_and_a_kmeans_model_that_is_there(recordings: Path, tmp
     assert _labels(tmp_path / "valid")["x.wav"] == expected
     with pytest.raises(ValueError, match="the model has layers 0 to 2, got 3"):
         label(recordings, tmp_path / "no", dataclasses.replace(settings, layer=3))
+    # Held-out recordings must have the classes of the same features.
+    Encoder(_ENCODER).save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"--kmeans: .*train was made when .*model had other weights"):
+        label(held_out, tmp_path / "other", LabelSettings(), kmeans=tmp_path / "train", num_workers=0)
+    shutil.rmtree(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"--kmeans: .*train is made from a layer of .*model: .*no such file"):
+        label(held_out, tmp_path / "other", LabelSettings(), kmeans=tmp_path / "train", num_workers=0)
+    assert not (tmp_path / "other").exists()
+
+
+def test_damaged_folders_are_refused(recordings: Path, tmp_path: Path) -> None:
+    label(recordings, tmp_path / "labels", _SETTINGS, num_workers=0)
+    centres = tmp_path / "labels" / "kmeans.safetensors"
+    whole = centres.read_bytes()
+    centres.write_bytes(whole[:50])
+    with pytest.raises(ValueError, match=r"kmeans\.safetensors: is damaged"):
+        label(recordings, tmp_path / "labels", _SETTINGS, num_workers=0)
+    centres.write_bytes(whole)
+    (tmp_path / "labels" / "settings.json").write_text("{")
+    with pytest.raises(ValueError, match=r"settings\.json: is damaged"):
+        label(recordings, tmp_path / "labels", _SETTINGS, num_workers=0)
 
 
 def test_recordings_that_cannot_be_labelled_are_named(recordings: Path, tmp_path: Path) -> None:
@@ -126,9 +159,36 @@ def test_recordings_that_cannot_be_labelled_are_named(recordings: Path, tmp_path
     broken, hollow = tmp_path / "audio" / "broken.wav", tmp_path / "audio" / "hollow.wav"
     broken.write_bytes(b"no audio")
     soundfile.write(hollow, np.full(16000, np.nan, np.float32), 16000, subtype="FLOAT")
+    # So loud that frames are not finite, which spoils neither k-means nor the labels of the others.
+    loud = tmp_path / "audio" / "loud.wav"
+    soundfile.write(loud, np.full(16000, 3e38, np.float32), 16000, subtype="FLOAT")
     problems = label(tmp_path / "audio", tmp_path / "labels", _SETTINGS, num_workers=0)
-    assert [problem.name for problem in problems] == [str(broken), str(hollow)]
+    assert [problem.name for problem in problems] == [str(broken), str(hollow), str(loud)]
+    assert "has frames that are not finite" in problems[-1].reason
     assert len(_labels(tmp_path / "labels")) == 14
+    torch.manual_seed(0)
+    Encoder(dataclasses.replace(_ENCODER, do_normalize=False)).save_pretrained(tmp_path / "model")
+    settings = LabelSettings(model=str(tmp_path / "model"), clusters=7)
+    problems = label(tmp_path / "audio", tmp_path / "of_model", settings, num_workers=0)
+    assert {problem.name for problem in problems} == {str(broken), str(hollow), str(loud)}
+    assert len(_labels(tmp_path / "of_model")) == 14
+
+
+def test_recordings_that_decode_to_less_than_a_frame_are_named(
+    recordings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As of a damaged MP3 whose header promises 0.1 s more.
+    monkeypatch.setattr("fastssl.train.label.read_waveform", lambda cut, channel: np.zeros(50, np.float32))
+    two = LabelSettings(clusters=2)
+    with pytest.raises(ValueError, match="2 clusters of 0 frames"):
+        label(recordings, tmp_path / "labels", two, num_workers=0)
+    monkeypatch.undo()
+    label(recordings, tmp_path / "labels", two, num_workers=0)
+    (tmp_path / "labels" / LABELS_FILE).write_text("")
+    monkeypatch.setattr("fastssl.train.label.read_waveform", lambda cut, channel: np.zeros(50, np.float32))
+    problems = label(recordings, tmp_path / "labels", two, num_workers=0)
+    assert len(problems) == 14
+    assert all("is shorter than one frame" in problem.reason for problem in problems)
 
 
 @pytest.fixture
@@ -195,6 +255,45 @@ def test_second_iteration_learns_the_labels_it_is_given(
     ]
     assert torch.equal(*centres)
     assert "valid_prediction_loss" in read_metrics(Path(given.output) / "metrics.csv")[-1]
+
+
+def test_recordings_without_labels_are_named_and_the_others_used(
+    hubert: PretrainConfig, recordings: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "labels"
+    label(recordings, folder, _SETTINGS, num_workers=0)
+    lines = list(read_lines(folder / LABELS_FILE))
+    whole = PretrainDataModule(hubert.audio, hubert.data, normalize=True, seed=hubert.seed, accumulation=1)
+    assert whole.valid_corpus is not None
+    held_out = [cut.id for cut in whole.valid_corpus.cuts]
+    assert len(held_out) == 3
+
+    def given(missing: list[str], max_bad_fraction: float) -> PretrainConfig:
+        kept = [json.dumps(line) + "\n" for line in lines if line["id"] not in missing]
+        (folder / LABELS_FILE).write_text("".join(kept))
+        data = dataclasses.replace(hubert.data, labels=str(folder), max_bad_fraction=max_bad_fraction)
+        return dataclasses.replace(hubert, data=data, trainer=dataclasses.replace(hubert.trainer, max_steps=1))
+
+    # One of fourteen, though it is one of the three that are held out.
+    pretrain(given(held_out[:1], 0.1))
+    log = (Path(hubert.output) / "logs" / "pretrain.log").read_text()
+    assert f"left out: {recordings / held_out[0]} has no labels in {folder}" in log
+    assert "held out: 2 recordings" in log
+    shutil.rmtree(hubert.output)
+    with pytest.raises(ValueError, match=r"3 of 14 recordings have no labels .* all that are held out"):
+        pretrain(given(held_out, 0.5))
+    assert not Path(hubert.output).exists()
+
+
+def test_held_out_recordings_that_do_not_decode_stop_nothing(hubert: PretrainConfig, tmp_path: Path) -> None:
+    for index in range(3):
+        write_recording(tmp_path / "held_out" / f"{index}.wav", 1.5, seed=80 + index)
+    hollow = tmp_path / "held_out" / "1.wav"
+    soundfile.write(hollow, np.full(24000, np.nan, np.float32), 16000, subtype="FLOAT")
+    data = dataclasses.replace(hubert.data, valid=str(tmp_path / "held_out"))
+    pretrain(dataclasses.replace(hubert, data=data, trainer=dataclasses.replace(hubert.trainer, max_steps=1)))
+    assert f"left out: {hollow} has samples that" in (Path(hubert.output) / "logs" / "pretrain.log").read_text()
+    assert "valid_accuracy" in read_metrics(Path(hubert.output) / "metrics.csv")[-1]
 
 
 def test_labels_are_refused_where_nothing_learns_from_them(make_config: MakeConfig) -> None:
