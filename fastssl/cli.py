@@ -133,6 +133,7 @@ def _pretrain_parser(arguments: Sequence[str]) -> "ArgumentParser":
     peek.add_argument("--recipe")
     peek.add_argument("--config")
     peek.add_argument("--output")
+    peek.add_argument("--system")
     peek.add_argument("--resume", action="store_true")
     peeked, _ = peek.parse_known_args(list(arguments))
     config_file = None if peeked.config is None else Path(peeked.config)
@@ -150,6 +151,11 @@ def _pretrain_parser(arguments: Sequence[str]) -> "ArgumentParser":
         defaults.append(config_file)
 
     system = _system_of(defaults)
+    if peeked.system not in (None, system):
+        raise ValueError(
+            f"--system: {peeked.system}, but {defaults[-1]} has settings of {system}; "
+            f"the recipe decides: {', '.join(recipes())}"
+        )
     parser = _parser(
         "pretrain",
         f"Train an encoder by {SYSTEMS[system].title}'s objective. RUN gets config.yaml, checkpoints/, logs/ "
@@ -194,21 +200,30 @@ def _pretrain_parser(arguments: Sequence[str]) -> "ArgumentParser":
 
 
 def _system_of(files: Sequence[Path]) -> str:
-    """The system that settings are of; the last file that says so wins. The settings of `model` follow from it."""
+    """The system that settings are of, wav2vec 2.0 where none of them says so; the settings of `model` follow from it.
+
+    Raises:
+        ValueError: A file is no YAML, names a system that there is not, or another one than the file before it.
+    """
     import yaml
 
     from fastssl.train.systems import SYSTEMS
 
-    system = "wav2vec2"
+    found: dict[str, Path] = {}
     for path in files:
         try:
             values = yaml.safe_load(path.read_text())
         except yaml.YAMLError as error:
             raise ValueError(f"{path}: is no YAML: {error}") from None
-        system = (values if isinstance(values, dict) else {}).get("system", system)
+        system = values.get("system") if isinstance(values, dict) else None
+        if system is None:
+            continue
         if system not in list(SYSTEMS):
             raise ValueError(f"{path}: system is {system!r}, and there are {', '.join(SYSTEMS)}")
-    return system
+        found.setdefault(system, path)
+        if len(found) > 1:
+            raise ValueError("; ".join(f"{file} has settings of {name}" for name, file in found.items()))
+    return next(iter(found), "wav2vec2")
 
 
 def _recipe_path(name: str) -> Path:

@@ -41,7 +41,7 @@ def test_help_lists_the_commands_and_explains_them(capsys: pytest.CaptureFixture
     with pytest.raises(SystemExit, match="0"):
         cli.main(["--help"])
     text = capsys.readouterr().out
-    for command in ("pretrain", "extract", "quality", "prepare", "info"):
+    for command in ("pretrain", "extract", "label", "quality", "probe", "prepare", "info"):
         assert f"  {command} " in text
         with pytest.raises(SystemExit, match="0"):
             cli.main([command, "--help"])
@@ -55,6 +55,19 @@ def test_help_shows_the_values_of_the_recipe(capsys: pytest.CaptureFixture[str])
     text = " ".join(capsys.readouterr().out.split())
     assert "random place on every draw; null trains on whole ones. (type: float | null, default: 4.0)" in text
     assert "WAV, FLAC, OGG, MP3" in text
+
+
+def test_settings_of_two_systems_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text("system: hubert\nmodel:\n  num_clusters: 7\n")
+    begin = ["pretrain", str(tmp_path), "--output", str(tmp_path / "run")]
+    for options, expected in (
+        (["--recipe", "best-rq-tiny", "--system", "hubert"], "best-rq-tiny.yaml has settings of best-rq; the recipe"),
+        (["--system", "hubbert"], "--system: hubbert, but "),
+        (["--recipe", "wav2vec2-tiny", "--config", str(config)], f"of wav2vec2; {config} has settings of hubert"),
+    ):
+        assert cli.main([*begin, *options]) == 1
+        assert expected in capsys.readouterr().err
 
 
 def test_unknown_words_get_an_answer_that_lists_what_exists(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

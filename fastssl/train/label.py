@@ -137,14 +137,17 @@ def _append_lines(path: Path, features: "_Features", cuts: Sequence[Cut], centre
     problems = []
     console = get_console()
     found = features.of(cuts, centres=centres)
-    with path.open("a") as file:
-        for cut, labels in track(found, "labelling", total=len(cuts), console=console, disable=not console.is_terminal):
-            if isinstance(labels, AudioError):
-                problems.append(Problem(cut_name(cut), str(labels)))
-                continue
-            shift_s, first_s = features.frame_shift_s, features.first_centre_s
-            file.write(as_line(cut, labels.tolist(), frame_shift_s=shift_s, first_centre_s=first_s))
-            file.flush()
+    shift_s, first_s = features.frame_shift_s, features.first_centre_s
+    for cut, labels in track(found, "labelling", total=len(cuts), console=console, disable=not console.is_terminal):
+        if isinstance(labels, AudioError):
+            problems.append(Problem(cut_name(cut), str(labels)))
+            continue
+        line = as_line(cut, labels.tolist(), frame_shift_s=shift_s, first_centre_s=first_s)
+        try:
+            with path.open("a") as file:
+                file.write(line)
+        except OSError as error:
+            raise ValueError(f"--output: {path} cannot be written: {error.strerror}; what is there is kept") from error
     return problems
 
 

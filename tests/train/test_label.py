@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import resource
 import shutil
 from pathlib import Path
 
@@ -189,6 +190,21 @@ def test_recordings_that_decode_to_less_than_a_frame_are_named(
     problems = label(recordings, tmp_path / "labels", two, num_workers=0)
     assert len(problems) == 14
     assert all("is shorter than one frame" in problem.reason for problem in problems)
+
+
+def test_full_disk_keeps_what_is_there(recordings: Path, tmp_path: Path) -> None:
+    label(recordings, tmp_path / "whole", _SETTINGS, num_workers=0)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limits[1]))
+    try:
+        with pytest.raises(ValueError, match=r"labels\.jsonl cannot be written: File too large; what is there is kept"):
+            label(recordings, tmp_path / "labels", _SETTINGS, num_workers=0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "labels" / LABELS_FILE).stat().st_size == 4000
+    label(recordings, tmp_path / "labels", _SETTINGS, num_workers=0)
+    text = (tmp_path / "whole" / LABELS_FILE).read_text()
+    assert (tmp_path / "labels" / LABELS_FILE).read_text() == text
 
 
 @pytest.fixture
