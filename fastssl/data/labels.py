@@ -70,9 +70,6 @@ class LabelTable:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def __contains__(self, key: str) -> bool:
-        return key in self._entries
-
     def problem(self, cut: Cut) -> Problem | None:
         """What is wrong with the labels of a cut, or of the recording that it is a window of; None where they fit."""
         key, _, duration_s = labelled_part(cut)

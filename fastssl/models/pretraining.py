@@ -70,7 +70,10 @@ class PretrainingModel(nn.Module):
             return
         for key, tensor in own.items():
             if weights[key].shape != tensor.shape:
-                raise ValueError(f"{name}: {key} has shape {tuple(weights[key].shape)}, expected {tuple(tensor.shape)}")
+                raise ValueError(
+                    f"{name}: {key} has shape {tuple(weights[key].shape)}, expected {tuple(tensor.shape)}; "
+                    "the encoder alone, RUN/encoder, goes with any head"
+                )
         self.load_state_dict({key: weights[key] for key in own}, strict=False)
 
 

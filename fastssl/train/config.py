@@ -208,7 +208,7 @@ class PretrainConfig:
         seed: All randomness of the run derives from it.
         init: Folder with the weights to start from: a Transformers model or an earlier run; null starts from noise.
         recipe: Where the settings started from, for the model card.
-        system: Which objective: wav2vec2 or hubert.
+        system: Which objective: a name in `SYSTEMS`.
         model: The encoder and its objective.
         data: What is trained on.
         optimizer: Adam.

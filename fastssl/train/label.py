@@ -80,7 +80,8 @@ def label(
     """Label the frames of every recording; `fastssl.data.labels` says what the folder then holds.
 
     Recordings that the folder has labels for already are left alone, so that a run which was stopped goes on where it
-    was, and recordings that have come to AUDIO since are added.
+    was, and recordings that have come to AUDIO since are added. One that was replaced is labelled again where duration
+    or sampling rate tell.
 
     Args:
         audio: Folder, Lhotse manifest or shar directory.
