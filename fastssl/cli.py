@@ -129,33 +129,8 @@ def _pretrain_parser(arguments: Sequence[str]) -> "ArgumentParser":
     from fastssl.train.config import DataConfig, OptimizerConfig, QualityConfig, TemperatureConfig, TrainerConfig
     from fastssl.train.systems import SYSTEMS
 
-    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    peek.add_argument("--recipe")
-    peek.add_argument("--config")
-    peek.add_argument("--output")
-    peek.add_argument("--system")
-    peek.add_argument("--resume", action="store_true")
-    peeked, _ = peek.parse_known_args(list(arguments))
-    config_file = None if peeked.config is None else Path(peeked.config)
-    if config_file is not None and not config_file.is_file():
-        raise ValueError(f"--config: there is no file {config_file}")
-    recipe = peeked.recipe
-    if recipe is None:
-        recipe = _DEFAULT_RECIPE if config_file is None else f"{_system_of([config_file])}-base"
-    defaults = [_recipe_path(recipe)]
-    if peeked.resume and peeked.output is not None:
-        defaults = [Path(peeked.output) / "config.yaml"]
-        if not defaults[0].is_file():
-            raise ValueError(f"--resume: there is no run in {peeked.output} (looked for {defaults[0]})")
-    if config_file is not None:
-        defaults.append(config_file)
-
+    defaults = _pretrain_defaults(arguments)
     system = _system_of(defaults)
-    if peeked.system not in (None, system):
-        raise ValueError(
-            f"--system: {peeked.system}, but {defaults[-1]} has settings of {system}; "
-            f"the recipe decides: {', '.join(recipes())}"
-        )
     parser = _parser(
         "pretrain",
         f"Train an encoder by {SYSTEMS[system].title}'s objective. RUN gets config.yaml, checkpoints/, logs/ "
@@ -197,6 +172,42 @@ def _pretrain_parser(arguments: Sequence[str]) -> "ArgumentParser":
     parser.add_argument("--trainer", type=TrainerConfig, default=TrainerConfig())
     parser.add_argument("--quality", type=QualityConfig, default=QualityConfig())
     return parser
+
+
+def _pretrain_defaults(arguments: Sequence[str]) -> list[Path]:
+    """The files that settings start from, later ones over earlier ones: a recipe or the run to resume, and --config.
+
+    Raises:
+        ValueError: There is no such recipe, file or run, or they are of several systems.
+    """
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    peek.add_argument("--recipe")
+    peek.add_argument("--config")
+    peek.add_argument("--output")
+    peek.add_argument("--system")
+    peek.add_argument("--resume", action="store_true")
+    peeked, _ = peek.parse_known_args(list(arguments))
+    config_file = None if peeked.config is None else Path(peeked.config)
+    if config_file is not None and not config_file.is_file():
+        raise ValueError(f"--config: there is no file {config_file}")
+    recipe = peeked.recipe
+    if recipe is None:
+        recipe = _DEFAULT_RECIPE if config_file is None else f"{_system_of([config_file])}-base"
+    defaults = [_recipe_path(recipe)]
+    if peeked.resume and peeked.output is not None:
+        defaults = [Path(peeked.output) / "config.yaml"]
+        if not defaults[0].is_file():
+            raise ValueError(f"--resume: there is no run in {peeked.output} (looked for {defaults[0]})")
+    if config_file is not None:
+        defaults.append(config_file)
+
+    system = _system_of(defaults)
+    if peeked.system not in (None, system):
+        raise ValueError(
+            f"--system: {peeked.system}, but {defaults[-1]} has settings of {system}; "
+            f"the recipe decides: {', '.join(recipes())}"
+        )
+    return defaults
 
 
 def _system_of(files: Sequence[Path]) -> str:
