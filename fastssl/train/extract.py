@@ -17,6 +17,7 @@ from fastssl.data.audio import SAMPLE_RATE_HZ, AudioError
 from fastssl.data.corpus import Problem, cut_name, open_corpus
 from fastssl.data.recordings import chunk_hop
 from fastssl.interop import load_encoder
+from fastssl.models.folder import write_json, write_text
 from fastssl.models.speech_encoder import SpeechEncoder
 from fastssl.train.encode import Reading, encode_recordings
 
@@ -141,7 +142,7 @@ class _Shards:
         self.done = {entry["key"] for entry in entries}
         self._number = 1 + max((_shard_number(entry["shard"]) for entry in entries), default=-1)
         # What a kill left of a last line must not be continued.
-        _replace(self._index, "".join(json.dumps(entry) + "\n" for entry in entries))
+        write_text(self._index, "".join(json.dumps(entry) + "\n" for entry in entries))
 
     def _begin(self, settings: dict[str, Any]) -> None:
         path = self.folder / "settings.json"
@@ -155,7 +156,7 @@ class _Shards:
         if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
             raise ValueError(f"--output: {self.folder} exists, is not empty, and holds no features")
         self.folder.mkdir(parents=True, exist_ok=True)
-        _replace(path, json.dumps(settings, indent=2) + "\n")
+        write_json(path, settings)
 
     def add(self, cut: Cut, features: Tensor) -> None:  # (T, D)
         self._open[cut.id] = features.contiguous()
@@ -192,12 +193,6 @@ def _read_index(path: Path) -> list[dict[str, Any]]:
 
 def _shard_number(name: str) -> int:
     return int(name.removeprefix("features-").removesuffix(".safetensors"))
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
 
 
 def weights_digest(encoder: SpeechEncoder) -> str:

@@ -200,7 +200,7 @@ def _label_or_wait(
 ) -> None:
     if first:
         label(audio, output, settings, kmeans=kmeans, num_workers=workers)
-    # A first process that fails takes the others with it.
+    # Where the first process fails, torchrun ends the others; Lightning starts them only after this.
     while not (output / _DONE_FILE).is_file():
         time.sleep(0.5)
 
