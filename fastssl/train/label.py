@@ -44,12 +44,13 @@ class LabelSettings:
     """How labels are made.
 
     Args:
-        model: What `load_encoder` opens; None clusters MFCC, as HuBERT's first iteration.
-        layer: Of the model: 0 is the input of the first layer, L the output of the last; None is the last.
+        model: A run of `fastssl pretrain`, a Transformers folder, a name on the Hub, or a checkpoint of fairseq; null
+            clusters MFCC, as HuBERT's first iteration.
+        layer: Of the model: 0 is the input of the first layer, L the output of the last; null is the last.
         clusters: Classes.
         fit_frames: Frames that k-means is fitted to, of recordings drawn by a hash of their ids.
         seed: Of k-means, and of the draw.
-        channel: The channel to read; None averages all of them.
+        channel: The channel to read; null averages all of them.
     """
 
     model: str | None = None
