@@ -32,7 +32,7 @@ CONFIG = Wav2Vec2Config(
     num_negatives=20,
     features_penalty_weight=0.0,
 )
-UPDATES = 200
+UPDATES = 150
 
 
 def waveform(index: int, samples: int) -> Tensor:
