@@ -67,7 +67,7 @@ def main() -> None:
     """Do what is not done yet, and print the table."""
     parser = corpora_parser(__doc__ or "")
     parser.add_argument("--updates", type=int, default=3000, help="of each run; of HuBERT's first iteration a third")
-    parser.add_argument("--probe_steps", type=int, default=1000, help="of each head")
+    parser.add_argument("--probe_steps", type=int, default=500, help="of each head")
     arguments = parser.parse_args()
     check_corpora(arguments.corpora, ["train", "dev", "test", "voices_train", "voices_dev", "voices_test"])
     settings = {"study": "compare_systems", "updates": arguments.updates, "probe_steps": arguments.probe_steps}

@@ -63,7 +63,7 @@ def pretrain(config: PretrainConfig, *, resume: bool = False) -> None:
         seed=config.seed,
         accumulation=config.trainer.accumulation,
     )
-    if config.quality.every is not None and data.valid_corpus is None:
+    if config.quality.every is not None and config.data.valid == 0:
         raise ValueError("quality.every: measures held-out recordings, and data.valid holds out none")
     labels = open_labels(config)
     if labels is not None:
@@ -225,6 +225,8 @@ def _describe(
         logger.info("weights from %s%s", config.init, "" if complete else "; what is not of the encoder starts fresh")
     if resume_from is not None:
         logger.info("continuing behind update %d", saved_update(resume_from))
+    if config.quality.every is not None and data.valid_corpus is None:
+        logger.warning("quality is not measured: of so few recordings none is held out")
     if config.optimizer.warmup_updates >= config.trainer.max_steps:
         logger.warning(
             "the learning rate rises for %d updates (optimizer.warmup_updates), and the run ends after %d",

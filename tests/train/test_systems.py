@@ -16,7 +16,7 @@ from fastssl.train.config import QualityConfig
 from fastssl.train.metrics_file import read_metrics
 from fastssl.train.pretrain import pretrain
 from fastssl.train.systems import SYSTEMS, build_model, system_of
-from tests.train.conftest import MakeConfig, MakeSystem, model_of
+from tests.train.conftest import MakeConfig, MakeSystem, model_of, write_recording
 
 
 def test_best_rq_learns_reports_and_resumes(make_config: MakeConfig, make_system: MakeSystem, tmp_path: Path) -> None:
@@ -93,6 +93,14 @@ def test_quality_shows_everywhere_and_changes_nothing(
     rows = read_metrics(run / "metrics.csv")
     assert sum("quality_effective_rank_0" in row for row in rows) == 3
     assert rows[-1]["update"] == 10
+
+
+def test_quality_of_a_single_recording_is_left_out_with_a_word(make_config: MakeConfig, tmp_path: Path) -> None:
+    write_recording(tmp_path / "audio" / "only.wav", 3.0, seed=0)
+    config = make_config(audio=tmp_path / "audio", **{"trainer.max_steps": 1})
+    pretrain(dataclasses.replace(config, quality=QualityConfig(every=1)))
+    log = (Path(config.output) / "logs" / "pretrain.log").read_text()
+    assert "quality is not measured: of so few recordings none is held out" in log
 
 
 def test_quality_needs_held_out_recordings_and_layers_that_exist(make_config: MakeConfig) -> None:
