@@ -2,12 +2,14 @@
 
     python -m benchmarks.studies.crop_length CORPORA --sounds ESC10 --runs RUNS --output crop_length.json [--full]
 
-wav2vec2-tiny learns from crops of 1, 2 and 5 s and from whole utterances; the only change from one to the next is
-`--data.crop_s`. Protocol A: 48 s of audio in every update, so all see the same audio and shorter crops mean
-more utterances. Protocol B: four utterances in every update, so audio grows with the crop; what that saves is what
-the paper claims. Updates are equal in both. Every encoder is scored on the same held-out crops, and probed, frozen:
-digits by CTC on whole utterances, and the voice in 1 s, in 5 s and in whole utterances. With --sounds the same for
-environmental sounds: crops of 1 and 2 s and whole sounds (5 s), probed for their class in 1 s and in whole sounds.
+wav2vec2-tiny learns from crops of 1, 2 and 5 s and from whole utterances, by `--data.crop_s`. Protocol A: 48 s of audio
+in an update on average, so all see about the same audio and shorter crops mean more utterances; because batches are
+full to the last utterance that fits, and the last of an epoch is what is left, `--data.max_duration_s` is for each crop
+the one that comes nearest. Protocol B: four utterances in every update (fewer in the last of an epoch), so audio grows
+with the crop; what that saves is what the paper claims. Utterances shorter than the crop are taken whole. Updates are
+equal in both. Every encoder is scored on the same held-out crops, and probed, frozen: digits by CTC on whole
+utterances, and the voice in 1 s, in 5 s and in whole utterances. With --sounds the same for environmental sounds: crops
+of 1 and 2 s and whole sounds (5 s), probed for their class in 1 s and in whole sounds.
 
 ESC10 is a folder of `{class}_{fold}-{clip}-{take}.ogg`: folds 1 to 3 are pre-trained on; the probe learns from folds
 1 and 2, is tuned on 3 and tested on 4.
@@ -17,10 +19,11 @@ import csv
 import statistics
 from collections.abc import Iterable, Mapping
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.studies.findings import Spread, compare
+from benchmarks.studies.findings import Spread, chance, compare
 from benchmarks.studies.pretraining_runs import (
     Job,
     StudyFile,
@@ -28,14 +31,16 @@ from benchmarks.studies.pretraining_runs import (
     check_corpora,
     corpora_parser,
     do_all,
+    finished,
     held_out_scores,
     open_checkpoint,
-    parts_of_sounds,
 )
 from benchmarks.studies.probes import Probe, probe
+from fastssl.data.batches import UpdateSampler
+from fastssl.data.corpus import open_corpus
 
 COSTS = ("updates", "audio_hours", "training_s", "cpu_s", "peak_mb", "mean_crop_s")
-#: Seconds of audio per update of protocol A, and utterances of protocol B.
+#: Seconds of audio per update of protocol A on average, and utterances of protocol B.
 AUDIO_S, UTTERANCES = 48.0, 4
 SPEECH_PROBES = {
     "digit error": Probe("test", "digits"),
@@ -78,8 +83,23 @@ class Domain(NamedTuple):
     crops: tuple[float | None, ...]
 
 
-def jobs(name: str, domain: Domain, size: Size) -> dict[str, Job]:
-    """The runs by key, `domain/protocol/crop/seed`."""
+def audio_limits(domain: Domain, *, updates: int) -> dict[float | None, float]:
+    """By crop, the whole seconds of `data.max_duration_s` with which an update has `AUDIO_S` most nearly on average.
+
+    A limit of 48 s gives 40 s of whole utterances and 46 s of crops of 2 s.
+    """
+    cuts = open_corpus(domain.audio, min_duration_s=1.0).cuts
+
+    def mean(crop_s: float | None, limit_s: float) -> float:
+        specs = UpdateSampler(cuts, max_duration_s=limit_s, crop_s=crop_s, seed=0)
+        return statistics.fmean(spec.duration_s for spec in islice(specs, updates))
+
+    limits = [AUDIO_S + more for more in range(17)]
+    return {crop_s: min(limits, key=lambda limit_s: abs(mean(crop_s, limit_s) - AUDIO_S)) for crop_s in domain.crops}
+
+
+def jobs(name: str, domain: Domain, size: Size, limits: Mapping[float | None, float]) -> dict[str, Job]:
+    """The runs by key, `domain/protocol/crop/seed`; `limits` are those of `audio_limits`."""
     found = {}
     for seed in range(size.seeds):
         for crop_s in domain.crops:
@@ -88,7 +108,7 @@ def jobs(name: str, domain: Domain, size: Size) -> dict[str, Job]:
                 limit = {"data.max_utterances": UTTERANCES, "data.max_duration_s": 1000} if protocol == "B" else {}
                 options = {
                     "data.crop_s": crop_s,
-                    "data.max_duration_s": AUDIO_S,
+                    "data.max_duration_s": limits[crop_s],
                     "data.min_duration_s": 1.0,
                     # Scored once, afterwards, on crops that all share.
                     "data.valid": 0,
@@ -129,28 +149,66 @@ def main() -> None:
         domains["sound"] = Domain(sounds / "pretrain", sounds / "test", sounds, SOUND_PROBES, (1.0, 2.0, None))
     for name, domain in domains.items():
         evaluated = partial(evaluate, domain, size)
-        do_all(study, jobs(name, domain, size), arguments.runs, evaluated, parallel=arguments.parallel)
-    study.conclude(findings(study.results))
-    write_csv(study.results, arguments.output.with_suffix(".csv"))
-    draw(study.results, arguments.output.with_suffix(".png"))
+        limits = audio_limits(domain, updates=200)
+        do_all(study, jobs(name, domain, size, limits), arguments.runs, evaluated, parallel=arguments.parallel)
+    results, failed = finished(study.results)
+    study.conclude(failed + findings(results))
+    write_csv(results, arguments.output.with_suffix(".csv"))
+    draw(results, arguments.output.with_suffix(".png"))
     for line in study.content["findings"]:
         print(line)
 
 
+def parts_of_sounds(folder: Path, output: Path) -> Path:
+    """Divide ESC-10 by its folds into `pretrain` (1 to 3), and `train` (1, 2), `dev` (3) and `test` (4) with tables.
+
+    Args:
+        folder: With files `{class}_{fold}-{clip}-{take}.ogg`.
+        output: Made, of links to these files.
+
+    Raises:
+        ValueError: There are no such files, or none of some fold.
+    """
+    parts: dict[str, tuple[str, ...]] = {
+        "pretrain": ("1", "2", "3"),
+        "train": ("1", "2"),
+        "dev": ("3",),
+        "test": ("4",),
+    }
+    sounds = {path: path.stem.rpartition("_") for path in sorted(folder.glob("*_?-*.ogg"))}
+    for part, folds in parts.items():
+        chosen = {path: name for path, (name, _, rest) in sounds.items() if rest.partition("-")[0] in folds}
+        if not chosen:
+            raise ValueError(f"--sounds: {folder} has no sound of fold {' or '.join(folds)}")
+        (output / part).mkdir(parents=True, exist_ok=True)
+        for path in chosen:
+            link = output / part / path.name
+            if not link.exists():
+                link.symlink_to(path.resolve())
+        rows = "".join(f"{path.name}\t{name}\n" for path, name in chosen.items())
+        (output / part / "utterances.tsv").write_text(f"path\tclass\n{rows}")
+    return output
+
+
 def groups(results: Mapping[str, Any]) -> dict[tuple[str, str, str], list[Any]]:
-    """Results of all seeds, by domain, protocol and crop."""
+    """Results of all seeds, by domain, protocol and crop, the shortest crop first."""
     grouped: dict[tuple[str, str, str], list[Any]] = {}
-    for key, result in results.items():
+    # Runs that were under way at a time end in any order.
+    for key, result in sorted(results.items(), key=lambda item: (item[1]["mean_crop_s"], item[0])):
         domain, protocol, crop, _ = key.split("/")
         grouped.setdefault((domain, protocol, crop), []).append(result)
     return grouped
 
 
 def findings(results: Mapping[str, Any]) -> list[str]:
-    """What the numbers say: the best and the shortest crop of each protocol and probe, and what the shortest saves."""
+    """What the numbers say: every crop beside whole ones in each protocol and probe, and what it saves."""
     grouped = groups(results)
-    lines = []
+    lines: list[str] = []
+    tests = 0
     for domain, protocol in sorted({key[:2] for key in grouped}):
+        if (domain, protocol, "whole") not in grouped:
+            lines.append(f"{domain}, protocol {protocol}: no run on whole ones to compare with")
+            continue
         whole = grouped[domain, protocol, "whole"]
         for name in whole[0]["probes"]:
             by_crop = {
@@ -158,6 +216,7 @@ def findings(results: Mapping[str, Any]) -> list[str]:
                 for other, letter, crop in grouped
                 if (other, letter) == (domain, protocol)
             }
+            tests += sum(len(s.values) > 1 < len(whole) for c, s in by_crop.items() if c != "whole")
             lines += [
                 f"{domain}, protocol {protocol}, {name}: " + compare(crop, spread, "whole", by_crop["whole"])
                 for crop, spread in by_crop.items()
@@ -169,7 +228,7 @@ def findings(results: Mapping[str, Any]) -> list[str]:
             ratios = {what: _mean(grouped[domain, protocol, crop], what) / _mean(whole, what) for what in _COSTS}
             shares = ", ".join(f"{ratio:.2f} of the {_COSTS[what][0]}" for what, ratio in ratios.items())
             lines.append(f"{domain}, protocol {protocol}: crops of {crop} take {shares} that whole ones take")
-    return lines
+    return lines if tests == 0 else [*lines, chance(tests)]
 
 
 #: In findings, and in the figure.

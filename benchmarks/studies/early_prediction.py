@@ -6,17 +6,20 @@ best-rq-tiny is trained with four ways of masking and three learning rates, bad 
 grid from two more seeds, which is the noise floor. At a quarter of the updates the checkpoint's loss on held-out
 recordings, the rank of its embeddings and the quality of their clusters are measured; at the end it is probed: digits
 by CTC, and the voice in 1 s. Which layer is looked at was chosen beforehand: the last for digits, the middle one for
-voices. Spearman's and Pearson's coefficients are between the measures at a quarter and the errors at the end.
+voices. Spearman's and Pearson's coefficients are between the measures at a quarter and the errors at the end, over the
+twelve cells of the grid: seeds of a cell are averaged first, because they are no independent trials of its settings,
+and the interval is by resampling cells. The loss is each run's own, with its own masking.
 """
 
 import csv
 import math
+import statistics
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.studies.findings import Spread, correlate
+from benchmarks.studies.findings import Spread, chance, correlate
 from benchmarks.studies.pretraining_runs import (
     Job,
     StudyFile,
@@ -24,6 +27,7 @@ from benchmarks.studies.pretraining_runs import (
     check_corpora,
     corpora_parser,
     do_all,
+    finished,
     quality_at,
 )
 from benchmarks.studies.probes import Probe, probe
@@ -109,9 +113,10 @@ def main() -> None:
     study = StudyFile(arguments.output, {"study": "early_prediction", **size._asdict()})
     evaluated = partial(evaluate, arguments.corpora, size)
     do_all(study, jobs(arguments.corpora, size), arguments.runs, evaluated, parallel=arguments.parallel)
-    study.conclude(findings(study.results))
-    write_csv(study.results, arguments.output.with_suffix(".csv"))
-    draw(study.results, arguments.output.with_suffix(".png"))
+    results, failed = finished(study.results)
+    study.conclude(failed + findings(results))
+    write_csv(results, arguments.output.with_suffix(".csv"))
+    draw(results, arguments.output.with_suffix(".png"))
     for line in study.content["findings"]:
         print(line)
 
@@ -133,23 +138,30 @@ def findings(results: Mapping[str, Any]) -> list[str]:
     """The noise floor, and how each measure goes with each error."""
     lines = []
     centre = [result for key, result in results.items() if key.rpartition("/")[0] == f"{CENTRE[0]}/{CENTRE[1]:g}"]
+    cells: dict[str, list[Any]] = {}
+    for key, result in results.items():
+        cells.setdefault(key.rpartition("/")[0], []).append(result)
     for name in PROBES:
         errors = [result["probes"][name] for result in results.values()]
-        floor = Spread([result["probes"][name] for result in centre])
+        cell_errors = [statistics.fmean(run["probes"][name] for run in runs) for runs in cells.values()]
+        floor = Spread([result["probes"][name] for result in centre]) if centre else "all diverged"
         lines.append(
             f"{name} at the end: {100 * min(errors):.1f} to {100 * max(errors):.1f} % over {len(errors)} runs; "
             f"the centre of the grid, {len(centre)} seeds: {floor}"
         )
         for what in MEASURES:
             layer = LAYER_OF[name]
-            found = [measure(result, what, layer) for result in results.values()]
-            ranked, linear = (correlate(found, errors, rank=rank) for rank in (True, False))
-            verdict = "" if ranked.low * ranked.high > 0 else ": not resolved at this scale"
+            found = [statistics.fmean(measure(run, what, layer) for run in runs) for runs in cells.values()]
+            ranked, linear = (correlate(found, cell_errors, rank=rank) for rank in (True, False))
+            verdict = ": not resolved at this scale"
+            if ranked.low * ranked.high > 0:
+                verdict = f": the higher it is, the {'lower' if ranked.value < 0 else 'higher'} the error"
             of = "" if what == "held_out_loss" else f", {layer} layer"
             lines.append(
-                f"{what}{of}, at a quarter, with {name} at the end: Spearman {ranked}, Pearson {linear}{verdict}"
+                f"{what}{of}, at a quarter, with {name} at the end, {len(cells)} cells: Spearman {ranked}, "
+                f"Pearson {linear}{verdict}"
             )
-    return lines
+    return [*lines, chance(len(PROBES) * len(MEASURES))]
 
 
 def write_csv(results: Mapping[str, Any], path: Path) -> None:

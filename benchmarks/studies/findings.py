@@ -49,6 +49,11 @@ def compare(name: str, found: Spread, other_name: str, other: Spread) -> str:
     return f"{sizes}: {name} is {'lower' if difference < 0 else 'higher'} by {100 * abs(difference):.1f} points"
 
 
+def chance(comparisons: int) -> str:
+    """How many of so many differences tests at 5 % call resolved where there are none."""
+    return f"{comparisons} comparisons, each at 5 %: were there no differences, {comparisons / 20:.1f} would be claimed"
+
+
 class Correlation(NamedTuple):
     """A coefficient with the interval in which 95 % of the resampled ones lie."""
 
@@ -64,7 +69,7 @@ def correlate(x: Sequence[float], y: Sequence[float], *, rank: bool, draws: int 
     """A coefficient with its bootstrap interval (percentiles, pairs drawn with replacement).
 
     Args:
-        x: A measure of each run.
+        x: A measure, of runs that are independent: no two of the same settings.
         y: Another.
         rank: Spearman's, else Pearson's.
         draws: Resamplings.

@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -78,18 +79,44 @@ class Trained:
     mean_crop_s: float
 
 
+class DivergedError(RuntimeError):
+    """A run whose loss or gradient became NaN or infinite: a result of its settings, and no fault of the study."""
+
+
 def train(job: Job, folder: Path) -> Trained:
     """Do a run, or what is left of it.
 
     Raises:
-        RuntimeError: It failed; the message says where its log is.
+        DivergedError: Its loss or a gradient was not finite.
+        RuntimeError: It failed otherwise; the message says where its log is.
+        ValueError: There is a run of other settings in its folder.
     """
     run = folder / job.name
+    _check_settings(job, run)
     done = run / "trained.json"
     if not done.is_file():
         usage = _train(job, run)
         _write_json(done, _account(run) | usage)
     return Trained(run, **json.loads(done.read_text()))
+
+
+def _check_settings(job: Job, run: Path) -> None:
+    """Refuse a finished or interrupted run that another study, or another size of this one, left in the folder."""
+    if not (run / "config.yaml").is_file():
+        return
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    wanted = {"audio": job.audio, "seed": job.seed, "recipe": job.recipe, **job.options}
+    other = []
+    for name, value in wanted.items():
+        there: Any = settings
+        for part in name.split("."):
+            there = there.get(part) if isinstance(there, dict) else None
+        # 48 and 48.0, "false" and False are the same setting; paths were relative to somewhere.
+        texts = _as_text(value), _as_text(there)
+        if yaml.safe_load(texts[0]) != yaml.safe_load(texts[1]) and len({os.path.realpath(text) for text in texts}) > 1:
+            other.append(f"{name} is {there}, not {value}")
+    if other:
+        raise ValueError(f"--runs: {run} is a run of other settings: {', '.join(other)}; name another folder")
 
 
 def _train(job: Job, run: Path) -> dict[str, float]:
@@ -104,6 +131,7 @@ def _train(job: Job, run: Path) -> dict[str, float]:
     log, used = run.parent / f"{run.name}.log", run.parent / f"{run.name}.used.json"
     print(f"{time.strftime('%H:%M:%S')} {job.name}", flush=True)
     with log.open("a") as file:
+        before_it = file.tell()
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
         # wait4 knows what this one process used; RUSAGE_CHILDREN would know the largest of all.
         _, status, usage = os.wait4(process.pid, 0)
@@ -115,8 +143,17 @@ def _train(job: Job, run: Path) -> dict[str, float]:
     }
     _write_json(used, after)
     if process.returncode != 0:
+        with log.open(errors="replace") as file:
+            file.seek(before_it)
+            found = _NOT_FINITE.search(file.read())
+        if found:
+            raise DivergedError(f"{job.name} diverged: {found[0]}")
         raise RuntimeError(f"{job.name} failed with status {process.returncode}; see {log}")
     return after
+
+
+#: As `fastssl pretrain` says it.
+_NOT_FINITE = re.compile(r"the (loss|gradient norm) is (nan|-?inf) in update \d+")
 
 
 def _as_text(value: Any) -> str:
@@ -180,7 +217,10 @@ def open_checkpoint(run: Path, update: int | None = None) -> Model:
 
 @torch.inference_mode()
 def held_out_scores(model: Model, run: Path, audio: Path, *, crop_s: float | None = 5.0) -> dict[str, float]:
-    """Loss and accuracy on the same crops and masks, whatever the model was trained on.
+    """Loss and accuracy on the same crops, whatever the model was trained on.
+
+    Spans are masked as the model's own settings say, drawn by utterance and not by seed: the same for models that were
+    trained with the same masking. Losses of different masking are of different tasks.
 
     Args:
         model: Of a run.
@@ -203,37 +243,6 @@ def held_out_scores(model: Model, run: Path, audio: Path, *, crop_s: float | Non
         for name, value in output.scores().items():
             sums[name] = sums.get(name, 0.0) + float(value)
     return {name: value / frames for name, value in sums.items()}
-
-
-def parts_of_sounds(folder: Path, output: Path) -> Path:
-    """Divide ESC-10 by its folds into `pretrain` (1 to 3), and `train` (1, 2), `dev` (3) and `test` (4) with tables.
-
-    Args:
-        folder: With files `{class}_{fold}-{clip}-{take}.ogg`.
-        output: Made, of links to these files.
-
-    Raises:
-        ValueError: There are no such files, or none of some fold.
-    """
-    parts: dict[str, tuple[str, ...]] = {
-        "pretrain": ("1", "2", "3"),
-        "train": ("1", "2"),
-        "dev": ("3",),
-        "test": ("4",),
-    }
-    sounds = {path: path.stem.rpartition("_") for path in sorted(folder.glob("*_?-*.ogg"))}
-    for part, folds in parts.items():
-        chosen = {path: name for path, (name, _, rest) in sounds.items() if rest.partition("-")[0] in folds}
-        if not chosen:
-            raise ValueError(f"--sounds: {folder} has no sound of fold {' or '.join(folds)}")
-        (output / part).mkdir(parents=True, exist_ok=True)
-        for path in chosen:
-            link = output / part / path.name
-            if not link.exists():
-                link.symlink_to(path.resolve())
-        rows = "".join(f"{path.name}\t{name}\n" for path, name in chosen.items())
-        (output / part / "utterances.tsv").write_text(f"path\tclass\n{rows}")
-    return output
 
 
 class StudyFile:
@@ -291,13 +300,21 @@ def do_all(
         evaluate: Makes a result of a finished run; one at a time.
         parallel: Runs at a time.
 
+    A run that diverged is no reason to stop: its result is `{"failed": why}`, which `finished` leaves out.
+
     Raises:
-        RuntimeError: One failed; those that were under way are finished first.
+        RuntimeError: One failed otherwise; those that were under way are finished first.
     """
     lock = Lock()
 
     def do(key: str) -> None:
-        trained = train(jobs[key], folder)
+        try:
+            trained = train(jobs[key], folder)
+        except DivergedError as error:
+            print(error, flush=True)
+            with lock:
+                study.add(key, {"failed": str(error)})
+            return
         with lock:
             study.add(key, evaluate(jobs[key], trained))
 
@@ -309,6 +326,14 @@ def do_all(
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def finished(results: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The results of runs that did not diverge, and a line that names those that did, if any."""
+    failed = [key for key, result in results.items() if "failed" in result]
+    there = {key: result for key, result in results.items() if key not in failed}
+    named = f"{len(failed)} of {len(results)} runs diverged and are left out: {', '.join(failed)}"
+    return there, [named] if failed else []
 
 
 def corpora_parser(description: str) -> argparse.ArgumentParser:

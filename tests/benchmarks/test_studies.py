@@ -2,8 +2,11 @@
 
 import json
 import math
+import sys
 import time
+from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,9 +22,11 @@ from benchmarks.studies.pretraining_runs import (
     check_corpora,
     corpora_parser,
     do_all,
-    parts_of_sounds,
+    finished,
     train,
 )
+from fastssl.data.batches import UpdateSampler
+from fastssl.data.corpus import open_corpus
 from tests.train.conftest import write_recording
 
 
@@ -54,7 +59,7 @@ def test_sounds_are_divided_by_fold(tmp_path: Path) -> None:
     (tmp_path / "esc").mkdir()
     for fold in range(1, 5):
         (tmp_path / "esc" / f"crackling_fire_{fold}-10{fold}-A.ogg").touch()
-    parts = parts_of_sounds(tmp_path / "esc", tmp_path / "parts")
+    parts = crop_length.parts_of_sounds(tmp_path / "esc", tmp_path / "parts")
     lines = {
         part: (parts / part / "utterances.tsv").read_text().splitlines()
         for part in ("pretrain", "train", "dev", "test")
@@ -63,7 +68,7 @@ def test_sounds_are_divided_by_fold(tmp_path: Path) -> None:
     assert lines["test"] == ["path\tclass", "crackling_fire_4-104-A.ogg\tcrackling_fire"]
     (tmp_path / "esc" / "crackling_fire_4-104-A.ogg").unlink()
     with pytest.raises(ValueError, match="has no sound of fold 4"):
-        parts_of_sounds(tmp_path / "esc", tmp_path / "parts")
+        crop_length.parts_of_sounds(tmp_path / "esc", tmp_path / "parts")
 
 
 def test_a_study_goes_on_with_its_own_results_only(tmp_path: Path) -> None:
@@ -133,6 +138,70 @@ def test_a_run_is_done_once_and_resumed(tmp_path: Path) -> None:
         train(Job("bad", tmp_path / "nowhere", "best-rq-tiny", {}), tmp_path / "runs")
 
 
+def test_a_run_that_diverges_is_a_result_and_the_study_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = "update 1 of 9\nERROR the loss is nan in update 2; the weights are those before it\n"
+    program = tmp_path / "python"
+    program.write_text(f"#!/bin/sh\nprintf '{said}'\nexit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    study = StudyFile(tmp_path / "study.json", {})
+    do_all(study, {"x/0": Job("bad", tmp_path, "")}, tmp_path / "runs", lambda job, trained: None, parallel=1)
+    assert StudyFile(study.path, {}).results == {"x/0": {"failed": "bad diverged: the loss is nan in update 2"}}
+    there, lines = finished(study.results | {"y/0": {"error": 0.5}})
+    assert there == {"y/0": {"error": 0.5}}
+    assert lines == ["1 of 2 runs diverged and are left out: x/0"]
+    assert finished(there)[1] == []
+    # What an earlier attempt said does not count.
+    program.write_text("#!/bin/sh\nexit 1\n")
+    with pytest.raises(RuntimeError, match="bad failed with status 1"):
+        train(Job("bad", tmp_path, ""), tmp_path / "runs")
+
+
+def test_the_message_of_a_diverged_run_is_the_one_that_is_looked_for() -> None:
+    from fastssl.train.module import PretrainModule
+
+    module = PretrainModule.__new__(PretrainModule)
+    stands_for = SimpleNamespace(_pending=[], _skipped=1, global_step=4, trainer=SimpleNamespace(world_size=1))
+    for loss, norm in ((math.nan, 1.0), (2.0, math.inf), (-math.inf, 1.0)):
+        assert pretraining_runs._NOT_FINITE.search(type(module)._describe_non_finite(stands_for, loss, norm))  # type: ignore[arg-type]
+
+
+def test_a_run_of_other_settings_is_not_taken_for_this_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "runs" / "one"
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text(
+        f"audio: {tmp_path}\nseed: 0\nrecipe: best-rq-tiny\ndata: {{crop_s: null, max_duration_s: 48.0, "
+        f"valid: {tmp_path / 'dev'}}}\ntrainer: {{max_steps: 250, progress: false}}\n"
+    )
+    (run / "trained.json").write_text(json.dumps(dict.fromkeys(list(Trained.__dataclass_fields__)[1:], 1)))
+    monkeypatch.chdir(tmp_path)
+    options = {"data.crop_s": None, "data.max_duration_s": 48, "data.valid": "dev", "trainer.max_steps": 250}
+    options |= {"trainer.progress": "false"}
+    assert train(Job("one", Path(), "best-rq-tiny", options), tmp_path / "runs").run == run
+    for other, said in (
+        (Job("one", tmp_path, "best-rq-tiny", options | {"trainer.max_steps": 800}), "max_steps is 250, not 800"),
+        (Job("one", tmp_path, "best-rq-tiny", options | {"data.crop_s": 1.0}), "data.crop_s is None, not 1.0"),
+        (Job("one", tmp_path / "dev", "best-rq-tiny", options), "audio is"),
+        (Job("one", tmp_path, "best-rq-tiny", options, seed=1), "seed is 0, not 1"),
+    ):
+        with pytest.raises(ValueError, match=f"is a run of other settings: .*{said}"):
+            train(other, tmp_path / "runs")
+
+
+def test_equal_audio_per_update_whatever_the_crop(tmp_path: Path) -> None:
+    audio = tmp_path / "audio"
+    for index in range(40):
+        write_recording(audio / f"{index}.wav", 1.0 + index / 2, seed=index)
+    domain = crop_length.Domain(audio, audio, audio, {}, (5.0, None))
+    limits = crop_length.audio_limits(domain, updates=60)
+    cuts = open_corpus(audio, min_duration_s=1.0).cuts
+    for crop_s, limit_s in limits.items():
+        specs = UpdateSampler(cuts, max_duration_s=limit_s, crop_s=crop_s, seed=1)
+        assert np.mean([spec.duration_s for spec in islice(specs, 200)]) == pytest.approx(48, rel=0.06)
+    plain = UpdateSampler(cuts, max_duration_s=48, crop_s=None, seed=1)
+    assert np.mean([spec.duration_s for spec in islice(plain, 200)]) < 0.9 * 48
+
+
 def _result(error: float, **more: Any) -> dict[str, Any]:
     costs = {"updates": 10, "audio_hours": 1.0, "training_s": 5.0, "cpu_s": 9.0, "peak_mb": 500.0, "mean_crop_s": 2.0}
     probes = dict.fromkeys(crop_length.SPEECH_PROBES, error)
@@ -141,7 +210,9 @@ def _result(error: float, **more: Any) -> dict[str, Any]:
 
 def test_crop_length_tells_what_it_found(tmp_path: Path) -> None:
     domain = crop_length.Domain(tmp_path, tmp_path, tmp_path, crop_length.SPEECH_PROBES, (1.0, 2.0, 5.0, None))
-    jobs = crop_length.jobs("speech", domain, crop_length.FULL)
+    limits = {1.0: 51.0, 2.0: 50.0, 5.0: 52.0, None: 57.0}
+    jobs = crop_length.jobs("speech", domain, crop_length.FULL, limits)
+    assert jobs["speech/A/5s/0"].options["data.max_duration_s"] == 52.0
     assert len(jobs) == 2 * 4 * 3
     assert jobs["speech/B/1s/0"].options["data.max_utterances"] == 4
     assert jobs["speech/A/whole/2"].options["data.crop_s"] is None
@@ -157,6 +228,11 @@ def test_crop_length_tells_what_it_found(tmp_path: Path) -> None:
     assert any("1s 30.1 +- 0.1 %" in line and "1s is lower by 20.0 points" in line for line in lines)
     assert any("2s" in line and "not resolved at this scale" in line for line in lines)
     assert any(line.startswith("speech, protocol B: crops of 1s take 0.10 of the audio") for line in lines)
+    assert lines[-1].startswith("16 comparisons, each at 5 %: were there no differences, 0.8 would")
+    one_seed = {key: result for key, result in results.items() if key.endswith("/0") and "/B/whole" not in key}
+    lines = crop_length.findings(one_seed)
+    assert "speech, protocol B: no run on whole ones to compare with" in lines
+    assert not any("comparisons" in line for line in lines)
     crop_length.write_csv(results, tmp_path / "study.csv")
     crop_length.draw(results, tmp_path / "study.png")
     assert len((tmp_path / "study.csv").read_text().splitlines()) == 1 + len(results)
@@ -169,8 +245,9 @@ def test_early_prediction_tells_what_it_found(tmp_path: Path) -> None:
     assert len(early_prediction.jobs(tmp_path, early_prediction.FULL)) == 4 * 3 * 3
     random = np.random.default_rng(0)
     results = {}
+    goodness: dict[str, float] = {}
     for key in jobs:
-        good = float(random.random())
+        good = goodness.setdefault(key.rpartition("/")[0], float(random.random()))
         layer = {"effective_rank": 10 + 50 * good, "rankme": float(random.random()), "davies_bouldin": None}
         layer["log_inertia_per_frame"] = 1.0
         results[key] = {
@@ -180,8 +257,14 @@ def test_early_prediction_tells_what_it_found(tmp_path: Path) -> None:
     lines = early_prediction.findings(results)
     assert "over 14 runs; the centre of the grid, 3 seeds" in lines[0]
     rank = next(line for line in lines if line.startswith("effective_rank, last layer") and "digit error" in line)
-    assert "Spearman -1.00 [-1.00, -1.00]" in rank
-    assert "not resolved" not in rank
+    assert "12 cells: Spearman -1.00 [-1.00, -1.00]" in rank
+    assert rank.endswith("the higher it is, the lower the error")
+    assert lines[-1].startswith("10 comparisons")
+    # More seeds of the same settings are no more evidence.
+    again = {f"{key}{copy}": result for key, result in results.items() for copy in range(3)}
+    assert [line for line in early_prediction.findings(again) if " cells: " in line] == [
+        line for line in lines if " cells: " in line
+    ]
     assert "not resolved" in next(line for line in lines if line.startswith("rankme, last layer"))
     early_prediction.write_csv(results, tmp_path / "study.csv")
     early_prediction.draw(results, tmp_path / "study.png")
