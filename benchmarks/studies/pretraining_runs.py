@@ -1,6 +1,7 @@
 """Pre-training runs for the studies: each a process of its own, done once, resumed where it was interrupted."""
 
 import argparse
+import fcntl
 import json
 import math
 import os
@@ -122,6 +123,17 @@ def _check_settings(job: Job, run: Path) -> None:
 def _train(job: Job, run: Path) -> dict[str, float]:
     """Run `fastssl pretrain`; returns peak memory and processor time, of interrupted attempts too if they are known."""
     run.parent.mkdir(parents=True, exist_ok=True)
+    # The process inherits the lock and has it until it ends, also where the study is killed and begun anew meanwhile.
+    with (run.parent / f"{run.name}.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"{job.name} is under way in a process that an earlier study left; waiting for it", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        return _train_alone(job, run, lock.fileno())
+
+
+def _train_alone(job: Job, run: Path, lock: int) -> dict[str, float]:
     options = [f"--{name}={_as_text(value)}" for name, value in job.options.items()]
     command = [sys.executable, "-m", "fastssl", "pretrain", str(job.audio), "--output", str(run)]
     if (run / "config.yaml").is_file():
@@ -132,7 +144,7 @@ def _train(job: Job, run: Path) -> dict[str, float]:
     print(f"{time.strftime('%H:%M:%S')} {job.name}", flush=True)
     with log.open("a") as file:
         before_it = file.tell()
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, pass_fds=(lock,))
         # wait4 knows what this one process used; RUSAGE_CHILDREN would know the largest of all.
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
@@ -154,6 +166,8 @@ def _train(job: Job, run: Path) -> dict[str, float]:
 
 #: As `fastssl pretrain` says it.
 _NOT_FINITE = re.compile(r"the (loss|gradient norm) is (nan|-?inf) in update \d+")
+#: As `measure_quality` and `run_probe` say what an encoder with such weights does.
+_OF_BAD_WEIGHTS = re.compile(r"not finite|NaN or infinite|all are 0|the loss at learning rate \S+ is (nan|-?inf)")
 
 
 def _as_text(value: Any) -> str:
@@ -193,8 +207,8 @@ def quality_at(run: Path, update: int, audio: Path, *, minutes: float) -> dict[s
 def layer_quality(encoder: SpeechEncoder, audio: Path, *, minutes: float) -> list[dict[str, Any]]:
     """The quality of each layer, on so many minutes of held-out recordings."""
     cuts = first_minutes(open_corpus(audio, min_duration_s=1.0).cuts, minutes)
-    batches = quality_loader(cuts, normalize=encoder.config.do_normalize)
-    layers = measure_quality(encoder, (batch.waveforms for batch in batches))
+    loader = quality_loader(cuts, normalize=encoder.config.do_normalize)
+    layers = measure_quality(encoder, (batch.waveforms for batch in loader))
     return [{name: _finite(value) for name, value in asdict(layer).items()} for layer in layers]
 
 
@@ -293,14 +307,15 @@ def do_all(
 ) -> None:
     """Do the runs whose results the study does not have yet, and evaluate each.
 
+    A run that diverged, or whose frames are not finite or all zero, is no reason to stop: its result is
+    `{"failed": why}`, which `finished` leaves out.
+
     Args:
         study: Takes the results.
         jobs: By key.
         folder: Of the runs.
         evaluate: Makes a result of a finished run; one at a time.
         parallel: Runs at a time.
-
-    A run that diverged is no reason to stop: its result is `{"failed": why}`, which `finished` leaves out.
 
     Raises:
         RuntimeError: One failed otherwise; those that were under way are finished first.
@@ -311,12 +326,17 @@ def do_all(
         try:
             trained = train(jobs[key], folder)
         except DivergedError as error:
-            print(error, flush=True)
             with lock:
                 study.add(key, {"failed": str(error)})
             return
         with lock:
-            study.add(key, evaluate(jobs[key], trained))
+            try:
+                result = evaluate(jobs[key], trained)
+            except ValueError as error:
+                if not _OF_BAD_WEIGHTS.search(str(error)):
+                    raise
+                result = {"failed": str(error)}
+            study.add(key, result)
 
     with ThreadPoolExecutor(parallel) as pool:
         futures = [pool.submit(do, key) for key in jobs if key not in study.results]
@@ -332,8 +352,8 @@ def finished(results: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The results of runs that did not diverge, and a line that names those that did, if any."""
     failed = [key for key, result in results.items() if "failed" in result]
     there = {key: result for key, result in results.items() if key not in failed}
-    named = f"{len(failed)} of {len(results)} runs diverged and are left out: {', '.join(failed)}"
-    return there, [named] if failed else []
+    line = f"{len(failed)} of {len(results)} runs diverged, or collapsed, and are left out: {', '.join(failed)}"
+    return there, [line] if failed else []
 
 
 def corpora_parser(description: str) -> argparse.ArgumentParser:

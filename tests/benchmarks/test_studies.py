@@ -2,6 +2,7 @@
 
 import json
 import math
+import subprocess
 import sys
 import time
 from itertools import islice
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 
 from benchmarks.studies import compare_systems, crop_length, early_prediction, pretraining_runs
@@ -27,6 +29,7 @@ from benchmarks.studies.pretraining_runs import (
 )
 from fastssl.data.batches import UpdateSampler
 from fastssl.data.corpus import open_corpus
+from fastssl.metrics import fit_kmeans
 from tests.train.conftest import write_recording
 
 
@@ -149,12 +152,57 @@ def test_a_run_that_diverges_is_a_result_and_the_study_goes_on(tmp_path: Path, m
     assert StudyFile(study.path, {}).results == {"x/0": {"failed": "bad diverged: the loss is nan in update 2"}}
     there, lines = finished(study.results | {"y/0": {"error": 0.5}})
     assert there == {"y/0": {"error": 0.5}}
-    assert lines == ["1 of 2 runs diverged and are left out: x/0"]
+    assert lines == ["1 of 2 runs diverged, or collapsed, and are left out: x/0"]
     assert finished(there)[1] == []
     # What an earlier attempt said does not count.
     program.write_text("#!/bin/sh\nexit 1\n")
     with pytest.raises(RuntimeError, match="bad failed with status 1"):
         train(Job("bad", tmp_path, ""), tmp_path / "runs")
+
+
+def test_a_run_that_cannot_be_evaluated_for_its_weights_is_a_result_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def say(message: str) -> None:
+        raise ValueError(message)
+
+    monkeypatch.setattr(pretraining_runs, "train", lambda job, folder: Trained(folder, 1, 1.0, 1.0, 1.0, 1.0, 1.0))
+    study = StudyFile(tmp_path / "study.json", {})
+    jobs = {"x": Job("x", tmp_path, "")}
+    with pytest.raises(ValueError, match="no column"):
+        do_all(study, jobs, tmp_path, lambda job, trained: say("no column 'voice'"), parallel=1)
+    assert study.results == {}
+    # In these words it is said where it is found.
+    nothing = torch.full((300, 8), math.nan)
+    with pytest.raises(ValueError, match="NaN or infinite") as found:
+        fit_kmeans(nothing.numpy(), 2, seed=0)
+    do_all(study, jobs, tmp_path, lambda job, trained: say(f"layer 2: {found.value}"), parallel=1)
+    assert study.results == {"x": {"failed": "layer 2: frames: some are NaN or infinite"}}
+
+
+def test_a_run_has_one_process_at_a_time_also_after_its_study_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = tmp_path / "times"
+    program = tmp_path / "python"
+    program.write_text(f"#!/bin/sh\necho begins >> {times}\nsleep 0.5\necho ends >> {times}\nexit 1\n")
+    program.chmod(0o755)
+    folder = tmp_path / "runs"
+    study = f"""
+import sys
+from pathlib import Path
+from benchmarks.studies import pretraining_runs
+sys.executable = {str(program)!r}
+pretraining_runs.train(pretraining_runs.Job("one", Path({str(tmp_path)!r}), ""), Path({str(folder)!r}))
+"""
+    with subprocess.Popen([sys.executable, "-c", study], stdout=subprocess.DEVNULL) as first:
+        while not times.is_file():
+            time.sleep(0.02)
+        first.kill()
+    monkeypatch.setattr(sys, "executable", str(program))
+    with pytest.raises(RuntimeError, match="one failed with status 1"):
+        train(Job("one", tmp_path, ""), folder)
+    assert times.read_text().split() == ["begins", "ends"] * 2
 
 
 def test_the_message_of_a_diverged_run_is_the_one_that_is_looked_for() -> None:
