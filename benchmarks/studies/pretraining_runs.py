@@ -96,9 +96,12 @@ def train(job: Job, folder: Path) -> Trained:
     _check_settings(job, run)
     done = run / "trained.json"
     if not done.is_file():
-        usage = _train(job, run)
-        _write_json(done, _account(run) | usage)
+        _write_json(done, _train(job, run) | _account(run))
     return Trained(run, **json.loads(done.read_text()))
+
+
+#: Settings of which the weights are no function.
+_NO_MATTER = {f"trainer.{name}" for name in ("progress", "log_every", "val_check_interval", "checkpoint_every")}
 
 
 def _check_settings(job: Job, run: Path) -> None:
@@ -107,6 +110,7 @@ def _check_settings(job: Job, run: Path) -> None:
         return
     settings = yaml.safe_load((run / "config.yaml").read_text())
     wanted = {"audio": job.audio, "seed": job.seed, "recipe": job.recipe, **job.options}
+    wanted = {name: value for name, value in wanted.items() if name not in _NO_MATTER}
     other = []
     for name, value in wanted.items():
         there: Any = settings
@@ -155,10 +159,7 @@ def _train_alone(job: Job, run: Path, lock: int) -> dict[str, float]:
     }
     _write_json(used, after)
     if process.returncode != 0:
-        with log.open(errors="replace") as file:
-            file.seek(before_it)
-            found = _NOT_FINITE.search(file.read())
-        if found:
+        if found := _NOT_FINITE.search(log.read_bytes()[before_it:].decode(errors="replace")):
             raise DivergedError(f"{job.name} diverged: {found[0]}")
         raise RuntimeError(f"{job.name} failed with status {process.returncode}; see {log}")
     return after
@@ -207,8 +208,8 @@ def quality_at(run: Path, update: int, audio: Path, *, minutes: float) -> dict[s
 def layer_quality(encoder: SpeechEncoder, audio: Path, *, minutes: float) -> list[dict[str, Any]]:
     """The quality of each layer, on so many minutes of held-out recordings."""
     cuts = first_minutes(open_corpus(audio, min_duration_s=1.0).cuts, minutes)
-    loader = quality_loader(cuts, normalize=encoder.config.do_normalize)
-    layers = measure_quality(encoder, (batch.waveforms for batch in loader))
+    batches = quality_loader(cuts, normalize=encoder.config.do_normalize)
+    layers = measure_quality(encoder, (batch.waveforms for batch in batches))
     return [{name: _finite(value) for name, value in asdict(layer).items()} for layer in layers]
 
 
@@ -233,8 +234,7 @@ def open_checkpoint(run: Path, update: int | None = None) -> Model:
 def held_out_scores(model: Model, run: Path, audio: Path, *, crop_s: float | None = 5.0) -> dict[str, float]:
     """Loss and accuracy on the same crops, whatever the model was trained on.
 
-    Spans are masked as the model's own settings say, drawn by utterance and not by seed: the same for models that were
-    trained with the same masking. Losses of different masking are of different tasks.
+    Spans are masked as the model's own settings say, the same for models of the same masking, whatever their seed.
 
     Args:
         model: Of a run.
@@ -351,9 +351,8 @@ def do_all(
 def finished(results: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The results of runs that did not diverge, and a line that names those that did, if any."""
     failed = [key for key, result in results.items() if "failed" in result]
-    there = {key: result for key, result in results.items() if key not in failed}
     line = f"{len(failed)} of {len(results)} runs diverged, or collapsed, and are left out: {', '.join(failed)}"
-    return there, [line] if failed else []
+    return {key: result for key, result in results.items() if key not in failed}, [line] if failed else []
 
 
 def corpora_parser(description: str) -> argparse.ArgumentParser:

@@ -224,7 +224,8 @@ def test_a_run_of_other_settings_is_not_taken_for_this_one(tmp_path: Path, monke
     (run / "trained.json").write_text(json.dumps(dict.fromkeys(list(Trained.__dataclass_fields__)[1:], 1)))
     monkeypatch.chdir(tmp_path)
     options = {"data.crop_s": None, "data.max_duration_s": 48, "data.valid": "dev", "trainer.max_steps": 250}
-    options |= {"trainer.progress": "false"}
+    # The last two decide nothing.
+    options |= {"trainer.progress": "true", "trainer.checkpoint_every": 7}
     assert train(Job("one", Path(), "best-rq-tiny", options), tmp_path / "runs").run == run
     for other, said in (
         (Job("one", tmp_path, "best-rq-tiny", options | {"trainer.max_steps": 800}), "max_steps is 250, not 800"),
