@@ -199,6 +199,20 @@ def test_a_head_begins_with_how_often_each_symbol_comes() -> None:
     torch.testing.assert_close(shares, torch.tensor([45 / 50, 3 / 50, 1 / 50, 1 / 50]), rtol=1e-4, atol=1e-6)
 
 
+def test_gradients_of_heads_are_clipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    features = _features(20, 30)
+    examples = Examples(features, (0, 1), ((1, 1, 2), (3, 1)))
+    moved = []
+    for norm in (0.3, 1e-20):
+        monkeypatch.setattr("fastssl.train.probing.heads._CLIP_NORM", norm)
+        learner = _learner(Standard.of(features, (0, 1)))
+        learner.learn(examples, steps=3, batch_s=1, seed=0)
+        moved.append(learner.heads[0].weight.abs().max().item())
+    # Adam is blind to the size of a gradient, until it is nothing beside the eps in its denominator.
+    assert moved[0] > 1e-3
+    assert moved[1] < 1e-9
+
+
 def test_seeds_change_the_order_and_nothing_else_does() -> None:
     features = _features(20, 30, 25, 12)
     examples = Examples(features, (0, 1, 2, 3), ((1, 1, 2), (3, 1), (2, 3), (3,)))
