@@ -14,7 +14,7 @@ from fastssl.models.conformer import (
     subsampled_layout,
 )
 from fastssl.models.folder import CONFORMER, read_config, read_weights
-from fastssl.models.pretraining import PREDICTION_SCORES, PredictionOutput, PretrainingModel
+from fastssl.models.pretraining import PREDICTION_SCORES, PredictionOutput, PretrainingModel, count_codes
 from fastssl.nn.linear import PackedLinear
 from fastssl.nn.masking import sample_span_mask
 from fastssl.nn.random import normal
@@ -124,15 +124,13 @@ class BestRqForPreTraining(PretrainingModel):
         logits = self.classifier(features.values.index_select(0, rows)).float()  # (M, V)
         wanted = targets.index_select(0, rows)
         loss = F.cross_entropy(logits, wanted, reduction="sum")
-        # Added up like `torch.bincount`, for which the host would wait.
-        counts = targets.new_zeros(config.codebook_size).scatter_add(0, targets, torch.ones_like(targets))
         return PredictionOutput(
             loss=loss,
             prediction_loss=loss.detach(),
             features_penalty=loss.new_zeros(()),
             correct=(logits.detach().argmax(1) == wanted).sum(),
             masked_frames=len(rows),
-            code_counts=counts,
+            code_counts=count_codes(targets, size=config.codebook_size),
             features=features,
         )
 

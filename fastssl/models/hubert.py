@@ -9,7 +9,13 @@ from torch import Tensor, nn
 
 from fastssl.models.encoder import Encoder, EncoderConfig
 from fastssl.models.folder import read_config, read_weights
-from fastssl.models.pretraining import PREDICTION_SCORES, PredictionOutput, PretrainingModel, features_penalty
+from fastssl.models.pretraining import (
+    PREDICTION_SCORES,
+    PredictionOutput,
+    PretrainingModel,
+    count_codes,
+    features_penalty,
+)
 from fastssl.nn.linear import PackedLinear
 from fastssl.nn.masking import sample_span_mask
 from fastssl.packing import Packed
@@ -162,7 +168,7 @@ class HubertForPreTraining(PretrainingModel):
             features_penalty=penalty.detach(),
             correct=(logits.argmax(1) == targets).sum(),
             masked_frames=len(rows),
-            code_counts=torch.bincount(labels, minlength=config.num_clusters),
+            code_counts=count_codes(labels, size=config.num_clusters),
             features=features,
         )
 

@@ -99,6 +99,11 @@ class PredictionOutput:
         return dict(zip(PREDICTION_SCORES, values, strict=True))
 
 
+def count_codes(codes: Tensor, *, size: int) -> Tensor:  # (N,) int64 -> (size,) int64
+    """How often each code occurs; `torch.bincount`, for which the host would wait."""
+    return codes.new_zeros(size).scatter_add(0, codes, torch.ones_like(codes))
+
+
 def features_penalty(frames: Packed, mask: Tensor) -> Tensor:
     """Sum over utterances of the mean square of its frames, times its masked frames, so that batches add up.
 

@@ -1,6 +1,5 @@
 """`fastssl quality`: a table, a JSON file and a plot of how good each layer of an encoder is."""
 
-import json
 import logging
 import math
 from collections.abc import Iterator, Sequence
@@ -19,6 +18,7 @@ import fastssl
 from fastssl.data.audio import SAMPLE_RATE_HZ
 from fastssl.data.corpus import Problem, open_corpus
 from fastssl.interop import load_encoder
+from fastssl.models.folder import write_json
 from fastssl.packing import Packed
 from fastssl.train.card import checked_out_commit
 from fastssl.train.quality import MAX_FRAMES, LayerQuality, first_minutes, measure_quality, quality_loader
@@ -86,9 +86,7 @@ def quality(
         "layers": [asdict(result) for result in results],
     }
     output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f"{output.name}.tmp")
-    temporary.write_text(json.dumps(_without_nan(report), indent=2) + "\n")
-    temporary.replace(output)
+    write_json(output, _without_nan(report))
     draw_layers(results, output.with_suffix(".png"))
     get_console().print(_table(results))
     _remark(results, waveforms.seconds, minutes, width=encoder.config.hidden_size)
