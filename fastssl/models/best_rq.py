@@ -1,7 +1,6 @@
 """BEST-RQ pre-training (Chiu et al. 2022, arXiv 2202.01855), on packed batches."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +12,6 @@ from fastssl.models.conformer import (
     ConformerEncoder,
     subsampled_layout,
 )
-from fastssl.models.folder import CONFORMER, read_config, read_weights
 from fastssl.models.pretraining import PREDICTION_SCORES, PredictionOutput, PretrainingModel, count_codes
 from fastssl.nn.linear import PackedLinear
 from fastssl.nn.masking import sample_span_mask
@@ -79,6 +77,7 @@ class BestRqForPreTraining(PretrainingModel):
     """
 
     encoder_name = "best_rq"
+    config_class = BestRqConfig
 
     def __init__(self, config: BestRqConfig) -> None:
         super().__init__()
@@ -153,22 +152,6 @@ class BestRqForPreTraining(PretrainingModel):
         )
         values = mel.values.index_copy(0, mel_rows.flatten(), noise.view(-1, bands).to(mel.values.dtype))
         return Packed(values, mel.layout)
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "BestRqForPreTraining":
-        """Open a folder; one that holds an encoder alone gets a fresh quantiser and classifier.
-
-        Raises:
-            ValueError: The folder holds no BEST-RQ model, or its weights do not fit its config.
-        """
-        folder = Path(folder)
-        values = read_config(folder, model_types=[CONFORMER])
-        try:
-            model = cls(BestRqConfig.from_dict(values))
-        except ValueError as error:
-            raise ValueError(f"{folder / 'config.json'}: {error}") from None
-        model.load_weights(read_weights(folder), name=str(folder))
-        return model
 
 
 def _mel_rows(rows: Tensor, layout: Layout, mel_layout: Layout) -> Tensor:  # (M,) -> (M, 4)

@@ -1,14 +1,12 @@
 """HuBERT pre-training (Hsu et al. 2021, arXiv 2106.07447), on packed batches."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastssl.models.encoder import Encoder, EncoderConfig
-from fastssl.models.folder import read_config, read_weights
 from fastssl.models.pretraining import (
     PREDICTION_SCORES,
     PredictionOutput,
@@ -93,6 +91,7 @@ class HubertForPreTraining(PretrainingModel):
     """
 
     encoder_name = "hubert"
+    config_class = HubertConfig
 
     def __init__(self, config: HubertConfig) -> None:
         super().__init__()
@@ -177,15 +176,3 @@ class HubertForPreTraining(PretrainingModel):
         with torch.autocast(x.device.type, enabled=False):
             x = F.normalize(x.float(), dim=1)
             return x @ F.normalize(self.label_embeddings.float(), dim=1).t() / self.config.logit_temperature
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "HubertForPreTraining":
-        """Open a folder in Transformers' layout; a folder that holds an encoder alone gets a fresh head.
-
-        Raises:
-            ValueError: The folder holds no HuBERT model, or its weights do not fit its config.
-        """
-        folder = Path(folder)
-        model = cls(HubertConfig.from_dict(read_config(folder)))
-        model.load_weights(read_weights(folder), name=str(folder))
-        return model

@@ -2,15 +2,20 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from fastssl.models.conformer import ConformerEncoder
-from fastssl.models.encoder import Encoder
+from fastssl.models.conformer import ConformerConfig, ConformerEncoder
+from fastssl.models.encoder import Encoder, EncoderConfig
+from fastssl.models.folder import read_config, read_weights
 from fastssl.models.speech_encoder import SpeechEncoder, load_speech_encoder
 from fastssl.packing import Packed
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class StepOutput(Protocol):
@@ -36,6 +41,7 @@ class PretrainingModel(nn.Module):
     """An encoder with the head that its objective needs; the encoder is the attribute named `encoder_name`."""
 
     encoder_name: ClassVar[str]
+    config_class: ClassVar[type[EncoderConfig] | type[ConformerConfig]]
 
     @property
     def speech_encoder(self) -> SpeechEncoder:
@@ -48,6 +54,22 @@ class PretrainingModel(nn.Module):
     def score_names(self) -> tuple[str, ...]:
         """Names of the scores, the one that tells most first."""
         raise NotImplementedError
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "Self":
+        """Open a folder of such a model; one that holds an encoder alone gets a fresh head.
+
+        Raises:
+            ValueError: The folder holds no model of this system, or its weights do not fit its config.
+        """
+        folder = Path(folder)
+        values = read_config(folder, model_types=[cls.config_class().model_type])
+        try:
+            model = cls(cls.config_class.from_dict(values))
+        except ValueError as error:
+            raise ValueError(f"{folder / 'config.json'}: {error}") from None
+        model.load_weights(read_weights(folder), name=str(folder))
+        return model
 
     def head_state(self) -> dict[str, Tensor]:
         """The weights that are not the encoder's."""

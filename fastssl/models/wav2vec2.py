@@ -1,7 +1,6 @@
 """wav2vec 2.0 pre-training (Baevski et al. 2020, arXiv 2006.11477), on packed batches."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,7 +8,6 @@ from torch import Tensor, nn
 
 from fastssl import ops
 from fastssl.models.encoder import Encoder, EncoderConfig
-from fastssl.models.folder import read_config, read_weights
 from fastssl.models.pretraining import PretrainingModel, features_penalty, perplexity
 from fastssl.nn.linear import PackedLinear
 from fastssl.nn.masking import sample_negatives, sample_span_mask
@@ -152,6 +150,7 @@ class Wav2Vec2ForPreTraining(PretrainingModel):
     """
 
     encoder_name = "wav2vec2"
+    config_class = Wav2Vec2Config
 
     def __init__(self, config: Wav2Vec2Config) -> None:
         super().__init__()
@@ -275,18 +274,6 @@ class Wav2Vec2ForPreTraining(PretrainingModel):
             prob_perplexity=prob_perplexity.detach(),
             features=features,
         )
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "Wav2Vec2ForPreTraining":
-        """Open a folder in Transformers' layout; a folder that holds an encoder alone gets a fresh quantiser.
-
-        Raises:
-            ValueError: The folder holds no wav2vec 2.0 model, or its weights do not fit its config.
-        """
-        folder = Path(folder)
-        model = cls(Wav2Vec2Config.from_dict(read_config(folder)))
-        model.load_weights(read_weights(folder), name=str(folder))
-        return model
 
 
 class _SumOverProcesses(torch.autograd.Function):

@@ -34,6 +34,13 @@ class Reading(NamedTuple):
     num_workers: int = 0
 
 
+def choose_device(device: str) -> torch.device:
+    """The device of that name; "auto" takes a GPU where there is one."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(device)
+
+
 def default_workers() -> int:
     """Processes that decode where nobody says how many."""
     return min(4, max(1, (os.cpu_count() or 1) // 2))

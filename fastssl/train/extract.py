@@ -6,7 +6,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import torch
 from lhotse.cut import Cut
 from rich import get_console
 from rich.progress import track
@@ -19,7 +18,7 @@ from fastssl.data.recordings import chunk_hop
 from fastssl.interop import load_encoder
 from fastssl.models.folder import write_json, write_text
 from fastssl.models.speech_encoder import SpeechEncoder
-from fastssl.train.encode import Reading, encode_recordings
+from fastssl.train.encode import Reading, choose_device, encode_recordings
 
 logger = logging.getLogger(__name__)
 
@@ -64,9 +63,7 @@ def extract(
         ValueError: MODEL, AUDIO, the layer, the chunks or the folder does not serve; the folder was begun with other
             settings.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    encoder = load_encoder(model).to(device)
+    encoder = load_encoder(model).to(choose_device(device))
     layers = encoder.config.num_hidden_layers
     if layer is not None and not 0 <= layer <= layers:
         raise ValueError(f"--layer: the model has layers 0 to {layers}, got {layer}")

@@ -29,7 +29,7 @@ from fastssl.models.folder import write_json, write_weights
 from fastssl.models.speech_encoder import SpeechEncoder
 from fastssl.train.config import PretrainConfig
 from fastssl.train.data import PretrainDataModule
-from fastssl.train.encode import Reading, default_workers, encode_recordings
+from fastssl.train.encode import Reading, choose_device, default_workers, encode_recordings
 from fastssl.train.extract import weights_digest
 
 logger = logging.getLogger(__name__)
@@ -235,9 +235,7 @@ class _Features:
     def open(cls, settings: LabelSettings, *, num_workers: int, device: str) -> "_Features":
         if settings.model is None:
             return cls(None, 0, MFCC_SHIFT_S, MFCC_FIRST_CENTRE_S, settings.channel, num_workers, None)
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        encoder = load_encoder(settings.model).to(device)
+        encoder = load_encoder(settings.model).to(choose_device(device))
         layers = encoder.config.num_hidden_layers
         layer = layers if settings.layer is None else settings.layer
         if not 0 <= layer <= layers:

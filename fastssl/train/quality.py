@@ -206,17 +206,17 @@ class _Ranks:
         self.segments = GramMatrix(width, device=device)
 
     def update(self, hidden: Packed) -> None:
-        exact = Packed(hidden.values.double(), hidden.layout)
-        self.frames.update(exact.values)
+        frames = hidden.values.double()
+        self.frames.update(frames)
+        lengths = [length for length in hidden.layout.lengths if length]
         pieces = []
-        for frames in exact.unpack():
-            if len(frames):
-                # Equal pieces, of which none is a short rest.
-                parts = frames.tensor_split(max(1, round(len(frames) / self.segment)))
-                pieces.append(torch.stack([part.sum(0) for part in parts]))
-        if pieces:
-            self.utterances.update(torch.stack([piece.sum(0) for piece in pieces]))
-            self.segments.update(torch.cat(pieces))
+        for length in lengths:
+            # Equal pieces, of which none is a short rest.
+            size, longer = divmod(length, count := max(1, round(length / self.segment)))
+            pieces += [size + 1] * longer + [size] * (count - longer)
+        for matrix, rows in ((self.utterances, lengths), (self.segments, pieces)):
+            if rows:
+                matrix.update(torch.segment_reduce(frames, "sum", lengths=torch.tensor(rows, device=frames.device)))
 
 
 class _Draw:

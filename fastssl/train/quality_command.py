@@ -8,7 +8,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
 from lhotse.cut import Cut
 from rich import get_console
 from rich.progress import track
@@ -21,6 +20,7 @@ from fastssl.interop import load_encoder
 from fastssl.models.folder import write_json
 from fastssl.packing import Packed
 from fastssl.train.card import checked_out_commit
+from fastssl.train.encode import choose_device
 from fastssl.train.quality import MAX_FRAMES, LayerQuality, first_minutes, measure_quality, quality_loader
 
 logger = logging.getLogger(__name__)
@@ -65,9 +65,7 @@ def quality(
     output = Path(output)
     if output.suffix != ".json" or output.is_dir():
         raise ValueError(f"--output: {output} must be a file that ends with .json")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    encoder = load_encoder(model).to(device)
+    encoder = load_encoder(model).to(choose_device(device))
     shortest_s = encoder.config.receptive_field_samples / SAMPLE_RATE_HZ
     corpus = open_corpus(audio, min_duration_s=shortest_s, max_bad_fraction=1.0)
     cuts = first_minutes(corpus.cuts, minutes)

@@ -1,6 +1,7 @@
 """HuBERT's objective against a plain implementation, and what a batch may not change."""
 
 import dataclasses
+import warnings
 
 import pytest
 import torch
@@ -132,3 +133,29 @@ def test_loss_and_gradients_equal_those_of_torchaudio(model: HubertForPreTrainin
     for name, tensor in expected.items():
         tolerance = 1e-5 * float(tensor.abs().max())
         torch.testing.assert_close(found[name].double(), tensor, rtol=1e-4, atol=tolerance, msg=name)
+
+
+@pytest.mark.gpu
+def test_the_host_waits_for_the_device_once() -> None:
+    """For the number of masked frames."""
+    torch.manual_seed(0)
+    model = HubertForPreTraining(_TINY).cuda().train()
+    waveforms, labels, keys = _batch()
+    packed, targets, keys = Packed.pack(waveforms).to("cuda"), torch.cat(labels).cuda(), keys.cuda()
+
+    def step() -> None:
+        with torch.autocast("cuda", torch.bfloat16):
+            output = model(packed, keys=keys, labels=targets)
+        output.loss.backward()
+
+    step()  # compiled, and everything loaded
+    torch.cuda.synchronize()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    waits = [str(warning.message) for warning in caught if "synchronizing CUDA operation" in str(warning.message)]
+    assert len(waits) == 1, waits

@@ -110,3 +110,15 @@ def test_quality_needs_held_out_recordings_and_layers_that_exist(make_config: Ma
     assert not Path(config.output).exists()
     with pytest.raises(ValueError, match=r"quality\.layers: the model has layers 0 to 2, got 3"):
         dataclasses.replace(config, quality=QualityConfig(every=2, layers=(3,)))
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_a_model_opens_the_folder_of_its_encoder_and_no_other(system: str, tmp_path: Path) -> None:
+    model = build_model(model_of(system))
+    model.speech_encoder.save_pretrained(tmp_path)
+    opened = type(model).from_pretrained(tmp_path)
+    for name, tensor in opened.speech_encoder.state_dict().items():
+        assert torch.equal(tensor, model.speech_encoder.state_dict()[name]), name
+    other = build_model(model_of("hubert" if system != "hubert" else "best-rq"))
+    with pytest.raises(ValueError, match=r"config\.json: model_type is"):
+        type(other).from_pretrained(tmp_path)

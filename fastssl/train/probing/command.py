@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
-import torch
 from rich import get_console
 from rich.table import Table as RichTable
 
 from fastssl.interop import load_encoder
 from fastssl.models.folder import write_json
+from fastssl.train.encode import choose_device
 from fastssl.train.probe import ProbeResult, ProbeRun, ProbeSettings, run_probe
 from fastssl.train.probing.tables import read_table, split_table
 
@@ -61,9 +61,7 @@ def probe(
         )
     else:
         tables = (read_table(train), read_table(dev), read_table(test))
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    encoders = {name: load_encoder(name).to(device) for name in models}
+    encoders = {name: load_encoder(name).to(choose_device(device)) for name in models}
     if output is not None:
         Path(output).parent.mkdir(parents=True, exist_ok=True)
     results = run_probe(encoders, *tables, settings)
