@@ -67,29 +67,32 @@ def main() -> None:
     """Do what is not done yet, and print the table."""
     parser = corpora_parser(__doc__ or "")
     parser.add_argument("--updates", type=int, default=3000, help="of each run; of HuBERT's first iteration a third")
-    parser.add_argument("--probe_steps", type=int, default=500, help="of each head")
+    parser.add_argument("--seeds", type=int, default=3, help="of the heads on seen speakers; each other fold has one")
+    parser.add_argument("--probe_steps", type=int, default=800, help="of each head")
     arguments = parser.parse_args()
     check_corpora(arguments.corpora, ["train", "dev", "test", "voices_train", "voices_dev", "voices_test"])
-    settings = {"study": "compare_systems", "updates": arguments.updates, "probe_steps": arguments.probe_steps}
-    study = StudyFile(arguments.output, settings)
+    settings = {name: getattr(arguments, name) for name in ("updates", "probe_steps", "seeds")}
+    study = StudyFile(arguments.output, {"study": "compare_systems", **settings})
     for name, trained in runs(arguments.corpora, arguments.runs, arguments.updates):
         if f"run/{name}" not in study.results:
             quality = layer_quality(fastssl.load_encoder(trained.run), arguments.corpora / "dev", minutes=8.0)
             costs = {"updates": trained.updates, "audio_hours": trained.audio_hours}
             study.add(f"run/{name}", {**costs, "layers": quality})
-        _probe(study, name, trained.run, arguments.corpora, arguments.probe_steps, baselines=name == "wav2vec 2.0")
+        baselines = name == "wav2vec 2.0"
+        steps, seeds = arguments.probe_steps, arguments.seeds
+        _probe(study, name, trained.run, arguments.corpora, steps=steps, seeds=seeds, baselines=baselines)
     study.conclude(list(table(study.results)))
     write_csv(study.results, arguments.output.with_suffix(".csv"))
     print("\n".join(study.content["findings"]))
 
 
-def _probe(study: StudyFile, name: str, run: Path, corpora: Path, steps: int, *, baselines: bool) -> None:
+def _probe(study: StudyFile, name: str, run: Path, corpora: Path, *, steps: int, seeds: int, baselines: bool) -> None:
     encoder = fastssl.load_encoder(run)
     features = FeatureStore()
     for task_name, task in PROBES.items():
         if f"probe/{name}/{task_name}" in study.results:
             continue
-        settings = task.settings(steps=steps, seeds=1)
+        settings = task.settings(steps=steps, seeds=seeds if task.folds is None else 1)
         results = run_probe({name: encoder}, *task.tables(corpora), settings, features=features, baselines=baselines)
         # The encoder's own last: where it is there, the baselines are too.
         for result in reversed(results):
@@ -113,7 +116,7 @@ def _encoders(results: Mapping[str, Any]) -> list[str]:
 
 
 def table(results: Mapping[str, Any]) -> list[str]:
-    """The errors in per cent, mean and deviation over folds, as Markdown."""
+    """The errors in per cent, mean and deviation over folds or seeds of the head, as Markdown."""
     lines = ["| encoder | " + " | ".join(PROBES) + " |", "|" + "---|" * (len(PROBES) + 1)]
     for name in _encoders(results):
         cells = []

@@ -62,7 +62,7 @@ class Size(NamedTuple):
     probe_steps: int
 
 
-DEFAULT, FULL = Size(updates=250, seeds=1, probe_steps=300), Size(updates=800, seeds=3, probe_steps=600)
+DEFAULT, FULL = Size(updates=250, seeds=1, probe_steps=300), Size(updates=800, seeds=3, probe_steps=500)
 
 
 class Domain(NamedTuple):

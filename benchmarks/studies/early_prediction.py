@@ -56,7 +56,7 @@ class Size(NamedTuple):
 
 
 DEFAULT = Size(updates=240, seeds=1, quality_minutes=8.0, probe_steps=300)
-FULL = Size(updates=800, seeds=3, quality_minutes=8.0, probe_steps=600)
+FULL = Size(updates=800, seeds=3, quality_minutes=8.0, probe_steps=500)
 
 
 def jobs(corpora: Path, size: Size) -> dict[str, Job]:

@@ -14,7 +14,8 @@ from fastssl import cli
 from fastssl.models.encoder import Encoder, EncoderConfig
 from fastssl.packing import Packed
 from fastssl.train.probe import LOG_MEL, RANDOM, ProbeResult, ProbeSettings, run_probe
-from fastssl.train.probing.features import EncoderSource, FeatureStore, LogMelSource, RandomSource
+from fastssl.train.probing.features import EncoderSource, FeatureStore, LogMelSource, RandomSource, Standard
+from fastssl.train.probing.heads import Examples
 from fastssl.train.probing.tables import Table, read_table
 
 _CONFIG = EncoderConfig(
@@ -99,6 +100,25 @@ def test_ctc_reads_tones(tables: dict[str, Table], encoder: Encoder, store: Feat
             assert sum(run.layer_weights) == pytest.approx(1)
             assert (run.parts["train"].recordings, run.parts["test"].examples) == (24, 8)
             assert run.parts["train"].infeasible == 0
+
+
+@pytest.mark.parametrize(("target", "task"), [("digits", "ctc"), ("speaker", "classification")])
+def test_features_are_whitened_for_ctc(
+    target: str, task: str, tables: dict[str, Table], encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+
+    def gather(self: Examples, standard: Standard, reach: int) -> object:
+        made.append(standard.whitening)
+        return real(self, standard, reach)
+
+    real = Examples.gather
+    monkeypatch.setattr(Examples, "gather", gather)
+    settings = ProbeSettings(target, steps=1)
+    assert settings.resolved_task == task
+    run_probe({"mine": encoder}, tables["train"], tables["dev"], tables["test"], settings, baselines=False)
+    assert made
+    assert all((whitening is not None) == (task == "ctc") for whitening in made)
 
 
 def test_held_out_speakers(tables: dict[str, Table], encoder: Encoder, store: FeatureStore) -> None:

@@ -163,6 +163,24 @@ def test_standardised_over_the_chosen_examples() -> None:
     torch.testing.assert_close(values.std(1, unbiased=False), expected, rtol=0, atol=1e-5)
 
 
+def test_whitened_over_the_chosen_examples() -> None:
+    features = _features(300, 1, 500, 20)
+    for frames in features.frames:
+        frames[0, :, 1] += 0.9 * frames[0, :, 0]
+        frames[1, :, 2] = 3.0  # never changes
+        frames[2, :, 4] = frames[2, :, 3]  # no rank
+    standard = Standard.of(features, [0, 1, 2], whiten=True)
+    values = torch.cat([standard(features.frames[index]) for index in (0, 1, 2)], dim=1)
+    plain = standard._replace(whitening=None)
+    before = torch.cat([plain(features.frames[index]) for index in (0, 1, 2)], dim=1)
+    for layer in range(3):
+        variances, directions = torch.linalg.eigh(torch.cov(before[layer].T, correction=0))
+        expected = directions @ torch.diag(variances / (variances + 0.1)) @ directions.T
+        torch.testing.assert_close(torch.cov(values[layer].T, correction=0), expected, rtol=0, atol=1e-4)
+    assert standard.whitening is not None
+    torch.testing.assert_close(standard.whitening, standard.whitening.mT, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("window", [Window(0, 1), Window(3, 1), Window(4, 2)])
 def test_a_head_is_a_convolution_of_each_example_alone(window: Window) -> None:
     features = _features(9, 1, 24)

@@ -24,6 +24,8 @@ _BATCH_S = 60.0
 #: Less than this makes no frame in some front ends.
 _SHORTEST_S = 0.1
 _MELS = 80
+#: Added to every variance (which are 1 on average) before its root is divided by.
+_SHRINKAGE = 0.1
 
 Waveforms = Sequence[NDArray[np.float32]]
 
@@ -145,14 +147,22 @@ class Features:
 
 
 class Standard(NamedTuple):
-    """Mean and inverse standard deviation of every dimension of every layer."""
+    """Mean and inverse standard deviation of every dimension of every layer, and what takes their correlation away."""
 
     mean: Tensor  # (L, 1, D)
     scale: Tensor  # (L, 1, D)
+    whitening: Tensor | None = None  # (L, D, D)
 
     @classmethod
-    def of(cls, features: Features, examples: Iterable[int]) -> "Standard":
-        """Over all frames of these examples, in fp64; a dimension that never changes becomes zero."""
+    def of(cls, features: Features, examples: Iterable[int], *, whiten: bool = False) -> "Standard":
+        """Over all frames of these examples, in fp64; a dimension that never changes becomes zero.
+
+        Args:
+            features: Of the training part.
+            examples: Of these.
+            whiten: Decorrelate dimensions too, staying as near to them as can be (ZCA); directions of variance well
+                below `_SHRINKAGE` are not blown up.
+        """
         chosen = [features.frames[example] for example in examples]
         count = sum(frames.shape[1] for frames in chosen)
         mean = torch.zeros_like(chosen[0][:, :1], dtype=torch.float64)
@@ -164,15 +174,31 @@ class Standard(NamedTuple):
             squares += (frames.float() - mean.float()).square().sum(1, keepdim=True, dtype=torch.float64) / count
         deviation = squares.sqrt()
         scale = torch.where(deviation > 1e-6 * mean.abs(), 1 / deviation, 0.0)
-        return cls(mean.float(), scale.float())
+        standard = cls(mean.float(), scale.float())
+        if not whiten:
+            return standard
+        covariance = torch.zeros(len(mean), mean.shape[2], mean.shape[2], dtype=torch.float64)
+        for frames in chosen:
+            values = standard(frames)
+            covariance += (values.mT @ values) / count
+        return cls(standard.mean, standard.scale, _inverse_root(covariance))
 
     def to(self, device: torch.device | str) -> "Standard":
         """The same on another device."""
-        return Standard(self.mean.to(device), self.scale.to(device))
+        whitening = None if self.whitening is None else self.whitening.to(device)
+        return Standard(self.mean.to(device), self.scale.to(device), whitening)
 
     def __call__(self, values: Tensor) -> Tensor:  # (L, T, D) -> the same in fp32
-        """Zero mean and unit variance."""
-        return (values.float() - self.mean) * self.scale
+        """Zero mean and unit variance, and if so made, hardly any correlation."""
+        standardised = (values.float() - self.mean) * self.scale
+        return standardised if self.whitening is None else standardised @ self.whitening
+
+
+def _inverse_root(covariance: Tensor) -> Tensor:  # (L, D, D) in fp64 -> fp32
+    """Symmetric, and of the covariance shrunk towards that of independent dimensions."""
+    variances, directions = torch.linalg.eigh(covariance)
+    scales: Tensor = (variances.clamp(min=0) + _SHRINKAGE).rsqrt()
+    return ((directions * scales[:, None]) @ directions.mT).float()
 
 
 class FeatureStore:
