@@ -197,8 +197,9 @@ class Standard(NamedTuple):
 def _inverse_root(covariance: Tensor) -> Tensor:  # (L, D, D) in fp64 -> fp32
     """Symmetric, and of the covariance shrunk towards that of independent dimensions."""
     variances, directions = torch.linalg.eigh(covariance)
-    scales: Tensor = (variances.clamp(min=0) + _SHRINKAGE).rsqrt()
-    return ((directions * scales[:, None]) @ directions.mT).float()
+    scales = (variances.clamp(min=0) + _SHRINKAGE).rsqrt()
+    root: Tensor = (directions * scales[:, None]) @ directions.mT
+    return root.float()
 
 
 class FeatureStore:
