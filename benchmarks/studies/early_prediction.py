@@ -8,18 +8,19 @@ recordings, the rank of its embeddings and the quality of their clusters are mea
 by CTC, and the voice in 1 s. Which layer is looked at was chosen beforehand: the last for digits, the middle one for
 voices. Spearman's and Pearson's coefficients are between the measures at a quarter and the errors at the end, over the
 twelve cells of the grid: seeds of a cell are averaged first, because they are no independent trials of its settings,
-and the interval is by resampling cells. The loss is each run's own, with its own masking.
+and the interval is by resampling cells. The loss is each run's own, with its own masking. A learning rate that is bad
+enough moves everything at once, so the same is told of what is left when the mean of each learning rate is taken out.
 """
 
 import csv
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.studies.findings import Spread, chance, correlate
+from benchmarks.studies.findings import Correlation, Spread, chance, correlate
 from benchmarks.studies.pretraining_runs import (
     Job,
     StudyFile,
@@ -153,15 +154,30 @@ def findings(results: Mapping[str, Any]) -> list[str]:
             layer = LAYER_OF[name]
             found = [statistics.fmean(measure(run, what, layer) for run in runs) for runs in cells.values()]
             ranked, linear = (correlate(found, cell_errors, rank=rank) for rank in (True, False))
-            verdict = ": not resolved at this scale"
-            if ranked.low * ranked.high > 0:
-                verdict = f": the higher it is, the {'lower' if ranked.value < 0 else 'higher'} the error"
             of = "" if what == "held_out_loss" else f", {layer} layer"
+            begin = f"{what}{of}, at a quarter, with {name} at the end"
             lines.append(
-                f"{what}{of}, at a quarter, with {name} at the end, {len(cells)} cells: Spearman {ranked}, "
-                f"Pearson {linear}{verdict}"
+                f"{begin}, {len(cells)} cells: Spearman {ranked}, Pearson {linear}: {_verdict(ranked, 'the error')}"
             )
-    return [*lines, chance(len(PROBES) * len(MEASURES))]
+            rates = [cell.partition("/")[2] for cell in cells]
+            rest = correlate(_less_group_means(found, rates), _less_group_means(cell_errors, rates), rank=True)
+            lines.append(f"{begin}, less the means of each learning rate: Spearman {rest}: {_verdict(rest, 'it')}")
+    return [*lines, chance(2 * len(PROBES) * len(MEASURES))]
+
+
+def _verdict(found: Correlation, error: str) -> str:
+    if not found.low * found.high > 0:
+        return "not resolved at this scale"
+    return f"the higher it is, the {'lower' if found.value < 0 else 'higher'} {error}"
+
+
+def _less_group_means(values: Sequence[float], groups: Sequence[str]) -> list[float]:
+    """What is left when the means of the finite values of each group are taken out; NaN if a group has but one."""
+    left = []
+    for value, group in zip(values, groups, strict=True):
+        others = [other for other, its in zip(values, groups, strict=True) if its == group and math.isfinite(other)]
+        left.append(value - statistics.fmean(others) if len(others) > 1 else math.nan)
+    return left
 
 
 def write_csv(results: Mapping[str, Any], path: Path) -> None:

@@ -293,7 +293,7 @@ def test_early_prediction_tells_what_it_found(tmp_path: Path) -> None:
     assert len(jobs) == 4 * 3 + 2
     assert len(early_prediction.jobs(tmp_path, early_prediction.FULL)) == 4 * 3 * 3
     random = np.random.default_rng(0)
-    results = {}
+    results: dict[str, dict[str, Any]] = {}
     goodness: dict[str, float] = {}
     for key in jobs:
         good = goodness.setdefault(key.rpartition("/")[0], float(random.random()))
@@ -308,13 +308,24 @@ def test_early_prediction_tells_what_it_found(tmp_path: Path) -> None:
     rank = next(line for line in lines if line.startswith("effective_rank, last layer") and "digit error" in line)
     assert "12 cells: Spearman -1.00 [-1.00, -1.00]" in rank
     assert rank.endswith("the higher it is, the lower the error")
-    assert lines[-1].startswith("10 comparisons")
+    assert lines[-1].startswith("20 comparisons")
     # More seeds of the same settings are no more evidence.
     again = {f"{key}{copy}": result for key, result in results.items() for copy in range(3)}
     assert [line for line in early_prediction.findings(again) if " cells: " in line] == [
         line for line in lines if " cells: " in line
     ]
     assert "not resolved" in next(line for line in lines if line.startswith("rankme, last layer"))
+    # What follows from the learning rate alone says nothing within one.
+    for key, result in results.items():
+        mask, rate, _ = key.split("/")
+        number = list(early_prediction.MASKS).index(mask)
+        result["quarter"]["held_out_loss"] = float(rate) + 1e-6 * (number % 2)
+        result["probes"]["voice error"] = float(rate) + 1e-6 * (number // 2)
+    lines = early_prediction.findings(results)
+    first, second = (line for line in lines if line.startswith("held_out_loss") and "voice error" in line)
+    assert "the higher it is, the higher the error" in first
+    assert "less the means of each learning rate" in second
+    assert "not resolved" in second
     early_prediction.write_csv(results, tmp_path / "study.csv")
     early_prediction.draw(results, tmp_path / "study.png")
     assert json.dumps(results)
