@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from fastssl import cli, ops
+from fastssl.cli import pretrain
 from fastssl.models.encoder import EncoderConfig
 from fastssl.train.config import PretrainConfig, write_config
 from fastssl.train.systems import SYSTEMS, system_of
@@ -135,11 +136,11 @@ def test_config_file_reproduces_the_run(
     assert started[2] == (started[0][0], True)
 
 
-@pytest.mark.parametrize("name", list(cli.recipes()))
+@pytest.mark.parametrize("name", list(pretrain.recipes()))
 def test_recipes_set_every_option_of_the_model_and_load(
     name: str, started: list[tuple[PretrainConfig, bool]], tmp_path: Path
 ) -> None:
-    recipe = yaml.safe_load(cli.recipes()[name].read_text())
+    recipe = yaml.safe_load(pretrain.recipes()[name].read_text())
     kind = SYSTEMS[recipe["system"]].config
     # What stays at Transformers' value for all models, and what only other architectures have.
     left = {"layer_norm_eps", "model_type"}

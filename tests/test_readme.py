@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 
-from fastssl.cli import recipes
+from fastssl.cli.pretrain import recipes
 from fastssl.models import best_rq, hubert, wav2vec2
 from fastssl.models.encoder import Encoder
 from fastssl.train.systems import SYSTEMS

@@ -13,7 +13,7 @@ import torch
 from fastssl import cli
 from fastssl.models.encoder import Encoder, EncoderConfig
 from fastssl.packing import Packed
-from fastssl.train.probe import LOG_MEL, RANDOM, ProbeResult, ProbeSettings, run_probe
+from fastssl.train.probe import LEARNING_RATES, LOG_MEL, RANDOM, ProbeResult, ProbeSettings, run_probe
 from fastssl.train.probing.features import EncoderSource, FeatureStore, LogMelSource, RandomSource, Standard
 from fastssl.train.probing.heads import Examples
 from fastssl.train.probing.tables import Table, read_table
@@ -119,6 +119,15 @@ def test_features_are_whitened_for_ctc(
     run_probe({"mine": encoder}, tables["train"], tables["dev"], tables["test"], settings, baselines=False)
     assert made
     assert all((whitening is not None) == (task == "ctc") for whitening in made)
+
+
+def test_help_names_the_learning_rates(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["probe", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    for task in ("ctc", "classification"):
+        *others, last = (f"{rate:g}" for rate in LEARNING_RATES[task])
+        assert f"{', '.join(others)} and {last} for {task}" in said
 
 
 def test_held_out_speakers(tables: dict[str, Table], encoder: Encoder, store: FeatureStore) -> None:

@@ -1,0 +1,78 @@
+"""`fastssl info`: the kernels of each op, and why one is missing."""
+
+import argparse
+import importlib
+import json
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Print what there is; nothing but the core dependencies is needed."""
+    argparse.ArgumentParser(
+        prog="fastssl info", description="Show the kernels of each op per device, and why one is missing."
+    ).parse_args(list(arguments))
+    import platform
+
+    import torch
+
+    from fastssl import ops
+
+    versions = [f"{name} {_version(name)}" for name in ("fastssl", "torch", "triton", "numpy", "safetensors")]
+    print(", ".join([f"python {platform.python_version()}", *versions]))
+    print(f"CPU: {_cpu_name()}, {torch.get_num_threads()} threads")
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+        print(f"GPU: {', '.join(names)} (CUDA {torch.version.cuda})")
+    else:
+        print(f"GPU: none that torch can use (torch is built for {_torch_build()})")
+    if ops._dispatch.DEFAULT_BACKEND is not None:
+        print(f"FASTSSL_BACKEND={ops._dispatch.DEFAULT_BACKEND}")
+    for device, reason in ops._dispatch.COMPILED_MODULES.items():
+        print(f"compiled module for {device}: {reason or 'loaded'}")
+    print(f"compiled module for data workers: {_why_no_host_module() or 'loaded'}")
+    for op, devices in ops._dispatch.BACKENDS.items():
+        print(f"\n{op}")
+        for device, backends in devices.items():
+            print(f"  {device}: {', '.join(backends)}")
+            for (backend, place), reason in ops._dispatch.MISSING[op].items():
+                if place == device:
+                    print(f"    no {backend}: {reason}")
+
+
+def _why_no_host_module() -> str:
+    """Why numpy does what `fastssl._host` would do; empty where it is loaded."""
+    try:
+        importlib.import_module("fastssl._host")
+    except ModuleNotFoundError:
+        report = (
+            Path(__file__).resolve().parent.parent / "_build_report.json"
+        )  # what the installation left out, and why
+        left_out = json.loads(report.read_text()) if report.exists() else {}
+        return f"compiled module _host was not built: {left_out.get('host', 'pip install fastssl')}"
+    except ImportError as error:
+        return f"_host does not load: {error}"
+    return ""
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _cpu_name() -> str:
+    import platform
+
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _torch_build() -> str:
+    import torch
+
+    return f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU"

@@ -1,0 +1,29 @@
+"""What the commands' parsers share."""
+
+import glob
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+AUDIO_HELP = (
+    "Folder of recordings (WAV, FLAC, OGG, MP3; any sample rate, any number of channels; subfolders too), "
+    "Lhotse manifest (.jsonl.gz), or Lhotse shar directory."
+)
+MODEL_HELP = "A run of `fastssl pretrain`, a Transformers folder, a name on the Hub, or a checkpoint of fairseq."
+DEVICE_HELP = "cpu, cuda, cuda:1, ...; auto takes a GPU where there is one."
+CHANNEL_HELP = "The channel to read; null averages all of them."
+
+
+def command_parser(command: str, description: str, *, defaults: Sequence[Path] = ()) -> "ArgumentParser":
+    """The parser of a command, its defaults those of YAML files, later ones over earlier ones."""
+    from jsonargparse import ArgumentParser
+
+    return ArgumentParser(
+        prog=f"fastssl {command}",
+        description=description,
+        allow_abbrev=False,
+        default_config_files=[glob.escape(str(path)) for path in defaults],
+    )

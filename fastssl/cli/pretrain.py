@@ -1,0 +1,185 @@
+"""`fastssl pretrain`: train an encoder on a folder of audio."""
+
+import argparse
+import dataclasses
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastssl.cli.console import log_to_console
+from fastssl.cli.options import AUDIO_HELP, command_parser
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+_RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+_DEFAULT_RECIPE = "wav2vec2-base"
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Parse the options and train."""
+    from fastssl.train.config import PretrainConfig, TemperatureConfig
+
+    parser = _parser_of(arguments)
+    settings = parser.instantiate(parser.parse_args(list(arguments)))
+    if settings.get("audio") is None:
+        parser.error("AUDIO is missing: the folder, manifest or shar directory to train on")
+    # Relative paths in RUN/config.yaml would mean something else elsewhere.
+    data = settings.data
+    if isinstance(data.valid, str):
+        data = dataclasses.replace(data, valid=str(Path(data.valid).absolute()))
+    if data.labels is not None:
+        data = dataclasses.replace(data, labels=str(Path(data.labels).absolute()))
+    recipe = settings.recipe
+    if recipe is None and not settings.resume and settings.config is None:
+        recipe = _DEFAULT_RECIPE
+    config = PretrainConfig(
+        audio=str(Path(settings.audio).absolute()),
+        output=settings.output,
+        seed=settings.seed,
+        init=None if settings.init is None else str(Path(settings.init).absolute()),
+        recipe=recipe,
+        system=settings.system,
+        model=settings.model,
+        data=data,
+        optimizer=settings.optimizer,
+        temperature=settings.get("temperature") or TemperatureConfig(),
+        trainer=settings.trainer,
+        quality=settings.quality,
+    )
+    # Lightning takes seconds to import, which a wrong option should not.
+    from fastssl.train.pretrain import is_first_process, pretrain
+
+    log_to_console(logging.INFO if is_first_process() else logging.WARNING)
+    pretrain(config, resume=settings.resume)
+
+
+def _parser_of(arguments: Sequence[str]) -> "ArgumentParser":
+    """The parser, its defaults already those of recipe, config, or the run to resume, so that `--help` shows them.
+
+    What stands on the command line then wins, wherever it stands.
+    """
+    from fastssl.train.config import DataConfig, OptimizerConfig, QualityConfig, TemperatureConfig, TrainerConfig
+    from fastssl.train.systems import SYSTEMS
+
+    defaults = _defaults_of(arguments)
+    system = _system_of(defaults)
+    parser = command_parser(
+        "pretrain",
+        f"Train an encoder by {SYSTEMS[system].title}'s objective. RUN gets config.yaml, checkpoints/, logs/ "
+        "(TensorBoard), metrics.csv, report.png and encoder/, which load_encoder and, where it has such models, "
+        "Transformers open. "
+        "`--config RUN/config.yaml --output OTHER` repeats a run.",
+        defaults=defaults,
+    )
+    # A default of None would replace what --config says.
+    parser.add_argument("audio", nargs="?", default=argparse.SUPPRESS, metavar="AUDIO", help=AUDIO_HELP)
+    parser.add_argument(
+        "--recipe",
+        metavar="NAME",
+        type=str | None,
+        help=f"Where the settings below start from: {', '.join(recipes())}, or a YAML file; if not given, "
+        f"{_DEFAULT_RECIPE}.",
+    )
+    parser.add_argument("--config", metavar="FILE", help="More settings from a YAML file, such as RUN/config.yaml.")
+    parser.add_argument("--output", required=True, metavar="RUN", help="Folder of the run; must not exist yet.")
+    parser.add_argument(
+        "--resume", action="store_true", help="Continue the run in RUN, with its settings, as if it had never stopped."
+    )
+    parser.add_argument(
+        "--init",
+        type=str | None,
+        metavar="MODEL",
+        help="Start from these weights, with a new optimiser: a Transformers folder, or an earlier run.",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="All randomness of the run derives from it.")
+    parser.add_argument(
+        "--system", default="wav2vec2", help=f"The objective, which the recipe decides: {', '.join(SYSTEMS)}."
+    )
+    config = SYSTEMS[system].config
+    parser.add_argument("--model", type=config, default=config())
+    parser.add_argument("--data", type=DataConfig, default=DataConfig())
+    parser.add_argument("--optimizer", type=OptimizerConfig, default=OptimizerConfig())
+    if system == "wav2vec2":
+        parser.add_argument("--temperature", type=TemperatureConfig, default=TemperatureConfig())
+    parser.add_argument("--trainer", type=TrainerConfig, default=TrainerConfig())
+    parser.add_argument("--quality", type=QualityConfig, default=QualityConfig())
+    return parser
+
+
+def _defaults_of(arguments: Sequence[str]) -> list[Path]:
+    """The files that settings start from, later ones over earlier ones: a recipe or the run to resume, and --config.
+
+    Raises:
+        ValueError: There is no such recipe, file or run, or they are of several systems.
+    """
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    peek.add_argument("--recipe")
+    peek.add_argument("--config")
+    peek.add_argument("--output")
+    peek.add_argument("--system")
+    peek.add_argument("--resume", action="store_true")
+    peeked, _ = peek.parse_known_args(list(arguments))
+    config_file = None if peeked.config is None else Path(peeked.config)
+    if config_file is not None and not config_file.is_file():
+        raise ValueError(f"--config: there is no file {config_file}")
+    recipe = peeked.recipe
+    if recipe is None:
+        recipe = _DEFAULT_RECIPE if config_file is None else f"{_system_of([config_file])}-base"
+    defaults = [_recipe_path(recipe)]
+    if peeked.resume and peeked.output is not None:
+        defaults = [Path(peeked.output) / "config.yaml"]
+        if not defaults[0].is_file():
+            raise ValueError(f"--resume: there is no run in {peeked.output} (looked for {defaults[0]})")
+    if config_file is not None:
+        defaults.append(config_file)
+
+    system = _system_of(defaults)
+    if peeked.system not in (None, system):
+        raise ValueError(
+            f"--system: {peeked.system}, but {defaults[-1]} has settings of {system}; "
+            f"the recipe decides: {', '.join(recipes())}"
+        )
+    return defaults
+
+
+def _system_of(files: Sequence[Path]) -> str:
+    """The system that settings are of, wav2vec 2.0 where none of them says so; the settings of `model` follow from it.
+
+    Raises:
+        ValueError: A file is no YAML, names a system that there is not, or another one than the file before it.
+    """
+    import yaml
+
+    from fastssl.train.systems import SYSTEMS
+
+    found: dict[str, Path] = {}
+    for path in files:
+        try:
+            values = yaml.safe_load(path.read_text())
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path}: is no YAML: {error}") from None
+        system = values.get("system") if isinstance(values, dict) else None
+        if system is None:
+            continue
+        if system not in list(SYSTEMS):
+            raise ValueError(f"{path}: system is {system!r}, and there are {', '.join(SYSTEMS)}")
+        found.setdefault(system, path)
+        if len(found) > 1:
+            raise ValueError("; ".join(f"{file} has settings of {name}" for name, file in found.items()))
+    return next(iter(found), "wav2vec2")
+
+
+def _recipe_path(name: str) -> Path:
+    known = recipes()
+    if name in known:
+        return known[name]
+    if name.endswith((".yaml", ".yml")) and Path(name).is_file():
+        return Path(name)
+    raise ValueError(f"--recipe: there is no {name!r}; there are {', '.join(known)}, and any YAML file")
+
+
+def recipes() -> dict[str, Path]:
+    """The recipes of the package by name."""
+    return {path.stem: path for path in sorted(_RECIPES.glob("*.yaml"))}
