@@ -37,7 +37,7 @@ pretrain: $(INSTALLED) $(if $(AUDIO),,$(DEMO)/utterances.tsv)
 	    --quality.every 140 $$resume
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy import stats
 
 
@@ -83,10 +84,20 @@ def correlate(x: Sequence[float], y: Sequence[float], *, rank: bool, draws: int 
     a, b = a[finite], b[finite]
     if len(a) < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
         return Correlation(math.nan, math.nan, math.nan)
-    measure = stats.spearmanr if rank else stats.pearsonr
-    random = np.random.default_rng(seed)
-    rows = (random.integers(0, len(a), len(a)) for _ in range(draws))
+    rows = np.random.default_rng(seed).integers(0, len(a), (draws, len(a)))
+    found = _coefficients(a[rows], b[rows], rank=rank)
     # A resample of one pair alone has no coefficient.
-    found = [measure(a[row], b[row]).statistic for row in rows if np.ptp(a[row]) > 0 and np.ptp(b[row]) > 0]
-    low, high = np.percentile(found, [2.5, 97.5])
-    return Correlation(float(measure(a, b).statistic), float(low), float(high))
+    low, high = np.nanpercentile(found, [2.5, 97.5])
+    return Correlation(float(_coefficients(a[None], b[None], rank=rank)[0]), float(low), float(high))
+
+
+def _coefficients(a: NDArray[np.float64], b: NDArray[np.float64], *, rank: bool) -> NDArray[np.float64]:
+    """Of each row; NaN where one of them is constant."""
+    if rank:
+        a, b = stats.rankdata(a, axis=1), stats.rankdata(b, axis=1)
+    # Whether a row is constant must not hang on how its mean was rounded.
+    constant = (np.ptp(a, axis=1) == 0) | (np.ptp(b, axis=1) == 0)
+    a, b = a - a.mean(1, keepdims=True), b - b.mean(1, keepdims=True)
+    a[constant] = np.nan
+    coefficients: NDArray[np.float64] = (a * b).sum(1) / np.sqrt((a**2).sum(1) * (b**2).sum(1))
+    return coefficients
