@@ -189,6 +189,12 @@ def labels_for_run(
         given = LabelTable(made)
         _check_classes(given, config)
         data.attach_labels("audio", given, stride=stride, receptive_field=receptive_field)
+    elif first and given.settings.get("channel", config.data.channel) != config.data.channel:
+        channels = [
+            "all channels" if one is None else f"channel {one}"
+            for one in (given.settings["channel"], config.data.channel)
+        ]
+        logger.warning("data.labels: %s were made from %s, and the run reads %s", given.folder, *channels)
     if isinstance(config.data.valid, str):
         settings = LabelSettings(channel=config.data.channel)
         made, workers = run / "labels-valid", config.data.num_workers

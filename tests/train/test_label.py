@@ -301,6 +301,17 @@ def test_recordings_without_labels_are_named_and_the_others_used(
     assert not Path(hubert.output).exists()
 
 
+def test_labels_of_another_channel_are_told(hubert: PretrainConfig, recordings: Path, tmp_path: Path) -> None:
+    folder, log = tmp_path / "labels", Path(hubert.output) / "logs" / "pretrain.log"
+    label(recordings, folder, dataclasses.replace(_SETTINGS, channel=0), num_workers=0)
+    for channel in (0, None):
+        data = dataclasses.replace(hubert.data, labels=str(folder), channel=channel)
+        pretrain(dataclasses.replace(hubert, data=data, trainer=dataclasses.replace(hubert.trainer, max_steps=1)))
+        told = f"data.labels: {folder} were made from channel 0, and the run reads all channels" in log.read_text()
+        assert told == (channel is None)
+        shutil.rmtree(hubert.output)
+
+
 def test_held_out_recordings_that_do_not_decode_stop_nothing(hubert: PretrainConfig, tmp_path: Path) -> None:
     for index in range(3):
         write_recording(tmp_path / "held_out" / f"{index}.wav", 1.5, seed=80 + index)
