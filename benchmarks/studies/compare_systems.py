@@ -3,9 +3,9 @@
     python -m benchmarks.studies.compare_systems CORPORA --runs RUNS --output compare_systems.json
 
 wav2vec2-tiny, hubert-tiny (two iterations, the second on classes of the first's third layer) and best-rq-tiny are
-pre-trained on train, and probed, frozen, beside log-mel and random initialisation: digits and phones by CTC on speakers
-that the head has learned from and, six times over, on the one it has not; thirty voices in 1 s; verification between
-speakers that the layer was not chosen on, two at a time.
+pre-trained on train, and probed, frozen, beside log-mel and both architectures with random weights: digits and phones
+by CTC on speakers that the head has learned from and, six times over, on the one it has not; thirty voices in 1 s;
+verification between speakers that the layer was not chosen on, two at a time.
 """
 
 import csv
@@ -18,15 +18,16 @@ from benchmarks.studies.pretraining_runs import (
     Job,
     StudyFile,
     Trained,
-    check_corpora,
     corpora_parser,
     layer_quality,
     train,
+    what_decides,
 )
 from benchmarks.studies.probes import Probe
+from fastssl.models.speech_encoder import SpeechEncoder
 from fastssl.train.label import LabelSettings, label
-from fastssl.train.probe import ProbeResult, run_probe
-from fastssl.train.probing.features import FeatureStore
+from fastssl.train.probe import LOG_MEL, ProbeResult, run_probe
+from fastssl.train.probing.features import FeatureStore, RandomSource
 
 PROBES = {
     "digit error": Probe("test", "digits"),
@@ -36,6 +37,10 @@ PROBES = {
     "voice error, 1 s": Probe("voices_test", "voice", segment_s=1.0),
     "equal error rate, 1 s": Probe("test", "speaker", segment_s=1.0, task="verification", folds="speaker", fold_size=2),
 }
+#: The rows of random weights, by the system whose architecture they are of; HuBERT has that of wav2vec 2.0.
+UNTRAINED = {"wav2vec 2.0": "untrained wav2vec 2.0 and HuBERT", "BEST-RQ": "untrained BEST-RQ"}
+#: For clusters, and so for their number: as many as the encoder with the fewest frames a second has in 8 minutes.
+QUALITY_FRAMES = 12_000
 #: Of hubert-tiny, from which the classes of the second iteration are made.
 LABEL_LAYER = 3
 
@@ -64,38 +69,43 @@ def _options(corpora: Path, updates: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Do what is not done yet, and print the table."""
+    """Do what is not done yet, and print the tables."""
     parser = corpora_parser(__doc__ or "")
     parser.add_argument("--updates", type=int, default=3000, help="of each run; of HuBERT's first iteration a third")
     parser.add_argument("--seeds", type=int, default=3, help="of the heads on seen speakers; each other fold has one")
-    parser.add_argument("--probe_steps", type=int, default=800, help="of each head")
+    parser.add_argument("--probe_steps", type=int, default=600, help="of each head")
     arguments = parser.parse_args()
-    check_corpora(arguments.corpora, ["train", "dev", "test", "voices_train", "voices_dev", "voices_test"])
+    decides = what_decides(arguments.corpora, ["train", "dev", "test", "voices_train", "voices_dev", "voices_test"])
     settings = {name: getattr(arguments, name) for name in ("updates", "probe_steps", "seeds")}
-    study = StudyFile(arguments.output, {"study": "compare_systems", **settings})
+    study = StudyFile(arguments.output, {"study": "compare_systems", **settings, **decides})
     for name, trained in runs(arguments.corpora, arguments.runs, arguments.updates):
-        if f"run/{name}" not in study.results:
-            quality = layer_quality(fastssl.load_encoder(trained.run), arguments.corpora / "dev", minutes=8.0)
-            costs = {"updates": trained.updates, "audio_hours": trained.audio_hours}
-            study.add(f"run/{name}", {**costs, "layers": quality})
-        baselines = name == "wav2vec 2.0"
-        steps, seeds = arguments.probe_steps, arguments.seeds
-        _probe(study, name, trained.run, arguments.corpora, steps=steps, seeds=seeds, baselines=baselines)
+        models = {name: fastssl.load_encoder(trained.run)}
+        if name in UNTRAINED:
+            models[UNTRAINED[name]] = RandomSource(models[name], seed=0).encoder
+        for encoder_name, encoder in models.items():
+            if f"run/{encoder_name}" not in study.results:
+                costs = {"updates": trained.updates, "audio_hours": trained.audio_hours} if encoder_name == name else {}
+                quality = layer_quality(encoder, arguments.corpora / "dev", minutes=8.0, max_frames=QUALITY_FRAMES)
+                study.add(f"run/{encoder_name}", {**costs, "width": encoder.config.hidden_size, "layers": quality})
+        _probe(study, models, arguments.corpora, steps=arguments.probe_steps, seeds=arguments.seeds)
     study.conclude(list(table(study.results)))
     write_csv(study.results, arguments.output.with_suffix(".csv"))
     print("\n".join(study.content["findings"]))
 
 
-def _probe(study: StudyFile, name: str, run: Path, corpora: Path, *, steps: int, seeds: int, baselines: bool) -> None:
-    encoder = fastssl.load_encoder(run)
+def _probe(study: StudyFile, models: Mapping[str, SpeechEncoder], corpora: Path, *, steps: int, seeds: int) -> None:
+    """Probe encoders where that is not done, and log-mel the first time."""
     features = FeatureStore()
     for task_name, task in PROBES.items():
-        if f"probe/{name}/{task_name}" in study.results:
+        left = {name: model for name, model in models.items() if f"probe/{name}/{task_name}" not in study.results}
+        log_mel = f"probe/{LOG_MEL}/{task_name}" not in study.results
+        if not left and not log_mel:
             continue
         settings = task.settings(steps=steps, seeds=seeds if task.folds is None else 1)
-        results = run_probe({name: encoder}, *task.tables(corpora), settings, features=features, baselines=baselines)
-        # The encoder's own last: where it is there, the baselines are too.
-        for result in reversed(results):
+        results = run_probe(
+            left or models, *task.tables(corpora), settings, features=features, baselines=[LOG_MEL] if log_mel else []
+        )
+        for result in results:
             study.add(f"probe/{result.encoder}/{task_name}", _summary(result))
 
 
@@ -105,6 +115,7 @@ def _summary(result: ProbeResult) -> dict[str, Any]:
         "std": result.std,
         "errors": [run.error for run in result.runs],
         "chosen": [run.chosen for run in result.runs],
+        "dev_errors": [dict(run.dev_errors) for run in result.runs],
         "test_examples": [run.parts["test"].examples for run in result.runs],
         "infeasible": [run.parts["test"].infeasible for run in result.runs],
         "layer_weights": [list(run.layer_weights) for run in result.runs],
@@ -116,7 +127,7 @@ def _encoders(results: Mapping[str, Any]) -> list[str]:
 
 
 def table(results: Mapping[str, Any]) -> list[str]:
-    """The errors in per cent, mean and deviation over folds or seeds of the head, as Markdown."""
+    """Two tables as Markdown: errors in per cent, mean and deviation over folds or seeds of the head; and quality."""
     lines = ["| encoder | " + " | ".join(PROBES) + " |", "|" + "---|" * (len(PROBES) + 1)]
     for name in _encoders(results):
         cells = []
@@ -125,20 +136,47 @@ def table(results: Mapping[str, Any]) -> list[str]:
             spread = "" if result["std"] is None else f" +- {100 * result['std']:.1f}"
             cells.append(f"{100 * result['mean']:.1f}{spread}")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    lines += ["", "| last layer of | " + " | ".join(QUALITY) + " |", "|" + "---|" * (len(QUALITY) + 1)]
+    for name in _encoders(results):
+        if (run := results.get(f"run/{name}")) is not None:
+            cells = [f"{value:.4g}" for value in _quality(run).values()]
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return lines
+
+
+#: Of a last layer; and what keeps them from being compared between encoders where it differs.
+QUALITY = {
+    "effective rank": "effective_rank",
+    "RankMe": "rankme",
+    "log inertia per frame": "log_inertia_per_frame",
+    "Davies-Bouldin": "davies_bouldin",
+    "frames": "frames",
+    "rows of RankMe": "rankme_rows",
+    "clusters": "clusters",
+}
+
+
+def _quality(run: Mapping[str, Any]) -> dict[str, float]:
+    return {title: run["layers"][-1][name] for title, name in QUALITY.items()}
 
 
 def write_csv(results: Mapping[str, Any], path: Path) -> None:
     """A row per encoder: errors, then the quality of its last layer."""
-    measures = ("effective_rank", "rankme", "log_inertia_per_frame", "davies_bouldin")
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["encoder", "updates", *PROBES, *(f"{name}, last layer" for name in measures)])
+        deviations = [f"{task}, deviation" for task in PROBES]
+        writer.writerow(
+            ["encoder", "updates", *PROBES, *deviations, "width", *(f"{name}, last layer" for name in QUALITY)]
+        )
         for name in _encoders(results):
+            found = [results[f"probe/{name}/{task}"] for task in PROBES]
+            errors = [f"{result['mean']:.6g}" for result in found]
+            spreads = ["" if result["std"] is None else f"{result['std']:.6g}" for result in found]
             run = results.get(f"run/{name}")
-            quality = ["" if run is None else f"{run['layers'][-1][measure]:.6g}" for measure in measures]
-            errors = [f"{results[f'probe/{name}/{task}']['mean']:.6g}" for task in PROBES]
-            writer.writerow([name, "" if run is None else run["updates"], *errors, *quality])
+            quality: list[Any] = [""] * (1 + len(QUALITY))
+            if run is not None:
+                quality = [run["width"], *(f"{value:.6g}" for value in _quality(run).values())]
+            writer.writerow([name, "" if run is None else run.get("updates", 0), *errors, *spreads, *quality])
 
 
 if __name__ == "__main__":

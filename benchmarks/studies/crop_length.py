@@ -12,28 +12,33 @@ utterances, and the voice in 1 s, in 5 s and in whole utterances. With --sounds 
 of 1 and 2 s and whole sounds (5 s), probed for their class in 1 s and in whole sounds.
 
 ESC10 is a folder of `{class}_{fold}-{clip}-{take}.ogg`: folds 1 to 3 are pre-trained on; the probe learns from folds
-1 and 2, is tuned on 3 and tested on 4.
+1 and 2, is tuned on 3 and tested on 4. Clips that were filled up to 5 s with digital silence are taken without it, but
+for what makes a second.
 """
 
 import csv
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
+import soundfile
+from numpy.typing import NDArray
 
 from benchmarks.studies.findings import Spread, chance, compare
 from benchmarks.studies.pretraining_runs import (
     Job,
     StudyFile,
     Trained,
-    check_corpora,
     corpora_parser,
     do_all,
     finished,
     held_out_scores,
     open_checkpoint,
+    what_decides,
 )
 from benchmarks.studies.probes import Probe, probe
 from fastssl.data.batches import UpdateSampler
@@ -128,7 +133,7 @@ def _crop_name(crop_s: float | None) -> str:
 def evaluate(domain: Domain, size: Size, job: Job, trained: Trained) -> dict[str, Any]:
     """What a finished run took, and how good its encoder is."""
     scores = probe(trained.run, domain.corpora, domain.probes, steps=size.probe_steps)
-    held_out = held_out_scores(open_checkpoint(trained.run), trained.run, domain.held_out)
+    held_out = held_out_scores(open_checkpoint(trained.run), trained.run, domain.held_out, crop_s=5.0, draws=4)
     costs = {cost: getattr(trained, cost) for cost in COSTS}
     return {**costs, "held_out": held_out, "probes": scores}
 
@@ -140,13 +145,14 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help=f"{FULL.seeds} seeds of {FULL.updates} updates: hours")
     arguments = parser.parse_args()
     size = FULL if arguments.full else DEFAULT
-    check_corpora(arguments.corpora, ["train", "dev", "test", "voices_train", "voices_dev", "voices_test"])
-    study = StudyFile(arguments.output, {"study": "crop_length", **size._asdict()})
+    decides = what_decides(arguments.corpora, ["train", "dev", "test", "voices_train", "voices_dev", "voices_test"])
     speech = arguments.corpora
     domains = {"speech": Domain(speech / "train", speech / "dev", speech, SPEECH_PROBES, (1.0, 2.0, 5.0, None))}
     if arguments.sounds is not None:
         sounds = parts_of_sounds(arguments.sounds, arguments.runs / "sounds")
         domains["sound"] = Domain(sounds / "pretrain", sounds / "test", sounds, SOUND_PROBES, (1.0, 2.0, None))
+        decides["sounds"] = what_decides(sounds, ["pretrain", "train", "dev", "test"])["tables"]
+    study = StudyFile(arguments.output, {"study": "crop_length", **size._asdict(), **decides})
     for name, domain in domains.items():
         evaluated = partial(evaluate, domain, size)
         limits = audio_limits(domain, updates=200)
@@ -164,7 +170,7 @@ def parts_of_sounds(folder: Path, output: Path) -> Path:
 
     Args:
         folder: With files `{class}_{fold}-{clip}-{take}.ogg`.
-        output: Made, of links to these files.
+        output: Gets these sounds without the digital silence before and after them.
 
     Raises:
         ValueError: There are no such files, or none of some fold.
@@ -182,12 +188,24 @@ def parts_of_sounds(folder: Path, output: Path) -> Path:
             raise ValueError(f"--sounds: {folder} has no sound of fold {' or '.join(folds)}")
         (output / part).mkdir(parents=True, exist_ok=True)
         for path in chosen:
-            link = output / part / path.name
-            if not link.exists():
-                link.symlink_to(path.resolve())
-        rows = "".join(f"{path.name}\t{name}\n" for path, name in chosen.items())
+            sound = output / part / f"{path.stem}.flac"
+            if not sound.exists():
+                partial = sound.with_suffix(".tmp")
+                samples, rate_hz = soundfile.read(path, dtype="float32")
+                soundfile.write(partial, _without_silence(samples, least=rate_hz), rate_hz, format="FLAC")
+                partial.replace(sound)
+        rows = "".join(f"{path.stem}.flac\t{name}\n" for path, name in chosen.items())
         (output / part / "utterances.tsv").write_text(f"path\tclass\n{rows}")
     return output
+
+
+def _without_silence(samples: NDArray[np.float32], *, least: int) -> NDArray[np.float32]:
+    """From the first to the last sample that is not silent (ESC-50 fills up with zeros), at least so many samples."""
+    loud = np.flatnonzero(np.abs(samples.reshape(len(samples), -1)).max(1) > 1e-4)
+    if not len(loud):
+        return samples[:least]
+    first = max(0, min(int(loud[0]), len(samples) - least))
+    return samples[first : max(int(loud[-1]) + 1, first + least)]
 
 
 def groups(results: Mapping[str, Any]) -> dict[tuple[str, str, str], list[Any]]:
@@ -225,8 +243,10 @@ def findings(results: Mapping[str, Any]) -> list[str]:
         for crop in (
             crop for other, letter, crop in grouped if (other, letter) == (domain, protocol) and crop != "whole"
         ):
-            ratios = {what: _mean(grouped[domain, protocol, crop], what) / _mean(whole, what) for what in _COSTS}
-            shares = ", ".join(f"{ratio:.2f} of the {_COSTS[what][0]}" for what, ratio in ratios.items())
+            shares = ", ".join(
+                f"{_share(grouped[domain, protocol, crop], whole, cost)} of the {text}"
+                for cost, (text, _) in _COSTS.items()
+            )
             lines.append(f"{domain}, protocol {protocol}: crops of {crop} take {shares} that whole ones take")
     return lines if tests == 0 else [*lines, chance(tests)]
 
@@ -238,6 +258,13 @@ _COSTS = {
     "cpu_s": ("processor time", "processor s"),
     "peak_mb": ("peak memory", "peak MB"),
 }
+
+
+def _share(results: Sequence[Mapping[str, float]], whole: Sequence[Mapping[str, float]], cost: str) -> str:
+    """Ratio of the means, with the least and the most that single runs could make of it: times hang on other load."""
+    of = [result[cost] for result in results], [result[cost] for result in whole]
+    ratio = statistics.fmean(of[0]) / statistics.fmean(of[1])
+    return f"{ratio:.2f} ({min(of[0]) / max(of[1]):.2f} to {max(of[0]) / min(of[1]):.2f})"
 
 
 def _mean(results: Iterable[Mapping[str, float]], name: str) -> float:

@@ -2,6 +2,7 @@
 
 import argparse
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -26,7 +27,8 @@ from fastssl.models.speech_encoder import SpeechEncoder
 from fastssl.nn.random import utterance_keys
 from fastssl.train.config import TemperatureConfig
 from fastssl.train.metrics_file import read_metrics
-from fastssl.train.quality import first_minutes, measure_quality, quality_loader
+from fastssl.train.probe import LEARNING_RATES
+from fastssl.train.quality import MAX_FRAMES, first_minutes, measure_quality, quality_loader
 from fastssl.train.systems import SYSTEMS, Model, build_model
 
 #: How the corpora that the studies take are made; takes are divided before they are strung together.
@@ -66,7 +68,7 @@ class Trained:
         updates: Optimiser updates.
         audio_hours: Audio that went through the model, every draw counted.
         training_s: Seconds in updates: no scoring, no checkpoint, no start.
-        cpu_s: Processor seconds of the training process, all of it, which a machine's other work does not change.
+        cpu_s: Processor seconds of the training process, all of it, which a machine's other work changes little.
         peak_mb: Resident memory of the training process at its highest, decoding workers apart; on a GPU of the host.
         mean_crop_s: Audio per utterance and draw.
     """
@@ -139,30 +141,23 @@ def _train(job: Job, run: Path) -> dict[str, float]:
 
 def _train_alone(job: Job, run: Path, lock: int) -> dict[str, float]:
     options = [f"--{name}={_as_text(value)}" for name, value in job.options.items()]
-    command = [sys.executable, "-m", "fastssl", "pretrain", str(job.audio), "--output", str(run)]
+    log, used = run.parent / f"{run.name}.log", run.parent / f"{run.name}.used.json"
+    command = [sys.executable, "-m", "benchmarks.studies.accounted", str(used)]
+    command += [sys.executable, "-m", "fastssl", "pretrain", str(job.audio), "--output", str(run)]
     if (run / "config.yaml").is_file():
         command.append("--resume")
     else:
         command += ["--recipe", job.recipe, f"--seed={job.seed}", *options]
-    log, used = run.parent / f"{run.name}.log", run.parent / f"{run.name}.used.json"
     print(f"{time.strftime('%H:%M:%S')} {job.name}", flush=True)
     with log.open("a") as file:
         before_it = file.tell()
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, pass_fds=(lock,))
-        # wait4 knows what this one process used; RUSAGE_CHILDREN would know the largest of all.
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    before = json.loads(used.read_text()) if used.is_file() else {"cpu_s": 0.0, "peak_mb": 0.0}
-    after = {
-        "cpu_s": before["cpu_s"] + usage.ru_utime + usage.ru_stime,
-        "peak_mb": max(before["peak_mb"], usage.ru_maxrss / 1024),
-    }
-    _write_json(used, after)
-    if process.returncode != 0:
+        ended = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, pass_fds=(lock,), check=False)
+    if ended.returncode != 0:
         if found := _NOT_FINITE.search(log.read_bytes()[before_it:].decode(errors="replace")):
             raise DivergedError(f"{job.name} diverged: {found[0]}")
-        raise RuntimeError(f"{job.name} failed with status {process.returncode}; see {log}")
-    return after
+        raise RuntimeError(f"{job.name} failed with status {ended.returncode}; see {log}")
+    account: dict[str, float] = json.loads(used.read_text())
+    return account
 
 
 #: As `fastssl pretrain` says it.
@@ -205,11 +200,13 @@ def quality_at(run: Path, update: int, audio: Path, *, minutes: float) -> dict[s
     return {"held_out_loss": _finite(scores[model.score_names[0]]), "accuracy": scores["accuracy"], "layers": layers}
 
 
-def layer_quality(encoder: SpeechEncoder, audio: Path, *, minutes: float) -> list[dict[str, Any]]:
-    """The quality of each layer, on so many minutes of held-out recordings."""
+def layer_quality(
+    encoder: SpeechEncoder, audio: Path, *, minutes: float, max_frames: int = MAX_FRAMES
+) -> list[dict[str, Any]]:
+    """The quality of each layer, on so many minutes of held-out recordings; clusters of at most so many frames."""
     cuts = first_minutes(open_corpus(audio, min_duration_s=1.0).cuts, minutes)
     batches = quality_loader(cuts, normalize=encoder.config.do_normalize)
-    layers = measure_quality(encoder, (batch.waveforms for batch in batches))
+    layers = measure_quality(encoder, (batch.waveforms for batch in batches), max_frames=max_frames)
     return [{name: _finite(value) for name, value in asdict(layer).items()} for layer in layers]
 
 
@@ -231,16 +228,20 @@ def open_checkpoint(run: Path, update: int | None = None) -> Model:
 
 
 @torch.inference_mode()
-def held_out_scores(model: Model, run: Path, audio: Path, *, crop_s: float | None = 5.0) -> dict[str, float]:
-    """Loss and accuracy on the same crops, whatever the model was trained on.
+def held_out_scores(
+    model: Model, run: Path, audio: Path, *, crop_s: float | None = None, draws: int = 8
+) -> dict[str, float]:
+    """Loss and accuracy on the same audio, whatever the model was trained on.
 
     Spans are masked as the model's own settings say, the same for models of the same masking, whatever their seed.
+    Where they are few, so are the frames that a loss is the mean of; hence several draws of them.
 
     Args:
         model: Of a run.
         run: Its folder.
         audio: Held-out recordings.
-        crop_s: Length of the crops that are scored.
+        crop_s: Score a crop of this length of each; None scores them whole.
+        draws: Of masks.
     """
     settings = yaml.safe_load((run / "config.yaml").read_text())
     cuts = open_corpus(audio, min_duration_s=1.0, window_s=60.0).cuts
@@ -252,10 +253,11 @@ def held_out_scores(model: Model, run: Path, audio: Path, *, crop_s: float | Non
     frames = 0
     for spec in fixed_batches(cuts, max_duration_s=60.0, crop_s=crop_s, seed=0):
         batch = dataset[spec]
-        output = model(batch.waveforms, keys=utterance_keys(0, -1, batch.ids), **extra)
-        frames += output.masked_frames
-        for name, value in output.scores().items():
-            sums[name] = sums.get(name, 0.0) + float(value)
+        for draw in range(draws):
+            output = model(batch.waveforms, keys=utterance_keys(0, -1 - draw, batch.ids), **extra)
+            frames += output.masked_frames
+            for name, value in output.scores().items():
+                sums[name] = sums.get(name, 0.0) + float(value)
     return {name: value / frames for name, value in sums.items()}
 
 
@@ -376,15 +378,19 @@ def corpora_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def check_corpora(folder: Path, names: Sequence[str]) -> None:
-    """Refuse before hours of training.
+def what_decides(folder: Path, names: Sequence[str]) -> dict[str, Any]:
+    """Of a study's settings those that are not the study's own: the corpora, and how heads learn.
 
     Raises:
-        ValueError: One of them is not there.
+        ValueError: A corpus is not there; told before hours of training.
     """
+    digests = {}
     for name in names:
-        if not (folder / name / "utterances.tsv").is_file():
-            raise ValueError(f"CORPORA: there is no {folder / name / 'utterances.tsv'}")
+        path = folder / name / "utterances.tsv"
+        if not path.is_file():
+            raise ValueError(f"CORPORA: there is no {path}")
+        digests[name] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    return {"tables": digests, "learning_rates": {task: rates for task, rates in LEARNING_RATES.items() if rates}}
 
 
 def _device() -> torch.device:

@@ -56,6 +56,6 @@ def probe(run: Path, corpora: Path, probes: Mapping[str, Probe], *, steps: int, 
     errors = {}
     for name, task in probes.items():
         settings = task.settings(steps=steps, seeds=seeds)
-        (result,) = run_probe({run.name: encoder}, *task.tables(corpora), settings, features=features, baselines=False)
+        (result,) = run_probe({run.name: encoder}, *task.tables(corpora), settings, features=features, baselines=())
         errors[name] = result.mean
     return errors

@@ -15,7 +15,7 @@ and a linear head is all that is trained on them. It differs in this:
 
 import logging
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -188,7 +188,7 @@ def run_probe(
     settings: ProbeSettings,
     *,
     features: FeatureStore | None = None,
-    baselines: bool = True,
+    baselines: Sequence[str] = (LOG_MEL, RANDOM),
 ) -> list[ProbeResult]:
     """Probe encoders beside log-mel and random initialisation.
 
@@ -199,7 +199,7 @@ def run_probe(
         test: Looked at once for each run.
         settings: The task.
         features: Keeps features for other tasks on the same tables; None forgets them.
-        baselines: Add log-mel and the first encoder's architecture with random weights.
+        baselines: Add log-mel (`LOG_MEL`), and the first encoder's architecture with random weights (`RANDOM`).
 
     Returns:
         A result for each encoder in order, then the baselines.
@@ -212,12 +212,12 @@ def run_probe(
     first = next(iter(models.values()))
     device = next(first.parameters()).device
     sources: dict[str, Source] = {name: EncoderSource(model) for name, model in models.items()}
-    if baselines:
-        if sources.keys() & {LOG_MEL, RANDOM}:
-            raise ValueError(f"models: {LOG_MEL!r} and {RANDOM!r} are names of the baselines")
+    if sources.keys() & {LOG_MEL, RANDOM}:
+        raise ValueError(f"models: {LOG_MEL!r} and {RANDOM!r} are names of the baselines")
+    for name in baselines:
         # Cosines, unlike heads, cannot leave dimensions aside.
-        log_mel = LogMelSource(deltas=settings.resolved_task != "verification")
-        sources |= {LOG_MEL: log_mel, RANDOM: RandomSource(first, seed=0)}
+        deltas = settings.resolved_task != "verification"
+        sources[name] = LogMelSource(deltas=deltas) if name == LOG_MEL else RandomSource(first, seed=0)
     parts = {"train": train, "dev": dev, "test": test}
     targets = _Targets(parts, settings)
     results = []
@@ -330,6 +330,13 @@ class _Probe:
             standard=standard,
             name=self.name,
         )
+        if kind == "classification":
+            unknown = set(examples["test"].targets) - set(examples["train"].targets)
+            if unknown:
+                raise ValueError(
+                    f"{self.settings.folds}: when {', '.join(fold)} is held out, {len(unknown)} of the "
+                    f"{self.settings.target}s to be tested are not learned from; such folds are for verification"
+                )
         usable = examples["train"].feasible(self.window) if kind == "ctc" else examples["train"]
         if not usable.chosen:
             raise ValueError(f"{self.parts['train'].name}: no target fits into the frames of {self.name}")

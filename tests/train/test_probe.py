@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,12 @@ def store() -> FeatureStore:
 
 
 def _run(
-    encoder: Encoder, tables: dict[str, Table], settings: ProbeSettings, store: FeatureStore, *, baselines: bool = True
+    encoder: Encoder,
+    tables: dict[str, Table],
+    settings: ProbeSettings,
+    store: FeatureStore,
+    *,
+    baselines: Sequence[str] = (LOG_MEL, RANDOM),
 ) -> list[ProbeResult]:
     parts = (tables["train"], tables["dev"], tables["test"])
     return run_probe({"mine": encoder}, *parts, settings, features=store, baselines=baselines)
@@ -116,7 +122,7 @@ def test_features_are_whitened_for_ctc(
     monkeypatch.setattr(Examples, "gather", gather)
     settings = ProbeSettings(target, steps=1)
     assert settings.resolved_task == task
-    run_probe({"mine": encoder}, tables["train"], tables["dev"], tables["test"], settings, baselines=False)
+    run_probe({"mine": encoder}, tables["train"], tables["dev"], tables["test"], settings, baselines=())
     assert made
     assert all((whitening is not None) == (task == "ctc") for whitening in made)
 
@@ -132,7 +138,7 @@ def test_help_names_the_learning_rates(capsys: pytest.CaptureFixture[str]) -> No
 
 def test_held_out_speakers(tables: dict[str, Table], encoder: Encoder, store: FeatureStore) -> None:
     settings = ProbeSettings("phones", folds="speaker", fold_size=2, steps=2)
-    (result,) = _run(encoder, tables, settings, store, baselines=False)
+    (result,) = _run(encoder, tables, settings, store, baselines=())
     assert [run.held_out for run in result.runs] == [("s0", "s1"), ("s2", "s3")]
     sizes = {part: size.recordings for part, size in result.runs[0].parts.items()}
     assert sizes == {"train": 12, "dev": 4, "test": 4}
@@ -147,6 +153,14 @@ def test_classification_of_segments(tables: dict[str, Table], encoder: Encoder, 
     size = results[0].runs[0].parts["train"]
     assert size.examples == sum(count // 4800 for count in samples)
     assert size.hours == pytest.approx(size.examples * 0.3 / 3600)
+
+
+def test_folds_that_hold_a_class_out_are_refused(
+    tables: dict[str, Table], encoder: Encoder, store: FeatureStore
+) -> None:
+    settings = ProbeSettings("speaker", folds="speaker", steps=1)
+    with pytest.raises(ValueError, match="speaker: when s0 is held out, 1 of the speakers to be tested"):
+        _run(encoder, tables, settings, store, baselines=())
 
 
 def test_verification_of_unseen_speakers(tables: dict[str, Table], encoder: Encoder, store: FeatureStore) -> None:
@@ -210,7 +224,7 @@ def test_targets_longer_than_their_audio_are_counted(
     tables: dict[str, Table], encoder: Encoder, store: FeatureStore
 ) -> None:
     changed = tables | {part: _changed(tables[part], 3, digits="0" * 500) for part in ("train", "test")}
-    (result,) = _run(encoder, changed, ProbeSettings("digits", steps=1), store, baselines=False)
+    (result,) = _run(encoder, changed, ProbeSettings("digits", steps=1), store, baselines=())
     assert [size.infeasible for size in result.runs[0].parts.values()] == [1, 0, 1]
     assert result.mean == 1.0  # the symbols of the test part count all the same
 
@@ -223,7 +237,7 @@ def test_recordings_that_cannot_be_used_are_named(tables: dict[str, Table], enco
         rows[number] = dataclasses.replace(rows[number], path=tmp_path / name)
     train = dataclasses.replace(tables["train"], rows=tuple(rows))
     settings = ProbeSettings("speaker", steps=1)
-    (result,) = run_probe({"mine": encoder}, train, tables["dev"], tables["test"], settings=settings, baselines=False)
+    (result,) = run_probe({"mine": encoder}, train, tables["dev"], tables["test"], settings=settings, baselines=())
     missing, text, short = result.problems
     assert missing.startswith(f"{tmp_path / 'missing.wav'} does not open as audio")
     assert text.startswith(f"{tmp_path / 'text.wav'} does not open as audio")
