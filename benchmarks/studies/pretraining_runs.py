@@ -28,6 +28,7 @@ from fastssl.nn.random import utterance_keys
 from fastssl.train.config import TemperatureConfig
 from fastssl.train.metrics_file import read_metrics
 from fastssl.train.probe import LEARNING_RATES
+from fastssl.train.probing.features import SHRINKAGE
 from fastssl.train.quality import MAX_FRAMES, first_minutes, measure_quality, quality_loader
 from fastssl.train.systems import SYSTEMS, Model, build_model
 
@@ -390,7 +391,8 @@ def what_decides(folder: Path, names: Sequence[str]) -> dict[str, Any]:
         if not path.is_file():
             raise ValueError(f"CORPORA: there is no {path}")
         digests[name] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-    return {"tables": digests, "learning_rates": {task: rates for task, rates in LEARNING_RATES.items() if rates}}
+    rates = {task: rates for task, rates in LEARNING_RATES.items() if rates}
+    return {"tables": digests, "heads": {"learning_rates": rates, "shrinkage": SHRINKAGE}}
 
 
 def _device() -> torch.device:

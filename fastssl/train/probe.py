@@ -5,7 +5,7 @@ and a linear head is all that is trained on them. It differs in this:
 
 - the tasks are small, and their tables are the user's;
 - every layer is standardised on the training part, so that a layer's weight does not depend on its scale, and for CTC
-  its dimensions are decorrelated too, which a linear head could undo and which spares it most of its steps;
+  its directions of large variance are brought down too (ZCA, shrunk), which spares a head most of its steps;
 - CTC has a linear head on a window of 0.1 s on either side of a frame, where SUPERB has two LSTM layers;
 - verification trains nothing and scores mean-pooled features, of the layer that does best on the development part,
   where SUPERB trains x-vectors;

@@ -24,8 +24,9 @@ _BATCH_S = 60.0
 #: Less than this makes no frame in some front ends.
 _SHORTEST_S = 0.1
 _MELS = 80
-#: Added to every variance (which are 1 on average) before its root is divided by.
-_SHRINKAGE = 0.1
+#: Added to every variance (which are 1 on average) before its root is divided by. With a tenth of it, heads learned as
+#: fast, but read up to three times as many errors from speakers they had not learned from.
+SHRINKAGE = 1.0
 
 Waveforms = Sequence[NDArray[np.float32]]
 
@@ -160,8 +161,8 @@ class Standard(NamedTuple):
         Args:
             features: Of the training part.
             examples: Of these.
-            whiten: Decorrelate dimensions too, staying as near to them as can be (ZCA); directions of variance well
-                below `_SHRINKAGE` are not blown up.
+            whiten: Bring directions of more variance than others down too, staying as near to the dimensions as can
+                be (ZCA with `SHRINKAGE`); none is blown up.
         """
         chosen = [features.frames[example] for example in examples]
         count = sum(frames.shape[1] for frames in chosen)
@@ -197,7 +198,7 @@ class Standard(NamedTuple):
 def _inverse_root(covariance: Tensor) -> Tensor:  # (L, D, D) in fp64 -> fp32
     """Symmetric, and of the covariance shrunk towards that of independent dimensions."""
     variances, directions = torch.linalg.eigh(covariance)
-    scales = (variances.clamp(min=0) + _SHRINKAGE).rsqrt()
+    scales = (variances.clamp(min=0) + SHRINKAGE).rsqrt()
     root: Tensor = (directions * scales[:, None]) @ directions.mT
     return root.float()
 
