@@ -1,6 +1,5 @@
 """BEST-RQ's objective: the loss as plain code computes it, whatever the batch, and what masking puts in."""
 
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from fastssl.models.conformer import subsampled_layout
 from fastssl.nn.masking import sample_span_mask
 from fastssl.nn.random import draw_keys, utterance_keys
 from fastssl.packing import Layout, Packed
+from tests.device_waits import device_waits
 from tests.interop.tiny_models import assert_same_weights, waveforms_of
 
 SMALL = BestRqConfig(
@@ -31,6 +31,7 @@ SMALL = BestRqConfig(
     conv_depthwise_kernel_size=5,
     codebook_size=30,
 )
+
 RECIPES = Path(fastssl.__file__).parent / "recipes"
 
 
@@ -260,14 +261,5 @@ def test_the_host_waits_for_the_device_once() -> None:
             output = model(waveforms, keys=keys)
         output.loss.backward()
 
-    step()  # compiled, and everything loaded
-    torch.cuda.synchronize()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            step()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    waits = [str(warning.message) for warning in caught if "synchronizing CUDA operation" in str(warning.message)]
+    waits = device_waits(step)
     assert len(waits) == 1, waits

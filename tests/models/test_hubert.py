@@ -1,7 +1,6 @@
 """HuBERT's objective against a plain implementation, and what a batch may not change."""
 
 import dataclasses
-import warnings
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from benchmarks import bench_hubert_step, rivals
 from fastssl.models.hubert import PRESETS, HubertConfig, HubertForPreTraining
 from fastssl.nn.masking import sample_span_mask
 from fastssl.packing import Packed
+from tests.device_waits import device_waits
 
 _TINY = HubertConfig(
     hidden_size=32,
@@ -28,6 +28,7 @@ _TINY = HubertConfig(
     num_clusters=11,
     final_dim=8,
 )
+
 _LENGTHS = (9000, 4000, 400, 100, 12345)
 
 
@@ -148,14 +149,5 @@ def test_the_host_waits_for_the_device_once() -> None:
             output = model(packed, keys=keys, labels=targets)
         output.loss.backward()
 
-    step()  # compiled, and everything loaded
-    torch.cuda.synchronize()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            step()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    waits = [str(warning.message) for warning in caught if "synchronizing CUDA operation" in str(warning.message)]
+    waits = device_waits(step)
     assert len(waits) == 1, waits

@@ -1,6 +1,5 @@
 """Equality with Transformers, independence of batch mates, and what a batch of the objective does."""
 
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from fastssl.models.wav2vec2 import PRESETS, Wav2Vec2Config, Wav2Vec2ForPreTrain
 from fastssl.nn.masking import sample_negatives, sample_span_mask
 from fastssl.nn.random import gumbel, utterance_keys
 from fastssl.packing import Layout, Packed
+from tests.device_waits import device_waits
 
 transformers = pytest.importorskip("transformers")
 
@@ -38,6 +38,7 @@ SMALL = Wav2Vec2Config(
     proj_codevector_dim=24,
     features_penalty_weight=0.0,
 )
+
 VARIANTS = {
     "group": SMALL,
     "layer": replace(SMALL, feat_extract_norm="layer", conv_bias=True, do_stable_layer_norm=True),
@@ -283,14 +284,5 @@ def test_the_host_waits_for_the_device_once(variant: str) -> None:
             output = model(waveforms, keys=keys, gumbel_temperature=1.0)
         output.loss.backward()
 
-    step()  # compiled, and everything loaded
-    torch.cuda.synchronize()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            step()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    waits = [str(warning.message) for warning in caught if "synchronizing CUDA operation" in str(warning.message)]
+    waits = device_waits(step)
     assert len(waits) == 1, waits

@@ -25,7 +25,7 @@ _BATCH_S = 60.0
 _SHORTEST_S = 0.1
 _MELS = 80
 #: Added to every variance (which are 1 on average) before its root is divided by. With a tenth of it, heads learned as
-#: fast, but read up to three times as many errors from speakers they had not learned from.
+#: fast, but made several times the errors on speakers that they had not learned from.
 SHRINKAGE = 1.0
 
 Waveforms = Sequence[NDArray[np.float32]]
