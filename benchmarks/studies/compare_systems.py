@@ -45,12 +45,13 @@ QUALITY_FRAMES = 12_000
 LABEL_LAYER = 3
 
 
-def runs(corpora: Path, folder: Path, updates: int) -> Iterator[tuple[str, Trained]]:
+def runs(corpora: Path, folder: Path, updates: int, *, precision: str) -> Iterator[tuple[str, Trained]]:
     """Each run by name, done when it is asked for, if it is not there yet."""
-    audio, options = corpora / "train", _options(corpora, updates)
+    audio, options = corpora / "train", _options(corpora, updates, precision)
     yield "wav2vec 2.0", train(Job("wav2vec2", audio, "wav2vec2-tiny", options), folder)
     yield "BEST-RQ", train(Job("best-rq", audio, "best-rq-tiny", options), folder)
-    first = train(Job("hubert-1", audio, "hubert-tiny", _options(corpora, max(1, updates // 3))), folder)
+    first_options = _options(corpora, max(1, updates // 3), precision)
+    first = train(Job("hubert-1", audio, "hubert-tiny", first_options), folder)
     yield "HuBERT, iteration 1", first
     labels = folder / "hubert-labels"
     label(audio, labels, LabelSettings(model=str(first.run.absolute()), layer=LABEL_LAYER, clusters=100))
@@ -58,10 +59,11 @@ def runs(corpora: Path, folder: Path, updates: int) -> Iterator[tuple[str, Train
     yield "HuBERT, iteration 2", train(Job("hubert-2", audio, "hubert-tiny", given), folder)
 
 
-def _options(corpora: Path, updates: int) -> dict[str, Any]:
+def _options(corpora: Path, updates: int, precision: str) -> dict[str, Any]:
     return {
         "data.valid": str(corpora / "dev"),
         "trainer.max_steps": updates,
+        "trainer.precision": precision,
         "trainer.val_check_interval": max(1, updates // 12),
         "trainer.checkpoint_every": max(1, updates // 12),
         "trainer.progress": "false",
@@ -76,9 +78,10 @@ def main() -> None:
     parser.add_argument("--probe_steps", type=int, default=600, help="of each head")
     arguments = parser.parse_args()
     decides = what_decides(arguments.corpora, ["train", "dev", "test", "voices_train", "voices_dev", "voices_test"])
-    settings = {name: getattr(arguments, name) for name in ("updates", "probe_steps", "seeds")}
+    settings = {name: getattr(arguments, name) for name in ("updates", "probe_steps", "seeds", "precision")}
     study = StudyFile(arguments.output, {"study": "compare_systems", **settings, **decides})
-    for name, trained in runs(arguments.corpora, arguments.runs, arguments.updates):
+    in_turn = runs(arguments.corpora, arguments.runs, arguments.updates, precision=arguments.precision)
+    for name, trained in in_turn:
         models = {name: fastssl.load_encoder(trained.run)}
         if name in UNTRAINED:
             models[UNTRAINED[name]] = RandomSource(models[name], seed=0).encoder

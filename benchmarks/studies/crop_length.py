@@ -103,7 +103,9 @@ def audio_limits(domain: Domain, *, updates: int) -> dict[float | None, float]:
     return {crop_s: min(limits, key=lambda limit_s: abs(mean(crop_s, limit_s) - AUDIO_S)) for crop_s in domain.crops}
 
 
-def jobs(name: str, domain: Domain, size: Size, limits: Mapping[float | None, float]) -> dict[str, Job]:
+def jobs(
+    name: str, domain: Domain, size: Size, limits: Mapping[float | None, float], *, precision: str
+) -> dict[str, Job]:
     """The runs by key, `domain/protocol/crop/seed`; `limits` are those of `audio_limits`."""
     found = {}
     for seed in range(size.seeds):
@@ -118,6 +120,7 @@ def jobs(name: str, domain: Domain, size: Size, limits: Mapping[float | None, fl
                     # Scored once, afterwards, on crops that all share.
                     "data.valid": 0,
                     "trainer.max_steps": size.updates,
+                    "trainer.precision": precision,
                     "trainer.checkpoint_every": 100,
                     "trainer.log_every": 50,
                     "trainer.progress": "false",
@@ -152,11 +155,13 @@ def main() -> None:
         sounds = parts_of_sounds(arguments.sounds, arguments.runs / "sounds")
         domains["sound"] = Domain(sounds / "pretrain", sounds / "test", sounds, SOUND_PROBES, (1.0, 2.0, None))
         decides["sounds"] = what_decides(sounds, ["pretrain", "train", "dev", "test"])["tables"]
-    study = StudyFile(arguments.output, {"study": "crop_length", **size._asdict(), **decides})
+    settings = {"study": "crop_length", **size._asdict(), "precision": arguments.precision, **decides}
+    study = StudyFile(arguments.output, settings)
     for name, domain in domains.items():
         evaluated = partial(evaluate, domain, size)
         limits = audio_limits(domain, updates=200)
-        do_all(study, jobs(name, domain, size, limits), arguments.runs, evaluated, parallel=arguments.parallel)
+        to_do = jobs(name, domain, size, limits, precision=arguments.precision)
+        do_all(study, to_do, arguments.runs, evaluated, parallel=arguments.parallel)
     results, failed = finished(study.results)
     study.conclude(failed + findings(results))
     write_csv(results, arguments.output.with_suffix(".csv"))

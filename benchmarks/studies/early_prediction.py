@@ -60,7 +60,7 @@ DEFAULT = Size(updates=240, seeds=1, quality_minutes=8.0, probe_steps=300)
 FULL = Size(updates=800, seeds=3, quality_minutes=8.0, probe_steps=500)
 
 
-def jobs(corpora: Path, size: Size) -> dict[str, Job]:
+def jobs(corpora: Path, size: Size, *, precision: str) -> dict[str, Job]:
     """The runs by key, `mask/rate/seed`; the centre has two more seeds."""
     grid = [(mask, rate, seed) for seed in range(size.seeds) for mask in MASKS for rate in LEARNING_RATES]
     repeats = [(*CENTRE, seed) for seed in range(max(3, size.seeds)) if (*CENTRE, seed) not in grid]
@@ -78,6 +78,7 @@ def jobs(corpora: Path, size: Size) -> dict[str, Job]:
                 "data.valid": str(corpora / "dev"),
                 "data.min_duration_s": 1.0,
                 "trainer.max_steps": size.updates,
+                "trainer.precision": precision,
                 "trainer.val_check_interval": size.updates // 4,
                 "trainer.checkpoint_every": size.updates // 4,
                 "trainer.keep_every": size.updates // 4,
@@ -111,9 +112,11 @@ def main() -> None:
     arguments = parser.parse_args()
     size = FULL if arguments.full else DEFAULT
     decides = what_decides(arguments.corpora, ["train", "dev", "test", "voices_train", "voices_dev", "voices_test"])
-    study = StudyFile(arguments.output, {"study": "early_prediction", **size._asdict(), **decides})
+    settings = {"study": "early_prediction", **size._asdict(), "precision": arguments.precision, **decides}
+    study = StudyFile(arguments.output, settings)
     evaluated = partial(evaluate, arguments.corpora, size)
-    do_all(study, jobs(arguments.corpora, size), arguments.runs, evaluated, parallel=arguments.parallel)
+    to_do = jobs(arguments.corpora, size, precision=arguments.precision)
+    do_all(study, to_do, arguments.runs, evaluated, parallel=arguments.parallel)
     results, failed = finished(study.results)
     study.conclude(failed + findings(results))
     write_csv(results, arguments.output.with_suffix(".csv"))

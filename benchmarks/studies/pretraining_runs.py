@@ -374,6 +374,12 @@ def corpora_parser(description: str) -> argparse.ArgumentParser:
         help="runs at a time; give each its share of the cores (OMP_NUM_THREADS), and expect no clean times",
     )
     parser.add_argument(
+        "--precision",
+        default="32-true",
+        choices=("32-true", "bf16-mixed"),
+        help="of all pre-training runs; bf16-mixed is faster on processors that multiply bf16 (AVX512-BF16, AMX)",
+    )
+    parser.add_argument(
         "--output", type=Path, required=True, metavar="FILE.json", help="results; .csv and .png beside it"
     )
     return parser

@@ -301,7 +301,8 @@ def _result(error: float, **more: Any) -> dict[str, Any]:
 def test_crop_length_tells_what_it_found(tmp_path: Path) -> None:
     domain = crop_length.Domain(tmp_path, tmp_path, tmp_path, crop_length.SPEECH_PROBES, (1.0, 2.0, 5.0, None))
     limits = {1.0: 51.0, 2.0: 50.0, 5.0: 52.0, None: 57.0}
-    jobs = crop_length.jobs("speech", domain, crop_length.FULL, limits)
+    jobs = crop_length.jobs("speech", domain, crop_length.FULL, limits, precision="bf16-mixed")
+    assert {job.options["trainer.precision"] for job in jobs.values()} == {"bf16-mixed"}
     assert jobs["speech/A/5s/0"].options["data.max_duration_s"] == 52.0
     assert len(jobs) == 2 * 4 * 3
     assert jobs["speech/B/1s/0"].options["data.max_utterances"] == 4
@@ -335,9 +336,9 @@ def test_crop_length_tells_what_it_found(tmp_path: Path) -> None:
 
 
 def test_early_prediction_tells_what_it_found(tmp_path: Path) -> None:
-    jobs = early_prediction.jobs(tmp_path, early_prediction.DEFAULT)
+    jobs = early_prediction.jobs(tmp_path, early_prediction.DEFAULT, precision="32-true")
     assert len(jobs) == 4 * 3 + 2
-    assert len(early_prediction.jobs(tmp_path, early_prediction.FULL)) == 4 * 3 * 3
+    assert len(early_prediction.jobs(tmp_path, early_prediction.FULL, precision="32-true")) == 4 * 3 * 3
     random = np.random.default_rng(0)
     results: dict[str, dict[str, Any]] = {}
     goodness: dict[str, float] = {}
