@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 #: Written last: other processes of a run wait for it.
 _DONE_FILE = "done.json"
+#: A failure that has stood so long is this attempt's: the first process takes an earlier one's away when it starts.
+_FAILED_FOR_S = 30.0
 _MIN_DURATION_S = 0.025
 
 
@@ -205,10 +207,23 @@ def labels_for_run(
 def _label_or_wait(
     audio: str, output: Path, settings: LabelSettings, *, kmeans: Path | None, workers: int | None, first: bool
 ) -> None:
+    # Torchrun ends the others where the first fails, and Lightning starts them only after this, but srun waits.
+    failed = output.with_name(f"{output.name}.failed")
     if first:
-        label(audio, output, settings, kmeans=kmeans, num_workers=workers)
-    # Where the first process fails, torchrun ends the others; Lightning starts them only after this.
+        failed.unlink(missing_ok=True)
+        try:
+            label(audio, output, settings, kmeans=kmeans, num_workers=workers)
+        except BaseException as error:
+            failed.write_text(f"{error or type(error).__name__}\n")
+            raise
+    seen_s: float | None = None
     while not (output / _DONE_FILE).is_file():
+        if not failed.is_file():
+            seen_s = None
+        elif seen_s is None:
+            seen_s = time.monotonic()
+        elif time.monotonic() - seen_s > _FAILED_FOR_S:
+            raise ValueError(f"the process that makes {output} failed: {failed.read_text().strip()}")
         time.sleep(0.5)
 
 

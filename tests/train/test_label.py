@@ -239,6 +239,25 @@ def test_run_makes_labels_learns_and_resumes(hubert: PretrainConfig, tmp_path: P
     assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
 
 
+def test_other_processes_do_not_wait_for_one_that_failed(
+    hubert: PretrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise ValueError("no space is left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fastssl.train.label._fit", stop)
+        with pytest.raises(ValueError, match="no space is left"):
+            pretrain(hubert)
+    with monkeypatch.context() as patch:
+        patch.setattr("fastssl.train.label._FAILED_FOR_S", 0.1)
+        patch.setenv("SLURM_PROCID", "1")
+        with pytest.raises(ValueError, match=r"the process that makes .*labels failed: no space is left"):
+            pretrain(hubert, resume=True)
+    pretrain(hubert, resume=True)
+    assert not list(Path(hubert.output).glob("*.failed"))
+
+
 def test_second_iteration_learns_the_labels_it_is_given(
     hubert: PretrainConfig, recordings: Path, tmp_path: Path
 ) -> None:
