@@ -213,7 +213,7 @@ def cpu_module() -> Module:
     include = ("-isystem", str(torch.folder / "include"))
     return Module(
         "_C_cpu",
-        tuple(sorted(ROOT.glob("csrc/*/cpu.cpp"))),
+        tuple(sorted(ROOT.glob("csrc/*/cpu*.cpp"))),
         (*cxx(), *_CXX_FLAGS, *_STABLE_ABI, *include),
         _GCC_DEPENDENCIES,
         (f"-L{torch.folder / 'lib'}", "-ltorch_cpu", "-lc10"),

@@ -12,6 +12,8 @@ namespace fastssl::strided_conv {
 // Rows per task: enough to pay for handing it out, few enough to sum in fp32.
 constexpr int64_t kSegmentRows = 64;
 constexpr int64_t kLanes = 16;
+// Channels per task of the group norms, whose sums run over time.
+constexpr int64_t kGroupChannels = 32;
 
 // Consecutive grid rows of one sequence.
 struct Segment {

@@ -214,7 +214,7 @@ def _label_or_wait(
         try:
             label(audio, output, settings, kmeans=kmeans, num_workers=workers)
         except BaseException as error:
-            failed.write_text(f"{error or type(error).__name__}\n")
+            failed.write_text(f"{str(error) or type(error).__name__}\n")
             raise
     seen_s: float | None = None
     while not (output / _DONE_FILE).is_file():

@@ -97,7 +97,8 @@ def draw_report(run: Path) -> None:
     for axes in (loss, accuracy, perplexity, throughput):
         axes.set_xlabel("hours of audio")
         axes.grid(alpha=0.3)
-        axes.legend()
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend()
     figure.savefig(run / "report.png", dpi=120)
 
 
