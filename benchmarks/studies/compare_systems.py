@@ -8,8 +8,10 @@ by CTC on speakers that the head has learned from and, six times over, on the on
 verification between speakers that the layer was not chosen on, two at a time.
 """
 
+import argparse
 import csv
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -39,24 +41,47 @@ PROBES = {
 }
 #: The rows of random weights, by the system whose architecture they are of; HuBERT has that of wav2vec 2.0.
 UNTRAINED = {"wav2vec 2.0": "untrained wav2vec 2.0 and HuBERT", "BEST-RQ": "untrained BEST-RQ"}
+#: The rows, in the order of the tables.
+NAMES = (
+    "wav2vec 2.0",
+    "HuBERT, iteration 1",
+    "HuBERT, iteration 2",
+    UNTRAINED["wav2vec 2.0"],
+    "BEST-RQ",
+    UNTRAINED["BEST-RQ"],
+    LOG_MEL,
+)
+#: Whose turn it is to have log-mel probed.
+WITH_LOG_MEL = "wav2vec 2.0"
 #: For clusters, and so for their number: as many as the encoder with the fewest frames a second has in 8 minutes.
 QUALITY_FRAMES = 12_000
 #: Of hubert-tiny, from which the classes of the second iteration are made.
 LABEL_LAYER = 3
 
 
-def runs(corpora: Path, folder: Path, updates: int, *, precision: str) -> Iterator[tuple[str, Trained]]:
-    """Each run by name, done when it is asked for, if it is not there yet."""
+def runs(corpora: Path, folder: Path, updates: int, *, precision: str) -> list[Iterator[tuple[str, Trained]]]:
+    """The runs by name, in groups that need nothing of each other; each is done when it is asked for."""
     audio, options = corpora / "train", _options(corpora, updates, precision)
-    yield "wav2vec 2.0", train(Job("wav2vec2", audio, "wav2vec2-tiny", options), folder)
-    yield "BEST-RQ", train(Job("best-rq", audio, "best-rq-tiny", options), folder)
-    first_options = _options(corpora, max(1, updates // 3), precision)
-    first = train(Job("hubert-1", audio, "hubert-tiny", first_options), folder)
-    yield "HuBERT, iteration 1", first
-    labels = folder / "hubert-labels"
-    label(audio, labels, LabelSettings(model=str(first.run.absolute()), layer=LABEL_LAYER, clusters=100))
-    given = options | {"data.labels": str(labels.absolute())}
-    yield "HuBERT, iteration 2", train(Job("hubert-2", audio, "hubert-tiny", given), folder)
+
+    def alone(name: str, job: Job) -> Iterator[tuple[str, Trained]]:
+        yield name, train(job, folder)
+
+    def hubert() -> Iterator[tuple[str, Trained]]:
+        first_options = _options(corpora, max(1, updates // 3), precision)
+        first = train(Job("hubert-1", audio, "hubert-tiny", first_options), folder)
+        yield "HuBERT, iteration 1", first
+        labels = folder / "hubert-labels"
+        settings = LabelSettings(model=str(first.run.absolute()), layer=LABEL_LAYER, clusters=100)
+        # In this process: others cannot be forked safely while threads compute.
+        label(audio, labels, settings, num_workers=0)
+        given = options | {"data.labels": str(labels.absolute())}
+        yield "HuBERT, iteration 2", train(Job("hubert-2", audio, "hubert-tiny", given), folder)
+
+    return [
+        alone("wav2vec 2.0", Job("wav2vec2", audio, "wav2vec2-tiny", options)),
+        alone("BEST-RQ", Job("best-rq", audio, "best-rq-tiny", options)),
+        hubert(),
+    ]
 
 
 def _options(corpora: Path, updates: int, precision: str) -> dict[str, Any]:
@@ -80,8 +105,18 @@ def main() -> None:
     decides = what_decides(arguments.corpora, ["train", "dev", "test", "voices_train", "voices_dev", "voices_test"])
     settings = {name: getattr(arguments, name) for name in ("updates", "probe_steps", "seeds", "precision")}
     study = StudyFile(arguments.output, {"study": "compare_systems", **settings, **decides})
-    in_turn = runs(arguments.corpora, arguments.runs, arguments.updates, precision=arguments.precision)
-    for name, trained in in_turn:
+    groups = runs(arguments.corpora, arguments.runs, arguments.updates, precision=arguments.precision)
+    with ThreadPoolExecutor(arguments.parallel) as pool:
+        for done in [pool.submit(_assess, study, group, arguments) for group in groups]:
+            done.result()
+    study.conclude(list(table(study.results)))
+    write_csv(study.results, arguments.output.with_suffix(".csv"))
+    print("\n".join(study.content["findings"]))
+
+
+def _assess(study: StudyFile, group: Iterator[tuple[str, Trained]], arguments: argparse.Namespace) -> None:
+    """Quality and probes of the encoders of these runs, and of those without training that belong to them."""
+    for name, trained in group:
         models = {name: fastssl.load_encoder(trained.run)}
         if name in UNTRAINED:
             models[UNTRAINED[name]] = RandomSource(models[name], seed=0).encoder
@@ -90,24 +125,29 @@ def main() -> None:
                 costs = {"updates": trained.updates, "audio_hours": trained.audio_hours} if encoder_name == name else {}
                 quality = layer_quality(encoder, arguments.corpora / "dev", minutes=8.0, max_frames=QUALITY_FRAMES)
                 study.add(f"run/{encoder_name}", {**costs, "width": encoder.config.hidden_size, "layers": quality})
-        _probe(study, models, arguments.corpora, steps=arguments.probe_steps, seeds=arguments.seeds)
-    study.conclude(list(table(study.results)))
-    write_csv(study.results, arguments.output.with_suffix(".csv"))
-    print("\n".join(study.content["findings"]))
+        baselines = [LOG_MEL] if name == WITH_LOG_MEL else []
+        _probe(study, models, baselines, arguments.corpora, steps=arguments.probe_steps, seeds=arguments.seeds)
 
 
-def _probe(study: StudyFile, models: Mapping[str, SpeechEncoder], corpora: Path, *, steps: int, seeds: int) -> None:
-    """Probe encoders where that is not done, and log-mel the first time."""
+def _probe(
+    study: StudyFile,
+    models: Mapping[str, SpeechEncoder],
+    baselines: Sequence[str],
+    corpora: Path,
+    *,
+    steps: int,
+    seeds: int,
+) -> None:
+    """Probe encoders and baselines where that is not done."""
     features = FeatureStore()
     for task_name, task in PROBES.items():
         left = {name: model for name, model in models.items() if f"probe/{name}/{task_name}" not in study.results}
-        log_mel = f"probe/{LOG_MEL}/{task_name}" not in study.results
-        if not left and not log_mel:
+        beside = [name for name in baselines if f"probe/{name}/{task_name}" not in study.results]
+        if not left and not beside:
             continue
         settings = task.settings(steps=steps, seeds=seeds if task.folds is None else 1)
-        results = run_probe(
-            left or models, *task.tables(corpora), settings, features=features, baselines=[LOG_MEL] if log_mel else []
-        )
+        # A baseline that alone is left takes its device from an encoder.
+        results = run_probe(left or models, *task.tables(corpora), settings, features=features, baselines=beside)
         for result in results:
             study.add(f"probe/{result.encoder}/{task_name}", _summary(result))
 
@@ -126,7 +166,7 @@ def _summary(result: ProbeResult) -> dict[str, Any]:
 
 
 def _encoders(results: Mapping[str, Any]) -> list[str]:
-    return list(dict.fromkeys(key.split("/")[1] for key in results if key.startswith("probe/")))
+    return [name for name in NAMES if any(key.startswith(f"probe/{name}/") for key in results)]
 
 
 def table(results: Mapping[str, Any]) -> list[str]:

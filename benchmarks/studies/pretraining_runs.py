@@ -10,8 +10,9 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from threading import Lock
@@ -99,7 +100,10 @@ def train(job: Job, folder: Path) -> Trained:
     _check_settings(job, run)
     done = run / "trained.json"
     if not done.is_file():
-        _write_json(done, _train(job, run) | _account(run))
+        with _locked(run) as lock:
+            # Another study may have done it meanwhile.
+            if not done.is_file():
+                _write_json(done, _train(job, run, lock) | _account(run))
     return Trained(run, **json.loads(done.read_text()))
 
 
@@ -127,20 +131,22 @@ def _check_settings(job: Job, run: Path) -> None:
         raise ValueError(f"--runs: {run} is a run of other settings: {', '.join(other)}; name another folder")
 
 
-def _train(job: Job, run: Path) -> dict[str, float]:
-    """Run `fastssl pretrain`; returns peak memory and processor time, of interrupted attempts too if they are known."""
+@contextmanager
+def _locked(run: Path) -> Iterator[int]:
+    """Wait for the lock of a run's folder, whose file descriptor this is."""
     run.parent.mkdir(parents=True, exist_ok=True)
     # The process inherits the lock and has it until it ends, also where the study is killed and begun anew meanwhile.
     with (run.parent / f"{run.name}.lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"{job.name} is under way in a process that an earlier study left; waiting for it", flush=True)
+            print(f"{run.name} is under way in a process of an earlier study, or of another; waiting", flush=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
-        return _train_alone(job, run, lock.fileno())
+        yield lock.fileno()
 
 
-def _train_alone(job: Job, run: Path, lock: int) -> dict[str, float]:
+def _train(job: Job, run: Path, lock: int) -> dict[str, float]:
+    """Run `fastssl pretrain`; returns peak memory and processor time, of interrupted attempts too if they are known."""
     options = [f"--{name}={_as_text(value)}" for name, value in job.options.items()]
     log, used = run.parent / f"{run.name}.log", run.parent / f"{run.name}.used.json"
     command = [sys.executable, "-m", "benchmarks.studies.accounted", str(used)]
@@ -275,6 +281,7 @@ class StudyFile:
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
         self.path = path
+        self._lock = Lock()
         plain = json.loads(json.dumps(settings))
         self.content: dict[str, Any] = {"settings": plain, "machine": describe(_device()), "results": {}}
         if path.is_file():
@@ -290,9 +297,10 @@ class StudyFile:
         return results
 
     def add(self, key: str, result: Any) -> None:
-        """Keep a result."""
-        self.results[key] = result
-        _write_json(self.path, self.content)
+        """Keep a result; several threads may."""
+        with self._lock:
+            self.results[key] = result
+            _write_json(self.path, self.content)
 
     def conclude(self, findings: Any) -> None:
         """Keep what follows from all of them."""
@@ -371,7 +379,8 @@ def corpora_parser(description: str) -> argparse.ArgumentParser:
         "--parallel",
         type=int,
         default=1,
-        help="runs at a time; give each its share of the cores (OMP_NUM_THREADS), and expect no clean times",
+        help="runs (compare_systems: systems) at a time; give each its share of the cores (OMP_NUM_THREADS), and "
+        "expect no clean times",
     )
     parser.add_argument(
         "--precision",

@@ -1,12 +1,14 @@
 """What the studies may say of their numbers, and how they divide and resume."""
 
 import csv
+import fcntl
 import json
 import math
 import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -244,6 +246,23 @@ pretraining_runs.train(pretraining_runs.Job("one", Path({str(tmp_path)!r}), ""),
     with pytest.raises(RuntimeError, match="one failed with status 1"):
         train(Job("one", tmp_path, ""), folder)
     assert times.read_text().split() == ["begins", "ends"] * 2
+
+
+def test_a_run_that_another_study_does_meanwhile_is_not_done_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", "/nonexistent")
+    values = dict(zip(Trained.__dataclass_fields__, ("", 1, 1.0, 1.0, 1.0, 1.0, 1.0), strict=True))
+    del values["run"]
+    (tmp_path / "one").mkdir()
+    with ThreadPoolExecutor(1) as pool:
+        with (tmp_path / "one.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            waiting = pool.submit(train, Job("one", tmp_path, ""), tmp_path)
+            time.sleep(0.2)
+            assert not waiting.done()
+            (tmp_path / "one" / "trained.json").write_text(json.dumps(values))
+        assert waiting.result(timeout=10) == Trained(tmp_path / "one", **values)
 
 
 def test_the_message_of_a_diverged_run_is_the_one_that_is_looked_for() -> None:
