@@ -5,7 +5,8 @@
 wav2vec2-tiny, hubert-tiny (two iterations, the second on classes of the first's third layer) and best-rq-tiny are
 pre-trained on train, and probed, frozen, beside log-mel and both architectures with random weights: digits and phones
 by CTC on speakers that the head has learned from and, six times over, on the one it has not; thirty voices in 1 s;
-verification between speakers that the layer was not chosen on, two at a time.
+verification between speakers that the layer was not chosen on, two at a time. With --curve the checkpoints of each
+quarter of a run are probed too, for digits on held-out speakers: what more updates do.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from benchmarks.studies.pretraining_runs import (
     Trained,
     corpora_parser,
     layer_quality,
+    open_checkpoint,
     train,
     what_decides,
 )
@@ -51,6 +53,8 @@ NAMES = (
     UNTRAINED["BEST-RQ"],
     LOG_MEL,
 )
+#: The task of checkpoints on the way.
+CURVE = "digit error, held-out speakers"
 #: Whose turn it is to have log-mel probed.
 WITH_LOG_MEL = "wav2vec 2.0"
 #: For clusters, and so for their number: as many as the encoder with the fewest frames a second has in 8 minutes.
@@ -90,7 +94,8 @@ def _options(corpora: Path, updates: int, precision: str) -> dict[str, Any]:
         "trainer.max_steps": updates,
         "trainer.precision": precision,
         "trainer.val_check_interval": max(1, updates // 12),
-        "trainer.checkpoint_every": max(1, updates // 12),
+        "trainer.checkpoint_every": max(1, updates // 4),
+        "trainer.keep_every": max(1, updates // 4),
         "trainer.progress": "false",
     }
 
@@ -101,6 +106,7 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=3000, help="of each run; of HuBERT's first iteration a third")
     parser.add_argument("--seeds", type=int, default=3, help="of the heads on seen speakers; each other fold has one")
     parser.add_argument("--probe_steps", type=int, default=600, help="of each head")
+    parser.add_argument("--curve", action="store_true", help="probe the checkpoints of each quarter too")
     arguments = parser.parse_args()
     decides = what_decides(arguments.corpora, ["train", "dev", "test", "voices_train", "voices_dev", "voices_test"])
     settings = {name: getattr(arguments, name) for name in ("updates", "probe_steps", "seeds", "precision")}
@@ -127,6 +133,20 @@ def _assess(study: StudyFile, group: Iterator[tuple[str, Trained]], arguments: a
                 study.add(f"run/{encoder_name}", {**costs, "width": encoder.config.hidden_size, "layers": quality})
         baselines = [LOG_MEL] if name == WITH_LOG_MEL else []
         _probe(study, models, baselines, arguments.corpora, steps=arguments.probe_steps, seeds=arguments.seeds)
+        if arguments.curve:
+            _probe_checkpoints(study, name, trained, arguments)
+
+
+def _probe_checkpoints(study: StudyFile, name: str, trained: Trained, arguments: argparse.Namespace) -> None:
+    """Probe the checkpoints that a run kept on its way, for `CURVE` alone."""
+    task = PROBES[CURVE]
+    settings = task.settings(steps=arguments.probe_steps, seeds=1)
+    for update in sorted(int(kept.stem) for kept in (trained.run / "checkpoints").glob("[0-9]*.ckpt")):
+        key = f"curve/{name}/{update}"
+        if update < trained.updates and key not in study.results:
+            encoder = open_checkpoint(trained.run, update).speech_encoder
+            (result,) = run_probe({name: encoder}, *task.tables(arguments.corpora), settings, baselines=())
+            study.add(key, _summary(result))
 
 
 def _probe(
@@ -170,21 +190,31 @@ def _encoders(results: Mapping[str, Any]) -> list[str]:
 
 
 def table(results: Mapping[str, Any]) -> list[str]:
-    """Two tables as Markdown: errors in per cent, mean and deviation over folds or seeds of the head; and quality."""
+    """Tables as Markdown: errors in per cent, mean and deviation over folds or seeds of heads; quality; the curve."""
     lines = ["| encoder | " + " | ".join(PROBES) + " |", "|" + "---|" * (len(PROBES) + 1)]
     for name in _encoders(results):
-        cells = []
-        for task in PROBES:
-            result = results[f"probe/{name}/{task}"]
-            spread = "" if result["std"] is None else f" +- {100 * result['std']:.1f}"
-            cells.append(f"{100 * result['mean']:.1f}{spread}")
+        cells = [_cell(results[f"probe/{name}/{task}"]) for task in PROBES]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     lines += ["", "| last layer of | " + " | ".join(QUALITY) + " |", "|" + "---|" * (len(QUALITY) + 1)]
     for name in _encoders(results):
         if (run := results.get(f"run/{name}")) is not None:
             cells = [f"{value:.4g}" for value in _quality(run).values()]
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    on_the_way = [key.split("/") for key in results if key.startswith("curve/")]
+    if on_the_way:
+        lines += ["", f"| {CURVE} | after updates |", "|---|---|"]
+    for name in NAMES:
+        updates = sorted(int(update) for _, other, update in on_the_way if other == name)
+        if updates:
+            cells = [f"{update}: {_cell(results[f'curve/{name}/{update}'])}" for update in updates]
+            cells.append(f"{results[f'run/{name}']['updates']}: {_cell(results[f'probe/{name}/{CURVE}'])}")
+            lines.append(f"| {name} | {', '.join(cells)} |")
     return lines
+
+
+def _cell(result: Mapping[str, Any]) -> str:
+    spread = "" if result["std"] is None else f" +- {100 * result['std']:.1f}"
+    return f"{100 * result['mean']:.1f}{spread}"
 
 
 #: Of a last layer; and what keeps them from being compared between encoders where it differs.

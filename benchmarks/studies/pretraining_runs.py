@@ -108,7 +108,9 @@ def train(job: Job, folder: Path) -> Trained:
 
 
 #: Settings of which the weights are no function.
-_NO_MATTER = {f"trainer.{name}" for name in ("progress", "log_every", "val_check_interval", "checkpoint_every")}
+_NO_MATTER = {
+    f"trainer.{name}" for name in ("progress", "log_every", "val_check_interval", "checkpoint_every", "keep_every")
+}
 
 
 def _check_settings(job: Job, run: Path) -> None:

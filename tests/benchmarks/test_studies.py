@@ -252,8 +252,8 @@ def test_a_run_that_another_study_does_meanwhile_is_not_done_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "executable", "/nonexistent")
-    values = dict(zip(Trained.__dataclass_fields__, ("", 1, 1.0, 1.0, 1.0, 1.0, 1.0), strict=True))
-    del values["run"]
+    other = Trained(tmp_path / "one", 1, 2.0, 3.0, 4.0, 5.0, 6.0)
+    costs = {name: value for name, value in vars(other).items() if name != "run"}
     (tmp_path / "one").mkdir()
     with ThreadPoolExecutor(1) as pool:
         with (tmp_path / "one.lock").open("w") as lock:
@@ -261,8 +261,8 @@ def test_a_run_that_another_study_does_meanwhile_is_not_done_again(
             waiting = pool.submit(train, Job("one", tmp_path, ""), tmp_path)
             time.sleep(0.2)
             assert not waiting.done()
-            (tmp_path / "one" / "trained.json").write_text(json.dumps(values))
-        assert waiting.result(timeout=10) == Trained(tmp_path / "one", **values)
+            (tmp_path / "one" / "trained.json").write_text(json.dumps(costs))
+        assert waiting.result(timeout=10) == other
 
 
 def test_the_message_of_a_diverged_run_is_the_one_that_is_looked_for() -> None:
@@ -416,6 +416,13 @@ def test_tables_of_systems(tmp_path: Path) -> None:
     assert lines[2] == "| BEST-RQ | 10.0 +- 1.0 | 11.0 | 12.0 | 13.0 | 14.0 | 15.0 |"
     assert lines[3] == "| log-mel | 20.0 +- 1.0 | 21.0 | 22.0 | 23.0 | 24.0 | 25.0 |"
     assert lines[7:] == ["| BEST-RQ | 200 | 201 | 202 | 203 | 204 | 205 | 206 |"]
+    on_the_way = {f"curve/BEST-RQ/{update}": {"mean": 1 / update, "std": 0.01} for update in (20, 10)}
+    lines = compare_systems.table(results | on_the_way)
+    assert lines[9:] == [
+        "| digit error, held-out speakers | after updates |",
+        "|---|---|",
+        "| BEST-RQ | 10: 10.0 +- 1.0, 20: 5.0 +- 1.0, 30: 12.0 |",
+    ]
     compare_systems.write_csv(results, tmp_path / "table.csv")
     with (tmp_path / "table.csv").open() as file:
         first, second = csv.DictReader(file)
