@@ -339,8 +339,7 @@ def do_all(
         try:
             trained = train(jobs[key], folder)
         except DivergedError as error:
-            with lock:
-                study.add(key, {"failed": str(error)})
+            study.add(key, {"failed": str(error)})
             return
         with lock:
             try:

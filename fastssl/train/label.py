@@ -4,6 +4,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -214,7 +215,8 @@ def _label_or_wait(
         try:
             label(audio, output, settings, kmeans=kmeans, num_workers=workers)
         except BaseException as error:
-            failed.write_text(f"{str(error) or type(error).__name__}\n")
+            with suppress(OSError):  # on a full disk the error itself matters more
+                failed.write_text(f"{str(error) or type(error).__name__}\n")
             raise
     seen_s: float | None = None
     while not (output / _DONE_FILE).is_file():
