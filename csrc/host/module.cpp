@@ -1,5 +1,6 @@
 // What data workers do to every utterance, on numpy arrays, with the GIL released. No torch: a worker need not load it.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <stdexcept>
@@ -75,8 +76,49 @@ py::array_t<float> pack_waveforms(const std::vector<Waveform>& waveforms, bool n
   return packed;
 }
 
+using Costs = py::array_t<float, py::array::c_style | py::array::forcecast>;
+
+// The class of each frame, so that the costs of the frames and the price of each run of equal classes add up to least.
+// Whether a frame goes on with the class before it is remembered for each class; the class that a frame may change from
+// is the same for all.
+py::array_t<int64_t> smooth_classes(const Costs& costs, double price) {
+  if (costs.ndim() != 2 || costs.shape(1) < 1) {
+    throw std::invalid_argument("costs: expected (frames, classes)");
+  }
+  const int64_t frames = costs.shape(0), classes = costs.shape(1);
+  py::array_t<int64_t> chosen(frames);
+  int64_t* out = chosen.mutable_data();
+  const float* row = costs.data();
+  py::gil_scoped_release release;
+  std::vector<double> totals(classes, 0.0);
+  std::vector<int64_t> cheapest(frames);
+  std::vector<uint8_t> changes(frames * classes);
+  for (int64_t frame = 0; frame < frames; ++frame, row += classes) {
+    cheapest[frame] = std::min_element(totals.begin(), totals.end()) - totals.begin();
+    const double changed = totals[cheapest[frame]] + price;
+    uint8_t* change = changes.data() + frame * classes;
+    double* total = totals.data();
+    for (int64_t k = 0; k < classes; ++k) {
+      change[k] = changed < total[k];
+      total[k] = (changed < total[k] ? changed : total[k]) + row[k];
+    }
+  }
+  if (frames == 0) {
+    return chosen;
+  }
+  int64_t current = std::min_element(totals.begin(), totals.end()) - totals.begin();
+  for (int64_t frame = frames - 1; frame >= 0; --frame) {
+    out[frame] = current;
+    if (changes[frame * classes + current]) {
+      current = cheapest[frame];
+    }
+  }
+  return chosen;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_host, m) {
   m.def("pack_waveforms", &pack_waveforms, py::arg("waveforms"), py::arg("normalize"), py::arg("eps"));
+  m.def("smooth_classes", &smooth_classes, py::arg("costs"), py::arg("price"));
 }

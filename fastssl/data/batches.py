@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,10 +15,25 @@ from torch.utils.data import Dataset, Sampler
 
 from fastssl.data.audio import SAMPLE_RATE_HZ, AudioError, read_waveform
 from fastssl.data.corpus import Problem, cut_name
-from fastssl.data.labels import LabelTable
+from fastssl.data.labels import LabelTable, Segments
 from fastssl.data.recordings import count_frames
 from fastssl.data.waveforms import pack_waveforms
 from fastssl.packing import Layout, Packed
+
+
+class FrameSegments(NamedTuple):
+    """The segments in which the T frames of a batch lie (`LabelTable.segments_at`)."""
+
+    weights: Tensor  # (T,) fp32, one over the frames of the segment
+    ends: Tensor  # (T,) bool, whether the segment ends with this frame
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "FrameSegments":
+        """The same on another device."""
+        return FrameSegments(*(tensor.to(device, non_blocking=non_blocking) for tensor in self))
+
+    def pin_memory(self) -> "FrameSegments":
+        """The same in page-locked memory."""
+        return FrameSegments(*(tensor.pin_memory() for tensor in self))
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +48,7 @@ class AudioBatch:
         problems: Utterances of the plan that could not be used; B is 0 where that is all of them.
         labels: (T,) int64, one for each of the T frames that an encoder makes of the waveforms; None where there are
             none.
+        segments: In which these frames lie; None where there are none.
     """
 
     waveforms: Packed
@@ -40,6 +57,7 @@ class AudioBatch:
     update: int
     problems: tuple[Problem, ...]
     labels: Tensor | None = None  # (T,)
+    segments: FrameSegments | None = None
 
     @property
     def duration_s(self) -> float:
@@ -53,6 +71,7 @@ class AudioBatch:
             waveforms=self.waveforms.to(device, non_blocking=non_blocking),
             ids=self.ids.to(device, non_blocking=non_blocking),
             labels=None if self.labels is None else self.labels.to(device, non_blocking=non_blocking),
+            segments=None if self.segments is None else self.segments.to(device, non_blocking=non_blocking),
         )
 
     def pin_memory(self) -> "AudioBatch":
@@ -62,6 +81,7 @@ class AudioBatch:
             waveforms=self.waveforms.pin_memory(),
             ids=self.ids.pin_memory(),
             labels=None if self.labels is None else self.labels.pin_memory(),
+            segments=None if self.segments is None else self.segments.pin_memory(),
         )
 
 
@@ -249,10 +269,26 @@ class FrameLabels:
 
     def of(self, cut: Cut, start_s: float, length: int) -> NDArray[np.int64]:
         """The labels of `length` samples of a cut, from `start_s` of its recording on."""
-        frames = count_frames(length, stride=self.stride, receptive_field=self.receptive_field)
         return self.table.at(
-            cut, start_s=start_s, frames=frames, stride=self.stride, receptive_field=self.receptive_field
+            cut,
+            start_s=start_s,
+            frames=self._frames(length),
+            stride=self.stride,
+            receptive_field=self.receptive_field,
         )
+
+    def segments_of(self, cut: Cut, start_s: float, length: int) -> Segments:
+        """The segments of `length` samples of a cut, from `start_s` of its recording on."""
+        return self.table.segments_at(
+            cut,
+            start_s=start_s,
+            frames=self._frames(length),
+            stride=self.stride,
+            receptive_field=self.receptive_field,
+        )
+
+    def _frames(self, length: int) -> int:
+        return count_frames(length, stride=self.stride, receptive_field=self.receptive_field)
 
 
 class WaveformDataset(Dataset[AudioBatch]):
@@ -262,10 +298,18 @@ class WaveformDataset(Dataset[AudioBatch]):
         normalize: Zero mean and unit variance for each crop, as Transformers' feature extractor.
         channel: Of several channels take this one (default: their mean).
         labels: Labels of the corpus, and the frames of the encoder; None reads no labels.
+        segments: Labels of whose runs the segments are; None reads none.
     """
 
-    def __init__(self, *, normalize: bool, channel: int | None = None, labels: "FrameLabels | None" = None) -> None:
-        self.normalize, self.channel, self.labels = normalize, channel, labels
+    def __init__(
+        self,
+        *,
+        normalize: bool,
+        channel: int | None = None,
+        labels: FrameLabels | None = None,
+        segments: FrameLabels | None = None,
+    ) -> None:
+        self.normalize, self.channel, self.labels, self.segments = normalize, channel, labels, segments
 
     def __getitem__(self, spec: BatchSpec) -> AudioBatch:
         """Decode; what cannot be used becomes a problem of the batch, and never an exception."""
@@ -277,12 +321,20 @@ class WaveformDataset(Dataset[AudioBatch]):
         layout = Layout.from_lengths([len(waveform) for waveform in waveforms])
         ids = torch.tensor([utterance_id(cut.id) for cut in used], dtype=torch.int64)
         names = tuple(cut_name(cut) for cut in used)
-        labels = None
+        parts = [
+            (cut, float(_part(cut, spec).start), len(waveform)) for cut, waveform in zip(used, waveforms, strict=True)
+        ]
+        labels = segments = None
         if self.labels is not None:
-            pairs = zip(used, waveforms, strict=True)
-            parts = [self.labels.of(cut, _part(cut, spec).start, len(waveform)) for cut, waveform in pairs]
-            labels = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *parts]))
-        return AudioBatch(Packed(values[:, None], layout), ids, names, spec.update, problems, labels)
+            found = [self.labels.of(*part) for part in parts]
+            labels = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *found]))
+        if self.segments is not None:
+            lain_in = [self.segments.segments_of(*part) for part in parts]
+            segments = FrameSegments(
+                torch.from_numpy(np.concatenate([np.empty(0, np.float32), *(part.weights for part in lain_in)])),
+                torch.from_numpy(np.concatenate([np.empty(0, np.bool_), *(part.ends for part in lain_in)])),
+            )
+        return AudioBatch(Packed(values[:, None], layout), ids, names, spec.update, problems, labels, segments)
 
     def _read(self, cut: Cut, spec: BatchSpec) -> NDArray[np.float32] | Problem:
         try:

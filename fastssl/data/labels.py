@@ -1,4 +1,4 @@
-"""Labels of frames, from which HuBERT learns: a table beside the audio, in a form that Lhotse reads.
+"""Labels of frames, from which HuBERT and sequence compression learn: a table beside the audio, which Lhotse reads.
 
 A folder of labels holds
 
@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from lhotse import SupervisionSegment
@@ -33,6 +33,13 @@ class _Entry:
     end: int
     duration_s: float
     rate_hz: int
+
+
+class Segments(NamedTuple):
+    """The segments that frames lie in: runs of equal labels."""
+
+    weights: NDArray[np.float32]  # (frames,), of a segment's frames adding up to 1 over the whole of it
+    ends: NDArray[np.bool_]  # (frames,), whether the next frame lies in another segment
 
 
 class LabelTable:
@@ -66,6 +73,8 @@ class LabelTable:
             parts.append(labels.astype(kind))
             begin += len(labels)
         self._labels = np.concatenate(parts) if parts else np.empty(0, kind)
+        #: Where in the labels of all each segment ends; none goes on from one recording into the next.
+        self._segment_ends: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -104,12 +113,36 @@ class LabelTable:
             stride: Samples at 16 kHz from one frame to the next.
             receptive_field: Samples that one frame sees.
         """
+        rows = self._rows(cut, start_s, frames, stride, receptive_field)
+        return self._labels[rows].astype(np.int64)
+
+    def segments_at(self, cut: Cut, *, start_s: float, frames: int, stride: int, receptive_field: int) -> Segments:
+        """The segment around each frame of a part of a cut; what the part cuts off still counts in its length.
+
+        Arguments as in `at`.
+        """
+        rows = self._rows(cut, start_s, frames + 1, stride, receptive_field)  # and what follows the last
+        if self._segment_ends is None:
+            changes = np.flatnonzero(np.diff(self._labels)) + 1
+            borders = np.array([entry.end for entry in self._entries.values()], dtype=np.int64)
+            self._segment_ends = np.union1d(changes, borders)
+        ends = self._segment_ends
+        segment = np.searchsorted(ends, rows, side="right")
+        lengths = ends[segment] - np.where(segment > 0, ends[segment - 1], 0)
+        shift_s = stride / SAMPLE_RATE_HZ
+        weights = np.minimum(1.0, shift_s / self.frame_shift_s / lengths[:-1]).astype(np.float32)
+        last = rows[:-1] == self._entries[labelled_part(cut)[0]].end - 1
+        return Segments(weights, (np.diff(segment) > 0) | last)
+
+    def _rows(
+        self, cut: Cut, start_s: float, frames: int, stride: int, receptive_field: int
+    ) -> NDArray[np.int64]:  # (frames,)
+        """Where in the labels of all those of the frames are."""
         key, origin_s, _ = labelled_part(cut)
         entry = self._entries[key]
         centres_s = start_s - origin_s + (receptive_field / 2 + stride * np.arange(frames)) / SAMPLE_RATE_HZ
         nearest = np.rint((centres_s - self.first_centre_s) / self.frame_shift_s).astype(np.int64)
-        rows = entry.begin + np.clip(nearest, 0, entry.end - entry.begin - 1)
-        return self._labels[rows].astype(np.int64)
+        return entry.begin + np.clip(nearest, 0, entry.end - entry.begin - 1)
 
 
 def labelled_part(cut: Cut) -> tuple[str, float, float]:

@@ -1,11 +1,19 @@
 """What an encoder's frames say of it without labels: the rank they span, and how they cluster."""
 
-from fastssl.metrics.clusters import ClusterScores, fit_kmeans, nearest_centres, num_clusters, score_clusters
+from fastssl.metrics.clusters import (
+    ClusterScores,
+    centre_costs,
+    fit_kmeans,
+    nearest_centres,
+    num_clusters,
+    score_clusters,
+)
 from fastssl.metrics.rank import GramMatrix, effective_rank
 
 __all__ = [
     "ClusterScores",
     "GramMatrix",
+    "centre_costs",
     "effective_rank",
     "fit_kmeans",
     "nearest_centres",

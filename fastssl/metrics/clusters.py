@@ -98,7 +98,12 @@ def fit_kmeans(frames: NDArray[np.float32], clusters: int, *, seed: int, passes:
 
 
 def nearest_centres(frames: Tensor, centres: Tensor) -> Tensor:
-    """(n,) int64: the centre with the least distance to each frame.
+    """(n,) int64: the centre with the least distance to each frame. Arguments as in `centre_costs`."""
+    return centre_costs(frames, centres).argmin(1)
+
+
+def centre_costs(frames: Tensor, centres: Tensor) -> Tensor:
+    """(n, k): squared distances of frames to centres, less the same number for all centres of a frame.
 
     Args:
         frames: (n, D).
@@ -108,7 +113,7 @@ def nearest_centres(frames: Tensor, centres: Tensor) -> Tensor:
     origin = centres.mean(0)
     frames, centres = frames - origin, centres - origin
     # The frame's own norm is the same for all centres.
-    return torch.addmm(centres.square().sum(1), frames, centres.T, alpha=-2).argmin(1)
+    return torch.addmm(centres.square().sum(1), frames, centres.T, alpha=-2)
 
 
 def score_clusters(frames: Iterable[Tensor], centres: Tensor) -> ClusterScores:

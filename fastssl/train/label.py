@@ -2,12 +2,11 @@
 
 import json
 import logging
-import time
+import math
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,23 +21,20 @@ from torch.utils.data import DataLoader, Dataset
 from fastssl.data.audio import SAMPLE_RATE_HZ, AudioError, read_waveform
 from fastssl.data.batches import utterance_id
 from fastssl.data.corpus import Problem, cut_name, open_corpus
-from fastssl.data.labels import CENTRES_FILE, LABELS_FILE, SETTINGS_FILE, LabelTable, as_line, read_lines, read_settings
+from fastssl.data.labels import CENTRES_FILE, LABELS_FILE, SETTINGS_FILE, as_line, read_lines, read_settings
 from fastssl.data.mfcc import MFCC_FIRST_CENTRE_S, MFCC_SHIFT_S, mfcc
+from fastssl.data.segments import smooth_classes
 from fastssl.interop import load_encoder
-from fastssl.metrics import nearest_centres
+from fastssl.metrics import centre_costs, nearest_centres
 from fastssl.models.folder import write_json, write_weights
 from fastssl.models.speech_encoder import SpeechEncoder
-from fastssl.train.config import PretrainConfig
-from fastssl.train.data import PretrainDataModule
 from fastssl.train.encode import Reading, choose_device, default_workers, encode_recordings
 from fastssl.train.extract import weights_digest
 
 logger = logging.getLogger(__name__)
 
 #: Written last: other processes of a run wait for it.
-_DONE_FILE = "done.json"
-#: A failure that has stood so long is this attempt's: the first process takes an earlier one's away when it starts.
-_FAILED_FOR_S = 30.0
+DONE_FILE = "done.json"
 _MIN_DURATION_S = 0.025
 
 
@@ -54,6 +50,9 @@ class LabelSettings:
         fit_frames: Frames that k-means is fitted to, of recordings drawn by a hash of their ids.
         seed: Of k-means, and of the draw.
         channel: The channel to read; null averages all of them.
+        segment_price: Labels are the same over whole segments, for the least sum of squared distances to the classes
+            and of this price for each segment; sequence compression learns from the segments. How long a price makes
+            them hangs on the features' scale, and is said at the end. null gives each frame its nearest class.
     """
 
     model: str | None = None
@@ -62,8 +61,11 @@ class LabelSettings:
     fit_frames: int = 500_000
     seed: int = 0
     channel: int | None = None
+    segment_price: float | None = None
 
     def __post_init__(self) -> None:
+        if self.segment_price is not None and not 0 <= self.segment_price < math.inf:
+            raise ValueError(f"--segment_price: must not be negative, got {self.segment_price}")
         if self.clusters < 2:
             raise ValueError(f"--clusters: must be at least 2, got {self.clusters}")
         if self.fit_frames < self.clusters:
@@ -126,22 +128,24 @@ def label(
     if done:
         logger.info("%d of %d recordings are labelled already", len(cuts) - len(todo), len(cuts))
     if todo:
-        (output / _DONE_FILE).unlink(missing_ok=True)
+        (output / DONE_FILE).unlink(missing_ok=True)
         _drop_lines(output / LABELS_FILE, {cut.id for cut in todo})
-    problems = corpus.problems + _append_lines(output / LABELS_FILE, features, todo, centres)
+    classes = _Classes(centres, settings.segment_price)
+    problems = corpus.problems + _append_lines(output / LABELS_FILE, features, todo, classes)
     for problem in problems:
         logger.warning("left out: %s", problem)
     labelled = len(cuts) + len(corpus.problems) - len(problems)
-    write_json(output / _DONE_FILE, {"labelled": labelled, "left_out": len(problems)})
+    write_json(output / DONE_FILE, {"labelled": labelled, "left_out": len(problems)})
     logger.info("%d recordings labelled in %s, %d left out", labelled, output, len(problems))
     return problems
 
 
-def _append_lines(path: Path, features: "_Features", cuts: Sequence[Cut], centres: Tensor) -> list[Problem]:
+def _append_lines(path: Path, features: "_Features", cuts: Sequence[Cut], classes: "_Classes") -> list[Problem]:
     """Label recordings; each is in the file as soon as it is done."""
     problems = []
+    frames = segments = 0
     console = get_console()
-    found = features.of(cuts, centres=centres)
+    found = features.of(cuts, classes=classes)
     shift_s, first_s = features.frame_shift_s, features.first_centre_s
     for cut, labels in track(found, "labelling", total=len(cuts), console=console, disable=not console.is_terminal):
         if isinstance(labels, AudioError):
@@ -153,93 +157,10 @@ def _append_lines(path: Path, features: "_Features", cuts: Sequence[Cut], centre
                 file.write(line)
         except OSError as error:
             raise ValueError(f"--output: {path} cannot be written: {error.strerror}; what is there is kept") from error
+        frames, segments = frames + len(labels), segments + len(labels.unique_consecutive())
+    if segments:
+        logger.info("a class lasts %.0f ms on average", 1000 * shift_s * frames / segments)
     return problems
-
-
-def open_labels(config: PretrainConfig) -> LabelTable | None:
-    """The labels that a run is given, before it writes anything; None where it is to make them.
-
-    Raises:
-        ValueError: There are none in that folder, or of another number of classes than the model has.
-    """
-    if config.data.labels is None:
-        return None
-    table = LabelTable(config.data.labels)
-    _check_classes(table, config)
-    return table
-
-
-def labels_for_run(
-    run: Path, config: PretrainConfig, data: PretrainDataModule, given: LabelTable | None, *, first: bool
-) -> None:
-    """Give the data of a run its labels, and make those that are missing, in RUN/labels and RUN/labels-valid.
-
-    Args:
-        run: Its folder.
-        config: Its settings.
-        data: Takes the labels.
-        given: `open_labels(config)`, which `data` has already where it is not None.
-        first: Whether this process makes the labels; the others wait for it.
-
-    Raises:
-        ValueError: Too many recordings have no labels that fit.
-    """
-    stride, receptive_field = config.model.samples_per_frame, config.model.receptive_field_samples
-    made = run / "labels"
-    if given is None:
-        settings = LabelSettings(clusters=_clusters(config), seed=config.seed, channel=config.data.channel)
-        _label_or_wait(config.audio, made, settings, kmeans=None, workers=config.data.num_workers, first=first)
-        given = LabelTable(made)
-        _check_classes(given, config)
-        data.attach_labels("audio", given, stride=stride, receptive_field=receptive_field)
-    elif first and given.settings.get("channel", config.data.channel) != config.data.channel:
-        channels = [
-            "all channels" if one is None else f"channel {one}"
-            for one in (given.settings["channel"], config.data.channel)
-        ]
-        logger.warning("data.labels: %s were made from %s, and the run reads %s", given.folder, *channels)
-    if isinstance(config.data.valid, str):
-        settings = LabelSettings(channel=config.data.channel)
-        made, workers = run / "labels-valid", config.data.num_workers
-        _label_or_wait(config.data.valid, made, settings, kmeans=given.folder, workers=workers, first=first)
-        data.attach_labels("valid", LabelTable(made), stride=stride, receptive_field=receptive_field)
-
-
-def _label_or_wait(
-    audio: str, output: Path, settings: LabelSettings, *, kmeans: Path | None, workers: int | None, first: bool
-) -> None:
-    # Torchrun ends the others where the first fails, and Lightning starts them only after this, but srun waits.
-    failed = output.with_name(f"{output.name}.failed")
-    if first:
-        failed.unlink(missing_ok=True)
-        try:
-            label(audio, output, settings, kmeans=kmeans, num_workers=workers)
-        except BaseException as error:
-            with suppress(OSError):  # on a full disk the error itself matters more
-                failed.write_text(f"{str(error) or type(error).__name__}\n")
-            raise
-    seen_s: float | None = None
-    while not (output / _DONE_FILE).is_file():
-        if not failed.is_file():
-            seen_s = None
-        elif seen_s is None:
-            seen_s = time.monotonic()
-        elif time.monotonic() - seen_s > _FAILED_FOR_S:
-            raise ValueError(f"the process that makes {output} failed: {failed.read_text().strip()}")
-        time.sleep(0.5)
-
-
-def _clusters(config: PretrainConfig) -> int:
-    clusters = getattr(config.model, "num_clusters", None)
-    assert isinstance(clusters, int)
-    return clusters
-
-
-def _check_classes(table: LabelTable, config: PretrainConfig) -> None:
-    if table.classes != _clusters(config):
-        raise ValueError(
-            f"data.labels: {table.folder} has {table.classes} classes; add --model.num_clusters {table.classes}"
-        )
 
 
 @dataclass(frozen=True)
@@ -267,10 +188,12 @@ class _Features:
         centre_s = encoder.config.receptive_field_samples / 2 / SAMPLE_RATE_HZ
         return cls(encoder, layer, shift_s, centre_s, settings.channel, num_workers, weights_digest(encoder))
 
-    def of(self, cuts: Sequence[Cut], *, centres: Tensor | None = None) -> Iterator[tuple[Cut, Tensor | AudioError]]:
-        """Features (frames, D) of each recording, or, given centres, its labels (frames,); or why it has none."""
+    def of(
+        self, cuts: Sequence[Cut], *, classes: "_Classes | None" = None
+    ) -> Iterator[tuple[Cut, Tensor | AudioError]]:
+        """Features (frames, D) of each recording, or, given classes, its labels (frames,); or why it has none."""
         if self.encoder is None:
-            dataset = _MfccDataset(cuts, self.channel, centres)
+            dataset = _MfccDataset(cuts, self.channel, classes)
             loader = DataLoader(dataset, batch_size=None, num_workers=self.num_workers)
             for cut, item in zip(cuts, loader, strict=True):
                 yield cut, AudioError(item) if isinstance(item, str) else item
@@ -279,7 +202,7 @@ class _Features:
         for cut, item in encode_recordings(self.encoder, cuts, reading, layer=self.layer):
             if isinstance(item, Tensor):
                 try:
-                    item = _labelled(item, centres)
+                    item = _labelled(item, classes)
                 except AudioError as error:
                     item = error
             yield cut, item
@@ -288,8 +211,8 @@ class _Features:
 class _MfccDataset(Dataset[Tensor | str]):
     """MFCC of a recording, or its labels; or in words what is wrong with it."""
 
-    def __init__(self, cuts: Sequence[Cut], channel: int | None, centres: Tensor | None) -> None:
-        self.cuts, self.channel, self.centres = cuts, channel, centres
+    def __init__(self, cuts: Sequence[Cut], channel: int | None, classes: "_Classes | None") -> None:
+        self.cuts, self.channel, self.classes = cuts, channel, classes
 
     def __len__(self) -> int:
         return len(self.cuts)
@@ -299,20 +222,33 @@ class _MfccDataset(Dataset[Tensor | str]):
             waveform = read_waveform(self.cuts[index], channel=self.channel)
             if len(waveform) < _MIN_DURATION_S * SAMPLE_RATE_HZ:
                 return f"is shorter than one frame ({_MIN_DURATION_S:g} s)"
-            return _labelled(mfcc(waveform), self.centres)
+            return _labelled(mfcc(waveform), self.classes)
         except AudioError as error:
             return str(error)
 
 
-def _labelled(frames: Tensor, centres: Tensor | None) -> Tensor:  # (N, D), (K, D) -> (N, D) or (N,)
-    """The frames, or, given centres, which of them is nearest to each.
+class _Classes(NamedTuple):
+    """What makes a label of a frame."""
+
+    centres: Tensor  # (K, D)
+    price: float | None
+
+    def of(self, frames: Tensor) -> Tensor:  # (N, D) -> (N,)
+        """The nearest class of each frame, or where segments have a price, those of the best segments."""
+        if self.price is None:
+            return nearest_centres(frames, self.centres)
+        return torch.from_numpy(smooth_classes(centre_costs(frames, self.centres).numpy(), price=self.price))
+
+
+def _labelled(frames: Tensor, classes: _Classes | None) -> Tensor:  # (N, D) -> (N, D) or (N,)
+    """The frames, or, given classes, that of each.
 
     Raises:
         AudioError: They are not finite; a NaN is near to no centre, and one of them spoils k-means.
     """
     if not frames.isfinite().all():
         raise AudioError("has frames that are not finite: its samples are too large, or the weights of the model are")
-    return frames if centres is None else nearest_centres(frames.float(), centres)
+    return frames if classes is None else classes.of(frames.float())
 
 
 def _centres(
@@ -380,7 +316,8 @@ def _fit(features: _Features, cuts: Sequence[Cut], settings: LabelSettings) -> T
 def _settings_of(folder: Path, *, channel: int | None) -> LabelSettings:
     values: dict[str, Any] = read_settings(folder)
     names = ("model", "layer", "clusters", "fit_frames", "seed")
-    return LabelSettings(**{name: values[name] for name in names}, channel=channel)
+    price = values.get("segment_price")
+    return LabelSettings(**{name: values[name] for name in names}, channel=channel, segment_price=price)
 
 
 def _read_centres(folder: Path) -> Tensor:

@@ -18,12 +18,12 @@ from fastssl.train.card import make_card
 from fastssl.train.checkpoints import AtomicCheckpointIO, PeriodicCheckpoint, initialise, save_encoder, saved_update
 from fastssl.train.config import PretrainConfig, TrainerConfig, check_resumable, write_config
 from fastssl.train.data import PretrainDataModule
-from fastssl.train.label import labels_for_run, open_labels
 from fastssl.train.module import PretrainModule
 from fastssl.train.monitors import Monitor, RunProgress
 from fastssl.train.quality import first_minutes, quality_loader
 from fastssl.train.quality_callback import QualityMonitor, quality_columns
 from fastssl.train.report import draw_report, summarise
+from fastssl.train.run_labels import labels_for_run, open_labels
 from fastssl.train.systems import SYSTEMS, Model, ModelConfig, build_model
 
 logger = logging.getLogger(__name__)

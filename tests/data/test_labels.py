@@ -11,7 +11,7 @@ import torch
 from lhotse import CutSet, RecordingSet, SupervisionSet
 from lhotse.cut import Cut, MonoCut
 
-from fastssl.data.batches import BatchSpec, FrameLabels, WaveformDataset, crop
+from fastssl.data.batches import BatchSpec, FrameLabels, FrameSegments, WaveformDataset, crop
 from fastssl.data.corpus import open_corpus, write_manifest
 from fastssl.data.labels import LABELS_FILE, SETTINGS_FILE, LabelTable, as_line, labelled_part
 from fastssl.data.mfcc import differences, mfcc
@@ -60,6 +60,63 @@ def test_a_frame_gets_the_label_around_its_centre(corpus: list[Cut], tmp_path: P
             found = batch.labels.numpy()
             assert np.abs(found - np.minimum(expected, 499)).max() <= 1  # to either side where it lies between two
             assert len(found) == len(expected)
+
+
+def _write_segments(folder: Path, cuts: list[Cut], lengths: list[int], *, shift_s: float) -> None:
+    """The same segments over and over, from the beginning of each recording on."""
+    folder.mkdir()
+    settings = {"clusters": 2, "frame_shift_s": shift_s, "first_centre_s": shift_s / 2}
+    (folder / SETTINGS_FILE).write_text(json.dumps(settings))
+    with (folder / LABELS_FILE).open("w") as file:
+        for cut in cuts:
+            period = np.repeat(np.arange(len(lengths)) % 2, lengths)
+            labels = np.resize(period, round(cut.duration / shift_s)).tolist()
+            file.write(as_line(cut, labels, frame_shift_s=shift_s, first_centre_s=shift_s / 2))
+
+
+def test_a_crop_knows_how_long_its_segments_are_outside_of_it(corpus: list[Cut], tmp_path: Path) -> None:
+    whole = [cut for cut in corpus if cut.id in ("a.wav", "b.wav")]
+    _write_segments(tmp_path / "segments", whole, [3, 5, 1, 7], shift_s=0.02)
+    labels = FrameLabels(LabelTable(tmp_path / "segments"), 320, 320)
+    dataset = WaveformDataset(normalize=False, segments=labels)
+    # Of whole recordings, whose frames are those of the labels.
+    expected_weights = np.repeat(1 / np.array([3, 5, 1, 7]), [3, 5, 1, 7]).astype(np.float32)
+    expected_ends = np.isin(np.arange(16), [2, 7, 8, 15])
+    for cut in whole:
+        batch = dataset[BatchSpec(0, (cut,), None, seed=0)]
+        assert batch.segments is not None
+        frames = len(batch.segments.weights)
+        last = (frames - 1) // 16 * 16  # segments that the end cuts off are as short as they are
+        assert np.array_equal(batch.segments.weights[:last], np.resize(expected_weights, last))
+        assert np.array_equal(batch.segments.ends[: frames - 1], np.resize(expected_ends, frames - 1))
+        assert batch.segments.ends[-1]
+        for update in range(5):
+            cropped = dataset[BatchSpec(update, (cut,), 0.5, seed=0)].segments
+            assert cropped is not None
+            first = round(crop(cut, crop_s=0.5, seed=0, update=update).start / 0.02)
+            near = [slice(at, at + 25) for at in (first - 1, first, first + 1) if at >= 0]  # where it lies between two
+            assert any(
+                torch.equal(cropped.weights, batch.segments.weights[at])
+                and torch.equal(cropped.ends, batch.segments.ends[at])
+                for at in near
+            )
+
+
+def test_segments_add_up_to_one_at_other_frame_rates(corpus: list[Cut], tmp_path: Path) -> None:
+    whole = [cut for cut in corpus if cut.id in ("a.wav", "b.wav")]
+    _write_segments(tmp_path / "segments", whole, [8, 12, 14, 6], shift_s=0.01)
+    dataset = WaveformDataset(normalize=False, segments=FrameLabels(LabelTable(tmp_path / "segments"), 320, 320))
+    batch = dataset[BatchSpec(0, (whole[0],), None, seed=0)]
+    assert batch.segments is not None
+    weights, ends = batch.segments
+    assert np.array_equal(np.flatnonzero(ends)[:6], [3, 9, 16, 19, 23, 29])
+    torch.testing.assert_close(weights.cumsum(0)[ends][:6], torch.arange(1.0, 7.0))
+    moved = batch.to("cpu")
+    assert isinstance(moved.segments, FrameSegments)
+    assert torch.equal(moved.segments.ends, ends)
+    empty = dataset[BatchSpec(0, (), None, seed=0)].segments
+    assert empty is not None
+    assert len(empty.weights) == len(empty.ends) == 0
 
 
 def test_windows_of_manifests_and_shards_have_labels(corpus: list[Cut], tmp_path: Path) -> None:

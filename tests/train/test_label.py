@@ -62,6 +62,34 @@ def test_labels_are_the_nearest_centres_and_reproducible(recordings: Path, tmp_p
     assert _labels(tmp_path / "three") != found
 
 
+def test_a_price_makes_segments(recordings: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    plain, free, dear = (tmp_path / name for name in ("plain", "free", "dear"))
+    caplog.set_level("INFO")
+    label(recordings, plain, _SETTINGS, num_workers=0)
+    label(recordings, free, dataclasses.replace(_SETTINGS, segment_price=0.0), num_workers=0)
+    label(recordings, dear, dataclasses.replace(_SETTINGS, segment_price=2000.0), num_workers=0)
+    assert _labels(plain) == _labels(free)
+    centres = load_file(dear / "kmeans.safetensors")["centres"].double()
+    changes = {}
+    for folder in (plain, dear):
+        changes[folder] = sum(np.count_nonzero(np.diff(labels)) for labels in _labels(folder).values())
+    assert 0 < changes[dear] < changes[plain] / 2
+    frames = sum(map(len, _labels(dear).values()))
+    assert f"lasts {10 * frames / (changes[dear] + 14):.0f} ms on average" in caplog.text
+    # The price pays: frames and segments together cost less than with the nearest classes.
+    for cut in open_corpus(recordings, min_duration_s=0.1).cuts:
+        distances = torch.cdist(mfcc(read_waveform(cut)).double(), centres).square().numpy()
+        costs = []
+        for folder in (plain, dear):
+            labels = np.array(_labels(folder)[cut.id])
+            costs.append(distances[np.arange(len(labels)), labels].sum() + 2000 * np.count_nonzero(np.diff(labels)))
+        assert costs[1] <= costs[0]
+    with pytest.raises(ValueError, match=r"segment_price: None there, 2000\.0 now"):
+        label(recordings, plain, dataclasses.replace(_SETTINGS, segment_price=2000.0), num_workers=0)
+    with pytest.raises(ValueError, match="segment_price"):
+        LabelSettings(segment_price=-1.0)
+
+
 def test_interruption_loses_nothing_and_new_recordings_are_added(
     recordings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -250,7 +278,7 @@ def test_other_processes_do_not_wait_for_one_that_failed(
         with pytest.raises(ValueError, match="no space is left"):
             pretrain(hubert)
     with monkeypatch.context() as patch:
-        patch.setattr("fastssl.train.label._FAILED_FOR_S", 0.1)
+        patch.setattr("fastssl.train.run_labels._FAILED_FOR_S", 0.1)
         patch.setenv("SLURM_PROCID", "1")
         with pytest.raises(ValueError, match=r"the process that makes .*labels failed: no space is left"):
             pretrain(hubert, resume=True)
