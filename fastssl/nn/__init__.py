@@ -8,4 +8,5 @@ from fastssl.nn.contrastive import ContrastiveLoss as ContrastiveLoss
 from fastssl.nn.feature_extractor import FeatureExtractor as FeatureExtractor
 from fastssl.nn.log_mel import LogMel as LogMel
 from fastssl.nn.random_projection import RandomProjectionQuantizer as RandomProjectionQuantizer
+from fastssl.nn.rates import AdaptiveRate as AdaptiveRate
 from fastssl.nn.transformer import ConvolutionalPositionalEmbedding as ConvolutionalPositionalEmbedding

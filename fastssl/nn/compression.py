@@ -5,19 +5,19 @@ sequence is packed as every other is, so what follows costs as much less as ther
 """
 
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fastssl import ops
 from fastssl.nn.activation import sigmoid
+from fastssl.nn.rates import LEAST_WEIGHT, mix_weights, rate_for_period
 from fastssl.ops.integrate_and_fire.reference import fire_positions
 from fastssl.packing import Layout, Packed
 
 Kind = Literal["average", "strided", "integrate-and-fire"]
 _LEAST_FRAMES = 2  # the contrastive loss needs two; a pooled utterance one
-_LEAST_WEIGHT = 1e-6
 _MARGIN = 1e-4  # of a sum above a whole number, so that rounding does not lose the frame
 _LARGEST_RATE = 2 - 1e-5
 _REACH = 2  # frames on each side that a weight sees
@@ -30,6 +30,38 @@ class Compressed(NamedTuple):
     frame_period_ms: Tensor  # (B,) float64 on the CPU: what was obtained, NaN for an utterance without frames
     weights: Tensor | None  # (N,) alpha', which were integrated: after mixing by the rate, and protected
     learned_weights: Tensor | None  # (N,) alpha in (0, 1), before mixing: for losses that guide the boundaries
+    sources: Tensor  # (N,) int64, not falling: the row of `frames` that an input frame went into, or most of it
+
+    def upsample(self, values: Tensor) -> Tensor:  # (N_out, ...) -> (N, ...)
+        """Repeat what became of each frame for the input frames that went into it.
+
+        Args:
+            values: A row for each row of `frames`: these, or what a model made of them.
+
+        Raises:
+            ValueError: `values` has another number of rows.
+        """
+        total = self.frames.layout.total
+        if values.dim() < 1 or len(values) != total:
+            raise ValueError(f"values: expected ({total}, ...), got {tuple(values.shape)}")
+        repeated: Tensor = _Repeat.apply(values, self.sources)
+        return repeated
+
+
+class _Repeat(torch.autograd.Function):
+    """Rows of a tensor in rising order, each as often as it occurs; no atomics, so the gradient's bits are fixed."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.rows_of_x = len(x)
+        return x.index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (rows,) = ctx.saved_tensors
+        counts = rows.new_zeros(ctx.rows_of_x).scatter_add(0, rows, torch.ones_like(rows))
+        return torch.segment_reduce(grad.contiguous(), "sum", lengths=counts, axis=0, unsafe=True), None
 
 
 class SequenceCompressor(nn.Module):
@@ -45,8 +77,8 @@ class SequenceCompressor(nn.Module):
             frame, is dropped; in evaluation a rest of at least half a frame is kept, as its weighted mean.
 
     One model serves every rate once it has met them in training: `rate` takes one for each utterance, for instance
-    `nn.random.uniform(keys, torch.zeros_like(keys), stream=...)`. `learned_weights` are there for losses that guide
-    where frames end, and `weights` for one on how many there are.
+    `nn.rates.draw_rates(keys, 0.0, 1.0)`, and `nn.AdaptiveRate` learns one with a task. `learned_weights` are there for
+    losses that guide where frames end (`nn.segmentation`), and `weights` for one on how many there are.
 
     Whatever the kind, two frames survive of an utterance that has two, and one of one. Of weights that add up to less,
     the sum is raised to that; windows of an average become as small as they must; a strided convolution sees zeros
@@ -132,12 +164,14 @@ class SequenceCompressor(nn.Module):
                 raise ValueError(f"rate and frame_period_ms: {self.kind!r} has a fixed factor, {self.factor}")
             compress = self._average if self.kind == "average" else self._strided
             out = compress(x, layout)
-            return Compressed(out, _period(layout, out.layout, self.input_period_ms), None, None)
+            sources = _window_of_frames(layout, out.layout, self._window)
+            return Compressed(out, _period(layout, out.layout, self.input_period_ms), None, None, sources)
         learned = self.weight_network(x, layout)
         rates = self._rates(learned, layout, rate, frame_period_ms)
         weights = _protect(mix_weights(learned, rates[layout.sequence_ids]), layout)
         out = Packed(*ops.integrate_and_fire(x, weights, layout)) if self.training else _fire_all(x, weights, layout)
-        return Compressed(out, _period(layout, out.layout, self.input_period_ms), weights, learned)
+        sources = _slot_of_frames(weights.detach(), layout, out.layout)
+        return Compressed(out, _period(layout, out.layout, self.input_period_ms), weights, learned, sources)
 
     def _average(self, x: Tensor, layout: Layout) -> Packed:
         out_layout = _layout_of_windows(layout, self._window)
@@ -175,7 +209,7 @@ class SequenceCompressor(nn.Module):
         limits = (self.input_period_ms, math.inf)
         period = _per_utterance("frame_period_ms", frame_period_ms, layout, learned, limits)
         lengths = layout.cu_seqlens.diff().clamp(min=1)
-        mean_weight = _sums(learned, layout) / lengths
+        mean_weight = sums_by_utterance(learned, layout) / lengths
         solved = rate_for_period(period.clamp(min=self.input_period_ms), mean_weight, self.input_period_ms)
         return solved.clamp(0.0, _LARGEST_RATE).to(learned.dtype)
 
@@ -216,34 +250,7 @@ class WeightNetwork(nn.Module):
         direction, bias = self.projection.weight, self.projection.bias
         logits = (torch.relu(hidden).to(accumulator) * direction.to(accumulator)).sum(1) + bias.to(accumulator)
         weights = sigmoid(logits)
-        return weights.clamp(min=_LEAST_WEIGHT)  # where all were zero, no sum could be raised
-
-
-def mix_weights(learned: Tensor, rate: Tensor) -> Tensor:
-    """The weights alpha' of arXiv 2211.02332: from all frames (rate 0) over the learned ones (1) to none (2).
-
-    Args:
-        learned: alpha, (N,).
-        rate: lambda, broadcast against it.
-    """
-    return torch.where(rate <= 1, rate * learned + (1 - rate), (2 - rate) * learned)
-
-
-def rate_for_period(period_ms: Tensor, mean_weight: Tensor, input_period_ms: float) -> Tensor:
-    """The rate at which frames come out with a period: its inverse is the mean of `mix_weights`.
-
-    Args:
-        period_ms: (B,), at least `input_period_ms`.
-        mean_weight: (B,) of the learned weights, in (0, 1).
-        input_period_ms: From one input frame to the next.
-
-    Returns:
-        (B,) in [0, 2).
-    """
-    share = input_period_ms / period_ms
-    up_to_one = (1 - share) / (1 - mean_weight).clamp(min=_LEAST_WEIGHT)
-    beyond = 2 - share / mean_weight.clamp(min=_LEAST_WEIGHT)
-    return torch.where(share >= mean_weight, up_to_one, beyond)
+        return weights.clamp(min=LEAST_WEIGHT)  # where all were zero, no sum could be raised
 
 
 def _per_utterance(
@@ -284,8 +291,26 @@ def _spread(x: Tensor, layout: Layout, longer: Layout, *, before: int) -> Tensor
     return x.new_zeros(longer.total, *x.shape[1:]).index_copy(0, rows, x)
 
 
-def _sums(weights: Tensor, layout: Layout) -> Tensor:
-    """(B,) fp64: where each utterance ends on the axis of output frames, with the bits that the op finds."""
+def _window_of_frames(layout: Layout, windows: Layout, factor: int) -> Tensor:
+    """(N,) the row of the window that each frame lies in; what fills none counts as the last one's."""
+    sequence, position = layout.sequence_ids, layout.positions
+    frames, count = layout.cu_seqlens.diff().long()[sequence], windows.cu_seqlens.diff().long()[sequence]
+    of_short = ((position + 1) * count - 1) // frames
+    window = torch.where(frames >= count * factor, position // factor, of_short)
+    return windows.cu_seqlens[:-1].long()[sequence] + torch.minimum(window, count - 1)
+
+
+def _slot_of_frames(weights: Tensor, layout: Layout, fired: Layout) -> Tensor:
+    """(N,) the row of the output frame that has the middle of each frame's weight; the last one has a dropped rest."""
+    sequence = layout.sequence_ids
+    ends = fire_positions(weights, layout, 1.0)
+    slot = (ends - weights.double() / 2).floor().long()
+    last = fired.cu_seqlens.diff().long()[sequence] - 1
+    return fired.cu_seqlens[:-1].long()[sequence] + torch.minimum(slot.clamp(min=0), last)
+
+
+def sums_by_utterance(weights: Tensor, layout: Layout) -> Tensor:
+    """(B,) fp64 sums of (N,), in the order of the frames; of weights with the bits that `integrate_and_fire` finds."""
     ends = Packed(fire_positions(weights, layout, 1.0), layout).to_padded(length=max(1, layout.max_length))
     last = (layout.cu_seqlens.diff().long() - 1).clamp(min=0)
     return ends.gather(1, last.unsqueeze(1)).squeeze(1)
@@ -293,14 +318,14 @@ def _sums(weights: Tensor, layout: Layout) -> Tensor:
 
 def _protect(weights: Tensor, layout: Layout) -> Tensor:
     """The weights, scaled up where they would leave fewer frames than must survive."""
-    sums, least = _sums(weights, layout), layout.cu_seqlens.diff().clamp(max=_LEAST_FRAMES).double()
+    sums, least = sums_by_utterance(weights, layout), layout.cu_seqlens.diff().clamp(max=_LEAST_FRAMES).double()
     scale = torch.where(sums < least, (least + _MARGIN) / torch.where(sums < least, sums, 1.0), 1.0)
     return weights * scale.to(weights.dtype)[layout.sequence_ids]
 
 
 def _fire_all(x: Tensor, weights: Tensor, layout: Layout) -> Packed:
     """Integrate-and-fire that keeps a rest of at least half a frame, as the weighted mean that other frames are."""
-    sums = _sums(weights, layout)
+    sums = sums_by_utterance(weights, layout)
     rest = sums - sums.detach().floor()
     kept = rest.detach() >= 0.5
     # A frame of zeros after the utterance completes its last slot and leaves in it what was there.

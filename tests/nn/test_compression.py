@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastssl.nn.compression import SequenceCompressor, WeightNetwork, mix_weights, rate_for_period
+from fastssl.nn.compression import SequenceCompressor, WeightNetwork
 from fastssl.packing import Layout, Packed
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -127,21 +127,6 @@ def test_rate_zero_keeps_every_frame_as_it_is() -> None:
         assert torch.equal(out.frames.values, frames.values)
 
 
-def test_periods_of_rates_are_those_of_the_paper() -> None:
-    """A mean weight of 2/9, which is 90 ms at rate 1."""
-    table = {0.0: 20.0, 0.25: 24.83, 0.5: 32.73, 0.7: 43.9, 0.75: 48.0, 1.0: 90.0}
-    learned = torch.full((1,), 2 / 9, dtype=torch.float64)
-    for rate, period in table.items():
-        mixed = mix_weights(learned, torch.tensor(rate, dtype=torch.float64))
-        assert abs(20 / mixed.item() - period) < 0.05
-    for period in (20.0, 30.0, 89.0, 90.0, 91.0, 200.0, 5000.0):
-        rate_ = rate_for_period(torch.tensor([period], dtype=torch.float64), learned, 20.0)
-        assert abs(20 / mix_weights(learned, rate_).item() - period) < 1e-6 * period
-        assert (rate_ <= 1).item() == (period <= 90)
-    saturated = rate_for_period(torch.tensor([20.0, 40.0]), torch.ones(2), 20.0)
-    assert saturated.tolist() == [0.0, 1.5]
-
-
 @pytest.mark.parametrize("period", [20.0, 26.0, 50.0, 90.0, 130.0])
 def test_the_period_asked_for_is_obtained_as_near_as_whole_frames_allow(period: float) -> None:
     frames = frames_of([500, 211, 80])
@@ -180,6 +165,40 @@ def test_two_frames_survive_weights_of_zero() -> None:
         out = compressor(frames, **options)
         assert out.frames.layout.lengths == ((2, 0, 1, 12) if "frame_period_ms" in options else (2, 0, 1, 2))
         assert out.frames.values.isfinite().all()
+
+
+@pytest.mark.parametrize("training", [True, False])
+@EVERY_KIND
+def test_upsampling_repeats_each_frame_for_those_that_went_into_it(kind: str, training: bool) -> None:
+    frames = frames_of([0, 1, 2, 3, 5, 7, 40, 101, 0], dtype=torch.float64)
+    compressor = make(kind).double().train(training)
+    for rate in (0.0, 0.4, 1.0, 1.8) if kind == "integrate-and-fire" else (None,):
+        out = compressor(frames, rate=rate)
+        first_row = 0
+        for sources, found, x in zip(
+            Packed(out.sources, frames.layout).unpack(), out.frames.unpack(), frames.unpack(), strict=True
+        ):
+            assert sources.diff().ge(0).all()
+            if len(x):
+                assert sources[0] == first_row
+                assert sources[-1] == first_row + len(found) - 1
+            first_row += len(found)
+        if rate == 0.0:
+            assert torch.equal(out.upsample(out.frames.values), frames.values)
+    if kind == "average":
+        assert out.sources[-101:].sub(out.sources[-101]).tolist() == [min(frame // 4, 24) for frame in range(101)]
+
+
+def test_upsampling_takes_a_gradient_without_atomics() -> None:
+    frames = frames_of([30, 0, 17], channels=3, dtype=torch.float64)
+    out = make("integrate-and-fire", channels=3).double()(frames)
+    values = torch.randn(out.frames.layout.total, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(out.upsample, values)
+    expected = torch.zeros_like(values).index_add(0, out.sources, frames.values)
+    (grad,) = torch.autograd.grad(out.upsample(values), values, frames.values)
+    torch.testing.assert_close(grad, expected)
+    with pytest.raises(ValueError, match="values: expected"):
+        out.upsample(frames.values)
 
 
 @EVERY_KIND
