@@ -3,22 +3,25 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from fastssl.models.folder import (
+    COMPRESSOR_PREFIX,
     MODEL_CLASSES,
     head_prefix,
     load_matching,
     read_config,
     read_weights,
+    write_compressor,
     write_json,
     write_text,
     write_weights,
 )
 from fastssl.models.model_card import ModelCard
+from fastssl.nn.compression import KINDS, Compressed, Kind, SequenceCompressor
 from fastssl.nn.feature_extractor import FeatureExtractor, FeatureProjection, scale_gradient
 from fastssl.nn.transformer import RelativePositions, Transformer
 from fastssl.packing import Packed
@@ -71,6 +74,9 @@ class EncoderConfig:
         num_buckets: Buckets of the relative position bias (wavlm).
         max_bucket_distance: The distance in frames from which on all share a bucket (wavlm).
         conv_pos_kernel_size: Kernel of each positional convolution, in frames (data2vec-audio).
+        compressor: What makes fewer frames of the front end's before the projection, a kind of `nn.SequenceCompressor`;
+            "none" leaves them. Not of Transformers, which opens such an encoder without it.
+        compressor_factor: Of "average" and "strided".
 
     Raises:
         ValueError: Values that do not fit together, or that the architecture does not have.
@@ -102,6 +108,8 @@ class EncoderConfig:
     num_buckets: int = 320
     max_bucket_distance: int = 800
     conv_pos_kernel_size: int = 19
+    compressor: str = "none"
+    compressor_factor: int = 1
 
     def __post_init__(self) -> None:
         if self.model_type not in MODEL_CLASSES:
@@ -115,6 +123,10 @@ class EncoderConfig:
         for name, value in fixed.items():
             if getattr(self, name) != value:
                 raise ValueError(f"{name}: must be {value!r} for {self.model_type}, got {getattr(self, name)!r}")
+        if self.compressor not in ("none", *KINDS):
+            raise ValueError(f"compressor: {self.compressor!r} is none of none, {', '.join(KINDS)}")
+        if self.compressor_factor != 1 and self.compressor not in ("average", "strided"):
+            raise ValueError(f"compressor_factor: is of 'average' and 'strided', got one for {self.compressor!r}")
         if not len(self.conv_dim) == len(self.conv_kernel) == len(self.conv_stride):
             raise ValueError(
                 f"conv_dim, conv_kernel, conv_stride: {len(self.conv_dim)}, {len(self.conv_kernel)} and "
@@ -187,10 +199,22 @@ class EncoderOutput(NamedTuple):
 
     features: Packed  # (N, D), the last hidden state
     hidden_states: list[Packed]  # the input of each layer, then the features (after the final norm, where there is one)
+    compressed: Compressed | None = None  # what the compressor made of the front end's frames; None where there is none
+
+
+class Projected(NamedTuple):
+    """The frames of the front end, made ready for the transformer."""
+
+    frames: Packed  # (N, D)
+    normalised: Tensor  # (N, C), before the projection: what the quantiser takes
+    compressed: Compressed | None
 
 
 class Encoder(nn.Module):
     """A speech encoder over packed waveforms; its state dict is that of Transformers' base model of its type.
+
+    With a compressor the transformer sees fewer frames; how many, a rate or a frame period decides in each call, else
+    the attributes `rate` and `frame_period_ms` (see `nn.SequenceCompressor`; without any, the rate is 1).
 
     Args:
         config: Its shape.
@@ -232,23 +256,70 @@ class Encoder(nn.Module):
             positional_depth=config.num_conv_pos_embeddings if stacked else None,
             relative_positions=RelativePositions(config.num_buckets, config.max_bucket_distance) if gated else None,
         )
+        #: Of calls that are given none.
+        self.rate: float | Tensor | None = None
+        self.frame_period_ms: float | Tensor | None = None
+        self.compressor: SequenceCompressor | None = None
+        if config.compressor != "none":
+            factor = None if config.compressor == "integrate-and-fire" else config.compressor_factor
+            period_ms = 1000 * config.samples_per_frame / SAMPLE_RATE_HZ
+            self.compressor = SequenceCompressor(
+                config.conv_dim[-1],
+                kind=cast(Kind, config.compressor),
+                factor=factor,
+                input_period_ms=period_ms,
+            )
         for module in self.encoder.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=config.initializer_range)
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
 
-    def forward(self, waveforms: Packed) -> EncoderOutput:
+    def forward(
+        self,
+        waveforms: Packed,
+        *,
+        rate: float | Tensor | None = None,
+        frame_period_ms: float | Tensor | None = None,
+    ) -> EncoderOutput:
         """Encode waveforms.
 
         Args:
             waveforms: (N, 1) samples at 16 kHz, normalised if the config says `do_normalize`. An utterance shorter
                 than the receptive field (400 samples) has no frame.
+            rate: Of the compressor, 0 for all frames: a number, or (B,).
+            frame_period_ms: The mean period that frames should have instead: a number, or (B,).
+
+        Raises:
+            ValueError: The waveforms have another shape; a rate or a period is out of range, or there is no compressor
+                that takes one.
         """
-        features = self.extract_features(waveforms)
-        projected, _ = self.feature_projection(features.values)
-        hidden_states = self.encoder(Packed(projected, features.layout))
-        return EncoderOutput(hidden_states[-1], hidden_states)
+        projected = self.project(self.extract_features(waveforms), rate=rate, frame_period_ms=frame_period_ms)
+        hidden_states = self.encoder(projected.frames)
+        return EncoderOutput(hidden_states[-1], hidden_states, projected.compressed)
+
+    def project(
+        self,
+        frames: Packed,
+        *,
+        rate: float | Tensor | None = None,
+        frame_period_ms: float | Tensor | None = None,
+    ) -> Projected:
+        """Normalise the front end's frames (N, C), compress them where there is a compressor, and project them.
+
+        Other arguments and errors as of `forward`.
+        """
+        if rate is None and frame_period_ms is None:
+            rate, frame_period_ms = self.rate, self.frame_period_ms
+        normalised = Packed(self.feature_projection.normalise(frames.values), frames.layout)
+        compressed = None
+        if self.compressor is not None:
+            compressed = self.compressor(normalised, rate=rate, frame_period_ms=frame_period_ms)
+            normalised = compressed.frames
+        elif rate is not None or frame_period_ms is not None:
+            raise ValueError("rate and frame_period_ms: this encoder has no compressor")
+        projected = self.feature_projection.project(normalised.values)
+        return Projected(Packed(projected, normalised.layout), normalised.values, compressed)
 
     def extract_features(self, waveforms: Packed) -> Packed:
         """Frames of the front end, (N, conv_dim[-1]), their gradient scaled by `feature_grad_mult`."""
@@ -283,7 +354,9 @@ class Encoder(nn.Module):
             parameters = sum(parameter.numel() for parameter in self.parameters())
             text = (card or ModelCard()).as_markdown(self.config, parameters=parameters)
             write_text(folder / "README.md", text)
-        write_weights(folder / "model.safetensors", self.state_dict())
+        state = self.state_dict()
+        write_compressor(folder, {key: state.pop(key) for key in list(state) if key.startswith(COMPRESSOR_PREFIX)})
+        write_weights(folder / "model.safetensors", state)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "Encoder":
@@ -302,13 +375,16 @@ class Encoder(nn.Module):
         return encoder
 
 
-def load_encoder_weights(encoder: Encoder, weights: Mapping[str, Tensor], *, name: str) -> None:
+def load_encoder_weights(
+    encoder: Encoder, weights: Mapping[str, Tensor], *, name: str, fresh_compressor: bool = False
+) -> None:
     """Load weights under any of the names that Transformers has given them; heads are left aside.
 
     Args:
         encoder: Takes the weights.
         weights: By name, of a base model or of a model with a head.
         name: Of the file or model, for errors.
+        fresh_compressor: Whether the compressor may stay as it is where the weights have none.
 
     Raises:
         ValueError: A weight is missing or of another shape, or the encoder has no place for one.
@@ -327,6 +403,8 @@ def load_encoder_weights(encoder: Encoder, weights: Mapping[str, Tensor], *, nam
             found[current] = tensor
     # Models fine-tuned without masking do not store the mask vector.
     found.setdefault("masked_spec_embed", own["masked_spec_embed"])
+    if fresh_compressor and not any(key.startswith(COMPRESSOR_PREFIX) for key in found):
+        found |= {key: tensor for key, tensor in own.items() if key.startswith(COMPRESSOR_PREFIX)}
     load_matching(encoder, found, name=name)
 
 
@@ -336,6 +414,7 @@ def _as_transformers(config: EncoderConfig) -> dict[str, Any]:
         for name, value in asdict(config).items()
         if _OWN_FIELDS.get(name, config.model_type) == config.model_type
         and not (config.model_type == "data2vec-audio" and name in _DATA2VEC)
+        and not (config.compressor == "none" and name in ("compressor", "compressor_factor"))
     }
     values |= {"num_feat_extract_layers": len(config.conv_dim), "hidden_act": "gelu", "feat_extract_activation": "gelu"}
     return values

@@ -27,6 +27,8 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+#: A compressor's weights, beside those that Transformers reads, and how their names begin in the encoder's state dict.
+COMPRESSOR_FILE, COMPRESSOR_PREFIX = "compressor.safetensors", "compressor."
 
 
 def head_prefix(model_type: str) -> str:
@@ -59,7 +61,7 @@ def read_config(folder: Path, *, model_types: Iterable[str] = tuple(MODEL_CLASSE
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """The weights of a folder, of the encoder and of whatever else is in the model.
+    """The weights of a folder, of the encoder, its compressor, and of whatever else is in the model.
 
     Raises:
         ValueError: There are none, or a file that the index names is missing or is damaged.
@@ -68,7 +70,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     if path is None:
         raise ValueError(f"{folder}: no weights there; looked for {', '.join(WEIGHT_FILES)}")
     if path.suffix != ".json":
-        return _read_tensors(path)
+        return _read_tensors(path) | _read_compressor(folder)
     files = _read_json(path).get("weight_map")
     if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
         raise ValueError(f"{path}: weight_map does not say which file has which weight")
@@ -79,7 +81,22 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         if not (folder / name).exists():
             raise ValueError(f"{folder / name}: is missing; {path.name} names it")
         weights |= _read_tensors(folder / name)
-    return weights
+    return weights | _read_compressor(folder)
+
+
+def _read_compressor(folder: Path) -> dict[str, Tensor]:
+    path = folder / COMPRESSOR_FILE
+    weights = _read_tensors(path) if path.exists() else {}
+    return {f"{COMPRESSOR_PREFIX}{key}": tensor for key, tensor in weights.items()}
+
+
+def write_compressor(folder: Path, weights: Mapping[str, Tensor]) -> None:
+    """Write a compressor's weights, by their names in the encoder; without any, there is no file."""
+    path = folder / COMPRESSOR_FILE
+    if weights:
+        write_weights(path, {key.removeprefix(COMPRESSOR_PREFIX): tensor for key, tensor in weights.items()})
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from fastssl.models.pretraining import (
     PretrainingModel,
     count_codes,
     features_penalty,
+    masked_by_utterance,
 )
 from fastssl.nn.linear import PackedLinear
 from fastssl.nn.masking import sample_span_mask
@@ -46,6 +47,8 @@ class HubertConfig(EncoderConfig):
         super().__post_init__()
         if self.model_type != "hubert":
             raise ValueError(f"model_type: HuBERT pre-training has a hubert encoder, got {self.model_type!r}")
+        if self.compressor != "none":
+            raise ValueError(f"compressor: HuBERT predicts the label of each frame; got {self.compressor!r}")
         if not 0 <= self.mask_time_prob <= 1:
             raise ValueError(f"mask_time_prob: must be in [0, 1], got {self.mask_time_prob}")
         if self.mask_time_length < 1 or self.num_clusters < 2 or self.final_dim < 1:
@@ -160,7 +163,7 @@ class HubertForPreTraining(PretrainingModel):
         targets = labels.index_select(0, rows)
         logits = self._logits(self.final_proj(features.values.index_select(0, rows)))
         prediction_loss = F.cross_entropy(logits, targets, reduction="sum")
-        penalty = features_penalty(frames, mask)
+        penalty = features_penalty(frames, masked_by_utterance(mask, frames.layout))
         return PredictionOutput(
             loss=prediction_loss + config.features_penalty_weight * penalty,
             prediction_loss=prediction_loss.detach(),

@@ -12,7 +12,7 @@ from fastssl.models.conformer import ConformerConfig, ConformerEncoder
 from fastssl.models.encoder import Encoder, EncoderConfig
 from fastssl.models.folder import read_config, read_weights
 from fastssl.models.speech_encoder import SpeechEncoder, load_speech_encoder
-from fastssl.packing import Packed
+from fastssl.packing import Layout, Packed
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -76,17 +76,18 @@ class PretrainingModel(nn.Module):
         prefix = f"{self.encoder_name}."
         return {key: tensor for key, tensor in self.state_dict().items() if not key.startswith(prefix)}
 
-    def load_weights(self, weights: Mapping[str, Tensor], *, name: str) -> None:
+    def load_weights(self, weights: Mapping[str, Tensor], *, name: str, fresh_compressor: bool = False) -> None:
         """Load an encoder's weights, and the head's where they are all there too.
 
         Args:
             weights: By name.
             name: Of the folder or file, for errors.
+            fresh_compressor: Whether the compressor may stay as it is where the weights have none.
 
         Raises:
             ValueError: A weight of the encoder is missing, or one has another shape.
         """
-        load_speech_encoder(self.speech_encoder, weights, name=name)
+        load_speech_encoder(self.speech_encoder, weights, name=name, fresh_compressor=fresh_compressor)
         own = self.head_state()
         if not own.keys() <= weights.keys():
             return
@@ -126,21 +127,25 @@ def count_codes(codes: Tensor, *, size: int) -> Tensor:  # (N,) int64 -> (size,)
     return codes.new_zeros(size).scatter_add(0, codes, torch.ones_like(codes))
 
 
-def features_penalty(frames: Packed, mask: Tensor) -> Tensor:
+def masked_by_utterance(mask: Tensor, layout: Layout) -> Tensor:  # (N,) bool -> (B,) fp32
+    """How many frames of each utterance are masked: what is averaged over its frames counts so often in a sum."""
+    none = torch.zeros(len(layout.lengths), device=mask.device)
+    return none.index_add(0, layout.sequence_ids, mask.float())
+
+
+def features_penalty(frames: Packed, masked: Tensor) -> Tensor:
     """Sum over utterances of the mean square of its frames, times its masked frames, so that batches add up.
 
     Args:
         frames: (N, C) of the front end.
-        mask: (N,) bool, True where masked.
+        masked: (B,) of `masked_by_utterance`.
 
     Returns:
         () fp32.
     """
     layout = frames.layout
-    lengths = layout.cu_seqlens.diff()
     squares = frames.values.float().square().mean(1)
-    masked = torch.zeros(len(lengths), device=mask.device).index_add(0, layout.sequence_ids, mask.float())
-    weight = masked / lengths.clamp(min=1)
+    weight = masked / layout.cu_seqlens.diff().clamp(min=1)
     return (squares * weight[layout.sequence_ids]).sum()
 
 

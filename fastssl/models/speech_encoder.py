@@ -31,8 +31,16 @@ def fresh_encoder(config: EncoderConfig | ConformerConfig) -> SpeechEncoder:
     return ConformerEncoder(config) if isinstance(config, ConformerConfig) else Encoder(config)
 
 
-def load_speech_encoder(encoder: SpeechEncoder, weights: Mapping[str, Tensor], *, name: str) -> None:
-    """Load an encoder's weights, of an encoder alone or of a model with a head; `name` is for errors.
+def load_speech_encoder(
+    encoder: SpeechEncoder, weights: Mapping[str, Tensor], *, name: str, fresh_compressor: bool = False
+) -> None:
+    """Load an encoder's weights, of an encoder alone or of a model with a head.
+
+    Args:
+        encoder: Takes the weights.
+        weights: By name.
+        name: Of the file or model, for errors.
+        fresh_compressor: Whether the compressor may stay as it is where the weights have none.
 
     Raises:
         ValueError: A weight is missing or of another shape, or the encoder has no place for one.
@@ -40,4 +48,4 @@ def load_speech_encoder(encoder: SpeechEncoder, weights: Mapping[str, Tensor], *
     if isinstance(encoder, ConformerEncoder):
         load_conformer_weights(encoder, weights, name=name)
     else:
-        load_encoder_weights(encoder, weights, name=name)
+        load_encoder_weights(encoder, weights, name=name, fresh_compressor=fresh_compressor)

@@ -1,14 +1,15 @@
 """wav2vec 2.0 pre-training (Baevski et al. 2020, arXiv 2006.11477), on packed batches."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastssl import ops
-from fastssl.models.encoder import Encoder, EncoderConfig
-from fastssl.models.pretraining import PretrainingModel, features_penalty, perplexity
+from fastssl.models.compression import CompressedConfig, CompressionScores, compression_scores, draw_compression
+from fastssl.models.encoder import Encoder, Projected
+from fastssl.models.pretraining import PretrainingModel, features_penalty, masked_by_utterance, perplexity
 from fastssl.nn.linear import PackedLinear
 from fastssl.nn.masking import sample_negatives, sample_span_mask
 from fastssl.nn.quantizer import GumbelQuantizer
@@ -19,7 +20,7 @@ _STREAM_GUMBEL = 3
 
 
 @dataclass(frozen=True)
-class Wav2Vec2Config(EncoderConfig):
+class Wav2Vec2Config(CompressedConfig):
     """An encoder with its pre-training head and objective; names and defaults of Transformers' `Wav2Vec2Config`.
 
     Args:
@@ -104,6 +105,9 @@ PRESETS = {
         features_penalty_weight=0.0,
     ),
 }
+# Once for all: the same encoder at any frame period (arXiv 2211.02332).
+for _name in ("wav2vec2-tiny", "wav2vec2-base"):
+    PRESETS[f"{_name}-ofa"] = replace(PRESETS[_name], compressor="integrate-and-fire")
 
 
 @dataclass(frozen=True)
@@ -120,6 +124,7 @@ class PretrainingOutput:
     code_perplexity: Tensor  # (G,) fp32, of the chosen codes; not a sum
     prob_perplexity: Tensor  # (G,) fp32, of the mean probabilities of all processes; not a sum
     features: Packed  # (N, D) of the masked input
+    compression: CompressionScores | None = None
 
     @property
     def code_counts(self) -> None:
@@ -139,6 +144,7 @@ class PretrainingOutput:
             # No sum over batches gives the perplexity of their union: an average by masked frames stands for it.
             **{f"code_perplexity_{group}": self.code_perplexity[group] * frames for group in groups},
             **{f"prob_perplexity_{group}": self.prob_perplexity[group] * frames for group in groups},
+            **({} if self.compression is None else self.compression._asdict()),
         }
 
 
@@ -171,7 +177,9 @@ class Wav2Vec2ForPreTraining(PretrainingModel):
         """As in `PretrainingOutput.scores`."""
         groups = range(self.config.num_codevector_groups)
         perplexities = [f"{kind}_perplexity_{group}" for kind in ("code", "prob") for group in groups]
-        return ("contrastive_loss", "accuracy", "chance", "diversity_loss", "features_penalty", *perplexities)
+        compression = CompressionScores._fields if self.config.draws_rates else ()
+        names = ("contrastive_loss", "accuracy", "chance", "diversity_loss", "features_penalty")
+        return (*names, *perplexities, *compression)
 
     def forward(
         self,
@@ -180,28 +188,35 @@ class Wav2Vec2ForPreTraining(PretrainingModel):
         keys: Tensor,
         gumbel_temperature: float,
         layer_drop: torch.Generator | None = None,
+        segment_weights: Tensor | None = None,
+        segment_ends: Tensor | None = None,
     ) -> PretrainingOutput:
-        """Mask, encode, quantise and compare.
+        """Compress where there is a compressor, mask, encode, quantise and compare.
 
         Args:
             waveforms: (N, 1) samples at 16 kHz; a batch of no utterances is legal and contributes nothing.
-            keys: (B,) int64 from `nn.random.utterance_keys` or `draw_keys`, on the device of the waveforms; mask,
+            keys: (B,) int64 from `nn.random.utterance_keys` or `draw_keys`, on the device of the waveforms; rate, mask,
                 negatives and Gumbel noise of an utterance follow from its key.
             gumbel_temperature: Of the quantiser's softmax.
             layer_drop: CPU generator for the layers to skip; None takes torch's own.
+            segment_weights: (T,) of `nn.segmentation.segmentation_losses`, for each of the front end's frames; None
+                leaves the compressor without guidance.
+            segment_ends: (T,) likewise.
         """
         config = self.config
         frames = self.wav2vec2.extract_features(waveforms)
+        projected = self.wav2vec2.project(frames, **draw_compression(config, keys)._asdict())
+        layout = projected.frames.layout
         mask = sample_span_mask(
-            frames.layout,
+            layout,
             keys,
             probability=config.mask_time_prob,
             length=config.mask_time_length,
             min_spans=config.mask_time_min_masks,
         )
         rows = mask.nonzero().squeeze(1)  # the host waits for the device, once: it must know M
-        negatives = sample_negatives(mask, frames.layout, keys, count=config.num_negatives, rows=rows)
-        seeds = self._gumbel_seeds(rows, frames.layout, keys) if self.training else None
+        negatives = sample_negatives(mask, layout, keys, count=config.num_negatives, rows=rows)
+        seeds = self._gumbel_seeds(rows, layout, keys) if self.training else None
         return self.compare(
             frames,
             mask=mask,
@@ -210,6 +225,9 @@ class Wav2Vec2ForPreTraining(PretrainingModel):
             gumbel_temperature=gumbel_temperature,
             layer_drop=layer_drop,
             rows=rows,
+            projected=projected,
+            segment_weights=segment_weights,
+            segment_ends=segment_ends,
         )
 
     def _gumbel_seeds(self, rows: Tensor, layout: Layout, keys: Tensor) -> Tensor:  # (M,) -> (M,)
@@ -227,23 +245,28 @@ class Wav2Vec2ForPreTraining(PretrainingModel):
         gumbel_seeds: Tensor | None = None,
         layer_drop: torch.Generator | None = None,
         rows: Tensor | None = None,
+        projected: Projected | None = None,
+        segment_weights: Tensor | None = None,
+        segment_ends: Tensor | None = None,
     ) -> PretrainingOutput:
         """The objective (arXiv 2006.11477, equations 2 to 4) with everything random already drawn.
 
         Args:
-            frames: (N, C) of the front end.
-            mask: (N,) bool, True where masked.
+            frames: (T, C) of the front end.
+            mask: (N,) bool, True where masked; of the frames that the transformer takes.
             negatives: (M, K) rows of masked frames, -1 for none.
             gumbel_temperature: Of the quantiser's softmax.
             gumbel_noise: (M, G * V) for the quantiser.
             gumbel_seeds: (M,) int64 from which it is drawn instead; neither for no noise.
             layer_drop: As in `forward`.
             rows: (M,) int64, `mask.nonzero()`, from a caller who has it.
+            projected: `wav2vec2.project(frames)`, from a caller who has it.
+            segment_weights: As in `forward`.
+            segment_ends: As in `forward`.
         """
         config = self.config
-        layout = frames.layout
-        projected, normalised = self.wav2vec2.feature_projection(frames.values)
-        masked_input = torch.where(mask.unsqueeze(1), self.wav2vec2.masked_spec_embed.to(projected.dtype), projected)
+        (hidden, layout), normalised, compressed = projected or self.wav2vec2.project(frames)
+        masked_input = torch.where(mask.unsqueeze(1), self.wav2vec2.masked_spec_embed.to(hidden.dtype), hidden)
         features = self.wav2vec2.encoder(Packed(masked_input, layout), layer_drop=layer_drop)[-1]
 
         rows = mask.nonzero().squeeze(1) if rows is None else rows
@@ -259,9 +282,19 @@ class Wav2Vec2ForPreTraining(PretrainingModel):
         prob_perplexity = perplexity(_mean_over_processes(quantized.probability_sums, len(rows)))
         total_codes = config.num_codevector_groups * config.num_codevectors_per_group
         diversity = (total_codes - prob_perplexity.sum()) / total_codes
-        penalty = features_penalty(frames, mask)
+        masked = masked_by_utterance(mask, layout)
+        penalty = features_penalty(frames, masked)
         loss = contrastive + config.features_penalty_weight * penalty
         loss = loss + config.diversity_loss_weight * len(rows) * diversity
+        compression = None
+        if compressed is not None and config.draws_rates:
+            compression = compression_scores(
+                config, compressed, frames.layout, masked, segment_weights=segment_weights, segment_ends=segment_ends
+            )
+            loss = loss + config.segment_loss_weight * compression.segment_loss
+            loss = loss + config.frame_loss_weight * compression.frame_loss
+            loss = loss + config.quantity_loss_weight * compression.quantity_loss
+            compression = CompressionScores(*(score.detach() for score in compression))
         return PretrainingOutput(
             loss=loss,
             contrastive_loss=contrastive.detach(),
@@ -273,6 +306,7 @@ class Wav2Vec2ForPreTraining(PretrainingModel):
             code_perplexity=perplexity(quantized.counts / max(1, len(rows))),
             prob_perplexity=prob_perplexity.detach(),
             features=features,
+            compression=compression,
         )
 
 

@@ -5,7 +5,7 @@ sequence is packed as every other is, so what follows costs as much less as ther
 """
 
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from fastssl.ops.integrate_and_fire.reference import fire_positions
 from fastssl.packing import Layout, Packed
 
 Kind = Literal["average", "strided", "integrate-and-fire"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 _LEAST_FRAMES = 2  # the contrastive loss needs two; a pooled utterance one
 _MARGIN = 1e-4  # of a sum above a whole number, so that rounding does not lose the frame
 _LARGEST_RATE = 2 - 1e-5
@@ -111,7 +112,7 @@ class SequenceCompressor(nn.Module):
 
     def __init__(self, channels: int, *, kind: Kind, factor: int | None = None, input_period_ms: float = 20.0) -> None:
         super().__init__()
-        if kind not in ("average", "strided", "integrate-and-fire"):
+        if kind not in KINDS:
             raise ValueError(f"kind: must be 'average', 'strided' or 'integrate-and-fire', got {kind!r}")
         if (factor is None) != (kind == "integrate-and-fire"):
             raise ValueError(f"factor: 'average' and 'strided' need one, and no other kind; got {factor} for {kind!r}")

@@ -126,9 +126,18 @@ class FeatureProjection(nn.Module):
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:  # (N, C) -> (N, D), (N, C)
         """The projected frames, and the normalised ones that the quantiser takes."""
-        normalised = features if self.layer_norm is None else self.layer_norm(features)
+        normalised = self.normalise(features)
+        return self.project(normalised), normalised
+
+    def normalise(self, features: Tensor) -> Tensor:  # (N, C) -> (N, C)
+        """The layer norm, where there is one."""
+        normalised: Tensor = features if self.layer_norm is None else self.layer_norm(features)
+        return normalised
+
+    def project(self, normalised: Tensor) -> Tensor:  # (N, C) -> (N, D)
+        """The linear map, and dropout."""
         projected: Tensor = self.dropout(self.projection(normalised))
-        return projected, normalised
+        return projected
 
 
 def scale_gradient(x: Tensor, factor: float) -> Tensor:

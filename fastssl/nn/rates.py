@@ -90,4 +90,4 @@ class AdaptiveRate(nn.Module):
         """() the rate, within its bounds, with gradient."""
         # Beside autograd, which would else refuse the backward of an earlier call.
         self.rate.data.clamp_(self.low, self.high)
-        return self.rate
+        return self.rate.view(())

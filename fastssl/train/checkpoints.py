@@ -142,7 +142,8 @@ def initialise(model: Model, source: str) -> bool:
         source: A folder with config.json and weights, or a run: its last checkpoint, else its `encoder/`.
 
     Returns:
-        Whether the head of the objective came with it; an encoder alone leaves it fresh.
+        Whether all came from there; an encoder alone leaves the head of the objective fresh, and a plain one the
+        compressor.
 
     Raises:
         ValueError: The folder holds no weights, or those of another architecture.
@@ -167,6 +168,9 @@ def initialise(model: Model, source: str) -> bool:
         except ValueError as error:
             raise ValueError(f"{name}: no run (there is no {checkpoint}) and no model: {error}") from None
     there, here = _architecture(config), _architecture(model.config)
+    fresh_compressor = there.get("compressor") == "none" != here["compressor"]
+    if fresh_compressor:  # a plain encoder learns to compress
+        there |= {key: here[key] for key in ("compressor", "compressor_factor")}
     different = [key for key in there if there[key] != here[key]]
     if different:
         differences = "; ".join(f"model.{key} is {there[key]} there and {here[key]} here" for key in different)
@@ -174,8 +178,8 @@ def initialise(model: Model, source: str) -> bool:
         raise ValueError(
             f"{name}: another architecture: {differences}. Take the --recipe of that architecture, or add: {options}"
         )
-    model.load_weights(weights, name=name)
-    return model.head_state().keys() <= weights.keys()
+    model.load_weights(weights, name=name, fresh_compressor=fresh_compressor)
+    return model.head_state().keys() <= weights.keys() and not fresh_compressor
 
 
 def _architecture(config: ModelConfig) -> dict[str, Any]:

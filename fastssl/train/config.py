@@ -49,6 +49,8 @@ class DataConfig:
             has them too, or a fraction of AUDIO; 0 scores nothing.
         channel: The channel to read; null averages all of them.
         labels: Folder that `fastssl label` wrote for AUDIO, of which HuBERT learns; null makes labels from MFCC first.
+        segments: Folder that `fastssl label --segment_price` wrote for AUDIO, whose segments show a compressor where to
+            fire; null leaves that to the objective.
         max_bad_fraction: Training stops when more than this fraction of the recordings cannot be used.
         num_workers: Processes that decode audio, per training process; null chooses by the number of cores.
     """
@@ -61,6 +63,7 @@ class DataConfig:
     valid: float | str = 0.01
     channel: int | None = None
     labels: str | None = None
+    segments: str | None = None
     max_bad_fraction: float = 0.05
     num_workers: int | None = None
 
@@ -241,6 +244,8 @@ class PretrainConfig:
             raise ValueError(f"model: {self.system} has a {expected.__name__}, got a {type(self.model).__name__}")
         if self.data.labels is not None and not SYSTEMS[self.system].labels:
             raise ValueError(f"data.labels: {self.system} learns from audio alone")
+        if self.data.segments is not None and not getattr(self.model, "draws_rates", False):
+            raise ValueError("data.segments: are for a model whose compressor is integrate-and-fire")
         layers = self.model.num_hidden_layers
         wrong = [layer for layer in self.quality.layers or () if not 0 <= layer <= layers]
         if wrong:

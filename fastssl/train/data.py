@@ -17,6 +17,9 @@ from fastssl.train.config import DataConfig
 from fastssl.train.encode import default_workers
 from fastssl.train.module import TrainingError
 
+#: What labels are attached as: for a model to predict them, or for the segments that equal ones make.
+Use = Literal["labels", "segments"]
+
 #: Below this many unusable recordings, or draws, the fraction of the draws says nothing about the corpus.
 _FEW_RECORDINGS, _FEW_DRAWS = 3, 200
 
@@ -97,12 +100,18 @@ class PretrainDataModule(LightningDataModule):
             self.valid_corpus = None
         left_out = self.train_corpus.problems + (self.valid_corpus.problems if self.valid_corpus is not None else [])
         self.account = Account(len(self.train_corpus.cuts), config.max_bad_fraction, left_out)
-        self._labels: dict[str, FrameLabels | None] = {"train": None, "valid": None}
+        self._labels: dict[tuple[Use, str], FrameLabels] = {}
         self._consumed = 0
         self._digest = ""
 
     def attach_labels(
-        self, source: Literal["audio", "valid"], table: LabelTable, *, stride: int, receptive_field: int
+        self,
+        source: Literal["audio", "valid"],
+        table: LabelTable,
+        *,
+        stride: int,
+        receptive_field: int,
+        use: Use = "labels",
     ) -> None:
         """Read labels with the audio, and leave out recordings that they do not fit; the account names them.
 
@@ -112,6 +121,7 @@ class PretrainDataModule(LightningDataModule):
             table: The labels.
             stride: Samples from one frame of the encoder to the next.
             receptive_field: Samples that one frame sees.
+            use: Whether a batch gets the labels themselves, or the segments that equal ones make.
 
         Raises:
             ValueError: More than `data.max_bad_fraction` of the cuts of AUDIO have no labels that fit, or all that are
@@ -125,17 +135,17 @@ class PretrainDataModule(LightningDataModule):
         unfit = {key for key, problem in judged.items() if problem is not None}
         if source == "audio" and len(unfit) > self.config.max_bad_fraction * len(judged):
             allowed = f"more than data.max_bad_fraction={self.config.max_bad_fraction:g} allows"
-            raise ValueError(_describe_unfit(problems, len(judged), allowed))
+            raise ValueError(_describe_unfit(use, problems, len(judged), allowed))
         if train is not None:
             self.train_corpus = _without(train, unfit)
             self.account.total = len(self.train_corpus.cuts)
-            self._labels["train"] = labels
+            self._labels[use, "train"] = labels
         if valid is not None:
             self.valid_corpus = _without(valid, unfit)
-            self._labels["valid"] = labels
+            self._labels[use, "valid"] = labels
         for part, corpus in (("to train on", self.train_corpus), ("held out", self.valid_corpus)):
             if corpus is not None and len(corpus.cuts) == 0:
-                raise ValueError(_describe_unfit(problems, len(judged), f"among them all that are {part}"))
+                raise ValueError(_describe_unfit(use, problems, len(judged), f"among them all that are {part}"))
         self.account.left_out += problems
 
     def _open(self, source: str) -> Corpus:
@@ -173,7 +183,7 @@ class PretrainDataModule(LightningDataModule):
             max_utterances=self.config.max_utterances,
             consumed=self._consumed,
         )
-        return self._loader(sampler, self._labels["train"])
+        return self._loader(sampler, "train")
 
     def val_dataloader(self) -> DataLoader[AudioBatch] | list[Any]:
         """This process's share of the held-out batches.
@@ -190,12 +200,17 @@ class PretrainDataModule(LightningDataModule):
         rank, world_size = self.trainer.global_rank, self.trainer.world_size
         share = specs[rank::world_size]
         share += [BatchSpec(0, (), config.crop_s, self.seed)] * (-(-len(specs) // world_size) - len(share))
-        return self._loader(share, self._labels["valid"])
+        return self._loader(share, "valid")
 
-    def _loader(self, sampler: Any, labels: FrameLabels | None) -> DataLoader[AudioBatch]:
+    def _loader(self, sampler: Any, part: Literal["train", "valid"]) -> DataLoader[AudioBatch]:
         workers = default_workers() if self.config.num_workers is None else self.config.num_workers
         return DataLoader(
-            WaveformDataset(normalize=self.normalize, channel=self.config.channel, labels=labels),
+            WaveformDataset(
+                normalize=self.normalize,
+                channel=self.config.channel,
+                labels=self._labels.get(("labels", part)),
+                segments=self._labels.get(("segments", part)),
+            ),
             sampler=sampler,
             batch_size=None,
             num_workers=workers,
@@ -246,8 +261,8 @@ def _without(corpus: Corpus, ids: set[str]) -> Corpus:
     return Corpus(CutSet.from_cuts(cut for cut in corpus.cuts if cut.id not in ids), corpus.problems)
 
 
-def _describe_unfit(problems: list[Problem], total: int, what: str) -> str:
-    return f"data.labels: {len(problems)} of {total} recordings have no labels that fit, {what}:\n{list_some(problems)}"
+def _describe_unfit(use: Use, problems: list[Problem], total: int, what: str) -> str:
+    return f"data.{use}: {len(problems)} of {total} recordings have no labels that fit, {what}:\n{list_some(problems)}"
 
 
 def _paths(cut: Cut) -> set[str]:

@@ -101,8 +101,14 @@ class PretrainModule(LightningModule):
             # The schedule goes by the update that the run is at, also where held-out recordings are scored.
             at = self.global_step if update == VALIDATION_UPDATE else update
             temperature = self.temperature.at(at)
+            segments = batch.segments
             output: StepOutput = self.model(
-                batch.waveforms, keys=keys, gumbel_temperature=temperature, layer_drop=layer_drop
+                batch.waveforms,
+                keys=keys,
+                gumbel_temperature=temperature,
+                layer_drop=layer_drop,
+                segment_weights=None if segments is None else segments.weights,
+                segment_ends=None if segments is None else segments.ends,
             )
         elif isinstance(self.model, HubertForPreTraining):
             assert batch.labels is not None

@@ -23,8 +23,8 @@ from fastssl.train.monitors import Monitor, RunProgress
 from fastssl.train.quality import first_minutes, quality_loader
 from fastssl.train.quality_callback import QualityMonitor, quality_columns
 from fastssl.train.report import draw_report, summarise
-from fastssl.train.run_labels import labels_for_run, open_labels
-from fastssl.train.systems import SYSTEMS, Model, ModelConfig, build_model
+from fastssl.train.run_labels import attach_given, labels_for_run
+from fastssl.train.systems import Model, ModelConfig, build_model
 
 logger = logging.getLogger(__name__)
 
@@ -65,10 +65,7 @@ def pretrain(config: PretrainConfig, *, resume: bool = False) -> None:
     )
     if config.quality.every is not None and config.data.valid == 0:
         raise ValueError("quality.every: measures held-out recordings, and data.valid holds out none")
-    labels = open_labels(config)
-    if labels is not None:
-        stride, receptive_field = config.model.samples_per_frame, config.model.receptive_field_samples
-        data.attach_labels("audio", labels, stride=stride, receptive_field=receptive_field)
+    given = attach_given(config, data)
     torch.manual_seed(config.seed)
     model = build_model(config.model)
     resume_from = checkpoint if resume and checkpoint.is_file() else None
@@ -79,8 +76,7 @@ def pretrain(config: PretrainConfig, *, resume: bool = False) -> None:
     with _log_to(run / "logs" / "pretrain.log", enabled=first), _quiet_lightning():
         if first:
             _describe(config, data, model, complete=complete, resume_from=resume_from)
-        if SYSTEMS[config.system].labels:
-            labels_for_run(run, config, data, labels, first=first)
+        labels_for_run(run, config, data, given, first=first)
         _fit(config, run, data, model, resume_from=resume_from)
 
 
@@ -222,7 +218,7 @@ def _describe(
     parameters = sum(parameter.numel() for parameter in model.parameters())
     logger.info("model: %.2f M parameters, %d updates", parameters / 1e6, config.trainer.max_steps)
     if config.init is not None and resume_from is None:
-        logger.info("weights from %s%s", config.init, "" if complete else "; what is not of the encoder starts fresh")
+        logger.info("weights from %s%s", config.init, "" if complete else "; what is not there starts fresh")
     if resume_from is not None:
         logger.info("continuing behind update %d", saved_update(resume_from))
     if config.quality.every is not None and data.valid_corpus is None:

@@ -2,13 +2,16 @@
 
 import logging
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Literal
 
 from fastssl.data.labels import LabelTable
 from fastssl.train.config import PretrainConfig
-from fastssl.train.data import PretrainDataModule
+from fastssl.train.data import PretrainDataModule, Use
 from fastssl.train.label import DONE_FILE, LabelSettings, label
+from fastssl.train.systems import SYSTEMS
 
 logger = logging.getLogger(__name__)
 
@@ -16,64 +19,82 @@ logger = logging.getLogger(__name__)
 _FAILED_FOR_S = 30.0
 
 
-def open_labels(config: PretrainConfig) -> LabelTable | None:
-    """The labels that a run is given, before it writes anything; None where it is to make them.
+def attach_given(config: PretrainConfig, data: PretrainDataModule) -> dict[Use, LabelTable]:
+    """Give the data of a run the labels and segments that the settings name, before anything is written.
+
+    Args:
+        config: The settings.
+        data: Takes them.
+
+    Returns:
+        Those that are given.
 
     Raises:
-        ValueError: There are none in that folder, or of another number of classes than the model has.
+        ValueError: There are none in that folder, or of another number of classes than the model has; they do not fit
+            too many recordings.
     """
-    if config.data.labels is None:
-        return None
-    table = LabelTable(config.data.labels)
-    _check_classes(table, config)
-    return table
+    given: dict[Use, LabelTable] = {}
+    if config.data.labels is not None:
+        given["labels"] = LabelTable(config.data.labels)
+        _check_classes(given["labels"], config)
+    if config.data.segments is not None:
+        given["segments"] = LabelTable(config.data.segments)
+    for use, table in given.items():
+        _attach("audio", table, use, config, data)
+    return given
 
 
 def labels_for_run(
-    run: Path, config: PretrainConfig, data: PretrainDataModule, given: LabelTable | None, *, first: bool
+    run: Path, config: PretrainConfig, data: PretrainDataModule, given: Mapping[Use, LabelTable], *, first: bool
 ) -> None:
-    """Give the data of a run its labels, and make those that are missing, in RUN/labels and RUN/labels-valid.
+    """Make the labels that are missing, in RUN/labels, RUN/labels-valid and RUN/segments-valid, and attach them.
 
     Args:
         run: Its folder.
         config: Its settings.
         data: Takes the labels.
-        given: `open_labels(config)`, which `data` has already where it is not None.
+        given: What `attach_given` attached.
         first: Whether this process makes the labels; the others wait for it.
 
     Raises:
         ValueError: Too many recordings have no labels that fit.
     """
-    stride, receptive_field = config.model.samples_per_frame, config.model.receptive_field_samples
-    made = run / "labels"
-    if given is None:
+    tables = dict(given)
+    if SYSTEMS[config.system].labels and "labels" not in tables:
         settings = LabelSettings(clusters=_clusters(config), seed=config.seed, channel=config.data.channel)
-        _label_or_wait(config.audio, made, settings, kmeans=None, workers=config.data.num_workers, first=first)
-        given = LabelTable(made)
-        _check_classes(given, config)
-        data.attach_labels("audio", given, stride=stride, receptive_field=receptive_field)
-    elif first and given.settings.get("channel", config.data.channel) != config.data.channel:
-        channels = [
-            "all channels" if one is None else f"channel {one}"
-            for one in (given.settings["channel"], config.data.channel)
-        ]
-        logger.warning("data.labels: %s were made from %s, and the run reads %s", given.folder, *channels)
-    if isinstance(config.data.valid, str):
-        settings = LabelSettings(channel=config.data.channel)
-        made, workers = run / "labels-valid", config.data.num_workers
-        _label_or_wait(config.data.valid, made, settings, kmeans=given.folder, workers=workers, first=first)
-        data.attach_labels("valid", LabelTable(made), stride=stride, receptive_field=receptive_field)
+        _label_or_wait(config.audio, run / "labels", settings, kmeans=None, config=config, first=first)
+        tables["labels"] = LabelTable(run / "labels")
+        _check_classes(tables["labels"], config)
+        _attach("audio", tables["labels"], "labels", config, data)
+    for use, table in tables.items():
+        if use in given and first and table.settings.get("channel", config.data.channel) != config.data.channel:
+            channels = [
+                "all channels" if one is None else f"channel {one}"
+                for one in (table.settings["channel"], config.data.channel)
+            ]
+            logger.warning("data.%s: %s were made from %s, and the run reads %s", use, table.folder, *channels)
+        if isinstance(config.data.valid, str):
+            settings, made = LabelSettings(channel=config.data.channel), run / f"{use}-valid"
+            _label_or_wait(config.data.valid, made, settings, kmeans=table.folder, config=config, first=first)
+            _attach("valid", LabelTable(made), use, config, data)
+
+
+def _attach(
+    source: Literal["audio", "valid"], table: LabelTable, use: Use, config: PretrainConfig, data: PretrainDataModule
+) -> None:
+    stride, receptive_field = config.model.samples_per_frame, config.model.receptive_field_samples
+    data.attach_labels(source, table, stride=stride, receptive_field=receptive_field, use=use)
 
 
 def _label_or_wait(
-    audio: str, output: Path, settings: LabelSettings, *, kmeans: Path | None, workers: int | None, first: bool
+    audio: str, output: Path, settings: LabelSettings, *, kmeans: Path | None, config: PretrainConfig, first: bool
 ) -> None:
     # Torchrun ends the others where the first fails, and Lightning starts them only after this, but srun waits.
     failed = output.with_name(f"{output.name}.failed")
     if first:
         failed.unlink(missing_ok=True)
         try:
-            label(audio, output, settings, kmeans=kmeans, num_workers=workers)
+            label(audio, output, settings, kmeans=kmeans, num_workers=config.data.num_workers)
         except BaseException as error:
             with suppress(OSError):  # on a full disk the error itself matters more
                 failed.write_text(f"{str(error) or type(error).__name__}\n")

@@ -1,0 +1,121 @@
+"""Once-for-all sequence compression in training (arXiv 2211.02332): rates to draw, boundaries to learn."""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastssl.models.encoder import EncoderConfig
+from fastssl.nn.compression import Compressed
+from fastssl.nn.rates import draw_rates
+from fastssl.nn.segmentation import quantity_loss, segmentation_losses
+from fastssl.packing import Layout
+
+
+@dataclass(frozen=True)
+class CompressedConfig(EncoderConfig):
+    """An encoder, and how its compressor is trained where it has one.
+
+    Args:
+        compression_draw: What is drawn for each utterance in training: the "rate" (lambda), or the frame "period", from
+            which the utterance's own rate follows.
+        compression_range: Between which numbers, uniformly: of the rate within 0 and 2, of the period in milliseconds.
+            Twice the same number trains for this one alone.
+        compression_per_batch: One draw for all utterances of a batch, as the authors' code has it.
+        segment_loss_weight: Weight of the loss that wants frames to fire where segments end (`data.segments`).
+        frame_loss_weight: Weight of the loss that wants a frame's weight to be one over the length of its segment.
+        quantity_loss_weight: Weight of the distance from `quantity_share`.
+        quantity_share: Share of frames that is wanted.
+    """
+
+    compression_draw: str = "rate"
+    compression_range: tuple[float, ...] = (0.0, 1.0)
+    compression_per_batch: bool = False
+    segment_loss_weight: float = 0.05
+    frame_loss_weight: float = 0.5
+    quantity_loss_weight: float = 0.0
+    quantity_share: float = 0.25
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.compression_draw not in ("rate", "period"):
+            raise ValueError(f"compression_draw: must be rate or period, got {self.compression_draw!r}")
+        period_ms = 1000 * self.samples_per_frame / 16_000
+        limits = (0.0, 2.0) if self.compression_draw == "rate" else (period_ms, math.inf)
+        numbers = self.compression_range
+        if len(numbers) != 2 or not limits[0] <= numbers[0] <= numbers[1] <= limits[1] or math.isinf(numbers[1]):
+            raise ValueError(
+                f"compression_range: must be two rising numbers from {limits[0]:g} to {limits[1]:g} "
+                f"(compression_draw is {self.compression_draw}), got {list(numbers)}"
+            )
+        for name in ("segment_loss_weight", "frame_loss_weight", "quantity_loss_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: must not be negative, got {getattr(self, name)}")
+
+    @property
+    def draws_rates(self) -> bool:
+        """Whether the compressor is one of any rate."""
+        return self.compressor == "integrate-and-fire"
+
+
+class Draw(NamedTuple):
+    """Of each utterance (B,): what the encoder is called with; None where it takes none."""
+
+    rate: Tensor | None
+    frame_period_ms: Tensor | None
+
+
+def draw_compression(config: CompressedConfig, keys: Tensor) -> Draw:
+    """What a batch is compressed by in training.
+
+    Args:
+        config: Says from which range.
+        keys: (B,) of the utterances.
+    """
+    if not config.draws_rates:
+        return Draw(None, None)
+    drawn = draw_rates(keys[:1].expand_as(keys) if config.compression_per_batch else keys, *config.compression_range)
+    return Draw(drawn, None) if config.compression_draw == "rate" else Draw(None, drawn)
+
+
+class CompressionScores(NamedTuple):
+    """Sums over utterances, each counted as often as it has masked frames; () fp32."""
+
+    segment_loss: Tensor
+    frame_loss: Tensor
+    quantity_loss: Tensor
+    frame_period_ms: Tensor
+
+
+def compression_scores(
+    config: CompressedConfig,
+    compressed: Compressed,
+    layout: Layout,
+    masked: Tensor,
+    *,
+    segment_weights: Tensor | None,
+    segment_ends: Tensor | None,
+) -> CompressionScores:
+    """The losses of a compressor, unweighted, and the mean frame period.
+
+    Args:
+        config: Says which share of frames is wanted.
+        compressed: What it made.
+        layout: Of the (N,) frames before it.
+        masked: (B,) how often each utterance counts.
+        segment_weights: (N,) of `segmentation_losses`; None for no guidance.
+        segment_ends: (N,) likewise.
+    """
+    assert compressed.weights is not None
+    assert compressed.learned_weights is not None
+    segment = frame = masked.new_zeros(len(masked))
+    if segment_weights is not None and segment_ends is not None:
+        segment, frame = segmentation_losses(
+            compressed.learned_weights, layout, weights=segment_weights, ends=segment_ends
+        )
+    quantity = quantity_loss(compressed.weights, layout, share=config.quantity_share)
+    frames, fewer = layout.cu_seqlens.diff(), compressed.frames.layout.cu_seqlens.diff()
+    period_ms = 1000 * config.samples_per_frame / 16_000 * frames / fewer.clamp(min=1)
+    return CompressionScores(*(torch.sum(of_each * masked) for of_each in (segment, frame, quantity, period_ms)))
