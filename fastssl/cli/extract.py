@@ -3,7 +3,15 @@
 from collections.abc import Sequence
 
 from fastssl.cli.console import log_to_console
-from fastssl.cli.options import AUDIO_HELP, CHANNEL_HELP, DEVICE_HELP, MODEL_HELP, command_parser
+from fastssl.cli.options import (
+    AUDIO_HELP,
+    CHANNEL_HELP,
+    DEVICE_HELP,
+    MODEL_HELP,
+    PERIOD_HELP,
+    RATE_HELP,
+    command_parser,
+)
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -27,6 +35,8 @@ def run(arguments: Sequence[str]) -> None:
     parser.add_argument("--overlap_s", type=float, default=6.0, help="What neighbouring chunks share, seconds.")
     parser.add_argument("--channel", type=int | None, help=CHANNEL_HELP)
     parser.add_argument("--shard_mb", type=float, default=512.0, help="Size of a shard, megabytes.")
+    parser.add_argument("--rate", type=float | None, help=RATE_HELP)
+    parser.add_argument("--frame_period_ms", type=float | None, help=PERIOD_HELP)
     parser.add_argument("--device", default="auto", help=DEVICE_HELP)
     settings = parser.parse_args(list(arguments))
     from fastssl.train.extract import extract
@@ -40,6 +50,8 @@ def run(arguments: Sequence[str]) -> None:
         chunk_s=settings.chunk_s,
         overlap_s=settings.overlap_s,
         channel=settings.channel,
+        rate=settings.rate,
+        frame_period_ms=settings.frame_period_ms,
         shard_mb=settings.shard_mb,
         device=settings.device,
     )

@@ -14,6 +14,8 @@ AUDIO_HELP = (
 )
 MODEL_HELP = "A run of `fastssl pretrain`, a Transformers folder, a name on the Hub, or a checkpoint of fairseq."
 DEVICE_HELP = "cpu, cuda, cuda:1, ...; auto takes a GPU where there is one."
+RATE_HELP = "Of a model with a sequence compressor: 0 leaves all frames, 1 (the default) the learned segments."
+PERIOD_HELP = "Instead: the mean frame period that comes out, milliseconds."
 CHANNEL_HELP = "The channel to read; null averages all of them."
 
 

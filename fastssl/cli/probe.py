@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from fastssl.cli.console import log_to_console
-from fastssl.cli.options import DEVICE_HELP, command_parser
+from fastssl.cli.options import DEVICE_HELP, PERIOD_HELP, RATE_HELP, command_parser
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -40,6 +40,8 @@ def run(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--context_s", type=float, default=0.1, help="What ctc sees beside a frame, seconds each side.")
     parser.add_argument("--output", type=str | None, metavar="JSON", help="Everything that was measured.")
+    parser.add_argument("--rate", type=float | None, help=RATE_HELP + " Of MODEL alone.")
+    parser.add_argument("--frame_period_ms", type=float | None, help=PERIOD_HELP)
     parser.add_argument("--device", default="auto", help=DEVICE_HELP)
     given = parser.parse_args(list(arguments))
     from fastssl.train.probe import ProbeSettings
@@ -51,4 +53,14 @@ def run(arguments: Sequence[str]) -> None:
     settings = ProbeSettings(**{name: given[name] for name in names})
     log_to_console()
     models = [given.model, *given.compare]
-    probe(models, given.table, settings, dev=given.dev, test=given.test, output=given.output, device=given.device)
+    probe(
+        models,
+        given.table,
+        settings,
+        dev=given.dev,
+        test=given.test,
+        output=given.output,
+        rate=given.rate,
+        frame_period_ms=given.frame_period_ms,
+        device=given.device,
+    )

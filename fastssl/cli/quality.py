@@ -3,7 +3,15 @@
 from collections.abc import Sequence
 
 from fastssl.cli.console import log_to_console
-from fastssl.cli.options import AUDIO_HELP, CHANNEL_HELP, DEVICE_HELP, MODEL_HELP, command_parser
+from fastssl.cli.options import (
+    AUDIO_HELP,
+    CHANNEL_HELP,
+    DEVICE_HELP,
+    MODEL_HELP,
+    PERIOD_HELP,
+    RATE_HELP,
+    command_parser,
+)
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -28,6 +36,8 @@ def run(arguments: Sequence[str]) -> None:
     parser.add_argument("--max_frames", type=int, default=102_400, help="Frames for k-means, drawn from all.")
     parser.add_argument("--seed", type=int, default=0, help="Of the frames drawn, and of k-means.")
     parser.add_argument("--channel", type=int | None, help=CHANNEL_HELP)
+    parser.add_argument("--rate", type=float | None, help=RATE_HELP)
+    parser.add_argument("--frame_period_ms", type=float | None, help=PERIOD_HELP)
     parser.add_argument("--device", default="auto", help=DEVICE_HELP)
     settings = parser.parse_args(list(arguments))
     from fastssl.train.quality_command import quality
@@ -42,5 +52,7 @@ def run(arguments: Sequence[str]) -> None:
         max_frames=settings.max_frames,
         seed=settings.seed,
         channel=settings.channel,
+        rate=settings.rate,
+        frame_period_ms=settings.frame_period_ms,
         device=settings.device,
     )

@@ -11,7 +11,6 @@ from fastssl.models.encoder import EncoderConfig
 from fastssl.nn.compression import Compressed
 from fastssl.nn.rates import draw_rates
 from fastssl.nn.segmentation import quantity_loss, segmentation_losses
-from fastssl.packing import Layout
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,6 @@ class CompressionScores(NamedTuple):
 def compression_scores(
     config: CompressedConfig,
     compressed: Compressed,
-    layout: Layout,
     masked: Tensor,
     *,
     segment_weights: Tensor | None,
@@ -103,13 +101,13 @@ def compression_scores(
     Args:
         config: Says which share of frames is wanted.
         compressed: What it made.
-        layout: Of the (N,) frames before it.
         masked: (B,) how often each utterance counts.
         segment_weights: (N,) of `segmentation_losses`; None for no guidance.
         segment_ends: (N,) likewise.
     """
     assert compressed.weights is not None
     assert compressed.learned_weights is not None
+    layout = compressed.layout
     segment = frame = masked.new_zeros(len(masked))
     if segment_weights is not None and segment_ends is not None:
         segment, frame = segmentation_losses(

@@ -289,7 +289,7 @@ class Wav2Vec2ForPreTraining(PretrainingModel):
         compression = None
         if compressed is not None and config.draws_rates:
             compression = compression_scores(
-                config, compressed, frames.layout, masked, segment_weights=segment_weights, segment_ends=segment_ends
+                config, compressed, masked, segment_weights=segment_weights, segment_ends=segment_ends
             )
             loss = loss + config.segment_loss_weight * compression.segment_loss
             loss = loss + config.frame_loss_weight * compression.frame_loss

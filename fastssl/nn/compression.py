@@ -32,6 +32,7 @@ class Compressed(NamedTuple):
     weights: Tensor | None  # (N,) alpha', which were integrated: after mixing by the rate, and protected
     learned_weights: Tensor | None  # (N,) alpha in (0, 1), before mixing: for losses that guide the boundaries
     sources: Tensor  # (N,) int64, not falling: the row of `frames` that an input frame went into, or most of it
+    layout: Layout  # of the N frames before
 
     def upsample(self, values: Tensor) -> Tensor:  # (N_out, ...) -> (N, ...)
         """Repeat what became of each frame for the input frames that went into it.
@@ -160,19 +161,31 @@ class SequenceCompressor(nn.Module):
         x, layout = frames
         if x.shape != (layout.total, self.channels):
             raise ValueError(f"frames: expected {(layout.total, self.channels)}, got {tuple(x.shape)}")
+        self.check(rate=rate, frame_period_ms=frame_period_ms)
         if self.kind != "integrate-and-fire":
-            if rate is not None or frame_period_ms is not None:
-                raise ValueError(f"rate and frame_period_ms: {self.kind!r} has a fixed factor, {self.factor}")
             compress = self._average if self.kind == "average" else self._strided
             out = compress(x, layout)
             sources = _window_of_frames(layout, out.layout, self._window)
-            return Compressed(out, _period(layout, out.layout, self.input_period_ms), None, None, sources)
+            return Compressed(out, _period(layout, out.layout, self.input_period_ms), None, None, sources, layout)
         learned = self.weight_network(x, layout)
         rates = self._rates(learned, layout, rate, frame_period_ms)
         weights = _protect(mix_weights(learned, rates[layout.sequence_ids]), layout)
         out = Packed(*ops.integrate_and_fire(x, weights, layout)) if self.training else _fire_all(x, weights, layout)
         sources = _slot_of_frames(weights.detach(), layout, out.layout)
-        return Compressed(out, _period(layout, out.layout, self.input_period_ms), weights, learned, sources)
+        return Compressed(out, _period(layout, out.layout, self.input_period_ms), weights, learned, sources, layout)
+
+    def check(self, *, rate: float | Tensor | None, frame_period_ms: float | Tensor | None) -> None:
+        """Whether these can be asked for; arguments and errors as of `forward`."""
+        if rate is None and frame_period_ms is None:
+            return
+        if self.kind != "integrate-and-fire":
+            raise ValueError(f"rate and frame_period_ms: {self.kind!r} has a fixed factor, {self.factor}")
+        if rate is not None and frame_period_ms is not None:
+            raise ValueError(f"rate and frame_period_ms: one of them, got {rate} and {frame_period_ms}")
+        name, value = ("rate", rate) if frame_period_ms is None else ("frame_period_ms", frame_period_ms)
+        low, high = (0.0, 2.0) if name == "rate" else (self.input_period_ms, math.inf)
+        if not isinstance(value, Tensor) and value is not None and (not low <= value <= high or math.isinf(value)):
+            raise ValueError(f"{name}: must be from {low:g} to {high:g}, got {value:g}")
 
     def _average(self, x: Tensor, layout: Layout) -> Packed:
         out_layout = _layout_of_windows(layout, self._window)
@@ -202,13 +215,10 @@ class SequenceCompressor(nn.Module):
     def _rates(
         self, learned: Tensor, layout: Layout, rate: float | Tensor | None, frame_period_ms: float | Tensor | None
     ) -> Tensor:  # (B,)
-        if rate is not None and frame_period_ms is not None:
-            raise ValueError(f"rate and frame_period_ms: one of them, got {rate} and {frame_period_ms}")
         if frame_period_ms is None:
             rate = 1.0 if rate is None else rate
-            return _per_utterance("rate", rate, layout, learned, (0.0, 2.0)).clamp(0.0, _LARGEST_RATE)
-        limits = (self.input_period_ms, math.inf)
-        period = _per_utterance("frame_period_ms", frame_period_ms, layout, learned, limits)
+            return _per_utterance("rate", rate, layout, learned).clamp(0.0, _LARGEST_RATE)
+        period = _per_utterance("frame_period_ms", frame_period_ms, layout, learned)
         lengths = layout.cu_seqlens.diff().clamp(min=1)
         mean_weight = sums_by_utterance(learned, layout) / lengths
         solved = rate_for_period(period.clamp(min=self.input_period_ms), mean_weight, self.input_period_ms)
@@ -254,9 +264,7 @@ class WeightNetwork(nn.Module):
         return weights.clamp(min=LEAST_WEIGHT)  # where all were zero, no sum could be raised
 
 
-def _per_utterance(
-    name: str, value: float | Tensor, layout: Layout, like: Tensor, limits: tuple[float, float]
-) -> Tensor:  # (B,)
+def _per_utterance(name: str, value: float | Tensor, layout: Layout, like: Tensor) -> Tensor:  # (B,)
     batch = len(layout.lengths)
     if isinstance(value, Tensor):
         if value.shape not in ((), (batch,)):
@@ -264,8 +272,6 @@ def _per_utterance(
                 f"{name}: expected a number or ({batch},), one for each utterance, got {tuple(value.shape)}"
             )
         return value.to(like).expand(batch)
-    if not limits[0] <= value <= limits[1] or math.isinf(value):
-        raise ValueError(f"{name}: must be from {limits[0]:g} to {limits[1]:g}, got {value:g}")
     return like.new_full((batch,), value)
 
 

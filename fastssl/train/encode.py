@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,10 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from fastssl.data.audio import SAMPLE_RATE_HZ, AudioError
 from fastssl.data.recordings import Chunk, read_chunks
+from fastssl.interop import load_encoder
+from fastssl.models.encoder import Encoder
 from fastssl.models.speech_encoder import SpeechEncoder
+from fastssl.nn.compression import Compressed
 from fastssl.packing import Packed
 
 #: Audio that goes through the encoder at a time; features do not depend on it.
@@ -39,6 +43,41 @@ def choose_device(device: str) -> torch.device:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(device)
+
+
+def open_encoder_at(
+    model: str | Path, *, device: str = "auto", rate: float | None = None, frame_period_ms: float | None = None
+) -> SpeechEncoder:
+    """Open an encoder where it is to run; one with a compressor, at a rate or a frame period.
+
+    Args:
+        model: What `load_encoder` opens.
+        device: As `choose_device`.
+        rate: Of the compressor.
+        frame_period_ms: The mean period that frames should have instead.
+
+    Raises:
+        ValueError: There is no such model, or it has no compressor that takes this.
+    """
+    encoder = load_encoder(model).to(choose_device(device))
+    if rate is None and frame_period_ms is None:
+        return encoder
+    if not isinstance(encoder, Encoder) or encoder.compressor is None:
+        raise ValueError(f"--rate and --frame_period_ms: {model} has no compressor")
+    try:
+        encoder.compressor.check(rate=rate, frame_period_ms=frame_period_ms)
+    except ValueError as error:
+        raise ValueError(f"--{error}") from None
+    encoder.rate, encoder.frame_period_ms = rate, frame_period_ms
+    return encoder
+
+
+def fixed_frame_period_s(encoder: SpeechEncoder) -> float | None:
+    """From one of its frames to the next; None where a compressor makes that differ."""
+    period_s = encoder.config.samples_per_frame / SAMPLE_RATE_HZ
+    if not isinstance(encoder, Encoder) or encoder.compressor is None:
+        return period_s
+    return None if encoder.compressor.factor is None else period_s * encoder.compressor.factor
 
 
 def default_workers() -> int:
@@ -90,10 +129,24 @@ def _encode(
         return
     device = next(encoder.parameters()).device
     waveforms = Packed.pack([chunk.waveform for _, chunk in chunks]).to(device)
-    features = encoder(waveforms).hidden_states[layer].unpack()
-    for (index, chunk), frames in zip(chunks, features, strict=True):
-        parts.setdefault(index, []).append(frames[chunk.keep].cpu())
+    output = encoder(waveforms)
+    features = output.hidden_states[layer].unpack()
+    keeps = [chunk.keep for _, chunk in chunks]
+    if output.compressed is not None:
+        keeps = [_kept_after(output.compressed, index, keep) for index, keep in enumerate(keeps)]
+    for (index, _), frames, keep in zip(chunks, features, keeps, strict=True):
+        parts.setdefault(index, []).append(frames[keep].cpu())
     chunks.clear()
+
+
+def _kept_after(compressed: Compressed, utterance: int, keep: slice) -> slice:
+    """Of an utterance's frames that a compressor left, those that begin within what is kept of the frames before it."""
+    sources = Packed(compressed.sources, compressed.layout).unpack()[utterance]
+    first, left = compressed.frames.layout.offsets[utterance], compressed.frames.layout.lengths[utterance]
+    begins = torch.searchsorted(sources, torch.arange(first, first + left, device=sources.device))
+    start, stop, _ = keep.indices(len(sources))
+    kept = torch.searchsorted(begins, torch.tensor([start, stop], device=begins.device))
+    return slice(*kept.tolist())
 
 
 class _Chunks(IterableDataset[tuple[int, Chunk | str | None]]):

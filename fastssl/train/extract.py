@@ -15,10 +15,9 @@ from torch import Tensor
 from fastssl.data.audio import SAMPLE_RATE_HZ, AudioError
 from fastssl.data.corpus import Problem, cut_name, open_corpus
 from fastssl.data.recordings import chunk_hop
-from fastssl.interop import load_encoder
 from fastssl.models.folder import write_json, write_text
 from fastssl.models.speech_encoder import SpeechEncoder
-from fastssl.train.encode import Reading, choose_device, encode_recordings
+from fastssl.train.encode import Reading, encode_recordings, fixed_frame_period_s, open_encoder_at
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +28,8 @@ def extract(
     output: str | Path,
     *,
     layer: int | None = None,
+    rate: float | None = None,
+    frame_period_ms: float | None = None,
     chunk_s: float = 60.0,
     overlap_s: float = 6.0,
     channel: int | None = None,
@@ -50,6 +51,8 @@ def extract(
         audio: Folder, Lhotse manifest or shar directory.
         output: Folder for shards and index.
         layer: 0 is the input of the first layer, L the output of the last; None is the last.
+        rate: Of a model with a sequence compressor.
+        frame_period_ms: The mean period that its frames should have instead; the index says what each recording got.
         chunk_s: Longer recordings are cut into chunks of this length.
         overlap_s: What neighbouring chunks share.
         channel: The channel to read; None averages all of them.
@@ -63,7 +66,7 @@ def extract(
         ValueError: MODEL, AUDIO, the layer, the chunks or the folder does not serve; the folder was begun with other
             settings.
     """
-    encoder = load_encoder(model).to(choose_device(device))
+    encoder = open_encoder_at(model, device=device, rate=rate, frame_period_ms=frame_period_ms)
     layers = encoder.config.num_hidden_layers
     if layer is not None and not 0 <= layer <= layers:
         raise ValueError(f"--layer: the model has layers 0 to {layers}, got {layer}")
@@ -85,11 +88,14 @@ def extract(
             "audio": str(Path(audio).absolute()),
             "weights": weights_digest(encoder),
             "layer": layer,
+            "rate": rate,
+            "frame_period_ms": frame_period_ms,
             "chunk_s": chunk_s,
             "overlap_s": overlap_s,
             "channel": channel,
         },
-        common={"layer": layer, "frame_period_s": encoder.config.samples_per_frame / SAMPLE_RATE_HZ},
+        layer=layer,
+        frame_period_s=fixed_frame_period_s(encoder),
         shard_bytes=round(shard_mb * 1e6),
     )
     if shards.done:
@@ -118,20 +124,23 @@ class _Shards:
     Args:
         folder: Where; created if missing.
         settings: What decides the features; kept beside them.
-        common: Index entries that all recordings share.
+        layer: For the index.
+        frame_period_s: For the index; None where a compressor gives each recording its own.
         shard_bytes: A shard is closed when it has this much.
 
     Raises:
         ValueError: The folder was begun with other settings, or holds something else.
     """
 
-    def __init__(self, folder: Path, *, settings: dict[str, Any], common: dict[str, Any], shard_bytes: int) -> None:
+    def __init__(
+        self, folder: Path, *, settings: dict[str, Any], layer: int, frame_period_s: float | None, shard_bytes: int
+    ) -> None:
         self.folder = folder
-        self.common = common
+        self.layer, self.frame_period_s = layer, frame_period_s
         self.shard_bytes = shard_bytes
         self._open: dict[str, Tensor] = {}
         self._open_bytes = 0
-        self._files: dict[str, str] = {}
+        self._entries: dict[str, dict[str, Any]] = {}
         self._index = folder / "index.jsonl"
         self._begin(settings)
         entries = _read_index(self._index)
@@ -157,7 +166,13 @@ class _Shards:
 
     def add(self, cut: Cut, features: Tensor) -> None:  # (T, D)
         self._open[cut.id] = features.contiguous()
-        self._files[cut.id] = cut_name(cut)
+        self._entries[cut.id] = {
+            "file": cut_name(cut),
+            "key": cut.id,
+            "layer": self.layer,
+            "frame_period_s": self.frame_period_s or cut.duration / len(features),
+            "frames": len(features),
+        }
         self._open_bytes += features.nbytes
         if self._open_bytes >= self.shard_bytes:
             self.close()
@@ -171,14 +186,13 @@ class _Shards:
         save_file(self._open, temporary)
         temporary.replace(self.folder / shard)
         with self._index.open("a") as file:
-            for key, features in self._open.items():
-                entry = {"file": self._files[key], "shard": shard, "key": key, **self.common, "frames": len(features)}
-                file.write(json.dumps(entry) + "\n")
+            for entry in self._entries.values():
+                file.write(json.dumps({"shard": shard, **entry}) + "\n")
         self.done |= self._open.keys()
         self._number += 1
         self._open.clear()
         self._open_bytes = 0
-        self._files.clear()
+        self._entries.clear()
 
 
 def _read_index(path: Path) -> list[dict[str, Any]]:

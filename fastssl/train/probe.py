@@ -290,7 +290,8 @@ class _Probe:
             part: store.get(source, table, name=name, segment_s=settings.segment_s, mean=mean)
             for part, table in parts.items()
         }
-        self.window = Window(0, 1) if mean else Window.of_seconds(settings.context_s, source.frame_period_s)
+        period_s = source.frame_period_s or self.features["train"].mean_frame_period_s
+        self.window = Window(0, 1) if mean else Window.of_seconds(settings.context_s, period_s)
 
     def result(self) -> ProbeResult:
         runs = [run for fold in self.targets.folds for run in self._fold(fold)]

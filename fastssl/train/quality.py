@@ -142,14 +142,19 @@ def measure_quality(
     if max_frames < 1:
         raise ValueError(f"max_frames: must be at least 1, got {max_frames}")
     device = next(encoder.parameters()).device
-    segment = max(1, round(_SEGMENT_S * SAMPLE_RATE_HZ / config.samples_per_frame))
-    ranks = {layer: _Ranks(config.hidden_size, segment, device) for layer in layers}
+    segment = _SEGMENT_S * SAMPLE_RATE_HZ / config.samples_per_frame
+    ranks: dict[int, _Ranks] = {}
     with tempfile.TemporaryDirectory(prefix="fastssl-quality-") as folder:
         drawn = {layer: _FrameFile(Path(folder) / f"{layer}.f32", config.hidden_size, max_frames) for layer in layers}
         draw = _Draw(max_frames, seed)
         with _evaluating(encoder), torch.no_grad():
             for batch in waveforms:
-                hidden_states = encoder(batch.to(device)).hidden_states
+                _, hidden_states, compressed = encoder(batch.to(device))
+                if not ranks:
+                    # Frames of a compressor have no fixed length; those of the first batch are taken for all.
+                    left = 1.0 if compressed is None else compressed.frames.layout.total / compressed.layout.total
+                    size = max(1, round(segment * left))
+                    ranks = {layer: _Ranks(config.hidden_size, size, device) for layer in layers}
                 chosen = draw.places(hidden_states[0].layout.total)
                 for layer in layers:
                     ranks[layer].update(hidden_states[layer])

@@ -16,11 +16,10 @@ from rich.table import Table
 import fastssl
 from fastssl.data.audio import SAMPLE_RATE_HZ
 from fastssl.data.corpus import Problem, open_corpus
-from fastssl.interop import load_encoder
 from fastssl.models.folder import write_json
 from fastssl.packing import Packed
 from fastssl.train.card import checked_out_commit
-from fastssl.train.encode import choose_device
+from fastssl.train.encode import open_encoder_at
 from fastssl.train.quality import MAX_FRAMES, LayerQuality, first_minutes, measure_quality, quality_loader
 
 logger = logging.getLogger(__name__)
@@ -44,6 +43,8 @@ def quality(
     max_frames: int = MAX_FRAMES,
     seed: int = 0,
     channel: int | None = None,
+    rate: float | None = None,
+    frame_period_ms: float | None = None,
     device: str = "auto",
 ) -> list[LayerQuality]:
     """Measure an encoder, print a table, and write `output` and, beside it, a plot of the same name.
@@ -57,6 +58,8 @@ def quality(
         max_frames: Frames for k-means.
         seed: Of the frames drawn, and of k-means.
         channel: The channel to read; None averages all of them.
+        rate: Of a model with a sequence compressor.
+        frame_period_ms: The mean period that its frames should have instead.
         device: Where to encode; "auto" takes a GPU where there is one.
 
     Raises:
@@ -65,7 +68,7 @@ def quality(
     output = Path(output)
     if output.suffix != ".json" or output.is_dir():
         raise ValueError(f"--output: {output} must be a file that ends with .json")
-    encoder = load_encoder(model).to(choose_device(device))
+    encoder = open_encoder_at(model, device=device, rate=rate, frame_period_ms=frame_period_ms)
     shortest_s = encoder.config.receptive_field_samples / SAMPLE_RATE_HZ
     corpus = open_corpus(audio, min_duration_s=shortest_s, max_bad_fraction=1.0)
     cuts = first_minutes(corpus.cuts, minutes)
@@ -78,7 +81,14 @@ def quality(
         "model": str(model),
         "audio": str(audio),
         "audio_hours": waveforms.seconds / 3600,
-        "settings": {"minutes": minutes, "max_frames": max_frames, "seed": seed, "channel": channel},
+        "settings": {
+            "minutes": minutes,
+            "max_frames": max_frames,
+            "seed": seed,
+            "channel": channel,
+            "rate": rate,
+            "frame_period_ms": frame_period_ms,
+        },
         "versions": _versions(),
         "left_out": [{"name": problem.name, "reason": problem.reason} for problem in problems],
         "layers": [asdict(result) for result in results],

@@ -243,23 +243,28 @@ def test_rejects_bad_input() -> None:
         make_encoder("average")(waveforms, rate=0.5)
     with pytest.raises(ValueError, match="rate: must be from 0 to 2"):
         make_encoder("integrate-and-fire")(waveforms, rate=3.0)
-    for options, message in (
-        ({"compressor": "median"}, "compressor: 'median'"),
-        ({"compressor_factor": 2}, "compressor_factor"),
-        ({"compressor": "integrate-and-fire", "compressor_factor": 2}, "compressor_factor"),
-        ({"compressor": "average", "compressor_factor": 0}, "compressor_factor"),
-    ):
+    of_encoders: dict[str, dict[str, Any]] = {
+        "compressor: 'median'": {"compressor": "median"},
+        "compressor_factor: is of": {"compressor_factor": 2},
+        "compressor_factor: is of 'average' and 'strided', got one for 'int": {
+            "compressor": "integrate-and-fire",
+            "compressor_factor": 2,
+        },
+        "compressor_factor: must be at least 1": {"compressor": "average", "compressor_factor": 0},
+    }
+    for message, options in of_encoders.items():
         with pytest.raises(ValueError, match=message):
-            EncoderConfig(**SHAPE, **options)  # type: ignore[arg-type]
-    for options, message in (
-        ({"compression_draw": "lambda"}, "compression_draw"),
-        ({"compression_range": (0.5,)}, "compression_range"),
-        ({"compression_range": (0.5, 0.2)}, "from 0 to 2"),
-        ({"compression_range": (0.5, 2.5)}, "from 0 to 2"),
-        ({"compression_draw": "period"}, "from 20 to inf"),
-        ({"frame_loss_weight": -1.0}, "frame_loss_weight"),
-    ):
+            EncoderConfig(**SHAPE, **options)
+    of_training: dict[str, dict[str, Any]] = {
+        "compression_draw": {"compression_draw": "lambda"},
+        "compression_range": {"compression_range": (0.5,)},
+        "from 0 to 2.* got .0.5, 0.2": {"compression_range": (0.5, 0.2)},
+        "from 0 to 2.* got .0.5, 2.5": {"compression_range": (0.5, 2.5)},
+        "from 20 to inf": {"compression_draw": "period"},
+        "frame_loss_weight": {"frame_loss_weight": -1.0},
+    }
+    for message, options in of_training.items():
         with pytest.raises(ValueError, match=message):
-            Wav2Vec2Config(**options)  # type: ignore[arg-type]
+            Wav2Vec2Config(**options)
     with pytest.raises(ValueError, match="compressor: HuBERT predicts the label of each frame"):
         HubertConfig(compressor="average")

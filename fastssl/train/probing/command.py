@@ -9,9 +9,8 @@ from pathlib import Path
 from rich import get_console
 from rich.table import Table as RichTable
 
-from fastssl.interop import load_encoder
 from fastssl.models.folder import write_json
-from fastssl.train.encode import choose_device
+from fastssl.train.encode import open_encoder_at
 from fastssl.train.probe import ProbeResult, ProbeRun, ProbeSettings, run_probe
 from fastssl.train.probing.tables import read_table, split_table
 
@@ -32,6 +31,8 @@ def probe(
     dev: str | Path | None = None,
     test: str | Path | None = None,
     output: str | Path | None = None,
+    rate: float | None = None,
+    frame_period_ms: float | None = None,
     device: str = "auto",
 ) -> list[ProbeResult]:
     """Probe encoders, print a table, and write everything that was found out as JSON.
@@ -43,6 +44,8 @@ def probe(
         dev: Table of the development part.
         test: Table of the test part.
         output: JSON file to write, at once or not at all.
+        rate: Of the first model, which has a sequence compressor.
+        frame_period_ms: The mean period that its frames should have instead.
         device: "auto" takes a GPU where there is one.
 
     Raises:
@@ -61,7 +64,9 @@ def probe(
         )
     else:
         tables = (read_table(train), read_table(dev), read_table(test))
-    encoders = {name: load_encoder(name).to(choose_device(device)) for name in models}
+    first, *others = models
+    encoders = {first: open_encoder_at(first, device=device, rate=rate, frame_period_ms=frame_period_ms)}
+    encoders |= {name: open_encoder_at(name, device=device) for name in others}
     if output is not None:
         Path(output).parent.mkdir(parents=True, exist_ok=True)
     results = run_probe(encoders, *tables, settings)
@@ -80,7 +85,8 @@ def probe(
             Path(output),
             {
                 "settings": dataclasses.asdict(settings)
-                | {"task": settings.resolved_task, "learning_rates": settings.rates},
+                | {"task": settings.resolved_task, "learning_rates": settings.rates}
+                | {"rate": rate, "frame_period_ms": frame_period_ms},
                 "metric": _METRICS[settings.resolved_task],
                 "tables": [table.name for table in tables],
                 "versions": versions,

@@ -15,8 +15,10 @@ from fastssl.data.audio import SAMPLE_RATE_HZ, AudioError, read_waveform
 from fastssl.data.corpus import Problem, cut_name, scan_file
 from fastssl.data.mfcc import differences
 from fastssl.data.waveforms import pack_waveforms
+from fastssl.models.encoder import Encoder
 from fastssl.models.speech_encoder import SpeechEncoder, fresh_encoder
 from fastssl.packing import Layout, Packed
+from fastssl.train.encode import fixed_frame_period_s
 from fastssl.train.probing.tables import Table
 
 #: Audio that goes through an encoder at a time; on the CPU features do not depend on it.
@@ -34,9 +36,12 @@ Waveforms = Sequence[NDArray[np.float32]]
 class Source(Protocol):
     """What turns waveforms at 16 kHz into features, layer by layer."""
 
-    frame_period_s: float
     layers: int
     width: int
+
+    @property
+    def frame_period_s(self) -> float | None:
+        """From one frame to the next; None where examples differ in it."""
 
     @property
     def key(self) -> object:
@@ -56,13 +61,13 @@ class EncoderSource:
     def __init__(self, encoder: SpeechEncoder) -> None:
         self.encoder = encoder.eval()
         config = encoder.config
-        self.frame_period_s = config.samples_per_frame / SAMPLE_RATE_HZ
+        self.frame_period_s = fixed_frame_period_s(encoder)
         self.layers, self.width = config.num_hidden_layers + 1, config.hidden_size
 
     @property
     def key(self) -> object:
-        """The encoder itself: modules are compared by identity."""
-        return self.encoder
+        """The encoder itself, for modules are compared by identity, and how it compresses."""
+        return (self.encoder, *_compression(self.encoder))
 
     @torch.inference_mode()
     def __call__(self, waveforms: Waveforms) -> list[Packed]:
@@ -86,13 +91,22 @@ class RandomSource(EncoderSource):
         device = next(encoder.parameters()).device
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            super().__init__(fresh_encoder(encoder.config).to(device))
-        self._key = ("random", type(encoder), encoder.config, seed)
+            fresh = fresh_encoder(encoder.config).to(device)
+        if isinstance(fresh, Encoder) and isinstance(encoder, Encoder):
+            fresh.rate, fresh.frame_period_ms = encoder.rate, encoder.frame_period_ms
+        super().__init__(fresh)
+        self._key = ("random", type(encoder), encoder.config, seed, *_compression(encoder))
 
     @property
     def key(self) -> object:
         """What the weights follow from."""
         return self._key
+
+
+def _compression(encoder: SpeechEncoder) -> tuple[float | None, ...]:
+    """Rate and frame period of its calls."""
+    values = (encoder.rate, encoder.frame_period_ms) if isinstance(encoder, Encoder) else ()
+    return tuple(None if value is None else float(value) for value in values)
 
 
 class LogMelSource:
@@ -145,6 +159,11 @@ class Features:
     seconds: tuple[float, ...]
     problems: tuple[Problem, ...]
     too_short: int
+
+    @property
+    def mean_frame_period_s(self) -> float:
+        """Of all examples together."""
+        return sum(self.seconds) / sum(frames.shape[1] for frames in self.frames)
 
 
 class Standard(NamedTuple):
