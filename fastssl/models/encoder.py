@@ -214,7 +214,7 @@ class Encoder(nn.Module):
     """A speech encoder over packed waveforms; its state dict is that of Transformers' base model of its type.
 
     With a compressor the transformer sees fewer frames; how many, a rate or a frame period decides in each call, else
-    the attributes `rate` and `frame_period_ms` (see `nn.SequenceCompressor`; without any, the rate is 1).
+    `compressor.rate` or `compressor.frame_period_ms` (see `nn.SequenceCompressor`).
 
     Args:
         config: Its shape.
@@ -256,9 +256,6 @@ class Encoder(nn.Module):
             positional_depth=config.num_conv_pos_embeddings if stacked else None,
             relative_positions=RelativePositions(config.num_buckets, config.max_bucket_distance) if gated else None,
         )
-        #: Of calls that are given none.
-        self.rate: float | Tensor | None = None
-        self.frame_period_ms: float | Tensor | None = None
         self.compressor: SequenceCompressor | None = None
         if config.compressor != "none":
             factor = None if config.compressor == "integrate-and-fire" else config.compressor_factor
@@ -309,8 +306,6 @@ class Encoder(nn.Module):
 
         Other arguments and errors as of `forward`.
         """
-        if rate is None and frame_period_ms is None:
-            rate, frame_period_ms = self.rate, self.frame_period_ms
         normalised = Packed(self.feature_projection.normalise(frames.values), frames.layout)
         compressed = None
         if self.compressor is not None:

@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from fastssl.models.folder import MODEL_CLASSES
+from fastssl.models.operations import describe_compression
 
 if TYPE_CHECKING:
     from fastssl.models.conformer import ConformerConfig
@@ -82,6 +83,8 @@ class ModelCard:
             "updates": None if self.updates is None else f"{self.updates}",
             "fastssl": _both(self.version, None if self.commit is None else f"commit {self.commit}"),
         }
+        if in_transformers and getattr(config, "compressor", "none") != "none":
+            facts["sequence compression"] = describe_compression(cast("EncoderConfig", config))
         parts = [
             _FRONT_MATTER.format(
                 model_type=config.model_type, library="transformers" if in_transformers else "fastssl"

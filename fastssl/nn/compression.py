@@ -125,6 +125,8 @@ class SequenceCompressor(nn.Module):
         self.kind = kind
         self.factor = factor
         self.input_period_ms = input_period_ms
+        self.rate: float | Tensor | None = None
+        self.frame_period_ms: float | Tensor | None = None
         if kind == "strided":
             self.conv = nn.Conv1d(channels, channels, self._window, stride=self._window)
             nn.init.zeros_(self.conv.bias)  # type: ignore[arg-type]
@@ -150,9 +152,11 @@ class SequenceCompressor(nn.Module):
         Args:
             frames: (N, C).
             rate: lambda, for integrate-and-fire alone: one number, or one for each utterance. A tensor takes a gradient
-                and is clamped to [0, 2] instead of checked, for which the host would wait. None is 1.
+                and is clamped to [0, 2] instead of checked, for which the host would wait.
             frame_period_ms: The mean period to come as near as whole frames allow, at least `input_period_ms`, instead
                 of a rate: each utterance's follows from the mean of its learned weights.
+
+        Without either, the attributes `rate` and `frame_period_ms` are taken, and without these the rate is 1.
 
         Raises:
             ValueError: `frames` has another width, or `rate` or `frame_period_ms` is out of range, or given together,
@@ -161,6 +165,8 @@ class SequenceCompressor(nn.Module):
         x, layout = frames
         if x.shape != (layout.total, self.channels):
             raise ValueError(f"frames: expected {(layout.total, self.channels)}, got {tuple(x.shape)}")
+        if rate is None and frame_period_ms is None:
+            rate, frame_period_ms = self.rate, self.frame_period_ms
         self.check(rate=rate, frame_period_ms=frame_period_ms)
         if self.kind != "integrate-and-fire":
             compress = self._average if self.kind == "average" else self._strided

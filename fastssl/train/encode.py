@@ -68,7 +68,7 @@ def open_encoder_at(
         encoder.compressor.check(rate=rate, frame_period_ms=frame_period_ms)
     except ValueError as error:
         raise ValueError(f"--{error}") from None
-    encoder.rate, encoder.frame_period_ms = rate, frame_period_ms
+    encoder.compressor.rate, encoder.compressor.frame_period_ms = rate, frame_period_ms
     return encoder
 
 

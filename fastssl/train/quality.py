@@ -143,18 +143,21 @@ def measure_quality(
         raise ValueError(f"max_frames: must be at least 1, got {max_frames}")
     device = next(encoder.parameters()).device
     segment = _SEGMENT_S * SAMPLE_RATE_HZ / config.samples_per_frame
-    ranks: dict[int, _Ranks] = {}
+
+    def new_ranks(left: float = 1.0) -> dict[int, _Ranks]:
+        size = max(1, round(left * segment))
+        return {layer: _Ranks(config.hidden_size, size, device) for layer in layers}
+
+    ranks = new_ranks()
     with tempfile.TemporaryDirectory(prefix="fastssl-quality-") as folder:
         drawn = {layer: _FrameFile(Path(folder) / f"{layer}.f32", config.hidden_size, max_frames) for layer in layers}
         draw = _Draw(max_frames, seed)
         with _evaluating(encoder), torch.no_grad():
             for batch in waveforms:
                 _, hidden_states, compressed = encoder(batch.to(device))
-                if not ranks:
+                if compressed is not None and not ranks[layers[0]].frames.rows:
                     # Frames of a compressor have no fixed length; those of the first batch are taken for all.
-                    left = 1.0 if compressed is None else compressed.frames.layout.total / compressed.layout.total
-                    size = max(1, round(segment * left))
-                    ranks = {layer: _Ranks(config.hidden_size, size, device) for layer in layers}
+                    ranks = new_ranks(compressed.frames.layout.total / max(1, compressed.layout.total))
                 chosen = draw.places(hidden_states[0].layout.total)
                 for layer in layers:
                     ranks[layer].update(hidden_states[layer])

@@ -127,17 +127,19 @@ def test_a_call_without_a_rate_takes_the_encoders_own() -> None:
     waveforms = waveforms_of(16_000, 9_000)
     learned = encoder(waveforms, rate=1.0).features
     assert torch.equal(encoder(waveforms).features.values, learned.values)
-    encoder.frame_period_ms = 90.0
+    assert encoder.compressor is not None
+    encoder.compressor.frame_period_ms = 90.0
     assert encoder(waveforms).features.layout.total < learned.layout.total
     assert torch.equal(encoder(waveforms, rate=1.0).features.values, learned.values)
-    encoder.frame_period_ms, encoder.rate = None, torch.tensor(0.0)
+    encoder.compressor.frame_period_ms, encoder.compressor.rate = None, torch.tensor(0.0)
     assert encoder(waveforms).features.layout.lengths == plain_layout(encoder, waveforms).lengths
 
 
 def test_a_rate_of_the_encoder_takes_a_gradient() -> None:
     encoder = make_encoder("integrate-and-fire").requires_grad_(requires_grad=False)
     adaptive = fastssl.nn.AdaptiveRate(0.5)
-    encoder.rate = adaptive()
+    assert encoder.compressor is not None
+    encoder.compressor.rate = adaptive()
     encoder(waveforms_of(16_000)).features.values.square().sum().backward()
     assert adaptive.rate.grad is not None
     assert adaptive.rate.grad != 0

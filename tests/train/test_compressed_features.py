@@ -130,7 +130,8 @@ def test_probes_have_the_same_context_at_every_frame_period(encoder: Encoder, re
     store, frames = FeatureStore(), {}
     settings = ProbeSettings("digits", steps=2, learning_rates=(1e-3,))
     for period_ms in (20.0, 50.0):
-        encoder.frame_period_ms = period_ms
+        assert encoder.compressor is not None
+        encoder.compressor.frame_period_ms = period_ms
         results = run_probe({"e": encoder}, table, table, table, settings, features=store, baselines=(RANDOM,))
         assert [result.encoder for result in results] == ["e", RANDOM]
         features = store.get(EncoderSource(encoder), table, name="e")

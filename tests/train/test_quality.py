@@ -221,7 +221,14 @@ def test_command(encoder: Encoder, tmp_path: Path, capsys: pytest.CaptureFixture
     report = json.loads(out.read_text())
     assert [layer["layer"] for layer in report["layers"]] == [0, 2]
     assert report["audio_hours"] == pytest.approx(12 / 3600)
-    assert report["settings"] == {"minutes": 60.0, "max_frames": 102_400, "seed": 0, "channel": None}
+    assert report["settings"] == {
+        "minutes": 60.0,
+        "max_frames": 102_400,
+        "seed": 0,
+        "channel": None,
+        "rate": None,
+        "frame_period_ms": None,
+    }
     assert {Path(problem["name"]).name for problem in report["left_out"]} == {"empty.wav", "broken.flac"}
     assert "broken.flac does not decode" in shown.replace("\n", " ")
     assert torch.__version__.startswith(report["versions"]["torch"])
@@ -246,7 +253,7 @@ def test_json_has_no_nan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     write_recording(tmp_path / "audio" / "0.wav", 9.0, seed=0)
     silent = _Samples()
     vars(silent.config).update(receptive_field_samples=4, do_normalize=False)
-    monkeypatch.setattr("fastssl.train.quality_command.load_encoder", lambda model: silent)
+    monkeypatch.setattr("fastssl.train.encode.load_encoder", lambda model: silent)
     monkeypatch.setattr(_Samples, "forward", _constant)
     quality("any", tmp_path / "audio", tmp_path / "quality.json")
     layer = json.loads((tmp_path / "quality.json").read_text(), parse_constant=pytest.fail)["layers"][0]

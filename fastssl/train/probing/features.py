@@ -17,6 +17,7 @@ from fastssl.data.mfcc import differences
 from fastssl.data.waveforms import pack_waveforms
 from fastssl.models.encoder import Encoder
 from fastssl.models.speech_encoder import SpeechEncoder, fresh_encoder
+from fastssl.nn.compression import SequenceCompressor
 from fastssl.packing import Layout, Packed
 from fastssl.train.encode import fixed_frame_period_s
 from fastssl.train.probing.tables import Table
@@ -92,8 +93,9 @@ class RandomSource(EncoderSource):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             fresh = fresh_encoder(encoder.config).to(device)
-        if isinstance(fresh, Encoder) and isinstance(encoder, Encoder):
-            fresh.rate, fresh.frame_period_ms = encoder.rate, encoder.frame_period_ms
+        ours, theirs = _compressor_of(fresh), _compressor_of(encoder)
+        if ours is not None and theirs is not None:
+            ours.rate, ours.frame_period_ms = theirs.rate, theirs.frame_period_ms
         super().__init__(fresh)
         self._key = ("random", type(encoder), encoder.config, seed, *_compression(encoder))
 
@@ -103,9 +105,14 @@ class RandomSource(EncoderSource):
         return self._key
 
 
+def _compressor_of(encoder: SpeechEncoder) -> SequenceCompressor | None:
+    return encoder.compressor if isinstance(encoder, Encoder) else None
+
+
 def _compression(encoder: SpeechEncoder) -> tuple[float | None, ...]:
     """Rate and frame period of its calls."""
-    values = (encoder.rate, encoder.frame_period_ms) if isinstance(encoder, Encoder) else ()
+    compressor = _compressor_of(encoder)
+    values = () if compressor is None else (compressor.rate, compressor.frame_period_ms)
     return tuple(None if value is None else float(value) for value in values)
 
 

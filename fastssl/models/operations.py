@@ -1,0 +1,75 @@
+"""How many multiplications an encoder takes, and how many of them sequence compression can spare."""
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from fastssl.models.encoder import EncoderConfig
+
+_SAMPLE_RATE_HZ = 16_000
+_EXAMPLE_S = 10.0
+
+
+class Operations(NamedTuple):
+    """Multiply-accumulates of one utterance, forward; norms, activations and softmax are left out."""
+
+    front_end: int  # convolutions, and what weighs frames for compression: at the full frame rate
+    transformer: int  # projection, positional convolution and layers: at the rate that is left
+
+    @property
+    def total(self) -> int:
+        """Of both."""
+        return self.front_end + self.transformer
+
+
+def count_operations(config: "EncoderConfig", *, seconds: float, frame_period_ms: float | None = None) -> Operations:
+    """Multiply-accumulates of an utterance.
+
+    Args:
+        config: Of the encoder.
+        seconds: Length of the utterance.
+        frame_period_ms: Mean period of the frames that are left; None is that of the front end, or of the factor of its
+            compressor.
+    """
+    frames = int(seconds * _SAMPLE_RATE_HZ)
+    front_end, c_in = 0, 1
+    for channels, kernel, stride in zip(config.conv_dim, config.conv_kernel, config.conv_stride, strict=True):
+        frames = max(0, (frames - kernel) // stride + 1)
+        front_end += frames * c_in * channels * kernel
+        c_in = channels
+    period_ms = 1000 * config.samples_per_frame / _SAMPLE_RATE_HZ
+    if config.compressor == "integrate-and-fire":
+        front_end += frames * c_in * (5 * c_in + 1)
+    elif config.compressor == "strided":
+        front_end += frames * c_in * c_in
+    left = frames / config.compressor_factor if frame_period_ms is None else frames * period_ms / frame_period_ms
+    width, inner = config.hidden_size, config.intermediate_size
+    kernel = config.num_conv_pos_embeddings  # of data2vec-audio, how many there are
+    if config.model_type == "data2vec-audio":
+        kernel *= config.conv_pos_kernel_size
+    positions = width * width // config.num_conv_pos_embedding_groups * kernel
+    layer = 4 * width * width + 2 * width * inner + 2 * left * width
+    transformer = left * (c_in * width + positions + config.num_hidden_layers * layer)
+    return Operations(front_end, round(transformer))
+
+
+def describe_compression(config: "EncoderConfig") -> str:
+    """How frames become fewer, and what that spares of the multiplications for ten seconds, for a model card.
+
+    Args:
+        config: Of an encoder with a compressor.
+    """
+    plain = count_operations(replace(config, compressor="none", compressor_factor=1), seconds=_EXAMPLE_S)
+
+    def spared(frame_period_ms: float | None) -> str:
+        found = count_operations(config, seconds=_EXAMPLE_S, frame_period_ms=frame_period_ms)
+        return f"{100 * (1 - found.total / plain.total):.0f} %"
+
+    fixed = 100 * plain.front_end / plain.total
+    what = f"Of the multiplications for {_EXAMPLE_S:g} s the convolutions take {fixed:.0f} %, which nothing here spares"
+    if config.compressor != "integrate-and-fire":
+        return f"{config.compressor}, {config.compressor_factor} frames to one. {what}; this spares {spared(None)}"
+    return (
+        "integrate-and-fire, at a rate or frame period given at run time (`rate=`, `frame_period_ms=`). "
+        f"{what}; a frame every 40 ms spares {spared(40.0)}, every 80 ms {spared(80.0)}"
+    )
