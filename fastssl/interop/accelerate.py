@@ -6,25 +6,34 @@ from typing import Literal, TypeVar
 
 from torch import nn
 
+from fastssl.interop.classes import COMPRESSOR
+from fastssl.nn.compression import SequenceCompressor
+
 Model = TypeVar("Model", bound=nn.Module)
 Norm = Literal["valid", "padded"]
 
 
-def accelerate(model: Model, *, norm: Norm = "valid") -> Model:
+def accelerate(model: Model, *, norm: Norm = "valid", compressor: SequenceCompressor | None = None) -> Model:
     """Run the speech encoders in a model packed and fused, in place: parameters, state dict and calls stay the same.
+
+    With a compressor the transformer layers see fewer frames, which costs less, and their outputs are repeated for the
+    frames that went into each, so that heads and what counts frames work as before. It takes the projected frames,
+    becomes a submodule of the encoder (`fastssl_compressor`), and learns with it; `compressor.rate` and
+    `compressor.frame_period_ms` say how much. An encoder that never met fewer frames in training serves them badly.
 
     Args:
         model: A Transformers or torchaudio encoder, or any module that holds one: a head, a pipeline's wrapper, a
             PEFT model, your own.
         norm: What the group norm of a padded batch is over: "valid", the samples of each utterance, so that batch mates
             do not matter; or "padded", the padding too, as the original does it.
+        compressor: Of as many channels as the encoder is wide; None leaves the one that it may have.
 
     Returns:
-        The model itself. Accelerating it again only sets `norm`.
+        The model itself. Accelerating it again only sets `norm` and, where given, the compressor.
 
     Raises:
-        ValueError: There is no encoder in it that is known here, or one has a part that is not served; nothing is
-            changed then.
+        ValueError: There is no encoder in it that is known here, or one has a part that is not served, or the
+            compressor does not fit, or there are several for one; nothing is changed then.
     """
     if norm not in ("valid", "padded"):
         raise ValueError(f"norm: must be 'valid' or 'padded', got {norm!r}")
@@ -34,6 +43,16 @@ def accelerate(model: Model, *, norm: Norm = "valid") -> Model:
         raise ValueError(f"model: {type(model).__name__} has no encoder that can be accelerated; known: {known}")
     for module, library in found:
         library.check(module)
+    if compressor is not None:
+        encoders = [(module, library) for module, library in found if hasattr(library, "width")]
+        if len(encoders) != 1:
+            raise ValueError(f"compressor: is for one encoder, and {type(model).__name__} has {len(encoders)}")
+        ((encoder, library),) = encoders
+        if compressor.channels != library.width(encoder):
+            raise ValueError(
+                f"compressor: is of {compressor.channels} channels, and the encoder {library.width(encoder)} wide"
+            )
+        setattr(encoder, COMPRESSOR, compressor.to(next(encoder.parameters()).device))
     for module, library in found:
         library.accelerate(module, norm)
     return model

@@ -4,10 +4,13 @@ import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-#: The one attribute of an accelerated module: how group norms treat padding.
-NORM = "_fastssl_norm"
+from fastssl.packing import Packed
+
+#: What an accelerated module has of its own: how group norms treat padding, and, where asked for, a submodule that
+#: leaves the transformer fewer frames.
+NORM, COMPRESSOR = "_fastssl_norm", "fastssl_compressor"
 
 
 class AcceleratedClasses:
@@ -52,6 +55,8 @@ class AcceleratedClasses:
         if original is not None and hasattr(type(module), NORM):
             module.__class__ = original
             vars(module).pop(NORM, None)
+            if hasattr(module, COMPRESSOR):
+                delattr(module, COMPRESSOR)
 
     def by_name(self, name: str) -> type[nn.Module]:
         """The accelerated class of this name."""
@@ -67,3 +72,17 @@ class AcceleratedClasses:
             namespace[NORM] = "valid"
             self._made[original] = type(name, (original,), self.methods(original) | namespace)
         return self._made[original]
+
+
+def compress(module: nn.Module, frames: Packed) -> tuple[Packed, Callable[[Tensor], Tensor]]:
+    """The frames that an accelerated encoder's transformer takes, and what brings its rows back to all of them.
+
+    Args:
+        module: The encoder.
+        frames: (N, D), projected.
+    """
+    compressor = getattr(module, COMPRESSOR, None)
+    if compressor is None:
+        return frames, lambda values: values
+    compressed = compressor(frames)
+    return compressed.frames, compressed.upsample

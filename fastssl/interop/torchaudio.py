@@ -13,7 +13,7 @@ it did, in the same time.
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -24,7 +24,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fastssl import ops
 from fastssl.interop import layers as L
-from fastssl.interop.classes import NORM, AcceleratedClasses
+from fastssl.interop.classes import COMPRESSOR, NORM, AcceleratedClasses, compress
 from fastssl.nn.linear import packed_linear
 from fastssl.packing import Layout, Packed
 
@@ -66,6 +66,11 @@ def accelerate(module: nn.Module, norm: str) -> None:
     _CLASSES.put_on(module, norm)
 
 
+def width(module: Any) -> int:
+    """D."""
+    return int(module.encoder.feature_projection.projection.out_features)
+
+
 def restore(module: nn.Module) -> None:
     """Give an encoder its own `forward` and `extract_features` back."""
     _CLASSES.take_off(module)
@@ -89,13 +94,15 @@ def _forward(
         return output
     frames, padded_frames, frame_lengths = _front_end(self, waveforms, lengths)
     transformer = self.encoder.transformer
-    x, layout, bias = _embed(self.encoder, frames), frames.layout, None
+    (x, layout), upsample = _embed(self, frames)
+    bias = None
     for layer in transformer.layers:
         # Layer drop, by the same draws as the original's, which draws where nothing is ever dropped, too.
         if not (transformer.training and torch.rand(1).item() <= transformer.layer_drop):
             x, bias = _layer(layer, x, layout, bias)
     if not transformer.layer_norm_first:
         x = transformer.layer_norm(x)
+    x, layout = upsample(x), frames.layout
     if self.aux is None or not L.is_plain(self.aux, nn.Linear):
         padded = L.padded_by_last(Packed(x, layout), padded_frames)
         return (padded if self.aux is None else self.aux(padded)), frame_lengths
@@ -117,15 +124,18 @@ def _extract_features(
     if num_layers is not None and not 0 < num_layers <= len(layers):
         raise ValueError(f"num_layers: must be from 1 to {len(layers)}, got {num_layers}")
     frames, padded_frames, frame_lengths = _front_end(self, waveforms, lengths)
-    x, bias, outputs = _embed(self.encoder, frames), None, []
+    (x, layout), upsample = _embed(self, frames)
+    bias, outputs = None, []
     for layer in layers[:num_layers]:
-        x, bias = _layer(layer, x, frames.layout, bias)
-        outputs.append(Packed(x, frames.layout).to_padded(length=padded_frames))
+        x, bias = _layer(layer, x, layout, bias)
+        outputs.append(Packed(upsample(x), frames.layout).to_padded(length=padded_frames))
     return outputs, frame_lengths
 
 
 def _runs_as_it_was(model: Any) -> bool:
     reason = L.foreign_code(_modules_not_called(model))
+    if reason is not None and hasattr(model, COMPRESSOR):
+        raise ValueError(f"{reason}, which has no place for the compressor")
     if reason is not None:
         warnings.warn(f"{reason}, so the original code runs, padded", stacklevel=4)
     return reason is not None
@@ -183,15 +193,15 @@ def _frames_after(model: Any, layout: Layout) -> Layout:
     return layout
 
 
-def _embed(encoder: Any, frames: Packed) -> Tensor:  # (N, D)
-    """What the first layer takes."""
-    projection, transformer = encoder.feature_projection, encoder.transformer
+def _embed(model: Any, frames: Packed) -> tuple[Packed, Callable[[Tensor], Tensor]]:
+    """What the first layer takes, (N, D), and what brings rows back to all frames."""
+    projection, transformer = model.encoder.feature_projection, model.encoder.transformer
     projected = L.linear(projection.projection, projection.layer_norm(frames.values))
-    x = L.dropout(projection.dropout, projected)
-    x = x + F.gelu(L.positional_conv(transformer.pos_conv_embed.conv, x, frames.layout))
+    (x, layout), upsample = compress(model, Packed(L.dropout(projection.dropout, projected), frames.layout))
+    x = x + F.gelu(L.positional_conv(transformer.pos_conv_embed.conv, x, layout))
     if transformer.layer_norm_first:
         x = transformer.layer_norm(x)
-    return L.dropout(transformer.dropout, x)
+    return Packed(L.dropout(transformer.dropout, x), layout), upsample
 
 
 def _layer(layer: Any, x: Tensor, layout: Layout, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

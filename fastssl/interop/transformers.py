@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fastssl import ops
 from fastssl.interop import layers as L
-from fastssl.interop.classes import NORM, AcceleratedClasses
+from fastssl.interop.classes import COMPRESSOR, NORM, AcceleratedClasses, compress
 from fastssl.interop.layers import waveforms_of
 from fastssl.nn.activation import sigmoid
 from fastssl.packing import Layout, Packed
@@ -59,6 +59,11 @@ def accelerate(module: nn.Module, norm: str) -> None:
     _CLASSES.put_on(module, norm)
 
 
+def width(module: Any) -> int:
+    """D."""
+    return int(module.config.hidden_size)
+
+
 def restore(module: nn.Module) -> None:
     """Give an encoder its own `forward` back."""
     _CLASSES.take_off(module)
@@ -78,6 +83,8 @@ def _methods(original: type[nn.Module]) -> dict[str, Any]:
         reason = L.foreign_code(_modules_not_called(self))
         if _option(self, kwargs, "output_attentions"):
             reason = "attention weights exist in the original code only"
+        if reason is not None and hasattr(self, COMPRESSOR):
+            raise ValueError(f"{reason}, which has no place for the compressor")
         if reason is not None:
             warnings.warn(f"{reason}, so the original code runs, padded", stacklevel=2)
             return _as_original(self, original).forward(input_values, attention_mask, mask_time_indices, **kwargs)
@@ -154,7 +161,9 @@ def _forward(
         padded_frames,
         has_padding=attention_mask is not None,
     )
-    last, hidden_states = _encode(self.encoder, x)
+    fewer, upsample = compress(self, x)
+    last, hidden_states = _encode(self.encoder, fewer)
+    last, hidden_states = upsample(last), [upsample(state) for state in hidden_states]
 
     output_class = _output_class(original.__name__)
     values: dict[str, Any] = {"last_hidden_state": _adapt(self, Packed(last, x.layout), padded_frames)}
