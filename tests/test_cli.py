@@ -7,12 +7,14 @@ import sys
 from collections.abc import Iterator
 from importlib import util
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from fastssl import cli, ops
 from fastssl.cli import pretrain
+from fastssl.models.compression import CompressedConfig
 from fastssl.models.encoder import EncoderConfig
 from fastssl.train.config import PretrainConfig, write_config
 from fastssl.train.systems import SYSTEMS, system_of
@@ -136,6 +138,10 @@ def test_config_file_reproduces_the_run(
     assert started[2] == (started[0][0], True)
 
 
+def _names(config: type[Any]) -> set[str]:
+    return {field.name for field in dataclasses.fields(config)}
+
+
 @pytest.mark.parametrize("name", list(pretrain.recipes()))
 def test_recipes_set_every_option_of_the_model_and_load(
     name: str, started: list[tuple[PretrainConfig, bool]], tmp_path: Path
@@ -146,8 +152,12 @@ def test_recipes_set_every_option_of_the_model_and_load(
     left = {"layer_norm_eps", "model_type"}
     if issubclass(kind, EncoderConfig):
         left |= {"initializer_range", "feat_proj_layer_norm", "num_buckets"}
-        left |= {"max_bucket_distance", "conv_pos_kernel_size"}
-    assert {field.name for field in dataclasses.fields(kind)} - recipe["model"].keys() == left
+        left |= {"max_bucket_distance", "conv_pos_kernel_size", "compressor_factor"}
+    if issubclass(kind, EncoderConfig) and "compressor" not in recipe["model"]:  # none
+        left |= {"compressor"}
+        if issubclass(kind, CompressedConfig):
+            left |= _names(CompressedConfig) - _names(EncoderConfig)
+    assert _names(kind) - recipe["model"].keys() == left
     cli.main(["pretrain", str(tmp_path), "--recipe", name, "--output", str(tmp_path / "run")])
     config = started[0][0]
     assert config.system == recipe["system"] == system_of(config.model)
