@@ -13,6 +13,7 @@ from pathlib import Path
 
 _COMMANDS = {
     "pretrain": "train an encoder on a folder of audio",
+    "distill": "train a small encoder to be like a large one",
     "extract": "write the features of every recording",
     "label": "cluster the frames of every recording, for HuBERT to learn from",
     "quality": "measure how good each layer of an encoder is, without labels",

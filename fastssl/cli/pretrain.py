@@ -8,20 +8,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastssl.cli.console import log_to_console
-from fastssl.cli.options import AUDIO_HELP, command_parser
+from fastssl.cli.options import AUDIO_HELP, MODEL_HELP, command_parser
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
 _RECIPES = Path(__file__).resolve().parent.parent / "recipes"
-_DEFAULT_RECIPE = "wav2vec2-base"
+#: By command.
+_DEFAULT_RECIPES = {"pretrain": "wav2vec2-base", "distill": "distilhubert"}
 
 
-def run(arguments: Sequence[str]) -> None:
-    """Parse the options and train."""
+def run(arguments: Sequence[str], *, command: str = "pretrain") -> None:
+    """Parse the options and train.
+
+    Args:
+        arguments: Behind the command.
+        command: "pretrain" or "distill", which have systems of their own.
+    """
     from fastssl.train.config import PretrainConfig, TemperatureConfig
 
-    parser = _parser_of(arguments)
+    parser = _parser_of(arguments, command)
     settings = parser.instantiate(parser.parse_args(list(arguments)))
     if settings.get("audio") is None:
         parser.error("AUDIO is missing: the folder, manifest or shar directory to train on")
@@ -29,11 +35,15 @@ def run(arguments: Sequence[str]) -> None:
     data = settings.data
     if isinstance(data.valid, str):
         data = dataclasses.replace(data, valid=str(Path(data.valid).absolute()))
-    if data.labels is not None:
-        data = dataclasses.replace(data, labels=str(Path(data.labels).absolute()))
+    folders = {name: getattr(data, name) for name in ("labels", "segments")}
+    absolute = {name: str(Path(folder).absolute()) for name, folder in folders.items() if folder is not None}
+    data = dataclasses.replace(data, **absolute)
+    teacher = settings.get("teacher")
+    if teacher is not None and Path(teacher).exists():  # else a name on the Hub
+        teacher = str(Path(teacher).absolute())
     recipe = settings.recipe
     if recipe is None and not settings.resume and settings.config is None:
-        recipe = _DEFAULT_RECIPE
+        recipe = _DEFAULT_RECIPES[command]
     config = PretrainConfig(
         audio=str(Path(settings.audio).absolute()),
         output=settings.output,
@@ -41,6 +51,7 @@ def run(arguments: Sequence[str]) -> None:
         init=None if settings.init is None else str(Path(settings.init).absolute()),
         recipe=recipe,
         system=settings.system,
+        teacher=teacher,
         model=settings.model,
         data=data,
         optimizer=settings.optimizer,
@@ -55,7 +66,7 @@ def run(arguments: Sequence[str]) -> None:
     pretrain(config, resume=settings.resume)
 
 
-def _parser_of(arguments: Sequence[str]) -> "ArgumentParser":
+def _parser_of(arguments: Sequence[str], command: str) -> "ArgumentParser":
     """The parser, its defaults already those of recipe, config, or the run to resume, so that `--help` shows them.
 
     What stands on the command line then wins, wherever it stands.
@@ -63,11 +74,14 @@ def _parser_of(arguments: Sequence[str]) -> "ArgumentParser":
     from fastssl.train.config import DataConfig, OptimizerConfig, QualityConfig, TemperatureConfig, TrainerConfig
     from fastssl.train.systems import SYSTEMS
 
-    defaults = _defaults_of(arguments)
+    defaults = _defaults_of(arguments, command)
     system = _system_of(defaults)
+    what = "Train a small encoder to predict the layers of a large one"
+    if command == "pretrain":
+        what = f"Train an encoder by {SYSTEMS[system].title}'s objective"
     parser = command_parser(
-        "pretrain",
-        f"Train an encoder by {SYSTEMS[system].title}'s objective. RUN gets config.yaml, checkpoints/, logs/ "
+        command,
+        f"{what}. RUN gets config.yaml, checkpoints/, logs/ "
         "(TensorBoard), metrics.csv, report.png and encoder/, which load_encoder and, where it has such models, "
         "Transformers open. "
         "`--config RUN/config.yaml --output OTHER` repeats a run.",
@@ -79,8 +93,8 @@ def _parser_of(arguments: Sequence[str]) -> "ArgumentParser":
         "--recipe",
         metavar="NAME",
         type=str | None,
-        help=f"Where the settings below start from: {', '.join(recipes())}, or a YAML file; if not given, "
-        f"{_DEFAULT_RECIPE}.",
+        help=f"Where the settings below start from: {', '.join(recipes(command))}, or a YAML file; if not given, "
+        f"{_DEFAULT_RECIPES[command]}.",
     )
     parser.add_argument("--config", metavar="FILE", help="More settings from a YAML file, such as RUN/config.yaml.")
     parser.add_argument("--output", required=True, metavar="RUN", help="Folder of the run; must not exist yet.")
@@ -93,6 +107,8 @@ def _parser_of(arguments: Sequence[str]) -> "ArgumentParser":
         metavar="MODEL",
         help="Start from these weights, with a new optimiser: a Transformers folder, or an earlier run.",
     )
+    if command == "distill":
+        parser.add_argument("--teacher", type=str | None, help=f"What to distil. {MODEL_HELP}")
     parser.add_argument("--seed", type=int, default=0, help="All randomness of the run derives from it.")
     parser.add_argument(
         "--system", default="wav2vec2", help=f"The objective, which the recipe decides: {', '.join(SYSTEMS)}."
@@ -108,7 +124,7 @@ def _parser_of(arguments: Sequence[str]) -> "ArgumentParser":
     return parser
 
 
-def _defaults_of(arguments: Sequence[str]) -> list[Path]:
+def _defaults_of(arguments: Sequence[str], command: str) -> list[Path]:
     """The files that settings start from, later ones over earlier ones: a recipe or the run to resume, and --config.
 
     Raises:
@@ -121,12 +137,16 @@ def _defaults_of(arguments: Sequence[str]) -> list[Path]:
     peek.add_argument("--system")
     peek.add_argument("--resume", action="store_true")
     peeked, _ = peek.parse_known_args(list(arguments))
+    from fastssl.train.systems import SYSTEMS
+
     config_file = None if peeked.config is None else Path(peeked.config)
     if config_file is not None and not config_file.is_file():
         raise ValueError(f"--config: there is no file {config_file}")
     recipe = peeked.recipe
     if recipe is None:
-        recipe = _DEFAULT_RECIPE if config_file is None else f"{_system_of([config_file])}-base"
+        recipe = _DEFAULT_RECIPES[command]
+        if config_file is not None and command == "pretrain":
+            recipe = f"{_system_of([config_file])}-base"
     defaults = [_recipe_path(recipe)]
     if peeked.resume and peeked.output is not None:
         defaults = [Path(peeked.output) / "config.yaml"]
@@ -139,7 +159,11 @@ def _defaults_of(arguments: Sequence[str]) -> list[Path]:
     if peeked.system not in (None, system):
         raise ValueError(
             f"--system: {peeked.system}, but {defaults[-1]} has settings of {system}; "
-            f"the recipe decides: {', '.join(recipes())}"
+            f"the recipe decides: {', '.join(recipes(command))}"
+        )
+    if (wanted := SYSTEMS[system].command) != command:
+        raise ValueError(
+            f"{defaults[-1].stem} is for `fastssl {wanted}`; {command} takes {', '.join(recipes(command))}"
         )
     return defaults
 
@@ -180,6 +204,8 @@ def _recipe_path(name: str) -> Path:
     raise ValueError(f"--recipe: there is no {name!r}; there are {', '.join(known)}, and any YAML file")
 
 
-def recipes() -> dict[str, Path]:
-    """The recipes of the package by name."""
-    return {path.stem: path for path in sorted(_RECIPES.glob("*.yaml"))}
+def recipes(command: str | None = None) -> dict[str, Path]:
+    """The recipes of the package by name: all, or those of a command."""
+    found = {path.stem: path for path in sorted(_RECIPES.glob("*.yaml"))}
+    commands = {name: "distill" if name.startswith("distil") else "pretrain" for name in found}
+    return {name: path for name, path in found.items() if command in (None, commands[name])}

@@ -27,6 +27,10 @@ class FrameSegments(NamedTuple):
     weights: Tensor  # (T,) fp32, one over the frames of the segment
     ends: Tensor  # (T,) bool, whether the segment ends with this frame
 
+    def as_arguments(self) -> dict[str, Tensor]:
+        """As models call them."""
+        return {"segment_weights": self.weights, "segment_ends": self.ends}
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "FrameSegments":
         """The same on another device."""
         return FrameSegments(*(tensor.to(device, non_blocking=non_blocking) for tensor in self))

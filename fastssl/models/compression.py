@@ -87,6 +87,14 @@ class CompressionScores(NamedTuple):
     quantity_loss: Tensor
     frame_period_ms: Tensor
 
+    def weighted(self, config: CompressedConfig) -> Tensor:
+        """() the losses, each by its weight."""
+        return (
+            config.segment_loss_weight * self.segment_loss
+            + config.frame_loss_weight * self.frame_loss
+            + config.quantity_loss_weight * self.quantity_loss
+        )
+
 
 def compression_scores(
     config: CompressedConfig,

@@ -20,6 +20,7 @@ MODEL_CLASSES = {
 }
 #: The `model_type` of our Conformer encoder, which Transformers does not have.
 CONFORMER = "best-rq"
+_SAMPLE_RATE_HZ = 16_000
 #: Files of weights, in the order in which they are looked for; an index names the files that it is divided into.
 WEIGHT_FILES = (
     "model.safetensors",
@@ -56,7 +57,11 @@ def read_config(folder: Path, *, model_types: Iterable[str] = tuple(MODEL_CLASSE
         raise ValueError(f"{path}: model_type is {values.get('model_type')!r}, served are: {served}")
     preprocessor = folder / "preprocessor_config.json"
     if preprocessor.exists():
-        values["do_normalize"] = _read_json(preprocessor).get("do_normalize", True)
+        of_audio = _read_json(preprocessor)
+        rate_hz = of_audio.get("sampling_rate", _SAMPLE_RATE_HZ)
+        if rate_hz != _SAMPLE_RATE_HZ:
+            raise ValueError(f"{preprocessor}: sampling_rate is {rate_hz}, served is {_SAMPLE_RATE_HZ}")
+        values["do_normalize"] = of_audio.get("do_normalize", True)
     return values
 
 

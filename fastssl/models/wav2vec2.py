@@ -291,9 +291,7 @@ class Wav2Vec2ForPreTraining(PretrainingModel):
             compression = compression_scores(
                 config, compressed, masked, segment_weights=segment_weights, segment_ends=segment_ends
             )
-            loss = loss + config.segment_loss_weight * compression.segment_loss
-            loss = loss + config.frame_loss_weight * compression.frame_loss
-            loss = loss + config.quantity_loss_weight * compression.quantity_loss
+            loss = loss + compression.weighted(config)
             compression = CompressionScores(*(score.detach() for score in compression))
         return PretrainingOutput(
             loss=loss,

@@ -10,6 +10,8 @@ from fastssl.train.metrics_file import read_metrics
 _SCORES = {
     "valid_contrastive_loss": "contrastive loss",
     "valid_prediction_loss": "cross-entropy of the masked frames",
+    "valid_distillation_loss": "distillation loss",
+    "valid_cosine_similarity": "cosine similarity to the teacher",
     "valid_accuracy": "accuracy of the masked frames",
     "valid_chance": "accuracy at chance",
 }

@@ -212,6 +212,7 @@ class PretrainConfig:
         init: Folder with the weights to start from: a Transformers model or an earlier run; null starts from noise.
         recipe: Where the settings started from, for the model card.
         system: Which objective: a name in `SYSTEMS`.
+        teacher: What is distilled, as `load_encoder` opens it; of the other systems there is none.
         model: The encoder and its objective.
         data: What is trained on.
         optimizer: Adam.
@@ -229,6 +230,7 @@ class PretrainConfig:
     init: str | None = None
     recipe: str | None = None
     system: str = "wav2vec2"
+    teacher: str | None = None
     model: ModelConfig = field(default_factory=Wav2Vec2Config)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -242,6 +244,8 @@ class PretrainConfig:
         expected = SYSTEMS[self.system].config
         if type(self.model) is not expected:
             raise ValueError(f"model: {self.system} has a {expected.__name__}, got a {type(self.model).__name__}")
+        if self.teacher is not None and self.system != "distillation":
+            raise ValueError(f"teacher: {self.system} learns from audio, without one")
         if self.data.labels is not None and not SYSTEMS[self.system].labels:
             raise ValueError(f"data.labels: {self.system} learns from audio alone")
         if self.data.segments is not None and not getattr(self.model, "draws_rates", False):
@@ -288,6 +292,8 @@ def _values(config: PretrainConfig) -> dict[str, Any]:
     values: dict[str, Any] = _plain(dataclasses.asdict(config))
     if config.system != "wav2vec2":
         del values["temperature"]
+    if config.system != "distillation":
+        del values["teacher"]
     return values
 
 

@@ -10,12 +10,14 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 
 from fastssl.data.batches import AudioBatch
+from fastssl.models.distillation import DistillationModel
 from fastssl.models.hubert import HubertForPreTraining
 from fastssl.models.pretraining import StepOutput, perplexity
 from fastssl.models.wav2vec2 import Wav2Vec2ForPreTraining
 from fastssl.nn.random import utterance_keys
 from fastssl.train.config import OptimizerConfig, TemperatureConfig
 from fastssl.train.systems import Model
+from fastssl.train.teacher import Teacher
 
 #: Crops, masks and negatives of held-out recordings are those of this update, every time.
 VALIDATION_UPDATE = -1
@@ -42,6 +44,7 @@ class PretrainModule(LightningModule):
         temperature: Schedule of wav2vec 2.0's Gumbel softmax.
         max_steps: The update at which the learning rate is 0.
         seed: Of masks, negatives, noise, dropout and layer drop.
+        teacher: Of a student.
     """
 
     def __init__(
@@ -52,9 +55,11 @@ class PretrainModule(LightningModule):
         temperature: TemperatureConfig,
         max_steps: int,
         seed: int,
+        teacher: Teacher | None = None,
     ) -> None:
         super().__init__()
         self.model = model
+        self.teacher = teacher
         self.optimizer_config = optimizer
         self.temperature = temperature
         self.max_steps = max_steps
@@ -97,22 +102,23 @@ class PretrainModule(LightningModule):
     def _forward(self, batch: AudioBatch, *, update: int, layer_drop: torch.Generator | None = None) -> StepOutput:
         """One batch; `update` decides masks and whatever else is drawn."""
         keys = utterance_keys(self.seed, update, batch.ids)
+        segments = {} if batch.segments is None else batch.segments.as_arguments()
         if isinstance(self.model, Wav2Vec2ForPreTraining):
             # The schedule goes by the update that the run is at, also where held-out recordings are scored.
             at = self.global_step if update == VALIDATION_UPDATE else update
             temperature = self.temperature.at(at)
-            segments = batch.segments
             output: StepOutput = self.model(
-                batch.waveforms,
-                keys=keys,
-                gumbel_temperature=temperature,
-                layer_drop=layer_drop,
-                segment_weights=None if segments is None else segments.weights,
-                segment_ends=None if segments is None else segments.ends,
+                batch.waveforms, keys=keys, gumbel_temperature=temperature, layer_drop=layer_drop, **segments
             )
         elif isinstance(self.model, HubertForPreTraining):
             assert batch.labels is not None
             output = self.model(batch.waveforms, keys=keys, labels=batch.labels, layer_drop=layer_drop)
+        elif isinstance(self.model, DistillationModel):
+            assert self.teacher is not None
+            frames, targets = self.teacher(batch.waveforms, self.model.hubert)
+            output = self.model(
+                batch.waveforms, keys=keys, targets=targets, frames=frames, layer_drop=layer_drop, **segments
+            )
         else:
             output = self.model(batch.waveforms, keys=keys, layer_drop=layer_drop)
         return output

@@ -192,13 +192,9 @@ class Monitor(Callback):
         self.shown |= scores
         self.write(trainer, scores)
         if trainer.is_global_zero:
-            logger.info(
-                "held-out recordings after %d updates: loss %.3f, accuracy %.1f %% (chance %.1f %%)",
-                trainer.global_step,
-                scores[f"valid_{self.score_names[0]}"],
-                100 * scores["valid_accuracy"],
-                100 * scores["valid_chance"],
-            )
+            held_out = {name.removeprefix("valid_"): value for name, value in scores.items()}
+            described = ", ".join(_describe_scores(held_out, loss=self.score_names[0]))
+            logger.info("held-out recordings after %d updates: %s", trainer.global_step, described)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Log why training cannot go on, before anything is torn down: all processes have the same reason."""
@@ -329,12 +325,20 @@ class RunProgress(Callback):
 
 def _describe(shown: dict[str, float], *, loss: str) -> str:
     codes = " ".join(f"{value:.1f}" for name, value in sorted(shown.items()) if name.startswith("code_perplexity"))
-    parts = [
-        f"loss {shown[loss]:.3f}",
-        f"accuracy {100 * shown['accuracy']:.1f} % (chance {100 * shown['chance']:.1f} %)",
-    ]
+    parts = _describe_scores(shown, loss=loss)
     if codes:
         parts.append(f"perplexity {codes}")
     if "audio_s_per_s" in shown:
         parts += [f"{shown['audio_s_per_s']:.0f} s/s", f"{shown['audio_hours']:.2f} h"]
     return ", ".join(parts)
+
+
+def _describe_scores(scores: dict[str, float], *, loss: str) -> list[str]:
+    parts = [f"loss {scores[loss]:.3f}"]
+    if "accuracy" in scores:
+        parts.append(f"accuracy {100 * scores['accuracy']:.1f} % (chance {100 * scores['chance']:.1f} %)")
+    if "cosine_similarity" in scores:
+        parts.append(f"cosine {scores['cosine_similarity']:.3f}")
+    if "frame_period_ms" in scores:
+        parts.append(f"a frame every {scores['frame_period_ms']:.0f} ms")
+    return parts

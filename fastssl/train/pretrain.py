@@ -1,4 +1,4 @@
-"""`fastssl pretrain`: a folder of audio becomes a run with an encoder in it."""
+"""`fastssl pretrain` and `fastssl distill`: a folder of audio becomes a run with an encoder in it."""
 
 import logging
 import os
@@ -13,6 +13,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from rich import get_console
 
+from fastssl.models.distillation import DistillationModel
 from fastssl.models.encoder import EncoderConfig
 from fastssl.train.card import make_card
 from fastssl.train.checkpoints import AtomicCheckpointIO, PeriodicCheckpoint, initialise, save_encoder, saved_update
@@ -25,6 +26,7 @@ from fastssl.train.quality_callback import QualityMonitor, quality_columns
 from fastssl.train.report import draw_report, summarise
 from fastssl.train.run_labels import attach_given, labels_for_run
 from fastssl.train.systems import Model, ModelConfig, build_model
+from fastssl.train.teacher import Teacher, open_teacher, teach
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +56,9 @@ def pretrain(config: PretrainConfig, *, resume: bool = False) -> None:
     checkpoint = run / "checkpoints" / "last.ckpt"
     first = is_first_process()
     _check_devices(config.trainer)
+    encoder = None
+    if config.system == "distillation":
+        config, encoder = open_teacher(config)
     if first:
         _check_folder(run, config, resume=resume)
     data = PretrainDataModule(
@@ -70,6 +75,9 @@ def pretrain(config: PretrainConfig, *, resume: bool = False) -> None:
     model = build_model(config.model)
     resume_from = checkpoint if resume and checkpoint.is_file() else None
     complete = initialise(model, config.init) if config.init is not None and resume_from is None else True
+    teacher = None
+    if encoder is not None and isinstance(model, DistillationModel):
+        teacher = teach(model, encoder, fresh=config.init is None and resume_from is None)
     if first:
         (run / "logs").mkdir(parents=True, exist_ok=True)
         write_config(config, run / "config.yaml")
@@ -77,7 +85,7 @@ def pretrain(config: PretrainConfig, *, resume: bool = False) -> None:
         if first:
             _describe(config, data, model, complete=complete, resume_from=resume_from)
         labels_for_run(run, config, data, given, first=first)
-        _fit(config, run, data, model, resume_from=resume_from)
+        _fit(config, run, data, model, teacher, resume_from=resume_from)
 
 
 def _fit(
@@ -85,6 +93,7 @@ def _fit(
     run: Path,
     data: PretrainDataModule,
     model: Model,
+    teacher: Teacher | None,
     *,
     resume_from: Path | None,
 ) -> None:
@@ -95,6 +104,7 @@ def _fit(
         temperature=config.temperature,
         max_steps=settings.max_steps,
         seed=config.seed,
+        teacher=teacher,
     )
     monitor = Monitor(
         run,

@@ -11,7 +11,18 @@ from fastssl.train.quality_callback import draw_quality
 
 _Rows = list[dict[str, float]]
 #: The column that says of a row that it is of training, by system; the held-out one has "valid_" before it.
-_LOSSES = {"contrastive_loss": "contrastive loss", "prediction_loss": "cross-entropy"}
+_LOSSES = {
+    "contrastive_loss": "contrastive loss, nats",
+    "prediction_loss": "cross-entropy, nats",
+    "distillation_loss": "distillation loss",
+}
+#: What else is said of each system: columns, their names, what they are shown in, and digits.
+_SCORES = {
+    "accuracy": ("accuracy, %", 100, 1),
+    "chance": ("chance, %", 100, 1),
+    "cosine_similarity": ("cosine similarity", 1, 3),
+    "frame_period_ms": ("frame period, ms", 1, 1),
+}
 
 
 def summarise(run: Path, account: Account) -> Table:
@@ -45,9 +56,10 @@ def _add_scores(table: Table, prefix: str, loss: str, first: dict[str, float], l
     def add(name: str, key: str, factor: float, digits: int) -> None:
         table.add_row(where + name, *(f"{factor * row[prefix + key]:.{digits}f}" for row in (first, last)))
 
-    add(f"{_LOSSES[loss]}, nats", loss, 1, 3)
-    add("accuracy, %", "accuracy", 100, 1)
-    add("chance, %", "chance", 100, 1)
+    add(_LOSSES[loss], loss, 1, 3)
+    for key, (name, factor, digits) in _SCORES.items():
+        if prefix + key in first:
+            add(name, key, factor, digits)
     for key, name in _perplexities(first, prefix).items():
         add(name, key, 1, 1)
     if f"{prefix}code_utilisation" in first:
@@ -83,11 +95,13 @@ def draw_report(run: Path) -> None:
 
     plot(loss, training, loss_column, "training")
     plot(loss, valid, f"valid_{loss_column}", "held out", style="o-")
-    loss.set_ylabel(f"{_LOSSES[loss_column]}, nats per masked frame")
-    plot(accuracy, training, "accuracy", "training", 100)
-    plot(accuracy, valid, "valid_accuracy", "held out", 100, "o-")
+    loss.set_ylabel(f"{_LOSSES[loss_column]} per {'' if loss_column == 'distillation_loss' else 'masked '}frame")
+    score = "accuracy" if "accuracy" in training[0] else "cosine_similarity"
+    name, factor, _ = _SCORES[score]
+    plot(accuracy, training, score, "training", factor)
+    plot(accuracy, valid, f"valid_{score}", "held out", factor, "o-")
     plot(accuracy, training, "chance", "chance", 100, ":")
-    accuracy.set_ylabel("accuracy, %")
+    accuracy.set_ylabel(name)
     for key, name in _perplexities(training[0], "").items():
         plot(perplexity, training, key, name.removeprefix("code perplexity, "))
     perplexity.set_ylabel("code perplexity")

@@ -1,13 +1,14 @@
-"""The systems that `fastssl pretrain` trains: by name, the settings of each, and the model that they make."""
+"""The systems that `fastssl pretrain` and `distill` train: the settings of each, and the model that they make."""
 
 from typing import NamedTuple
 
 from fastssl.models.best_rq import BestRqConfig, BestRqForPreTraining
+from fastssl.models.distillation import DistillationConfig, DistillationModel
 from fastssl.models.hubert import HubertConfig, HubertForPreTraining
 from fastssl.models.wav2vec2 import Wav2Vec2Config, Wav2Vec2ForPreTraining
 
-ModelConfig = Wav2Vec2Config | HubertConfig | BestRqConfig
-Model = Wav2Vec2ForPreTraining | HubertForPreTraining | BestRqForPreTraining
+ModelConfig = Wav2Vec2Config | HubertConfig | BestRqConfig | DistillationConfig
+Model = Wav2Vec2ForPreTraining | HubertForPreTraining | BestRqForPreTraining | DistillationModel
 
 
 class System(NamedTuple):
@@ -17,12 +18,15 @@ class System(NamedTuple):
     config: type[ModelConfig]
     #: Whether it predicts the labels that `fastssl label` makes.
     labels: bool = False
+    #: The command that trains it.
+    command: str = "pretrain"
 
 
 SYSTEMS = {
     "wav2vec2": System("wav2vec 2.0", Wav2Vec2Config),
     "hubert": System("HuBERT", HubertConfig, labels=True),
     "best-rq": System("BEST-RQ", BestRqConfig),
+    "distillation": System("distillation", DistillationConfig, command="distill"),
 }
 
 
@@ -35,6 +39,8 @@ def build_model(config: ModelConfig) -> Model:
     """A model with fresh weights, from torch's generator."""
     if isinstance(config, HubertConfig):
         return HubertForPreTraining(config)
+    if isinstance(config, DistillationConfig):
+        return DistillationModel(config)
     if isinstance(config, BestRqConfig):
         return BestRqForPreTraining(config)
     return Wav2Vec2ForPreTraining(config)

@@ -1,0 +1,288 @@
+"""Distillation of an encoder into a smaller one: prediction heads (DistilHuBERT) or layer to layer (deep or wide)."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastssl.models.compression import CompressedConfig, CompressionScores, compression_scores, draw_compression
+from fastssl.models.encoder import Encoder, EncoderConfig
+from fastssl.models.pretraining import PretrainingModel
+from fastssl.nn.linear import PackedLinear
+from fastssl.packing import Packed
+
+_SCORES = ("distillation_loss", "l1_loss", "cosine_similarity")
+
+
+@dataclass(frozen=True)
+class DistillationConfig(CompressedConfig):
+    """A student, and what it learns of a teacher.
+
+    Args:
+        distillation: "pred", where heads on the last layer predict some of the teacher's (DistilHuBERT, arXiv
+            2110.01900), or "l2l", where each layer has one of the teacher's to be like (arXiv 2207.06867).
+        teacher_layers: Which are predicted, 0 being the input of the teacher's first. If none are given, "pred" takes
+            those at a third, two thirds and all of its depth L, and "l2l" for layer i of S the one nearest to i L / S.
+        teacher_hidden_size: Width of the teacher, which decides it.
+        teacher_num_hidden_layers: L, which the teacher decides.
+        cosine_loss_weight: Weight of -log sigmoid(cosine) beside the mean absolute difference.
+        initialise_from_teacher: Begin with all weights of the teacher whose names and shapes the student has too.
+    """
+
+    model_type: str = "hubert"
+    distillation: str = "pred"
+    teacher_layers: tuple[int, ...] = ()
+    teacher_hidden_size: int = 768
+    teacher_num_hidden_layers: int = 12
+    cosine_loss_weight: float = 1.0
+    initialise_from_teacher: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.model_type != "hubert":
+            raise ValueError(f"model_type: a student is a hubert encoder, got {self.model_type!r}")
+        if self.distillation not in ("pred", "l2l"):
+            raise ValueError(f"distillation: must be pred or l2l, got {self.distillation!r}")
+        layers = self.teacher_num_hidden_layers
+        wrong = [layer for layer in self.teacher_layers if not 0 <= layer <= layers]
+        if wrong:
+            raise ValueError(f"teacher_layers: the teacher has layers 0 to {layers}, got {wrong[0]}")
+        if self.distillation == "l2l" and self.teacher_layers and len(self.teacher_layers) != self.num_hidden_layers:
+            raise ValueError(
+                f"teacher_layers: l2l takes one for each of {self.num_hidden_layers}, got {len(self.teacher_layers)}"
+            )
+        if self.distillation == "l2l" and self.num_hidden_layers == 0:
+            raise ValueError("num_hidden_layers: l2l takes at least one")
+        if not 0 <= self.cosine_loss_weight < math.inf:
+            raise ValueError(f"cosine_loss_weight: must not be negative, got {self.cosine_loss_weight}")
+
+    @property
+    def targets(self) -> tuple[int, ...]:
+        """The teacher's layers that are predicted."""
+        if self.teacher_layers:
+            return self.teacher_layers
+        layers, students = self.teacher_num_hidden_layers, self.num_hidden_layers
+        shares = (1 / 3, 2 / 3, 1.0) if self.distillation == "pred" else [i / students for i in range(1, students + 1)]
+        return tuple(max(1, math.floor(layers * share + 0.5)) for share in shares)
+
+    def of_teacher(self, teacher: EncoderConfig) -> "DistillationConfig":
+        """The same student of this teacher, whose input it takes.
+
+        Raises:
+            ValueError: Their frames would not agree, or the teacher has not the layers that are asked for.
+        """
+        for name in ("conv_kernel", "conv_stride"):
+            if getattr(self, name) != getattr(teacher, name):
+                raise ValueError(
+                    f"{name}: the teacher has {list(getattr(teacher, name))}, the student {list(getattr(self, name))}; "
+                    "their frames must agree"
+                )
+        return replace(
+            self,
+            teacher_hidden_size=teacher.hidden_size,
+            teacher_num_hidden_layers=teacher.num_hidden_layers,
+            do_normalize=teacher.do_normalize,
+        )
+
+
+_DISTILHUBERT = DistillationConfig(num_hidden_layers=2, layerdrop=0.0, do_normalize=False, feature_grad_mult=0.1)
+
+
+def _student(layers: int, width: int, heads: int, *, distillation: str) -> DistillationConfig:
+    return replace(
+        _DISTILHUBERT,
+        num_hidden_layers=layers,
+        hidden_size=width,
+        num_attention_heads=heads,
+        intermediate_size=4 * width,
+        distillation=distillation,
+    )
+
+
+#: Students of the papers (of a HuBERT base teacher), and sizes for CPUs and tests; `recipes/` trains them.
+PRESETS = {
+    "distilhubert": _DISTILHUBERT,
+    "distil-3l-one": _student(3, 768, 12, distillation="pred"),
+    "distil-12l-half": _student(12, 384, 6, distillation="l2l"),
+    "distil-tiny": replace(
+        _student(2, 192, 4, distillation="pred"),
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        activation_dropout=0.0,
+        conv_dim=(128,) * 7,
+        num_conv_pos_embeddings=32,
+        num_conv_pos_embedding_groups=8,
+        do_normalize=True,
+        feature_grad_mult=0.0,
+        teacher_hidden_size=192,
+        teacher_num_hidden_layers=6,
+    ),
+}
+PRESETS["distil-tiny-ofa"] = replace(PRESETS["distil-tiny"], compressor="integrate-and-fire")
+#: Near the parameters of distil-12l-half, from wide to deep: layers, width, heads.
+GRID = ((3, 768, 12), (4, 640, 10), (5, 576, 9), (6, 512, 8), (8, 448, 7), (10, 416, 8), (12, 384, 6), (16, 336, 6))
+
+
+@dataclass(frozen=True)
+class DistillationOutput:
+    """Loss and statistics of one batch; sums over its N frames."""
+
+    loss: Tensor  # () fp32, over layers and frames: mean absolute difference and weighted -log sigmoid(cosine)
+    l1_loss: Tensor  # () fp32, mean over layers
+    cosine_similarity: Tensor  # () fp32, mean over layers
+    distillation_loss: Tensor  # () fp32, the loss without those of a compressor
+    masked_frames: int  # N: all of the teacher's frames count
+    features: Packed  # of the student, (N_out, D)
+    compression: CompressionScores | None = None
+
+    @property
+    def code_counts(self) -> None:
+        """There are no codes."""
+        return None
+
+    def scores(self) -> dict[str, Tensor]:
+        """Sums by the names of `DistillationModel.score_names`."""
+        own = {"distillation_loss": self.distillation_loss, "l1_loss": self.l1_loss}
+        own |= {"cosine_similarity": self.cosine_similarity}
+        return own | ({} if self.compression is None else self.compression._asdict())
+
+
+class PredictionHeads(nn.Module):
+    """DistilHuBERT's heads on one layer: a linear map for all, GELU, and a linear map for each.
+
+    Args:
+        width: Of the student.
+        teacher_width: Of what is predicted.
+        number: Layers that are predicted.
+    """
+
+    def __init__(self, width: int, teacher_width: int, number: int) -> None:
+        super().__init__()
+        self.teacher_width = teacher_width
+        self.hidden = PackedLinear(width, number * teacher_width)
+        self.outputs = nn.ModuleList(PackedLinear(teacher_width, teacher_width) for _ in range(number))
+
+    def forward(self, x: Tensor) -> list[Tensor]:  # (N, D) -> of (N, teacher_width)
+        """A prediction for each layer."""
+        hidden = F.gelu(self.hidden(x)).split(self.teacher_width, dim=1)
+        return [output(part) for output, part in zip(self.outputs, hidden, strict=True)]
+
+
+class DistillationModel(PretrainingModel):
+    """A student with the heads that its objective needs; the student's names are those of Transformers' `HubertModel`.
+
+    Args:
+        config: Shape and objective.
+    """
+
+    encoder_name = "hubert"
+    config_class = DistillationConfig
+
+    def __init__(self, config: DistillationConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.hubert = Encoder(config)
+        width, teacher_width, number = config.hidden_size, config.teacher_hidden_size, len(config.targets)
+        self.heads: PredictionHeads | nn.ModuleList
+        if config.distillation == "pred":
+            self.heads = PredictionHeads(width, teacher_width, number)
+        else:
+            self.heads = nn.ModuleList(PackedLinear(width, teacher_width) for _ in range(number))
+
+    @property
+    def score_names(self) -> tuple[str, ...]:
+        """As in `DistillationOutput.scores`."""
+        return (*_SCORES, *(CompressionScores._fields if self.config.draws_rates else ()))
+
+    def forward(
+        self,
+        waveforms: Packed,
+        *,
+        keys: Tensor,
+        targets: Sequence[Tensor],
+        frames: Packed | None = None,
+        layer_drop: torch.Generator | None = None,
+        segment_weights: Tensor | None = None,
+        segment_ends: Tensor | None = None,
+    ) -> DistillationOutput:
+        """Encode, predict the teacher's layers frame by frame, and compare; nothing is computed on padding.
+
+        With a compressor the predictions are repeated for the frames that went into each, so that there is one for each
+        of the teacher's.
+
+        Args:
+            waveforms: (N, 1) samples at 16 kHz; a batch of no utterances is legal and contributes nothing.
+            keys: (B,) int64 from `nn.random.utterance_keys` or `draw_keys`; a compressor's rates follow from them.
+            targets: Of each layer in `config.targets` the teacher's frames (N, teacher_hidden_size).
+            frames: (N, C) of the front end, where it is frozen and the teacher's; None computes them.
+            layer_drop: CPU generator for the layers to skip; None takes torch's own.
+            segment_weights: (N,) of `nn.segmentation.segmentation_losses`; None leaves a compressor without guidance.
+            segment_ends: (N,) likewise.
+
+        Raises:
+            ValueError: The targets are not as many as the layers, or have other frames or another width.
+        """
+        config = self.config
+        frames = self.hubert.extract_features(waveforms) if frames is None else frames
+        expected = (frames.layout.total, config.teacher_hidden_size)
+        if len(targets) != len(config.targets) or any(target.shape != expected for target in targets):
+            shapes = [tuple(target.shape) for target in targets]
+            raise ValueError(f"targets: expected {len(config.targets)} of {expected}, got {shapes}")
+        projected = self.hubert.project(frames, **draw_compression(config, keys)._asdict())
+        hidden_states = self.hubert.encoder(projected.frames, layer_drop=layer_drop)
+        if isinstance(self.heads, PredictionHeads):
+            predictions = self.heads(hidden_states[-1].values)
+        else:
+            states = hidden_states[1:]
+            predictions = [head(state.values) for head, state in zip(self.heads, states, strict=True)]
+        if projected.compressed is not None:
+            predictions = [projected.compressed.upsample(prediction) for prediction in predictions]
+
+        l1, cosine, loss = (torch.zeros((), device=keys.device) for _ in range(3))
+        for prediction, target in zip(predictions, targets, strict=True):
+            difference, similarity = _compare(prediction, target)
+            l1, cosine = l1 + difference.detach().sum(), cosine + similarity.detach().sum()
+            loss = loss + (difference - config.cosine_loss_weight * F.logsigmoid(similarity)).sum()
+        distillation_loss, compression = loss.detach(), None
+        if projected.compressed is not None and config.draws_rates:
+            lengths = frames.layout.cu_seqlens.diff().float()
+            compression = compression_scores(
+                config, projected.compressed, lengths, segment_weights=segment_weights, segment_ends=segment_ends
+            )
+            loss = loss + compression.weighted(config)
+            compression = CompressionScores(*(score.detach() for score in compression))
+        return DistillationOutput(
+            loss=loss,
+            l1_loss=l1 / len(targets),
+            cosine_similarity=cosine / len(targets),
+            distillation_loss=distillation_loss,
+            masked_frames=frames.layout.total,
+            features=hidden_states[-1],
+            compression=compression,
+        )
+
+
+def _compare(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:  # (N, D), (N, D) -> (N,), (N,) fp32
+    """Mean absolute difference, and cosine; bf16 has too few digits for them."""
+    with torch.autocast(prediction.device.type, enabled=False):
+        prediction, target = prediction.float(), target.float()
+        return (prediction - target).abs().mean(1), F.cosine_similarity(prediction, target, dim=1)
+
+
+@torch.no_grad()
+def initialise_from_teacher(student: Encoder, teacher: Encoder) -> list[str]:
+    """Copy the teacher's weights whose names and shapes the student has too: of its first layers, where it is as wide.
+
+    Returns:
+        The names of those that were copied.
+    """
+    theirs = teacher.state_dict()
+    copied = []
+    for name, tensor in student.state_dict().items():
+        if name in theirs and theirs[name].shape == tensor.shape:
+            tensor.copy_(theirs[name])
+            copied.append(name)
+    return copied

@@ -1,0 +1,179 @@
+"""`fastssl distill`: runs with a teacher, resumed, exported; what a teacher must be."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from fastssl import cli
+from fastssl.interop import load_encoder
+from fastssl.models.best_rq import BestRqForPreTraining
+from fastssl.models.distillation import DistillationConfig
+from fastssl.models.encoder import Encoder, EncoderConfig
+from fastssl.nn.feature_extractor import FeatureExtractor
+from fastssl.train.checkpoints import saved_update
+from fastssl.train.config import PretrainConfig
+from fastssl.train.label import LabelSettings, label
+from fastssl.train.metrics_file import read_metrics
+from fastssl.train.pretrain import pretrain
+from tests.train.conftest import MakeConfig, model_of
+
+_SHAPE = {field.name: getattr(model_of("wav2vec2"), field.name) for field in dataclasses.fields(EncoderConfig)}
+_TEACHER = EncoderConfig(**_SHAPE | {"num_hidden_layers": 3, "do_normalize": False})
+_STUDENT: dict[str, Any] = _SHAPE | {"model_type": "hubert", "num_hidden_layers": 2, "feature_grad_mult": 0.0}
+
+
+@pytest.fixture
+def teacher(tmp_path: Path) -> Path:
+    """Of random weights, whose layers differ."""
+    torch.manual_seed(7)
+    encoder = Encoder(_TEACHER)
+    for parameter in encoder.encoder.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    encoder.save_pretrained(tmp_path / "teacher")
+    return tmp_path / "teacher"
+
+
+def _distil(config: PretrainConfig, teacher: Path, **changes: Any) -> PretrainConfig:
+    model = DistillationConfig(**_STUDENT | changes)
+    return dataclasses.replace(config, system="distillation", model=model, teacher=str(teacher))
+
+
+@pytest.mark.parametrize("distillation", ["pred", "l2l"])
+def test_a_student_learns(make_config: MakeConfig, teacher: Path, distillation: str) -> None:
+    changes = {"trainer.max_steps": 40, "trainer.checkpoint_every": 40, "trainer.val_check_interval": 20}
+    config = _distil(make_config(**changes), teacher, distillation=distillation)
+    pretrain(config)
+    run = Path(config.output)
+    rows = read_metrics(run / "metrics.csv")
+    training, held_out = ([row for row in rows if key in row] for key in ("distillation_loss", "valid_loss"))
+    assert training[-1]["distillation_loss"] < 0.9 * training[0]["distillation_loss"]
+    assert training[-1]["cosine_similarity"] > training[0]["cosine_similarity"] + 0.1
+    assert held_out[-1]["valid_distillation_loss"] < held_out[0]["valid_distillation_loss"]
+    assert (run / "report.png").is_file()
+    kept = yaml.safe_load((run / "config.yaml").read_text())
+    # What the teacher decides is kept.
+    assert kept["teacher"] == str(teacher)
+    assert (kept["model"]["teacher_hidden_size"], kept["model"]["teacher_num_hidden_layers"]) == (32, 3)
+    assert kept["model"]["do_normalize"] is False
+    encoder = load_encoder(run)
+    assert encoder.config.model_type == "hubert"
+    assert "distillation loss, on held-out" in (run / "encoder" / "README.md").read_text()
+
+
+def test_a_frozen_front_end_runs_once_and_stays_the_teachers(
+    make_config: MakeConfig, teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    forward = FeatureExtractor.forward
+
+    def counted(self: FeatureExtractor, *given: Any) -> Any:
+        calls.append(id(self))
+        return forward(self, *given)
+
+    monkeypatch.setattr(FeatureExtractor, "forward", counted)
+    config = _distil(make_config(**{"trainer.max_steps": 3, "data.valid": 0}), teacher)
+    pretrain(config)
+    assert len(calls) == 3
+    assert len(set(calls)) == 1
+    theirs, ours = load_encoder(teacher).state_dict(), load_encoder(config.output).state_dict()
+    for name, tensor in ours.items():
+        if name.startswith("feature_extractor."):
+            assert torch.equal(tensor, theirs[name]), name
+    calls.clear()
+    pretrain(
+        _distil(make_config("trainable", **{"trainer.max_steps": 3, "data.valid": 0}), teacher, feature_grad_mult=0.1)
+    )
+    assert len(calls) == 6
+
+
+def test_the_shared_front_end_changes_no_loss(
+    make_config: MakeConfig, teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = _distil(make_config("shared"), teacher)
+    pretrain(shared)
+    monkeypatch.setattr("fastssl.train.teacher._same_front_end", lambda one, other: False)
+    apart = _distil(make_config("apart"), teacher)
+    pretrain(apart)
+    losses = [
+        [row.get("distillation_loss") for row in read_metrics(Path(config.output) / "metrics.csv")]
+        for config in (shared, apart)
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_a_resumed_run_ends_as_an_unbroken_one(
+    make_config: MakeConfig, teacher: Path, recordings: Path, tmp_path: Path
+) -> None:
+    label(recordings, tmp_path / "segments", LabelSettings(clusters=7, segment_price=500.0), num_workers=0)
+    changes = {"trainer.keep_every": 4, "data.segments": None}
+    config = _distil(make_config("whole", **changes), teacher, compressor="integrate-and-fire")
+    whole = dataclasses.replace(config, data=dataclasses.replace(config.data, segments=str(tmp_path / "segments")))
+    pretrain(whole)
+    broken = dataclasses.replace(whole, output=str(tmp_path / "broken"))
+    shutil.copytree(whole.output, broken.output)
+    checkpoints = Path(broken.output) / "checkpoints"
+    (checkpoints / "0000004.ckpt").replace(checkpoints / "last.ckpt")
+    assert saved_update(checkpoints / "last.ckpt") == 4
+    pretrain(broken, resume=True)
+    expected, found = (
+        torch.load(Path(run.output) / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+        for run in (whole, broken)
+    )
+    assert not any("teacher" in name for name in expected)
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+    assert read_metrics(Path(whole.output) / "metrics.csv")[-1]["valid_segment_loss"] > 0
+
+
+def test_the_command(recordings: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shape = {name: list(value) if isinstance(value, tuple) else value for name, value in _STUDENT.items()}
+    data = {"max_duration_s": 6, "crop_s": 2, "min_duration_s": 1}
+    settings = {"system": "distillation", "model": shape, "data": data}
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(settings))
+    given = [str(recordings), "--recipe", str(tmp_path / "small.yaml"), "--trainer.max_steps", "2"]
+    given += ["--trainer.progress", "false", "--data.num_workers", "0"]
+    assert cli.main(["distill", *given, "--teacher", str(teacher), "--output", str(tmp_path / "run")]) == 0
+    assert load_encoder(tmp_path / "run").config.num_hidden_layers == 2
+    assert cli.main(["distill", "--output", str(tmp_path / "run"), "--resume", "--trainer.max_steps", "3"]) == 0
+    assert cli.main(["distill", *given, "--output", str(tmp_path / "none")]) == 1
+    assert "--teacher: is missing" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+    assert cli.main(["pretrain", str(recordings), "--recipe", "distilhubert", "--output", str(tmp_path / "none")]) == 1
+    assert "distilhubert is for `fastssl distill`; pretrain takes best-rq-base" in capsys.readouterr().err
+    assert cli.main(["distill", str(recordings), "--recipe", "hubert-tiny", "--output", str(tmp_path / "none")]) == 1
+    assert "hubert-tiny is for `fastssl pretrain`; distill takes distil-12l-half" in capsys.readouterr().err
+
+
+def test_teachers_that_do_not_serve(make_config: MakeConfig, make_system: Any, teacher: Path, tmp_path: Path) -> None:
+    plain = make_config()
+    with pytest.raises(ValueError, match="teacher: wav2vec2 learns from audio"):
+        dataclasses.replace(plain, teacher=str(teacher))
+    with pytest.raises(ValueError, match="there is no such file or folder"):
+        pretrain(_distil(plain, tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match=r"--teacher: .*the teacher has layers 0 to 3, got 4"):
+        pretrain(_distil(plain, teacher, teacher_layers=(4, 8)))
+    BestRqForPreTraining(model_of("best-rq")).speech_encoder.save_pretrained(tmp_path / "best-rq")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="has other frames than a student"):
+        pretrain(_distil(plain, tmp_path / "best-rq"))
+    average = EncoderConfig(**_SHAPE | {"compressor": "average", "compressor_factor": 2})
+    Encoder(average).save_pretrained(tmp_path / "average")
+    with pytest.raises(ValueError, match="leaves fewer frames than a student has to predict"):
+        pretrain(_distil(plain, tmp_path / "average"))
+    config = (teacher / "preprocessor_config.json").read_text()
+    (teacher / "preprocessor_config.json").write_text(config.replace("16000", "8000"))
+    with pytest.raises(ValueError, match=r"preprocessor_config\.json: sampling_rate is 8000, served is 16000"):
+        pretrain(_distil(plain, teacher))
+    assert not Path(plain.output).exists()
+
+
+def test_a_compressed_teacher_teaches_all_its_frames(make_config: MakeConfig, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    Encoder(EncoderConfig(**_SHAPE | {"compressor": "integrate-and-fire"})).save_pretrained(tmp_path / "ofa")
+    config = _distil(make_config(**{"trainer.max_steps": 2}), tmp_path / "ofa")
+    pretrain(config)
+    assert read_metrics(Path(config.output) / "metrics.csv")[0]["distillation_loss"] > 0
