@@ -17,6 +17,7 @@ from fastssl.data.audio import SAMPLE_RATE_HZ, AudioError, read_waveform
 from fastssl.data.corpus import Problem, cut_name
 from fastssl.data.labels import LabelTable, Segments
 from fastssl.data.recordings import count_frames
+from fastssl.data.teacher_frames import TeacherFrames, TeacherTable
 from fastssl.data.waveforms import pack_waveforms
 from fastssl.packing import Layout, Packed
 
@@ -53,6 +54,7 @@ class AudioBatch:
         labels: (T,) int64, one for each of the T frames that an encoder makes of the waveforms; None where there are
             none.
         segments: In which these frames lie; None where there are none.
+        teacher: What a teacher made of them, where that is kept.
     """
 
     waveforms: Packed
@@ -62,6 +64,7 @@ class AudioBatch:
     problems: tuple[Problem, ...]
     labels: Tensor | None = None  # (T,)
     segments: FrameSegments | None = None
+    teacher: TeacherFrames | None = None
 
     @property
     def duration_s(self) -> float:
@@ -76,6 +79,7 @@ class AudioBatch:
             ids=self.ids.to(device, non_blocking=non_blocking),
             labels=None if self.labels is None else self.labels.to(device, non_blocking=non_blocking),
             segments=None if self.segments is None else self.segments.to(device, non_blocking=non_blocking),
+            teacher=None if self.teacher is None else self.teacher.to(device, non_blocking=non_blocking),
         )
 
     def pin_memory(self) -> "AudioBatch":
@@ -86,6 +90,7 @@ class AudioBatch:
             ids=self.ids.pin_memory(),
             labels=None if self.labels is None else self.labels.pin_memory(),
             segments=None if self.segments is None else self.segments.pin_memory(),
+            teacher=None if self.teacher is None else self.teacher.pin_memory(),
         )
 
 
@@ -98,12 +103,14 @@ class BatchSpec:
         cuts: Its utterances, uncropped.
         crop_s: Length of the crops; None for whole utterances.
         seed: With `update` and the id of a cut, decides where its crop begins.
+        fixed_crops: Whether a cut's crop is the same in every update.
     """
 
     update: int
     cuts: tuple[Cut, ...]
     crop_s: float | None
     seed: int
+    fixed_crops: bool = False
 
     @property
     def duration_s(self) -> float:
@@ -167,6 +174,7 @@ class UpdateSampler(Sampler[BatchSpec]):
         accumulation: Micro-batches of one process per update.
         max_utterances: Most utterances in one micro-batch; None for as many as there is time for.
         consumed: Micro-batches of this process to skip, for resuming.
+        fixed_crops: Whether a cut's crop is the same in every update.
         num_buckets: Most groups of similar length; a small corpus has fewer, so that each holds some batches.
 
     Raises:
@@ -185,6 +193,7 @@ class UpdateSampler(Sampler[BatchSpec]):
         accumulation: int = 1,
         max_utterances: int | None = None,
         consumed: int = 0,
+        fixed_crops: bool = False,
         num_buckets: int = 30,
     ) -> None:
         self.cuts = list(cuts)
@@ -196,7 +205,7 @@ class UpdateSampler(Sampler[BatchSpec]):
             raise ValueError(f"accumulation, consumed, num_buckets: must be at least 1, 0 and 1, got {numbers}")
         if max_utterances is not None and max_utterances < 1:
             raise ValueError(f"max_utterances: must be at least 1, or None for no limit, got {max_utterances}")
-        self.max_utterances = max_utterances
+        self.max_utterances, self.fixed_crops = max_utterances, fixed_crops
         self.crop_s, self.seed, self.rank, self.world_size = crop_s, seed, rank, world_size
         self.accumulation, self.consumed = accumulation, consumed
         self._budget = compute_num_samples(max_duration_s, SAMPLE_RATE_HZ)
@@ -220,9 +229,13 @@ class UpdateSampler(Sampler[BatchSpec]):
             while number < first + len(plan):
                 update = number // (self.world_size * self.accumulation)
                 cuts = tuple(self._drawn(draw) for draw in plan[number - first])
-                yield BatchSpec(update, cuts, self.crop_s, self.seed)
+                yield BatchSpec(update, cuts, self.crop_s, self.seed, self.fixed_crops)
                 number += self.world_size
             epoch, first = epoch + 1, first + len(plan)
+
+    def drawn_cuts(self) -> list[Cut]:
+        """Each cut of an epoch, by the ids that it is drawn under."""
+        return [self._drawn(draw) for draw in range(len(self._draws))]
 
     def _drawn(self, draw: int) -> Cut:
         index, copy = self._draws[draw]
@@ -303,6 +316,7 @@ class WaveformDataset(Dataset[AudioBatch]):
         channel: Of several channels take this one (default: their mean).
         labels: Labels of the corpus, and the frames of the encoder; None reads no labels.
         segments: Labels of whose runs the segments are; None reads none.
+        teacher: What a teacher made of the crops, which are fixed; None reads none.
     """
 
     def __init__(
@@ -312,8 +326,10 @@ class WaveformDataset(Dataset[AudioBatch]):
         channel: int | None = None,
         labels: FrameLabels | None = None,
         segments: FrameLabels | None = None,
+        teacher: TeacherTable | None = None,
     ) -> None:
         self.normalize, self.channel, self.labels, self.segments = normalize, channel, labels, segments
+        self.teacher = teacher
 
     def __getitem__(self, spec: BatchSpec) -> AudioBatch:
         """Decode; what cannot be used becomes a problem of the batch, and never an exception."""
@@ -338,7 +354,9 @@ class WaveformDataset(Dataset[AudioBatch]):
                 torch.from_numpy(np.concatenate([np.empty(0, np.float32), *(part.weights for part in lain_in)])),
                 torch.from_numpy(np.concatenate([np.empty(0, np.bool_), *(part.ends for part in lain_in)])),
             )
-        return AudioBatch(Packed(values[:, None], layout), ids, names, spec.update, problems, labels, segments)
+        teacher = None if self.teacher is None else self.teacher.of([cut.id for cut in used])
+        waveform = Packed(values[:, None], layout)
+        return AudioBatch(waveform, ids, names, spec.update, problems, labels, segments, teacher)
 
     def _read(self, cut: Cut, spec: BatchSpec) -> NDArray[np.float32] | Problem:
         try:
@@ -348,7 +366,7 @@ class WaveformDataset(Dataset[AudioBatch]):
 
 
 def _part(cut: Cut, spec: BatchSpec) -> Cut:
-    return crop(cut, crop_s=spec.crop_s, seed=spec.seed, update=spec.update)
+    return crop(cut, crop_s=spec.crop_s, seed=spec.seed, update=0 if spec.fixed_crops else spec.update)
 
 
 def _hash(key: str) -> int:

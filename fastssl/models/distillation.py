@@ -185,6 +185,8 @@ class DistillationModel(PretrainingModel):
         super().__init__()
         self.config = config
         self.hubert = Encoder(config)
+        # Nothing is masked.
+        self.hubert.masked_spec_embed.requires_grad = False
         width, teacher_width, number = config.hidden_size, config.teacher_hidden_size, len(config.targets)
         self.heads: PredictionHeads | nn.ModuleList
         if config.distillation == "pred":

@@ -24,7 +24,7 @@ from fastssl.models.model_card import ModelCard
 from fastssl.nn.compression import KINDS, Compressed, Kind, SequenceCompressor
 from fastssl.nn.feature_extractor import FeatureExtractor, FeatureProjection, scale_gradient
 from fastssl.nn.transformer import RelativePositions, Transformer
-from fastssl.packing import Packed
+from fastssl.packing import Layout, Packed
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -322,6 +322,12 @@ class Encoder(nn.Module):
             raise ValueError(f"waveforms: expected (N, 1) samples, got {tuple(waveforms.values.shape)}")
         values, layout = self.feature_extractor(waveforms)
         return Packed(scale_gradient(values, self.config.feature_grad_mult), layout)
+
+    def frame_layout(self, layout: Layout) -> Layout:
+        """Of the front end's frames, from that of the samples."""
+        for kernel, stride in zip(self.config.conv_kernel, self.config.conv_stride, strict=True):
+            layout = layout.after_conv(kernel, stride)
+        return layout
 
     def save_pretrained(self, folder: str | Path, *, card: ModelCard | None = None) -> None:
         """Write what Transformers and the Hub read: two configs, model.safetensors and README.md.

@@ -51,6 +51,9 @@ class DataConfig:
         labels: Folder that `fastssl label` wrote for AUDIO, of which HuBERT learns; null makes labels from MFCC first.
         segments: Folder that `fastssl label --segment_price` wrote for AUDIO, whose segments show a compressor where to
             fire; null leaves that to the objective.
+        fixed_crops: Crop a recording at the same place in every epoch.
+        teacher_cache: Folder for a teacher's frames of the crops, made once and then read; needs fixed_crops, or
+            whole recordings (crop_s null).
         max_bad_fraction: Training stops when more than this fraction of the recordings cannot be used.
         num_workers: Processes that decode audio, per training process; null chooses by the number of cores.
     """
@@ -64,6 +67,8 @@ class DataConfig:
     channel: int | None = None
     labels: str | None = None
     segments: str | None = None
+    fixed_crops: bool = False
+    teacher_cache: str | None = None
     max_bad_fraction: float = 0.05
     num_workers: int | None = None
 
@@ -77,6 +82,8 @@ class DataConfig:
             raise ValueError(f"data.crop_s: {self.crop_s} s is more than data.max_duration_s={self.max_duration_s}")
         if not isinstance(self.valid, str) and not 0 <= self.valid < 1:
             raise ValueError(f"data.valid: a fraction must be at least 0 and below 1, got {self.valid}")
+        if self.teacher_cache is not None and self.crop_s is not None and not self.fixed_crops:
+            raise ValueError("data.teacher_cache: add --data.fixed_crops true; crops that change cannot be kept")
         if not 0 <= self.max_bad_fraction <= 1:
             raise ValueError(f"data.max_bad_fraction: must be between 0 and 1, got {self.max_bad_fraction}")
 
@@ -246,6 +253,8 @@ class PretrainConfig:
             raise ValueError(f"model: {self.system} has a {expected.__name__}, got a {type(self.model).__name__}")
         if self.teacher is not None and self.system != "distillation":
             raise ValueError(f"teacher: {self.system} learns from audio, without one")
+        if self.data.teacher_cache is not None and self.system != "distillation":
+            raise ValueError(f"data.teacher_cache: {self.system} has no teacher")
         if self.data.labels is not None and not SYSTEMS[self.system].labels:
             raise ValueError(f"data.labels: {self.system} learns from audio alone")
         if self.data.segments is not None and not getattr(self.model, "draws_rates", False):

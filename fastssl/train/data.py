@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader
 from fastssl.data.batches import AudioBatch, BatchSpec, FrameLabels, UpdateSampler, WaveformDataset, fixed_batches
 from fastssl.data.corpus import Corpus, Problem, list_some, open_corpus, split_corpus
 from fastssl.data.labels import LabelTable
+from fastssl.data.teacher_frames import TeacherTable
 from fastssl.train.config import DataConfig
 from fastssl.train.encode import default_workers
 from fastssl.train.module import TrainingError
@@ -101,6 +103,7 @@ class PretrainDataModule(LightningDataModule):
         left_out = self.train_corpus.problems + (self.valid_corpus.problems if self.valid_corpus is not None else [])
         self.account = Account(len(self.train_corpus.cuts), config.max_bad_fraction, left_out)
         self._labels: dict[tuple[Use, str], FrameLabels] = {}
+        self._teacher: TeacherTable | None = None
         self._consumed = 0
         self._digest = ""
 
@@ -148,6 +151,37 @@ class PretrainDataModule(LightningDataModule):
                 raise ValueError(_describe_unfit(use, problems, len(judged), f"among them all that are {part}"))
         self.account.left_out += problems
 
+    def crops(self) -> list[Cut]:
+        """All that is drawn in an epoch, or scored, by the ids under which it is drawn."""
+        crops = self._sampler(rank=0, world_size=1, consumed=0).drawn_cuts()
+        return crops + (list(self.valid_corpus.cuts) if self.valid_corpus is not None else [])
+
+    def batches_of(self, crops: Sequence[Cut]) -> list[BatchSpec]:
+        """Batches of crops that never change."""
+        config = self.config
+        return fixed_batches(crops, max_duration_s=config.max_duration_s, crop_s=config.crop_s, seed=self.seed)
+
+    def attach_teacher(self, table: TeacherTable, problems: Sequence[Problem]) -> None:
+        """Read a teacher's frames with the audio, and leave out recordings of which there are none.
+
+        Args:
+            table: The frames.
+            problems: Why there are none.
+
+        Raises:
+            ValueError: None is left to train on.
+        """
+        self._teacher = table
+        missing = {cut.id for cut in self.crops() if cut.id not in table.entries}
+        missing |= {name.rpartition("#")[0] for name in missing}  # one of several draws of a long recording
+        self.train_corpus = _without(self.train_corpus, missing)
+        if self.valid_corpus is not None:
+            self.valid_corpus = _without(self.valid_corpus, missing)
+        if len(self.train_corpus.cuts) == 0:
+            raise ValueError(f"data.teacher_cache: nothing is left to train on:\n{list_some(list(problems))}")
+        self.account.total = len(self.train_corpus.cuts)
+        self.account.left_out += problems
+
     def _open(self, source: str) -> Corpus:
         config = self.config
         shortest = min(config.min_duration_s, config.crop_s or config.min_duration_s)
@@ -172,18 +206,22 @@ class PretrainDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader[AudioBatch]:
         """Batches without end, from where the run stands."""
         assert self.trainer is not None
-        sampler = UpdateSampler(
+        rank, world_size = self.trainer.global_rank, self.trainer.world_size
+        return self._loader(self._sampler(rank=rank, world_size=world_size, consumed=self._consumed), "train")
+
+    def _sampler(self, *, rank: int, world_size: int, consumed: int) -> UpdateSampler:
+        return UpdateSampler(
             self.train_corpus.cuts,
             max_duration_s=self.config.max_duration_s,
             crop_s=self.config.crop_s,
             seed=self.seed,
-            rank=self.trainer.global_rank,
-            world_size=self.trainer.world_size,
+            rank=rank,
+            world_size=world_size,
             accumulation=self.accumulation,
             max_utterances=self.config.max_utterances,
-            consumed=self._consumed,
+            consumed=consumed,
+            fixed_crops=self.config.fixed_crops,
         )
-        return self._loader(sampler, "train")
 
     def val_dataloader(self) -> DataLoader[AudioBatch] | list[Any]:
         """This process's share of the held-out batches.
@@ -210,6 +248,7 @@ class PretrainDataModule(LightningDataModule):
                 channel=self.config.channel,
                 labels=self._labels.get(("labels", part)),
                 segments=self._labels.get(("segments", part)),
+                teacher=self._teacher,
             ),
             sampler=sampler,
             batch_size=None,

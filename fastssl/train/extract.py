@@ -1,23 +1,18 @@
 """`fastssl extract`: the features of every recording, in safetensors shards with an index."""
 
 import hashlib
-import json
 import logging
 from pathlib import Path
-from typing import Any
 
-from lhotse.cut import Cut
 from rich import get_console
 from rich.progress import track
-from safetensors.torch import save_file
-from torch import Tensor
 
 from fastssl.data.audio import SAMPLE_RATE_HZ, AudioError
 from fastssl.data.corpus import Problem, cut_name, open_corpus
 from fastssl.data.recordings import chunk_hop
-from fastssl.models.folder import write_json, write_text
 from fastssl.models.speech_encoder import SpeechEncoder
 from fastssl.train.encode import Reading, encode_recordings, fixed_frame_period_s, open_encoder_at
+from fastssl.train.shards import Shards
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +77,7 @@ def extract(
             stride=encoder.config.samples_per_frame,
             receptive_field=receptive_field,
         )
-    shards = _Shards(
+    shards = Shards(
         Path(output),
         settings={
             "audio": str(Path(audio).absolute()),
@@ -94,14 +89,15 @@ def extract(
             "overlap_s": overlap_s,
             "channel": channel,
         },
-        layer=layer,
-        frame_period_s=fixed_frame_period_s(encoder),
+        name="features",
+        option="--output",
         shard_bytes=round(shard_mb * 1e6),
     )
-    if shards.done:
-        logger.info("%d recordings are there already", len(shards.done))
+    if shards.entries:
+        logger.info("%d recordings are there already", len(shards.entries))
     problems = list(corpus.problems)
-    cuts = [cut for cut in corpus.cuts if cut.id not in shards.done]
+    frame_period_s = fixed_frame_period_s(encoder)
+    cuts = [cut for cut in corpus.cuts if cut.id not in shards.entries]
     encoded = encode_recordings(encoder, cuts, Reading(chunk_s, overlap_s, channel), layer=layer)
     console = get_console()
     for cut, features in track(
@@ -110,100 +106,14 @@ def extract(
         if isinstance(features, AudioError):
             problems.append(Problem(cut_name(cut), str(features)))
         else:
-            shards.add(cut, features)
+            period_s = frame_period_s or cut.duration / len(features)
+            entry = {"file": cut_name(cut), "layer": layer, "frame_period_s": period_s, "frames": len(features)}
+            shards.add(cut.id, {cut.id: features}, entry)
     shards.close()
     for problem in problems:
         logger.warning("left out: %s", problem)
-    logger.info("%d recordings in %s, %d left out", len(shards.done), output, len(problems))
+    logger.info("%d recordings in %s, %d left out", len(shards.entries), output, len(problems))
     return problems
-
-
-class _Shards:
-    """The output folder: shards appear whole, and the index names only what is in them.
-
-    Args:
-        folder: Where; created if missing.
-        settings: What decides the features; kept beside them.
-        layer: For the index.
-        frame_period_s: For the index; None where a compressor gives each recording its own.
-        shard_bytes: A shard is closed when it has this much.
-
-    Raises:
-        ValueError: The folder was begun with other settings, or holds something else.
-    """
-
-    def __init__(
-        self, folder: Path, *, settings: dict[str, Any], layer: int, frame_period_s: float | None, shard_bytes: int
-    ) -> None:
-        self.folder = folder
-        self.layer, self.frame_period_s = layer, frame_period_s
-        self.shard_bytes = shard_bytes
-        self._open: dict[str, Tensor] = {}
-        self._open_bytes = 0
-        self._entries: dict[str, dict[str, Any]] = {}
-        self._index = folder / "index.jsonl"
-        self._begin(settings)
-        entries = _read_index(self._index)
-        #: Keys of the recordings that are in the index.
-        self.done = {entry["key"] for entry in entries}
-        self._number = 1 + max((_shard_number(entry["shard"]) for entry in entries), default=-1)
-        # What a kill left of a last line must not be continued.
-        write_text(self._index, "".join(json.dumps(entry) + "\n" for entry in entries))
-
-    def _begin(self, settings: dict[str, Any]) -> None:
-        path = self.folder / "settings.json"
-        if path.is_file():
-            before = json.loads(path.read_text())
-            changed = [name for name, value in settings.items() if before.get(name) != value]
-            if changed:
-                differences = "; ".join(f"{name}: {before.get(name)} there, {settings[name]} now" for name in changed)
-                raise ValueError(f"--output: {self.folder} was begun with other settings ({differences})")
-            return
-        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-            raise ValueError(f"--output: {self.folder} exists, is not empty, and holds no features")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(path, settings)
-
-    def add(self, cut: Cut, features: Tensor) -> None:  # (T, D)
-        self._open[cut.id] = features.contiguous()
-        self._entries[cut.id] = {
-            "file": cut_name(cut),
-            "key": cut.id,
-            "layer": self.layer,
-            "frame_period_s": self.frame_period_s or cut.duration / len(features),
-            "frames": len(features),
-        }
-        self._open_bytes += features.nbytes
-        if self._open_bytes >= self.shard_bytes:
-            self.close()
-
-    def close(self) -> None:
-        """Write the open shard, then its lines of the index."""
-        if not self._open:
-            return
-        shard = f"features-{self._number:05d}.safetensors"
-        temporary = self.folder / f"{shard}.tmp"
-        save_file(self._open, temporary)
-        temporary.replace(self.folder / shard)
-        with self._index.open("a") as file:
-            for entry in self._entries.values():
-                file.write(json.dumps({"shard": shard, **entry}) + "\n")
-        self.done |= self._open.keys()
-        self._number += 1
-        self._open.clear()
-        self._open_bytes = 0
-        self._entries.clear()
-
-
-def _read_index(path: Path) -> list[dict[str, Any]]:
-    """The complete lines."""
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-
-
-def _shard_number(name: str) -> int:
-    return int(name.removeprefix("features-").removesuffix(".safetensors"))
 
 
 def weights_digest(encoder: SpeechEncoder) -> str:

@@ -115,7 +115,7 @@ class PretrainModule(LightningModule):
             output = self.model(batch.waveforms, keys=keys, labels=batch.labels, layer_drop=layer_drop)
         elif isinstance(self.model, DistillationModel):
             assert self.teacher is not None
-            frames, targets = self.teacher(batch.waveforms, self.model.hubert)
+            frames, targets = self.teacher.of(batch)
             output = self.model(
                 batch.waveforms, keys=keys, targets=targets, frames=frames, layer_drop=layer_drop, **segments
             )

@@ -36,7 +36,7 @@ def metric_columns(score_names: Sequence[str], *, extra: Sequence[str] = ()) -> 
         score_names: `PretrainingModel.score_names`.
         extra: Of callbacks.
     """
-    usage = [] if any("perplexity" in name for name in score_names) else list(_CODE_USAGE)
+    usage = list(_CODE_USAGE) if "prediction_loss" in score_names else []
     scores = ["loss", *score_names, *usage]
     return [
         "update",

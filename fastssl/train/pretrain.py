@@ -27,6 +27,7 @@ from fastssl.train.report import draw_report, summarise
 from fastssl.train.run_labels import attach_given, labels_for_run
 from fastssl.train.systems import Model, ModelConfig, build_model
 from fastssl.train.teacher import Teacher, open_teacher, teach
+from fastssl.train.teacher_cache import attach_cache, open_cache
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +78,9 @@ def pretrain(config: PretrainConfig, *, resume: bool = False) -> None:
     complete = initialise(model, config.init) if config.init is not None and resume_from is None else True
     teacher = None
     if encoder is not None and isinstance(model, DistillationModel):
-        teacher = teach(model, encoder, fresh=config.init is None and resume_from is None)
+        teacher = teach(config, model, encoder, fresh=config.init is None and resume_from is None)
+    keeps_frames = teacher is not None and config.data.teacher_cache is not None
+    shards = open_cache(config, data, teacher) if teacher is not None and keeps_frames and first else None
     if first:
         (run / "logs").mkdir(parents=True, exist_ok=True)
         write_config(config, run / "config.yaml")
@@ -85,6 +88,8 @@ def pretrain(config: PretrainConfig, *, resume: bool = False) -> None:
         if first:
             _describe(config, data, model, complete=complete, resume_from=resume_from)
         labels_for_run(run, config, data, given, first=first)
+        if teacher is not None and keeps_frames:
+            attach_cache(config, data, teacher, shards)
         _fit(config, run, data, model, teacher, resume_from=resume_from)
 
 

@@ -7,13 +7,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from fastssl.data.batches import AudioBatch
 from fastssl.interop import load_encoder
 from fastssl.models.distillation import DistillationConfig, DistillationModel, initialise_from_teacher
-from fastssl.models.encoder import Encoder
+from fastssl.models.encoder import Encoder, EncoderConfig
 from fastssl.packing import Packed
 from fastssl.train.config import PretrainConfig
 
 logger = logging.getLogger(__name__)
+
+_FRONT_END_FIELDS = ("conv_dim", "conv_kernel", "conv_stride", "conv_bias", "feat_extract_norm")
 
 
 class Teacher:
@@ -22,32 +25,40 @@ class Teacher:
     Args:
         encoder: With its front end at the full frame rate.
         layers: Which of its hidden states a student predicts.
+        gives_frames: Whether the student's front end is this one's, and stays so.
     """
 
-    def __init__(self, encoder: Encoder, layers: Sequence[int]) -> None:
+    def __init__(self, encoder: Encoder, layers: Sequence[int], *, gives_frames: bool) -> None:
         self.encoder = encoder.eval().requires_grad_(requires_grad=False)
         self.layers = tuple(layers)
-        self._shares_front_end: bool | None = None
+        self.gives_frames = gives_frames
 
     @torch.no_grad()
-    def __call__(self, waveforms: Packed, student: Encoder) -> tuple[Packed | None, list[Tensor]]:
-        """Its layers, each (N, D), and before them the front end's frames (N, C), where a student has the same.
-
-        Args:
-            waveforms: (N, 1) samples at 16 kHz.
-            student: Whose front end is the teacher's, and stays so, where it is frozen and began with these weights.
-        """
+    def encode(self, waveforms: Packed) -> tuple[Packed, list[Tensor]]:
+        """Frames (N, C) of the front end, and the layers, each (N, D)."""
         self.encoder.to(waveforms.values.device)
-        if self._shares_front_end is None:  # not before: a resumed student gets its weights late
-            self._shares_front_end = student.config.feature_grad_mult == 0 and _same_front_end(self.encoder, student)
         frames = self.encoder.extract_features(waveforms)
         states = self.encoder.encoder(self.encoder.project(frames).frames)
-        return frames if self._shares_front_end else None, [states[layer].values for layer in self.layers]
+        return frames, [states[layer].values for layer in self.layers]
+
+    def of(self, batch: AudioBatch) -> tuple[Packed | None, Sequence[Tensor]]:
+        """Frames (N, C), where a student takes them, and layers: those that the batch has, or made now."""
+        kept = batch.teacher
+        if kept is None:
+            frames, layers = self.encode(batch.waveforms)
+            return frames if self.gives_frames else None, layers
+        if kept.front_end is None:
+            return None, kept.layers
+        layout = self.encoder.frame_layout(batch.waveforms.layout)
+        return Packed(kept.front_end.float(), layout), kept.layers
 
 
-def _same_front_end(one: Encoder, other: Encoder) -> bool:
-    ones, others = (encoder.feature_extractor.state_dict() for encoder in (one, other))
-    return ones.keys() == others.keys() and all(torch.equal(tensor, others[name]) for name, tensor in ones.items())
+def shares_front_end(config: PretrainConfig, teacher: EncoderConfig) -> bool:
+    """Whether a student's convolutions are its teacher's from the first update to the last."""
+    student = config.model
+    assert isinstance(student, DistillationConfig)
+    same = all(getattr(student, name) == getattr(teacher, name) for name in _FRONT_END_FIELDS)
+    return same and student.initialise_from_teacher and student.feature_grad_mult == 0 and config.init is None
 
 
 def open_teacher(config: PretrainConfig) -> tuple[PretrainConfig, Encoder]:
@@ -73,10 +84,11 @@ def open_teacher(config: PretrainConfig) -> tuple[PretrainConfig, Encoder]:
     return replace(config, model=model), encoder
 
 
-def teach(model: DistillationModel, encoder: Encoder, *, fresh: bool) -> Teacher:
+def teach(config: PretrainConfig, model: DistillationModel, encoder: Encoder, *, fresh: bool) -> Teacher:
     """Make a teacher of an encoder, and give a new student what it can take of its weights.
 
     Args:
+        config: Of the run.
         model: The student.
         encoder: The teacher.
         fresh: Whether the student has not learned anything yet.
@@ -87,4 +99,4 @@ def teach(model: DistillationModel, encoder: Encoder, *, fresh: bool) -> Teacher
         total = sum(tensor.numel() for tensor in student.state_dict().values())
         numel = sum(student.state_dict()[name].numel() for name in copied)
         logger.info("from the teacher: %d of %d weights (%.0f %%)", numel, total, 100 * numel / total)
-    return Teacher(encoder, model.config.targets)
+    return Teacher(encoder, model.config.targets, gives_frames=shares_front_end(config, encoder.config))

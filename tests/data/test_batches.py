@@ -4,9 +4,11 @@ import pickle
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -63,7 +65,7 @@ def test_ranks_and_accumulation_share_out_one_plan(
     cuts = cuts_of(durations)
     per_update = world_size * accumulation
 
-    def sampler(**share: int) -> UpdateSampler:
+    def sampler(**share: Any) -> UpdateSampler:
         return UpdateSampler(cuts, max_duration_s=20.0, crop_s=crop_s, seed=seed, **share)
 
     updates = 5
@@ -84,7 +86,7 @@ def test_skipping_is_iterating(
 ) -> None:
     cuts = cuts_of(durations)
     rank = data.draw(st.integers(0, world_size - 1))
-    share = {"rank": rank, "world_size": world_size, "accumulation": 2}
+    share: dict[str, Any] = {"rank": rank, "world_size": world_size, "accumulation": 2}
     through = take(UpdateSampler(cuts, max_duration_s=30.0, crop_s=crop_s, seed=3, **share), consumed + 5)
     resumed = UpdateSampler(cuts, max_duration_s=30.0, crop_s=crop_s, seed=3, consumed=consumed, **share)
     assert take(resumed, 5) == through[consumed:]
@@ -428,3 +430,24 @@ def test_channels_that_a_recording_does_not_have_are_a_problem(tmp_path: Path) -
         "has 1 channels, its manifest says 2",
     ]
     assert len(batch.names) == 1
+
+
+def test_fixed_crops_are_those_of_the_first_update(tmp_path: Path) -> None:
+    folder = tmp_path / "audio"
+    for name in ("a", "b"):
+        write(folder / f"{name}.wav", noise(3.0, rate=16000), rate=16000)
+    cuts = list(open_corpus(folder, min_duration_s=1).cuts)
+    dataset = WaveformDataset(normalize=False)
+    fixed = UpdateSampler(cuts, max_duration_s=2, crop_s=1.0, seed=1, fixed_crops=True)
+    drawn: dict[str, torch.Tensor] = {}
+    for spec in take(fixed, 6):
+        batch = dataset[spec]
+        for cut, samples in zip(spec.cuts, batch.waveforms.unpack(), strict=True):
+            expected, _ = soundfile.read(folder / cut.id, dtype="float32")
+            start = round(crop(cut, crop_s=1.0, seed=1, update=0).start * 16000)
+            assert torch.equal(samples[:, 0], torch.from_numpy(expected[start : start + 16000]))
+            assert torch.equal(drawn.setdefault(cut.id, samples), samples)
+    assert [cut.id for cut in fixed.drawn_cuts()] == [cut.id for cut in cuts]
+    moving = UpdateSampler(cuts, max_duration_s=2, crop_s=1.0, seed=1)
+    starts = {crop(cuts[0], crop_s=1.0, seed=1, update=spec.update).start for spec in take(moving, 6)}
+    assert len(starts) == 6

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -20,7 +21,8 @@ from fastssl.train.config import PretrainConfig
 from fastssl.train.label import LabelSettings, label
 from fastssl.train.metrics_file import read_metrics
 from fastssl.train.pretrain import pretrain
-from tests.train.conftest import MakeConfig, model_of
+from fastssl.train.teacher import Teacher
+from tests.train.conftest import MakeConfig, model_of, write_recording
 
 _SHAPE = {field.name: getattr(model_of("wav2vec2"), field.name) for field in dataclasses.fields(EncoderConfig)}
 _TEACHER = EncoderConfig(**_SHAPE | {"num_hidden_layers": 3, "do_normalize": False})
@@ -96,7 +98,7 @@ def test_the_shared_front_end_changes_no_loss(
 ) -> None:
     shared = _distil(make_config("shared"), teacher)
     pretrain(shared)
-    monkeypatch.setattr("fastssl.train.teacher._same_front_end", lambda one, other: False)
+    monkeypatch.setattr("fastssl.train.teacher.shares_front_end", lambda config, teacher: False)
     apart = _distil(make_config("apart"), teacher)
     pretrain(apart)
     losses = [
@@ -128,6 +130,118 @@ def test_a_resumed_run_ends_as_an_unbroken_one(
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
     assert read_metrics(Path(whole.output) / "metrics.csv")[-1]["valid_segment_loss"] > 0
+
+
+def _cached(config: PretrainConfig, folder: Path) -> PretrainConfig:
+    data = dataclasses.replace(config.data, fixed_crops=True, teacher_cache=str(folder))
+    return dataclasses.replace(config, data=data)
+
+
+def test_kept_frames_teach_as_the_teacher_does(
+    make_config: MakeConfig, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"data.fixed_crops": True}
+    beside = _distil(make_config("beside", **changes), teacher)
+    pretrain(beside)
+    kept = _cached(_distil(make_config("kept"), teacher), tmp_path / "cache")
+    pretrain(kept)
+    expected, found = (
+        [
+            row["distillation_loss"]
+            for row in read_metrics(Path(run.output) / "metrics.csv")
+            if "distillation_loss" in row
+        ]
+        for run in (beside, kept)
+    )
+    np.testing.assert_allclose(found, expected, rtol=2e-3)  # of fp16
+
+    # Made once: a second run finds all of them, and nothing is encoded by the teacher any more.
+    def fail(self: Teacher, waveforms: Any) -> Any:
+        raise AssertionError("the teacher ran")
+
+    monkeypatch.setattr(Teacher, "encode", fail)
+    again = dataclasses.replace(kept, output=str(tmp_path / "again"))
+    pretrain(again)
+    assert _weights(again).keys() == _weights(kept).keys()
+    for name, tensor in _weights(kept).items():
+        assert torch.equal(_weights(again)[name], tensor), name
+
+
+def _weights(config: PretrainConfig) -> dict[str, torch.Tensor]:
+    state: dict[str, torch.Tensor] = torch.load(Path(config.output) / "checkpoints" / "last.ckpt", weights_only=True)[
+        "state_dict"
+    ]
+    return state
+
+
+def test_making_frames_goes_on_where_it_was_stopped(
+    make_config: MakeConfig, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = _cached(_distil(make_config("run", **{"trainer.max_steps": 2}), teacher), tmp_path / "cache")
+    monkeypatch.setattr("fastssl.train.teacher_cache._SHARD_BYTES", 20_000)
+    encode, seen = Teacher.encode, []
+
+    def stops(self: Teacher, waveforms: Any) -> Any:
+        seen.append(len(waveforms.layout.lengths))
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return encode(self, waveforms)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Teacher, "encode", stops)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(config)
+    done = len((tmp_path / "cache" / "index.jsonl").read_text().splitlines())
+    assert 0 < done < 14
+    shutil.rmtree(config.output)
+    seen.clear()
+
+    def counted(self: Teacher, waveforms: Any) -> Any:
+        seen.append(len(waveforms.layout.lengths))
+        return encode(self, waveforms)
+
+    monkeypatch.setattr(Teacher, "encode", counted)
+    pretrain(config)
+    assert sum(seen) == 14 - done
+    assert len((tmp_path / "cache" / "index.jsonl").read_text().splitlines()) == 14
+
+
+def test_a_stale_cache_is_refused(make_config: MakeConfig, teacher: Path, recordings: Path, tmp_path: Path) -> None:
+    audio = tmp_path / "audio"
+    shutil.copytree(recordings, audio)
+    config = _cached(_distil(make_config("run", audio=audio, **{"trainer.max_steps": 1}), teacher), tmp_path / "cache")
+    pretrain(config)
+    other = dataclasses.replace(config, output=str(tmp_path / "other"))
+    with pytest.raises(
+        ValueError, match=r"data\.teacher_cache: .* was begun with other settings \(crop_s: 2 there, 1 now\)"
+    ):
+        pretrain(dataclasses.replace(other, data=dataclasses.replace(other.data, crop_s=1)))
+    with pytest.raises(ValueError, match=r"layers: \[1, 2, 3\] there, \[3\] now"):
+        pretrain(_cached(_distil(make_config("l"), teacher, teacher_layers=(3,)), tmp_path / "cache"))
+    write_recording(audio / "speaker0" / "03.wav", 3.3, seed=99)
+    with pytest.raises(ValueError, match=r"is stale: .*03\.wav was 1\.69\S* s at 16000 Hz, and is 3\.3 s"):
+        pretrain(other)
+    assert not Path(other.output).exists()
+    with pytest.raises(ValueError, match="crops that change cannot be kept"):
+        dataclasses.replace(config.data, fixed_crops=False)
+    with pytest.raises(ValueError, match=r"data\.teacher_cache: wav2vec2 has no teacher"):
+        make_config("plain", **{"data.crop_s": None, "data.teacher_cache": "somewhere"})
+
+
+def test_recordings_that_cannot_be_read_are_left_out(
+    make_config: MakeConfig, teacher: Path, recordings: Path, tmp_path: Path
+) -> None:
+    audio = tmp_path / "audio"
+    shutil.copytree(recordings, audio)
+    damaged = audio / "speaker1" / "04.wav"
+    damaged.write_bytes(damaged.read_bytes()[:-1000])
+    changes = {"data.max_bad_fraction": 0.2, "trainer.max_steps": 3}
+    config = _cached(_distil(make_config("run", audio=audio, **changes), teacher), tmp_path / "cache")
+    pretrain(config)
+    lines = (tmp_path / "cache" / "index.jsonl").read_text().splitlines()
+    log = (Path(config.output) / "logs" / "pretrain.log").read_text()
+    assert len(lines) in (13, 14)
+    assert ("04.wav" in log) == (len(lines) == 13)
 
 
 def test_the_command(recordings: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,93 @@
+"""What a teacher makes of crops that never change, kept on disk: a student then needs no teacher beside it.
+
+The folder holds safetensors shards, `index.jsonl` with a line for each crop (`key`, `shard`, `file`, `duration_s`,
+`rate_hz`, `frames`), and `settings.json`, which says of which teacher, layers and crops. In a shard are, of each crop,
+the tensors `KEY/LAYER` (frames, width) and, where they are kept, `KEY/front_end` (frames, channels), all fp16.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from lhotse.cut import Cut
+from safetensors import safe_open
+from torch import Tensor
+
+from fastssl.data.corpus import cut_name
+
+FRONT_END = "front_end"
+
+
+class TeacherFrames(NamedTuple):
+    """What a teacher made of the T frames of a batch."""
+
+    layers: tuple[Tensor, ...]  # each (T, D)
+    front_end: Tensor | None  # (T, C), before its norm
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "TeacherFrames":
+        """The same on another device."""
+        layers = tuple(layer.to(device, non_blocking=non_blocking) for layer in self.layers)
+        front_end = self.front_end
+        return TeacherFrames(layers, None if front_end is None else front_end.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "TeacherFrames":
+        """The same in page-locked memory."""
+        front_end = None if self.front_end is None else self.front_end.pin_memory()
+        return TeacherFrames(tuple(layer.pin_memory() for layer in self.layers), front_end)
+
+
+class TeacherTable:
+    """Crops of a folder, read one by one.
+
+    Args:
+        folder: Of shards.
+        entries: Lines of its index, by key.
+        layers: To read.
+        width: D.
+        channels: C of the front end, to be read too; None where it is not kept.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        entries: Mapping[str, Mapping[str, Any]],
+        *,
+        layers: Sequence[int],
+        width: int,
+        channels: int | None,
+    ) -> None:
+        self.folder, self.entries = folder, dict(entries)
+        self.layers, self.width, self.channels = tuple(layers), width, channels
+
+    def check(self, cut: Cut) -> None:
+        """Whether a cut is still what it was; other audio would be compared with the frames of this.
+
+        Raises:
+            ValueError: It is not there, or was of another length or sampling rate; names the file.
+        """
+        entry = self.entries.get(cut.id)
+        if entry is None:
+            raise ValueError(f"data.teacher_cache: {self.folder} has nothing of {cut_name(cut)}")
+        if (entry["duration_s"], entry["rate_hz"]) != (cut.duration, cut.recording.sampling_rate):
+            raise ValueError(
+                f"data.teacher_cache: {self.folder} is stale: {cut_name(cut)} was {entry['duration_s']:g} s at "
+                f"{entry['rate_hz']} Hz, and is {cut.duration:g} s at {cut.recording.sampling_rate} Hz"
+            )
+
+    def of(self, keys: Sequence[str]) -> TeacherFrames:
+        """The frames of these crops, back to back."""
+
+        def read(name: str, width: int) -> Tensor:
+            parts = [_opened(self.folder / self.entries[key]["shard"]).get_tensor(f"{key}/{name}") for key in keys]
+            return torch.cat([torch.empty(0, width, dtype=torch.float16), *parts])
+
+        layers = tuple(read(str(layer), self.width) for layer in self.layers)
+        return TeacherFrames(layers, None if self.channels is None else read(FRONT_END, self.channels))
+
+
+@lru_cache(maxsize=64)
+def _opened(shard: Path) -> Any:
+    """Mapped into memory, once in each process."""
+    return safe_open(shard, framework="pt")
