@@ -146,7 +146,8 @@ def _defaults_of(arguments: Sequence[str], command: str) -> list[Path]:
     if recipe is None:
         recipe = _DEFAULT_RECIPES[command]
         if config_file is not None and command == "pretrain":
-            recipe = f"{_system_of([config_file])}-base"
+            system = _system_of([config_file])
+            recipe = f"{system}-base" if SYSTEMS[system].command == command else str(config_file)
     defaults = [_recipe_path(recipe)]
     if peeked.resume and peeked.output is not None:
         defaults = [Path(peeked.output) / "config.yaml"]

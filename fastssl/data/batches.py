@@ -317,6 +317,7 @@ class WaveformDataset(Dataset[AudioBatch]):
         labels: Labels of the corpus, and the frames of the encoder; None reads no labels.
         segments: Labels of whose runs the segments are; None reads none.
         teacher: What a teacher made of the crops, which are fixed; None reads none.
+        teacher_keys: What its keys have before the id of a cut.
     """
 
     def __init__(
@@ -327,9 +328,10 @@ class WaveformDataset(Dataset[AudioBatch]):
         labels: FrameLabels | None = None,
         segments: FrameLabels | None = None,
         teacher: TeacherTable | None = None,
+        teacher_keys: str = "",
     ) -> None:
         self.normalize, self.channel, self.labels, self.segments = normalize, channel, labels, segments
-        self.teacher = teacher
+        self.teacher, self.teacher_keys = teacher, teacher_keys
 
     def __getitem__(self, spec: BatchSpec) -> AudioBatch:
         """Decode; what cannot be used becomes a problem of the batch, and never an exception."""
@@ -354,7 +356,7 @@ class WaveformDataset(Dataset[AudioBatch]):
                 torch.from_numpy(np.concatenate([np.empty(0, np.float32), *(part.weights for part in lain_in)])),
                 torch.from_numpy(np.concatenate([np.empty(0, np.bool_), *(part.ends for part in lain_in)])),
             )
-        teacher = None if self.teacher is None else self.teacher.of([cut.id for cut in used])
+        teacher = None if self.teacher is None else self.teacher.of([self.teacher_keys + cut.id for cut in used])
         waveform = Packed(values[:, None], layout)
         return AudioBatch(waveform, ids, names, spec.update, problems, labels, segments, teacher)
 

@@ -113,15 +113,17 @@ class LabelTable:
             stride: Samples at 16 kHz from one frame to the next.
             receptive_field: Samples that one frame sees.
         """
-        rows = self._rows(cut, start_s, frames, stride, receptive_field)
-        return self._labels[rows].astype(np.int64)
+        entry, nearest = self._nearest(cut, start_s, frames, stride, receptive_field)
+        return self._labels[np.clip(nearest, entry.begin, entry.end - 1)].astype(np.int64)
 
     def segments_at(self, cut: Cut, *, start_s: float, frames: int, stride: int, receptive_field: int) -> Segments:
         """The segment around each frame of a part of a cut; what the part cuts off still counts in its length.
 
         Arguments as in `at`.
         """
-        rows = self._rows(cut, start_s, frames + 1, stride, receptive_field)  # and what follows the last
+        # And what follows the last.
+        entry, nearest = self._nearest(cut, start_s, frames + 1, stride, receptive_field)
+        rows = np.clip(nearest, entry.begin, entry.end - 1)
         if self._segment_ends is None:
             changes = np.flatnonzero(np.diff(self._labels)) + 1
             borders = np.array([entry.end for entry in self._entries.values()], dtype=np.int64)
@@ -131,18 +133,18 @@ class LabelTable:
         lengths = ends[segment] - np.where(segment > 0, ends[segment - 1], 0)
         shift_s = stride / SAMPLE_RATE_HZ
         weights = np.minimum(1.0, shift_s / self.frame_shift_s / lengths[:-1]).astype(np.float32)
-        last = rows[:-1] == self._entries[labelled_part(cut)[0]].end - 1
+        last = (nearest[:-1] < entry.end) & (nearest[1:] >= entry.end)
         return Segments(weights, (np.diff(segment) > 0) | last)
 
-    def _rows(
+    def _nearest(
         self, cut: Cut, start_s: float, frames: int, stride: int, receptive_field: int
-    ) -> NDArray[np.int64]:  # (frames,)
-        """Where in the labels of all those of the frames are."""
+    ) -> tuple[_Entry, NDArray[np.int64]]:
+        """The recording's entry, and where in the labels of all those of the frames (frames,) are, or would be."""
         key, origin_s, _ = labelled_part(cut)
         entry = self._entries[key]
         centres_s = start_s - origin_s + (receptive_field / 2 + stride * np.arange(frames)) / SAMPLE_RATE_HZ
         nearest = np.rint((centres_s - self.first_centre_s) / self.frame_shift_s).astype(np.int64)
-        return entry.begin + np.clip(nearest, 0, entry.end - entry.begin - 1)
+        return entry, entry.begin + nearest
 
 
 def labelled_part(cut: Cut) -> tuple[str, float, float]:

@@ -1,4 +1,4 @@
-"""What a teacher makes of crops that never change, kept on disk: a student then needs no teacher beside it.
+"""What a teacher makes of crops that never change, kept on disk, so that it runs once over each.
 
 The folder holds safetensors shards, `index.jsonl` with a line for each crop (`key`, `shard`, `file`, `duration_s`,
 `rate_hz`, `frames`), and `settings.json`, which says of which teacher, layers and crops. In a shard are, of each crop,
@@ -61,15 +61,13 @@ class TeacherTable:
         self.folder, self.entries = folder, dict(entries)
         self.layers, self.width, self.channels = tuple(layers), width, channels
 
-    def check(self, cut: Cut) -> None:
-        """Whether a cut is still what it was; other audio would be compared with the frames of this.
+    def check(self, key: str, cut: Cut) -> None:
+        """Whether a cut has the length and the sampling rate that it had when its frames were made.
 
         Raises:
-            ValueError: It is not there, or was of another length or sampling rate; names the file.
+            ValueError: It has not; names the file.
         """
-        entry = self.entries.get(cut.id)
-        if entry is None:
-            raise ValueError(f"data.teacher_cache: {self.folder} has nothing of {cut_name(cut)}")
+        entry = self.entries[key]
         if (entry["duration_s"], entry["rate_hz"]) != (cut.duration, cut.recording.sampling_rate):
             raise ValueError(
                 f"data.teacher_cache: {self.folder} is stale: {cut_name(cut)} was {entry['duration_s']:g} s at "

@@ -52,7 +52,9 @@ def accelerate(model: Model, *, norm: Norm = "valid", compressor: SequenceCompre
             raise ValueError(
                 f"compressor: is of {compressor.channels} channels, and the encoder {library.width(encoder)} wide"
             )
-        setattr(encoder, COMPRESSOR, compressor.to(next(encoder.parameters()).device))
+        like = next(encoder.parameters())
+        compressor.to(device=like.device, dtype=like.dtype).train(encoder.training)
+        setattr(encoder, COMPRESSOR, compressor)
     for module, library in found:
         library.accelerate(module, norm)
     return model

@@ -3,7 +3,9 @@
 import re
 from pathlib import Path
 
-_SAFETENSORS = ["model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"]
+from fastssl.models.folder import COMPRESSOR_FILE
+
+_SAFETENSORS = [COMPRESSOR_FILE, "model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"]
 _PICKLES = ["pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin"]
 
 

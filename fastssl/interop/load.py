@@ -84,7 +84,9 @@ def _from_model(model: nn.Module) -> Encoder:
         what = type(model).__name__ + ("" if model_type is None else f" (model_type {model_type!r})")
         raise ValueError(f"path_or_model: {what} is not known. Can be opened: {_CAN_BE_OPENED}")
     try:
-        own_config = EncoderConfig.from_dict(config.to_dict())
+        # A folder of ours may name a compressor, which Transformers does not build.
+        values = config.to_dict() | {"compressor": "none", "compressor_factor": 1}
+        own_config = EncoderConfig.from_dict(values)
     except ValueError as error:
         raise ValueError(f"path_or_model: {type(model).__name__}: {error}") from None
     return _copied(model, own_config, model.state_dict())

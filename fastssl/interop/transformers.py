@@ -163,15 +163,14 @@ def _forward(
     )
     fewer, upsample = compress(self, x)
     last, hidden_states = _encode(self.encoder, fewer)
-    last, hidden_states = upsample(last), [upsample(state) for state in hidden_states]
 
     output_class = _output_class(original.__name__)
-    values: dict[str, Any] = {"last_hidden_state": _adapt(self, Packed(last, x.layout), padded_frames)}
+    values: dict[str, Any] = {"last_hidden_state": _adapt(self, Packed(upsample(last), x.layout), padded_frames)}
     if "extract_features" in output_class.__dataclass_fields__:
         values["extract_features"] = Packed(normalised, frames.layout).to_padded(length=padded_frames)
     if wanted := _wanted(_option(self, options, "output_hidden_states"), len(self.encoder.layers) + 1):
         values["hidden_states"] = tuple(
-            Packed(state, x.layout).to_padded(length=padded_frames) if index in wanted else None
+            Packed(upsample(state), x.layout).to_padded(length=padded_frames) if index in wanted else None
             for index, state in enumerate(hidden_states)
         )
     output = output_class(**values)

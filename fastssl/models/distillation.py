@@ -46,10 +46,8 @@ class DistillationConfig(CompressedConfig):
             raise ValueError(f"model_type: a student is a hubert encoder, got {self.model_type!r}")
         if self.distillation not in ("pred", "l2l"):
             raise ValueError(f"distillation: must be pred or l2l, got {self.distillation!r}")
-        layers = self.teacher_num_hidden_layers
-        wrong = [layer for layer in self.teacher_layers if not 0 <= layer <= layers]
-        if wrong:
-            raise ValueError(f"teacher_layers: the teacher has layers 0 to {layers}, got {wrong[0]}")
+        if any(layer < 0 for layer in self.teacher_layers):
+            raise ValueError(f"teacher_layers: must not be negative, got {list(self.teacher_layers)}")
         if self.distillation == "l2l" and self.teacher_layers and len(self.teacher_layers) != self.num_hidden_layers:
             raise ValueError(
                 f"teacher_layers: l2l takes one for each of {self.num_hidden_layers}, got {len(self.teacher_layers)}"
@@ -66,7 +64,8 @@ class DistillationConfig(CompressedConfig):
             return self.teacher_layers
         layers, students = self.teacher_num_hidden_layers, self.num_hidden_layers
         shares = (1 / 3, 2 / 3, 1.0) if self.distillation == "pred" else [i / students for i in range(1, students + 1)]
-        return tuple(max(1, math.floor(layers * share + 0.5)) for share in shares)
+        found = [max(1, math.floor(layers * share + 0.5)) for share in shares]
+        return tuple(dict.fromkeys(found)) if self.distillation == "pred" else tuple(found)
 
     def of_teacher(self, teacher: EncoderConfig) -> "DistillationConfig":
         """The same student of this teacher, whose input it takes.
@@ -80,6 +79,9 @@ class DistillationConfig(CompressedConfig):
                     f"{name}: the teacher has {list(getattr(teacher, name))}, the student {list(getattr(self, name))}; "
                     "their frames must agree"
                 )
+        layers = teacher.num_hidden_layers
+        if layers < 1 or any(layer > layers for layer in self.teacher_layers):
+            raise ValueError(f"teacher_layers: the teacher has layers 0 to {layers}, got {list(self.teacher_layers)}")
         return replace(
             self,
             teacher_hidden_size=teacher.hidden_size,

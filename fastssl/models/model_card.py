@@ -39,7 +39,7 @@ import torch
 encoder = fastssl.load_encoder("...")  # this folder, or its name on the Hub
 waveforms = fastssl.Packed.pack([torch.randn(16_000, 1), torch.randn(52_000, 1)])  # 16 kHz
 with torch.no_grad():
-    features = encoder(waveforms).features.unpack()  # of each: (frames, {width}), one every {period_ms:g} ms
+    features = encoder(waveforms).features.unpack()  # of each: (frames, {width}){period}
 ```
 """
 
@@ -96,7 +96,9 @@ class ModelCard:
             scores = {name: f"{value:.4g}" for name, value in self.quality.items()}
             parts.append("## Quality\n\n" + _table("score", "value", scores))
         period_ms = 1000 * config.samples_per_frame / 16_000
-        with_fastssl = _WITH_FASTSSL.format(width=config.hidden_size, period_ms=period_ms)
+        compressed = getattr(config, "compressor", "none") != "none"
+        period = "" if compressed else f", one every {period_ms:g} ms"
+        with_fastssl = _WITH_FASTSSL.format(width=config.hidden_size, period=period)
         parts.append("## Use\n\n" + (_WITH_TRANSFORMERS if in_transformers else "") + with_fastssl)
         return "\n".join(parts)
 

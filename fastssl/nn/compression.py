@@ -63,7 +63,9 @@ class _Repeat(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (rows,) = ctx.saved_tensors
         counts = rows.new_zeros(ctx.rows_of_x).scatter_add(0, rows, torch.ones_like(rows))
-        return torch.segment_reduce(grad.contiguous(), "sum", lengths=counts, axis=0, unsafe=True), None
+        summands = grad.to(torch.promote_types(grad.dtype, torch.float32)).contiguous()
+        total: Tensor = torch.segment_reduce(summands, "sum", lengths=counts, axis=0, unsafe=True)
+        return total.to(grad.dtype), None
 
 
 class SequenceCompressor(nn.Module):
@@ -171,7 +173,7 @@ class SequenceCompressor(nn.Module):
         if self.kind != "integrate-and-fire":
             compress = self._average if self.kind == "average" else self._strided
             out = compress(x, layout)
-            sources = _window_of_frames(layout, out.layout, self._window)
+            sources = _window_of_frames(layout, out.layout, self._window, shrinks=self.kind == "average")
             return Compressed(out, _period(layout, out.layout, self.input_period_ms), None, None, sources, layout)
         learned = self.weight_network(x, layout)
         rates = self._rates(learned, layout, rate, frame_period_ms)
@@ -304,12 +306,20 @@ def _spread(x: Tensor, layout: Layout, longer: Layout, *, before: int) -> Tensor
     return x.new_zeros(longer.total, *x.shape[1:]).index_copy(0, rows, x)
 
 
-def _window_of_frames(layout: Layout, windows: Layout, factor: int) -> Tensor:
-    """(N,) the row of the window that each frame lies in; what fills none counts as the last one's."""
+def _window_of_frames(layout: Layout, windows: Layout, factor: int, *, shrinks: bool) -> Tensor:
+    """(N,) the row of the window that each frame lies in; what fills none counts as the last one's.
+
+    Args:
+        layout: Of the frames.
+        windows: Of the windows.
+        factor: Frames of a window.
+        shrinks: Whether windows of short utterances become as small as they must.
+    """
     sequence, position = layout.sequence_ids, layout.positions
     frames, count = layout.cu_seqlens.diff().long()[sequence], windows.cu_seqlens.diff().long()[sequence]
     of_short = ((position + 1) * count - 1) // frames
-    window = torch.where(frames >= count * factor, position // factor, of_short)
+    whole = frames >= count * factor if shrinks else torch.ones_like(frames, dtype=torch.bool)
+    window = torch.where(whole, position // factor, of_short)
     return windows.cu_seqlens[:-1].long()[sequence] + torch.minimum(window, count - 1)
 
 

@@ -19,6 +19,8 @@ from fastssl.train.config import DataConfig
 from fastssl.train.encode import default_workers
 from fastssl.train.module import TrainingError
 
+#: What the keys of a teacher's frames of held-out crops begin with: their ids are those of another folder.
+HELD_OUT = "held out/"
 #: What labels are attached as: for a model to predict them, or for the segments that equal ones make.
 Use = Literal["labels", "segments"]
 
@@ -151,10 +153,11 @@ class PretrainDataModule(LightningDataModule):
                 raise ValueError(_describe_unfit(use, problems, len(judged), f"among them all that are {part}"))
         self.account.left_out += problems
 
-    def crops(self) -> list[Cut]:
-        """All that is drawn in an epoch, or scored, by the ids under which it is drawn."""
-        crops = self._sampler(rank=0, world_size=1, consumed=0).drawn_cuts()
-        return crops + (list(self.valid_corpus.cuts) if self.valid_corpus is not None else [])
+    def crops(self) -> list[tuple[str, Cut]]:
+        """All that is drawn in an epoch, or scored, by the keys of a teacher's frames."""
+        crops = [(cut.id, cut) for cut in self._sampler(rank=0, world_size=1, consumed=0).drawn_cuts()]
+        held_out = [] if self.valid_corpus is None else self.valid_corpus.cuts
+        return crops + [(HELD_OUT + cut.id, cut) for cut in held_out]
 
     def batches_of(self, crops: Sequence[Cut]) -> list[BatchSpec]:
         """Batches of crops that never change."""
@@ -169,18 +172,27 @@ class PretrainDataModule(LightningDataModule):
             problems: Why there are none.
 
         Raises:
-            ValueError: None is left to train on.
+            ValueError: They are more than `data.max_bad_fraction` of all, or all that are trained on or held out.
         """
+        crops = self.crops()
+        missing = {key for key, _ in crops if key not in table.entries}
+        if len(missing) > self.config.max_bad_fraction * len(crops):
+            raise ValueError(
+                f"data.teacher_cache: of {len(missing)} of {len(crops)} crops the teacher has no frames, more than "
+                f"data.max_bad_fraction={self.config.max_bad_fraction:g} allows:\n{list_some(list(problems))}"
+            )
+        missing |= {key.rpartition("#")[0] for key in missing}  # one of several draws of a long recording
         self._teacher = table
-        missing = {cut.id for cut in self.crops() if cut.id not in table.entries}
-        missing |= {name.rpartition("#")[0] for name in missing}  # one of several draws of a long recording
         self.train_corpus = _without(self.train_corpus, missing)
-        if self.valid_corpus is not None:
-            self.valid_corpus = _without(self.valid_corpus, missing)
-        if len(self.train_corpus.cuts) == 0:
-            raise ValueError(f"data.teacher_cache: nothing is left to train on:\n{list_some(list(problems))}")
         self.account.total = len(self.train_corpus.cuts)
         self.account.left_out += problems
+        if self.valid_corpus is not None:
+            self.valid_corpus = _without(
+                self.valid_corpus, {key.removeprefix(HELD_OUT) for key in missing if key.startswith(HELD_OUT)}
+            )
+        for part, corpus in (("to train on", self.train_corpus), ("held out", self.valid_corpus)):
+            if corpus is not None and len(corpus.cuts) == 0:
+                raise ValueError(f"data.teacher_cache: nothing is left that is {part}:\n{list_some(list(problems))}")
 
     def _open(self, source: str) -> Corpus:
         config = self.config
@@ -249,6 +261,7 @@ class PretrainDataModule(LightningDataModule):
                 labels=self._labels.get(("labels", part)),
                 segments=self._labels.get(("segments", part)),
                 teacher=self._teacher,
+                teacher_keys=HELD_OUT if part == "valid" else "",
             ),
             sampler=sampler,
             batch_size=None,

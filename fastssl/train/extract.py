@@ -9,7 +9,7 @@ from rich.progress import track
 
 from fastssl.data.audio import SAMPLE_RATE_HZ, AudioError
 from fastssl.data.corpus import Problem, cut_name, open_corpus
-from fastssl.data.recordings import chunk_hop
+from fastssl.data.recordings import chunk_hop, count_frames
 from fastssl.models.speech_encoder import SpeechEncoder
 from fastssl.train.encode import Reading, encode_recordings, fixed_frame_period_s, open_encoder_at
 from fastssl.train.shards import Shards
@@ -47,7 +47,8 @@ def extract(
         output: Folder for shards and index.
         layer: 0 is the input of the first layer, L the output of the last; None is the last.
         rate: Of a model with a sequence compressor.
-        frame_period_ms: The mean period that its frames should have instead; the index says what each recording got.
+        frame_period_ms: The mean period that its frames should have instead, in each chunk; the index says what each
+            recording got.
         chunk_s: Longer recordings are cut into chunks of this length.
         overlap_s: What neighbouring chunks share.
         channel: The channel to read; None averages all of them.
@@ -106,8 +107,11 @@ def extract(
         if isinstance(features, AudioError):
             problems.append(Problem(cut_name(cut), str(features)))
         else:
-            period_s = frame_period_s or cut.duration / len(features)
-            entry = {"file": cut_name(cut), "layer": layer, "frame_period_s": period_s, "frames": len(features)}
+            entry = {"file": cut_name(cut), "layer": layer, "frame_period_s": frame_period_s, "frames": len(features)}
+            if frame_period_s is None:
+                samples, stride = round(cut.duration * SAMPLE_RATE_HZ), encoder.config.samples_per_frame
+                before = count_frames(samples, stride=stride, receptive_field=receptive_field)
+                entry["frame_period_s"] = stride / SAMPLE_RATE_HZ * before / len(features)
             shards.add(cut.id, {cut.id: features}, entry)
     shards.close()
     for problem in problems:

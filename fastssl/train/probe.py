@@ -21,6 +21,7 @@ from typing import Literal
 
 import torch
 
+from fastssl.models.encoder import Encoder
 from fastssl.models.speech_encoder import SpeechEncoder
 from fastssl.train.probing.features import (
     EncoderSource,
@@ -290,7 +291,11 @@ class _Probe:
             part: store.get(source, table, name=name, segment_s=settings.segment_s, mean=mean)
             for part, table in parts.items()
         }
-        period_s = source.frame_period_s or self.features["train"].mean_frame_period_s
+        period_s = source.frame_period_s
+        if period_s is None:
+            assert isinstance(source, EncoderSource)
+            assert isinstance(source.encoder, Encoder)
+            period_s = self.features["train"].mean_frame_period_s(source.encoder.config)
         self.window = Window(0, 1) if mean else Window.of_seconds(settings.context_s, period_s)
 
     def result(self) -> ProbeResult:

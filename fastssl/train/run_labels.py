@@ -1,9 +1,7 @@
 """The labels that a pre-training run learns from: those it is given, and those it makes itself."""
 
 import logging
-import time
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -12,11 +10,9 @@ from fastssl.train.config import PretrainConfig
 from fastssl.train.data import PretrainDataModule, Use
 from fastssl.train.label import DONE_FILE, LabelSettings, label
 from fastssl.train.systems import SYSTEMS
+from fastssl.train.waiting import by_first_process
 
 logger = logging.getLogger(__name__)
-
-#: A failure that has stood so long is this attempt's: the first process takes an earlier one's away when it starts.
-_FAILED_FOR_S = 30.0
 
 
 def attach_given(config: PretrainConfig, data: PretrainDataModule) -> dict[Use, LabelTable]:
@@ -38,7 +34,9 @@ def attach_given(config: PretrainConfig, data: PretrainDataModule) -> dict[Use, 
         given["labels"] = LabelTable(config.data.labels)
         _check_classes(given["labels"], config)
     if config.data.segments is not None:
-        given["segments"] = LabelTable(config.data.segments)
+        given["segments"] = table = LabelTable(config.data.segments)
+        if table.settings.get("segment_price") is None:
+            raise ValueError(f"data.segments: {table.folder} has no segments; it was made without --segment_price")
     for use, table in given.items():
         _attach("audio", table, use, config, data)
     return given
@@ -89,25 +87,10 @@ def _attach(
 def _label_or_wait(
     audio: str, output: Path, settings: LabelSettings, *, kmeans: Path | None, config: PretrainConfig, first: bool
 ) -> None:
-    # Torchrun ends the others where the first fails, and Lightning starts them only after this, but srun waits.
-    failed = output.with_name(f"{output.name}.failed")
-    if first:
-        failed.unlink(missing_ok=True)
-        try:
-            label(audio, output, settings, kmeans=kmeans, num_workers=config.data.num_workers)
-        except BaseException as error:
-            with suppress(OSError):  # on a full disk the error itself matters more
-                failed.write_text(f"{str(error) or type(error).__name__}\n")
-            raise
-    seen_s: float | None = None
-    while not (output / DONE_FILE).is_file():
-        if not failed.is_file():
-            seen_s = None
-        elif seen_s is None:
-            seen_s = time.monotonic()
-        elif time.monotonic() - seen_s > _FAILED_FOR_S:
-            raise ValueError(f"the process that makes {output} failed: {failed.read_text().strip()}")
-        time.sleep(0.5)
+    def make() -> None:
+        label(audio, output, settings, kmeans=kmeans, num_workers=config.data.num_workers)
+
+    by_first_process(make, first=first, done=lambda: (output / DONE_FILE).is_file(), folder=output)
 
 
 def _clusters(config: PretrainConfig) -> int:

@@ -67,7 +67,8 @@ def open_teacher(config: PretrainConfig) -> tuple[PretrainConfig, Encoder]:
     Raises:
         ValueError: There is none, or a student of it cannot be made.
     """
-    assert isinstance(config.model, DistillationConfig)
+    student = config.model
+    assert isinstance(student, DistillationConfig)
     if config.teacher is None:
         raise ValueError("--teacher: is missing: the model to learn from")
     encoder = load_encoder(config.teacher)
@@ -78,10 +79,15 @@ def open_teacher(config: PretrainConfig) -> tuple[PretrainConfig, Encoder]:
             raise ValueError(f"--teacher: {config.teacher} leaves fewer frames than a student has to predict")
         encoder.compressor.rate = 0.0
     try:
-        model = config.model.of_teacher(encoder.config)
+        config = replace(config, model=student.of_teacher(encoder.config))
     except ValueError as error:
         raise ValueError(f"--teacher: {config.teacher}: {error}") from None
-    return replace(config, model=model), encoder
+    if student.feature_grad_mult == 0 and config.init is None and not shares_front_end(config, encoder.config):
+        raise ValueError(
+            "model.feature_grad_mult: 0 freezes the convolutions, and these do not begin as the teacher's: "
+            f"{', '.join(_FRONT_END_FIELDS)} differ, or model.initialise_from_teacher is false"
+        )
+    return config, encoder
 
 
 def teach(config: PretrainConfig, model: DistillationModel, encoder: Encoder, *, fresh: bool) -> Teacher:

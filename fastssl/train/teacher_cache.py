@@ -1,7 +1,8 @@
 """The frames of a teacher, made once for crops that never change, and kept in a folder."""
 
+import fcntl
+import json
 import logging
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,19 +14,22 @@ from rich.progress import track
 from fastssl.data.batches import WaveformDataset, utterance_id
 from fastssl.data.corpus import Problem, cut_name
 from fastssl.data.teacher_frames import FRONT_END, TeacherTable
+from fastssl.models.folder import write_json
 from fastssl.packing import Packed
 from fastssl.train.config import PretrainConfig
-from fastssl.train.data import PretrainDataModule
+from fastssl.train.data import HELD_OUT, PretrainDataModule
 from fastssl.train.encode import choose_device
 from fastssl.train.extract import weights_digest
 from fastssl.train.shards import Shards, read_index
 from fastssl.train.teacher import Teacher
+from fastssl.train.waiting import by_first_process
 
 logger = logging.getLogger(__name__)
 
 _SHARD_BYTES = 256_000_000
-#: Written last: other processes of a run wait for it.
-_DONE_FILE = "done"
+#: Written last: by key, why there are no frames of some crops.
+_DONE_FILE = "done.json"
+_LOCK_FILE = "lock"
 
 
 def open_cache(config: PretrainConfig, data: PretrainDataModule, teacher: Teacher) -> Shards:
@@ -51,10 +55,13 @@ def open_cache(config: PretrainConfig, data: PretrainDataModule, teacher: Teache
     }
     folder = _folder(config)
     shards = Shards(folder, settings=settings, name="teacher", option="data.teacher_cache", shard_bytes=_SHARD_BYTES)
+    missing = sorted({entry["shard"] for entry in shards.entries.values() if not (folder / entry["shard"]).is_file()})
+    if missing:
+        raise ValueError(f"data.teacher_cache: {folder} has lost {', '.join(missing)}; begin it anew")
     table = _table(folder, shards.entries, teacher)
-    for cut in data.crops():
-        if cut.id in shards.entries:
-            table.check(cut)
+    for key, cut in data.crops():
+        if key in shards.entries:
+            table.check(key, cut)
     return shards
 
 
@@ -66,17 +73,40 @@ def attach_cache(config: PretrainConfig, data: PretrainDataModule, teacher: Teac
         data: Takes the frames, and leaves out recordings that cannot be used.
         teacher: Makes them.
         shards: `open_cache`, of the process that makes them; None waits for it.
+
+    Raises:
+        ValueError: Another run is making them; or too many recordings cannot be used.
     """
     folder = _folder(config)
-    problems: list[Problem] = []
+
+    def make() -> None:
+        assert shards is not None
+        with (folder / _LOCK_FILE).open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"data.teacher_cache: {folder} is being filled by another run") from None
+            unusable = _fill(shards, data, teacher)
+            write_json(folder / _DONE_FILE, {key: [problem.name, problem.reason] for key, problem in unusable.items()})
+
+    def done() -> bool:
+        # What an earlier run left does not cover recordings that are new.
+        known = read_index(folder).keys() | _unusable(folder).keys()
+        return (folder / _DONE_FILE).is_file() and all(key in known for key, _ in data.crops())
+
+    by_first_process(make, first=shards is not None, done=done, folder=folder)
+    problems = list(_unusable(folder).values())
     if shards is not None:
-        (folder / _DONE_FILE).unlink(missing_ok=True)
-        problems = _fill(shards, data, teacher)
-        (folder / _DONE_FILE).touch()
-    while not (folder / _DONE_FILE).is_file():
-        time.sleep(0.5)
+        for problem in problems:
+            logger.warning("left out: %s", problem)
     entries = read_index(folder) if shards is None else shards.entries
     data.attach_teacher(_table(folder, entries, teacher), problems)
+
+
+def _unusable(folder: Path) -> dict[str, Problem]:
+    path = folder / _DONE_FILE
+    found = json.loads(path.read_text()) if path.is_file() else {}
+    return {key: Problem(name, reason) for key, (name, reason) in found.items()}
 
 
 def _folder(config: PretrainConfig) -> Path:
@@ -91,36 +121,41 @@ def _table(folder: Path, entries: Mapping[str, Mapping[str, Any]], teacher: Teac
 
 
 @torch.no_grad()
-def _fill(shards: Shards, data: PretrainDataModule, teacher: Teacher) -> list[Problem]:
-    """Make what is not there; returns the recordings that cannot be used."""
-    problems: list[Problem] = []
-    todo = list({cut.id: cut for cut in data.crops() if cut.id not in shards.entries}.values())
-    if not todo:
-        return problems
+def _fill(shards: Shards, data: PretrainDataModule, teacher: Teacher) -> dict[str, Problem]:
+    """Make what is not there; returns by key why some cannot be."""
+    problems: dict[str, Problem] = {}
+    todo = {key: cut for key, cut in data.crops() if key not in shards.entries}
     if shards.entries:
         logger.info("the teacher's frames of %d crops are there already", len(shards.entries))
     dataset = WaveformDataset(normalize=data.normalize, channel=data.config.channel)
     device = choose_device("auto")
     console = get_console()
-    for spec in track(data.batches_of(todo), "teacher", console=console, disable=not console.is_terminal):
-        batch = dataset[spec]
-        problems += batch.problems
-        used = set(batch.ids.tolist())
-        cuts = [cut for cut in spec.cuts if utterance_id(cut.id) in used]
-        if not cuts:
-            continue
-        frames, states = teacher.encode(batch.waveforms.to(device))
-        named = {str(layer): Packed(state, frames.layout) for layer, state in zip(teacher.layers, states, strict=True)}
-        if teacher.gives_frames:
-            named[FRONT_END] = frames
-        parts = {name: packed.unpack() for name, packed in named.items()}
-        for row, cut in enumerate(cuts):
-            tensors = {f"{cut.id}/{name}": part[row].half().cpu() for name, part in parts.items()}
-            if not all(tensor.isfinite().all() for tensor in tensors.values()):
-                problems.append(Problem(cut_name(cut), "has frames, by the teacher, that are not finite in fp16"))
+    # Apart, because ids are those of files in two folders.
+    for held_out in (False, True):
+        keys = {cut.id: key for key, cut in todo.items() if key.startswith(HELD_OUT) == held_out}
+        specs = data.batches_of([todo[key] for key in keys.values()]) if keys else []
+        for spec in track(specs, "teacher", console=console, disable=not console.is_terminal):
+            batch = dataset[spec]
+            used = set(batch.ids.tolist())
+            cuts = [cut for cut in spec.cuts if utterance_id(cut.id) in used]
+            bad = [cut for cut in spec.cuts if utterance_id(cut.id) not in used]
+            problems |= {keys[cut.id]: problem for cut, problem in zip(bad, batch.problems, strict=True)}
+            if not cuts:
                 continue
-            entry = {"file": cut_name(cut), "duration_s": cut.duration, "rate_hz": cut.recording.sampling_rate}
-            shards.add(cut.id, tensors, entry | {"frames": frames.layout.lengths[row]})
+            frames, states = teacher.encode(batch.waveforms.to(device))
+            named = {str(layer): Packed(x, frames.layout) for layer, x in zip(teacher.layers, states, strict=True)}
+            if teacher.gives_frames:
+                named[FRONT_END] = frames
+            parts = {name: packed.unpack() for name, packed in named.items()}
+            for row, cut in enumerate(cuts):
+                key = keys[cut.id]
+                tensors = {f"{key}/{name}": part[row].half().cpu() for name, part in parts.items()}
+                if not all(tensor.isfinite().all() for tensor in tensors.values()):
+                    problems[key] = Problem(cut_name(cut), "has frames, by the teacher, that are not finite in fp16")
+                    continue
+                entry = {"file": cut_name(cut), "duration_s": cut.duration, "rate_hz": cut.recording.sampling_rate}
+                shards.add(key, tensors, entry | {"frames": frames.layout.lengths[row]})
     shards.close()
+    teacher.encoder.to("cpu")
     logger.info("the teacher's frames: %d crops in %s", len(shards.entries), shards.folder)
     return problems

@@ -119,6 +119,19 @@ def test_segments_add_up_to_one_at_other_frame_rates(corpus: list[Cut], tmp_path
     assert len(empty.weights) == len(empty.ends) == 0
 
 
+@pytest.mark.parametrize("shift_s", [0.01, 0.02, 0.04])
+def test_the_last_segment_of_a_recording_ends_once(corpus: list[Cut], tmp_path: Path, shift_s: float) -> None:
+    whole = [cut for cut in corpus if cut.id in ("a.wav", "b.wav")]
+    _write_segments(tmp_path / "segments", whole, [5, 5], shift_s=shift_s)
+    dataset = WaveformDataset(normalize=False, segments=FrameLabels(LabelTable(tmp_path / "segments"), 320, 320))
+    for cut in whole:
+        batch = dataset[BatchSpec(0, (cut,), None, seed=0)]
+        assert batch.segments is not None
+        segments = round(cut.duration / shift_s / 5)  # the last one may be cut off
+        assert abs(int(batch.segments.ends.sum()) - segments) <= 1
+        assert not (batch.segments.ends[1:] & batch.segments.ends[:-1]).any()
+
+
 def test_windows_of_manifests_and_shards_have_labels(corpus: list[Cut], tmp_path: Path) -> None:
     table = LabelTable(tmp_path / "labels")
     prepared = tmp_path / "prepared.jsonl.gz"

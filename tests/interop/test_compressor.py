@@ -92,6 +92,14 @@ def test_what_the_original_would_have_to_run_is_an_error() -> None:
             model(torch.randn(1, 4000), output_attentions=True)
 
 
+@torch.no_grad()
+def test_it_takes_mode_and_dtype_of_the_encoder() -> None:
+    compressor = make_compressor("integrate-and-fire").train()
+    model = fastssl.accelerate(transformers_model("wav2vec2 base").bfloat16(), compressor=compressor)
+    assert not compressor.training
+    assert model(torch.randn(1, 9000, dtype=torch.bfloat16)).last_hidden_state.isfinite().all()
+
+
 def test_rejects_what_does_not_fit() -> None:
     model = transformers_model("wav2vec2 base")
     with pytest.raises(ValueError, match="compressor: is of 16 channels, and the encoder 48 wide"):

@@ -72,6 +72,9 @@ def test_rate_zero_is_the_encoder_without_a_compressor_and_that_of_transformers(
     assert (tmp_path / "compressor.safetensors").is_file()
     opened = transformers.AutoModel.from_pretrained(tmp_path).eval()
     assert not any("compressor" in name for name, _ in opened.named_parameters())
+    # Back from Transformers it is the encoder without a compressor.
+    back = fastssl.load_encoder(opened)
+    assert back(waveforms).features.layout.lengths == theirs.features.layout.lengths
     for found, waveform in zip(ours.features.unpack(), waveforms.unpack(), strict=True):
         expected = opened(waveform.view(1, -1)).last_hidden_state[0]
         assert (found - expected).abs().max() <= 2e-4 * expected.abs().max()

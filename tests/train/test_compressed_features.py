@@ -16,6 +16,7 @@ from fastssl.train.label import LabelSettings, label
 from fastssl.train.probe import RANDOM, ProbeSettings, run_probe
 from fastssl.train.probing.command import probe
 from fastssl.train.probing.features import EncoderSource, FeatureStore
+from fastssl.train.probing.heads import Window
 from fastssl.train.probing.tables import Table, read_table
 from fastssl.train.quality_command import quality
 from tests.train.conftest import write_recording
@@ -50,20 +51,21 @@ def test_extract_at_a_frame_period(encoder: Encoder, recordings: Path, tmp_path:
     extract(model, recordings, output, frame_period_ms=55.0)
     features = load_file(output / "features-00000.safetensors")
     for entry in _read(output):
-        samples, rate_hz = soundfile.read(entry["file"], dtype="float32")
+        samples, _ = soundfile.read(entry["file"], dtype="float32")
         samples = (samples - samples.mean()) / samples.std()
         with torch.inference_mode():
             expected = encoder(Packed.pack([torch.from_numpy(samples)[:, None]]), frame_period_ms=55.0)
         found = features[str(entry["key"])]
         torch.testing.assert_close(found, expected.features.values, rtol=0, atol=1e-4)
         # What was obtained is beside what was asked for, up to a frame and the ends that no window fills.
-        assert entry["frame_period_s"] == pytest.approx(len(samples) / rate_hz / len(found))
-        assert abs(float(str(entry["frame_period_s"])) - 0.055) < 0.004
+        assert expected.compressed is not None
+        assert entry["frame_period_s"] == pytest.approx(expected.compressed.frame_period_ms.item() / 1000)
+        assert abs(float(str(entry["frame_period_s"])) - 0.055) < 0.003
     assert json.loads((output / "settings.json").read_text())["frame_period_ms"] == 55.0
     with pytest.raises(ValueError, match=r"begun with other settings \(frame_period_ms: 55\.0 there, 60\.0 now"):
         extract(model, recordings, output, frame_period_ms=60.0)
     extract(model, recordings, tmp_path / "all", rate=0.0)
-    assert {entry["frame_period_s"] for entry in _read(tmp_path / "all")} != {0.02}
+    assert {entry["frame_period_s"] for entry in _read(tmp_path / "all")} == {0.02}
     frames = {entry["key"]: entry["frames"] for entry in _read(tmp_path / "all")}
     for entry in _read(output):
         assert 2 * float(str(entry["frames"])) < float(str(frames[entry["key"]])) < 3.2 * float(str(entry["frames"]))
@@ -124,10 +126,20 @@ def _table(folder: Path, recordings: Path) -> Table:
     return read_table(folder / "table.tsv")
 
 
-def test_probes_have_the_same_context_at_every_frame_period(encoder: Encoder, recordings: Path, tmp_path: Path) -> None:
+def test_probes_have_the_same_context_at_every_frame_period(
+    encoder: Encoder, recordings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     table = _table(tmp_path, recordings)
     assert EncoderSource(encoder).frame_period_s is None
     store, frames = FeatureStore(), {}
+    windows: list[float] = []
+    of_seconds = Window.of_seconds
+
+    def noted(context_s: float, frame_period_s: float) -> Window:
+        windows.append(frame_period_s)
+        return of_seconds(context_s, frame_period_s)
+
+    monkeypatch.setattr(Window, "of_seconds", noted)
     settings = ProbeSettings("digits", steps=2, learning_rates=(1e-3,))
     for period_ms in (20.0, 50.0):
         assert encoder.compressor is not None
@@ -136,8 +148,10 @@ def test_probes_have_the_same_context_at_every_frame_period(encoder: Encoder, re
         assert [result.encoder for result in results] == ["e", RANDOM]
         features = store.get(EncoderSource(encoder), table, name="e")
         frames[period_ms] = sum(part.shape[1] for part in features.frames)
-        assert features.mean_frame_period_s == pytest.approx(period_ms / 1000, rel=0.04)
+        assert features.mean_frame_period_s(encoder.config) == pytest.approx(period_ms / 1000, rel=0.03)
     assert frames[50.0] == pytest.approx(0.4 * frames[20.0], rel=0.03)  # not those that the store had
+    assert windows[0] == 0.02  # as a plain encoder's
+    assert windows[2] == pytest.approx(0.05, rel=0.03)
     average = Encoder(EncoderConfig(**_CONFIG.__dict__ | {"compressor": "average", "compressor_factor": 3}))
     assert EncoderSource(average).frame_period_s == pytest.approx(0.06)
 

@@ -123,6 +123,9 @@ def test_segments_that_do_not_serve(
         make_system(_compressed(make_config(), segments), "best-rq")
     with pytest.raises(ValueError, match="no labels there"):
         pretrain(_compressed(make_config(), tmp_path / "nowhere"))
+    label(Path(make_config().audio), tmp_path / "plain", LabelSettings(clusters=7), num_workers=0)
+    with pytest.raises(ValueError, match=r"has no segments; it was made without --segment_price"):
+        pretrain(_compressed(make_config(), tmp_path / "plain"))
     lines = (segments / "labels.jsonl").read_text().splitlines(keepends=True)
     (segments / "labels.jsonl").write_text("".join(lines[:7]))
     config = _compressed(make_config(), segments)

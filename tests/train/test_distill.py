@@ -1,6 +1,7 @@
 """`fastssl distill`: runs with a teacher, resumed, exported; what a teacher must be."""
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from lhotse.cut import Cut
 
 from fastssl import cli
+from fastssl.data.audio import AudioError, read_waveform
 from fastssl.interop import load_encoder
 from fastssl.models.best_rq import BestRqForPreTraining
 from fastssl.models.distillation import DistillationConfig
@@ -98,7 +101,8 @@ def test_the_shared_front_end_changes_no_loss(
 ) -> None:
     shared = _distil(make_config("shared"), teacher)
     pretrain(shared)
-    monkeypatch.setattr("fastssl.train.teacher.shares_front_end", lambda config, teacher: False)
+    of = Teacher.of
+    monkeypatch.setattr(Teacher, "of", lambda self, batch: (None, of(self, batch)[1]))
     apart = _distil(make_config("apart"), teacher)
     pretrain(apart)
     losses = [
@@ -229,19 +233,65 @@ def test_a_stale_cache_is_refused(make_config: MakeConfig, teacher: Path, record
 
 
 def test_recordings_that_cannot_be_read_are_left_out(
-    make_config: MakeConfig, teacher: Path, recordings: Path, tmp_path: Path
+    make_config: MakeConfig, teacher: Path, recordings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    audio = tmp_path / "audio"
-    shutil.copytree(recordings, audio)
-    damaged = audio / "speaker1" / "04.wav"
-    damaged.write_bytes(damaged.read_bytes()[:-1000])
-    changes = {"data.max_bad_fraction": 0.2, "trainer.max_steps": 3}
-    config = _cached(_distil(make_config("run", audio=audio, **changes), teacher), tmp_path / "cache")
+    """Headers are well, and samples are not."""
+    read = read_waveform
+
+    def fails(cut: Cut, **options: Any) -> Any:
+        if cut.id.endswith("04.wav"):
+            raise AudioError("is damaged")
+        return read(cut, **options)
+
+    monkeypatch.setattr("fastssl.data.batches.read_waveform", fails)
+    changes = {"data.max_bad_fraction": 0.2, "trainer.max_steps": 3, "data.num_workers": 0}
+    config = _cached(_distil(make_config("run", **changes), teacher), tmp_path / "cache")
     pretrain(config)
-    lines = (tmp_path / "cache" / "index.jsonl").read_text().splitlines()
-    log = (Path(config.output) / "logs" / "pretrain.log").read_text()
-    assert len(lines) in (13, 14)
-    assert ("04.wav" in log) == (len(lines) == 13)
+    assert len((tmp_path / "cache" / "index.jsonl").read_text().splitlines()) == 13
+    assert "04.wav is damaged" in (Path(config.output) / "logs" / "pretrain.log").read_text()
+    pretrain(dataclasses.replace(config, output=str(tmp_path / "again")))  # which knows it by then
+    few = dataclasses.replace(config.data, max_bad_fraction=0.01)
+    with pytest.raises(ValueError, match=r"of 1 of 14 crops the teacher has no frames, .*=0\.01 allows"):
+        pretrain(dataclasses.replace(config, output=str(tmp_path / "few"), data=few))
+
+
+def test_held_out_folders_have_frames_of_their_own(make_config: MakeConfig, teacher: Path, tmp_path: Path) -> None:
+    """Files of the same names in two folders are not the same audio."""
+    for folder, seed in (("train", 0), ("valid", 100)):
+        for index in range(4):
+            write_recording(tmp_path / folder / f"{index}.wav", 3.0, seed=seed + index)
+    changes = {"data.valid": str(tmp_path / "valid"), "trainer.max_steps": 4, "data.fixed_crops": True}
+    beside = _distil(make_config("beside", audio=tmp_path / "train", **changes), teacher)
+    kept = _cached(dataclasses.replace(beside, output=str(tmp_path / "kept")), tmp_path / "cache")
+    for config in (beside, kept):
+        pretrain(config)
+    assert len((tmp_path / "cache" / "index.jsonl").read_text().splitlines()) == 8
+    expected, found = (read_metrics(Path(config.output) / "metrics.csv") for config in (beside, kept))
+    for ours, theirs in zip(found, expected, strict=True):
+        for name in ("distillation_loss", "valid_distillation_loss"):
+            if name in theirs:
+                assert ours[name] == pytest.approx(theirs[name], rel=2e-3)
+
+
+def test_windows_of_long_recordings_are_kept_as_often_as_they_are_drawn(
+    make_config: MakeConfig, teacher: Path, tmp_path: Path
+) -> None:
+    write_recording(tmp_path / "audio" / "long.wav", 21.0, seed=3)
+    write_recording(tmp_path / "audio" / "short.wav", 3.0, seed=4)
+    changes = {"data.valid": 0, "data.window_s": 10.0, "trainer.max_steps": 12}
+    config = _cached(_distil(make_config("run", audio=tmp_path / "audio", **changes), teacher), tmp_path / "cache")
+    pretrain(config)
+    keys = [json.loads(line)["key"] for line in (tmp_path / "cache" / "index.jsonl").read_text().splitlines()]
+    assert len(keys) == len(set(keys)) > 8
+    assert any(key.endswith("#1") for key in keys)
+
+
+def test_frozen_convolutions_must_be_the_teachers(make_config: MakeConfig, teacher: Path) -> None:
+    for changes in ({"conv_dim": (8,) * 7}, {"initialise_from_teacher": False}):
+        config = _distil(make_config(), teacher, **changes)
+        with pytest.raises(ValueError, match=r"model\.feature_grad_mult: 0 freezes the convolutions"):
+            pretrain(config)
+    assert not Path(config.output).exists()
 
 
 def test_the_command(recordings: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -261,6 +311,9 @@ def test_the_command(recordings: Path, teacher: Path, tmp_path: Path, capsys: py
     assert "distilhubert is for `fastssl distill`; pretrain takes best-rq-base" in capsys.readouterr().err
     assert cli.main(["distill", str(recordings), "--recipe", "hubert-tiny", "--output", str(tmp_path / "none")]) == 1
     assert "hubert-tiny is for `fastssl pretrain`; distill takes distil-12l-half" in capsys.readouterr().err
+    config = str(tmp_path / "run" / "config.yaml")
+    assert cli.main(["pretrain", "--config", config, "--output", str(tmp_path / "none")]) == 1
+    assert "is for `fastssl distill`" in capsys.readouterr().err
 
 
 def test_teachers_that_do_not_serve(make_config: MakeConfig, make_system: Any, teacher: Path, tmp_path: Path) -> None:
@@ -269,7 +322,7 @@ def test_teachers_that_do_not_serve(make_config: MakeConfig, make_system: Any, t
         dataclasses.replace(plain, teacher=str(teacher))
     with pytest.raises(ValueError, match="there is no such file or folder"):
         pretrain(_distil(plain, tmp_path / "nowhere"))
-    with pytest.raises(ValueError, match=r"--teacher: .*the teacher has layers 0 to 3, got 4"):
+    with pytest.raises(ValueError, match=r"--teacher: .*the teacher has layers 0 to 3, got \[4, 8\]"):
         pretrain(_distil(plain, teacher, teacher_layers=(4, 8)))
     BestRqForPreTraining(model_of("best-rq")).speech_encoder.save_pretrained(tmp_path / "best-rq")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="has other frames than a student"):

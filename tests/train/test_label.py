@@ -278,7 +278,7 @@ def test_other_processes_do_not_wait_for_one_that_failed(
         with pytest.raises(ValueError, match="no space is left"):
             pretrain(hubert)
     with monkeypatch.context() as patch:
-        patch.setattr("fastssl.train.run_labels._FAILED_FOR_S", 0.1)
+        patch.setattr("fastssl.train.waiting._FAILED_FOR_S", 0.1)
         patch.setenv("SLURM_PROCID", "1")
         with pytest.raises(ValueError, match=r"the process that makes .*labels failed: no space is left"):
             pretrain(hubert, resume=True)

@@ -22,7 +22,9 @@ def fire_positions(weights: Tensor, layout: Layout, threshold: float) -> Tensor:
     """
     padded = Packed(weights.to(torch.float64), layout).to_padded()
     sums = padded.t().cumsum(0).t()
-    return Packed.from_padded(sums, layout.lengths).values / threshold
+    # Rows by what is on the device: lengths from the host would make the host wait.
+    rows = layout.sequence_ids * padded.shape[1] + layout.positions
+    return sums.reshape(-1).index_select(0, rows) / threshold
 
 
 def fired(positions: Tensor, weights: Tensor, layout: Layout) -> Tensor:

@@ -14,8 +14,9 @@ from torch import Tensor
 from fastssl.data.audio import SAMPLE_RATE_HZ, AudioError, read_waveform
 from fastssl.data.corpus import Problem, cut_name, scan_file
 from fastssl.data.mfcc import differences
+from fastssl.data.recordings import count_frames
 from fastssl.data.waveforms import pack_waveforms
-from fastssl.models.encoder import Encoder
+from fastssl.models.encoder import Encoder, EncoderConfig
 from fastssl.models.speech_encoder import SpeechEncoder, fresh_encoder
 from fastssl.nn.compression import SequenceCompressor
 from fastssl.packing import Layout, Packed
@@ -167,10 +168,12 @@ class Features:
     problems: tuple[Problem, ...]
     too_short: int
 
-    @property
-    def mean_frame_period_s(self) -> float:
-        """Of all examples together."""
-        return sum(self.seconds) / sum(frames.shape[1] for frames in self.frames)
+    def mean_frame_period_s(self, config: EncoderConfig) -> float:
+        """Of all examples of an encoder together: the period of its front end, by how many frames a compressor left."""
+        lengths = [round(seconds * SAMPLE_RATE_HZ) for seconds in self.seconds]
+        stride, receptive_field = config.samples_per_frame, config.receptive_field_samples
+        before = sum(count_frames(length, stride=stride, receptive_field=receptive_field) for length in lengths)
+        return stride / SAMPLE_RATE_HZ * before / sum(frames.shape[1] for frames in self.frames)
 
 
 class Standard(NamedTuple):
