@@ -210,6 +210,7 @@ def test_models_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(huggingface_hub, "snapshot_download", hub)
         assert_opens("facebook/hubert-base-ls960", theirs)
         assert [name for name, _ in hub.asked] == ["facebook/hubert-base-ls960"] * calls
+        assert "compressor.safetensors" in hub.asked[0][1]
         # A pickle is not downloaded where there is something better.
         assert ["pytorch_model.bin" in patterns for _, patterns in hub.asked] == [False, True][:calls]
     # What is here goes before what is on the Hub.
