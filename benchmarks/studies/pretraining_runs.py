@@ -50,8 +50,9 @@ class Job:
         name: Of its folder.
         audio: What it trains on.
         recipe: By which.
-        options: As on the command line of `fastssl pretrain`, without the dashes before them.
+        options: As on the command line, without the dashes before them.
         seed: Of the run.
+        command: `fastssl pretrain`, or distill.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Job:
     recipe: str
     options: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
+    command: str = "pretrain"
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,7 @@ def _train(job: Job, run: Path, lock: int) -> dict[str, float]:
     options = [f"--{name}={_as_text(value)}" for name, value in job.options.items()]
     log, used = run.parent / f"{run.name}.log", run.parent / f"{run.name}.used.json"
     command = [sys.executable, "-m", "benchmarks.studies.accounted", str(used)]
-    command += [sys.executable, "-m", "fastssl", "pretrain", str(job.audio), "--output", str(run)]
+    command += [sys.executable, "-m", "fastssl", job.command, str(job.audio), "--output", str(run)]
     if (run / "config.yaml").is_file():
         command.append("--resume")
     else:

@@ -80,7 +80,8 @@ def pretrain(config: PretrainConfig, *, resume: bool = False) -> None:
     if encoder is not None and isinstance(model, DistillationModel):
         teacher = teach(config, model, encoder, fresh=config.init is None and resume_from is None)
     keeps_frames = teacher is not None and config.data.teacher_cache is not None
-    shards = open_cache(config, data, teacher) if teacher is not None and keeps_frames and first else None
+    if teacher is not None and keeps_frames and first:
+        open_cache(config, data, teacher)  # a cache that does not serve is refused before anything is written
     if first:
         (run / "logs").mkdir(parents=True, exist_ok=True)
         write_config(config, run / "config.yaml")
@@ -89,7 +90,7 @@ def pretrain(config: PretrainConfig, *, resume: bool = False) -> None:
             _describe(config, data, model, complete=complete, resume_from=resume_from)
         labels_for_run(run, config, data, given, first=first)
         if teacher is not None and keeps_frames:
-            attach_cache(config, data, teacher, shards)
+            attach_cache(config, data, teacher, first=first)
         _fit(config, run, data, model, teacher, resume_from=resume_from)
 
 

@@ -37,8 +37,7 @@ class Shards:
         self.entries = read_index(folder)
         numbers = [int(entry["shard"].removeprefix(f"{name}-").partition(".")[0]) for entry in self.entries.values()]
         self._number = 1 + max(numbers, default=-1)
-        # What a kill left of a last line must not be continued.
-        write_text(self._index, "".join(json.dumps(entry) + "\n" for entry in self.entries.values()))
+        self._begun = False
 
     def _begin(self, settings: Mapping[str, Any], option: str) -> None:
         path = self.folder / SETTINGS_FILE
@@ -63,6 +62,10 @@ class Shards:
 
     def close(self) -> None:
         """Write the open shard, then its lines of the index."""
+        if not self._begun:
+            # What a kill left of a last line must not be continued.
+            write_text(self._index, "".join(json.dumps(entry) + "\n" for entry in self.entries.values()))
+            self._begun = True
         if not self._open_entries:
             return
         shard = f"{self.name}-{self._number:05d}.safetensors"

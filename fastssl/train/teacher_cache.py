@@ -49,7 +49,7 @@ def open_cache(config: PretrainConfig, data: PretrainDataModule, teacher: Teache
         "front_end": teacher.gives_frames,
         "crop_s": config.data.crop_s,
         "window_s": config.data.window_s,
-        "seed": config.seed,
+        "seed": None if config.data.crop_s is None else config.seed,
         "channel": config.data.channel,
         "normalize": data.normalize,
     }
@@ -65,28 +65,29 @@ def open_cache(config: PretrainConfig, data: PretrainDataModule, teacher: Teache
     return shards
 
 
-def attach_cache(config: PretrainConfig, data: PretrainDataModule, teacher: Teacher, shards: Shards | None) -> None:
+def attach_cache(config: PretrainConfig, data: PretrainDataModule, teacher: Teacher, *, first: bool) -> None:
     """Make the frames that are missing, and give them to the data of a run.
 
     Args:
         config: The settings.
         data: Takes the frames, and leaves out recordings that cannot be used.
         teacher: Makes them.
-        shards: `open_cache`, of the process that makes them; None waits for it.
+        first: Whether this process makes them; the others, and other runs, wait for it.
 
     Raises:
-        ValueError: Another run is making them; or too many recordings cannot be used.
+        ValueError: As `open_cache`; or too many recordings cannot be used.
     """
     folder = _folder(config)
 
     def make() -> None:
-        assert shards is not None
         with (folder / _LOCK_FILE).open("w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise ValueError(f"data.teacher_cache: {folder} is being filled by another run") from None
-            unusable = _fill(shards, data, teacher)
+                logger.info("another run makes frames in %s; waiting for it", folder)
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            # What another run has made meanwhile is there now.
+            unusable = _fill(open_cache(config, data, teacher), data, teacher)
             write_json(folder / _DONE_FILE, {key: [problem.name, problem.reason] for key, problem in unusable.items()})
 
     def done() -> bool:
@@ -94,13 +95,11 @@ def attach_cache(config: PretrainConfig, data: PretrainDataModule, teacher: Teac
         known = read_index(folder).keys() | _unusable(folder).keys()
         return (folder / _DONE_FILE).is_file() and all(key in known for key, _ in data.crops())
 
-    by_first_process(make, first=shards is not None, done=done, folder=folder)
+    by_first_process(make, first=first, done=done, folder=folder)
     problems = list(_unusable(folder).values())
-    if shards is not None:
-        for problem in problems:
-            logger.warning("left out: %s", problem)
-    entries = read_index(folder) if shards is None else shards.entries
-    data.attach_teacher(_table(folder, entries, teacher), problems)
+    for problem in problems if first else []:
+        logger.warning("left out: %s", problem)
+    data.attach_teacher(_table(folder, read_index(folder), teacher), problems)
 
 
 def _unusable(folder: Path) -> dict[str, Problem]:

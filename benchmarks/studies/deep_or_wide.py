@@ -1,0 +1,159 @@
+"""Deep versus Wide (arXiv:2207.06867): students of about as many parameters, from one wide layer to six narrow ones.
+
+    python -m benchmarks.studies.deep_or_wide CORPORA --teacher RUN --runs RUNS --output deep_or_wide.json [--full]
+
+1 x 192, 3 x 128 and 6 x 96 (765,504, 743,168 and 757,824 parameters behind the convolutions) learn from TEACHER by
+prediction heads and layer to layer, on whole utterances, its frames kept on disk and its convolutions frozen; one
+student with convolutions of its own is the control. Content is digits by CTC, with --full on held-out speakers too;
+speaker is thirty voices in 1 s. The paper finds that content takes depth, and speakers width.
+"""
+
+import csv
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from benchmarks.studies.findings import Spread, chance, compare
+from benchmarks.studies.make_teacher import check_teacher
+from benchmarks.studies.pretraining_runs import (
+    Job,
+    StudyFile,
+    Trained,
+    corpora_parser,
+    do_all,
+    finished,
+    what_decides,
+)
+from benchmarks.studies.probes import Probe, probe
+
+#: Layers, width, heads.
+SHAPES = {"1 x 192": (1, 192, 4), "3 x 128": (3, 128, 4), "6 x 96": (6, 96, 4)}
+LOSSES = ("pred", "l2l")
+#: With trainable convolutions.
+CONTROL = ("3 x 128", "pred")
+CONTENT = {"digit error": Probe("test", "digits")}
+HELD_OUT = {"digit error, held-out speakers": Probe("test", "digits", folds="speaker")}
+SPEAKER = {"voice error, 1 s": Probe("voices_test", "voice", segment_s=1.0)}
+
+
+class Size(NamedTuple):
+    """How much of the study is done."""
+
+    updates: int
+    seeds: int
+    probe_steps: int
+    held_out: bool
+
+
+DEFAULT = Size(updates=400, seeds=1, probe_steps=300, held_out=False)
+FULL = Size(updates=1500, seeds=3, probe_steps=600, held_out=True)
+
+
+def jobs(corpora: Path, teacher: Path, runs: Path, size: Size, *, precision: str) -> dict[str, Job]:
+    """The runs by key, `shape/loss/front end/seed`."""
+    shape_of_teacher = yaml.safe_load((teacher / "config.yaml").read_text())["model"]
+    found = {}
+    for seed in range(size.seeds):
+        for name, (layers, width, heads) in SHAPES.items():
+            for loss in LOSSES:
+                for front_end in ("frozen", "trained") if (name, loss) == CONTROL else ("frozen",):
+                    key = f"{name}/{loss}/{front_end}/{seed}"
+                    predicted = "pred" if loss == "pred" else f"l2l-{layers}"
+                    options = {
+                        "teacher": str(teacher.absolute()),
+                        "model.num_hidden_layers": layers,
+                        "model.hidden_size": width,
+                        "model.intermediate_size": 4 * width,
+                        "model.num_attention_heads": heads,
+                        "model.num_conv_pos_embeddings": 128,
+                        "model.num_conv_pos_embedding_groups": 16,
+                        "model.conv_dim": shape_of_teacher["conv_dim"],
+                        "model.distillation": loss,
+                        "model.feature_grad_mult": 0.0 if front_end == "frozen" else 0.1,
+                        "data.crop_s": None,
+                        "data.min_duration_s": 1.0,
+                        "data.valid": str((corpora / "dev").absolute()),
+                        "trainer.max_steps": size.updates,
+                        "trainer.precision": precision,
+                        "trainer.val_check_interval": size.updates,
+                        "trainer.progress": "false",
+                    }
+                    if front_end == "frozen":
+                        options["data.teacher_cache"] = str((runs / f"frames-{predicted}").absolute())
+                    job_name = key.replace(" ", "").replace("/", "-")
+                    found[key] = Job(job_name, corpora / "train", "distil-tiny", options, seed, command="distill")
+    return found
+
+
+def evaluate(corpora: Path, size: Size, job: Job, trained: Trained) -> dict[str, Any]:
+    """What a finished student took, and what is read from it."""
+    probes = CONTENT | SPEAKER | (HELD_OUT if size.held_out else {})
+    errors = probe(trained.run, corpora, probes, steps=size.probe_steps)
+    return {"training_s": trained.training_s, "cpu_s": trained.cpu_s, "updates": trained.updates, "probes": errors}
+
+
+def findings(results: Mapping[str, Any]) -> list[str]:
+    """Deep beside wide by loss and probe, and whether the paper's order shows."""
+    lines, tests = [], 0
+    names = list(next(iter(results.values()))["probes"]) if results else []
+    for loss in LOSSES:
+        by_shape = {
+            shape: [result for key, result in results.items() if key.startswith(f"{shape}/{loss}/frozen/")]
+            for shape in SHAPES
+        }
+        if not all(by_shape.values()):
+            continue
+        for name in names:
+            spreads = {shape: Spread([run["probes"][name] for run in runs]) for shape, runs in by_shape.items()}
+            shapes = list(SHAPES)
+            for deep, wide in ((shapes[-1], shapes[0]), (shapes[1], shapes[0]), (shapes[-1], shapes[1])):
+                lines.append(f"{loss}, {name}: " + compare(deep, spreads[deep], wide, spreads[wide]))
+                tests += min(len(spreads[deep].values), len(spreads[wide].values)) > 1
+    shape, loss = CONTROL
+    of = {
+        end: [r for key, r in results.items() if key.startswith(f"{shape}/{loss}/{end}/")]
+        for end in ("frozen", "trained")
+    }
+    if all(of.values()):
+        for name in names:
+            frozen, trained = (Spread([run["probes"][name] for run in runs]) for runs in of.values())
+            lines.append(f"{shape}, {loss}, {name}: " + compare("trained convolutions", trained, "frozen", frozen))
+            tests += min(len(frozen.values), len(trained.values)) > 1
+    return lines if tests == 0 else [*lines, chance(tests)]
+
+
+def write_csv(results: Mapping[str, Any], path: Path) -> None:
+    """A row per run."""
+    names = sorted({name for result in results.values() for name in result["probes"]})
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["shape", "loss", "front end", "seed", "updates", "training_s", "cpu_s", *names])
+        for key, result in results.items():
+            costs = [result["updates"], f"{result['training_s']:.6g}", f"{result['cpu_s']:.6g}"]
+            writer.writerow([*key.split("/"), *costs, *(f"{result['probes'][name]:.6g}" for name in names)])
+
+
+def main() -> None:
+    """Do the runs that are not there yet, probe them, and write what follows."""
+    parser = corpora_parser(__doc__ or "")
+    parser.add_argument("--teacher", type=Path, required=True, help="a run of make_teacher")
+    parser.add_argument("--full", action="store_true", help=f"{FULL.seeds} seeds of {FULL.updates} updates: hours")
+    arguments = parser.parse_args()
+    size = FULL if arguments.full else DEFAULT
+    decides = what_decides(arguments.corpora, ["train", "dev", "test", "voices_train", "voices_dev", "voices_test"])
+    of_teacher = check_teacher(arguments.teacher)
+    settings = {"study": "deep_or_wide", **size._asdict(), "precision": arguments.precision, "teacher": of_teacher}
+    study = StudyFile(arguments.output, {**settings, **decides})
+    to_do = jobs(arguments.corpora, arguments.teacher, arguments.runs, size, precision=arguments.precision)
+    do_all(study, to_do, arguments.runs, partial(evaluate, arguments.corpora, size), parallel=arguments.parallel)
+    results, failed = finished(study.results)
+    study.conclude(failed + findings(results))
+    write_csv(results, arguments.output.with_suffix(".csv"))
+    print("\n".join(study.content["findings"]))
+
+
+if __name__ == "__main__":
+    main()
