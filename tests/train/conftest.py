@@ -11,6 +11,7 @@ import soundfile
 import torch
 
 from fastssl.models.best_rq import BestRqConfig
+from fastssl.models.distillation import DistillationConfig
 from fastssl.models.encoder import EncoderConfig
 from fastssl.models.hubert import HubertConfig
 from fastssl.models.wav2vec2 import Wav2Vec2Config
@@ -73,6 +74,8 @@ def model_of(system: str) -> ModelConfig:
     if system == "wav2vec2":
         return wav2vec2
     shape = {field.name: getattr(wav2vec2, field.name) for field in dataclasses.fields(EncoderConfig)}
+    if system == "distillation":
+        return DistillationConfig(**shape | {"model_type": "hubert", "teacher_hidden_size": 32})
     return HubertConfig(**shape | {"model_type": "hubert", "num_clusters": 7, "final_dim": 8})
 
 
