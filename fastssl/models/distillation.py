@@ -124,8 +124,6 @@ PRESETS = {
     ),
 }
 PRESETS["distil-tiny-ofa"] = replace(PRESETS["distil-tiny"], compressor="integrate-and-fire")
-#: Near the parameters of distil-12l-half, from wide to deep: layers, width, heads.
-GRID = ((3, 768, 12), (4, 640, 10), (5, 576, 9), (6, 512, 8), (8, 448, 7), (10, 416, 8), (12, 384, 6), (16, 336, 6))
 
 
 @dataclass(frozen=True)

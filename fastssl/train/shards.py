@@ -30,6 +30,7 @@ class Shards:
     def __init__(self, folder: Path, *, settings: Mapping[str, Any], name: str, option: str, shard_bytes: int) -> None:
         self.folder, self.name, self.shard_bytes = folder, name, shard_bytes
         self._open: dict[str, Tensor] = {}
+        self._open_bytes = 0
         self._open_entries: list[dict[str, Any]] = []
         self._index = folder / INDEX_FILE
         self._begin(settings, option)
@@ -56,8 +57,9 @@ class Shards:
     def add(self, key: str, tensors: Mapping[str, Tensor], entry: Mapping[str, Any]) -> None:
         """Take in the tensors of a key, by their names in the shard, and its line of the index."""
         self._open |= {name: tensor.contiguous() for name, tensor in tensors.items()}
+        self._open_bytes += sum(tensor.nbytes for tensor in tensors.values())
         self._open_entries.append({"key": key, **entry})
-        if sum(tensor.nbytes for tensor in self._open.values()) >= self.shard_bytes:
+        if self._open_bytes >= self.shard_bytes:
             self.close()
 
     def close(self) -> None:
@@ -79,6 +81,7 @@ class Shards:
                 self.entries[entry["key"]] = line
         self._number += 1
         self._open.clear()
+        self._open_bytes = 0
         self._open_entries.clear()
 
 

@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 import fastssl
 from fastssl.models.distillation import (
-    GRID,
     PRESETS,
     DistillationConfig,
     DistillationModel,
@@ -23,6 +22,8 @@ from fastssl.nn.random import draw_keys
 from fastssl.packing import Packed
 from tests.models.test_compressed import SHAPE, waveforms_of
 
+#: Near the parameters of distil-12l-half, from wide to deep, as its recipe names them: layers, width, heads.
+GRID = ((3, 768, 12), (4, 640, 10), (5, 576, 9), (6, 512, 8), (8, 448, 7), (10, 416, 8), (12, 384, 6), (16, 336, 6))
 TEACHER = EncoderConfig(**SHAPE | {"num_hidden_layers": 6, "hidden_size": 48})
 
 
@@ -109,9 +110,16 @@ def test_which_layers_are_predicted(changes: dict[str, Any], layers: int, expect
 
 
 @pytest.mark.parametrize(
-    ("name", "millions"), [("distilhubert", 23.49), ("distil-3l-one", 30.58), ("distil-12l-half", 26.87)]
+    ("name", "millions"),
+    [
+        ("distilhubert", 23.49),
+        ("distil-3l-one", 30.58),
+        ("distil-12l-half", 26.87),
+        ("distil-tiny", 1.33),
+        ("distil-tiny-ofa", 1.41),
+    ],
 )
-def test_sizes_are_the_published_ones(name: str, millions: float) -> None:
+def test_sizes_are_the_published_ones_and_those_of_the_readme(name: str, millions: float) -> None:
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in Encoder(PRESETS[name]).parameters())
     assert round(parameters / 1e6, 2) == millions
