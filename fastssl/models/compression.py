@@ -41,8 +41,7 @@ class CompressedConfig(EncoderConfig):
         super().__post_init__()
         if self.compression_draw not in ("rate", "period"):
             raise ValueError(f"compression_draw: must be rate or period, got {self.compression_draw!r}")
-        period_ms = 1000 * self.samples_per_frame / 16_000
-        limits = (0.0, 2.0) if self.compression_draw == "rate" else (period_ms, math.inf)
+        limits = (0.0, 2.0) if self.compression_draw == "rate" else (self.frame_period_ms, math.inf)
         numbers = self.compression_range
         if len(numbers) != 2 or not limits[0] <= numbers[0] <= numbers[1] <= limits[1] or math.isinf(numbers[1]):
             raise ValueError(
@@ -123,5 +122,5 @@ def compression_scores(
         )
     quantity = quantity_loss(compressed.weights, layout, share=config.quantity_share)
     frames, fewer = layout.cu_seqlens.diff(), compressed.frames.layout.cu_seqlens.diff()
-    period_ms = 1000 * config.samples_per_frame / 16_000 * frames / fewer.clamp(min=1)
+    period_ms = config.frame_period_ms * frames / fewer.clamp(min=1)
     return CompressionScores(*(torch.sum(of_each * masked) for of_each in (segment, frame, quantity, period_ms)))

@@ -166,6 +166,11 @@ class EncoderConfig:
         return product
 
     @property
+    def frame_period_ms(self) -> float:
+        """Milliseconds from one frame of the front end to the next (20)."""
+        return 1000 * self.samples_per_frame / SAMPLE_RATE_HZ
+
+    @property
     def receptive_field_samples(self) -> int:
         """Samples that one frame of the front end sees (400: 25 ms)."""
         samples = 1
@@ -259,12 +264,11 @@ class Encoder(nn.Module):
         self.compressor: SequenceCompressor | None = None
         if config.compressor != "none":
             factor = None if config.compressor == "integrate-and-fire" else config.compressor_factor
-            period_ms = 1000 * config.samples_per_frame / SAMPLE_RATE_HZ
             self.compressor = SequenceCompressor(
                 config.conv_dim[-1],
                 kind=cast(Kind, config.compressor),
                 factor=factor,
-                input_period_ms=period_ms,
+                input_period_ms=config.frame_period_ms,
             )
         for module in self.encoder.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):

@@ -37,12 +37,13 @@ def count_operations(config: "EncoderConfig", *, seconds: float, frame_period_ms
         frames = max(0, (frames - kernel) // stride + 1)
         front_end += frames * c_in * channels * kernel
         c_in = channels
-    period_ms = 1000 * config.samples_per_frame / _SAMPLE_RATE_HZ
     if config.compressor == "integrate-and-fire":
         front_end += frames * c_in * (5 * c_in + 1)
     elif config.compressor == "strided":
         front_end += frames * c_in * c_in
-    left = frames / config.compressor_factor if frame_period_ms is None else frames * period_ms / frame_period_ms
+    left = frames / config.compressor_factor
+    if frame_period_ms is not None:
+        left = frames * config.frame_period_ms / frame_period_ms
     width, inner = config.hidden_size, config.intermediate_size
     kernel = config.num_conv_pos_embeddings  # of data2vec-audio, how many there are
     if config.model_type == "data2vec-audio":

@@ -1,6 +1,7 @@
 """A corpus of a few seconds and a model of a few thousand parameters."""
 
 import dataclasses
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from fastssl.models.distillation import DistillationConfig
 from fastssl.models.encoder import EncoderConfig
 from fastssl.models.hubert import HubertConfig
 from fastssl.models.wav2vec2 import Wav2Vec2Config
+from fastssl.train.checkpoints import saved_update
 from fastssl.train.config import (
     DataConfig,
     OptimizerConfig,
@@ -85,6 +87,14 @@ def write_recording(path: Path, seconds: float, seed: int) -> None:
     samples = random.standard_normal(round(16000 * seconds)).astype(np.float32)
     path.parent.mkdir(parents=True, exist_ok=True)
     soundfile.write(path, samples * (0.02 + 0.1 * np.abs(np.sin(np.arange(len(samples)) / 1600))), 16000)
+
+
+def rewound(config: PretrainConfig, output: Path, *, update: int) -> PretrainConfig:
+    """A copy of a finished run that stands behind a checkpoint which it kept (`trainer.keep_every`)."""
+    shutil.copytree(config.output, output)
+    (output / "checkpoints" / f"{update:07d}.ckpt").replace(output / "checkpoints" / "last.ckpt")
+    assert saved_update(output / "checkpoints" / "last.ckpt") == update
+    return dataclasses.replace(config, output=str(output))
 
 
 def as_yaml_file(config: PretrainConfig, folder: Path) -> Path:

@@ -1,7 +1,6 @@
 """Pre-training with a compressor: from a plain encoder, with segments to learn boundaries from, resumed."""
 
 import dataclasses
-import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from fastssl.data.batches import UpdateSampler, WaveformDataset
 from fastssl.interop import load_encoder
 from fastssl.models.encoder import Encoder
 from fastssl.models.wav2vec2 import Wav2Vec2Config
-from fastssl.train.checkpoints import initialise, saved_update
+from fastssl.train.checkpoints import initialise
 from fastssl.train.config import PretrainConfig
 from fastssl.train.data import PretrainDataModule
 from fastssl.train.label import LabelSettings, label
@@ -20,7 +19,7 @@ from fastssl.train.metrics_file import read_metrics
 from fastssl.train.pretrain import pretrain
 from fastssl.train.run_labels import attach_given
 from fastssl.train.systems import build_model
-from tests.train.conftest import MakeConfig, MakeSystem, write_recording
+from tests.train.conftest import MakeConfig, MakeSystem, rewound, write_recording
 
 
 def _compressed(config: PretrainConfig, segments: Path | None = None) -> PretrainConfig:
@@ -51,11 +50,7 @@ def test_a_run_learns_boundaries_and_resumes_to_the_bit(make_config: MakeConfig,
     encoder = load_encoder(whole.output)
     assert isinstance(encoder, Encoder)
     assert encoder.compressor is not None
-    broken = dataclasses.replace(whole, output=str(Path(whole.output).with_name("broken")))
-    shutil.copytree(whole.output, broken.output)
-    checkpoints = Path(broken.output) / "checkpoints"
-    (checkpoints / "0000004.ckpt").replace(checkpoints / "last.ckpt")
-    assert saved_update(checkpoints / "last.ckpt") == 4
+    broken = rewound(whole, Path(whole.output).with_name("broken"), update=4)
     pretrain(broken, resume=True)
     expected, found = (
         torch.load(Path(config.output) / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]

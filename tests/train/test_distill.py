@@ -19,13 +19,12 @@ from fastssl.models.best_rq import BestRqForPreTraining
 from fastssl.models.distillation import DistillationConfig
 from fastssl.models.encoder import Encoder, EncoderConfig
 from fastssl.nn.feature_extractor import FeatureExtractor
-from fastssl.train.checkpoints import saved_update
 from fastssl.train.config import PretrainConfig
 from fastssl.train.label import LabelSettings, label
 from fastssl.train.metrics_file import read_metrics
 from fastssl.train.pretrain import pretrain
 from fastssl.train.teacher import Teacher
-from tests.train.conftest import MakeConfig, model_of, write_recording
+from tests.train.conftest import MakeConfig, model_of, rewound, write_recording
 
 _SHAPE = {field.name: getattr(model_of("wav2vec2"), field.name) for field in dataclasses.fields(EncoderConfig)}
 _TEACHER = EncoderConfig(**_SHAPE | {"num_hidden_layers": 3, "do_normalize": False})
@@ -120,11 +119,7 @@ def test_a_resumed_run_ends_as_an_unbroken_one(
     config = _distil(make_config("whole", **changes), teacher, compressor="integrate-and-fire")
     whole = dataclasses.replace(config, data=dataclasses.replace(config.data, segments=str(tmp_path / "segments")))
     pretrain(whole)
-    broken = dataclasses.replace(whole, output=str(tmp_path / "broken"))
-    shutil.copytree(whole.output, broken.output)
-    checkpoints = Path(broken.output) / "checkpoints"
-    (checkpoints / "0000004.ckpt").replace(checkpoints / "last.ckpt")
-    assert saved_update(checkpoints / "last.ckpt") == 4
+    broken = rewound(whole, tmp_path / "broken", update=4)
     pretrain(broken, resume=True)
     expected, found = (
         torch.load(Path(run.output) / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
