@@ -49,7 +49,7 @@ class DataConfig:
             has them too, or a fraction of AUDIO; 0 scores nothing.
         channel: The channel to read; null averages all of them.
         labels: Folder that `fastssl label` wrote for AUDIO, of which HuBERT learns; null makes labels from MFCC first.
-        segments: Folder that `fastssl label --segment_price` wrote for AUDIO, whose segments show a compressor where to
+        segments: Folder that `fastssl label --segment_ms` wrote for AUDIO, whose segments show a compressor where to
             fire; null leaves that to the objective.
         fixed_crops: Crop a recording at the same place in every epoch.
         teacher_cache: Folder for a teacher's frames of the crops, made once and then read; needs fixed_crops, or

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from lhotse.cut import Cut
+from numpy.typing import NDArray
 from rich import get_console
 from rich.progress import track
 from safetensors import SafetensorError
@@ -37,6 +38,8 @@ logger = logging.getLogger(__name__)
 #: Written last: other processes of a run wait for it.
 DONE_FILE = "done.json"
 _MIN_DURATION_S = 0.025
+#: On which the price of a segment is found, and how often its interval is halved.
+_PRICE_FRAMES, _HALVINGS = 50_000, 30
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,8 @@ class LabelSettings:
         segment_price: Labels are the same over whole segments, for the least sum of squared distances to the classes
             and of this price for each segment; sequence compression learns from the segments. How long a price makes
             them hangs on the features' scale, and is said at the end. null gives each frame its nearest class.
+        segment_ms: Take the price at which segments last so long on average, in the recordings that k-means is fitted
+            to, instead of one that is given.
     """
 
     model: str | None = None
@@ -63,8 +68,13 @@ class LabelSettings:
     seed: int = 0
     channel: int | None = None
     segment_price: float | None = None
+    segment_ms: float | None = None
 
     def __post_init__(self) -> None:
+        if self.segment_price is not None and self.segment_ms is not None:
+            raise ValueError(f"--segment_ms: finds the price, and --segment_price gives one: {self.segment_price}")
+        if self.segment_ms is not None and not 0 < self.segment_ms < math.inf:
+            raise ValueError(f"--segment_ms: must be positive, got {self.segment_ms}")
         if self.segment_price is not None and not 0 <= self.segment_price < math.inf:
             raise ValueError(f"--segment_price: must not be negative, got {self.segment_price}")
         if self.clusters < 2:
@@ -120,7 +130,7 @@ def label(
     _check_output(output)
     corpus = open_corpus(audio, min_duration_s=_MIN_DURATION_S, window_s=None, max_bad_fraction=1.0)
     cuts = list(corpus.cuts)
-    centres = _centres(output, settings, features, cuts, donor=donor)
+    classes = _classes(output, settings, features, cuts, donor=donor)
     done = {
         line["id"]: (line["duration"], line["custom"]["sampling_rate"]) for line in read_lines(output / LABELS_FILE)
     }
@@ -131,7 +141,6 @@ def label(
     if todo:
         (output / DONE_FILE).unlink(missing_ok=True)
         _drop_lines(output / LABELS_FILE, {cut.id for cut in todo})
-    classes = _Classes(centres, settings.segment_price)
     problems = corpus.problems + _append_lines(output / LABELS_FILE, features, todo, classes)
     for problem in problems:
         logger.warning("left out: %s", problem)
@@ -256,9 +265,9 @@ def _labelled(frames: Tensor, classes: _Classes | None) -> Tensor:  # (N, D) -> 
     return frames if classes is None else classes.of(frames.float())
 
 
-def _centres(
+def _classes(
     output: Path, settings: LabelSettings, features: _Features, cuts: Sequence[Cut], *, donor: Path | None
-) -> Tensor:
+) -> _Classes:
     """Those of the folder, of the donor, or new ones; and the folder made ready."""
     record = asdict(settings) | {
         "weights": features.digest,
@@ -275,19 +284,22 @@ def _centres(
         centres = _read_centres(output)
         if donor is not None and not torch.equal(centres, _read_centres(donor)):
             raise ValueError(f"--kmeans: {output} was begun with another k-means model than that of {donor}")
-        return centres
+        return _Classes(centres, before.get("price"))
     if donor is not None and read_settings(donor).get("weights") != features.digest:
         raise ValueError(f"--kmeans: {donor} was made when {settings.model} had other weights than it has now")
-    centres = _read_centres(donor) if donor is not None else _fit(features, cuts, settings)
+    if donor is not None:
+        classes = _Classes(_read_centres(donor), settings.segment_price)
+    else:
+        classes = _fit(features, cuts, settings)
     output.mkdir(parents=True, exist_ok=True)
-    write_weights(output / CENTRES_FILE, {"centres": centres})
+    write_weights(output / CENTRES_FILE, {"centres": classes.centres})
     (output / LABELS_FILE).touch()
-    write_json(output / SETTINGS_FILE, record)
-    return centres
+    write_json(output / SETTINGS_FILE, record | {"price": classes.price})
+    return classes
 
 
-def _fit(features: _Features, cuts: Sequence[Cut], settings: LabelSettings) -> Tensor:  # (K, D)
-    """k-means as HuBERT fits it (fairseq, simple_kmeans), on a sample of the recordings."""
+def _fit(features: _Features, cuts: Sequence[Cut], settings: LabelSettings) -> _Classes:
+    """k-means as HuBERT fits it (fairseq, simple_kmeans), on a sample of the recordings; and the price of a segment."""
     from sklearn.cluster import MiniBatchKMeans
 
     order = sorted(cuts, key=lambda cut: (utterance_id(f"{settings.seed}/{cut.id}"), cut.id))
@@ -315,14 +327,49 @@ def _fit(features: _Features, cuts: Sequence[Cut], settings: LabelSettings) -> T
         reassignment_ratio=0.0,
         random_state=settings.seed,
     ).fit(frames)
-    return torch.from_numpy(np.ascontiguousarray(fitted.cluster_centers_, dtype=np.float32))
+    centres = torch.from_numpy(np.ascontiguousarray(fitted.cluster_centers_, dtype=np.float32))
+    if settings.segment_ms is None:
+        return _Classes(centres, settings.segment_price)
+    return _Classes(centres, _price(parts, centres, wanted=settings.segment_ms / 1000 / features.frame_shift_s))
+
+
+def _price(recordings: Sequence[NDArray[np.float32]], centres: Tensor, *, wanted: float) -> float:
+    """The price at which a segment has so many frames on average.
+
+    Raises:
+        ValueError: No price makes them so short, or so long.
+    """
+    costs, frames = [], 0
+    for recording in recordings:
+        if frames >= _PRICE_FRAMES:
+            break
+        costs.append(centre_costs(torch.from_numpy(recording), centres).numpy())
+        frames += len(recording)
+
+    def mean_frames(price: float) -> float:
+        classes = [smooth_classes(cost, price=price) for cost in costs]
+        return frames / sum(1 + np.count_nonzero(np.diff(of_recording)) for of_recording in classes)
+
+    shortest, longest = mean_frames(0.0), frames / len(costs)
+    if not shortest <= wanted < longest:
+        raise ValueError(
+            f"--segment_ms: segments here last from {shortest:.2g} frames, of the nearest class, to {longest:.3g}, of "
+            f"whole recordings; {wanted:.3g} frames are asked for"
+        )
+    low, high = 0.0, 1.0
+    while mean_frames(high) < wanted:
+        low, high = high, 2 * high
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if mean_frames(middle) < wanted else (low, middle)
+    logger.info("a segment's price: %.4g, for %.3g frames on average", high, mean_frames(high))
+    return high
 
 
 def _settings_of(folder: Path, *, channel: int | None) -> LabelSettings:
     values: dict[str, Any] = read_settings(folder)
     names = ("model", "layer", "clusters", "fit_frames", "seed")
-    price = values.get("segment_price")
-    return LabelSettings(**{name: values[name] for name in names}, channel=channel, segment_price=price)
+    return LabelSettings(**{name: values[name] for name in names}, channel=channel, segment_price=values.get("price"))
 
 
 def _read_centres(folder: Path) -> Tensor:

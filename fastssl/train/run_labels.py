@@ -35,8 +35,10 @@ def attach_given(config: PretrainConfig, data: PretrainDataModule) -> dict[Use, 
         _check_classes(given["labels"], config)
     if config.data.segments is not None:
         given["segments"] = table = LabelTable(config.data.segments)
-        if table.settings.get("segment_price") is None:
-            raise ValueError(f"data.segments: {table.folder} has no segments; it was made without --segment_price")
+        if table.settings.get("price") is None:
+            raise ValueError(
+                f"data.segments: {table.folder} has no segments; it was made without --segment_ms or --segment_price"
+            )
     for use, table in given.items():
         _attach("audio", table, use, config, data)
     return given

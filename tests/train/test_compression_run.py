@@ -119,7 +119,7 @@ def test_segments_that_do_not_serve(
     with pytest.raises(ValueError, match="no labels there"):
         pretrain(_compressed(make_config(), tmp_path / "nowhere"))
     label(Path(make_config().audio), tmp_path / "plain", LabelSettings(clusters=7), num_workers=0)
-    with pytest.raises(ValueError, match=r"has no segments; it was made without --segment_price"):
+    with pytest.raises(ValueError, match=r"has no segments; it was made without --segment_ms"):
         pretrain(_compressed(make_config(), tmp_path / "plain"))
     lines = (segments / "labels.jsonl").read_text().splitlines(keepends=True)
     (segments / "labels.jsonl").write_text("".join(lines[:7]))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import resource
 import shutil
 from pathlib import Path
@@ -88,6 +89,33 @@ def test_a_price_makes_segments(recordings: Path, tmp_path: Path, caplog: pytest
         label(recordings, plain, dataclasses.replace(_SETTINGS, segment_price=2000.0), num_workers=0)
     with pytest.raises(ValueError, match="segment_price"):
         LabelSettings(segment_price=-1.0)
+
+
+def test_segments_become_as_long_as_is_asked(recordings: Path, tmp_path: Path) -> None:
+    settings = dataclasses.replace(_SETTINGS, segment_ms=150.0)
+    label(recordings, tmp_path / "segments", settings, num_workers=0)
+    found = _labels(tmp_path / "segments")
+    count = sum(1 + np.count_nonzero(np.diff(labels)) for labels in found.values())
+    assert 10 * sum(map(len, found.values())) / count == pytest.approx(150, rel=0.03)
+    # The price is the folder's: labels of other recordings from it, and more of its own, are made with the same.
+    label(recordings, tmp_path / "other", LabelSettings(), kmeans=tmp_path / "segments", num_workers=0)
+    assert _labels(tmp_path / "other") == found
+    text = (tmp_path / "segments" / LABELS_FILE).read_text()
+    (tmp_path / "segments" / LABELS_FILE).write_text(text[: len(text) // 2])
+    label(recordings, tmp_path / "segments", settings, num_workers=0)
+    assert _labels(tmp_path / "segments") == found
+
+
+def test_segments_of_a_length_that_cannot_be(recordings: Path, tmp_path: Path) -> None:
+    for milliseconds, frames in ((10.5, "1.05"), (60_000.0, "6e+03")):
+        wrong = dataclasses.replace(_SETTINGS, segment_ms=milliseconds)
+        with pytest.raises(ValueError, match=rf"--segment_ms: segments here last from .*; {re.escape(frames)} frames"):
+            label(recordings, tmp_path / "none", wrong, num_workers=0)
+    assert not (tmp_path / "none").exists()
+    with pytest.raises(ValueError, match="--segment_ms: finds the price, and --segment_price gives one"):
+        LabelSettings(segment_ms=60.0, segment_price=5.0)
+    with pytest.raises(ValueError, match="--segment_ms: must be positive"):
+        LabelSettings(segment_ms=0.0)
 
 
 def test_interruption_loses_nothing_and_new_recordings_are_added(
