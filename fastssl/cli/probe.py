@@ -42,6 +42,13 @@ def run(arguments: Sequence[str]) -> None:
     parser.add_argument("--output", type=str | None, metavar="JSON", help="Everything that was measured.")
     parser.add_argument("--rate", type=float | None, help=RATE_HELP + " Of MODEL alone.")
     parser.add_argument("--frame_period_ms", type=float | None, help=PERIOD_HELP)
+    parser.add_argument(
+        "--rate_price",
+        type=float | None,
+        help="Learn the rate with a head on TABLE first, by the task's loss (nats per label) and so much for all "
+        "frames; --rate is then where it begins.",
+    )
+    parser.add_argument("--rate_bounds", type=tuple[float, float], default=(0.0, 1.0), help="Of a learned rate.")
     parser.add_argument("--device", default="auto", help=DEVICE_HELP)
     given = parser.parse_args(list(arguments))
     from fastssl.train.probe import ProbeSettings
@@ -62,5 +69,7 @@ def run(arguments: Sequence[str]) -> None:
         output=given.output,
         rate=given.rate,
         frame_period_ms=given.frame_period_ms,
+        rate_price=given.rate_price,
+        rate_bounds=given.rate_bounds,
         device=given.device,
     )

@@ -348,7 +348,7 @@ def _price(recordings: Sequence[NDArray[np.float32]], centres: Tensor, *, wanted
 
     def mean_frames(price: float) -> float:
         classes = [smooth_classes(cost, price=price) for cost in costs]
-        return frames / sum(1 + np.count_nonzero(np.diff(of_recording)) for of_recording in classes)
+        return frames / sum(1 + int(np.count_nonzero(np.diff(of_recording))) for of_recording in classes)
 
     shortest, longest = mean_frames(0.0), frames / len(costs)
     if not shortest <= wanted < longest:

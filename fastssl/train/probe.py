@@ -32,7 +32,7 @@ from fastssl.train.probing.features import (
     Source,
     Standard,
 )
-from fastssl.train.probing.heads import Examples, Learner, Window
+from fastssl.train.probing.heads import Examples, Kind, Learner, Window
 from fastssl.train.probing.scores import equal_error_rate, pair_scores
 from fastssl.train.probing.tables import Symbols, Table, fold_values
 
@@ -138,6 +138,7 @@ class ProbeRun:
 
     Args:
         error: On the test part: share of wrong examples, edits per symbol, or equal error rate.
+        loss: On the test part, nats per label; None in verification.
         parts: Sizes of train, dev and test.
         held_out: Values of the fold.
         seed: Of the head.
@@ -148,6 +149,7 @@ class ProbeRun:
     """
 
     error: float
+    loss: float | None
     parts: Mapping[str, PartSize]
     held_out: tuple[str, ...]
     seed: int
@@ -220,7 +222,7 @@ def run_probe(
         deltas = settings.resolved_task != "verification"
         sources[name] = LogMelSource(deltas=deltas) if name == LOG_MEL else RandomSource(first, seed=0)
     parts = {"train": train, "dev": dev, "test": test}
-    targets = _Targets(parts, settings)
+    targets = Targets(parts, settings)
     results = []
     for name, source in sources.items():
         # Without a store that is handed in, one encoder's features are in memory at a time.
@@ -231,8 +233,16 @@ def run_probe(
     return results
 
 
-class _Targets:
-    """Labels of all rows as numbers, and which rows take part in which fold."""
+class Targets:
+    """Labels of all rows as numbers, and which rows take part in which fold.
+
+    Args:
+        parts: Tables by name, with one named "train", whose labels the others must have too.
+        settings: Say which label.
+
+    Raises:
+        ValueError: A table has no rows, or a label that the training part has not; names the file.
+    """
 
     def __init__(self, parts: Mapping[str, Table], settings: ProbeSettings) -> None:
         task = settings.resolved_task
@@ -279,7 +289,7 @@ class _Probe:
         name: str,
         source: Source,
         parts: Mapping[str, Table],
-        targets: _Targets,
+        targets: Targets,
         settings: ProbeSettings,
         store: FeatureStore,
         device: torch.device,
@@ -327,7 +337,7 @@ class _Probe:
         self, examples: Mapping[str, Examples], standard: Standard, fold: tuple[str, ...], seed: int
     ) -> ProbeRun:
         settings = self.settings
-        kind: Literal["classification", "ctc"] = "ctc" if self.task == "ctc" else "classification"
+        kind: Kind = "ctc" if self.task == "ctc" else "classification"
         learner = Learner(
             kind,
             self.targets.outputs,
@@ -350,8 +360,10 @@ class _Probe:
         judged = learner.judge(examples["dev"], batch_s=settings.batch_s)
         best = min(range(len(judged)), key=lambda index: judged[index])
         head = learner.keep(best)
+        (tested,) = learner.judge(examples["test"], batch_s=settings.batch_s)
         return ProbeRun(
-            error=learner.judge(examples["test"], batch_s=settings.batch_s)[0].error_rate,
+            error=tested.error_rate,
+            loss=tested.loss,
             parts={part: self._size(part, examples[part]) for part in examples},
             held_out=fold,
             seed=seed,
@@ -372,6 +384,7 @@ class _Probe:
         error, trials = self._equal_errors(examples["test"], standard, layer)
         return ProbeRun(
             error=error,
+            loss=None,
             parts={part: self._size(part, examples[part]) for part in examples},
             held_out=fold,
             seed=0,

@@ -222,7 +222,7 @@ def test_gradients_of_heads_are_clipped(monkeypatch: pytest.MonkeyPatch) -> None
     examples = Examples(features, (0, 1), ((1, 1, 2), (3, 1)))
     moved = []
     for norm in (0.3, 1e-20):
-        monkeypatch.setattr("fastssl.train.probing.heads._CLIP_NORM", norm)
+        monkeypatch.setattr("fastssl.train.probing.heads.CLIP_NORM", norm)
         learner = _learner(Standard.of(features, (0, 1)))
         learner.learn(examples, steps=3, batch_s=1, seed=0)
         moved.append(learner.heads[0].weight.abs().max().item())

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import statistics
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -12,6 +13,7 @@ from rich.table import Table as RichTable
 from fastssl.models.folder import write_json
 from fastssl.train.encode import open_encoder_at
 from fastssl.train.probe import ProbeResult, ProbeRun, ProbeSettings, run_probe
+from fastssl.train.probing.adaptive import learn_rate
 from fastssl.train.probing.tables import read_table, split_table
 
 logger = logging.getLogger(__name__)
@@ -33,6 +35,8 @@ def probe(
     output: str | Path | None = None,
     rate: float | None = None,
     frame_period_ms: float | None = None,
+    rate_price: float | None = None,
+    rate_bounds: tuple[float, float] = (0.0, 1.0),
     device: str = "auto",
 ) -> list[ProbeResult]:
     """Probe encoders, print a table, and write everything that was found out as JSON.
@@ -46,6 +50,9 @@ def probe(
         output: JSON file to write, at once or not at all.
         rate: Of the first model, which has a sequence compressor.
         frame_period_ms: The mean period that its frames should have instead.
+        rate_price: Learn its rate on the training part with such a price of all frames, from `rate` (or the middle of
+            the bounds) on, before it is probed at that rate; see `learn_rate`.
+        rate_bounds: Least and most rate that is learned.
         device: "auto" takes a GPU where there is one.
 
     Raises:
@@ -65,10 +72,20 @@ def probe(
     else:
         tables = (read_table(train), read_table(dev), read_table(test))
     first, *others = models
+    if rate_price is not None and frame_period_ms is not None:
+        raise ValueError("--rate_price and --frame_period_ms: a period is learned, or given")
     encoders = {first: open_encoder_at(first, device=device, rate=rate, frame_period_ms=frame_period_ms)}
     encoders |= {name: open_encoder_at(name, device=device) for name in others}
     if output is not None:
         Path(output).parent.mkdir(parents=True, exist_ok=True)
+    learned = None
+    if rate_price is not None:
+        start = statistics.fmean(rate_bounds) if rate is None else rate
+        learned = learn_rate(encoders[first], tables[0], settings, price=rate_price, start=start, bounds=rate_bounds)
+        logger.info(
+            "%s: a rate of %.3f is learned, from %.3f at a price of %g: a frame every %.1f ms",
+            *(first, learned.rate, start, rate_price, learned.frame_period_ms),
+        )
     results = run_probe(encoders, *tables, settings)
     for problem in dict.fromkeys(problem for result in results for problem in result.problems):
         logger.warning("left out: %s", problem)
@@ -86,7 +103,8 @@ def probe(
             {
                 "settings": dataclasses.asdict(settings)
                 | {"task": settings.resolved_task, "learning_rates": settings.rates}
-                | {"rate": rate, "frame_period_ms": frame_period_ms},
+                | {"rate": rate, "frame_period_ms": frame_period_ms, "rate_price": rate_price}
+                | {"learned_rate": None if learned is None else learned._asdict()},
                 "metric": _METRICS[settings.resolved_task],
                 "tables": [table.name for table in tables],
                 "versions": versions,

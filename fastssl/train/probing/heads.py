@@ -14,11 +14,12 @@ from fastssl.packing import Layout, Packed
 from fastssl.train.probing.features import Features, Standard
 from fastssl.train.probing.scores import edit_distance
 
+Kind = Literal["classification", "ctc"]
 BLANK = 0
 #: Share of the steps in which the rate rises: Adam's first steps are as long as any, in directions of one batch.
 _WARM_UP = 0.05
 #: Of a head's gradient: without it some encoders' CTC heads fall back to blanks at the higher rates.
-_CLIP_NORM = 0.3
+CLIP_NORM = 0.3
 #: Frames are given to a head at most this often.
 _LEAST_PERIOD_S = 0.02
 
@@ -126,12 +127,54 @@ class Head(nn.Module):
         """Weights of the sum: positive, together one."""
         return self.layer_logits.softmax(0)
 
-    def forward(self, values: Tensor, layout: Layout) -> Packed:  # (L, N, D) -> (N_out, C)
-        """Logits of examples that have `window.reach` rows of zeros on either side."""
+    def forward(
+        self, values: Tensor, layout: Layout, *, window: Window | None = None
+    ) -> Packed:  # (L, N, D) -> (N_out, C)
+        """Logits of examples.
+
+        Args:
+            values: Frames of each layer; before and after each example as many rows of zeros as the window reaches.
+            layout: Of the examples with these rows.
+            window: Another than the head's, of no more frames: those beyond it are left out.
+        """
+        window = self.window if window is None else window
+        beyond = self.window.reach - window.reach
+        weight = self.weight[:, :, beyond : self.weight.shape[2] - beyond]
         mixed = (self.layer_weights @ values.flatten(1)).view(values.shape[1:])
-        return Packed(
-            *ops.strided_conv(mixed, self.weight, layout, stride=self.window.stride, bias=self.bias, activation="none")
-        )
+        return Packed(*ops.strided_conv(mixed, weight, layout, stride=window.stride, bias=self.bias, activation="none"))
+
+
+def prior(kind: Kind, examples: Examples, *, outputs: int, window: Window) -> Tensor:
+    """(C,) how often each of so many outputs is right, if each symbol takes one."""
+    counts = torch.bincount(torch.tensor([n for target in examples.targets for n in target]), minlength=outputs)
+    places = sum(window.outputs(examples.features.frames[example].shape[1]) for example in examples.chosen)
+    if kind == "ctc":
+        counts[BLANK] = places - counts.sum()
+    return counts / places
+
+
+def task_loss(kind: Kind, logits: Packed, targets: Sequence[Sequence[int]]) -> Tensor:
+    """() nats per label; what CTC cannot emit adds none."""
+    flat = torch.tensor([label for target in targets for label in target], device=logits.values.device)
+    if kind == "classification":
+        return F.cross_entropy(logits.values, flat)
+    return F.ctc_loss(
+        logits.to_padded().log_softmax(2).transpose(0, 1),
+        flat,
+        torch.tensor(logits.layout.lengths),
+        torch.tensor([len(target) for target in targets]),
+        blank=BLANK,
+        reduction="sum",
+        zero_infinity=True,
+    ) / len(flat)
+
+
+def schedule(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
+    """A short rise, then linearly to 0."""
+    rise = max(1, round(_WARM_UP * steps))
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / rise, (steps - step) / max(1, steps - rise))
+    )
 
 
 class Judged(NamedTuple):
@@ -155,7 +198,7 @@ class Learner:
 
     def __init__(
         self,
-        kind: Literal["classification", "ctc"],
+        kind: Kind,
         outputs: int,
         window: Window,
         *,
@@ -180,29 +223,26 @@ class Learner:
             ValueError: A loss is not finite.
         """
         layers, _, width = self.standard.mean.shape
-        prior = self._prior(examples)
-        self.heads = [Head(layers, width, prior, self.window).to(self.standard.mean.device) for _ in self.rates]
+        shares = prior(self.kind, examples, outputs=self.outputs, window=self.window)
+        self.heads = [Head(layers, width, shares, self.window).to(self.standard.mean.device) for _ in self.rates]
         groups = [
             {"params": list(head.parameters()), "lr": rate} for head, rate in zip(self.heads, self.rates, strict=True)
         ]
         optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))
-        rise = max(1, round(_WARM_UP * steps))
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: min((step + 1) / rise, (steps - step) / max(1, steps - rise))
-        )
+        rates = schedule(optimizer, steps)
         step = epoch = 0
         while step < steps:
             for batch in examples.batches(batch_s, seed=1_000_003 * seed + epoch):
                 values, layout = batch.gather(self.standard, self.window.reach)
                 optimizer.zero_grad()
                 for head, rate in zip(self.heads, self.rates, strict=True):
-                    loss = self._loss(head(values, layout), batch.targets)
+                    loss = task_loss(self.kind, head(values, layout), batch.targets)
                     if not loss.isfinite():
                         raise ValueError(f"{self.name}: the loss at learning rate {rate:g} is {loss.item()}")
                     loss.backward()
-                    torch.nn.utils.clip_grad_norm_(head.parameters(), _CLIP_NORM)
+                    torch.nn.utils.clip_grad_norm_(head.parameters(), CLIP_NORM)
                 optimizer.step()
-                schedule.step()
+                rates.step()
                 step += 1
                 if step == steps:
                     break
@@ -222,36 +262,11 @@ class Learner:
             labels = sum(map(len, batch.targets))
             for index, head in enumerate(self.heads):
                 logits = head(values, layout)
-                losses[index] += float(self._loss(logits, batch.targets)) * labels
+                losses[index] += float(task_loss(self.kind, logits, batch.targets)) * labels
                 found = self._decode(logits)
                 edits[index] += sum(edit_distance(*pair) for pair in zip(found, batch.targets, strict=True))
         total = sum(map(len, examples.targets))
         return [Judged(edit / total, loss / total) for edit, loss in zip(edits, losses, strict=True)]
-
-    def _prior(self, examples: Examples) -> Tensor:
-        """(C,) how often each output is right, if each symbol takes one."""
-        counts = torch.bincount(
-            torch.tensor([n for target in examples.targets for n in target]), minlength=self.outputs
-        )
-        outputs = sum(self.window.outputs(examples.features.frames[example].shape[1]) for example in examples.chosen)
-        if self.kind == "ctc":
-            counts[BLANK] = outputs - counts.sum()
-        return counts / outputs
-
-    def _loss(self, logits: Packed, targets: Sequence[Sequence[int]]) -> Tensor:
-        """Nats per label."""
-        flat = torch.tensor([label for target in targets for label in target], device=logits.values.device)
-        if self.kind == "classification":
-            return F.cross_entropy(logits.values, flat)
-        return F.ctc_loss(
-            logits.to_padded().log_softmax(2).transpose(0, 1),
-            flat,
-            torch.tensor(logits.layout.lengths),
-            torch.tensor([len(target) for target in targets]),
-            blank=BLANK,
-            reduction="sum",
-            zero_infinity=True,
-        ) / len(flat)
 
     def _decode(self, logits: Packed) -> list[list[int]]:
         paths = [path.cpu() for path in Packed(logits.values.argmax(1), logits.layout).unpack()]

@@ -1,0 +1,245 @@
+"""The rate of a sequence compressor, learned with a head on a task instead of tried out (arXiv 2211.02332)."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastssl.data.waveforms import pack_waveforms
+from fastssl.models.encoder import Encoder
+from fastssl.models.speech_encoder import SpeechEncoder
+from fastssl.nn.compression import Compressed
+from fastssl.nn.rates import AdaptiveRate
+from fastssl.packing import Layout, Packed
+from fastssl.train.probe import ProbeSettings, Targets
+from fastssl.train.probing.features import Features, FeatureStore, Standard, Waveforms
+from fastssl.train.probing.heads import CLIP_NORM, Examples, Head, Kind, Window, prior, schedule, task_loss
+from fastssl.train.probing.tables import Table
+
+#: Of the rate; a head's are some thousandths.
+LEARNING_RATE = 0.02
+_PATH = 20
+
+
+class LearnedRate(NamedTuple):
+    """What `learn_rate` found.
+
+    Args:
+        rate: lambda.
+        frame_period_ms: What it gives on the training part, on average over the frames.
+        path: The rate on the way, from where it began, at equal distances.
+    """
+
+    rate: float
+    frame_period_ms: float
+    path: tuple[float, ...]
+
+
+def learn_rate(
+    encoder: SpeechEncoder,
+    train: Table,
+    settings: ProbeSettings,
+    *,
+    price: float,
+    start: float = 0.5,
+    bounds: tuple[float, float] = (0.0, 1.0),
+    learning_rate: float = LEARNING_RATE,
+    seed: int = 0,
+    features: FeatureStore | None = None,
+) -> LearnedRate:
+    """Learn the rate of a frozen encoder's compressor together with a probe's head.
+
+    The loss is the task's, in nats per label, and `price` times the mean of the weights that are integrated, which is
+    the share of frames that is left. The head is the probe's at the middle one of its learning rates; it sees as much
+    time on either side as the probe's does, however long frames are. Features are standardised by what they are at
+    rates spread evenly between the bounds, wherever the rate begins. The encoder's weights are left as they were; its
+    compressor is at the learned rate then.
+
+    Args:
+        encoder: With an integrate-and-fire compressor, on the device where to work.
+        train: What to learn from.
+        settings: The task; classification or ctc, without folds.
+        price: Of all frames.
+        start: Rate at first.
+        bounds: Least and most rate: those that the encoder has met in training.
+        learning_rate: Of the rate, at its highest; it rises and falls as the head's does.
+        seed: Of the order of examples.
+        features: Keeps the frames of the front end for another call; None forgets them.
+
+    Raises:
+        ValueError: The encoder has no such compressor, the settings are not for it, a number is out of range, the
+            table does not serve, or the loss is not finite.
+    """
+    if not isinstance(encoder, Encoder) or encoder.compressor is None or encoder.compressor.factor is not None:
+        raise ValueError("rate_price: is of an encoder whose compressor is integrate-and-fire")
+    if settings.resolved_task == "verification" or settings.folds is not None:
+        raise ValueError("rate_price: a rate is learned for classification or ctc, and before any fold is held out")
+    if not 0 <= price < math.inf:
+        raise ValueError(f"rate_price: must be finite and not negative, got {price}")
+    kind: Kind = "ctc" if settings.resolved_task == "ctc" else "classification"
+    rate = AdaptiveRate(start, low=bounds[0], high=bounds[1])
+    source = _FrontEnd(encoder)
+    store = FeatureStore() if features is None else features
+    frames = store.get(source, train, name="the front end", segment_s=settings.segment_s)
+    targets = Targets({"train": train}, settings)
+    numbers = targets.numbers["train"]
+    examples = Examples(frames, tuple(range(len(frames.rows))), tuple(numbers[row] for row in frames.rows))
+    with _frozen(encoder):
+        learned = _Learning(encoder, examples, kind, settings)
+        found = learned.learn(rate, targets.outputs, price=price, learning_rate=learning_rate, seed=seed)
+    encoder.compressor.rate, encoder.compressor.frame_period_ms = found.rate, None
+    return found
+
+
+class _FrontEnd:
+    """Frames of the convolutions, before a compressor: they are the same at every rate."""
+
+    layers = 1
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.encoder = encoder.eval()
+        self.width = encoder.config.conv_dim[-1]
+        self.frame_period_s = encoder.config.frame_period_ms / 1000
+
+    @property
+    def key(self) -> object:
+        """The encoder itself."""
+        return ("front end", self.encoder)
+
+    @torch.inference_mode()
+    def __call__(self, waveforms: Waveforms) -> list[Packed]:
+        """Frames (N, C)."""
+        parameter = next(self.encoder.parameters())
+        values = torch.from_numpy(pack_waveforms(waveforms, normalize=self.encoder.config.do_normalize))
+        layout = Layout.from_lengths([len(waveform) for waveform in waveforms])
+        return [self.encoder.extract_features(Packed(values[:, None].to(parameter.dtype), layout).to(parameter.device))]
+
+
+class _Learning:
+    """Of one rate with one head."""
+
+    def __init__(self, encoder: Encoder, examples: Examples, kind: Kind, settings: ProbeSettings) -> None:
+        self.encoder, self.examples, self.kind, self.settings = encoder, examples, kind, settings
+        self.period_s = encoder.config.frame_period_ms / 1000
+        self.device = next(encoder.parameters()).device
+        self.window = self._window(self.period_s)
+
+    def learn(self, rate: AdaptiveRate, outputs: int, *, price: float, learning_rate: float, seed: int) -> LearnedRate:
+        settings = self.settings
+        rate = rate.to(self.device)
+        spread = self._spread_features(rate.low, rate.high)
+        standard = Standard.of(spread, range(len(spread.frames)), whiten=self.kind == "ctc").to(self.device)
+        shares = prior(self.kind, self.examples._replace(features=spread), outputs=outputs, window=self.window)
+        head = Head(len(standard.mean), standard.mean.shape[2], shares, self.window).to(self.device)
+        middle = sorted(settings.rates)[len(settings.rates) // 2]
+        groups = [
+            {"params": list(head.parameters()), "lr": middle},
+            {"params": list(rate.parameters()), "lr": learning_rate, "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))
+        learning_rates = schedule(optimizer, settings.steps)
+        path = [rate().item()]
+        for step, batch in enumerate(self._batches(seed)):
+            optimizer.zero_grad()
+            states, compressed = self._encode(batch, rate())
+            assert compressed.weights is not None
+            task = task_loss(self.kind, self._logits(head, states, compressed, standard), batch.targets)
+            loss = task + price * compressed.weights.mean()
+            if not loss.isfinite():
+                raise ValueError(f"rate_price: the loss is {loss.item()} in step {step}, at a rate of {rate().item()}")
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(head.parameters(), CLIP_NORM)
+            optimizer.step()
+            learning_rates.step()
+            if (step + 1) * _PATH // settings.steps > step * _PATH // settings.steps:
+                path.append(rate().item())
+        return LearnedRate(path[-1], self._mean_period_ms(rate()), tuple(path))
+
+    def _batches(self, seed: int) -> Iterator[Examples]:
+        """As many as there are steps, over the examples again and again."""
+        step = epoch = 0
+        while True:
+            for batch in self.examples.batches(self.settings.batch_s, seed=1_000_003 * seed + epoch):
+                if step == self.settings.steps:
+                    return
+                yield batch
+                step += 1
+            epoch += 1
+
+    def _frames(self, batch: Examples) -> Packed:
+        dtype = next(self.encoder.parameters()).dtype
+        return Packed.pack([batch.features.frames[example][0].to(self.device, dtype) for example in batch.chosen])
+
+    def _encode(self, batch: Examples, rate: Tensor) -> tuple[list[Packed], Compressed]:
+        """Frames of each layer, and what the compressor did."""
+        projected = self.encoder.project(self._frames(batch), rate=rate)
+        assert projected.compressed is not None
+        states: list[Packed] = self.encoder.encoder(projected.frames)
+        return states, projected.compressed
+
+    def _window(self, period_s: float) -> Window:
+        return Window.of_seconds(self.settings.context_s, period_s) if self.kind == "ctc" else Window(0, 1)
+
+    def _logits(self, head: Head, states: list[Packed], compressed: Compressed, standard: Standard) -> Packed:
+        layout = states[0].layout
+        # Rounding must not make the frames of rate 0 closer to each other than the head's window is made for.
+        window = self._window(self.period_s * max(1.0, compressed.layout.total / layout.total))
+        values, layout = _of_task(states, self.kind)
+        logits: Packed = head(*_with_zeros(standard(values), layout, window.reach), window=window)
+        return logits
+
+    @torch.no_grad()
+    def _spread_features(self, low: float, high: float) -> Features:
+        """Of the examples, each at a rate of its own between two."""
+        found: dict[int, Tensor] = {}
+        for batch in self.examples.batches(self.settings.batch_s, seed=None):
+            # Multiples of the golden ratio, without their whole parts, lie evenly however many there are.
+            shares = torch.tensor(batch.chosen, dtype=torch.float64) * ((math.sqrt(5) - 1) / 2) % 1
+            states, _ = self._encode(batch, (low + (high - low) * shares).float().to(self.device))
+            values, layout = _of_task(states, self.kind)
+            parts = values.split(list(layout.lengths), dim=1)
+            found |= {example: part.half().cpu() for example, part in zip(batch.chosen, parts, strict=True)}
+        features = self.examples.features
+        frames = [found[example] for example in self.examples.chosen]
+        return Features(frames, features.rows, features.seconds, features.problems, features.too_short)
+
+    @torch.no_grad()
+    def _mean_period_ms(self, rate: Tensor) -> float:
+        before = after = 0
+        for batch in self.examples.batches(self.settings.batch_s, seed=None):
+            frames = self._frames(batch)
+            before += frames.layout.total
+            after += self.encoder.project(frames, rate=rate).frames.layout.total
+        return 1000 * self.period_s * before / after
+
+
+def _of_task(states: list[Packed], kind: Kind) -> tuple[Tensor, Layout]:
+    """(L, N, D) that a head takes: the frames of each example, or for classification their mean."""
+    values, layout = torch.stack([state.values for state in states]), states[0].layout
+    if kind == "ctc":
+        return values, layout
+    means = [part.mean(1) for part in values.split(list(layout.lengths), dim=1)]
+    return torch.stack(means, dim=1), Layout.from_lengths([1] * len(means), device=values.device)
+
+
+def _with_zeros(values: Tensor, layout: Layout, reach: int) -> tuple[Tensor, Layout]:
+    """(L, N, D) with so many rows of zeros before and after each example."""
+    longer = Layout.from_lengths([frames + 2 * reach for frames in layout.lengths], device=values.device)
+    rows = longer.cu_seqlens[:-1].long()[layout.sequence_ids] + layout.positions + reach
+    return values.new_zeros(len(values), longer.total, values.shape[2]).index_copy(1, rows, values), longer
+
+
+@contextmanager
+def _frozen(module: nn.Module) -> Iterator[None]:
+    """Without gradients of its parameters; they take part of the work."""
+    learned = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in learned:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in learned:
+            parameter.requires_grad_(True)

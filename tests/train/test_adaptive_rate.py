@@ -1,0 +1,156 @@
+"""The rate of a compressor, learned with a head on a task."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from fastssl.models.encoder import Encoder, EncoderConfig
+from fastssl.packing import Layout
+from fastssl.train.probe import ProbeSettings
+from fastssl.train.probing.adaptive import learn_rate
+from fastssl.train.probing.command import probe
+from fastssl.train.probing.features import FeatureStore
+from fastssl.train.probing.heads import Head, Window
+from fastssl.train.probing.tables import Table, read_table
+
+_CONFIG = EncoderConfig(
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=64,
+    conv_dim=(16,) * 7,
+    num_conv_pos_embeddings=8,
+    num_conv_pos_embedding_groups=2,
+    compressor="integrate-and-fire",
+)
+_DIGITS = ProbeSettings("digits", steps=60, batch_s=8.0)
+_SPEAKERS = ProbeSettings("speaker", steps=60, batch_s=8.0, segment_s=0.5)
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> Table:
+    """Tones of 0.15 s, one for each digit."""
+    folder = tmp_path_factory.mktemp("tones")
+    random = np.random.default_rng(0)
+    rows = []
+    for index in range(12):
+        digits = "".join(random.choice(list("123"), 10))
+        tones = [np.sin(2 * np.pi * 300 * int(digit) * np.arange(2400) / 16000) for digit in digits]
+        samples = np.concatenate(tones) + 0.01 * random.standard_normal(2400 * len(tones))
+        soundfile.write(folder / f"{index}.wav", samples.astype(np.float32), 16000)
+        rows.append(f"{index}.wav\t{digits}\t{'ab'[index % 2]}\n")
+    (folder / "table.tsv").write_text("path\tdigits\tspeaker\n" + "".join(rows))
+    return read_table(folder / "table.tsv")
+
+
+@pytest.fixture
+def encoder() -> Encoder:
+    torch.manual_seed(0)
+    return Encoder(_CONFIG)
+
+
+@pytest.mark.parametrize("settings", [_DIGITS, _SPEAKERS])
+def test_the_task_moves_the_rate_and_a_price_of_frames_raises_it(
+    encoder: Encoder, table: Table, settings: ProbeSettings
+) -> None:
+    store, weights = FeatureStore(), {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
+    free = learn_rate(encoder, table, settings, price=0.0, start=0.4, bounds=(0.1, 0.9), features=store)
+    assert len(free.path) == 21
+    assert free.path[0] == pytest.approx(0.4)
+    assert free.path[-1] == free.rate
+    assert free.rate != free.path[0]
+    dear = [
+        learn_rate(encoder, table, settings, price=100.0, start=start, bounds=(0.1, 0.9), features=store)
+        for start in (0.5, 0.8)
+    ]
+    assert [one.rate for one in dear] == pytest.approx([0.9, 0.9])
+    assert free.rate < 0.9
+    assert free.frame_period_ms < dear[0].frame_period_ms
+    # What is reported is what the encoder gives at that rate, at which it is left; its weights are as they were.
+    assert encoder.compressor is not None
+    assert encoder.compressor.rate == dear[1].rate
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in encoder.state_dict().items())
+    trained = {name for name, parameter in encoder.named_parameters() if parameter.requires_grad}
+    assert "compressor.weight_network.conv.weight" in trained
+    assert dear[0] == dear[0]._replace(rate=dear[1].rate, path=dear[0].path)
+
+
+def test_the_same_seed_learns_the_same_rate(encoder: Encoder, table: Table) -> None:
+    found = [learn_rate(encoder, table, _DIGITS, price=0.1, seed=seed).path for seed in (0, 0, 1)]
+    assert found[0] == found[1] != found[2]
+
+
+def test_a_narrower_window_is_the_middle_of_a_head() -> None:
+    torch.manual_seed(0)
+    wide, narrow = (Head(2, 5, torch.full((3,), 1 / 3), Window(reach, 1)) for reach in (4, 1))
+    with torch.no_grad():
+        wide.weight.normal_()
+        narrow.weight.copy_(wide.weight[:, :, 3:6])
+    values, layout = torch.randn(2, 14, 5), Layout.from_lengths([9, 5])
+    expected, found = narrow(values, layout), wide(values, layout, window=Window(1, 1))
+    assert found.layout.lengths == (7, 3)
+    torch.testing.assert_close(found.values, expected.values)
+
+
+def test_a_head_sees_as_much_time_however_long_frames_are(
+    encoder: Encoder, table: Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reaches: list[int] = []
+    forward = Head.forward
+
+    def noted(self: Head, values: torch.Tensor, layout: Layout, *, window: Window) -> object:
+        reaches.append(window.reach)
+        return forward(self, values, layout, window=window)
+
+    monkeypatch.setattr(Head, "forward", noted)
+    few = ProbeSettings("digits", steps=3, context_s=0.1)
+    for rate, reach in ((0.0, 5), (1.0, 3)):  # of frames 20 and 29 ms apart
+        reaches.clear()
+        learned = learn_rate(encoder, table, few, price=0.0, start=rate, bounds=(rate, rate))
+        assert set(reaches) == {reach}, learned
+
+
+def test_a_rate_that_cannot_be_learned(encoder: Encoder, table: Table) -> None:
+    plain = Encoder(EncoderConfig(**_CONFIG.__dict__ | {"compressor": "average", "compressor_factor": 2}))
+    with pytest.raises(ValueError, match="rate_price: is of an encoder whose compressor is integrate-and-fire"):
+        learn_rate(plain, table, _DIGITS, price=0.0)
+    with pytest.raises(ValueError, match="rate_price: must be finite and not negative, got -1"):
+        learn_rate(encoder, table, _DIGITS, price=-1.0)
+    with pytest.raises(ValueError, match=r"start, low, high: must rise .* got 0\.5 from 0\.6 to 1"):
+        learn_rate(encoder, table, _DIGITS, price=0.0, bounds=(0.6, 1.0))
+    for settings in (
+        ProbeSettings("speaker", task="verification"),
+        ProbeSettings("digits", folds="speaker"),
+    ):
+        with pytest.raises(ValueError, match="rate_price: a rate is learned for classification or ctc"):
+            learn_rate(encoder, table, settings, price=0.0)
+    with torch.no_grad():
+        encoder.feature_projection.projection.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match=r"not finite|the loss is nan in step 0"):
+        learn_rate(encoder, table, _DIGITS, price=0.0)
+
+
+def test_command(encoder: Encoder, table: Table, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    encoder.save_pretrained(tmp_path / "model")
+    caplog.set_level("INFO")
+    settings = ProbeSettings("digits", steps=20, learning_rates=(1e-3,))
+
+    def run(name: str, **rate: float) -> Any:
+        models, output = [str(tmp_path / "model")], tmp_path / f"{name}.json"
+        probe(models, table.name, settings, dev=table.name, test=table.name, output=output, **rate)  # type: ignore[arg-type]
+        return json.loads(output.read_text())
+
+    found = run("found", rate=0.3, rate_price=100.0)
+    assert found["settings"]["rate_price"] == 100.0
+    learned = found["settings"]["learned_rate"]
+    assert learned["path"][0] == pytest.approx(0.3)
+    assert f"a rate of {learned['rate']:.3f} is learned, from 0.300 at a price of 100: a frame every" in caplog.text
+    # The heads are those of that rate.
+    assert run("again", rate=learned["rate"])["results"][0] == found["results"][0]
+    with pytest.raises(ValueError, match="--rate_price and --frame_period_ms: a period is learned, or given"):
+        run("none", rate_price=0.1, frame_period_ms=40.0)
