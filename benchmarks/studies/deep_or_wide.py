@@ -14,8 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from benchmarks.studies.findings import Spread, chance, compare
 from benchmarks.studies.make_teacher import check_teacher
 from benchmarks.studies.pretraining_runs import (
@@ -28,6 +26,7 @@ from benchmarks.studies.pretraining_runs import (
     what_decides,
 )
 from benchmarks.studies.probes import Probe, probe
+from benchmarks.studies.students import student_options
 
 #: Layers, width, heads.
 SHAPES = {"1 x 192": (1, 192, 4), "3 x 128": (3, 128, 4), "6 x 96": (6, 96, 4)}
@@ -54,7 +53,6 @@ FULL = Size(updates=1500, seeds=3, probe_steps=600, held_out=True)
 
 def jobs(corpora: Path, teacher: Path, runs: Path, size: Size, *, precision: str) -> dict[str, Job]:
     """The runs by key, `shape/loss/front end/seed`."""
-    shape_of_teacher = yaml.safe_load((teacher / "config.yaml").read_text())["model"]
     found = {}
     for seed in range(size.seeds):
         for name, (layers, width, heads) in SHAPES.items():
@@ -62,27 +60,16 @@ def jobs(corpora: Path, teacher: Path, runs: Path, size: Size, *, precision: str
                 for front_end in ("frozen", "trained") if (name, loss) == CONTROL else ("frozen",):
                     key = f"{name}/{loss}/{front_end}/{seed}"
                     predicted = "pred" if loss == "pred" else f"l2l-{layers}"
-                    options = {
-                        "teacher": str(teacher.absolute()),
+                    cache = runs / f"frames-{predicted}" if front_end == "frozen" else None
+                    options = student_options(teacher, updates=size.updates, precision=precision, frames=cache) | {
                         "model.num_hidden_layers": layers,
                         "model.hidden_size": width,
                         "model.intermediate_size": 4 * width,
                         "model.num_attention_heads": heads,
                         "model.num_conv_pos_embeddings": 128,
                         "model.num_conv_pos_embedding_groups": 16,
-                        "model.conv_dim": shape_of_teacher["conv_dim"],
                         "model.distillation": loss,
-                        "model.feature_grad_mult": 0.0 if front_end == "frozen" else 0.1,
-                        "data.crop_s": None,
-                        "data.min_duration_s": 1.0,
-                        "data.valid": str((corpora / "dev").absolute()),
-                        "trainer.max_steps": size.updates,
-                        "trainer.precision": precision,
-                        "trainer.val_check_interval": size.updates,
-                        "trainer.progress": "false",
                     }
-                    if front_end == "frozen":
-                        options["data.teacher_cache"] = str((runs / f"frames-{predicted}").absolute())
                     job_name = key.replace(" ", "").replace("/", "-")
                     found[key] = Job(job_name, corpora / "train", "distil-tiny", options, seed, command="distill")
     return found

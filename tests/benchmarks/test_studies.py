@@ -23,9 +23,7 @@ from scipy import stats
 from benchmarks.studies import (
     compare_systems,
     crop_length,
-    deep_or_wide,
     early_prediction,
-    make_teacher,
     pretraining_runs,
 )
 from benchmarks.studies.findings import Spread, compare, correlate
@@ -45,8 +43,6 @@ from benchmarks.studies.pretraining_runs import (
 from fastssl.data.batches import UpdateSampler
 from fastssl.data.corpus import open_corpus
 from fastssl.metrics import fit_kmeans
-from fastssl.models.distillation import DistillationConfig
-from fastssl.models.encoder import Encoder
 from tests.train.conftest import write_recording
 
 
@@ -438,60 +434,3 @@ def test_tables_of_systems(tmp_path: Path) -> None:
     assert (first["encoder"], second["encoder"]) == names
     assert (first["updates"], first["width"], first["RankMe, last layer"]) == ("30", "144", "201")
     assert (second["phone error"], second["digit error, deviation"], second["width"]) == ("0.21", "0.01", "")
-
-
-def _teacher(folder: Path, *, teacher: float, log_mel: float) -> Path:
-    folder.mkdir()
-    (folder / "config.yaml").write_text("model: {conv_dim: [128, 128, 128, 128, 128, 128, 128]}\n")
-    errors = {"teacher": teacher, "log-mel": log_mel}
-    (folder / make_teacher.TEACHER_FILE).write_text(json.dumps({"errors": errors}))
-    return folder
-
-
-def test_a_teacher_must_be_better_than_log_mel(tmp_path: Path) -> None:
-    assert make_teacher.check_teacher(_teacher(tmp_path / "good", teacher=0.3, log_mel=0.4))["errors"]["teacher"] == 0.3
-    with pytest.raises(ValueError, match="no better than log-mel on held-out speakers"):
-        make_teacher.check_teacher(_teacher(tmp_path / "bad", teacher=0.4, log_mel=0.4))
-    with pytest.raises(ValueError, match=r"there is no .*teacher\.json; .*make_teacher"):
-        make_teacher.check_teacher(tmp_path)
-
-
-def test_deep_or_wide_tells_what_it_found(tmp_path: Path) -> None:
-    teacher = _teacher(tmp_path / "teacher", teacher=0.3, log_mel=0.4)
-    jobs = deep_or_wide.jobs(tmp_path, teacher, tmp_path / "runs", deep_or_wide.FULL, precision="32-true")
-    assert len(jobs) == 3 * (2 * 3 + 1)
-    for key, job in jobs.items():
-        assert job.command == "distill"
-        assert (
-            ("data.teacher_cache" in job.options) == ("frozen" in key) == (job.options["model.feature_grad_mult"] == 0)
-        )
-    # Students of one loss and depth read the same frames, whatever their seed.
-    caches = {job.options.get("data.teacher_cache") for job in jobs.values()} - {None}
-    assert len(caches) == 4
-    for shape, (layers, width, heads) in deep_or_wide.SHAPES.items():
-        options = jobs[f"{shape}/l2l/frozen/0"].options
-        config = DistillationConfig(
-            **{name.removeprefix("model."): value for name, value in options.items() if name.startswith("model.")}
-            | {"conv_dim": (128,) * 7}
-        )
-        assert (config.num_hidden_layers, config.hidden_size, config.num_attention_heads) == (layers, width, heads)
-        with torch.device("meta"):
-            named = Encoder(config).named_parameters()
-        own = sum(p.numel() for name, p in named if not name.startswith(("feature_extractor", "masked")))
-        assert own == {"1 x 192": 765_504, "3 x 128": 743_168, "6 x 96": 757_824}[shape]
-    results = {
-        key: {
-            "training_s": 1.0,
-            "cpu_s": 2.0,
-            "updates": 3,
-            "probes": {"digit error": (0.3 if key.startswith("6") else 0.5) + job.seed / 100, "voice error, 1 s": 0.6},
-        }
-        for key, job in jobs.items()
-    }
-    lines = deep_or_wide.findings(results)
-    assert any(line.startswith("l2l, digit error: 6 x 96") and "lower by 20.0 points" in line for line in lines)
-    assert any(line.startswith("pred, voice error, 1 s: 6 x 96") and "not resolved" in line for line in lines)
-    assert any(line.startswith("3 x 128, pred, digit error: trained convolutions") for line in lines)
-    assert lines[-1].startswith("14 comparisons")
-    deep_or_wide.write_csv(results, tmp_path / "study.csv")
-    assert len((tmp_path / "study.csv").read_text().splitlines()) == 1 + len(results)
