@@ -6,13 +6,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastssl.models.compression import CompressedConfig, draw_compression, with_compression_loss
 from fastssl.models.conformer import (
     MEL_FRAMES_PER_FRAME,
     ConformerConfig,
     ConformerEncoder,
     subsampled_layout,
 )
-from fastssl.models.pretraining import PREDICTION_SCORES, PredictionOutput, PretrainingModel, count_codes
+from fastssl.models.pretraining import (
+    PredictionOutput,
+    PretrainingModel,
+    count_codes,
+    masked_by_utterance,
+    prediction_scores,
+)
 from fastssl.nn.linear import PackedLinear
 from fastssl.nn.masking import sample_span_mask
 from fastssl.nn.random import normal
@@ -23,7 +30,7 @@ _STREAM_NOISE = 4
 
 
 @dataclass(frozen=True)
-class BestRqConfig(ConformerConfig):
+class BestRqConfig(CompressedConfig, ConformerConfig):
     """An encoder with its objective; the defaults are SpeechBrain's recipe.
 
     Args:
@@ -93,18 +100,29 @@ class BestRqForPreTraining(PretrainingModel):
     @property
     def score_names(self) -> tuple[str, ...]:
         """As in `PredictionOutput.scores`."""
-        return PREDICTION_SCORES
+        return prediction_scores(self.config)
 
     def forward(
-        self, waveforms: Packed, *, keys: Tensor, layer_drop: torch.Generator | None = None
+        self,
+        waveforms: Packed,
+        *,
+        keys: Tensor,
+        layer_drop: torch.Generator | None = None,
+        segment_weights: Tensor | None = None,
+        segment_ends: Tensor | None = None,
     ) -> PredictionOutput:
         """Mask, encode, and predict the codes of what was masked.
 
+        With a compressor what becomes of a frame predicts its code, and those of the frames that it is made of too.
+
         Args:
             waveforms: (N, 1) samples at 16 kHz; a batch of no utterances is legal and contributes nothing.
-            keys: (B,) int64 from `nn.random.utterance_keys` or `draw_keys`, on the device of the waveforms; mask and
-                noise of an utterance follow from its key.
+            keys: (B,) int64 from `nn.random.utterance_keys` or `draw_keys`, on the device of the waveforms; rate,
+                mask and noise of an utterance follow from its key.
             layer_drop: CPU generator for the layers to skip; None takes torch's own.
+            segment_weights: (N,) of `nn.segmentation.segmentation_losses`, for each frame of 40 ms; None leaves a
+                compressor without guidance.
+            segment_ends: (N,) likewise.
         """
         config = self.config
         mel = self.best_rq.extract_features(waveforms)
@@ -119,18 +137,31 @@ class BestRqForPreTraining(PretrainingModel):
         )
         rows = mask.nonzero().squeeze(1)  # the host waits for the device, once: it must know M
         masked_input = self._put_noise(mel, layout, keys, rows)
-        features = self.best_rq.encode(masked_input, layer_drop=layer_drop).features
-        logits = self.classifier(features.values.index_select(0, rows)).float()  # (M, V)
+        rate, frame_period_ms = draw_compression(config, keys)
+        features, _, compressed = self.best_rq.encode(
+            masked_input, rate=rate, frame_period_ms=frame_period_ms, layer_drop=layer_drop
+        )
+        states = features.values if compressed is None else compressed.upsample(features.values)
+        logits = self.classifier(states.index_select(0, rows)).float()  # (M, V)
         wanted = targets.index_select(0, rows)
-        loss = F.cross_entropy(logits, wanted, reduction="sum")
+        prediction_loss = F.cross_entropy(logits, wanted, reduction="sum")
+        loss, compression = with_compression_loss(
+            prediction_loss,
+            config,
+            compressed,
+            masked_by_utterance(mask, layout),
+            segment_weights=segment_weights,
+            segment_ends=segment_ends,
+        )
         return PredictionOutput(
             loss=loss,
-            prediction_loss=loss.detach(),
+            prediction_loss=prediction_loss.detach(),
             features_penalty=loss.new_zeros(()),
             correct=(logits.detach().argmax(1) == wanted).sum(),
             masked_frames=len(rows),
             code_counts=count_codes(targets, size=config.codebook_size),
             features=features,
+            compression=compression,
         )
 
     def targets(self, mel: Packed) -> Tensor:  # (N_mel, bands) -> (N,)

@@ -7,15 +7,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastssl.models.encoder import EncoderConfig
+from fastssl.models.compressor import CompressorConfig
 from fastssl.nn.compression import Compressed
 from fastssl.nn.rates import draw_rates
 from fastssl.nn.segmentation import quantity_loss, segmentation_losses
 
 
 @dataclass(frozen=True)
-class CompressedConfig(EncoderConfig):
-    """An encoder, and how its compressor is trained where it has one.
+class CompressedConfig(CompressorConfig):
+    """How the compressor of an encoder is trained, where it has one; to be inherited beside the encoder's own settings.
 
     Args:
         compression_draw: What is drawn for each utterance in training: the "rate" (lambda), or the frame "period", from
@@ -86,32 +86,28 @@ class CompressionScores(NamedTuple):
     quantity_loss: Tensor
     frame_period_ms: Tensor
 
-    def weighted(self, config: CompressedConfig) -> Tensor:
-        """() the losses, each by its weight."""
-        return (
-            config.segment_loss_weight * self.segment_loss
-            + config.frame_loss_weight * self.frame_loss
-            + config.quantity_loss_weight * self.quantity_loss
-        )
 
-
-def compression_scores(
+def with_compression_loss(
+    loss: Tensor,
     config: CompressedConfig,
-    compressed: Compressed,
+    compressed: Compressed | None,
     masked: Tensor,
     *,
     segment_weights: Tensor | None,
     segment_ends: Tensor | None,
-) -> CompressionScores:
-    """The losses of a compressor, unweighted, and the mean frame period.
+) -> tuple[Tensor, CompressionScores | None]:
+    """The loss and those of a compressor, each by its weight; and what is reported of it, if it has rates.
 
     Args:
-        config: Says which share of frames is wanted.
-        compressed: What it made.
+        loss: () fp32.
+        config: Has the weights, and says which share of frames is wanted.
+        compressed: What the compressor made; None where there is none.
         masked: (B,) how often each utterance counts.
         segment_weights: (N,) of `segmentation_losses`; None for no guidance.
         segment_ends: (N,) likewise.
     """
+    if compressed is None or not config.draws_rates:
+        return loss, None
     assert compressed.weights is not None
     assert compressed.learned_weights is not None
     layout = compressed.layout
@@ -123,4 +119,11 @@ def compression_scores(
     quantity = quantity_loss(compressed.weights, layout, share=config.quantity_share)
     frames, fewer = layout.cu_seqlens.diff(), compressed.frames.layout.cu_seqlens.diff()
     period_ms = config.frame_period_ms * frames / fewer.clamp(min=1)
-    return CompressionScores(*(torch.sum(of_each * masked) for of_each in (segment, frame, quantity, period_ms)))
+    scores = CompressionScores(*(torch.sum(of_each * masked) for of_each in (segment, frame, quantity, period_ms)))
+    loss = (
+        loss
+        + config.segment_loss_weight * scores.segment_loss
+        + config.frame_loss_weight * scores.frame_loss
+        + config.quantity_loss_weight * scores.quantity_loss
+    )
+    return loss, CompressionScores(*(score.detach() for score in scores))

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from fastssl.models.compressor import CompressorConfig, compress, make_compressor
 from fastssl.models.encoder import EncoderOutput, check_value
 from fastssl.models.folder import (
+    COMPRESSOR_PREFIX,
     CONFORMER,
     head_prefix,
     load_matching,
@@ -37,8 +39,10 @@ MEL_FRAMES_PER_FRAME, _MEL_FRAMES_SEEN = _STRIDE**2, _KERNEL + _STRIDE * (_KERNE
 
 
 @dataclass(frozen=True)
-class ConformerConfig:
+class ConformerConfig(CompressorConfig):
     """Shape of a Conformer encoder; the defaults are the base size. Names as in `EncoderConfig`.
+
+    A compressor comes behind the subsampling.
 
     Args:
         hidden_size: Width of the layers.
@@ -77,6 +81,7 @@ class ConformerConfig:
     model_type: str = CONFORMER
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for field in fields(self):
             check_value(field.name, getattr(self, field.name), field.default)
         if self.model_type != CONFORMER:
@@ -162,6 +167,7 @@ class ConformerEncoder(nn.Module):
         self.subsampling = Subsampling(
             config.num_mel_bins, config.conv_dim, config.hidden_size, dropout=config.hidden_dropout
         )
+        self.compressor = make_compressor(config, config.hidden_size)
         self.encoder = Conformer(
             config.num_hidden_layers,
             config.hidden_size,
@@ -174,19 +180,32 @@ class ConformerEncoder(nn.Module):
             layer_drop=config.layerdrop,
             eps=config.layer_norm_eps,
         )
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+        for part in (self.subsampling, self.encoder):
+            for module in part.modules():
+                if isinstance(module, nn.Linear):
+                    nn.init.xavier_uniform_(module.weight)
+                    nn.init.zeros_(module.bias)
 
-    def forward(self, waveforms: Packed) -> EncoderOutput:
+    def forward(
+        self,
+        waveforms: Packed,
+        *,
+        rate: float | Tensor | None = None,
+        frame_period_ms: float | Tensor | None = None,
+    ) -> EncoderOutput:
         """Encode waveforms.
 
         Args:
             waveforms: (N, 1) samples at 16 kHz, normalised if the config says `do_normalize`. An utterance shorter
                 than the receptive field (1360 samples) has no frame.
+            rate: Of the compressor, 0 for all frames: a number, or (B,).
+            frame_period_ms: The mean period that frames should have instead: a number, or (B,).
+
+        Raises:
+            ValueError: The waveforms have another shape; a rate or a period is out of range, or there is no compressor
+                that takes one.
         """
-        return self.encode(self.extract_features(waveforms))
+        return self.encode(self.extract_features(waveforms), rate=rate, frame_period_ms=frame_period_ms)
 
     def extract_features(self, waveforms: Packed) -> Packed:
         """Log-mel frames every 10 ms, (N, num_mel_bins), of zero mean and unit variance over each utterance."""
@@ -194,10 +213,23 @@ class ConformerEncoder(nn.Module):
             raise ValueError(f"waveforms: expected (N, 1) samples, got {tuple(waveforms.values.shape)}")
         return normalize_over_time(self.log_mel(waveforms))
 
-    def encode(self, mel: Packed, *, layer_drop: torch.Generator | None = None) -> EncoderOutput:
-        """Encode what `extract_features` returns; `layer_drop` is a CPU generator for the layers to skip."""
-        hidden_states = self.encoder(self.subsampling(mel), layer_drop=layer_drop)
-        return EncoderOutput(hidden_states[-1], hidden_states)
+    def encode(
+        self,
+        mel: Packed,
+        *,
+        rate: float | Tensor | None = None,
+        frame_period_ms: float | Tensor | None = None,
+        layer_drop: torch.Generator | None = None,
+    ) -> EncoderOutput:
+        """Encode what `extract_features` returns; `layer_drop` is a CPU generator for the layers to skip.
+
+        Other arguments and errors as of `forward`.
+        """
+        frames, compressed = compress(
+            self.compressor, self.subsampling(mel), rate=rate, frame_period_ms=frame_period_ms
+        )
+        hidden_states = self.encoder(frames, layer_drop=layer_drop)
+        return EncoderOutput(hidden_states[-1], hidden_states, compressed)
 
     def save_pretrained(self, folder: str | Path, *, card: ModelCard | None = None) -> None:
         """Write config.json, model.safetensors and README.md, in a layout of fastssl's own.
@@ -231,13 +263,16 @@ class ConformerEncoder(nn.Module):
         return encoder
 
 
-def load_conformer_weights(encoder: ConformerEncoder, weights: Mapping[str, Tensor], *, name: str) -> None:
+def load_conformer_weights(
+    encoder: ConformerEncoder, weights: Mapping[str, Tensor], *, name: str, fresh_compressor: bool = False
+) -> None:
     """Load the encoder's weights; a head's are left aside.
 
     Args:
         encoder: Takes the weights.
         weights: By name, of an encoder or of a model with a head.
         name: Of the file or model, for errors.
+        fresh_compressor: Whether the compressor may stay as it is where the weights have none.
 
     Raises:
         ValueError: A weight is missing or of another shape, or the encoder has no place for one.
@@ -245,4 +280,7 @@ def load_conformer_weights(encoder: ConformerEncoder, weights: Mapping[str, Tens
     prefix = head_prefix(CONFORMER)
     if any(key.startswith(prefix) for key in weights):
         weights = {key.removeprefix(prefix): tensor for key, tensor in weights.items() if key.startswith(prefix)}
+    if fresh_compressor and not any(key.startswith(COMPRESSOR_PREFIX) for key in weights):
+        own = encoder.state_dict()
+        weights = {**weights, **{key: own[key] for key in own if key.startswith(COMPRESSOR_PREFIX)}}
     load_matching(encoder, weights, name=name)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastssl.models.compression import CompressedConfig, CompressionScores, compression_scores, draw_compression
+from fastssl.models.compression import CompressedConfig, CompressionScores, draw_compression, with_compression_loss
 from fastssl.models.encoder import Encoder, EncoderConfig
 from fastssl.models.pretraining import PretrainingModel
 from fastssl.nn.linear import PackedLinear
@@ -18,7 +18,7 @@ _SCORES = ("distillation_loss", "l1_loss", "cosine_similarity")
 
 
 @dataclass(frozen=True)
-class DistillationConfig(CompressedConfig):
+class DistillationConfig(CompressedConfig, EncoderConfig):
     """A student, and what it learns of a teacher.
 
     Args:
@@ -248,14 +248,15 @@ class DistillationModel(PretrainingModel):
             difference, similarity = _compare(prediction, target)
             l1, cosine = l1 + difference.detach().sum(), cosine + similarity.detach().sum()
             loss = loss + (difference - config.cosine_loss_weight * F.logsigmoid(similarity)).sum()
-        distillation_loss, compression = loss.detach(), None
-        if projected.compressed is not None and config.draws_rates:
-            lengths = frames.layout.cu_seqlens.diff().float()
-            compression = compression_scores(
-                config, projected.compressed, lengths, segment_weights=segment_weights, segment_ends=segment_ends
-            )
-            loss = loss + compression.weighted(config)
-            compression = CompressionScores(*(score.detach() for score in compression))
+        distillation_loss = loss.detach()
+        loss, compression = with_compression_loss(
+            loss,
+            config,
+            projected.compressed,
+            frames.layout.cu_seqlens.diff().float(),
+            segment_weights=segment_weights,
+            segment_ends=segment_ends,
+        )
         return DistillationOutput(
             loss=loss,
             l1_loss=l1 / len(targets),

@@ -3,11 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from fastssl.models.compressor import COMPRESSOR_FIELDS, SAMPLE_RATE_HZ, CompressorConfig, compress, make_compressor
 from fastssl.models.folder import (
     COMPRESSOR_PREFIX,
     MODEL_CLASSES,
@@ -21,15 +22,13 @@ from fastssl.models.folder import (
     write_weights,
 )
 from fastssl.models.model_card import ModelCard
-from fastssl.nn.compression import KINDS, Compressed, Kind, SequenceCompressor
+from fastssl.nn.compression import Compressed
 from fastssl.nn.feature_extractor import FeatureExtractor, FeatureProjection, scale_gradient
 from fastssl.nn.transformer import RelativePositions, Transformer
 from fastssl.packing import Layout, Packed
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-SAMPLE_RATE_HZ = 16000
 
 #: Fields that one `model_type` alone has.
 _OWN_FIELDS = {
@@ -43,8 +42,10 @@ _DATA2VEC: dict[str, Any] = {"feat_extract_norm": "layer", "do_stable_layer_norm
 
 
 @dataclass(frozen=True)
-class EncoderConfig:
+class EncoderConfig(CompressorConfig):
     """Shape of an encoder; names and defaults of Transformers' configs (the base models).
+
+    A compressor comes before the projection.
 
     Args:
         hidden_size: Width of the transformer.
@@ -74,9 +75,6 @@ class EncoderConfig:
         num_buckets: Buckets of the relative position bias (wavlm).
         max_bucket_distance: The distance in frames from which on all share a bucket (wavlm).
         conv_pos_kernel_size: Kernel of each positional convolution, in frames (data2vec-audio).
-        compressor: What makes fewer frames of the front end's before the projection, a kind of `nn.SequenceCompressor`;
-            "none" leaves them. Not of Transformers, which opens such an encoder without it.
-        compressor_factor: Of "average" and "strided".
 
     Raises:
         ValueError: Values that do not fit together, or that the architecture does not have.
@@ -108,8 +106,6 @@ class EncoderConfig:
     num_buckets: int = 320
     max_bucket_distance: int = 800
     conv_pos_kernel_size: int = 19
-    compressor: str = "none"
-    compressor_factor: int = 1
 
     def __post_init__(self) -> None:
         if self.model_type not in MODEL_CLASSES:
@@ -123,10 +119,7 @@ class EncoderConfig:
         for name, value in fixed.items():
             if getattr(self, name) != value:
                 raise ValueError(f"{name}: must be {value!r} for {self.model_type}, got {getattr(self, name)!r}")
-        if self.compressor not in ("none", *KINDS):
-            raise ValueError(f"compressor: {self.compressor!r} is none of none, {', '.join(KINDS)}")
-        if self.compressor_factor != 1 and self.compressor not in ("average", "strided"):
-            raise ValueError(f"compressor_factor: is of 'average' and 'strided', got one for {self.compressor!r}")
+        super().__post_init__()
         if not len(self.conv_dim) == len(self.conv_kernel) == len(self.conv_stride):
             raise ValueError(
                 f"conv_dim, conv_kernel, conv_stride: {len(self.conv_dim)}, {len(self.conv_kernel)} and "
@@ -164,11 +157,6 @@ class EncoderConfig:
         for stride in self.conv_stride:
             product *= stride
         return product
-
-    @property
-    def frame_period_ms(self) -> float:
-        """Milliseconds from one frame of the front end to the next (20)."""
-        return 1000 * self.samples_per_frame / SAMPLE_RATE_HZ
 
     @property
     def receptive_field_samples(self) -> int:
@@ -261,15 +249,7 @@ class Encoder(nn.Module):
             positional_depth=config.num_conv_pos_embeddings if stacked else None,
             relative_positions=RelativePositions(config.num_buckets, config.max_bucket_distance) if gated else None,
         )
-        self.compressor: SequenceCompressor | None = None
-        if config.compressor != "none":
-            factor = None if config.compressor == "integrate-and-fire" else config.compressor_factor
-            self.compressor = SequenceCompressor(
-                config.conv_dim[-1],
-                kind=cast(Kind, config.compressor),
-                factor=factor,
-                input_period_ms=config.frame_period_ms,
-            )
+        self.compressor = make_compressor(config, config.conv_dim[-1])
         for module in self.encoder.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=config.initializer_range)
@@ -295,7 +275,17 @@ class Encoder(nn.Module):
             ValueError: The waveforms have another shape; a rate or a period is out of range, or there is no compressor
                 that takes one.
         """
-        projected = self.project(self.extract_features(waveforms), rate=rate, frame_period_ms=frame_period_ms)
+        return self.encode(self.extract_features(waveforms), rate=rate, frame_period_ms=frame_period_ms)
+
+    def encode(
+        self,
+        frames: Packed,
+        *,
+        rate: float | Tensor | None = None,
+        frame_period_ms: float | Tensor | None = None,
+    ) -> EncoderOutput:
+        """Encode what `extract_features` returns; other arguments and errors as of `forward`."""
+        projected = self.project(frames, rate=rate, frame_period_ms=frame_period_ms)
         hidden_states = self.encoder(projected.frames)
         return EncoderOutput(hidden_states[-1], hidden_states, projected.compressed)
 
@@ -311,12 +301,7 @@ class Encoder(nn.Module):
         Other arguments and errors as of `forward`.
         """
         normalised = Packed(self.feature_projection.normalise(frames.values), frames.layout)
-        compressed = None
-        if self.compressor is not None:
-            compressed = self.compressor(normalised, rate=rate, frame_period_ms=frame_period_ms)
-            normalised = compressed.frames
-        elif rate is not None or frame_period_ms is not None:
-            raise ValueError("rate and frame_period_ms: this encoder has no compressor")
+        normalised, compressed = compress(self.compressor, normalised, rate=rate, frame_period_ms=frame_period_ms)
         projected = self.feature_projection.project(normalised.values)
         return Projected(Packed(projected, normalised.layout), normalised.values, compressed)
 
@@ -419,7 +404,7 @@ def _as_transformers(config: EncoderConfig) -> dict[str, Any]:
         for name, value in asdict(config).items()
         if _OWN_FIELDS.get(name, config.model_type) == config.model_type
         and not (config.model_type == "data2vec-audio" and name in _DATA2VEC)
-        and not (config.compressor == "none" and name in ("compressor", "compressor_factor"))
+        and not (config.compressor == "none" and name in COMPRESSOR_FIELDS)
     }
     values |= {"num_feat_extract_layers": len(config.conv_dim), "hidden_act": "gelu", "feat_extract_activation": "gelu"}
     return values

@@ -6,14 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastssl.models.encoder import Encoder, EncoderConfig
+from fastssl.models.compression import CompressedConfig, draw_compression, with_compression_loss
+from fastssl.models.encoder import Encoder, EncoderConfig, Projected
 from fastssl.models.pretraining import (
-    PREDICTION_SCORES,
     PredictionOutput,
     PretrainingModel,
     count_codes,
     features_penalty,
     masked_by_utterance,
+    prediction_scores,
 )
 from fastssl.nn.linear import PackedLinear
 from fastssl.nn.masking import sample_span_mask
@@ -21,7 +22,7 @@ from fastssl.packing import Packed
 
 
 @dataclass(frozen=True)
-class HubertConfig(EncoderConfig):
+class HubertConfig(CompressedConfig, EncoderConfig):
     """An encoder with its pre-training head and objective; the values of fairseq's hubert_base_librispeech.yaml.
 
     Args:
@@ -47,8 +48,6 @@ class HubertConfig(EncoderConfig):
         super().__post_init__()
         if self.model_type != "hubert":
             raise ValueError(f"model_type: HuBERT pre-training has a hubert encoder, got {self.model_type!r}")
-        if self.compressor != "none":
-            raise ValueError(f"compressor: HuBERT predicts the label of each frame; got {self.compressor!r}")
         if not 0 <= self.mask_time_prob <= 1:
             raise ValueError(f"mask_time_prob: must be in [0, 1], got {self.mask_time_prob}")
         if self.mask_time_length < 1 or self.num_clusters < 2 or self.final_dim < 1:
@@ -106,7 +105,7 @@ class HubertForPreTraining(PretrainingModel):
     @property
     def score_names(self) -> tuple[str, ...]:
         """As in `PredictionOutput.scores`."""
-        return PREDICTION_SCORES
+        return prediction_scores(self.config)
 
     def forward(
         self,
@@ -115,15 +114,21 @@ class HubertForPreTraining(PretrainingModel):
         keys: Tensor,
         labels: Tensor,
         layer_drop: torch.Generator | None = None,
+        segment_weights: Tensor | None = None,
+        segment_ends: Tensor | None = None,
     ) -> PredictionOutput:
-        """Mask, encode and predict the class of every masked frame.
+        """Compress where there is a compressor, mask, encode and predict the class of every masked frame.
+
+        With a compressor spans of what it leaves are masked, and with them the frames that went into it.
 
         Args:
             waveforms: (N, 1) samples at 16 kHz; a batch of no utterances is legal and contributes nothing.
-            keys: (B,) int64 from `nn.random.utterance_keys` or `draw_keys`, on the device of the waveforms; the mask of
-                an utterance follows from its key.
+            keys: (B,) int64 from `nn.random.utterance_keys` or `draw_keys`, on the device of the waveforms; rate and
+                mask of an utterance follow from its key.
             labels: (T,) int64, the class of each of the T frames of the front end.
             layer_drop: CPU generator for the layers to skip; None takes torch's own.
+            segment_weights: (T,) of `nn.segmentation.segmentation_losses`; None leaves a compressor without guidance.
+            segment_ends: (T,) likewise.
 
         Raises:
             ValueError: There is not one label for each frame.
@@ -134,44 +139,77 @@ class HubertForPreTraining(PretrainingModel):
             raise ValueError(
                 f"labels: expected one for each of {frames.layout.total} frames, got {tuple(labels.shape)}"
             )
+        projected = self.hubert.project(frames, **draw_compression(config, keys)._asdict())
         mask = sample_span_mask(
-            frames.layout,
+            projected.frames.layout,
             keys,
             probability=config.mask_time_prob,
             length=config.mask_time_length,
             min_spans=config.mask_time_min_masks,
         )
-        return self.predict(frames, mask=mask, labels=labels, layer_drop=layer_drop)
+        return self.predict(
+            frames,
+            mask=mask,
+            labels=labels,
+            layer_drop=layer_drop,
+            projected=projected,
+            segment_weights=segment_weights,
+            segment_ends=segment_ends,
+        )
 
     def predict(
-        self, frames: Packed, *, mask: Tensor, labels: Tensor, layer_drop: torch.Generator | None = None
+        self,
+        frames: Packed,
+        *,
+        mask: Tensor,
+        labels: Tensor,
+        layer_drop: torch.Generator | None = None,
+        projected: Projected | None = None,
+        segment_weights: Tensor | None = None,
+        segment_ends: Tensor | None = None,
     ) -> PredictionOutput:
         """The objective (arXiv 2106.07447, equations 1 and 3, masked frames alone) with the mask already drawn.
 
         Args:
             frames: (T, C) of the front end.
-            mask: (T,) bool, True where masked.
+            mask: (N,) bool, True where masked; of the frames that the transformer takes.
             labels: (T,) int64 classes.
             layer_drop: As in `forward`.
+            projected: `hubert.project(frames)`, from a caller who has it.
+            segment_weights: As in `forward`.
+            segment_ends: As in `forward`.
         """
         config = self.config
-        projected, _ = self.hubert.feature_projection(frames.values)
-        masked_input = torch.where(mask.unsqueeze(1), self.hubert.masked_spec_embed.to(projected.dtype), projected)
-        features = self.hubert.encoder(Packed(masked_input, frames.layout), layer_drop=layer_drop)[-1]
+        (hidden, layout), _, compressed = projected or self.hubert.project(frames)
+        masked_input = torch.where(mask.unsqueeze(1), self.hubert.masked_spec_embed.to(hidden.dtype), hidden)
+        features = self.hubert.encoder(Packed(masked_input, layout), layer_drop=layer_drop)[-1]
 
+        states = features.values
+        if compressed is not None:
+            mask, states = compressed.upsample(mask), compressed.upsample(states)
         rows = mask.nonzero().squeeze(1)  # the host waits for the device, once: it must know M
         targets = labels.index_select(0, rows)
-        logits = self._logits(self.final_proj(features.values.index_select(0, rows)))
+        logits = self._logits(self.final_proj(states.index_select(0, rows)))
         prediction_loss = F.cross_entropy(logits, targets, reduction="sum")
-        penalty = features_penalty(frames, masked_by_utterance(mask, frames.layout))
+        masked = masked_by_utterance(mask, frames.layout)
+        penalty = features_penalty(frames, masked)
+        loss, compression = with_compression_loss(
+            prediction_loss + config.features_penalty_weight * penalty,
+            config,
+            compressed,
+            masked,
+            segment_weights=segment_weights,
+            segment_ends=segment_ends,
+        )
         return PredictionOutput(
-            loss=prediction_loss + config.features_penalty_weight * penalty,
+            loss=loss,
             prediction_loss=prediction_loss.detach(),
             features_penalty=penalty.detach(),
             correct=(logits.argmax(1) == targets).sum(),
             masked_frames=len(rows),
             code_counts=count_codes(labels, size=config.num_clusters),
             features=features,
+            compression=compression,
         )
 
     def _logits(self, x: Tensor) -> Tensor:  # (M, final_dim) -> (M, num_clusters) fp32

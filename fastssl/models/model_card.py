@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from fastssl.models.folder import MODEL_CLASSES
 from fastssl.models.operations import describe_compression
@@ -83,8 +83,9 @@ class ModelCard:
             "updates": None if self.updates is None else f"{self.updates}",
             "fastssl": _both(self.version, None if self.commit is None else f"commit {self.commit}"),
         }
-        if in_transformers and getattr(config, "compressor", "none") != "none":
-            facts["sequence compression"] = describe_compression(cast("EncoderConfig", config))
+        compressed = config.compressor != "none"
+        if compressed:
+            facts["sequence compression"] = describe_compression(config)
         parts = [
             _FRONT_MATTER.format(
                 model_type=config.model_type, library="transformers" if in_transformers else "fastssl"
@@ -96,7 +97,6 @@ class ModelCard:
             scores = {name: f"{value:.4g}" for name, value in self.quality.items()}
             parts.append("## Quality\n\n" + _table("score", "value", scores))
         period_ms = 1000 * config.samples_per_frame / 16_000
-        compressed = getattr(config, "compressor", "none") != "none"
         period = "" if compressed else f", one every {period_ms:g} ms"
         with_fastssl = _WITH_FASTSSL.format(width=config.hidden_size, period=period)
         parts.append("## Use\n\n" + (_WITH_TRANSFORMERS if in_transformers else "") + with_fastssl)

@@ -1,9 +1,14 @@
 """How many multiplications an encoder takes, and how many of them sequence compression can spare."""
 
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
+
+from fastssl.models.folder import CONFORMER
+from fastssl.nn.log_mel import HOP_SAMPLES, WINDOW_SAMPLES
 
 if TYPE_CHECKING:
+    from fastssl.models.conformer import ConformerConfig
     from fastssl.models.encoder import EncoderConfig
 
 _SAMPLE_RATE_HZ = 16_000
@@ -11,7 +16,7 @@ _EXAMPLE_S = 10.0
 
 
 class Operations(NamedTuple):
-    """Multiply-accumulates of one utterance, forward; norms, activations and softmax are left out."""
+    """Multiply-accumulates of one utterance, forward; spectra, norms, activations and softmax are left out."""
 
     front_end: int  # convolutions, and what weighs frames for compression: at the full frame rate
     transformer: int  # projection, positional convolution and layers: at the rate that is left
@@ -22,7 +27,9 @@ class Operations(NamedTuple):
         return self.front_end + self.transformer
 
 
-def count_operations(config: "EncoderConfig", *, seconds: float, frame_period_ms: float | None = None) -> Operations:
+def count_operations(
+    config: "EncoderConfig | ConformerConfig", *, seconds: float, frame_period_ms: float | None = None
+) -> Operations:
     """Multiply-accumulates of an utterance.
 
     Args:
@@ -31,12 +38,11 @@ def count_operations(config: "EncoderConfig", *, seconds: float, frame_period_ms
         frame_period_ms: Mean period of the frames that are left; None is that of the front end, or of the factor of its
             compressor.
     """
-    frames = int(seconds * _SAMPLE_RATE_HZ)
-    front_end, c_in = 0, 1
-    for channels, kernel, stride in zip(config.conv_dim, config.conv_kernel, config.conv_stride, strict=True):
-        frames = max(0, (frames - kernel) // stride + 1)
-        front_end += frames * c_in * channels * kernel
-        c_in = channels
+    samples = int(seconds * _SAMPLE_RATE_HZ)
+    if config.model_type == CONFORMER:
+        frames, front_end, c_in, per_frame = _of_conformer(cast("ConformerConfig", config), samples)
+    else:
+        frames, front_end, c_in, per_frame = _of_transformer(cast("EncoderConfig", config), samples)
     if config.compressor == "integrate-and-fire":
         front_end += frames * c_in * (5 * c_in + 1)
     elif config.compressor == "strided":
@@ -44,17 +50,53 @@ def count_operations(config: "EncoderConfig", *, seconds: float, frame_period_ms
     left = frames / config.compressor_factor
     if frame_period_ms is not None:
         left = frames * config.frame_period_ms / frame_period_ms
-    width, inner = config.hidden_size, config.intermediate_size
+    attention = config.num_hidden_layers * 2 * left * config.hidden_size
+    return Operations(front_end, round(left * (per_frame + attention)))
+
+
+class _Parts(NamedTuple):
+    """What the two kinds of encoders differ in."""
+
+    frames: int  # of the front end
+    front_end: int
+    c_in: int  # channels of these frames, where a compressor takes them
+    per_frame: int  # behind it, but for attention's products of frames with frames
+
+
+def _of_transformer(config: "EncoderConfig", samples: int) -> _Parts:
+    frames, front_end = _convolve(samples, 1, config.conv_dim, config.conv_kernel, config.conv_stride)
+    c_in, width, inner = config.conv_dim[-1], config.hidden_size, config.intermediate_size
     kernel = config.num_conv_pos_embeddings  # of data2vec-audio, how many there are
     if config.model_type == "data2vec-audio":
         kernel *= config.conv_pos_kernel_size
     positions = width * width // config.num_conv_pos_embedding_groups * kernel
-    layer = 4 * width * width + 2 * width * inner + 2 * left * width
-    transformer = left * (c_in * width + positions + config.num_hidden_layers * layer)
-    return Operations(front_end, round(transformer))
+    layer = 4 * width * width + 2 * width * inner
+    return _Parts(frames, front_end, c_in, c_in * width + positions + config.num_hidden_layers * layer)
 
 
-def describe_compression(config: "EncoderConfig") -> str:
+def _of_conformer(config: "ConformerConfig", samples: int) -> _Parts:
+    mel = max(0, (samples - WINDOW_SAMPLES) // HOP_SAMPLES + 1)
+    frames, front_end = _convolve(mel, config.num_mel_bins, config.conv_dim, (3, 3), (2, 2))
+    width, inner = config.hidden_size, config.intermediate_size
+    convolutions = 3 * width * width + width * config.conv_depthwise_kernel_size
+    layer = 4 * width * width + 4 * width * inner + convolutions
+    front_end += frames * config.conv_dim[-1] * width
+    return _Parts(frames, front_end, width, config.num_hidden_layers * layer)
+
+
+def _convolve(
+    frames: int, c_in: int, channels: Sequence[int], kernels: Sequence[int], strides: Sequence[int]
+) -> tuple[int, int]:
+    """Frames that are left, and multiply-accumulates."""
+    total = 0
+    for c_out, kernel, stride in zip(channels, kernels, strides, strict=True):
+        frames = max(0, (frames - kernel) // stride + 1)
+        total += frames * c_in * c_out * kernel
+        c_in = c_out
+    return frames, total
+
+
+def describe_compression(config: "EncoderConfig | ConformerConfig") -> str:
     """How frames become fewer, and what that spares of the multiplications for ten seconds, for a model card.
 
     Args:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
+from fastssl.models.compression import CompressedConfig, CompressionScores
 from fastssl.models.conformer import ConformerConfig, ConformerEncoder
 from fastssl.models.encoder import Encoder, EncoderConfig
 from fastssl.models.folder import read_config, read_weights
@@ -114,12 +115,19 @@ class PredictionOutput:
     masked_frames: int  # M
     code_counts: Tensor  # (V,) int64, how often each code is the target, over all frames, masked or not
     features: Packed  # (N, D) of the masked input
+    compression: CompressionScores | None = None
 
     def scores(self) -> dict[str, Tensor]:
-        """Sums by the names of `PREDICTION_SCORES`."""
+        """Sums by the names of `prediction_scores`."""
         chance = torch.full_like(self.prediction_loss, self.masked_frames / len(self.code_counts))
         values = (self.prediction_loss, self.correct, chance, self.features_penalty)
-        return dict(zip(PREDICTION_SCORES, values, strict=True))
+        own = dict(zip(PREDICTION_SCORES, values, strict=True))
+        return own | ({} if self.compression is None else self.compression._asdict())
+
+
+def prediction_scores(config: CompressedConfig) -> tuple[str, ...]:
+    """Names of the scores of masked prediction."""
+    return (*PREDICTION_SCORES, *(CompressionScores._fields if config.draws_rates else ()))
 
 
 def count_codes(codes: Tensor, *, size: int) -> Tensor:  # (N,) int64 -> (size,) int64

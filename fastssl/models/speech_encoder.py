@@ -46,6 +46,6 @@ def load_speech_encoder(
         ValueError: A weight is missing or of another shape, or the encoder has no place for one.
     """
     if isinstance(encoder, ConformerEncoder):
-        load_conformer_weights(encoder, weights, name=name)
+        load_conformer_weights(encoder, weights, name=name, fresh_compressor=fresh_compressor)
     else:
         load_encoder_weights(encoder, weights, name=name, fresh_compressor=fresh_compressor)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from fastssl import ops
-from fastssl.models.compression import CompressedConfig, CompressionScores, compression_scores, draw_compression
-from fastssl.models.encoder import Encoder, Projected
+from fastssl.models.compression import CompressedConfig, CompressionScores, draw_compression, with_compression_loss
+from fastssl.models.encoder import Encoder, EncoderConfig, Projected
 from fastssl.models.pretraining import PretrainingModel, features_penalty, masked_by_utterance, perplexity
 from fastssl.nn.linear import PackedLinear
 from fastssl.nn.masking import sample_negatives, sample_span_mask
@@ -20,7 +20,7 @@ _STREAM_GUMBEL = 3
 
 
 @dataclass(frozen=True)
-class Wav2Vec2Config(CompressedConfig):
+class Wav2Vec2Config(CompressedConfig, EncoderConfig):
     """An encoder with its pre-training head and objective; names and defaults of Transformers' `Wav2Vec2Config`.
 
     Args:
@@ -286,13 +286,9 @@ class Wav2Vec2ForPreTraining(PretrainingModel):
         penalty = features_penalty(frames, masked)
         loss = contrastive + config.features_penalty_weight * penalty
         loss = loss + config.diversity_loss_weight * len(rows) * diversity
-        compression = None
-        if compressed is not None and config.draws_rates:
-            compression = compression_scores(
-                config, compressed, masked, segment_weights=segment_weights, segment_ends=segment_ends
-            )
-            loss = loss + compression.weighted(config)
-            compression = CompressionScores(*(score.detach() for score in compression))
+        loss, compression = with_compression_loss(
+            loss, config, compressed, masked, segment_weights=segment_weights, segment_ends=segment_ends
+        )
         return PretrainingOutput(
             loss=loss,
             contrastive_loss=contrastive.detach(),

@@ -13,7 +13,6 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from fastssl.data.audio import SAMPLE_RATE_HZ, AudioError
 from fastssl.data.recordings import Chunk, read_chunks
 from fastssl.interop import load_encoder
-from fastssl.models.encoder import Encoder
 from fastssl.models.speech_encoder import SpeechEncoder
 from fastssl.nn.compression import Compressed
 from fastssl.packing import Packed
@@ -62,7 +61,7 @@ def open_encoder_at(
     encoder = load_encoder(model).to(choose_device(device))
     if rate is None and frame_period_ms is None:
         return encoder
-    if not isinstance(encoder, Encoder) or encoder.compressor is None:
+    if encoder.compressor is None:
         raise ValueError(f"--rate and --frame_period_ms: {model} has no compressor")
     try:
         encoder.compressor.check(rate=rate, frame_period_ms=frame_period_ms)
@@ -75,7 +74,7 @@ def open_encoder_at(
 def fixed_frame_period_s(encoder: SpeechEncoder) -> float | None:
     """From one of its frames to the next; None where a compressor makes that differ."""
     period_s = encoder.config.samples_per_frame / SAMPLE_RATE_HZ
-    if not isinstance(encoder, Encoder) or encoder.compressor is None:
+    if encoder.compressor is None:
         return period_s
     return None if encoder.compressor.factor is None else period_s * encoder.compressor.factor
 

@@ -27,7 +27,6 @@ from fastssl.data.mfcc import MFCC_FIRST_CENTRE_S, MFCC_SHIFT_S, mfcc
 from fastssl.data.segments import smooth_classes
 from fastssl.interop import load_encoder
 from fastssl.metrics import centre_costs, nearest_centres
-from fastssl.models.encoder import Encoder
 from fastssl.models.folder import write_json, write_weights
 from fastssl.models.speech_encoder import SpeechEncoder
 from fastssl.train.encode import Reading, choose_device, default_workers, encode_recordings
@@ -190,7 +189,7 @@ class _Features:
         if settings.model is None:
             return cls(None, 0, MFCC_SHIFT_S, MFCC_FIRST_CENTRE_S, settings.channel, num_workers, None)
         encoder = load_encoder(settings.model).to(choose_device(device))
-        if isinstance(encoder, Encoder) and encoder.compressor is not None:
+        if encoder.compressor is not None:
             if encoder.compressor.factor is not None:
                 raise ValueError(f"--model: {settings.model} leaves fewer frames than there are labels (compressor)")
             encoder.compressor.rate = 0.0

@@ -112,7 +112,7 @@ class PretrainModule(LightningModule):
             )
         elif isinstance(self.model, HubertForPreTraining):
             assert batch.labels is not None
-            output = self.model(batch.waveforms, keys=keys, labels=batch.labels, layer_drop=layer_drop)
+            output = self.model(batch.waveforms, keys=keys, labels=batch.labels, layer_drop=layer_drop, **segments)
         elif isinstance(self.model, DistillationModel):
             assert self.teacher is not None
             frames, targets = self.teacher.of(batch)
@@ -120,7 +120,7 @@ class PretrainModule(LightningModule):
                 batch.waveforms, keys=keys, targets=targets, frames=frames, layer_drop=layer_drop, **segments
             )
         else:
-            output = self.model(batch.waveforms, keys=keys, layer_drop=layer_drop)
+            output = self.model(batch.waveforms, keys=keys, layer_drop=layer_drop, **segments)
         return output
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:

@@ -21,7 +21,6 @@ from typing import Literal
 
 import torch
 
-from fastssl.models.encoder import Encoder
 from fastssl.models.speech_encoder import SpeechEncoder
 from fastssl.train.probing.features import (
     EncoderSource,
@@ -304,7 +303,6 @@ class _Probe:
         period_s = source.frame_period_s
         if period_s is None:
             assert isinstance(source, EncoderSource)
-            assert isinstance(source.encoder, Encoder)
             period_s = self.features["train"].mean_frame_period_s(source.encoder.config)
         self.window = Window(0, 1) if mean else Window.of_seconds(settings.context_s, period_s)
 

@@ -11,7 +11,6 @@ from torch import Tensor
 import fastssl
 from fastssl.models.compression import draw_compression
 from fastssl.models.encoder import Encoder, EncoderConfig
-from fastssl.models.hubert import HubertConfig
 from fastssl.models.wav2vec2 import PRESETS, Wav2Vec2Config, Wav2Vec2ForPreTraining
 from fastssl.nn.random import draw_keys
 from fastssl.packing import Packed
@@ -271,5 +270,3 @@ def test_rejects_bad_input() -> None:
     for message, options in of_training.items():
         with pytest.raises(ValueError, match=message):
             Wav2Vec2Config(**options)
-    with pytest.raises(ValueError, match="compressor: HuBERT predicts the label of each frame"):
-        HubertConfig(compressor="average")

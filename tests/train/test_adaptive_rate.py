@@ -9,6 +9,7 @@ import pytest
 import soundfile
 import torch
 
+from fastssl.models.conformer import ConformerConfig, ConformerEncoder
 from fastssl.models.encoder import Encoder, EncoderConfig
 from fastssl.packing import Layout
 from fastssl.train.probe import ProbeSettings
@@ -78,6 +79,24 @@ def test_the_task_moves_the_rate_and_a_price_of_frames_raises_it(
     trained = {name for name, parameter in encoder.named_parameters() if parameter.requires_grad}
     assert "compressor.weight_network.conv.weight" in trained
     assert dear[0] == dear[0]._replace(rate=dear[1].rate, path=dear[0].path)
+
+
+def test_of_a_conformer(table: Table) -> None:
+    torch.manual_seed(0)
+    conformer = ConformerEncoder(
+        ConformerConfig(
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=64,
+            conv_dim=(16, 16),
+            conv_depthwise_kernel_size=7,
+            compressor="integrate-and-fire",
+        )
+    )
+    learned = learn_rate(conformer, table, _DIGITS, price=100.0, start=0.5, bounds=(0.1, 0.9))
+    assert learned.rate == pytest.approx(0.9)
+    assert 50 < learned.frame_period_ms < 100  # of 40 at least
 
 
 def test_the_same_seed_learns_the_same_rate(encoder: Encoder, table: Table) -> None:

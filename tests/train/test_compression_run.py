@@ -9,8 +9,6 @@ import yaml
 
 from fastssl.data.batches import UpdateSampler, WaveformDataset
 from fastssl.interop import load_encoder
-from fastssl.models.encoder import Encoder
-from fastssl.models.wav2vec2 import Wav2Vec2Config
 from fastssl.train.checkpoints import initialise
 from fastssl.train.config import PretrainConfig
 from fastssl.train.data import PretrainDataModule
@@ -23,7 +21,6 @@ from tests.train.conftest import MakeConfig, MakeSystem, rewound, write_recordin
 
 
 def _compressed(config: PretrainConfig, segments: Path | None = None) -> PretrainConfig:
-    assert isinstance(config.model, Wav2Vec2Config)
     data = dataclasses.replace(config.data, segments=None if segments is None else str(segments))
     return dataclasses.replace(
         config, model=dataclasses.replace(config.model, compressor="integrate-and-fire"), data=data
@@ -38,8 +35,11 @@ def segments(recordings: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_run_learns_boundaries_and_resumes_to_the_bit(make_config: MakeConfig, segments: Path) -> None:
-    whole = _compressed(make_config("whole", **{"trainer.keep_every": 4}), segments)
+@pytest.mark.parametrize("system", ["wav2vec2", "hubert", "best-rq"])
+def test_a_run_learns_boundaries_and_resumes_to_the_bit(
+    system: str, make_config: MakeConfig, make_system: MakeSystem, segments: Path
+) -> None:
+    whole = _compressed(make_system(make_config("whole", **{"trainer.keep_every": 4}), system), segments)
     pretrain(whole)
     rows = read_metrics(Path(whole.output) / "metrics.csv")
     for row in rows:
@@ -48,7 +48,6 @@ def test_a_run_learns_boundaries_and_resumes_to_the_bit(make_config: MakeConfig,
             assert row[f"{prefix}{name}"] > 0
         assert 20 < row[f"{prefix}frame_period_ms"] < 100
     encoder = load_encoder(whole.output)
-    assert isinstance(encoder, Encoder)
     assert encoder.compressor is not None
     broken = rewound(whole, Path(whole.output).with_name("broken"), update=4)
     pretrain(broken, resume=True)
@@ -56,7 +55,7 @@ def test_a_run_learns_boundaries_and_resumes_to_the_bit(make_config: MakeConfig,
         torch.load(Path(config.output) / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
         for config in (whole, broken)
     )
-    assert any(key.startswith("model.wav2vec2.compressor.") for key in expected)
+    assert any(".compressor." in key for key in expected)
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from fastssl.data.waveforms import pack_waveforms
-from fastssl.models.encoder import Encoder
 from fastssl.models.speech_encoder import SpeechEncoder
 from fastssl.nn.compression import Compressed
 from fastssl.nn.rates import AdaptiveRate
@@ -73,7 +72,7 @@ def learn_rate(
         ValueError: The encoder has no such compressor, the settings are not for it, a number is out of range, the
             table does not serve, or the loss is not finite.
     """
-    if not isinstance(encoder, Encoder) or encoder.compressor is None or encoder.compressor.factor is not None:
+    if encoder.compressor is None or encoder.compressor.factor is not None:
         raise ValueError("rate_price: is of an encoder whose compressor is integrate-and-fire")
     if settings.resolved_task == "verification" or settings.folds is not None:
         raise ValueError("rate_price: a rate is learned for classification or ctc, and before any fold is held out")
@@ -95,14 +94,13 @@ def learn_rate(
 
 
 class _FrontEnd:
-    """Frames of the convolutions, before a compressor: they are the same at every rate."""
+    """What comes before a compressor: it is the same at every rate."""
 
     layers = 1
 
-    def __init__(self, encoder: Encoder) -> None:
+    def __init__(self, encoder: SpeechEncoder) -> None:
         self.encoder = encoder.eval()
-        self.width = encoder.config.conv_dim[-1]
-        self.frame_period_s = encoder.config.frame_period_ms / 1000
+        self.frame_period_s: float | None = None
 
     @property
     def key(self) -> object:
@@ -111,7 +109,7 @@ class _FrontEnd:
 
     @torch.inference_mode()
     def __call__(self, waveforms: Waveforms) -> list[Packed]:
-        """Frames (N, C)."""
+        """What `extract_features` returns."""
         parameter = next(self.encoder.parameters())
         values = torch.from_numpy(pack_waveforms(waveforms, normalize=self.encoder.config.do_normalize))
         layout = Layout.from_lengths([len(waveform) for waveform in waveforms])
@@ -121,7 +119,7 @@ class _FrontEnd:
 class _Learning:
     """Of one rate with one head."""
 
-    def __init__(self, encoder: Encoder, examples: Examples, kind: Kind, settings: ProbeSettings) -> None:
+    def __init__(self, encoder: SpeechEncoder, examples: Examples, kind: Kind, settings: ProbeSettings) -> None:
         self.encoder, self.examples, self.kind, self.settings = encoder, examples, kind, settings
         self.period_s = encoder.config.frame_period_ms / 1000
         self.device = next(encoder.parameters()).device
@@ -175,10 +173,9 @@ class _Learning:
 
     def _encode(self, batch: Examples, rate: Tensor) -> tuple[list[Packed], Compressed]:
         """Frames of each layer, and what the compressor did."""
-        projected = self.encoder.project(self._frames(batch), rate=rate)
-        assert projected.compressed is not None
-        states: list[Packed] = self.encoder.encoder(projected.frames)
-        return states, projected.compressed
+        _, states, compressed = self.encoder.encode(self._frames(batch), rate=rate)
+        assert compressed is not None
+        return states, compressed
 
     def _window(self, period_s: float) -> Window:
         return Window.of_seconds(self.settings.context_s, period_s) if self.kind == "ctc" else Window(0, 1)
@@ -210,9 +207,8 @@ class _Learning:
     def _mean_period_ms(self, rate: Tensor) -> float:
         before = after = 0
         for batch in self.examples.batches(self.settings.batch_s, seed=None):
-            frames = self._frames(batch)
-            before += frames.layout.total
-            after += self.encoder.project(frames, rate=rate).frames.layout.total
+            _, compressed = self._encode(batch, rate)
+            before, after = before + compressed.layout.total, after + compressed.frames.layout.total
         return 1000 * self.period_s * before / after
 
 

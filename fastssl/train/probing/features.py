@@ -16,9 +16,9 @@ from fastssl.data.corpus import Problem, cut_name, scan_file
 from fastssl.data.mfcc import differences
 from fastssl.data.recordings import count_frames
 from fastssl.data.waveforms import pack_waveforms
-from fastssl.models.encoder import Encoder, EncoderConfig
+from fastssl.models.conformer import ConformerConfig
+from fastssl.models.encoder import EncoderConfig
 from fastssl.models.speech_encoder import SpeechEncoder, fresh_encoder
-from fastssl.nn.compression import SequenceCompressor
 from fastssl.packing import Layout, Packed
 from fastssl.train.encode import fixed_frame_period_s
 from fastssl.train.probing.tables import Table
@@ -39,7 +39,6 @@ class Source(Protocol):
     """What turns waveforms at 16 kHz into features, layer by layer."""
 
     layers: int
-    width: int
 
     @property
     def frame_period_s(self) -> float | None:
@@ -64,7 +63,7 @@ class EncoderSource:
         self.encoder = encoder.eval()
         config = encoder.config
         self.frame_period_s = fixed_frame_period_s(encoder)
-        self.layers, self.width = config.num_hidden_layers + 1, config.hidden_size
+        self.layers = config.num_hidden_layers + 1
 
     @property
     def key(self) -> object:
@@ -94,7 +93,7 @@ class RandomSource(EncoderSource):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             fresh = fresh_encoder(encoder.config).to(device)
-        ours, theirs = _compressor_of(fresh), _compressor_of(encoder)
+        ours, theirs = fresh.compressor, encoder.compressor
         if ours is not None and theirs is not None:
             ours.rate, ours.frame_period_ms = theirs.rate, theirs.frame_period_ms
         super().__init__(fresh)
@@ -106,13 +105,9 @@ class RandomSource(EncoderSource):
         return self._key
 
 
-def _compressor_of(encoder: SpeechEncoder) -> SequenceCompressor | None:
-    return encoder.compressor if isinstance(encoder, Encoder) else None
-
-
 def _compression(encoder: SpeechEncoder) -> tuple[float | None, ...]:
     """Rate and frame period of its calls."""
-    compressor = _compressor_of(encoder)
+    compressor = encoder.compressor
     values = () if compressor is None else (compressor.rate, compressor.frame_period_ms)
     return tuple(None if value is None else float(value) for value in values)
 
@@ -129,7 +124,6 @@ class LogMelSource:
 
     def __init__(self, *, deltas: bool = True) -> None:
         self.deltas = deltas
-        self.width = 3 * _MELS if deltas else _MELS
         self._fbank = Fbank(FbankConfig(num_filters=_MELS, sampling_rate=SAMPLE_RATE_HZ))
 
     @property
@@ -168,7 +162,7 @@ class Features:
     problems: tuple[Problem, ...]
     too_short: int
 
-    def mean_frame_period_s(self, config: EncoderConfig) -> float:
+    def mean_frame_period_s(self, config: EncoderConfig | ConformerConfig) -> float:
         """Of all examples of an encoder together: the period of its front end, by how many frames a compressor left."""
         lengths = [round(seconds * SAMPLE_RATE_HZ) for seconds in self.seconds]
         stride, receptive_field = config.samples_per_frame, config.receptive_field_samples

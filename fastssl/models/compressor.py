@@ -1,0 +1,83 @@
+"""A sequence compressor as a part of an encoder, between its front end and its layers."""
+
+from dataclasses import dataclass, fields
+from typing import cast
+
+from torch import Tensor
+
+from fastssl.nn.compression import KINDS, Compressed, Kind, SequenceCompressor
+from fastssl.packing import Packed
+
+SAMPLE_RATE_HZ = 16_000
+
+
+@dataclass(frozen=True)
+class CompressorConfig:
+    """Whether an encoder has a compressor, and of which kind.
+
+    Args:
+        compressor: What makes fewer frames of the front end's, a kind of `nn.SequenceCompressor`; "none" leaves them.
+            Not of Transformers, which opens such an encoder without it.
+        compressor_factor: Of "average" and "strided".
+    """
+
+    compressor: str = "none"
+    compressor_factor: int = 1
+
+    def __post_init__(self) -> None:
+        if self.compressor not in ("none", *KINDS):
+            raise ValueError(f"compressor: {self.compressor!r} is none of none, {', '.join(KINDS)}")
+        if self.compressor_factor != 1 and self.compressor not in ("average", "strided"):
+            raise ValueError(f"compressor_factor: is of 'average' and 'strided', got one for {self.compressor!r}")
+
+    @property
+    def samples_per_frame(self) -> int:
+        """Samples from one frame of the front end to the next."""
+        raise NotImplementedError
+
+    @property
+    def frame_period_ms(self) -> float:
+        """Milliseconds from one frame of the front end to the next."""
+        return 1000 * self.samples_per_frame / SAMPLE_RATE_HZ
+
+
+#: What a plain encoder has not.
+COMPRESSOR_FIELDS = tuple(field.name for field in fields(CompressorConfig))
+
+
+def make_compressor(config: CompressorConfig, channels: int) -> SequenceCompressor | None:
+    """The compressor of frames of so many channels; None where there is none."""
+    if config.compressor == "none":
+        return None
+    return SequenceCompressor(
+        channels,
+        kind=cast(Kind, config.compressor),
+        factor=None if config.compressor == "integrate-and-fire" else config.compressor_factor,
+        input_period_ms=config.frame_period_ms,
+    )
+
+
+def compress(
+    compressor: SequenceCompressor | None,
+    frames: Packed,
+    *,
+    rate: float | Tensor | None,
+    frame_period_ms: float | Tensor | None,
+) -> tuple[Packed, Compressed | None]:
+    """What goes on of the front end's frames.
+
+    Args:
+        compressor: The encoder's.
+        frames: (N, C).
+        rate: As of `SequenceCompressor`.
+        frame_period_ms: Likewise.
+
+    Raises:
+        ValueError: A rate or a period is out of range, or there is no compressor that takes one.
+    """
+    if compressor is not None:
+        compressed = compressor(frames, rate=rate, frame_period_ms=frame_period_ms)
+        return compressed.frames, compressed
+    if rate is not None or frame_period_ms is not None:
+        raise ValueError("rate and frame_period_ms: this encoder has no compressor")
+    return frames, None
