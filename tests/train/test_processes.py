@@ -13,17 +13,22 @@ import pytest
 import soundfile
 import torch
 
+from fastssl.models.distillation import DistillationConfig
+from fastssl.models.encoder import Encoder, EncoderConfig
+from fastssl.models.wav2vec2 import Wav2Vec2Config
 from fastssl.train.config import PretrainConfig
+from fastssl.train.label import LabelSettings, label
 from fastssl.train.metrics_file import read_metrics
+from fastssl.train.systems import SYSTEMS
 from tests.train.conftest import MakeConfig, MakeSystem, as_yaml_file
 
 pytestmark = pytest.mark.slow
 
 
 def _run(config: PretrainConfig, folder: Path, *options: str, launcher: tuple[str, ...] = ()) -> Any:
-    command = [sys.executable, *launcher, "-m", "fastssl", "pretrain", "--config", str(as_yaml_file(config, folder))]
+    command = [sys.executable, *launcher, "-m", "fastssl", SYSTEMS[config.system].command]
     return subprocess.run(
-        [*command, "--output", config.output, *options],
+        [*command, "--config", str(as_yaml_file(config, folder)), "--output", config.output, *options],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -72,14 +77,42 @@ def test_processes_share_out_the_updates_of_every_system(
     system: str, make_config: MakeConfig, make_system: MakeSystem, tmp_path: Path
 ) -> None:
     one = make_system(make_config(), system)
-    accumulating = dataclasses.replace(one, trainer=dataclasses.replace(one.trainer, accumulation=2))
-    assert _run(accumulating, tmp_path).returncode == 0
-    # Under torchrun the second process runs from the start, while the first makes HuBERT's labels.
-    two = dataclasses.replace(one, output=str(tmp_path / "two"))
+    _two_processes_are_two_accumulation_steps(one, tmp_path)
+
+
+def _two_processes_are_two_accumulation_steps(one: PretrainConfig, folder: Path) -> None:
+    # Under torchrun the second process runs from the start, while the first makes labels, or a teacher's frames.
+    two = dataclasses.replace(one, output=str(folder / "two"))
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    outcome = _run(two, tmp_path, launcher=launcher)
+    outcome = _run(two, folder, launcher=launcher)
     assert outcome.returncode == 0, outcome.stderr
+    accumulating = dataclasses.replace(one, trainer=dataclasses.replace(one.trainer, accumulation=2))
+    outcome = _run(accumulating, folder)
+    assert outcome.returncode == 0, outcome.stderr
+    assert len(_losses(two)) == 8
     assert _losses(two) == pytest.approx(_losses(accumulating), rel=1e-5)
+
+
+@pytest.mark.parametrize("system", ["wav2vec2", "distillation"])
+def test_processes_share_out_a_compressors_updates(
+    system: str, make_config: MakeConfig, make_system: MakeSystem, recordings: Path, tmp_path: Path
+) -> None:
+    label(recordings, tmp_path / "segments", LabelSettings(clusters=7, segment_ms=120.0), num_workers=0)
+    one = make_system(make_config(), system)
+    model = dataclasses.replace(one.model, compressor="integrate-and-fire")
+    data = dataclasses.replace(one.data, segments=str(tmp_path / "segments"))
+    if isinstance(model, Wav2Vec2Config):
+        # It is the loss of a batch.
+        model = dataclasses.replace(model, diversity_loss_weight=0.0)
+    if isinstance(model, DistillationConfig):
+        shape = {field.name: getattr(model, field.name) for field in dataclasses.fields(EncoderConfig)}
+        Encoder(EncoderConfig(**shape | {"num_hidden_layers": 3, "compressor": "none"})).save_pretrained(
+            tmp_path / "teacher"
+        )
+        model = dataclasses.replace(model, feature_grad_mult=0.0)
+        data = dataclasses.replace(data, fixed_crops=True, teacher_cache=str(tmp_path / "frames"))
+        one = dataclasses.replace(one, teacher=str(tmp_path / "teacher"))
+    _two_processes_are_two_accumulation_steps(dataclasses.replace(one, model=model, data=data), tmp_path)
 
 
 def test_front_end_without_gradient_does_not_stop_the_processes(make_config: MakeConfig, tmp_path: Path) -> None:
