@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -35,10 +36,17 @@ class Teacher:
 
     @torch.no_grad()
     def encode(self, waveforms: Packed) -> tuple[Packed, list[Tensor]]:
-        """Frames (N, C) of the front end, and the layers, each (N, D)."""
-        self.encoder.to(waveforms.values.device)
+        """Frames (N, C) of the front end, and the layers, each (N, D).
+
+        On a GPU layers are in bf16 whatever the run's precision: they are targets. Frames, which a student may take as
+        its own, are as the run has them.
+        """
+        device = waveforms.values.device
+        self.encoder.to(device)
         frames = self.encoder.extract_features(waveforms)
-        states = self.encoder.encoder(self.encoder.project(frames).frames)
+        reduced = torch.autocast("cuda", dtype=torch.bfloat16) if device.type == "cuda" else nullcontext()
+        with reduced:
+            states = self.encoder.encoder(self.encoder.project(frames).frames)
         return frames, [states[layer].values for layer in self.layers]
 
     def of(self, batch: AudioBatch) -> tuple[Packed | None, Sequence[Tensor]]:

@@ -19,6 +19,7 @@ from fastssl.models.best_rq import BestRqForPreTraining
 from fastssl.models.distillation import DistillationConfig
 from fastssl.models.encoder import Encoder, EncoderConfig
 from fastssl.nn.feature_extractor import FeatureExtractor
+from fastssl.packing import Packed
 from fastssl.train.config import PretrainConfig
 from fastssl.train.label import LabelSettings, label
 from fastssl.train.metrics_file import read_metrics
@@ -339,3 +340,17 @@ def test_a_compressed_teacher_teaches_all_its_frames(make_config: MakeConfig, tm
     config = _distil(make_config(**{"trainer.max_steps": 2}), tmp_path / "ofa")
     pretrain(config)
     assert read_metrics(Path(config.output) / "metrics.csv")[0]["distillation_loss"] > 0
+
+
+@pytest.mark.gpu
+def test_a_teacher_is_reduced_on_a_gpu_and_its_frames_are_not() -> None:
+    torch.manual_seed(0)
+    encoder = Encoder(_TEACHER)
+    waveforms = Packed.pack([torch.randn(16_000, 1), torch.randn(9_000, 1)])
+    exact_frames, exact_layers = Teacher(encoder, [1, 3], gives_frames=True).encode(waveforms)
+    frames, layers = Teacher(encoder, [1, 3], gives_frames=True).encode(waveforms.to("cuda"))
+    assert frames.values.dtype == torch.float32
+    torch.testing.assert_close(frames.values.cpu(), exact_frames.values, rtol=1e-3, atol=1e-4)
+    for layer, exact in zip(layers, exact_layers, strict=True):
+        difference = (layer.float().cpu() - exact).abs().mean()
+        assert 1e-4 < difference < 0.05  # bf16, and close
