@@ -75,7 +75,7 @@ def jobs(corpora: Path, teacher: Path, runs: Path, size: Size, *, precision: str
     return found
 
 
-def evaluate(corpora: Path, size: Size, job: Job, trained: Trained) -> dict[str, Any]:
+def evaluate(corpora: Path, size: Size, key: str, trained: Trained) -> dict[str, Any]:
     """What a finished student took, and what is read from it."""
     probes = CONTENT | SPEAKER | (HELD_OUT if size.held_out else {})
     errors = probe(trained.run, corpora, probes, steps=size.probe_steps)

@@ -91,7 +91,7 @@ def jobs(corpora: Path, size: Size, *, precision: str) -> dict[str, Job]:
     }
 
 
-def evaluate(corpora: Path, size: Size, job: Job, trained: Trained) -> dict[str, Any]:
+def evaluate(corpora: Path, size: Size, key: str, trained: Trained) -> dict[str, Any]:
     """Measures at a quarter and at the end, and probes at the end."""
     at = {"quarter": size.updates // 4, "end": size.updates}
     measures = {

@@ -397,14 +397,7 @@ def main() -> None:
     study = StudyFile(arguments.output, {**settings, **decides})
     segments = segments_of(arguments.teacher, corpora / "train", arguments.runs / "segments")
     to_do = jobs(corpora, arguments.teacher, segments, arguments.runs, size, precision=arguments.precision)
-    keys = {job.name: key for key, job in to_do.items()}
-    do_all(
-        study,
-        to_do,
-        arguments.runs,
-        lambda job, trained: evaluate(corpora, size, keys[job.name], trained),
-        parallel=arguments.parallel,
-    )
+    do_all(study, to_do, arguments.runs, partial(evaluate, corpora, size), parallel=arguments.parallel)
     results, failed = finished(study.results)
     if TIMES not in results:
         first = {key: arguments.runs / job.name for key, job in to_do.items() if key in results and key.endswith("/0")}

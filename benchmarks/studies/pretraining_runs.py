@@ -11,9 +11,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -316,7 +317,7 @@ def do_all(
     study: StudyFile,
     jobs: Mapping[str, Job],
     folder: Path,
-    evaluate: Callable[[Job, Trained], Any],
+    evaluate: Callable[[str, Trained], Any],
     *,
     parallel: int,
 ) -> None:
@@ -329,28 +330,23 @@ def do_all(
         study: Takes the results.
         jobs: By key.
         folder: Of the runs.
-        evaluate: Makes a result of a finished run; one at a time.
-        parallel: Runs at a time.
+        evaluate: Makes a result of a key and its finished run; in a process of its own, which must find it by name.
+        parallel: Runs at a time, of which each is trained, then evaluated.
 
     Raises:
         RuntimeError: One failed otherwise; those that were under way are finished first.
     """
-    lock = Lock()
 
     def do(key: str) -> None:
         try:
-            trained = train(jobs[key], folder)
+            result = _apart(evaluate, key, train(jobs[key], folder))
         except DivergedError as error:
-            study.add(key, {"failed": str(error)})
-            return
-        with lock:
-            try:
-                result = evaluate(jobs[key], trained)
-            except ValueError as error:
-                if not _OF_BAD_WEIGHTS.search(str(error)):
-                    raise
-                result = {"failed": str(error)}
-            study.add(key, result)
+            result = {"failed": str(error)}
+        except ValueError as error:
+            if not _OF_BAD_WEIGHTS.search(str(error)):
+                raise
+            result = {"failed": str(error)}
+        study.add(key, result)
 
     with ThreadPoolExecutor(parallel) as pool:
         futures = [pool.submit(do, key) for key in jobs if key not in study.results]
@@ -360,6 +356,12 @@ def do_all(
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def _apart(evaluate: Callable[[str, Trained], Any], key: str, trained: Trained) -> Any:
+    """In a process of its own: threads of one would share a core in turns, and what features took would not go back."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(evaluate, key, trained).result()
 
 
 def finished(results: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:

@@ -4,11 +4,13 @@ import csv
 import fcntl
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -116,34 +118,41 @@ def test_a_study_goes_on_with_its_own_results_only(tmp_path: Path) -> None:
         StudyFile(study, what_decides(tmp_path, ["train"]))
 
 
-def test_runs_are_done_in_parallel_evaluated_one_at_a_time_and_a_failure_is_told(
+def _note_process(folder: Path, key: str, trained: Trained) -> dict[str, Any]:
+    """Waits until another is under way too."""
+    (folder / f"{key}.under_way").touch()
+    until = time.monotonic() + 60
+    while len(list(folder.glob("*.under_way"))) < 2 and time.monotonic() < until:
+        time.sleep(0.01)
+    return {"run": trained.run.name, "process": os.getpid(), "together": len(list(folder.glob("*.under_way"))) == 2}
+
+
+def _say(message: str, key: str, trained: Trained) -> None:
+    raise ValueError(message)
+
+
+def _trained(job: Job, folder: Path) -> Trained:
+    if job.name == "bad":
+        raise RuntimeError("bad failed")
+    return Trained(folder / job.name, 1, 1.0, 1.0, 1.0, 1.0, 1.0)
+
+
+def test_runs_are_done_and_evaluated_in_parallel_and_a_failure_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    under_way, done = [0], []
-
-    def fake(job: Job, folder: Path) -> Trained:
-        if job.name == "bad":
-            raise RuntimeError("bad failed")
-        return Trained(folder / job.name, 1, 1.0, 1.0, 1.0, 1.0, 1.0)
-
-    def evaluate(job: Job, trained: Trained) -> str:
-        under_way[0] += 1
-        assert under_way[0] == 1
-        time.sleep(0.02)
-        under_way[0] -= 1
-        done.append(job.name)
-        return trained.run.name
-
-    monkeypatch.setattr(pretraining_runs, "train", fake)
-    jobs = {name: Job(name, tmp_path, "best-rq-tiny") for name in "abcd"}
+    monkeypatch.setattr(pretraining_runs, "train", _trained)
+    jobs = {name: Job(f"of {name}", tmp_path, "best-rq-tiny") for name in "abc"}
     study = StudyFile(tmp_path / "study.json", {})
-    study.add("c", "there already")
-    do_all(study, jobs, tmp_path, evaluate, parallel=3)
-    assert sorted(done) == ["a", "b", "d"]
-    assert study.results == {"a": "a", "b": "b", "c": "there already", "d": "d"}
+    study.add("b", "there already")
+    do_all(study, jobs, tmp_path, partial(_note_process, tmp_path), parallel=3)
+    assert study.results["b"] == "there already"
+    a, c = study.results["a"], study.results["c"]
+    assert (a["run"], c["run"]) == ("of a", "of c")
+    assert a["together"]
+    assert len({a["process"], c["process"], os.getpid()}) == 3
     assert corpora_parser("").parse_args(["c", "--runs", "r", "--output", "o.json"]).parallel == 1
     with pytest.raises(RuntimeError, match="bad failed"):
-        do_all(study, {"x": Job("bad", tmp_path, "")}, tmp_path, evaluate, parallel=2)
+        do_all(study, {"x": Job("bad", tmp_path, "")}, tmp_path, partial(_note_process, tmp_path), parallel=2)
 
 
 @pytest.mark.slow
@@ -196,7 +205,7 @@ def test_a_run_that_diverges_is_a_result_and_the_study_goes_on(tmp_path: Path, m
     program.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(program))
     study = StudyFile(tmp_path / "study.json", {})
-    do_all(study, {"x/0": Job("bad", tmp_path, "")}, tmp_path / "runs", lambda job, trained: None, parallel=1)
+    do_all(study, {"x/0": Job("bad", tmp_path, "")}, tmp_path / "runs", partial(_say, "not reached"), parallel=1)
     assert StudyFile(study.path, {}).results == {"x/0": {"failed": "bad diverged: the loss is nan in update 2"}}
     there, lines = finished(study.results | {"y/0": {"error": 0.5}})
     assert there == {"y/0": {"error": 0.5}}
@@ -211,20 +220,19 @@ def test_a_run_that_diverges_is_a_result_and_the_study_goes_on(tmp_path: Path, m
 def test_a_run_that_cannot_be_evaluated_for_its_weights_is_a_result_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def say(message: str) -> None:
-        raise ValueError(message)
-
-    monkeypatch.setattr(pretraining_runs, "train", lambda job, folder: Trained(folder, 1, 1.0, 1.0, 1.0, 1.0, 1.0))
+    monkeypatch.setattr(pretraining_runs, "train", _trained)
+    # A process takes seconds to start.
+    monkeypatch.setattr(pretraining_runs, "_apart", lambda evaluate, key, trained: evaluate(key, trained))
     study = StudyFile(tmp_path / "study.json", {})
     jobs = {"x": Job("x", tmp_path, "")}
     with pytest.raises(ValueError, match="no column"):
-        do_all(study, jobs, tmp_path, lambda job, trained: say("no column 'voice'"), parallel=1)
+        do_all(study, jobs, tmp_path, partial(_say, "no column 'voice'"), parallel=1)
     assert study.results == {}
     # In these words it is said where it is found.
     nothing = torch.full((300, 8), math.nan)
     with pytest.raises(ValueError, match="NaN or infinite") as found:
         fit_kmeans(nothing.numpy(), 2, seed=0)
-    do_all(study, jobs, tmp_path, lambda job, trained: say(f"layer 2: {found.value}"), parallel=1)
+    do_all(study, jobs, tmp_path, partial(_say, f"layer 2: {found.value}"), parallel=1)
     assert study.results == {"x": {"failed": "layer 2: frames: some are NaN or infinite"}}
 
 
