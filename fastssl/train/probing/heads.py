@@ -37,8 +37,9 @@ class Window(NamedTuple):
 
     @classmethod
     def of_seconds(cls, context_s: float, frame_period_s: float) -> "Window":
-        """As many frames as lie within `context_s` on either side; an output every 20 ms, or every frame if longer."""
-        reach = math.floor(context_s / frame_period_s + 1e-6)
+        """Frames that come nearest to `context_s` on either side; an output every 20 ms, or every frame if longer."""
+        # Half a frame is left out: 0.1 s are two frames of 40 ms.
+        reach = math.ceil(context_s / frame_period_s - 0.5 - 1e-6)
         return cls(reach, max(1, math.floor(_LEAST_PERIOD_S / frame_period_s + 1e-6)))
 
     def outputs(self, frames: int) -> int:
@@ -155,18 +156,23 @@ def prior(kind: Kind, examples: Examples, *, outputs: int, window: Window) -> Te
 
 def task_loss(kind: Kind, logits: Packed, targets: Sequence[Sequence[int]]) -> Tensor:
     """() nats per label; what CTC cannot emit adds none."""
+    return task_losses(kind, logits, targets).sum() / sum(map(len, targets))
+
+
+def task_losses(kind: Kind, logits: Packed, targets: Sequence[Sequence[int]]) -> Tensor:
+    """(B,) nats of each example."""
     flat = torch.tensor([label for target in targets for label in target], device=logits.values.device)
     if kind == "classification":
-        return F.cross_entropy(logits.values, flat)
+        return F.cross_entropy(logits.values, flat, reduction="none")
     return F.ctc_loss(
         logits.to_padded().log_softmax(2).transpose(0, 1),
         flat,
         torch.tensor(logits.layout.lengths),
         torch.tensor([len(target) for target in targets]),
         blank=BLANK,
-        reduction="sum",
+        reduction="none",
         zero_infinity=True,
-    ) / len(flat)
+    )
 
 
 def schedule(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
