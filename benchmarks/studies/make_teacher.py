@@ -1,10 +1,11 @@
 """The teacher of the studies on distillation: pre-trained once, and better than log-mel before anybody learns from it.
 
-    python -m benchmarks.studies.make_teacher CORPORA --runs RUNS --output teacher.json [--audio voices_train]
+    python -m benchmarks.studies.make_teacher CORPORA --runs RUNS --output teacher.json [--labels_of RUN]
 
 A wav2vec 2.0 encoder of six layers of 192, 3,000 updates, probed frozen for digits by CTC on speakers that the head has
-not learned from, six times over, beside log-mel. The run is RUNS/teacher; `teacher.json` beside it says what was found,
-and the studies refuse a teacher without.
+not learned from, six times over, beside log-mel. With --labels_of it is a HuBERT that learns the classes of a layer of
+that run, of BEST-RQ for example. The run is RUNS/teacher; `teacher.json` in it says what was found, and the studies
+refuse a teacher without, or one that is no better than log-mel.
 """
 
 import json
@@ -15,6 +16,8 @@ import fastssl
 from benchmarks.studies.compare_systems import CURVE, PROBES
 from benchmarks.studies.findings import Spread, compare
 from benchmarks.studies.pretraining_runs import Job, StudyFile, corpora_parser, train, what_decides
+from fastssl.data.labels import read_settings
+from fastssl.train.label import LabelSettings, label
 from fastssl.train.probe import LOG_MEL, run_probe
 
 TEACHER_FILE = "teacher.json"
@@ -42,11 +45,20 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=3000)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--probe_steps", type=int, default=600, help="of each head")
-    parser.add_argument("--audio", default="voices_train", help="the folder of CORPORA that it learns from")
+    parser.add_argument("--audio", default="train", help="the folder of CORPORA that it learns from")
+    parser.add_argument("--labels_of", type=Path, metavar="RUN", help="a run whose classes a HuBERT is to learn")
+    parser.add_argument("--label_layer", type=int, default=3, help="of that run")
     arguments = parser.parse_args()
     corpora: Path = arguments.corpora
     names = ("updates", "layers", "probe_steps", "audio", "precision")
     settings = {name: getattr(arguments, name) for name in names}
+    recipe, labels = "wav2vec2-tiny", None
+    if arguments.labels_of is not None:
+        recipe, labels = "hubert-tiny", arguments.runs / "labels"
+        of = LabelSettings(model=str(arguments.labels_of.absolute()), layer=arguments.label_layer, clusters=100)
+        # In this process: others cannot be forked safely while threads compute.
+        label(corpora / arguments.audio, labels, of, num_workers=0)
+        settings |= {"labels": read_settings(labels)["weights"], "label_layer": arguments.label_layer}
     study = StudyFile(
         arguments.output,
         {"study": "make_teacher", **settings, **what_decides(corpora, [arguments.audio, "train", "dev", "test"])},
@@ -60,7 +72,9 @@ def main() -> None:
         "trainer.checkpoint_every": max(1, arguments.updates // 12),
         "trainer.progress": "false",
     }
-    trained = train(Job(_NAME, corpora / arguments.audio, "wav2vec2-tiny", options), arguments.runs)
+    if labels is not None:
+        options["data.labels"] = str(labels.absolute())
+    trained = train(Job(_NAME, corpora / arguments.audio, recipe, options), arguments.runs)
     task = PROBES[CURVE]
     if _NAME not in study.results:
         encoder = fastssl.load_encoder(trained.run)
