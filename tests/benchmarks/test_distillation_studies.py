@@ -18,17 +18,31 @@ from fastssl.models.encoder import Encoder, EncoderConfig
 def _teacher(folder: Path, *, teacher: float, log_mel: float) -> Path:
     folder.mkdir()
     (folder / "config.yaml").write_text("model: {conv_dim: [128, 128, 128, 128, 128, 128, 128]}\n")
-    errors = {"teacher": teacher, "log-mel": log_mel}
+    errors = {
+        task: {
+            "teacher": [teacher, teacher + 0.02, teacher + 0.01],
+            "log-mel": [log_mel, log_mel + 0.01, log_mel + 0.02],
+        }
+        for task in (make_teacher.PHONES, make_teacher.DIGITS)
+    }
     (folder / make_teacher.TEACHER_FILE).write_text(json.dumps({"errors": errors}))
     return folder
 
 
 def test_a_teacher_must_be_better_than_log_mel(tmp_path: Path) -> None:
-    assert make_teacher.check_teacher(_teacher(tmp_path / "good", teacher=0.3, log_mel=0.4))["errors"]["teacher"] == 0.3
-    with pytest.raises(ValueError, match="no better than log-mel on held-out speakers"):
+    assert make_teacher.check_teacher(_teacher(tmp_path / "good", teacher=0.3, log_mel=0.4))["errors"]
+    with pytest.raises(ValueError, match=r"bad is no better than log-mel: phone error, held-out speakers: teacher 41"):
         make_teacher.check_teacher(_teacher(tmp_path / "bad", teacher=0.4, log_mel=0.4))
     with pytest.raises(ValueError, match=r"there is no .*teacher\.json; .*make_teacher"):
         make_teacher.check_teacher(tmp_path)
+    # Fewer errors in phones, and in digits none that is resolved.
+    good = {"teacher": [0.3, 0.5], "log-mel": [0.5, 0.6]}
+    even, worse = {"teacher": [0.5, 0.6], "log-mel": [0.5, 0.5]}, {"teacher": [0.7, 0.71], "log-mel": [0.5, 0.51]}
+    assert make_teacher.refused({make_teacher.PHONES: good, make_teacher.DIGITS: even}) is None
+    reason = make_teacher.refused({make_teacher.PHONES: good, make_teacher.DIGITS: worse})
+    assert reason is not None
+    assert reason.startswith("digit error, held-out speakers")
+    assert make_teacher.refused({make_teacher.PHONES: even, make_teacher.DIGITS: good}) is not None
 
 
 def test_deep_or_wide_tells_what_it_found(tmp_path: Path) -> None:
