@@ -1,6 +1,8 @@
 """Tensors by key in safetensors shards with an index: written as they come, gone on with where it was stopped."""
 
 import json
+import os
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -42,17 +44,23 @@ class Shards:
 
     def _begin(self, settings: Mapping[str, Any], option: str) -> None:
         path = self.folder / SETTINGS_FILE
-        if path.is_file():
+        there = self.folder.exists() and (not self.folder.is_dir() or any(map(_is_foreign, self.folder.iterdir())))
+        if there and not path.is_file():
+            raise ValueError(f"{option}: {self.folder} exists, is not empty, and holds no {self.name}")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        partial = self.folder / f"{SETTINGS_FILE}.{uuid.uuid4().hex}.partial"
+        write_json(partial, settings)
+        try:
+            # Another run may begin it at the same time; whichever is first decides.
+            os.link(partial, path)
+        except FileExistsError:
             before = json.loads(path.read_text())
             changed = [name for name, value in settings.items() if before.get(name) != value]
             if changed:
                 differences = "; ".join(f"{name}: {before.get(name)} there, {settings[name]} now" for name in changed)
-                raise ValueError(f"{option}: {self.folder} was begun with other settings ({differences})")
-            return
-        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-            raise ValueError(f"{option}: {self.folder} exists, is not empty, and holds no {self.name}")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(path, settings)
+                raise ValueError(f"{option}: {self.folder} was begun with other settings ({differences})") from None
+        finally:
+            partial.unlink()
 
     def add(self, key: str, tensors: Mapping[str, Tensor], entry: Mapping[str, Any]) -> None:
         """Take in the tensors of a key, by their names in the shard, and its line of the index."""
@@ -93,3 +101,8 @@ def read_index(folder: Path) -> dict[str, dict[str, Any]]:
     lines = path.read_text().splitlines(keepends=True)
     entries = [json.loads(line) for line in lines if line.endswith("\n")]
     return {entry["key"]: entry for entry in entries}
+
+
+def _is_foreign(path: Path) -> bool:
+    """Whether it is not what another run, that begins the folder too, has there for a moment."""
+    return path.suffix != ".partial"
