@@ -5,10 +5,9 @@ from typing import cast
 
 from torch import Tensor
 
+from fastssl.models.folder import SAMPLE_RATE_HZ
 from fastssl.nn.compression import KINDS, Compressed, Kind, SequenceCompressor
 from fastssl.packing import Packed
-
-SAMPLE_RATE_HZ = 16_000
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastssl.models.compressor import COMPRESSOR_FIELDS, SAMPLE_RATE_HZ, CompressorConfig, compress, make_compressor
+from fastssl.models.compressor import COMPRESSOR_FIELDS, CompressorConfig, compress, make_compressor
 from fastssl.models.folder import (
     COMPRESSOR_PREFIX,
     MODEL_CLASSES,
+    SAMPLE_RATE_HZ,
     head_prefix,
     load_matching,
     read_config,

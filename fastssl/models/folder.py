@@ -20,7 +20,7 @@ MODEL_CLASSES = {
 }
 #: The `model_type` of our Conformer encoder, which Transformers does not have.
 CONFORMER = "best-rq"
-_SAMPLE_RATE_HZ = 16_000
+SAMPLE_RATE_HZ = 16_000
 #: Files of weights, in the order in which they are looked for; an index names the files that it is divided into.
 WEIGHT_FILES = (
     "model.safetensors",
@@ -58,9 +58,9 @@ def read_config(folder: Path, *, model_types: Iterable[str] = tuple(MODEL_CLASSE
     preprocessor = folder / "preprocessor_config.json"
     if preprocessor.exists():
         of_audio = _read_json(preprocessor)
-        rate_hz = of_audio.get("sampling_rate", _SAMPLE_RATE_HZ)
-        if rate_hz != _SAMPLE_RATE_HZ:
-            raise ValueError(f"{preprocessor}: sampling_rate is {rate_hz}, served is {_SAMPLE_RATE_HZ}")
+        rate_hz = of_audio.get("sampling_rate", SAMPLE_RATE_HZ)
+        if rate_hz != SAMPLE_RATE_HZ:
+            raise ValueError(f"{preprocessor}: sampling_rate is {rate_hz}, served is {SAMPLE_RATE_HZ}")
         values["do_normalize"] = of_audio.get("do_normalize", True)
     return values
 

@@ -4,14 +4,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple, cast
 
-from fastssl.models.folder import CONFORMER
+from fastssl.models.folder import CONFORMER, SAMPLE_RATE_HZ
 from fastssl.nn.log_mel import HOP_SAMPLES, WINDOW_SAMPLES
 
 if TYPE_CHECKING:
     from fastssl.models.conformer import ConformerConfig
     from fastssl.models.encoder import EncoderConfig
 
-_SAMPLE_RATE_HZ = 16_000
 _EXAMPLE_S = 10.0
 
 
@@ -38,7 +37,7 @@ def count_operations(
         frame_period_ms: Mean period of the frames that are left; None is that of the front end, or of the factor of its
             compressor.
     """
-    samples = int(seconds * _SAMPLE_RATE_HZ)
+    samples = int(seconds * SAMPLE_RATE_HZ)
     if config.model_type == CONFORMER:
         frames, front_end, c_in, per_frame = _of_conformer(cast("ConformerConfig", config), samples)
     else:

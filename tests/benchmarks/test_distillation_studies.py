@@ -13,6 +13,7 @@ from benchmarks.studies import deep_or_wide, make_teacher, once_for_all
 from benchmarks.studies.pretraining_runs import Job, Trained
 from fastssl.models.distillation import PRESETS, DistillationConfig
 from fastssl.models.encoder import Encoder, EncoderConfig
+from tests.models.test_compressed import SHAPE
 
 
 def _teacher(folder: Path, *, teacher: float, log_mel: float) -> Path:
@@ -178,16 +179,7 @@ def test_once_for_all_probes_a_student_at_every_period(tmp_path: Path) -> None:
             soundfile.write(tmp_path / part / f"{index}.wav", 0.1 * random.standard_normal(24_000), 16_000)
             rows.append(f"{index}.wav\t{index % 2}{1 - index % 2}\t{index % 2}\n")
         (tmp_path / part / "utterances.tsv").write_text("path\tdigits\tvoice\n" + "".join(rows))
-    config = EncoderConfig(
-        hidden_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=64,
-        conv_dim=(16,) * 7,
-        num_conv_pos_embeddings=8,
-        num_conv_pos_embedding_groups=2,
-        compressor="integrate-and-fire",
-    )
+    config = EncoderConfig(**SHAPE, compressor="integrate-and-fire")
     torch.manual_seed(0)
     Encoder(config).save_pretrained(tmp_path / "run")
     trained = Trained(tmp_path / "run", 3, 1.0, 2.0, 3.0, 4.0, 5.0)

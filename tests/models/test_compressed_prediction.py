@@ -20,7 +20,7 @@ from fastssl.nn.random import draw_keys
 from fastssl.packing import Packed
 from tests.models.test_compressed import SHAPE, waveforms_of
 
-_CONFORMER: dict[str, Any] = {
+CONFORMER: dict[str, Any] = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
@@ -40,7 +40,7 @@ def _model(system: str, **changes: Any) -> HubertForPreTraining | BestRqForPreTr
     options: dict[str, Any] = {"compressor": "integrate-and-fire"} | changes
     if system == "hubert":
         return HubertForPreTraining(HubertConfig(**SHAPE, num_clusters=7, final_dim=16, **options))
-    return BestRqForPreTraining(BestRqConfig(**_CONFORMER, codebook_size=11, **options))
+    return BestRqForPreTraining(BestRqConfig(**CONFORMER, codebook_size=11, **options))
 
 
 def _step(
@@ -136,7 +136,7 @@ def test_batches_add_up(system: str) -> None:
 @pytest.mark.parametrize(("kind", "factor"), [("average", 3), ("strided", 2), ("integrate-and-fire", 1)])
 def test_a_folder_gives_a_conformer_and_its_compressor_back(kind: str, factor: int, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    encoder = ConformerEncoder(ConformerConfig(**_CONFORMER, compressor=kind, compressor_factor=factor)).eval()
+    encoder = ConformerEncoder(ConformerConfig(**CONFORMER, compressor=kind, compressor_factor=factor)).eval()
     encoder.save_pretrained(tmp_path)
     assert "| sequence compression |" in (tmp_path / "README.md").read_text()
     opened = ConformerEncoder.from_pretrained(tmp_path).eval()
@@ -153,7 +153,7 @@ def test_a_folder_gives_a_conformer_and_its_compressor_back(kind: str, factor: i
     wanted = 100.0 if kind == "integrate-and-fire" else 40.0 * factor
     assert expected.compressed.frame_period_ms[-1].item() == pytest.approx(wanted, rel=0.1)
     # A compressor is learned from a plain encoder on.
-    plain = ConformerEncoder(ConformerConfig(**_CONFORMER))
+    plain = ConformerEncoder(ConformerConfig(**CONFORMER))
     plain.save_pretrained(tmp_path / "plain")
     assert not any("compressor" in key for key in read_weights(tmp_path / "plain"))
     with pytest.raises(ValueError, match="has no compressor"):
@@ -163,8 +163,8 @@ def test_a_folder_gives_a_conformer_and_its_compressor_back(kind: str, factor: i
 @torch.no_grad()
 def test_rate_zero_is_the_conformer_without_a_compressor() -> None:
     torch.manual_seed(0)
-    encoder = ConformerEncoder(ConformerConfig(**_CONFORMER, compressor="integrate-and-fire")).eval()
-    plain = ConformerEncoder(ConformerConfig(**_CONFORMER)).eval()
+    encoder = ConformerEncoder(ConformerConfig(**CONFORMER, compressor="integrate-and-fire")).eval()
+    plain = ConformerEncoder(ConformerConfig(**CONFORMER)).eval()
     plain.load_state_dict({key: value for key, value in encoder.state_dict().items() if "compressor" not in key})
     waveforms = waveforms_of(*_LENGTHS)
     for one, other in zip(encoder(waveforms, rate=0.0).hidden_states, plain(waveforms).hidden_states, strict=True):
@@ -172,7 +172,7 @@ def test_rate_zero_is_the_conformer_without_a_compressor() -> None:
 
 
 def test_the_conformers_multiplications_are_those_that_torch_counts() -> None:
-    config = ConformerConfig(**_CONFORMER)
+    config = ConformerConfig(**CONFORMER)
     encoder = ConformerEncoder(config).eval()
     seconds = 3.0
     counted = count_operations(config, seconds=seconds)

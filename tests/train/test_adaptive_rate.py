@@ -18,17 +18,10 @@ from fastssl.train.probing.command import probe
 from fastssl.train.probing.features import FeatureStore
 from fastssl.train.probing.heads import Head, Window
 from fastssl.train.probing.tables import Table, read_table
+from tests.models.test_compressed import SHAPE
+from tests.models.test_compressed_prediction import CONFORMER
 
-_CONFIG = EncoderConfig(
-    hidden_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    intermediate_size=64,
-    conv_dim=(16,) * 7,
-    num_conv_pos_embeddings=8,
-    num_conv_pos_embedding_groups=2,
-    compressor="integrate-and-fire",
-)
+_CONFIG = EncoderConfig(**SHAPE, compressor="integrate-and-fire")
 _DIGITS = ProbeSettings("digits", steps=60, batch_s=8.0)
 _SPEAKERS = ProbeSettings("speaker", steps=60, batch_s=8.0, segment_s=0.5)
 
@@ -92,17 +85,7 @@ def test_it_does_not_matter_where_a_rate_begins(encoder: Encoder, table: Table) 
 
 def test_of_a_conformer(table: Table) -> None:
     torch.manual_seed(0)
-    conformer = ConformerEncoder(
-        ConformerConfig(
-            hidden_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            intermediate_size=64,
-            conv_dim=(16, 16),
-            conv_depthwise_kernel_size=7,
-            compressor="integrate-and-fire",
-        )
-    )
+    conformer = ConformerEncoder(ConformerConfig(**CONFORMER, compressor="integrate-and-fire"))
     learned = learn_rate(conformer, table, _DIGITS, price=100.0, start=0.7, bounds=(0.1, 0.9))
     assert learned.rate == pytest.approx(0.9)
     assert 50 < learned.frame_period_ms < 100  # of 40 at least

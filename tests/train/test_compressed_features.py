@@ -19,18 +19,10 @@ from fastssl.train.probing.features import EncoderSource, FeatureStore
 from fastssl.train.probing.heads import Window
 from fastssl.train.probing.tables import Table, read_table
 from fastssl.train.quality_command import quality
+from tests.models.test_compressed import SHAPE
 from tests.train.conftest import write_recording
 
-_CONFIG = EncoderConfig(
-    hidden_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    intermediate_size=64,
-    conv_dim=(16,) * 7,
-    num_conv_pos_embeddings=8,
-    num_conv_pos_embedding_groups=2,
-    compressor="integrate-and-fire",
-)
+_CONFIG = EncoderConfig(**SHAPE, compressor="integrate-and-fire")
 
 
 @pytest.fixture

@@ -65,8 +65,7 @@ def learn_rate(
     rate itself would be best wherever the rate happens to be. The slope that the rate then follows is that between two
     rates around it, of the same utterances. The derivative at the rate itself (as `AdaptiveRate` passes it on) points
     anywhere: a little more of it moves every boundary behind by some frames, so that the loss goes up and down many
-    times within a hundredth. Of a student of 300 updates the loss fell by 0.3 per unit of rate, and the derivatives of
-    batches were 5 +- 15.
+    times within a hundredth.
 
     Args:
         encoder: With an integrate-and-fire compressor, on the device where to work.
