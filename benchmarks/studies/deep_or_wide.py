@@ -4,8 +4,8 @@
 
 1 x 192, 3 x 128 and 6 x 96 (765,504, 743,168 and 757,824 parameters behind the convolutions) learn from TEACHER by
 prediction heads and layer to layer, on whole utterances, its frames kept on disk and its convolutions frozen; one
-student with convolutions of its own is the control. Content is digits by CTC, with --full on held-out speakers too;
-speaker is thirty voices in 1 s. The paper finds that content takes depth, and speakers width.
+student with convolutions of its own is the control. Content is digits by CTC, with --full phones too; speaker is thirty
+voices in 1 s. The paper finds that content takes depth, and speakers width.
 """
 
 import csv
@@ -34,7 +34,7 @@ LOSSES = ("pred", "l2l")
 #: With trainable convolutions.
 CONTROL = ("3 x 128", "pred")
 CONTENT = {"digit error": Probe("test", "digits")}
-HELD_OUT = {"digit error, held-out speakers": Probe("test", "digits", folds="speaker")}
+PHONES = {"phone error": Probe("test", "phones")}
 SPEAKER = {"voice error, 1 s": Probe("voices_test", "voice", segment_s=1.0)}
 
 
@@ -44,11 +44,11 @@ class Size(NamedTuple):
     updates: int
     seeds: int
     probe_steps: int
-    held_out: bool
+    phones: bool
 
 
-DEFAULT = Size(updates=400, seeds=1, probe_steps=300, held_out=False)
-FULL = Size(updates=1500, seeds=3, probe_steps=600, held_out=True)
+DEFAULT = Size(updates=400, seeds=1, probe_steps=300, phones=False)
+FULL = Size(updates=1500, seeds=3, probe_steps=600, phones=True)
 
 
 def jobs(corpora: Path, teacher: Path, runs: Path, size: Size, *, precision: str) -> dict[str, Job]:
@@ -77,7 +77,7 @@ def jobs(corpora: Path, teacher: Path, runs: Path, size: Size, *, precision: str
 
 def evaluate(corpora: Path, size: Size, key: str, trained: Trained) -> dict[str, Any]:
     """What a finished student took, and what is read from it."""
-    probes = CONTENT | SPEAKER | (HELD_OUT if size.held_out else {})
+    probes = CONTENT | (PHONES if size.phones else {}) | SPEAKER
     errors = probe(trained.run, corpora, probes, steps=size.probe_steps)
     return {"training_s": trained.training_s, "cpu_s": trained.cpu_s, "updates": trained.updates, "probes": errors}
 
@@ -85,31 +85,37 @@ def evaluate(corpora: Path, size: Size, key: str, trained: Trained) -> dict[str,
 def findings(results: Mapping[str, Any]) -> list[str]:
     """Deep beside wide by loss and probe, and whether the paper's order shows."""
     lines, tests = [], 0
-    names = list(next(iter(results.values()))["probes"]) if results else []
+    wide, middle, deep = SHAPES
+    pairs = ((deep, wide), (middle, wide), (deep, middle))
     for loss in LOSSES:
-        by_shape = {
-            shape: [result for key, result in results.items() if key.startswith(f"{shape}/{loss}/frozen/")]
-            for shape in SHAPES
-        }
-        if not all(by_shape.values()):
-            continue
-        for name in names:
-            spreads = {shape: Spread([run["probes"][name] for run in runs]) for shape, runs in by_shape.items()}
-            shapes = list(SHAPES)
-            for deep, wide in ((shapes[-1], shapes[0]), (shapes[1], shapes[0]), (shapes[-1], shapes[1])):
-                lines.append(f"{loss}, {name}: " + compare(deep, spreads[deep], wide, spreads[wide]))
-                tests += min(len(spreads[deep].values), len(spreads[wide].values)) > 1
+        for name, spreads in spreads_of(results, loss).items():
+            for one, other in pairs:
+                if {one, other} <= spreads.keys():
+                    lines.append(f"{loss}, {name}: " + compare(one, spreads[one], other, spreads[other]))
+                    tests += _resolvable(spreads[one], spreads[other])
     shape, loss = CONTROL
-    of = {
-        end: [r for key, r in results.items() if key.startswith(f"{shape}/{loss}/{end}/")]
-        for end in ("frozen", "trained")
-    }
-    if all(of.values()):
-        for name in names:
-            frozen, trained = (Spread([run["probes"][name] for run in runs]) for runs in of.values())
-            lines.append(f"{shape}, {loss}, {name}: " + compare("trained convolutions", trained, "frozen", frozen))
-            tests += min(len(frozen.values), len(trained.values)) > 1
+    frozen = spreads_of(results, loss)
+    for name, spreads in spreads_of(results, loss, front_end="trained").items():
+        if shape in frozen.get(name, ()):
+            pair = ("trained convolutions", spreads[shape], "frozen", frozen[name][shape])
+            lines.append(f"{shape}, {loss}, {name}: " + compare(*pair))
+            tests += _resolvable(spreads[shape], frozen[name][shape])
     return lines if tests == 0 else [*lines, chance(tests)]
+
+
+def spreads_of(results: Mapping[str, Any], loss: str, *, front_end: str = "frozen") -> dict[str, dict[str, Spread]]:
+    """Errors over seeds, by probe and shape, of what was learned with a loss."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for key, result in results.items():
+        shape, of_loss, of_front_end, _ = key.split("/")
+        if (of_loss, of_front_end) == (loss, front_end):
+            for name, error in result["probes"].items():
+                found.setdefault(name, {}).setdefault(shape, []).append(error)
+    return {name: {shape: Spread(errors) for shape, errors in of.items()} for name, of in found.items()}
+
+
+def _resolvable(one: Spread, other: Spread) -> bool:
+    return min(len(one.values), len(other.values)) > 1
 
 
 def write_csv(results: Mapping[str, Any], path: Path) -> None:
@@ -121,6 +127,30 @@ def write_csv(results: Mapping[str, Any], path: Path) -> None:
         for key, result in results.items():
             costs = [result["updates"], f"{result['training_s']:.6g}", f"{result['cpu_s']:.6g}"]
             writer.writerow([*key.split("/"), *costs, *(f"{result['probes'][name]:.6g}" for name in names)])
+
+
+def draw(results: Mapping[str, Any], path: Path) -> None:
+    """Each probe's error from wide to deep, a line per loss."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    by_loss = {loss: spreads_of(results, loss) for loss in LOSSES}
+    names = list(dict.fromkeys(name for found in by_loss.values() for name in found))
+    figure = Figure(figsize=(4 * len(names), 3.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        for (loss, found), style in zip(by_loss.items(), ("o-", "s--"), strict=True):
+            shapes = [shape for shape in SHAPES if shape in found.get(name, ())]
+            places = [list(SHAPES).index(shape) for shape in shapes]
+            spreads = [found[name][shape] for shape in shapes]
+            heights, bars = [100 * one.mean for one in spreads], [100 * one.deviation for one in spreads]
+            axes.errorbar(places, heights, yerr=bars, fmt=style, capsize=3, label=loss)
+        axes.set_xticks(range(len(SHAPES)), list(SHAPES))
+        axes.set_xlabel("layers x width")
+        axes.set_ylabel(f"{name}, %")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
@@ -139,6 +169,7 @@ def main() -> None:
     results, failed = finished(study.results)
     study.conclude(failed + findings(results))
     write_csv(results, arguments.output.with_suffix(".csv"))
+    draw(results, arguments.output.with_suffix(".png"))
     print("\n".join(study.content["findings"]))
 
 

@@ -36,7 +36,7 @@ from benchmarks.studies.pretraining_runs import (
     what_decides,
 )
 from benchmarks.studies.probes import Probe
-from benchmarks.studies.students import student_options
+from benchmarks.studies.students import remember_front_end, student_options
 from fastssl.data.audio import read_waveform
 from fastssl.data.corpus import open_corpus
 from fastssl.data.waveforms import pack_waveforms
@@ -124,6 +124,7 @@ def periods_of(key: str) -> list[float | None]:
 def evaluate(corpora: Path, size: Size, key: str, trained: Trained) -> dict[str, Any]:
     """What a student's run took, and what is read from it at each of its periods and at the rates that are learned."""
     encoder = _open(trained.run)
+    remember_front_end(encoder)
     points = {str(period): _point(encoder, period, corpora, size) for period in periods_of(key)}
     costs = {"training_s": trained.training_s, "cpu_s": trained.cpu_s, "updates": trained.updates}
     adapted = _adapt(encoder, corpora, size) if key.startswith(f"{ONE_FOR_ALL}/") else {}

@@ -1,9 +1,14 @@
 """Students of the studies on distillation: what their runs share."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
 import yaml
+from torch import Tensor, nn
+
+from fastssl.models.encoder import Encoder
+from fastssl.packing import Layout, Packed
 
 
 def student_options(teacher: Path, *, updates: int, precision: str, frames: Path | None) -> dict[str, Any]:
@@ -29,3 +34,25 @@ def student_options(teacher: Path, *, updates: int, precision: str, frames: Path
         "trainer.progress": "false",
     }
     return options if frames is None else options | {"data.teacher_cache": str(frames.absolute())}
+
+
+def remember_front_end(encoder: Encoder) -> None:
+    """Have an encoder that is not trained any more keep what its convolutions make of each batch.
+
+    They are most of a shallow encoder's work, and the same at every rate.
+    """
+    encoder.register_module("feature_extractor", _Remembering(encoder.feature_extractor))
+
+
+class _Remembering(nn.Module):
+    def __init__(self, front_end: nn.Module) -> None:
+        super().__init__()
+        self.front_end = front_end
+        self._made: dict[tuple[tuple[int, ...], bytes], tuple[Tensor, Layout]] = {}
+
+    def forward(self, waveforms: Packed) -> tuple[Tensor, Layout]:
+        digest = hashlib.blake2b(waveforms.values.numpy().tobytes()).digest()
+        key = (waveforms.layout.lengths, digest)
+        if key not in self._made:
+            self._made[key] = self.front_end(waveforms)
+        return self._made[key]

@@ -9,10 +9,11 @@ import pytest
 import soundfile
 import torch
 
-from benchmarks.studies import deep_or_wide, make_teacher, once_for_all
+from benchmarks.studies import deep_or_wide, make_teacher, once_for_all, students
 from benchmarks.studies.pretraining_runs import Job, Trained
 from fastssl.models.distillation import PRESETS, DistillationConfig
 from fastssl.models.encoder import Encoder, EncoderConfig
+from fastssl.packing import Packed
 from tests.models.test_compressed import SHAPE
 
 
@@ -83,6 +84,11 @@ def test_deep_or_wide_tells_what_it_found(tmp_path: Path) -> None:
     assert any(line.startswith("pred, voice error, 1 s: 6 x 96") and "not resolved" in line for line in lines)
     assert any(line.startswith("3 x 128, pred, digit error: trained convolutions") for line in lines)
     assert lines[-1].startswith("14 comparisons")
+    # What of a shape is not there yet is left out.
+    of_two = {key: result for key, result in results.items() if not key.startswith("1 x 192/l2l")}
+    assert deep_or_wide.findings(of_two)[-1].startswith("10 comparisons")
+    deep_or_wide.draw(of_two, tmp_path / "study.png")
+    assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
     deep_or_wide.write_csv(results, tmp_path / "study.csv")
     assert len((tmp_path / "study.csv").read_text().splitlines()) == 1 + len(results)
 
@@ -168,6 +174,22 @@ def test_once_for_all_tells_what_it_found(tmp_path: Path) -> None:
     assert len(rows) == 3 * (5 + 5 + 3) + 5
     once_for_all.draw(results, tmp_path / "study.png")
     assert (tmp_path / "study.png").stat().st_size > 10_000
+
+
+def test_a_front_end_that_is_remembered_runs_once_for_each_batch() -> None:
+    torch.manual_seed(0)
+    encoder = Encoder(EncoderConfig(**SHAPE, compressor="integrate-and-fire")).eval()
+    calls = []
+    encoder.feature_extractor.register_forward_hook(lambda *_: calls.append(1))
+    one, other = torch.randn(2, 9_000, 1)
+    batches = [Packed.pack([one, other]), Packed.pack([one[:5_000], one[5_000:], other]), Packed.pack([other, one])]
+    with torch.inference_mode():
+        expected = [encoder(batch, rate=0.5).features.values for batch in batches]
+        students.remember_front_end(encoder)
+        for _ in range(2):
+            for batch, values in zip(batches, expected, strict=True):
+                assert encoder(batch, rate=0.5).features.values.equal(values)
+    assert len(calls) == 2 * len(batches)
 
 
 def test_once_for_all_probes_a_student_at_every_period(tmp_path: Path) -> None:
