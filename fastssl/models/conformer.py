@@ -112,6 +112,16 @@ class ConformerConfig(CompressorConfig):
         return cls(**known)
 
     @property
+    def conv_kernel(self) -> tuple[int, ...]:
+        """Mel frames, or frames of the first, that each convolution sees."""
+        return (_KERNEL,) * len(self.conv_dim)
+
+    @property
+    def conv_stride(self) -> tuple[int, ...]:
+        """Of each convolution."""
+        return (_STRIDE,) * len(self.conv_dim)
+
+    @property
     def samples_per_frame(self) -> int:
         """Samples from one frame to the next (640: 40 ms)."""
         return HOP_SAMPLES * MEL_FRAMES_PER_FRAME

@@ -75,7 +75,7 @@ def _of_transformer(config: "EncoderConfig", samples: int) -> _Parts:
 
 def _of_conformer(config: "ConformerConfig", samples: int) -> _Parts:
     mel = max(0, (samples - WINDOW_SAMPLES) // HOP_SAMPLES + 1)
-    frames, front_end = _convolve(mel, config.num_mel_bins, config.conv_dim, (3, 3), (2, 2))
+    frames, front_end = _convolve(mel, config.num_mel_bins, config.conv_dim, config.conv_kernel, config.conv_stride)
     width, inner = config.hidden_size, config.intermediate_size
     convolutions = 3 * width * width + width * config.conv_depthwise_kernel_size
     layer = 4 * width * width + 4 * width * inner + convolutions
