@@ -22,6 +22,8 @@ RESUMABLE = (
     "quality.layers",
     "quality.max_frames",
     "quality.minutes",
+    # Another place; a checkpoint knows the weights.
+    "teacher",
     "trainer.accelerator",
     "trainer.accumulation",
     "trainer.checkpoint_every",

@@ -85,6 +85,20 @@ class PretrainModule(LightningModule):
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: config.lr_factor(update, self.max_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say which teacher a student has learned from."""
+        if self.teacher is not None:
+            checkpoint["teacher"] = self.teacher.digest
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on with that teacher alone, wherever it lies now.
+
+        Raises:
+            ValueError: It has other weights. Checkpoints of earlier versions do not tell.
+        """
+        if self.teacher is not None and checkpoint.get("teacher", self.teacher.digest) != self.teacher.digest:
+            raise ValueError("--resume: --teacher no longer has the weights that the run has learned from; try --init")
+
     def training_step(self, batch: AudioBatch, batch_idx: int) -> Tensor:
         """The summed loss () of one batch of an update."""
         accumulation = self.trainer.accumulate_grad_batches

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from fastssl.models.distillation import DistillationConfig, DistillationModel, i
 from fastssl.models.encoder import Encoder, EncoderConfig
 from fastssl.packing import Packed
 from fastssl.train.config import PretrainConfig
+from fastssl.train.extract import weights_digest
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +35,11 @@ class Teacher:
         self.encoder = encoder.eval().requires_grad_(requires_grad=False)
         self.layers = tuple(layers)
         self.gives_frames = gives_frames
+
+    @cached_property
+    def digest(self) -> str:
+        """Of its weights."""
+        return weights_digest(self.encoder)
 
     @torch.no_grad()
     def encode(self, waveforms: Packed) -> tuple[Packed, list[Tensor]]:

@@ -19,7 +19,6 @@ from fastssl.packing import Packed
 from fastssl.train.config import PretrainConfig
 from fastssl.train.data import HELD_OUT, PretrainDataModule
 from fastssl.train.encode import choose_device
-from fastssl.train.extract import weights_digest
 from fastssl.train.shards import Shards, read_index
 from fastssl.train.teacher import Teacher
 from fastssl.train.waiting import by_first_process
@@ -44,7 +43,7 @@ def open_cache(config: PretrainConfig, data: PretrainDataModule, teacher: Teache
         ValueError: It is of another teacher or other crops, or a recording has changed since.
     """
     settings = {
-        "weights": weights_digest(teacher.encoder),
+        "weights": teacher.digest,
         "layers": list(teacher.layers),
         "front_end": teacher.gives_frames,
         "crop_s": config.data.crop_s,

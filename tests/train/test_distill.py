@@ -132,6 +132,24 @@ def test_a_resumed_run_ends_as_an_unbroken_one(
     assert read_metrics(Path(whole.output) / "metrics.csv")[-1]["valid_segment_loss"] > 0
 
 
+def test_resume_goes_on_with_the_same_teacher_wherever_it_lies(
+    make_config: MakeConfig, teacher: Path, tmp_path: Path
+) -> None:
+    config = _distil(make_config(**{"trainer.max_steps": 2}), teacher)
+    pretrain(config)
+    longer = dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, max_steps=3))
+    before = (Path(config.output) / "checkpoints" / "last.ckpt").read_bytes()
+    other = load_encoder(teacher)
+    torch.nn.init.normal_(next(other.encoder.parameters()))
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="--resume: --teacher no longer has the weights"):
+        pretrain(dataclasses.replace(longer, teacher=str(tmp_path / "other")), resume=True)
+    assert (Path(config.output) / "checkpoints" / "last.ckpt").read_bytes() == before
+    moved = shutil.move(teacher, tmp_path / "moved")
+    pretrain(dataclasses.replace(longer, teacher=str(moved)), resume=True)
+    assert read_metrics(Path(config.output) / "metrics.csv")[-1]["update"] == 3
+
+
 def _cached(config: PretrainConfig, folder: Path) -> PretrainConfig:
     data = dataclasses.replace(config.data, fixed_crops=True, teacher_cache=str(folder))
     return dataclasses.replace(config, data=data)
