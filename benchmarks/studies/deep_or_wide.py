@@ -26,7 +26,7 @@ from benchmarks.studies.pretraining_runs import (
     what_decides,
 )
 from benchmarks.studies.probes import Probe, probe
-from benchmarks.studies.students import student_options
+from benchmarks.studies.students import BATCH_S, student_options
 
 #: Layers, width, heads.
 SHAPES = {"1 x 192": (1, 192, 4), "3 x 128": (3, 128, 4), "6 x 96": (6, 96, 4)}
@@ -47,8 +47,8 @@ class Size(NamedTuple):
     phones: bool
 
 
-DEFAULT = Size(updates=400, seeds=1, probe_steps=300, phones=False)
-FULL = Size(updates=1500, seeds=3, probe_steps=600, phones=True)
+DEFAULT = Size(updates=400, seeds=1, probe_steps=500, phones=False)
+FULL = Size(updates=1000, seeds=3, probe_steps=1000, phones=True)
 
 
 def jobs(corpora: Path, teacher: Path, runs: Path, size: Size, *, precision: str) -> dict[str, Job]:
@@ -78,7 +78,7 @@ def jobs(corpora: Path, teacher: Path, runs: Path, size: Size, *, precision: str
 def evaluate(corpora: Path, size: Size, key: str, trained: Trained) -> dict[str, Any]:
     """What a finished student took, and what is read from it."""
     probes = CONTENT | (PHONES if size.phones else {}) | SPEAKER
-    errors = probe(trained.run, corpora, probes, steps=size.probe_steps)
+    errors = probe(trained.run, corpora, probes, steps=size.probe_steps, batch_s=BATCH_S)
     return {"training_s": trained.training_s, "cpu_s": trained.cpu_s, "updates": trained.updates, "probes": errors}
 
 
@@ -162,7 +162,13 @@ def main() -> None:
     size = FULL if arguments.full else DEFAULT
     decides = what_decides(arguments.corpora, ["train", "dev", "test", "voices_train", "voices_dev", "voices_test"])
     of_teacher = check_teacher(arguments.teacher)
-    settings = {"study": "deep_or_wide", **size._asdict(), "precision": arguments.precision, "teacher": of_teacher}
+    settings = {
+        "study": "deep_or_wide",
+        **size._asdict(),
+        "precision": arguments.precision,
+        "teacher": of_teacher,
+        "batch_s": BATCH_S,
+    }
     study = StudyFile(arguments.output, {**settings, **decides})
     to_do = jobs(arguments.corpora, arguments.teacher, arguments.runs, size, precision=arguments.precision)
     do_all(study, to_do, arguments.runs, partial(evaluate, arguments.corpora, size), parallel=arguments.parallel)

@@ -36,7 +36,7 @@ from benchmarks.studies.pretraining_runs import (
     what_decides,
 )
 from benchmarks.studies.probes import Probe
-from benchmarks.studies.students import remember_front_end, student_options
+from benchmarks.studies.students import BATCH_S, remember_front_end, student_options
 from fastssl.data.audio import read_waveform
 from fastssl.data.corpus import open_corpus
 from fastssl.data.waveforms import pack_waveforms
@@ -76,8 +76,8 @@ class Size(NamedTuple):
         return PROBES | (PHONES if self.phones else {})
 
 
-DEFAULT = Size(updates=300, seeds=1, probe_steps=250, phones=False)
-FULL = Size(updates=1000, seeds=3, probe_steps=500, phones=True)
+DEFAULT = Size(updates=300, seeds=1, probe_steps=500, phones=False)
+FULL = Size(updates=1000, seeds=3, probe_steps=1000, phones=True)
 
 
 def segments_of(teacher: Path, audio: Path, folder: Path) -> Path:
@@ -150,7 +150,7 @@ def _probed(encoder: Encoder, corpora: Path, probes: Mapping[str, Probe], *, ste
     features, name = FeatureStore(), "student"
     errors, losses, infeasible = {}, {}, {}
     for task, probe in probes.items():
-        tables, settings = probe.tables(corpora), probe.settings(steps=steps, seeds=1)
+        tables, settings = probe.tables(corpora), probe.settings(steps=steps, seeds=1, batch_s=BATCH_S)
         (result,) = run_probe({name: encoder}, *tables, settings, features=features, baselines=())
         errors[task], losses[task] = result.mean, result.runs[0].loss
         infeasible[task] = result.runs[0].parts["test"].infeasible
@@ -162,7 +162,7 @@ def _probed(encoder: Encoder, corpora: Path, probes: Mapping[str, Probe], *, ste
 def _adapt(encoder: Encoder, corpora: Path, size: Size) -> dict[str, Any]:
     """By price: the rates that are learned from each start, and what is read at the one from the middle."""
     probe, features = PROBES[ADAPTED], FeatureStore()
-    settings = probe.settings(steps=size.probe_steps, seeds=1)
+    settings = probe.settings(steps=size.probe_steps, seeds=1, batch_s=BATCH_S)
     found = {}
     assert encoder.compressor is not None
     for price in PRICES:
@@ -394,7 +394,13 @@ def main() -> None:
     corpora: Path = arguments.corpora
     decides = what_decides(corpora, ["train", "dev", "test", "voices_train", "voices_dev", "voices_test"])
     of_teacher = check_teacher(arguments.teacher)
-    settings = {"study": "once_for_all", **size._asdict(), "precision": arguments.precision, "teacher": of_teacher}
+    settings = {
+        "study": "once_for_all",
+        **size._asdict(),
+        "precision": arguments.precision,
+        "teacher": of_teacher,
+        "batch_s": BATCH_S,
+    }
     study = StudyFile(arguments.output, {**settings, **decides})
     segments = segments_of(arguments.teacher, corpora / "train", arguments.runs / "segments")
     to_do = jobs(corpora, arguments.teacher, segments, arguments.runs, size, precision=arguments.precision)

@@ -9,6 +9,9 @@ from fastssl.train.probe import ProbeSettings, Task, run_probe
 from fastssl.train.probing.features import FeatureStore
 from fastssl.train.probing.tables import Table, read_table
 
+#: Audio for a step of a head.
+BATCH_S = 50.0
+
 
 class Probe(NamedTuple):
     """A task.
@@ -36,7 +39,7 @@ class Probe(NamedTuple):
         train, dev, test = (read_table(corpora / name / "utterances.tsv") for name in names)
         return train, dev, test
 
-    def settings(self, *, steps: int, seeds: int) -> ProbeSettings:
+    def settings(self, *, steps: int, seeds: int, batch_s: float = BATCH_S) -> ProbeSettings:
         """Of `run_probe`."""
         return ProbeSettings(
             self.target,
@@ -46,16 +49,19 @@ class Probe(NamedTuple):
             fold_size=self.fold_size,
             seeds=seeds,
             steps=steps,
+            batch_s=batch_s,
         )
 
 
-def probe(run: Path, corpora: Path, probes: Mapping[str, Probe], *, steps: int, seeds: int = 1) -> dict[str, float]:
+def probe(
+    run: Path, corpora: Path, probes: Mapping[str, Probe], *, steps: int, seeds: int = 1, batch_s: float = BATCH_S
+) -> dict[str, float]:
     """Errors of a run's encoder by probe, the mean over folds and seeds of the heads."""
     encoder = fastssl.load_encoder(run)
     features = FeatureStore()
     errors = {}
     for name, task in probes.items():
-        settings = task.settings(steps=steps, seeds=seeds)
+        settings = task.settings(steps=steps, seeds=seeds, batch_s=batch_s)
         (result,) = run_probe({run.name: encoder}, *task.tables(corpora), settings, features=features, baselines=())
         errors[name] = result.mean
     return errors

@@ -13,7 +13,7 @@ from fastssl.models.conformer import ConformerConfig, ConformerEncoder
 from fastssl.models.encoder import Encoder, EncoderConfig
 from fastssl.packing import Layout
 from fastssl.train.probe import ProbeSettings
-from fastssl.train.probing.adaptive import learn_rate
+from fastssl.train.probing.adaptive import RateHead, _Scale, learn_rate
 from fastssl.train.probing.command import probe
 from fastssl.train.probing.features import FeatureStore
 from fastssl.train.probing.heads import Head, Window
@@ -96,29 +96,51 @@ def test_the_same_seed_learns_the_same_rate(encoder: Encoder, table: Table) -> N
     assert found[0] == found[1] != found[2]
 
 
-def test_a_narrower_window_is_the_middle_of_a_head() -> None:
+@pytest.mark.parametrize(("length", "reach"), [(1.0, 4), (2.5, 2), (4.0, 1)])
+def test_a_head_for_all_rates_is_a_function_of_time(length: float, reach: int) -> None:
+    """Beside the probe's head with weights that are read off it."""
     torch.manual_seed(0)
-    wide, narrow = (Head(2, 5, torch.full((3,), 1 / 3), Window(reach, 1)) for reach in (4, 1))
+    window = Window(reach, 1)
+    of_all, of_one = RateHead(2, 5, torch.full((3,), 1 / 3), reach=5), Head(2, 5, torch.full((3,), 1 / 3), window)
     with torch.no_grad():
-        wide.weight.normal_()
-        narrow.weight.copy_(wide.weight[:, :, 3:6])
-    values, layout = torch.randn(2, 14, 5), Layout.from_lengths([9, 5])
-    expected, found = narrow(values, layout), wide(values, layout, window=Window(1, 1))
-    assert found.layout.lengths == (7, 3)
+        of_all.weight.normal_()
+        of_all.bias.normal_()
+        of_all.layer_logits.normal_()
+        of_one.layer_logits.copy_(of_all.layer_logits)
+        of_one.bias.copy_(0.75 * of_all.bias[0] + 0.25 * of_all.bias[1])
+        curve = (0.75 * of_all.weight[0] + 0.25 * of_all.weight[1]).flatten(0, 1).numpy()
+        places = length * np.arange(-reach, reach + 1)
+        taps = np.stack([np.interp(places, np.arange(-5, 6), values) for values in curve])
+        of_one.weight.copy_(torch.from_numpy(taps).view_as(of_one.weight))
+    values, layout = torch.randn(2, 23, 5), Layout.from_lengths([9, 14])
+    expected, found = of_one(values, layout), of_all(values, layout, window=window, length=length, mixture=0.25)
+    assert found.layout.lengths == (9 - 2 * reach, 14 - 2 * reach)
     torch.testing.assert_close(found.values, expected.values)
+
+
+def test_a_head_learns_at_long_frames_as_often_as_at_short_ones() -> None:
+    scale = _Scale.between(0.0, 1.0, mean_weight=torch.tensor(0.25, dtype=torch.float64), most=100.0)
+    assert (scale.shortest, scale.longest) == (1.0, 4.0)
+    # Frames as long as one, two and four; a rate of 2 / 3 leaves half of them: 2 / 3 of a quarter, and 1 / 3 of all.
+    assert [scale.rate_at(share).item() for share in (0.0, 0.5, 1.0)] == pytest.approx([0.0, 2 / 3, 1.0])
+    assert [scale.mixture(length) for length in (1.0, 2.0, 4.0, 5.0)] == pytest.approx([0.0, 0.5, 1.0, 1.0])
+    # A rate of 2 would leave nothing; of an utterance of ten frames two are left.
+    assert _Scale.between(1.0, 2.0, mean_weight=scale.mean_weight, most=5.0)[:2] == pytest.approx((4.0, 5.0))
+    fixed = _Scale.between(0.5, 0.5, mean_weight=scale.mean_weight, most=5.0)
+    assert (fixed.rate_at(0.7).item(), fixed.mixture(1.6)) == (pytest.approx(0.5), 0.0)
 
 
 def test_a_head_sees_as_much_time_however_long_frames_are(
     encoder: Encoder, table: Table, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reaches: list[int] = []
-    forward = Head.forward
+    forward = RateHead.forward
 
-    def noted(self: Head, values: torch.Tensor, layout: Layout, *, window: Window) -> object:
+    def noted(self: RateHead, *given: Any, window: Window, **lengths: float) -> object:
         reaches.append(window.reach)
-        return forward(self, values, layout, window=window)
+        return forward(self, *given, window=window, **lengths)
 
-    monkeypatch.setattr(Head, "forward", noted)
+    monkeypatch.setattr(RateHead, "forward", noted)
     few = ProbeSettings("digits", steps=3, context_s=0.1)
     for rate, reach in ((0.0, 5), (1.0, 3)):  # of frames 20 and 29 ms apart
         reaches.clear()

@@ -5,16 +5,17 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from fastssl import ops
 from fastssl.data.waveforms import pack_waveforms
 from fastssl.models.speech_encoder import SpeechEncoder
 from fastssl.nn.compression import Compressed, sums_by_utterance
-from fastssl.nn.rates import AdaptiveRate
+from fastssl.nn.rates import AdaptiveRate, mix_weights, rate_for_period
 from fastssl.packing import Layout, Packed
 from fastssl.train.probe import ProbeSettings, Targets
 from fastssl.train.probing.features import Features, FeatureStore, Standard, Waveforms
-from fastssl.train.probing.heads import CLIP_NORM, Examples, Head, Kind, Window, prior, schedule, task_losses
+from fastssl.train.probing.heads import CLIP_NORM, Examples, Kind, Window, prior, schedule, task_losses
 from fastssl.train.probing.tables import Table
 
 #: Of the rate; a head's are some thousandths.
@@ -56,16 +57,17 @@ def learn_rate(
     """Learn the rate of a frozen encoder's compressor together with a probe's head.
 
     The loss is the task's, in nats per label, and `price` times the mean of the weights that are integrated, which is
-    the share of frames that is left. The head is the probe's at the middle one of its learning rates; it sees as much
-    time on either side as the probe's does, however long frames are. Features are standardised by what they are at
-    rates spread evenly between the bounds, wherever the rate begins. The encoder's weights are left as they were; its
-    compressor is at the learned rate then.
+    the share of frames that is left. The head (`RateHead`) learns at the highest of the probe's learning rates, having
+    more to learn; it sees as much time on either side as the probe's does, however long frames are. Features are
+    standardised by what they are at rates spread evenly between the bounds, wherever the rate begins. The encoder's
+    weights are left as they were; its compressor is at the learned rate then.
 
-    The head learns at rates that are drawn between the bounds, for half of the steps alone: one that learned at the
-    rate itself would be best wherever the rate happens to be. The slope that the rate then follows is that between two
-    rates around it, of the same utterances. The derivative at the rate itself (as `AdaptiveRate` passes it on) points
-    anywhere: a little more of it moves every boundary behind by some frames, so that the loss goes up and down many
-    times within a hundredth.
+    The head learns at one rate for each batch, drawn between the bounds so that long frames come as often as short ones
+    (evenly in the logarithm of their period), for half of the steps alone: one that learned at the rate itself would be
+    best wherever the rate happens to be. The slope that the rate then follows is that between two rates around it, of
+    the same utterances. The derivative at the rate itself (as `AdaptiveRate` passes it on) points anywhere: a little
+    more of it moves every boundary behind by some frames, so that the loss goes up and down many times within a
+    hundredth.
 
     Args:
         encoder: With an integrate-and-fire compressor, on the device where to work.
@@ -129,6 +131,49 @@ class _FrontEnd:
         return [self.encoder.extract_features(Packed(values[:, None].to(parameter.dtype), layout).to(parameter.device))]
 
 
+class RateHead(nn.Module):
+    """A probe's head for frames of any length: weighted sum of layers, then a linear map of a window of its frames.
+
+    The window's weights are a function of time, linear between points one frame of the front end apart; frames take
+    those at their distance from the middle one. There are two such functions and biases, of the shortest frames and of
+    the longest; between them, in the logarithm of the frame period, a head is a mixture. It begins as the probe's does.
+
+    Args:
+        layers: L.
+        width: D.
+        prior: (C,) share of each class, or of each symbol and the blank among outputs.
+        reach: Points on either side of the middle one.
+    """
+
+    def __init__(self, layers: int, width: int, prior: Tensor, *, reach: int) -> None:
+        super().__init__()
+        self.reach = reach
+        self.layer_logits = nn.Parameter(torch.zeros(layers))
+        self.weight = nn.Parameter(torch.zeros(2, len(prior), width, 2 * reach + 1))
+        self.bias = nn.Parameter(prior.clamp(min=1e-6).log().repeat(2, 1))
+
+    def forward(self, values: Tensor, layout: Layout, *, window: Window, length: float, mixture: float) -> Packed:
+        """Logits (N_out, C) of examples.
+
+        Args:
+            values: (L, N, D) frames of each layer, with as many rows of zeros before and after each example as the
+                window reaches.
+            layout: Of the examples with these rows.
+            window: Frames that an output sees.
+            length: Of a frame, in frames of the front end.
+            mixture: 0 for the head of the shortest frames, 1 for that of the longest.
+        """
+        steps = torch.arange(-window.reach, window.reach + 1, device=values.device)
+        points = torch.arange(-self.reach, self.reach + 1, device=values.device)
+        places = (steps * length).clamp(-self.reach, self.reach)
+        shares = (1 - (places - points[:, None]).abs()).clamp(min=0)  # (2 reach + 1, taps)
+        weight, bias = (torch.lerp(of_both[0], of_both[1], mixture) for of_both in (self.weight, self.bias))
+        mixed = (self.layer_logits.softmax(0) @ values.flatten(1)).view(values.shape[1:])
+        return Packed(
+            *ops.strided_conv(mixed, weight @ shares, layout, stride=window.stride, bias=bias, activation="none")
+        )
+
+
 class _Learning:
     """Of one rate with one head."""
 
@@ -136,19 +181,18 @@ class _Learning:
         self.encoder, self.examples, self.kind, self.settings = encoder, examples, kind, settings
         self.period_s = encoder.config.frame_period_ms / 1000
         self.device = next(encoder.parameters()).device
-        self.window = self._window(self.period_s)
 
     def learn(
         self, rate: AdaptiveRate, outputs: int, *, price: float, learning_rate: float, spread: float, seed: int
     ) -> LearnedRate:
         settings = self.settings
         rate = rate.to(self.device)
-        features = self._features_between(rate.low, rate.high)
+        features, scale = self._features_between(rate.low, rate.high)
         standard = Standard.of(features, range(len(features.frames)), whiten=self.kind == "ctc").to(self.device)
-        shares = prior(self.kind, self.examples._replace(features=features), outputs=outputs, window=self.window)
-        head = Head(len(standard.mean), standard.mean.shape[2], shares, self.window).to(self.device)
-        middle = sorted(settings.rates)[len(settings.rates) // 2]
-        of_head = torch.optim.AdamW(head.parameters(), lr=middle, betas=(0.9, 0.98))
+        shares = prior(self.kind, self.examples._replace(features=features), outputs=outputs, window=self._window(1.0))
+        reach = self._reach(scale.longest)
+        head = RateHead(len(standard.mean), standard.mean.shape[2], shares, reach=reach).to(self.device)
+        of_head = torch.optim.AdamW(head.parameters(), lr=max(settings.rates), betas=(0.9, 0.98))
         of_rate = torch.optim.Adam(rate.parameters(), lr=learning_rate, betas=(0.9, 0.98))
         alone = round(_HEAD_ALONE * settings.steps)
         schedules = schedule(of_head, settings.steps), schedule(of_rate, max(1, settings.steps - alone))
@@ -156,9 +200,10 @@ class _Learning:
         random = torch.Generator().manual_seed(seed)
         for step, batch in enumerate(self._batches(seed)):
             labels = sum(map(len, batch.targets))
-            drawn, away = torch.rand(2, len(batch.chosen), generator=random).to(self.device)
+            drawn = scale.rate_at(torch.rand((), generator=random).item()).to(self.device)
+            away = torch.rand(len(batch.chosen), generator=random).to(self.device)
             of_head.zero_grad()
-            loss = self._at(batch, rate.low + (rate.high - rate.low) * drawn, head, standard).losses.sum() / labels
+            loss = self._at(batch, drawn.expand(len(away)), head, standard, scale).losses.sum() / labels
             if not loss.isfinite():
                 raise ValueError(f"rate_price: the loss is {loss.item()} in step {step}")
             loss.backward()
@@ -169,7 +214,7 @@ class _Learning:
                 continue
             with torch.no_grad():
                 around = [(rate() + sign * spread * (0.5 + away)).clamp(rate.low, rate.high) for sign in (-1, 1)]
-                sides = [self._at(batch, rates, head, standard) for rates in around]
+                sides = [self._at(batch, rates, head, standard, scale) for rates in around]
             rate.rate.grad = _slope(*around, *sides, labels=labels, price=price)
             of_rate.step()
             schedules[1].step()
@@ -193,9 +238,16 @@ class _Learning:
         dtype = next(self.encoder.parameters()).dtype
         return Packed.pack([batch.features.frames[example][0].to(self.device, dtype) for example in batch.chosen])
 
-    def _at(self, batch: Examples, rates: Tensor, head: Head, standard: Standard) -> "_AtRates":
+    def _at(self, batch: Examples, rates: Tensor, head: RateHead, standard: Standard, scale: "_Scale") -> "_AtRates":
         states, compressed = self._encode(batch, rates)
-        losses = task_losses(self.kind, self._logits(head, states, compressed, standard), batch.targets)
+        layout = states[0].layout
+        # Rounding must not make the frames of rate 0 closer to each other than they are.
+        length = max(1.0, compressed.layout.total / layout.total)
+        window = self._window(length)
+        values, layout = _of_task(states, self.kind)
+        values, layout = _with_zeros(standard(values), layout, window.reach)
+        logits: Packed = head(values, layout, window=window, length=length, mixture=scale.mixture(length))
+        losses = task_losses(self.kind, logits, batch.targets)
         assert compressed.weights is not None
         return _AtRates(losses, sums_by_utterance(compressed.weights, compressed.layout), compressed.layout.total)
 
@@ -206,30 +258,41 @@ class _Learning:
         assert compressed is not None
         return states, compressed
 
-    def _window(self, period_s: float) -> Window:
-        return Window.of_seconds(self.settings.context_s, period_s) if self.kind == "ctc" else Window(0, 1)
+    def _window(self, length: float) -> Window:
+        """For frames of such a length, in frames of the front end."""
+        if self.kind == "classification":
+            return Window(0, 1)
+        return Window.of_seconds(self.settings.context_s, self.period_s * length)
 
-    def _logits(self, head: Head, states: list[Packed], compressed: Compressed, standard: Standard) -> Packed:
-        layout = states[0].layout
-        # Rounding must not make the frames of rate 0 closer to each other than the head's window is made for.
-        window = self._window(self.period_s * max(1.0, compressed.layout.total / layout.total))
-        values, layout = _of_task(states, self.kind)
-        logits: Packed = head(*_with_zeros(standard(values), layout, window.reach), window=window)
-        return logits
+    def _reach(self, longest: float) -> int:
+        """Frames of the front end to the furthest that a window sees, up to half a frame beyond the context."""
+        if self.kind == "classification":
+            return 0
+        context = self.settings.context_s / self.period_s
+        return math.ceil(min(context + longest / 2, 2 * context))
 
-    def _features_between(self, low: float, high: float) -> Features:
-        """Of the examples, each at a rate of its own between two."""
+    def _features_between(self, low: float, high: float) -> "tuple[Features, _Scale]":
+        """Of the examples, each at a rate of its own between two, and how long frames are at these."""
         found: dict[int, Tensor] = {}
+        frames, weights = 0, torch.zeros((), dtype=torch.float64, device=self.device)
         for batch in self.examples.batches(self.settings.batch_s, seed=None):
             # Multiples of the golden ratio, without their whole parts, lie evenly however many there are.
             shares = torch.tensor(batch.chosen, dtype=torch.float64) * ((math.sqrt(5) - 1) / 2) % 1
-            states, _ = self._encode(batch, (low + (high - low) * shares).float().to(self.device))
+            states, compressed = self._encode(batch, (low + (high - low) * shares).float().to(self.device))
             values, layout = _of_task(states, self.kind)
             parts = values.split(list(layout.lengths), dim=1)
             found |= {example: part.half().cpu() for example, part in zip(batch.chosen, parts, strict=True)}
+            assert compressed.learned_weights is not None
+            frames += compressed.layout.total
+            weights += compressed.learned_weights.sum(dtype=torch.float64)
         features = self.examples.features
-        frames = [found[example] for example in self.examples.chosen]
-        return Features(frames, features.rows, features.seconds, features.problems, features.too_short)
+        values_by_example = [found[example] for example in self.examples.chosen]
+        # Of an utterance at least two frames are left.
+        most = max(1.0, frames / len(found) / 2)
+        scale = _Scale.between(low, high, mean_weight=weights.cpu() / frames, most=most)
+        return Features(
+            values_by_example, features.rows, features.seconds, features.problems, features.too_short
+        ), scale
 
     def _mean_period_ms(self, rate: Tensor) -> float:
         before = after = 0
@@ -253,6 +316,31 @@ def _with_zeros(values: Tensor, layout: Layout, reach: int) -> tuple[Tensor, Lay
     longer = Layout.from_lengths([frames + 2 * reach for frames in layout.lengths], device=values.device)
     rows = longer.cu_seqlens[:-1].long()[layout.sequence_ids] + layout.positions + reach
     return values.new_zeros(len(values), longer.total, values.shape[2]).index_copy(1, rows, values), longer
+
+
+class _Scale(NamedTuple):
+    """Lengths of frames, in frames of the front end, from one bound of the rate to the other."""
+
+    shortest: float
+    longest: float
+    mean_weight: Tensor  # () of the learned ones
+
+    @classmethod
+    def between(cls, low: float, high: float, *, mean_weight: Tensor, most: float) -> "_Scale":
+        """At these rates, on average; none is longer than `most`."""
+        shares = mix_weights(mean_weight, mean_weight.new_tensor([low, high])).clamp(min=1 / most)
+        shortest, longest = (1 / shares).tolist()
+        return cls(shortest, longest, mean_weight)
+
+    def rate_at(self, share: float) -> Tensor:
+        """() The rate at which frames have this place between the shortest (0) and the longest (1)."""
+        length = self.shortest * (self.longest / self.shortest) ** share
+        return rate_for_period(torch.tensor(length, dtype=torch.float64), self.mean_weight, 1.0).float()
+
+    def mixture(self, length: float) -> float:
+        """The place of frames of such a length; 0 where all are as long."""
+        between = math.log(self.longest / self.shortest)
+        return 0.0 if between <= 0 else min(max(math.log(length / self.shortest) / between, 0.0), 1.0)
 
 
 class _AtRates(NamedTuple):

@@ -128,21 +128,13 @@ class Head(nn.Module):
         """Weights of the sum: positive, together one."""
         return self.layer_logits.softmax(0)
 
-    def forward(
-        self, values: Tensor, layout: Layout, *, window: Window | None = None
-    ) -> Packed:  # (L, N, D) -> (N_out, C)
-        """Logits of examples.
-
-        Args:
-            values: Frames of each layer; before and after each example as many rows of zeros as the window reaches.
-            layout: Of the examples with these rows.
-            window: Another than the head's, of no more frames: those beyond it are left out.
-        """
-        window = self.window if window is None else window
-        beyond = self.window.reach - window.reach
-        weight = self.weight[:, :, beyond : self.weight.shape[2] - beyond]
+    def forward(self, values: Tensor, layout: Layout) -> Packed:  # (L, N, D) -> (N_out, C)
+        """Logits of examples, of which `layout` counts as many rows of zeros before and after as the window reaches."""
+        window = self.window
         mixed = (self.layer_weights @ values.flatten(1)).view(values.shape[1:])
-        return Packed(*ops.strided_conv(mixed, weight, layout, stride=window.stride, bias=self.bias, activation="none"))
+        return Packed(
+            *ops.strided_conv(mixed, self.weight, layout, stride=window.stride, bias=self.bias, activation="none")
+        )
 
 
 def prior(kind: Kind, examples: Examples, *, outputs: int, window: Window) -> Tensor:
