@@ -48,7 +48,7 @@ class Size(NamedTuple):
 
 
 DEFAULT = Size(updates=400, seeds=1, probe_steps=500, phones=False)
-FULL = Size(updates=1000, seeds=3, probe_steps=1000, phones=True)
+FULL = Size(updates=1000, seeds=3, probe_steps=600, phones=True)
 
 
 def jobs(corpora: Path, teacher: Path, runs: Path, size: Size, *, precision: str) -> dict[str, Job]:

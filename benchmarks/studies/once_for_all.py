@@ -77,7 +77,7 @@ class Size(NamedTuple):
 
 
 DEFAULT = Size(updates=300, seeds=1, probe_steps=500, phones=False)
-FULL = Size(updates=1000, seeds=3, probe_steps=1000, phones=True)
+FULL = Size(updates=1000, seeds=3, probe_steps=600, phones=True)
 
 
 def segments_of(teacher: Path, audio: Path, folder: Path) -> Path:
