@@ -127,7 +127,8 @@ def test_a_head_learns_at_long_frames_as_often_as_at_short_ones() -> None:
     # A rate of 2 would leave nothing; of an utterance of ten frames two are left.
     assert _Scale.between(1.0, 2.0, mean_weight=scale.mean_weight, most=5.0)[:2] == pytest.approx((4.0, 5.0))
     fixed = _Scale.between(0.5, 0.5, mean_weight=scale.mean_weight, most=5.0)
-    assert (fixed.rate_at(0.7).item(), fixed.mixture(1.6)) == (pytest.approx(0.5), 0.0)
+    assert fixed.rate_at(0.7).item() == pytest.approx(0.5)
+    assert fixed.mixture(1.6) == 0
 
 
 def test_a_head_sees_as_much_time_however_long_frames_are(
@@ -136,7 +137,7 @@ def test_a_head_sees_as_much_time_however_long_frames_are(
     reaches: list[int] = []
     forward = RateHead.forward
 
-    def noted(self: RateHead, *given: Any, window: Window, **lengths: float) -> object:
+    def noted(self: RateHead, *given: Any, window: Window, **lengths: Any) -> object:
         reaches.append(window.reach)
         return forward(self, *given, window=window, **lengths)
 

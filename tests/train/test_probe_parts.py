@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastssl.packing import Layout
 from fastssl.train.probing.features import Features, Standard
-from fastssl.train.probing.heads import Examples, Head, Learner, Window
+from fastssl.train.probing.heads import Examples, Head, Learner, Window, convolve
 from fastssl.train.probing.scores import edit_distance, equal_error_rate, pair_scores
 from fastssl.train.probing.tables import Symbols, fold_values, phones_of_digits, read_table, split_table
 
@@ -196,6 +197,14 @@ def test_a_head_is_a_convolution_of_each_example_alone(window: Window) -> None:
         plain = F.conv1d(mixed[None], head.weight, head.bias, stride=window.stride, padding=window.reach)
         torch.testing.assert_close(found, plain[0].T, rtol=1e-4, atol=1e-4)
         assert len(found) == window.outputs(features.frames[example].shape[1])
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_gradients_of_a_heads_convolution(stride: int) -> None:
+    torch.manual_seed(0)
+    layout = Layout.from_lengths([6, 3, 4])
+    given = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((13, 2), (4, 2, 3), (4,))]
+    assert torch.autograd.gradcheck(lambda *args: convolve(*args, layout, stride=stride).values, given)
 
 
 def test_what_ctc_cannot_emit_is_left_out() -> None:

@@ -7,7 +7,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastssl import ops
 from fastssl.data.waveforms import pack_waveforms
 from fastssl.models.speech_encoder import SpeechEncoder
 from fastssl.nn.compression import Compressed, sums_by_utterance
@@ -15,7 +14,7 @@ from fastssl.nn.rates import AdaptiveRate, mix_weights, rate_for_period
 from fastssl.packing import Layout, Packed
 from fastssl.train.probe import ProbeSettings, Targets
 from fastssl.train.probing.features import Features, FeatureStore, Standard, Waveforms
-from fastssl.train.probing.heads import CLIP_NORM, Examples, Kind, Window, prior, schedule, task_losses
+from fastssl.train.probing.heads import CLIP_NORM, Examples, Kind, Window, convolve, prior, schedule, task_losses
 from fastssl.train.probing.tables import Table
 
 #: Of the rate; a head's are some thousandths.
@@ -169,9 +168,7 @@ class RateHead(nn.Module):
         shares = (1 - (places - points[:, None]).abs()).clamp(min=0)  # (2 reach + 1, taps)
         weight, bias = (torch.lerp(of_both[0], of_both[1], mixture) for of_both in (self.weight, self.bias))
         mixed = (self.layer_logits.softmax(0) @ values.flatten(1)).view(values.shape[1:])
-        return Packed(
-            *ops.strided_conv(mixed, weight @ shares, layout, stride=window.stride, bias=bias, activation="none")
-        )
+        return convolve(mixed, weight @ shares, bias, layout, stride=window.stride)
 
 
 class _Learning:
