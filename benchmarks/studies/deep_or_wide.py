@@ -25,17 +25,14 @@ from benchmarks.studies.pretraining_runs import (
     finished,
     what_decides,
 )
-from benchmarks.studies.probes import Probe, probe
-from benchmarks.studies.students import BATCH_S, student_options
+from benchmarks.studies.probes import probe
+from benchmarks.studies.students import BATCH_S, PHONES, PROBES, student_options
 
 #: Layers, width, heads.
 SHAPES = {"1 x 192": (1, 192, 4), "3 x 128": (3, 128, 4), "6 x 96": (6, 96, 4)}
 LOSSES = ("pred", "l2l")
 #: With trainable convolutions.
 CONTROL = ("3 x 128", "pred")
-CONTENT = {"digit error": Probe("test", "digits")}
-PHONES = {"phone error": Probe("test", "phones")}
-SPEAKER = {"voice error, 1 s": Probe("voices_test", "voice", segment_s=1.0)}
 
 
 class Size(NamedTuple):
@@ -77,7 +74,7 @@ def jobs(corpora: Path, teacher: Path, runs: Path, size: Size, *, precision: str
 
 def evaluate(corpora: Path, size: Size, key: str, trained: Trained) -> dict[str, Any]:
     """What a finished student took, and what is read from it."""
-    probes = CONTENT | (PHONES if size.phones else {}) | SPEAKER
+    probes = PROBES | (PHONES if size.phones else {})
     errors = probe(trained.run, corpora, probes, steps=size.probe_steps, batch_s=BATCH_S)
     return {"training_s": trained.training_s, "cpu_s": trained.cpu_s, "updates": trained.updates, "probes": errors}
 

@@ -36,7 +36,7 @@ from benchmarks.studies.pretraining_runs import (
     what_decides,
 )
 from benchmarks.studies.probes import Probe
-from benchmarks.studies.students import BATCH_S, remember_front_end, student_options
+from benchmarks.studies.students import BATCH_S, DIGITS, PHONES, PROBES, remember_front_end, student_options
 from fastssl.data.audio import read_waveform
 from fastssl.data.corpus import open_corpus
 from fastssl.data.waveforms import pack_waveforms
@@ -52,9 +52,7 @@ PERIODS_MS = (20.0, 30.0, 45.0, 60.0, 90.0)
 POOLED = {40.0: 2, 60.0: 3, 80.0: 4}
 ONE_FOR_ALL, FIXED, POOLING, CONTROL = "once-for-all", "one period", "pooling", "once-for-all, trained convolutions"
 #: On which rates are learned.
-ADAPTED = "digit error"
-PROBES = {ADAPTED: Probe("test", "digits"), "voice error, 1 s": Probe("voices_test", "voice", segment_s=1.0)}
-PHONES = {"phone error": Probe("test", "phones")}
+ADAPTED = DIGITS
 #: Of all frames, in nats per digit; and rates to begin with.
 PRICES, STARTS = (0.0, 0.1, 1.0), (0.2, 0.5, 0.8)
 #: Among the results, beside those of runs.

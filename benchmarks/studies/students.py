@@ -7,12 +7,17 @@ from typing import Any
 import yaml
 from torch import Tensor, nn
 
+from benchmarks.studies.probes import Probe
 from fastssl.models.encoder import Encoder
 from fastssl.packing import Layout, Packed
 
 #: Audio for a step of a head: half of what the other studies take, for twice the steps in the same time, so that less
 #: hangs on the order of the examples.
 BATCH_S = 25.0
+#: What is read from a student; phones in full studies alone.
+DIGITS, VOICES = "digit error", "voice error, 1 s"
+PROBES = {DIGITS: Probe("test", "digits"), VOICES: Probe("voices_test", "voice", segment_s=1.0)}
+PHONES = {"phone error": Probe("test", "phones")}
 
 
 def student_options(teacher: Path, *, updates: int, precision: str, frames: Path | None) -> dict[str, Any]:
