@@ -25,8 +25,8 @@ from benchmarks.studies.pretraining_runs import (
     finished,
     what_decides,
 )
-from benchmarks.studies.probes import probe
-from benchmarks.studies.students import BATCH_S, PHONES, PROBES, student_options
+from benchmarks.studies.probes import Probe, probe
+from benchmarks.studies.students import probes_at, student_options
 
 #: Layers, width, heads.
 SHAPES = {"1 x 192": (1, 192, 4), "3 x 128": (3, 128, 4), "6 x 96": (6, 96, 4)}
@@ -43,9 +43,14 @@ class Size(NamedTuple):
     probe_steps: int
     phones: bool
 
+    @property
+    def probes(self) -> dict[str, Probe]:
+        """By name; no student is compressed."""
+        return probes_at(20.0, phones=self.phones)
+
 
 DEFAULT = Size(updates=400, seeds=1, probe_steps=500, phones=False)
-FULL = Size(updates=1000, seeds=3, probe_steps=600, phones=True)
+FULL = Size(updates=1000, seeds=3, probe_steps=1000, phones=True)
 
 
 def jobs(corpora: Path, teacher: Path, runs: Path, size: Size, *, precision: str) -> dict[str, Job]:
@@ -74,8 +79,7 @@ def jobs(corpora: Path, teacher: Path, runs: Path, size: Size, *, precision: str
 
 def evaluate(corpora: Path, size: Size, key: str, trained: Trained) -> dict[str, Any]:
     """What a finished student took, and what is read from it."""
-    probes = PROBES | (PHONES if size.phones else {})
-    errors = probe(trained.run, corpora, probes, steps=size.probe_steps, batch_s=BATCH_S)
+    errors = probe(trained.run, corpora, size.probes, steps=size.probe_steps)
     return {"training_s": trained.training_s, "cpu_s": trained.cpu_s, "updates": trained.updates, "probes": errors}
 
 
@@ -164,7 +168,7 @@ def main() -> None:
         **size._asdict(),
         "precision": arguments.precision,
         "teacher": of_teacher,
-        "batch_s": BATCH_S,
+        "probes": {name: task._asdict() for name, task in size.probes.items()},
     }
     study = StudyFile(arguments.output, {**settings, **decides})
     to_do = jobs(arguments.corpora, arguments.teacher, arguments.runs, size, precision=arguments.precision)

@@ -36,7 +36,7 @@ from benchmarks.studies.pretraining_runs import (
     what_decides,
 )
 from benchmarks.studies.probes import Probe
-from benchmarks.studies.students import BATCH_S, DIGITS, PHONES, PROBES, remember_front_end, student_options
+from benchmarks.studies.students import DIGITS, probes_at, remember_front_end, student_options
 from fastssl.data.audio import read_waveform
 from fastssl.data.corpus import open_corpus
 from fastssl.data.waveforms import pack_waveforms
@@ -68,14 +68,9 @@ class Size(NamedTuple):
     probe_steps: int
     phones: bool
 
-    @property
-    def probes(self) -> dict[str, Probe]:
-        """By name."""
-        return PROBES | (PHONES if self.phones else {})
-
 
 DEFAULT = Size(updates=300, seeds=1, probe_steps=500, phones=False)
-FULL = Size(updates=1000, seeds=3, probe_steps=600, phones=True)
+FULL = Size(updates=1000, seeds=3, probe_steps=1000, phones=True)
 
 
 def segments_of(teacher: Path, audio: Path, folder: Path) -> Path:
@@ -123,7 +118,11 @@ def evaluate(corpora: Path, size: Size, key: str, trained: Trained) -> dict[str,
     """What a student's run took, and what is read from it at each of its periods and at the rates that are learned."""
     encoder = _open(trained.run)
     remember_front_end(encoder)
-    points = {str(period): _point(encoder, period, corpora, size) for period in periods_of(key)}
+    pooled = float(key.split("/")[1])
+    points = {
+        str(period): _point(encoder, period, corpora, probes_at(period or pooled, phones=size.phones), size)
+        for period in periods_of(key)
+    }
     costs = {"training_s": trained.training_s, "cpu_s": trained.cpu_s, "updates": trained.updates}
     adapted = _adapt(encoder, corpora, size) if key.startswith(f"{ONE_FOR_ALL}/") else {}
     return {**costs, "points": points, "adapted": adapted}
@@ -135,20 +134,22 @@ def _open(run: Path) -> Encoder:
     return encoder
 
 
-def _point(encoder: Encoder, period_ms: float | None, corpora: Path, size: Size) -> dict[str, Any]:
+def _point(
+    encoder: Encoder, period_ms: float | None, corpora: Path, probes: Mapping[str, Probe], size: Size
+) -> dict[str, Any]:
     """Error and loss of each probe, and the period obtained on what digits are tested on."""
     compressor = encoder.compressor
     assert compressor is not None
     if period_ms is not None:
         compressor.rate, compressor.frame_period_ms = None, period_ms
-    return _probed(encoder, corpora, size.probes, steps=size.probe_steps)
+    return _probed(encoder, corpora, probes, steps=size.probe_steps)
 
 
 def _probed(encoder: Encoder, corpora: Path, probes: Mapping[str, Probe], *, steps: int) -> dict[str, Any]:
     features, name = FeatureStore(), "student"
     errors, losses, infeasible = {}, {}, {}
     for task, probe in probes.items():
-        tables, settings = probe.tables(corpora), probe.settings(steps=steps, seeds=1, batch_s=BATCH_S)
+        tables, settings = probe.tables(corpora), probe.settings(steps=steps, seeds=1)
         (result,) = run_probe({name: encoder}, *tables, settings, features=features, baselines=())
         errors[task], losses[task] = result.mean, result.runs[0].loss
         infeasible[task] = result.runs[0].parts["test"].infeasible
@@ -159,8 +160,8 @@ def _probed(encoder: Encoder, corpora: Path, probes: Mapping[str, Probe], *, ste
 
 def _adapt(encoder: Encoder, corpora: Path, size: Size) -> dict[str, Any]:
     """By price: the rates that are learned from each start, and what is read at the one from the middle."""
-    probe, features = PROBES[ADAPTED], FeatureStore()
-    settings = probe.settings(steps=size.probe_steps, seeds=1, batch_s=BATCH_S)
+    probe, features = probes_at(PERIODS_MS[0], phones=False)[ADAPTED], FeatureStore()
+    settings = probe.settings(steps=size.probe_steps, seeds=1)
     found = {}
     assert encoder.compressor is not None
     for price in PRICES:
@@ -170,8 +171,10 @@ def _adapt(encoder: Encoder, corpora: Path, size: Size) -> dict[str, Any]:
                 encoder, probe.tables(corpora)[0], settings, price=price, start=start, features=features
             )
             learned[f"{start:g}"] = of_start._asdict()
-        encoder.compressor.rate = learned[f"{statistics.median(STARTS):g}"]["rate"]
-        point = _probed(encoder, corpora, {ADAPTED: probe}, steps=size.probe_steps)
+        of_middle = learned[f"{statistics.median(STARTS):g}"]
+        encoder.compressor.rate = of_middle["rate"]
+        of_rate = {ADAPTED: probes_at(of_middle["frame_period_ms"], phones=False)[ADAPTED]}
+        point = _probed(encoder, corpora, of_rate, steps=size.probe_steps)
         found[f"{price:g}"] = {"learned": learned, "point": point}
     return found
 
@@ -397,7 +400,10 @@ def main() -> None:
         **size._asdict(),
         "precision": arguments.precision,
         "teacher": of_teacher,
-        "batch_s": BATCH_S,
+        "probes": {
+            f"{period:g} ms": {name: task._asdict() for name, task in probes_at(period, phones=size.phones).items()}
+            for period in PERIODS_MS
+        },
     }
     study = StudyFile(arguments.output, {**settings, **decides})
     segments = segments_of(arguments.teacher, corpora / "train", arguments.runs / "segments")

@@ -9,9 +9,6 @@ from fastssl.train.probe import ProbeSettings, Task, run_probe
 from fastssl.train.probing.features import FeatureStore
 from fastssl.train.probing.tables import Table, read_table
 
-#: Audio for a step of a head.
-BATCH_S = 50.0
-
 
 class Probe(NamedTuple):
     """A task.
@@ -23,6 +20,10 @@ class Probe(NamedTuple):
         task: As in `ProbeSettings`.
         folds: Column whose values are held out in turn.
         fold_size: Values of a fold.
+        batch_s: Audio for a step of a head.
+        context_s: What a frame's head sees on either side; ctc only.
+        learning_rates: To choose from; None for those of the task.
+        share_of_steps: That its heads take of those that a study has for one.
     """
 
     test: str
@@ -31,6 +32,10 @@ class Probe(NamedTuple):
     task: Task | None = None
     folds: str | None = None
     fold_size: int = 1
+    batch_s: float = 50.0
+    context_s: float = 0.1
+    learning_rates: tuple[float, ...] | None = None
+    share_of_steps: float = 1.0
 
     def tables(self, corpora: Path) -> tuple[Table, Table, Table]:
         """To train, develop and test on."""
@@ -39,7 +44,7 @@ class Probe(NamedTuple):
         train, dev, test = (read_table(corpora / name / "utterances.tsv") for name in names)
         return train, dev, test
 
-    def settings(self, *, steps: int, seeds: int, batch_s: float = BATCH_S) -> ProbeSettings:
+    def settings(self, *, steps: int, seeds: int) -> ProbeSettings:
         """Of `run_probe`."""
         return ProbeSettings(
             self.target,
@@ -48,20 +53,20 @@ class Probe(NamedTuple):
             folds=self.folds,
             fold_size=self.fold_size,
             seeds=seeds,
-            steps=steps,
-            batch_s=batch_s,
+            learning_rates=self.learning_rates,
+            steps=round(self.share_of_steps * steps),
+            batch_s=self.batch_s,
+            context_s=self.context_s,
         )
 
 
-def probe(
-    run: Path, corpora: Path, probes: Mapping[str, Probe], *, steps: int, seeds: int = 1, batch_s: float = BATCH_S
-) -> dict[str, float]:
+def probe(run: Path, corpora: Path, probes: Mapping[str, Probe], *, steps: int, seeds: int = 1) -> dict[str, float]:
     """Errors of a run's encoder by probe, the mean over folds and seeds of the heads."""
     encoder = fastssl.load_encoder(run)
     features = FeatureStore()
     errors = {}
     for name, task in probes.items():
-        settings = task.settings(steps=steps, seeds=seeds, batch_s=batch_s)
+        settings = task.settings(steps=steps, seeds=seeds)
         (result,) = run_probe({run.name: encoder}, *task.tables(corpora), settings, features=features, baselines=())
         errors[name] = result.mean
     return errors

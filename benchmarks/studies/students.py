@@ -11,13 +11,27 @@ from benchmarks.studies.probes import Probe
 from fastssl.models.encoder import Encoder
 from fastssl.packing import Layout, Packed
 
-#: Audio for a step of a head: half of what the other studies take, for twice the steps in the same time, so that less
-#: hangs on the order of the examples.
-BATCH_S = 25.0
-#: What is read from a student; phones in full studies alone.
-DIGITS, VOICES = "digit error", "voice error, 1 s"
-PROBES = {DIGITS: Probe("test", "digits"), VOICES: Probe("voices_test", "voice", segment_s=1.0)}
-PHONES = {"phone error": Probe("test", "phones")}
+DIGITS, PHONES, VOICES = "digit error", "phone error", "voice error, 1 s"
+#: Frames shorter than this are many in a head's window.
+_MANY_MS = 35.0
+
+
+def probes_at(period_ms: float, *, phones: bool) -> dict[str, Probe]:
+    """What is read from a student, by name, with heads for frames of about this period.
+
+    Heads of CTC see 0.2 s on either side. Where they see 0.1 s, that is 220 ms in all at 20 ms a frame and 300 ms at 60
+    ms, and errors follow it rather than the student. Windows of many frames want smaller steps of Adam: where 16
+    thousandths are best at 60 ms, they are several times too large at 20 ms. Small batches, and many of them, leave
+    less to the order of the examples; phones, of which there are more in a batch, need half as many as digits.
+
+    Args:
+        period_ms: Of a frame.
+        phones: Read these too.
+    """
+    rates = (4e-3, 8e-3) if period_ms < _MANY_MS else (8e-3, 16e-3)
+    of_digits = Probe("test", "digits", batch_s=25.0, context_s=0.2, learning_rates=rates)
+    found = {DIGITS: of_digits, VOICES: Probe("voices_test", "voice", segment_s=1.0, batch_s=25.0)}
+    return found | {PHONES: of_digits._replace(target="phones", share_of_steps=0.5)} if phones else found
 
 
 def student_options(teacher: Path, *, updates: int, precision: str, frames: Path | None) -> dict[str, Any]:
