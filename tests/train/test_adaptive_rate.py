@@ -13,10 +13,11 @@ from fastssl.models.conformer import ConformerConfig, ConformerEncoder
 from fastssl.models.encoder import Encoder, EncoderConfig
 from fastssl.packing import Layout
 from fastssl.train.probe import ProbeSettings
-from fastssl.train.probing.adaptive import RateHead, _Scale, learn_rate
+from fastssl.train.probing.adaptive import learn_rate
 from fastssl.train.probing.command import probe
 from fastssl.train.probing.features import FeatureStore
 from fastssl.train.probing.heads import Head, Window
+from fastssl.train.probing.rate_head import FrameLengths, RateHead
 from fastssl.train.probing.tables import Table, read_table
 from tests.models.test_compressed import SHAPE
 from tests.models.test_compressed_prediction import CONFORMER
@@ -119,14 +120,14 @@ def test_a_head_for_all_rates_is_a_function_of_time(length: float, reach: int) -
 
 
 def test_a_head_learns_at_long_frames_as_often_as_at_short_ones() -> None:
-    scale = _Scale.between(0.0, 1.0, mean_weight=torch.tensor(0.25, dtype=torch.float64), most=100.0)
+    scale = FrameLengths.between(0.0, 1.0, mean_weight=torch.tensor(0.25, dtype=torch.float64), most=100.0)
     assert (scale.shortest, scale.longest) == (1.0, 4.0)
     # Frames as long as one, two and four; a rate of 2 / 3 leaves half of them: 2 / 3 of a quarter, and 1 / 3 of all.
     assert [scale.rate_at(share).item() for share in (0.0, 0.5, 1.0)] == pytest.approx([0.0, 2 / 3, 1.0])
     assert [scale.mixture(length) for length in (1.0, 2.0, 4.0, 5.0)] == pytest.approx([0.0, 0.5, 1.0, 1.0])
     # A rate of 2 would leave nothing; of an utterance of ten frames two are left.
-    assert _Scale.between(1.0, 2.0, mean_weight=scale.mean_weight, most=5.0)[:2] == pytest.approx((4.0, 5.0))
-    fixed = _Scale.between(0.5, 0.5, mean_weight=scale.mean_weight, most=5.0)
+    assert FrameLengths.between(1.0, 2.0, mean_weight=scale.mean_weight, most=5.0)[:2] == pytest.approx((4.0, 5.0))
+    fixed = FrameLengths.between(0.5, 0.5, mean_weight=scale.mean_weight, most=5.0)
     assert fixed.rate_at(0.7).item() == pytest.approx(0.5)
     assert fixed.mixture(1.6) == 0
 

@@ -5,16 +5,17 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastssl.data.waveforms import pack_waveforms
 from fastssl.models.speech_encoder import SpeechEncoder
 from fastssl.nn.compression import Compressed, sums_by_utterance
-from fastssl.nn.rates import AdaptiveRate, mix_weights, rate_for_period
+from fastssl.nn.rates import AdaptiveRate
 from fastssl.packing import Layout, Packed
 from fastssl.train.probe import ProbeSettings, Targets
 from fastssl.train.probing.features import Features, FeatureStore, Standard, Waveforms
-from fastssl.train.probing.heads import CLIP_NORM, Examples, Kind, Window, convolve, prior, schedule, task_losses
+from fastssl.train.probing.heads import CLIP_NORM, Examples, Kind, Window, prior, schedule, task_losses
+from fastssl.train.probing.rate_head import FrameLengths, RateHead
 from fastssl.train.probing.tables import Table
 
 #: Of the rate; a head's are some thousandths.
@@ -130,47 +131,6 @@ class _FrontEnd:
         return [self.encoder.extract_features(Packed(values[:, None].to(parameter.dtype), layout).to(parameter.device))]
 
 
-class RateHead(nn.Module):
-    """A probe's head for frames of any length: weighted sum of layers, then a linear map of a window of its frames.
-
-    The window's weights are a function of time, linear between points one frame of the front end apart; frames take
-    those at their distance from the middle one. There are two such functions and biases, of the shortest frames and of
-    the longest; between them, in the logarithm of the frame period, a head is a mixture. It begins as the probe's does.
-
-    Args:
-        layers: L.
-        width: D.
-        prior: (C,) share of each class, or of each symbol and the blank among outputs.
-        reach: Points on either side of the middle one.
-    """
-
-    def __init__(self, layers: int, width: int, prior: Tensor, *, reach: int) -> None:
-        super().__init__()
-        self.reach = reach
-        self.layer_logits = nn.Parameter(torch.zeros(layers))
-        self.weight = nn.Parameter(torch.zeros(2, len(prior), width, 2 * reach + 1))
-        self.bias = nn.Parameter(prior.clamp(min=1e-6).log().repeat(2, 1))
-
-    def forward(self, values: Tensor, layout: Layout, *, window: Window, length: float, mixture: float) -> Packed:
-        """Logits (N_out, C) of examples.
-
-        Args:
-            values: (L, N, D) frames of each layer, with as many rows of zeros before and after each example as the
-                window reaches.
-            layout: Of the examples with these rows.
-            window: Frames that an output sees.
-            length: Of a frame, in frames of the front end.
-            mixture: 0 for the head of the shortest frames, 1 for that of the longest.
-        """
-        steps = torch.arange(-window.reach, window.reach + 1, device=values.device)
-        points = torch.arange(-self.reach, self.reach + 1, device=values.device)
-        places = (steps * length).clamp(-self.reach, self.reach)
-        shares = (1 - (places - points[:, None]).abs()).clamp(min=0)  # (2 reach + 1, taps)
-        weight, bias = (torch.lerp(of_both[0], of_both[1], mixture) for of_both in (self.weight, self.bias))
-        mixed = (self.layer_logits.softmax(0) @ values.flatten(1)).view(values.shape[1:])
-        return convolve(mixed, weight @ shares, bias, layout, stride=window.stride)
-
-
 class _Learning:
     """Of one rate with one head."""
 
@@ -235,7 +195,9 @@ class _Learning:
         dtype = next(self.encoder.parameters()).dtype
         return Packed.pack([batch.features.frames[example][0].to(self.device, dtype) for example in batch.chosen])
 
-    def _at(self, batch: Examples, rates: Tensor, head: RateHead, standard: Standard, scale: "_Scale") -> "_AtRates":
+    def _at(
+        self, batch: Examples, rates: Tensor, head: RateHead, standard: Standard, scale: FrameLengths
+    ) -> "_AtRates":
         states, compressed = self._encode(batch, rates)
         layout = states[0].layout
         # Rounding must not make the frames of rate 0 closer to each other than they are.
@@ -268,7 +230,7 @@ class _Learning:
         context = self.settings.context_s / self.period_s
         return math.ceil(min(context + longest / 2, 2 * context))
 
-    def _features_between(self, low: float, high: float) -> "tuple[Features, _Scale]":
+    def _features_between(self, low: float, high: float) -> tuple[Features, FrameLengths]:
         """Of the examples, each at a rate of its own between two, and how long frames are at these."""
         found: dict[int, Tensor] = {}
         frames, weights = 0, torch.zeros((), dtype=torch.float64, device=self.device)
@@ -286,7 +248,7 @@ class _Learning:
         values_by_example = [found[example] for example in self.examples.chosen]
         # Of an utterance at least two frames are left.
         most = max(1.0, frames / len(found) / 2)
-        scale = _Scale.between(low, high, mean_weight=weights.cpu() / frames, most=most)
+        scale = FrameLengths.between(low, high, mean_weight=weights.cpu() / frames, most=most)
         return Features(
             values_by_example, features.rows, features.seconds, features.problems, features.too_short
         ), scale
@@ -313,31 +275,6 @@ def _with_zeros(values: Tensor, layout: Layout, reach: int) -> tuple[Tensor, Lay
     longer = Layout.from_lengths([frames + 2 * reach for frames in layout.lengths], device=values.device)
     rows = longer.cu_seqlens[:-1].long()[layout.sequence_ids] + layout.positions + reach
     return values.new_zeros(len(values), longer.total, values.shape[2]).index_copy(1, rows, values), longer
-
-
-class _Scale(NamedTuple):
-    """Lengths of frames, in frames of the front end, from one bound of the rate to the other."""
-
-    shortest: float
-    longest: float
-    mean_weight: Tensor  # () of the learned ones
-
-    @classmethod
-    def between(cls, low: float, high: float, *, mean_weight: Tensor, most: float) -> "_Scale":
-        """At these rates, on average; none is longer than `most`."""
-        shares = mix_weights(mean_weight, mean_weight.new_tensor([low, high])).clamp(min=1 / most)
-        shortest, longest = (1 / shares).tolist()
-        return cls(shortest, longest, mean_weight)
-
-    def rate_at(self, share: float) -> Tensor:
-        """() The rate at which frames have this place between the shortest (0) and the longest (1)."""
-        length = self.shortest * (self.longest / self.shortest) ** share
-        return rate_for_period(torch.tensor(length, dtype=torch.float64), self.mean_weight, 1.0).float()
-
-    def mixture(self, length: float) -> float:
-        """The place of frames of such a length; 0 where all are as long."""
-        between = math.log(self.longest / self.shortest)
-        return 0.0 if between <= 0 else min(max(math.log(length / self.shortest) / between, 0.0), 1.0)
 
 
 class _AtRates(NamedTuple):
