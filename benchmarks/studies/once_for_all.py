@@ -44,7 +44,7 @@ from fastssl.models.encoder import Encoder
 from fastssl.packing import Layout, Packed
 from fastssl.train.label import DONE_FILE, LabelSettings, label
 from fastssl.train.probe import run_probe
-from fastssl.train.probing.adaptive import learn_rate
+from fastssl.train.probing.adaptive import Trial, learn_rates
 from fastssl.train.probing.features import EncoderSource, FeatureStore
 
 #: Of integrate-and-fire, and of pooling by a factor.
@@ -160,21 +160,18 @@ def _probed(encoder: Encoder, corpora: Path, probes: Mapping[str, Probe], *, ste
 
 def _adapt(encoder: Encoder, corpora: Path, size: Size) -> dict[str, Any]:
     """By price: the rates that are learned from each start, and what is read at the one from the middle."""
-    probe, features = probes_at(PERIODS_MS[0], phones=False)[ADAPTED], FeatureStore()
+    probe = probes_at(PERIODS_MS[0], phones=False)[ADAPTED]
     settings = probe.settings(steps=size.probe_steps, seeds=1)
+    trials = [Trial(price, start) for price in PRICES for start in STARTS]
+    rates = dict(zip(trials, learn_rates(encoder, probe.tables(corpora)[0], settings, trials), strict=True))
     found = {}
     assert encoder.compressor is not None
     for price in PRICES:
-        learned = {}
-        for start in STARTS:
-            of_start = learn_rate(
-                encoder, probe.tables(corpora)[0], settings, price=price, start=start, features=features
-            )
-            learned[f"{start:g}"] = of_start._asdict()
-        of_middle = learned[f"{statistics.median(STARTS):g}"]
-        encoder.compressor.rate = of_middle["rate"]
-        of_rate = {ADAPTED: probes_at(of_middle["frame_period_ms"], phones=False)[ADAPTED]}
+        of_middle = rates[Trial(price, statistics.median(STARTS))]
+        encoder.compressor.rate, encoder.compressor.frame_period_ms = of_middle.rate, None
+        of_rate = {ADAPTED: probes_at(of_middle.frame_period_ms, phones=False)[ADAPTED]}
         point = _probed(encoder, corpora, of_rate, steps=size.probe_steps)
+        learned = {f"{start:g}": rates[Trial(price, start)]._asdict() for start in STARTS}
         found[f"{price:g}"] = {"learned": learned, "point": point}
     return found
 

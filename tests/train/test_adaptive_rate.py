@@ -13,7 +13,7 @@ from fastssl.models.conformer import ConformerConfig, ConformerEncoder
 from fastssl.models.encoder import Encoder, EncoderConfig
 from fastssl.packing import Layout
 from fastssl.train.probe import ProbeSettings
-from fastssl.train.probing.adaptive import learn_rate
+from fastssl.train.probing.adaptive import Trial, learn_rate, learn_rates
 from fastssl.train.probing.command import probe
 from fastssl.train.probing.features import FeatureStore
 from fastssl.train.probing.heads import Head, Window
@@ -75,6 +75,18 @@ def test_the_task_moves_the_rate_and_a_price_of_frames_raises_it(
     assert dear[0] == dear[0]._replace(rate=dear[1].rate, path=dear[0].path)
 
 
+def test_rates_that_are_learned_together_are_those_that_are_learned_alone(encoder: Encoder, table: Table) -> None:
+    settings, trials = ProbeSettings("digits", steps=24, batch_s=8.0), [Trial(0.0, 0.3), Trial(0.5), Trial(5.0, 0.3)]
+    alone = [learn_rate(encoder, table, settings, price=price, start=start) for price, start in trials]
+    assert encoder.compressor is not None
+    encoder.compressor.rate = None
+    assert learn_rates(encoder, table, settings, trials) == alone
+    assert len({one.rate for one in alone}) == 3
+    assert encoder.compressor.rate is None
+    with pytest.raises(ValueError, match="trials: there are none"):
+        learn_rates(encoder, table, settings, [])
+
+
 def test_it_does_not_matter_where_a_rate_begins(encoder: Encoder, table: Table) -> None:
     """The head that says how good a rate is learns at all of them."""
     settings = ProbeSettings("digits", steps=80, batch_s=8.0)
@@ -82,6 +94,14 @@ def test_it_does_not_matter_where_a_rate_begins(encoder: Encoder, table: Table) 
         learn_rate(encoder, table, settings, price=0.5, start=start, learning_rate=0.08).rate for start in (0.2, 0.8)
     ]
     assert abs(found[0] - found[1]) < 0.1
+
+
+def test_fewer_frames_than_symbols_are_no_gain(encoder: Encoder, table: Table) -> None:
+    """CTC takes what it cannot emit for a loss of nothing."""
+    assert encoder.compressor is not None
+    learned = learn_rate(encoder, table, _DIGITS, price=0.0, start=1.7, bounds=(1.0, 1.9), learning_rate=0.1)
+    # At a rate of 1.9 an utterance of 1.5 s has four frames for its ten digits.
+    assert learned.rate < 1.7, learned.path
 
 
 def test_of_a_conformer(table: Table) -> None:

@@ -1,7 +1,7 @@
 """The rate of a sequence compressor, learned with a head on a task instead of tried out (arXiv 2211.02332)."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,7 +14,16 @@ from fastssl.nn.rates import AdaptiveRate
 from fastssl.packing import Layout, Packed
 from fastssl.train.probe import ProbeSettings, Targets
 from fastssl.train.probing.features import Features, FeatureStore, Standard, Waveforms
-from fastssl.train.probing.heads import CLIP_NORM, Examples, Kind, Window, prior, schedule, task_losses
+from fastssl.train.probing.heads import (
+    CLIP_NORM,
+    Examples,
+    Kind,
+    Window,
+    outputs_needed,
+    prior,
+    schedule,
+    task_losses,
+)
 from fastssl.train.probing.rate_head import FrameLengths, RateHead
 from fastssl.train.probing.tables import Table
 
@@ -41,6 +50,18 @@ class LearnedRate(NamedTuple):
     path: tuple[float, ...]
 
 
+class Trial(NamedTuple):
+    """A rate to learn.
+
+    Args:
+        price: Of all frames, in units of the task's loss.
+        start: Rate at first.
+    """
+
+    price: float
+    start: float = 0.5
+
+
 def learn_rate(
     encoder: SpeechEncoder,
     train: Table,
@@ -54,32 +75,60 @@ def learn_rate(
     seed: int = 0,
     features: FeatureStore | None = None,
 ) -> LearnedRate:
+    """`learn_rates` of one price and start, at whose rate the encoder's compressor is then."""
+    (found,) = learn_rates(
+        *(encoder, train, settings, [Trial(price, start)]),
+        bounds=bounds,
+        learning_rate=learning_rate,
+        spread=spread,
+        seed=seed,
+        features=features,
+    )
+    assert encoder.compressor is not None
+    encoder.compressor.rate, encoder.compressor.frame_period_ms = found.rate, None
+    return found
+
+
+def learn_rates(
+    encoder: SpeechEncoder,
+    train: Table,
+    settings: ProbeSettings,
+    trials: Sequence[Trial],
+    *,
+    bounds: tuple[float, float] = (0.0, 1.0),
+    learning_rate: float = LEARNING_RATE,
+    spread: float = SPREAD,
+    seed: int = 0,
+    features: FeatureStore | None = None,
+) -> list[LearnedRate]:
     """Learn the rate of a frozen encoder's compressor together with a probe's head.
 
-    The loss is the task's, in nats per label, and `price` times the mean of the weights that are integrated, which is
+    The loss is the task's, in nats per label, and a price times the mean of the weights that are integrated, which is
     the share of frames that is left. The head (`RateHead`) learns at the highest of the probe's learning rates, having
     more to learn; it sees as much time on either side as the probe's does, however long frames are. Features are
-    standardised by what they are at rates spread evenly between the bounds, wherever the rate begins. The encoder's
-    weights are left as they were; its compressor is at the learned rate then.
+    standardised by what they are at rates spread evenly between the bounds, wherever the rate begins. The encoder is
+    left as it was.
 
     The head learns at one rate for each batch, drawn between the bounds so that long frames come as often as short ones
     (evenly in the logarithm of their period), for half of the steps alone: one that learned at the rate itself would be
-    best wherever the rate happens to be. The slope that the rate then follows is that between two rates around it, of
-    the same utterances. The derivative at the rate itself (as `AdaptiveRate` passes it on) points anywhere: a little
-    more of it moves every boundary behind by some frames, so that the loss goes up and down many times within a
-    hundredth.
+    best wherever the rate happens to be. So it is the same for every price and start, and learned once for all of them.
+    The slope that a rate then follows is that between two rates around it, of the same utterances. The derivative at
+    the rate itself (as `AdaptiveRate` passes it on) points anywhere: a little more of it moves every boundary behind by
+    some frames, so that the loss goes up and down many times within a hundredth.
 
     Args:
         encoder: With an integrate-and-fire compressor, on the device where to work.
         train: What to learn from.
         settings: The task; classification or ctc, without folds.
-        price: Of all frames.
-        start: Rate at first.
+        trials: Prices and starts, each with a rate of its own.
         bounds: Least and most rate: those that the encoder has met in training.
         learning_rate: Of the rate, at its highest; it rises and falls as the head's does, in the steps that are left.
         spread: How far from the rate its slope is taken: for each utterance from half to three halves of it.
         seed: Of the order of examples.
         features: Keeps the frames of the front end for another call; None forgets them.
+
+    Returns:
+        What each trial comes to, whatever the others are.
 
     Raises:
         ValueError: The encoder has no such compressor, the settings are not for it, a number is out of range, the
@@ -89,23 +138,24 @@ def learn_rate(
         raise ValueError("rate_price: is of an encoder whose compressor is integrate-and-fire")
     if settings.resolved_task == "verification" or settings.folds is not None:
         raise ValueError("rate_price: a rate is learned for classification or ctc, and before any fold is held out")
-    if not 0 <= price < math.inf:
-        raise ValueError(f"rate_price: must be finite and not negative, got {price}")
+    for trial in trials:
+        if not 0 <= trial.price < math.inf:
+            raise ValueError(f"rate_price: must be finite and not negative, got {trial.price}")
+    if not trials:
+        raise ValueError("trials: there are none")
     if not 0 < spread < math.inf:
         raise ValueError(f"spread: must be positive, got {spread}")
     kind: Kind = "ctc" if settings.resolved_task == "ctc" else "classification"
-    rate = AdaptiveRate(start, low=bounds[0], high=bounds[1])
+    rates = [AdaptiveRate(trial.start, low=bounds[0], high=bounds[1]) for trial in trials]
     source = _FrontEnd(encoder)
     store = FeatureStore() if features is None else features
     frames = store.get(source, train, name="the front end", segment_s=settings.segment_s)
     targets = Targets({"train": train}, settings)
     numbers = targets.numbers["train"]
     examples = Examples(frames, tuple(range(len(frames.rows))), tuple(numbers[row] for row in frames.rows))
-    found = _Learning(encoder, examples, kind, settings).learn(
-        rate, targets.outputs, price=price, learning_rate=learning_rate, spread=spread, seed=seed
-    )
-    encoder.compressor.rate, encoder.compressor.frame_period_ms = found.rate, None
-    return found
+    learning = _Learning(encoder, examples, kind, settings)
+    prices = [trial.price for trial in trials]
+    return learning.learn(rates, prices, targets.outputs, learning_rate=learning_rate, spread=spread, seed=seed)
 
 
 class _FrontEnd:
@@ -132,7 +182,7 @@ class _FrontEnd:
 
 
 class _Learning:
-    """Of one rate with one head."""
+    """Of rates with one head."""
 
     def __init__(self, encoder: SpeechEncoder, examples: Examples, kind: Kind, settings: ProbeSettings) -> None:
         self.encoder, self.examples, self.kind, self.settings = encoder, examples, kind, settings
@@ -140,25 +190,32 @@ class _Learning:
         self.device = next(encoder.parameters()).device
 
     def learn(
-        self, rate: AdaptiveRate, outputs: int, *, price: float, learning_rate: float, spread: float, seed: int
-    ) -> LearnedRate:
+        self,
+        rates: Sequence[AdaptiveRate],
+        prices: Sequence[float],
+        outputs: int,
+        *,
+        learning_rate: float,
+        spread: float,
+        seed: int,
+    ) -> list[LearnedRate]:
         settings = self.settings
-        rate = rate.to(self.device)
-        features, scale = self._features_between(rate.low, rate.high)
+        rates = [rate.to(self.device) for rate in rates]
+        features, scale = self._features_between(rates[0].low, rates[0].high)
         standard = Standard.of(features, range(len(features.frames)), whiten=self.kind == "ctc").to(self.device)
         shares = prior(self.kind, self.examples._replace(features=features), outputs=outputs, window=self._window(1.0))
         reach = self._reach(scale.longest)
         head = RateHead(len(standard.mean), standard.mean.shape[2], shares, reach=reach).to(self.device)
         of_head = torch.optim.AdamW(head.parameters(), lr=max(settings.rates), betas=(0.9, 0.98))
-        of_rate = torch.optim.Adam(rate.parameters(), lr=learning_rate, betas=(0.9, 0.98))
+        of_rates = torch.optim.Adam([rate.rate for rate in rates], lr=learning_rate, betas=(0.9, 0.98))
         alone = round(_HEAD_ALONE * settings.steps)
-        schedules = schedule(of_head, settings.steps), schedule(of_rate, max(1, settings.steps - alone))
-        path = [rate().item()]
+        schedules = schedule(of_head, settings.steps), schedule(of_rates, max(1, settings.steps - alone))
+        paths = [[rate().item()] for rate in rates]
         random = torch.Generator().manual_seed(seed)
         for step, batch in enumerate(self._batches(seed)):
             labels = sum(map(len, batch.targets))
             drawn = scale.rate_at(torch.rand((), generator=random).item()).to(self.device)
-            away = torch.rand(len(batch.chosen), generator=random).to(self.device)
+            away = spread * (0.5 + torch.rand(len(batch.chosen), generator=random).to(self.device))
             of_head.zero_grad()
             loss = self._at(batch, drawn.expand(len(away)), head, standard, scale).losses.sum() / labels
             if not loss.isfinite():
@@ -169,16 +226,19 @@ class _Learning:
             schedules[0].step()
             if step < alone:
                 continue
-            with torch.no_grad():
-                around = [(rate() + sign * spread * (0.5 + away)).clamp(rate.low, rate.high) for sign in (-1, 1)]
-                sides = [self._at(batch, rates, head, standard, scale) for rates in around]
-            rate.rate.grad = _slope(*around, *sides, labels=labels, price=price)
-            of_rate.step()
+            for rate, price in zip(rates, prices, strict=True):
+                with torch.no_grad():
+                    around = [(rate() + distance).clamp(rate.low, rate.high) for distance in (-away, away)]
+                    sides = [self._at(batch, of_side, head, standard, scale) for of_side in around]
+                rate.rate.grad = _slope(*around, *sides, labels=labels, price=price)
+            of_rates.step()
             schedules[1].step()
             done, of = step - alone + 1, settings.steps - alone
             if done * _PATH // of > (done - 1) * _PATH // of:
-                path.append(rate().item())
-        return LearnedRate(path[-1], self._mean_period_ms(rate()), tuple(path))
+                for path, rate in zip(paths, rates, strict=True):
+                    path.append(rate().item())
+        periods_ms = [self._mean_period_ms(rate()) for rate in rates]
+        return [LearnedRate(path[-1], period, tuple(path)) for path, period in zip(paths, periods_ms, strict=True)]
 
     def _batches(self, seed: int) -> Iterator[Examples]:
         """As many as there are steps, over the examples again and again."""
@@ -207,6 +267,8 @@ class _Learning:
         values, layout = _with_zeros(standard(values), layout, window.reach)
         logits: Packed = head(values, layout, window=window, length=length, mixture=scale.mixture(length))
         losses = task_losses(self.kind, logits, batch.targets)
+        if self.kind == "ctc":
+            losses = _with_impossible(losses, logits, batch.targets)
         assert compressed.weights is not None
         return _AtRates(losses, sums_by_utterance(compressed.weights, compressed.layout), compressed.layout.total)
 
@@ -259,6 +321,19 @@ class _Learning:
             _, compressed = self._encode(batch, rate)
             before, after = before + compressed.layout.total, after + compressed.frames.layout.total
         return 1000 * self.period_s * before / after
+
+
+def _with_impossible(losses: Tensor, logits: Packed, targets: Sequence[Sequence[int]]) -> Tensor:
+    """(B,) nats: where too few outputs are left for a target, which costs nothing in training, what guessing costs.
+
+    Guessed are each symbol and a blank beside it. Were it nothing, the fewest frames would be the best.
+    """
+    pairs = zip(logits.layout.lengths, targets, strict=True)
+    guessed = [
+        2 * len(target) * math.log(logits.values.shape[1]) if outputs < outputs_needed(target) else 0.0
+        for outputs, target in pairs
+    ]
+    return losses + losses.new_tensor(guessed)
 
 
 def _of_task(states: list[Packed], kind: Kind) -> tuple[Tensor, Layout]:

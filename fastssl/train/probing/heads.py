@@ -77,13 +77,12 @@ class Examples(NamedTuple):
             yield self._part(batch)
 
     def feasible(self, window: Window) -> "Examples":
-        """Those whose targets CTC can emit: an output for each symbol, and a blank between two equal ones."""
+        """Those whose targets CTC can emit."""
         return self._part(
             [
                 index
                 for index, (example, target) in enumerate(zip(self.chosen, self.targets, strict=True))
-                if window.outputs(self.features.frames[example].shape[1])
-                >= len(target) + sum(one == other for one, other in pairwise(target))
+                if window.outputs(self.features.frames[example].shape[1]) >= outputs_needed(target)
             ]
         )
 
@@ -100,6 +99,11 @@ class Examples(NamedTuple):
         for part, first in zip(frames, layout.offsets, strict=False):
             values[:, first + reach : first + reach + part.shape[1]] = standard(part.to(device))
         return values, layout
+
+
+def outputs_needed(target: Sequence[int]) -> int:
+    """To emit a target by CTC: one for each symbol, and a blank between two equal ones."""
+    return len(target) + sum(one == other for one, other in pairwise(target))
 
 
 class Head(nn.Module):
