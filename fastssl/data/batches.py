@@ -17,7 +17,7 @@ from fastssl.data.audio import SAMPLE_RATE_HZ, AudioError, read_waveform
 from fastssl.data.corpus import Problem, cut_name
 from fastssl.data.labels import LabelTable, Segments
 from fastssl.data.recordings import count_frames
-from fastssl.data.teacher_frames import TeacherFrames, TeacherTable
+from fastssl.data.teacher_frames import TeacherFrames, TeacherTable, checksum
 from fastssl.data.waveforms import pack_waveforms
 from fastssl.packing import Layout, Packed
 
@@ -55,6 +55,7 @@ class AudioBatch:
             none.
         segments: In which these frames lie; None where there are none.
         teacher: What a teacher made of them, where that is kept.
+        checksums: Of the samples of each, as they were read.
     """
 
     waveforms: Packed
@@ -65,6 +66,7 @@ class AudioBatch:
     labels: Tensor | None = None  # (T,)
     segments: FrameSegments | None = None
     teacher: TeacherFrames | None = None
+    checksums: tuple[int, ...] = ()
 
     @property
     def duration_s(self) -> float:
@@ -358,11 +360,15 @@ class WaveformDataset(Dataset[AudioBatch]):
             )
         teacher = None if self.teacher is None else self.teacher.of([self.teacher_keys + cut.id for cut in used])
         waveform = Packed(values[:, None], layout)
-        return AudioBatch(waveform, ids, names, spec.update, problems, labels, segments, teacher)
+        checksums = tuple(map(checksum, waveforms))
+        return AudioBatch(waveform, ids, names, spec.update, problems, labels, segments, teacher, checksums)
 
     def _read(self, cut: Cut, spec: BatchSpec) -> NDArray[np.float32] | Problem:
         try:
-            return read_waveform(_part(cut, spec), channel=self.channel)
+            waveform = read_waveform(_part(cut, spec), channel=self.channel)
+            if self.teacher is not None:
+                self.teacher.check_samples(self.teacher_keys + cut.id, waveform)
+            return waveform
         except AudioError as error:
             return Problem(cut_name(cut), str(error))
 

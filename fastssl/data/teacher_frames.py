@@ -1,20 +1,25 @@
 """What a teacher makes of crops that never change, kept on disk, so that it runs once over each.
 
 The folder holds safetensors shards, `index.jsonl` with a line for each crop (`key`, `shard`, `file`, `duration_s`,
-`rate_hz`, `frames`), and `settings.json`, which says of which teacher, layers and crops. In a shard are, of each crop,
-the tensors `KEY/LAYER` (frames, width) and, where they are kept, `KEY/front_end` (frames, channels), all fp16.
+`rate_hz`, `checksum`, `frames`), and `settings.json`, which says of which teacher, layers and crops. In a shard are, of
+each crop, the tensors `KEY/LAYER` (frames, width) and, where they are kept, `KEY/front_end` (frames, channels), all
+fp16.
 """
 
+import zlib
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from lhotse.cut import Cut
-from safetensors import safe_open
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from fastssl.data.audio import AudioError
 from fastssl.data.corpus import cut_name
 
 FRONT_END = "front_end"
@@ -74,6 +79,24 @@ class TeacherTable:
                 f"{entry['rate_hz']} Hz, and is {cut.duration:g} s at {cut.recording.sampling_rate} Hz"
             )
 
+    def check_shards(self) -> None:
+        """Open all shards.
+
+        Raises:
+            ValueError: One is damaged; names it.
+        """
+        for shard in sorted({entry["shard"] for entry in self.entries.values()}):
+            _opened(self.folder / shard)
+
+    def check_samples(self, key: str, waveform: NDArray[np.float32]) -> None:
+        """Whether a crop has the samples that it had when its frames were made.
+
+        Raises:
+            AudioError: It has not.
+        """
+        if self.entries[key]["checksum"] != checksum(waveform):
+            raise AudioError(f"has other samples than when data.teacher_cache was made; {self.folder} is stale")
+
     def of(self, keys: Sequence[str]) -> TeacherFrames:
         """The frames of these crops, back to back."""
 
@@ -85,7 +108,15 @@ class TeacherTable:
         return TeacherFrames(layers, None if self.channels is None else read(FRONT_END, self.channels))
 
 
+def checksum(waveform: NDArray[np.float32]) -> int:
+    """CRC-32 of the samples."""
+    return zlib.crc32(np.ascontiguousarray(waveform).data)
+
+
 @lru_cache(maxsize=64)
 def _opened(shard: Path) -> Any:
     """Mapped into memory, once in each process."""
-    return safe_open(shard, framework="pt")
+    try:
+        return safe_open(shard, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"data.teacher_cache: {shard}: cannot be read: {error}") from error

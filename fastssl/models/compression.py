@@ -18,10 +18,6 @@ class CompressedConfig(CompressorConfig):
     """How the compressor of an encoder is trained, where it has one; to be inherited beside the encoder's own settings.
 
     Args:
-        compression_draw: What is drawn for each utterance in training: the "rate" (lambda), or the frame "period", from
-            which the utterance's own rate follows.
-        compression_range: Between which numbers, uniformly: of the rate within 0 and 2, of the period in milliseconds.
-            Twice the same number trains for this one alone.
         compression_per_batch: One draw for all utterances of a batch, as the authors' code has it.
         segment_loss_weight: Weight of the loss that wants frames to fire where segments end (`data.segments`).
         frame_loss_weight: Weight of the loss that wants a frame's weight to be one over the length of its segment.
@@ -29,8 +25,6 @@ class CompressedConfig(CompressorConfig):
         quantity_share: Share of frames that is wanted.
     """
 
-    compression_draw: str = "rate"
-    compression_range: tuple[float, ...] = (0.0, 1.0)
     compression_per_batch: bool = False
     segment_loss_weight: float = 0.05
     frame_loss_weight: float = 0.5
@@ -39,18 +33,11 @@ class CompressedConfig(CompressorConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.compression_draw not in ("rate", "period"):
-            raise ValueError(f"compression_draw: must be rate or period, got {self.compression_draw!r}")
-        limits = (0.0, 2.0) if self.compression_draw == "rate" else (self.frame_period_ms, math.inf)
-        numbers = self.compression_range
-        if len(numbers) != 2 or not limits[0] <= numbers[0] <= numbers[1] <= limits[1] or math.isinf(numbers[1]):
-            raise ValueError(
-                f"compression_range: must be two rising numbers from {limits[0]:g} to {limits[1]:g} "
-                f"(compression_draw is {self.compression_draw}), got {list(numbers)}"
-            )
         for name in ("segment_loss_weight", "frame_loss_weight", "quantity_loss_weight"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: must not be negative, got {getattr(self, name)}")
+        if not 0 < self.quantity_share <= 1:
+            raise ValueError(f"quantity_share: must be above 0 and at most 1, got {self.quantity_share}")
 
     @property
     def draws_rates(self) -> bool:

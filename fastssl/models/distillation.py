@@ -63,8 +63,9 @@ class DistillationConfig(CompressedConfig, EncoderConfig):
         if self.teacher_layers:
             return self.teacher_layers
         layers, students = self.teacher_num_hidden_layers, self.num_hidden_layers
-        shares = (1 / 3, 2 / 3, 1.0) if self.distillation == "pred" else [i / students for i in range(1, students + 1)]
-        found = [max(1, math.floor(layers * share + 0.5)) for share in shares]
+        parts = 3 if self.distillation == "pred" else students
+        # A half is rounded up.
+        found = [max(1, (2 * layers * part + parts) // (2 * parts)) for part in range(1, parts + 1)]
         return tuple(dict.fromkeys(found)) if self.distillation == "pred" else tuple(found)
 
     def of_teacher(self, teacher: EncoderConfig) -> "DistillationConfig":

@@ -30,6 +30,9 @@ model = AutoModel.from_pretrained("...")  # this folder, or its name on the Hub
 ```
 
 """
+_WITHOUT_COMPRESSOR = """It has no compressor there: every frame is left, {how}.
+
+"""
 _WITH_FASTSSL = """With fastssl, which computes no padding:
 
 ```python
@@ -99,8 +102,15 @@ class ModelCard:
         period_ms = 1000 * config.samples_per_frame / 16_000
         period = "" if compressed else f", one every {period_ms:g} ms"
         with_fastssl = _WITH_FASTSSL.format(width=config.hidden_size, period=period)
-        parts.append("## Use\n\n" + (_WITH_TRANSFORMERS if in_transformers else "") + with_fastssl)
+        parts.append("## Use\n\n" + (self._with_transformers(config) if in_transformers else "") + with_fastssl)
         return "\n".join(parts)
+
+    @staticmethod
+    def _with_transformers(config: "EncoderConfig | ConformerConfig") -> str:
+        if config.compressor == "none":
+            return _WITH_TRANSFORMERS
+        how = "as at rate 0" if config.meets_all_frames else "which this encoder has not met in training"
+        return _WITH_TRANSFORMERS + _WITHOUT_COMPRESSOR.format(how=how)
 
 
 def _both(first: str | None, second: str | None) -> str | None:

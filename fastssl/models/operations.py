@@ -111,7 +111,13 @@ def describe_compression(config: "EncoderConfig | ConformerConfig") -> str:
     what = f"Of the multiplications for {_EXAMPLE_S:g} s the convolutions take {fixed:.0f} %, which nothing here spares"
     if config.compressor != "integrate-and-fire":
         return f"{config.compressor}, {config.compressor_factor} frames to one. {what}; this spares {spared(None)}"
+    low, high = config.compression_range
+    unit = "a rate" if config.compression_draw == "rate" else "a frame period in ms"
+    trained = f"trained at {unit} of {low:g}" + (
+        ", at which it is without them" if low == high else f" to {high:g}; without them the rate is 1"
+    )
+    twice, four_times = 2 * config.frame_period_ms, 4 * config.frame_period_ms
     return (
-        "integrate-and-fire, at a rate or frame period given at run time (`rate=`, `frame_period_ms=`). "
-        f"{what}; a frame every 40 ms spares {spared(40.0)}, every 80 ms {spared(80.0)}"
+        f"integrate-and-fire, at a rate or frame period given at run time (`rate=`, `frame_period_ms=`), {trained}. "
+        f"{what}; a frame every {twice:g} ms spares {spared(twice)}, every {four_times:g} ms {spared(four_times)}"
     )

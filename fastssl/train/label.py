@@ -192,7 +192,7 @@ class _Features:
         if encoder.compressor is not None:
             if encoder.compressor.factor is not None:
                 raise ValueError(f"--model: {settings.model} leaves fewer frames than there are labels (compressor)")
-            encoder.compressor.rate = 0.0
+            encoder.compressor.rate, encoder.compressor.frame_period_ms = 0.0, None
         layers = encoder.config.num_hidden_layers
         layer = layers if settings.layer is None else settings.layer
         if not 0 <= layer <= layers:

@@ -137,7 +137,7 @@ class ProbeRun:
 
     Args:
         error: On the test part: share of wrong examples, edits per symbol, or equal error rate.
-        loss: On the test part, nats per label; None in verification.
+        loss: On the test part, nats per label, to which infeasible targets add none; None in verification.
         parts: Sizes of train, dev and test.
         held_out: Values of the fold.
         seed: Of the head.
@@ -167,12 +167,14 @@ class ProbeResult:
         runs: By fold and seed.
         problems: Recordings that could not be used, as "NAME REASON".
         too_short: Recordings without a whole segment.
+        frame_period_ms: From one of its frames to the next, on average over the test part.
     """
 
     encoder: str
     runs: tuple[ProbeRun, ...]
     problems: tuple[str, ...] = ()
     too_short: int = 0
+    frame_period_ms: float | None = None
     mean: float = field(init=False)
     std: float | None = field(init=False)
 
@@ -300,18 +302,20 @@ class _Probe:
             part: store.get(source, table, name=name, segment_s=settings.segment_s, mean=mean)
             for part, table in parts.items()
         }
-        period_s = source.frame_period_s
-        if period_s is None:
-            assert isinstance(source, EncoderSource)
-            period_s = self.features["train"].mean_frame_period_s(source.encoder.config)
-        self.window = Window(0, 1) if mean else Window.of_seconds(settings.context_s, period_s)
+        self.window = Window(0, 1) if mean else Window.of_seconds(settings.context_s, self._frame_period_s("train"))
 
     def result(self) -> ProbeResult:
         runs = [run for fold in self.targets.folds for run in self._fold(fold)]
         problems = dict.fromkeys(str(problem) for part in self.features.values() for problem in part.problems)
-        return ProbeResult(
-            self.name, tuple(runs), tuple(problems), sum(part.too_short for part in self.features.values())
-        )
+        too_short = sum(part.too_short for part in self.features.values())
+        period_ms = 1000 * self._frame_period_s("test")
+        return ProbeResult(self.name, tuple(runs), tuple(problems), too_short, period_ms)
+
+    def _frame_period_s(self, part: str) -> float:
+        if self.source.frame_period_s is not None:
+            return self.source.frame_period_s
+        assert isinstance(self.source, EncoderSource)
+        return self.features[part].mean_frame_period_s(self.source.encoder.config)
 
     def _fold(self, fold: tuple[str, ...]) -> list[ProbeRun]:
         examples = {part: self._examples(part, fold) for part in self.parts}

@@ -16,7 +16,9 @@ from rich.table import Table
 import fastssl
 from fastssl.data.audio import SAMPLE_RATE_HZ
 from fastssl.data.corpus import Problem, open_corpus
+from fastssl.data.recordings import count_frames
 from fastssl.models.folder import write_json
+from fastssl.models.speech_encoder import SpeechEncoder
 from fastssl.packing import Packed
 from fastssl.train.card import checked_out_commit
 from fastssl.train.encode import open_encoder_at
@@ -73,14 +75,19 @@ def quality(
     corpus = open_corpus(audio, min_duration_s=shortest_s, max_bad_fraction=1.0)
     cuts = first_minutes(corpus.cuts, minutes)
     problems = list(corpus.problems)
-    waveforms = _Waveforms(cuts, problems, normalize=encoder.config.do_normalize, channel=channel)
+    waveforms = _Waveforms(cuts, problems, encoder, channel=channel)
     results = measure_quality(encoder, waveforms.read(), layers=layers, max_frames=max_frames, seed=seed)
     for problem in problems:
         logger.warning("left out: %s", problem)
+    period_ms = encoder.config.frame_period_ms * waveforms.frames / results[0].frames
+    if encoder.compressor is not None:
+        asked = "" if frame_period_ms is None else f" ({frame_period_ms:g} asked)"
+        logger.info("a frame every %.1f ms%s", period_ms, asked)
     report = {
         "model": str(model),
         "audio": str(audio),
         "audio_hours": waveforms.seconds / 3600,
+        "mean_frame_period_ms": period_ms,
         "settings": {
             "minutes": minutes,
             "max_frames": max_frames,
@@ -103,18 +110,29 @@ def quality(
 
 
 class _Waveforms:
-    """Batches of audio, with the time of what could be read, and the rest as problems."""
+    """Batches of audio, with the time and frames of what could be read, and the rest as problems.
 
-    def __init__(self, cuts: Sequence[Cut], problems: list[Problem], *, normalize: bool, channel: int | None) -> None:
-        self.seconds = 0.0
+    Frames are those of the encoder's front end.
+    """
+
+    def __init__(
+        self, cuts: Sequence[Cut], problems: list[Problem], encoder: SpeechEncoder, *, channel: int | None
+    ) -> None:
+        self.seconds, self.frames = 0.0, 0
+        self._stride = encoder.config.samples_per_frame
+        self._receptive_field = encoder.config.receptive_field_samples
         self.problems = problems
-        self._batches = quality_loader(cuts, normalize=normalize, channel=channel)
+        self._batches = quality_loader(cuts, normalize=encoder.config.do_normalize, channel=channel)
 
     def read(self) -> Iterator[Packed]:
         console = get_console()
         for batch in track(self._batches, "audio", console=console, disable=not console.is_terminal):
             self.problems += batch.problems
             self.seconds += batch.duration_s
+            self.frames += sum(
+                count_frames(length, stride=self._stride, receptive_field=self._receptive_field)
+                for length in batch.waveforms.layout.lengths
+            )
             if batch.names:
                 yield batch.waveforms
         if not self.seconds:

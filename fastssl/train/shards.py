@@ -54,7 +54,10 @@ class Shards:
             # Another run may begin it at the same time; whichever is first decides.
             os.link(partial, path)
         except FileExistsError:
-            before = json.loads(path.read_text())
+            try:
+                before = json.loads(path.read_text())
+            except ValueError as error:
+                raise ValueError(f"{option}: {path}: is no JSON: {error}") from None
             changed = [name for name, value in settings.items() if before.get(name) != value]
             if changed:
                 differences = "; ".join(f"{name}: {before.get(name)} there, {settings[name]} now" for name in changed)

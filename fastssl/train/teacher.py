@@ -92,7 +92,7 @@ def open_teacher(config: PretrainConfig) -> tuple[PretrainConfig, Encoder]:
     if encoder.compressor is not None:
         if encoder.compressor.factor is not None:
             raise ValueError(f"--teacher: {config.teacher} leaves fewer frames than a student has to predict")
-        encoder.compressor.rate = 0.0
+        encoder.compressor.rate, encoder.compressor.frame_period_ms = 0.0, None
     try:
         config = replace(config, model=student.of_teacher(encoder.config))
     except ValueError as error:

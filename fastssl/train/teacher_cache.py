@@ -54,10 +54,12 @@ def open_cache(config: PretrainConfig, data: PretrainDataModule, teacher: Teache
     }
     folder = _folder(config)
     shards = Shards(folder, settings=settings, name="teacher", option="data.teacher_cache", shard_bytes=_SHARD_BYTES)
-    missing = sorted({entry["shard"] for entry in shards.entries.values() if not (folder / entry["shard"]).is_file()})
+    files = {entry["shard"] for entry in shards.entries.values()}
+    missing = sorted(file for file in files if not (folder / file).is_file())
     if missing:
         raise ValueError(f"data.teacher_cache: {folder} has lost {', '.join(missing)}; begin it anew")
     table = _table(folder, shards.entries, teacher)
+    table.check_shards()
     for key, cut in data.crops():
         if key in shards.entries:
             table.check(key, cut)
@@ -152,7 +154,8 @@ def _fill(shards: Shards, data: PretrainDataModule, teacher: Teacher) -> dict[st
                     problems[key] = Problem(cut_name(cut), "has frames, by the teacher, that are not finite in fp16")
                     continue
                 entry = {"file": cut_name(cut), "duration_s": cut.duration, "rate_hz": cut.recording.sampling_rate}
-                shards.add(key, tensors, entry | {"frames": frames.layout.lengths[row]})
+                entry |= {"checksum": batch.checksums[row], "frames": frames.layout.lengths[row]}
+                shards.add(key, tensors, entry)
     shards.close()
     teacher.encoder.to("cpu")
     logger.info("the teacher's frames: %d crops in %s", len(shards.entries), shards.folder)

@@ -137,6 +137,34 @@ def test_a_call_without_a_rate_takes_the_encoders_own() -> None:
     assert encoder(waveforms).features.layout.lengths == plain_layout(encoder, waveforms).lengths
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(("draw", "number"), [("rate", 0.4), ("period", 55.0)])
+def test_what_is_trained_at_one_rate_or_period_is_opened_at_it(draw: str, number: float, tmp_path: Path) -> None:
+    model = make_model(compression_draw=draw, compression_range=(number, number))
+    model.wav2vec2.save_pretrained(tmp_path)
+    encoder, waveforms = fastssl.load_encoder(tmp_path), waveforms_of(32_000, 20_000)
+    options = {"rate": number} if draw == "rate" else {"frame_period_ms": number}
+    asked = model.wav2vec2.eval()(waveforms, **options).features
+    assert torch.equal(encoder(waveforms).features.values, asked.values)
+    assert not torch.equal(encoder(waveforms, rate=1.0).features.values, asked.values)
+    card = (tmp_path / "README.md").read_text()
+    unit = "a rate" if draw == "rate" else "a frame period in ms"
+    assert f"trained at {unit} of {number:g}, at which it is without them" in card
+    assert "It has no compressor there: every frame is left, which this encoder has not met in training" in card
+
+
+@torch.no_grad()
+def test_the_card_says_what_transformers_opens(tmp_path: Path) -> None:
+    make_encoder("average").save_pretrained(tmp_path / "average")
+    assert "every frame is left, which this encoder has not met" in (tmp_path / "average" / "README.md").read_text()
+    make_model().wav2vec2.save_pretrained(tmp_path / "any")
+    card = (tmp_path / "any" / "README.md").read_text()
+    assert "every frame is left, as at rate 0." in card
+    assert "trained at a rate of 0 to 1; without them the rate is 1" in card
+    Encoder(EncoderConfig(**SHAPE)).save_pretrained(tmp_path / "plain")
+    assert "compressor" not in (tmp_path / "plain" / "README.md").read_text()
+
+
 def test_a_rate_of_the_encoder_takes_a_gradient() -> None:
     encoder = make_encoder("integrate-and-fire").requires_grad_(requires_grad=False)
     adaptive = fastssl.nn.AdaptiveRate(0.5)

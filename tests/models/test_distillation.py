@@ -102,6 +102,8 @@ def test_every_layer_learns_by_l2l() -> None:
         ({"distillation": "l2l", "num_hidden_layers": 12}, 12, tuple(range(1, 13))),
         ({"distillation": "l2l", "num_hidden_layers": 4}, 6, (2, 3, 5, 6)),
         ({"distillation": "l2l", "num_hidden_layers": 3}, 12, (4, 8, 12)),
+        # Halves are rounded up: 4.5, 13.5, 22.5, 31.5, 40.5.
+        ({"distillation": "l2l", "num_hidden_layers": 10}, 45, (5, 9, 14, 18, 23, 27, 32, 36, 41, 45)),
         ({"distillation": "l2l", "num_hidden_layers": 12}, 6, (1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6)),
     ],
 )

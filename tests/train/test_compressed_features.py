@@ -98,7 +98,10 @@ def test_encoders_without_a_compressor(recordings: Path, tmp_path: Path) -> None
     assert not (tmp_path / "q.json").exists()
 
 
-def test_quality_at_a_frame_period(encoder: Encoder, recordings: Path, tmp_path: Path) -> None:
+def test_quality_at_a_frame_period(
+    encoder: Encoder, recordings: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     results = {}
     for name, options in {"all": {"rate": 0.0}, "some": {"frame_period_ms": 40.0}}.items():
         results[name] = quality(tmp_path / "model", recordings, tmp_path / f"{name}.json", **options)[2]  # type: ignore[arg-type]
@@ -107,6 +110,13 @@ def test_quality_at_a_frame_period(encoder: Encoder, recordings: Path, tmp_path:
             == json.loads((tmp_path / f"{name}.json").read_text())["settings"]
         )
     assert results["some"].frames == pytest.approx(results["all"].frames / 2, rel=0.03)
+    every, some = (
+        json.loads((tmp_path / f"{name}.json").read_text())["mean_frame_period_ms"] for name in ("all", "some")
+    )
+    assert every == pytest.approx(20.0)
+    assert some == pytest.approx(20 * results["all"].frames / results["some"].frames)
+    assert some != 40.0  # which is what was asked for
+    assert f"a frame every {some:.1f} ms (40 asked)" in caplog.text
     # As many segments of two seconds.
     assert results["some"].rankme_of == results["all"].rankme_of == "segments"
     assert abs(results["some"].rankme_rows - results["all"].rankme_rows) <= 3
@@ -153,7 +163,17 @@ def test_probe_command_says_the_rate(encoder: Encoder, recordings: Path, tmp_pat
     settings = ProbeSettings("speaker", steps=2, learning_rates=(1e-3,))
     table = tmp_path / "table.tsv"
     probe([str(tmp_path / "model")], table, settings, dev=table, test=table, output=tmp_path / "p.json", rate=0.5)
-    assert json.loads((tmp_path / "p.json").read_text())["settings"]["rate"] == 0.5
+    found = json.loads((tmp_path / "p.json").read_text())
+    assert found["settings"]["rate"] == 0.5
+    assert found["settings"]["rate_bounds"] == [0.0, 1.0]
+    # The frames of a mean count too.
+    assert encoder.compressor is not None
+    encoder.compressor.rate = 0.5
+    of_test = FeatureStore().get(EncoderSource(encoder), read_table(table), name="e")
+    period_ms = 1000 * of_test.mean_frame_period_s(encoder.config)
+    periods = {result["encoder"]: result["frame_period_ms"] for result in found["results"]}
+    assert periods == pytest.approx({str(tmp_path / "model"): period_ms, RANDOM: periods[RANDOM], "log-mel": 10.0})
+    assert 20 < period_ms < 40
 
 
 def test_labels_are_of_every_frame(encoder: Encoder, recordings: Path, tmp_path: Path) -> None:

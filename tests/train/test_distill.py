@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 import yaml
 from lhotse.cut import Cut
@@ -23,6 +24,7 @@ from fastssl.packing import Packed
 from fastssl.train.config import PretrainConfig
 from fastssl.train.label import LabelSettings, label
 from fastssl.train.metrics_file import read_metrics
+from fastssl.train.module import TrainingError
 from fastssl.train.pretrain import pretrain
 from fastssl.train.teacher import Teacher
 from tests.train.conftest import MakeConfig, model_of, rewound, write_recording
@@ -236,6 +238,13 @@ def test_a_stale_cache_is_refused(make_config: MakeConfig, teacher: Path, record
         pretrain(dataclasses.replace(other, data=dataclasses.replace(other.data, crop_s=1)))
     with pytest.raises(ValueError, match=r"layers: \[1, 2, 3\] there, \[3\] now"):
         pretrain(_cached(_distil(make_config("l"), teacher, teacher_layers=(3,)), tmp_path / "cache"))
+    shard = tmp_path / "cache" / "teacher-00000.safetensors"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:100])
+    with pytest.raises(ValueError, match=r"data\.teacher_cache: .*teacher-00000\.safetensors: cannot be read"):
+        pretrain(other)
+    shard.write_bytes(whole)
+    assert not Path(other.output).exists()
     write_recording(audio / "speaker0" / "03.wav", 3.3, seed=99)
     with pytest.raises(ValueError, match=r"is stale: .*03\.wav was 1\.69\S* s at 16000 Hz, and is 3\.3 s"):
         pretrain(other)
@@ -244,6 +253,20 @@ def test_a_stale_cache_is_refused(make_config: MakeConfig, teacher: Path, record
         dataclasses.replace(config.data, fixed_crops=False)
     with pytest.raises(ValueError, match=r"data\.teacher_cache: wav2vec2 has no teacher"):
         make_config("plain", **{"data.crop_s": None, "data.teacher_cache": "somewhere"})
+
+
+def test_other_recordings_of_the_same_names_and_lengths_are_not_taken_for_those_of_a_cache(
+    make_config: MakeConfig, teacher: Path, recordings: Path, tmp_path: Path
+) -> None:
+    audio = tmp_path / "audio"
+    shutil.copytree(recordings, audio)
+    config = _cached(_distil(make_config("run", audio=audio, **{"trainer.max_steps": 1}), teacher), tmp_path / "cache")
+    pretrain(config)
+    for path in audio.rglob("*.wav"):
+        samples, rate = soundfile.read(path)
+        soundfile.write(path, samples[::-1], rate)
+    with pytest.raises(TrainingError, match=r"other samples than when data\.teacher_cache was made; .*cache is stale"):
+        pretrain(dataclasses.replace(config, output=str(tmp_path / "other")))
 
 
 def test_recordings_that_cannot_be_read_are_left_out(

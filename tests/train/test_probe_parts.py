@@ -149,7 +149,8 @@ def test_windows_are_of_seconds() -> None:
 def _features(*lengths: int, layers: int = 3, width: int = 5) -> Features:
     generator = torch.Generator().manual_seed(7)
     frames = [4 + 2 * torch.randn(layers, length, width, generator=generator) for length in lengths]
-    return Features(frames, tuple(range(len(lengths))), tuple(length / 50 for length in lengths), (), 0)
+    seconds = tuple(length / 50 for length in lengths)
+    return Features(frames, tuple(range(len(lengths))), seconds, (), 0, tuple(lengths))
 
 
 def test_standardised_over_the_chosen_examples() -> None:

@@ -252,7 +252,8 @@ def _truncated_flac(folder: Path) -> bytes:
 def test_json_has_no_nan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_recording(tmp_path / "audio" / "0.wav", 9.0, seed=0)
     silent = _Samples()
-    vars(silent.config).update(receptive_field_samples=4, do_normalize=False)
+    vars(silent.config).update(receptive_field_samples=4, do_normalize=False, frame_period_ms=20.0)
+    vars(silent).update(compressor=None)
     monkeypatch.setattr("fastssl.train.encode.load_encoder", lambda model: silent)
     monkeypatch.setattr(_Samples, "forward", _constant)
     quality("any", tmp_path / "audio", tmp_path / "quality.json")

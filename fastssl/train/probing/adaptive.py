@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -311,9 +312,8 @@ class _Learning:
         # Of an utterance at least two frames are left.
         most = max(1.0, frames / len(found) / 2)
         scale = FrameLengths.between(low, high, mean_weight=weights.cpu() / frames, most=most)
-        return Features(
-            values_by_example, features.rows, features.seconds, features.problems, features.too_short
-        ), scale
+        lengths = tuple(values.shape[1] for values in values_by_example)
+        return replace(features, frames=values_by_example, lengths=lengths), scale
 
     def _mean_period_ms(self, rate: Tensor) -> float:
         before = after = 0

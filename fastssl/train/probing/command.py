@@ -89,6 +89,10 @@ def probe(
     results = run_probe(encoders, *tables, settings)
     for problem in dict.fromkeys(problem for result in results for problem in result.problems):
         logger.warning("left out: %s", problem)
+    compressor = encoders[first].compressor
+    if compressor is not None:
+        asked = "" if frame_period_ms is None else f" ({frame_period_ms:g} asked)"
+        logger.info("%s: a frame every %.1f ms of the test part%s", first, results[0].frame_period_ms, asked)
     get_console().print(as_table(results, settings))
     for line in _sizes(results[0]):
         logger.info("%s", line)
@@ -104,6 +108,7 @@ def probe(
                 "settings": dataclasses.asdict(settings)
                 | {"task": settings.resolved_task, "learning_rates": settings.rates}
                 | {"rate": rate, "frame_period_ms": frame_period_ms, "rate_price": rate_price}
+                | {"rate_bounds": rate_bounds}
                 | {"learned_rate": None if learned is None else learned._asdict()},
                 "metric": _METRICS[settings.resolved_task],
                 "tables": [table.name for table in tables],

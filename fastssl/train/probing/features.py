@@ -154,6 +154,7 @@ class Features:
         seconds: Of audio in each example.
         problems: Recordings that cannot be used.
         too_short: Recordings shorter than one segment.
+        lengths: T of each example; of a mean, how many frames it is of.
     """
 
     frames: Sequence[Tensor]
@@ -161,13 +162,14 @@ class Features:
     seconds: tuple[float, ...]
     problems: tuple[Problem, ...]
     too_short: int
+    lengths: tuple[int, ...]
 
     def mean_frame_period_s(self, config: EncoderConfig | ConformerConfig) -> float:
         """Of all examples of an encoder together: the period of its front end, by how many frames a compressor left."""
         lengths = [round(seconds * SAMPLE_RATE_HZ) for seconds in self.seconds]
         stride, receptive_field = config.samples_per_frame, config.receptive_field_samples
         before = sum(count_frames(length, stride=stride, receptive_field=receptive_field) for length in lengths)
-        return stride / SAMPLE_RATE_HZ * before / sum(frames.shape[1] for frames in self.frames)
+        return stride / SAMPLE_RATE_HZ * before / sum(self.lengths)
 
 
 class Standard(NamedTuple):
@@ -271,10 +273,12 @@ class FeatureStore:
         kept = _Spool(self.memory_gb * 1e9)
         rows: list[int] = []
         seconds: list[float] = []
+        lengths: list[int] = []
         for batch in _batches(recordings):
             states = [state.unpack() for state in source([waveform for _, waveform in batch])]
             for (row, waveform), *layers in zip(batch, *states, strict=True):
                 frames = torch.stack(layers)
+                lengths.append(frames.shape[1])
                 frames = frames.mean(1, keepdim=True) if mean else frames.half()
                 if frames.shape[1] == 0 or not frames.isfinite().all():
                     what = "there is no frame" if frames.shape[1] == 0 else "there are values that are not finite"
@@ -286,7 +290,8 @@ class FeatureStore:
             problem = f"; {recordings.problems[0]}" if recordings.problems else ""
             short = f"; {recordings.too_short} are shorter than {segment_s:g} s" if recordings.too_short else ""
             raise ValueError(f"{table.name}: no recording can be used{problem}{short}")
-        return Features(kept.tensors(), tuple(rows), tuple(seconds), tuple(recordings.problems), recordings.too_short)
+        problems, too_short = tuple(recordings.problems), recordings.too_short
+        return Features(kept.tensors(), tuple(rows), tuple(seconds), problems, too_short, tuple(lengths))
 
 
 class _Recordings:
