@@ -31,7 +31,7 @@ from benchmarks.studies.students import probes_at, student_options
 #: Layers, width, heads.
 SHAPES = {"1 x 192": (1, 192, 4), "3 x 128": (3, 128, 4), "6 x 96": (6, 96, 4)}
 LOSSES = ("pred", "l2l")
-#: With trainable convolutions.
+#: With trainable convolutions, once.
 CONTROL = ("3 x 128", "pred")
 
 
@@ -59,7 +59,7 @@ def jobs(corpora: Path, teacher: Path, runs: Path, size: Size, *, precision: str
     for seed in range(size.seeds):
         for name, (layers, width, heads) in SHAPES.items():
             for loss in LOSSES:
-                for front_end in ("frozen", "trained") if (name, loss) == CONTROL else ("frozen",):
+                for front_end in ("frozen", "trained") if (name, loss, seed) == (*CONTROL, 0) else ("frozen",):
                     key = f"{name}/{loss}/{front_end}/{seed}"
                     predicted = "pred" if loss == "pred" else f"l2l-{layers}"
                     cache = runs / f"frames-{predicted}" if front_end == "frozen" else None

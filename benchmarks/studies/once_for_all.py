@@ -160,7 +160,8 @@ def _probed(encoder: Encoder, corpora: Path, probes: Mapping[str, Probe], *, ste
 
 def _adapt(encoder: Encoder, corpora: Path, size: Size) -> dict[str, Any]:
     """By price: the rates that are learned from each start, and what is read at the one from the middle."""
-    probe = probes_at(PERIODS_MS[0], phones=False)[ADAPTED]
+    # As careful as at the shortest frames, of which a head for all of them has some.
+    probe = probes_at(PERIODS_MS[0], phones=False)[ADAPTED]._replace(share_of_steps=1.0)
     settings = probe.settings(steps=size.probe_steps, seeds=1)
     trials = [Trial(price, start) for price in PRICES for start in STARTS]
     rates = dict(zip(trials, learn_rates(encoder, probe.tables(corpora)[0], settings, trials), strict=True))
@@ -315,7 +316,9 @@ def _with_price(point: Mapping[str, Any], price: float) -> float:
 
 def _curve_with_price(of_all: Sequence[Curve], price: float) -> Iterator[tuple[str, list[float]]]:
     for curve in of_all:
-        yield curve.period, [_with_price(point, price) for point in curve.points]
+        # What CTC cannot emit is no part of a loss.
+        if not any(point["infeasible"][ADAPTED] for point in curve.points):
+            yield curve.period, [_with_price(point, price) for point in curve.points]
 
 
 def write_csv(results: Mapping[str, Any], path: Path) -> None:

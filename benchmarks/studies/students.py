@@ -12,8 +12,8 @@ from fastssl.models.encoder import Encoder
 from fastssl.packing import Layout, Packed
 
 DIGITS, PHONES, VOICES = "digit error", "phone error", "voice error, 1 s"
-#: Frames shorter than this are many in a head's window.
-_MANY_MS = 35.0
+#: Frames shorter than these are many in a head's window: Adam's steps must be smaller, and then more.
+_SMALL_STEPS_MS, _MANY_STEPS_MS = 35.0, 25.0
 
 
 def probes_at(period_ms: float, *, phones: bool) -> dict[str, Probe]:
@@ -21,17 +21,19 @@ def probes_at(period_ms: float, *, phones: bool) -> dict[str, Probe]:
 
     Heads of CTC see 0.2 s on either side. Where they see 0.1 s, that is 220 ms in all at 20 ms a frame and 300 ms at 60
     ms, and errors follow it rather than the student. Windows of many frames want smaller steps of Adam: where 16
-    thousandths are best at 60 ms, they are several times too large at 20 ms. Small batches, and many of them, leave
-    less to the order of the examples; phones, of which there are more in a batch, need half as many as digits.
+    thousandths are best at 60 ms, they are several times too large at 20 ms, where a head needs twice as many steps
+    too. Small batches, and many of them, leave less to the order of the examples; phones, of which there are more in a
+    batch, need half as many as digits.
 
     Args:
         period_ms: Of a frame.
         phones: Read these too.
     """
-    rates = (4e-3, 8e-3) if period_ms < _MANY_MS else (8e-3, 16e-3)
-    of_digits = Probe("test", "digits", batch_s=25.0, context_s=0.2, learning_rates=rates)
+    rates = (4e-3, 8e-3) if period_ms < _SMALL_STEPS_MS else (8e-3, 16e-3)
+    share = 2.0 if period_ms < _MANY_STEPS_MS else 1.0
+    of_digits = Probe("test", "digits", batch_s=25.0, context_s=0.2, learning_rates=rates, share_of_steps=share)
     found = {DIGITS: of_digits, VOICES: Probe("voices_test", "voice", segment_s=1.0, batch_s=25.0)}
-    return found | {PHONES: of_digits._replace(target="phones", share_of_steps=0.5)} if phones else found
+    return found | {PHONES: of_digits._replace(target="phones", share_of_steps=share / 2)} if phones else found
 
 
 def student_options(teacher: Path, *, updates: int, precision: str, frames: Path | None) -> dict[str, Any]:

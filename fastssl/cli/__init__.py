@@ -15,7 +15,7 @@ _COMMANDS = {
     "pretrain": "train an encoder on a folder of audio",
     "distill": "train a small encoder to be like a large one",
     "extract": "write the features of every recording",
-    "label": "cluster the frames of every recording, for HuBERT to learn from",
+    "label": "cluster the frames of every recording, for HuBERT or a compressor to learn from",
     "quality": "measure how good each layer of an encoder is, without labels",
     "probe": "compare what linear heads read from frozen encoders",
     "prepare": "look through a folder once and write a manifest (optional)",

@@ -1,4 +1,4 @@
-"""`fastssl label`: classes of frames, for HuBERT to learn from."""
+"""`fastssl label`: classes of frames, for HuBERT to learn from, or segments, for a compressor."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -16,7 +16,8 @@ def run(arguments: Sequence[str]) -> None:
         "label",
         "Cluster frames by k-means and write the class of each, a table beside the audio that Lhotse reads too. "
         "Without --model the frames are MFCC, as for HuBERT's first iteration. `fastssl pretrain AUDIO --recipe "
-        "hubert-base --data.labels LABELS` learns from them. Started again with the same arguments, it goes on where "
+        "hubert-base --data.labels LABELS` learns from them; with --segment_ms there are segments too, which "
+        "--data.segments shows a compressor. Started again with the same arguments, it goes on where "
         "it was, and adds new recordings.",
     )
     parser.add_argument("audio", metavar="AUDIO", help=AUDIO_HELP)

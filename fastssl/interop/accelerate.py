@@ -6,7 +6,7 @@ from typing import Literal, TypeVar
 
 from torch import nn
 
-from fastssl.interop.classes import COMPRESSOR
+from fastssl.models.folder import ACCELERATED_COMPRESSOR
 from fastssl.nn.compression import SequenceCompressor
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -18,7 +18,8 @@ def accelerate(model: Model, *, norm: Norm = "valid", compressor: SequenceCompre
 
     With a compressor the transformer layers see fewer frames, which costs less, and their outputs are repeated for the
     frames that went into each, so that heads and what counts frames work as before. It takes the projected frames,
-    becomes a submodule of the encoder (`fastssl_compressor`), and learns with it; `compressor.rate` and
+    becomes a submodule of the encoder (`fastssl_compressor`), learns with it, and is in its state dict, but in no
+    folder that Transformers opens again: keep `compressor.state_dict()` beside it. `compressor.rate` and
     `compressor.frame_period_ms` say how much. An encoder that never met fewer frames in training serves them badly.
 
     Args:
@@ -54,7 +55,7 @@ def accelerate(model: Model, *, norm: Norm = "valid", compressor: SequenceCompre
             )
         like = next(encoder.parameters())
         compressor.to(device=like.device, dtype=like.dtype).train(encoder.training)
-        setattr(encoder, COMPRESSOR, compressor)
+        setattr(encoder, ACCELERATED_COMPRESSOR, compressor)
     for module, library in found:
         library.accelerate(module, norm)
     return model

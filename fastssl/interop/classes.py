@@ -6,11 +6,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fastssl.models.folder import ACCELERATED_COMPRESSOR
 from fastssl.packing import Packed
 
 #: What an accelerated module has of its own: how group norms treat padding, and, where asked for, a submodule that
 #: leaves the transformer fewer frames.
-NORM, COMPRESSOR = "_fastssl_norm", "fastssl_compressor"
+NORM = "_fastssl_norm"
 
 
 class AcceleratedClasses:
@@ -55,8 +56,8 @@ class AcceleratedClasses:
         if original is not None and hasattr(type(module), NORM):
             module.__class__ = original
             vars(module).pop(NORM, None)
-            if hasattr(module, COMPRESSOR):
-                delattr(module, COMPRESSOR)
+            if hasattr(module, ACCELERATED_COMPRESSOR):
+                delattr(module, ACCELERATED_COMPRESSOR)
 
     def by_name(self, name: str) -> type[nn.Module]:
         """The accelerated class of this name."""
@@ -81,7 +82,7 @@ def compress(module: nn.Module, frames: Packed) -> tuple[Packed, Callable[[Tenso
         module: The encoder.
         frames: (N, D), projected.
     """
-    compressor = getattr(module, COMPRESSOR, None)
+    compressor = getattr(module, ACCELERATED_COMPRESSOR, None)
     if compressor is None:
         return frames, lambda values: values
     compressed = compressor(frames)

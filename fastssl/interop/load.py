@@ -8,7 +8,7 @@ from torch import nn
 from fastssl.interop import hub, names
 from fastssl.interop.fairseq import read_checkpoint
 from fastssl.models.encoder import Encoder, EncoderConfig, load_encoder_weights
-from fastssl.models.folder import MODEL_CLASSES
+from fastssl.models.folder import ACCELERATED_COMPRESSOR, MODEL_CLASSES
 from fastssl.models.speech_encoder import SpeechEncoder, open_encoder
 
 _CAN_BE_OPENED = (
@@ -71,6 +71,11 @@ def _from_path(name: str | Path) -> SpeechEncoder:
 
 
 def _from_model(model: nn.Module) -> Encoder:
+    if any(hasattr(module, ACCELERATED_COMPRESSOR) for module in model.modules()):
+        raise ValueError(
+            f"path_or_model: {type(model).__name__} has a compressor that `fastssl.accelerate` put on, for which an "
+            "encoder of fastssl's has no place; `fastssl.restore` takes it off the model"
+        )
     kind = _torchaudio_kind(model)
     if kind == "bundle":
         return _from_torchaudio(model.model, normalizes=bool(model.normalize_waveform))

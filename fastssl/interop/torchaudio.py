@@ -24,7 +24,8 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fastssl import ops
 from fastssl.interop import layers as L
-from fastssl.interop.classes import COMPRESSOR, NORM, AcceleratedClasses, compress
+from fastssl.interop.classes import NORM, AcceleratedClasses, compress
+from fastssl.models.folder import ACCELERATED_COMPRESSOR
 from fastssl.nn.linear import packed_linear
 from fastssl.packing import Layout, Packed
 
@@ -134,7 +135,7 @@ def _extract_features(
 
 def _runs_as_it_was(model: Any) -> bool:
     reason = L.foreign_code(_modules_not_called(model))
-    if reason is not None and hasattr(model, COMPRESSOR):
+    if reason is not None and hasattr(model, ACCELERATED_COMPRESSOR):
         raise ValueError(f"{reason}, which has no place for the compressor")
     if reason is not None:
         warnings.warn(f"{reason}, so the original code runs, padded", stacklevel=4)

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from fastssl import ops
 from fastssl.interop import layers as L
-from fastssl.interop.classes import COMPRESSOR, NORM, AcceleratedClasses, compress
+from fastssl.interop.classes import NORM, AcceleratedClasses, compress
 from fastssl.interop.layers import waveforms_of
+from fastssl.models.folder import ACCELERATED_COMPRESSOR
 from fastssl.nn.activation import sigmoid
 from fastssl.packing import Layout, Packed
 
@@ -83,7 +84,7 @@ def _methods(original: type[nn.Module]) -> dict[str, Any]:
         reason = L.foreign_code(_modules_not_called(self))
         if _option(self, kwargs, "output_attentions"):
             reason = "attention weights exist in the original code only"
-        if reason is not None and hasattr(self, COMPRESSOR):
+        if reason is not None and hasattr(self, ACCELERATED_COMPRESSOR):
             raise ValueError(f"{reason}, which has no place for the compressor")
         if reason is not None:
             warnings.warn(f"{reason}, so the original code runs, padded", stacklevel=2)

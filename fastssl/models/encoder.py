@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from fastssl.models.compressor import COMPRESSOR_FIELDS, CompressorConfig, compress, make_compressor
 from fastssl.models.folder import (
+    ACCELERATED_COMPRESSOR,
+    COMPRESSOR_FILE,
     COMPRESSOR_PREFIX,
     MODEL_CLASSES,
     SAMPLE_RATE_HZ,
@@ -378,7 +380,8 @@ def load_encoder_weights(
         fresh_compressor: Whether the compressor may stay as it is where the weights have none.
 
     Raises:
-        ValueError: A weight is missing or of another shape, or the encoder has no place for one.
+        ValueError: A weight is missing or of another shape, or the encoder has no place for one, as for the compressor
+            of an accelerated model.
     """
     own = encoder.state_dict()
     prefix = head_prefix(encoder.config.model_type)
@@ -396,6 +399,16 @@ def load_encoder_weights(
     found.setdefault("masked_spec_embed", own["masked_spec_embed"])
     if fresh_compressor and not any(key.startswith(COMPRESSOR_PREFIX) for key in found):
         found |= {key: tensor for key, tensor in own.items() if key.startswith(COMPRESSOR_PREFIX)}
+    if any(key.startswith(COMPRESSOR_PREFIX) for key in own.keys() - found.keys()):
+        raise ValueError(
+            f"{name}: weights are missing: those of {COMPRESSOR_FILE}, which Transformers does not write; copy it "
+            "from where the encoder was saved by fastssl"
+        )
+    if put_on := [key for key in weights if f"{ACCELERATED_COMPRESSOR}." in key]:
+        raise ValueError(
+            f"{name}: has a compressor that `fastssl.accelerate` put on ({put_on[0]}, ...), for which an encoder of "
+            "fastssl's has no place; `fastssl.restore` takes it off the model"
+        )
     load_matching(encoder, found, name=name)
 
 

@@ -30,6 +30,8 @@ WEIGHT_FILES = (
 )
 #: A compressor's weights, beside those that Transformers reads, and how their names begin in the encoder's state dict.
 COMPRESSOR_FILE, COMPRESSOR_PREFIX = "compressor.safetensors", "compressor."
+#: The submodule that `fastssl.accelerate` makes of a compressor, in a model of somebody else's.
+ACCELERATED_COMPRESSOR = "fastssl_compressor"
 
 
 def head_prefix(model_type: str) -> str:

@@ -183,7 +183,7 @@ class SequenceCompressor(nn.Module):
         return Compressed(out, _period(layout, out.layout, self.input_period_ms), weights, learned, sources, layout)
 
     def check(self, *, rate: float | Tensor | None, frame_period_ms: float | Tensor | None) -> None:
-        """Whether these can be asked for; arguments and errors as of `forward`."""
+        """Refuse what cannot be asked for; arguments and errors as of `forward`."""
         if rate is None and frame_period_ms is None:
             return
         if self.kind != "integrate-and-fire":

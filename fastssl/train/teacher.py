@@ -98,9 +98,10 @@ def open_teacher(config: PretrainConfig) -> tuple[PretrainConfig, Encoder]:
     except ValueError as error:
         raise ValueError(f"--teacher: {config.teacher}: {error}") from None
     if student.feature_grad_mult == 0 and config.init is None and not shares_front_end(config, encoder.config):
+        other = [name for name in _FRONT_END_FIELDS if getattr(config.model, name) != getattr(encoder.config, name)]
+        why = f"they differ in {', '.join(other)}" if other else "model.initialise_from_teacher is false"
         raise ValueError(
-            "model.feature_grad_mult: 0 freezes the convolutions, and these do not begin as the teacher's: "
-            f"{', '.join(_FRONT_END_FIELDS)} differ, or model.initialise_from_teacher is false"
+            f"model.feature_grad_mult: 0 freezes the convolutions, and these do not begin as the teacher's: {why}"
         )
     return config, encoder
 

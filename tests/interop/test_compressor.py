@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -81,6 +82,19 @@ def test_it_learns_with_the_model() -> None:
         assert parameter.grad.any(), name
     again = fastssl.accelerate(model, norm="padded")  # leaves it
     assert again.hubert.fastssl_compressor is compressor
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_is_not_lost_without_a_word(kind: str, tmp_path: Path) -> None:
+    compressor = make_compressor(kind)
+    model = fastssl.accelerate(transformers_model("wav2vec2 base", head="ForCTC"), compressor=compressor)
+    with pytest.raises(ValueError, match=r"path_or_model: Wav2Vec2ForCTC has a compressor that `fastssl\.accelerate`"):
+        fastssl.load_encoder(model)
+    model.save_pretrained(tmp_path)
+    if compressor.state_dict():
+        with pytest.raises(ValueError, match=r"has a compressor .* \(wav2vec2\.fastssl_compressor\.\S*, \.\.\.\), for"):
+            fastssl.load_encoder(tmp_path)
+    assert fastssl.load_encoder(fastssl.restore(model)).compressor is None
 
 
 @torch.no_grad()

@@ -211,3 +211,13 @@ def test_command(encoder: Encoder, table: Table, tmp_path: Path, caplog: pytest.
     assert run("again", rate=learned["rate"])["results"][0] == found["results"][0]
     with pytest.raises(ValueError, match="--rate_price and --frame_period_ms: a period is learned, or given"):
         run("none", rate_price=0.1, frame_period_ms=40.0)
+    with pytest.raises(ValueError, match=r"--rate_bounds: must rise .* and hold --rate, got 0 to 0\.5 and 0\.9"):
+        probe(
+            [str(tmp_path / "model")],
+            *(table.name, settings),
+            dev=table.name,
+            test=table.name,
+            rate=0.9,
+            rate_price=0.1,
+            rate_bounds=(0.0, 0.5),
+        )

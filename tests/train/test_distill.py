@@ -72,6 +72,39 @@ def test_a_student_learns(make_config: MakeConfig, teacher: Path, distillation: 
     assert "distillation loss, on held-out" in (run / "encoder" / "README.md").read_text()
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model_type": "hubert"},
+        {"model_type": "wavlm", "num_buckets": 16, "max_bucket_distance": 40},
+        {"model_type": "hubert", "do_stable_layer_norm": True, "feat_extract_norm": "layer", "conv_bias": True},
+        {"model_type": "data2vec-audio", "num_conv_pos_embeddings": 5},
+    ],
+    ids=["hubert", "wavlm", "large", "data2vec"],
+)
+def test_any_teacher_and_recordings_of_other_rates(
+    make_config: MakeConfig, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    values = dataclasses.asdict(_TEACHER) | changes
+    if changes["model_type"] == "data2vec-audio":
+        # Of this type there is one front end alone.
+        values |= {"feat_extract_norm": "layer", "num_conv_pos_embedding_groups": 16}
+    torch.manual_seed(7)
+    Encoder(EncoderConfig.from_dict(values)).save_pretrained(tmp_path / "teacher")
+    audio = tmp_path / "audio"
+    for index, rate in enumerate((8_000, 22_050, 16_000, 44_100, 8_000, 16_000)):
+        samples = np.random.default_rng(index).standard_normal(round(2.3 * rate)) / 10
+        audio.mkdir(exist_ok=True)
+        soundfile.write(audio / f"{index}.wav", samples, rate)
+    config = make_config(audio=audio, **{"trainer.max_steps": 2, "data.valid": 0.0})
+    student = {"feature_grad_mult": 0.1, "initialise_from_teacher": True}
+    pretrain(_distil(config, tmp_path / "teacher", **student))
+    rows = [row for row in read_metrics(Path(config.output) / "metrics.csv") if "distillation_loss" in row]
+    assert rows
+    assert all(np.isfinite(row["distillation_loss"]) for row in rows)
+    assert load_encoder(Path(config.output)).config.num_hidden_layers == 2
+
+
 def test_a_frozen_front_end_runs_once_and_stays_the_teachers(
     make_config: MakeConfig, teacher: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -81,6 +81,11 @@ def probe(
     learned = None
     if rate_price is not None:
         start = statistics.fmean(rate_bounds) if rate is None else rate
+        if not 0 <= rate_bounds[0] <= start <= rate_bounds[1] <= 2:
+            raise ValueError(
+                f"--rate_bounds: must rise from 0 to 2 and hold --rate, got {rate_bounds[0]:g} to {rate_bounds[1]:g} "
+                f"and {start:g}"
+            )
         learned = learn_rate(encoders[first], tables[0], settings, price=rate_price, start=start, bounds=rate_bounds)
         logger.info(
             "%s: a rate of %.3f is learned, from %.3f at a price of %g: a frame every %.1f ms",
