@@ -17,9 +17,9 @@ from fastssl.models.folder import (
     load_matching,
     read_config,
     read_weights,
+    write_encoder_weights,
     write_json,
     write_text,
-    write_weights,
 )
 from fastssl.models.model_card import ModelCard
 from fastssl.nn.conformer import Conformer
@@ -254,7 +254,7 @@ class ConformerEncoder(nn.Module):
         if card is not None or not (folder / "README.md").exists():
             parameters = sum(parameter.numel() for parameter in self.parameters())
             write_text(folder / "README.md", (card or ModelCard()).as_markdown(self.config, parameters=parameters))
-        write_weights(folder / "model.safetensors", self.state_dict())
+        write_encoder_weights(folder, self.state_dict())
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "ConformerEncoder":

@@ -19,10 +19,9 @@ from fastssl.models.folder import (
     load_matching,
     read_config,
     read_weights,
-    write_compressor,
+    write_encoder_weights,
     write_json,
     write_text,
-    write_weights,
 )
 from fastssl.models.model_card import ModelCard
 from fastssl.nn.compression import Compressed
@@ -347,9 +346,7 @@ class Encoder(nn.Module):
             parameters = sum(parameter.numel() for parameter in self.parameters())
             text = (card or ModelCard()).as_markdown(self.config, parameters=parameters)
             write_text(folder / "README.md", text)
-        state = self.state_dict()
-        write_compressor(folder, {key: state.pop(key) for key in list(state) if key.startswith(COMPRESSOR_PREFIX)})
-        write_weights(folder / "model.safetensors", state)
+        write_encoder_weights(folder, self.state_dict())
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "Encoder":

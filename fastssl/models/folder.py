@@ -97,13 +97,23 @@ def _read_compressor(folder: Path) -> dict[str, Tensor]:
     return {f"{COMPRESSOR_PREFIX}{key}": tensor for key, tensor in weights.items()}
 
 
-def write_compressor(folder: Path, weights: Mapping[str, Tensor]) -> None:
-    """Write a compressor's weights, by their names in the encoder; without any, there is no file."""
-    path = folder / COMPRESSOR_FILE
-    if weights:
-        write_weights(path, {key.removeprefix(COMPRESSOR_PREFIX): tensor for key, tensor in weights.items()})
-    else:
-        path.unlink(missing_ok=True)
+def write_encoder_weights(folder: Path, state: Mapping[str, Tensor]) -> None:
+    """Write an encoder's weights, and its compressor's beside them, where it has one; neither before both are written.
+
+    Args:
+        folder: Holds the encoder.
+        state: Its state dict.
+    """
+    parts: dict[Path, dict[str, Tensor]] = {folder / "model.safetensors": {}}
+    for key, tensor in state.items():
+        of_compressor = key.startswith(COMPRESSOR_PREFIX)
+        part = parts.setdefault(folder / (COMPRESSOR_FILE if of_compressor else "model.safetensors"), {})
+        part[key.removeprefix(COMPRESSOR_PREFIX) if of_compressor else key] = tensor
+    partials = {path: _write_partial(path, weights) for path, weights in parts.items()}
+    for path, partial in partials.items():
+        partial.replace(path)
+    if folder / COMPRESSOR_FILE not in parts:
+        (folder / COMPRESSOR_FILE).unlink(missing_ok=True)
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
@@ -176,7 +186,11 @@ def write_text(path: Path, text: str) -> None:
 
 def write_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
     """Write a safetensors file that is there, whole, or is not."""
+    _write_partial(path, weights).replace(path)
+
+
+def _write_partial(path: Path, weights: Mapping[str, Tensor]) -> Path:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     partial = path.with_name(path.name + ".partial")
     save_file(tensors, partial, metadata={"format": "pt"})
-    partial.replace(path)
+    return partial

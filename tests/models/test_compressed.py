@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 import fastssl
@@ -106,6 +107,28 @@ def test_a_folder_gives_the_compressor_back(kind: str, tmp_path: Path) -> None:
     Encoder(EncoderConfig(**SHAPE)).save_pretrained(tmp_path)
     assert not (tmp_path / "compressor.safetensors").exists()
     assert fastssl.load_encoder(tmp_path).config == EncoderConfig(**SHAPE)
+
+
+def test_weights_of_a_compressor_and_its_encoder_are_replaced_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_encoder("strided").save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("*.safetensors")}
+    assert before.keys() == {"model.safetensors", "compressor.safetensors"}
+    other = make_encoder("strided")
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(1.0)
+
+    def fails(tensors: dict[str, Tensor], path: Path, **options: Any) -> None:
+        if path.name.startswith("compressor"):
+            raise OSError("no space left on device")
+        save_file(tensors, path, **options)
+
+    monkeypatch.setattr("fastssl.models.folder.save_file", fails)
+    with pytest.raises(OSError, match="no space"):
+        other.save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.safetensors")} == before
 
 
 def plain_layout(encoder: Encoder, waveforms: Packed) -> fastssl.Layout:
