@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
-from threading import Lock
+from threading import Lock, Thread
 from typing import Any
 
 import torch
@@ -360,8 +360,20 @@ def do_all(
 
 def _apart(evaluate: Callable[[str, Trained], Any], key: str, trained: Trained) -> Any:
     """In a process of its own: threads of one would share a core in turns, and what features took would not go back."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+    options: dict[str, Any] = {"initializer": _end_with, "initargs": (os.getpid(),)}
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), **options) as pool:
         return pool.submit(evaluate, key, trained).result()
+
+
+def _end_with(parent: int) -> None:
+    """End this process soon after its parent, which may have been killed; its result would go nowhere."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
 
 
 def finished(results: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:

@@ -217,6 +217,36 @@ def test_a_run_that_diverges_is_a_result_and_the_study_goes_on(tmp_path: Path, m
         train(Job("bad", tmp_path, ""), tmp_path / "runs")
 
 
+def test_what_evaluates_a_run_ends_with_a_study_that_is_killed(tmp_path: Path) -> None:
+    (tmp_path / "endless.py").write_text(
+        """
+import os, time
+from pathlib import Path
+from benchmarks.studies import pretraining_runs
+
+def evaluate(key, trained):
+    Path("pid").write_text(str(os.getpid()))
+    time.sleep(600)
+
+if __name__ == "__main__":
+    pretraining_runs._apart(evaluate, "key", None)
+"""
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(pretraining_runs.__file__).parents[2])}
+    study = subprocess.Popen([sys.executable, "endless.py"], cwd=tmp_path, env=environment)
+    until = time.monotonic() + 120
+    while not (tmp_path / "pid").is_file() or not (tmp_path / "pid").read_text():
+        assert time.monotonic() < until
+        assert study.poll() is None
+        time.sleep(0.1)
+    study.kill()
+    study.wait()
+    evaluating = Path("/proc") / (tmp_path / "pid").read_text()
+    while evaluating.exists() and "Z" not in (evaluating / "stat").read_text().rpartition(")")[2].split()[0]:
+        assert time.monotonic() < until
+        time.sleep(0.1)
+
+
 def test_a_run_that_cannot_be_evaluated_for_its_weights_is_a_result_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
