@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from fastssl.models.folder import ACCELERATED_COMPRESSOR
 from fastssl.packing import Packed
 
-#: What an accelerated module has of its own: how group norms treat padding, and, where asked for, a submodule that
-#: leaves the transformer fewer frames.
+#: What an accelerated module has of its own: how group norms treat padding.
 NORM = "_fastssl_norm"
 
 
