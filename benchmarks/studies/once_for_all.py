@@ -164,7 +164,7 @@ def _adapt(encoder: Encoder, corpora: Path, size: Size) -> dict[str, Any]:
     probe = probes_at(PERIODS_MS[0], phones=False)[ADAPTED]._replace(share_of_steps=1.0)
     settings = probe.settings(steps=size.probe_steps, seeds=1)
     trials = [Trial(price, start) for price in PRICES for start in STARTS]
-    rates = dict(zip(trials, learn_rates(encoder, probe.tables(corpora)[0], settings, trials), strict=True))
+    rates = dict(zip(trials, learn_rates(encoder, *probe.tables(corpora)[:2], settings, trials), strict=True))
     found = {}
     assert encoder.compressor is not None
     for price in PRICES:

@@ -45,8 +45,8 @@ def run(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--rate_price",
         type=float | None,
-        help="Learn the rate with a head on TABLE first, by the task's loss (nats per label) and so much for all "
-        "frames; --rate is then where it begins.",
+        help="Learn the rate first, with a head on TABLE and by the loss on --dev (nats per label) and so much for "
+        "all frames; --rate is then where it begins.",
     )
     parser.add_argument("--rate_bounds", type=tuple[float, float], default=(0.0, 1.0), help="Of a learned rate.")
     parser.add_argument("--device", default="auto", help=DEVICE_HELP)

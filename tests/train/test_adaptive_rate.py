@@ -54,13 +54,13 @@ def test_the_task_moves_the_rate_and_a_price_of_frames_raises_it(
     encoder: Encoder, table: Table, settings: ProbeSettings
 ) -> None:
     store, weights = FeatureStore(), {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
-    free = learn_rate(encoder, table, settings, price=0.0, start=0.4, bounds=(0.1, 0.8), features=store)
+    free = learn_rate(encoder, table, table, settings, price=0.0, start=0.4, bounds=(0.1, 0.8), features=store)
     assert len(free.path) == 21
     assert free.path[0] == pytest.approx(0.4)
     assert free.path[-1] == free.rate
     assert free.rate != free.path[0]
     dear = [
-        learn_rate(encoder, table, settings, price=100.0, start=start, bounds=(0.1, 0.8), features=store)
+        learn_rate(encoder, table, table, settings, price=100.0, start=start, bounds=(0.1, 0.8), features=store)
         for start in (0.6, 0.8)
     ]
     assert [one.rate for one in dear] == pytest.approx([0.8, 0.8])
@@ -77,21 +77,22 @@ def test_the_task_moves_the_rate_and_a_price_of_frames_raises_it(
 
 def test_rates_that_are_learned_together_are_those_that_are_learned_alone(encoder: Encoder, table: Table) -> None:
     settings, trials = ProbeSettings("digits", steps=24, batch_s=8.0), [Trial(0.0, 0.3), Trial(0.5), Trial(5.0, 0.3)]
-    alone = [learn_rate(encoder, table, settings, price=price, start=start) for price, start in trials]
+    alone = [learn_rate(encoder, table, table, settings, price=price, start=start) for price, start in trials]
     assert encoder.compressor is not None
     encoder.compressor.rate = None
-    assert learn_rates(encoder, table, settings, trials) == alone
+    assert learn_rates(encoder, table, table, settings, trials) == alone
     assert len({one.rate for one in alone}) == 3
     assert encoder.compressor.rate is None
     with pytest.raises(ValueError, match="trials: there are none"):
-        learn_rates(encoder, table, settings, [])
+        learn_rates(encoder, table, table, settings, [])
 
 
 def test_it_does_not_matter_where_a_rate_begins(encoder: Encoder, table: Table) -> None:
     """The head that says how good a rate is learns at all of them."""
     settings = ProbeSettings("digits", steps=80, batch_s=8.0)
     found = [
-        learn_rate(encoder, table, settings, price=0.5, start=start, learning_rate=0.08).rate for start in (0.2, 0.8)
+        learn_rate(encoder, table, table, settings, price=0.5, start=start, learning_rate=0.08).rate
+        for start in (0.2, 0.8)
     ]
     assert abs(found[0] - found[1]) < 0.1
 
@@ -99,21 +100,33 @@ def test_it_does_not_matter_where_a_rate_begins(encoder: Encoder, table: Table) 
 def test_fewer_frames_than_symbols_are_no_gain(encoder: Encoder, table: Table) -> None:
     """CTC takes what it cannot emit for a loss of nothing."""
     assert encoder.compressor is not None
-    learned = learn_rate(encoder, table, _DIGITS, price=0.0, start=1.7, bounds=(1.0, 1.9), learning_rate=0.1)
+    learned = learn_rate(encoder, table, table, _DIGITS, price=0.0, start=1.7, bounds=(1.0, 1.9), learning_rate=0.1)
     # At a rate of 1.9 an utterance of 1.5 s has four frames for its ten digits.
     assert learned.rate < 1.7, learned.path
+
+
+def test_rates_learn_from_the_development_part(encoder: Encoder, table: Table, tmp_path: Path) -> None:
+    """Of which few frames can be read if there is one symbol in each, and not if there are ten."""
+    rows = (f"{row.path}\t1\t{speaker}\n" for row, speaker in zip(table.rows, table.column("speaker"), strict=True))
+    (tmp_path / "short.tsv").write_text("path\tdigits\tspeaker\n" + "".join(rows))
+    short = read_table(tmp_path / "short.tsv")
+    found = [
+        learn_rate(encoder, table, dev, _DIGITS, price=1.0, start=1.7, bounds=(1.0, 1.9), learning_rate=0.1).rate
+        for dev in (short, table)
+    ]
+    assert found[0] > 1.7 > found[1]
 
 
 def test_of_a_conformer(table: Table) -> None:
     torch.manual_seed(0)
     conformer = ConformerEncoder(ConformerConfig(**CONFORMER, compressor="integrate-and-fire"))
-    learned = learn_rate(conformer, table, _DIGITS, price=100.0, start=0.7, bounds=(0.1, 0.9))
+    learned = learn_rate(conformer, table, table, _DIGITS, price=100.0, start=0.7, bounds=(0.1, 0.9))
     assert learned.rate == pytest.approx(0.9)
     assert 50 < learned.frame_period_ms < 100  # of 40 at least
 
 
 def test_the_same_seed_learns_the_same_rate(encoder: Encoder, table: Table) -> None:
-    found = [learn_rate(encoder, table, _DIGITS, price=0.1, seed=seed).path for seed in (0, 0, 1)]
+    found = [learn_rate(encoder, table, table, _DIGITS, price=0.1, seed=seed).path for seed in (0, 0, 1)]
     assert found[0] == found[1] != found[2]
 
 
@@ -166,30 +179,30 @@ def test_a_head_sees_as_much_time_however_long_frames_are(
     few = ProbeSettings("digits", steps=3, context_s=0.1)
     for rate, reach in ((0.0, 5), (1.0, 3)):  # of frames 20 and 29 ms apart
         reaches.clear()
-        learned = learn_rate(encoder, table, few, price=0.0, start=rate, bounds=(rate, rate))
+        learned = learn_rate(encoder, table, table, few, price=0.0, start=rate, bounds=(rate, rate))
         assert set(reaches) == {reach}, learned
 
 
 def test_a_rate_that_cannot_be_learned(encoder: Encoder, table: Table) -> None:
     plain = Encoder(EncoderConfig(**_CONFIG.__dict__ | {"compressor": "average", "compressor_factor": 2}))
     with pytest.raises(ValueError, match="rate_price: is of an encoder whose compressor is integrate-and-fire"):
-        learn_rate(plain, table, _DIGITS, price=0.0)
+        learn_rate(plain, table, table, _DIGITS, price=0.0)
     with pytest.raises(ValueError, match="rate_price: must be finite and not negative, got -1"):
-        learn_rate(encoder, table, _DIGITS, price=-1.0)
+        learn_rate(encoder, table, table, _DIGITS, price=-1.0)
     with pytest.raises(ValueError, match="spread: must be positive, got 0"):
-        learn_rate(encoder, table, _DIGITS, price=0.0, spread=0.0)
+        learn_rate(encoder, table, table, _DIGITS, price=0.0, spread=0.0)
     with pytest.raises(ValueError, match=r"start, low, high: must rise .* got 0\.5 from 0\.6 to 1"):
-        learn_rate(encoder, table, _DIGITS, price=0.0, bounds=(0.6, 1.0))
+        learn_rate(encoder, table, table, _DIGITS, price=0.0, bounds=(0.6, 1.0))
     for settings in (
         ProbeSettings("speaker", task="verification"),
         ProbeSettings("digits", folds="speaker"),
     ):
         with pytest.raises(ValueError, match="rate_price: a rate is learned for classification or ctc"):
-            learn_rate(encoder, table, settings, price=0.0)
+            learn_rate(encoder, table, table, settings, price=0.0)
     with torch.no_grad():
         encoder.feature_projection.projection.weight.fill_(float("nan"))
     with pytest.raises(ValueError, match=r"not finite|the loss is nan in step 0"):
-        learn_rate(encoder, table, _DIGITS, price=0.0)
+        learn_rate(encoder, table, table, _DIGITS, price=0.0)
 
 
 def test_command(encoder: Encoder, table: Table, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import count, islice
 from typing import NamedTuple
 
 import torch
@@ -32,8 +33,10 @@ from fastssl.train.probing.tables import Table
 LEARNING_RATE = 0.02
 #: How far from the rate its slope is taken, on either side.
 SPREAD = 0.1
+#: The head's steps, over those of a probe's, which learns at one rate.
+_LONGER = 3
 #: Share of the steps in which the head learns alone.
-_HEAD_ALONE = 0.5
+_HEAD_ALONE = 0.8
 _PATH = 20
 
 
@@ -66,6 +69,7 @@ class Trial(NamedTuple):
 def learn_rate(
     encoder: SpeechEncoder,
     train: Table,
+    dev: Table,
     settings: ProbeSettings,
     *,
     price: float,
@@ -78,7 +82,7 @@ def learn_rate(
 ) -> LearnedRate:
     """`learn_rates` of one price and start, at whose rate the encoder's compressor is then."""
     (found,) = learn_rates(
-        *(encoder, train, settings, [Trial(price, start)]),
+        *(encoder, train, dev, settings, [Trial(price, start)]),
         bounds=bounds,
         learning_rate=learning_rate,
         spread=spread,
@@ -93,6 +97,7 @@ def learn_rate(
 def learn_rates(
     encoder: SpeechEncoder,
     train: Table,
+    dev: Table,
     settings: ProbeSettings,
     trials: Sequence[Trial],
     *,
@@ -105,21 +110,25 @@ def learn_rates(
     """Learn the rate of a frozen encoder's compressor together with a probe's head.
 
     The loss is the task's, in nats per label, and a price times the mean of the weights that are integrated, which is
-    the share of frames that is left. The head (`RateHead`) learns at the highest of the probe's learning rates, having
-    more to learn; it sees as much time on either side as the probe's does, however long frames are. Features are
+    the share of frames that is left. The head (`RateHead`) takes three times the probe's steps, at the highest of its
+    learning rates, having more to learn; it sees as much time on either side, however long frames are. Features are
     standardised by what they are at rates spread evenly between the bounds, wherever the rate begins. The encoder is
     left as it was.
 
-    The head learns at one rate for each batch, drawn between the bounds so that long frames come as often as short ones
-    (evenly in the logarithm of their period), for half of the steps alone: one that learned at the rate itself would be
+    The head learns from the training part, at one rate for each batch, drawn between the bounds so that long frames
+    come as often as short ones (evenly in the logarithm of their period): one that learned at the rate itself would be
     best wherever the rate happens to be. So it is the same for every price and start, and learned once for all of them.
-    The slope that a rate then follows is that between two rates around it, of the same utterances. The derivative at
-    the rate itself (as `AdaptiveRate` passes it on) points anywhere: a little more of it moves every boundary behind by
-    some frames, so that the loss goes up and down many times within a hundredth.
+
+    Rates learn from the development part: a head learns the training part by heart, and that is easiest with many
+    frames. They move in the last fifth of the head's steps: before, it reads the longest frames worse than it will. The
+    slope that a rate follows is that between two rates around it, of the same utterances. The derivative at the rate
+    itself (as `AdaptiveRate` passes it on) points anywhere: a little more of it moves every boundary behind by some
+    frames, so that the loss goes up and down many times within a hundredth.
 
     Args:
         encoder: With an integrate-and-fire compressor, on the device where to work.
-        train: What to learn from.
+        train: What the head learns from.
+        dev: What rates learn from.
         settings: The task; classification or ctc, without folds.
         trials: Prices and starts, each with a rate of its own.
         bounds: Least and most rate: those that the encoder has met in training.
@@ -133,7 +142,7 @@ def learn_rates(
 
     Raises:
         ValueError: The encoder has no such compressor, the settings are not for it, a number is out of range, the
-            table does not serve, or the loss is not finite.
+            tables do not serve, or the loss is not finite.
     """
     if encoder.compressor is None or encoder.compressor.factor is not None:
         raise ValueError("rate_price: is of an encoder whose compressor is integrate-and-fire")
@@ -150,11 +159,14 @@ def learn_rates(
     rates = [AdaptiveRate(trial.start, low=bounds[0], high=bounds[1]) for trial in trials]
     source = _FrontEnd(encoder)
     store = FeatureStore() if features is None else features
-    frames = store.get(source, train, name="the front end", segment_s=settings.segment_s)
-    targets = Targets({"train": train}, settings)
-    numbers = targets.numbers["train"]
-    examples = Examples(frames, tuple(range(len(frames.rows))), tuple(numbers[row] for row in frames.rows))
-    learning = _Learning(encoder, examples, kind, settings)
+    parts = {"train": train, "dev": dev}
+    targets = Targets(parts, settings)
+    examples = []
+    for part, table in parts.items():
+        frames = store.get(source, table, name="the front end", segment_s=settings.segment_s)
+        numbers = targets.numbers[part]
+        examples.append(Examples(frames, tuple(range(len(frames.rows))), tuple(numbers[row] for row in frames.rows)))
+    learning = _Learning(encoder, examples[0], examples[1], kind, settings)
     prices = [trial.price for trial in trials]
     return learning.learn(rates, prices, targets.outputs, learning_rate=learning_rate, spread=spread, seed=seed)
 
@@ -185,8 +197,16 @@ class _FrontEnd:
 class _Learning:
     """Of rates with one head."""
 
-    def __init__(self, encoder: SpeechEncoder, examples: Examples, kind: Kind, settings: ProbeSettings) -> None:
-        self.encoder, self.examples, self.kind, self.settings = encoder, examples, kind, settings
+    def __init__(
+        self, encoder: SpeechEncoder, examples: Examples, held_out: Examples, kind: Kind, settings: ProbeSettings
+    ) -> None:
+        self.encoder, self.examples, self.held_out, self.kind, self.settings = (
+            encoder,
+            examples,
+            held_out,
+            kind,
+            settings,
+        )
         self.period_s = encoder.config.frame_period_ms / 1000
         self.device = next(encoder.parameters()).device
 
@@ -209,16 +229,17 @@ class _Learning:
         head = RateHead(len(standard.mean), standard.mean.shape[2], shares, reach=reach).to(self.device)
         of_head = torch.optim.AdamW(head.parameters(), lr=max(settings.rates), betas=(0.9, 0.98))
         of_rates = torch.optim.Adam([rate.rate for rate in rates], lr=learning_rate, betas=(0.9, 0.98))
-        alone = round(_HEAD_ALONE * settings.steps)
-        schedules = schedule(of_head, settings.steps), schedule(of_rates, max(1, settings.steps - alone))
+        steps = _LONGER * settings.steps
+        alone = round(_HEAD_ALONE * steps)
+        schedules = schedule(of_head, steps), schedule(of_rates, steps - alone)
         paths = [[rate().item()] for rate in rates]
         random = torch.Generator().manual_seed(seed)
-        for step, batch in enumerate(self._batches(seed)):
-            labels = sum(map(len, batch.targets))
+        held_out = self._batches(self.held_out, seed)
+        for step, batch in enumerate(islice(self._batches(self.examples, seed), steps)):
             drawn = scale.rate_at(torch.rand((), generator=random).item()).to(self.device)
-            away = spread * (0.5 + torch.rand(len(batch.chosen), generator=random).to(self.device))
             of_head.zero_grad()
-            loss = self._at(batch, drawn.expand(len(away)), head, standard, scale).losses.sum() / labels
+            losses = self._at(batch, drawn.expand(len(batch.chosen)), head, standard, scale).losses
+            loss = losses.sum() / sum(map(len, batch.targets))
             if not loss.isfinite():
                 raise ValueError(f"rate_price: the loss is {loss.item()} in step {step}")
             loss.backward()
@@ -227,6 +248,9 @@ class _Learning:
             schedules[0].step()
             if step < alone:
                 continue
+            batch = next(held_out)
+            labels = sum(map(len, batch.targets))
+            away = spread * (0.5 + torch.rand(len(batch.chosen), generator=random).to(self.device))
             for rate, price in zip(rates, prices, strict=True):
                 with torch.no_grad():
                     around = [(rate() + distance).clamp(rate.low, rate.high) for distance in (-away, away)]
@@ -234,23 +258,17 @@ class _Learning:
                 rate.rate.grad = _slope(*around, *sides, labels=labels, price=price)
             of_rates.step()
             schedules[1].step()
-            done, of = step - alone + 1, settings.steps - alone
+            done, of = step - alone + 1, steps - alone
             if done * _PATH // of > (done - 1) * _PATH // of:
                 for path, rate in zip(paths, rates, strict=True):
                     path.append(rate().item())
         periods_ms = [self._mean_period_ms(rate()) for rate in rates]
         return [LearnedRate(path[-1], period, tuple(path)) for path, period in zip(paths, periods_ms, strict=True)]
 
-    def _batches(self, seed: int) -> Iterator[Examples]:
-        """As many as there are steps, over the examples again and again."""
-        step = epoch = 0
-        while True:
-            for batch in self.examples.batches(self.settings.batch_s, seed=1_000_003 * seed + epoch):
-                if step == self.settings.steps:
-                    return
-                yield batch
-                step += 1
-            epoch += 1
+    def _batches(self, examples: Examples, seed: int) -> Iterator[Examples]:
+        """Without end, over the examples again and again."""
+        for epoch in count():
+            yield from examples.batches(self.settings.batch_s, seed=1_000_003 * seed + epoch)
 
     def _frames(self, batch: Examples) -> Packed:
         dtype = next(self.encoder.parameters()).dtype

@@ -50,8 +50,8 @@ def probe(
         output: JSON file to write, at once or not at all.
         rate: Of the first model, which has a sequence compressor.
         frame_period_ms: The mean period that its frames should have instead.
-        rate_price: Learn its rate on the training part with such a price of all frames, from `rate` (or the middle of
-            the bounds) on, before it is probed at that rate; see `learn_rate`.
+        rate_price: Learn its rate first with such a price of all frames, from `rate` (or the middle of the bounds) on,
+            and probe it at that rate; see `learn_rate`.
         rate_bounds: Least and most rate that is learned.
         device: "auto" takes a GPU where there is one.
 
@@ -86,7 +86,7 @@ def probe(
                 f"--rate_bounds: must rise from 0 to 2 and hold --rate, got {rate_bounds[0]:g} to {rate_bounds[1]:g} "
                 f"and {start:g}"
             )
-        learned = learn_rate(encoders[first], tables[0], settings, price=rate_price, start=start, bounds=rate_bounds)
+        learned = learn_rate(encoders[first], *tables[:2], settings, price=rate_price, start=start, bounds=rate_bounds)
         logger.info(
             "%s: a rate of %.3f is learned, from %.3f at a price of %g: a frame every %.1f ms",
             *(first, learned.rate, start, rate_price, learned.frame_period_ms),
