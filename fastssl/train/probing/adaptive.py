@@ -195,18 +195,13 @@ class _FrontEnd:
 
 
 class _Learning:
-    """Of rates with one head."""
+    """Of rates from examples that are held out, with one head that learns from others."""
 
     def __init__(
         self, encoder: SpeechEncoder, examples: Examples, held_out: Examples, kind: Kind, settings: ProbeSettings
     ) -> None:
-        self.encoder, self.examples, self.held_out, self.kind, self.settings = (
-            encoder,
-            examples,
-            held_out,
-            kind,
-            settings,
-        )
+        self.encoder, self.kind, self.settings = encoder, kind, settings
+        self.examples, self.held_out = examples, held_out
         self.period_s = encoder.config.frame_period_ms / 1000
         self.device = next(encoder.parameters()).device
 
