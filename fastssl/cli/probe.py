@@ -18,7 +18,12 @@ def run(arguments: Sequence[str]) -> None:
     parser.add_argument("model", metavar="MODEL", help="What to probe, as for `fastssl extract`.")
     parser.add_argument("table", metavar="TABLE", help="The training part; without --dev and --test, divided 70:15:15.")
     parser.add_argument("--compare", nargs="+", default=[], metavar="MODEL", help="More encoders for the table.")
-    parser.add_argument("--dev", type=str | None, metavar="TABLE", help="Chooses learning rate (verification: layer).")
+    parser.add_argument(
+        "--dev",
+        type=str | None,
+        metavar="TABLE",
+        help="Chooses learning rate (verification: layer); with --rate_price, the rate too.",
+    )
     parser.add_argument("--test", type=str | None, metavar="TABLE", help="Is looked at once.")
     parser.add_argument("--target", required=True, metavar="COLUMN", help="The label; phones follow from digits.")
     parser.add_argument(
@@ -31,7 +36,9 @@ def run(arguments: Sequence[str]) -> None:
     parser.add_argument("--folds", type=str | None, metavar="COLUMN", help="Hold out its values in turn for testing.")
     parser.add_argument("--fold_size", type=int, default=1, help="Values held out together; verification needs two.")
     parser.add_argument("--seeds", type=int | None, help="Orders of the examples; null is 3, or 1 for each fold.")
-    parser.add_argument("--steps", type=int, default=500, help="Of each head.")
+    parser.add_argument(
+        "--steps", type=int, default=500, help="Of each head; of one for --rate_price, three times as many."
+    )
     parser.add_argument("--batch_s", type=float, default=50.0, help="Audio of a step, seconds.")
     parser.add_argument(
         "--learning_rates",

@@ -1,6 +1,7 @@
 """The rate of a compressor, learned with a head on a task."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ import torch
 
 from fastssl.models.conformer import ConformerConfig, ConformerEncoder
 from fastssl.models.encoder import Encoder, EncoderConfig
-from fastssl.packing import Layout
+from fastssl.packing import Layout, Packed
 from fastssl.train.probe import ProbeSettings
-from fastssl.train.probing.adaptive import Trial, learn_rate, learn_rates
+from fastssl.train.probing import adaptive, command
+from fastssl.train.probing.adaptive import LearnedRate, Trial, learn_rate, learn_rates
 from fastssl.train.probing.command import probe
 from fastssl.train.probing.features import FeatureStore
-from fastssl.train.probing.heads import Head, Window
+from fastssl.train.probing.heads import Head, Kind, Window, task_losses
 from fastssl.train.probing.rate_head import FrameLengths, RateHead
 from fastssl.train.probing.tables import Table, read_table
 from tests.models.test_compressed import SHAPE
@@ -41,6 +43,14 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Table:
         rows.append(f"{index}.wav\t{digits}\t{'ab'[index % 2]}\n")
     (folder / "table.tsv").write_text("path\tdigits\tspeaker\n" + "".join(rows))
     return read_table(folder / "table.tsv")
+
+
+@pytest.fixture
+def short(table: Table, tmp_path: Path) -> Table:
+    """The same recordings with one digit each."""
+    rows = (f"{row.path}\t1\t{speaker}\n" for row, speaker in zip(table.rows, table.column("speaker"), strict=True))
+    (tmp_path / "short.tsv").write_text("path\tdigits\tspeaker\n" + "".join(rows))
+    return read_table(tmp_path / "short.tsv")
 
 
 @pytest.fixture
@@ -105,16 +115,28 @@ def test_fewer_frames_than_symbols_are_no_gain(encoder: Encoder, table: Table) -
     assert learned.rate < 1.7, learned.path
 
 
-def test_rates_learn_from_the_development_part(encoder: Encoder, table: Table, tmp_path: Path) -> None:
+def test_rates_learn_from_the_development_part(encoder: Encoder, table: Table, short: Table) -> None:
     """Of which few frames can be read if there is one symbol in each, and not if there are ten."""
-    rows = (f"{row.path}\t1\t{speaker}\n" for row, speaker in zip(table.rows, table.column("speaker"), strict=True))
-    (tmp_path / "short.tsv").write_text("path\tdigits\tspeaker\n" + "".join(rows))
-    short = read_table(tmp_path / "short.tsv")
     found = [
         learn_rate(encoder, table, dev, _DIGITS, price=1.0, start=1.7, bounds=(1.0, 1.9), learning_rate=0.1).rate
         for dev in (short, table)
     ]
     assert found[0] > 1.7 > found[1]
+
+
+def test_the_head_learns_from_the_training_part_alone_and_first(
+    encoder: Encoder, table: Table, short: Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[tuple[bool, set[int]]] = []  # whether the head learns, and symbols of the utterances
+
+    def noted(kind: Kind, logits: Packed, targets: Sequence[Sequence[int]]) -> torch.Tensor:
+        steps.append((torch.is_grad_enabled(), {len(target) for target in targets}))
+        return task_losses(kind, logits, targets)
+
+    monkeypatch.setattr(adaptive, "task_losses", noted)
+    learn_rate(encoder, table, short, ProbeSettings("digits", steps=5, batch_s=8.0), price=0.0)
+    of_head, of_rate = (True, {10}), (False, {1})
+    assert steps == 12 * [of_head] + 3 * [of_head, of_rate, of_rate]
 
 
 def test_of_a_conformer(table: Table) -> None:
@@ -205,18 +227,33 @@ def test_a_rate_that_cannot_be_learned(encoder: Encoder, table: Table) -> None:
         learn_rate(encoder, table, table, _DIGITS, price=0.0)
 
 
-def test_command(encoder: Encoder, table: Table, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_command(
+    encoder: Encoder,
+    table: Table,
+    short: Table,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     encoder.save_pretrained(tmp_path / "model")
+    seen: list[Table] = []
+
+    def noted(encoder: Encoder, train: Table, dev: Table, *settings: Any, **options: Any) -> LearnedRate:
+        seen[:] = train, dev
+        return learn_rate(encoder, train, dev, *settings, **options)
+
+    monkeypatch.setattr(command, "learn_rate", noted)
     caplog.set_level("INFO")
     settings = ProbeSettings("digits", steps=20, learning_rates=(1e-3,))
 
     def run(name: str, **rate: float) -> Any:
         models, output = [str(tmp_path / "model")], tmp_path / f"{name}.json"
-        probe(models, table.name, settings, dev=table.name, test=table.name, output=output, **rate)  # type: ignore[arg-type]
+        probe(models, table.name, settings, dev=short.name, test=table.name, output=output, **rate)  # type: ignore[arg-type]
         return json.loads(output.read_text())
 
     found = run("found", rate=0.3, rate_price=100.0)
     assert found["settings"]["rate_price"] == 100.0
+    assert [part.name for part in seen] == [table.name, short.name]
     learned = found["settings"]["learned_rate"]
     assert learned["path"][0] == pytest.approx(0.3)
     assert f"a rate of {learned['rate']:.3f} is learned, from 0.300 at a price of 100: a frame every" in caplog.text

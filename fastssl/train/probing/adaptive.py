@@ -111,19 +111,18 @@ def learn_rates(
 
     The loss is the task's, in nats per label, and a price times the mean of the weights that are integrated, which is
     the share of frames that is left. The head (`RateHead`) takes three times the probe's steps, at the highest of its
-    learning rates, having more to learn; it sees as much time on either side, however long frames are. Features are
-    standardised by what they are at rates spread evenly between the bounds, wherever the rate begins. The encoder is
-    left as it was.
+    learning rates, having more to learn; it sees as much time on either side as the probe's, however long frames are.
+    Features are standardised by what they are at rates spread evenly between the bounds, wherever the rate begins. The
+    encoder is left as it was.
 
     The head learns from the training part, at one rate for each batch, drawn between the bounds so that long frames
     come as often as short ones (evenly in the logarithm of their period): one that learned at the rate itself would be
     best wherever the rate happens to be. So it is the same for every price and start, and learned once for all of them.
 
-    Rates learn from the development part: a head learns the training part by heart, and that is easiest with many
-    frames. They move in the last fifth of the head's steps: before, it reads the longest frames worse than it will. The
-    slope that a rate follows is that between two rates around it, of the same utterances. The derivative at the rate
-    itself (as `AdaptiveRate` passes it on) points anywhere: a little more of it moves every boundary behind by some
-    frames, so that the loss goes up and down many times within a hundredth.
+    Rates learn from the development part, which the head does not know by heart, and in the last fifth of its steps,
+    when it is nearly done. The slope that a rate follows is that between two rates around it, of the same utterances.
+    The derivative at the rate itself (as `AdaptiveRate` passes it on) points anywhere: a little more of it moves every
+    boundary behind by some frames, so that the loss goes up and down many times within a hundredth.
 
     Args:
         encoder: With an integrate-and-fire compressor, on the device where to work.
@@ -243,13 +242,13 @@ class _Learning:
             schedules[0].step()
             if step < alone:
                 continue
-            batch = next(held_out)
-            labels = sum(map(len, batch.targets))
-            away = spread * (0.5 + torch.rand(len(batch.chosen), generator=random).to(self.device))
+            other = next(held_out)
+            labels = sum(map(len, other.targets))
+            away = spread * (0.5 + torch.rand(len(other.chosen), generator=random).to(self.device))
             for rate, price in zip(rates, prices, strict=True):
                 with torch.no_grad():
                     around = [(rate() + distance).clamp(rate.low, rate.high) for distance in (-away, away)]
-                    sides = [self._at(batch, of_side, head, standard, scale) for of_side in around]
+                    sides = [self._at(other, of_side, head, standard, scale) for of_side in around]
                 rate.rate.grad = _slope(*around, *sides, labels=labels, price=price)
             of_rates.step()
             schedules[1].step()
