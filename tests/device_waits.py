@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 
 
-def device_waits(step: Callable[[], None]) -> list[str]:
+def device_waits(step: Callable[[], object]) -> list[str]:
     """What PyTorch says of each wait in a call, after one that compiles and loads everything."""
     step()
     torch.cuda.synchronize()

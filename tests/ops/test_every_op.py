@@ -13,6 +13,7 @@ from torch import Tensor
 from fastssl import ops
 from fastssl.ops._dispatch import BACKENDS
 from fastssl.packing import Layout
+from tests.device_waits import device_waits
 from tests.ops.common import check_against_reference, gradients, implementations, layout_of
 
 Inputs = dict[str, Tensor]
@@ -179,10 +180,4 @@ def test_the_host_does_not_wait(op: str, backend: str, device: str) -> None:
     lengths = (150, 1, 1200, 64)
     make, _ = CASES[op]
     inputs, layout = leaves_of(make(sum(lengths)), device, torch.float32), layout_of(lengths, device)
-    outputs_and_gradients(op, inputs, layout, backend)  # compiled, and everything loaded
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")  # the next wait for the device raises
-    try:
-        outputs_and_gradients(op, inputs, layout, backend)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    assert not device_waits(lambda: outputs_and_gradients(op, inputs, layout, backend))
