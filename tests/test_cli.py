@@ -87,12 +87,54 @@ def test_unknown_words_get_an_answer_that_lists_what_exists(tmp_path: Path, caps
     assert "unrecognized arguments: --data.crop" in message
     assert "--data.crop_s" in message
     (tmp_path / "wrong.yaml").write_text("model: {width: 3}")
-    with pytest.raises(SystemExit, match="2"):
-        cli.main(
-            ["pretrain", str(tmp_path), "--output", str(tmp_path / "run"), "--config", str(tmp_path / "wrong.yaml")]
-        )
-    assert "Group 'model' does not accept option 'width'" in capsys.readouterr().err
+    arguments = ["pretrain", str(tmp_path), "--output", str(tmp_path / "run"), "--config", str(tmp_path / "wrong.yaml")]
+    assert cli.main(arguments) == 1
+    assert "wrong.yaml: model has no option 'width'; choose from" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+_STRANGER = "strangers_module"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"model: {{class_path: {_STRANGER}.A}}",
+        f"model: {_STRANGER}.A",
+        f"model.class_path: {_STRANGER}.A",
+        f"model: {{class_path: {_STRANGER}.A, init_args: {{}}}}",
+        f"data: {{class_path: {_STRANGER}.A, dict_kwargs: {{}}}}",
+        f"data: {{crop_s: {{class_path: {_STRANGER}.A}}}}",
+        f"optimizer: {{betas: [{{class_path: {_STRANGER}.A}}]}}",
+        "trainer: nested.yaml",
+        f"seed: {{class_path: {_STRANGER}.A}}",
+    ],
+)
+@pytest.mark.parametrize("way", ["config", "recipe", "resume"])
+def test_settings_of_a_stranger_import_nothing(
+    text: str, way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    Path(f"{_STRANGER}.py").write_text("raise SystemExit('imported')")
+    Path("nested.yaml").write_text(f"class_path: {_STRANGER}.A")
+    Path("run").mkdir()
+    file = Path("run/config.yaml") if way == "resume" else Path("settings.yaml")
+    file.write_text(text)
+    option = ["--resume"] if way == "resume" else [f"--{way}", str(file)]
+    assert cli.main(["pretrain", "nowhere", "--output", "run", *option]) == 1
+    assert f"{file}: " in capsys.readouterr().err
+    assert _STRANGER not in sys.modules
+
+
+def test_a_group_of_options_is_no_argument(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("nested.yaml").write_text("class_path: strangers_module.A")
+    for argument in (["--trainer", "nested.yaml"], ["--trainer=nested.yaml"]):
+        assert cli.main(["pretrain", "nowhere", "--output", "run", *argument]) == 1
+        assert "--trainer: is a group of options; set one (--trainer.OPTION)" in capsys.readouterr().err
 
 
 def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

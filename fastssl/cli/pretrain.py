@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from fastssl.cli.console import log_to_console
 from fastssl.cli.options import AUDIO_HELP, MODEL_HELP, command_parser
+from fastssl.cli.settings_file import check_arguments, check_settings
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -71,11 +72,25 @@ def _parser_of(arguments: Sequence[str], command: str) -> "ArgumentParser":
 
     What stands on the command line then wins, wherever it stands.
     """
+    import yaml
+
     from fastssl.train.config import DataConfig, OptimizerConfig, QualityConfig, TemperatureConfig, TrainerConfig
     from fastssl.train.systems import SYSTEMS
 
     defaults = _defaults_of(arguments, command)
     system = _system_of(defaults)
+    groups = {
+        "model": SYSTEMS[system].config,
+        "data": DataConfig,
+        "optimizer": OptimizerConfig,
+        "trainer": TrainerConfig,
+        "quality": QualityConfig,
+    }
+    if system == "wav2vec2":
+        groups["temperature"] = TemperatureConfig
+    check_arguments(arguments, groups)
+    for path in defaults:
+        check_settings(path, yaml.safe_load(path.read_text()), groups)
     what = "Train a small encoder to predict the layers of a large one"
     if command == "pretrain":
         what = f"Train an encoder by {SYSTEMS[system].title}'s objective"
@@ -113,14 +128,8 @@ def _parser_of(arguments: Sequence[str], command: str) -> "ArgumentParser":
     parser.add_argument(
         "--system", default="wav2vec2", help=f"The objective, which the recipe decides: {', '.join(SYSTEMS)}."
     )
-    config = SYSTEMS[system].config
-    parser.add_argument("--model", type=config, default=config())
-    parser.add_argument("--data", type=DataConfig, default=DataConfig())
-    parser.add_argument("--optimizer", type=OptimizerConfig, default=OptimizerConfig())
-    if system == "wav2vec2":
-        parser.add_argument("--temperature", type=TemperatureConfig, default=TemperatureConfig())
-    parser.add_argument("--trainer", type=TrainerConfig, default=TrainerConfig())
-    parser.add_argument("--quality", type=QualityConfig, default=QualityConfig())
+    for name, config in groups.items():
+        parser.add_argument(f"--{name}", type=config, default=config())
     return parser
 
 

@@ -5,16 +5,20 @@ from fractions import Fraction
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
 import soundfile
 import torch
 from lhotse import Recording
+from lhotse.audio.backend import get_current_audio_backend, set_current_audio_backend
 from lhotse.augmentation.resample import Resample
 from lhotse.cut import Cut
 from lhotse.utils import compute_num_samples
 from numpy.typing import NDArray
+
+from fastssl.data.manifest import ForbiddenSourceError, check_sources
 
 SAMPLE_RATE_HZ = 16000
 
@@ -22,6 +26,7 @@ SAMPLE_RATE_HZ = 16000
 _FILTER_WIDTH = 16
 # A decoder may disagree with its header by a frame or two (MP3); more is a damaged file.
 _TOLERANCE_S = 0.1
+_LHOTSE_BACKEND = Lock()
 
 
 class AudioError(Exception):
@@ -139,9 +144,7 @@ def _decode(cut: Cut, first: int, count: int) -> NDArray[np.float32]:
     # Decoders raise whatever they like, and whatever it is the file is at fault, not the run.
     try:
         if len(recording.sources) > 1 or recording.transforms or source.type not in ("file", "memory"):
-            rate = recording.sampling_rate
-            samples = recording.load_audio(offset=first / rate, duration=count / rate)
-            return np.ascontiguousarray(samples.T, dtype=np.float32)
+            return _decode_by_lhotse(recording, first, count)
         with soundfile.SoundFile(_open(cut)) as audio:
             if audio.samplerate != recording.sampling_rate:
                 raise AudioError(f"is at {audio.samplerate} Hz, its manifest says {recording.sampling_rate} Hz")
@@ -151,6 +154,26 @@ def _decode(cut: Cut, first: int, count: int) -> NDArray[np.float32]:
         raise
     except Exception as error:
         raise AudioError(f"does not decode: {str(error).strip() or type(error).__name__}") from error
+
+
+def _decode_by_lhotse(recording: Recording, first: int, count: int) -> NDArray[np.float32]:
+    """As `_decode`, for recordings of several sources or with transforms."""
+    try:
+        check_sources(recording.to_dict())
+    except ForbiddenSourceError as error:
+        raise AudioError(str(error)) from None
+    rate = recording.sampling_rate
+    # Lhotse's other backends put the names of some files into a shell command. The choice is global to the process.
+    with _LHOTSE_BACKEND:
+        before = get_current_audio_backend()
+        set_current_audio_backend("LibsndfileBackend")
+        try:
+            samples = recording.load_audio(offset=first / rate, duration=count / rate)
+        except soundfile.LibsndfileError as error:  # made anew by Lhotse, so that it cannot be printed
+            raise AudioError(f"does not decode: {error.__context__}") from error
+        finally:
+            set_current_audio_backend(before)
+    return np.ascontiguousarray(samples.T, dtype=np.float32)
 
 
 def _open(cut: Cut) -> str | BytesIO:

@@ -14,9 +14,9 @@ from typing import Any
 import soundfile
 from lhotse import AudioSource, CutSet, Recording
 from lhotse.cut import Cut, MonoCut, MultiCut
-from lhotse.serialization import deserialize_item, load_jsonl
 from lhotse.utils import compute_num_samples, fastcopy
 
+from fastssl.data.manifest import ForbiddenSourceError, deserialize, read_lines
 from fastssl.data.shar import is_shar, read_shar
 
 EXTENSIONS = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3")
@@ -240,19 +240,25 @@ def scan_file(path: Path, *, recording_id: str) -> Cut | Problem:
     ).to_cut()
 
 
-def _read_manifest(path: Path) -> Iterator[Cut]:
+def _read_manifest(path: Path) -> Iterator[Cut | Problem]:
     try:
-        for line in load_jsonl(path):
-            item = deserialize_item(line)
+        for number, line in enumerate(read_lines(path), 1):
+            try:
+                item = deserialize(line)
+            except ForbiddenSourceError as error:
+                yield Problem(f"{path}, line {number}", str(error))
+                continue
             yield item.to_cut() if isinstance(item, Recording) else item
     except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"source: {path} is not a Lhotse manifest of cuts or recordings: {error}") from error
 
 
-def _from_cuts(cuts: Iterable[Cut], jobs: int) -> Iterator[Cut | Problem]:
+def _from_cuts(cuts: Iterable[Cut | Problem], jobs: int) -> Iterator[Cut | Problem]:
     """Manifests are believed, except about files that are not there."""
 
-    def check(cut: Cut) -> Cut | Problem:
+    def check(cut: Cut | Problem) -> Cut | Problem:
+        if isinstance(cut, Problem):
+            return cut
         if not isinstance(cut, MonoCut | MultiCut) or not cut.has_recording:
             return Problem(str(getattr(cut, "id", cut)), "is not a cut of one recording")
         for source in cut.recording.sources:

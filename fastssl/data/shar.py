@@ -13,8 +13,9 @@ from typing import Any
 
 from lhotse import Recording
 from lhotse.cut import Cut
-from lhotse.serialization import deserialize_item, load_jsonl
 from lhotse.utils import fastcopy
+
+from fastssl.data.manifest import ForbiddenSourceError, deserialize, read_lines
 
 
 def is_shar(folder: Path) -> bool:
@@ -26,7 +27,8 @@ def read_shar(folder: Path) -> Iterator[Cut]:
     """Cuts of a shar directory whose recordings point into its tar files.
 
     Raises:
-        ValueError: A shard of cuts has no shard of recordings, or they do not match.
+        ValueError: A shard of cuts has no shard of recordings, they do not match, or an audio source would be run or
+            fetched.
     """
     for cuts_path in sorted(folder.glob("cuts.*.jsonl*")):
         number = cuts_path.name.split(".")[1]
@@ -38,9 +40,12 @@ def read_shar(folder: Path) -> Iterator[Cut]:
             recordings = _recordings_in_table(table_paths[0])
         else:
             raise ValueError(f"source: {cuts_path} has no recordings beside it (looked for {tar_path.name}, .jsonl.gz)")
-        for line in load_jsonl(cuts_path):
-            cut = deserialize_item(line)
-            cut_id, recording, member = next(recordings, (None, None, None))
+        for number, line in enumerate(read_lines(cuts_path), 1):
+            try:
+                cut = deserialize(line)
+                cut_id, recording, member = next(recordings, (None, None, None))
+            except ForbiddenSourceError as error:
+                raise ValueError(f"source: {cuts_path}, line {number}, or its recording {error}") from None
             if cut_id != cut.id:
                 raise ValueError(f"source: {tar_path} has {cut_id!r} where {cuts_path.name} has {cut.id!r}")
             if recording is not None:
@@ -63,12 +68,12 @@ def _recordings_in_tar(path: Path) -> Iterator[_Entry]:
             if file is None:
                 yield cut_id, None, None
                 continue
-            recording = deserialize_item(json.loads(file.read()))
+            recording = deserialize(json.loads(file.read()))
             recording.sources[0].type, recording.sources[0].source = "file", f"{path}/{audio.name}"
             yield cut_id, recording, [audio.offset_data, audio.size]
 
 
 def _recordings_in_table(path: Path) -> Iterator[_Entry]:
     line: dict[str, Any]
-    for line in load_jsonl(path):
-        yield line["cut_id"], deserialize_item(line["recording"]) if "recording" in line else None, None
+    for line in read_lines(path):
+        yield line["cut_id"], deserialize(line["recording"]) if "recording" in line else None, None

@@ -1,0 +1,56 @@
+"""Files of settings, as strangers may hand them on: values for the options there are, and nothing else."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def check_settings(path: Path, values: object, groups: Mapping[str, type[Any]]) -> None:
+    """Refuse what is not a plain value of a known option.
+
+    The parser behind the command line would import the module that a `class_path` names, or that stands in the place of
+    a group, and would open a further file that stands there.
+
+    Args:
+        path: The file, for messages.
+        values: What YAML made of it.
+        groups: Group of options -> the dataclass whose fields are the options.
+
+    Raises:
+        ValueError: The file is not a mapping, a group in it is not one or has an unknown option, or a value is neither
+            a scalar nor a list of scalars.
+    """
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected settings by name, got {type(values).__name__}")
+    for name, value in values.items():
+        if name not in groups:
+            if "." in str(name):
+                raise ValueError(f"{path}: {name}: write options inside their group, not with a dot")
+            _check_value(path, str(name), value)
+            continue
+        if not isinstance(value, dict):
+            raise ValueError(f"{path}: {name}: expected options by name, got {value!r}")
+        known = [field.name for field in dataclasses.fields(groups[name])]
+        for option, given in value.items():
+            if option not in known:
+                raise ValueError(f"{path}: {name} has no option {option!r}; choose from {', '.join(known)}")
+            _check_value(path, f"{name}.{option}", given)
+
+
+def check_arguments(arguments: Sequence[str], groups: Mapping[str, type[Any]]) -> None:
+    """Refuse a whole group of options as one argument: the parser would take it for a file or a class.
+
+    Raises:
+        ValueError: An argument is `--GROUP` without an option of it.
+    """
+    for argument in arguments:
+        name = argument.partition("=")[0].removeprefix("--")
+        if argument.startswith("--") and name in groups:
+            raise ValueError(f"--{name}: is a group of options; set one (--{name}.OPTION), or use --config FILE")
+
+
+def _check_value(path: Path, name: str, value: object) -> None:
+    parts = value if isinstance(value, list) else [value]
+    if not all(isinstance(part, str | int | float | None) for part in parts):
+        raise ValueError(f"{path}: {name}: expected a number, text, true, false, null or a list of them, got {value!r}")

@@ -1,0 +1,76 @@
+"""Every place of the package from which something could be imported, run, unpickled or fetched, and why it is safe."""
+
+import ast
+from collections import Counter
+from pathlib import Path
+
+import fastssl
+
+PACKAGE = Path(fastssl.__file__).parent
+
+#: Functions and methods that import, run, unpickle, load a library, fetch, or have another package do it.
+METHODS = {
+    *("CDLL", "Popen", "Pipe", "Unpickler", "check_call", "check_output", "deserialize_item", "download", "full_load"),
+    *("from_pretrained", "getoutput", "import_module", "load", "load_all", "load_audio", "load_jsonl", "load_library"),
+    *("open_best", "popen", "render", "run_module", "run_path", "snapshot_download", "spawn", "system", "unsafe_load"),
+}
+BUILTINS = {"__import__", "compile", "eval", "exec"}
+#: Modules that are not imported at all.
+MODULES = {"jinja2", "marshal", "pickle", "runpy", "shelve", "subprocess"}
+
+#: (file, call) -> how often, and why no file of a stranger decides what it does.
+PLACES = {
+    ("cli/__init__.py", "importlib.import_module"): (1, "one of our own commands, from a fixed table"),
+    ("cli/info.py", "importlib.import_module"): (1, "a constant"),
+    ("data/audio.py", "recording.load_audio"): (1, "sources checked at any depth; libsndfile alone opens the files"),
+    ("data/manifest.py", "deserialize_item"): (1, "after the sources were checked"),
+    ("data/manifest.py", "load_jsonl"): (1, "an absolute path, so never a pipe"),
+    ("data/synthetic.py", "ctypes.CDLL"): (1, "espeak-ng's library, from its installed package"),
+    ("interop/classes.py", "importlib.import_module"): (1, "a module of Transformers or torchaudio, from fixed tables"),
+    ("interop/fairseq.py", "torch.load"): (1, "weights_only"),
+    ("interop/hub.py", "snapshot_download"): (2, "a name that the user typed; configs and weights alone"),
+    ("interop/load.py", "hub.download"): (1, "a name that the user typed"),
+    ("interop/transformers.py", "importlib.import_module"): (2, "a module of Transformers, from a fixed table"),
+    ("models/folder.py", "torch.load"): (1, "weights_only"),
+    ("models/speech_encoder.py", "opened.from_pretrained"): (1, "one of our own encoders, for safetensors of a folder"),
+    ("ops/_dispatch.py", "importlib.import_module"): (2, "a constant of an op of ours"),
+    ("ops/_dispatch.py", "torch.ops.load_library"): (1, "compiled modules, from the folder of the package"),
+    ("train/checkpoints.py", "torch.load"): (2, "weights_only"),
+    ("train/pretrain.py", "trainer.fit"): (
+        1,
+        "opens the run's checkpoint with torch.load, whose default is weights_only",
+    ),
+}
+
+
+def _calls(path: Path) -> Counter[str]:
+    found: Counter[str] = Counter()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+            found.update(f"import {name}" for name in names if name.partition(".")[0] in MODULES)
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            dangerous = METHODS | BUILTINS if isinstance(node.func, ast.Name) else METHODS
+            last = name.rpartition(".")[2]
+            if name == "trainer.fit" or (last in dangerous and not name.startswith("tl.")):
+                found[name] += 1
+    return found
+
+
+def test_nothing_else_imports_runs_unpickles_or_fetches() -> None:
+    found = {
+        (path.relative_to(PACKAGE).as_posix(), call): number
+        for path in sorted(PACKAGE.rglob("*.py"))
+        for call, number in _calls(path).items()
+    }
+    assert found == {place: number for place, (number, _) in PLACES.items()}
+
+
+def test_the_loads_are_restricted() -> None:
+    for file, call in PLACES:
+        if call == "torch.load":
+            for node in ast.walk(ast.parse((PACKAGE / file).read_text())):
+                if isinstance(node, ast.Call) and ast.unparse(node.func) == call:
+                    options = {option.arg: ast.unparse(option.value) for option in node.keywords}
+                    assert options["weights_only"] == "True", f"{file}:{node.lineno}"
