@@ -15,3 +15,5 @@ from fastssl.models.model_card import ModelCard as ModelCard
 from fastssl.models.speech_encoder import SpeechEncoder as SpeechEncoder
 from fastssl.packing import Layout as Layout
 from fastssl.packing import Packed as Packed
+
+__version__ = "0.1.0"

@@ -2,16 +2,18 @@
 
 import dataclasses
 import logging
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from importlib import util
+from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+import fastssl
 from fastssl import cli, ops
 from fastssl.cli import pretrain
 from fastssl.models.compression import CompressedConfig
@@ -212,8 +214,45 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     find_spec = util.find_spec
     monkeypatch.setattr(util, "find_spec", lambda name: None if name in ("lhotse", "rich") else find_spec(name))
     assert cli.main(["prepare", "somewhere", "--output", "x.jsonl.gz"]) == 1
-    assert "needs lhotse, rich: pip install 'fastssl[train]'" in capsys.readouterr().err
+    assert "needs lhotse, rich: run `pip install '.[train]'` in a clone of the project" in capsys.readouterr().err
     assert cli.main(["info"]) == 0
+
+
+def test_a_stranger_of_the_same_name_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    versions = {"fastssl": "0.0.9"}
+
+    def version(name: str) -> str:
+        try:
+            return versions[name]
+        except KeyError:
+            raise metadata.PackageNotFoundError(name) from None
+
+    monkeypatch.setattr(metadata, "version", version)
+    told = "the distribution fastssl 0.0.9 is installed too, and is not this project (fastssl-speech)"
+    assert cli.main(["info"]) == 0
+    assert told in capsys.readouterr().out
+    monkeypatch.setattr(util, "find_spec", lambda name: None)
+    assert cli.main(["prepare", "somewhere", "--output", "x.jsonl.gz"]) == 1
+    assert told in capsys.readouterr().err
+    versions.clear()
+    assert cli.main(["info"]) == 0
+    assert "distribution" not in capsys.readouterr().out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"fastssl {fastssl.__version__}\n"
+    assert metadata.version("fastssl-speech") == fastssl.__version__
+
+
+def test_nobody_is_sent_to_the_strangers_package() -> None:
+    root = Path(fastssl.__file__).parent.parent
+    files = [*root.glob("*.md"), *root.glob("_build/*.py"), *(root / "fastssl").rglob("*.py"), root / "Makefile"]
+    for path in files:
+        assert not re.search(r"pip3? install [^`\n]*\bfastssl(?!-speech)\b", path.read_text()), path
 
 
 def test_info_gives_backends_and_reasons(capsys: pytest.CaptureFixture[str]) -> None:

@@ -41,7 +41,7 @@ print(json.dumps({
     "host": _host is not None,
     "torch": torch.__version__,
     "folder": str(Path(fastssl.__file__).parent),
-    "wheel": distribution("fastssl").read_text("WHEEL"),
+    "wheel": distribution("fastssl-speech").read_text("WHEEL"),
 }))
 """
 
@@ -102,7 +102,7 @@ def test_with_torch(with_torch: Environment, tree: Path) -> None:
     began = time.monotonic()
     log = with_torch.install("--force-reinstall", "--no-deps", tree)
     assert time.monotonic() - began < BUILD_LIMIT_S
-    assert installed(log) == {"setuptools", "ninja", "pybind11", "fastssl"}
+    assert installed(log) == {"setuptools", "ninja", "pybind11", "fastssl-speech"}
     found = with_torch.report()
     assert found["cpu"][0] == "native"
     assert found["host"]
@@ -112,7 +112,7 @@ def test_with_torch(with_torch: Environment, tree: Path) -> None:
 def test_without_isolation(with_torch: Environment, tree: Path) -> None:
     with_torch.install("setuptools>=77", "ninja", "pybind11")
     log = with_torch.install("--force-reinstall", "--no-deps", "--no-build-isolation", tree)
-    assert installed(log) == {"fastssl"}
+    assert installed(log) == {"fastssl-speech"}
     found = with_torch.report()
     assert found["cpu"][0] == "native"
     assert found["host"]
@@ -138,7 +138,7 @@ def test_without_a_compiler(with_torch: Environment, tree: Path) -> None:
     path = str(with_torch.folder / "bin")
     log = with_torch.install("--force-reinstall", "--no-deps", tree, PATH=path)
     assert "built without its cpu module: no C++ compiler" in log
-    assert installed(log) == {"setuptools", "fastssl"}
+    assert installed(log) == {"setuptools", "fastssl-speech"}
     found = with_torch.report()
     assert "Tag: py3-none-any" in found["wheel"]
     assert found["cpu"] == ["reference"]

@@ -11,6 +11,9 @@ from collections.abc import Sequence
 from importlib import util
 from pathlib import Path
 
+from fastssl import __version__
+from fastssl.cli.installation import stranger_of_the_same_name
+
 _COMMANDS = {
     "pretrain": "train an encoder on a folder of audio",
     "distill": "train a small encoder to be like a large one",
@@ -37,13 +40,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "  fastssl pretrain FOLDER --recipe wav2vec2-tiny --output runs/first",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"fastssl {__version__}")
     parser.add_argument("command", choices=_COMMANDS, metavar="COMMAND", help=", ".join(_COMMANDS))
     given = list(sys.argv[1:] if arguments is None else arguments)
     command = parser.parse_args(given[:1]).command
     if command != "info":
         missing = [name for name in _TRAIN_EXTRA if util.find_spec(name) is None]
         if missing:
-            print(f"fastssl {command} needs {', '.join(missing)}: pip install 'fastssl[train]'", file=sys.stderr)
+            print(
+                f"fastssl {command} needs {', '.join(missing)}: run `pip install '.[train]'` in a clone of the "
+                "project, or install its wheel with [train] after the file name",
+                file=sys.stderr,
+            )
+            if (warning := stranger_of_the_same_name()) is not None:
+                print(warning, file=sys.stderr)
             return 1
     try:
         importlib.import_module(f"fastssl.cli.{command}").run(given[1:])

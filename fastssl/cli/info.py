@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
+from fastssl.cli.installation import stranger_of_the_same_name
+from fastssl.ops._dispatch import BUILD_IT
+
 
 def run(arguments: Sequence[str]) -> None:
     """Print what there is; nothing but the core dependencies is needed."""
@@ -17,10 +20,13 @@ def run(arguments: Sequence[str]) -> None:
 
     import torch
 
+    import fastssl
     from fastssl import ops
 
-    versions = [f"{name} {_version(name)}" for name in ("fastssl", "torch", "triton", "numpy", "safetensors")]
-    print(", ".join([f"python {platform.python_version()}", *versions]))
+    versions = [f"{name} {_version(name)}" for name in ("torch", "triton", "numpy", "safetensors")]
+    print(", ".join([f"python {platform.python_version()}", f"fastssl {fastssl.__version__}", *versions]))
+    if (warning := stranger_of_the_same_name()) is not None:
+        print(warning)
     print(f"CPU: {_cpu_name()}, {torch.get_num_threads()} threads")
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
@@ -50,7 +56,7 @@ def _why_no_host_module() -> str:
             Path(__file__).resolve().parent.parent / "_build_report.json"
         )  # what the installation left out, and why
         left_out = json.loads(report.read_text()) if report.exists() else {}
-        return f"compiled module _host was not built: {left_out.get('host', 'pip install fastssl')}"
+        return f"compiled module _host was not built: {left_out.get('host', BUILD_IT)}"
     except ImportError as error:
         return f"_host does not load: {error}"
     return ""

@@ -40,12 +40,12 @@ def read_shar(folder: Path) -> Iterator[Cut]:
             recordings = _recordings_in_table(table_paths[0])
         else:
             raise ValueError(f"source: {cuts_path} has no recordings beside it (looked for {tar_path.name}, .jsonl.gz)")
-        for number, line in enumerate(read_lines(cuts_path), 1):
+        for line_number, line in enumerate(read_lines(cuts_path), 1):
             try:
                 cut = deserialize(line)
                 cut_id, recording, member = next(recordings, (None, None, None))
             except ForbiddenSourceError as error:
-                raise ValueError(f"source: {cuts_path}, line {number}, or its recording {error}") from None
+                raise ValueError(f"source: {cuts_path}, line {line_number}, or its recording {error}") from None
             if cut_id != cut.id:
                 raise ValueError(f"source: {tar_path} has {cut_id!r} where {cuts_path.name} has {cut.id!r}")
             if recording is not None:

@@ -152,7 +152,10 @@ class _Synthesizer:
         try:
             import espeakng_loader
         except ImportError as error:
-            message = "the demo corpus is spoken by espeak-ng, from espeakng_loader: pip install 'fastssl[demo]'"
+            message = (
+                "the demo corpus is spoken by espeak-ng, from espeakng_loader: run `pip install '.[demo]'` in a clone "
+                "of the project"
+            )
             raise ImportError(message) from error
         with tempfile.TemporaryDirectory() as folder:
             copy = shutil.copy(espeakng_loader.get_library_path(), folder)

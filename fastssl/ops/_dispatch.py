@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 _PACKAGE = Path(__file__).resolve().parent.parent
+#: What brings a compiled module that was never built.
+BUILD_IT = "run `pip install .` in a clone of the project"
 _NATIVE = torch.library.Library("fastssl_native", "DEF")
 _TRITON = torch.library.Library("fastssl_triton", "DEF")
 
@@ -34,9 +36,7 @@ def _load_compiled_modules() -> dict[str, str]:
         libraries = sorted(_PACKAGE.glob(f"_C_{device}*.so"))
         reasons[device] = ""
         if not libraries:
-            reasons[device] = (
-                f"compiled module _C_{device} was not built: {left_out.get(device, 'pip install fastssl')}"
-            )
+            reasons[device] = f"compiled module _C_{device} was not built: {left_out.get(device, BUILD_IT)}"
             continue
         try:
             torch.ops.load_library(str(libraries[0]))

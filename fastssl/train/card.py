@@ -1,6 +1,5 @@
 """What the model card of a run's encoder says."""
 
-from importlib import metadata
 from pathlib import Path
 
 import fastssl
@@ -37,17 +36,10 @@ def make_card(run: Path, *, recipe: str | None, data_hours: float, updates: int)
         recipe=None if recipe is None else Path(recipe).stem,
         data_hours=data_hours,
         updates=updates,
-        version=_version(),
+        version=fastssl.__version__,
         commit=checked_out_commit(Path(fastssl.__file__).resolve().parent.parent),
         quality=quality,
     )
-
-
-def _version() -> str | None:
-    try:
-        return metadata.version("fastssl")
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def checked_out_commit(folder: Path) -> str | None:

@@ -208,7 +208,8 @@ def _remark(results: Sequence[LayerQuality], seconds: float, minutes: float, *, 
 
 def _versions() -> dict[str, str | None]:
     versions: dict[str, str | None] = {"commit": checked_out_commit(Path(fastssl.__file__).resolve().parent.parent)}
-    for name in ("fastssl", "torch", "scikit-learn"):
+    versions["fastssl"] = fastssl.__version__
+    for name in ("torch", "scikit-learn"):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
