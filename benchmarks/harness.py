@@ -86,7 +86,7 @@ class Row:
 
 def backends(op: str, device: torch.device) -> list[str]:
     """Backends of an op on a device, the preferred one first."""
-    from fastssl.ops._dispatch import BACKENDS
+    from fastssl.kernels.dispatch import BACKENDS
 
     return list(BACKENDS[op][device.type])
 

@@ -191,7 +191,7 @@ def test_package_works_with_nothing_compiled(tmp_path: Path) -> None:
 import json, torch, numpy
 from fastssl.data.waveforms import pack_waveforms
 from fastssl.ops import integrate_and_fire
-from fastssl.ops._dispatch import BACKENDS, MISSING
+from fastssl.kernels.dispatch import BACKENDS, MISSING
 from fastssl.packing import Layout
 x, weights, layout = torch.ones(6, 2), torch.full((6,), 0.5), Layout.from_lengths([6])
 out, _ = integrate_and_fire(x, weights, layout)

@@ -14,8 +14,9 @@ import pytest
 import yaml
 
 import fastssl
-from fastssl import cli, ops
+from fastssl import cli
 from fastssl.cli import pretrain
+from fastssl.kernels import dispatch
 from fastssl.models.compression import CompressedConfig
 from fastssl.models.encoder import EncoderConfig
 from fastssl.train.config import PretrainConfig, write_config
@@ -258,11 +259,11 @@ def test_nobody_is_sent_to_the_strangers_package() -> None:
 def test_info_gives_backends_and_reasons(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["info"]) == 0
     text = capsys.readouterr().out
-    for op, devices in ops._dispatch.BACKENDS.items():
+    for op, devices in dispatch.BACKENDS.items():
         section = text.split(f"\n{op}\n")[1].split("\n\n")[0]
         for device, backends in devices.items():
             assert f"  {device}: {', '.join(backends)}\n" in section + "\n"
-        for (backend, _), reason in ops._dispatch.MISSING[op].items():
+        for (backend, _), reason in dispatch.MISSING[op].items():
             assert f"no {backend}: {reason}" in section
     assert "torch " in text
     assert "CPU: " in text

@@ -27,7 +27,7 @@ from importlib.metadata import distribution
 from pathlib import Path
 import torch, fastssl
 from fastssl.ops import integrate_and_fire
-from fastssl.ops._dispatch import BACKENDS, COMPILED_MODULES, MISSING
+from fastssl.kernels.dispatch import BACKENDS, COMPILED_MODULES, MISSING
 from fastssl.packing import Layout
 out, _ = integrate_and_fire(torch.ones(6, 2), torch.full((6,), 0.5), Layout.from_lengths([6]))
 assert torch.equal(out, torch.ones(3, 2))

@@ -12,7 +12,8 @@ FLOORS = {
     "interop": 4,
     "models": 3,
     "nn": 2,
-    "ops": 1,
+    "ops": 1.5,  # the public functions, over their kernels
+    "kernels": 1,
     "data": 1,
     "metrics": 1,
     "packing": 0,
@@ -55,7 +56,7 @@ def test_imports_go_down_only(path: Path) -> None:
 def test_the_core_imports_core_dependencies_only() -> None:
     standard = __import__("sys").stdlib_module_names
     for path in SOURCES:
-        if room_of(path) in ("packing", "ops", "nn", "models"):
+        if room_of(path) in ("packing", "kernels", "ops", "nn", "models"):
             outside = {name.split(".")[0] for name in imported_names(path)} - CORE_DEPENDENCIES - set(standard)
             outside -= {"typing_extensions"}  # for type checkers alone
             if "triton" in path.stem:
@@ -64,8 +65,24 @@ def test_the_core_imports_core_dependencies_only() -> None:
 
 
 def test_op_folders_have_the_same_shape() -> None:
-    for folder in (PACKAGE / "ops").iterdir():
+    for folder in (PACKAGE / "kernels").iterdir():
         if folder.is_dir() and folder.name != "__pycache__":
             for name in ("__init__.py", "reference.py", "op.py", "README.md"):
                 assert (folder / name).is_file(), f"{folder.name} has no {name}"
             assert (PACKAGE.parent / "tests" / "ops" / f"test_{folder.name}.py").is_file()
+
+
+def test_no_function_hides_a_module() -> None:
+    """Importing `fastssl.kernels.contrastive_loss.reference` finds the package, whatever was imported before."""
+    for path in SOURCES:
+        if path.name == "__init__.py":
+            modules = {other.stem for other in path.parent.iterdir()} - {"__init__"}
+            hidden = _imported_from_elsewhere(path) & modules
+            assert not hidden, f"{path} hides its module {hidden}"
+
+
+def _imported_from_elsewhere(path: Path) -> set[str]:
+    """Names that the `__init__.py` of a package imports from other modules than the package itself."""
+    package = ".".join(path.parent.relative_to(PACKAGE.parent).parts)
+    imports = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ImportFrom)]
+    return {alias.asname or alias.name for node in imports if node.module != package for alias in node.names}

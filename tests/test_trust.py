@@ -33,8 +33,8 @@ PLACES = {
     ("interop/transformers.py", "importlib.import_module"): (2, "a module of Transformers, from a fixed table"),
     ("models/folder.py", "torch.load"): (1, "weights_only"),
     ("models/speech_encoder.py", "opened.from_pretrained"): (1, "one of our own encoders, for safetensors of a folder"),
-    ("ops/_dispatch.py", "importlib.import_module"): (2, "a constant of an op of ours"),
-    ("ops/_dispatch.py", "torch.ops.load_library"): (1, "compiled modules, from the folder of the package"),
+    ("ops/dispatch.py", "importlib.import_module"): (2, "a constant of an op of ours"),
+    ("ops/dispatch.py", "torch.ops.load_library"): (1, "compiled modules, from the folder of the package"),
     ("train/checkpoints.py", "torch.load"): (2, "weights_only"),
     ("train/pretrain.py", "trainer.fit"): (
         1,

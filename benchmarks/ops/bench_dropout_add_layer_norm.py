@@ -10,7 +10,7 @@ from benchmarks import limits
 from benchmarks.harness import Contenders, Outputs, Row, backends, compare
 from benchmarks.report import Rows, main
 from fastssl import ops
-from fastssl.ops import _philox
+from fastssl.kernels import philox
 
 
 def forward_and_backward(device: torch.device, *, dropout_p: float) -> Row:
@@ -41,7 +41,7 @@ def forward_and_backward(device: torch.device, *, dropout_p: float) -> Row:
         return F.layer_norm(residual + F.dropout(x, dropout_p), (D,), weight, bias)
 
     def plain_with_our_mask() -> Outputs:
-        keep = _philox.keep_mask(seed, (N, D), dropout_p=dropout_p) / (1 - dropout_p)
+        keep = philox.keep_mask(seed, (N, D), dropout_p=dropout_p) / (1 - dropout_p)
         return gradients(F.layer_norm(residual + keep.to(dtype) * x, (D,), weight, bias), leaves)
 
     contenders = Contenders()

@@ -12,8 +12,8 @@ from benchmarks import limits, rivals
 from benchmarks.harness import Contenders, Outputs, Row, backends, compare
 from benchmarks.report import Rows, main
 from fastssl import ops
+from fastssl.kernels.gumbel_quantize import reference
 from fastssl.nn.quantizer import GumbelQuantizer
-from fastssl.ops.gumbel_quantize import reference
 
 _TEMPERATURE = 2.0
 

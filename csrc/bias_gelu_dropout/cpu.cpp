@@ -1,4 +1,4 @@
-// Bias, GELU and dropout on the CPU. Derivation: fastssl/ops/bias_gelu_dropout/README.md.
+// Bias, GELU and dropout on the CPU. Derivation: fastssl/kernels/bias_gelu_dropout/README.md.
 
 #include <optional>
 #include <tuple>

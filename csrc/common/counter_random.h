@@ -1,5 +1,5 @@
 // Random bits that are a function of a seed and a counter: a mask is recomputed wherever it is needed, never stored.
-// The Python twins, which specify them, are `fastssl/ops/_philox.py` and `varlen_attention/reference.py`.
+// The Python twins, which specify them, are `fastssl/kernels/philox.py` and `varlen_attention/reference.py`.
 #pragma once
 
 #include <cstdint>

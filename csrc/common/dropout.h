@@ -1,4 +1,4 @@
-// Dropout whose mask is a function of seed and position; its Python twin is `fastssl/ops/_philox.py`.
+// Dropout whose mask is a function of seed and position; its Python twin is `fastssl/kernels/philox.py`.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// The contrastive loss on the CPU. Derivation and conventions: fastssl/ops/contrastive_loss/README.md.
+// The contrastive loss on the CPU. Derivation and conventions: fastssl/kernels/contrastive_loss/README.md.
 //
 // Everything is dots with, and weighted sums of, rows of a table, which an utterance keeps in the second-level cache; the
 // table is the tensor itself, or a copy in the accumulation type with rows padded to whole vectors. Their lengths go into

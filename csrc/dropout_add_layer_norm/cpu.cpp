@@ -1,4 +1,4 @@
-// Dropout, residual and layer norm on the CPU. Derivation: fastssl/ops/dropout_add_layer_norm/README.md.
+// Dropout, residual and layer norm on the CPU. Derivation: fastssl/kernels/dropout_add_layer_norm/README.md.
 //
 // A row is read from memory once; what is computed from it stays in the first-level cache until it is written.
 

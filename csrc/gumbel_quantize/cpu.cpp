@@ -1,4 +1,4 @@
-// Straight-through Gumbel softmax on the CPU. Formulas and figures: fastssl/ops/gumbel_quantize/README.md.
+// Straight-through Gumbel softmax on the CPU. Formulas and figures: fastssl/kernels/gumbel_quantize/README.md.
 //
 // A row is the V logits of one frame and group. Rows are padded to whole vectors in a buffer that stays in the
 // first-level cache, with minus infinity, whose exp is 0. The forward never sees the temperature, and the backward

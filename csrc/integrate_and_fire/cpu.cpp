@@ -1,4 +1,4 @@
-// Integrate-and-fire on the CPU. Derivation and conventions: fastssl/ops/integrate_and_fire/README.md.
+// Integrate-and-fire on the CPU. Derivation and conventions: fastssl/kernels/integrate_and_fire/README.md.
 //
 // Every output row, and every row of the gradient, gathers what belongs to it from its own utterance alone: no two
 // threads write the same element, and the order of additions does not depend on the batch.

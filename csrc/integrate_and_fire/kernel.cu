@@ -1,4 +1,4 @@
-// Integrate-and-fire on the GPU. Derivation and conventions: fastssl/ops/integrate_and_fire/README.md.
+// Integrate-and-fire on the GPU. Derivation and conventions: fastssl/kernels/integrate_and_fire/README.md.
 //
 // Every output row gathers its frames and every frame gathers its slots: no atomics, so the same inputs give the same
 // bits, and the order of additions does not depend on the batch.

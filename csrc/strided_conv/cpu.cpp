@@ -1,6 +1,6 @@
 // What of a strided convolution on the CPU is no matrix product: the first layer, whose one input channel makes no
-// product worth the name, and norm and activation after it. Derivation: fastssl/ops/strided_conv/README.md; the
-// products, and the order of all this, are in fastssl/ops/strided_conv/blocks.py.
+// product worth the name, and norm and activation after it. Derivation: fastssl/kernels/strided_conv/README.md; the
+// products, and the order of all this, are in fastssl/kernels/strided_conv/blocks.py.
 //
 // Rows are addressed through a grid: sequence b has the rows grid[b] to grid[b + 1], more than the frames it has; what
 // is over counts as zero. A call works on a block of grid rows. A tensor holds that block, or all frames packed.

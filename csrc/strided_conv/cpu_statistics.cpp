@@ -1,5 +1,5 @@
 // Mean and deviation for group norm on the CPU: over stored rows, or, for the first layer, from the moments of the
-// waveform's windows. Derivation: fastssl/ops/strided_conv/README.md.
+// waveform's windows. Derivation: fastssl/kernels/strided_conv/README.md.
 
 #include <algorithm>
 #include <cmath>

@@ -1,4 +1,4 @@
-// Attention of packed sequences on the CPU. Derivation and conventions: fastssl/ops/varlen_attention/README.md.
+// Attention of packed sequences on the CPU. Derivation and conventions: fastssl/kernels/varlen_attention/README.md.
 //
 // A task is one head of one sequence, or a part of it where there are fewer tasks than threads. It goes by blocks of
 // queries and keys: matrix products of blocks in cache (common/block_gemm.h) and, between them, what happens to the

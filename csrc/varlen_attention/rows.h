@@ -1,5 +1,5 @@
 // What attention on the CPU does to rows of logits between its matrix products: bias, softmax and dropout, and their
-// derivatives. fastssl/ops/varlen_attention/README.md has the formulas.
+// derivatives. fastssl/kernels/varlen_attention/README.md has the formulas.
 #pragma once
 
 #include <algorithm>

@@ -8,7 +8,7 @@ from importlib import metadata
 from pathlib import Path
 
 from fastssl.cli.installation import stranger_of_the_same_name
-from fastssl.ops._dispatch import BUILD_IT
+from fastssl.kernels import dispatch
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -21,7 +21,6 @@ def run(arguments: Sequence[str]) -> None:
     import torch
 
     import fastssl
-    from fastssl import ops
 
     versions = [f"{name} {_version(name)}" for name in ("torch", "triton", "numpy", "safetensors")]
     print(", ".join([f"python {platform.python_version()}", f"fastssl {fastssl.__version__}", *versions]))
@@ -33,16 +32,16 @@ def run(arguments: Sequence[str]) -> None:
         print(f"GPU: {', '.join(names)} (CUDA {torch.version.cuda})")
     else:
         print(f"GPU: none that torch can use (torch is built for {_torch_build()})")
-    if ops._dispatch.DEFAULT_BACKEND is not None:
-        print(f"FASTSSL_BACKEND={ops._dispatch.DEFAULT_BACKEND}")
-    for device, reason in ops._dispatch.COMPILED_MODULES.items():
+    if dispatch.DEFAULT_BACKEND is not None:
+        print(f"FASTSSL_BACKEND={dispatch.DEFAULT_BACKEND}")
+    for device, reason in dispatch.COMPILED_MODULES.items():
         print(f"compiled module for {device}: {reason or 'loaded'}")
     print(f"compiled module for data workers: {_why_no_host_module() or 'loaded'}")
-    for op, devices in ops._dispatch.BACKENDS.items():
+    for op, devices in dispatch.BACKENDS.items():
         print(f"\n{op}")
         for device, backends in devices.items():
             print(f"  {device}: {', '.join(backends)}")
-            for (backend, place), reason in ops._dispatch.MISSING[op].items():
+            for (backend, place), reason in dispatch.MISSING[op].items():
                 if place == device:
                     print(f"    no {backend}: {reason}")
 
@@ -56,7 +55,7 @@ def _why_no_host_module() -> str:
             Path(__file__).resolve().parent.parent / "_build_report.json"
         )  # what the installation left out, and why
         left_out = json.loads(report.read_text()) if report.exists() else {}
-        return f"compiled module _host was not built: {left_out.get('host', BUILD_IT)}"
+        return f"compiled module _host was not built: {left_out.get('host', dispatch.BUILD_IT)}"
     except ImportError as error:
         return f"_host does not load: {error}"
     return ""

@@ -5,7 +5,7 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastssl.cli.console import log_to_console
 from fastssl.cli.options import AUDIO_HELP, MODEL_HELP, command_parser
@@ -79,7 +79,7 @@ def _parser_of(arguments: Sequence[str], command: str) -> "ArgumentParser":
 
     defaults = _defaults_of(arguments, command)
     system = _system_of(defaults)
-    groups = {
+    groups: dict[str, type[Any]] = {
         "model": SYSTEMS[system].config,
         "data": DataConfig,
         "optimizer": OptimizerConfig,

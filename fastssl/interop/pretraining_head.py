@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastssl import ops
 from fastssl.interop.classes import AcceleratedClasses
-from fastssl.ops.gumbel_quantize.op import GumbelQuantized
+from fastssl.kernels.gumbel_quantize.op import GumbelQuantized
 
 _MODULE = "transformers.models.wav2vec2.modeling_wav2vec2"
 

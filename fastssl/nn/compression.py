@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from fastssl import ops
+from fastssl.kernels.integrate_and_fire.reference import fire_positions
 from fastssl.nn.activation import sigmoid
 from fastssl.nn.rates import LEAST_WEIGHT, mix_weights, rate_for_period
-from fastssl.ops.integrate_and_fire.reference import fire_positions
 from fastssl.packing import Layout, Packed
 
 Kind = Literal["average", "strided", "integrate-and-fire"]

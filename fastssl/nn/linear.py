@@ -8,16 +8,16 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fastssl import ops
-from fastssl.ops import _gemm
+from fastssl.kernels import gemm
 
 
 class _Linear(torch.autograd.Function):
-    """The three products of a linear layer by `ops._gemm`."""
+    """The three products of a linear layer by `kernels.gemm`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _gemm.nt(x, weight, bias)
+        return gemm.nt(x, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -25,8 +25,8 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         return (
-            _gemm.nn(grad_out, weight) if needs_x else None,
-            _gemm.tn(grad_out, x) if needs_weight else None,
+            gemm.nn(grad_out, weight) if needs_x else None,
+            gemm.tn(grad_out, x) if needs_weight else None,
             grad_out.sum(0) if needs_bias else None,
         )
 
@@ -37,14 +37,14 @@ def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         out: Tensor = _Linear.apply(x, weight, bias)
         return out
     rows = x.shape[0]
-    if rows >= _gemm.STABLE_ROWS or x.device.type != "cpu":
+    if rows >= gemm.STABLE_ROWS or x.device.type != "cpu":
         return F.linear(x, weight, bias)
-    padded = F.pad(x, (0, 0, 0, _gemm.STABLE_ROWS - rows))
+    padded = F.pad(x, (0, 0, 0, gemm.STABLE_ROWS - rows))
     return F.linear(padded, weight, bias)[:rows]
 
 
 def _by_onednn(x: Tensor, weight: Tensor) -> bool:
-    return weight.dtype == x.dtype and not torch.is_autocast_enabled("cpu") and _gemm.takes_onednn(x)
+    return weight.dtype == x.dtype and not torch.is_autocast_enabled("cpu") and gemm.takes_onednn(x)
 
 
 class PackedLinear(nn.Linear):
@@ -58,5 +58,5 @@ class PackedLinear(nn.Linear):
         """GELU of what `forward` returns: one product where nobody asks for what GELU is applied to."""
         watched = torch.is_grad_enabled() or self._forward_pre_hooks or self._forward_hooks
         if _by_onednn(input, self.weight) and not watched:
-            return _gemm.nt(input, self.weight, self.bias, gelu=True)
+            return gemm.nt(input, self.weight, self.bias, gelu=True)
         return ops.bias_gelu_dropout(self(input), None)

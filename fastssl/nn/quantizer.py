@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from fastssl import ops
+from fastssl.kernels.gumbel_quantize.op import GumbelQuantized
 from fastssl.nn.linear import PackedLinear
-from fastssl.ops.gumbel_quantize.op import GumbelQuantized
 
 
 class GumbelQuantizer(nn.Module):

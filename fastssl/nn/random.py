@@ -1,7 +1,7 @@
 """Random numbers that depend on an utterance and not on its place in a batch.
 
 A counter is hashed, so every draw of an utterance is a function of its key alone: the same on any rank, at any batch
-position, on any device, and after a restart. The mixer is SplitMix64 (`ops._splitmix`), which kernels know too.
+position, on any device, and after a restart. The mixer is SplitMix64 (`kernels.splitmix`), which kernels know too.
 """
 
 import math
@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastssl.ops import _splitmix
+from fastssl.kernels import splitmix
 
 
 def utterance_keys(seed: int, update: int, ids: Tensor) -> Tensor:
@@ -23,9 +23,9 @@ def utterance_keys(seed: int, update: int, ids: Tensor) -> Tensor:
     Returns:
         (B,) int64 on the device of `ids`.
     """
-    start = int(_splitmix.mix(torch.tensor(_splitmix.signed(seed + _splitmix.GOLDEN))))
-    start = int(_splitmix.mix(torch.tensor(_splitmix.signed(start + (update + 1) * _splitmix.GOLDEN))))
-    return _splitmix.mix(ids ^ start)
+    start = int(splitmix.mix(torch.tensor(splitmix.signed(seed + splitmix.GOLDEN))))
+    start = int(splitmix.mix(torch.tensor(splitmix.signed(start + (update + 1) * splitmix.GOLDEN))))
+    return splitmix.mix(ids ^ start)
 
 
 def draw_keys(batch: int, *, generator: torch.Generator | None = None, device: torch.device | str = "cpu") -> Tensor:
@@ -45,7 +45,7 @@ def noise_seeds(keys: Tensor, counters: Tensor, *, stream: int) -> Tensor:
     Returns:
         int64 of the broadcast shape.
     """
-    return _splitmix.mix(keys + _splitmix.signed((stream + 1) * _splitmix.GOLDEN)) + counters * _splitmix.GOLDEN
+    return splitmix.mix(keys + splitmix.signed((stream + 1) * splitmix.GOLDEN)) + counters * splitmix.GOLDEN
 
 
 def uniform(keys: Tensor, counters: Tensor, *, stream: int) -> Tensor:
@@ -59,7 +59,7 @@ def uniform(keys: Tensor, counters: Tensor, *, stream: int) -> Tensor:
     Returns:
         fp32 odd multiples of 2^-24: neither 0 nor 1 is among them, so their logarithms are finite.
     """
-    return _splitmix.uniform(noise_seeds(keys, counters, stream=stream), torch.zeros_like(counters))
+    return splitmix.uniform(noise_seeds(keys, counters, stream=stream), torch.zeros_like(counters))
 
 
 def gumbel(keys: Tensor, counters: Tensor, *, stream: int) -> Tensor:

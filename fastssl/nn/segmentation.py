@@ -5,8 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastssl.kernels.integrate_and_fire.reference import fire_positions
 from fastssl.nn.compression import sums_by_utterance
-from fastssl.ops.integrate_and_fire.reference import fire_positions
 from fastssl.packing import Layout
 
 

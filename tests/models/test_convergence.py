@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastssl.kernels import dispatch
 from fastssl.models.wav2vec2 import Wav2Vec2Config, Wav2Vec2ForPreTraining
 from fastssl.nn.random import utterance_keys
-from fastssl.ops import _dispatch
 from fastssl.packing import Packed
 
 CONFIG = Wav2Vec2Config(
@@ -65,7 +65,7 @@ def train(device: str, dtype: torch.dtype) -> Tensor:  # (UPDATES,)
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.slow)])
 def test_kernels_learn_as_references_do(device: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     with_kernels = train(device, dtype)
-    monkeypatch.setattr(_dispatch, "DEFAULT_BACKEND", "reference")
+    monkeypatch.setattr(dispatch, "DEFAULT_BACKEND", "reference")
     with_references = train(device, dtype)
     assert with_references[-20:].mean() < with_references[:20].mean() - 0.15, "nothing was learned"
     apart = (with_kernels - with_references).abs()

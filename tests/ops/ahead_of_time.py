@@ -41,7 +41,7 @@ def compiled(ops: tuple[str, ...], architectures: tuple[int, ...], *, only_first
     """Compile the cases of some ops in a process of its own.
 
     Args:
-        ops: Folders in fastssl/ops with a triton_kernel.py that has `ahead_of_time_cases`.
+        ops: Folders in fastssl/kernels with a triton_kernel.py that has `ahead_of_time_cases`.
         architectures: Compute capabilities, 90 for sm_90.
         only_first: Leave out all cases of an op but the first.
     """
@@ -132,7 +132,7 @@ def _main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     rows = []
     for op in options.ops:
-        cases = importlib.import_module(f"fastssl.ops.{op}.triton_kernel").ahead_of_time_cases()
+        cases = importlib.import_module(f"fastssl.kernels.{op}.triton_kernel").ahead_of_time_cases()
         for label, call in list(cases.items())[: 1 if options.only_first else None]:
             for launch in _record(call):
                 for architecture in options.architectures:

@@ -7,7 +7,7 @@ import torch
 from _pytest.mark import ParameterSet
 from torch import Tensor
 
-from fastssl.ops._dispatch import BACKENDS
+from fastssl.kernels.dispatch import BACKENDS
 from fastssl.packing import Layout
 
 #: Lengths of the batches that every op is tested on: ordinary, one long beside many short, length 1, empty sequences.

@@ -5,12 +5,12 @@ from typing import NamedTuple
 
 import pytest
 
-import fastssl.ops
+import fastssl.kernels
 from tests.ops.ahead_of_time import SHARED_BYTES, Compiled, compiled
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-OPS = tuple(sorted(path.parent.name for path in Path(fastssl.ops.__file__).parent.glob("*/triton_kernel.py")))
+OPS = tuple(sorted(path.parent.name for path in Path(fastssl.kernels.__file__).parent.glob("*/triton_kernel.py")))
 
 
 class Allowance(NamedTuple):

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from fastssl.kernels.philox import keep_mask
 from fastssl.ops import bias_gelu_dropout
-from fastssl.ops._philox import keep_mask
 from tests.ops.common import LENGTHS, check_against_reference, gradients, implementations
 
 SEED = torch.tensor(-4242424242424242)

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from transformers.models.wav2vec2.modeling_wav2vec2 import Wav2Vec2ForPreTraining
 
+from fastssl.kernels.dispatch import BACKENDS
 from fastssl.ops import contrastive_loss
-from fastssl.ops._dispatch import BACKENDS
 from tests.ops.common import LENGTHS, check_against_reference, compiler_for, implementations
 
 #: name -> (masked frames of each utterance, D, K, share of negatives that are -1, number of distinct targets or None)

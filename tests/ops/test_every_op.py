@@ -11,7 +11,7 @@ from _pytest.mark import ParameterSet
 from torch import Tensor
 
 from fastssl import ops
-from fastssl.ops._dispatch import BACKENDS
+from fastssl.kernels.dispatch import BACKENDS
 from fastssl.packing import Layout
 from tests.device_waits import device_waits
 from tests.ops.common import check_against_reference, gradients, implementations, layout_of

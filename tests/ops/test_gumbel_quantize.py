@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fastssl.kernels.gumbel_quantize import reference
+from fastssl.kernels.gumbel_quantize.op import GumbelQuantized
 from fastssl.nn.random import gumbel, noise_seeds
 from fastssl.ops import gumbel_quantize
-from fastssl.ops.gumbel_quantize import reference
-from fastssl.ops.gumbel_quantize.op import GumbelQuantized
 from tests.ops.common import LENGTHS, assert_as_good_as, cast, check_against_reference, compiler_for, implementations
 
 #: name -> (M, G, V, E, where the noise comes from)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastssl.ops._dispatch import BACKENDS
+from fastssl.kernels.dispatch import BACKENDS
 
 FOLDER = Path(__file__).resolve().parent
 #: Forward and backward of every op against the reference, and attention at the borders of its blocks.

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fastssl.kernels.integrate_and_fire import reference
+from fastssl.kernels.integrate_and_fire.op import fire
 from fastssl.ops import integrate_and_fire
-from fastssl.ops.integrate_and_fire import reference
-from fastssl.ops.integrate_and_fire.op import fire
 from fastssl.packing import Layout
 from tests.ops.common import LENGTHS, check_against_reference, compiler_for, implementations, layout_of
 

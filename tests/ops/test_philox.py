@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from fastssl.ops._philox import keep_mask, philox
+from fastssl.kernels.philox import keep_mask, philox
 
 #: Seed, counter and words as the authors of Random123 publish them.
 KNOWN = (0, 0, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8))

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fastssl.kernels.dispatch import BACKENDS
+from fastssl.kernels.strided_conv import blocks
 from fastssl.ops import StridedConvLayer, strided_conv, strided_conv_stack
-from fastssl.ops._dispatch import BACKENDS
-from fastssl.ops.strided_conv import blocks
 from fastssl.packing import Layout
 from tests.ops.common import LENGTHS, cast, check_against_reference, compiler_for, gradients, implementations, layout_of
 

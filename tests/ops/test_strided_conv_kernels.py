@@ -79,7 +79,7 @@ class Stack(NamedTuple):
 def test_sequences_of_several_chunks(
     backend: str, device: str, first: Norm, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fastssl.ops.strided_conv import triton_rows, triton_statistics
+    from fastssl.kernels.strided_conv import triton_rows, triton_statistics
 
     for module in (triton_rows, triton_statistics):
         monkeypatch.setattr(module, "WINDOW_CHUNK", 64)

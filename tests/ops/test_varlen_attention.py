@@ -12,8 +12,9 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 from transformers.models.wavlm.modeling_wavlm import WavLMAttention
 
-from fastssl.ops import _dispatch, varlen_attention
-from fastssl.ops.varlen_attention import reference
+from fastssl.kernels import dispatch
+from fastssl.kernels.varlen_attention import reference
+from fastssl.ops import varlen_attention
 from tests.ops.common import LENGTHS, check_against_reference, gradients, implementations, layout_of
 
 SEED = torch.tensor(-4242424242424242)
@@ -127,7 +128,7 @@ def test_backward(case: str, backend: str, device: str, dtype: torch.dtype) -> N
 
 
 native_cpu = pytest.mark.skipif(
-    "native" not in _dispatch.BACKENDS["varlen_attention"]["cpu"], reason="the compiled CPU module is not there"
+    "native" not in dispatch.BACKENDS["varlen_attention"]["cpu"], reason="the compiled CPU module is not there"
 )
 
 
@@ -453,7 +454,7 @@ def test_cuda_calls_varlen_attn_where_it_serves(
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: case["capability"])
     monkeypatch.setattr(varlen, "varlen_attn", spy)
-    monkeypatch.setattr(_dispatch, "DEFAULT_BACKEND", None)
+    monkeypatch.setattr(dispatch, "DEFAULT_BACKEND", None)
     with FakeTensorMode():
         layout = layout_of(case["lengths"], "cuda")
         q = torch.empty(layout.total, 2, case["width"], dtype=case["dtype"], device="cuda")

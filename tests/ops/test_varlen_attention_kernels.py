@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastssl.kernels.varlen_attention import reference
 from fastssl.ops import varlen_attention
-from fastssl.ops.varlen_attention import reference
 from fastssl.packing import Layout
 from tests.device_waits import device_waits
 from tests.ops.common import check_against_reference, gradients, implementations, layout_of

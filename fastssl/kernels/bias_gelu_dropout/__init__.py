@@ -1,0 +1,1 @@
+"""Dropout of GELU(x + bias), with the mask recomputed in the backward."""

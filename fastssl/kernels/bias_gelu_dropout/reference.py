@@ -1,0 +1,23 @@
+"""Bias, GELU and dropout in plain PyTorch: the specification."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastssl.kernels import philox
+
+
+def bias_gelu_dropout(
+    x: Tensor,  # (N, D)
+    bias: Tensor | None,  # (D,)
+    *,
+    dropout_p: float,
+    seed: Tensor | None,  # ()
+    offset: int,
+) -> Tensor:  # (N, D)
+    """Arguments as in `op.py`, the seed of a call without dropout None."""
+    accumulator = torch.promote_types(x.dtype, torch.float32)
+    total = x.to(accumulator)
+    if bias is not None:
+        total = total + bias.to(accumulator)
+    return philox.dropout(F.gelu(total), dropout_p=dropout_p, seed=seed, offset=offset).to(x.dtype)

@@ -1,0 +1,206 @@
+"""Triton kernels of `bias_gelu_dropout`: tiles of frames by channels, each read once and written once."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastssl.kernels.philox_triton import keep_mask
+
+#: Values that differ from call to call: a kernel compiled anew for each would be slower than one that ignores them.
+_CHANGING = ["rows", "rows_per_program", "offset", "threshold"]
+#: The backward cuts the rows into so many shares at most, each with a partial sum of the bias's gradient.
+_MAX_SHARES = 128
+
+
+@triton.jit
+def _normal_below(x):
+    """The probability that a standard normal number is below x."""
+    return 0.5 * (1 + tl.erf(x * 0.7071067811865476))
+
+
+@triton.jit
+def _load_bias(bias_ptr, columns, in_width, HAS_BIAS: tl.constexpr):
+    if HAS_BIAS:
+        return tl.load(bias_ptr + columns, mask=in_width, other=0)[None, :]
+    return tl.zeros_like(columns).to(tl.float32)[None, :]
+
+
+@triton.jit(do_not_specialize=_CHANGING)
+def _forward_kernel(
+    x_ptr,
+    bias_ptr,
+    seed_ptr,
+    out_ptr,
+    rows,
+    offset,
+    threshold,
+    keep_scale,
+    WIDTH: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_column = tl.program_id(1) * BLOCK_D
+    columns = first_column + tl.arange(0, BLOCK_D)
+    in_width = columns < WIDTH
+    inside = (row < rows)[:, None] & in_width[None, :]
+    index = row[:, None] * WIDTH + columns[None, :]
+    x = tl.load(x_ptr + index, mask=inside, other=0).to(tl.float32)
+    x += _load_bias(bias_ptr, columns, in_width, HAS_BIAS)
+    out = x * _normal_below(x)
+    if DROPOUT:
+        keep = keep_mask(seed_ptr, offset, row * WIDTH + first_column, threshold, BLOCK_D, WIDTH % 4 == 0)
+        out = tl.where(keep, out * keep_scale, 0.0)
+    tl.store(out_ptr + index, out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=_CHANGING)
+def _backward_kernel(
+    grad_out_ptr,
+    x_ptr,
+    bias_ptr,
+    seed_ptr,
+    grad_x_ptr,
+    partial_bias_ptr,
+    rows,
+    rows_per_program,
+    offset,
+    threshold,
+    keep_scale,
+    WIDTH: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+):
+    share = tl.program_id(0)
+    first_column = tl.program_id(1) * BLOCK_D
+    columns = first_column + tl.arange(0, BLOCK_D)
+    in_width = columns < WIDTH
+    bias = _load_bias(bias_ptr, columns, in_width, HAS_BIAS)
+    grad_bias = tl.zeros((BLOCK_D,), tl.float32)
+    begin = share.to(tl.int64) * rows_per_program
+    end = tl.minimum(begin + rows_per_program, rows)
+    for step in range(0, rows_per_program, BLOCK_N):
+        row = begin + step + tl.arange(0, BLOCK_N)
+        inside = (row < end)[:, None] & in_width[None, :]
+        index = row[:, None] * WIDTH + columns[None, :]
+        grad = tl.load(grad_out_ptr + index, mask=inside, other=0).to(tl.float32)
+        if DROPOUT:
+            keep = keep_mask(seed_ptr, offset, row * WIDTH + first_column, threshold, BLOCK_D, WIDTH % 4 == 0)
+            grad = tl.where(keep, grad * keep_scale, 0.0)
+        x = tl.load(x_ptr + index, mask=inside, other=0).to(tl.float32) + bias
+        grad *= _normal_below(x) + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
+        tl.store(grad_x_ptr + index, grad.to(grad_x_ptr.dtype.element_ty), mask=inside)
+        if HAS_BIAS:
+            grad_bias += tl.sum(grad, 0)
+    if HAS_BIAS:
+        tl.store(partial_bias_ptr + share.to(tl.int64) * WIDTH + columns, grad_bias, mask=in_width)
+
+
+class _Blocks(NamedTuple):
+    BLOCK_N: int
+    BLOCK_D: int
+    num_warps: int
+
+
+def _blocks(width: int) -> _Blocks:
+    """A tile of 2048 elements, 16 per thread."""
+    block_d = min(max(triton.next_power_of_2(width), 16), 256)
+    return _Blocks(2048 // block_d, block_d, 4)
+
+
+def bias_gelu_dropout_fwd(
+    x: Tensor,  # (N, D)
+    bias: Tensor | None,  # (D,)
+    dropout_p: float,
+    seed: Tensor | None,  # ()
+    offset: int,
+) -> Tensor:
+    """Dropout of GELU(x + bias)."""
+    rows, width = x.shape
+    out = torch.empty_like(x)
+    blocks = _blocks(width)
+    if out.numel() > 0:
+        with torch.cuda.device_of(x):
+            _forward_kernel[triton.cdiv(rows, blocks.BLOCK_N), triton.cdiv(width, blocks.BLOCK_D)](
+                x,
+                bias,
+                seed,
+                out,
+                rows,
+                offset,
+                int(dropout_p * 2**32),
+                1 / (1 - dropout_p),
+                WIDTH=width,
+                HAS_BIAS=bias is not None,
+                DROPOUT=seed is not None,
+                **blocks._asdict(),
+            )
+    return out
+
+
+def bias_gelu_dropout_bwd(
+    grad_out: Tensor,  # (N, D)
+    x: Tensor,  # (N, D)
+    bias: Tensor | None,  # (D,)
+    dropout_p: float,
+    seed: Tensor | None,  # ()
+    offset: int,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x and of the bias (empty without one)."""
+    rows, width = x.shape
+    grad_x = torch.empty_like(x)
+    blocks = _blocks(width)
+    # Whole tiles, as many to one share as to another.
+    tiles = triton.cdiv(rows, blocks.BLOCK_N)
+    rows_per_program = max(triton.cdiv(tiles, _MAX_SHARES), 1) * blocks.BLOCK_N
+    shares = triton.cdiv(rows, rows_per_program)
+    partial_bias = x.new_empty(0) if bias is None else bias.new_empty(shares, width)
+    if grad_x.numel() > 0:
+        with torch.cuda.device_of(x):
+            _backward_kernel[shares, triton.cdiv(width, blocks.BLOCK_D)](
+                grad_out,
+                x,
+                bias,
+                seed,
+                grad_x,
+                partial_bias,
+                rows,
+                rows_per_program,
+                offset,
+                int(dropout_p * 2**32),
+                1 / (1 - dropout_p),
+                WIDTH=width,
+                HAS_BIAS=bias is not None,
+                DROPOUT=seed is not None,
+                **blocks._asdict(),
+            )
+    return grad_x, partial_bias if bias is None else partial_bias.sum(0)
+
+
+def ahead_of_time_cases() -> dict[str, Callable[[], object]]:
+    """For tests/ops/ahead_of_time.py: label -> a call whose launches it compiles."""
+
+    def call(width: int, dtype: torch.dtype, *, dropout: bool, with_bias: bool) -> None:
+        x = torch.empty(1000, width, dtype=dtype)
+        bias = torch.empty(width) if with_bias else None
+        dropout_p, seed = (0.1, torch.tensor(0)) if dropout else (0.0, None)
+        bias_gelu_dropout_fwd(x, bias, dropout_p, seed, 0)
+        bias_gelu_dropout_bwd(x, x, bias, dropout_p, seed, 0)
+
+    cases: dict[str, Callable[[], object]] = {}
+    for width in (3072, 194):
+        for dtype in (torch.bfloat16, torch.float32):
+            cases[f"D={width}, {dtype}, bias, dropout".replace("torch.", "")] = partial(
+                call, width, dtype, dropout=True, with_bias=True
+            )
+    cases["D=3072, bfloat16"] = partial(call, 3072, torch.bfloat16, dropout=False, with_bias=False)
+    return cases

@@ -1,0 +1,142 @@
+"""The public function of `contrastive_loss`, its schema and its checks."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastssl.kernels.contrastive_loss import reference
+from fastssl.kernels.dispatch import Schemas, choose_backend, define_op
+
+_FORWARD = (
+    "(Tensor context, Tensor targets, Tensor negatives, float temperature)"
+    " -> (Tensor loss, Tensor correct, Tensor logits)"
+)
+_BACKWARD = (
+    "(Tensor grad_loss, Tensor context, Tensor targets, Tensor negatives, Tensor loss, Tensor logits,"
+    " float temperature) -> (Tensor grad_context, Tensor grad_targets)"
+)
+
+
+def _fake_forward(
+    context: Tensor, targets: Tensor, negatives: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    frames, count = negatives.shape
+    loss = context.new_empty(frames, dtype=torch.promote_types(context.dtype, torch.float32))
+    return loss, context.new_empty(frames, dtype=torch.bool), loss.new_empty((frames, count + 1))
+
+
+def _fake_backward(
+    grad_loss: Tensor,
+    context: Tensor,
+    targets: Tensor,
+    negatives: Tensor,
+    loss: Tensor,
+    logits: Tensor,
+    temperature: float,
+) -> tuple[Tensor, Tensor]:
+    return context.new_empty(context.shape), targets.new_empty(targets.shape)
+
+
+define_op(
+    "contrastive_loss",
+    schemas=Schemas(_FORWARD, _BACKWARD, _fake_forward, _fake_backward),
+    triton_kernels="fastssl.kernels.contrastive_loss.triton_kernel",
+)
+_KERNELS = {"native": torch.ops.fastssl_native, "triton": torch.ops.fastssl_triton}
+
+
+class _ContrastiveLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        context: Tensor,  # (N, D)
+        targets: Tensor,  # (N, D)
+        negatives: Tensor,  # (N, K)
+        temperature: float,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:  # (N,), (N,)
+        loss, correct, logits = _KERNELS[backend].contrastive_loss_fwd(context, targets, negatives, temperature)
+        ctx.save_for_backward(context, targets, negatives, loss, logits)
+        ctx.mark_non_differentiable(correct)
+        ctx.temperature, ctx.backend = temperature, backend
+        return loss, correct
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, _grad_correct: Tensor) -> tuple[Tensor | None, ...]:
+        grads = _KERNELS[ctx.backend].contrastive_loss_bwd(grad_loss.contiguous(), *ctx.saved_tensors, ctx.temperature)
+        return *grads, None, None, None
+
+
+def contrastive_loss(
+    context: Tensor,  # (N, D)
+    targets: Tensor,  # (N, D)
+    negatives: Tensor,  # (N, K)
+    *,
+    temperature: float = 0.1,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:  # (N,), (N,)
+    """Tell the target of a masked frame from K others (wav2vec 2.0, arXiv 2006.11477, equation 3).
+
+    The logits of frame n are the cosines of context[n] with targets[n] and with targets[negatives[n]], divided by the
+    temperature; its loss is their logsumexp less the first one. A negative is left out where it is -1, or where its
+    target equals targets[n] in every element, as in fairseq and Transformers.
+
+    Args:
+        context: (N, D) what the encoder says at the masked frames.
+        targets: (N, D) the quantised features of the same frames, in the dtype of `context`.
+        negatives: (N, K) int32 or int64 rows of `targets`, which may repeat; -1 is none. Checked on the CPU only: on a
+            GPU that would wait for the device.
+        temperature: What the cosines are divided by, above 0.
+        backend: See `fastssl.ops`; None takes the fastest there is.
+
+    Returns:
+        The loss (N,) in fp32 (fp64 for fp64 input), and whether the frame was told apart, (N,) bool: its target scores
+        no lower than every negative left and higher than at least one. A frame without negatives has loss 0 and is not
+        told apart. Autocast changes nothing.
+
+    Raises:
+        ValueError: Shapes, dtypes or options do not fit, or `backend` cannot serve the call.
+    """
+    _check(context, targets, negatives, temperature)
+    unsupported = {"triton": "it computes in float32"} if context.dtype == torch.float64 else None
+    chosen = choose_backend("contrastive_loss", context, backend, unsupported=unsupported)
+    with torch.autocast(context.device.type, enabled=False):
+        if chosen != "native":  # which checks rows as it reads them
+            _check_rows(negatives)
+        if chosen == "reference":
+            return reference.contrastive_loss(context, targets, negatives, temperature=temperature)
+        inputs = context.contiguous(), targets.contiguous(), negatives.contiguous()
+        try:
+            loss, correct = _ContrastiveLoss.apply(*inputs, temperature, chosen)
+        except RuntimeError:
+            _check_rows(negatives)  # the compiled kernel found a row that is none; this says which
+            raise
+    return loss, correct
+
+
+def _check(context: Tensor, targets: Tensor, negatives: Tensor, temperature: float) -> None:
+    if context.dim() != 2:
+        raise ValueError(f"context: expected (N, D), got {tuple(context.shape)}")
+    if targets.shape != context.shape or targets.dtype != context.dtype:
+        raise ValueError(
+            f"targets: expected {tuple(context.shape)} {context.dtype}, as context,"
+            f" got {tuple(targets.shape)} {targets.dtype}"
+        )
+    if negatives.dim() != 2 or len(negatives) != len(context) or negatives.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"negatives: expected ({len(context)}, K) torch.int32 or torch.int64,"
+            f" got {tuple(negatives.shape)} {negatives.dtype}"
+        )
+    if not temperature > 0:
+        raise ValueError(f"temperature: must be above 0, got {temperature}")
+
+
+def _check_rows(negatives: Tensor) -> None:
+    # Reading the values would break a compiled graph in two, and on a GPU make the host wait.
+    if negatives.device.type == "cpu" and negatives.numel() > 0 and not torch.compiler.is_compiling():
+        lowest, highest = (int(bound) for bound in negatives.aminmax())
+        if lowest < -1 or highest >= len(negatives):
+            raise ValueError(f"negatives: must be -1 to {len(negatives) - 1}, got {lowest} to {highest}")

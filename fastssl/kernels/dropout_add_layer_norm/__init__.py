@@ -1,0 +1,1 @@
+"""Layer norm of residual + dropout(x), with the mask recomputed in the backward."""

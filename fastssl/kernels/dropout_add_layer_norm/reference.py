@@ -1,0 +1,30 @@
+"""Dropout, residual and layer norm in plain PyTorch: the specification."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastssl.kernels import philox
+
+
+def dropout_add_layer_norm(
+    x: Tensor,  # (N, D)
+    residual: Tensor,  # (N, D)
+    *,
+    weight: Tensor,  # (D,)
+    bias: Tensor,  # (D,)
+    eps: float,
+    dropout_p: float,
+    seed: Tensor | None,  # ()
+    offset: int,
+    prenorm: bool,
+) -> tuple[Tensor, Tensor]:  # (N, D), (N, D)
+    """The normalised sum and the sum. Arguments as in `op.py`, the seed of a call without dropout None."""
+    accumulator = torch.promote_types(x.dtype, torch.float32)
+    branch = philox.dropout(x.to(accumulator), dropout_p=dropout_p, seed=seed, offset=offset)
+    total = residual.to(accumulator) + branch
+    rounded = total.to(x.dtype)
+    if prenorm:
+        total = rounded.to(accumulator)
+    out = F.layer_norm(total, weight.shape, weight.to(accumulator), bias.to(accumulator), eps)
+    return out.to(x.dtype), rounded

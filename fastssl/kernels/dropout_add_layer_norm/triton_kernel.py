@@ -1,0 +1,266 @@
+"""Triton kernels of `dropout_add_layer_norm`: a row is in registers from its one read to its one write."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastssl.kernels.philox_triton import keep_mask
+
+#: Values that differ from call to call: a kernel compiled anew for each would be slower than one that ignores them.
+_CHANGING = ["rows", "rows_per_program", "offset", "threshold"]
+#: The backward has so many programs at most, each with a partial sum of the parameters' gradients.
+_MAX_PROGRAMS = 1024
+
+
+@triton.jit
+def _sum_of_branches(
+    x_ptr, residual_ptr, index, inside, keep, keep_scale, HAS_RESIDUAL: tl.constexpr, DROPOUT: tl.constexpr
+):
+    """The sum of residual and dropout(x) in fp32; without a residual `x` is the sum itself."""
+    x = tl.load(x_ptr + index, mask=inside, other=0).to(tl.float32)
+    if HAS_RESIDUAL:
+        if DROPOUT:
+            x = tl.where(keep, x * keep_scale, 0.0)
+        x += tl.load(residual_ptr + index, mask=inside, other=0).to(tl.float32)
+    return x
+
+
+@triton.jit(do_not_specialize=_CHANGING)
+def _forward_kernel(
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    bias_ptr,
+    seed_ptr,
+    out_ptr,
+    sum_ptr,
+    mean_ptr,
+    rstd_ptr,
+    rows,
+    offset,
+    threshold,
+    keep_scale,
+    eps,
+    WIDTH: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRENORM: tl.constexpr,
+    DROPOUT: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    columns = tl.arange(0, BLOCK_D)
+    in_width = columns < WIDTH
+    inside = (row < rows)[:, None] & in_width[None, :]
+    index = row[:, None] * WIDTH + columns[None, :]
+    keep = inside
+    if DROPOUT:
+        keep = keep_mask(seed_ptr, offset, row * WIDTH, threshold, BLOCK_D, WIDTH % 4 == 0)
+    total = _sum_of_branches(x_ptr, residual_ptr, index, inside, keep, keep_scale, True, DROPOUT)
+    if PRENORM:
+        rounded = total.to(sum_ptr.dtype.element_ty)
+        tl.store(sum_ptr + index, rounded, mask=inside)
+        total = rounded.to(tl.float32)
+    mean = tl.sum(total, 1) / WIDTH
+    centred = tl.where(inside, total - mean[:, None], 0.0)
+    rstd = 1 / tl.sqrt_rn(tl.sum(centred * centred, 1) / WIDTH + eps)
+    weight = tl.load(weight_ptr + columns, mask=in_width, other=0)
+    bias = tl.load(bias_ptr + columns, mask=in_width, other=0)
+    out = centred * rstd[:, None] * weight[None, :] + bias[None, :]
+    tl.store(out_ptr + index, out.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(mean_ptr + row, mean, mask=row < rows)
+    tl.store(rstd_ptr + row, rstd, mask=row < rows)
+
+
+@triton.jit(do_not_specialize=_CHANGING)
+def _backward_kernel(
+    grad_out_ptr,
+    grad_sum_ptr,
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    mean_ptr,
+    rstd_ptr,
+    seed_ptr,
+    grad_x_ptr,
+    grad_residual_ptr,
+    partial_weight_ptr,
+    partial_bias_ptr,
+    rows,
+    rows_per_program,
+    offset,
+    threshold,
+    keep_scale,
+    WIDTH: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRENORM: tl.constexpr,
+    DROPOUT: tl.constexpr,
+):
+    program = tl.program_id(0)
+    columns = tl.arange(0, BLOCK_D)
+    in_width = columns < WIDTH
+    weight = tl.load(weight_ptr + columns, mask=in_width, other=0)[None, :]
+    grad_weight = tl.zeros((BLOCK_D,), tl.float32)
+    grad_bias = tl.zeros((BLOCK_D,), tl.float32)
+    begin = program.to(tl.int64) * rows_per_program
+    end = tl.minimum(begin + rows_per_program, rows)
+    for step in range(0, rows_per_program, BLOCK_N):
+        row = begin + step + tl.arange(0, BLOCK_N)
+        inside = (row < end)[:, None] & in_width[None, :]
+        index = row[:, None] * WIDTH + columns[None, :]
+        keep = inside
+        if DROPOUT:
+            keep = keep_mask(seed_ptr, offset, row * WIDTH, threshold, BLOCK_D, WIDTH % 4 == 0)
+        total = _sum_of_branches(x_ptr, residual_ptr, index, inside, keep, keep_scale, not PRENORM, DROPOUT)
+        mean = tl.load(mean_ptr + row, mask=row < end, other=0)[:, None]
+        rstd = tl.load(rstd_ptr + row, mask=row < end, other=0)[:, None]
+        normalised = tl.where(inside, (total - mean) * rstd, 0.0)
+        grad = tl.load(grad_out_ptr + index, mask=inside, other=0).to(tl.float32)
+        grad_weight += tl.sum(grad * normalised, 0)
+        grad_bias += tl.sum(grad, 0)
+        grad *= weight
+        mean_grad = (tl.sum(grad, 1) / WIDTH)[:, None]
+        mean_product = (tl.sum(grad * normalised, 1) / WIDTH)[:, None]
+        grad = (grad - mean_grad - normalised * mean_product) * rstd
+        if PRENORM:
+            grad += tl.load(grad_sum_ptr + index, mask=inside, other=0).to(tl.float32)
+        tl.store(grad_residual_ptr + index, grad.to(grad_residual_ptr.dtype.element_ty), mask=inside)
+        if DROPOUT:
+            grad = tl.where(keep, grad * keep_scale, 0.0)
+            tl.store(grad_x_ptr + index, grad.to(grad_x_ptr.dtype.element_ty), mask=inside)
+    place = program.to(tl.int64) * WIDTH + columns
+    tl.store(partial_weight_ptr + place, grad_weight, mask=in_width)
+    tl.store(partial_bias_ptr + place, grad_bias, mask=in_width)
+
+
+class _Blocks(NamedTuple):
+    BLOCK_N: int
+    BLOCK_D: int
+    num_warps: int
+
+
+def _blocks(width: int) -> _Blocks:
+    """A tile: whole rows, about 2048 elements, 16 per thread."""
+    block_d = max(triton.next_power_of_2(width), 16)
+    return _Blocks(max(1, 2048 // block_d), block_d, min(max(block_d // 512, 4), 16))
+
+
+def dropout_add_layer_norm_fwd(
+    x: Tensor,  # (N, D)
+    residual: Tensor,  # (N, D)
+    weight: Tensor,  # (D,)
+    bias: Tensor,  # (D,)
+    eps: float,
+    dropout_p: float,
+    seed: Tensor | None,  # ()
+    offset: int,
+    prenorm: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The normalised sum, the sum (empty without `prenorm`), mean and 1 / standard deviation of its rows."""
+    rows, width = x.shape
+    out = torch.empty_like(x)
+    total = x.new_empty(x.shape if prenorm else 0)
+    mean, rstd = weight.new_empty(rows), weight.new_empty(rows)
+    blocks = _blocks(width)
+    if rows > 0:
+        with torch.cuda.device_of(x):
+            _forward_kernel[(triton.cdiv(rows, blocks.BLOCK_N),)](
+                x,
+                residual,
+                weight,
+                bias,
+                seed,
+                out,
+                total,
+                mean,
+                rstd,
+                rows,
+                offset,
+                int(dropout_p * 2**32),
+                1 / (1 - dropout_p),
+                eps,
+                WIDTH=width,
+                PRENORM=prenorm,
+                DROPOUT=seed is not None,
+                **blocks._asdict(),
+            )
+    return out, total, mean, rstd
+
+
+def dropout_add_layer_norm_bwd(
+    grad_out: Tensor,  # (N, D)
+    grad_sum: Tensor | None,  # (N, D)
+    x: Tensor,  # (N, D)
+    residual: Tensor | None,  # (N, D)
+    weight: Tensor,  # (D,)
+    mean: Tensor,  # (N,)
+    rstd: Tensor,  # (N,)
+    dropout_p: float,
+    seed: Tensor | None,  # ()
+    offset: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x (empty without dropout), residual, weight and bias."""
+    rows, width = x.shape
+    grad_residual = torch.empty_like(x)
+    grad_x = x.new_empty(x.shape if seed is not None else 0)
+    blocks = _blocks(width)
+    # Whole tiles, as many to one program as to another.
+    tiles = triton.cdiv(rows, blocks.BLOCK_N)
+    rows_per_program = max(triton.cdiv(tiles, _MAX_PROGRAMS), 1) * blocks.BLOCK_N
+    programs = triton.cdiv(rows, rows_per_program)
+    partial_weight, partial_bias = weight.new_empty(programs, width), weight.new_empty(programs, width)
+    if rows > 0:
+        with torch.cuda.device_of(x):
+            _backward_kernel[(programs,)](
+                grad_out,
+                grad_sum,
+                x,
+                residual,
+                weight,
+                mean,
+                rstd,
+                seed,
+                grad_x,
+                grad_residual,
+                partial_weight,
+                partial_bias,
+                rows,
+                rows_per_program,
+                offset,
+                int(dropout_p * 2**32),
+                1 / (1 - dropout_p),
+                WIDTH=width,
+                PRENORM=residual is None,
+                DROPOUT=seed is not None,
+                **blocks._asdict(),
+            )
+    return grad_x, grad_residual, partial_weight.sum(0), partial_bias.sum(0)
+
+
+def ahead_of_time_cases() -> dict[str, Callable[[], object]]:
+    """For tests/ops/ahead_of_time.py: label -> a call whose launches it compiles."""
+
+    def call(width: int, dtype: torch.dtype, *, dropout: bool, prenorm: bool) -> None:
+        x = torch.empty(1000, width, dtype=dtype)
+        weight = torch.empty(width)
+        dropout_p, seed = (0.1, torch.tensor(0)) if dropout else (0.0, None)
+        _, total, mean, rstd = dropout_add_layer_norm_fwd(x, x, weight, weight, 1e-5, dropout_p, seed, 0, prenorm)
+        grad_sum, saved, residual = (x, total, None) if prenorm else (None, x, x)
+        dropout_add_layer_norm_bwd(x, grad_sum, saved, residual, weight, mean, rstd, dropout_p, seed, 0)
+
+    cases: dict[str, Callable[[], object]] = {}
+    for width in (768, 194, 8192):
+        for dtype in (torch.bfloat16, torch.float32):
+            cases[f"D={width}, {dtype}, dropout".replace("torch.", "")] = partial(
+                call, width, dtype, dropout=True, prenorm=False
+            )
+    for dropout in (True, False):
+        cases[f"D=768, bfloat16, prenorm{', dropout' * dropout}"] = partial(
+            call, 768, torch.bfloat16, dropout=dropout, prenorm=True
+        )
+    return cases

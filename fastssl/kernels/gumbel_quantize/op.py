@@ -1,0 +1,169 @@
+"""The public function of `gumbel_quantize`, its schema and its checks."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastssl.kernels.dispatch import Schemas, choose_backend, define_op
+from fastssl.kernels.gumbel_quantize import reference
+
+_FORWARD = (
+    "(Tensor logits, Tensor codevectors, Tensor? noise, Tensor? seeds)"
+    " -> (Tensor values, Tensor codes, Tensor probability_sums, Tensor counts)"
+)
+_BACKWARD = (
+    "(Tensor grad_values, Tensor grad_probability_sums, Tensor logits, Tensor codevectors, Tensor? noise,"
+    " Tensor? seeds, Tensor codes, float temperature) -> (Tensor grad_logits, Tensor grad_codevectors)"
+)
+
+
+class GumbelQuantized(NamedTuple):
+    """What `gumbel_quantize` returns for M frames, G groups of V codes, vectors of width E."""
+
+    values: Tensor  # (M, G * E) in the dtype of the codevectors
+    codes: Tensor  # (M, G) int64, the chosen code of each group
+    probability_sums: Tensor  # (G, V) in the accumulation type, softmax without noise, summed over the frames
+    counts: Tensor  # (G, V) int64, how many frames chose each code
+
+
+def _accumulator(logits: Tensor, codevectors: Tensor) -> torch.dtype:
+    return torch.promote_types(torch.promote_types(logits.dtype, codevectors.dtype), torch.float32)
+
+
+def _fake_forward(
+    logits: Tensor, codevectors: Tensor, noise: Tensor | None, seeds: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    frames, groups, codes = logits.shape
+    return (
+        codevectors.new_empty((frames, groups * codevectors.shape[2])),
+        logits.new_empty((frames, groups), dtype=torch.int64),
+        logits.new_empty((groups, codes), dtype=_accumulator(logits, codevectors)),
+        logits.new_empty((groups, codes), dtype=torch.int64),
+    )
+
+
+def _fake_backward(
+    grad_values: Tensor,
+    grad_probability_sums: Tensor,
+    logits: Tensor,
+    codevectors: Tensor,
+    noise: Tensor | None,
+    seeds: Tensor | None,
+    codes: Tensor,
+    temperature: float,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(logits), torch.empty_like(codevectors)
+
+
+define_op(
+    "gumbel_quantize",
+    schemas=Schemas(_FORWARD, _BACKWARD, _fake_forward, _fake_backward),
+    triton_kernels="fastssl.kernels.gumbel_quantize.triton_kernel",
+)
+_KERNELS = {"native": torch.ops.fastssl_native, "triton": torch.ops.fastssl_triton}
+
+
+class _GumbelQuantize(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,  # (M, G, V)
+        codevectors: Tensor,  # (G, V, E)
+        noise: Tensor | None,  # (M, G, V)
+        seeds: Tensor | None,  # (M,)
+        temperature: float,
+        backend: str,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        values, codes, probability_sums, counts = _KERNELS[backend].gumbel_quantize_fwd(
+            logits, codevectors, noise, seeds
+        )
+        ctx.save_for_backward(logits, codevectors, noise, seeds, codes)
+        ctx.mark_non_differentiable(codes, counts)
+        ctx.temperature, ctx.backend = temperature, backend
+        return values, codes, probability_sums, counts
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad_values: Tensor, _grad_codes: None, grad_probability_sums: Tensor, _grad_counts: None
+    ) -> tuple[Tensor | None, ...]:
+        grads = _KERNELS[ctx.backend].gumbel_quantize_bwd(
+            grad_values.contiguous(), grad_probability_sums.contiguous(), *ctx.saved_tensors, ctx.temperature
+        )
+        return *grads, None, None, None, None
+
+
+def gumbel_quantize(
+    logits: Tensor,  # (M, G, V)
+    codevectors: Tensor,  # (G, V, E)
+    *,
+    noise: Tensor | None = None,  # (M, G, V)
+    seeds: Tensor | None = None,  # (M,)
+    temperature: float = 1.0,
+    backend: str | None = None,
+) -> GumbelQuantized:
+    """Straight-through Gumbel softmax over G codebooks (wav2vec 2.0, arXiv 2006.11477, section 2, equation 1).
+
+    In each group the code with the largest logit plus noise is taken, and its vector is the output, to the last bit;
+    the lowest of equal ones. The gradient passes through softmax((logits + noise) / temperature) as if the output were
+    the mean of all vectors under it.
+
+    Args:
+        logits: (M, G, V).
+        codevectors: (G, V, E), of any floating dtype.
+        noise: (M, G, V) floating, added to the logits; no gradient reaches it.
+        seeds: (M,) int64: the kernel draws standard Gumbel noise itself, code v of group g taking number g * V + v of
+            SplitMix64 from its frame's seed (`nn.random.noise_seeds`). Without noise and seeds, the likeliest code.
+        temperature: Of the softmax that carries the gradient, above 0.
+        backend: See `fastssl.ops`; None takes the fastest there is.
+
+    Returns:
+        The vectors, the codes, and two sums over the frames: softmax(logits), with gradient, and the number of times
+        that each code was taken. Sums are in fp32 (fp64 if an argument is). Autocast does not change this op.
+
+    Raises:
+        ValueError: Shapes, dtypes or options do not fit, or `backend` cannot serve the call.
+    """
+    _check(logits, codevectors, noise, seeds, temperature)
+    accumulator = _accumulator(logits, codevectors)
+    unsupported = {"triton": "Triton multiplies no float64 matrices"} if accumulator == torch.float64 else {}
+    chosen = choose_backend("gumbel_quantize", logits, backend, unsupported=unsupported)
+    noise = None if noise is None else noise.detach()
+    with torch.autocast(logits.device.type, enabled=False):
+        if chosen == "reference":
+            return GumbelQuantized(
+                *reference.gumbel_quantize(logits, codevectors, noise, seeds, temperature=temperature)
+            )
+        outputs = _GumbelQuantize.apply(
+            logits.contiguous(),
+            codevectors.contiguous(),
+            None if noise is None else noise.to(accumulator).contiguous(),
+            None if seeds is None else seeds.contiguous(),
+            temperature,
+            chosen,
+        )
+    return GumbelQuantized(*outputs)
+
+
+def _check(logits: Tensor, codevectors: Tensor, noise: Tensor | None, seeds: Tensor | None, temperature: float) -> None:
+    if logits.dim() != 3 or logits.shape[2] == 0 or not logits.is_floating_point():
+        raise ValueError(f"logits: expected (M, G, V) floating, got {tuple(logits.shape)} {logits.dtype}")
+    frames, groups, codes = logits.shape
+    if codevectors.dim() != 3 or codevectors.shape[:2] != (groups, codes) or not codevectors.is_floating_point():
+        raise ValueError(
+            f"codevectors: expected ({groups}, {codes}, E) floating for these logits,"
+            f" got {tuple(codevectors.shape)} {codevectors.dtype}"
+        )
+    if noise is not None and seeds is not None:
+        raise ValueError("noise and seeds: at most one of them")
+    if noise is not None and (noise.shape != logits.shape or not noise.is_floating_point()):
+        raise ValueError(f"noise: expected {tuple(logits.shape)} floating, got {tuple(noise.shape)} {noise.dtype}")
+    if seeds is not None and (seeds.shape != (frames,) or seeds.dtype != torch.int64):
+        raise ValueError(f"seeds: expected ({frames},) torch.int64, got {tuple(seeds.shape)} {seeds.dtype}")
+    for name, tensor in (("codevectors", codevectors), ("noise", noise), ("seeds", seeds)):
+        if tensor is not None and tensor.device != logits.device:
+            raise ValueError(f"{name}: on {tensor.device}, logits on {logits.device}")
+    if not temperature > 0:
+        raise ValueError(f"temperature: must be above 0, got {temperature}")

@@ -1,0 +1,1 @@
+"""Grouped convolution over time with zeros beyond the ends of each sequence."""

@@ -1,0 +1,602 @@
+"""Triton kernels of `strided_conv`: convolution of packed frames as a matrix product whose rows overlap.
+
+With channels last, the K input frames of an output frame are K * C_in contiguous numbers, so no window is ever copied.
+Norm, activation and the first layer are in triton_rows.py, sums over sequences in triton_statistics.py; README.md has
+the formulas and what is kept.
+
+A tile holds output frames of one sequence, counted from its beginning: where it reads is arithmetic, not a table, and
+the host knows nothing of the lengths.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastssl.kernels.strided_conv.triton_blocks import (
+    Layer,
+    RowGradients,
+    block_for,
+    block_of,
+    gelu_derivative,
+    normal_at,
+    precision_of,
+)
+from fastssl.kernels.strided_conv.triton_rows import activate, activate_backward
+from fastssl.kernels.strided_conv.triton_statistics import group_statistics
+
+#: The weight gradient is cut into about so many programs: two for each of the 132 multiprocessors of an H200.
+_PROGRAMS = 264
+
+
+@triton.jit(do_not_specialize=["batch"])
+def _forward_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    conv_out_ptr,
+    out_ptr,
+    cu_in_ptr,
+    cu_out_ptr,
+    batch,
+    C_IN: tl.constexpr,
+    C_OUT: tl.constexpr,
+    WINDOW: tl.constexpr,
+    STRIDE: tl.constexpr,
+    GELU: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Frames times `weight_ptr` (C_OUT, WINDOW), and what bias and GELU make of them."""
+    TILES_N: tl.constexpr = (C_OUT + BLOCK_N - 1) // BLOCK_N
+    EVEN: tl.constexpr = WINDOW % BLOCK_K == 0 and C_OUT % BLOCK_N == 0
+    program = tl.program_id(0)
+    sequence, first, left = block_of(program // TILES_N, cu_out_ptr, batch, BLOCK_M)
+    if left <= 0:
+        return
+    rows = tl.arange(0, BLOCK_M)
+    columns = (program % TILES_N) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    # Rows behind the end read the last frame again rather than what lies there.
+    frames = tl.minimum(rows, left - 1)
+    x_ptr += (tl.load(cu_in_ptr + sequence).to(tl.int64) + first.to(tl.int64) * STRIDE) * C_IN
+    x_ptrs = x_ptr + frames[:, None] * (STRIDE * C_IN) + k[None, :]
+    weight_ptrs = weight_ptr + columns[None, :] * WINDOW + k[:, None]
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, WINDOW, BLOCK_K):
+        if EVEN:
+            x = tl.load(x_ptrs)
+            weight = tl.load(weight_ptrs)
+        else:
+            inside = start + k < WINDOW
+            x = tl.load(x_ptrs, mask=inside[None, :], other=0.0)
+            weight = tl.load(weight_ptrs, mask=inside[:, None] & (columns < C_OUT)[None, :], other=0.0)
+        acc = tl.dot(x, weight, acc, input_precision=PRECISION)
+        x_ptrs += BLOCK_K
+        weight_ptrs += BLOCK_K
+    mask = (rows < left)[:, None] & (columns < C_OUT)[None, :]
+    positions = (tl.load(cu_out_ptr + sequence) + first).to(tl.int64) * C_OUT + rows[:, None] * C_OUT + columns[None, :]
+    # The backward knows the rounded product, so the activation is that of the rounded product.
+    conv_out = acc.to(x_ptr.dtype.element_ty)
+    if conv_out_ptr is not None:
+        tl.store(conv_out_ptr + positions, conv_out, mask=mask)
+    if out_ptr is not None:
+        out = conv_out.to(tl.float32)
+        if bias_ptr is not None:
+            out += tl.load(bias_ptr + columns, mask=columns < C_OUT, other=0.0).to(tl.float32)[None, :]
+        if GELU:
+            below, _ = normal_at(out, x_ptr.dtype.element_ty == tl.float32)
+            out *= below
+        tl.store(out_ptr + positions, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["batch"])
+def _input_grad_kernel(
+    grad_ptr,
+    weight_ptr,
+    lower_conv_out_ptr,
+    lower_out_ptr,
+    grad_x_ptr,
+    cu_in_ptr,
+    cu_out_ptr,
+    batch,
+    C_IN: tl.constexpr,
+    C_OUT: tl.constexpr,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    GELU: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Each input frame gathers from the output frames that saw it.
+
+    A tile holds frames p = q * STRIDE + phase of one phase. Those were seen by taps phase, phase + STRIDE, ... of
+    frames q, q - 1, ..., again contiguous numbers. Where the layer below is a convolution and GELU alone, what it had
+    before GELU is at `lower_conv_out_ptr`: the gradient goes through that GELU, whose output is written again.
+    """
+    TILES_N: tl.constexpr = (C_IN + BLOCK_N - 1) // BLOCK_N
+    TILES_K: tl.constexpr = (C_OUT + BLOCK_K - 1) // BLOCK_K
+    program = tl.program_id(0)
+    sequence, first, left = block_of(program // (TILES_N * STRIDE), cu_in_ptr, batch, STRIDE * BLOCK_M)
+    if left <= 0:
+        return
+    phase = program % STRIDE
+    columns = (program // STRIDE % TILES_N) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = tl.arange(0, BLOCK_M)
+    k = tl.arange(0, BLOCK_K)
+    taps = tl.maximum(KERNEL - phase + STRIDE - 1, 0) // STRIDE
+    begin_out = tl.load(cu_out_ptr + sequence)
+    frame = first // STRIDE
+    frames_out = tl.load(cu_out_ptr + sequence + 1) - begin_out
+    grad_ptr += (begin_out + frame).to(tl.int64) * C_OUT
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for step in range(0, taps * TILES_K):
+        back = taps - 1 - step // TILES_K
+        channels = (step % TILES_K) * BLOCK_K + k
+        source = rows - back
+        grad_mask = ((frame + source >= 0) & (frame + source < frames_out))[:, None]
+        weight_ptrs = (
+            weight_ptr + (phase + back * STRIDE) * C_IN + channels[:, None] * (KERNEL * C_IN) + columns[None, :]
+        )
+        if C_OUT % BLOCK_K == 0 and C_IN % BLOCK_N == 0:
+            weight = tl.load(weight_ptrs)
+        else:
+            grad_mask = grad_mask & (channels < C_OUT)[None, :]
+            weight = tl.load(weight_ptrs, mask=(channels < C_OUT)[:, None] & (columns < C_IN)[None, :], other=0.0)
+        grad = tl.load(grad_ptr + source[:, None] * C_OUT + channels[None, :], mask=grad_mask, other=0.0)
+        acc = tl.dot(grad, weight, acc, input_precision=PRECISION)
+    offset = (tl.load(cu_in_ptr + sequence) + first + phase).to(tl.int64) * C_IN
+    positions = offset + rows * (STRIDE * C_IN)
+    inside = rows * STRIDE + phase < left
+    pointers = lower_conv_out_ptr, lower_out_ptr, grad_x_ptr
+    # By halves, which a thread has in its registers, so that what the GELU needs fits beside them.
+    halves = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+    column = (program // STRIDE % TILES_N) * BLOCK_N + tl.arange(0, BLOCK_N // 2)
+    _store_input_grad(halves[0], pointers, positions, inside, column, C_IN, GELU)
+    _store_input_grad(halves[1], pointers, positions, inside, column + BLOCK_N // 2, C_IN, GELU)
+
+
+@triton.jit
+def _store_input_grad(grad, pointers, positions, inside, columns, C_IN: tl.constexpr, GELU: tl.constexpr):
+    lower_conv_out_ptr, lower_out_ptr, grad_x_ptr = pointers
+    positions = positions[:, None] + columns[None, :]
+    mask = inside[:, None] & (columns < C_IN)[None, :]
+    if lower_conv_out_ptr is not None:
+        lower = tl.load(lower_conv_out_ptr + positions, mask=mask, other=0.0).to(tl.float32)
+        if GELU:
+            below, bell = normal_at(lower, grad_x_ptr.dtype.element_ty == tl.float32)
+            grad *= gelu_derivative(lower, below, bell)
+            lower *= below
+        tl.store(lower_out_ptr + positions, lower.to(lower_out_ptr.dtype.element_ty), mask=mask)
+    tl.store(grad_x_ptr + positions, grad.to(grad_x_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _sequence_of(row, cu_ptr, batch):
+    """The sequence that a row lies in."""
+    sequence = 0
+    for start in range(0, batch, 128):
+        index = start + tl.arange(0, 128)
+        ends = tl.load(cu_ptr + 1 + index, mask=index < batch, other=0)
+        sequence += tl.sum(((index < batch) & (ends <= row)).to(tl.int32))
+    return sequence
+
+
+@triton.jit(do_not_specialize=["batch", "total", "share"])
+def _weight_grad_kernel(
+    grad_ptr,
+    x_ptr,
+    partial_ptr,
+    cu_in_ptr,
+    cu_out_ptr,
+    batch,
+    total,
+    share,
+    C_IN: tl.constexpr,
+    C_OUT: tl.constexpr,
+    WINDOW: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Sum of gradient times window over `share` output frames, in fp32: `partial_ptr` (shares, C_OUT, WINDOW)."""
+    TILES_N: tl.constexpr = (WINDOW + BLOCK_N - 1) // BLOCK_N
+    EVEN: tl.constexpr = C_OUT % BLOCK_M == 0 and WINDOW % BLOCK_N == 0
+    tile, part = tl.program_id(0), tl.program_id(1)
+    m = (tile // TILES_N) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = (tile % TILES_N) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = tl.arange(0, BLOCK_K)
+    first = part * share
+    last = tl.minimum(first + share, total)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for sequence in range(_sequence_of(first, cu_out_ptr, batch), _sequence_of(last - 1, cu_out_ptr, batch) + 1):
+        begin = tl.load(cu_out_ptr + sequence)
+        row = tl.maximum(first, begin)
+        left = tl.minimum(last, tl.load(cu_out_ptr + sequence + 1)) - row
+        row_in = tl.load(cu_in_ptr + sequence).to(tl.int64) + (row - begin).to(tl.int64) * STRIDE
+        grad_ptrs = grad_ptr + row.to(tl.int64) * C_OUT + rows[:, None] * C_OUT + m[None, :]
+        x_ptrs = x_ptr + row_in * C_IN + rows[:, None] * (STRIDE * C_IN) + n[None, :]
+        for start in range(0, left, BLOCK_K):
+            valid = (rows < left - start)[:, None]
+            if EVEN:
+                grad = tl.load(grad_ptrs, mask=valid, other=0.0)
+                x = tl.load(x_ptrs, mask=valid, other=0.0)
+            else:
+                grad = tl.load(grad_ptrs, mask=valid & (m < C_OUT)[None, :], other=0.0)
+                x = tl.load(x_ptrs, mask=valid & (n < WINDOW)[None, :], other=0.0)
+            acc = tl.dot(tl.trans(grad), x, acc, input_precision=PRECISION)
+            grad_ptrs += BLOCK_K * C_OUT
+            x_ptrs += BLOCK_K * STRIDE * C_IN
+    mask = (m < C_OUT)[:, None] & (n < WINDOW)[None, :]
+    tl.store(partial_ptr + part * (C_OUT * WINDOW) + m[:, None] * WINDOW + n[None, :], acc, mask=mask)
+
+
+class _Blocks(NamedTuple):
+    """Tile of a matrix product, warps and stages of its pipeline."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+
+def _blocks(dtype: torch.dtype, *, columns: int, depth: int) -> _Blocks:
+    """Tile for (many, columns) = (many, depth) @ (depth, columns)."""
+    if dtype != torch.float32:
+        # 96 KiB and 128 registers: two blocks to a multiprocessor, one multiplies while the other is at its GELU.
+        return _Blocks(128, block_for(columns, 128), block_for(depth, 64), 8, 3)
+    if precision_of(dtype) == "tf32":
+        return _Blocks(128, block_for(columns, 128), block_for(depth, 32), 8, 3)
+    return _Blocks(64, block_for(columns, 64), 16, 4, 2)
+
+
+def _weight_grad_blocks(dtype: torch.dtype, *, channels: int, window: int) -> _Blocks:
+    """Tile for (channels, window) = (channels, many) @ (many, window)."""
+    if dtype != torch.float32:
+        return _Blocks(block_for(channels, 128), block_for(window, 256), 64, 8, 3)
+    if precision_of(dtype) == "tf32":
+        return _Blocks(block_for(channels, 128), block_for(window, 128), 32, 8, 3)
+    return _Blocks(block_for(channels, 64), block_for(window, 64), 16, 4, 2)
+
+
+def _as_matrix(weight: Tensor) -> Tensor:
+    """(C_out, C_in, K) to (C_out, K * C_in): the order in which the input lies in memory."""
+    return weight.permute(0, 2, 1).flatten(1).contiguous()
+
+
+def _convolve(
+    layer: Layer,
+    x: Tensor,  # (N, C_in)
+    *,
+    keep: bool,
+    activate: bool,
+) -> tuple[Tensor, Tensor]:  # (N_out, C_out), (N_out, C_out)
+    """The product, and what bias and activation make of it (there is no norm); (0, C_out) for what is not asked for."""
+    conv_out, out = (x.new_empty((layer.total if made else 0, layer.channels)) for made in (keep, activate))
+    blocks = _blocks(x.dtype, columns=layer.channels, depth=layer.window)
+    tiles = (layer.total // blocks.m + layer.batch) * triton.cdiv(layer.channels, blocks.n)
+    _forward_kernel[(tiles,)](
+        x,
+        _as_matrix(layer.weight),
+        layer.bias,
+        conv_out if keep else None,
+        out if activate else None,
+        layer.cu_in,
+        layer.cu_out,
+        layer.batch,
+        C_IN=x.shape[1],
+        C_OUT=layer.channels,
+        WINDOW=layer.window,
+        STRIDE=layer.stride,
+        GELU=layer.gelu,
+        PRECISION=precision_of(x.dtype),
+        BLOCK_M=blocks.m,
+        BLOCK_N=blocks.n,
+        BLOCK_K=blocks.k,
+        num_warps=blocks.warps,
+        num_stages=blocks.stages,
+    )
+    return conv_out, out
+
+
+def _forward(layer: Layer, x: Tensor, *, keep: bool, first: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, product and statistics of one layer; what is not kept is empty."""
+    nothing = x.new_empty((0, layer.channels))
+    statistics = x.new_zeros((2, layer.batch, layer.channels) if layer.norm == "group" else 0, dtype=torch.float32)
+    if layer.total == 0:
+        return nothing, nothing.clone(), statistics
+    windows = first and layer.has_windows
+    if layer.norm == "none" and not windows:
+        conv_out, out = _convolve(layer, x, keep=keep, activate=True)
+        return out, conv_out, statistics
+    conv_out = nothing if windows else _convolve(layer, x, keep=True, activate=False)[0]
+    frames = x if windows else conv_out
+    if layer.norm == "group":
+        statistics = group_statistics(layer, frames, windows=windows)
+    out = activate(layer, frames, statistics, windows=windows)
+    return out, conv_out if keep else nothing, statistics
+
+
+def _input_grad(
+    layer: Layer,
+    grad_conv: Tensor,  # (N_out, C_out)
+    rows: int,
+    lower: Layer | None = None,
+    conv_out: Tensor | None = None,  # (N, C_in)
+) -> tuple[Tensor, Tensor | None]:  # (N, C_in), (N, C_in)
+    """Gradient of the layer's input; with `conv_out` of the lower layer the gradient of that, and the input again."""
+    c_in = layer.weight.shape[1]
+    grad_x = grad_conv.new_empty((rows, c_in))
+    lower_out = None if conv_out is None else torch.empty_like(grad_x)
+    blocks = _blocks(grad_conv.dtype, columns=c_in, depth=layer.channels)
+    tiles = (rows // (layer.stride * blocks.m) + layer.batch) * triton.cdiv(c_in, blocks.n) * layer.stride
+    _input_grad_kernel[(tiles,)](
+        grad_conv,
+        _as_matrix(layer.weight),
+        conv_out,
+        lower_out,
+        grad_x,
+        layer.cu_in,
+        layer.cu_out,
+        layer.batch,
+        C_IN=c_in,
+        C_OUT=layer.channels,
+        KERNEL=layer.weight.shape[2],
+        STRIDE=layer.stride,
+        GELU=lower is not None and lower.gelu,
+        PRECISION=precision_of(grad_conv.dtype),
+        BLOCK_M=blocks.m,
+        BLOCK_N=blocks.n,
+        BLOCK_K=blocks.k,
+        num_warps=blocks.warps,
+        num_stages=blocks.stages,
+    )
+    return grad_x, lower_out
+
+
+def _weight_grad(
+    layer: Layer,
+    x: Tensor,  # (N, C_in)
+    grad_conv: Tensor,  # (N_out, C_out)
+) -> Tensor:  # (C_out, C_in, K)
+    """Shares of the frames in one kernel, and their sum in another: the order of additions is fixed."""
+    blocks = _weight_grad_blocks(x.dtype, channels=layer.channels, window=layer.window)
+    tiles = triton.cdiv(layer.channels, blocks.m) * triton.cdiv(layer.window, blocks.n)
+    share = max(8 * blocks.k, triton.cdiv(layer.total, max(1, _PROGRAMS // tiles)))
+    shares = triton.cdiv(layer.total, share)
+    partial_sums = x.new_empty((shares, layer.channels, layer.window), dtype=torch.float32)
+    _weight_grad_kernel[tiles, shares](
+        grad_conv,
+        x,
+        partial_sums,
+        layer.cu_in,
+        layer.cu_out,
+        layer.batch,
+        layer.total,
+        share,
+        C_IN=x.shape[1],
+        C_OUT=layer.channels,
+        WINDOW=layer.window,
+        STRIDE=layer.stride,
+        PRECISION=precision_of(x.dtype),
+        BLOCK_M=blocks.m,
+        BLOCK_N=blocks.n,
+        BLOCK_K=blocks.k,
+        num_warps=blocks.warps,
+        num_stages=blocks.stages,
+    )
+    c_out, c_in, kernel = layer.weight.shape
+    return partial_sums.sum(0).view(c_out, kernel, c_in).permute(0, 2, 1)
+
+
+def _stack(
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    norm_weights: Sequence[Tensor | None],
+    norm_biases: Sequence[Tensor | None],
+    cu_seqlens: Sequence[Tensor],
+    totals: Sequence[int],
+    strides: Sequence[int],
+    norms: Sequence[str],
+    eps: Sequence[float],
+    activations: Sequence[str],
+) -> list[Layer]:
+    return [
+        Layer(
+            weights[i].contiguous(),
+            biases[i],
+            norm_weights[i],
+            norm_biases[i],
+            strides[i],
+            norms[i],
+            eps[i],
+            activations[i] == "gelu",
+            cu_seqlens[i],
+            cu_seqlens[i + 1],
+            totals[i],
+        )
+        for i in range(len(weights))
+    ]
+
+
+def strided_conv_fwd(
+    x: Tensor,  # (N, C_in)
+    weights: list[Tensor],  # L of (C_out, C_in, K)
+    biases: list[Tensor | None],  # L of (C_out,)
+    norm_weights: list[Tensor | None],  # L of (C_out,)
+    norm_biases: list[Tensor | None],  # L of (C_out,)
+    cu_seqlens: list[Tensor],  # L + 1 of (B + 1,)
+    totals: list[int],
+    max_lengths: list[int],
+    strides: list[int],
+    norms: list[str],
+    eps: list[float],
+    activations: list[str],
+    save: bool,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Output of the stack, and for the backward each layer's product (or nothing) and group norm statistics."""
+    layers = _stack(weights, biases, norm_weights, norm_biases, cu_seqlens, totals, strides, norms, eps, activations)
+    conv_outs, statistics = [], []
+    with torch.cuda.device_of(x):
+        is_kept = [save and _is_kept(x, i) for i in range(len(layers))]
+        for i, layer in enumerate(layers):
+            x, conv_out, statistic = _forward(layer, x, keep=is_kept[i], first=i == 0)
+            conv_outs.append(conv_out)
+            statistics.append(statistic)
+    return x, conv_outs, statistics
+
+
+def strided_conv_bwd(
+    grad_out: Tensor,  # (N_out, C_out)
+    x: Tensor,  # (N, C_in)
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    norm_weights: list[Tensor | None],
+    norm_biases: list[Tensor | None],
+    conv_outs: list[Tensor],
+    statistics: list[Tensor],
+    cu_seqlens: list[Tensor],
+    totals: list[int],
+    max_lengths: list[int],
+    strides: list[int],
+    norms: list[str],
+    eps: list[float],
+    activations: list[str],
+    needs_grad_x: bool,
+) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    """Gradients of x, weights, biases, norm weights and norm biases; (0,) for a parameter that is absent."""
+    layers = _stack(weights, biases, norm_weights, norm_biases, cu_seqlens, totals, strides, norms, eps, activations)
+    grad_x, grads = x.new_zeros((len(x) if needs_grad_x else 0, x.shape[1])), [RowGradients() for _ in layers]
+    if totals[-1] > 0:
+        with torch.cuda.device_of(x):
+            grads = _backward(layers, grad_out, x, conv_outs, statistics, windows=not needs_grad_x)
+            if grads[0].conv_out is not None:
+                grad_x = _input_grad(layers[0], grads[0].conv_out, len(x))[0] if needs_grad_x else grad_x
+
+    def like(parameters: Sequence[Tensor | None], found: Sequence[Tensor | None]) -> list[Tensor]:
+        pairs = zip(parameters, found, strict=True)
+        return [x.new_empty(0) if parameter is None else _like(parameter, grad) for parameter, grad in pairs]
+
+    return (
+        grad_x,
+        like(weights, [grad.weight for grad in grads]),
+        like(biases, [grad.bias for grad in grads]),
+        like(norm_weights, [grad.norm_weight for grad in grads]),
+        like(norm_biases, [grad.norm_bias for grad in grads]),
+    )
+
+
+def _like(parameter: Tensor, grad: Tensor | None) -> Tensor:
+    """The gradient in memory of its own, zero where no frame saw the parameter."""
+    out = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
+    return out if grad is None else out.copy_(grad)
+
+
+def _backward(
+    layers: Sequence[Layer],
+    grad_out: Tensor,  # (N_out, C_out)
+    x: Tensor,  # (N, C_in)
+    conv_outs: Sequence[Tensor],
+    statistics: Sequence[Tensor],
+    *,
+    windows: bool,
+) -> list[RowGradients]:
+    """All gradients of each layer, and of the first layer's product, unless `windows` let it do without."""
+
+    def through(i: int, grad: Tensor) -> RowGradients:
+        """From the output of layer i to its product."""
+        layer, is_kept, last = layers[i], _is_kept(x, i), i + 1 == len(layers)
+        if windows and not is_kept and layer.has_windows:
+            return activate_backward(layer, x, statistics[i], grad, windows=True, keep_activated=not last)
+        product = conv_outs[i] if is_kept else _convolve(layer, x, keep=True, activate=False)[0]
+        return activate_backward(layer, product, statistics[i], grad, windows=False, keep_activated=not last)
+
+    grads, row = [], through(len(layers) - 1, grad_out)
+    for i in reversed(range(1, len(layers))):
+        layer, below, grad_conv = layers[i], layers[i - 1], row.conv_out
+        assert grad_conv is not None
+        if below.norm == "none" and below.bias is None and _is_kept(x, i - 1):
+            row_below = RowGradients(*_input_grad(layer, grad_conv, below.total, below, conv_outs[i - 1]))
+        else:
+            row_below = through(i - 1, _input_grad(layer, grad_conv, below.total)[0])
+        assert row_below.activated is not None
+        weight = _weight_grad(layer, row_below.activated, grad_conv)
+        grads.append(row._replace(conv_out=None, activated=None, weight=weight))
+        row = row_below
+    if row.conv_out is not None:
+        row = row._replace(activated=None, weight=_weight_grad(layers[0], x, row.conv_out))
+    return [row, *reversed(grads)]
+
+
+def _is_kept(x: Tensor, i: int) -> bool:
+    """Whether the forward keeps the product of layer i, rather than the backward making it again."""
+    return i > 0 or x.shape[1] > 1
+
+
+def ahead_of_time_cases() -> dict[str, Callable[[], object]]:
+    """Label -> a call for tests/ops/ahead_of_time.py, which compiles what it would launch."""
+    cases: dict[str, Callable[[], object]] = {}
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for norm in ("group", "layer"):
+            cases[f"front end, {norm} norm, {dtype}".replace("torch.", "")] = partial(
+                _forward_and_backward, dtype, norm, (1, 512, 512, 512), (10, 3, 2), (5, 2, 2), False
+            )
+    cases["group norm everywhere, bfloat16"] = partial(
+        _forward_and_backward, torch.bfloat16, "groups", (512, 512, 512), (3, 3), (2, 2), True
+    )
+    cases["odd sizes, bfloat16"] = partial(
+        _forward_and_backward, torch.bfloat16, "layer", (5, 100, 7), (3, 2), (1, 3), True
+    )
+    cases["odd sizes, float32"] = partial(
+        _forward_and_backward, torch.float32, "groups", (5, 100, 7), (3, 2), (1, 3), True
+    )
+    return cases
+
+
+def _forward_and_backward(
+    dtype: torch.dtype,
+    norm: str,
+    channels: tuple[int, ...],
+    kernels: tuple[int, ...],
+    strides: tuple[int, ...],
+    needs_grad_x: bool,
+) -> None:
+    x = torch.zeros(16000, channels[0], dtype=dtype)
+    lengths, weights = [len(x)], []
+    for c_in, c_out, kernel, stride in zip(channels[:-1], channels[1:], kernels, strides, strict=True):
+        weights.append(torch.zeros(c_out, c_in, kernel, dtype=dtype))
+        lengths.append((lengths[-1] - kernel) // stride + 1)
+    norms = {
+        "group": ["group"] + ["none"] * (len(weights) - 1),
+        "layer": ["layer"] * len(weights),
+        "groups": ["group"] * len(weights),
+    }[norm]
+    vectors = [torch.zeros(len(weight)) for weight in weights]
+    biases = [None if norm == "group" else vector for vector in vectors]
+    norm_parameters = [None if name == "none" else vector for name, vector in zip(norms, vectors, strict=True)]
+    count = len(weights)
+    parameters: list[Any] = [weights, biases, norm_parameters, norm_parameters]
+    geometry: list[Any] = [
+        [torch.tensor([0, length], dtype=torch.int32) for length in lengths],
+        lengths[1:],
+        lengths[1:],
+        list(strides),
+        norms,
+        [1e-5] * count,
+        ["gelu"] * count,
+    ]
+    arguments: list[Any] = [x, *parameters, *geometry, True]
+    out, conv_outs, statistics = strided_conv_fwd(*arguments)
+    arguments = [out, x, *parameters, conv_outs, statistics, *geometry, needs_grad_x]
+    strided_conv_bwd(*arguments)
