@@ -1,9 +1,41 @@
+import copy
+import pickle
+from dataclasses import fields
+from itertools import accumulate
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastssl.packing import Layout, Packed
+from fastssl.packing import Layout, Packed, PaddedRows
+from tests.device_waits import device_waits
+
+FIELDS = {field.name for field in fields(Layout)}
+KEPT = {"device_lengths", "sequence_ids", "positions"}
+
+
+def used(layout: Layout) -> Layout:
+    """The layout after everything that it keeps was asked for."""
+    assert layout.positions.device == layout.cu_seqlens.device
+    assert set(vars(layout)) == FIELDS | KEPT
+    return layout
+
+
+class Calls(TorchDispatchMode):
+    """Names of the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.names.append(str(func))
+        return func(*args, **kwargs or {})
 
 
 @given(st.lists(st.integers(0, 50), max_size=8))
@@ -14,6 +46,10 @@ def test_layout_says_where_each_row_belongs(lengths: list[int]) -> None:
     assert layout.max_length == max(lengths, default=0)
     assert tuple(layout.cu_seqlens.tolist()) == layout.offsets
     assert list(zip(layout.sequence_ids.tolist(), layout.positions.tolist(), strict=True)) == rows
+    assert layout.sequence_ids.dtype == layout.positions.dtype == torch.int64
+    assert layout.device_lengths.tolist() == lengths
+    assert layout.device_lengths.dtype == torch.int32
+    assert torch.equal(layout.rows(layout.sequence_ids, layout.positions), torch.arange(len(rows)))
 
 
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=8))
@@ -74,3 +110,156 @@ def test_padded_to_a_given_length() -> None:
     assert not padded[:, 4:].any()
     with pytest.raises(ValueError, match="length: 3 is less than the longest sequence, 4"):
         packed.to_padded(length=3)
+
+
+def reversed_halves(layout: Layout) -> Layout:
+    return layout.map_lengths(lambda length: 50 - length // 2, lambda lengths: 50 - lengths // 2)
+
+
+@given(st.lists(st.integers(0, 50), max_size=8))
+def test_mapped_lengths_are_the_same_on_host_and_device(lengths: list[int]) -> None:
+    layout = reversed_halves(Layout.from_lengths(lengths))
+    expected = Layout.from_lengths([50 - length // 2 for length in lengths])
+    assert (layout.lengths, layout.max_length, layout.total) == (expected.lengths, expected.max_length, expected.total)
+    assert torch.equal(layout.cu_seqlens, expected.cu_seqlens)
+    assert layout.cu_seqlens.dtype == torch.int32
+
+
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=8), st.integers(0, 3), st.integers(0, 3))
+def test_gaps_are_zeros_around_each_sequence(lengths: list[int], before: int, after: int) -> None:
+    sequences = [torch.randn(length, 3) for length in lengths]
+    packed = Packed.pack(sequences).with_gaps(before, after)
+    expected = [torch.nn.functional.pad(sequence, (0, 0, before, after)) for sequence in sequences]
+    assert packed.layout.lengths == tuple(map(len, expected))
+    assert torch.equal(packed.layout.cu_seqlens, Packed.pack(expected).layout.cu_seqlens)
+    assert torch.equal(packed.values, torch.cat(expected))
+
+
+def test_sequences_spread_into_slots_of_any_length() -> None:
+    packed = Packed.pack([torch.ones(2), torch.ones(0), torch.ones(1)])
+    spread = packed.spread(Layout.from_lengths([4, 1, 2]), before=1)
+    assert spread.values.tolist() == [0, 1, 1, 0, 0, 0, 1]
+    values = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda v: Packed(v, packed.layout).with_gaps(1, 2).values, (values,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bool])
+@pytest.mark.parametrize("lengths", [[], [0], [0, 0], [700], [300, 0, 399, 1]])
+def test_sums_are_added_in_order(lengths: list[int], dtype: torch.dtype) -> None:
+    layout = Layout.from_lengths(lengths)
+    x = (100 * torch.randn(layout.total, 2)).to(dtype)
+    sums = layout.sums(x)
+    assert sums.dtype == torch.float64
+    assert sums.shape == (len(lengths), 2)
+    for found, sequence in zip(sums, Packed(x, layout).unpack(), strict=True):
+        for channel in range(2):
+            *_, expected = accumulate(sequence[:, channel].double().tolist(), initial=0.0)
+            assert found[channel].item() == expected
+    assert torch.equal(layout.sums(x[:, 1].contiguous()), sums[:, 1])
+
+
+def test_gradients_pass_through_sums() -> None:
+    layout = Layout.from_lengths([2, 0, 3])
+    assert torch.autograd.gradcheck(layout.sums, (torch.randn(5, dtype=torch.float64, requires_grad=True),))
+
+
+@given(st.lists(st.lists(st.booleans(), min_size=5, max_size=5), min_size=1, max_size=4))
+def test_rows_of_a_mask_may_lie_anywhere(mask: list[list[bool]]) -> None:
+    valid, x = torch.tensor(mask), torch.randn(len(mask), 5, 2)
+    rows = PaddedRows.from_mask(valid)
+    assert rows.layout.lengths == tuple(map(sum, mask))
+    assert torch.equal(rows.pack(x), x[valid])
+    assert torch.equal(rows.pad(x[valid], 7.0), torch.where(valid.unsqueeze(2), x, 7.0))
+
+
+def test_padding_is_dropped_by_a_layout_too() -> None:
+    packed = Packed.pack([torch.randn(2, 3), torch.randn(0, 3), torch.randn(4, 3)])
+    found = Packed.from_padded(packed.to_padded(length=6), packed.layout)
+    assert found.layout.lengths == packed.layout.lengths
+    assert found.layout.cu_seqlens is packed.layout.cu_seqlens
+    assert torch.equal(found.values, packed.values)
+    with pytest.raises(ValueError, match="lengths: up to 4"):
+        Packed.from_padded(torch.zeros(3, 3), packed.layout)
+
+
+def test_tensors_of_a_layout_are_computed_once() -> None:
+    layout = used(Layout.from_lengths([3, 0, 4]))
+    with Calls() as calls:
+        assert layout.positions is layout.positions
+        assert layout.sequence_ids is layout.sequence_ids
+        assert layout.device_lengths is layout.device_lengths
+    assert calls.names == []
+
+
+def test_what_a_layout_keeps_is_neither_pickled_nor_copied() -> None:
+    layout, fresh = used(Layout.from_lengths([300, 0, 4000])), Layout.from_lengths([300, 0, 4000])
+    pickled = pickle.dumps(layout)
+    assert len(pickled) == len(pickle.dumps(fresh))
+    for other in (pickle.loads(pickled), copy.copy(layout), copy.deepcopy(layout), layout.to("cpu")):
+        assert set(vars(other)) == FIELDS
+        assert other.lengths == layout.lengths
+        assert torch.equal(other.positions, layout.positions)
+    # Indices of every sample would take more memory than the waveforms.
+    waveforms = Packed.from_padded(torch.zeros(2, 400), [400, 30])
+    assert set(vars(waveforms.layout)) == FIELDS
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_the_host_does_not_wait_and_kept_tensors_are_on_the_device() -> None:
+    pinned = used(Layout.from_lengths([3, 0, 4])).pin_memory()
+    layout = pinned.to("cuda", non_blocking=True)
+    assert set(vars(pinned)) == set(vars(layout)) == FIELDS
+    assert used(layout).positions.is_cuda
+    x = torch.randn(layout.total, 2, device="cuda")
+
+    def step() -> None:
+        fresh = layout.to("cuda")
+        reversed_halves(fresh)
+        packed = Packed(x, fresh).with_gaps(1, 1)
+        Packed.from_padded(packed.to_padded(), packed.layout)
+        fresh.sums(x)
+
+    assert device_waits(step) == []
+
+
+def test_a_layout_first_used_in_inference_mode_serves_training() -> None:
+    layout = Layout.from_lengths([3, 1, 4])
+    with torch.inference_mode():
+        used(layout)
+    weights = torch.ones(3, requires_grad=True)
+    ((weights / layout.device_lengths)[layout.sequence_ids] * layout.positions).sum().backward()
+    assert weights.grad is not None
+    assert weights.grad.tolist() == [1.0, 0.0, 1.5]
+
+
+def test_fake_tensors_do_not_get_into_real_layouts() -> None:
+    layout = Layout.from_lengths([3, 0, 4])
+    with FakeTensorMode() as mode:
+        fake = Layout(layout.lengths, mode.from_tensor(layout.cu_seqlens), layout.max_length, layout.total)
+        assert isinstance(used(fake).positions, FakeTensor)
+        padded = Packed(torch.randn(7, 2), fake).to_padded()
+        assert padded.shape == (3, 4, 2)
+    assert not isinstance(used(layout).positions, FakeTensor)
+
+
+def _around(x: Tensor, layout: Layout) -> tuple[Tensor, ...]:
+    packed = Packed(x, layout)
+    padded = packed.to_padded(length=9)
+    lengths = layout.after_conv(2, 1).device_lengths
+    return padded, Packed.from_padded(padded, layout).values, packed.with_gaps(1, 2).values, layout.sums(x), lengths
+
+
+def test_compiled_code_keeps_nothing_and_sees_nothing_kept() -> None:
+    backend = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(_around, fullgraph=True, dynamic=True, backend=backend)
+    for lengths in ([3, 0, 4], [5, 2, 7]):
+        layout, x = Layout.from_lengths(lengths), torch.randn(sum(lengths), 2, dtype=torch.float64, requires_grad=True)
+        found = compiled(x, layout)
+        assert set(vars(layout)) == FIELDS
+        graphs = backend.frame_count
+        again = compiled(x, used(layout))
+        assert backend.frame_count == graphs
+        for expected, one, two in zip(_around(x, layout), found, again, strict=True):
+            assert torch.equal(one, expected)
+            assert torch.equal(two, expected)
+        assert torch.equal(*(torch.autograd.grad(out[0].square().sum(), x)[0] for out in (found, _around(x, layout))))

@@ -39,9 +39,9 @@ from benchmarks.studies.probes import Probe
 from benchmarks.studies.students import DIGITS, probes_at, remember_front_end, student_options
 from fastssl.data.audio import read_waveform
 from fastssl.data.corpus import open_corpus
-from fastssl.data.waveforms import pack_waveforms
+from fastssl.data.waveforms import waveform_batch
 from fastssl.models.encoder import Encoder
-from fastssl.packing import Layout, Packed
+from fastssl.packing import Packed
 from fastssl.train.label import DONE_FILE, LabelSettings, label
 from fastssl.train.probe import run_probe
 from fastssl.train.probing.adaptive import Trial, learn_rates
@@ -224,8 +224,7 @@ def _minute(audio: Path) -> tuple[Packed, float]:
         seconds += cut.duration
         if seconds >= _TIMED_S:
             break
-    values = torch.from_numpy(pack_waveforms(waveforms, normalize=True))
-    return Packed(values[:, None], Layout.from_lengths([len(waveform) for waveform in waveforms])), seconds
+    return waveform_batch(waveforms, normalize=True), seconds
 
 
 class Curve(NamedTuple):

@@ -18,8 +18,8 @@ from fastssl.data.corpus import Problem, cut_name
 from fastssl.data.labels import LabelTable, Segments
 from fastssl.data.recordings import count_frames
 from fastssl.data.teacher_frames import TeacherFrames, TeacherTable, checksum
-from fastssl.data.waveforms import pack_waveforms
-from fastssl.packing import Layout, Packed
+from fastssl.data.waveforms import waveform_batch
+from fastssl.packing import Packed
 
 
 class FrameSegments(NamedTuple):
@@ -341,8 +341,6 @@ class WaveformDataset(Dataset[AudioBatch]):
         problems = tuple(item for item in read if isinstance(item, Problem))
         waveforms = [item for item in read if not isinstance(item, Problem)]
         used = [cut for cut, item in zip(spec.cuts, read, strict=True) if not isinstance(item, Problem)]
-        values = torch.from_numpy(pack_waveforms(waveforms, normalize=self.normalize, eps=1e-7))
-        layout = Layout.from_lengths([len(waveform) for waveform in waveforms])
         ids = torch.tensor([utterance_id(cut.id) for cut in used], dtype=torch.int64)
         names = tuple(cut_name(cut) for cut in used)
         parts = [
@@ -359,9 +357,9 @@ class WaveformDataset(Dataset[AudioBatch]):
                 torch.from_numpy(np.concatenate([np.empty(0, np.bool_), *(part.ends for part in lain_in)])),
             )
         teacher = None if self.teacher is None else self.teacher.of([self.teacher_keys + cut.id for cut in used])
-        waveform = Packed(values[:, None], layout)
+        batch = waveform_batch(waveforms, normalize=self.normalize)
         checksums = tuple(map(checksum, waveforms))
-        return AudioBatch(waveform, ids, names, spec.update, problems, labels, segments, teacher, checksums)
+        return AudioBatch(batch, ids, names, spec.update, problems, labels, segments, teacher, checksums)
 
     def _read(self, cut: Cut, spec: BatchSpec) -> NDArray[np.float32] | Problem:
         try:

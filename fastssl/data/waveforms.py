@@ -4,6 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
+import torch
+
+from fastssl.packing import Layout, Packed
 
 Waveform = npt.NDArray[np.float32]
 
@@ -29,6 +32,12 @@ def pack_waveforms(waveforms: Sequence[Waveform], *, normalize: bool, eps: float
         if waveform.ndim != 1 or waveform.dtype != np.float32:
             raise ValueError(f"waveforms: number {index} is {waveform.dtype} {waveform.shape}, expected float32 (T,)")
     return _pack(waveforms, normalize, eps)
+
+
+def waveform_batch(waveforms: Sequence[Waveform], *, normalize: bool) -> Packed:
+    """The (N, 1) packed batch that an encoder takes; arguments and errors as in `pack_waveforms`."""
+    values = torch.from_numpy(pack_waveforms(waveforms, normalize=normalize))
+    return Packed(values.unsqueeze(1), Layout.from_lengths([len(waveform) for waveform in waveforms]))
 
 
 def _pack_with_numpy(waveforms: Sequence[Waveform], normalize: bool, eps: float) -> Waveform:

@@ -1,21 +1,14 @@
 """Our attention in Transformers' own encoders: `attn_implementation="fastssl"`."""
 
 import warnings
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
 
 from fastssl import ops
-from fastssl.packing import Layout
+from fastssl.packing import Layout, PaddedRows
 
 NAME = "fastssl"
-
-
-class _Valid(NamedTuple):
-    """What Transformers hands to every layer as its attention mask."""
-
-    rows: Tensor  # (N,) of the flattened padded batch
-    layout: Layout
 
 
 def register_attention() -> None:
@@ -42,7 +35,7 @@ def _mask(
     mask_function: Any = None,
     attention_mask: Tensor | None = None,  # (B, T)
     **options: Any,
-) -> _Valid | None:
+) -> PaddedRows | None:
     """Which rows are valid, once per forward pass: the host waits for the device here and nowhere else."""
     from transformers.masking_utils import bidirectional_mask_function
 
@@ -50,9 +43,7 @@ def _mask(
         raise ValueError(f"attn_implementation: {NAME!r} serves self-attention in both directions only")
     if attention_mask is None:
         return None
-    valid = attention_mask.bool()
-    layout = Layout.from_lengths(valid.sum(1).tolist(), device=valid.device)
-    return _Valid(valid.flatten().nonzero().squeeze(1), layout)
+    return PaddedRows.from_mask(attention_mask.bool())
 
 
 def _attend(
@@ -60,7 +51,7 @@ def _attend(
     query: Tensor,  # (B, H, T, E)
     key: Tensor,  # (B, H, T, E)
     value: Tensor,  # (B, H, T, E)
-    attention_mask: _Valid | Tensor | None,
+    attention_mask: PaddedRows | Tensor | None,
     *,
     dropout: float = 0.0,
     scaling: float | None = None,
@@ -73,13 +64,13 @@ def _attend(
         raise ValueError(f"attn_implementation: {NAME!r} takes (B, T) masks, neither dense ones nor biases")
     if options.get("output_attentions"):
         warnings.warn(f"attn_implementation={NAME!r} returns no attention weights", stacklevel=2)
-    B, _, T, _ = query.shape
-    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     if attention_mask is None:
+        B, T = q.shape[:2]
         layout = Layout.from_lengths([T] * B, device=q.device)
+        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
         return ops.varlen_attention(q, k, v, layout, scale=scaling, dropout_p=dropout).unflatten(0, (B, T)), None
-    rows, layout = attention_mask
-    q, k, v = (x.index_select(0, rows) for x in (q, k, v))
-    attended = ops.varlen_attention(q, k, v, layout, scale=scaling, dropout_p=dropout)
-    padded = attended.new_zeros(B * T, *attended.shape[1:]).index_copy(0, rows, attended)
-    return padded.unflatten(0, (B, T)), None
+    q, k, v = (attention_mask.pack(x) for x in (q, k, v))
+    return attention_mask.pad(
+        ops.varlen_attention(q, k, v, attention_mask.layout, scale=scaling, dropout_p=dropout)
+    ), None

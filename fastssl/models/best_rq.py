@@ -187,6 +187,5 @@ class BestRqForPreTraining(PretrainingModel):
 
 def _mel_rows(rows: Tensor, layout: Layout, mel_layout: Layout) -> Tensor:  # (M,) -> (M, 4)
     """Where the mel frames 4t to 4t + 3 of frames t are, that are in these rows of the encoder's layout."""
-    begin = mel_layout.cu_seqlens[:-1].long()[layout.sequence_ids[rows]]
-    first = begin + MEL_FRAMES_PER_FRAME * layout.positions[rows]
+    first = mel_layout.rows(layout.sequence_ids[rows], MEL_FRAMES_PER_FRAME * layout.positions[rows])
     return first.unsqueeze(1) + torch.arange(MEL_FRAMES_PER_FRAME, device=rows.device)

@@ -104,7 +104,7 @@ def with_compression_loss(
             compressed.learned_weights, layout, weights=segment_weights, ends=segment_ends
         )
     quantity = quantity_loss(compressed.weights, layout, share=config.quantity_share)
-    frames, fewer = layout.cu_seqlens.diff(), compressed.frames.layout.cu_seqlens.diff()
+    frames, fewer = layout.device_lengths, compressed.frames.layout.device_lengths
     period_ms = config.frame_period_ms * frames / fewer.clamp(min=1)
     scores = CompressionScores(*(torch.sum(of_each * masked) for of_each in (segment, frame, quantity, period_ms)))
     loss = (

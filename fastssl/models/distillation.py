@@ -254,7 +254,7 @@ class DistillationModel(PretrainingModel):
             loss,
             config,
             projected.compressed,
-            frames.layout.cu_seqlens.diff().float(),
+            frames.layout.device_lengths.float(),
             segment_weights=segment_weights,
             segment_ends=segment_ends,
         )

@@ -196,16 +196,18 @@ class SequenceCompressor(nn.Module):
             raise ValueError(f"{name}: must be from {low:g} to {high:g}, got {value:g}")
 
     def _average(self, x: Tensor, layout: Layout) -> Packed:
-        out_layout = _layout_of_windows(layout, self._window)
+        out_layout = layout.map_lengths(  # whole windows, but at least as many as must survive
+            lambda frames: max(frames // self._window, min(frames, _LEAST_FRAMES)),
+            lambda frames: torch.maximum(frames // self._window, frames.clamp(max=_LEAST_FRAMES)),
+        )
         sequence, window = out_layout.sequence_ids, out_layout.positions
-        frames, windows = layout.cu_seqlens.diff().long()[sequence], out_layout.cu_seqlens.diff().long()[sequence]
+        frames, windows = layout.device_lengths[sequence], out_layout.device_lengths[sequence]
         whole = frames >= windows * self._window
         first = torch.where(whole, window * self._window, window * frames // windows)
         end = torch.where(whole, first + self._window, (window + 1) * frames // windows)
-        begin = layout.cu_seqlens[:-1].long()[sequence]
         steps = first.unsqueeze(1) + torch.arange(self._window, device=x.device)  # (N_out, factor)
         within = steps < end.unsqueeze(1)
-        rows = (begin.unsqueeze(1) + torch.minimum(steps, (end - 1).unsqueeze(1))).flatten()
+        rows = layout.rows(sequence.unsqueeze(1), torch.minimum(steps, (end - 1).unsqueeze(1))).flatten()
         gathered = x.index_select(0, rows).unflatten(0, steps.shape)
         accumulator = torch.promote_types(x.dtype, torch.float32)
         total = torch.where(within.unsqueeze(2), gathered, 0).sum(1, dtype=accumulator)
@@ -213,10 +215,12 @@ class SequenceCompressor(nn.Module):
 
     def _strided(self, x: Tensor, layout: Layout) -> Packed:
         # Where there is no whole window left, zeros after the utterance make it one.
-        lengths = [max(frames, self._window * min(frames, _LEAST_FRAMES)) for frames in layout.lengths]
-        if lengths != list(layout.lengths):
-            longer = Layout.from_lengths(lengths, device=x.device)
-            x, layout = _spread(x, layout, longer, before=0), longer
+        if any(frames < self._window * min(frames, _LEAST_FRAMES) for frames in layout.lengths):
+            longer = layout.map_lengths(
+                lambda frames: max(frames, self._window * min(frames, _LEAST_FRAMES)),
+                lambda frames: torch.maximum(frames, self._window * frames.clamp(max=_LEAST_FRAMES)),
+            )
+            x, layout = Packed(x, layout).spread(longer)
         conv = self.conv
         return Packed(*ops.strided_conv(x, conv.weight, layout, stride=self._window, bias=conv.bias, activation="none"))
 
@@ -227,8 +231,7 @@ class SequenceCompressor(nn.Module):
             rate = 1.0 if rate is None else rate
             return _per_utterance("rate", rate, layout, learned).clamp(0.0, _LARGEST_RATE)
         period = _per_utterance("frame_period_ms", frame_period_ms, layout, learned)
-        lengths = layout.cu_seqlens.diff().clamp(min=1)
-        mean_weight = sums_by_utterance(learned, layout) / lengths
+        mean_weight = layout.sums(learned) / layout.device_lengths.clamp(min=1)
         solved = rate_for_period(period.clamp(min=self.input_period_ms), mean_weight, self.input_period_ms)
         return solved.clamp(0.0, _LARGEST_RATE).to(learned.dtype)
 
@@ -251,9 +254,9 @@ class WeightNetwork(nn.Module):
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:  # (N, C)
         """(N,) weights, in at least fp32; zeros lie beyond the ends of each sequence."""
-        longer = _longer(layout, 2 * _REACH)
+        values, longer = Packed(x, layout).with_gaps(_REACH, _REACH)
         hidden, _ = ops.strided_conv(
-            _spread(x, layout, longer, before=_REACH),
+            values,
             self.conv.weight,
             longer,
             stride=1,
@@ -283,29 +286,6 @@ def _per_utterance(name: str, value: float | Tensor, layout: Layout, like: Tenso
     return like.new_full((batch,), value)
 
 
-def _layout_of_windows(layout: Layout, factor: int) -> Layout:
-    """Whole windows of each sequence, but at least as many as must survive."""
-    lengths = tuple(max(frames // factor, min(frames, _LEAST_FRAMES)) for frames in layout.lengths)
-    # On the device from what is there: a copy from the host would make the host wait.
-    frames = layout.cu_seqlens.diff()
-    windows = torch.maximum(frames // factor, frames.clamp(max=_LEAST_FRAMES))
-    cu_seqlens = nn.functional.pad(windows.cumsum(0, dtype=torch.int32), (1, 0))
-    return Layout(lengths, cu_seqlens, max(lengths, default=0), sum(lengths))
-
-
-def _longer(layout: Layout, frames: int) -> Layout:
-    """Each sequence longer by so many frames."""
-    lengths = tuple(length + frames for length in layout.lengths)
-    added = frames * torch.arange(len(lengths) + 1, dtype=torch.int32, device=layout.cu_seqlens.device)
-    return Layout(lengths, layout.cu_seqlens + added, max(lengths, default=0), sum(lengths))
-
-
-def _spread(x: Tensor, layout: Layout, longer: Layout, *, before: int) -> Tensor:
-    """The sequences in longer ones, with so many zeros before each and the others behind."""
-    rows = longer.cu_seqlens[:-1].long()[layout.sequence_ids] + layout.positions + before
-    return x.new_zeros(longer.total, *x.shape[1:]).index_copy(0, rows, x)
-
-
 def _window_of_frames(layout: Layout, windows: Layout, factor: int, *, shrinks: bool) -> Tensor:
     """(N,) the row of the window that each frame lies in; what fills none counts as the last one's.
 
@@ -316,11 +296,11 @@ def _window_of_frames(layout: Layout, windows: Layout, factor: int, *, shrinks: 
         shrinks: Whether windows of short utterances become as small as they must.
     """
     sequence, position = layout.sequence_ids, layout.positions
-    frames, count = layout.cu_seqlens.diff().long()[sequence], windows.cu_seqlens.diff().long()[sequence]
+    frames, count = layout.device_lengths[sequence], windows.device_lengths[sequence]
     of_short = ((position + 1) * count - 1) // frames
     whole = frames >= count * factor if shrinks else torch.ones_like(frames, dtype=torch.bool)
     window = torch.where(whole, position // factor, of_short)
-    return windows.cu_seqlens[:-1].long()[sequence] + torch.minimum(window, count - 1)
+    return windows.rows(sequence, torch.minimum(window, count - 1))
 
 
 def _slot_of_frames(weights: Tensor, layout: Layout, fired: Layout) -> Tensor:
@@ -328,36 +308,28 @@ def _slot_of_frames(weights: Tensor, layout: Layout, fired: Layout) -> Tensor:
     sequence = layout.sequence_ids
     ends = fire_positions(weights, layout, 1.0)
     slot = (ends - weights.double() / 2).floor().long()
-    last = fired.cu_seqlens.diff().long()[sequence] - 1
-    return fired.cu_seqlens[:-1].long()[sequence] + torch.minimum(slot.clamp(min=0), last)
-
-
-def sums_by_utterance(weights: Tensor, layout: Layout) -> Tensor:
-    """(B,) fp64 sums of (N,), in the order of the frames; of weights with the bits that `integrate_and_fire` finds."""
-    ends = Packed(fire_positions(weights, layout, 1.0), layout).to_padded(length=max(1, layout.max_length))
-    last = (layout.cu_seqlens.diff().long() - 1).clamp(min=0)
-    return ends.gather(1, last.unsqueeze(1)).squeeze(1)
+    return fired.rows(sequence, torch.minimum(slot.clamp(min=0), fired.device_lengths[sequence] - 1))
 
 
 def _protect(weights: Tensor, layout: Layout) -> Tensor:
     """The weights, scaled up where they would leave fewer frames than must survive."""
-    sums, least = sums_by_utterance(weights, layout), layout.cu_seqlens.diff().clamp(max=_LEAST_FRAMES).double()
+    sums, least = layout.sums(weights), layout.device_lengths.clamp(max=_LEAST_FRAMES).double()
     scale = torch.where(sums < least, (least + _MARGIN) / torch.where(sums < least, sums, 1.0), 1.0)
     return weights * scale.to(weights.dtype)[layout.sequence_ids]
 
 
 def _fire_all(x: Tensor, weights: Tensor, layout: Layout) -> Packed:
     """Integrate-and-fire that keeps a rest of at least half a frame, as the weighted mean that other frames are."""
-    sums = sums_by_utterance(weights, layout)
+    sums = layout.sums(weights)  # with the bits that `integrate_and_fire` finds
     rest = sums - sums.detach().floor()
     kept = rest.detach() >= 0.5
     # A frame of zeros after the utterance completes its last slot and leaves in it what was there.
     missing = torch.where(kept, 1 + _MARGIN - rest.detach(), 0.0).to(weights.dtype)
-    longer = _longer(layout, 1)
-    all_weights = _spread(weights, layout, longer, before=0).index_copy(0, longer.cu_seqlens[1:].long() - 1, missing)
-    out, out_layout = ops.integrate_and_fire(_spread(x, layout, longer, before=0), all_weights, longer)
+    padded, longer = Packed(x, layout).with_gaps(0, 1)
+    all_weights = Packed(weights, layout).spread(longer).values.index_copy(0, longer.cu_seqlens[1:].long() - 1, missing)
+    out, out_layout = ops.integrate_and_fire(padded, all_weights, longer)
     sequence = out_layout.sequence_ids
-    last = out_layout.positions == out_layout.cu_seqlens.diff()[sequence] - 1
+    last = out_layout.positions == out_layout.device_lengths[sequence] - 1
     completes = torch.where(kept, rest, 1.0)[sequence]
     return Packed(out * torch.where(last, 1 / completes, 1.0).to(out.dtype).unsqueeze(1), out_layout)
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastssl.nn.linear import packed_linear
-from fastssl.packing import Layout, Packed
+from fastssl.packing import Packed
 
 _SAMPLE_RATE_HZ = 16000
 #: Of a frame: 25 ms every 10 ms.
@@ -66,7 +66,7 @@ class LogMel(nn.Module):
 
 def _windows(waveforms: Packed) -> Packed:  # (N samples, 1) -> (N frames, 400)
     layout = waveforms.layout.after_conv(WINDOW_SAMPLES, HOP_SAMPLES)
-    begin = waveforms.layout.cu_seqlens[:-1].long()[layout.sequence_ids] + HOP_SAMPLES * layout.positions
+    begin = waveforms.layout.rows(layout.sequence_ids, HOP_SAMPLES * layout.positions)
     samples = begin.unsqueeze(1) + torch.arange(WINDOW_SAMPLES, device=begin.device)
     return Packed(waveforms.values.squeeze(1)[samples], layout)
 
@@ -74,18 +74,12 @@ def _windows(waveforms: Packed) -> Packed:  # (N samples, 1) -> (N frames, 400)
 def normalize_over_time(frames: Packed) -> Packed:
     """Zero mean and unit variance of each channel over each utterance; (N, C) in its own dtype."""
     x, layout = frames
-    counts = layout.cu_seqlens.diff().clamp(min=1).unsqueeze(1)
+    counts = layout.device_lengths.clamp(min=1).unsqueeze(1)
     sequence = layout.sequence_ids
     centred = x.double()
-    centred = centred - (_sums(centred, layout) / counts)[sequence]
-    variance = _sums(centred.square(), layout) / counts
+    centred = centred - (layout.sums(centred) / counts)[sequence]
+    variance = layout.sums(centred.square()) / counts
     return Packed((centred * (variance + _EPS).rsqrt()[sequence]).to(x.dtype), layout)
-
-
-def _sums(x: Tensor, layout: Layout) -> Tensor:  # (N, C) -> (B, C)
-    """Over each sequence, row after row, so that they do not depend on the batch."""
-    # Unsafe is to leave out a check of the offsets for which the host would wait.
-    return torch.segment_reduce(x, "sum", offsets=layout.cu_seqlens.long(), axis=0, unsafe=True)
 
 
 def _windowed_fourier() -> Tensor:  # (2F, 400)

@@ -40,7 +40,7 @@ def sample_span_mask(
         raise ValueError(f"probability: must be in [0, 1], got {probability}")
     if length < 1:
         raise ValueError(f"length: must be at least 1 frame, got {length}")
-    frames = layout.cu_seqlens.diff().to(torch.int64)  # (B,)
+    frames = layout.device_lengths  # (B,)
     rounding = uniform(keys, torch.zeros_like(keys), stream=_STREAM_COUNT)
     spans = (probability / length * frames + rounding).to(torch.int64).clamp(min=min_spans)
     candidates = torch.maximum(frames - length, torch.minimum(spans + 1, frames))
@@ -80,7 +80,7 @@ def sample_negatives(
         has no other masked frame.
     """
     before = torch.nn.functional.pad(mask.cumsum(0), (1, 0))  # (N + 1,) masked frames before each row
-    first = before[layout.cu_seqlens.long()]  # (B + 1,) rows of each utterance among the masked
+    first = before[layout.cu_seqlens]  # (B + 1,) rows of each utterance among the masked
     rows = mask.nonzero().squeeze(1) if rows is None else rows
     sequence = layout.sequence_ids[rows]
     own = before[rows] - first[sequence]

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from fastssl.kernels.integrate_and_fire.reference import fire_positions
-from fastssl.nn.compression import sums_by_utterance
 from fastssl.packing import Layout
 
 
@@ -43,11 +42,11 @@ def segmentation_losses(
         if tensor.shape != (layout.total,):
             raise ValueError(f"{name}: expected ({layout.total},) for this layout, got {tuple(tensor.shape)}")
     apart = (fire_positions(learned, layout, 1.0) - fire_positions(weights, layout, 1.0)).abs()
-    segments = sums_by_utterance(ends.to(learned.dtype), layout).clamp(min=1)
-    frames = layout.cu_seqlens.diff().clamp(min=1)
+    segments = layout.sums(ends).clamp(min=1)
+    frames = layout.device_lengths.clamp(min=1)
     return SegmentationLosses(
-        (sums_by_utterance(torch.where(ends, apart, 0.0), layout) / segments).float(),
-        (sums_by_utterance((learned - weights.to(learned)).abs(), layout) / frames).float(),
+        (layout.sums(torch.where(ends, apart, 0.0)) / segments).float(),
+        (layout.sums((learned - weights.to(learned)).abs()) / frames).float(),
     )
 
 
@@ -59,6 +58,6 @@ def quantity_loss(weights: Tensor, layout: Layout, *, share: float) -> Tensor:  
         layout: Where each utterance begins.
         share: Wanted; 0.25 is one frame of four, 80 ms.
     """
-    frames = layout.cu_seqlens.diff()
-    kept = sums_by_utterance(weights, layout) / frames.clamp(min=1)
+    frames = layout.device_lengths
+    kept = layout.sums(weights) / frames.clamp(min=1)
     return torch.where(frames > 0, (kept - share).abs(), 0.0).float()

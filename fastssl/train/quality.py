@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from fastssl.data.audio import SAMPLE_RATE_HZ
 from fastssl.data.batches import AudioBatch, WaveformDataset, fixed_batches
 from fastssl.metrics import GramMatrix, effective_rank, fit_kmeans, num_clusters, score_clusters
-from fastssl.packing import Packed
+from fastssl.packing import Layout, Packed
 
 #: Frames for the clusters: as many as 1024 of them take.
 MAX_FRAMES = 102_400
@@ -224,7 +224,7 @@ class _Ranks:
             pieces += [size + 1] * longer + [size] * (count - longer)
         for matrix, rows in ((self.utterances, lengths), (self.segments, pieces)):
             if rows:
-                matrix.update(torch.segment_reduce(frames, "sum", lengths=torch.tensor(rows, device=frames.device)))
+                matrix.update(Layout.from_lengths(rows, device=frames.device).sums(frames))
 
 
 class _Draw:

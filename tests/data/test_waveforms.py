@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastssl.data import waveforms
-from fastssl.data.waveforms import Waveform, pack_waveforms
+from fastssl.data.waveforms import Waveform, pack_waveforms, waveform_batch
 
 LENGTHS = (16000, 1, 0, 801, 7)
 
@@ -19,6 +19,14 @@ def test_concatenates() -> None:
     packed = pack_waveforms(parts, normalize=False)
     assert packed.dtype == np.float32
     assert np.array_equal(packed, np.concatenate(parts))
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_a_batch_has_one_channel_and_the_lengths(normalize: bool) -> None:
+    parts = recordings()
+    batch = waveform_batch(parts, normalize=normalize)
+    assert batch.layout.lengths == LENGTHS
+    assert np.array_equal(batch.values.numpy(), pack_waveforms(parts, normalize=normalize)[:, None])
 
 
 def test_normalises_each_waveform() -> None:

@@ -157,9 +157,7 @@ def _layout_after_firing(fired: Tensor) -> Layout:
     if sum(counts) > torch.iinfo(torch.int32).max:
         raise ValueError(f"weights: would fire {sum(counts):.3g} output frames")
     lengths = tuple(int(count) for count in counts)
-    # On the device from what is there: a copy from the host would make the host wait again.
-    cu_seqlens = torch.nn.functional.pad(fired.cumsum(0), (1, 0)).to(torch.int32)
-    return Layout(lengths, cu_seqlens, max(lengths, default=0), sum(lengths))
+    return Layout.from_device(lengths, fired)
 
 
 def _check(x: Tensor, weights: Tensor, layout: Layout, threshold: float) -> None:

@@ -22,9 +22,7 @@ def fire_positions(weights: Tensor, layout: Layout, threshold: float) -> Tensor:
     """
     padded = Packed(weights.to(torch.float64), layout).to_padded()
     sums = padded.t().cumsum(0).t()
-    # Rows by what is on the device: lengths from the host would make the host wait.
-    rows = layout.sequence_ids * padded.shape[1] + layout.positions
-    return sums.reshape(-1).index_select(0, rows) / threshold
+    return Packed.from_padded(sums, layout).values / threshold
 
 
 def fired(positions: Tensor, weights: Tensor, layout: Layout) -> Tensor:
@@ -58,7 +56,7 @@ def integrate_and_fire(
     accumulator = torch.promote_types(x.dtype, torch.float32)
     contribution = x[frame].to(accumulator) * ((end - begin) * threshold).to(accumulator)[:, None]
     sequence = layout.sequence_ids[frame]
-    fires = slot < layout_out.cu_seqlens.diff()[sequence]  # the tail of an utterance does not: it goes to a spare row
-    row = torch.where(fires, layout_out.cu_seqlens[sequence] + slot, layout_out.total)
+    fires = slot < layout_out.device_lengths[sequence]  # the tail of an utterance does not: it goes to a spare row
+    row = torch.where(fires, layout_out.rows(sequence, slot), layout_out.total)
     out = contribution.new_zeros(layout_out.total + 1, x.shape[1]).index_add(0, row, contribution)
     return out[:-1].to(x.dtype)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastssl.packing import Layout
+from fastssl.packing import Layout, Packed
 
 
 def positional_conv(
@@ -29,7 +29,8 @@ def positional_conv(
         out: Tensor = _ChannelsLastConv.apply(x, weight, bias, layout)
         return out
     groups, padding = x.shape[1] // weight.shape[1], weight.shape[2] // 2
-    gapped, rows = _with_gaps(x, layout, gap=padding)
+    gapped, longer = _with_gaps(x, layout, gap=padding)
+    rows = longer.rows(layout.sequence_ids, layout.positions)
     return F.conv1d(gapped.t()[None], weight, bias, padding=padding, groups=groups)[0].t()[rows]
 
 
@@ -63,14 +64,12 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout, *,
     groups, padding = x.shape[1] // weight.shape[1], weight.shape[2] // 2
     filters = weight.unsqueeze(2).contiguous(memory_format=torch.channels_last)
     out = x.new_empty(x.shape)
-    begin = 0
-    for length in layout.lengths:
+    for begin, length in zip(layout.offsets, layout.lengths, strict=False):
         if length:
             # (T, D) seen as an image (1, D, 1, T) in channels-last order, which is no copy.
             frames = x[begin : begin + length].view(1, 1, length, -1).permute(0, 3, 1, 2)
             convolved = F.conv2d(frames, filters, bias, padding=(0, padding), groups=groups)
             out[begin : begin + length] = convolved[0, :, 0, first : first + length].t()
-        begin += length
     return out
 
 
@@ -122,8 +121,7 @@ def _inverse_transform(transform: int, kernel: int) -> Tensor:  # (K, 2 * freque
     return torch.cat([angles.cos() * twice, -angles.sin() * twice], 1).float()
 
 
-def _with_gaps(x: Tensor, layout: Layout, *, gap: int) -> tuple[Tensor, Tensor]:
-    """The batch as one sequence with `gap` rows of zeros between utterances, and where in it each frame is."""
-    rows = torch.arange(len(x), device=x.device) + gap * layout.sequence_ids
-    gapped = x.new_zeros(layout.total + gap * max(0, len(layout.lengths) - 1), x.shape[1])
-    return gapped.index_copy(0, rows, x), rows
+def _with_gaps(x: Tensor, layout: Layout, *, gap: int) -> tuple[Tensor, Layout]:
+    """The batch as one sequence with `gap` rows of zeros between utterances, and the layout with a gap after each."""
+    gapped, longer = Packed(x, layout).with_gaps(0, gap)
+    return gapped[: longer.total - gap], longer

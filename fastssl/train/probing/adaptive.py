@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastssl.data.waveforms import pack_waveforms
+from fastssl.data.waveforms import waveform_batch
 from fastssl.models.speech_encoder import SpeechEncoder
-from fastssl.nn.compression import Compressed, sums_by_utterance
+from fastssl.nn.compression import Compressed
 from fastssl.nn.rates import AdaptiveRate
 from fastssl.packing import Layout, Packed
 from fastssl.train.probe import ProbeSettings, Targets
@@ -188,9 +188,8 @@ class _FrontEnd:
     def __call__(self, waveforms: Waveforms) -> list[Packed]:
         """What `extract_features` returns."""
         parameter = next(self.encoder.parameters())
-        values = torch.from_numpy(pack_waveforms(waveforms, normalize=self.encoder.config.do_normalize))
-        layout = Layout.from_lengths([len(waveform) for waveform in waveforms])
-        return [self.encoder.extract_features(Packed(values[:, None].to(parameter.dtype), layout).to(parameter.device))]
+        values, layout = waveform_batch(waveforms, normalize=self.encoder.config.do_normalize)
+        return [self.encoder.extract_features(Packed(values.to(parameter.dtype), layout).to(parameter.device))]
 
 
 class _Learning:
@@ -283,7 +282,7 @@ class _Learning:
         if self.kind == "ctc":
             losses = _with_impossible(losses, logits, batch.targets)
         assert compressed.weights is not None
-        return _AtRates(losses, sums_by_utterance(compressed.weights, compressed.layout), compressed.layout.total)
+        return _AtRates(losses, compressed.layout.sums(compressed.weights), compressed.layout.total)
 
     @torch.no_grad()
     def _encode(self, batch: Examples, rate: Tensor) -> tuple[list[Packed], Compressed]:
@@ -359,9 +358,8 @@ def _of_task(states: list[Packed], kind: Kind) -> tuple[Tensor, Layout]:
 
 def _with_zeros(values: Tensor, layout: Layout, reach: int) -> tuple[Tensor, Layout]:
     """(L, N, D) with so many rows of zeros before and after each example."""
-    longer = Layout.from_lengths([frames + 2 * reach for frames in layout.lengths], device=values.device)
-    rows = longer.cu_seqlens[:-1].long()[layout.sequence_ids] + layout.positions + reach
-    return values.new_zeros(len(values), longer.total, values.shape[2]).index_copy(1, rows, values), longer
+    spread, longer = Packed(values.transpose(0, 1), layout).with_gaps(reach, reach)
+    return spread.transpose(0, 1), longer
 
 
 class _AtRates(NamedTuple):

@@ -15,11 +15,11 @@ from fastssl.data.audio import SAMPLE_RATE_HZ, AudioError, read_waveform
 from fastssl.data.corpus import Problem, cut_name, scan_file
 from fastssl.data.mfcc import differences
 from fastssl.data.recordings import count_frames
-from fastssl.data.waveforms import pack_waveforms
+from fastssl.data.waveforms import pack_waveforms, waveform_batch
 from fastssl.models.conformer import ConformerConfig
 from fastssl.models.encoder import EncoderConfig
 from fastssl.models.speech_encoder import SpeechEncoder, fresh_encoder
-from fastssl.packing import Layout, Packed
+from fastssl.packing import Packed
 from fastssl.train.encode import fixed_frame_period_s
 from fastssl.train.probing.tables import Table
 
@@ -74,9 +74,8 @@ class EncoderSource:
     def __call__(self, waveforms: Waveforms) -> list[Packed]:
         """Frames (N, D) of each layer."""
         device = next(self.encoder.parameters()).device
-        values = torch.from_numpy(pack_waveforms(waveforms, normalize=self.encoder.config.do_normalize))
-        layout = Layout.from_lengths([len(waveform) for waveform in waveforms])
-        states: list[Packed] = self.encoder(Packed(values[:, None], layout).to(device)).hidden_states
+        batch = waveform_batch(waveforms, normalize=self.encoder.config.do_normalize)
+        states: list[Packed] = self.encoder(batch.to(device)).hidden_states
         return states
 
 

@@ -145,7 +145,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor, layout: Layout, *, stride:
     """
     channels, width, taps = weight.shape
     out_layout = layout.after_conv(taps, stride)
-    rows = layout.cu_seqlens[:-1].long()[out_layout.sequence_ids] + stride * out_layout.positions
+    rows = layout.rows(out_layout.sequence_ids, stride * out_layout.positions)
     by_tap = x @ weight.permute(1, 2, 0).reshape(width, taps * channels)
     return Packed(_Diagonals.apply(by_tap, taps).index_select(0, rows) + bias, out_layout)
 
