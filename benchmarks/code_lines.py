@@ -108,7 +108,8 @@ def report(texts: Mapping[str, str]) -> str:
     longest = sorted(modules, key=lambda path: -modules[path].lines)[:10]
     lines += [
         "",
-        f"Modules: {len(modules)}. Functions: {len(functions)}, median length {statistics.median(functions):g} code lines.",
+        f"Modules: {len(modules)}. "
+        f"Functions: {len(functions)}, median length {statistics.median(functions):g} code lines.",
         f"Public names: {len(docstrings)}, with {sum(docstrings) / len(docstrings):.2f} docstring lines each "
         f"({sum(length == 0 for length in docstrings)} without).",
         "",
