@@ -15,14 +15,17 @@ from pathlib import Path
 
 from benchmarks.bits.compare import Group, compare, table
 from benchmarks.bits.record import load
+from benchmarks.bits.runs import compare_runs
 from benchmarks.bits.trees import ROOT, Tree, check_out, finish
 
 #: What each part may differ by, in eps.
-PARTS = {"ops": 0.0, "encoders": 0.0, "accelerated": 4.0}
+PARTS = {"ops": 0.0, "encoders": 0.0, "accelerated": 4.0, "runs": 0.0}
 
 
 def compare_part(part: str, before: Tree, after: Tree, folder: Path, *, match: str) -> dict[str, Group]:
     """Run the program of a part in both trees at the same time, and compare what they say."""
+    if part == "runs":
+        return compare(*compare_runs(before, after, folder, match))
     files = {tree: folder / f"{part}-{tree.name}.pt" for tree in (before, after)}
     logs = {tree: file.with_suffix(".log") for tree, file in files.items()}
     running = {tree: tree.start(f"benchmarks.bits.{part}", file, match, log=logs[tree]) for tree, file in files.items()}
