@@ -14,7 +14,7 @@ import yaml
 
 from fastssl import cli, ops
 from fastssl.cli import pretrain
-from fastssl.models.compression import CompressedConfig
+from fastssl.models.config import CompressedConfig
 from fastssl.models.encoder import EncoderConfig
 from fastssl.train.config import PretrainConfig, write_config
 from fastssl.train.systems import SYSTEMS, system_of

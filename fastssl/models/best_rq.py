@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastssl.models.compression import CompressedConfig, draw_compression, with_compression_loss
+from fastssl.models.config import CompressedConfig
 from fastssl.models.conformer import (
     MEL_FRAMES_PER_FRAME,
     ConformerConfig,
@@ -85,6 +85,7 @@ class BestRqForPreTraining(PretrainingModel):
 
     encoder_name = "best_rq"
     config_class = BestRqConfig
+    config: BestRqConfig
 
     def __init__(self, config: BestRqConfig) -> None:
         super().__init__()
@@ -137,17 +138,15 @@ class BestRqForPreTraining(PretrainingModel):
         )
         rows = mask.nonzero().squeeze(1)  # the host waits for the device, once: it must know M
         masked_input = self._put_noise(mel, layout, keys, rows)
-        rate, frame_period_ms = draw_compression(config, keys)
         features, _, compressed = self.best_rq.encode(
-            masked_input, rate=rate, frame_period_ms=frame_period_ms, layer_drop=layer_drop
+            masked_input, layer_drop=layer_drop, **self.draw_compression(keys)
         )
         states = features.values if compressed is None else compressed.upsample(features.values)
         logits = self.classifier(states.index_select(0, rows)).float()  # (M, V)
         wanted = targets.index_select(0, rows)
         prediction_loss = F.cross_entropy(logits, wanted, reduction="sum")
-        loss, compression = with_compression_loss(
+        loss, compression = self.with_compression_loss(
             prediction_loss,
-            config,
             compressed,
             masked_by_utterance(mask, layout),
             segment_weights=segment_weights,

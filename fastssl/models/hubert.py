@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastssl.models.compression import CompressedConfig, draw_compression, with_compression_loss
+from fastssl.models.config import CompressedConfig
 from fastssl.models.encoder import Encoder, EncoderConfig, Projected
 from fastssl.models.pretraining import (
     PredictionOutput,
@@ -94,6 +94,7 @@ class HubertForPreTraining(PretrainingModel):
 
     encoder_name = "hubert"
     config_class = HubertConfig
+    config: HubertConfig
 
     def __init__(self, config: HubertConfig) -> None:
         super().__init__()
@@ -139,7 +140,7 @@ class HubertForPreTraining(PretrainingModel):
             raise ValueError(
                 f"labels: expected one for each of {frames.layout.total} frames, got {tuple(labels.shape)}"
             )
-        projected = self.hubert.project(frames, **draw_compression(config, keys)._asdict())
+        projected = self.hubert.project(frames, **self.draw_compression(keys))
         mask = sample_span_mask(
             projected.frames.layout,
             keys,
@@ -193,9 +194,8 @@ class HubertForPreTraining(PretrainingModel):
         prediction_loss = F.cross_entropy(logits, targets, reduction="sum")
         masked = masked_by_utterance(mask, frames.layout)
         penalty = features_penalty(frames, masked)
-        loss, compression = with_compression_loss(
+        loss, compression = self.with_compression_loss(
             prediction_loss + config.features_penalty_weight * penalty,
-            config,
             compressed,
             masked,
             segment_weights=segment_weights,

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from fastssl import ops
-from fastssl.models.compression import CompressedConfig, CompressionScores, draw_compression, with_compression_loss
+from fastssl.models.compression import CompressionScores
+from fastssl.models.config import CompressedConfig
 from fastssl.models.encoder import Encoder, EncoderConfig, Projected
 from fastssl.models.pretraining import PretrainingModel, features_penalty, masked_by_utterance, perplexity
 from fastssl.nn.linear import PackedLinear
@@ -157,6 +158,7 @@ class Wav2Vec2ForPreTraining(PretrainingModel):
 
     encoder_name = "wav2vec2"
     config_class = Wav2Vec2Config
+    config: Wav2Vec2Config
 
     def __init__(self, config: Wav2Vec2Config) -> None:
         super().__init__()
@@ -205,7 +207,7 @@ class Wav2Vec2ForPreTraining(PretrainingModel):
         """
         config = self.config
         frames = self.wav2vec2.extract_features(waveforms)
-        projected = self.wav2vec2.project(frames, **draw_compression(config, keys)._asdict())
+        projected = self.wav2vec2.project(frames, **self.draw_compression(keys))
         layout = projected.frames.layout
         mask = sample_span_mask(
             layout,
@@ -286,8 +288,8 @@ class Wav2Vec2ForPreTraining(PretrainingModel):
         penalty = features_penalty(frames, masked)
         loss = contrastive + config.features_penalty_weight * penalty
         loss = loss + config.diversity_loss_weight * len(rows) * diversity
-        loss, compression = with_compression_loss(
-            loss, config, compressed, masked, segment_weights=segment_weights, segment_ends=segment_ends
+        loss, compression = self.with_compression_loss(
+            loss, compressed, masked, segment_weights=segment_weights, segment_ends=segment_ends
         )
         return PretrainingOutput(
             loss=loss,

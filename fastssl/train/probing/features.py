@@ -16,9 +16,8 @@ from fastssl.data.corpus import Problem, cut_name, scan_file
 from fastssl.data.mfcc import differences
 from fastssl.data.recordings import count_frames
 from fastssl.data.waveforms import pack_waveforms
-from fastssl.models.conformer import ConformerConfig
-from fastssl.models.encoder import EncoderConfig
-from fastssl.models.speech_encoder import SpeechEncoder, fresh_encoder
+from fastssl.models.config import SpeechEncoderConfig
+from fastssl.models.speech_encoder import SpeechEncoder
 from fastssl.packing import Layout, Packed
 from fastssl.train.encode import fixed_frame_period_s
 from fastssl.train.probing.tables import Table
@@ -92,7 +91,7 @@ class RandomSource(EncoderSource):
         device = next(encoder.parameters()).device
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            fresh = fresh_encoder(encoder.config).to(device)
+            fresh = type(encoder)(encoder.config).to(device)
         ours, theirs = fresh.compressor, encoder.compressor
         if ours is not None and theirs is not None:
             ours.rate, ours.frame_period_ms = theirs.rate, theirs.frame_period_ms
@@ -164,7 +163,7 @@ class Features:
     too_short: int
     lengths: tuple[int, ...]
 
-    def mean_frame_period_s(self, config: EncoderConfig | ConformerConfig) -> float:
+    def mean_frame_period_s(self, config: SpeechEncoderConfig) -> float:
         """Of all examples of an encoder together: the period of its front end, by how many frames a compressor left."""
         lengths = [round(seconds * SAMPLE_RATE_HZ) for seconds in self.seconds]
         stride, receptive_field = config.samples_per_frame, config.receptive_field_samples
