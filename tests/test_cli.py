@@ -95,6 +95,28 @@ def test_unknown_words_get_an_answer_that_lists_what_exists(tmp_path: Path, caps
     assert not (tmp_path / "run").exists()
 
 
+def test_a_file_of_settings_is_parsed_once(
+    started: list[tuple[PretrainConfig, bool]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine.yaml").write_text("system: hubert\ndata: {crop_s: 3.0}\noptimizer: {lr: 1e-5}\n")
+    (tmp_path / "wrong.yaml").write_text("system: hubert\noptimizer: {lr: fast}\n")
+    parsed: list[str] = []
+    load = yaml.load
+
+    def count(stream: str, Loader: Any) -> Any:  # noqa: N803 - PyYAML's name
+        parsed.extend(["file"] * ("system: " in stream))
+        return load(stream, Loader)
+
+    monkeypatch.setattr(yaml, "load", count)
+    begin = ["pretrain", str(tmp_path), "--output", str(tmp_path / "run"), "--config"]
+    assert cli.main([*begin, str(tmp_path / "mine.yaml")]) == 0
+    assert len(parsed) == 2  # the recipe of the system, and the config
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([*begin, str(tmp_path / "wrong.yaml")])
+    assert len(parsed) == 4
+    assert (started[0][0].optimizer.lr, started[0][0].system, len(started)) == (1e-5, "hubert", 1)
+
+
 def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["pretrain", str(tmp_path), "--recipe", "wav2vec2-tiny", "--output", str(tmp_path / "run")]) == 1
     message = capsys.readouterr().err
