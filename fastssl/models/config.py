@@ -166,6 +166,26 @@ class CompressedConfig(CompressorConfig):
             raise ValueError(f"quantity_share: must be above 0 and at most 1, got {self.quantity_share}")
 
 
+@dataclass(frozen=True)
+class MaskedConfig(CompressedConfig):
+    """How spans of frames are masked.
+
+    Args:
+        mask_time_prob: Share of frames that would be masked if spans did not overlap.
+        mask_time_length: Frames of a masked span.
+        mask_time_min_masks: Least number of spans per utterance.
+    """
+
+    mask_time_prob: float = 0.65
+    mask_time_length: int = 10
+    mask_time_min_masks: int = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.mask_time_prob <= 1:
+            raise ValueError(f"mask_time_prob: must be in [0, 1], got {self.mask_time_prob}")
+
+
 def check_value(name: str, value: Any, default: Any) -> None:
     """Check a value that may come from a file: it must be of its default's type, and a size must be at least 1.
 

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from fastssl.models.compression import CompressionScores, draw_compression, with_compression_loss
-from fastssl.models.config import CompressedConfig, SpeechEncoderConfig
+from fastssl.models.config import CompressedConfig, MaskedConfig, SpeechEncoderConfig
 from fastssl.models.folder import read_config, read_weights
 from fastssl.models.speech_encoder import SpeechEncoder
 from fastssl.nn.compression import Compressed
+from fastssl.nn.masking import sample_span_mask
 from fastssl.packing import Layout, Packed
 
 if TYPE_CHECKING:
@@ -154,6 +155,17 @@ def prediction_scores(config: CompressedConfig) -> tuple[str, ...]:
 def count_codes(codes: Tensor, *, size: int) -> Tensor:  # (N,) int64 -> (size,) int64
     """How often each code occurs; `torch.bincount`, for which the host would wait."""
     return codes.new_zeros(size).scatter_add(0, codes, torch.ones_like(codes))
+
+
+def draw_mask(config: MaskedConfig, layout: Layout, keys: Tensor) -> Tensor:  # (B,) -> (N,) bool
+    """Spans of frames to mask, which follow from the key of their utterance."""
+    return sample_span_mask(
+        layout,
+        keys,
+        probability=config.mask_time_prob,
+        length=config.mask_time_length,
+        min_spans=config.mask_time_min_masks,
+    )
 
 
 def masked_by_utterance(mask: Tensor, layout: Layout) -> Tensor:  # (N,) bool -> (B,) fp32
