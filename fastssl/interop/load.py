@@ -7,9 +7,10 @@ from torch import nn
 
 from fastssl.interop import hub, names
 from fastssl.interop.fairseq import read_checkpoint
-from fastssl.models.encoder import Encoder, EncoderConfig, load_encoder_weights
-from fastssl.models.folder import ACCELERATED_COMPRESSOR, MODEL_CLASSES
-from fastssl.models.speech_encoder import SpeechEncoder, open_encoder
+from fastssl.models.conformer import ConformerEncoder
+from fastssl.models.encoder import Encoder, EncoderConfig
+from fastssl.models.folder import ACCELERATED_COMPRESSOR, CONFORMER, MODEL_CLASSES, read_config
+from fastssl.models.speech_encoder import SpeechEncoder
 
 _CAN_BE_OPENED = (
     "a run of `fastssl pretrain`; a folder of its encoder or in Transformers' layout, or its name on the Hub; a "
@@ -59,7 +60,7 @@ def _from_path(name: str | Path) -> SpeechEncoder:
     if path.is_file():
         config, weights = read_checkpoint(path)
         encoder = Encoder(config)
-        load_encoder_weights(encoder, weights, name=str(path))
+        encoder.load_weights(weights, name=str(path))
         return encoder
     if not path.exists():
         if not hub.may_be_id(str(name)):
@@ -67,7 +68,8 @@ def _from_path(name: str | Path) -> SpeechEncoder:
         path = hub.download(str(name))
     elif (path / "encoder" / "config.json").exists():
         path = path / "encoder"
-    return open_encoder(path)
+    is_conformer = read_config(path, model_types=[*MODEL_CLASSES, CONFORMER])["model_type"] == CONFORMER
+    return (ConformerEncoder if is_conformer else Encoder).from_pretrained(path)
 
 
 def _from_model(model: nn.Module) -> Encoder:
@@ -99,7 +101,7 @@ def _from_model(model: nn.Module) -> Encoder:
 
 def _copied(model: nn.Module, config: EncoderConfig, weights: dict[str, Any]) -> Encoder:
     encoder = Encoder(config)
-    load_encoder_weights(encoder, weights, name=type(model).__name__)
+    encoder.load_weights(weights, name=type(model).__name__)
     first = next(model.parameters())
     return encoder.to(device=first.device, dtype=first.dtype)
 
