@@ -87,7 +87,6 @@ FASTSSL_ISA_VARIANTS(backward_rows)
 template <typename acc_t>
 const acc_t* bias_or_zeros(const std::optional<Tensor>& bias, std::vector<acc_t>& zeros, int64_t width) {
   if (bias.has_value()) {
-    check_tensor(*bias, "bias", 1, sizeof(acc_t) == 8 ? ScalarType::Double : ScalarType::Float);
     return bias->const_data_ptr<acc_t>();
   }
   zeros.assign(width, acc_t(0));
@@ -101,6 +100,7 @@ Tensor forward(
     std::optional<Tensor> seed,
     int64_t offset) {
   check_tensor(x, "x", 2, x.scalar_type());
+  check_tensor(bias, "bias", 1, accumulator_dtype(x.scalar_type()));
   const int64_t width = x.size(1);
   Tensor out = torch::stable::empty_like(x);
   dispatch_floating(x.scalar_type(), "bias_gelu_dropout", [&](auto tag) {
@@ -131,6 +131,7 @@ std::tuple<Tensor, Tensor> backward(
     int64_t offset) {
   check_tensor(x, "x", 2, x.scalar_type());
   check_tensor(grad_out, "grad_out", 2, x.scalar_type());
+  check_tensor(bias, "bias", 1, accumulator_dtype(x.scalar_type()));
   const int64_t rows = x.size(0);
   const int64_t width = x.size(1);
   const int64_t chunks = number_of_chunks(rows);

@@ -15,16 +15,14 @@
 #include <type_traits>
 #include <utility>
 
+#include "integers.h"
 #include "isa.h"
+#include "simd.h"
 
 namespace fastssl {
 
 constexpr int64_t kTileRows = 6;  // callers round rows of A and C up to this ...
 constexpr int64_t kTileColumns = 16;  // ... and columns of B and C up to this; what lies there need not mean anything
-
-constexpr int64_t round_up(int64_t n, int64_t multiple) {
-  return (n + multiple - 1) / multiple * multiple;
-}
 
 using BFloat16Pair = uint32_t;
 
@@ -43,13 +41,9 @@ inline bool multiplies_bfloat16() {
 template <Isa isa>
 constexpr int64_t kLongestChain = isa == Isa::kDefault ? 16 : 32;
 
-template <Isa isa, typename T>
-struct Simd {
-  static constexpr int kBytes = isa == Isa::kAvx512 ? 64 : isa == Isa::kAvx2 ? 32 : 16;
-  static constexpr int kLanes = kBytes / static_cast<int>(sizeof(T));
-  static constexpr int kTileVectors = isa == Isa::kAvx512 ? 4 : 2;
-  typedef T Vector __attribute__((vector_size(kBytes)));
-};
+// Vectors in a row of the widest tile.
+template <Isa isa>
+constexpr int kTileVectors = isa == Isa::kAvx512 ? 4 : 2;
 
 // A operand as it lies in memory: row m of it holds either A[m, :] or A[:, m].
 using RowsOfA = std::false_type;
@@ -149,11 +143,10 @@ FASTSSL_INLINE void multiply_blocks_body(
     Sum* c,
     int64_t ldc) {
   constexpr int kLanes = Simd<isa, Sum>::kLanes;
-  constexpr int kMost = Simd<isa, Sum>::kTileVectors;
+  constexpr int kMost = kTileVectors<isa>;
   for (int64_t vectors = round_up(columns, kTileColumns) / kLanes; vectors > 0;) {
     // Panels as equal as can be: five vectors are 3 + 2, because a panel of one cannot keep the multipliers busy.
-    const int64_t panels = (vectors + kMost - 1) / kMost;
-    const int64_t width = (vectors + panels - 1) / panels;
+    const int64_t width = divide_up(vectors, divide_up(vectors, kMost));
     if constexpr (kMost == 4) {
       if (width == 4) {
         multiply_panel<isa, 4, Transposed, Adding>(a, lda, rows, depth, b, ldb, c, ldc);

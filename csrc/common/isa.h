@@ -16,7 +16,7 @@
 
 #include <torch/headeronly/util/Exception.h>
 
-#define FASTSSL_INLINE inline __attribute__((always_inline))
+#include "inline.h"
 
 #if defined(__x86_64__) && defined(__linux__) && !defined(__clang__) && __GNUC__ >= 12
 #define FASTSSL_HAS_ISA_VARIANTS 1

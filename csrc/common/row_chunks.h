@@ -5,15 +5,15 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "integers.h"
 #include "isa.h"
-#include "tensor_checks.h"
 
 namespace fastssl {
 
 constexpr int64_t kRowsPerChunk = 32;
 
 inline int64_t number_of_chunks(int64_t rows) {
-  return (rows + kRowsPerChunk - 1) / kRowsPerChunk;
+  return divide_up(rows, kRowsPerChunk);
 }
 
 template <Isa isa, typename acc_t>

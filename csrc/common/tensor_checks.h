@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -22,6 +23,18 @@ inline void check_tensor(const Tensor& tensor, const char* name, int64_t dim, Sc
   STD_TORCH_CHECK(tensor.is_contiguous(), name, ": must be contiguous");
 }
 
+// The same for an optional tensor, where it is given.
+inline void check_tensor(const std::optional<Tensor>& tensor, const char* name, int64_t dim, ScalarType dtype) {
+  if (tensor.has_value()) {
+    check_tensor(*tensor, name, dim, dtype);
+  }
+}
+
+template <typename T>
+const T* data_or_null(const std::optional<Tensor>& tensor) {
+  return tensor.has_value() ? tensor->const_data_ptr<T>() : nullptr;
+}
+
 // Type in which values of another type are accumulated.
 template <typename scalar_t>
 struct Accumulator {
@@ -31,6 +44,11 @@ template <>
 struct Accumulator<double> {
   using type = double;
 };
+
+// The same as a dtype.
+inline ScalarType accumulator_dtype(ScalarType dtype) {
+  return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
 
 // Calls `function` with a value of the C++ type that holds elements of `dtype`; the value itself means nothing.
 template <typename Function>

@@ -11,6 +11,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "../common/lanes.h"
+
 namespace py = pybind11;
 
 namespace {
@@ -22,24 +24,10 @@ struct Span {
   int64_t size;
 };
 
-// Sum of f(sample) in double, in eight partial sums of a fixed order.
+// Sum of f(sample) in double.
 template <typename Function>
 double sum_over(const Span& span, const Function& f) {
-  double partial[8] = {};
-  int64_t i = 0;
-  for (; i + 8 <= span.size; i += 8) {
-    for (int64_t lane = 0; lane < 8; ++lane) {
-      partial[lane] += f(static_cast<double>(span.data[i + lane]));
-    }
-  }
-  double sum = 0;
-  for (; i < span.size; ++i) {
-    sum += f(static_cast<double>(span.data[i]));
-  }
-  for (const double lane : partial) {
-    sum += lane;
-  }
-  return sum;
+  return fastssl::sum_in_order<8, double>(span.size, [&](int64_t i) { return f(static_cast<double>(span.data[i])); });
 }
 
 // Concatenate waveforms; with `normalize`, each to zero mean and unit variance on the way.

@@ -5,13 +5,15 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <limits>
 #include <tuple>
 #include <vector>
 
+#include "../common/convert.h"
 #include "../common/isa.h"
+#include "../common/lanes.h"
 #include "../common/tensor_checks.h"
+#include "checks.h"
 
 namespace fastssl {
 namespace {
@@ -68,35 +70,16 @@ FASTSSL_INLINE void weighted_sum(
     combine_up_to_four<true>(
         sum, rows + row * channels, weights + row, std::min(count - row, kRowsAtOnce), channels);
   }
-  for (int64_t c = 0; c < channels; ++c) {
-    to[c] = static_cast<scalar_t>(sum[c]);
-  }
+  convert(to, sum, channels);
 }
 
-// grad . (current - next), in partial sums, because the compiler may not reorder a floating-point sum by itself.
+// grad . (current - next)
 template <typename scalar_t, typename acc_t = typename Accumulator<scalar_t>::type>
 FASTSSL_INLINE acc_t dot_difference(
     const scalar_t* grad, const scalar_t* current, const scalar_t* next, int64_t channels) {
-  constexpr int64_t kLanes = 64;
-  acc_t partial[kLanes] = {};
-  int64_t c = 0;
-  for (; c + kLanes <= channels; c += kLanes) {
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-      partial[lane] += static_cast<acc_t>(grad[c + lane]) *
-          (static_cast<acc_t>(current[c + lane]) - static_cast<acc_t>(next[c + lane]));
-    }
-  }
-  for (int64_t lane = 0; c + lane < channels; ++lane) {
-    partial[lane] += static_cast<acc_t>(grad[c + lane]) *
-        (static_cast<acc_t>(current[c + lane]) - static_cast<acc_t>(next[c + lane]));
-  }
-#pragma GCC unroll 8
-  for (int64_t half = kLanes / 2; half > 0; half /= 2) {
-    for (int64_t lane = 0; lane < half; ++lane) {
-      partial[lane] += partial[lane + half];
-    }
-  }
-  return partial[0];
+  return sum_by_halves<64, acc_t>(channels, [=](int64_t c) {
+    return static_cast<acc_t>(grad[c]) * (static_cast<acc_t>(current[c]) - static_cast<acc_t>(next[c]));
+  });
 }
 
 struct Geometry {
@@ -223,10 +206,7 @@ Geometry geometry_of(
     const Tensor& cu_seqlens,
     const Tensor& cu_seqlens_out,
     double threshold) {
-  check_tensor(x, "x", 2, x.scalar_type());
-  check_tensor(positions, "positions", 1, ScalarType::Double);
-  check_tensor(cu_seqlens, "cu_seqlens", 1, ScalarType::Int);
-  check_tensor(cu_seqlens_out, "cu_seqlens_out", 1, ScalarType::Int);
+  check_integrate_and_fire(x, positions, cu_seqlens, cu_seqlens_out);
   return {
       positions.const_data_ptr<double>(),
       cu_seqlens.const_data_ptr<int32_t>(),

@@ -12,7 +12,9 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
 
+#include "../common/integers.h"
 #include "../common/tensor_checks.h"
+#include "checks.h"
 
 namespace fastssl {
 namespace {
@@ -277,7 +279,7 @@ cudaStream_t current_stream(const Tensor& tensor) {
 }
 
 int blocks_for(int64_t rows) {
-  return static_cast<int>((rows + kWarpsPerBlock - 1) / kWarpsPerBlock);
+  return static_cast<int>(divide_up(rows, kWarpsPerBlock));
 }
 
 std::tuple<Tensor, Tensor> scan(
@@ -313,10 +315,7 @@ Tensor forward(
     const Tensor& cu_seqlens_out,  // (B + 1,)
     int64_t total_out,
     double threshold) {
-  check_tensor(x, "x", 2, x.scalar_type());
-  check_tensor(positions, "positions", 1, ScalarType::Double);
-  check_tensor(cu_seqlens, "cu_seqlens", 1, ScalarType::Int);
-  check_tensor(cu_seqlens_out, "cu_seqlens_out", 1, ScalarType::Int);
+  check_integrate_and_fire(x, positions, cu_seqlens, cu_seqlens_out);
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const int channels = static_cast<int>(x.size(1));
   const int sequences = static_cast<int>(cu_seqlens.size(0)) - 1;
@@ -354,11 +353,8 @@ std::tuple<Tensor, Tensor> backward(
     const Tensor& cu_seqlens,  // (B + 1,)
     const Tensor& cu_seqlens_out,  // (B + 1,)
     double threshold) {
-  check_tensor(x, "x", 2, x.scalar_type());
+  check_integrate_and_fire(x, positions, cu_seqlens, cu_seqlens_out);
   check_tensor(grad_out, "grad_out", 2, x.scalar_type());
-  check_tensor(positions, "positions", 1, ScalarType::Double);
-  check_tensor(cu_seqlens, "cu_seqlens", 1, ScalarType::Int);
-  check_tensor(cu_seqlens_out, "cu_seqlens_out", 1, ScalarType::Int);
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const int rows = static_cast<int>(x.size(0));
   const int channels = static_cast<int>(x.size(1));

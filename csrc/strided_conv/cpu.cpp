@@ -81,8 +81,7 @@ template <typename scalar_t, typename acc_t>
 Source<scalar_t, acc_t> make_source(
     const Tensor& source, const std::optional<Tensor>& begins, const Tensor& taps, int64_t stride) {
   check_tensor(source, "source", 2, source.scalar_type());
-  const int32_t* begins_data = begins ? begins->template const_data_ptr<int32_t>() : nullptr;
-  return {source.const_data_ptr<scalar_t>(), begins_data, taps.const_data_ptr<acc_t>(), taps.size(0), stride};
+  return {source.const_data_ptr<scalar_t>(), data_or_null<int32_t>(begins), taps.const_data_ptr<acc_t>(), taps.size(0), stride};
 }
 
 template <Isa isa, typename scalar_t, typename acc_t>
@@ -208,9 +207,7 @@ FASTSSL_INLINE void backward_segment_body(
         }
       }
       if (grad_conv != nullptr) {
-        for (int64_t c = 0; c < channels; ++c) {
-          grad_conv[frame * channels + c] = static_cast<scalar_t>(grad[c]);
-        }
+        convert(grad_conv + frame * channels, grad, channels);
       }
     }
     if (kernel > 0) {
@@ -227,6 +224,31 @@ FASTSSL_INLINE void add_to_body(double* total, const acc_t* part, int64_t count)
   }
 }
 FASTSSL_ISA_VARIANTS(add_to)
+
+// Adds the sums of each segment to those of its sequence, or to those of all sequences: in the order of the segments, so
+// that the bits do not depend on the number of threads.
+template <typename acc_t>
+void add_segment_sums(
+    double* total,  // (B or 1, width)
+    const std::vector<acc_t>& partial,  // (segments, width)
+    const std::vector<Segment>& segments,
+    bool per_sequence) {
+  constexpr int64_t kColumns = 1024;
+  if (segments.empty()) {
+    return;
+  }
+  const int64_t width = partial.size() / segments.size();
+  torch::stable::parallel_for(0, divide_up(width, kColumns), 1, [&](int64_t first, int64_t last) {
+    const int64_t begin = first * kColumns;
+    const int64_t count = std::min(last * kColumns, width) - begin;
+    for (size_t index = 0; index < segments.size(); ++index) {
+      if (segments[index].frames > 0) {
+        const int64_t row = per_sequence ? segments[index].sequence : 0;
+        add_to(total + row * width + begin, partial.data() + index * width + begin, count);
+      }
+    }
+  });
+}
 
 // The gradient of a layer's convolution on the rows of a block, and the sums over rows that its parameters' gradients
 // are made of. Group norm only where source is a waveform: elsewhere it is `group_norm_backward`.
@@ -265,14 +287,7 @@ void epilogue_backward(
     const auto rows_in = make_source<scalar_t, acc_t>(source, source_begins, taps, stride);
     const int64_t channels = layer.channels;
     const std::vector<scalar_t> zeros(channels, scalar_t(0));
-    const Gradients<scalar_t> grads{
-        grad_first.const_data_ptr<scalar_t>(),
-        grad_second.const_data_ptr<scalar_t>(),
-        grad_first.size(1) / channels,
-        grad_second.size(1) / channels,
-        phases,
-        channels,
-        zeros.data()};
+    const auto grads = make_gradients(grad_first, grad_second, phases, zeros);
     scalar_t* grad_conv_data = grad_conv ? grad_conv->template mutable_data_ptr<scalar_t>() : nullptr;
     const int64_t width = (rows_in.kernel + 3) * channels;
     std::vector<acc_t> partial(sums ? segments.size() * width : 0);
@@ -300,19 +315,8 @@ void epilogue_backward(
       }
     });
     if (sums) {
-      // In the order of the segments, so that the bits do not depend on the number of threads.
-      double* total = sums->template mutable_data_ptr<double>();
-      constexpr int64_t kColumns = 1024;
-      torch::stable::parallel_for(0, (width + kColumns - 1) / kColumns, 1, [&](int64_t first, int64_t last) {
-        const int64_t begin = first * kColumns;
-        const int64_t count = std::min(last * kColumns, width) - begin;
-        for (size_t index = 0; index < segments.size(); ++index) {
-          if (segments[index].frames > 0) {
-            const int64_t row = layer.norm == Norm::kGroup ? segments[index].sequence : 0;
-            add_to(total + row * width + begin, static_cast<const acc_t*>(partial.data() + index * width + begin), count);
-          }
-        }
-      });
+      const bool per_sequence = layer.norm == Norm::kGroup;
+      add_segment_sums(sums->template mutable_data_ptr<double>(), partial, segments, per_sequence);
     }
   });
 }
@@ -330,7 +334,7 @@ void transpose(const Tensor& x, Tensor out) {
     using scalar_t = decltype(tag);
     const scalar_t* from = x.const_data_ptr<scalar_t>();
     scalar_t* to = out.mutable_data_ptr<scalar_t>();
-    torch::stable::parallel_for(0, (columns + kSquare - 1) / kSquare, 1, [&](int64_t first, int64_t last) {
+    torch::stable::parallel_for(0, divide_up(columns, kSquare), 1, [&](int64_t first, int64_t last) {
       for (int64_t strip = first; strip < last; ++strip) {
         const int64_t column = strip * kSquare;
         const int64_t column_end = std::min(column + kSquare, columns);
@@ -352,14 +356,15 @@ template <Isa isa, typename scalar_t, typename acc_t>
 FASTSSL_INLINE void group_norm_backward_body(
     const Layer<acc_t>* layer,
     const Gradients<scalar_t>* grads,
+    const GroupTile* tile,
     const scalar_t* conv_out,
-    int64_t sequence,
     int64_t first_grad_row,
-    int64_t first_channel,
-    int64_t channels,
-    int64_t frames,
     scalar_t* grad_conv,
     double* sums) {
+  const int64_t sequence = tile->sequence;
+  const int64_t first_channel = tile->first_channel;
+  const int64_t channels = tile->channels;
+  const int64_t frames = tile->frames;
   const acc_t* bias = layer->bias + first_channel;
   const acc_t* weight = layer->norm_weight + first_channel;
   const acc_t* shift = layer->norm_bias + first_channel;
@@ -420,44 +425,27 @@ void epilogue_group_backward(
   check_tensor(cu_seqlens, "cu_seqlens", 1, ScalarType::Int);
   const int32_t* begins = cu_seqlens.const_data_ptr<int32_t>();
   const int32_t* grid_begins = grid.const_data_ptr<int32_t>();
-  const int64_t sequences = cu_seqlens.size(0) - 1;
   dispatch_floating(conv_out.scalar_type(), "strided_conv", [&](auto tag) {
     using scalar_t = decltype(tag);
     using acc_t = typename Accumulator<scalar_t>::type;
     const auto layer = make_layer<acc_t>(parameters, statistics, "group", eps, activation);
     const int64_t channels = layer.channels;
     const std::vector<scalar_t> zeros(channels, scalar_t(0));
-    const Gradients<scalar_t> grads{
-        grad_first.const_data_ptr<scalar_t>(),
-        grad_second.const_data_ptr<scalar_t>(),
-        grad_first.size(1) / channels,
-        grad_second.size(1) / channels,
-        phases,
-        channels,
-        zeros.data()};
+    const auto grads = make_gradients(grad_first, grad_second, phases, zeros);
     const scalar_t* conv_data = conv_out.const_data_ptr<scalar_t>();
     scalar_t* grad_conv_data = grad_conv.mutable_data_ptr<scalar_t>();
     double* sums_data = sums.mutable_data_ptr<double>();
-    const int64_t tiles = (channels + kGroupChannels - 1) / kGroupChannels;
-    torch::stable::parallel_for(0, sequences * tiles, 1, [&](int64_t first, int64_t last) {
-      for (int64_t index = first; index < last; ++index) {
-        const int64_t sequence = index / tiles;
-        const int64_t c = (index % tiles) * kGroupChannels;
-        const int64_t frames = begins[sequence + 1] - begins[sequence];
-        if (frames > 0) {
-          group_norm_backward(
-              &layer,
-              &grads,
-              conv_data + begins[sequence] * channels + c,
-              sequence,
-              static_cast<int64_t>(grad_is_packed ? begins[sequence] : grid_begins[sequence]),
-              c,
-              std::min(kGroupChannels, channels - c),
-              frames,
-              grad_conv_data + grid_begins[sequence] * channels + c,
-              sums_data + sequence * 3 * channels + c);
-        }
-      }
+    for_each_group_tile(cu_seqlens, channels, [&](const GroupTile& tile) {
+      const int64_t sequence = tile.sequence;
+      const int64_t c = tile.first_channel;
+      group_norm_backward(
+          &layer,
+          &grads,
+          &tile,
+          conv_data + begins[sequence] * channels + c,
+          static_cast<int64_t>(grad_is_packed ? begins[sequence] : grid_begins[sequence]),
+          grad_conv_data + grid_begins[sequence] * channels + c,
+          sums_data + sequence * 3 * channels + c);
     });
   });
 }

@@ -61,19 +61,12 @@ Tensor compute_group_statistics(
     const scalar_t* data = conv_out.const_data_ptr<scalar_t>();
     const acc_t* bias = parameters.const_data_ptr<acc_t>();
     acc_t* mean = statistics.mutable_data_ptr<acc_t>();
-    const int64_t tiles = (channels + kGroupChannels - 1) / kGroupChannels;
-    torch::stable::parallel_for(0, sequences * tiles, 1, [&](int64_t first, int64_t last) {
-      for (int64_t index = first; index < last; ++index) {
-        const int64_t sequence = index / tiles;
-        const int64_t c = (index % tiles) * kGroupChannels;
-        const int64_t frames = begins[sequence + 1] - begins[sequence];
-        if (frames > 0) {
-          acc_t* out = mean + sequence * channels + c;
-          group_statistics(
-              data + begins[sequence] * channels + c, bias + c, frames, channels,
-              std::min(kGroupChannels, channels - c), eps, out, out + sequences * channels);
-        }
-      }
+    for_each_group_tile(cu_seqlens, channels, [&](const GroupTile& tile) {
+      const int64_t c = tile.first_channel;
+      acc_t* out = mean + tile.sequence * channels + c;
+      group_statistics(
+          data + begins[tile.sequence] * channels + c, bias + c, tile.frames, channels, tile.channels, eps, out,
+          out + sequences * channels);
     });
   });
   return statistics;
@@ -117,7 +110,7 @@ template <typename scalar_t>
 void average_windows(
     const scalar_t* samples, int64_t frames, int64_t kernel, int64_t stride, const double* mean, double* out) {
   const int64_t width = mean == nullptr ? kernel : kernel * kernel;
-  const int64_t tasks = (frames + kMomentFrames - 1) / kMomentFrames;
+  const int64_t tasks = divide_up(frames, kMomentFrames);
   std::vector<double> partial(tasks * width);
   torch::stable::parallel_for(0, tasks, 1, [&](int64_t first, int64_t last) {
     std::vector<double> centred(kernel);

@@ -1,10 +1,15 @@
 // What strided_conv does to single rows on the CPU: the first layer's convolution, norm, activation, and their backward.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <vector>
 
-#include "../common/isa.h"
+#include "../common/convert.h"
+#include "../common/integers.h"
+#include "../common/lanes.h"
+#include "../common/tensor_checks.h"
 #include "../common/vector_math.h"
 
 namespace fastssl::strided_conv {
@@ -40,26 +45,6 @@ struct Layer {
   const acc_t* rstd;  // (B, C), group norm only
 };
 
-// Partial sums per lane, because the compiler may not reorder a floating-point sum by itself.
-template <typename acc_t, typename Term>
-FASTSSL_INLINE acc_t sum_over(int64_t count, const Term& term) {
-  acc_t partial[kLanes] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-      partial[lane] += term(i + lane);
-    }
-  }
-  acc_t sum = 0;
-  for (; i < count; ++i) {
-    sum += term(i);
-  }
-  for (int64_t lane = 0; lane < kLanes; ++lane) {
-    sum += partial[lane];
-  }
-  return sum;
-}
-
 // standard = (z + bias - mean) * rstd, or z + bias where there is no norm. Returns the rstd of layer norm.
 template <typename scalar_t, typename acc_t>
 FASTSSL_INLINE acc_t standardise(const Layer<acc_t>& layer, int64_t sequence, const scalar_t* z, acc_t* standard) {
@@ -79,8 +64,8 @@ FASTSSL_INLINE acc_t standardise(const Layer<acc_t>& layer, int64_t sequence, co
   if (layer.norm == Norm::kNone) {
     return 1;
   }
-  const acc_t mean = sum_over<acc_t>(channels, [=](int64_t c) { return standard[c]; }) / channels;
-  const acc_t variance = sum_over<acc_t>(channels, [=](int64_t c) {
+  const acc_t mean = sum_in_order<kLanes, acc_t>(channels, [=](int64_t c) { return standard[c]; }) / channels;
+  const acc_t variance = sum_in_order<kLanes, acc_t>(channels, [=](int64_t c) {
     const acc_t centred = standard[c] - mean;
     return centred * centred;
   }) / channels;
@@ -137,8 +122,8 @@ FASTSSL_INLINE void layer_norm_backward(
     sum_bias[c] += grad[c];
     grad[c] *= weight[c];
   }
-  const acc_t mean = sum_over<acc_t>(channels, [=](int64_t c) { return grad[c]; }) / channels;
-  const acc_t slope = sum_over<acc_t>(channels, [=](int64_t c) { return grad[c] * standard[c]; }) / channels;
+  const acc_t mean = sum_in_order<kLanes, acc_t>(channels, [=](int64_t c) { return grad[c]; }) / channels;
+  const acc_t slope = sum_in_order<kLanes, acc_t>(channels, [=](int64_t c) { return grad[c] * standard[c]; }) / channels;
   for (int64_t c = 0; c < channels; ++c) {
     grad[c] = rstd * (grad[c] - mean - standard[c] * slope);
   }
@@ -246,9 +231,7 @@ FASTSSL_INLINE void load_windows(const Source<scalar_t, acc_t>& source, const Se
   const scalar_t* samples =
       source.data + source.begins[segment.sequence] + segment.first_frame * source.stride;
   const int64_t count = (segment.frames - 1) * source.stride + source.kernel;
-  for (int64_t i = 0; i < count; ++i) {
-    windows[i] = static_cast<acc_t>(samples[i]);
-  }
+  convert(windows, samples, count);
 }
 
 // One frame of a segment, standardised. Returns the rstd of layer norm.
@@ -292,6 +275,23 @@ struct Gradients {
 };
 
 template <typename scalar_t>
+Gradients<scalar_t> make_gradients(
+    const Tensor& first,  // (U, first_phases * C), or packed (N, C)
+    const Tensor& second,  // (U, second_phases * C)
+    int64_t phases,
+    const std::vector<scalar_t>& zeros) {  // (C,)
+  const int64_t channels = zeros.size();
+  return {
+      first.const_data_ptr<scalar_t>(),
+      second.const_data_ptr<scalar_t>(),
+      first.size(1) / channels,
+      second.size(1) / channels,
+      phases,
+      channels,
+      zeros.data()};
+}
+
+template <typename scalar_t>
 FASTSSL_INLINE const scalar_t* gradient_row(const Gradients<scalar_t>& grads, int64_t row) {
   const int64_t u = row / grads.phases;
   const int64_t phase = row - u * grads.phases;
@@ -302,6 +302,31 @@ FASTSSL_INLINE const scalar_t* gradient_row(const Gradients<scalar_t>& grads, in
     return grads.second + (u * grads.second_phases + phase - grads.first_phases) * grads.channels;
   }
   return grads.zeros;
+}
+
+// What a task of a group norm works on: up to kGroupChannels channels of all frames of one sequence.
+struct GroupTile {
+  int64_t sequence;
+  int64_t frames;
+  int64_t first_channel;
+  int64_t channels;
+};
+
+// Calls `function(tile)` for all tiles of sequences that have frames, in parallel.
+template <typename Function>
+void for_each_group_tile(const Tensor& cu_seqlens, int64_t channels, const Function& function) {
+  const int32_t* begins = cu_seqlens.const_data_ptr<int32_t>();
+  const int64_t tiles = divide_up(channels, kGroupChannels);
+  torch::stable::parallel_for(0, (cu_seqlens.size(0) - 1) * tiles, 1, [&](int64_t first, int64_t last) {
+    for (int64_t index = first; index < last; ++index) {
+      const int64_t sequence = index / tiles;
+      const int64_t channel = (index % tiles) * kGroupChannels;
+      const int64_t frames = begins[sequence + 1] - begins[sequence];
+      if (frames > 0) {
+        function(GroupTile{sequence, frames, channel, std::min(kGroupChannels, channels - channel)});
+      }
+    }
+  });
 }
 
 }  // namespace fastssl::strided_conv

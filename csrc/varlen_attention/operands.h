@@ -15,7 +15,7 @@ constexpr int64_t kDepth = kIsPair<Operand> ? 2 : 1;  // numbers in an operand
 
 template <typename Operand>
 constexpr int64_t depth_of(int64_t numbers) {
-  return (numbers + kDepth<Operand> - 1) / kDepth<Operand>;
+  return divide_up(numbers, kDepth<Operand>);
 }
 
 // Rows of one head lie so far apart that the processor does not foresee the next.

@@ -3,33 +3,14 @@
 
 #include <algorithm>
 #include <atomic>
-#include <new>
 #include <optional>
 #include <utility>
 #include <vector>
 
+#include "../common/buffer.h"
 #include "rows.h"
 
 namespace fastssl {
-
-// Memory of one thread, aligned to whole vectors and not initialised.
-template <typename T>
-class Buffer {
- public:
-  explicit Buffer(int64_t size)
-      : data_(static_cast<T*>(::operator new(std::max<int64_t>(size, 1) * sizeof(T), std::align_val_t(64)))) {}
-  ~Buffer() {
-    ::operator delete(data_, std::align_val_t(64));
-  }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  T* data() const {
-    return data_;
-  }
-
- private:
-  T* data_;
-};
 
 // The arguments that forward and backward share.
 template <typename scalar_t>
@@ -126,9 +107,7 @@ inline void check_inputs(
   check_tensor(k, "k", 3, q.scalar_type());
   check_tensor(v, "v", 3, q.scalar_type());
   check_tensor(cu_seqlens, "cu_seqlens", 1, ScalarType::Int);
-  if (seed.has_value()) {
-    check_tensor(*seed, "seed", 0, ScalarType::Long);
-  }
+  check_tensor(seed, "seed", 0, ScalarType::Long);
   if (distance_bias.has_value()) {
     check_tensor(*distance_bias, "distance_bias", 2, distance_bias->scalar_type());
   }

@@ -9,6 +9,8 @@
 
 #include "../common/block_gemm.h"
 #include "../common/counter_random.h"
+#include "../common/lanes.h"
+#include "../common/simd.h"
 #include "../common/tensor_checks.h"
 
 namespace fastssl {
@@ -89,30 +91,17 @@ FASTSSL_INLINE T dot(const T* x, const T* y, int64_t n) {
   return sum;
 }
 
-// sums[row] = x[row] . y[row], in sixteen parts that do not wait for each other. In double, which costs little beside
+// sums[row] = x[row] . y[row]. In double, which costs little beside
 // the products: it is taken from numbers of its size, and the gradients of biases and gates add up what remains.
 template <Isa isa, typename scalar_t, typename T>
 FASTSSL_INLINE void row_dots_body(
     const scalar_t* x, const scalar_t* y, int64_t rows, int64_t ld, int64_t columns, T* sums) {
-  constexpr int64_t kParts = 16;
   for (int64_t row = 0; row < rows; ++row) {
     const scalar_t* a = x + row * ld;
     const scalar_t* b = y + row * ld;
-    double parts[kParts] = {};
-    int64_t column = 0;
-    for (; column + kParts <= columns; column += kParts) {
-      for (int64_t part = 0; part < kParts; ++part) {
-        parts[part] += static_cast<double>(static_cast<T>(a[column + part])) * static_cast<T>(b[column + part]);
-      }
-    }
-    double sum = 0;
-    for (; column < columns; ++column) {
-      sum += static_cast<double>(static_cast<T>(a[column])) * static_cast<T>(b[column]);
-    }
-    for (int64_t part = 0; part < kParts; ++part) {
-      sum += parts[part];
-    }
-    sums[row] = static_cast<T>(sum);
+    sums[row] = static_cast<T>(sum_in_order<16, double>(columns, [=](int64_t column) {
+      return static_cast<double>(static_cast<T>(a[column])) * static_cast<T>(b[column]);
+    }));
   }
 }
 FASTSSL_ISA_VARIANTS(row_dots)
