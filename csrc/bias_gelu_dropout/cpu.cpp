@@ -15,10 +15,10 @@ namespace {
 
 template <typename scalar_t, typename acc_t>
 struct Call {
-  const scalar_t* grad_out;  // of the backward only
+  const scalar_t* grad_out;  // backward only
   const scalar_t* x;
-  const acc_t* bias;  // zeros where there is none
-  scalar_t* out;  // of the backward: the gradient of x
+  const acc_t* bias;  // zeros if the op has no bias
+  scalar_t* out;  // backward: the gradient of x
   int64_t width;
   Dropout dropout;
 };
@@ -48,7 +48,7 @@ FASTSSL_INLINE void forward_rows_body(
 }
 FASTSSL_ISA_VARIANTS(forward_rows)
 
-// Rows of one chunk; `grad_bias` is the chunk's own and holds zeros.
+// The backward of the rows of one chunk. `grad_bias` belongs to the chunk and must start at zero.
 template <Isa isa, typename scalar_t, typename acc_t>
 FASTSSL_INLINE void backward_rows_body(
     const Call<scalar_t, acc_t>* call,
@@ -83,7 +83,7 @@ FASTSSL_INLINE void backward_rows_body(
 }
 FASTSSL_ISA_VARIANTS(backward_rows)
 
-// The bias, or zeros that stand for none.
+// The bias, or zeros if the op has none.
 template <typename acc_t>
 const acc_t* bias_or_zeros(const std::optional<Tensor>& bias, std::vector<acc_t>& zeros, int64_t width) {
   if (bias.has_value()) {

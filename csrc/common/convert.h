@@ -1,4 +1,4 @@
-// Elements from one type to another.
+// Conversion of arrays between element types.
 #pragma once
 
 #include <cstdint>

@@ -10,14 +10,15 @@
 
 namespace fastssl {
 
-// Sorts whatever `items` give rise to (any number of entries each) by a key from 0 to keys - 1; entries with the same
-// key keep the order of their items. Each worker takes a share of the items and a table with one number per key. Use:
+// Sorts entries by a key from 0 to keys - 1. Each item contributes any number of entries; entries with the same key
+// keep the order of their items. Every worker processes a share of the items and has a table with one number per key.
+// Usage:
 //
 //   sort.for_each_worker([&](int64_t* counts, int64_t first, int64_t last) { ... ++counts[key]; });
 //   sort.finish_counting();
 //   sort.for_each_worker([&](int64_t* next, int64_t first, int64_t last) { ... sorted[next[key]++] = entry; });
 //
-// Then the entries of a key lie at begins()[key] to begins()[key + 1] - 1.
+// Afterwards the entries of a key lie at begins()[key] to begins()[key + 1] - 1.
 class CountingSort {
  public:
   CountingSort(int64_t items, int64_t keys, int64_t workers)
@@ -33,7 +34,7 @@ class CountingSort {
     });
   }
 
-  // Turns the counts into the place where each worker's next entry of a key goes.
+  // Replaces each count with the place of the worker's first entry of that key.
   void finish_counting() {
     int64_t place = 0;
     for (int64_t key = 0; key < keys_; ++key) {

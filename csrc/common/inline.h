@@ -1,4 +1,4 @@
-// Functions that must become part of their caller, so that they are compiled for the caller's instruction set (isa.h).
+// For functions that must be inlined, so that they are compiled for the instruction set of their caller (isa.h).
 #pragma once
 
 #define FASTSSL_INLINE inline __attribute__((always_inline))

@@ -1,4 +1,4 @@
-// Sums over rows, such as the gradient of a bias: each chunk of rows has partial sums of its own, and a second pass adds
+// Sums over rows, such as the gradient of a bias: each chunk of rows has its own partial sums, and a second pass adds
 // the chunks in order. The chunks do not depend on the number of threads, so neither do the bits.
 #pragma once
 

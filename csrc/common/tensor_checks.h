@@ -1,4 +1,4 @@
-// What every kernel of the compiled modules asks of its tensors, and how it picks a template by dtype.
+// Checks of tensor arguments that all compiled kernels share, and the choice of a template by dtype.
 #pragma once
 
 #include <cstdint>
@@ -19,11 +19,11 @@ using torch::stable::Tensor;
 
 inline void check_tensor(const Tensor& tensor, const char* name, int64_t dim, ScalarType dtype) {
   STD_TORCH_CHECK(tensor.dim() == dim, name, ": expected ", dim, " dimensions, got ", tensor.dim());
-  STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, ": wrong dtype");
+  STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, ": unexpected dtype");
   STD_TORCH_CHECK(tensor.is_contiguous(), name, ": must be contiguous");
 }
 
-// The same for an optional tensor, where it is given.
+// The same for an optional tensor, if it is given.
 inline void check_tensor(const std::optional<Tensor>& tensor, const char* name, int64_t dim, ScalarType dtype) {
   if (tensor.has_value()) {
     check_tensor(*tensor, name, dim, dtype);
@@ -35,7 +35,7 @@ const T* data_or_null(const std::optional<Tensor>& tensor) {
   return tensor.has_value() ? tensor->const_data_ptr<T>() : nullptr;
 }
 
-// Type in which values of another type are accumulated.
+// The type in which values of `scalar_t` are accumulated.
 template <typename scalar_t>
 struct Accumulator {
   using type = float;
@@ -50,7 +50,7 @@ inline ScalarType accumulator_dtype(ScalarType dtype) {
   return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// Calls `function` with a value of the C++ type that holds elements of `dtype`; the value itself means nothing.
+// Calls `function` with a value of the C++ type of `dtype`; only the type of the value matters.
 template <typename Function>
 void dispatch_floating(ScalarType dtype, const char* op, const Function& function) {
   switch (dtype) {

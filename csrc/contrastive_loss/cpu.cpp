@@ -1,9 +1,9 @@
 // The contrastive loss on the CPU. Derivation and conventions: fastssl/ops/contrastive_loss/README.md.
 //
-// Everything is dots with, and weighted sums of, rows of a table, which an utterance keeps in the second-level cache; the
-// table is the tensor itself, or a copy in the accumulation type with rows padded to whole vectors. Their lengths go into
-// the results and the weights. A frame, and in the backward a target, has one writer and one order of additions, whatever
-// the batch and the number of threads.
+// The work is dot products with, and weighted sums of, rows of a table; the rows that an utterance needs stay in the
+// second-level cache. The table is the tensor itself, or a copy in the accumulation type with rows padded to whole
+// vectors. Rows are not normalised: their lengths go into the results and the weights. Each frame, and in the backward
+// each target, is written by one thread in a fixed order of additions, whatever the batch and the number of threads.
 
 #include <algorithm>
 #include <atomic>
@@ -27,14 +27,14 @@ namespace {
 
 constexpr int64_t kLanes = 16;
 constexpr int64_t kFramesPerTask = 16;
-constexpr double kEps = 1e-8;  // of the norms, as in torch.nn.functional.cosine_similarity
+constexpr double kEps = 1e-8;  // lower bound of the norms, as in torch.nn.functional.cosine_similarity
 
 FASTSSL_INLINE int64_t padded_to_lanes(int64_t n) {
   return round_up(n, kLanes);
 }
 
-// Several sums of kLanes numbers side by side. The loop must stay one: unrolled, GCC vectorises the loop around it, with
-// shuffles.
+// For several groups of kLanes sums side by side. The pragma keeps the loop: once GCC has unrolled it, GCC vectorises
+// the loop around it instead, with shuffles.
 #define FASTSSL_FOR_LANES(lane) _Pragma("GCC unroll 1") for (int64_t lane = 0; lane < kLanes; ++lane)
 
 FASTSSL_INLINE uint32_t bits_of(float x) {
@@ -151,7 +151,7 @@ FASTSSL_INLINE void add_weighted_rows_body(
 }
 FASTSSL_ISA_VARIANTS(add_weighted_rows)
 
-// log sum exp(logits) - logits[0]; `padded` logits, -inf where there is none.
+// log sum exp(logits) - logits[0]. The logits are padded with -inf.
 template <Isa isa, typename acc_t>
 FASTSSL_INLINE acc_t cross_entropy_body(const acc_t* logits, int64_t padded) {
   const acc_t highest = largest<isa, kLanes>(logits, padded);
@@ -160,7 +160,7 @@ FASTSSL_INLINE acc_t cross_entropy_body(const acc_t* logits, int64_t padded) {
 }
 FASTSSL_ISA_VARIANTS(cross_entropy)
 
-// No negative scores higher, and one scores lower.
+// Whether no negative scores higher than the positive and at least one scores lower.
 template <Isa isa, typename acc_t>
 FASTSSL_INLINE bool told_apart_body(acc_t positive, const acc_t* negatives, int64_t count) {
   int32_t not_below = 0;
@@ -182,7 +182,7 @@ FASTSSL_INLINE void softmax_body(acc_t* weights, const acc_t* logits, acc_t log_
 }
 FASTSSL_ISA_VARIANTS(softmax)
 
-// Takes the gradient of x * scale, with scale = 1 / max(|x|, eps), to that of x.
+// From the gradient of x * scale, where scale = 1 / max(|x|, eps), to the gradient of x.
 template <Isa isa, typename scalar_t, typename acc_t>
 FASTSSL_INLINE void store_gradient_body(
     scalar_t* grad, const acc_t* grad_unit, const acc_t* x, acc_t scale, int64_t width) {
@@ -194,7 +194,7 @@ FASTSSL_INLINE void store_gradient_body(
 }
 FASTSSL_ISA_VARIANTS(store_gradient)
 
-// Calls `function` with the rows of targets as int32_t or int64_t, whichever the tensor holds.
+// Calls `function` with a pointer to the negatives, as int32_t or int64_t depending on the tensor.
 template <typename Function>
 void dispatch_index(const Tensor& negatives, const Function& function) {
   if (negatives.scalar_type() == ScalarType::Int) {
@@ -204,8 +204,8 @@ void dispatch_index(const Tensor& negatives, const Function& function) {
   return function(negatives.const_data_ptr<int64_t>());
 }
 
-// The rows of a matrix in the accumulation type, each a whole number of vectors, and what brings them to length 1. Every
-// row is to be prepared before it is read.
+// The rows of a matrix in the accumulation type, padded to whole vectors, and the factors that scale them to length 1.
+// Call `prepare` for a row before reading it.
 template <typename scalar_t, typename acc_t>
 class Table {
  public:
@@ -244,7 +244,7 @@ class Table {
   const scalar_t* x_;
   int64_t width_;
   int64_t padded_;
-  bool is_copied_;  // the matrix itself does not do
+  bool is_copied_;  // whether the matrix has another type or unpadded rows
   Buffer<acc_t> copy_;  // (N, padded)
   Buffer<acc_t> scales_;  // (N,)
 };
@@ -255,7 +255,7 @@ void check_inputs(const Tensor& context, const Tensor& targets, const Tensor& ne
   check_tensor(negatives, "negatives", 2, negatives.scalar_type());
   STD_TORCH_CHECK(
       targets.size(0) == context.size(0) && targets.size(1) == context.size(1) && negatives.size(0) == context.size(0),
-      "context, targets and negatives: shapes do not fit");
+      "context (N, D), targets (N, D) and negatives (N, K): shapes do not match");
   STD_TORCH_CHECK(context.size(0) <= std::numeric_limits<int32_t>::max(), "context: too many frames");
 }
 
@@ -285,7 +285,7 @@ struct Forward {
   }
 };
 
-// The logits of one frame that count, the positive first.
+// The logits of one frame without the negatives that are left out, the positive first.
 template <typename acc_t>
 struct Candidates {
   explicit Candidates(int64_t count) : rows(count + 1), places(count + 1), logits(padded_to_lanes(count + 1)) {}
@@ -295,7 +295,7 @@ struct Candidates {
   Buffer<acc_t> logits;
 };
 
-// Fills in rows and places of frame n; returns how many there are.
+// Fills in the rows and places of frame n; returns their number.
 template <typename scalar_t, typename index_t, typename acc_t>
 int64_t find_candidates(const Forward<scalar_t, index_t>& call, int64_t n, const Candidates<acc_t>& candidates) {
   candidates.rows[0] = static_cast<int32_t>(n);
@@ -414,7 +414,7 @@ struct Pairs {
 
   const int64_t* begins;  // (N + 1,) where the pairs of each negative begin
   Buffer<int32_t> frames;
-  Buffer<acc_t> weights;  // of the frame's context row in the gradient of the negative's unit vector
+  Buffer<acc_t> weights;  // of the frame's context row in the gradient of the negative, scaled to length 1
   Buffer<acc_t> positive_weights;  // (N,) the same for each frame and its own target
 };
 
@@ -437,7 +437,7 @@ void count_pairs(const Backward<scalar_t, index_t>& call, int64_t n, int64_t* co
   }
 }
 
-// The gradient of context row n. Its pairs go to the places in `next`, which move on.
+// Writes the gradient of context row n, and the frame's pairs to the places in `next`, which it advances.
 template <typename scalar_t, typename index_t, typename acc_t>
 void context_gradient(
     const Backward<scalar_t, index_t>& call,
@@ -476,7 +476,7 @@ void context_gradient(
   store_gradient(call.grad_context + n * call.width, sum, call.context.row(n), context_scale, call.width);
 }
 
-// The gradient of target row m. `sum` is room for one row.
+// Writes the gradient of target row m. `sum` is scratch memory for one row.
 template <typename scalar_t, typename index_t, typename acc_t>
 void target_gradient(const Backward<scalar_t, index_t>& call, int64_t m, const Pairs<acc_t>& pairs, acc_t* sum) {
   const int64_t padded = call.context.padded();

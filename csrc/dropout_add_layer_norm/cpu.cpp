@@ -1,6 +1,6 @@
 // Dropout, residual and layer norm on the CPU. Derivation: fastssl/ops/dropout_add_layer_norm/README.md.
 //
-// A row is read from memory once; what is computed from it stays in the first-level cache until it is written.
+// Each row is read from memory once; intermediate results stay in the first-level cache.
 
 #include <cmath>
 #include <optional>
@@ -57,7 +57,7 @@ struct Forward {
   const acc_t* weight;
   const acc_t* bias;
   scalar_t* out;
-  scalar_t* sum;  // null where it is not wanted
+  scalar_t* sum;  // null if it is not returned
   acc_t* mean;
   acc_t* rstd;
   int64_t width;
@@ -78,7 +78,7 @@ FASTSSL_INLINE void forward_rows_body(
     const uint8_t* keep = call->dropout.active ? keep_bytes<isa>(keep_scratch, call->dropout, begin, width) : nullptr;
     add_branch(sum, call->x + begin, call->residual + begin, keep, call->dropout, width);
     if (call->sum != nullptr) {
-      // What is normalised is the sum as it is returned, so that the backward finds it there.
+      // Normalise the sum as it is returned, rounded, because that is what the backward reads.
       scalar_t* __restrict stored = call->sum + begin;
       for (int64_t c = 0; c < width; ++c) {
         stored[c] = static_cast<scalar_t>(sum[c]);
@@ -104,19 +104,19 @@ FASTSSL_ISA_VARIANTS(forward_rows)
 template <typename scalar_t, typename acc_t>
 struct Backward {
   const scalar_t* grad_out;
-  const scalar_t* grad_sum;  // null where the sum was not returned
-  const scalar_t* x;  // the branch, or the sum where `residual` is null
+  const scalar_t* grad_sum;  // null if the sum was not returned
+  const scalar_t* x;  // the branch, or the sum if `residual` is null
   const scalar_t* residual;
   const acc_t* weight;
   const acc_t* mean;
   const acc_t* rstd;
-  scalar_t* grad_x;  // null without dropout: it is grad_residual then
+  scalar_t* grad_x;  // null without dropout, where it equals grad_residual
   scalar_t* grad_residual;
   int64_t width;
   Dropout dropout;
 };
 
-// Rows of one chunk; `grad_weight` and `grad_bias` are the chunk's own and hold zeros.
+// The backward of the rows of one chunk. `grad_weight` and `grad_bias` belong to the chunk and must start at zero.
 template <Isa isa, typename scalar_t, typename acc_t>
 FASTSSL_INLINE void backward_rows_body(
     const Backward<scalar_t, acc_t>* call,

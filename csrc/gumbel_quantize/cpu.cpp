@@ -1,8 +1,9 @@
 // Straight-through Gumbel softmax on the CPU. Formulas and figures: fastssl/ops/gumbel_quantize/README.md.
 //
-// A row is the V logits of one frame and group. Rows are padded to whole vectors in a buffer that stays in the
-// first-level cache, with minus infinity, whose exp is 0. The forward never sees the temperature, and the backward
-// draws the noise again. No two threads write the same element, and no order of additions depends on the number of threads.
+// A row is the V logits of one frame and group. Rows are copied to a buffer that stays in the first-level cache and
+// padded to whole vectors with minus infinity, whose exp is 0. The forward does not need the temperature; the backward
+// draws the noise again. No two threads write the same element, and the order of additions does not depend on the
+// number of threads.
 
 #include <algorithm>
 #include <cstring>
@@ -26,11 +27,11 @@
 namespace fastssl {
 namespace {
 
-constexpr int kLanes = 16;  // partial results, because the compiler may not reorder a floating-point sum by itself
-constexpr int64_t kPadding = 32;  // rows in buffers have a multiple of so many elements
+constexpr int kLanes = 16;  // partial results, as in lanes.h
+constexpr int64_t kPadding = 32;  // rows in buffers are padded to a multiple of this
 constexpr int64_t kFramesPerTask = 16;
 
-// Elements of a tensor whose type is known at run time only.
+// Elements of a tensor whose type is only known at run time.
 struct Elements {
   const void* data;
   ScalarType dtype;
@@ -64,7 +65,7 @@ FASTSSL_INLINE void store(void* to, ScalarType dtype, int64_t offset, const acc_
   }
 }
 
-// Where the largest element is, the first of equal ones.
+// The index of the largest element; the first one if several are equal.
 template <Isa isa, typename T>
 FASTSSL_INLINE int64_t first_maximum(const T* x, int64_t count) {
   using Index = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
@@ -111,8 +112,8 @@ FASTSSL_INLINE void multiply_by(Vector& product, const T* factor) {
   product *= value;
 }
 
-// The sum over x, or over x times the factors: `sum_in_order` of lanes.h for whole vectors, whose types spare double 5%
-// of the time of the op.
+// The sum over x, or over x times the factors. Same order as `sum_in_order` of lanes.h, for whole vectors; with vector
+// types, because in double the plain loop makes the op 5% slower.
 template <Isa isa, typename T, typename... Factors>
 FASTSSL_INLINE T sum_of(int64_t count, const T* x, const Factors*... factors) {
   using Vector = typename Simd<isa, T>::Vector;
@@ -140,7 +141,7 @@ FASTSSL_INLINE void exponentiate(T* x, T highest, T factor, int64_t count) {
   }
 }
 
-// Everything about the logits and their noise that both directions read.
+// The logits and their noise, as forward and backward read them.
 template <typename acc_t>
 struct Logits {
   Elements values;  // (M, G, V)
@@ -151,7 +152,7 @@ struct Logits {
   int64_t padded_codes;
 };
 
-// One row of logits in `plain`, with noise in `noisy`.
+// Loads one row of logits into `plain`, and with noise added into `noisy`.
 template <typename acc_t>
 FASTSSL_INLINE void load_row(const Logits<acc_t>& logits, int64_t frame, int64_t group, acc_t* plain, acc_t* noisy) {
   const int64_t offset = (frame * logits.groups + group) * logits.codes;
@@ -219,7 +220,7 @@ FASTSSL_INLINE void forward_tasks_body(const Forward<acc_t>* forward, int64_t fi
 }
 FASTSSL_ISA_VARIANTS(forward_tasks)
 
-// The tile of a matrix product whose sums fit into the registers of an instruction set.
+// The largest tile of a matrix product whose sums fit into the registers of an instruction set.
 template <Isa isa, typename acc_t>
 struct Tile {
   using Vector = typename Simd<isa, acc_t>::Vector;
@@ -239,7 +240,7 @@ struct Backward {
   acc_t temperature;
 };
 
-// out = rows @ panels: (kRows, E) of `rows`, which are stored (E, kRows), by all panels of a group.
+// out = rows @ panels, for all panels of a group. The `rows` (kRows, E) are stored transposed, as (E, kRows).
 template <Isa isa, typename acc_t>
 FASTSSL_INLINE void multiply(const acc_t* rows, const acc_t* panels, int64_t width, int64_t columns, acc_t* out) {
   using T = Tile<isa, acc_t>;
@@ -264,7 +265,8 @@ FASTSSL_INLINE void multiply(const acc_t* rows, const acc_t* panels, int64_t wid
   }
 }
 
-// grad_logits of one row: two softmaxes by their Jacobians. `grad_soft` is the gradient of the one with noise.
+// Replaces `plain` by grad_logits of one row, the sum of the gradients through both softmaxes. `grad_soft` is the
+// gradient of the softmax with noise.
 template <Isa isa, typename acc_t>
 FASTSSL_INLINE void jacobian_row(
     acc_t* plain, acc_t* noisy, const acc_t* grad_soft, const acc_t* grad_sums, acc_t temperature, int64_t width) {
@@ -321,7 +323,7 @@ FASTSSL_INLINE void backward_frames_body(const Backward<acc_t>* backward, int64_
 }
 FASTSSL_ISA_VARIANTS(backward_frames)
 
-// Codevectors as `multiply` reads them: in panels of a tile's columns, transposed, with zeros behind the last code.
+// Codevectors as `multiply` reads them: transposed, in panels as wide as a tile, with zeros after the last code.
 template <Isa isa, typename acc_t>
 FASTSSL_INLINE void pack_panels_body(
     acc_t* panels, Elements codevectors, int64_t groups, int64_t codes, int64_t width) {
@@ -340,7 +342,7 @@ FASTSSL_INLINE void pack_panels_body(
 }
 FASTSSL_ISA_VARIANTS(pack_panels)
 
-// The gradient of each codevector: the sum over the rows that took it, in the order of their frames.
+// The gradient of each codevector: the sum over the rows that chose it, in order of their frames.
 template <Isa isa, typename acc_t>
 FASTSSL_INLINE void sum_rows_body(
     void* grad_codevectors,
@@ -477,7 +479,7 @@ std::tuple<Tensor, Tensor> backward(
   Tensor grad_logits = torch::stable::empty_like(logits);
   Tensor grad_codevectors = torch::stable::empty_like(codevectors);
 
-  // Rows of grad_values by the code they took. One worker: they are few.
+  // Sort the rows of grad_values by the code they chose. There are few, so one worker is enough.
   const int64_t* code = codes.const_data_ptr<int64_t>();
   CountingSort sort(frames * groups, groups * code_count, 1);
   sort.for_each_worker([&](int64_t* counts, int64_t first, int64_t last) {

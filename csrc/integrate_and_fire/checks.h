@@ -1,4 +1,4 @@
-// What forward and backward of integrate-and-fire ask of their arguments, on every device.
+// Checks of the arguments of integrate-and-fire's forward and backward, for all devices.
 #pragma once
 
 #include "../common/tensor_checks.h"

@@ -1,5 +1,5 @@
-// Mean and deviation for group norm on the CPU: over stored rows, or, for the first layer, from the moments of the
-// waveform's windows. Derivation: fastssl/ops/strided_conv/README.md.
+// Mean and rstd (1 / standard deviation) for group norm on the CPU: over stored rows, or, for the first layer, from the
+// moments of the waveform's windows. Derivation: fastssl/ops/strided_conv/README.md.
 
 #include <algorithm>
 #include <cmath>
@@ -16,7 +16,7 @@ namespace {
 
 using namespace strided_conv;
 
-// Mean and rstd over the frames of one sequence, for a few channels: two passes.
+// Mean and rstd over the frames of one sequence, for a few channels, in two passes.
 template <Isa isa, typename scalar_t, typename acc_t>
 FASTSSL_INLINE void group_statistics_body(
     const scalar_t* x, const acc_t* bias, int64_t frames, int64_t row_stride, int64_t channels, double eps, acc_t* mean,
@@ -75,7 +75,7 @@ Tensor compute_group_statistics(
 // Windows per task of the first layer's statistics.
 constexpr int64_t kMomentFrames = 1024;
 
-// Adds the windows of a few frames to `sum` (K,), or their centred products to `products` (K, K).
+// Adds the windows of a few frames to `out` (K,), or, if `mean` is given, their centred products to `out` (K, K).
 template <Isa isa, typename scalar_t>
 FASTSSL_INLINE void window_moments_body(
     const scalar_t* samples,
@@ -105,7 +105,7 @@ FASTSSL_INLINE void window_moments_body(
 }
 FASTSSL_ISA_VARIANTS(window_moments)
 
-// Mean (K,) or centred covariance (K, K) of the windows of one sequence.
+// The mean (K,) of the windows of one sequence, or, if `mean` is given, their covariance (K, K).
 template <typename scalar_t>
 void average_windows(
     const scalar_t* samples, int64_t frames, int64_t kernel, int64_t stride, const double* mean, double* out) {
@@ -130,7 +130,7 @@ void average_windows(
   }
 }
 
-// Group norm's statistics of the first layer, which follow from the mean and covariance of the waveform's windows.
+// The statistics of group norm in the first layer, from the mean and covariance of the waveform's windows.
 std::tuple<Tensor, Tensor, Tensor> first_layer_statistics(
     const Tensor& x,  // (N_in, 1)
     const Tensor& taps,  // (K, C)

@@ -1,9 +1,9 @@
 // Attention of packed sequences on the CPU. Derivation and conventions: fastssl/ops/varlen_attention/README.md.
 //
-// A task is one head of one sequence, or a part of it where there are fewer tasks than threads. It goes by blocks of
-// queries and keys: matrix products of blocks in cache (common/block_gemm.h) and, between them, what happens to the
-// logits (rows.h). Operands are copied once per task (operands.h). Every element is written by one task, and its sum
-// runs in the order of the blocks, so bits depend neither on the batch nor on the threads.
+// A task is one head of one sequence, or a part of it if one sequence would keep a thread busy while others wait. It
+// works in blocks of queries and keys: matrix products of blocks in cache (common/block_gemm.h) and, between them, the
+// softmax (rows.h). Operands are copied once per task (operands.h). Each element is written by one task and summed in
+// order of the blocks, so bits depend neither on the batch nor on the number of threads.
 
 #include <algorithm>
 #include <optional>
@@ -17,13 +17,13 @@
 namespace fastssl {
 namespace {
 
-// Keys of values that stay in the innermost cache while all queries of a block pass over them.
+// Rows of values that stay in the first-level cache while all queries of a block use them.
 constexpr int64_t kValueBlock = 96;
-// Gradients of the distance bias are summed over the queries of a chunk, then over chunks, in this order.
+// Gradients of the distance bias are summed over the queries of a chunk, then over the chunks in order.
 constexpr int64_t kQueryChunk = 8 * kQueryBlock;
 static_assert(kValueBlock % 2 == 0 && kQueryBlock % 2 == 0 && kKeyBlock % 2 == 0, "blocks must not cut pairs");
 
-// Calls `function(operand)` with a value of the type that products take for elements of scalar_t.
+// Calls `function` with a value of the operand type that products use for elements of scalar_t.
 template <typename scalar_t, typename Function>
 void dispatch_operand(const Function& function) {
   if constexpr (std::is_same_v<scalar_t, torch::headeronly::BFloat16>) {
@@ -34,7 +34,7 @@ void dispatch_operand(const Function& function) {
   function(typename Accumulator<scalar_t>::type{});
 }
 
-// C = A B where `first`, else C += A B.
+// C = A B if `first`, else C += A B.
 template <typename TransposedA, typename... Args>
 void accumulate(bool first, TransposedA transposed, Args... args) {
   if (first) {
@@ -222,7 +222,7 @@ struct BackwardScratch {
   Buffer<T> delta, grad_query, grad_key, grad_value, grad_gate, bias, weights, grads_with_gap;
 };
 
-// Sums of the gradients of the logits along diagonals, a row for each head and chunk of queries of each sequence.
+// Sums of the gradients of the logits along diagonals: one row for each sequence, head and chunk of queries.
 struct Diagonals {
   template <typename scalar_t>
   explicit Diagonals(const Problem<scalar_t>& problem) {
@@ -238,12 +238,12 @@ struct Diagonals {
     return divide_up(length, kQueryChunk);
   }
 
-  // Distances from kQueryChunk before the first key of a chunk's last query, in whole vectors.
+  // Room for every distance between a key and a query of a chunk, and for whole vectors at both ends.
   static int64_t row_size(int64_t length) {
     return length + kQueryChunk + kGap + kPadding;
   }
 
-  // Where the sums of a chunk have distance 0.
+  // Points to the sum at distance 0 of a chunk.
   double* middle(int64_t sequence, int64_t head, int64_t length, int64_t chunk) {
     const int64_t row = head * chunks(length) + chunk;
     return sums.data() + starts[sequence] + row * row_size(length) + (chunk + 1) * kQueryChunk + kGap;
@@ -285,7 +285,7 @@ void load_queries(
   row_dots(grad_out, gradients.out + place.queries, count, stride, width, scratch.delta.data());
 }
 
-// A block of keys and values, whose first row is at offset `at_key`.
+// Loads a block of keys and values, whose first row is at offset `at_key`.
 template <typename scalar_t, typename Operand, typename T>
 void load_keys(
     const Problem<scalar_t>& problem, int64_t at_key, int64_t keys, BackwardScratch<Operand, T>& scratch) {
@@ -299,8 +299,7 @@ void load_keys(
   load_along_rows(problem.k + at_key, problem.stride, keys, problem.width, scratch.keys.data());
 }
 
-// The weights of a block, from the products of its queries and keys, and the gradients of its logits. `row` counts from
-// the task's first query.
+// Computes the attention weights of a block and the gradients of its logits. `row` counts from the task's first query.
 template <typename scalar_t, typename Operand, typename T>
 void block_gradients(
     const Problem<scalar_t>& problem,
@@ -337,11 +336,11 @@ void add_key_gradients(const Rows<T>& rows, int64_t row, int64_t padded_width, B
 // Adds a block to the gradients of its queries.
 template <typename Operand, typename T>
 void add_query_gradients(const Rows<T>& rows, int64_t row, int64_t padded_width, BackwardScratch<Operand, T>& scratch) {
-  const T* grads = scratch.grads();
+  const T* block = scratch.grads();
+  const Operand* grads = along_columns(block, kBlockStride, rows.queries, rows.keys, scratch.operand.data());
   accumulate(
-      rows.first_key == 0, RowsOfA{}, along_columns(grads, kBlockStride, rows.queries, rows.keys, scratch.operand.data()),
-      kBlockStride / kDepth<Operand>, rows.queries, depth_of<Operand>(rows.keys), scratch.keys.data(), padded_width,
-      padded_width, scratch.grad_query.data() + row * padded_width, padded_width);
+      rows.first_key == 0, RowsOfA{}, grads, kBlockStride / kDepth<Operand>, rows.queries, depth_of<Operand>(rows.keys),
+      scratch.keys.data(), padded_width, padded_width, scratch.grad_query.data() + row * padded_width, padded_width);
 }
 
 template <typename scalar_t, typename Operand, typename T>
@@ -399,7 +398,7 @@ void attend_backward(
   }
 }
 
-// Adds the rows of all sequences and chunks, in this order, beyond R to the ends of the bias.
+// Adds up the rows of all sequences and chunks, in this order. Distances beyond R count towards the ends of the bias.
 template <typename scalar_t>
 std::vector<double> sum_diagonals(const Problem<scalar_t>& problem, Diagonals& diagonals) {
   std::vector<double> grad_bias(problem.bias.size());
@@ -421,7 +420,7 @@ std::vector<double> sum_diagonals(const Problem<scalar_t>& problem, Diagonals& d
   return grad_bias;
 }
 
-// An empty tensor where the argument was not given: a schema cannot return None.
+// The values in the dtype of `argument`; an empty tensor if it was not given, because a schema cannot return None.
 template <typename T>
 Tensor narrowed(const std::vector<T>& values, const Tensor& q, const std::optional<Tensor>& argument) {
   if (!argument.has_value()) {
@@ -437,8 +436,8 @@ Tensor narrowed(const std::vector<T>& values, const Tensor& q, const std::option
   return tensor;
 }
 
-// A task per head of a sequence, which computes its logits once. A long sequence among few is cut into chunks, whose
-// keys and queries have tasks of their own, and computes its logits twice.
+// One task per head of a sequence, which computes its logits once. If one sequence dominates the batch, its heads are
+// cut into parts with separate tasks for keys and for queries, which compute the logits twice.
 template <typename scalar_t>
 std::vector<Task> backward_tasks(const Problem<scalar_t>& problem) {
   std::vector<Task> tasks;

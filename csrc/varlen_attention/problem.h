@@ -1,4 +1,4 @@
-// The arguments of attention on the CPU, the tasks it is cut into, and the threads that do them.
+// The arguments of attention on the CPU, the tasks that it is divided into, and the threads that run them.
 #pragma once
 
 #include <algorithm>
@@ -24,7 +24,7 @@ struct Problem {
   int64_t heads;
   int64_t width;
   int64_t padded_width;
-  int64_t stride;  // from one frame to the next
+  int64_t stride;  // elements from one frame to the next
   const int32_t* begins;
   int64_t sequences;
   int64_t longest;
@@ -132,7 +132,7 @@ struct Task {
   }
 };
 
-// Calls `work(task, scratch)` for all tasks, the dearest first, each thread with a `Scratch` of its own.
+// Calls `work(task, scratch)` for all tasks, the most expensive first. Each thread has its own `Scratch`.
 template <typename Scratch, typename Problem, typename Work>
 void run_tasks(std::vector<Task> tasks, const Problem& problem, const Work& work) {
   std::stable_sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) { return a.cost() > b.cost(); });
@@ -147,7 +147,7 @@ void run_tasks(std::vector<Task> tasks, const Problem& problem, const Work& work
   });
 }
 
-// Into how many parts a head of a sequence is cut, so that one thread does not work while the others wait.
+// The number of parts that a head of a sequence is cut into, so that no thread works alone while the others wait.
 template <typename scalar_t>
 int64_t parts_of(const Problem<scalar_t>& problem, int64_t length) {
   double all = 0;
@@ -160,7 +160,7 @@ int64_t parts_of(const Problem<scalar_t>& problem, int64_t length) {
   return cost > share ? static_cast<int64_t>(2 * cost / share) + 1 : 1;
 }
 
-// The distance bias of one head for every distance within a sequence; returns where distance 0 is.
+// Writes the distance bias of one head for every distance within a sequence; returns a pointer to distance 0.
 template <typename scalar_t, typename T>
 const T* spread_bias(const Problem<scalar_t>& problem, int64_t head, int64_t length, T* spread) {
   if (problem.bias.empty()) {
@@ -173,7 +173,7 @@ const T* spread_bias(const Problem<scalar_t>& problem, int64_t head, int64_t len
   return spread + length - 1;
 }
 
-// Gates and dropout states of a block of queries of one head.
+// The gates and dropout states of a block of queries of one head.
 template <typename scalar_t>
 struct QueryBlock {
   using acc_t = typename Accumulator<scalar_t>::type;
