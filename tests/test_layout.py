@@ -115,9 +115,8 @@ def function_lengths(source: str) -> dict[str, int]:
             assert scopes, f"closing brace without an opening one in line {text.count(chr(10), 0, position) + 1}"
             if not scopes.pop():
                 depth -= 1
-                follows = text[position + 1 :].lstrip()[:1]
                 # `member{value}, other(value) {`: still before the function's body.
-                if depth == 0 and parentheses == 0 and follows not in (",", "{", ";"):
+                if depth == 0 and parentheses == 0 and not re.match(r"\s*[,{;]", text[position + 1 : position + 200]):
                     declaration = text[start : position + 1].lstrip()
                     name = re.search(r"([\w~]+|operator\W+)\s*\(", attributes.sub("", declaration))
                     if name:
