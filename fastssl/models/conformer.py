@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +22,11 @@ from fastssl.models.folder import (
     write_text,
 )
 from fastssl.models.model_card import ModelCard
+from fastssl.nn import functional
 from fastssl.nn.conformer import Conformer
 from fastssl.nn.feature_extractor import ConvLayer
 from fastssl.nn.linear import PackedLinear
 from fastssl.nn.log_mel import HOP_SAMPLES, WINDOW_SAMPLES, LogMel, normalize_over_time
-from fastssl.ops import strided_conv_stack
 from fastssl.packing import Layout, Packed
 
 if TYPE_CHECKING:
@@ -153,9 +153,9 @@ class Subsampling(nn.Module):
 
     def forward(self, mel: Packed) -> Packed:
         """Frame t of (N_out, D) is made of mel frames 4t to 4t + 6 of (N, bands)."""
-        layers = [cast(ConvLayer, layer).as_op_layer() for layer in self.conv_layers]
-        values, layout = strided_conv_stack(mel.values.to(layers[0].weight.dtype), layers, mel.layout)
-        return Packed(self.dropout(self.projection(values)), layout)
+        frames = Packed(mel.values.to(next(self.conv_layers.parameters()).dtype), mel.layout)
+        values, layout = functional.front_end(self.conv_layers, frames)
+        return Packed(functional.project(self, values), layout)
 
 
 def subsampled_layout(layout: Layout) -> Layout:
