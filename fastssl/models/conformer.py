@@ -23,7 +23,7 @@ from fastssl.models.folder import (
 )
 from fastssl.models.model_card import ModelCard
 from fastssl.nn import functional
-from fastssl.nn.conformer import Conformer
+from fastssl.nn.conformer import Conformer, ConformerLayer
 from fastssl.nn.feature_extractor import ConvLayer
 from fastssl.nn.linear import PackedLinear
 from fastssl.nn.log_mel import HOP_SAMPLES, WINDOW_SAMPLES, LogMel, normalize_over_time
@@ -178,18 +178,21 @@ class ConformerEncoder(nn.Module):
             config.num_mel_bins, config.conv_dim, config.hidden_size, dropout=config.hidden_dropout
         )
         self.compressor = make_compressor(config, config.hidden_size)
-        self.encoder = Conformer(
-            config.num_hidden_layers,
-            config.hidden_size,
-            config.intermediate_size,
-            config.num_attention_heads,
-            kernel=config.conv_depthwise_kernel_size,
-            dropout=config.hidden_dropout,
-            attention_dropout=config.attention_dropout,
-            activation_dropout=config.activation_dropout,
-            layer_drop=config.layerdrop,
-            eps=config.layer_norm_eps,
-        )
+        layers = [
+            ConformerLayer(
+                config.hidden_size,
+                config.intermediate_size,
+                config.num_attention_heads,
+                kernel=config.conv_depthwise_kernel_size,
+                dropout=config.hidden_dropout,
+                attention_dropout=config.attention_dropout,
+                activation_dropout=config.activation_dropout,
+                eps=config.layer_norm_eps,
+            )
+            for _ in range(config.num_hidden_layers)
+        ]
+        head_width = config.hidden_size // config.num_attention_heads
+        self.encoder = Conformer(layers, head_width=head_width, layer_drop=config.layerdrop)
         for part in (self.subsampling, self.encoder):
             for module in part.modules():
                 if isinstance(module, nn.Linear):

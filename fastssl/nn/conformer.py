@@ -1,5 +1,7 @@
 """The Conformer over packed frames (arXiv 2005.08100), with rotary positions and without batch norm."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -147,48 +149,16 @@ class Conformer(nn.Module):
     """A stack of layers.
 
     Args:
-        depth: Number of layers.
-        width: D.
-        inner_width: Width of the feed-forward layers.
-        heads: H; D / H must be even.
-        kernel: Frames of the depthwise convolutions, odd.
-        dropout: After each block.
-        attention_dropout: On attention probabilities.
-        activation_dropout: Inside the feed-forward layers.
+        layers: The layers, of one shape.
+        head_width: D / H.
         layer_drop: Probability of skipping a layer in training (LayerDrop, arXiv 1909.11556).
-        eps: Of the layer norms.
     """
 
-    def __init__(
-        self,
-        depth: int,
-        width: int,
-        inner_width: int,
-        heads: int,
-        *,
-        kernel: int,
-        dropout: float,
-        attention_dropout: float,
-        activation_dropout: float,
-        layer_drop: float,
-        eps: float,
-    ) -> None:
+    def __init__(self, layers: Iterable[ConformerLayer], *, head_width: int, layer_drop: float) -> None:
         super().__init__()
+        self.head_width = head_width
         self.layer_drop = layer_drop
-        self.head_width = width // heads
-        self.layers = nn.ModuleList(
-            ConformerLayer(
-                width,
-                inner_width,
-                heads,
-                kernel=kernel,
-                dropout=dropout,
-                attention_dropout=attention_dropout,
-                activation_dropout=activation_dropout,
-                eps=eps,
-            )
-            for _ in range(depth)
-        )
+        self.layers = nn.ModuleList(layers)
 
     def forward(self, frames: Packed, *, layer_drop: torch.Generator | None = None) -> list[Packed]:
         """The input of each layer, then the output of the last.

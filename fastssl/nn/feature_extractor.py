@@ -70,18 +70,11 @@ class FeatureExtractor(nn.Module):
         super().__init__()
         if norm not in ("group", "layer"):
             raise ValueError(f"norm: must be 'group' or 'layer', got {norm!r}")
+        later: Literal["none", "layer"] = "layer" if norm == "layer" else "none"
+        shapes = zip([1, *channels[:-1]], channels, kernels, strides, strict=True)
         self.conv_layers = nn.ModuleList(
-            ConvLayer(
-                c_in,
-                c_out,
-                kernel=kernel,
-                stride=stride,
-                bias=bias,
-                norm="layer" if norm == "layer" else "group" if index == 0 else "none",
-            )
-            for index, (c_in, c_out, kernel, stride) in enumerate(
-                zip([1, *channels[:-1]], channels, kernels, strides, strict=True)
-            )
+            ConvLayer(c_in, c_out, kernel=kernel, stride=stride, bias=bias, norm=later if index else norm)
+            for index, (c_in, c_out, kernel, stride) in enumerate(shapes)
         )
 
     def forward(self, waveforms: Packed) -> Packed:

@@ -123,11 +123,12 @@ def queries_keys_values(module: Any, x: Tensor) -> list[Tensor]:  # (N, D) -> th
 
 def gate(module: Any, x: Tensor) -> Tensor:  # (N, D) -> (N, H)
     """WavLM's gate of each query and head, from the query's own frame (arXiv 2110.13900, section III-B)."""
-    heads = x.reshape(len(x) * module.num_heads, -1)  # (N * H, E)
+    heads = x.unflatten(1, (module.num_heads, -1)).flatten(0, 1)  # (N * H, E)
     # Summed, because Microsoft's WavLM stores the projection to two gates as four parts of each.
     logits = linear(module.gru_rel_pos_linear, heads).unflatten(1, (2, 4)).sum(-1)
     first, second = sigmoid(logits).view(len(x), module.num_heads, 2).unbind(-1)
-    return first * (second * module.gru_rel_pos_const.view(-1) - 1.0) + 2.0
+    gate: Tensor = first * (second * module.gru_rel_pos_const.view(-1) - 1.0) + 2.0
+    return gate
 
 
 def transformer_layer(
@@ -183,10 +184,11 @@ def conv_layer(module: Any) -> ops.StridedConvLayer:
     return ops.StridedConvLayer(conv.weight, conv.stride[0], conv.bias, kind, norm.weight, norm.bias, norm.eps)
 
 
-def normalise(projection: Any, frames: Tensor) -> Tensor:  # (N, C) -> (N, C)
-    """The layer norm before a projection, if it has one."""
-    norm = getattr(projection, "layer_norm", None)
-    return frames if norm is None else norm(frames)
+def normalise(module: Any, frames: Tensor) -> Tensor:  # (N, C) -> (N, C)
+    """The layer norm of a module that may have none."""
+    norm = getattr(module, "layer_norm", None)
+    normalised: Tensor = frames if norm is None else norm(frames)
+    return normalised
 
 
 def project(projection: Any, normalised: Tensor) -> Tensor:  # (N, C) -> (N, D)

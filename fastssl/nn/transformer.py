@@ -256,12 +256,13 @@ class Transformer(nn.Module):
         bias = None
         if embedding is not None:
             bias, keep[0] = embedding.by_distance(), True
-        norms = [layer.layer_norm for layer, kept in zip(self.layers, keep, strict=True) if kept]
+        layers = cast(list[TransformerLayer], list(self.layers))
+        norms = [layer.layer_norm for layer, kept in zip(layers, keep, strict=True) if kept]
         following = iter([*norms[1:], self.layer_norm])
         states, normalised = [x], None
-        for layer, kept in zip(self.layers, keep, strict=True):
+        for layer, kept in zip(layers, keep, strict=True):
             if kept and self.pre_norm:
-                x, normalised = cast(TransformerLayer, layer).chain(x, layout, bias, next(following), normalised)
+                x, normalised = layer.chain(x, layout, bias, next(following), normalised)
             elif kept:
                 x = layer(x, layout, bias)
             states.append(x)
