@@ -55,7 +55,7 @@ def _methods(original: type[nn.Module]) -> dict[str, Any]:
         reason = "attention weights exist in the original code only" if weights else None
         if encoders.original_runs(self, _modules_not_called(self), reason):
             return _as_original(self, original).forward(input_values, attention_mask, mask_time_indices, **kwargs)
-        return run(self, original, input_values, attention_mask, mask_time_indices, kwargs)
+        return run(self, input_values, attention_mask, mask_time_indices, kwargs)
 
     return {"forward": forward}
 
@@ -90,7 +90,6 @@ def _option(model: Any, given: dict[str, Any], name: str) -> Any:
 
 def _forward(
     self: Any,
-    original: type[nn.Module],
     input_values: Tensor,  # (B, T)
     attention_mask: Tensor | None,  # (B, T)
     mask_time_indices: Tensor | None,  # (B, F)
@@ -110,18 +109,12 @@ def _forward(
     )
     normalised = F.normalise(self.feature_projection, frames.values)
     projected = F.project(self.feature_projection, normalised)
-    x = _mask(
-        self,
-        original,
-        Packed(projected, frames.layout),
-        mask_time_indices,
-        padded_frames,
-        has_padding=attention_mask is not None,
-    )
+    x = Packed(projected, frames.layout)
+    x = _mask(self, x, mask_time_indices, padded_frames, has_padding=attention_mask is not None)
     fewer, upsample = encoders.compress(self, x)
     last, hidden_states = _encode(self.encoder, fewer)
 
-    output_class = _output_class(original.__name__)
+    output_class = _output_class(CLASSES.original(self).__name__)
     values: dict[str, Any] = {"last_hidden_state": _adapt(self, Packed(upsample(last), x.layout), padded_frames)}
     if "extract_features" in output_class.__dataclass_fields__:
         values["extract_features"] = Packed(normalised, frames.layout).to_padded(length=padded_frames)
@@ -169,22 +162,14 @@ def _valid_lengths(mask: Tensor, batch: int, samples: int) -> list[int]:
     return host
 
 
-def _mask(
-    model: Any,
-    original: type[nn.Module],
-    x: Packed,
-    mask_time_indices: Tensor | None,
-    padded_frames: int,
-    *,
-    has_padding: bool,
-) -> Packed:
+def _mask(model: Any, x: Packed, mask_time_indices: Tensor | None, padded_frames: int, *, has_padding: bool) -> Packed:
     """SpecAugment by the model's own function, which takes a padded batch."""
     config = model.config
     augments = model.training and (config.mask_time_prob > 0 or config.mask_feature_prob > 0)
     if not getattr(config, "apply_spec_augment", True) or (mask_time_indices is None and not augments):
         return x
     valid = None
-    if has_padding and original.__name__ != "HubertModel":  # whose masks may lie on padding
+    if has_padding and CLASSES.original(model).__name__ != "HubertModel":  # whose masks may lie on padding
         positions = torch.arange(padded_frames, device=x.values.device)
         valid = positions < x.layout.cu_seqlens.diff().unsqueeze(1)
     padded = x.to_padded(length=padded_frames)
@@ -205,17 +190,15 @@ def _encode(encoder: Any, x: Packed) -> tuple[Tensor, list[Tensor]]:
             return output
         return _layer(*arguments)
 
-    has_bias = bias is not None
-    layers = (layer for index, layer in enumerate(encoder.layers) if not _skips(encoder, index, has_bias=has_bias))
+    first_skippable = 0 if bias is None else 1  # WavLM never skips the first layer, which has the bias
+    layers = (layer for index, layer in enumerate(encoder.layers) if index < first_skippable or not _skips(encoder))
     hidden_states = list(encoders.hidden_states(encoder, x, layers, run, pre_norm=pre_norm))
     return (encoder.layer_norm(hidden_states[-1]) if pre_norm else hidden_states[-1]), hidden_states
 
 
-def _skips(encoder: Any, index: int, *, has_bias: bool) -> bool:
-    """Layer drop, by the same draws as the original's; WavLM never skips the first layer, which has the bias."""
-    if not encoder.training or encoder.config.layerdrop <= 0 or (has_bias and index == 0):
-        return False
-    return bool(torch.rand([]) < encoder.config.layerdrop)
+def _skips(encoder: Any) -> bool:
+    """Layer drop, by the same draws as the original's."""
+    return encoder.training and encoder.config.layerdrop > 0 and bool(torch.rand([]) < encoder.config.layerdrop)
 
 
 def _layer(layer: Any, x: Tensor, layout: Layout, bias: Tensor | None, pre_norm: bool) -> Tensor:
