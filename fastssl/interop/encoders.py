@@ -107,24 +107,6 @@ def compress(model: nn.Module, frames: Packed) -> tuple[Packed, Callable[[Tensor
     return compressed.frames, compressed.upsample
 
 
-def hidden_states(
-    stack: Any, frames: Packed, layers: Iterable[Any], run: Callable[[Any, Tensor], Tensor], *, pre_norm: bool
-) -> Iterator[Tensor]:
-    """The input of the first layer, then the output of each: (N, D).
-
-    Args:
-        stack: Has `pos_conv_embed`, `layer_norm` and `dropout`.
-        frames: (N, D).
-        layers: Those that run; an iterator may decide as late as it is asked, so that random draws keep their order.
-        run: What a layer makes of its input.
-        pre_norm: Whether `layer_norm` comes after the layers, and is left to the caller.
-    """
-    x = frames.values + F.positional_embedding(stack.pos_conv_embed, *frames)
-    yield (x := F.dropout(stack.dropout, x if pre_norm else stack.layer_norm(x)))
-    for layer in layers:
-        yield (x := run(layer, x))
-
-
 def run_layer(layer: Any, x: Tensor, attention: Callable[[Tensor], Tensor], *, pre_norm: bool) -> Tensor:
     """One layer, (N, D) to (N, D), around its attention."""
     feed_forward, dropout = partial(F.feed_forward, layer.feed_forward), layer.feed_forward.output_dropout

@@ -149,7 +149,7 @@ def _transformer(
         attention = partial(_attention, layer.attention, layout=fewer.layout, bias=bias)
         return encoders.run_layer(layer, x, attention, pre_norm=layer.layer_norm_first)
 
-    return encoders.hidden_states(stack, fewer, layers, run, pre_norm=not stack.layer_norm_first), upsample
+    return F.hidden_states(stack, fewer, layers, run, pre_norm=not stack.layer_norm_first), upsample
 
 
 def _attention(module: Any, x: Tensor, layout: Layout, bias: Tensor | None) -> Tensor:  # (N, D) -> (N, D)

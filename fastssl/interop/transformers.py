@@ -192,7 +192,7 @@ def _encode(encoder: Any, x: Packed) -> tuple[Tensor, list[Tensor]]:
 
     first_skippable = 0 if bias is None else 1  # WavLM never skips the first layer, which has the bias
     layers = (layer for index, layer in enumerate(encoder.layers) if index < first_skippable or not _skips(encoder))
-    hidden_states = list(encoders.hidden_states(encoder, x, layers, run, pre_norm=pre_norm))
+    hidden_states = list(F.hidden_states(encoder, x, layers, run, pre_norm=pre_norm))
     return (encoder.layer_norm(hidden_states[-1]) if pre_norm else hidden_states[-1]), hidden_states
 
 

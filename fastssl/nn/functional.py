@@ -5,7 +5,7 @@ forward serves all three. Where a part is plain PyTorch, our ops compute with it
 adapter in place of a linear layer, a subclass, a module with a hook) is called, on (N, C).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -202,6 +202,28 @@ def positional_embedding(module: Any, x: Tensor, layout: Layout) -> Tensor:  # (
         x = ops.positional_conv(x, block.conv.weight, layout, bias=block.conv.bias)
         x = F.gelu(normalise(block, x))
     return x
+
+
+def hidden_states(
+    stack: Any, frames: Packed, layers: Iterable[Any], run: Callable[[Any, Tensor], Tensor], *, pre_norm: bool
+) -> Iterator[Tensor]:
+    """The input of the first layer, then the output of each layer, (N, D), for stacks that are not ours.
+
+    `nn.Transformer` fuses two more sums with the norms that follow them. In somebody else's model that would change
+    roundings, and which elements dropout drops.
+
+    Args:
+        stack: Has `pos_conv_embed`, `layer_norm` and `dropout`.
+        frames: (N, D).
+        layers: The layers that run. An iterator is asked for the next one after the last has run, so the random draws
+            of layer drop keep their place among those of dropout.
+        run: Calls a layer on (N, D).
+        pre_norm: Whether `layer_norm` comes after the layers, where the caller applies it.
+    """
+    x = frames.values + positional_embedding(stack.pos_conv_embed, *frames)
+    yield (x := dropout(stack.dropout, x if pre_norm else stack.layer_norm(x)))
+    for layer in layers:
+        yield (x := run(layer, x))
 
 
 def kept_layers(stack: Any, generator: torch.Generator | None) -> list[bool]:
