@@ -128,10 +128,8 @@ def padded_by_last(x: Packed, length: int) -> Tensor:  # (N, D) -> (B, length, D
     Greedy CTC decoding of a whole row then gives the text of the utterance. The padding passes no gradient.
     """
     padded = x.to_padded(length=length)
-    lengths = x.layout.cu_seqlens.diff()
     if not x.layout.total or min(x.layout.lengths) == length:
         return padded
     last = x.values.detach()[(x.layout.cu_seqlens[1:].long() - 1).clamp(min=0)]
-    last = torch.where(lengths.unsqueeze(1) > 0, last, 0)
-    valid = torch.arange(length, device=lengths.device) < lengths.unsqueeze(1)
-    return torch.where(valid.unsqueeze(2), padded, last.unsqueeze(1))
+    last = torch.where(x.layout.device_lengths.unsqueeze(1) > 0, last, 0)
+    return torch.where(x.layout.valid(length).unsqueeze(2), padded, last.unsqueeze(1))

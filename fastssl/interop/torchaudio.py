@@ -116,7 +116,7 @@ def _front_end(model: Any, waveforms: Tensor, lengths: Tensor | None) -> tuple[P
     frames, padded_frames = encoders.front_end(
         model, waveforms, valid, convolutions, lambda padded: extractor(padded, None)[0]
     )
-    frame_lengths = None if lengths is None else frames.layout.cu_seqlens.diff().to(lengths.device, lengths.dtype)
+    frame_lengths = None if lengths is None else frames.layout.device_lengths.to(lengths.device, lengths.dtype)
     return frames, padded_frames, frame_lengths
 
 

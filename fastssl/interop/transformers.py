@@ -170,11 +170,10 @@ def _mask(model: Any, x: Packed, mask_time_indices: Tensor | None, padded_frames
         return x
     valid = None
     if has_padding and CLASSES.original(model).__name__ != "HubertModel":  # whose masks may lie on padding
-        positions = torch.arange(padded_frames, device=x.values.device)
-        valid = positions < x.layout.cu_seqlens.diff().unsqueeze(1)
+        valid = x.layout.valid(padded_frames)
     padded = x.to_padded(length=padded_frames)
     masked = model._mask_hidden_states(padded, mask_time_indices=mask_time_indices, attention_mask=valid)
-    return Packed.from_padded(masked, x.layout.lengths)
+    return Packed.from_padded(masked, x.layout)
 
 
 def _encode(encoder: Any, x: Packed) -> tuple[Tensor, list[Tensor]]:
@@ -234,12 +233,12 @@ def _adapt(model: Any, x: Packed, padded_frames: int) -> Tensor:
 def _adapter_layer(conv: nn.Conv1d, x: Packed) -> Packed:
     """A strided convolution with a gated linear unit; around each utterance lies the frame of zeros that pads it."""
     padding = int(conv.padding[0])
-    lengths = [length + 2 * padding if length else 0 for length in x.layout.lengths]
-    framed = Layout.from_lengths(lengths, device=x.values.device)
-    rows = framed.cu_seqlens[:-1].long()[x.layout.sequence_ids] + x.layout.positions + padding
-    values = x.values.new_zeros(framed.total, x.values.shape[1]).index_copy(0, rows, x.values)
+    framed = x.layout.map_lengths(
+        lambda length: length + 2 * padding if length else 0, lambda lengths: (lengths + 2 * padding) * (lengths > 0)
+    )
+    values, layout = x.spread(framed, before=padding)
     out, layout = ops.strided_conv(
-        values, conv.weight, framed, stride=conv.stride[0], bias=conv.bias, norm="none", activation="none"
+        values, conv.weight, layout, stride=conv.stride[0], bias=conv.bias, norm="none", activation="none"
     )
     kept, gate = out.chunk(2, dim=1)
     return Packed(kept * sigmoid(gate), layout)
