@@ -99,12 +99,13 @@ def compare_runs(before: Tree, after: Tree, folder: Path, *, match: str, updates
         with nullcontext() if tree is before else _failure_is_a_result(records[after], "evaluation"):
             _evaluate(tree, places, folder, records[tree])
 
+    work = runs_of(before.folder / "fastssl" / "recipes", match)
     with ThreadPoolExecutor(max_workers=2) as threads:
-        # Both trees read the labels of `before`, so that a difference in labels is reported once.
-        list(threads.map(evaluate, (before, after)))
-        for name in ("LABELS", "SEGMENTS"):
-            (folder / f"before-{name.lower()}").replace(places[name])
-        work = runs_of(before.folder / "fastssl" / "recipes", match)
+        if not match or any({"LABELS", "SEGMENTS"} & set(run.options) for run in work.values()):
+            list(threads.map(evaluate, (before, after)))
+            # Both trees read the labels of `before`, so that a difference in labels is reported once.
+            for name in ("LABELS", "SEGMENTS"):
+                (folder / f"before-{name.lower()}").replace(places[name])
         list(
             threads.map(
                 lambda name: _run_in_both(name, work[name], updates, before, after, places, folder, records), work
