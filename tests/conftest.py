@@ -1,6 +1,7 @@
 """What all tests share."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -40,3 +41,23 @@ def spoken_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from fastssl.data.synthetic import speak_corpus
 
     return speak_corpus(tmp_path_factory.mktemp("corpus") / "spoken", minutes=2, seed=0, speakers=4)
+
+
+@pytest.fixture(scope="session")
+def recordings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Fourteen recordings of 1 to 4 seconds."""
+    from tests.tiny import write_recording
+
+    folder = tmp_path_factory.mktemp("recordings")
+    for index in range(14):
+        write_recording(folder / f"speaker{index % 3}" / f"{index:02d}.wav", 1.0 + 3.0 * index / 13, seed=index)
+    return folder
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Two cores are shared with the decoding processes; and the processes of a test must add up in the same order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

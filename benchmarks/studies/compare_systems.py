@@ -28,10 +28,10 @@ from benchmarks.studies.pretraining_runs import (
     what_decides,
 )
 from benchmarks.studies.probes import Probe
+from fastssl.eval.label import LabelSettings, label
+from fastssl.eval.probe.features import FeatureStore, RandomSource
+from fastssl.eval.probe.run import LOG_MEL, ProbeResult, run_probe
 from fastssl.models.speech_encoder import SpeechEncoder
-from fastssl.train.label import LabelSettings, label
-from fastssl.train.probe import LOG_MEL, ProbeResult, run_probe
-from fastssl.train.probing.features import FeatureStore, RandomSource
 
 PROBES = {
     "digit error": Probe("test", "digits"),

@@ -19,9 +19,9 @@ from benchmarks.studies.compare_systems import PROBES
 from benchmarks.studies.findings import Spread, compare
 from benchmarks.studies.pretraining_runs import Job, StudyFile, corpora_parser, train, what_decides
 from fastssl.data.labels import read_settings
-from fastssl.train.label import LabelSettings, label
-from fastssl.train.probe import LOG_MEL, run_probe
-from fastssl.train.probing.features import FeatureStore
+from fastssl.eval.label import LabelSettings, label
+from fastssl.eval.probe.features import FeatureStore
+from fastssl.eval.probe.run import LOG_MEL, run_probe
 
 TEACHER_FILE = "teacher.json"
 #: Tasks of `compare_systems`; at this size digits tell encoders and log-mel apart least.

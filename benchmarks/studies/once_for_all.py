@@ -40,12 +40,12 @@ from benchmarks.studies.students import DIGITS, probes_at, remember_front_end, s
 from fastssl.data.audio import read_waveform
 from fastssl.data.corpus import open_corpus
 from fastssl.data.waveforms import waveform_batch
+from fastssl.eval.label import DONE_FILE, LabelSettings, label
+from fastssl.eval.probe.adaptive import Trial, learn_rates
+from fastssl.eval.probe.features import EncoderSource, FeatureStore
+from fastssl.eval.probe.run import run_probe
 from fastssl.models.encoder import Encoder
 from fastssl.packing import Packed
-from fastssl.train.label import DONE_FILE, LabelSettings, label
-from fastssl.train.probe import run_probe
-from fastssl.train.probing.adaptive import Trial, learn_rates
-from fastssl.train.probing.features import EncoderSource, FeatureStore
 
 #: Of integrate-and-fire, and of pooling by a factor.
 PERIODS_MS = (20.0, 30.0, 45.0, 60.0, 90.0)

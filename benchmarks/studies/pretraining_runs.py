@@ -25,13 +25,13 @@ import yaml
 from benchmarks.machine import describe
 from fastssl.data.batches import WaveformDataset, fixed_batches
 from fastssl.data.corpus import open_corpus
+from fastssl.eval.probe.features import SHRINKAGE
+from fastssl.eval.probe.run import LEARNING_RATES
+from fastssl.eval.quality.measure import MAX_FRAMES, first_minutes, measure_quality, quality_loader
 from fastssl.models.speech_encoder import SpeechEncoder
 from fastssl.nn.random import utterance_keys
 from fastssl.train.config import TemperatureConfig
 from fastssl.train.metrics_file import read_metrics
-from fastssl.train.probe import LEARNING_RATES
-from fastssl.train.probing.features import SHRINKAGE
-from fastssl.train.quality import MAX_FRAMES, first_minutes, measure_quality, quality_loader
 from fastssl.train.systems import SYSTEMS, Model, build_model
 
 #: How the corpora that the studies take are made; takes are divided before they are strung together.

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import fastssl
-from fastssl.train.probe import ProbeSettings, Task, run_probe
-from fastssl.train.probing.features import FeatureStore
-from fastssl.train.probing.tables import Table, read_table
+from fastssl.eval.probe.features import FeatureStore
+from fastssl.eval.probe.run import ProbeSettings, Task, run_probe
+from fastssl.eval.probe.tables import Table, read_table
 
 
 class Probe(NamedTuple):

@@ -39,7 +39,7 @@ def run(arguments: Sequence[str]) -> None:
     parser.add_argument("--frame_period_ms", type=float | None, help=PERIOD_HELP)
     parser.add_argument("--device", default="auto", help=DEVICE_HELP)
     settings = parser.parse_args(list(arguments))
-    from fastssl.train.extract import extract
+    from fastssl.eval.extract import extract
 
     log_to_console()
     extract(

@@ -10,7 +10,7 @@ from fastssl.cli.options import AUDIO_HELP, DEVICE_HELP, command_parser
 
 def run(arguments: Sequence[str]) -> None:
     """Parse the options and label."""
-    from fastssl.train.label import LabelSettings, label
+    from fastssl.eval.label import LabelSettings, label
 
     parser = command_parser(
         "label",

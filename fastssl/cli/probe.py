@@ -58,8 +58,8 @@ def run(arguments: Sequence[str]) -> None:
     parser.add_argument("--rate_bounds", type=tuple[float, float], default=(0.0, 1.0), help="Of a learned rate.")
     parser.add_argument("--device", default="auto", help=DEVICE_HELP)
     given = parser.parse_args(list(arguments))
-    from fastssl.train.probe import ProbeSettings
-    from fastssl.train.probing.command import probe
+    from fastssl.eval.probe.command import probe
+    from fastssl.eval.probe.run import ProbeSettings
 
     if given.seeds is None:
         given.seeds = 3 if given.folds is None else 1

@@ -40,7 +40,7 @@ def run(arguments: Sequence[str]) -> None:
     parser.add_argument("--frame_period_ms", type=float | None, help=PERIOD_HELP)
     parser.add_argument("--device", default="auto", help=DEVICE_HELP)
     settings = parser.parse_args(list(arguments))
-    from fastssl.train.quality_command import quality
+    from fastssl.eval.quality.command import quality
 
     log_to_console()
     quality(

@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from fastssl.models.config import SpeechEncoderConfig
 from fastssl.models.folder import MODEL_CLASSES
 from fastssl.models.multiplications import describe_compression
 
+_CLONE = Path(__file__).resolve().parents[2]
 _FRONT_MATTER = """---
 library_name: {library}
 pipeline_tag: feature-extraction
@@ -106,6 +108,31 @@ class ModelCard:
             return _WITH_TRANSFORMERS
         how = "as at rate 0" if config.meets_all_frames else "which this encoder has not met in training"
         return _WITH_TRANSFORMERS + _WITHOUT_COMPRESSOR.format(how=how)
+
+
+def checked_out_commit(folder: Path = _CLONE) -> str | None:
+    """The commit that a clone of a repository is at, by git's own files; None for a folder that is no clone.
+
+    Args:
+        folder: Has `.git` in it, a folder, or in a worktree a file; by default the one that this package is in.
+    """
+    git = folder / ".git"
+    try:
+        if git.is_file():
+            git = folder / git.read_text().removeprefix("gitdir:").strip()
+        head = (git / "HEAD").read_text().strip()
+        if not head.startswith("ref: "):
+            return head
+        name = head.removeprefix("ref: ")
+        # Branches lie where a worktree's own files do not.
+        common = git / "commondir"
+        shared = git / common.read_text().strip() if common.exists() else git
+        if (shared / name).exists():
+            return (shared / name).read_text().strip()
+        packed = (line.split(" ") for line in (shared / "packed-refs").read_text().splitlines())
+        return next((parts[0] for parts in packed if parts[1:] == [name]), None)
+    except OSError:
+        return None
 
 
 def _both(first: str | None, second: str | None) -> str | None:

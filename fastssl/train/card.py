@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import fastssl
-from fastssl.models.model_card import ModelCard
+from fastssl.models.model_card import ModelCard, checked_out_commit
 
 _SCORES = {
     "valid_contrastive_loss": "contrastive loss",
@@ -35,31 +35,6 @@ def make_card(
         data_hours=data_hours,
         updates=updates,
         version=fastssl.__version__,
-        commit=checked_out_commit(Path(fastssl.__file__).resolve().parent.parent),
+        commit=checked_out_commit(),
         quality=quality,
     )
-
-
-def checked_out_commit(folder: Path) -> str | None:
-    """The commit that a clone of a repository is at, by git's own files; None for a folder that is no clone.
-
-    Args:
-        folder: That has `.git` in it, a folder, or in a worktree, a file.
-    """
-    git = folder / ".git"
-    try:
-        if git.is_file():
-            git = folder / git.read_text().removeprefix("gitdir:").strip()
-        head = (git / "HEAD").read_text().strip()
-        if not head.startswith("ref: "):
-            return head
-        name = head.removeprefix("ref: ")
-        # Branches lie where a worktree's own files do not.
-        common = git / "commondir"
-        shared = git / common.read_text().strip() if common.exists() else git
-        if (shared / name).exists():
-            return (shared / name).read_text().strip()
-        packed = (line.split(" ") for line in (shared / "packed-refs").read_text().splitlines())
-        return next((parts[0] for parts in packed if parts[1:] == [name]), None)
-    except OSError:
-        return None

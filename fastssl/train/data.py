@@ -16,8 +16,8 @@ from fastssl.data.corpus import Corpus, Problem, list_some, open_corpus, split_c
 from fastssl.data.labels import LabelTable
 from fastssl.data.recordings import FrameGrid
 from fastssl.data.teacher_frames import TeacherTable
+from fastssl.eval.encode import default_workers
 from fastssl.train.config import DataConfig
-from fastssl.train.encode import default_workers
 from fastssl.train.module import TrainingError
 
 #: What the keys of a teacher's frames of held-out crops begin with: their ids are those of another folder.

@@ -12,6 +12,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from rich import get_console
 
+from fastssl.eval.quality.measure import first_minutes, quality_loader
 from fastssl.models.distillation import DistillationModel
 from fastssl.models.encoder import EncoderConfig
 from fastssl.models.model_card import ModelCard
@@ -21,7 +22,6 @@ from fastssl.train.config import PretrainConfig, TrainerConfig, check_resumable,
 from fastssl.train.data import PretrainDataModule
 from fastssl.train.module import PretrainModule
 from fastssl.train.monitors import Monitor, RunProgress
-from fastssl.train.quality import first_minutes, quality_loader
 from fastssl.train.quality_callback import QualityMonitor, quality_columns
 from fastssl.train.report import draw_report, summarise
 from fastssl.train.run_labels import attach_given, labels_for_run

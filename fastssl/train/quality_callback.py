@@ -14,8 +14,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
 from fastssl.data.batches import AudioBatch
+from fastssl.eval.quality.measure import MAX_FRAMES, LayerQuality, measure_quality
 from fastssl.packing import Packed
-from fastssl.train.quality import MAX_FRAMES, LayerQuality, measure_quality
 
 logger = logging.getLogger(__name__)
 

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Literal
 
 from fastssl.data.labels import LabelTable
+from fastssl.eval.encode import frame_grid
+from fastssl.eval.label import DONE_FILE, LabelSettings, label
 from fastssl.train.config import PretrainConfig
 from fastssl.train.data import PretrainDataModule, Use
-from fastssl.train.encode import frame_grid
-from fastssl.train.label import DONE_FILE, LabelSettings, label
 from fastssl.train.systems import SYSTEMS
 from fastssl.train.waiting import by_first_process
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from fastssl.data.batches import AudioBatch
+from fastssl.eval.extract import weights_digest
 from fastssl.interop import load_encoder
 from fastssl.models.distillation import DistillationConfig, DistillationModel, initialise_from_teacher
 from fastssl.models.encoder import Encoder, EncoderConfig
 from fastssl.packing import Packed
 from fastssl.train.config import PretrainConfig
-from fastssl.train.extract import weights_digest
 
 logger = logging.getLogger(__name__)
 

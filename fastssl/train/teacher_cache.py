@@ -14,12 +14,12 @@ from rich.progress import track
 from fastssl.data.batches import WaveformDataset, utterance_id
 from fastssl.data.corpus import Problem, cut_name
 from fastssl.data.teacher_frames import FRONT_END, TeacherTable
+from fastssl.eval.encode import choose_device
+from fastssl.eval.shards import Shards, read_index
 from fastssl.models.folder import write_json
 from fastssl.packing import Packed
 from fastssl.train.config import PretrainConfig
 from fastssl.train.data import HELD_OUT, PretrainDataModule
-from fastssl.train.encode import choose_device
-from fastssl.train.shards import Shards, read_index
 from fastssl.train.teacher import Teacher
 from fastssl.train.waiting import by_first_process
 

@@ -45,7 +45,7 @@ from benchmarks.studies.pretraining_runs import (
 from fastssl.data.batches import UpdateSampler
 from fastssl.data.corpus import open_corpus
 from fastssl.metrics import fit_kmeans
-from tests.train.conftest import write_recording
+from tests.tiny import write_recording
 
 
 def test_a_difference_is_claimed_above_the_spread_alone() -> None:

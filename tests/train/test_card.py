@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from fastssl.models.model_card import ModelCard
-from fastssl.train.card import checked_out_commit, make_card
+from fastssl.models.model_card import ModelCard, checked_out_commit
+from fastssl.train.card import make_card
 from fastssl.train.data import PretrainDataModule
 from fastssl.train.metrics_file import read_metrics
 from fastssl.train.pretrain import pretrain

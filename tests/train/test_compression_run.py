@@ -8,16 +8,17 @@ import torch
 import yaml
 
 from fastssl.data.batches import UpdateSampler, WaveformDataset
+from fastssl.eval.label import LabelSettings, label
 from fastssl.interop import load_encoder
 from fastssl.train.checkpoints import initialise
 from fastssl.train.config import PretrainConfig
 from fastssl.train.data import PretrainDataModule
-from fastssl.train.label import LabelSettings, label
 from fastssl.train.metrics_file import read_metrics
 from fastssl.train.pretrain import pretrain
 from fastssl.train.run_labels import attach_given
 from fastssl.train.systems import build_model
-from tests.train.conftest import MakeConfig, MakeSystem, rewound, write_recording
+from tests.tiny import write_recording
+from tests.train.conftest import MakeConfig, MakeSystem, rewound
 
 
 def _compressed(config: PretrainConfig, segments: Path | None = None) -> PretrainConfig:

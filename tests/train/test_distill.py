@@ -15,6 +15,7 @@ from lhotse.cut import Cut
 
 from fastssl import cli
 from fastssl.data.audio import AudioError, read_waveform
+from fastssl.eval.label import LabelSettings, label
 from fastssl.interop import load_encoder
 from fastssl.models.best_rq import BestRqForPreTraining
 from fastssl.models.distillation import DistillationConfig
@@ -22,12 +23,12 @@ from fastssl.models.encoder import Encoder, EncoderConfig
 from fastssl.nn.feature_extractor import FeatureExtractor
 from fastssl.packing import Packed
 from fastssl.train.config import PretrainConfig
-from fastssl.train.label import LabelSettings, label
 from fastssl.train.metrics_file import read_metrics
 from fastssl.train.module import TrainingError
 from fastssl.train.pretrain import pretrain
 from fastssl.train.teacher import Teacher
-from tests.train.conftest import MakeConfig, model_of, rewound, write_recording
+from tests.tiny import write_recording
+from tests.train.conftest import MakeConfig, model_of, rewound
 
 _SHAPE = {field.name: getattr(model_of("wav2vec2"), field.name) for field in dataclasses.fields(EncoderConfig)}
 _TEACHER = EncoderConfig(**_SHAPE | {"num_hidden_layers": 3, "do_normalize": False})

@@ -21,7 +21,8 @@ from fastssl.train.module import _COUNTS, PretrainModule, TrainingError
 from fastssl.train.monitors import Monitor
 from fastssl.train.pretrain import pretrain
 from fastssl.train.systems import build_model
-from tests.train.conftest import MakeConfig, write_recording
+from tests.tiny import write_recording
+from tests.train.conftest import MakeConfig
 
 
 def _damage(path: Path) -> None:

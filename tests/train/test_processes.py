@@ -13,11 +13,11 @@ import pytest
 import soundfile
 import torch
 
+from fastssl.eval.label import LabelSettings, label
 from fastssl.models.distillation import DistillationConfig
 from fastssl.models.encoder import Encoder, EncoderConfig
 from fastssl.models.wav2vec2 import Wav2Vec2Config
 from fastssl.train.config import PretrainConfig
-from fastssl.train.label import LabelSettings, label
 from fastssl.train.metrics_file import read_metrics
 from fastssl.train.systems import SYSTEMS
 from tests.train.conftest import MakeConfig, MakeSystem, as_yaml_file

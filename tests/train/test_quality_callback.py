@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader
 
 from fastssl.data.batches import AudioBatch
 from fastssl.data.corpus import open_corpus
+from fastssl.eval.quality.measure import quality_loader
 from fastssl.models.encoder import Encoder, EncoderConfig
-from fastssl.train.quality import quality_loader
 from fastssl.train.quality_callback import QUALITY_PANELS, QualityMonitor, draw_quality, quality_columns
 
 _CONFIG = EncoderConfig(

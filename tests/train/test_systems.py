@@ -16,7 +16,8 @@ from fastssl.train.config import QualityConfig
 from fastssl.train.metrics_file import read_metrics
 from fastssl.train.pretrain import pretrain
 from fastssl.train.systems import SYSTEMS, build_model, system_of
-from tests.train.conftest import MakeConfig, MakeSystem, model_of, write_recording
+from tests.tiny import write_recording
+from tests.train.conftest import MakeConfig, MakeSystem, model_of
 
 
 def test_best_rq_learns_reports_and_resumes(make_config: MakeConfig, make_system: MakeSystem, tmp_path: Path) -> None:

@@ -13,16 +13,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastssl.data.recordings import read_chunks
+from fastssl.eval.extract import extract
 from fastssl.models.encoder import Encoder, EncoderConfig
 from fastssl.packing import Packed
-from fastssl.train.extract import extract
-from tests.train.conftest import MakeConfig, write_recording
+from tests.tiny import TINY_MODEL, write_recording
 
 
 @pytest.fixture
-def encoder(make_config: MakeConfig, tmp_path: Path) -> Encoder:
+def encoder(tmp_path: Path) -> Encoder:
     """A layer-norm encoder, whose front end has no statistics over time; in `tmp_path / "model"`."""
-    model = make_config().model
+    model = TINY_MODEL
     values = {field.name: getattr(model, field.name) for field in dataclasses.fields(EncoderConfig)}
     values |= {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "do_normalize": False}
     torch.manual_seed(1)
@@ -98,7 +98,7 @@ def test_goes_on_where_it_was(
         read.append(cut.id)
         return read_chunks(cut, **settings)
 
-    monkeypatch.setattr("fastssl.train.encode.read_chunks", count)
+    monkeypatch.setattr("fastssl.eval.encode.read_chunks", count)
     extract(tmp_path / "model", recordings, stopped, shard_mb=0.02)
     assert set(read) == expected.keys() - done
     entries, found = _read(stopped)

@@ -10,17 +10,17 @@ import pytest
 import soundfile
 import torch
 
+from fastssl.eval.probe import adaptive, command
+from fastssl.eval.probe.adaptive import LearnedRate, Trial, learn_rate, learn_rates
+from fastssl.eval.probe.command import probe
+from fastssl.eval.probe.features import FeatureStore
+from fastssl.eval.probe.heads import Head, Kind, Window, task_losses
+from fastssl.eval.probe.rate_head import FrameLengths, RateHead
+from fastssl.eval.probe.run import ProbeSettings
+from fastssl.eval.probe.tables import Table, read_table
 from fastssl.models.conformer import ConformerConfig, ConformerEncoder
 from fastssl.models.encoder import Encoder, EncoderConfig
 from fastssl.packing import Layout, Packed
-from fastssl.train.probe import ProbeSettings
-from fastssl.train.probing import adaptive, command
-from fastssl.train.probing.adaptive import LearnedRate, Trial, learn_rate, learn_rates
-from fastssl.train.probing.command import probe
-from fastssl.train.probing.features import FeatureStore
-from fastssl.train.probing.heads import Head, Kind, Window, task_losses
-from fastssl.train.probing.rate_head import FrameLengths, RateHead
-from fastssl.train.probing.tables import Table, read_table
 from tests.models.test_compressed import SHAPE
 from tests.models.test_compressed_prediction import CONFORMER
 

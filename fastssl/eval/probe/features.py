@@ -15,11 +15,11 @@ from fastssl.data.audio import SAMPLE_RATE_HZ, AudioError, read_waveform
 from fastssl.data.corpus import Problem, cut_name, scan_file
 from fastssl.data.mfcc import differences
 from fastssl.data.waveforms import pack_waveforms, waveform_batch
+from fastssl.eval.encode import fixed_frame_period_s, frame_grid
+from fastssl.eval.probe.tables import Table
 from fastssl.models.config import SpeechEncoderConfig
 from fastssl.models.speech_encoder import SpeechEncoder
 from fastssl.packing import Packed
-from fastssl.train.encode import fixed_frame_period_s, frame_grid
-from fastssl.train.probing.tables import Table
 
 #: Audio that goes through an encoder at a time; on the CPU features do not depend on it.
 _BATCH_S = 60.0

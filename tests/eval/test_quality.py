@@ -15,20 +15,20 @@ from torch import Tensor, nn
 
 from fastssl import cli
 from fastssl.data.corpus import open_corpus
+from fastssl.eval.quality import measure as quality_module
+from fastssl.eval.quality.command import quality
+from fastssl.eval.quality.measure import first_minutes, measure_quality, quality_loader
 from fastssl.metrics import effective_rank, fit_kmeans, score_clusters
 from fastssl.models.encoder import Encoder, EncoderConfig
 from fastssl.models.speech_encoder import EncoderOutput
 from fastssl.packing import Layout, Packed
-from fastssl.train import quality as quality_module
-from fastssl.train.quality import first_minutes, measure_quality, quality_loader
-from fastssl.train.quality_command import quality
-from tests.train.conftest import MakeConfig, write_recording
+from tests.tiny import TINY_MODEL, write_recording
 
 
 @pytest.fixture
-def encoder(make_config: MakeConfig, tmp_path: Path) -> Encoder:
+def encoder(tmp_path: Path) -> Encoder:
     """Two layers of width 32 with dropout; in `tmp_path / "model"`."""
-    model = make_config().model
+    model = TINY_MODEL
     torch.manual_seed(1)
     encoder = Encoder(EncoderConfig(**{field.name: getattr(model, field.name) for field in _FIELDS}))
     encoder.save_pretrained(tmp_path / "model")
@@ -255,7 +255,7 @@ def test_json_has_no_nan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     silent = _Samples()
     vars(silent.config).update(receptive_field_samples=4, do_normalize=False, frame_period_ms=20.0)
     vars(silent).update(compressor=None)
-    monkeypatch.setattr("fastssl.train.encode.load_encoder", lambda model: silent)
+    monkeypatch.setattr("fastssl.eval.encode.load_encoder", lambda model: silent)
     monkeypatch.setattr(_Samples, "forward", _constant)
     quality("any", tmp_path / "audio", tmp_path / "quality.json")
     layer = json.loads((tmp_path / "quality.json").read_text(), parse_constant=pytest.fail)["layers"][0]

@@ -9,18 +9,18 @@ import soundfile
 import torch
 from safetensors.torch import load_file
 
+from fastssl.eval.extract import extract
+from fastssl.eval.label import LabelSettings, label
+from fastssl.eval.probe.command import probe
+from fastssl.eval.probe.features import EncoderSource, FeatureStore
+from fastssl.eval.probe.heads import Window
+from fastssl.eval.probe.run import RANDOM, ProbeSettings, run_probe
+from fastssl.eval.probe.tables import Table, read_table
+from fastssl.eval.quality.command import quality
 from fastssl.models.encoder import Encoder, EncoderConfig
 from fastssl.packing import Packed
-from fastssl.train.extract import extract
-from fastssl.train.label import LabelSettings, label
-from fastssl.train.probe import RANDOM, ProbeSettings, run_probe
-from fastssl.train.probing.command import probe
-from fastssl.train.probing.features import EncoderSource, FeatureStore
-from fastssl.train.probing.heads import Window
-from fastssl.train.probing.tables import Table, read_table
-from fastssl.train.quality_command import quality
 from tests.models.test_compressed import SHAPE
-from tests.train.conftest import write_recording
+from tests.tiny import write_recording
 
 _CONFIG = EncoderConfig(**SHAPE, compressor="integrate-and-fire")
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastssl.eval.probe.features import Features, Standard
+from fastssl.eval.probe.scores import edit_distance
 from fastssl.packing import Layout, Packed
-from fastssl.train.probing.features import Features, Standard
-from fastssl.train.probing.scores import edit_distance
 
 Kind = Literal["classification", "ctc"]
 BLANK = 0

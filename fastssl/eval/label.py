@@ -25,12 +25,12 @@ from fastssl.data.corpus import Problem, cut_name, open_corpus
 from fastssl.data.labels import CENTRES_FILE, LABELS_FILE, SETTINGS_FILE, as_line, read_lines, read_settings
 from fastssl.data.mfcc import MFCC_FIRST_CENTRE_S, MFCC_SHIFT_S, mfcc
 from fastssl.data.segments import smooth_classes
+from fastssl.eval.encode import Reading, choose_device, default_workers, encode_recordings
+from fastssl.eval.extract import weights_digest
 from fastssl.interop import load_encoder
 from fastssl.metrics import centre_costs, nearest_centres
 from fastssl.models.folder import write_json, write_weights
 from fastssl.models.speech_encoder import SpeechEncoder
-from fastssl.train.encode import Reading, choose_device, default_workers, encode_recordings
-from fastssl.train.extract import weights_digest
 
 logger = logging.getLogger(__name__)
 

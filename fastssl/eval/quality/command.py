@@ -15,12 +15,12 @@ from rich.table import Table
 
 import fastssl
 from fastssl.data.corpus import Problem, open_corpus
+from fastssl.eval.encode import frame_grid, open_encoder_at
+from fastssl.eval.quality.measure import MAX_FRAMES, LayerQuality, first_minutes, measure_quality, quality_loader
 from fastssl.models.folder import write_json
+from fastssl.models.model_card import checked_out_commit
 from fastssl.models.speech_encoder import SpeechEncoder
 from fastssl.packing import Packed
-from fastssl.train.card import checked_out_commit
-from fastssl.train.encode import frame_grid, open_encoder_at
-from fastssl.train.quality import MAX_FRAMES, LayerQuality, first_minutes, measure_quality, quality_loader
 
 logger = logging.getLogger(__name__)
 
@@ -200,7 +200,7 @@ def _remark(results: Sequence[LayerQuality], seconds: float, minutes: float, *, 
 
 
 def _versions() -> dict[str, str | None]:
-    versions: dict[str, str | None] = {"commit": checked_out_commit(Path(fastssl.__file__).resolve().parent.parent)}
+    versions: dict[str, str | None] = {"commit": checked_out_commit()}
     versions["fastssl"] = fastssl.__version__
     for name in ("torch", "scikit-learn"):
         try:

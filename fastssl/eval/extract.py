@@ -10,9 +10,9 @@ from rich.progress import track
 from fastssl.data.audio import SAMPLE_RATE_HZ, AudioError
 from fastssl.data.corpus import Problem, cut_name, open_corpus
 from fastssl.data.recordings import chunk_hop
+from fastssl.eval.encode import Reading, encode_recordings, fixed_frame_period_s, frame_grid, open_encoder_at
+from fastssl.eval.shards import Shards
 from fastssl.models.speech_encoder import SpeechEncoder
-from fastssl.train.encode import Reading, encode_recordings, fixed_frame_period_s, frame_grid, open_encoder_at
-from fastssl.train.shards import Shards
 
 logger = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from fastssl.eval.shards import Shards
 from fastssl.models.folder import write_json
-from fastssl.train.shards import Shards
 
 
 def _begin(folder: Path, layer: int) -> Shards:
@@ -22,7 +22,7 @@ def test_whoever_is_first_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         monkeypatch.undo()
         _begin(tmp_path / "frames", other)
 
-    monkeypatch.setattr("fastssl.train.shards.write_json", beaten_to_it)
+    monkeypatch.setattr("fastssl.eval.shards.write_json", beaten_to_it)
     if passes:
         _begin(tmp_path / "frames", 1)
     else:

@@ -12,12 +12,12 @@ import soundfile
 import torch
 
 from fastssl import cli
+from fastssl.eval.probe.features import EncoderSource, FeatureStore, LogMelSource, RandomSource, Standard
+from fastssl.eval.probe.heads import Examples
+from fastssl.eval.probe.run import LEARNING_RATES, LOG_MEL, RANDOM, ProbeResult, ProbeSettings, run_probe
+from fastssl.eval.probe.tables import Table, read_table
 from fastssl.models.encoder import Encoder, EncoderConfig
 from fastssl.packing import Packed
-from fastssl.train.probe import LEARNING_RATES, LOG_MEL, RANDOM, ProbeResult, ProbeSettings, run_probe
-from fastssl.train.probing.features import EncoderSource, FeatureStore, LogMelSource, RandomSource, Standard
-from fastssl.train.probing.heads import Examples
-from fastssl.train.probing.tables import Table, read_table
 
 _CONFIG = EncoderConfig(
     hidden_size=16,

@@ -10,11 +10,11 @@ from pathlib import Path
 from rich import get_console
 from rich.table import Table as RichTable
 
+from fastssl.eval.encode import open_encoder_at
+from fastssl.eval.probe.adaptive import learn_rate
+from fastssl.eval.probe.run import ProbeResult, ProbeRun, ProbeSettings, run_probe
+from fastssl.eval.probe.tables import read_table, split_table
 from fastssl.models.folder import write_json
-from fastssl.train.encode import open_encoder_at
-from fastssl.train.probe import ProbeResult, ProbeRun, ProbeSettings, run_probe
-from fastssl.train.probing.adaptive import learn_rate
-from fastssl.train.probing.tables import read_table, split_table
 
 logger = logging.getLogger(__name__)
 

@@ -10,13 +10,8 @@ import torch
 from torch import Tensor
 
 from fastssl.data.waveforms import waveform_batch
-from fastssl.models.speech_encoder import SpeechEncoder
-from fastssl.nn.compression import Compressed
-from fastssl.nn.rates import AdaptiveRate
-from fastssl.packing import Layout, Packed
-from fastssl.train.probe import ProbeSettings, Targets
-from fastssl.train.probing.features import Features, FeatureStore, Standard, Waveforms
-from fastssl.train.probing.heads import (
+from fastssl.eval.probe.features import Features, FeatureStore, Standard, Waveforms
+from fastssl.eval.probe.heads import (
     CLIP_NORM,
     Examples,
     Kind,
@@ -26,8 +21,13 @@ from fastssl.train.probing.heads import (
     schedule,
     task_losses,
 )
-from fastssl.train.probing.rate_head import FrameLengths, RateHead
-from fastssl.train.probing.tables import Table
+from fastssl.eval.probe.rate_head import FrameLengths, RateHead
+from fastssl.eval.probe.run import ProbeSettings, Targets
+from fastssl.eval.probe.tables import Table
+from fastssl.models.speech_encoder import SpeechEncoder
+from fastssl.nn.compression import Compressed
+from fastssl.nn.rates import AdaptiveRate
+from fastssl.packing import Layout, Packed
 
 #: Of the rate; a head's are some thousandths.
 LEARNING_RATE = 0.02

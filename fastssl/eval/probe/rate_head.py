@@ -6,9 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastssl.eval.probe.heads import Window, convolve
 from fastssl.nn.rates import mix_weights, rate_for_period
 from fastssl.packing import Layout, Packed
-from fastssl.train.probing.heads import Window, convolve
 
 
 class RateHead(nn.Module):

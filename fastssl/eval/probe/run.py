@@ -21,8 +21,7 @@ from typing import Literal
 
 import torch
 
-from fastssl.models.speech_encoder import SpeechEncoder
-from fastssl.train.probing.features import (
+from fastssl.eval.probe.features import (
     EncoderSource,
     Features,
     FeatureStore,
@@ -31,9 +30,10 @@ from fastssl.train.probing.features import (
     Source,
     Standard,
 )
-from fastssl.train.probing.heads import Examples, Kind, Learner, Window
-from fastssl.train.probing.scores import equal_error_rate, pair_scores
-from fastssl.train.probing.tables import Symbols, Table, fold_values
+from fastssl.eval.probe.heads import Examples, Kind, Learner, Window
+from fastssl.eval.probe.scores import equal_error_rate, pair_scores
+from fastssl.eval.probe.tables import Symbols, Table, fold_values
+from fastssl.models.speech_encoder import SpeechEncoder
 
 logger = logging.getLogger(__name__)
 

@@ -6,9 +6,9 @@ import soundfile
 import torch
 from safetensors import safe_open
 
+from fastssl.eval.extract import extract
 from fastssl.models.conformer import ConformerConfig, ConformerEncoder
 from fastssl.packing import Packed
-from fastssl.train.extract import extract
 
 
 def test_features_are_those_of_the_encoder(recordings: Path, tmp_path: Path) -> None:

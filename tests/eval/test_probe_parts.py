@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastssl.eval.probe.features import Features, Standard
+from fastssl.eval.probe.heads import Examples, Head, Learner, Window, convolve
+from fastssl.eval.probe.scores import edit_distance, equal_error_rate, pair_scores
+from fastssl.eval.probe.tables import Symbols, fold_values, phones_of_digits, read_table, split_table
 from fastssl.packing import Layout
-from fastssl.train.probing.features import Features, Standard
-from fastssl.train.probing.heads import Examples, Head, Learner, Window, convolve
-from fastssl.train.probing.scores import edit_distance, equal_error_rate, pair_scores
-from fastssl.train.probing.tables import Symbols, fold_values, phones_of_digits, read_table, split_table
 
 
 @pytest.mark.parametrize(
@@ -236,7 +236,7 @@ def test_gradients_of_heads_are_clipped(monkeypatch: pytest.MonkeyPatch) -> None
     examples = Examples(features, (0, 1), ((1, 1, 2), (3, 1)))
     moved = []
     for norm in (0.3, 1e-20):
-        monkeypatch.setattr("fastssl.train.probing.heads.CLIP_NORM", norm)
+        monkeypatch.setattr("fastssl.eval.probe.heads.CLIP_NORM", norm)
         learner = _learner(Standard.of(features, (0, 1)))
         learner.learn(examples, steps=3, batch_s=1, seed=0)
         moved.append(learner.heads[0].weight.abs().max().item())

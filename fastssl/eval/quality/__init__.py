@@ -1,0 +1,1 @@
+"""`fastssl quality`: how good the layers of an encoder are, without labels."""

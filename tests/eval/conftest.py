@@ -1,0 +1,8 @@
+"""Tests of evaluation: one thread each."""
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(one_thread: None) -> None:
+    pass
