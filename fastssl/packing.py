@@ -26,8 +26,11 @@ def _kept(compute: Callable[["Layout"], Tensor]) -> Callable[["Layout"], Tensor]
             return compute(layout)
         kept: dict[str, Tensor] = layout.__dict__
         if name not in kept:
-            # Autograd cannot save a tensor made in inference mode, and a later forward pass may need it for gradients.
-            with torch.inference_mode(False):
+            if torch.is_inference_mode_enabled():
+                # Autograd cannot save a tensor made in inference mode, and a later forward may need it for gradients.
+                with torch.inference_mode(mode=False):
+                    kept[name] = compute(layout)
+            else:
                 kept[name] = compute(layout)
         return kept[name]
 
