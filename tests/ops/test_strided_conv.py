@@ -210,11 +210,10 @@ def test_opcheck(case: str, backend: str, device: str, needs_grad_x: bool) -> No
     parameters = [[inputs.get(f"{name}_{index}") for index in range(depth)] for name in PARAMETERS]
     ops = getattr(torch.ops, f"fastssl_{backend}")
     cu_seqlens, totals = [layout.cu_seqlens for layout in layouts], [layout.total for layout in layouts[1:]]
-    settings = [totals, [layout.max_length for layout in layouts[1:]], strides, norms, [1e-5] * depth, ["gelu"] * depth]
-    arguments = (inputs["x"], *parameters, cu_seqlens, *settings, True)
-    torch.library.opcheck(ops.strided_conv_fwd.default, arguments)
-    out, *kept = ops.strided_conv_fwd(*arguments)
-    arguments = (torch.ones_like(out), inputs["x"], *parameters, *kept, cu_seqlens, *settings, needs_grad_x)
+    lists = (cu_seqlens, *parameters, totals, strides, norms, [1e-5] * depth, ["gelu"] * depth)
+    torch.library.opcheck(ops.strided_conv_fwd.default, (inputs["x"], True, *lists))
+    out, *kept = ops.strided_conv_fwd(inputs["x"], True, *lists)
+    arguments = (torch.ones_like(out), inputs["x"], *kept, needs_grad_x, *lists)
     torch.library.opcheck(ops.strided_conv_bwd.default, arguments)
 
 
