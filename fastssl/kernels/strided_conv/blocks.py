@@ -64,9 +64,9 @@ class _Gradients(NamedTuple):
 
 
 class _Layer:
-    """A layer on its grid, and the output of its convolution as far as it is computed.
+    """A layer on its grid, with the output of its convolution up to the grid row `done`.
 
-    The input of a stack is such a layer too, without a convolution and before all others.
+    The input of a stack is a layer too: it has no convolution, and its epilogue changes nothing.
     """
 
     def __init__(
@@ -86,20 +86,18 @@ class _Layer:
             plan: The layer.
             grid: Where each sequence of its output begins.
             x: Input of the stack.
-            conv_out: Output of the convolution if the forward pass has kept it; else it is still to compute.
-            statistics: For group norm, mean and rstd if the forward pass has kept them.
-            from_input: Whether the kernels take the frames from `x` wherever they need them.
-            whole: Whether all rows must be computed at a time.
+            conv_out: Output of the convolution if the forward pass kept it; if it is empty, `convolve` computes it.
+            statistics: Mean and rstd for group norm, zero until they are computed.
+            from_input: Whether the kernels read `x` wherever they need this layer's frames, so that nothing is kept.
+            whole: Whether all rows are one block.
         """
         accumulation = torch.promote_types(x.dtype, torch.float32)
         self.plan, self.grid, self.rows, self.statistics = plan, grid, int(grid[-1]), statistics
         self.block = self.rows if whole else min(self.rows, max(_FEWEST_ROWS, _BLOCK_NUMBERS // max(1, plan.window)))
         self.matrix = plan.weight.permute(0, 2, 1).reshape(plan.channels, plan.window)
-        # (K, C_out) where the kernels compute the convolution, else (0, C_out)
+        # (K, C_out) if the kernels compute the convolution, else (0, C_out)
         self.taps = plan.weight[:, 0, : plan.kernel if from_input else 0].t().to(accumulation).contiguous()
-        # (3, C_out) of bias, norm_weight and norm_bias: those of the layer, and those that change nothing
-        self.identity = x.new_tensor([0.0, 1.0, 0.0], dtype=accumulation)[:, None].repeat(1, plan.channels)
-        self.parameters = self.identity.clone()
+        self.parameters = _identity(plan.channels, accumulation)
         for row, given in zip(self.parameters, plan.parameters[1:], strict=True):
             if given is not None:
                 row.copy_(given)
@@ -110,27 +108,28 @@ class _Layer:
 
     @property
     def from_waveform(self) -> bool:
-        """Whether the kernels compute the convolution wherever they need it."""
+        """Whether the kernels compute the convolution themselves, each time they need it."""
         return self.taps.shape[0] > 0
 
     @property
     def operands(self) -> tuple[Tensor, ...]:
-        """What the kernels of norm and activation take, from `source` to `grid` in their signatures."""
+        """The arguments from `source` to `grid` of the norm and activation kernels."""
         plan = self.plan
         return self.source, self.begins, self.taps, self.parameters, self.statistics, plan.cu_out, self.grid
 
     @property
     def epilogue(self) -> tuple[int, str, float, str]:
-        """What the kernels of norm and activation take, from `stride` to `activation` in their signatures."""
-        return self.plan[-4:]
+        """The arguments from `stride` to `activation` of the norm and activation kernels."""
+        return self.plan.stride, self.plan.norm, self.plan.eps, self.plan.activation
 
     def has(self, rows: int) -> bool:
-        """Whether the activations of the first grid rows can be computed; group norm needs all rows for that."""
+        """Whether the first `rows` grid rows can be activated. Group norm needs its statistics, so all rows."""
         return self.done >= (self.rows if self.plan.norm == "group" else min(rows, self.rows))
 
     def store(self, product: Tensor, start: int) -> None:  # (rows, C_out)
-        """Take the convolution on the next grid rows."""
-        operands = product, None, self.taps, self.identity, self.identity, self.plan.cu_out, self.grid
+        """Keep the convolution's output on the grid rows from `start`, packed."""
+        identity = _identity(self.plan.channels, self.parameters.dtype)
+        operands = product, None, self.taps, identity, identity, self.plan.cu_out, self.grid
         torch.ops.fastssl_native.strided_conv_epilogue_fwd(
             *operands, start, len(product), self.conv_out, True, 1, 1, *_NO_EPILOGUE
         )
@@ -149,13 +148,13 @@ class _Layer:
         packed: bool,
         sums: Tensor | None,  # (B or 1, K + 3, C)
     ) -> None:
-        """From the gradient of the layer's output on grid rows to that of its convolution; adds up the sums."""
+        """Turn the gradient of the layer's output into that of its convolution, `out`, and add to `sums`."""
         torch.ops.fastssl_native.strided_conv_epilogue_bwd(
             *grads, *self.operands, start, stop - start, out, packed, sums, *self.epilogue
         )
 
     def first_statistics(self) -> tuple[Tensor, Tensor, Tensor]:  # (2, B, C), (B, K), (B, K, K)
-        """For a layer from the waveform: mean and rstd of its convolution, and mean and covariance of the windows."""
+        """Mean and rstd of a convolution from the waveform, and mean and covariance of the waveform's windows."""
         found: tuple[Tensor, Tensor, Tensor] = torch.ops.fastssl_native.strided_conv_first_statistics(
             self.source, self.taps, self.parameters, self.begins, self.plan.cu_out, self.plan.stride, self.plan.eps
         )
@@ -166,6 +165,13 @@ class _Layer:
         weight = self.matrix.view(self.plan.channels, self.plan.kernel, -1)  # (C_out, K, C_in)
         tap = torch.arange(taps - 1, -1, -1) * self.plan.stride + torch.arange(first, first + count)[:, None]
         return weight[:, tap].permute(1, 3, 2, 0).reshape(count * weight.shape[2], taps * self.plan.channels)
+
+
+def _identity(channels: int, dtype: torch.dtype) -> Tensor:  # (3, C)
+    """Bias, norm weight and norm bias that change nothing."""
+    parameters = torch.zeros(3, channels, dtype=dtype)
+    parameters[1] = 1
+    return parameters
 
 
 class _Stack:
@@ -186,29 +192,27 @@ class _Stack:
         self.input = _Layer(no_plan, input_grid, x, x, x.new_empty(0), from_input=True, whole=True)
         self.layers: list[_Layer] = []
         whole = False
-        for plan, *tensors in zip(plans, grids, conv_outs, statistics, strict=True):
+        for plan, grid, conv_out, kept in zip(plans, grids, conv_outs, statistics, strict=True):
             from_input = from_waveform and not plan.is_kept
             # The backward of group norm takes all gradients of a sequence before it gives one.
             whole = whole or (plan.norm == "group" and not from_input)
-            grid, conv_out, statistic = tensors
-            self.layers.append(_Layer(plan, grid, x, conv_out, statistic, from_input=from_input, whole=whole))
+            self.layers.append(_Layer(plan, grid, x, conv_out, kept, from_input=from_input, whole=whole))
         self.room = x.new_empty(max(layer.block * layer.plan.window for layer in self.layers))
 
     def convolve(self) -> None:
-        """Compute what is missing of all convolutions; a block is made as soon as the layer below has its rows."""
-        while ready := [index for index, layer in enumerate(self.layers) if self.is_ready(index)]:
-            layer = self.layers[ready[-1]]
+        """Compute all missing convolutions: always the next block of the highest layer whose input is there."""
+        index = len(self.layers) - 1
+        while index >= 0:
+            layer, plan = self.layers[index], self.layers[index].plan
             start, stop = layer.done, min(layer.done + layer.block, layer.rows)
-            layer.store(nt(self.windows(ready[-1], start, stop), layer.matrix), start)
-
-    def is_ready(self, index: int) -> bool:
-        """Whether the next block of a layer exists, and the layer below has its rows."""
-        layer = self.layers[index]
-        last = min(layer.done + layer.block, layer.rows) - 1
-        return layer.done < layer.rows and self.below(index).has(last * layer.plan.stride + layer.plan.kernel)
+            if start < stop and self.below(index).has((stop - 1) * plan.stride + plan.kernel):
+                layer.store(nt(self.windows(index, start, stop), layer.matrix), start)
+                index = min(index + 1, len(self.layers) - 1)
+            else:
+                index -= 1
 
     def below(self, index: int) -> _Layer:
-        """What a layer reads."""
+        """The layer that layer `index` reads."""
         return self.layers[index - 1] if index > 0 else self.input
 
     def windows(self, index: int, start: int, stop: int) -> Tensor:  # (stop - start, K * C_in)
@@ -228,7 +232,7 @@ def _grids(plans: Sequence[LayerPlan]) -> list[Tensor]:
     A sequence has rows for its frames and for a layer's `halo` more, over which the gradient of the input is a product
     with zeros.
     """
-    # Grid rows of the input and of each output for one row of the last.
+    # How many grid rows of the input, and of each layer's output, one row of the last output is.
     steps = list(accumulate((plan.stride for plan in reversed(plans)), mul, initial=1))[::-1]
     rows = torch.stack([plan.cu_out for plan in plans]).diff() + torch.tensor([[plan.halo] for plan in plans])
     step = torch.tensor(steps[1:])[:, None]
@@ -238,14 +242,14 @@ def _grids(plans: Sequence[LayerPlan]) -> list[Tensor]:
 
 
 class _LayerGradients:
-    """Gradients of one layer: of its convolution on the rows at hand, and of its parameters up to there."""
+    """Gradients of one layer: of its convolution's output on some rows, and of its parameters up to those rows."""
 
     def __init__(self, layer: _Layer, rows: int, *, goes_below: bool) -> None:
         """Set up the gradients of a layer.
 
         Args:
             layer: The layer.
-            rows: How many rows it is given at a time, at most.
+            rows: The most rows that `receive` is given at a time.
             goes_below: Whether its input needs a gradient.
         """
         plan = layer.plan
@@ -256,7 +260,7 @@ class _LayerGradients:
         if layer.from_waveform or plan.norm != "none" or plan.bias is not None:
             shape = plan.batch if plan.norm == "group" else 1, layer.taps.shape[0] + 3, plan.channels
             self.sums = torch.zeros(shape, dtype=torch.float64)
-        # The rows at hand are `start` to `stop`, after the last `halo` rows before them; those from `next` on are left.
+        # Rows `start` to `stop` of the gradient, after the `halo` rows before them. `descend` continues at row `next`.
         self.grad = layer.source.new_zeros(0 if layer.from_waveform else plan.halo + rows, plan.channels)
         self.start = self.next = self.stop = 0
         # Input frame u * stride + p, of phase p, is seen by output frames u, u - 1, ...: one more if p is low.
@@ -265,7 +269,7 @@ class _LayerGradients:
         self.high = layer.phases(low, plan.stride - low if goes_below else 0, taps)
 
     def receive(self, grads: _Gradients, start: int, stop: int) -> None:
-        """From the gradient of the layer's output on the next grid rows to that of its convolution."""
+        """Turn the gradient of the layer's output on the next grid rows into that of its convolution."""
         layer, plan = self.layer, self.layer.plan
         if layer.from_waveform:
             layer.backward(grads, start, stop, None, False, self.sums)
@@ -282,7 +286,7 @@ class _LayerGradients:
             layer.backward(grads, start, stop, grad, False, self.sums)
 
     def parameters(self) -> list[Tensor]:
-        """Those of weight, bias, norm weight and norm bias; (0,) for what is absent."""
+        """Gradients of weight, bias, norm weight and norm bias; (0,) for one that is absent."""
         weight, *vectors = self.layer.plan.parameters
         c_out, c_in, kernel = weight.shape
         grad_weight = self.matrix.to(weight.dtype).view(c_out, kernel, c_in).permute(0, 2, 1).contiguous()
@@ -310,16 +314,21 @@ class _Backward:
         )
 
     def run(self, grad_out: Tensor) -> None:
-        """Everything, from the gradient of the packed output."""
+        """Compute all gradients: the next block of the lowest layer that has rows left, until none has."""
         last, grads = self.layers[-1], _Gradients(grad_out, grad_out.new_empty(0, 0), 1, True)
         rows, block = last.layer.rows, last.layer.block
         for start in range(0, rows, max(1, block)):
             last.receive(grads, start, min(start + block, rows))
-            while left := [index for index, layer in enumerate(self.layers) if layer.next < layer.stop]:
-                self.descend(left[0])
+            index = len(self.layers) - 1
+            while index < len(self.layers):
+                if self.layers[index].next < self.layers[index].stop:
+                    self.descend(index)
+                    index = max(index - 1, 0)
+                else:
+                    index += 1
 
     def descend(self, index: int) -> None:
-        """Take the next block of a layer's gradient to its weight and to the layer below."""
+        """Multiply the next block of a layer's gradient: into its weight's gradient, and for the layer below."""
         here = self.layers[index]
         plan, first, last = here.layer.plan, here.next, min(here.next + here.layer.block, here.stop)
         here.next, rows, position = last, last - first, plan.halo + first - here.start
@@ -393,7 +402,7 @@ def strided_conv_bwd(
 ) -> tuple[Tensor | list[Tensor], ...]:
     """`fastssl_native::strided_conv_bwd` on the CPU."""
     stack = _Stack(x, plan_layers(*lists), conv_outs, statistics, from_waveform=not needs_grad_x)
-    stack.convolve()  # a first layer that the forward computed from the waveform, if all of it is needed now
+    stack.convolve()  # the forward kept nothing of a first layer that it computed from the waveform
     backward = _Backward(stack, needs_grad_x=needs_grad_x)
     backward.run(grad_out)
     if stack.layers[0].from_waveform:

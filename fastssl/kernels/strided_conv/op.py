@@ -62,7 +62,7 @@ define_op(
 
 
 class _Settings(NamedTuple):
-    """What the kernels take besides tensors: the lists are the last ones of the schema."""
+    """What the kernels take besides tensors. The five lists end the schema, in this order."""
 
     backend: str
     save: bool
@@ -74,7 +74,7 @@ class _Settings(NamedTuple):
 
 
 def _lists(settings: _Settings, tensors: Sequence[Tensor | None]) -> list[Any]:
-    """The lists of the schema, from the tensors that they begin with, one after another."""
+    """The lists of the schema: `tensors` are `cu_seqlens` and the four lists of parameters, joined."""
     _, _, *rest = settings
     depth = len(settings.strides)
     split = [list(tensors[first : first + depth]) for first in range(depth + 1, len(tensors), depth)]
