@@ -1,11 +1,11 @@
 """The native CPU kernels of `strided_conv`: matrix products on blocks of frames that stay in cache.
 
-The frames of a layer lie on a *grid*: as packed, but with so many zero rows after each sequence that every sequence
-begins at a multiple of all later strides. Hence one product serves frames of many sequences, no window reaches from a
-sequence into the next one, and the time spent in Python does not depend on the number of sequences.
+The frames of a layer lie on a *grid*: packed, with enough zero rows after each sequence for the next one to begin at a
+multiple of all later strides. One product can then serve frames of many sequences, no window reaches from one sequence
+into the next, and the time spent in Python does not depend on the number of sequences.
 
-A block goes through the layers as deep as it can before the next one begins, so activations and gradients exist for one
-block at a time; what is kept for the backward is packed, and compiled kernels unfold it. README.md has the derivation.
+A block goes through as many layers as it can before the next one begins, so activations and gradients exist for one
+block at a time. What the backward pass needs is kept packed. README.md has the derivation.
 """
 
 from collections.abc import Sequence
