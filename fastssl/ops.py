@@ -10,7 +10,7 @@ from fastssl.kernels.dropout_add_layer_norm.op import dropout_add_layer_norm as 
 from fastssl.kernels.gumbel_quantize.op import gumbel_quantize as gumbel_quantize
 from fastssl.kernels.integrate_and_fire.op import integrate_and_fire as integrate_and_fire
 from fastssl.kernels.positional_conv.op import positional_conv as positional_conv
-from fastssl.kernels.strided_conv.op import StridedConvLayer as StridedConvLayer
 from fastssl.kernels.strided_conv.op import strided_conv as strided_conv
 from fastssl.kernels.strided_conv.op import strided_conv_stack as strided_conv_stack
+from fastssl.kernels.strided_conv.plan import StridedConvLayer as StridedConvLayer
 from fastssl.kernels.varlen_attention.op import varlen_attention as varlen_attention

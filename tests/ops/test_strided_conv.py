@@ -210,11 +210,10 @@ def test_opcheck(case: str, backend: str, device: str, needs_grad_x: bool) -> No
     parameters = [[inputs.get(f"{name}_{index}") for index in range(depth)] for name in PARAMETERS]
     ops = getattr(torch.ops, f"fastssl_{backend}")
     cu_seqlens, totals = [layout.cu_seqlens for layout in layouts], [layout.total for layout in layouts[1:]]
-    settings = [totals, [layout.max_length for layout in layouts[1:]], strides, norms, [1e-5] * depth, ["gelu"] * depth]
-    arguments = (inputs["x"], *parameters, cu_seqlens, *settings, True)
-    torch.library.opcheck(ops.strided_conv_fwd.default, arguments)
-    out, *kept = ops.strided_conv_fwd(*arguments)
-    arguments = (torch.ones_like(out), inputs["x"], *parameters, *kept, cu_seqlens, *settings, needs_grad_x)
+    lists = (cu_seqlens, *parameters, totals, strides, norms, [1e-5] * depth, ["gelu"] * depth)
+    torch.library.opcheck(ops.strided_conv_fwd.default, (inputs["x"], True, *lists))
+    out, *kept = ops.strided_conv_fwd(inputs["x"], True, *lists)
+    arguments = (torch.ones_like(out), inputs["x"], *kept, needs_grad_x, *lists)
     torch.library.opcheck(ops.strided_conv_bwd.default, arguments)
 
 
@@ -352,6 +351,32 @@ def test_blocks_do_not_matter(case: str, waveform_needs_grad: bool, monkeypatch:
         # A bias before a norm over time has a gradient of zero, up to rounding.
         scale = max(grad.abs().max().item(), 1e-2)
         assert (found - grad).abs().max() < 1e-5 * scale, name
+
+
+@pytest.mark.skipif("native" not in BACKENDS["strided_conv"]["cpu"], reason="the compiled module is not there")
+def test_frames_that_no_window_sees_have_gradients_of_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "_BLOCK_NUMBERS", 1)
+    # The last of 17 blocks of the lower layer lies between two windows of the upper one.
+    x, bias = torch.randn(272, 2, requires_grad=True), torch.randn(3, requires_grad=True)
+    layers = [StridedConvLayer(torch.randn(3, 2, 1), 1, bias), StridedConvLayer(torch.randn(4, 3, 1), 17)]
+    torch.use_deterministic_algorithms(True)  # fills memory that is not initialised with NaN
+    try:
+        out, _ = strided_conv_stack(x, layers, layout_of((272,)), backend="native")
+        grad_x, grad_bias = gradients(out, [x, bias])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert grad_bias.isfinite().all()
+    assert torch.equal(grad_x[256:], torch.zeros(16, 2))
+
+
+@EVERY_IMPLEMENTATION
+def test_any_strides_of_the_arguments(backend: str, device: str) -> None:
+    inputs = cast(make_stack("odd"), torch.float32, device)
+    strided = {name: torch.stack([tensor, -tensor], -1)[..., 0] for name, tensor in inputs.items()}
+    assert not any(tensor.is_contiguous() for tensor in strided.values())
+    outs = run_stack("odd", inputs, backend), run_stack("odd", strided, backend)
+    results = [[out, *gradients(out, list(inputs.values()))] for out in outs]
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("case", STACKS)

@@ -1,20 +1,23 @@
 """The native CPU kernels of `strided_conv`: matrix products on blocks of frames that stay in cache.
 
-The frames of a layer lie on a *grid*: as packed, but with so many zero rows after each sequence that every sequence
-begins at a multiple of all later strides. Hence one product serves frames of many sequences, no window reaches from a
-sequence into the next one, and the time spent in Python does not depend on the number of sequences.
+The frames of a layer lie on a *grid*: packed, with enough zero rows after each sequence for the next one to begin at a
+multiple of all later strides. One product can then serve frames of many sequences, no window reaches from one sequence
+into the next, and the time spent in Python does not depend on the number of sequences.
 
-A block goes through the layers as deep as it can before the next one begins, so activations and gradients exist for one
-block at a time; what is kept for the backward is packed, and compiled kernels unfold it. README.md has the derivation.
+A block goes through as many layers as it can before the next one begins, so activations and gradients exist for one
+block at a time. What the backward pass needs is kept packed. README.md has the derivation.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from itertools import accumulate
+from operator import mul
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastssl.kernels.gemm import nt
+from fastssl.kernels.strided_conv.plan import LayerPlan, plan_layers
 
 #: The compiled kernels that this module calls: name -> signature.
 PARTS = {
@@ -47,36 +50,8 @@ _BLOCK_NUMBERS = 3 << 19
 _FEWEST_ROWS = 16
 
 
-class _Layer(NamedTuple):
-    """One layer, as the kernels take it; the input is an identity before the first."""
-
-    matrix: Tensor  # (C_out, K * C_in)
-    taps: Tensor  # (K, C_out) in the accumulation type where the kernels compute the convolution, else (0, C_out)
-    parameters: Tensor  # (3, C_out) bias, norm_weight, norm_bias in the accumulation type
-    cu_seqlens: Tensor  # (B + 1,) of its output
-    grid: Tensor  # (B + 1,) of its output
-    rows: int  # of the grid
-    block: int  # rows that are computed at a time
-    total: int  # frames of its output
-    kernel: int
-    stride: int
-    norm: str
-    eps: float
-    activation: str
-
-    @property
-    def channels(self) -> int:
-        return self.parameters.shape[1]
-
-    @property
-    def from_waveform(self) -> bool:
-        """Whether the kernels compute the convolution wherever they need it."""
-        return self.taps.shape[0] > 0
-
-    @property
-    def halo(self) -> int:
-        """How many output frames before frame t see an input frame that frame t sees too."""
-        return -(-self.kernel // self.stride) - 1
+#: Stride, norm, eps and activation of an epilogue that changes nothing.
+_NO_EPILOGUE = (1, "none", 0.0, "none")
 
 
 class _Gradients(NamedTuple):
@@ -88,220 +63,286 @@ class _Gradients(NamedTuple):
     packed: bool  # `first` is all of the packed gradient
 
 
+class _Layer:
+    """A layer on its grid, with the output of its convolution up to the grid row `done`.
+
+    The input of a stack is a layer too: it has no convolution, and its epilogue changes nothing.
+    """
+
+    def __init__(
+        self,
+        plan: LayerPlan,
+        grid: Tensor,  # (B + 1,)
+        x: Tensor,  # (N, C_in)
+        conv_out: Tensor,  # (N_out, C_out) or (0, C_out)
+        statistics: Tensor,  # (2, B, C_out)
+        *,
+        from_input: bool,
+        whole: bool,
+    ) -> None:
+        """Set up a layer of one call.
+
+        Args:
+            plan: The layer.
+            grid: Where each sequence of its output begins.
+            x: Input of the stack.
+            conv_out: Output of the convolution if the forward pass kept it; if it is empty, `convolve` computes it.
+            statistics: Mean and rstd for group norm, zero until they are computed.
+            from_input: Whether the kernels read `x` wherever they need this layer's frames, so that nothing is kept.
+            whole: Whether all rows are one block.
+        """
+        accumulation = torch.promote_types(x.dtype, torch.float32)
+        self.plan, self.grid, self.rows, self.statistics = plan, grid, int(grid[-1]), statistics
+        self.block = self.rows if whole else min(self.rows, max(_FEWEST_ROWS, _BLOCK_NUMBERS // max(1, plan.window)))
+        self.matrix = plan.weight.permute(0, 2, 1).reshape(plan.channels, plan.window)
+        # (K, C_out) if the kernels compute the convolution, else (0, C_out)
+        self.taps = plan.weight[:, 0, : plan.kernel if from_input else 0].t().to(accumulation).contiguous()
+        self.parameters = _identity(plan.channels, accumulation)
+        for row, given in zip(self.parameters, plan.parameters[1:], strict=True):
+            if given is not None:
+                row.copy_(given)
+        is_computed = from_input or len(conv_out) == plan.total
+        self.conv_out = conv_out if is_computed else x.new_empty(plan.total, plan.channels)
+        self.source, self.begins = (x, plan.cu_in) if from_input else (self.conv_out, plan.cu_out)
+        self.done = self.rows if is_computed else 0  # grid rows
+
+    @property
+    def from_waveform(self) -> bool:
+        """Whether the kernels compute the convolution themselves, each time they need it."""
+        return self.taps.shape[0] > 0
+
+    @property
+    def operands(self) -> tuple[Tensor, ...]:
+        """The arguments from `source` to `grid` of the norm and activation kernels."""
+        plan = self.plan
+        return self.source, self.begins, self.taps, self.parameters, self.statistics, plan.cu_out, self.grid
+
+    @property
+    def epilogue(self) -> tuple[int, str, float, str]:
+        """The arguments from `stride` to `activation` of the norm and activation kernels."""
+        return self.plan.stride, self.plan.norm, self.plan.eps, self.plan.activation
+
+    def has(self, rows: int) -> bool:
+        """Whether the first `rows` grid rows can be activated. Group norm needs its statistics, so all rows."""
+        return self.done >= (self.rows if self.plan.norm == "group" else min(rows, self.rows))
+
+    def store(self, product: Tensor, start: int) -> None:  # (rows, C_out)
+        """Keep the convolution's output on the grid rows from `start`, packed."""
+        identity = _identity(self.plan.channels, self.parameters.dtype)
+        operands = product, None, self.taps, identity, identity, self.plan.cu_out, self.grid
+        torch.ops.fastssl_native.strided_conv_epilogue_fwd(
+            *operands, start, len(product), self.conv_out, True, 1, 1, *_NO_EPILOGUE
+        )
+        self.done = start + len(product)
+        if self.plan.norm == "group" and self.done == self.rows:
+            self.statistics = torch.ops.fastssl_native.strided_conv_group_statistics(
+                self.conv_out, self.parameters, self.plan.cu_out, self.plan.eps
+            )
+
+    def backward(
+        self,
+        grads: _Gradients,
+        start: int,
+        stop: int,
+        out: Tensor | None,  # (stop - start, C) or packed (N, C)
+        packed: bool,
+        sums: Tensor | None,  # (B or 1, K + 3, C)
+    ) -> None:
+        """Turn the gradient of the layer's output into that of its convolution, `out`, and add to `sums`."""
+        torch.ops.fastssl_native.strided_conv_epilogue_bwd(
+            *grads, *self.operands, start, stop - start, out, packed, sums, *self.epilogue
+        )
+
+    def first_statistics(self) -> tuple[Tensor, Tensor, Tensor]:  # (2, B, C), (B, K), (B, K, K)
+        """Mean and rstd of a convolution from the waveform, and mean and covariance of the waveform's windows."""
+        found: tuple[Tensor, Tensor, Tensor] = torch.ops.fastssl_native.strided_conv_first_statistics(
+            self.source, self.taps, self.parameters, self.begins, self.plan.cu_out, self.plan.stride, self.plan.eps
+        )
+        return found
+
+    def phases(self, first: int, count: int, taps: int) -> Tensor:  # (count * C_in, taps * C_out)
+        """The weights by which `taps` successive output gradients make the gradients of some phases of the input."""
+        weight = self.matrix.view(self.plan.channels, self.plan.kernel, -1)  # (C_out, K, C_in)
+        tap = torch.arange(taps - 1, -1, -1) * self.plan.stride + torch.arange(first, first + count)[:, None]
+        return weight[:, tap].permute(1, 3, 2, 0).reshape(count * weight.shape[2], taps * self.plan.channels)
+
+
+def _identity(channels: int, dtype: torch.dtype) -> Tensor:  # (3, C)
+    """Bias, norm weight and norm bias that change nothing."""
+    parameters = torch.zeros(3, channels, dtype=dtype)
+    parameters[1] = 1
+    return parameters
+
+
 class _Stack:
-    """The layers of one call, and the output of each convolution as far as it is computed."""
+    """The input and the layers of one call."""
 
     def __init__(
         self,
         x: Tensor,  # (N, C_in)
-        weights: Sequence[Tensor],  # (C_out, C_in, K)
-        biases: Sequence[Tensor | None],  # (C_out,)
-        norm_weights: Sequence[Tensor | None],  # (C_out,)
-        norm_biases: Sequence[Tensor | None],  # (C_out,)
-        cu_seqlens: Sequence[Tensor],  # (B + 1,)
-        totals: Sequence[int],
-        strides: Sequence[int],
-        norms: Sequence[str],
-        eps: Sequence[float],
-        activations: Sequence[str],
+        plans: Sequence[LayerPlan],
+        conv_outs: Sequence[Tensor],  # (N_l, C_l) or (0, C_l)
+        statistics: Sequence[Tensor],  # (2, B, C_l)
         *,
         from_waveform: bool,
     ) -> None:
-        self.x = x
-        accumulation = torch.promote_types(x.dtype, torch.float32)
-        grids = _grids(cu_seqlens, [weight.shape[2] for weight in weights], strides)
+        input_grid, *grids = _grids(plans)
+        begins, no_weight = plans[0].cu_in, x.new_empty(x.shape[1], 1, 0)
+        no_plan = LayerPlan(False, begins, begins, no_weight, None, None, None, len(x), *_NO_EPILOGUE)
+        self.input = _Layer(no_plan, input_grid, x, x, x.new_empty(0), from_input=True, whole=True)
         self.layers: list[_Layer] = []
         whole = False
-        for index, weight in enumerate(weights):
-            c_out, c_in, kernel = weight.shape
-            parameters = torch.zeros(3, c_out, dtype=accumulation)
-            parameters[1] = 1
-            for row, given in zip(parameters, (biases[index], norm_weights[index], norm_biases[index]), strict=True):
-                if given is not None:
-                    row.copy_(given)
-            rows, computed = int(grids[index + 1][-1]), index == 0 and from_waveform
+        for plan, grid, conv_out, kept in zip(plans, grids, conv_outs, statistics, strict=True):
+            from_input = from_waveform and not plan.is_kept
             # The backward of group norm takes all gradients of a sequence before it gives one.
-            whole = whole or (norms[index] == "group" and not computed)
-            block = rows if whole else max(_FEWEST_ROWS, _BLOCK_NUMBERS // max(1, c_in * kernel))
-            self.layers.append(
-                _Layer(
-                    weight.permute(0, 2, 1).reshape(c_out, kernel * c_in),
-                    weight[:, 0, : kernel if computed else 0].t().to(accumulation).contiguous(),
-                    parameters,
-                    cu_seqlens[index + 1],
-                    grids[index + 1],
-                    rows,
-                    min(block, rows),
-                    totals[index],
-                    kernel,
-                    strides[index],
-                    norms[index],
-                    eps[index],
-                    activations[index],
-                )
-            )
-        identity = parameters.new_tensor([0.0, 1.0, 0.0])[:, None].expand(3, x.shape[1]).contiguous()
-        no_taps, rows = identity[:0], int(grids[0][-1])
-        self.input = _Layer(
-            no_taps, no_taps, identity, cu_seqlens[0], grids[0], rows, rows, len(x), 1, 1, "none", 0.0, "none"
-        )
-        sequences = len(cu_seqlens[0]) - 1
-        self.statistics = [
-            layer.parameters.new_zeros((2, sequences, layer.channels) if layer.norm == "group" else 0)
-            for layer in self.layers
-        ]
-        self.conv_outs = [
-            x.new_empty(0 if layer.from_waveform else layer.total, layer.channels) for layer in self.layers
-        ]
-        self.done = [0] * len(weights)  # grid rows of `conv_outs` that are computed
-        self.room = x.new_empty(max(layer.block * layer.matrix.shape[1] for layer in self.layers))
+            whole = whole or (plan.norm == "group" and not from_input)
+            self.layers.append(_Layer(plan, grid, x, conv_out, kept, from_input=from_input, whole=whole))
+        self.room = x.new_empty(max(layer.block * layer.plan.window for layer in self.layers))
 
-    def convolve(self, index: int, rows: int) -> None:
-        """Compute the convolution of a layer up to a grid row, and those below as far as it needs them."""
-        layer = self.layers[index]
-        if layer.norm == "group":
-            rows = layer.rows
-        while self.done[index] < min(rows, layer.rows):
-            start = self.done[index]
-            stop = min(start + layer.block, layer.rows)
-            product = nt(self.windows(index, start, stop), layer.matrix)
-            identity = torch.zeros_like(layer.parameters)
-            identity[1] = 1
-            torch.ops.fastssl_native.strided_conv_epilogue_fwd(
-                product, None, layer.taps, identity, identity, layer.cu_seqlens, layer.grid, start, stop - start,
-                self.conv_outs[index], True, 1, 1, 1, "none", 0.0, "none",
-            )  # fmt: skip
-            self.done[index] = stop
-            if layer.norm == "group" and stop == layer.rows:
-                self.statistics[index] = torch.ops.fastssl_native.strided_conv_group_statistics(
-                    self.conv_outs[index], layer.parameters, layer.cu_seqlens, layer.eps
-                )
+    def convolve(self) -> None:
+        """Compute all missing convolutions: always the next block of the highest layer whose input is there."""
+        index = len(self.layers) - 1
+        while index >= 0:
+            layer, plan = self.layers[index], self.layers[index].plan
+            start, stop = layer.done, min(layer.done + layer.block, layer.rows)
+            if start < stop and self.below(index).has((stop - 1) * plan.stride + plan.kernel):
+                layer.store(nt(self.windows(index, start, stop), layer.matrix), start)
+                index = min(index + 1, len(self.layers) - 1)
+            else:
+                index -= 1
+
+    def below(self, index: int) -> _Layer:
+        """The layer that layer `index` reads."""
+        return self.layers[index - 1] if index > 0 else self.input
 
     def windows(self, index: int, start: int, stop: int) -> Tensor:  # (stop - start, K * C_in)
         """What output rows `start` to `stop` of a layer see; valid until the next call."""
-        layer = self.layers[index]
-        out = self.room[: (stop - start) * layer.matrix.shape[1]].view(stop - start, -1)
-        first_row, rows = start * layer.stride, (stop - start - 1) * layer.stride + layer.kernel
-        self.epilogue(index - 1, first_row, rows, out, layer.kernel, layer.stride)
+        below, plan = self.below(index), self.layers[index].plan
+        out = self.room[: (stop - start) * plan.window].view(stop - start, -1)
+        first_row, rows = start * plan.stride, (stop - start - 1) * plan.stride + plan.kernel
+        torch.ops.fastssl_native.strided_conv_epilogue_fwd(
+            *below.operands, first_row, rows, out, False, plan.kernel, plan.stride, *below.epilogue
+        )
         return out
 
-    def epilogue(self, index: int, first_row: int, rows: int, out: Tensor, kernel: int, stride: int) -> None:
-        """Activations of a layer, or the input, on grid rows, as windows of so many frames."""
-        layer, source, begins, statistics = self.source(index, first_row + rows)
-        torch.ops.fastssl_native.strided_conv_epilogue_fwd(
-            source, begins, layer.taps, layer.parameters, statistics, layer.cu_seqlens, layer.grid, first_row, rows,
-            out, False, kernel, stride, layer.stride, layer.norm, layer.eps, layer.activation,
-        )  # fmt: skip
 
-    def source(self, index: int, rows: int) -> tuple[_Layer, Tensor, Tensor, Tensor]:
-        """A layer, its convolution up to a grid row, where each sequence of that begins, and its statistics."""
-        if index < 0:
-            return self.input, self.x, self.input.cu_seqlens, self.input.parameters
-        layer = self.layers[index]
-        if layer.from_waveform:
-            return layer, self.x, self.input.cu_seqlens, self.statistics[index]
-        self.convolve(index, rows)
-        return layer, self.conv_outs[index], layer.cu_seqlens, self.statistics[index]
-
-    def first_statistics(self) -> tuple[Tensor, Tensor, Tensor]:  # (2, B, C), (B, K), (B, K, K)
-        """Mean and rstd of the first layer's convolution, and the mean and covariance of the waveform's windows."""
-        layer = self.layers[0]
-        found: tuple[Tensor, Tensor, Tensor] = torch.ops.fastssl_native.strided_conv_first_statistics(
-            self.x, layer.taps, layer.parameters, self.input.cu_seqlens, layer.cu_seqlens, layer.stride, layer.eps
-        )
-        return found
-
-
-def _grids(cu_seqlens: Sequence[Tensor], kernels: Sequence[int], strides: Sequence[int]) -> list[Tensor]:
+def _grids(plans: Sequence[LayerPlan]) -> list[Tensor]:
     """Where each sequence begins on the grid of the input and of each layer's output: L + 1 of (B + 1,).
 
     A sequence has rows for its frames and for a layer's `halo` more, over which the gradient of the input is a product
     with zeros.
     """
-    step, needed = 1, torch.zeros_like(cu_seqlens[0][1:])
-    for begins, kernel, stride in zip(cu_seqlens[:0:-1], kernels[::-1], strides[::-1], strict=True):
-        rows = begins.diff() + -(-kernel // stride) - 1
-        needed = torch.maximum(needed, (rows + step - 1) // step)
-        step *= stride
-    grids = [torch.nn.functional.pad(needed.cumsum(0, dtype=torch.int32), (1, 0))]
-    for stride in strides[::-1]:
-        grids.insert(0, grids[0] * stride)
-    return grids
+    # How many grid rows of the input, and of each layer's output, one row of the last output is.
+    steps = list(accumulate((plan.stride for plan in reversed(plans)), mul, initial=1))[::-1]
+    rows = torch.stack([plan.cu_out for plan in plans]).diff() + torch.tensor([[plan.halo] for plan in plans])
+    step = torch.tensor(steps[1:])[:, None]
+    needed = ((rows + step - 1) // step).amax(0)
+    last = torch.nn.functional.pad(needed.cumsum(0, dtype=torch.int32), (1, 0))
+    return [last * rows_above for rows_above in steps]
+
+
+class _LayerGradients:
+    """Gradients of one layer: of its convolution's output on some rows, and of its parameters up to those rows."""
+
+    def __init__(self, layer: _Layer, rows: int, *, goes_below: bool) -> None:
+        """Set up the gradients of a layer.
+
+        Args:
+            layer: The layer.
+            rows: The most rows that `receive` is given at a time.
+            goes_below: Whether its input needs a gradient.
+        """
+        plan = layer.plan
+        self.layer = layer
+        self.matrix = torch.zeros_like(layer.matrix, dtype=layer.parameters.dtype)
+        # Sums over frames that the gradients of parameters are made of: (B or 1, K + 3, C), see the kernels.
+        self.sums: Tensor | None = None
+        if layer.from_waveform or plan.norm != "none" or plan.bias is not None:
+            shape = plan.batch if plan.norm == "group" else 1, layer.taps.shape[0] + 3, plan.channels
+            self.sums = torch.zeros(shape, dtype=torch.float64)
+        # Rows `start` to `stop` of the gradient, after the `halo` rows before them. `descend` continues at row `next`.
+        self.grad = layer.source.new_zeros(0 if layer.from_waveform else plan.halo + rows, plan.channels)
+        self.start = self.next = self.stop = 0
+        # Input frame u * stride + p, of phase p, is seen by output frames u, u - 1, ...: one more if p is low.
+        taps, low = divmod(plan.kernel, plan.stride)
+        self.low = layer.phases(0, low if goes_below else 0, taps + 1)
+        self.high = layer.phases(low, plan.stride - low if goes_below else 0, taps)
+
+    def receive(self, grads: _Gradients, start: int, stop: int) -> None:
+        """Turn the gradient of the layer's output on the next grid rows into that of its convolution."""
+        layer, plan = self.layer, self.layer.plan
+        if layer.from_waveform:
+            layer.backward(grads, start, stop, None, False, self.sums)
+            return
+        self.grad[: plan.halo] = self.grad[self.stop - self.start :][: plan.halo].clone()
+        self.start, self.next, self.stop = start, start, stop
+        grad = self.grad[plan.halo :][: stop - start]
+        if plan.norm == "group":
+            _, _, _, *operands = layer.operands
+            torch.ops.fastssl_native.strided_conv_group_bwd(
+                *grads, layer.conv_out, *operands, grad, self.sums, plan.eps, plan.activation
+            )
+        else:
+            layer.backward(grads, start, stop, grad, False, self.sums)
+
+    def parameters(self) -> list[Tensor]:
+        """Gradients of weight, bias, norm weight and norm bias; (0,) for one that is absent."""
+        weight, *vectors = self.layer.plan.parameters
+        c_out, c_in, kernel = weight.shape
+        grad_weight = self.matrix.to(weight.dtype).view(c_out, kernel, c_in).permute(0, 2, 1).contiguous()
+        return [grad_weight] + [
+            weight.new_empty(0) if vector is None or self.sums is None else self.sums[:, row].sum(0).to(vector.dtype)
+            for row, vector in zip((-3, -2, -1), vectors, strict=True)
+        ]
 
 
 class _Backward:
     """The gradients of one call. A block of gradients goes down to the first layer before the next one begins."""
 
-    def __init__(self, stack: _Stack, has_bias: Sequence[bool], needs_grad_x: bool) -> None:
-        self.stack = stack
-        layers, x = stack.layers, stack.x
+    def __init__(self, stack: _Stack, *, needs_grad_x: bool) -> None:
+        self.stack, x = stack, stack.input.source
         self.grad_x = x.new_zeros(x.shape if needs_grad_x else (0, x.shape[1]))
-        self.lowest = 1 if layers[0].from_waveform else 0  # layer that has products
-        self.stop = 0 if needs_grad_x else 1  # layer below which no gradient is needed
-        self.grad_matrices = [torch.zeros_like(layer.matrix, dtype=layer.parameters.dtype) for layer in layers]
-        # Sums over frames that the gradients of parameters are made of: (B or 1, K + 3, C), see the kernels.
-        self.sums: list[Tensor | None] = [
-            torch.zeros(
-                stack.statistics[index].shape[1] if layer.norm == "group" else 1,
-                layer.taps.shape[0] + 3,
-                layer.channels,
-                dtype=torch.float64,
-            )
-            if layer.from_waveform or layer.norm != "none" or has_bias[index]
-            else None
-            for index, layer in enumerate(layers)
+        self.lowest = 0 if needs_grad_x else 1  # layer below which no gradient is needed
+        above = [layer.block * layer.plan.stride for layer in stack.layers[1:]]
+        self.layers = [
+            _LayerGradients(layer, rows, goes_below=index >= self.lowest)
+            for index, (layer, rows) in enumerate(zip(stack.layers, [*above, stack.layers[-1].block], strict=True))
         ]
-        # Gradients of a convolution's output: the block at hand, after the last rows of the block before.
-        self.grads, self.phases = [], []
-        for index, layer in enumerate(layers):
-            above = layers[index + 1] if index + 1 < len(layers) else None
-            rows = layer.block if above is None else above.block * above.stride
-            self.grads.append(x.new_zeros(0 if layer.from_waveform else layer.halo + rows, layer.channels))
-            # Input frame u * stride + p, of phase p, is seen by output frames u, u - 1, ...: one more if p is low.
-            taps, low = divmod(layer.kernel, layer.stride)
-            needed = index >= self.stop
-            self.phases.append(
-                (
-                    _phases(layer, 0, low if needed else 0, taps + 1),
-                    _phases(layer, low, layer.stride - low if needed else 0, taps),
-                )
-            )
-        self.transposed = x.new_empty(max(layer.block * layer.channels for layer in layers))
-        self.overlapping = x.new_empty(max(layer.block * layer.channels * (layer.halo + 1) for layer in layers))
+        self.transposed = x.new_empty(max(layer.block * layer.plan.channels for layer in stack.layers))
+        self.overlapping = x.new_empty(
+            max(layer.block * layer.plan.channels * (layer.plan.halo + 1) for layer in stack.layers)
+        )
 
     def run(self, grad_out: Tensor) -> None:
-        """Everything, from the gradient of the packed output."""
-        last = len(self.stack.layers) - 1
-        grads = _Gradients(grad_out, grad_out.new_empty(0, 0), 1, True)
-        layer = self.stack.layers[last]
-        for start in range(0, layer.rows, max(1, layer.block)):
-            stop = min(start + layer.block, layer.rows)
-            self.epilogue(last, grads, start, stop)
-            self.descend(last, start, stop)
+        """Compute all gradients: the next block of the lowest layer that has rows left, until none has."""
+        last, grads = self.layers[-1], _Gradients(grad_out, grad_out.new_empty(0, 0), 1, True)
+        rows, block = last.layer.rows, last.layer.block
+        for start in range(0, rows, max(1, block)):
+            last.receive(grads, start, min(start + block, rows))
+            index = len(self.layers) - 1
+            while index < len(self.layers):
+                if self.layers[index].next < self.layers[index].stop:
+                    self.descend(index)
+                    index = max(index - 1, 0)
+                else:
+                    index += 1
 
-    def descend(self, index: int, start: int, stop: int) -> None:
-        """Go on from the gradient of a convolution on grid rows that has just been computed."""
+    def descend(self, index: int) -> None:
+        """Multiply the next block of a layer's gradient: into its weight's gradient, and for the layer below."""
+        here = self.layers[index]
+        plan, first, last = here.layer.plan, here.next, min(here.next + here.layer.block, here.stop)
+        here.next, rows, position = last, last - first, plan.halo + first - here.start
+        transposed = self.transposed[: rows * plan.channels].view(plan.channels, rows)
+        torch.ops.fastssl_native.strided_conv_transpose(here.grad[position : position + rows], transposed)
+        here.matrix += nt(transposed, self.stack.windows(index, first, last).t())
         if index < self.lowest:
             return
-        layer, grad, (low, high) = self.stack.layers[index], self.grads[index], self.phases[index]
-        for first in range(start, stop, layer.block):
-            last = min(first + layer.block, stop)
-            rows, position = last - first, layer.halo + first - start
-            transposed = self.transposed[: rows * layer.channels].view(layer.channels, rows)
-            torch.ops.fastssl_native.strided_conv_transpose(grad[position : position + rows], transposed)
-            windows = self.stack.windows(index, first, last)
-            self.grad_matrices[index] += nt(transposed, windows.t())
-            if index >= self.stop:
-                grads = _Gradients(
-                    self.product(grad, position, rows, low),
-                    self.product(grad, position, rows, high),
-                    layer.stride,
-                    False,
-                )
-                self.epilogue(index - 1, grads, first * layer.stride, last * layer.stride)
-                del grads  # before the blocks below need room
-                self.descend(index - 1, first * layer.stride, last * layer.stride)
-        grad[: layer.halo] = grad[stop - start : stop - start + layer.halo].clone()
+        low, high = (self.product(here.grad, position, rows, phases) for phases in (here.low, here.high))
+        grads, start, stop = _Gradients(low, high, plan.stride, False), first * plan.stride, last * plan.stride
+        if index > 0:
+            self.layers[index - 1].receive(grads, start, stop)
+        else:
+            self.stack.input.backward(grads, start, stop, self.grad_x, True, None)
 
     def product(self, grad: Tensor, position: int, rows: int, phases: Tensor) -> Tensor:
         """Gradients of the layer below in some phases: successive rows of the gradient times the weights."""
@@ -314,125 +355,56 @@ class _Backward:
             windows = self.overlapping[: rows * width].view(rows, width).copy_(windows)
         return nt(windows, phases)
 
-    def epilogue(self, index: int, grads: _Gradients, first_row: int, last_row: int) -> None:
-        """From the gradient of a layer's output to that of its convolution, on grid rows; adds up the sums."""
-        layer, source, begins, statistics = self.stack.source(index, last_row)
-        if index < 0:
-            grad, sums = self.grad_x, None
-        else:
-            grad, sums = self.grads[index][layer.halo : layer.halo + last_row - first_row], self.sums[index]
-        if layer.norm == "group" and not layer.from_waveform:
-            torch.ops.fastssl_native.strided_conv_group_bwd(
-                grads.first, grads.second, grads.phases, grads.packed, source, layer.parameters, statistics,
-                layer.cu_seqlens, layer.grid, grad, sums, layer.eps, layer.activation,
-            )  # fmt: skip
-            return
-        torch.ops.fastssl_native.strided_conv_epilogue_bwd(
-            grads.first, grads.second, grads.phases, grads.packed, source, begins, layer.taps, layer.parameters,
-            statistics, layer.cu_seqlens, layer.grid, first_row, last_row - first_row,
-            None if layer.from_waveform else grad, index < 0, sums,
-            layer.stride, layer.norm, layer.eps, layer.activation,
-        )  # fmt: skip
-
     def first_grad_matrix(self) -> Tensor:  # (C, K)
         """Gradient of the first layer's taps; turns its sums for group norm into those of the other layers."""
-        layer, sums = self.stack.layers[0], self.sums[0]
+        layer, sums = self.layers[0].layer, self.layers[0].sums
+        kernel = layer.plan.kernel
         assert sums is not None
-        if layer.norm != "group":
-            return sums[0, : layer.kernel].t()
-        _, mean, covariance = self.stack.first_statistics()
-        taps, rstd, scale = layer.taps.double(), self.stack.statistics[0][1].double(), layer.parameters[1].double()
-        grad_shift = sums[:, layer.kernel].clone()  # (B, C)
-        centred = sums[:, : layer.kernel] - mean[:, :, None] * grad_shift[:, None]  # (B, K, C)
+        if layer.plan.norm != "group":
+            return sums[0, :kernel].t()
+        _, mean, covariance = layer.first_statistics()
+        taps, rstd, scale = layer.taps.double(), layer.statistics[1].double(), layer.parameters[1].double()
+        grad_shift = sums[:, kernel].clone()  # (B, C)
+        centred = sums[:, :kernel] - mean[:, :, None] * grad_shift[:, None]  # (B, K, C)
         grad_scale = rstd * (taps * centred).sum(1)
         slope = (grad_scale * rstd)[:, None] * (covariance @ taps)
-        sums[:, layer.kernel :] = torch.stack([torch.zeros_like(grad_shift), grad_scale, grad_shift], 1)
+        sums[:, kernel:] = torch.stack([torch.zeros_like(grad_shift), grad_scale, grad_shift], 1)
         return ((rstd * scale)[:, None] * (centred - slope)).sum(0).t()
-
-
-def _phases(layer: _Layer, first: int, phases: int, taps: int) -> Tensor:  # (phases * C_in, taps * C_out)
-    """The weights by which `taps` successive output gradients make the gradients of some phases of the input."""
-    weight = layer.matrix.view(len(layer.matrix), layer.kernel, -1)  # (C_out, K, C_in)
-    tap = torch.arange(taps - 1, -1, -1) * layer.stride + torch.arange(first, first + phases)[:, None]
-    return weight[:, tap].permute(1, 3, 2, 0).reshape(phases * weight.shape[2], taps * weight.shape[0])
 
 
 def strided_conv_fwd(
     x: Tensor,  # (N, C_in)
-    weights: Sequence[Tensor],  # (C_out, C_in, K)
-    biases: Sequence[Tensor | None],  # (C_out,)
-    norm_weights: Sequence[Tensor | None],  # (C_out,)
-    norm_biases: Sequence[Tensor | None],  # (C_out,)
-    cu_seqlens: Sequence[Tensor],  # (B + 1,)
-    totals: Sequence[int],
-    max_lengths: Sequence[int],
-    strides: Sequence[int],
-    norms: Sequence[str],
-    eps: Sequence[float],
-    activations: Sequence[str],
     save: bool,
+    *lists: Any,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # (N_out, C_out)
     """`fastssl_native::strided_conv_fwd` on the CPU."""
-    stack = _Stack(
-        x, weights, biases, norm_weights, norm_biases, cu_seqlens, totals, strides, norms, eps, activations,
-        from_waveform=x.shape[1] == 1,
-    )  # fmt: skip
-    if stack.layers[0].from_waveform and norms[0] == "group":
-        stack.statistics[0] = stack.first_statistics()[0]
-    layer, source, begins, statistics = stack.source(len(weights) - 1, stack.layers[-1].rows)
-    out = x.new_empty(totals[-1], layer.channels)
-    torch.ops.fastssl_native.strided_conv_epilogue_fwd(
-        source, begins, layer.taps, layer.parameters, statistics, layer.cu_seqlens, layer.cu_seqlens, 0, totals[-1],
-        out, True, 1, 1, layer.stride, layer.norm, layer.eps, layer.activation,
-    )  # fmt: skip
-    return (
-        out,
-        stack.conv_outs if save else [x.new_empty(0, layer.channels) for layer in stack.layers],
-        stack.statistics,
-    )
+    plans = plan_layers(*lists)
+    nothing = [x.new_empty(0, plan.channels) for plan in plans]
+    stack = _Stack(x, plans, nothing, [plan.new_statistics(x) for plan in plans], from_waveform=True)
+    first, last = stack.layers[0], stack.layers[-1]
+    if first.from_waveform and first.plan.norm == "group":
+        first.statistics = first.first_statistics()[0]
+    stack.convolve()
+    out = x.new_empty(last.plan.total, last.plan.channels)
+    packed = *last.operands[:-1], last.plan.cu_out
+    torch.ops.fastssl_native.strided_conv_epilogue_fwd(*packed, 0, len(out), out, True, 1, 1, *last.epilogue)
+    conv_outs = [layer.conv_out for layer in stack.layers] if save else nothing
+    return out, conv_outs, [layer.statistics for layer in stack.layers]
 
 
 def strided_conv_bwd(
     grad_out: Tensor,  # (N_out, C_out)
     x: Tensor,  # (N, C_in)
-    weights: Sequence[Tensor],  # (C_out, C_in, K)
-    biases: Sequence[Tensor | None],  # (C_out,)
-    norm_weights: Sequence[Tensor | None],  # (C_out,)
-    norm_biases: Sequence[Tensor | None],  # (C_out,)
     conv_outs: Sequence[Tensor],  # (N_l, C_l)
     statistics: Sequence[Tensor],  # (2, B, C_l)
-    cu_seqlens: Sequence[Tensor],  # (B + 1,)
-    totals: Sequence[int],
-    max_lengths: Sequence[int],
-    strides: Sequence[int],
-    norms: Sequence[str],
-    eps: Sequence[float],
-    activations: Sequence[str],
     needs_grad_x: bool,
-) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    *lists: Any,
+) -> tuple[Tensor | list[Tensor], ...]:
     """`fastssl_native::strided_conv_bwd` on the CPU."""
-    stack = _Stack(
-        x, weights, biases, norm_weights, norm_biases, cu_seqlens, totals, strides, norms, eps, activations,
-        from_waveform=x.shape[1] == 1 and not needs_grad_x,
-    )  # fmt: skip
-    for index, layer in enumerate(stack.layers):
-        # The forward keeps nothing of a first layer that it computes from the waveform: it is computed again.
-        if not (index == 0 and x.shape[1] == 1 and needs_grad_x):
-            stack.conv_outs[index], stack.done[index] = conv_outs[index], layer.rows
-        stack.statistics[index] = statistics[index]
-    backward = _Backward(stack, [bias is not None for bias in biases], needs_grad_x)
+    stack = _Stack(x, plan_layers(*lists), conv_outs, statistics, from_waveform=not needs_grad_x)
+    stack.convolve()  # the forward kept nothing of a first layer that it computed from the waveform
+    backward = _Backward(stack, needs_grad_x=needs_grad_x)
     backward.run(grad_out)
     if stack.layers[0].from_waveform:
-        backward.grad_matrices[0] = backward.first_grad_matrix()
-    grad_weights = [
-        matrix.to(weight.dtype).view(weight.shape[0], weight.shape[2], weight.shape[1]).permute(0, 2, 1).contiguous()
-        for matrix, weight in zip(backward.grad_matrices, weights, strict=True)
-    ]
-
-    def gradients(parameters: Sequence[Tensor | None], row: int) -> list[Tensor]:
-        return [
-            x.new_empty(0) if parameter is None or sums is None else sums[:, row].sum(0).to(parameter.dtype)
-            for parameter, sums in zip(parameters, backward.sums, strict=True)
-        ]
-
-    return backward.grad_x, grad_weights, gradients(biases, -3), gradients(norm_weights, -2), gradients(norm_biases, -1)
+        backward.layers[0].matrix = backward.first_grad_matrix()
+    return backward.grad_x, *map(list, zip(*(layer.parameters() for layer in backward.layers), strict=True))

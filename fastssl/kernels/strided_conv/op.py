@@ -10,77 +10,47 @@ from torch.autograd.function import once_differentiable
 
 from fastssl.kernels.dispatch import Schemas, choose_backend, define_op
 from fastssl.kernels.strided_conv import blocks, reference
+from fastssl.kernels.strided_conv.plan import StridedConvLayer, plan_layers
 from fastssl.packing import Layout
 
-# Lists have one entry per layer, `cu_seqlens` one more, for the input. `conv_outs` is what the forward keeps: the
-# convolution's output before bias, norm and activation, (0, C) where the backward does without; `statistics` is
-# (2, B, C) mean and rstd for group norm.
-_FORWARD = (
-    "(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor?[] norm_weights, Tensor?[] norm_biases, Tensor[] cu_seqlens,"
-    " SymInt[] totals, SymInt[] max_lengths, int[] strides, str[] norms, float[] eps, str[] activations, bool save)"
-    " -> (Tensor out, Tensor[] conv_outs, Tensor[] statistics)"
+# Each list has one entry per layer; `cu_seqlens` has one more, for the input. `plan_layers` turns them into one record
+# per layer. They are written out here because no Python annotation stands for `str[]`.
+_LAYERS = (
+    "Tensor[] cu_seqlens, Tensor[] weights, Tensor?[] biases, Tensor?[] norm_weights, Tensor?[] norm_biases,"
+    " SymInt[] totals, int[] strides, str[] norms, float[] eps, str[] activations"
 )
+# `conv_outs` is what the forward keeps: the convolution's output before bias, norm and activation, (0, C) where the
+# backward does without; `statistics` is (2, B, C) mean and rstd for group norm.
+_FORWARD = f"(Tensor x, bool save, {_LAYERS}) -> (Tensor out, Tensor[] conv_outs, Tensor[] statistics)"
 _BACKWARD = (
-    "(Tensor grad_out, Tensor x, Tensor[] weights, Tensor?[] biases, Tensor?[] norm_weights, Tensor?[] norm_biases,"
-    " Tensor[] conv_outs, Tensor[] statistics, Tensor[] cu_seqlens, SymInt[] totals, SymInt[] max_lengths,"
-    " int[] strides, str[] norms, float[] eps, str[] activations, bool needs_grad_x)"
+    f"(Tensor grad_out, Tensor x, Tensor[] conv_outs, Tensor[] statistics, bool needs_grad_x, {_LAYERS})"
     " -> (Tensor grad_x, Tensor[] grad_weights, Tensor[] grad_biases, Tensor[] grad_norm_weights,"
     " Tensor[] grad_norm_biases)"
 )
 
 
-def _fake_forward(
-    x: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor | None],
-    norm_weights: list[Tensor | None],
-    norm_biases: list[Tensor | None],
-    cu_seqlens: list[Tensor],
-    totals: list[int],
-    max_lengths: list[int],
-    strides: list[int],
-    norms: list[str],
-    eps: list[float],
-    activations: list[str],
-    save: bool,
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    channels, sequences = [weight.shape[0] for weight in weights], cu_seqlens[0].shape[0] - 1
-    kept = [save and not (index == 0 and x.shape[1] == 1) for index in range(len(weights))]
-    accumulation = torch.promote_types(x.dtype, torch.float32)
+def _fake_forward(x: Tensor, save: bool, *lists: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    layers = plan_layers(*lists)
     return (
-        x.new_empty(totals[-1], channels[-1]),
-        [x.new_empty(total if keep else 0, c) for total, keep, c in zip(totals, kept, channels, strict=True)],
-        [
-            x.new_empty((2, sequences, c) if norm == "group" else (0,), dtype=accumulation)
-            for norm, c in zip(norms, channels, strict=True)
-        ],
+        x.new_empty(layers[-1].total, layers[-1].channels),
+        [x.new_empty(layer.total if save and layer.is_kept else 0, layer.channels) for layer in layers],
+        [layer.new_statistics(x) for layer in layers],
     )
 
 
 def _fake_backward(
     grad_out: Tensor,
     x: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor | None],
-    norm_weights: list[Tensor | None],
-    norm_biases: list[Tensor | None],
     conv_outs: list[Tensor],
     statistics: list[Tensor],
-    cu_seqlens: list[Tensor],
-    totals: list[int],
-    max_lengths: list[int],
-    strides: list[int],
-    norms: list[str],
-    eps: list[float],
-    activations: list[str],
     needs_grad_x: bool,
-) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
-    def like(parameters: list[Tensor | None]) -> list[Tensor]:
-        return [x.new_empty(0) if parameter is None else torch.empty_like(parameter) for parameter in parameters]
-
-    grad_weights = [weight.new_empty(weight.shape) for weight in weights]
-    grad_x = x.new_empty(x.shape if needs_grad_x else (0, x.shape[1]))
-    return grad_x, grad_weights, like(biases), like(norm_weights), like(norm_biases)
+    *lists: Any,
+) -> tuple[Tensor | list[Tensor], ...]:
+    parameters = zip(*(layer.parameters for layer in plan_layers(*lists)), strict=True)
+    grads = [
+        [x.new_empty(0) if given is None else given.new_empty(given.shape) for given in kind] for kind in parameters
+    ]
+    return x.new_empty(x.shape if needs_grad_x else (0, x.shape[1])), *grads
 
 
 define_op(
@@ -91,43 +61,34 @@ define_op(
 )
 
 
-class StridedConvLayer(NamedTuple):
-    """One layer of `strided_conv_stack`; the fields are the arguments of `strided_conv`."""
-
-    weight: Tensor  # (C_out, C_in, K)
-    stride: int
-    bias: Tensor | None = None  # (C_out,)
-    norm: Literal["none", "group", "layer"] = "none"
-    norm_weight: Tensor | None = None  # (C_out,)
-    norm_bias: Tensor | None = None  # (C_out,)
-    eps: float = 1e-5
-    activation: Literal["gelu", "none"] = "gelu"
-
-
 class _Settings(NamedTuple):
-    """What the kernels take besides tensors that have a gradient."""
+    """What the kernels take besides tensors. The five lists end the schema, in this order."""
 
     backend: str
+    save: bool
     totals: list[int]
-    max_lengths: list[int]
     strides: list[int]
     norms: list[str]
     eps: list[float]
     activations: list[str]
-    save: bool
+
+
+def _lists(settings: _Settings, tensors: Sequence[Tensor | None]) -> list[Any]:
+    """The lists of the schema: `tensors` are `cu_seqlens` and the four lists of parameters, joined."""
+    _, _, *rest = settings
+    depth = len(settings.strides)
+    split = [list(tensors[first : first + depth]) for first in range(depth + 1, len(tensors), depth)]
+    return [list(tensors[: depth + 1]), *split, *rest]
 
 
 class _StridedConvStack(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, settings: _Settings, x: Tensor, *tensors: Tensor | None
-    ) -> Tensor:  # (N, C_in), L of each parameter, L + 1 cu_seqlens -> (N_out, C_out)
-        backend, *rest = settings
-        depth = len(settings.strides)
-        kernels = getattr(torch.ops, f"fastssl_{backend}")
-        arguments = [list(tensors[first : first + depth]) for first in range(0, 4 * depth, depth)]
+    ) -> Tensor:  # (N, C_in), L + 1 cu_seqlens, L of each parameter -> (N_out, C_out)
+        kernels = getattr(torch.ops, f"fastssl_{settings.backend}")
         out: Tensor
-        out, conv_outs, statistics = kernels.strided_conv_fwd(x, *arguments, list(tensors[4 * depth :]), *rest)
+        out, conv_outs, statistics = kernels.strided_conv_fwd(x, settings.save, *_lists(settings, tensors))
         if settings.save:
             ctx.save_for_backward(x, *tensors, *conv_outs, *statistics)
         ctx.settings = settings
@@ -136,22 +97,17 @@ class _StridedConvStack(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        x, *tensors = ctx.saved_tensors
-        backend, *rest, _ = ctx.settings
         depth = len(ctx.settings.strides)
-        kernels = getattr(torch.ops, f"fastssl_{backend}")
-        arguments = [tensors[first : first + depth] for first in range(0, 4 * depth, depth)]
-        cu_seqlens = tensors[4 * depth : 5 * depth + 1]
-        conv_outs, statistics = tensors[5 * depth + 1 : -depth], tensors[-depth:]
+        x, *tensors = ctx.saved_tensors
+        tensors, conv_outs, statistics = tensors[: -2 * depth], tensors[-2 * depth : -depth], tensors[-depth:]
+        kernels = getattr(torch.ops, f"fastssl_{ctx.settings.backend}")
         needs_grad_x: bool = ctx.needs_input_grad[1]
         grad_x, *grads = kernels.strided_conv_bwd(
-            grad_out.contiguous(), x, *arguments, conv_outs, statistics, cu_seqlens, *rest, needs_grad_x
+            grad_out.contiguous(), x, conv_outs, statistics, needs_grad_x, *_lists(ctx.settings, tensors)
         )
-        grad_parameters = [
-            None if parameter is None else grad
-            for parameter, grad in zip(chain(*arguments), chain(*grads), strict=True)
-        ]
-        return None, grad_x if needs_grad_x else None, *grad_parameters, *[None] * (depth + 1)
+        pairs = zip(tensors[depth + 1 :], chain(*grads), strict=True)
+        grad_parameters = [None if parameter is None else grad for parameter, grad in pairs]
+        return None, grad_x if needs_grad_x else None, *[None] * (depth + 1), *grad_parameters
 
 
 def strided_conv(
@@ -230,65 +186,51 @@ def strided_conv_stack(
 def _run_stack(
     x: Tensor, layers: Sequence[StridedConvLayer], layout: Layout, backend: str | None, names: list[str]
 ) -> tuple[Tensor, Layout]:
-    weights = [layer.weight for layer in layers]
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-        x, weights = x.to(dtype), [weight.to(dtype) for weight in weights]
+        x, layers = x.to(dtype), [layer._replace(weight=layer.weight.to(dtype)) for layer in layers]
     if x.dim() != 2 or x.shape[0] != layout.total:
         raise ValueError(f"x: expected ({layout.total}, C_in) for this layout, got {tuple(x.shape)}")
     if not x.is_floating_point():
         raise ValueError(f"x: must be floating point, got {x.dtype}")
     if layout.cu_seqlens.device != x.device:
         raise ValueError(f"layout: is on {layout.cu_seqlens.device}, x on {x.device}")
-    channels = x.shape[1]
-    for layer, weight, name in zip(layers, weights, names, strict=True):
-        _check(layer, weight, channels, x.dtype, name)
-        channels = weight.shape[0]
-    layouts = [layout]
-    for layer, weight in zip(layers, weights, strict=True):
-        layouts.append(layouts[-1].after_conv(weight.shape[2], layer.stride))
+    c_in, layouts = x.shape[1], [layout]
+    for layer, name in zip(layers, names, strict=True):
+        _check(layer, c_in, x.dtype, name)
+        c_in = layer.weight.shape[0]
+        layouts.append(layouts[-1].after_conv(layer.weight.shape[2], layer.stride))
     unsupported = {"triton": "float64 has no fast products on a GPU"} if x.dtype == torch.float64 else {}
     chosen = choose_backend("strided_conv", x, backend, unsupported=unsupported)
     with torch.autocast(x.device.type, enabled=False):
         if chosen == "reference":
-            for layer, weight, layer_layout in zip(layers, weights, layouts[:-1], strict=True):
-                x = reference.strided_conv(
-                    x,
-                    weight,
-                    layer_layout,
-                    stride=layer.stride,
-                    bias=layer.bias,
-                    norm=layer.norm,
-                    norm_weight=layer.norm_weight,
-                    norm_bias=layer.norm_bias,
-                    eps=layer.eps,
-                    activation=layer.activation,
-                )
+            for layer, layer_layout in zip(layers, layouts[:-1], strict=True):
+                x = reference.strided_conv(x, layer, layer_layout)
             return x, layouts[-1]
+        weights, strides, biases, norms, norm_weights, norm_biases, eps, activations = map(
+            list, zip(*layers, strict=True)
+        )
         parameters = [
-            *weights,
-            *(layer.bias for layer in layers),
-            *(layer.norm_weight for layer in layers),
-            *(layer.norm_bias for layer in layers),
+            None if parameter is None else parameter.contiguous()
+            for parameter in (*weights, *biases, *norm_weights, *norm_biases)
         ]
         tracked = (tensor is not None and tensor.requires_grad for tensor in (x, *parameters))
         settings = _Settings(
             chosen,
-            [out.total for out in layouts[1:]],
-            [out.max_length for out in layouts[1:]],
-            [layer.stride for layer in layers],
-            [layer.norm for layer in layers],
-            [layer.eps for layer in layers],
-            [layer.activation for layer in layers],
             torch.is_grad_enabled() and any(tracked),
+            [out.total for out in layouts[1:]],
+            strides,
+            norms,
+            eps,
+            activations,
         )
-        values: Tensor = _StridedConvStack.apply(
-            settings, x.contiguous(), *parameters, *(each.cu_seqlens for each in layouts)
-        )
+        cu_seqlens = [each.cu_seqlens for each in layouts]
+        values: Tensor = _StridedConvStack.apply(settings, x.contiguous(), *cu_seqlens, *parameters)
     return values, layouts[-1]
 
 
-def _check(layer: StridedConvLayer, weight: Tensor, c_in: int, dtype: torch.dtype, name: str) -> None:
+def _check(layer: StridedConvLayer, c_in: int, dtype: torch.dtype, name: str) -> None:
+    weight = layer.weight
     if weight.dim() != 3 or weight.shape[1] != c_in:
         raise ValueError(f"{name}weight: expected (C_out, {c_in}, K), got {tuple(weight.shape)}")
     if weight.dtype != dtype:

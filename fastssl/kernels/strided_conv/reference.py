@@ -4,23 +4,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastssl.kernels.strided_conv.plan import StridedConvLayer
 from fastssl.packing import Layout
 
 
 def strided_conv(
     x: Tensor,  # (N, C_in)
-    weight: Tensor,  # (C_out, C_in, K)
+    layer: StridedConvLayer,
     layout: Layout,
-    *,
-    stride: int,
-    bias: Tensor | None,  # (C_out,)
-    norm: str,
-    norm_weight: Tensor | None,  # (C_out,)
-    norm_bias: Tensor | None,  # (C_out,)
-    eps: float,
-    activation: str,
 ) -> Tensor:  # (N_out, C_out)
     """One sequence at a time, so nothing can reach across a border. Arguments as in `fastssl.ops.strided_conv`."""
+    weight, stride, bias, norm, norm_weight, norm_bias, eps, activation = layer
     outputs = []
     # An empty batch still runs one empty sequence, which keeps every parameter in the graph, with a gradient of zero.
     for sequence in x.split(layout.lengths) if layout.lengths else (x,):

@@ -1,4 +1,4 @@
-"""What the Triton kernels of `strided_conv` share: a layer, blocks of packed frames, windows of samples, GELU.
+"""What the Triton kernels of `strided_conv` share: blocks of packed frames, windows of samples, GELU.
 
 Blocks are counted from the beginning of their sequence, so a sequence has the same bits in any batch.
 """
@@ -10,49 +10,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastssl.kernels.strided_conv.plan import LayerPlan
+
 #: Longest window, in samples, that is multiplied again rather than kept: with a column of ones it fits 32.
 _LONGEST_WINDOW = 31
 #: Widest output for which layer norm fits the kernels that make frames from windows.
 _WIDEST_LAYER_NORM = 1024
 #: Frames of one sequence that one program sums up before a second kernel takes over.
 WINDOW_CHUNK, FRAME_CHUNK = 2048, 256
-
-
-class Layer(NamedTuple):
-    """One layer of a stack, with where its sequences begin."""
-
-    weight: Tensor  # (C_out, C_in, K)
-    bias: Tensor | None  # (C_out,)
-    norm_weight: Tensor | None  # (C_out,)
-    norm_bias: Tensor | None  # (C_out,)
-    stride: int
-    norm: str
-    eps: float
-    gelu: bool
-    cu_in: Tensor  # (B + 1,)
-    cu_out: Tensor  # (B + 1,)
-    total: int
-
-    @property
-    def channels(self) -> int:
-        """C_out."""
-        return self.weight.shape[0]
-
-    @property
-    def window(self) -> int:
-        """Contiguous numbers that one output frame is made of."""
-        return self.weight.shape[1] * self.weight.shape[2]
-
-    @property
-    def batch(self) -> int:
-        """B, the number of sequences."""
-        return self.cu_out.shape[0] - 1
-
-    @property
-    def has_windows(self) -> bool:
-        """Whether the kernels of this file can make its frames from windows of the input."""
-        wide = self.norm == "layer" and self.channels > _WIDEST_LAYER_NORM
-        return self.weight.shape[1] == 1 and self.window <= _LONGEST_WINDOW and not wide
 
 
 class RowGradients(NamedTuple):
@@ -64,6 +29,11 @@ class RowGradients(NamedTuple):
     bias: Tensor | None = None  # (C_out,)
     norm_weight: Tensor | None = None  # (C_out,)
     norm_bias: Tensor | None = None  # (C_out,)
+
+    @property
+    def parameters(self) -> tuple[Tensor | None, ...]:
+        """Those of `LayerPlan.parameters`."""
+        return self.weight, self.bias, self.norm_weight, self.norm_bias
 
 
 @triton.jit
@@ -147,12 +117,18 @@ def block_for(size: int, largest: int) -> int:
     return min(largest, max(16, 1 << max(size - 1, 0).bit_length()))
 
 
-def window_block(layer: Layer) -> int:
+def has_windows(layer: LayerPlan) -> bool:
+    """Whether the kernels can make the frames of a layer from windows of the input, so that nothing is kept."""
+    wide = layer.norm == "layer" and layer.channels > _WIDEST_LAYER_NORM
+    return not layer.is_kept and layer.window <= _LONGEST_WINDOW and not wide
+
+
+def window_block(layer: LayerPlan) -> int:
     """Side of a tile that holds a window and a one."""
     return block_for(layer.window + 1, 32)
 
 
-def chunk_programs(layer: Layer, chunk: int) -> int:
+def chunk_programs(layer: LayerPlan, chunk: int) -> int:
     """Programs that take a chunk each, as `block_of` counts them."""
     return layer.total // chunk + layer.batch
 

@@ -17,12 +17,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastssl.kernels.strided_conv.plan import LayerPlan, plan_layers
 from fastssl.kernels.strided_conv.triton_blocks import (
-    Layer,
     RowGradients,
     block_for,
     block_of,
     gelu_derivative,
+    has_windows,
     normal_at,
     precision_of,
 )
@@ -276,7 +277,7 @@ def _as_matrix(weight: Tensor) -> Tensor:
 
 
 def _convolve(
-    layer: Layer,
+    layer: LayerPlan,
     x: Tensor,  # (N, C_in)
     *,
     keep: bool,
@@ -299,7 +300,7 @@ def _convolve(
         C_OUT=layer.channels,
         WINDOW=layer.window,
         STRIDE=layer.stride,
-        GELU=layer.gelu,
+        GELU=layer.activation == "gelu",
         PRECISION=precision_of(x.dtype),
         BLOCK_M=blocks.m,
         BLOCK_N=blocks.n,
@@ -310,13 +311,13 @@ def _convolve(
     return conv_out, out
 
 
-def _forward(layer: Layer, x: Tensor, *, keep: bool, first: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(layer: LayerPlan, x: Tensor, *, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Output, product and statistics of one layer; what is not kept is empty."""
     nothing = x.new_empty((0, layer.channels))
-    statistics = x.new_zeros((2, layer.batch, layer.channels) if layer.norm == "group" else 0, dtype=torch.float32)
+    statistics = layer.new_statistics(x)
     if layer.total == 0:
         return nothing, nothing.clone(), statistics
-    windows = first and layer.has_windows
+    windows = has_windows(layer)
     if layer.norm == "none" and not windows:
         conv_out, out = _convolve(layer, x, keep=keep, activate=True)
         return out, conv_out, statistics
@@ -329,10 +330,10 @@ def _forward(layer: Layer, x: Tensor, *, keep: bool, first: bool) -> tuple[Tenso
 
 
 def _input_grad(
-    layer: Layer,
+    layer: LayerPlan,
     grad_conv: Tensor,  # (N_out, C_out)
     rows: int,
-    lower: Layer | None = None,
+    lower: LayerPlan | None = None,
     conv_out: Tensor | None = None,  # (N, C_in)
 ) -> tuple[Tensor, Tensor | None]:  # (N, C_in), (N, C_in)
     """Gradient of the layer's input; with `conv_out` of the lower layer the gradient of that, and the input again."""
@@ -354,7 +355,7 @@ def _input_grad(
         C_OUT=layer.channels,
         KERNEL=layer.weight.shape[2],
         STRIDE=layer.stride,
-        GELU=lower is not None and lower.gelu,
+        GELU=lower is not None and lower.activation == "gelu",
         PRECISION=precision_of(grad_conv.dtype),
         BLOCK_M=blocks.m,
         BLOCK_N=blocks.n,
@@ -366,7 +367,7 @@ def _input_grad(
 
 
 def _weight_grad(
-    layer: Layer,
+    layer: LayerPlan,
     x: Tensor,  # (N, C_in)
     grad_conv: Tensor,  # (N_out, C_out)
 ) -> Tensor:  # (C_out, C_in, K)
@@ -400,58 +401,16 @@ def _weight_grad(
     return partial_sums.sum(0).view(c_out, kernel, c_in).permute(0, 2, 1)
 
 
-def _stack(
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    norm_weights: Sequence[Tensor | None],
-    norm_biases: Sequence[Tensor | None],
-    cu_seqlens: Sequence[Tensor],
-    totals: Sequence[int],
-    strides: Sequence[int],
-    norms: Sequence[str],
-    eps: Sequence[float],
-    activations: Sequence[str],
-) -> list[Layer]:
-    return [
-        Layer(
-            weights[i].contiguous(),
-            biases[i],
-            norm_weights[i],
-            norm_biases[i],
-            strides[i],
-            norms[i],
-            eps[i],
-            activations[i] == "gelu",
-            cu_seqlens[i],
-            cu_seqlens[i + 1],
-            totals[i],
-        )
-        for i in range(len(weights))
-    ]
-
-
 def strided_conv_fwd(
     x: Tensor,  # (N, C_in)
-    weights: list[Tensor],  # L of (C_out, C_in, K)
-    biases: list[Tensor | None],  # L of (C_out,)
-    norm_weights: list[Tensor | None],  # L of (C_out,)
-    norm_biases: list[Tensor | None],  # L of (C_out,)
-    cu_seqlens: list[Tensor],  # L + 1 of (B + 1,)
-    totals: list[int],
-    max_lengths: list[int],
-    strides: list[int],
-    norms: list[str],
-    eps: list[float],
-    activations: list[str],
     save: bool,
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    *lists: Any,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # (N_out, C_out)
     """Output of the stack, and for the backward each layer's product (or nothing) and group norm statistics."""
-    layers = _stack(weights, biases, norm_weights, norm_biases, cu_seqlens, totals, strides, norms, eps, activations)
     conv_outs, statistics = [], []
     with torch.cuda.device_of(x):
-        is_kept = [save and _is_kept(x, i) for i in range(len(layers))]
-        for i, layer in enumerate(layers):
-            x, conv_out, statistic = _forward(layer, x, keep=is_kept[i], first=i == 0)
+        for layer in plan_layers(*lists):
+            x, conv_out, statistic = _forward(layer, x, keep=save and layer.is_kept)
             conv_outs.append(conv_out)
             statistics.append(statistic)
     return x, conv_outs, statistics
@@ -460,51 +419,34 @@ def strided_conv_fwd(
 def strided_conv_bwd(
     grad_out: Tensor,  # (N_out, C_out)
     x: Tensor,  # (N, C_in)
-    weights: list[Tensor],
-    biases: list[Tensor | None],
-    norm_weights: list[Tensor | None],
-    norm_biases: list[Tensor | None],
-    conv_outs: list[Tensor],
-    statistics: list[Tensor],
-    cu_seqlens: list[Tensor],
-    totals: list[int],
-    max_lengths: list[int],
-    strides: list[int],
-    norms: list[str],
-    eps: list[float],
-    activations: list[str],
+    conv_outs: list[Tensor],  # (N_l, C_l) or (0, C_l)
+    statistics: list[Tensor],  # (2, B, C_l)
     needs_grad_x: bool,
-) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    *lists: Any,
+) -> tuple[Tensor | list[Tensor], ...]:
     """Gradients of x, weights, biases, norm weights and norm biases; (0,) for a parameter that is absent."""
-    layers = _stack(weights, biases, norm_weights, norm_biases, cu_seqlens, totals, strides, norms, eps, activations)
+    layers = plan_layers(*lists)
     grad_x, grads = x.new_zeros((len(x) if needs_grad_x else 0, x.shape[1])), [RowGradients() for _ in layers]
-    if totals[-1] > 0:
+    if layers[-1].total > 0:
         with torch.cuda.device_of(x):
             grads = _backward(layers, grad_out, x, conv_outs, statistics, windows=not needs_grad_x)
-            if grads[0].conv_out is not None:
-                grad_x = _input_grad(layers[0], grads[0].conv_out, len(x))[0] if needs_grad_x else grad_x
-
-    def like(parameters: Sequence[Tensor | None], found: Sequence[Tensor | None]) -> list[Tensor]:
-        pairs = zip(parameters, found, strict=True)
-        return [x.new_empty(0) if parameter is None else _like(parameter, grad) for parameter, grad in pairs]
-
-    return (
-        grad_x,
-        like(weights, [grad.weight for grad in grads]),
-        like(biases, [grad.bias for grad in grads]),
-        like(norm_weights, [grad.norm_weight for grad in grads]),
-        like(norm_biases, [grad.norm_bias for grad in grads]),
-    )
+            if needs_grad_x and grads[0].conv_out is not None:
+                grad_x, _ = _input_grad(layers[0], grads[0].conv_out, len(x))
+    pairs = zip(layers, grads, strict=True)
+    by_layer = (map(partial(_like, x), layer.parameters, grad.parameters) for layer, grad in pairs)
+    return grad_x, *map(list, zip(*by_layer, strict=True))
 
 
-def _like(parameter: Tensor, grad: Tensor | None) -> Tensor:
-    """The gradient in memory of its own, zero where no frame saw the parameter."""
-    out = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
+def _like(x: Tensor, parameter: Tensor | None, grad: Tensor | None) -> Tensor:
+    """The gradient in memory of its own: zero where no frame saw the parameter, (0,) where there is none."""
+    if parameter is None:
+        return x.new_empty(0)
+    out = torch.zeros_like(parameter)
     return out if grad is None else out.copy_(grad)
 
 
 def _backward(
-    layers: Sequence[Layer],
+    layers: Sequence[LayerPlan],
     grad_out: Tensor,  # (N_out, C_out)
     x: Tensor,  # (N, C_in)
     conv_outs: Sequence[Tensor],
@@ -516,17 +458,17 @@ def _backward(
 
     def through(i: int, grad: Tensor) -> RowGradients:
         """From the output of layer i to its product."""
-        layer, is_kept, last = layers[i], _is_kept(x, i), i + 1 == len(layers)
-        if windows and not is_kept and layer.has_windows:
+        layer, last = layers[i], i + 1 == len(layers)
+        if windows and has_windows(layer):
             return activate_backward(layer, x, statistics[i], grad, windows=True, keep_activated=not last)
-        product = conv_outs[i] if is_kept else _convolve(layer, x, keep=True, activate=False)[0]
+        product = conv_outs[i] if layer.is_kept else _convolve(layer, x, keep=True, activate=False)[0]
         return activate_backward(layer, product, statistics[i], grad, windows=False, keep_activated=not last)
 
     grads, row = [], through(len(layers) - 1, grad_out)
     for i in reversed(range(1, len(layers))):
         layer, below, grad_conv = layers[i], layers[i - 1], row.conv_out
         assert grad_conv is not None
-        if below.norm == "none" and below.bias is None and _is_kept(x, i - 1):
+        if below.norm == "none" and below.bias is None and below.is_kept:
             row_below = RowGradients(*_input_grad(layer, grad_conv, below.total, below, conv_outs[i - 1]))
         else:
             row_below = through(i - 1, _input_grad(layer, grad_conv, below.total)[0])
@@ -537,11 +479,6 @@ def _backward(
     if row.conv_out is not None:
         row = row._replace(activated=None, weight=_weight_grad(layers[0], x, row.conv_out))
     return [row, *reversed(grads)]
-
-
-def _is_kept(x: Tensor, i: int) -> bool:
-    """Whether the forward keeps the product of layer i, rather than the backward making it again."""
-    return i > 0 or x.shape[1] > 1
 
 
 def ahead_of_time_cases() -> dict[str, Callable[[], object]]:
@@ -586,17 +523,17 @@ def _forward_and_backward(
     biases = [None if norm == "group" else vector for vector in vectors]
     norm_parameters = [None if name == "none" else vector for name, vector in zip(norms, vectors, strict=True)]
     count = len(weights)
-    parameters: list[Any] = [weights, biases, norm_parameters, norm_parameters]
-    geometry: list[Any] = [
+    lists: list[Any] = [
         [torch.tensor([0, length], dtype=torch.int32) for length in lengths],
-        lengths[1:],
+        weights,
+        biases,
+        norm_parameters,
+        norm_parameters,
         lengths[1:],
         list(strides),
         norms,
         [1e-5] * count,
         ["gelu"] * count,
     ]
-    arguments: list[Any] = [x, *parameters, *geometry, True]
-    out, conv_outs, statistics = strided_conv_fwd(*arguments)
-    arguments = [out, x, *parameters, conv_outs, statistics, *geometry, needs_grad_x]
-    strided_conv_bwd(*arguments)
+    out, conv_outs, statistics = strided_conv_fwd(x, True, *lists)
+    strided_conv_bwd(out, x, conv_outs, statistics, needs_grad_x, *lists)

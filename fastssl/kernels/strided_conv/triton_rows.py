@@ -11,10 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastssl.kernels.strided_conv.plan import LayerPlan
 from fastssl.kernels.strided_conv.triton_blocks import (
     FRAME_CHUNK,
     WINDOW_CHUNK,
-    Layer,
     RowGradients,
     block_for,
     block_of,
@@ -211,7 +211,7 @@ def _activate_backward_kernel(
         tl.store(products_ptr + k * C + channels[None, :], products, mask=in_range)
 
 
-def _row_blocks(layer: Layer, *, windows: bool) -> tuple[int, int]:
+def _row_blocks(layer: LayerPlan, *, windows: bool) -> tuple[int, int]:
     """Frames and channels of a tile: 16 numbers for each thread of 8 warps, 32 where a product needs 16 frames."""
     if layer.norm != "layer":
         return 32, block_for(layer.channels, 128)
@@ -219,7 +219,7 @@ def _row_blocks(layer: Layer, *, windows: bool) -> tuple[int, int]:
     return min(64, max(16 if windows else 1, 4096 // channels)), channels
 
 
-def _settings(layer: Layer, dtype: torch.dtype, *, windows: bool) -> dict[str, Any]:
+def _settings(layer: LayerPlan, dtype: torch.dtype, *, windows: bool) -> dict[str, Any]:
     """What the two kernels of norm and activation have in common."""
     block_t, block_c = _row_blocks(layer, windows=windows)
     return {
@@ -231,7 +231,7 @@ def _settings(layer: Layer, dtype: torch.dtype, *, windows: bool) -> dict[str, A
         "WINDOW": layer.window,
         "STEP": layer.stride,
         "NORM": layer.norm,
-        "GELU": layer.gelu,
+        "GELU": layer.activation == "gelu",
         "PRECISION": precision_of(dtype),
         "BLOCK_T": block_t,
         "BLOCK_C": block_c,
@@ -242,7 +242,7 @@ def _settings(layer: Layer, dtype: torch.dtype, *, windows: bool) -> dict[str, A
 
 
 def activate(
-    layer: Layer,
+    layer: LayerPlan,
     x: Tensor,  # (N_out, C_out), or (N, 1) where the layer is made from windows
     statistics: Tensor | None,  # (2, B, C_out)
     *,
@@ -265,7 +265,7 @@ def activate(
 
 
 def activate_backward(
-    layer: Layer,
+    layer: LayerPlan,
     x: Tensor,  # (N_out, C_out), or (N, 1)
     statistics: Tensor | None,  # (2, B, C_out)
     grad_out: Tensor,  # (N_out, C_out)

@@ -5,10 +5,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastssl.kernels.strided_conv.plan import LayerPlan
 from fastssl.kernels.strided_conv.triton_blocks import (
     FRAME_CHUNK,
     WINDOW_CHUNK,
-    Layer,
     block_for,
     block_of,
     chunk_programs,
@@ -250,7 +250,7 @@ def _window_group_norm_backward_kernel(
     tl.store(grads_ptr + BLOCK_K * C, shift.to(tl.float32), mask=in_range)
 
 
-def _window_moments(layer: Layer, x: Tensor) -> Tensor:
+def _window_moments(layer: LayerPlan, x: Tensor) -> Tensor:
     programs, block = chunk_programs(layer, WINDOW_CHUNK), window_block(layer)
     moments = x.new_empty((programs, block, block), dtype=torch.float64)
     _window_moments_kernel[(programs,)](
@@ -269,7 +269,7 @@ def _window_moments(layer: Layer, x: Tensor) -> Tensor:
 
 
 def group_statistics(
-    layer: Layer,
+    layer: LayerPlan,
     x: Tensor,  # (N_out, C_out), or (N, 1)
     *,
     windows: bool,
@@ -315,7 +315,7 @@ def group_statistics(
 
 
 def window_group_norm_backward(
-    layer: Layer,
+    layer: LayerPlan,
     x: Tensor,  # (N, 1)
     statistics: Tensor | None,  # (2, B, C)
     sums: Tensor,  # (programs, 3, C)
@@ -348,7 +348,7 @@ def window_group_norm_backward(
 
 
 def sum_chunks(
-    layer: Layer,
+    layer: LayerPlan,
     sums: Tensor,  # (programs, 3, C)
 ) -> Tensor:  # (B, 3, C)
     """Sums over the sequences from those over their chunks of FRAME_CHUNK frames."""
