@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastssl.kernels.dispatch import Schemas, choose_backend, define_op
+from fastssl.kernels.dispatch import Op, autocast_off, contiguous
 from fastssl.kernels.strided_conv import blocks, reference
 from fastssl.packing import Layout
 
@@ -83,9 +83,11 @@ def _fake_backward(
     return grad_x, grad_weights, like(biases), like(norm_weights), like(norm_biases)
 
 
-define_op(
+_OP = Op(
     "strided_conv",
-    schemas=Schemas(_FORWARD, _BACKWARD, _fake_forward, _fake_backward),
+    _fake_forward,
+    _fake_backward,
+    schemas=(_FORWARD, _BACKWARD),
     triton_kernels="fastssl.kernels.strided_conv.triton_kernel",
     native_cpu=("fastssl.kernels.strided_conv.blocks", blocks.PARTS),
 )
@@ -124,10 +126,9 @@ class _StridedConvStack(torch.autograd.Function):
     ) -> Tensor:  # (N, C_in), L of each parameter, L + 1 cu_seqlens -> (N_out, C_out)
         backend, *rest = settings
         depth = len(settings.strides)
-        kernels = getattr(torch.ops, f"fastssl_{backend}")
         arguments = [list(tensors[first : first + depth]) for first in range(0, 4 * depth, depth)]
         out: Tensor
-        out, conv_outs, statistics = kernels.strided_conv_fwd(x, *arguments, list(tensors[4 * depth :]), *rest)
+        out, conv_outs, statistics = _OP.forward[backend](x, *arguments, list(tensors[4 * depth :]), *rest)
         if settings.save:
             ctx.save_for_backward(x, *tensors, *conv_outs, *statistics)
         ctx.settings = settings
@@ -139,12 +140,11 @@ class _StridedConvStack(torch.autograd.Function):
         x, *tensors = ctx.saved_tensors
         backend, *rest, _ = ctx.settings
         depth = len(ctx.settings.strides)
-        kernels = getattr(torch.ops, f"fastssl_{backend}")
         arguments = [tensors[first : first + depth] for first in range(0, 4 * depth, depth)]
         cu_seqlens = tensors[4 * depth : 5 * depth + 1]
         conv_outs, statistics = tensors[5 * depth + 1 : -depth], tensors[-depth:]
         needs_grad_x: bool = ctx.needs_input_grad[1]
-        grad_x, *grads = kernels.strided_conv_bwd(
+        grad_x, *grads = _OP.backward[backend](
             grad_out.contiguous(), x, *arguments, conv_outs, statistics, cu_seqlens, *rest, needs_grad_x
         )
         grad_parameters = [
@@ -247,9 +247,9 @@ def _run_stack(
     layouts = [layout]
     for layer, weight in zip(layers, weights, strict=True):
         layouts.append(layouts[-1].after_conv(weight.shape[2], layer.stride))
-    unsupported = {"triton": "float64 has no fast products on a GPU"} if x.dtype == torch.float64 else {}
-    chosen = choose_backend("strided_conv", x, backend, unsupported=unsupported)
-    with torch.autocast(x.device.type, enabled=False):
+    unsupported = {"triton": "float64 has no fast products on a GPU" if x.dtype == torch.float64 else None}
+    chosen = _OP.choose(x, backend, unsupported)
+    with autocast_off(x):
         if chosen == "reference":
             for layer, weight, layer_layout in zip(layers, weights, layouts[:-1], strict=True):
                 x = reference.strided_conv(
@@ -283,7 +283,7 @@ def _run_stack(
             torch.is_grad_enabled() and any(tracked),
         )
         values: Tensor = _StridedConvStack.apply(
-            settings, x.contiguous(), *parameters, *(each.cu_seqlens for each in layouts)
+            settings, *contiguous((x, *parameters, *(each.cu_seqlens for each in layouts)))
         )
     return values, layouts[-1]
 
