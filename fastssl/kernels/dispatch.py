@@ -184,9 +184,9 @@ def _has_native_kernel(name: str, key: str) -> bool:
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"fastssl_native::{name}", key))
 
 
-def contiguous(arguments: Iterable[Any]) -> list[Any]:
+def contiguous(arguments: Iterable[Any]) -> tuple[Any, ...]:
     """Make every tensor among the arguments of a kernel contiguous: kernels know no strides."""
-    return [x.contiguous() if isinstance(x, Tensor) else x for x in arguments]
+    return tuple([x.contiguous() if isinstance(x, Tensor) else x for x in arguments])
 
 
 def autocast_off(x: Tensor) -> AbstractContextManager[None]:

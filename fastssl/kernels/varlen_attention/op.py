@@ -44,8 +44,8 @@ def _fake_backward(
     gate: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     # A schema cannot return None: the gradient of an argument that was not given is empty.
-    optional = (q.new_empty(0) if x is None else x.new_empty(x.shape) for x in (distance_bias, gate))
-    return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape), *optional
+    grad_bias, grad_gate = (q.new_empty(0) if x is None else x.new_empty(x.shape) for x in (distance_bias, gate))
+    return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape), grad_bias, grad_gate
 
 
 _OP = Op(
