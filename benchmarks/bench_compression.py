@@ -8,7 +8,7 @@ serves is for the studies to say.
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -17,9 +17,9 @@ from benchmarks.harness import Contenders, Outputs, Row, compare
 from benchmarks.report import Rows, main
 from fastssl import ops
 from fastssl.models.encoder import Encoder, EncoderConfig
-from fastssl.models.operations import count_operations
+from fastssl.models.multiplications import count_multiplications
 from fastssl.nn.compression import SequenceCompressor
-from fastssl.nn.feature_extractor import ConvLayer
+from fastssl.nn.functional import conv_layer
 from fastssl.packing import Packed
 
 _PERIODS_MS = (20.0, 30.0, 40.0, 60.0, 80.0)
@@ -37,7 +37,7 @@ def _name(period_ms: float) -> str:
 
 def _encode_pooled(encoder: Encoder, waveforms: Packed) -> Packed:
     """The encoder with every two frames averaged between two of its convolutions."""
-    layers = [cast(ConvLayer, layer).as_op_layer() for layer in encoder.feature_extractor.conv_layers]
+    layers = [conv_layer(layer) for layer in encoder.feature_extractor.conv_layers]
     early = Packed(*ops.strided_conv_stack(waveforms.values, layers[:_POOLED_AFTER], waveforms.layout))
     pool = SequenceCompressor(early.values.shape[1], kind="average", factor=2)
     pooled = pool(early).frames
@@ -48,7 +48,7 @@ def _encode_pooled(encoder: Encoder, waveforms: Packed) -> Packed:
 
 
 def _operations(config: EncoderConfig, lengths_s: list[float], period_ms: float) -> int:
-    return sum(count_operations(config, seconds=s, frame_period_ms=period_ms).total for s in lengths_s)
+    return sum(count_multiplications(config, seconds=s, frame_period_ms=period_ms).total for s in lengths_s)
 
 
 def _operations_pooled(config: EncoderConfig, lengths_s: list[float]) -> int:
@@ -62,8 +62,8 @@ def _operations_pooled(config: EncoderConfig, lengths_s: list[float]) -> int:
     )
     total = 0.0
     for s in lengths_s:
-        before = count_operations(early, seconds=s).front_end
-        whole, behind = count_operations(plain, seconds=s, frame_period_ms=40.0)
+        before = count_multiplications(early, seconds=s).front_end
+        whole, behind = count_multiplications(plain, seconds=s, frame_period_ms=40.0)
         total += before + (whole - before) / 2 + behind
     return round(total)
 

@@ -10,8 +10,8 @@ from fastssl.models.conformer import ConformerConfig as ConformerConfig
 from fastssl.models.conformer import ConformerEncoder as ConformerEncoder
 from fastssl.models.encoder import Encoder as Encoder
 from fastssl.models.encoder import EncoderConfig as EncoderConfig
-from fastssl.models.encoder import EncoderOutput as EncoderOutput
 from fastssl.models.model_card import ModelCard as ModelCard
+from fastssl.models.speech_encoder import EncoderOutput as EncoderOutput
 from fastssl.models.speech_encoder import SpeechEncoder as SpeechEncoder
 from fastssl.packing import Layout as Layout
 from fastssl.packing import Packed as Packed

@@ -17,7 +17,7 @@ import fastssl
 from fastssl import cli
 from fastssl.cli import pretrain
 from fastssl.kernels import dispatch
-from fastssl.models.compression import CompressedConfig
+from fastssl.models.config import CompressedConfig
 from fastssl.models.encoder import EncoderConfig
 from fastssl.train.config import PretrainConfig, write_config
 from fastssl.train.systems import SYSTEMS, system_of
@@ -138,6 +138,28 @@ def test_a_group_of_options_is_no_argument(
     for argument in (["--trainer", "nested.yaml"], ["--trainer=nested.yaml"]):
         assert cli.main(["pretrain", "nowhere", "--output", "run", *argument]) == 1
         assert "--trainer: is a group of options; set one (--trainer.OPTION)" in capsys.readouterr().err
+
+
+def test_a_file_of_settings_is_parsed_once(
+    started: list[tuple[PretrainConfig, bool]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine.yaml").write_text("system: hubert\ndata: {crop_s: 3.0}\noptimizer: {lr: 1e-5}\n")
+    (tmp_path / "wrong.yaml").write_text("system: hubert\noptimizer: {lr: fast}\n")
+    parsed: list[str] = []
+    load = yaml.load
+
+    def count(stream: str, Loader: Any) -> Any:  # noqa: N803 - PyYAML's name
+        parsed.extend(["file"] * ("system: " in stream))
+        return load(stream, Loader)
+
+    monkeypatch.setattr(yaml, "load", count)
+    begin = ["pretrain", str(tmp_path), "--output", str(tmp_path / "run"), "--config"]
+    assert cli.main([*begin, str(tmp_path / "mine.yaml")]) == 0
+    assert len(parsed) == 2  # the recipe of the system, and the config
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([*begin, str(tmp_path / "wrong.yaml")])
+    assert len(parsed) == 4
+    assert (started[0][0].optimizer.lr, started[0][0].system, len(started)) == (1e-5, "hubert", 1)
 
 
 def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,10 @@
 """The floors of the house: an import goes down only (ARCHITECTURE.md)."""
 
 import ast
+import os
+import subprocess
+import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -21,6 +25,8 @@ FLOORS = {
 #: What a user needs for the kernels and modules alone; everything else comes with an extra.
 CORE_DEPENDENCIES = {"torch", "numpy", "safetensors", "fastssl"}
 SOURCES = sorted(PACKAGE.rglob("*.py"))
+#: Packages that take long to import; those who need them import them when they are used.
+HEAVY = {"torch._dynamo", "torch._inductor", "sympy", "lightning", "lhotse", "transformers", "torchaudio", "triton"}
 
 
 def imported_names(path: Path) -> set[str]:
@@ -51,6 +57,50 @@ def test_imports_go_down_only(path: Path) -> None:
         if parts[0] != "fastssl" or len(parts) < 2 or parts[1] == room or parts[1] not in FLOORS:
             continue
         assert FLOORS[parts[1]] < FLOORS[room], f"{path}: {room} (floor {FLOORS[room]}) imports {name}"
+
+
+def module_of(path: Path) -> str:
+    return ".".join(("fastssl", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
+
+
+def test_imports_have_no_circle() -> None:
+    """Inside a floor and a folder too, and where the import is for type checkers alone."""
+    modules = {module_of(path): path for path in SOURCES}
+    imports: dict[str, set[str]] = {module: set() for module in modules}
+    for module, path in modules.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imports[module] |= {alias.name for alias in node.names} & modules.keys()
+            elif isinstance(node, ast.ImportFrom):
+                # `from fastssl import ops` is an import of `fastssl.ops`, and not of `fastssl/__init__.py`.
+                whole = [f"{node.module}.{alias.name}" for alias in node.names]
+                imports[module] |= {name if name in modules else str(node.module) for name in whole} & modules.keys()
+    assert circle(imports) is None
+
+
+def circle(imports: dict[str, set[str]]) -> list[str] | None:
+    try:
+        TopologicalSorter(imports).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return None
+
+
+def test_a_circle_is_found() -> None:
+    assert circle({"a": {"b"}, "b": {"c"}, "c": set()}) is None
+    assert set(circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) or ()) == {"b", "c"}
+
+
+def test_importing_loads_nothing_heavy() -> None:
+    """What `import torch` loads itself does not count; Triton is loaded where it has a GPU to run on."""
+    code = "import sys, torch; before = set(sys.modules); import fastssl; print(*sys.modules.keys() - before)"
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=PACKAGE.parent, env=environment, check=True, capture_output=True, text=True
+    )
+    loaded = done.stdout.split()
+    assert "fastssl.models.encoder" in loaded
+    assert not [name for name in loaded if any(f"{name}.".startswith(f"{heavy}.") for heavy in HEAVY)]
 
 
 def test_the_core_imports_core_dependencies_only() -> None:

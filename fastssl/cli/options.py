@@ -1,8 +1,5 @@
 """What the commands' parsers share."""
 
-import glob
-from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -19,13 +16,8 @@ PERIOD_HELP = "Instead: the mean frame period that comes out, milliseconds."
 CHANNEL_HELP = "The channel to read; null averages all of them."
 
 
-def command_parser(command: str, description: str, *, defaults: Sequence[Path] = ()) -> "ArgumentParser":
-    """The parser of a command, its defaults those of YAML files, later ones over earlier ones."""
+def command_parser(command: str, description: str) -> "ArgumentParser":
+    """The parser of a command."""
     from jsonargparse import ArgumentParser
 
-    return ArgumentParser(
-        prog=f"fastssl {command}",
-        description=description,
-        allow_abbrev=False,
-        default_config_files=[glob.escape(str(path)) for path in defaults],
-    )
+    return ArgumentParser(prog=f"fastssl {command}", description=description, allow_abbrev=False)

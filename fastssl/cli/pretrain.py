@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,8 +72,6 @@ def _parser_of(arguments: Sequence[str], command: str) -> "ArgumentParser":
 
     What stands on the command line then wins, wherever it stands.
     """
-    import yaml
-
     from fastssl.train.config import DataConfig, OptimizerConfig, QualityConfig, TemperatureConfig, TrainerConfig
     from fastssl.train.systems import SYSTEMS
 
@@ -89,8 +87,8 @@ def _parser_of(arguments: Sequence[str], command: str) -> "ArgumentParser":
     if system == "wav2vec2":
         groups["temperature"] = TemperatureConfig
     check_arguments(arguments, groups)
-    for path in defaults:
-        check_settings(path, yaml.safe_load(path.read_text()), groups)
+    for path, values in defaults.items():
+        check_settings(path, values, groups)
     what = "Train a small encoder to predict the layers of a large one"
     if command == "pretrain":
         what = f"Train an encoder by {SYSTEMS[system].title}'s objective"
@@ -100,7 +98,6 @@ def _parser_of(arguments: Sequence[str], command: str) -> "ArgumentParser":
         "(TensorBoard), metrics.csv, report.png and encoder/, which load_encoder and, where it has such models, "
         "Transformers open. "
         "`--config RUN/config.yaml --output OTHER` repeats a run.",
-        defaults=defaults,
     )
     # A default of None would replace what --config says.
     parser.add_argument("audio", nargs="?", default=argparse.SUPPRESS, metavar="AUDIO", help=AUDIO_HELP)
@@ -130,11 +127,14 @@ def _parser_of(arguments: Sequence[str], command: str) -> "ArgumentParser":
     )
     for name, config in groups.items():
         parser.add_argument(f"--{name}", type=config, default=config())
+    for values in defaults.values():
+        parser.parse_object(values | {"output": ""})  # refuses what `set_defaults` would take
+        parser.set_defaults(values)
     return parser
 
 
-def _defaults_of(arguments: Sequence[str], command: str) -> list[Path]:
-    """The files that settings start from, later ones over earlier ones: a recipe or the run to resume, and --config.
+def _defaults_of(arguments: Sequence[str], command: str) -> dict[Path, dict[str, Any]]:
+    """The settings to start from, by file, later ones over earlier ones: a recipe or the run to resume, and --config.
 
     Raises:
         ValueError: There is no such recipe, file or run, or they are of several systems.
@@ -151,50 +151,56 @@ def _defaults_of(arguments: Sequence[str], command: str) -> list[Path]:
     config_file = None if peeked.config is None else Path(peeked.config)
     if config_file is not None and not config_file.is_file():
         raise ValueError(f"--config: there is no file {config_file}")
+    given = {} if config_file is None else {config_file: _read_yaml(config_file)}
     recipe = peeked.recipe
     if recipe is None:
         recipe = _DEFAULT_RECIPES[command]
         if config_file is not None and command == "pretrain":
-            system = _system_of([config_file])
+            system = _system_of(given)
             recipe = f"{system}-base" if SYSTEMS[system].command == command else str(config_file)
-    defaults = [_recipe_path(recipe)]
+    begin = _recipe_path(recipe)
     if peeked.resume and peeked.output is not None:
-        defaults = [Path(peeked.output) / "config.yaml"]
-        if not defaults[0].is_file():
-            raise ValueError(f"--resume: there is no run in {peeked.output} (looked for {defaults[0]})")
-    if config_file is not None:
-        defaults.append(config_file)
+        begin = Path(peeked.output) / "config.yaml"
+        if not begin.is_file():
+            raise ValueError(f"--resume: there is no run in {peeked.output} (looked for {begin})")
+    defaults = given if begin in given else {begin: _read_yaml(begin)} | given
 
-    system = _system_of(defaults)
+    system, last = _system_of(defaults), list(defaults)[-1]
     if peeked.system not in (None, system):
         raise ValueError(
-            f"--system: {peeked.system}, but {defaults[-1]} has settings of {system}; "
+            f"--system: {peeked.system}, but {last} has settings of {system}; "
             f"the recipe decides: {', '.join(recipes(command))}"
         )
     if (wanted := SYSTEMS[system].command) != command:
-        raise ValueError(
-            f"{defaults[-1].stem} is for `fastssl {wanted}`; {command} takes {', '.join(recipes(command))}"
-        )
+        raise ValueError(f"{last.stem} is for `fastssl {wanted}`; {command} takes {', '.join(recipes(command))}")
     return defaults
 
 
-def _system_of(files: Sequence[Path]) -> str:
+def _read_yaml(path: Path) -> dict[str, Any]:
+    """The settings of a file, its numbers read as the command line reads them ("1e-5" is one)."""
+    import yaml
+    from jsonargparse import get_loader
+
+    try:
+        values = get_loader("yaml")(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: is not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected settings by name, got a {type(values).__name__}")
+    return values
+
+
+def _system_of(files: Mapping[Path, Mapping[str, Any]]) -> str:
     """The system that settings are of, wav2vec 2.0 where none of them says so; the settings of `model` follow from it.
 
     Raises:
-        ValueError: A file is no YAML, names a system that there is not, or another one than the file before it.
+        ValueError: A file names a system that does not exist, or another one than the file before it.
     """
-    import yaml
-
     from fastssl.train.systems import SYSTEMS
 
     found: dict[str, Path] = {}
-    for path in files:
-        try:
-            values = yaml.safe_load(path.read_text())
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path}: is no YAML: {error}") from None
-        system = values.get("system") if isinstance(values, dict) else None
+    for path, values in files.items():
+        system = values.get("system")
         if system is None:
             continue
         if system not in list(SYSTEMS):

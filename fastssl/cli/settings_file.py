@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 
-def check_settings(path: Path, values: object, groups: Mapping[str, type[Any]]) -> None:
+def check_settings(path: Path, values: Mapping[str, Any], groups: Mapping[str, type[Any]]) -> None:
     """Refuse what is not a plain value of a known option.
 
     The parser behind the command line would import the module that a `class_path` names, or that stands in the place of
@@ -14,15 +14,13 @@ def check_settings(path: Path, values: object, groups: Mapping[str, type[Any]]) 
 
     Args:
         path: The file, for messages.
-        values: What YAML made of it.
+        values: Its settings.
         groups: Group of options -> the dataclass whose fields are the options.
 
     Raises:
-        ValueError: The file is not a mapping, a group in it is not one or has an unknown option, or a value is neither
-            a scalar nor a list of scalars.
+        ValueError: A group is not a mapping or has an unknown option, or a value is neither a scalar nor a list of
+            scalars.
     """
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected settings by name, got {type(values).__name__}")
     for name, value in values.items():
         if name not in groups:
             if "." in str(name):

@@ -1,9 +1,9 @@
 """Batches by duration: a plan that is a function of seed and epoch, and the dataset that decodes it."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, Sampler
 from fastssl.data.audio import SAMPLE_RATE_HZ, AudioError, read_waveform
 from fastssl.data.corpus import Problem, cut_name
 from fastssl.data.labels import LabelTable, Segments
-from fastssl.data.recordings import count_frames
+from fastssl.data.recordings import FrameGrid
 from fastssl.data.teacher_frames import TeacherFrames, TeacherTable, checksum
 from fastssl.data.waveforms import waveform_batch
 from fastssl.packing import Packed
@@ -75,25 +75,16 @@ class AudioBatch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "AudioBatch":
         """The same batch on another device."""
-        return replace(
-            self,
-            waveforms=self.waveforms.to(device, non_blocking=non_blocking),
-            ids=self.ids.to(device, non_blocking=non_blocking),
-            labels=None if self.labels is None else self.labels.to(device, non_blocking=non_blocking),
-            segments=None if self.segments is None else self.segments.to(device, non_blocking=non_blocking),
-            teacher=None if self.teacher is None else self.teacher.to(device, non_blocking=non_blocking),
-        )
+        return self._with_each(lambda part: part.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "AudioBatch":
         """The same batch in page-locked memory; the data loader calls this."""
-        return replace(
-            self,
-            waveforms=self.waveforms.pin_memory(),
-            ids=self.ids.pin_memory(),
-            labels=None if self.labels is None else self.labels.pin_memory(),
-            segments=None if self.segments is None else self.segments.pin_memory(),
-            teacher=None if self.teacher is None else self.teacher.pin_memory(),
-        )
+        return self._with_each(lambda part: part.pin_memory())
+
+    def _with_each(self, move: Callable[[Any], Any]) -> "AudioBatch":
+        """The same batch with each part that has tensors moved."""
+        parts = {name: getattr(self, name) for name in ("waveforms", "ids", "labels", "segments", "teacher")}
+        return replace(self, **{name: move(part) for name, part in parts.items() if part is not None})
 
 
 @dataclass(frozen=True)
@@ -278,36 +269,19 @@ class FrameLabels:
 
     Args:
         table: The labels.
-        stride: Samples at 16 kHz from one frame to the next.
-        receptive_field: Samples that one frame sees.
+        grid: The frames.
     """
 
     table: LabelTable
-    stride: int
-    receptive_field: int
+    grid: FrameGrid
 
     def of(self, cut: Cut, start_s: float, length: int) -> NDArray[np.int64]:
         """The labels of `length` samples of a cut, from `start_s` of its recording on."""
-        return self.table.at(
-            cut,
-            start_s=start_s,
-            frames=self._frames(length),
-            stride=self.stride,
-            receptive_field=self.receptive_field,
-        )
+        return self.table.at(cut, start_s=start_s, frames=self.grid.count(length), grid=self.grid)
 
     def segments_of(self, cut: Cut, start_s: float, length: int) -> Segments:
         """The segments of `length` samples of a cut, from `start_s` of its recording on."""
-        return self.table.segments_at(
-            cut,
-            start_s=start_s,
-            frames=self._frames(length),
-            stride=self.stride,
-            receptive_field=self.receptive_field,
-        )
-
-    def _frames(self, length: int) -> int:
-        return count_frames(length, stride=self.stride, receptive_field=self.receptive_field)
+        return self.table.segments_at(cut, start_s=start_s, frames=self.grid.count(length), grid=self.grid)
 
 
 class WaveformDataset(Dataset[AudioBatch]):

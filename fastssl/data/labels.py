@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from fastssl.data.audio import SAMPLE_RATE_HZ
 from fastssl.data.corpus import Problem, cut_name, window_parent
+from fastssl.data.recordings import FrameGrid
 
 LABELS_FILE, SETTINGS_FILE, CENTRES_FILE = "labels.jsonl", "settings.json", "kmeans.safetensors"
 #: Audio may end so much earlier or later than when it was labelled: headers are not exact (MP3).
@@ -101,28 +102,25 @@ class LabelTable:
             )
         return None
 
-    def at(
-        self, cut: Cut, *, start_s: float, frames: int, stride: int, receptive_field: int
-    ) -> NDArray[np.int64]:  # (frames,)
+    def at(self, cut: Cut, *, start_s: float, frames: int, grid: FrameGrid) -> NDArray[np.int64]:  # (frames,)
         """The label nearest to the centre of each frame of a part of a cut.
 
         Args:
             cut: As `open_corpus` gave it; one without `problem`.
             start_s: Where the part begins in the recording of the cut.
             frames: How many there are.
-            stride: Samples at 16 kHz from one frame to the next.
-            receptive_field: Samples that one frame sees.
+            grid: Where they lie.
         """
-        entry, nearest = self._nearest(cut, start_s, frames, stride, receptive_field)
+        entry, nearest = self._nearest(cut, start_s, frames, grid)
         return self._labels[np.clip(nearest, entry.begin, entry.end - 1)].astype(np.int64)
 
-    def segments_at(self, cut: Cut, *, start_s: float, frames: int, stride: int, receptive_field: int) -> Segments:
+    def segments_at(self, cut: Cut, *, start_s: float, frames: int, grid: FrameGrid) -> Segments:
         """The segment around each frame of a part of a cut; what the part cuts off still counts in its length.
 
         Arguments as in `at`.
         """
         # And what follows the last.
-        entry, nearest = self._nearest(cut, start_s, frames + 1, stride, receptive_field)
+        entry, nearest = self._nearest(cut, start_s, frames + 1, grid)
         rows = np.clip(nearest, entry.begin, entry.end - 1)
         if self._segment_ends is None:
             changes = np.flatnonzero(np.diff(self._labels)) + 1
@@ -131,18 +129,16 @@ class LabelTable:
         ends = self._segment_ends
         segment = np.searchsorted(ends, rows, side="right")
         lengths = ends[segment] - np.where(segment > 0, ends[segment - 1], 0)
-        shift_s = stride / SAMPLE_RATE_HZ
+        shift_s = grid.stride / SAMPLE_RATE_HZ
         weights = np.minimum(1.0, shift_s / self.frame_shift_s / lengths[:-1]).astype(np.float32)
         last = (nearest[:-1] < entry.end) & (nearest[1:] >= entry.end)
         return Segments(weights, (np.diff(segment) > 0) | last)
 
-    def _nearest(
-        self, cut: Cut, start_s: float, frames: int, stride: int, receptive_field: int
-    ) -> tuple[_Entry, NDArray[np.int64]]:
+    def _nearest(self, cut: Cut, start_s: float, frames: int, grid: FrameGrid) -> tuple[_Entry, NDArray[np.int64]]:
         """The recording's entry, and where in the labels of all those of the frames (frames,) are, or would be."""
         key, origin_s, _ = labelled_part(cut)
         entry = self._entries[key]
-        centres_s = start_s - origin_s + (receptive_field / 2 + stride * np.arange(frames)) / SAMPLE_RATE_HZ
+        centres_s = start_s - origin_s + (grid.receptive_field / 2 + grid.stride * np.arange(frames)) / SAMPLE_RATE_HZ
         nearest = np.rint((centres_s - self.first_centre_s) / self.frame_shift_s).astype(np.int64)
         return entry, entry.begin + nearest
 

@@ -10,6 +10,7 @@ frame of the recording comes from exactly one chunk, and has half the overlap of
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -37,12 +38,31 @@ class Chunk:
     first_frame: int
 
 
-def count_frames(length: int, *, stride: int = 320, receptive_field: int = 400) -> int:
-    """Frames of a recording of `length` samples at 16 kHz."""
-    return max(0, (length - receptive_field) // stride + 1)
+class FrameGrid(NamedTuple):
+    """Which samples at 16 kHz the frames of an encoder see; by default those of wav2vec 2.0 and its relatives.
+
+    Args:
+        stride: Samples from one frame to the next.
+        receptive_field: Samples that one frame sees.
+    """
+
+    stride: int = 320
+    receptive_field: int = 400
+
+    @property
+    def shortest_s(self) -> float:
+        """Seconds of audio that make one frame."""
+        return self.receptive_field / SAMPLE_RATE_HZ
+
+    def count(self, length: int) -> int:
+        """Frames of a recording of `length` samples."""
+        return max(0, (length - self.receptive_field) // self.stride + 1)
 
 
-def chunk_hop(rate_hz: int, *, chunk_s: float, overlap_s: float, stride: int = 320, receptive_field: int = 400) -> int:
+WAV2VEC2 = FrameGrid()
+
+
+def chunk_hop(rate_hz: int, *, chunk_s: float, overlap_s: float, grid: FrameGrid = WAV2VEC2) -> int:
     """Samples at 16 kHz from the beginning of one chunk to that of the next, of recordings at `rate_hz`.
 
     Raises:
@@ -50,14 +70,14 @@ def chunk_hop(rate_hz: int, *, chunk_s: float, overlap_s: float, stride: int = 3
     """
     _, steps = resampling_ratio(rate_hz)
     # Chunks begin where a sample at 16 kHz is also one of the source, so that they are on one resampling grid.
-    step = math.lcm(stride, steps)
+    step = math.lcm(grid.stride, steps)
     overlap = max(0, math.ceil(overlap_s * SAMPLE_RATE_HZ))
     hop = (round(chunk_s * SAMPLE_RATE_HZ) - overlap) // step * step
     if hop < step:
         raise ValueError(f"chunk_s: {chunk_s:g} s leaves no room beside an overlap of {overlap_s:g} s")
-    if overlap < 2 * (receptive_field - stride):
-        least_s = 2 * (receptive_field - stride) / SAMPLE_RATE_HZ
-        raise ValueError(f"overlap_s: must be at least {least_s:g}, got {overlap_s:g}")
+    least = 2 * (grid.receptive_field - grid.stride)
+    if overlap < least:
+        raise ValueError(f"overlap_s: must be at least {least / SAMPLE_RATE_HZ:g}, got {overlap_s:g}")
     return hop
 
 
@@ -68,8 +88,7 @@ def read_chunks(
     overlap_s: float,
     normalize: bool,
     channel: int | None = None,
-    stride: int = 320,
-    receptive_field: int = 400,
+    grid: FrameGrid = WAV2VEC2,
 ) -> Iterator[Chunk]:
     """Read a recording chunk by chunk; memory is that of one chunk.
 
@@ -80,11 +99,10 @@ def read_chunks(
         normalize: Zero mean and unit variance over the whole recording, as if it were one chunk; a longer one is then
             decoded twice.
         channel: Of several channels take this one (default: their mean).
-        stride: Samples from one frame to the next.
-        receptive_field: Samples that one frame sees.
+        grid: The frames of the encoder.
 
     Yields:
-        Chunks in order, at least one. Together they keep frames 0 to `count_frames(length)` - 1, each once; a few are
+        Chunks in order, at least one. Together they keep frames 0 to `grid.count(length)` - 1, each once; a few are
         missing at the end where the decoder gives up to 0.1 s less than the header promised.
 
     Raises:
@@ -93,17 +111,11 @@ def read_chunks(
     """
     period, steps = resampling_ratio(cut.recording.sampling_rate)
     size = round(chunk_s * SAMPLE_RATE_HZ)
-    hop = chunk_hop(
-        cut.recording.sampling_rate,
-        chunk_s=chunk_s,
-        overlap_s=overlap_s,
-        stride=stride,
-        receptive_field=receptive_field,
-    )
+    hop = chunk_hop(cut.recording.sampling_rate, chunk_s=chunk_s, overlap_s=overlap_s, grid=grid)
     origin = compute_num_samples(cut.start, cut.recording.sampling_rate)
     total = round(compute_num_samples(cut.duration, cut.recording.sampling_rate) * steps / period)
-    too_short = f"is shorter than one frame ({receptive_field / SAMPLE_RATE_HZ:g} s)"
-    num_frames = count_frames(total, stride=stride, receptive_field=receptive_field)
+    too_short = f"is shorter than one frame ({grid.shortest_s:g} s)"
+    num_frames = grid.count(total)
     if num_frames == 0:
         raise AudioError(too_short)
 
@@ -112,25 +124,25 @@ def read_chunks(
         return torch.from_numpy(read_samples(cut, first=first, length=length, channel=channel))
 
     # The last chunk is the one with the last frame in it.
-    frames_before_last = num_frames - count_frames(size, stride=stride, receptive_field=receptive_field)
-    last = max(0, -(-frames_before_last * stride // hop))
+    frames_before_last = num_frames - grid.count(size)
+    last = max(0, -(-frames_before_last * grid.stride // hop))
     whole = read(0, total) if last == 0 else None
     mean, deviation = 0.0, 1.0
     if normalize:
         pieces = (read(start, min(hop, total - start)) for start in range(0, total, hop))
         mean, deviation = _mean_and_deviation(pieces if whole is None else iter([whole]))
-    trim = (size - hop) // 2 // stride
+    trim = (size - hop) // 2 // grid.stride
     for index in range(last + 1):
         start = index * hop
         waveform = whole if whole is not None else read(start, min(size, total - start))
-        frames = count_frames(len(waveform), stride=stride, receptive_field=receptive_field)
+        frames = grid.count(len(waveform))
         if index < last:
-            frames = min(frames, hop // stride + trim)
+            frames = min(frames, hop // grid.stride + trim)
         keep = slice(trim if index > 0 else 0, frames)
         if frames == 0 and index == 0:
             raise AudioError(too_short)
         if keep.start < keep.stop:
-            yield Chunk(((waveform - mean) / deviation)[:, None], start, keep, start // stride + keep.start)
+            yield Chunk(((waveform - mean) / deviation)[:, None], start, keep, start // grid.stride + keep.start)
 
 
 def _mean_and_deviation(pieces: Iterator[Tensor]) -> tuple[float, float]:

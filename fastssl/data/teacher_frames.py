@@ -7,7 +7,7 @@ fp16.
 """
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,14 +33,14 @@ class TeacherFrames(NamedTuple):
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "TeacherFrames":
         """The same on another device."""
-        layers = tuple(layer.to(device, non_blocking=non_blocking) for layer in self.layers)
-        front_end = self.front_end
-        return TeacherFrames(layers, None if front_end is None else front_end.to(device, non_blocking=non_blocking))
+        return self._with_each(lambda frames: frames.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "TeacherFrames":
         """The same in page-locked memory."""
-        front_end = None if self.front_end is None else self.front_end.pin_memory()
-        return TeacherFrames(tuple(layer.pin_memory() for layer in self.layers), front_end)
+        return self._with_each(Tensor.pin_memory)
+
+    def _with_each(self, move: Callable[[Tensor], Tensor]) -> "TeacherFrames":
+        return TeacherFrames(tuple(map(move, self.layers)), None if self.front_end is None else move(self.front_end))
 
 
 class TeacherTable:

@@ -2,7 +2,7 @@
 
 A table is a list of rules: a pattern that a whole name must match, and what it becomes. The first rule that fits
 counts; a name that fits none stays as it is. (`weight_g` and `weight_v` of weight norm are names that Transformers
-itself once gave; `load_encoder_weights` reads them.)
+itself once gave; `Encoder.load_weights` reads them.)
 """
 
 import re

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastssl.models.compression import CompressedConfig, draw_compression, with_compression_loss
+from fastssl.models.config import MaskedConfig
 from fastssl.models.conformer import (
     MEL_FRAMES_PER_FRAME,
     ConformerConfig,
@@ -17,11 +17,11 @@ from fastssl.models.pretraining import (
     PredictionOutput,
     PretrainingModel,
     count_codes,
+    draw_mask,
     masked_by_utterance,
     prediction_scores,
 )
 from fastssl.nn.linear import PackedLinear
-from fastssl.nn.masking import sample_span_mask
 from fastssl.nn.random import normal
 from fastssl.nn.random_projection import RandomProjectionQuantizer
 from fastssl.packing import Layout, Packed
@@ -30,13 +30,10 @@ _STREAM_NOISE = 4
 
 
 @dataclass(frozen=True)
-class BestRqConfig(CompressedConfig, ConformerConfig):
+class BestRqConfig(MaskedConfig, ConformerConfig):
     """An encoder with its objective; the defaults are SpeechBrain's recipe.
 
     Args:
-        mask_time_prob: Share of frames (40 ms) that would be masked if spans did not overlap.
-        mask_time_length: Frames of a masked span.
-        mask_time_min_masks: At least so many spans per utterance.
         mask_noise_std: Standard deviation of the noise that takes the place of masked log-mel frames.
         codebook_size: Codes.
         codebook_dim: Width of the codes.
@@ -51,8 +48,6 @@ class BestRqConfig(CompressedConfig, ConformerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.mask_time_prob <= 1:
-            raise ValueError(f"mask_time_prob: must be in [0, 1], got {self.mask_time_prob}")
         if self.mask_noise_std < 0:
             raise ValueError(f"mask_noise_std: must not be negative, got {self.mask_noise_std}")
 
@@ -85,6 +80,7 @@ class BestRqForPreTraining(PretrainingModel):
 
     encoder_name = "best_rq"
     config_class = BestRqConfig
+    config: BestRqConfig
 
     def __init__(self, config: BestRqConfig) -> None:
         super().__init__()
@@ -128,26 +124,18 @@ class BestRqForPreTraining(PretrainingModel):
         mel = self.best_rq.extract_features(waveforms)
         layout = subsampled_layout(mel.layout)
         targets = self.targets(mel)
-        mask = sample_span_mask(
-            layout,
-            keys,
-            probability=config.mask_time_prob,
-            length=config.mask_time_length,
-            min_spans=config.mask_time_min_masks,
-        )
+        mask = draw_mask(config, layout, keys)
         rows = mask.nonzero().squeeze(1)  # the host waits for the device, once: it must know M
         masked_input = self._put_noise(mel, layout, keys, rows)
-        rate, frame_period_ms = draw_compression(config, keys)
         features, _, compressed = self.best_rq.encode(
-            masked_input, rate=rate, frame_period_ms=frame_period_ms, layer_drop=layer_drop
+            masked_input, layer_drop=layer_drop, **self.draw_compression(keys)
         )
         states = features.values if compressed is None else compressed.upsample(features.values)
         logits = self.classifier(states.index_select(0, rows)).float()  # (M, V)
         wanted = targets.index_select(0, rows)
         prediction_loss = F.cross_entropy(logits, wanted, reduction="sum")
-        loss, compression = with_compression_loss(
+        loss, compression = self.with_compression_loss(
             prediction_loss,
-            config,
             compressed,
             masked_by_utterance(mask, layout),
             segment_weights=segment_weights,

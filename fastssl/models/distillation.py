@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastssl.models.compression import CompressedConfig, CompressionScores, draw_compression, with_compression_loss
+from fastssl.models.compression import CompressionScores
+from fastssl.models.config import CompressedConfig
 from fastssl.models.encoder import Encoder, EncoderConfig
 from fastssl.models.pretraining import PretrainingModel
 from fastssl.nn.linear import PackedLinear
@@ -181,6 +182,7 @@ class DistillationModel(PretrainingModel):
 
     encoder_name = "hubert"
     config_class = DistillationConfig
+    config: DistillationConfig
 
     def __init__(self, config: DistillationConfig) -> None:
         super().__init__()
@@ -234,7 +236,7 @@ class DistillationModel(PretrainingModel):
         if len(targets) != len(config.targets) or any(target.shape != expected for target in targets):
             shapes = [tuple(target.shape) for target in targets]
             raise ValueError(f"targets: expected {len(config.targets)} of {expected}, got {shapes}")
-        projected = self.hubert.project(frames, **draw_compression(config, keys)._asdict())
+        projected = self.hubert.project(frames, **self.draw_compression(keys))
         hidden_states = self.hubert.encoder(projected.frames, layer_drop=layer_drop)
         if isinstance(self.heads, PredictionHeads):
             predictions = self.heads(hidden_states[-1].values)
@@ -250,9 +252,8 @@ class DistillationModel(PretrainingModel):
             l1, cosine = l1 + difference.detach().sum(), cosine + similarity.detach().sum()
             loss = loss + (difference - config.cosine_loss_weight * F.logsigmoid(similarity)).sum()
         distillation_loss = loss.detach()
-        loss, compression = with_compression_loss(
+        loss, compression = self.with_compression_loss(
             loss,
-            config,
             projected.compressed,
             frames.layout.device_lengths.float(),
             segment_weights=segment_weights,

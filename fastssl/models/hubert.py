@@ -6,29 +6,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastssl.models.compression import CompressedConfig, draw_compression, with_compression_loss
+from fastssl.models.config import MaskedConfig
 from fastssl.models.encoder import Encoder, EncoderConfig, Projected
 from fastssl.models.pretraining import (
     PredictionOutput,
     PretrainingModel,
     count_codes,
+    draw_mask,
     features_penalty,
     masked_by_utterance,
     prediction_scores,
 )
 from fastssl.nn.linear import PackedLinear
-from fastssl.nn.masking import sample_span_mask
 from fastssl.packing import Packed
 
 
 @dataclass(frozen=True)
-class HubertConfig(CompressedConfig, EncoderConfig):
+class HubertConfig(MaskedConfig, EncoderConfig):
     """An encoder with its pre-training head and objective; the values of fairseq's hubert_base_librispeech.yaml.
 
     Args:
-        mask_time_prob: Share of frames that would be masked if spans did not overlap.
-        mask_time_length: Frames of a masked span.
-        mask_time_min_masks: At least so many spans per utterance.
         num_clusters: Classes to predict, which are those of the labels.
         final_dim: Width in which frames and classes are compared.
         logit_temperature: What the cosines are divided by.
@@ -37,8 +34,6 @@ class HubertConfig(CompressedConfig, EncoderConfig):
 
     model_type: str = "hubert"
     mask_time_prob: float = 0.8
-    mask_time_length: int = 10
-    mask_time_min_masks: int = 2
     num_clusters: int = 100
     final_dim: int = 256
     logit_temperature: float = 0.1
@@ -48,8 +43,6 @@ class HubertConfig(CompressedConfig, EncoderConfig):
         super().__post_init__()
         if self.model_type != "hubert":
             raise ValueError(f"model_type: HuBERT pre-training has a hubert encoder, got {self.model_type!r}")
-        if not 0 <= self.mask_time_prob <= 1:
-            raise ValueError(f"mask_time_prob: must be in [0, 1], got {self.mask_time_prob}")
         if self.mask_time_length < 1 or self.num_clusters < 2 or self.final_dim < 1:
             numbers = f"{self.mask_time_length}, {self.num_clusters} and {self.final_dim}"
             raise ValueError(
@@ -94,6 +87,7 @@ class HubertForPreTraining(PretrainingModel):
 
     encoder_name = "hubert"
     config_class = HubertConfig
+    config: HubertConfig
 
     def __init__(self, config: HubertConfig) -> None:
         super().__init__()
@@ -139,14 +133,8 @@ class HubertForPreTraining(PretrainingModel):
             raise ValueError(
                 f"labels: expected one for each of {frames.layout.total} frames, got {tuple(labels.shape)}"
             )
-        projected = self.hubert.project(frames, **draw_compression(config, keys)._asdict())
-        mask = sample_span_mask(
-            projected.frames.layout,
-            keys,
-            probability=config.mask_time_prob,
-            length=config.mask_time_length,
-            min_spans=config.mask_time_min_masks,
-        )
+        projected = self.hubert.project(frames, **self.draw_compression(keys))
+        mask = draw_mask(config, projected.frames.layout, keys)
         return self.predict(
             frames,
             mask=mask,
@@ -193,9 +181,8 @@ class HubertForPreTraining(PretrainingModel):
         prediction_loss = F.cross_entropy(logits, targets, reduction="sum")
         masked = masked_by_utterance(mask, frames.layout)
         penalty = features_penalty(frames, masked)
-        loss, compression = with_compression_loss(
+        loss, compression = self.with_compression_loss(
             prediction_loss + config.features_penalty_weight * penalty,
-            config,
             compressed,
             masked,
             segment_weights=segment_weights,

@@ -2,14 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
+from fastssl.models.config import SpeechEncoderConfig
 from fastssl.models.folder import MODEL_CLASSES
-from fastssl.models.operations import describe_compression
-
-if TYPE_CHECKING:
-    from fastssl.models.conformer import ConformerConfig
-    from fastssl.models.encoder import EncoderConfig
+from fastssl.models.multiplications import describe_compression
 
 _FRONT_MATTER = """---
 library_name: {library}
@@ -67,7 +63,7 @@ class ModelCard:
     commit: str | None = None
     quality: Mapping[str, float] = field(default_factory=dict)
 
-    def as_markdown(self, config: "EncoderConfig | ConformerConfig", *, parameters: int) -> str:
+    def as_markdown(self, config: SpeechEncoderConfig, *, parameters: int) -> str:
         """The text of README.md, with the front matter of the Hub.
 
         Args:
@@ -99,14 +95,13 @@ class ModelCard:
         if self.quality:
             scores = {name: f"{value:.4g}" for name, value in self.quality.items()}
             parts.append("## Quality\n\n" + _table("score", "value", scores))
-        period_ms = 1000 * config.samples_per_frame / 16_000
-        period = "" if compressed else f", one every {period_ms:g} ms"
+        period = "" if compressed else f", one every {config.frame_period_ms:g} ms"
         with_fastssl = _WITH_FASTSSL.format(width=config.hidden_size, period=period)
         parts.append("## Use\n\n" + (self._with_transformers(config) if in_transformers else "") + with_fastssl)
         return "\n".join(parts)
 
     @staticmethod
-    def _with_transformers(config: "EncoderConfig | ConformerConfig") -> str:
+    def _with_transformers(config: SpeechEncoderConfig) -> str:
         if config.compressor == "none":
             return _WITH_TRANSFORMERS
         how = "as at rate 0" if config.meets_all_frames else "which this encoder has not met in training"

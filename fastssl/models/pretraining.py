@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from fastssl.models.compression import CompressedConfig, CompressionScores
-from fastssl.models.conformer import ConformerConfig, ConformerEncoder
-from fastssl.models.encoder import Encoder, EncoderConfig
+from fastssl.models.compression import CompressionScores, draw_compression, with_compression_loss
+from fastssl.models.config import CompressedConfig, MaskedConfig, SpeechEncoderConfig
 from fastssl.models.folder import read_config, read_weights
-from fastssl.models.speech_encoder import SpeechEncoder, load_speech_encoder
+from fastssl.models.speech_encoder import SpeechEncoder
+from fastssl.nn.compression import Compressed
+from fastssl.nn.masking import sample_span_mask
 from fastssl.packing import Layout, Packed
 
 if TYPE_CHECKING:
@@ -42,19 +43,40 @@ class PretrainingModel(nn.Module):
     """An encoder with the head that its objective needs; the encoder is the attribute named `encoder_name`."""
 
     encoder_name: ClassVar[str]
-    config_class: ClassVar[type[EncoderConfig] | type[ConformerConfig]]
+    config_class: ClassVar[type[SpeechEncoderConfig]]
+    config: CompressedConfig
 
     @property
     def speech_encoder(self) -> SpeechEncoder:
         """The encoder."""
         encoder = getattr(self, self.encoder_name)
-        assert isinstance(encoder, (Encoder, ConformerEncoder))
+        assert isinstance(encoder, SpeechEncoder)
         return encoder
 
     @property
     def score_names(self) -> tuple[str, ...]:
         """Names of the scores, the one that tells most first."""
         raise NotImplementedError
+
+    def draw_compression(self, keys: Tensor) -> dict[str, Tensor]:  # (B,)
+        """What the encoder is called with in training (`compression.draw_compression`)."""
+        return {} if self.config.compressor == "none" else draw_compression(self.config, keys)
+
+    def with_compression_loss(
+        self,
+        loss: Tensor,  # ()
+        compressed: Compressed | None,
+        masked: Tensor,  # (B,)
+        *,
+        segment_weights: Tensor | None,  # (N,)
+        segment_ends: Tensor | None,  # (N,)
+    ) -> tuple[Tensor, CompressionScores | None]:
+        """The loss with the compressor's (`compression.with_compression_loss`); without a compressor, the loss."""
+        if compressed is None:
+            return loss, None
+        return with_compression_loss(
+            loss, self.config, compressed, masked, segment_weights=segment_weights, segment_ends=segment_ends
+        )
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "Self":
@@ -88,7 +110,7 @@ class PretrainingModel(nn.Module):
         Raises:
             ValueError: A weight of the encoder is missing, or one has another shape.
         """
-        load_speech_encoder(self.speech_encoder, weights, name=name, fresh_compressor=fresh_compressor)
+        self.speech_encoder.load_weights(weights, name=name, fresh_compressor=fresh_compressor)
         own = self.head_state()
         if not own.keys() <= weights.keys():
             return
@@ -133,6 +155,17 @@ def prediction_scores(config: CompressedConfig) -> tuple[str, ...]:
 def count_codes(codes: Tensor, *, size: int) -> Tensor:  # (N,) int64 -> (size,) int64
     """How often each code occurs; `torch.bincount`, for which the host would wait."""
     return codes.new_zeros(size).scatter_add(0, codes, torch.ones_like(codes))
+
+
+def draw_mask(config: MaskedConfig, layout: Layout, keys: Tensor) -> Tensor:  # (B,) -> (N,) bool
+    """Spans of frames to mask, which follow from the key of their utterance."""
+    return sample_span_mask(
+        layout,
+        keys,
+        probability=config.mask_time_prob,
+        length=config.mask_time_length,
+        min_spans=config.mask_time_min_masks,
+    )
 
 
 def masked_by_utterance(mask: Tensor, layout: Layout) -> Tensor:  # (N,) bool -> (B,) fp32

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from fastssl import ops
-from fastssl.models.compression import CompressedConfig, CompressionScores, draw_compression, with_compression_loss
+from fastssl.models.compression import CompressionScores
+from fastssl.models.config import MaskedConfig
 from fastssl.models.encoder import Encoder, EncoderConfig, Projected
-from fastssl.models.pretraining import PretrainingModel, features_penalty, masked_by_utterance, perplexity
+from fastssl.models.pretraining import PretrainingModel, draw_mask, features_penalty, masked_by_utterance, perplexity
 from fastssl.nn.linear import PackedLinear
-from fastssl.nn.masking import sample_negatives, sample_span_mask
+from fastssl.nn.masking import sample_negatives
 from fastssl.nn.quantizer import GumbelQuantizer
 from fastssl.nn.random import noise_seeds
 from fastssl.packing import Layout, Packed
@@ -20,13 +21,10 @@ _STREAM_GUMBEL = 3
 
 
 @dataclass(frozen=True)
-class Wav2Vec2Config(CompressedConfig, EncoderConfig):
+class Wav2Vec2Config(MaskedConfig, EncoderConfig):
     """An encoder with its pre-training head and objective; names and defaults of Transformers' `Wav2Vec2Config`.
 
     Args:
-        mask_time_prob: Share of frames that would be masked if spans did not overlap.
-        mask_time_length: Frames of a masked span.
-        mask_time_min_masks: At least so many spans per utterance.
         num_negatives: Distractors per masked frame.
         contrastive_logits_temperature: Of the contrastive loss.
         num_codevector_groups: Groups of the quantiser.
@@ -38,9 +36,6 @@ class Wav2Vec2Config(CompressedConfig, EncoderConfig):
         features_penalty_weight: Weight of the mean square of the front end's frames (fairseq: 10).
     """
 
-    mask_time_prob: float = 0.65
-    mask_time_length: int = 10
-    mask_time_min_masks: int = 2
     num_negatives: int = 100
     contrastive_logits_temperature: float = 0.1
     num_codevector_groups: int = 2
@@ -55,8 +50,6 @@ class Wav2Vec2Config(CompressedConfig, EncoderConfig):
         super().__post_init__()
         if self.model_type != "wav2vec2":
             raise ValueError(f"model_type: wav2vec 2.0 pre-training has a wav2vec2 encoder, got {self.model_type!r}")
-        if not 0 <= self.mask_time_prob <= 1:
-            raise ValueError(f"mask_time_prob: must be in [0, 1], got {self.mask_time_prob}")
         if self.mask_time_length < 1 or self.num_negatives < 1:
             numbers = f"{self.mask_time_length} and {self.num_negatives}"
             raise ValueError(f"mask_time_length and num_negatives: must be at least 1, got {numbers}")
@@ -157,6 +150,7 @@ class Wav2Vec2ForPreTraining(PretrainingModel):
 
     encoder_name = "wav2vec2"
     config_class = Wav2Vec2Config
+    config: Wav2Vec2Config
 
     def __init__(self, config: Wav2Vec2Config) -> None:
         super().__init__()
@@ -205,15 +199,9 @@ class Wav2Vec2ForPreTraining(PretrainingModel):
         """
         config = self.config
         frames = self.wav2vec2.extract_features(waveforms)
-        projected = self.wav2vec2.project(frames, **draw_compression(config, keys)._asdict())
+        projected = self.wav2vec2.project(frames, **self.draw_compression(keys))
         layout = projected.frames.layout
-        mask = sample_span_mask(
-            layout,
-            keys,
-            probability=config.mask_time_prob,
-            length=config.mask_time_length,
-            min_spans=config.mask_time_min_masks,
-        )
+        mask = draw_mask(config, layout, keys)
         rows = mask.nonzero().squeeze(1)  # the host waits for the device, once: it must know M
         negatives = sample_negatives(mask, layout, keys, count=config.num_negatives, rows=rows)
         seeds = self._gumbel_seeds(rows, layout, keys) if self.training else None
@@ -286,8 +274,8 @@ class Wav2Vec2ForPreTraining(PretrainingModel):
         penalty = features_penalty(frames, masked)
         loss = contrastive + config.features_penalty_weight * penalty
         loss = loss + config.diversity_loss_weight * len(rows) * diversity
-        loss, compression = with_compression_loss(
-            loss, config, compressed, masked, segment_weights=segment_weights, segment_ends=segment_ends
+        loss, compression = self.with_compression_loss(
+            loss, compressed, masked, segment_weights=segment_weights, segment_ends=segment_ends
         )
         return PretrainingOutput(
             loss=loss,

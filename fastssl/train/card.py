@@ -1,10 +1,10 @@
 """What the model card of a run's encoder says."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import fastssl
 from fastssl.models.model_card import ModelCard
-from fastssl.train.metrics_file import read_metrics
 
 _SCORES = {
     "valid_contrastive_loss": "contrastive loss",
@@ -16,22 +16,20 @@ _SCORES = {
 }
 
 
-def make_card(run: Path, *, recipe: str | None, data_hours: float, updates: int) -> ModelCard:
+def make_card(
+    *, recipe: str | None, data_hours: float, updates: int, scores: Mapping[str, float], scored_at: int
+) -> ModelCard:
     """The card of a run after so many updates, with the last scores of its held-out recordings.
 
     Args:
-        run: Folder of the run, whose metrics.csv has the scores.
-        recipe: Its name, or the file that it is.
-        data_hours: Hours of audio that is trained on.
-        updates: How many there have been.
+        recipe: Its name, or the path of its file.
+        data_hours: Hours of audio in the training data.
+        updates: Number of updates so far.
+        scores: By column of metrics.csv; empty if nothing has been scored.
+        scored_at: The update after which they were measured.
     """
-    quality = {}
-    rows = read_metrics(run / "metrics.csv") if (run / "metrics.csv").exists() else []
-    for row in reversed(rows):
-        if row["update"] <= updates and any(name in row for name in _SCORES):
-            after = f"on held-out recordings, after {row['update']:.0f} updates"
-            quality = {f"{title}, {after}": row[name] for name, title in _SCORES.items() if name in row}
-            break
+    after = f"on held-out recordings, after {scored_at} updates"
+    quality = {f"{title}, {after}": scores[name] for name, title in _SCORES.items() if name in scores}
     return ModelCard(
         recipe=None if recipe is None else Path(recipe).stem,
         data_hours=data_hours,

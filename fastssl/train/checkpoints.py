@@ -15,12 +15,10 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from fastssl.models.conformer import ConformerConfig
-from fastssl.models.encoder import EncoderConfig
 from fastssl.models.folder import CONFORMER, MODEL_CLASSES, read_config, read_weights
 from fastssl.models.model_card import ModelCard
 from fastssl.models.speech_encoder import SpeechEncoder
-from fastssl.train.systems import SYSTEMS, Model, ModelConfig, system_of
+from fastssl.train.systems import SYSTEMS, Model, system_of
 
 #: Settings of the encoder that may differ from those of the weights it starts from; the others decide the shapes, or
 #: what the weights compute.
@@ -167,7 +165,10 @@ def initialise(model: Model, source: str) -> bool:
             weights = read_weights(folder)
         except ValueError as error:
             raise ValueError(f"{name}: no run (there is no {checkpoint}) and no model: {error}") from None
-    there, here = _architecture(config), _architecture(model.config)
+    names = [field.name for field in dataclasses.fields(model.speech_encoder.config_class)]
+    there, here = (
+        {name: getattr(one, name) for name in names if name not in _FREE_FIELDS} for one in (config, model.config)
+    )
     fresh_compressor = there.get("compressor") == "none" != here["compressor"]
     if fresh_compressor:  # a plain encoder learns to compress
         there |= {key: here[key] for key in ("compressor", "compressor_factor")}
@@ -180,12 +181,6 @@ def initialise(model: Model, source: str) -> bool:
         )
     model.load_weights(weights, name=name, fresh_compressor=fresh_compressor)
     return model.head_state().keys() <= weights.keys() and not fresh_compressor
-
-
-def _architecture(config: ModelConfig) -> dict[str, Any]:
-    shape = ConformerConfig if isinstance(config, ConformerConfig) else EncoderConfig
-    names = [field.name for field in dataclasses.fields(shape)]
-    return {name: getattr(config, name) for name in names if name not in _FREE_FIELDS}
 
 
 def _as_argument(value: Any) -> str:

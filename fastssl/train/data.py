@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from fastssl.data.batches import AudioBatch, BatchSpec, FrameLabels, UpdateSampler, WaveformDataset, fixed_batches
 from fastssl.data.corpus import Corpus, Problem, list_some, open_corpus, split_corpus
 from fastssl.data.labels import LabelTable
+from fastssl.data.recordings import FrameGrid
 from fastssl.data.teacher_frames import TeacherTable
 from fastssl.train.config import DataConfig
 from fastssl.train.encode import default_workers
@@ -110,13 +111,7 @@ class PretrainDataModule(LightningDataModule):
         self._digest = ""
 
     def attach_labels(
-        self,
-        source: Literal["audio", "valid"],
-        table: LabelTable,
-        *,
-        stride: int,
-        receptive_field: int,
-        use: Use = "labels",
+        self, source: Literal["audio", "valid"], table: LabelTable, *, grid: FrameGrid, use: Use = "labels"
     ) -> None:
         """Read labels with the audio, and leave out recordings that they do not fit; the account names them.
 
@@ -124,15 +119,14 @@ class PretrainDataModule(LightningDataModule):
             source: Whether they are the labels of AUDIO, also of the fraction of it that is held out, or those of the
                 place that `data.valid` names.
             table: The labels.
-            stride: Samples from one frame of the encoder to the next.
-            receptive_field: Samples that one frame sees.
+            grid: The frames of the encoder.
             use: Whether a batch gets the labels themselves, or the segments that equal ones make.
 
         Raises:
             ValueError: More than `data.max_bad_fraction` of the cuts of AUDIO have no labels that fit, or all that are
                 to be trained on, or all held-out ones.
         """
-        labels = FrameLabels(table, stride, receptive_field)
+        labels = FrameLabels(table, grid)
         train = self.train_corpus if source == "audio" else None
         valid = self.valid_corpus if isinstance(self.config.valid, str) == (source == "valid") else None
         judged = {cut.id: table.problem(cut) for corpus in (train, valid) if corpus is not None for cut in corpus.cuts}

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from fastssl.data.audio import SAMPLE_RATE_HZ, AudioError
-from fastssl.data.recordings import Chunk, read_chunks
+from fastssl.data.recordings import Chunk, FrameGrid, read_chunks
 from fastssl.interop import load_encoder
+from fastssl.models.config import SpeechEncoderConfig
 from fastssl.models.speech_encoder import SpeechEncoder
 from fastssl.nn.compression import Compressed
 from fastssl.packing import Packed
@@ -77,6 +78,11 @@ def fixed_frame_period_s(encoder: SpeechEncoder) -> float | None:
     if encoder.compressor is None:
         return period_s
     return None if encoder.compressor.factor is None else period_s * encoder.compressor.factor
+
+
+def frame_grid(config: SpeechEncoderConfig) -> FrameGrid:
+    """Which samples the frames of an encoder's front end see."""
+    return FrameGrid(config.samples_per_frame, config.receptive_field_samples)
 
 
 def default_workers() -> int:
@@ -156,8 +162,7 @@ class _Chunks(IterableDataset[tuple[int, Chunk | str | None]]):
         self.reading = reading
         # Not the encoder: this goes to the workers.
         self.normalize = encoder.config.do_normalize
-        self.stride = encoder.config.samples_per_frame
-        self.receptive_field = encoder.config.receptive_field_samples
+        self.grid = frame_grid(encoder.config)
 
     def __iter__(self) -> Iterator[tuple[int, Chunk | str | None]]:
         worker = get_worker_info()
@@ -169,8 +174,7 @@ class _Chunks(IterableDataset[tuple[int, Chunk | str | None]]):
                 overlap_s=self.reading.overlap_s,
                 normalize=self.normalize,
                 channel=self.reading.channel,
-                stride=self.stride,
-                receptive_field=self.receptive_field,
+                grid=self.grid,
             )
             try:
                 for chunk in chunks:

@@ -9,9 +9,9 @@ from rich.progress import track
 
 from fastssl.data.audio import SAMPLE_RATE_HZ, AudioError
 from fastssl.data.corpus import Problem, cut_name, open_corpus
-from fastssl.data.recordings import chunk_hop, count_frames
+from fastssl.data.recordings import chunk_hop
 from fastssl.models.speech_encoder import SpeechEncoder
-from fastssl.train.encode import Reading, encode_recordings, fixed_frame_period_s, open_encoder_at
+from fastssl.train.encode import Reading, encode_recordings, fixed_frame_period_s, frame_grid, open_encoder_at
 from fastssl.train.shards import Shards
 
 logger = logging.getLogger(__name__)
@@ -67,17 +67,11 @@ def extract(
     if layer is not None and not 0 <= layer <= layers:
         raise ValueError(f"--layer: the model has layers 0 to {layers}, got {layer}")
     layer = layers if layer is None else layer
-    receptive_field = encoder.config.receptive_field_samples
-    corpus = open_corpus(audio, min_duration_s=receptive_field / SAMPLE_RATE_HZ, window_s=None, max_bad_fraction=1.0)
+    grid = frame_grid(encoder.config)
+    corpus = open_corpus(audio, min_duration_s=grid.shortest_s, window_s=None, max_bad_fraction=1.0)
     # Before anything is written: the folder remembers the settings, and then takes no others.
     for rate_hz in sorted({cut.recording.sampling_rate for cut in corpus.cuts}):
-        chunk_hop(
-            rate_hz,
-            chunk_s=chunk_s,
-            overlap_s=overlap_s,
-            stride=encoder.config.samples_per_frame,
-            receptive_field=receptive_field,
-        )
+        chunk_hop(rate_hz, chunk_s=chunk_s, overlap_s=overlap_s, grid=grid)
     shards = Shards(
         Path(output),
         settings={
@@ -109,9 +103,8 @@ def extract(
         else:
             entry = {"file": cut_name(cut), "layer": layer, "frame_period_s": frame_period_s, "frames": len(features)}
             if frame_period_s is None:
-                samples, stride = round(cut.duration * SAMPLE_RATE_HZ), encoder.config.samples_per_frame
-                before = count_frames(samples, stride=stride, receptive_field=receptive_field)
-                entry["frame_period_s"] = stride / SAMPLE_RATE_HZ * before / len(features)
+                before = grid.count(round(cut.duration * SAMPLE_RATE_HZ))
+                entry["frame_period_s"] = grid.stride / SAMPLE_RATE_HZ * before / len(features)
             shards.add(cut.id, {cut.id: features}, entry)
     shards.close()
     for problem in problems:

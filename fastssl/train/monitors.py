@@ -85,6 +85,9 @@ class Monitor(Callback):
         self.audio_s = 0.0
         #: What the progress bar shows: of the last update, and of the last row.
         self.shown: dict[str, float] = {}
+        #: The last scores of the held-out recordings, by column, and the update after which they were measured.
+        self.scores: dict[str, float] = {}
+        self.scored_at = 0
         self._window: dict[str, float] = {}
         self._code_counts = torch.empty(0, dtype=torch.float64)
         self._problems: list[Problem] = []
@@ -96,9 +99,11 @@ class Monitor(Callback):
         self._board: SummaryWriter | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Audio seen, the open interval, and how long the codes look collapsed."""
+        """Audio seen, the last scores, the open interval, and how long the codes look collapsed."""
         return {
             "audio_s": self.audio_s,
+            "scores": self.scores,
+            "scored_at": self.scored_at,
             "window": dict(self._window),
             "code_counts": self._code_counts,
             "collapsed": self._collapsed,
@@ -107,6 +112,7 @@ class Monitor(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where the checkpoint was written."""
         self.audio_s = state_dict["audio_s"]
+        self.scores, self.scored_at = state_dict.get("scores", {}), state_dict.get("scored_at", 0)
         self._window = dict(state_dict["window"])
         self._code_counts = state_dict.get("code_counts", self._code_counts)
         self._collapsed = state_dict["collapsed"]
@@ -190,6 +196,7 @@ class Monitor(Callback):
         scores = {f"valid_{name}": value for name, value in pl_module.last_validation.items()}
         scores = {name: value for name, value in scores.items() if name in metric_columns(self.score_names)}
         self.shown |= scores
+        self.scores, self.scored_at = scores, trainer.global_step
         self.write(trainer, scores)
         if trainer.is_global_zero:
             held_out = {name.removeprefix("valid_"): value for name, value in scores.items()}

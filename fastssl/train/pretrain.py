@@ -5,7 +5,6 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,6 +14,7 @@ from rich import get_console
 
 from fastssl.models.distillation import DistillationModel
 from fastssl.models.encoder import EncoderConfig
+from fastssl.models.model_card import ModelCard
 from fastssl.train.card import make_card
 from fastssl.train.checkpoints import AtomicCheckpointIO, PeriodicCheckpoint, initialise, save_encoder, saved_update
 from fastssl.train.config import PretrainConfig, TrainerConfig, check_resumable, write_config
@@ -121,11 +121,16 @@ def _fit(
         resume_at=None if resume_from is None else saved_update(resume_from),
     )
     scores_every = min(settings.val_check_interval, settings.max_steps)
-    card = partial(make_card, run, recipe=config.recipe, data_hours=data.train_corpus.duration_s / 3600)
+
+    def card(updates: int) -> ModelCard:
+        hours = data.train_corpus.duration_s / 3600
+        scores, scored_at = monitor.scores, monitor.scored_at
+        return make_card(recipe=config.recipe, data_hours=hours, updates=updates, scores=scores, scored_at=scored_at)
+
     checkpoints = PeriodicCheckpoint(
         run,
         model.speech_encoder,
-        card=lambda update: card(updates=update),
+        card=card,
         every=settings.checkpoint_every,
         keep_every=settings.keep_every,
         scores_every=None if data.valid_corpus is None else scores_every,
@@ -163,7 +168,7 @@ def _fit(
     )
     trainer.fit(module, datamodule=data, ckpt_path=resume_from)
     if trainer.is_global_zero:
-        save_encoder(model.speech_encoder, run / "encoder", card=card(updates=trainer.global_step))
+        save_encoder(model.speech_encoder, run / "encoder", card=card(trainer.global_step))
         draw_report(run)
         get_console().print(summarise(run, data.account))
         logger.info("encoder: %s", run / "encoder")

@@ -14,14 +14,12 @@ from rich.progress import track
 from rich.table import Table
 
 import fastssl
-from fastssl.data.audio import SAMPLE_RATE_HZ
 from fastssl.data.corpus import Problem, open_corpus
-from fastssl.data.recordings import count_frames
 from fastssl.models.folder import write_json
 from fastssl.models.speech_encoder import SpeechEncoder
 from fastssl.packing import Packed
 from fastssl.train.card import checked_out_commit
-from fastssl.train.encode import open_encoder_at
+from fastssl.train.encode import frame_grid, open_encoder_at
 from fastssl.train.quality import MAX_FRAMES, LayerQuality, first_minutes, measure_quality, quality_loader
 
 logger = logging.getLogger(__name__)
@@ -71,8 +69,7 @@ def quality(
     if output.suffix != ".json" or output.is_dir():
         raise ValueError(f"--output: {output} must be a file that ends with .json")
     encoder = open_encoder_at(model, device=device, rate=rate, frame_period_ms=frame_period_ms)
-    shortest_s = encoder.config.receptive_field_samples / SAMPLE_RATE_HZ
-    corpus = open_corpus(audio, min_duration_s=shortest_s, max_bad_fraction=1.0)
+    corpus = open_corpus(audio, min_duration_s=frame_grid(encoder.config).shortest_s, max_bad_fraction=1.0)
     cuts = first_minutes(corpus.cuts, minutes)
     problems = list(corpus.problems)
     waveforms = _Waveforms(cuts, problems, encoder, channel=channel)
@@ -119,8 +116,7 @@ class _Waveforms:
         self, cuts: Sequence[Cut], problems: list[Problem], encoder: SpeechEncoder, *, channel: int | None
     ) -> None:
         self.seconds, self.frames = 0.0, 0
-        self._stride = encoder.config.samples_per_frame
-        self._receptive_field = encoder.config.receptive_field_samples
+        self._grid = frame_grid(encoder.config)
         self.problems = problems
         self._batches = quality_loader(cuts, normalize=encoder.config.do_normalize, channel=channel)
 
@@ -129,10 +125,7 @@ class _Waveforms:
         for batch in track(self._batches, "audio", console=console, disable=not console.is_terminal):
             self.problems += batch.problems
             self.seconds += batch.duration_s
-            self.frames += sum(
-                count_frames(length, stride=self._stride, receptive_field=self._receptive_field)
-                for length in batch.waveforms.layout.lengths
-            )
+            self.frames += sum(map(self._grid.count, batch.waveforms.layout.lengths))
             if batch.names:
                 yield batch.waveforms
         if not self.seconds:

@@ -8,6 +8,7 @@ from typing import Literal
 from fastssl.data.labels import LabelTable
 from fastssl.train.config import PretrainConfig
 from fastssl.train.data import PretrainDataModule, Use
+from fastssl.train.encode import frame_grid
 from fastssl.train.label import DONE_FILE, LabelSettings, label
 from fastssl.train.systems import SYSTEMS
 from fastssl.train.waiting import by_first_process
@@ -82,8 +83,7 @@ def labels_for_run(
 def _attach(
     source: Literal["audio", "valid"], table: LabelTable, use: Use, config: PretrainConfig, data: PretrainDataModule
 ) -> None:
-    stride, receptive_field = config.model.samples_per_frame, config.model.receptive_field_samples
-    data.attach_labels(source, table, stride=stride, receptive_field=receptive_field, use=use)
+    data.attach_labels(source, table, grid=frame_grid(config.model), use=use)
 
 
 def _label_or_wait(

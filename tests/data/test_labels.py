@@ -15,6 +15,7 @@ from fastssl.data.batches import BatchSpec, FrameLabels, FrameSegments, Waveform
 from fastssl.data.corpus import open_corpus, write_manifest
 from fastssl.data.labels import LABELS_FILE, SETTINGS_FILE, LabelTable, as_line, labelled_part
 from fastssl.data.mfcc import differences, mfcc
+from fastssl.data.recordings import FrameGrid
 from tests.data.making import noise, write
 
 
@@ -45,7 +46,7 @@ def corpus(tmp_path: Path) -> list[Cut]:
 
 def test_a_frame_gets_the_label_around_its_centre(corpus: list[Cut], tmp_path: Path) -> None:
     table = LabelTable(tmp_path / "labels")
-    dataset = WaveformDataset(normalize=False, labels=FrameLabels(table, 320, 400))
+    dataset = WaveformDataset(normalize=False, labels=FrameLabels(table, FrameGrid(320, 400)))
     assert len(corpus) == 4
     for update in range(3):
         for crop_s in (None, 0.7):
@@ -77,7 +78,7 @@ def _write_segments(folder: Path, cuts: list[Cut], lengths: list[int], *, shift_
 def test_a_crop_knows_how_long_its_segments_are_outside_of_it(corpus: list[Cut], tmp_path: Path) -> None:
     whole = [cut for cut in corpus if cut.id in ("a.wav", "b.wav")]
     _write_segments(tmp_path / "segments", whole, [3, 5, 1, 7], shift_s=0.02)
-    labels = FrameLabels(LabelTable(tmp_path / "segments"), 320, 320)
+    labels = FrameLabels(LabelTable(tmp_path / "segments"), FrameGrid(320, 320))
     dataset = WaveformDataset(normalize=False, segments=labels)
     # Of whole recordings, whose frames are those of the labels.
     expected_weights = np.repeat(1 / np.array([3, 5, 1, 7]), [3, 5, 1, 7]).astype(np.float32)
@@ -105,7 +106,9 @@ def test_a_crop_knows_how_long_its_segments_are_outside_of_it(corpus: list[Cut],
 def test_segments_add_up_to_one_at_other_frame_rates(corpus: list[Cut], tmp_path: Path) -> None:
     whole = [cut for cut in corpus if cut.id in ("a.wav", "b.wav")]
     _write_segments(tmp_path / "segments", whole, [8, 12, 14, 6], shift_s=0.01)
-    dataset = WaveformDataset(normalize=False, segments=FrameLabels(LabelTable(tmp_path / "segments"), 320, 320))
+    dataset = WaveformDataset(
+        normalize=False, segments=FrameLabels(LabelTable(tmp_path / "segments"), FrameGrid(320, 320))
+    )
     batch = dataset[BatchSpec(0, (whole[0],), None, seed=0)]
     assert batch.segments is not None
     weights, ends = batch.segments
@@ -123,7 +126,9 @@ def test_segments_add_up_to_one_at_other_frame_rates(corpus: list[Cut], tmp_path
 def test_the_last_segment_of_a_recording_ends_once(corpus: list[Cut], tmp_path: Path, shift_s: float) -> None:
     whole = [cut for cut in corpus if cut.id in ("a.wav", "b.wav")]
     _write_segments(tmp_path / "segments", whole, [5, 5], shift_s=shift_s)
-    dataset = WaveformDataset(normalize=False, segments=FrameLabels(LabelTable(tmp_path / "segments"), 320, 320))
+    dataset = WaveformDataset(
+        normalize=False, segments=FrameLabels(LabelTable(tmp_path / "segments"), FrameGrid(320, 320))
+    )
     for cut in whole:
         batch = dataset[BatchSpec(0, (cut,), None, seed=0)]
         assert batch.segments is not None
@@ -140,7 +145,7 @@ def test_windows_of_manifests_and_shards_have_labels(corpus: list[Cut], tmp_path
     windows = [cut for cut in open_corpus(prepared, window_s=1.3, min_duration_s=1).cuts if cut.start > 2.5]
     assert [labelled_part(cut)[0] for cut in windows] == ["c.wav"]
     assert table.problem(windows[0]) is None
-    found = table.at(windows[0], start_s=windows[0].start, frames=2, stride=320, receptive_field=400)
+    found = table.at(windows[0], start_s=windows[0].start, frames=2, grid=FrameGrid(320, 400))
     assert np.abs(found - [windows[0].start * 100 + 0.75, windows[0].start * 100 + 2.75]).max() <= 1
     # A window that was exported is a recording, and is labelled as one.
     shards = tmp_path / "shards"
@@ -231,7 +236,7 @@ def test_more_classes_than_two_bytes_hold(tmp_path: Path) -> None:
         path = tmp_path / "labels" / LABELS_FILE
         path.write_text(path.read_text().replace("49]", f"{largest}]"))
         if largest < classes:
-            found = LabelTable(tmp_path / "labels").at(cuts[0], start_s=0, frames=50, stride=160, receptive_field=160)
+            found = LabelTable(tmp_path / "labels").at(cuts[0], start_s=0, frames=50, grid=FrameGrid(160, 160))
             assert found.tolist() == [*range(49), largest]
         else:
             with pytest.raises(ValueError, match="has labels from 0 to 40000, where there are 100 classes"):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastssl.data.audio import AudioError, read_waveform
 from fastssl.data.corpus import open_corpus
-from fastssl.data.recordings import Chunk, count_frames, read_chunks
+from fastssl.data.recordings import WAV2VEC2, Chunk, FrameGrid, read_chunks
 from tests.data.making import noise, write
 
 RATES = (8000, 11025, 16000, 22050, 44100, 44101)
@@ -58,7 +58,7 @@ def test_chunks_are_stitched_to_the_frames_of_the_whole(
     whole = list(read_chunks(cut, chunk_s=100.0, overlap_s=1.0, normalize=normalize))
     assert len(whole) == 1
     expected = encode(whole[0].waveform)
-    assert len(expected) == count_frames(len(whole[0].waveform))
+    assert len(expected) == WAV2VEC2.count(len(whole[0].waveform))
     chunks = list(read_chunks(cut, chunk_s=chunk_s, overlap_s=overlap_s, normalize=normalize))
     assert all(chunk.start % 320 == 0 for chunk in chunks)
     # One sample more than fits makes no second chunk if it makes no further frame.
@@ -70,7 +70,7 @@ def test_every_kept_frame_has_context_on_both_sides(recordings: dict[int, Cut]) 
     chunks = list(read_chunks(recordings[16000], chunk_s=2.5, overlap_s=1.0, normalize=False))
     assert len(chunks) > 3
     for index, chunk in enumerate(chunks):
-        frames = count_frames(len(chunk.waveform))
+        frames = WAV2VEC2.count(len(chunk.waveform))
         assert chunk.keep.start == 0 if index == 0 else chunk.keep.start >= 24
         assert chunk.keep.stop == frames if index == len(chunks) - 1 else chunk.keep.stop <= frames - 24
 
@@ -100,13 +100,10 @@ def test_silence_stays_silence(tmp_path: Path) -> None:
 
 
 def test_another_stride_and_receptive_field(recordings: dict[int, Cut]) -> None:
-    chunks = list(
-        read_chunks(recordings[16000], chunk_s=2.0, overlap_s=0.2, normalize=False, stride=160, receptive_field=1200)
-    )
+    grid = FrameGrid(160, 1200)
+    chunks = list(read_chunks(recordings[16000], chunk_s=2.0, overlap_s=0.2, normalize=False, grid=grid))
     frames = [range(chunk.first_frame, chunk.first_frame + chunk.keep.stop - chunk.keep.start) for chunk in chunks]
-    assert [frame for kept in frames for frame in kept] == list(
-        range(count_frames(96000, stride=160, receptive_field=1200))
-    )
+    assert [frame for kept in frames for frame in kept] == list(range(grid.count(96000)))
 
 
 def test_windows_are_recordings_again(tmp_path: Path) -> None:

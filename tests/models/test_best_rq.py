@@ -12,7 +12,7 @@ from torch import Tensor
 
 import fastssl
 from fastssl.models.best_rq import PRESETS, BestRqConfig, BestRqForPreTraining
-from fastssl.models.compression import CompressedConfig
+from fastssl.models.config import CompressedConfig
 from fastssl.models.conformer import subsampled_layout
 from fastssl.nn.masking import sample_span_mask
 from fastssl.nn.random import draw_keys, utterance_keys

@@ -202,19 +202,17 @@ def test_a_rate_of_the_encoder_takes_a_gradient() -> None:
 def test_training_draws_a_rate_for_each_utterance() -> None:
     keys = draw_keys(200, generator=torch.Generator().manual_seed(0))
     config = make_model().config
-    rates = draw_compression(config, keys).rate
-    assert rates is not None
+    rates = draw_compression(config, keys)["rate"]
     assert rates.min() < 0.05
     assert rates.max() > 0.95
-    one = draw_compression(dataclasses.replace(config, compression_per_batch=True), keys).rate
-    assert one is not None
+    one = draw_compression(dataclasses.replace(config, compression_per_batch=True), keys)["rate"]
     assert one.tolist() == [rates[0]] * 200
     periods = dataclasses.replace(config, compression_draw="period", compression_range=(30.0, 90.0))
     drawn = draw_compression(periods, keys)
-    assert drawn.rate is None
-    assert drawn.frame_period_ms is not None
-    assert 30 <= drawn.frame_period_ms.min() < 32 < 88 < drawn.frame_period_ms.max() <= 90
-    assert draw_compression(make_model(compressor="none").config, keys) == (None, None)
+    assert drawn.keys() == {"frame_period_ms"}
+    assert 30 <= drawn["frame_period_ms"].min() < 32 < 88 < drawn["frame_period_ms"].max() <= 90
+    for fixed in (make_model(compressor="none"), make_model(compressor="average", compressor_factor=2)):
+        assert fixed.draw_compression(keys) == draw_compression(fixed.config, keys) == {}
 
 
 def segments_of(total: int) -> tuple[Tensor, Tensor]:

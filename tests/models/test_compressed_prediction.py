@@ -14,7 +14,7 @@ from fastssl.models.best_rq import BestRqConfig, BestRqForPreTraining
 from fastssl.models.conformer import ConformerConfig, ConformerEncoder
 from fastssl.models.folder import read_weights
 from fastssl.models.hubert import HubertConfig, HubertForPreTraining
-from fastssl.models.operations import count_operations, describe_compression
+from fastssl.models.multiplications import count_multiplications, describe_compression
 from fastssl.models.pretraining import PredictionOutput
 from fastssl.nn.random import draw_keys
 from fastssl.packing import Packed
@@ -175,7 +175,7 @@ def test_the_conformers_multiplications_are_those_that_torch_counts() -> None:
     config = ConformerConfig(**CONFORMER)
     encoder = ConformerEncoder(config).eval()
     seconds = 3.0
-    counted = count_operations(config, seconds=seconds)
+    counted = count_multiplications(config, seconds=seconds)
     frames = encoder(waveforms_of(int(16_000 * seconds))).features.layout.total
     dense = torch.randn(frames, 32)
     layer = encoder.encoder.layers[0]
@@ -197,4 +197,4 @@ def test_the_conformers_multiplications_are_those_that_torch_counts() -> None:
     assert counted.front_end == counter.get_total_flops() / 2
     free = replace(config, compressor="integrate-and-fire")
     assert describe_compression(free).startswith("integrate-and-fire, at a rate or frame period given at run time")
-    assert count_operations(free, seconds=seconds, frame_period_ms=80.0).transformer < counted.transformer / 2
+    assert count_multiplications(free, seconds=seconds, frame_period_ms=80.0).transformer < counted.transformer / 2

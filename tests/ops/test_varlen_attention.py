@@ -1,3 +1,4 @@
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -452,7 +453,9 @@ def test_cuda_calls_varlen_attn_where_it_serves(
         called.append(arguments)
         return varlen_attn(*arguments)
 
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: case["capability"])
+    major, minor = case["capability"]
+    properties = SimpleNamespace(major=major, minor=minor)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(varlen, "varlen_attn", spy)
     monkeypatch.setattr(dispatch, "DEFAULT_BACKEND", None)
     with FakeTensorMode():

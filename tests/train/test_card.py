@@ -3,9 +3,11 @@
 import dataclasses
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from fastssl.models.model_card import ModelCard
 from fastssl.train.card import checked_out_commit, make_card
 from fastssl.train.data import PretrainDataModule
 from fastssl.train.metrics_file import read_metrics
@@ -31,14 +33,33 @@ def test_a_run_leaves_a_card(make_config: MakeConfig) -> None:
         assert fact in text, fact
 
 
-def test_scores_of_later_updates_do_not_count(tmp_path: Path) -> None:
-    """A run that went back to its last checkpoint has not scored them."""
-    lines = ["update,loss,valid_accuracy", "2,1.0,", "2,,0.5", "3,1.0,", "4,,0.75"]
-    (tmp_path / "metrics.csv").write_text("\n".join(lines) + "\n")
-    for updates, score in ((1, None), (2, 0.5), (3, 0.5), (4, 0.75)):
-        card = make_card(tmp_path, recipe=None, data_hours=1.0, updates=updates)
-        assert list(card.quality.values()) == ([] if score is None else [score])
-    assert not make_card(tmp_path / "none", recipe=None, data_hours=1.0, updates=1).quality
+def test_a_resumed_run_has_the_scores_of_its_checkpoint(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scores of later updates do not count: a run that went back to its last checkpoint has not measured them."""
+    changes = {"trainer.max_steps": 3, "trainer.val_check_interval": 2, "trainer.checkpoint_every": 1, "data.crop_s": 1}
+    config = make_config(**changes)
+    scores: dict[int, tuple[int, float | None]] = {}
+
+    def spy(**facts: Any) -> ModelCard:
+        scores[facts["updates"]] = facts["scored_at"], facts["scores"].get("valid_accuracy")
+        card = make_card(**facts)
+        measured = [value for name, value in card.quality.items() if "accuracy of the masked frames" in name]
+        assert measured == ([] if scores[facts["updates"]][1] is None else [scores[facts["updates"]][1]])
+        return card
+
+    monkeypatch.setattr("fastssl.train.pretrain.make_card", spy)
+    pretrain(config)
+    assert scores[1] == (0, None)
+    assert scores[2] == scores[3]
+    at, score = scores[3]
+    assert at == 2
+    rows = read_metrics(Path(config.output) / "metrics.csv")
+    assert score == pytest.approx(next(row["valid_accuracy"] for row in rows if "valid_accuracy" in row), rel=1e-8)
+    longer = dataclasses.replace(config.trainer, max_steps=5, val_check_interval=5)
+    pretrain(dataclasses.replace(config, trainer=longer), resume=True)
+    assert scores[4] == (2, score)
+    assert scores[5][0] == 5
 
 
 def test_the_commit_is_that_of_git(tmp_path: Path) -> None:

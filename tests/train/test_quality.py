@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from fastssl import cli
 from fastssl.data.corpus import open_corpus
 from fastssl.metrics import effective_rank, fit_kmeans, score_clusters
-from fastssl.models.encoder import Encoder, EncoderConfig, EncoderOutput
+from fastssl.models.encoder import Encoder, EncoderConfig
+from fastssl.models.speech_encoder import EncoderOutput
 from fastssl.packing import Layout, Packed
 from fastssl.train import quality as quality_module
 from fastssl.train.quality import first_minutes, measure_quality, quality_loader

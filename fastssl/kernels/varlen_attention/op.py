@@ -162,7 +162,7 @@ def _why_not_torch(
             return "varlen_attn of PyTorch 2.10 has the default scale only"
         if layout.total == 0:
             return "varlen_attn takes no empty batch"
-        if _compute_capability(q.device) < (8, 0):
+        if torch.cuda.get_device_properties(q.device).major < 8:  # the compiler takes it for a constant
             return "varlen_attn needs compute capability 8.0"
     return None
 
@@ -171,11 +171,6 @@ def _why_not_triton(q: Tensor) -> str | None:
     if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"its kernels take float32, float16 and bfloat16, not {q.dtype}"
     return f"its kernels take E up to 128, not {q.shape[2]}" if q.shape[2] > 128 else None
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _compute_capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
 
 
 def _check(

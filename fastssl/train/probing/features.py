@@ -14,13 +14,11 @@ from torch import Tensor
 from fastssl.data.audio import SAMPLE_RATE_HZ, AudioError, read_waveform
 from fastssl.data.corpus import Problem, cut_name, scan_file
 from fastssl.data.mfcc import differences
-from fastssl.data.recordings import count_frames
 from fastssl.data.waveforms import pack_waveforms, waveform_batch
-from fastssl.models.conformer import ConformerConfig
-from fastssl.models.encoder import EncoderConfig
-from fastssl.models.speech_encoder import SpeechEncoder, fresh_encoder
+from fastssl.models.config import SpeechEncoderConfig
+from fastssl.models.speech_encoder import SpeechEncoder
 from fastssl.packing import Packed
-from fastssl.train.encode import fixed_frame_period_s
+from fastssl.train.encode import fixed_frame_period_s, frame_grid
 from fastssl.train.probing.tables import Table
 
 #: Audio that goes through an encoder at a time; on the CPU features do not depend on it.
@@ -91,7 +89,7 @@ class RandomSource(EncoderSource):
         device = next(encoder.parameters()).device
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            fresh = fresh_encoder(encoder.config).to(device)
+            fresh = type(encoder)(encoder.config).to(device)
         ours, theirs = fresh.compressor, encoder.compressor
         if ours is not None and theirs is not None:
             ours.rate, ours.frame_period_ms = theirs.rate, theirs.frame_period_ms
@@ -163,12 +161,11 @@ class Features:
     too_short: int
     lengths: tuple[int, ...]
 
-    def mean_frame_period_s(self, config: EncoderConfig | ConformerConfig) -> float:
+    def mean_frame_period_s(self, config: SpeechEncoderConfig) -> float:
         """Of all examples of an encoder together: the period of its front end, by how many frames a compressor left."""
         lengths = [round(seconds * SAMPLE_RATE_HZ) for seconds in self.seconds]
-        stride, receptive_field = config.samples_per_frame, config.receptive_field_samples
-        before = sum(count_frames(length, stride=stride, receptive_field=receptive_field) for length in lengths)
-        return stride / SAMPLE_RATE_HZ * before / sum(self.lengths)
+        before = sum(map(frame_grid(config).count, lengths))
+        return config.samples_per_frame / SAMPLE_RATE_HZ * before / sum(self.lengths)
 
 
 class Standard(NamedTuple):

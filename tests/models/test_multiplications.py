@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastssl.models.encoder import Encoder, EncoderConfig
 from fastssl.models.model_card import ModelCard
-from fastssl.models.operations import count_operations, describe_compression
+from fastssl.models.multiplications import count_multiplications, describe_compression
 
 transformers = pytest.importorskip("transformers")
 _TWO_LAYERS = EncoderConfig(num_hidden_layers=2)
@@ -16,11 +16,11 @@ _TWO_LAYERS = EncoderConfig(num_hidden_layers=2)
 
 def test_counts_of_the_base_models_for_ten_seconds() -> None:
     """24.54 G of convolutions; behind them 10.38 G in two layers and 49.5 G in twelve."""
-    two, twelve = count_operations(_TWO_LAYERS, seconds=10.0), count_operations(EncoderConfig(), seconds=10.0)
+    two, twelve = count_multiplications(_TWO_LAYERS, seconds=10.0), count_multiplications(EncoderConfig(), seconds=10.0)
     assert two.front_end == twelve.front_end == pytest.approx(24.54e9, rel=1e-3)
     assert two.transformer == pytest.approx(10.38e9, rel=1e-3)
     assert twelve.transformer == pytest.approx(49.5e9, rel=2e-3)
-    assert count_operations(_TWO_LAYERS, seconds=0.01).transformer == 0
+    assert count_multiplications(_TWO_LAYERS, seconds=0.01).transformer == 0
 
 
 @pytest.mark.parametrize("seconds", [1.0, 7.3])
@@ -42,18 +42,18 @@ def test_equal_what_torch_counts(seconds: float) -> None:
         theirs(torch.randn(1, int(16_000 * seconds)))
     counted = counter.get_total_flops() / 2
     # A padded convolution counts frames that are zeros.
-    assert count_operations(config, seconds=seconds).total == pytest.approx(counted, rel=0.02)
+    assert count_multiplications(config, seconds=seconds).total == pytest.approx(counted, rel=0.02)
 
 
 def test_fewer_frames_spare_what_is_behind_the_convolutions() -> None:
     config = replace(_TWO_LAYERS, compressor="integrate-and-fire")
-    all_frames = count_operations(config, seconds=10.0, frame_period_ms=20.0)
-    quarter = count_operations(config, seconds=10.0, frame_period_ms=80.0)
+    all_frames = count_multiplications(config, seconds=10.0, frame_period_ms=20.0)
+    quarter = count_multiplications(config, seconds=10.0, frame_period_ms=80.0)
     assert quarter.front_end == all_frames.front_end
     assert quarter.front_end == pytest.approx(24.54e9 + 499 * 512 * (5 * 512 + 1), rel=1e-3)
     assert all_frames.transformer / 4.5 < quarter.transformer < all_frames.transformer / 4
-    two = count_operations(_TWO_LAYERS, seconds=10.0)
-    average = count_operations(replace(_TWO_LAYERS, compressor="average", compressor_factor=4), seconds=10.0)
+    two = count_multiplications(_TWO_LAYERS, seconds=10.0)
+    average = count_multiplications(replace(_TWO_LAYERS, compressor="average", compressor_factor=4), seconds=10.0)
     assert average.front_end == two.front_end
     assert average.transformer == quarter.transformer
 

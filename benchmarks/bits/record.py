@@ -1,0 +1,93 @@
+"""Results of one tree by name, as they are written to a file and compared with those of another."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastssl import Layout
+
+Results = dict[str, Tensor | str]
+
+
+class Record:
+    """Collects results by name: tensors to the bit, everything else as text.
+
+    Args:
+        match: Calls whose name does not contain this text are skipped.
+    """
+
+    def __init__(self, match: str = "") -> None:
+        self.match = match
+        self.results: Results = {}
+
+    def add(self, name: str, value: Any) -> None:
+        """Take in a value, and what it is made of under longer names; None is left out."""
+        if value is None:
+            return
+        if isinstance(value, Tensor):
+            self.results[name] = value.detach().clone()
+        elif isinstance(value, Layout):
+            self.add(f"{name}.cu_seqlens", value.cu_seqlens)
+            self.results[f"{name}.lengths"] = str(value.lengths)
+        elif isinstance(value, Mapping):
+            for key, item in value.items():
+                self.add(f"{name}.{key}", item)
+        elif isinstance(value, Sequence) and not isinstance(value, str):
+            for key, item in zip(getattr(value, "_fields", range(len(value))), value, strict=True):
+                self.add(f"{name}.{key}", item)
+        else:
+            self.results[name] = str(value)
+
+    def attempt(self, name: str, call: Callable[[], Any]) -> None:
+        """Take in what a call returns, or the kind of its error: a refusal is a result too, its words are not."""
+        if self.match not in name:
+            return
+        try:
+            value = call()
+        except (ValueError, RuntimeError, NotImplementedError) as error:
+            self.results[name] = f"raises {type(error).__name__}"
+        else:
+            self.add(name, value)
+
+    def save(self, path: str | Path) -> None:
+        """Write everything to a file."""
+        torch.save(self.results, path)
+
+
+def load(path: Path) -> Results:
+    """Read what `Record.save` wrote."""
+    results: Results = torch.load(path, weights_only=True)
+    return results
+
+
+def score(value: Any) -> Tensor:
+    """A weighted sum () of all floating tensors in a result, whose weights leave no direction out by symmetry."""
+    total = torch.zeros((), dtype=torch.float64)
+    for x in _differentiable(value):
+        weights = torch.sin(torch.arange(x.numel(), dtype=torch.float64) + 1).reshape(x.shape)
+        total = total + (x.double() * weights).sum()
+    return total
+
+
+def _differentiable(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value] if value.requires_grad else []
+    if isinstance(value, Layout | str):
+        return []
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return [x for item in value for x in _differentiable(item)] if isinstance(value, Sequence) else []
+
+
+def with_gradients(call: Callable[[], Any], leaves: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What a call returns, and the gradients of a sum of it by the name of the leaf."""
+    value = call()
+    wanted = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
+    total = score(value)
+    if not total.requires_grad:
+        return {"out": value}
+    gradients = torch.autograd.grad(total, list(wanted.values()), allow_unused=True)
+    return {"out": value, "grad": dict(zip(wanted, gradients, strict=True))}

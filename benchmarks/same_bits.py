@@ -1,0 +1,71 @@
+"""Whether this checkout computes what another commit computed, to the bit: `python -m benchmarks.same_bits COMMIT`.
+
+Both trees run the same programs, in one run of this one, on the CPU: every op with every backend that there is, our
+own encoders, other people's models after `accelerate`, and short training runs, some of which the other commit begins
+and this checkout finishes. Exit status 1 says that something differs. Only accelerated models may differ by up to 4 eps
+of their largest element; such results are counted apart.
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.bits.compare import Group, compare, table
+from benchmarks.bits.record import load
+from benchmarks.bits.runs import compare_runs
+from benchmarks.bits.trees import ROOT, Tree, check_out, finish
+
+#: What each part may differ by, in eps.
+PARTS = {"ops": 0.0, "encoders": 0.0, "accelerated": 4.0, "runs": 0.0}
+
+
+def compare_part(part: str, before: Tree, after: Tree, folder: Path, *, match: str, updates: int) -> dict[str, Group]:
+    """Run the program of a part in both trees at the same time, and compare what they say."""
+    if part == "runs":
+        return compare(*compare_runs(before, after, folder, match=match, updates=updates))
+    files = {tree: folder / f"{part}-{tree.name}.pt" for tree in (before, after)}
+    logs = {tree: file.with_suffix(".log") for tree, file in files.items()}
+    running = {tree: tree.start(f"benchmarks.bits.{part}", file, match, log=logs[tree]) for tree, file in files.items()}
+    try:
+        for tree, process in running.items():
+            finish(process, f"{part} of {tree.name}", logs[tree])
+    finally:
+        for process in running.values():
+            process.kill()
+    return compare(load(files[before]), load(files[after]), tolerance_eps=PARTS[part])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("commit", help="what to compare with: a commit, or the folder of another checkout")
+    parser.add_argument("--only", action="append", choices=PARTS, help="compare this part alone; may be repeated")
+    parser.add_argument("--match", default="", help="compare only calls and runs whose name contains this text")
+    parser.add_argument("--updates", type=int, default=20, help="length of a run, even (default: 20)")
+    parser.add_argument("--modules", type=Path, help="folder with compiled modules of COMMIT, instead of building them")
+    given = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory(prefix="same-bits-") as name:
+        folder = Path(name)
+        checkout = Path(given.commit)
+        if not (checkout / "fastssl").is_dir():
+            checkout = folder / "checkout"
+            try:
+                check_out(given.commit, checkout, modules=given.modules)
+            except ValueError as error:
+                parser.error(str(error))
+        before, after = Tree("before", checkout, folder / "before"), Tree("after", ROOT, folder / "after")
+        failed = False
+        for part in given.only or PARTS:
+            began_s = time.monotonic()
+            groups = compare_part(part, before, after, folder, match=given.match, updates=given.updates)
+            print(f"\n{table(part, groups)}\n{time.monotonic() - began_s:.0f} s", flush=True)
+            failed |= any(group.different for group in groups.values())
+    print("\nDIFFERENT" if failed else "\nequal")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

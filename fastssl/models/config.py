@@ -1,0 +1,206 @@
+"""Settings that every encoder has, and those that train a compressor."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from fastssl.models.folder import SAMPLE_RATE_HZ
+from fastssl.nn.compression import KINDS
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class Parts(NamedTuple):
+    """Multiply-accumulates of one utterance, before sequence compression saves any."""
+
+    frames: int  # frames of the front end
+    front_end: int
+    c_in: int  # channels of these frames, where a compressor takes them
+    per_frame: int  # after the front end, for each frame, without attention's products of frames with frames
+
+
+@dataclass(frozen=True)
+class CompressorConfig:
+    """Whether an encoder has a compressor, and of which kind.
+
+    Args:
+        compressor: How the front end's frames become fewer, a kind of `nn.SequenceCompressor`; "none" keeps all of
+            them. Transformers has no compressor and opens such an encoder without it.
+        compressor_factor: Frames that become one; for "average" and "strided".
+        compression_draw: What integrate-and-fire draws for each utterance in training: the "rate" (lambda), or the
+            frame "period", from which the utterance's own rate follows.
+        compression_range: The two numbers between which it is drawn, uniformly: a rate within 0 and 2, or a period in
+            milliseconds. Twice the same number trains for this one alone, and the encoder then opens at it.
+    """
+
+    compressor: str = "none"
+    compressor_factor: int = 1
+    compression_draw: str = "rate"
+    compression_range: tuple[float, ...] = (0.0, 1.0)
+
+    def __post_init__(self) -> None:
+        if self.compressor not in ("none", *KINDS):
+            raise ValueError(f"compressor: {self.compressor!r} is none of none, {', '.join(KINDS)}")
+        if self.compressor_factor != 1 and self.compressor not in ("average", "strided"):
+            raise ValueError(f"compressor_factor: is of 'average' and 'strided', got one for {self.compressor!r}")
+        if self.compression_draw not in ("rate", "period"):
+            raise ValueError(f"compression_draw: must be rate or period, got {self.compression_draw!r}")
+        limits = (0.0, 2.0) if self.compression_draw == "rate" else (self.frame_period_ms, math.inf)
+        numbers = self.compression_range
+        if len(numbers) != 2 or not limits[0] <= numbers[0] <= numbers[1] <= limits[1] or math.isinf(numbers[1]):
+            raise ValueError(
+                f"compression_range: must be two rising numbers from {limits[0]:g} to {limits[1]:g} "
+                f"(compression_draw is {self.compression_draw}), got {list(numbers)}"
+            )
+
+    @property
+    def draws_rates(self) -> bool:
+        """Whether the compressor serves any rate, and training draws one for each utterance."""
+        return self.compressor == "integrate-and-fire"
+
+    @property
+    def meets_all_frames(self) -> bool:
+        """Whether training sees every frame of the front end, always or at times."""
+        if self.draws_rates:
+            return self.compression_range[0] <= (0.0 if self.compression_draw == "rate" else self.frame_period_ms)
+        return self.compressor_factor == 1
+
+    @property
+    def samples_per_frame(self) -> int:
+        """Samples from one frame of the front end to the next."""
+        raise NotImplementedError
+
+    @property
+    def frame_period_ms(self) -> float:
+        """Milliseconds from one frame of the front end to the next."""
+        return 1000 * self.samples_per_frame / SAMPLE_RATE_HZ
+
+
+#: What a plain encoder does not have.
+COMPRESSOR_FIELDS = tuple(field.name for field in fields(CompressorConfig))
+
+
+@dataclass(frozen=True)
+class SpeechEncoderConfig(CompressorConfig):
+    """The settings shared by `EncoderConfig` and `ConformerConfig`; names and defaults of Transformers' base models.
+
+    Args:
+        hidden_size: Width of the layers.
+        num_hidden_layers: Number of layers.
+        num_attention_heads: Heads of each layer.
+        intermediate_size: Width of the feed-forward layers.
+        hidden_dropout: Dropout on the output of each block and on the input of the first layer.
+        attention_dropout: Dropout on attention probabilities.
+        activation_dropout: Dropout inside the feed-forward layers.
+        layerdrop: Probability of skipping a layer in training.
+        conv_dim: Channels of each convolution of the front end.
+        layer_norm_eps: Added to the variance in layer norms.
+        do_normalize: Whether waveforms are brought to zero mean and unit variance before the encoder.
+        model_type: The architecture.
+
+    Raises:
+        ValueError: Values that no encoder has, or that do not fit together.
+    """
+
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_dropout: float = 0.1
+    attention_dropout: float = 0.1
+    activation_dropout: float = 0.1
+    layerdrop: float = 0.1
+    conv_dim: tuple[int, ...] = (512,) * 7
+    layer_norm_eps: float = 1e-5
+    do_normalize: bool = True
+    model_type: str = "wav2vec2"
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Self":
+        """Read the values of a `config.json`: unknown keys are ignored, missing ones take their defaults.
+
+        Raises:
+            ValueError: A value is not supported.
+        """
+        names = {field.name for field in fields(cls)}
+        known: dict[str, Any] = {name: value for name, value in values.items() if name in names}
+        known |= {name: tuple(value) for name, value in known.items() if isinstance(value, list)}
+        return cls(**known)
+
+    @property
+    def receptive_field_samples(self) -> int:
+        """Samples that one frame of the front end sees."""
+        raise NotImplementedError
+
+    def count_parts(self, samples: int) -> Parts:
+        """Count the multiplications for an utterance of so many samples, had the encoder no compressor."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class CompressedConfig(CompressorConfig):
+    """How an encoder's compressor is trained, if it has one; a system's config inherits it beside its encoder's.
+
+    Args:
+        compression_per_batch: One draw for all utterances of a batch, as the authors' code has it.
+        segment_loss_weight: Weight of the loss that wants frames to fire where segments end (`data.segments`).
+        frame_loss_weight: Weight of the loss that wants a frame's weight to be one over the length of its segment.
+        quantity_loss_weight: Weight of the distance from `quantity_share`.
+        quantity_share: Share of frames that is wanted.
+    """
+
+    compression_per_batch: bool = False
+    segment_loss_weight: float = 0.05
+    frame_loss_weight: float = 0.5
+    quantity_loss_weight: float = 0.0
+    quantity_share: float = 0.25
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("segment_loss_weight", "frame_loss_weight", "quantity_loss_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: must not be negative, got {getattr(self, name)}")
+        if not 0 < self.quantity_share <= 1:
+            raise ValueError(f"quantity_share: must be above 0 and at most 1, got {self.quantity_share}")
+
+
+@dataclass(frozen=True)
+class MaskedConfig(CompressedConfig):
+    """How spans of frames are masked.
+
+    Args:
+        mask_time_prob: Share of frames that would be masked if spans did not overlap.
+        mask_time_length: Frames of a masked span.
+        mask_time_min_masks: Least number of spans per utterance.
+    """
+
+    mask_time_prob: float = 0.65
+    mask_time_length: int = 10
+    mask_time_min_masks: int = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.mask_time_prob <= 1:
+            raise ValueError(f"mask_time_prob: must be in [0, 1], got {self.mask_time_prob}")
+
+
+def check_value(name: str, value: Any, default: Any) -> None:
+    """Check a value that may come from a file: it must be of its default's type, and a size must be at least 1.
+
+    Raises:
+        ValueError: It is not; names the field.
+    """
+    if isinstance(default, tuple):
+        if not isinstance(value, tuple) or not value:
+            raise ValueError(f"{name}: must be a list with an entry for each convolution, got {value!r}")
+        for entry in value:
+            check_value(name, entry, default[0])
+        return
+    kinds = (int, float) if isinstance(default, float) else (type(default),)
+    if type(value) not in kinds:
+        raise ValueError(f"{name}: must be of type {type(default).__name__}, got {value!r}")
+    least = 0 if name in ("num_hidden_layers", "mask_time_min_masks") else 1
+    if type(default) is int and value < least:
+        raise ValueError(f"{name}: must be at least {least}, got {value}")
