@@ -33,7 +33,7 @@ PLACES = {
     ("interop/load.py", "(ConformerEncoder if is_conformer else Encoder).from_pretrained"): (1, "safetensors"),
     ("interop/transformers.py", "importlib.import_module"): (2, "a module of Transformers, from a fixed table"),
     ("models/folder.py", "torch.load"): (1, "weights_only"),
-    ("kernels/dispatch.py", "importlib.import_module"): (2, "a constant of an op of ours"),
+    ("kernels/dispatch.py", "importlib.import_module"): (1, "a constant of an op of ours"),
     ("kernels/dispatch.py", "torch.ops.load_library"): (1, "compiled modules, from the folder of the package"),
     ("train/checkpoints.py", "torch.load"): (2, "weights_only"),
     ("train/pretrain.py", "trainer.fit"): (

@@ -54,7 +54,13 @@ def philox(
     return c0, c1, c2, c3
 
 
-def resolve_seed(seed: Tensor | None, *, dropout_p: float, offset: int, device: torch.device) -> Tensor | None:
+def resolve_seed(
+    seed: Tensor | None,  # ()
+    *,
+    dropout_p: float,
+    device: torch.device,
+    offset: int = 0,
+) -> Tensor | None:  # ()
     """The seed of a call: none without dropout, the caller's, or one from PyTorch's generator of the device.
 
     Drawing one does not wait for the device, and activation checkpointing, which restores the generator, repeats it.

@@ -1,9 +1,11 @@
-"""What holds for every op alike: extreme batches, the same bits every time, and no waiting for a GPU.
+"""What holds for every op alike: extreme batches, same bits every time, strided arguments, and no waiting for a GPU.
 
 An op that is not in `CASES` fails `test_no_op_is_forgotten`.
 """
 
+import inspect
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -115,6 +117,57 @@ CASES: dict[str, Case] = {
 }
 
 
+#: (op, tensors, options): together they pass every tensor argument of every op.
+EVERY_TENSOR: list[tuple[str, Inputs, dict[str, Any]]] = [
+    *(
+        (
+            "strided_conv",
+            {
+                "x": _randn(13, channels),
+                "weight": _randn(8, channels, 3),
+                "bias": _randn(8),
+                "norm_weight": _randn(8),
+                "norm_bias": _randn(8),
+            },
+            {"stride": 2, "norm": norm},
+        )
+        for channels, norm in ((6, "group"), (6, "layer"), (1, "group"))
+    ),
+    ("strided_conv", {"x": _randn(13, 6), "weight": _randn(8, 6, 3), "bias": _randn(8)}, {"stride": 1}),
+    ("positional_conv", {"x": _randn(13, 8), "weight": _randn(8, 4, 6), "bias": _randn(8)}, {}),
+    ("positional_conv", {"x": _randn(13, 8), "weight": _randn(8, 1, 3), "bias": _randn(8)}, {}),
+    (
+        "varlen_attention",
+        {
+            **{name: _randn(13, 2, 16) + i for i, name in enumerate("qkv")},
+            "distance_bias": _randn(2, 9),
+            "gate": _randn(13, 2),
+            "seed": torch.tensor(3),
+        },
+        {"dropout_p": 0.1},
+    ),
+    *(
+        (
+            "dropout_add_layer_norm",
+            {
+                "x": _randn(13, 24),
+                "residual": _randn(13, 24) + 1,
+                "weight": _randn(24),
+                "bias": _randn(24) + 1,
+                "seed": torch.tensor(3),
+            },
+            {"dropout_p": dropout_p, "prenorm": prenorm},
+        )
+        for dropout_p, prenorm in ((0.1, False), (0.0, True))
+    ),
+    ("bias_gelu_dropout", {"x": _randn(13, 24), "bias": _randn(24), "seed": torch.tensor(3)}, {"dropout_p": 0.1}),
+    ("gumbel_quantize", {"logits": _randn(13, 2, 12), "codevectors": _randn(2, 12, 8), "noise": _randn(13, 2, 12)}, {}),
+    ("gumbel_quantize", {"logits": _randn(13, 2, 12), "codevectors": _randn(2, 12, 8), "seeds": _seeds(13)}, {}),
+    ("contrastive_loss", {"context": _randn(13, 24), "targets": _randn(13, 24) + 1, "negatives": _negatives(13)}, {}),
+    ("integrate_and_fire", {"x": _randn(13, 24), "weights": _randn(13).abs() * 0.9}, {}),
+]
+
+
 def every_implementation(*, on: str | None = None) -> list[ParameterSet]:
     """(op, backend, device) of every backend but the reference."""
     return [
@@ -139,6 +192,50 @@ def outputs_and_gradients(op: str, inputs: Inputs, layout: Layout, backend: str)
 
 def test_no_op_is_forgotten() -> None:
     assert CASES.keys() == BACKENDS.keys()
+
+
+def test_no_tensor_argument_is_forgotten() -> None:
+    """`EVERY_TENSOR` names each argument of each op that is a tensor."""
+    for op in BACKENDS:
+        parameters = inspect.signature(getattr(ops, op)).parameters.values()
+        tensors = {parameter.name for parameter in parameters if parameter.annotation in (Tensor, Tensor | None)}
+        assert tensors == {name for other, inputs, _ in EVERY_TENSOR if other == op for name in inputs}
+
+
+def every_second(x: Tensor) -> Tensor:
+    """The same numbers with zeros in between, which a kernel that knows no strides would read."""
+    return torch.stack([x, torch.zeros_like(x)], -1)[..., 0]
+
+
+@pytest.mark.parametrize(
+    ("op", "inputs", "options", "backend", "device"),
+    [
+        pytest.param(*case, *found.values, marks=found.marks, id=f"{case[0]}-{index}-{found.id}")
+        for index, case in enumerate(EVERY_TENSOR)
+        for found in implementations(case[0])
+        if found.values[0] != "reference"
+    ],
+)
+def test_strides_do_not_matter(op: str, inputs: Inputs, options: dict[str, Any], backend: str, device: str) -> None:
+    """The same bits, forward and backward, whether arguments and output gradients are contiguous or not."""
+    if (op, backend, device) == ("varlen_attention", "torch", "cuda"):
+        pytest.skip("PyTorch's kernel has no distance bias")
+    function = getattr(ops, op)
+    leaves = leaves_of(inputs, device, torch.float32)
+    if "layout" in inspect.signature(function).parameters:
+        options = options | {"layout": layout_of((7, 0, 6), device)}
+
+    def outputs_and_gradients(view: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        found = function(**{name: view(x) for name, x in leaves.items()}, **options, backend=backend)
+        outputs = [found] if isinstance(found, Tensor) else [x for x in found if isinstance(x, Tensor)]
+        tracked = [x for x in outputs if x.requires_grad]
+        grads = [view(torch.arange(x.numel(), device=device).view(x.shape).to(x.dtype).sin()) for x in tracked]
+        wanted = [x for name, x in leaves.items() if x.requires_grad and name != "noise"]
+        return [*outputs, *torch.autograd.grad(tracked, wanted, grads)]
+
+    plain = outputs_and_gradients(lambda x: x)
+    strided = outputs_and_gradients(lambda x: every_second(x) if x.dim() > 0 else x)
+    assert all(torch.equal(a, b) for a, b in zip(plain, strided, strict=True))
 
 
 @pytest.mark.parametrize("lengths", EXTREME.values(), ids=EXTREME)

@@ -1,4 +1,4 @@
-"""The public function of `bias_gelu_dropout`, its schema and its checks."""
+"""The public function of `bias_gelu_dropout`, its operators and its checks."""
 
 from typing import Any
 
@@ -8,16 +8,16 @@ from torch.autograd.function import once_differentiable
 
 from fastssl.kernels import philox
 from fastssl.kernels.bias_gelu_dropout import reference
-from fastssl.kernels.dispatch import Schemas, choose_backend, define_op
-
-_FORWARD = "(Tensor x, Tensor? bias, float dropout_p, Tensor? seed, SymInt offset) -> Tensor"
-_BACKWARD = (
-    "(Tensor grad_out, Tensor x, Tensor? bias, float dropout_p, Tensor? seed, SymInt offset)"
-    " -> (Tensor grad_x, Tensor grad_bias)"
-)
+from fastssl.kernels.dispatch import Op, autocast_off, contiguous
 
 
-def _fake_forward(x: Tensor, bias: Tensor | None, dropout_p: float, seed: Tensor | None, offset: int) -> Tensor:
+def _fake_forward(
+    x: Tensor,  # (N, D)
+    bias: Tensor | None,  # (D,)
+    dropout_p: float,
+    seed: Tensor | None,  # ()
+    offset: int,
+) -> Tensor:
     return x.new_empty(x.shape)
 
 
@@ -28,33 +28,29 @@ def _fake_backward(
     return x.new_empty(x.shape), x.new_empty(0) if bias is None else bias.new_empty(bias.shape)
 
 
-define_op(
+_OP = Op(
     "bias_gelu_dropout",
-    schemas=Schemas(_FORWARD, _BACKWARD, _fake_forward, _fake_backward),
+    _fake_forward,
+    _fake_backward,
     triton_kernels="fastssl.kernels.bias_gelu_dropout.triton_kernel",
 )
-_KERNELS = {"native": torch.ops.fastssl_native, "triton": torch.ops.fastssl_triton}
 
 
 class _BiasGeluDropout(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, bias: Tensor | None, dropout_p: float, seed: Tensor | None, offset: int, backend: str
-    ) -> Tensor:
+    def forward(ctx: Any, backend: str, *inputs: Any) -> Any:  # inputs as in `_fake_forward`
+        x, bias, dropout_p, seed, offset = inputs = contiguous(inputs)
         ctx.save_for_backward(x, bias, seed)
-        ctx.settings = dropout_p, offset, backend
-        out: Tensor = _KERNELS[backend].bias_gelu_dropout_fwd(x, bias, dropout_p, seed, offset)
-        return out
+        ctx.settings = backend, dropout_p, offset
+        return _OP.forward[backend](*inputs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, bias, seed = ctx.saved_tensors
-        dropout_p, offset, backend = ctx.settings
-        grad_x, grad_bias = _KERNELS[backend].bias_gelu_dropout_bwd(
-            grad_out.contiguous(), x, bias, dropout_p, seed, offset
-        )
-        return grad_x, None if bias is None else grad_bias, None, None, None, None
+        backend, dropout_p, offset = ctx.settings
+        grad_x, grad_bias = _OP.backward[backend](*contiguous(grads), x, bias, dropout_p, seed, offset)
+        return None, grad_x, None if bias is None else grad_bias, None, None, None
 
 
 def bias_gelu_dropout(
@@ -87,15 +83,14 @@ def bias_gelu_dropout(
         ValueError: Shapes, dtypes or options do not fit, or `backend` cannot serve the call.
     """
     _check(x, bias)
-    unsupported = {"triton": "it computes in float32"} if x.dtype == torch.float64 else None
-    chosen = choose_backend("bias_gelu_dropout", x, backend, unsupported=unsupported)
+    chosen = _OP.choose(x, backend, {"triton": "it computes in float32" if x.dtype == torch.float64 else None})
     seed = philox.resolve_seed(seed, dropout_p=dropout_p, offset=offset, device=x.device)
-    with torch.autocast(x.device.type, enabled=False):
+    with autocast_off(x):
         if chosen == "reference":
             return reference.bias_gelu_dropout(x, bias, dropout_p=dropout_p, seed=seed, offset=offset)
         if bias is not None:
-            bias = bias.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
-        out: Tensor = _BiasGeluDropout.apply(x.contiguous(), bias, dropout_p, seed, offset, chosen)
+            bias = bias.to(torch.promote_types(x.dtype, torch.float32))
+        out: Tensor = _BiasGeluDropout.apply(chosen, x, bias, dropout_p, seed, offset)
         return out
 
 

@@ -1,4 +1,4 @@
-"""The public function of `contrastive_loss`, its schema and its checks."""
+"""The public function of `contrastive_loss`, its operators and its checks."""
 
 from typing import Any
 
@@ -7,20 +7,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastssl.kernels.contrastive_loss import reference
-from fastssl.kernels.dispatch import Schemas, choose_backend, define_op
-
-_FORWARD = (
-    "(Tensor context, Tensor targets, Tensor negatives, float temperature)"
-    " -> (Tensor loss, Tensor correct, Tensor logits)"
-)
-_BACKWARD = (
-    "(Tensor grad_loss, Tensor context, Tensor targets, Tensor negatives, Tensor loss, Tensor logits,"
-    " float temperature) -> (Tensor grad_context, Tensor grad_targets)"
-)
+from fastssl.kernels.dispatch import Op, autocast_off, contiguous
 
 
 def _fake_forward(
-    context: Tensor, targets: Tensor, negatives: Tensor, temperature: float
+    context: Tensor,  # (N, D)
+    targets: Tensor,  # (N, D)
+    negatives: Tensor,  # (N, K)
+    temperature: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     frames, count = negatives.shape
     loss = context.new_empty(frames, dtype=torch.promote_types(context.dtype, torch.float32))
@@ -28,46 +22,41 @@ def _fake_forward(
 
 
 def _fake_backward(
-    grad_loss: Tensor,
+    grad_loss: Tensor,  # (N,)
     context: Tensor,
     targets: Tensor,
     negatives: Tensor,
-    loss: Tensor,
-    logits: Tensor,
+    loss: Tensor,  # (N,)
+    logits: Tensor,  # (N, K + 1)
     temperature: float,
 ) -> tuple[Tensor, Tensor]:
     return context.new_empty(context.shape), targets.new_empty(targets.shape)
 
 
-define_op(
+_OP = Op(
     "contrastive_loss",
-    schemas=Schemas(_FORWARD, _BACKWARD, _fake_forward, _fake_backward),
+    _fake_forward,
+    _fake_backward,
     triton_kernels="fastssl.kernels.contrastive_loss.triton_kernel",
 )
-_KERNELS = {"native": torch.ops.fastssl_native, "triton": torch.ops.fastssl_triton}
 
 
 class _ContrastiveLoss(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        context: Tensor,  # (N, D)
-        targets: Tensor,  # (N, D)
-        negatives: Tensor,  # (N, K)
-        temperature: float,
-        backend: str,
-    ) -> tuple[Tensor, Tensor]:  # (N,), (N,)
-        loss, correct, logits = _KERNELS[backend].contrastive_loss_fwd(context, targets, negatives, temperature)
-        ctx.save_for_backward(context, targets, negatives, loss, logits)
+    def forward(ctx: Any, backend: str, *inputs: Any) -> tuple[Tensor, Tensor]:  # inputs as in `_fake_forward`
+        *tensors, temperature = inputs = contiguous(inputs)
+        loss, correct, logits = _OP.forward[backend](*inputs)
+        ctx.save_for_backward(*tensors, loss, logits)
         ctx.mark_non_differentiable(correct)
-        ctx.temperature, ctx.backend = temperature, backend
+        ctx.settings = backend, temperature
         return loss, correct
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _grad_correct: Tensor) -> tuple[Tensor | None, ...]:
-        grads = _KERNELS[ctx.backend].contrastive_loss_bwd(grad_loss.contiguous(), *ctx.saved_tensors, ctx.temperature)
-        return *grads, None, None, None
+        backend, temperature = ctx.settings
+        grads = _OP.backward[backend](grad_loss.contiguous(), *ctx.saved_tensors, temperature)
+        return None, *grads, None, None
 
 
 def contrastive_loss(
@@ -101,16 +90,15 @@ def contrastive_loss(
         ValueError: Shapes, dtypes or options do not fit, or `backend` cannot serve the call.
     """
     _check(context, targets, negatives, temperature)
-    unsupported = {"triton": "it computes in float32"} if context.dtype == torch.float64 else None
-    chosen = choose_backend("contrastive_loss", context, backend, unsupported=unsupported)
-    with torch.autocast(context.device.type, enabled=False):
+    unsupported = {"triton": "it computes in float32" if context.dtype == torch.float64 else None}
+    chosen = _OP.choose(context, backend, unsupported)
+    with autocast_off(context):
         if chosen != "native":  # which checks rows as it reads them
             _check_rows(negatives)
         if chosen == "reference":
             return reference.contrastive_loss(context, targets, negatives, temperature=temperature)
-        inputs = context.contiguous(), targets.contiguous(), negatives.contiguous()
         try:
-            loss, correct = _ContrastiveLoss.apply(*inputs, temperature, chosen)
+            loss, correct = _ContrastiveLoss.apply(chosen, context, targets, negatives, temperature)
         except RuntimeError:
             _check_rows(negatives)  # the compiled kernel found a row that is none; this says which
             raise

@@ -1,4 +1,4 @@
-"""The public function of `dropout_add_layer_norm`, its schema and its checks."""
+"""The public function of `dropout_add_layer_norm`, its operators and its checks."""
 
 from typing import Any, Literal, overload
 
@@ -7,51 +7,37 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastssl.kernels import philox
-from fastssl.kernels.dispatch import Schemas, choose_backend, define_op
+from fastssl.kernels.dispatch import Op, autocast_off, contiguous, to_autocast_dtype
 from fastssl.kernels.dropout_add_layer_norm import reference
 
-_FORWARD = (
-    "(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps, float dropout_p, Tensor? seed, SymInt offset,"
-    " bool prenorm) -> (Tensor out, Tensor sum, Tensor mean, Tensor rstd)"
-)
-# With `prenorm` the backward has the sum for x, and no residual.
-_BACKWARD = (
-    "(Tensor grad_out, Tensor? grad_sum, Tensor x, Tensor? residual, Tensor weight, Tensor mean, Tensor rstd,"
-    " float dropout_p, Tensor? seed, SymInt offset)"
-    " -> (Tensor grad_x, Tensor grad_residual, Tensor grad_weight, Tensor grad_bias)"
-)
 #: A row is held in the registers of one block of threads.
 _TRITON_MAX_WIDTH = 8192
 
 
 def _fake_forward(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    bias: Tensor,
+    x: Tensor,  # (N, D)
+    residual: Tensor,  # (N, D)
+    weight: Tensor,  # (D,)
+    bias: Tensor,  # (D,)
     eps: float,
     dropout_p: float,
-    seed: Tensor | None,
+    seed: Tensor | None,  # ()
     offset: int,
     prenorm: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # out, sum, mean, rstd
     rows = x.shape[0]
-    return (
-        x.new_empty(x.shape),
-        x.new_empty(x.shape if prenorm else 0),
-        weight.new_empty(rows),
-        weight.new_empty(rows),
-    )
+    total = x.new_empty(x.shape if prenorm else 0)
+    return x.new_empty(x.shape), total, weight.new_empty(rows), weight.new_empty(rows)
 
 
 def _fake_backward(
-    grad_out: Tensor,
-    grad_sum: Tensor | None,
-    x: Tensor,
+    grad_out: Tensor,  # (N, D)
+    grad_sum: Tensor | None,  # (N, D)
+    x: Tensor,  # the sum with `prenorm`, which has no residual here
     residual: Tensor | None,
     weight: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
+    mean: Tensor,  # (N,)
+    rstd: Tensor,  # (N,)
     dropout_p: float,
     seed: Tensor | None,
     offset: int,
@@ -61,50 +47,32 @@ def _fake_backward(
     return grad_x, x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape)
 
 
-define_op(
+_OP = Op(
     "dropout_add_layer_norm",
-    schemas=Schemas(_FORWARD, _BACKWARD, _fake_forward, _fake_backward),
+    _fake_forward,
+    _fake_backward,
     triton_kernels="fastssl.kernels.dropout_add_layer_norm.triton_kernel",
 )
-_KERNELS = {"native": torch.ops.fastssl_native, "triton": torch.ops.fastssl_triton}
 
 
 class _DropoutAddLayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        residual: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        eps: float,
-        dropout_p: float,
-        seed: Tensor | None,
-        offset: int,
-        prenorm: bool,
-        backend: str,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        out, total, mean, rstd = _KERNELS[backend].dropout_add_layer_norm_fwd(
-            x, residual, weight, bias, eps, dropout_p, seed, offset, prenorm
-        )
-        ctx.settings = dropout_p, offset, backend
-        if prenorm:
-            ctx.save_for_backward(total, None, weight, mean, rstd, seed)
-            return out, total
-        ctx.save_for_backward(x, residual, weight, mean, rstd, seed)
-        return out  # type: ignore[no-any-return]
+    def forward(ctx: Any, backend: str, *inputs: Any) -> Any:  # inputs as in `_fake_forward`
+        x, residual, weight, _, _, dropout_p, seed, offset, prenorm = inputs = contiguous(inputs)
+        out, total, mean, rstd = _OP.forward[backend](*inputs)
+        summands = (total, None) if prenorm else (x, residual)
+        ctx.save_for_backward(*summands, weight, mean, rstd, seed)
+        ctx.settings = backend, dropout_p, offset
+        return (out, total) if prenorm else out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor, grad_total: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        x, residual, weight, mean, rstd, seed = ctx.saved_tensors
-        dropout_p, offset, backend = ctx.settings
-        if grad_total is not None:
-            grad_total = grad_total.contiguous()
-        grad_x, grad_residual, grad_weight, grad_bias = _KERNELS[backend].dropout_add_layer_norm_bwd(
-            grad_out.contiguous(), grad_total, x, residual, weight, mean, rstd, dropout_p, seed, offset
-        )
-        return grad_x if dropout_p > 0 else grad_residual, grad_residual, grad_weight, grad_bias, *(None,) * 6
+        *saved, seed = ctx.saved_tensors
+        backend, dropout_p, offset = ctx.settings
+        grads = contiguous((grad_out, grad_total))
+        grad_x, *others = _OP.backward[backend](*grads, *saved, dropout_p, seed, offset)
+        return None, grad_x if dropout_p > 0 else others[0], *others, *(None,) * 5
 
 
 @overload
@@ -177,17 +145,11 @@ def dropout_add_layer_norm(
     Raises:
         ValueError: Shapes, dtypes or options do not fit, or `backend` cannot serve the call.
     """
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        x, residual = x.to(dtype), residual.to(dtype)
+    x, residual = to_autocast_dtype(x, residual)
     _check(x, residual, weight, bias)
-    unsupported = _why_not_triton(x)
-    chosen = choose_backend(
-        "dropout_add_layer_norm", x, backend, unsupported={"triton": unsupported} if unsupported else None
-    )
+    chosen = _OP.choose(x, backend, {"triton": _why_not_triton(x)})
     seed = philox.resolve_seed(seed, dropout_p=dropout_p, offset=offset, device=x.device)
-    with torch.autocast(device, enabled=False):
+    with autocast_off(x):
         if chosen == "reference":
             out, total = reference.dropout_add_layer_norm(
                 x,
@@ -202,17 +164,9 @@ def dropout_add_layer_norm(
             )
             return (out, total) if prenorm else out
         accumulator = torch.promote_types(x.dtype, torch.float32)
+        weight, bias = weight.to(accumulator), bias.to(accumulator)
         result: Tensor | tuple[Tensor, Tensor] = _DropoutAddLayerNorm.apply(
-            x.contiguous(),
-            residual.contiguous(),
-            weight.to(accumulator).contiguous(),
-            bias.to(accumulator).contiguous(),
-            eps,
-            dropout_p,
-            seed,
-            offset,
-            prenorm,
-            chosen,
+            chosen, x, residual, weight, bias, eps, dropout_p, seed, offset, prenorm
         )
         return result
 

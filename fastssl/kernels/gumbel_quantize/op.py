@@ -1,4 +1,4 @@
-"""The public function of `gumbel_quantize`, its schema and its checks."""
+"""The public function of `gumbel_quantize`, its operators and its checks."""
 
 from typing import Any, NamedTuple
 
@@ -6,17 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastssl.kernels.dispatch import Schemas, choose_backend, define_op
+from fastssl.kernels.dispatch import Op, autocast_off, contiguous
 from fastssl.kernels.gumbel_quantize import reference
-
-_FORWARD = (
-    "(Tensor logits, Tensor codevectors, Tensor? noise, Tensor? seeds)"
-    " -> (Tensor values, Tensor codes, Tensor probability_sums, Tensor counts)"
-)
-_BACKWARD = (
-    "(Tensor grad_values, Tensor grad_probability_sums, Tensor logits, Tensor codevectors, Tensor? noise,"
-    " Tensor? seeds, Tensor codes, float temperature) -> (Tensor grad_logits, Tensor grad_codevectors)"
-)
 
 
 class GumbelQuantized(NamedTuple):
@@ -33,8 +24,11 @@ def _accumulator(logits: Tensor, codevectors: Tensor) -> torch.dtype:
 
 
 def _fake_forward(
-    logits: Tensor, codevectors: Tensor, noise: Tensor | None, seeds: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    logits: Tensor,  # (M, G, V)
+    codevectors: Tensor,  # (G, V, E)
+    noise: Tensor | None,  # (M, G, V)
+    seeds: Tensor | None,  # (M,)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # the fields of `GumbelQuantized`
     frames, groups, codes = logits.shape
     return (
         codevectors.new_empty((frames, groups * codevectors.shape[2])),
@@ -45,43 +39,34 @@ def _fake_forward(
 
 
 def _fake_backward(
-    grad_values: Tensor,
-    grad_probability_sums: Tensor,
+    grad_values: Tensor,  # (M, G * E)
+    grad_probability_sums: Tensor,  # (G, V)
     logits: Tensor,
     codevectors: Tensor,
     noise: Tensor | None,
     seeds: Tensor | None,
-    codes: Tensor,
+    codes: Tensor,  # (M, G)
     temperature: float,
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(logits), torch.empty_like(codevectors)
 
 
-define_op(
+_OP = Op(
     "gumbel_quantize",
-    schemas=Schemas(_FORWARD, _BACKWARD, _fake_forward, _fake_backward),
+    _fake_forward,
+    _fake_backward,
     triton_kernels="fastssl.kernels.gumbel_quantize.triton_kernel",
 )
-_KERNELS = {"native": torch.ops.fastssl_native, "triton": torch.ops.fastssl_triton}
 
 
 class _GumbelQuantize(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,  # (M, G, V)
-        codevectors: Tensor,  # (G, V, E)
-        noise: Tensor | None,  # (M, G, V)
-        seeds: Tensor | None,  # (M,)
-        temperature: float,
-        backend: str,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        values, codes, probability_sums, counts = _KERNELS[backend].gumbel_quantize_fwd(
-            logits, codevectors, noise, seeds
-        )
-        ctx.save_for_backward(logits, codevectors, noise, seeds, codes)
+    def forward(ctx: Any, backend: str, temperature: float, *inputs: Any) -> Any:  # inputs as in `_fake_forward`
+        inputs = contiguous(inputs)
+        values, codes, probability_sums, counts = _OP.forward[backend](*inputs)
+        ctx.save_for_backward(*inputs, codes)
         ctx.mark_non_differentiable(codes, counts)
-        ctx.temperature, ctx.backend = temperature, backend
+        ctx.settings = backend, temperature
         return values, codes, probability_sums, counts
 
     @staticmethod
@@ -89,10 +74,9 @@ class _GumbelQuantize(torch.autograd.Function):
     def backward(
         ctx: Any, grad_values: Tensor, _grad_codes: None, grad_probability_sums: Tensor, _grad_counts: None
     ) -> tuple[Tensor | None, ...]:
-        grads = _KERNELS[ctx.backend].gumbel_quantize_bwd(
-            grad_values.contiguous(), grad_probability_sums.contiguous(), *ctx.saved_tensors, ctx.temperature
-        )
-        return *grads, None, None, None, None
+        backend, temperature = ctx.settings
+        grads = contiguous((grad_values, grad_probability_sums))
+        return None, None, *_OP.backward[backend](*grads, *ctx.saved_tensors, temperature), None, None
 
 
 def gumbel_quantize(
@@ -128,22 +112,16 @@ def gumbel_quantize(
     """
     _check(logits, codevectors, noise, seeds, temperature)
     accumulator = _accumulator(logits, codevectors)
-    unsupported = {"triton": "Triton multiplies no float64 matrices"} if accumulator == torch.float64 else {}
-    chosen = choose_backend("gumbel_quantize", logits, backend, unsupported=unsupported)
+    unsupported = {"triton": "Triton cannot multiply float64 matrices" if accumulator == torch.float64 else None}
+    chosen = _OP.choose(logits, backend, unsupported)
     noise = None if noise is None else noise.detach()
-    with torch.autocast(logits.device.type, enabled=False):
+    with autocast_off(logits):
         if chosen == "reference":
             return GumbelQuantized(
                 *reference.gumbel_quantize(logits, codevectors, noise, seeds, temperature=temperature)
             )
-        outputs = _GumbelQuantize.apply(
-            logits.contiguous(),
-            codevectors.contiguous(),
-            None if noise is None else noise.to(accumulator).contiguous(),
-            None if seeds is None else seeds.contiguous(),
-            temperature,
-            chosen,
-        )
+        noise = None if noise is None else noise.to(accumulator)
+        outputs = _GumbelQuantize.apply(chosen, temperature, logits, codevectors, noise, seeds)
     return GumbelQuantized(*outputs)
 
 

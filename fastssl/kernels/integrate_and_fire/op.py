@@ -1,4 +1,4 @@
-"""The public function of `integrate_and_fire`, its schema and its checks."""
+"""The public function of `integrate_and_fire`, its operators and its checks."""
 
 import math
 from typing import Any
@@ -7,28 +7,23 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastssl.kernels.dispatch import Schemas, choose_backend, define_native, define_op
+from fastssl.kernels.dispatch import NATIVE, Op, autocast_off, contiguous, define_operator
 from fastssl.kernels.integrate_and_fire import reference
 from fastssl.packing import Layout
 
-_SCAN = "(Tensor weights, Tensor cu_seqlens, float threshold) -> (Tensor positions, Tensor fired)"
-_FORWARD = (
-    "(Tensor x, Tensor positions, Tensor cu_seqlens, Tensor cu_seqlens_out, SymInt total_out, float threshold)"
-    " -> Tensor"
-)
-_BACKWARD = (
-    "(Tensor grad_out, Tensor x, Tensor positions, Tensor cu_seqlens, Tensor cu_seqlens_out, float threshold)"
-    " -> (Tensor, Tensor)"
-)
-
 
 def _fake_scan(weights: Tensor, cu_seqlens: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    sequences = cu_seqlens.shape[0] - 1
+    sequences = cu_seqlens.shape[0] - 1  # positions, and how many frames each utterance fires
     return weights.new_empty(weights.shape, dtype=torch.float64), weights.new_empty(sequences, dtype=torch.float64)
 
 
 def _fake_forward(
-    x: Tensor, positions: Tensor, cu_seqlens: Tensor, cu_seqlens_out: Tensor, total_out: int, threshold: float
+    x: Tensor,  # (N, C)
+    positions: Tensor,  # (N,)
+    cu_seqlens: Tensor,  # (B + 1,)
+    cu_seqlens_out: Tensor,  # (B + 1,)
+    total_out: int,
+    threshold: float,
 ) -> Tensor:
     return x.new_empty((total_out, x.shape[1]))
 
@@ -39,42 +34,24 @@ def _fake_backward(
     return torch.empty_like(x), torch.empty_like(positions)
 
 
-define_op(
-    "integrate_and_fire",
-    schemas=Schemas(_FORWARD, _BACKWARD, _fake_forward, _fake_backward),
-)
-
-
-define_native("integrate_and_fire_scan", _SCAN, _fake_scan)
+_OP = Op("integrate_and_fire", _fake_forward, _fake_backward)
+_scan = define_operator(NATIVE, "integrate_and_fire_scan", _fake_scan)
 
 
 class _IntegrateAndFire(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,  # (N, C)
-        weights: Tensor,  # (N,)
-        positions: Tensor,  # (N,)
-        cu_seqlens: Tensor,  # (B + 1,)
-        cu_seqlens_out: Tensor,  # (B + 1,)
-        total_out: int,
-        threshold: float,
-    ) -> Tensor:  # (N_out, C)
-        ctx.save_for_backward(x, positions, cu_seqlens, cu_seqlens_out)
-        ctx.threshold, ctx.weights_dtype = threshold, weights.dtype
-        out: Tensor = torch.ops.fastssl_native.integrate_and_fire_fwd(
-            x, positions, cu_seqlens, cu_seqlens_out, total_out, threshold
-        )
-        return out
+    def forward(ctx: Any, weights: Tensor, *inputs: Any) -> Any:  # (N,), then as in `_fake_forward`
+        *tensors, _, threshold = inputs = contiguous(inputs)
+        ctx.save_for_backward(*tensors)
+        ctx.settings = threshold, weights.dtype
+        return _OP.forward["native"](*inputs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        x, positions, cu_seqlens, cu_seqlens_out = ctx.saved_tensors
-        grad_x, grad_weights = torch.ops.fastssl_native.integrate_and_fire_bwd(
-            grad_out.contiguous(), x, positions, cu_seqlens, cu_seqlens_out, ctx.threshold
-        )
-        return grad_x, grad_weights.to(ctx.weights_dtype), None, None, None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        threshold, dtype = ctx.settings
+        grad_x, grad_weights = _OP.backward["native"](*contiguous(grads), *ctx.saved_tensors, threshold)
+        return grad_weights.to(dtype), grad_x, *(None,) * 5
 
 
 def integrate_and_fire(
@@ -110,15 +87,13 @@ def integrate_and_fire(
             serve the call.
     """
     _check(x, weights, layout, threshold)
-    chosen = choose_backend("integrate_and_fire", x, backend)
-    with torch.autocast(x.device.type, enabled=False):
+    chosen = _OP.choose(x, backend)
+    with autocast_off(x):
         if chosen == "reference":
             positions = reference.fire_positions(weights, layout, threshold)
             layout_out = _layout_after_firing(reference.fired(positions, weights, layout))
             return reference.integrate_and_fire(x, positions, layout, layout_out, threshold=threshold), layout_out
-        positions, fired = torch.ops.fastssl_native.integrate_and_fire_scan(
-            weights.detach().contiguous(), layout.cu_seqlens, threshold
-        )
+        positions, fired = _scan(*contiguous((weights.detach(), layout.cu_seqlens, threshold)))
         layout_out = _layout_after_firing(fired)
         out = fire(x, weights, positions, layout, layout_out, threshold=threshold)
     return out, layout_out
@@ -144,7 +119,7 @@ def fire(
         threshold: Weight that makes one output frame.
     """
     out: Tensor = _IntegrateAndFire.apply(
-        x.contiguous(), weights, positions, layout.cu_seqlens, layout_out.cu_seqlens, layout_out.total, threshold
+        weights, x, positions, layout.cu_seqlens, layout_out.cu_seqlens, layout_out.total, threshold
     )
     return out
 

@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from fastssl.kernels.dispatch import choose_backend, define_op
+from fastssl.kernels.dispatch import Op, autocast_off, to_autocast_dtype
 from fastssl.kernels.positional_conv import reference, torch_conv
 from fastssl.packing import Layout
 
-define_op("positional_conv", torch_devices=("cpu", "cuda"))
+_OP = Op("positional_conv", torch_devices=("cpu", "cuda"))
 
 
 def positional_conv(
@@ -37,9 +37,7 @@ def positional_conv(
     Raises:
         ValueError: Shapes or dtypes do not fit, or `backend` cannot serve the call.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    x, weight, bias = to_autocast_dtype(x, weight, bias)
     _check(x, weight, layout, bias)
     unsupported = {}
     if x.dtype == torch.float64:
@@ -48,9 +46,9 @@ def positional_conv(
         unsupported["torch"] = "oneDNN has no convolution in fp16 for every CPU"
     elif layout.total == 0:
         unsupported["torch"] = "it takes no empty batch"
-    chosen = choose_backend("positional_conv", x, backend, unsupported=unsupported)
+    chosen = _OP.choose(x, backend, unsupported)
     implementation = {"torch": torch_conv.positional_conv, "reference": reference.positional_conv}[chosen]
-    with torch.autocast(x.device.type, enabled=False):
+    with autocast_off(x):
         return implementation(x.contiguous(), weight, layout, bias=bias)
 
 

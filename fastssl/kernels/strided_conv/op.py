@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastssl.kernels.dispatch import Schemas, choose_backend, define_op
+from fastssl.kernels.dispatch import Op, autocast_off, contiguous
 from fastssl.kernels.strided_conv import blocks, reference
 from fastssl.kernels.strided_conv.plan import StridedConvLayer, plan_layers
 from fastssl.packing import Layout
@@ -53,9 +53,11 @@ def _fake_backward(
     return x.new_empty(x.shape if needs_grad_x else (0, x.shape[1])), *grads
 
 
-define_op(
+_OP = Op(
     "strided_conv",
-    schemas=Schemas(_FORWARD, _BACKWARD, _fake_forward, _fake_backward),
+    _fake_forward,
+    _fake_backward,
+    schemas=(_FORWARD, _BACKWARD),
     triton_kernels="fastssl.kernels.strided_conv.triton_kernel",
     native_cpu=("fastssl.kernels.strided_conv.blocks", blocks.PARTS),
 )
@@ -86,9 +88,8 @@ class _StridedConvStack(torch.autograd.Function):
     def forward(
         ctx: Any, settings: _Settings, x: Tensor, *tensors: Tensor | None
     ) -> Tensor:  # (N, C_in), L + 1 cu_seqlens, L of each parameter -> (N_out, C_out)
-        kernels = getattr(torch.ops, f"fastssl_{settings.backend}")
         out: Tensor
-        out, conv_outs, statistics = kernels.strided_conv_fwd(x, settings.save, *_lists(settings, tensors))
+        out, conv_outs, statistics = _OP.forward[settings.backend](x, settings.save, *_lists(settings, tensors))
         if settings.save:
             ctx.save_for_backward(x, *tensors, *conv_outs, *statistics)
         ctx.settings = settings
@@ -100,9 +101,8 @@ class _StridedConvStack(torch.autograd.Function):
         depth = len(ctx.settings.strides)
         x, *tensors = ctx.saved_tensors
         tensors, conv_outs, statistics = tensors[: -2 * depth], tensors[-2 * depth : -depth], tensors[-depth:]
-        kernels = getattr(torch.ops, f"fastssl_{ctx.settings.backend}")
         needs_grad_x: bool = ctx.needs_input_grad[1]
-        grad_x, *grads = kernels.strided_conv_bwd(
+        grad_x, *grads = _OP.backward[ctx.settings.backend](
             grad_out.contiguous(), x, conv_outs, statistics, needs_grad_x, *_lists(ctx.settings, tensors)
         )
         pairs = zip(tensors[depth + 1 :], chain(*grads), strict=True)
@@ -200,9 +200,9 @@ def _run_stack(
         _check(layer, c_in, x.dtype, name)
         c_in = layer.weight.shape[0]
         layouts.append(layouts[-1].after_conv(layer.weight.shape[2], layer.stride))
-    unsupported = {"triton": "float64 has no fast products on a GPU"} if x.dtype == torch.float64 else {}
-    chosen = choose_backend("strided_conv", x, backend, unsupported=unsupported)
-    with torch.autocast(x.device.type, enabled=False):
+    unsupported = {"triton": "float64 has no fast products on a GPU" if x.dtype == torch.float64 else None}
+    chosen = _OP.choose(x, backend, unsupported)
+    with autocast_off(x):
         if chosen == "reference":
             for layer, layer_layout in zip(layers, layouts[:-1], strict=True):
                 x = reference.strided_conv(x, layer, layer_layout)
@@ -210,10 +210,7 @@ def _run_stack(
         weights, strides, biases, norms, norm_weights, norm_biases, eps, activations = map(
             list, zip(*layers, strict=True)
         )
-        parameters = [
-            None if parameter is None else parameter.contiguous()
-            for parameter in (*weights, *biases, *norm_weights, *norm_biases)
-        ]
+        parameters = (*weights, *biases, *norm_weights, *norm_biases)
         tracked = (tensor is not None and tensor.requires_grad for tensor in (x, *parameters))
         settings = _Settings(
             chosen,
@@ -224,8 +221,8 @@ def _run_stack(
             eps,
             activations,
         )
-        cu_seqlens = [each.cu_seqlens for each in layouts]
-        values: Tensor = _StridedConvStack.apply(settings, x.contiguous(), *cu_seqlens, *parameters)
+        inputs = contiguous((x, *(each.cu_seqlens for each in layouts), *parameters))
+        values: Tensor = _StridedConvStack.apply(settings, *inputs)
     return values, layouts[-1]
 
 

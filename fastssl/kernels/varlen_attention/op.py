@@ -1,4 +1,4 @@
-"""The public function of `varlen_attention`, its schema and its checks."""
+"""The public function of `varlen_attention`, its operators and its checks."""
 
 from typing import Any
 
@@ -6,44 +6,35 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastssl.kernels.dispatch import Schemas, choose_backend, define_op
+from fastssl.kernels import philox
+from fastssl.kernels.dispatch import Op, autocast_off, contiguous, to_autocast_dtype
 from fastssl.kernels.varlen_attention import reference
 from fastssl.packing import Layout
 
-_FORWARD = (
-    "(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, SymInt max_length, float scale, float dropout_p, Tensor? seed,"
-    " Tensor? distance_bias, Tensor? gate) -> (Tensor out, Tensor logsumexp)"
-)
-_BACKWARD = (
-    "(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor logsumexp, Tensor cu_seqlens,"
-    " SymInt max_length, float scale, float dropout_p, Tensor? seed, Tensor? distance_bias, Tensor? gate)"
-    " -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_distance_bias, Tensor grad_gate)"
-)
-
 
 def _fake_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
+    q: Tensor,  # (N, H, E)
+    k: Tensor,  # (N, H, E)
+    v: Tensor,  # (N, H, E)
+    cu_seqlens: Tensor,  # (B + 1,)
     max_length: int,
     scale: float,
     dropout_p: float,
-    seed: Tensor | None,
-    distance_bias: Tensor | None,
-    gate: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+    seed: Tensor | None,  # ()
+    distance_bias: Tensor | None,  # (H, 2R+1)
+    gate: Tensor | None,  # (N, H)
+) -> tuple[Tensor, Tensor]:  # out, logsumexp
     logsumexp = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.promote_types(q.dtype, torch.float32))
     return q.new_empty(q.shape), logsumexp
 
 
 def _fake_backward(
-    grad_out: Tensor,
+    grad_out: Tensor,  # (N, H, E)
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor,
-    logsumexp: Tensor,
+    out: Tensor,  # (N, H, E)
+    logsumexp: Tensor,  # (H, N)
     cu_seqlens: Tensor,
     max_length: int,
     scale: float,
@@ -53,70 +44,38 @@ def _fake_backward(
     gate: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     # A schema cannot return None: the gradient of an argument that was not given is empty.
-    grad_distance_bias, grad_gate = (
-        q.new_empty(0) if x is None else x.new_empty(x.shape) for x in (distance_bias, gate)
-    )
-    return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape), grad_distance_bias, grad_gate
+    grad_bias, grad_gate = (q.new_empty(0) if x is None else x.new_empty(x.shape) for x in (distance_bias, gate))
+    return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape), grad_bias, grad_gate
 
 
-define_op(
+_OP = Op(
     "varlen_attention",
-    schemas=Schemas(_FORWARD, _BACKWARD, _fake_forward, _fake_backward),
+    _fake_forward,
+    _fake_backward,
     torch_devices=("cuda",),
     triton_kernels="fastssl.kernels.varlen_attention.triton_kernel",
 )
-_KERNELS = {"native": torch.ops.fastssl_native, "triton": torch.ops.fastssl_triton}
 
 
 class _VarlenAttention(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        distance_bias: Tensor | None,
-        gate: Tensor | None,
-        seed: Tensor | None,
-        cu_seqlens: Tensor,
-        max_length: int,
-        scale: float,
-        dropout_p: float,
-        backend: str,
-    ) -> Tensor:
-        out, logsumexp = _KERNELS[backend].varlen_attention_fwd(
-            q, k, v, cu_seqlens, max_length, scale, dropout_p, seed, distance_bias, gate
-        )
+    def forward(ctx: Any, backend: str, *inputs: Any) -> Any:  # inputs as in `_fake_forward`
+        inputs = contiguous(inputs)
+        out, logsumexp = _OP.forward[backend](*inputs)
+        q, k, v, cu_seqlens, *settings, seed, distance_bias, gate = inputs
         ctx.save_for_backward(q, k, v, out, logsumexp, cu_seqlens, seed, distance_bias, gate)
-        ctx.settings = max_length, scale, dropout_p, backend
-        return out  # type: ignore[no-any-return]
+        ctx.backend, ctx.settings = backend, settings
+        return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, logsumexp, cu_seqlens, seed, distance_bias, gate = ctx.saved_tensors
-        max_length, scale, dropout_p, backend = ctx.settings
-        *grads, grad_distance_bias, grad_gate = _KERNELS[backend].varlen_attention_bwd(
-            grad_out.contiguous(),
-            q,
-            k,
-            v,
-            out,
-            logsumexp,
-            cu_seqlens,
-            max_length,
-            scale,
-            dropout_p,
-            seed,
-            distance_bias,
-            gate,
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        *saved, seed, distance_bias, gate = ctx.saved_tensors
+        *grads_qkv, grad_distance_bias, grad_gate = _OP.backward[ctx.backend](
+            *contiguous(grads), *saved, *ctx.settings, seed, distance_bias, gate
         )
-        return (
-            *grads,
-            None if distance_bias is None else grad_distance_bias,
-            None if gate is None else grad_gate,
-            *(None,) * 6,
-        )
+        optional = None if distance_bias is None else grad_distance_bias, None if gate is None else grad_gate
+        return None, *grads_qkv, *(None,) * 5, *optional
 
 
 def varlen_attention(
@@ -159,32 +118,22 @@ def varlen_attention(
     Raises:
         ValueError: Shapes, dtypes or options do not fit, or `backend` cannot serve the call.
     """
-    device = q.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    _check(q, k, v, layout, dropout_p, seed, distance_bias, gate)
-    why_not = {"torch": _why_not_torch(q, layout, scale, dropout_p, distance_bias), "triton": _why_not_triton(q)}
-    unsupported = {name: why for name, why in why_not.items() if why is not None}
-    chosen = choose_backend("varlen_attention", q, backend, unsupported=unsupported)
+    q, k, v = to_autocast_dtype(q, k, v)
+    _check(q, k, v, layout, distance_bias, gate)
+    unsupported = {"torch": _why_not_torch(q, layout, scale, dropout_p, distance_bias), "triton": _why_not_triton(q)}
+    chosen = _OP.choose(q, backend, unsupported)
+    seed = philox.resolve_seed(seed, dropout_p=dropout_p, device=q.device)
     scale = q.shape[2] ** -0.5 if scale is None else scale
-    if dropout_p == 0:
-        seed = None
-    elif seed is None:
-        seed = torch.randint(2**63 - 1, (), device=q.device)
-    with torch.autocast(device, enabled=False):
+    with autocast_off(q):
         if chosen == "torch":
             return _torch_kernel(q, k, v, layout)
-        if chosen in _KERNELS:
-            inputs = (None if x is None else x.contiguous() for x in (q, k, v, distance_bias, gate))
-            out: Tensor = _VarlenAttention.apply(
-                *inputs, seed, layout.cu_seqlens, layout.max_length, scale, dropout_p, chosen
+        if chosen == "reference":
+            return reference.varlen_attention(
+                q, k, v, layout, scale=scale, dropout_p=dropout_p, seed=seed, distance_bias=distance_bias, gate=gate
             )
-            return out
-        assert chosen == "reference"
-        return reference.varlen_attention(
-            q, k, v, layout, scale=scale, dropout_p=dropout_p, seed=seed, distance_bias=distance_bias, gate=gate
-        )
+        lengths = layout.cu_seqlens, layout.max_length
+        out: Tensor = _VarlenAttention.apply(chosen, q, k, v, *lengths, scale, dropout_p, seed, distance_bias, gate)
+        return out
 
 
 def _torch_kernel(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
@@ -229,8 +178,6 @@ def _check(
     k: Tensor,
     v: Tensor,
     layout: Layout,
-    dropout_p: float,
-    seed: Tensor | None,
     distance_bias: Tensor | None,
     gate: Tensor | None,
 ) -> None:
@@ -241,12 +188,6 @@ def _check(
     for name, x in (("k", k), ("v", v)):
         if x.shape != q.shape or x.dtype != q.dtype:
             raise ValueError(f"{name}: expected {tuple(q.shape)} {q.dtype}, as q, got {tuple(x.shape)} {x.dtype}")
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p: must be at least 0 and less than 1, got {dropout_p}")
-    if seed is not None and (seed.dim() != 0 or seed.dtype != torch.int64 or seed.device != q.device):
-        raise ValueError(
-            f"seed: expected () torch.int64 on {q.device}, got {tuple(seed.shape)} {seed.dtype} on {seed.device}"
-        )
     heads = q.shape[1]
     if distance_bias is None:
         if gate is not None:
