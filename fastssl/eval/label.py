@@ -34,8 +34,6 @@ from fastssl.models.speech_encoder import SpeechEncoder
 
 logger = logging.getLogger(__name__)
 
-#: Written last: other processes of a run wait for it.
-DONE_FILE = "done.json"
 _MIN_DURATION_S = 0.025
 #: On which the price of a segment is found, and how often its interval is halved.
 _PRICE_FRAMES, _HALVINGS = 50_000, 30
@@ -138,13 +136,11 @@ def label(
     if done:
         logger.info("%d of %d recordings are labelled already", len(cuts) - len(todo), len(cuts))
     if todo:
-        (output / DONE_FILE).unlink(missing_ok=True)
         _drop_lines(output / LABELS_FILE, {cut.id for cut in todo})
     problems = corpus.problems + _append_lines(output / LABELS_FILE, features, todo, classes)
     for problem in problems:
         logger.warning("left out: %s", problem)
     labelled = len(cuts) + len(corpus.problems) - len(problems)
-    write_json(output / DONE_FILE, {"labelled": labelled, "left_out": len(problems)})
     logger.info("%d recordings labelled in %s, %d left out", labelled, output, len(problems))
     return problems
 

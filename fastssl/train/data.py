@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from lhotse import CutSet
@@ -69,6 +69,20 @@ class Account:
         return fresh
 
 
+class Beside(Protocol):
+    """Labels, or a teacher's frames, that a run reads beside the audio."""
+
+    def make(self) -> list[Problem]:
+        """Make what is missing, in one process while the others wait; returns why some of it cannot be made."""
+
+    def attach(self, problems: list[Problem]) -> None:
+        """Give it to the data of this process.
+
+        Args:
+            problems: What `make` returned.
+        """
+
+
 class PretrainDataModule(LightningDataModule):
     """Loaders of a pre-training run.
 
@@ -88,6 +102,8 @@ class PretrainDataModule(LightningDataModule):
 
     def __init__(self, audio: str, config: DataConfig, *, normalize: bool, seed: int, accumulation: int) -> None:
         super().__init__()
+        # The folder of a run is shared by its machines.
+        self.prepare_data_per_node = False
         self.config = config
         self.normalize = normalize
         self.seed = seed
@@ -105,10 +121,38 @@ class PretrainDataModule(LightningDataModule):
             self.valid_corpus = None
         left_out = self.train_corpus.problems + (self.valid_corpus.problems if self.valid_corpus is not None else [])
         self.account = Account(len(self.train_corpus.cuts), config.max_bad_fraction, left_out)
+        #: What is made before the run, where it is missing.
+        self.beside: list[Beside] = []
+        self._made: list[list[Problem]] = []
+        self._failure: Exception | None = None
         self._labels: dict[tuple[Use, str], FrameLabels] = {}
         self._teacher: TeacherTable | None = None
         self._consumed = 0
         self._digest = ""
+
+    def prepare_data(self) -> None:
+        """Make what is missing of that which is read beside the audio; Lightning calls this in one process."""
+        try:
+            self._made = [one.make() for one in self.beside]
+        except Exception as error:
+            # Lightning has the others wait behind this. `setup` fails in all of them.
+            self._failure = error
+
+    def setup(self, stage: str) -> None:
+        """Attach what is read beside the audio.
+
+        Raises:
+            ValueError: The process that was to make it failed; or too many recordings cannot be used without.
+        """
+        assert self.trainer is not None
+        failure = None if self._failure is None else str(self._failure) or type(self._failure).__name__
+        made, failure = self.trainer.strategy.broadcast((self._made, failure))
+        if self._failure is not None:
+            raise self._failure
+        if failure is not None:
+            raise ValueError(f"the first process failed: {failure}")
+        for one, problems in zip(self.beside, made, strict=True):
+            one.attach(problems)
 
     def attach_labels(
         self, source: Literal["audio", "valid"], table: LabelTable, *, grid: FrameGrid, use: Use = "labels"
