@@ -8,7 +8,7 @@ serves is for the studies to say.
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -19,7 +19,7 @@ from fastssl import ops
 from fastssl.models.encoder import Encoder, EncoderConfig
 from fastssl.models.multiplications import count_multiplications
 from fastssl.nn.compression import SequenceCompressor
-from fastssl.nn.feature_extractor import ConvLayer
+from fastssl.nn.functional import conv_layer
 from fastssl.packing import Packed
 
 _PERIODS_MS = (20.0, 30.0, 40.0, 60.0, 80.0)
@@ -37,7 +37,7 @@ def _name(period_ms: float) -> str:
 
 def _encode_pooled(encoder: Encoder, waveforms: Packed) -> Packed:
     """The encoder with every two frames averaged between two of its convolutions."""
-    layers = [cast(ConvLayer, layer).as_op_layer() for layer in encoder.feature_extractor.conv_layers]
+    layers = [conv_layer(layer) for layer in encoder.feature_extractor.conv_layers]
     early = Packed(*ops.strided_conv_stack(waveforms.values, layers[:_POOLED_AFTER], waveforms.layout))
     pool = SequenceCompressor(early.values.shape[1], kind="average", factor=2)
     pooled = pool(early).frames

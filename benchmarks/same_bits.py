@@ -22,10 +22,10 @@ from benchmarks.bits.trees import ROOT, Tree, check_out, finish
 PARTS = {"ops": 0.0, "encoders": 0.0, "accelerated": 4.0, "runs": 0.0}
 
 
-def compare_part(part: str, before: Tree, after: Tree, folder: Path, *, match: str) -> dict[str, Group]:
+def compare_part(part: str, before: Tree, after: Tree, folder: Path, *, match: str, updates: int) -> dict[str, Group]:
     """Run the program of a part in both trees at the same time, and compare what they say."""
     if part == "runs":
-        return compare(*compare_runs(before, after, folder, match))
+        return compare(*compare_runs(before, after, folder, match=match, updates=updates))
     files = {tree: folder / f"{part}-{tree.name}.pt" for tree in (before, after)}
     logs = {tree: file.with_suffix(".log") for tree, file in files.items()}
     running = {tree: tree.start(f"benchmarks.bits.{part}", file, match, log=logs[tree]) for tree, file in files.items()}
@@ -43,7 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("commit", help="what to compare with: a commit, or the folder of another checkout")
     parser.add_argument("--only", action="append", choices=PARTS, help="compare this part alone; may be repeated")
-    parser.add_argument("--match", default="", help="compare only calls whose name contains this text")
+    parser.add_argument("--match", default="", help="compare only calls and runs whose name contains this text")
+    parser.add_argument("--updates", type=int, default=20, help="length of a run, even (default: 20)")
     parser.add_argument("--modules", type=Path, help="folder with compiled modules of COMMIT, instead of building them")
     given = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="same-bits-") as name:
@@ -59,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         failed = False
         for part in given.only or PARTS:
             began_s = time.monotonic()
-            groups = compare_part(part, before, after, folder, match=given.match)
+            groups = compare_part(part, before, after, folder, match=given.match, updates=given.updates)
             print(f"\n{table(part, groups)}\n{time.monotonic() - began_s:.0f} s", flush=True)
             failed |= any(group.different for group in groups.values())
     print("\nDIFFERENT" if failed else "\nequal")

@@ -119,6 +119,10 @@ class Layout:
         """The rows of this layout in a batch padded to `length`, which is at least the longest length."""
         return PaddedRows(self.sequence_ids * length + self.positions, self, length)
 
+    def valid(self, length: int) -> Tensor:
+        """(B, length) bool on the device: which places of a batch padded to `length` hold a frame."""
+        return torch.arange(length, device=self.cu_seqlens.device) < self.device_lengths.unsqueeze(1)
+
     def sums(self, x: Tensor) -> Tensor:  # (N, ...) -> (B, ...)
         """Sums over each sequence, in fp64.
 

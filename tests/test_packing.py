@@ -263,3 +263,8 @@ def test_compiled_code_keeps_nothing_and_sees_nothing_kept() -> None:
             assert torch.equal(one, expected)
             assert torch.equal(two, expected)
         assert torch.equal(*(torch.autograd.grad(out[0].square().sum(), x)[0] for out in (found, _around(x, layout))))
+
+
+def test_valid_places() -> None:
+    valid = Layout.from_lengths([2, 0, 3]).valid(4)
+    assert valid.tolist() == [[True, True, False, False], [False] * 4, [True, True, True, False]]

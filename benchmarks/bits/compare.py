@@ -7,8 +7,10 @@ from torch import Tensor
 
 from benchmarks.bits.record import Results
 
-#: The softmax does not see this bias: its gradient is 0 and what is computed is rounding, at the scale of the others.
-_ZERO_GRADIENT = "k_proj.bias"
+#: Biases that the softmax, or a group norm, does not see: their gradients are 0, and what is computed is rounding.
+_ZERO_GRADIENTS = ("k_proj.bias", "conv_layers.0.conv.bias")
+#: Such a gradient is measured by the others where it is this much smaller.
+_NEGLIGIBLE = 1e-4
 
 
 @dataclass
@@ -101,11 +103,12 @@ def _difference(old: Tensor | str, new: Tensor | str, scale: float) -> tuple[str
 
 def _scale(name: str, results: Results) -> float:
     """The largest element of a result, or of all gradients of its case where its own are rounding alone."""
+    own = _largest(results[name])
     case, _, leaf = name.rpartition(".grad.")
-    names = [name]
-    if case and leaf.endswith(_ZERO_GRADIENT):
-        names = [other for other in results if other.startswith(f"{case}.grad.")]
-    return max(_largest(results[other]) for other in names)
+    if not case or not leaf.endswith(_ZERO_GRADIENTS):
+        return own
+    largest = max(_largest(results[other]) for other in results if other.startswith(f"{case}.grad."))
+    return largest if own < _NEGLIGIBLE * largest else own
 
 
 def _largest(x: Tensor | str) -> float:

@@ -1,4 +1,4 @@
-"""Runs of 20 updates by the command line of each tree; one tree begins the tiny recipes and the other finishes them."""
+"""Short runs by the command line of each tree; one tree begins the tiny recipes and the other finishes them."""
 
 import csv
 import json
@@ -17,13 +17,10 @@ from safetensors.torch import load_file
 from benchmarks.bits.record import Record, Results
 from benchmarks.bits.trees import Tree
 
-UPDATES, HALF = 20, 10
-#: Of every run: short crops of few recordings, no processes but its own, a checkpoint half way that is kept.
+#: Of every run: short crops of few recordings, no processes but its own.
 _OPTIONS = (
-    *("--trainer.max_steps", str(UPDATES), "--trainer.checkpoint_every", str(HALF), "--trainer.keep_every", str(HALF)),
-    *("--trainer.log_every", "1", "--trainer.val_check_interval", str(HALF), "--trainer.accelerator", "cpu"),
-    *("--trainer.progress", "false", "--data.max_duration_s", "9", "--data.crop_s", "3"),
-    *("--data.valid", "0.1", "--data.num_workers", "0"),
+    *("--trainer.log_every", "1", "--trainer.accelerator", "cpu", "--trainer.progress", "false"),
+    *("--data.max_duration_s", "9", "--data.crop_s", "3", "--data.valid", "0.1", "--data.num_workers", "0"),
 )
 #: A student as wide as the teacher in `teacher.py`, of a recipe for large ones.
 _TINY_STUDENT = (
@@ -76,8 +73,15 @@ def runs_of(recipes: Path, match: str) -> dict[str, Run]:
     return {name: run for name, run in (tiny | VARIATIONS).items() if match in name}
 
 
-def compare_runs(before: Tree, after: Tree, folder: Path, match: str) -> tuple[Results, Results]:
+def compare_runs(before: Tree, after: Tree, folder: Path, *, match: str, updates: int) -> tuple[Results, Results]:
     """Make every run in both trees, and finish in `after` a copy of each run that `before` made half of.
+
+    Args:
+        before: The tree that counts as right.
+        after: The other tree.
+        folder: For everything that is written.
+        match: Runs whose name does not contain this text are skipped.
+        updates: Length of a run; even.
 
     Returns:
         Results of `before` and of `after`.
@@ -95,13 +99,18 @@ def compare_runs(before: Tree, after: Tree, folder: Path, match: str) -> tuple[R
         with nullcontext() if tree is before else _failure_is_a_result(records[after], "evaluation"):
             _evaluate(tree, places, folder, records[tree])
 
+    work = runs_of(before.folder / "fastssl" / "recipes", match)
     with ThreadPoolExecutor(max_workers=2) as threads:
-        # Both trees read the labels of `before`, so that a difference in labels is reported once.
-        list(threads.map(evaluate, (before, after)))
-        for name in ("LABELS", "SEGMENTS"):
-            (folder / f"before-{name.lower()}").replace(places[name])
-        work = runs_of(before.folder / "fastssl" / "recipes", match)
-        list(threads.map(lambda name: _run_in_both(name, work[name], before, after, places, folder, records), work))
+        if not match or any({"LABELS", "SEGMENTS"} & set(run.options) for run in work.values()):
+            list(threads.map(evaluate, (before, after)))
+            # Both trees read the labels of `before`, so that a difference in labels is reported once.
+            for name in ("LABELS", "SEGMENTS"):
+                (folder / f"before-{name.lower()}").replace(places[name])
+        list(
+            threads.map(
+                lambda name: _run_in_both(name, work[name], updates, before, after, places, folder, records), work
+            )
+        )
     return records[before].results, records[after].results
 
 
@@ -121,12 +130,15 @@ def _evaluate(tree: Tree, places: dict[str, Path], folder: Path, record: Record)
         record.add(f"fastssl extract/{path.name}", load_file(path))
     output = folder / f"{tree.name}-quality.json"
     tree.run("fastssl", "quality", teacher, corpus, "--output", output, "--minutes", "1", *device, log=_log(output))
-    record.add("fastssl quality/numbers", json.loads(output.read_text()))
+    quality = json.loads(output.read_text())
+    del quality["versions"]  # has the commit
+    record.add("fastssl quality/numbers", quality)
 
 
 def _run_in_both(
     name: str,
     run: Run,
+    updates: int,
     before: Tree,
     after: Tree,
     places: dict[str, Path],
@@ -134,28 +146,30 @@ def _run_in_both(
     records: dict[Tree, Record],
 ) -> None:
     outputs = {tree: folder / f"{tree.name}-{name.replace(', ', '-').replace(' ', '-')}" for tree in (before, after)}
-    _train(before, run, outputs[before], places)
+    _train(before, run, updates, outputs[before], places)
     expected = results_of(outputs[before])
     records[before].add(f"{name}/unbroken", expected)
     with _failure_is_a_result(records[after], f"{name}/unbroken"):
-        _train(after, run, outputs[after], places)
+        _train(after, run, updates, outputs[after], places)
         records[after].add(f"{name}/unbroken", results_of(outputs[after]))
     if name in VARIATIONS:
         return
     records[before].add(f"{name}/resumed", expected)
     resumed = outputs[before].with_name(f"{outputs[before].name}-resumed")
-    rewind(outputs[before], resumed)
+    rewind(outputs[before], resumed, updates)
     with _failure_is_a_result(records[after], f"{name}/resumed"):
         after.run("fastssl", run.command, "--output", resumed, "--resume", log=_log(resumed))
         records[after].add(f"{name}/resumed", results_of(resumed))
 
 
-def _train(tree: Tree, run: Run, output: Path, places: dict[str, Path]) -> None:
+def _train(tree: Tree, run: Run, updates: int, output: Path, places: dict[str, Path]) -> None:
     given = {"OUTPUT-cache": f"{output}-cache", **{name: str(place) for name, place in places.items()}}
     options = [*_OPTIONS, *(given.get(word, word) for word in run.options)]
     if run.command == "distill":
         options += ["--teacher", str(places["TEACHER"])]
-    options += ["--recipe", run.recipe]
+    half = str(updates // 2)
+    options += ["--recipe", run.recipe, "--trainer.max_steps", str(updates), "--trainer.val_check_interval", half]
+    options += ["--trainer.checkpoint_every", half, "--trainer.keep_every", half]
     began_s = time.monotonic()
     tree.run("fastssl", run.command, places["CORPUS"], "--output", output, *options, log=_log(output))
     print(f"{tree.name}: {output.name}, {time.monotonic() - began_s:.0f} s", flush=True)
@@ -173,12 +187,12 @@ def _failure_is_a_result(record: Record, name: str) -> Iterator[None]:
         record.add(f"{name}.failure", f"fails: {error}")
 
 
-def rewind(run: Path, copy: Path) -> None:
+def rewind(run: Path, copy: Path, updates: int) -> None:
     """Copy a finished run to where it was half way: its last checkpoint becomes the one kept there."""
     shutil.copytree(run, copy)
     checkpoints = copy / "checkpoints"
-    (checkpoints / f"{HALF:07d}.ckpt").replace(checkpoints / "last.ckpt")
-    (checkpoints / f"{UPDATES:07d}.ckpt").unlink()
+    (checkpoints / f"{updates // 2:07d}.ckpt").replace(checkpoints / "last.ckpt")
+    (checkpoints / f"{updates:07d}.ckpt").unlink()
 
 
 def results_of(run: Path) -> dict[str, object]:

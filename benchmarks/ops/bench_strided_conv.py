@@ -15,7 +15,7 @@ from benchmarks.report import Rows, main
 from fastssl import ops
 from fastssl.models.encoder import Encoder
 from fastssl.models.wav2vec2 import PRESETS
-from fastssl.nn.feature_extractor import ConvLayer
+from fastssl.nn.functional import conv_layer
 from fastssl.packing import Packed
 
 _GATE_S = [0.5, 0.3]
@@ -38,7 +38,7 @@ def front_end(title: str, lengths_s: Sequence[float], device: torch.device) -> R
 
     def ours(backend: str) -> Entry:
         def encode(frames: Packed) -> Tensor:
-            layers = [layer.as_op_layer() for layer in extractor.conv_layers if isinstance(layer, ConvLayer)]
+            layers = [conv_layer(layer) for layer in extractor.conv_layers]
             return ops.strided_conv_stack(frames.values, layers, frames.layout, backend=backend)[0]
 
         run = step(extractor, lambda: encode(batch), grad_out)

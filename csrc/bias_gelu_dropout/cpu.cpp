@@ -15,10 +15,10 @@ namespace {
 
 template <typename scalar_t, typename acc_t>
 struct Call {
-  const scalar_t* grad_out;  // of the backward only
+  const scalar_t* grad_out;  // backward only
   const scalar_t* x;
-  const acc_t* bias;  // zeros where there is none
-  scalar_t* out;  // of the backward: the gradient of x
+  const acc_t* bias;  // zeros if the op has no bias
+  scalar_t* out;  // backward: the gradient of x
   int64_t width;
   Dropout dropout;
 };
@@ -48,7 +48,7 @@ FASTSSL_INLINE void forward_rows_body(
 }
 FASTSSL_ISA_VARIANTS(forward_rows)
 
-// Rows of one chunk; `grad_bias` is the chunk's own and holds zeros.
+// The backward of the rows of one chunk. `grad_bias` belongs to the chunk and must start at zero.
 template <Isa isa, typename scalar_t, typename acc_t>
 FASTSSL_INLINE void backward_rows_body(
     const Call<scalar_t, acc_t>* call,
@@ -83,11 +83,10 @@ FASTSSL_INLINE void backward_rows_body(
 }
 FASTSSL_ISA_VARIANTS(backward_rows)
 
-// The bias, or zeros that stand for none.
+// The bias, or zeros if the op has none.
 template <typename acc_t>
 const acc_t* bias_or_zeros(const std::optional<Tensor>& bias, std::vector<acc_t>& zeros, int64_t width) {
   if (bias.has_value()) {
-    check_tensor(*bias, "bias", 1, sizeof(acc_t) == 8 ? ScalarType::Double : ScalarType::Float);
     return bias->const_data_ptr<acc_t>();
   }
   zeros.assign(width, acc_t(0));
@@ -101,6 +100,7 @@ Tensor forward(
     std::optional<Tensor> seed,
     int64_t offset) {
   check_tensor(x, "x", 2, x.scalar_type());
+  check_tensor(bias, "bias", 1, accumulator_dtype(x.scalar_type()));
   const int64_t width = x.size(1);
   Tensor out = torch::stable::empty_like(x);
   dispatch_floating(x.scalar_type(), "bias_gelu_dropout", [&](auto tag) {
@@ -131,6 +131,7 @@ std::tuple<Tensor, Tensor> backward(
     int64_t offset) {
   check_tensor(x, "x", 2, x.scalar_type());
   check_tensor(grad_out, "grad_out", 2, x.scalar_type());
+  check_tensor(bias, "bias", 1, accumulator_dtype(x.scalar_type()));
   const int64_t rows = x.size(0);
   const int64_t width = x.size(1);
   const int64_t chunks = number_of_chunks(rows);

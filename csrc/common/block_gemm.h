@@ -1,13 +1,15 @@
-// Matrix products of blocks that stay in cache, for kernels that do something with a block before and after. Row-major
-// operands, vectorised along the columns of B and C; one instruction set is chosen per call (isa.h).
+// Matrix products of blocks that stay in cache, for kernels that also work on the block before and after the product.
+// Operands are row-major; the code is vectorised along the columns of B and C. Each call selects an instruction set
+// (isa.h).
 //
 // A tile of 6 rows by up to 4 vectors is kept in registers (AVX-512: 24 sums, 4 vectors of B, 1 element of A), so that
-// an element of A is loaded once per 4 vector products and a vector of B once per 6. A product is added up
-// in the order of `depth`, in chains of `kLongestChain` that start from zero and then join C, because rounding errors
-// grow with a chain. Its bits depend neither on neighbours nor on how the caller cuts rows and columns into blocks.
+// an element of A is loaded once per 4 vector products and a vector of B once per 6. Products are summed in order of
+// `depth`, in chains of at most `kLongestChain` that start at zero and are then added to C: rounding errors grow with
+// the length of a chain. The bits of an element depend neither on its neighbours nor on how the caller cuts rows and
+// columns into blocks.
 //
-// Operands are float, double, or pairs of bfloat16 that follow each other along `depth`, the first in the low half;
-// those are summed in float, where the processor multiplies them (`multiplies_bfloat16`).
+// Operands are float, double, or pairs of bfloat16 that are neighbours along `depth`, the first in the low half. Pairs
+// are summed in float and need a processor that multiplies them (`multiplies_bfloat16`).
 #pragma once
 
 #include <algorithm>
@@ -15,16 +17,15 @@
 #include <type_traits>
 #include <utility>
 
+#include "integers.h"
 #include "isa.h"
+#include "simd.h"
 
 namespace fastssl {
 
-constexpr int64_t kTileRows = 6;  // callers round rows of A and C up to this ...
-constexpr int64_t kTileColumns = 16;  // ... and columns of B and C up to this; what lies there need not mean anything
-
-constexpr int64_t round_up(int64_t n, int64_t multiple) {
-  return (n + multiple - 1) / multiple * multiple;
-}
+// Callers pad the rows of A and C, and the columns of B and C, to a multiple of these. The padding may hold anything.
+constexpr int64_t kTileRows = 6;
+constexpr int64_t kTileColumns = 16;
 
 using BFloat16Pair = uint32_t;
 
@@ -39,19 +40,16 @@ inline bool multiplies_bfloat16() {
 #endif
 }
 
-// Products that are added up before they join C; fewer without fused multiply-add, where they are rounded once more.
+// How many products are summed before the sum is added to C. Fewer without fused multiply-add, where each product is
+// rounded as well.
 template <Isa isa>
 constexpr int64_t kLongestChain = isa == Isa::kDefault ? 16 : 32;
 
-template <Isa isa, typename T>
-struct Simd {
-  static constexpr int kBytes = isa == Isa::kAvx512 ? 64 : isa == Isa::kAvx2 ? 32 : 16;
-  static constexpr int kLanes = kBytes / static_cast<int>(sizeof(T));
-  static constexpr int kTileVectors = isa == Isa::kAvx512 ? 4 : 2;
-  typedef T Vector __attribute__((vector_size(kBytes)));
-};
+// Vectors in a row of the widest tile.
+template <Isa isa>
+constexpr int kTileVectors = isa == Isa::kAvx512 ? 4 : 2;
 
-// A operand as it lies in memory: row m of it holds either A[m, :] or A[:, m].
+// How A lies in memory: row m holds either A[m, :] or A[:, m].
 using RowsOfA = std::false_type;
 using ColumnsOfA = std::true_type;
 using Overwrite = std::false_type;
@@ -125,7 +123,8 @@ FASTSSL_INLINE void multiply_panel(
     const Operand* first = a + (Transposed::value ? row : row * lda);
     const int64_t chain = kIsPair<Operand> ? depth : std::min(depth, kLongestChain<isa>);
     multiply_tile<isa, kVectors, Transposed, Adding>(first, lda, chain, b, ldb, c + row * ldc, ldc);
-    if constexpr (!kIsPair<Operand>) {  // whose rounding is larger, and whose sums GCC does not keep in registers here
+    // Pairs round more coarsely anyway, and GCC would not keep their sums in registers here.
+    if constexpr (!kIsPair<Operand>) {
       for (int64_t k = chain; k < depth; k += chain) {
         multiply_tile<isa, kVectors, Transposed, Add>(
             first + (Transposed::value ? k * lda : k), lda, std::min(chain, depth - k), b + k * ldb, ldb, c + row * ldc,
@@ -149,11 +148,11 @@ FASTSSL_INLINE void multiply_blocks_body(
     Sum* c,
     int64_t ldc) {
   constexpr int kLanes = Simd<isa, Sum>::kLanes;
-  constexpr int kMost = Simd<isa, Sum>::kTileVectors;
+  constexpr int kMost = kTileVectors<isa>;
   for (int64_t vectors = round_up(columns, kTileColumns) / kLanes; vectors > 0;) {
-    // Panels as equal as can be: five vectors are 3 + 2, because a panel of one cannot keep the multipliers busy.
-    const int64_t panels = (vectors + kMost - 1) / kMost;
-    const int64_t width = (vectors + panels - 1) / panels;
+    // Make the panels as equal as possible: five vectors become 3 + 2, because a panel of one cannot keep the
+    // multipliers busy.
+    const int64_t width = divide_up(vectors, divide_up(vectors, kMost));
     if constexpr (kMost == 4) {
       if (width == 4) {
         multiply_panel<isa, 4, Transposed, Adding>(a, lda, rows, depth, b, ldb, c, ldc);
@@ -173,8 +172,8 @@ FASTSSL_INLINE void multiply_blocks_body(
 }
 FASTSSL_ISA_VARIANTS(multiply_blocks)
 
-// C = A B, or C += A B, with A (rows, depth), B (depth, columns); ld*: elements from one row in memory to the next.
-// Sizes, too, count pairs where operands are pairs.
+// C = A B, or C += A B, with A (rows, depth) and B (depth, columns). ld*: elements from one row in memory to the next.
+// If the operands are pairs, depth and ld* count pairs.
 template <typename Transposed, typename Adding, typename Operand, typename Sum>
 void multiply(
     Transposed transposed,
@@ -197,7 +196,7 @@ void multiply(
   }
 }
 
-// Exchanges, in each pair of rows `kDistance` apart, the blocks of `kDistance` lanes off the diagonal.
+// Swaps the off-diagonal blocks of `kDistance` lanes of two rows that are `kDistance` apart.
 template <int kDistance, typename Vector, std::size_t... kLane>
 FASTSSL_INLINE void exchange_blocks(Vector& low, Vector& high, std::index_sequence<kLane...>) {
   constexpr int kLanes = sizeof...(kLane);
@@ -220,7 +219,7 @@ FASTSSL_INLINE void transpose_registers(Vector (&rows)[kLanes]) {
   }
 }
 
-// out[column][row] = x[row][column], rows and columns rounded up to 16.
+// out[column][row] = x[row][column], with rows and columns rounded up to a multiple of 16.
 template <Isa isa, typename T>
 FASTSSL_INLINE void transpose_body(const T* x, int64_t ldx, int64_t rows, int64_t columns, T* out, int64_t ldout) {
   using Vector = typename Simd<isa, T>::Vector;

@@ -1,5 +1,5 @@
-// Random bits that are a function of a seed and a counter: a mask is recomputed wherever it is needed, never stored.
-// The Python twins, which specify them, are `fastssl/kernels/philox.py` and `varlen_attention/reference.py`.
+// Random bits as a function of a seed and a counter, so that masks are recomputed where they are needed and never
+// stored. `fastssl/kernels/philox.py` and `varlen_attention/reference.py` specify the same functions in Python.
 #pragma once
 
 #include <cstdint>
@@ -8,12 +8,12 @@
 
 namespace fastssl {
 
-// An event of probability p happens where 32 random bits are below this.
+// An event of probability p happens if 32 random bits are below this.
 FASTSSL_INLINE uint32_t probability_threshold(double p) {
   return static_cast<uint32_t>(p * 4294967296.0);
 }
 
-// Philox-4x32-10 (Salmon et al. 2011): the four words of block `counter` under `seed`. Vectorises over counters.
+// Philox-4x32-10 (Salmon et al. 2011): the four words of block `counter` for `seed`. Vectorises over counters.
 struct PhiloxBlock {
   uint32_t word[4];
 };
@@ -39,7 +39,7 @@ FASTSSL_INLINE PhiloxBlock philox(uint64_t seed, uint64_t counter) {
   return {{c0, c1, c2, c3}};
 }
 
-// The finaliser of MurmurHash3, which mixes the coordinates of an attention weight one after the other.
+// The finaliser of MurmurHash3. Attention hashes the coordinates of a weight with it, one after another.
 FASTSSL_INLINE uint32_t murmur_mix(uint32_t x) {
   x ^= x >> 16;
   x *= 0x85EBCA6Bu;

@@ -1,4 +1,4 @@
-// Dropout whose mask is a function of seed and position; its Python twin is `fastssl/kernels/philox.py`.
+// Dropout with a mask that is a function of seed and position, as `fastssl/kernels/philox.py` specifies it.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@
 #include "tensor_checks.h"
 
 #if FASTSSL_HAS_ISA_VARIANTS
-// GCC 12 warns of its own intrinsics, which leave a register undefined on purpose.
+// GCC 12 warns about its own intrinsics, which leave a register undefined on purpose.
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
@@ -19,20 +19,20 @@
 
 namespace fastssl {
 
-// What decides which elements are kept. Without dropout no random number is drawn.
+// Determines which elements are kept. If it is not active, no random number is drawn.
 struct Dropout {
   bool active;
   uint64_t seed;
   uint64_t offset;
   uint32_t threshold;
-  double scale;  // of what is kept
+  double scale;  // of the kept elements
 };
 
 inline Dropout make_dropout(double dropout_p, const std::optional<Tensor>& seed, int64_t offset) {
   if (dropout_p == 0) {
     return {false, 0, 0, 0, 1.0};
   }
-  STD_TORCH_CHECK(seed.has_value(), "seed: needed for dropout");
+  STD_TORCH_CHECK(seed.has_value(), "seed: required if dropout_p > 0");
   check_tensor(*seed, "seed", 0, ScalarType::Long);
   return {
       true,
@@ -42,8 +42,8 @@ inline Dropout make_dropout(double dropout_p, const std::optional<Tensor>& seed,
       1.0 / (1.0 - dropout_p)};
 }
 
-// The functions below write one word per Philox block, whose bytes, the lowest first, are 1 where the block's elements
-// are kept and 0 where they are not. They may write up to 7 words more than `blocks`.
+// The functions below write one word per Philox block: a byte for each of its four elements, lowest byte first, 1 if
+// the element is kept and 0 if not. They may write up to 7 words more than `blocks`.
 inline void keep_words_default(uint8_t* out, uint64_t seed, uint32_t threshold, uint64_t counter, int64_t blocks) {
   for (int64_t block = 0; block < blocks; ++block) {
     const PhiloxBlock bits = philox(seed, counter + static_cast<uint64_t>(block));
@@ -54,8 +54,8 @@ inline void keep_words_default(uint8_t* out, uint64_t seed, uint32_t threshold, 
 }
 
 #if FASTSSL_HAS_ISA_VARIANTS
-// By hand, because the product of 32 by 32 bits that processors have takes its factors from the low halves of 64-bit
-// lanes, and the compiler shuffles lanes to and fro instead: 2.5 times slower. The high halves may hold anything.
+// Written with intrinsics: the processor's 32 by 32 bit product reads the low halves of 64-bit lanes, but the compiler
+// shuffles lanes back and forth instead, which is 2.5 times slower. The high halves may hold anything.
 __attribute__((target("arch=x86-64-v4,prefer-vector-width=512"), noinline)) inline void keep_words_avx512(
     uint8_t* out, uint64_t seed, uint32_t threshold, uint64_t counter, int64_t blocks) {
   const __m512i factor_0 = _mm512_set1_epi64(0xD2511F53);
@@ -118,7 +118,7 @@ __attribute__((target("arch=x86-64-v3"), noinline)) inline void keep_words_avx2(
       k0 += 0x9E3779B9u;
       k1 += 0xBB67AE85u;
     }
-    // Without sign, c >= limit where the larger of the two is c.
+    // AVX2 has no unsigned comparison: c >= limit if the larger of the two is c.
     const __m256i kept_0 = _mm256_cmpeq_epi32(_mm256_max_epu32(c0, limit), c0);
     const __m256i kept_1 = _mm256_cmpeq_epi32(_mm256_max_epu32(c1, limit), c1);
     const __m256i kept_2 = _mm256_cmpeq_epi32(_mm256_max_epu32(c2, limit), c2);
@@ -135,12 +135,13 @@ __attribute__((target("arch=x86-64-v3"), noinline)) inline void keep_words_avx2(
 }
 #endif
 
-// Bytes of scratch that `keep_bytes` needs for `count` elements.
+// Bytes of scratch memory that `keep_bytes` needs for `count` elements.
 inline int64_t keep_scratch_size(int64_t count) {
   return count + 8 + 28;
 }
 
-// Which of the elements first .. first + count - 1 are kept, one byte each, 1 or 0. The result lies within `scratch`.
+// One byte for each of the elements first to first + count - 1: 1 if it is kept, 0 if not. The result points into
+// `scratch`.
 template <Isa isa>
 FASTSSL_INLINE const uint8_t* keep_bytes(uint8_t* scratch, const Dropout& dropout, int64_t first, int64_t count) {
   const int64_t blocks = (first + count + 3) / 4 - first / 4;

@@ -1,14 +1,14 @@
-// One source, several instruction sets: FASTSSL_ISA_VARIANTS(name) turns the template `name_body` into a function `name`
-// that runs the widest version this machine has. So a wheel built anywhere runs anywhere and uses what is there.
+// One source for several instruction sets: FASTSSL_ISA_VARIANTS(name) turns the template `name_body` into a function
+// `name` that runs the widest version the machine supports. A wheel runs on any machine, wherever it was built.
 //
 //   template <Isa isa, typename scalar_t>
 //   FASTSSL_INLINE void scale_body(scalar_t* x, float factor, int64_t n) { for (...) x[i] *= factor; }
 //   FASTSSL_ISA_VARIANTS(scale)
 //   ... scale(x, 2.0f, n);
 //
-// Everything that a body calls must be FASTSSL_INLINE (or a template small enough to be inlined): what stays a call is
-// compiled for the baseline. The same holds for a lambda, so a loop under `parallel_for` goes into a body of its own.
-// FASTSSL_CPU_CAPABILITY=default|avx2|avx512, read once, asks for one version.
+// Everything that a body calls must be FASTSSL_INLINE (or a template small enough to be inlined): functions that remain
+// calls are compiled for the baseline. So are lambdas: put a loop inside `parallel_for` into a body of its own.
+// FASTSSL_CPU_CAPABILITY=default|avx2|avx512, read once, selects one version.
 #pragma once
 
 #include <cstdlib>
@@ -16,7 +16,7 @@
 
 #include <torch/headeronly/util/Exception.h>
 
-#define FASTSSL_INLINE inline __attribute__((always_inline))
+#include "inline.h"
 
 #if defined(__x86_64__) && defined(__linux__) && !defined(__clang__) && __GNUC__ >= 12
 #define FASTSSL_HAS_ISA_VARIANTS 1
@@ -52,7 +52,7 @@ inline Isa chosen_isa() {
       isa != Isa::kDefault || std::strcmp(wish, "default") == 0,
       "FASTSSL_CPU_CAPABILITY: must be avx512, avx2 or default, got ",
       wish);
-  STD_TORCH_CHECK(isa <= widest_isa(), "FASTSSL_CPU_CAPABILITY: this machine has no ", wish);
+  STD_TORCH_CHECK(isa <= widest_isa(), "FASTSSL_CPU_CAPABILITY: this machine does not support ", wish);
   return isa;
 }
 

@@ -1,19 +1,19 @@
-// Sums over rows, such as the gradient of a bias: each chunk of rows has partial sums of its own, and a second pass adds
+// Sums over rows, such as the gradient of a bias: each chunk of rows has its own partial sums, and a second pass adds
 // the chunks in order. The chunks do not depend on the number of threads, so neither do the bits.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 
+#include "integers.h"
 #include "isa.h"
-#include "tensor_checks.h"
 
 namespace fastssl {
 
 constexpr int64_t kRowsPerChunk = 32;
 
 inline int64_t number_of_chunks(int64_t rows) {
-  return (rows + kRowsPerChunk - 1) / kRowsPerChunk;
+  return divide_up(rows, kRowsPerChunk);
 }
 
 template <Isa isa, typename acc_t>

@@ -1,5 +1,5 @@
-// SplitMix64 (Steele, Lea, Flood 2014): number i of a seed is made of split_mix(seed + i * kGolden). Vectorises over i.
-// The Python twin, which specifies it, is `fastssl/kernels/splitmix.py`.
+// SplitMix64 (Steele, Lea, Flood 2014): number i of a seed comes from split_mix(seed + i * kGolden). Vectorises over i.
+// `fastssl/kernels/splitmix.py` specifies the same functions in Python.
 #pragma once
 
 #include <cstdint>

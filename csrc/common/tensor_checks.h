@@ -1,7 +1,8 @@
-// What every kernel of the compiled modules asks of its tensors, and how it picks a template by dtype.
+// Checks of tensor arguments that all compiled kernels share, and the choice of a template by dtype.
 #pragma once
 
 #include <cstdint>
+#include <optional>
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -18,11 +19,23 @@ using torch::stable::Tensor;
 
 inline void check_tensor(const Tensor& tensor, const char* name, int64_t dim, ScalarType dtype) {
   STD_TORCH_CHECK(tensor.dim() == dim, name, ": expected ", dim, " dimensions, got ", tensor.dim());
-  STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, ": wrong dtype");
+  STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, ": unexpected dtype");
   STD_TORCH_CHECK(tensor.is_contiguous(), name, ": must be contiguous");
 }
 
-// Type in which values of another type are accumulated.
+// The same for an optional tensor, if it is given.
+inline void check_tensor(const std::optional<Tensor>& tensor, const char* name, int64_t dim, ScalarType dtype) {
+  if (tensor.has_value()) {
+    check_tensor(*tensor, name, dim, dtype);
+  }
+}
+
+template <typename T>
+const T* data_or_null(const std::optional<Tensor>& tensor) {
+  return tensor.has_value() ? tensor->const_data_ptr<T>() : nullptr;
+}
+
+// The type in which values of `scalar_t` are accumulated.
 template <typename scalar_t>
 struct Accumulator {
   using type = float;
@@ -32,7 +45,12 @@ struct Accumulator<double> {
   using type = double;
 };
 
-// Calls `function` with a value of the C++ type that holds elements of `dtype`; the value itself means nothing.
+// The same as a dtype.
+inline ScalarType accumulator_dtype(ScalarType dtype) {
+  return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// Calls `function` with a value of the C++ type of `dtype`; only the type of the value matters.
 template <typename Function>
 void dispatch_floating(ScalarType dtype, const char* op, const Function& function) {
   switch (dtype) {

@@ -1,6 +1,7 @@
 // Elementary functions that the compiler vectorises in a plain loop, for any instruction set of isa.h: no branches, no
-// calls, no tables. float: at most 2 units in the last place for exp and log, 2e-7 absolute for the normal distribution
-// and GELU (a tenth of that where they are small). double goes to the C library: it is there for gradient checks.
+// calls, no tables. Errors in float: at most 2 units in the last place for exp and log, 2e-7 absolute for the normal
+// distribution and GELU (a tenth of that where they are small). double, which serves gradient checks, calls the C
+// library.
 #pragma once
 
 #include <cmath>
@@ -40,7 +41,7 @@ FASTSSL_INLINE double vector_exp(double x) {
   return std::exp(x);
 }
 
-// The natural logarithm of a positive normal number, for nothing else.
+// The natural logarithm. x must be a positive normal number.
 FASTSSL_INLINE float vector_log(float x) {
   const int32_t bits = __builtin_bit_cast(int32_t, x);
   const int32_t exponent = (bits - 0x3F3504F3) >> 23;  // x = (1 + r) 2^exponent with 1 + r from sqrt(1/2) to sqrt(2)
@@ -64,7 +65,7 @@ FASTSSL_INLINE double vector_log(double x) {
   return std::log(x);
 }
 
-// The standard normal distribution at a point: the probability below it, and the density times the square root of 2 pi.
+// The standard normal distribution at x: the probability below x, and the density times the square root of 2 pi.
 template <typename T>
 struct Normal {
   T below;
@@ -92,7 +93,7 @@ FASTSSL_INLINE Normal<double> normal_at(double x) {
   return {0.5 * std::erfc(-x * 0.70710678118654752440), std::exp(-0.5 * x * x)};
 }
 
-// x times the probability that a standard normal number is below x ("gelu" with erf, not the tanh approximation).
+// x times the probability that a standard normal number is below x: the exact GELU, not the tanh approximation.
 template <typename T>
 FASTSSL_INLINE T gelu(T x) {
   return x * normal_at(x).below;

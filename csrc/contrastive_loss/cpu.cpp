@@ -1,73 +1,41 @@
 // The contrastive loss on the CPU. Derivation and conventions: fastssl/kernels/contrastive_loss/README.md.
 //
-// Everything is dots with, and weighted sums of, rows of a table, which an utterance keeps in the second-level cache; the
-// table is the tensor itself, or a copy in the accumulation type with rows padded to whole vectors. Their lengths go into
-// the results and the weights. A frame, and in the backward a target, has one writer and one order of additions, whatever
-// the batch and the number of threads.
+// The work is dot products with, and weighted sums of, rows of a table; the rows that an utterance needs stay in the
+// second-level cache. The table is the tensor itself, or a copy in the accumulation type with rows padded to whole
+// vectors. Rows are not normalised: their lengths go into the results and the weights. Each frame, and in the backward
+// each target, is written by one thread in a fixed order of additions, whatever the batch and the number of threads.
 
 #include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <limits>
-#include <new>
 #include <tuple>
 #include <type_traits>
-#include <vector>
 
+#include "../common/buffer.h"
+#include "../common/convert.h"
+#include "../common/counting_sort.h"
+#include "../common/integers.h"
 #include "../common/isa.h"
+#include "../common/lanes.h"
+#include "../common/simd.h"
 #include "../common/tensor_checks.h"
 #include "../common/vector_math.h"
 
 namespace fastssl {
 namespace {
 
-constexpr int64_t kLanes = 16;  // partial sums, because the compiler may not reorder a floating-point sum by itself
+constexpr int64_t kLanes = 16;
 constexpr int64_t kFramesPerTask = 16;
-constexpr double kEps = 1e-8;  // of the norms, as in torch.nn.functional.cosine_similarity
-
-constexpr std::align_val_t kCacheLine{64};
-
-// Memory for whole vectors, not initialised.
-template <typename T>
-class Buffer {
- public:
-  explicit Buffer(int64_t size) : data_(static_cast<T*>(::operator new(size * sizeof(T), kCacheLine))) {}
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  ~Buffer() {
-    ::operator delete(data_, kCacheLine);
-  }
-  T* data() const {
-    return data_;
-  }
-  T& operator[](int64_t i) const {
-    return data_[i];
-  }
-
- private:
-  T* data_;
-};
+constexpr double kEps = 1e-8;  // lower bound of the norms, as in torch.nn.functional.cosine_similarity
 
 FASTSSL_INLINE int64_t padded_to_lanes(int64_t n) {
-  return (n + kLanes - 1) / kLanes * kLanes;
+  return round_up(n, kLanes);
 }
 
-// Sums of kLanes numbers side by side. The loop must stay one: unrolled, GCC vectorises the loop around it, with shuffles.
+// For several groups of kLanes sums side by side. The pragma keeps the loop: once GCC has unrolled it, GCC vectorises
+// the loop around it instead, with shuffles.
 #define FASTSSL_FOR_LANES(lane) _Pragma("GCC unroll 1") for (int64_t lane = 0; lane < kLanes; ++lane)
-
-template <int64_t width = kLanes, typename acc_t>
-FASTSSL_INLINE acc_t sum_of_lanes(const acc_t* lanes) {
-  if constexpr (width == 1) {
-    return lanes[0];
-  } else {
-    acc_t half[width / 2];
-#pragma GCC unroll 1
-    for (int64_t i = 0; i < width / 2; ++i) {
-      half[i] = lanes[i] + lanes[i + width / 2];
-    }
-    return sum_of_lanes<width / 2>(half);
-  }
-}
 
 FASTSSL_INLINE uint32_t bits_of(float x) {
   return __builtin_bit_cast(uint32_t, x);
@@ -80,19 +48,13 @@ FASTSSL_INLINE uint32_t bits_of(double x) {
 
 template <typename acc_t>
 FASTSSL_INLINE acc_t dot_of(const acc_t* a, const acc_t* b, int64_t padded) {
-  acc_t sum[kLanes] = {};
-  for (int64_t d = 0; d < padded; d += kLanes) {
-    FASTSSL_FOR_LANES(lane) sum[lane] += a[d + lane] * b[d + lane];
-  }
-  return sum_of_lanes(sum);
+  return sum_by_halves<kLanes, acc_t>(padded, [=](int64_t d) { return a[d] * b[d]; });
 }
 
 // Writes x, padded with zeros.
 template <Isa isa, typename scalar_t, typename acc_t>
 FASTSSL_INLINE void widen_body(acc_t* wide, const scalar_t* x, int64_t width) {
-  for (int64_t d = 0; d < width; ++d) {
-    wide[d] = static_cast<acc_t>(x[d]);
-  }
+  convert(wide, x, width);
   std::fill(wide + width, wide + padded_to_lanes(width), acc_t(0));
 }
 FASTSSL_ISA_VARIANTS(widen)
@@ -143,10 +105,10 @@ FASTSSL_INLINE void dots_body(
       FASTSSL_FOR_LANES(lane) sum_2[lane] += x[d + lane] * row_2[d + lane];
       FASTSSL_FOR_LANES(lane) sum_3[lane] += x[d + lane] * row_3[d + lane];
     }
-    out[i] = sum_of_lanes(sum_0);
-    out[i + 1] = sum_of_lanes(sum_1);
-    out[i + 2] = sum_of_lanes(sum_2);
-    out[i + 3] = sum_of_lanes(sum_3);
+    out[i] = add_halves<kLanes>(sum_0);
+    out[i + 1] = add_halves<kLanes>(sum_1);
+    out[i + 2] = add_halves<kLanes>(sum_2);
+    out[i + 3] = add_halves<kLanes>(sum_3);
   }
   for (; i < count; ++i) {
     out[i] = dot_of(x, table + rows[i] * padded, padded);
@@ -189,27 +151,16 @@ FASTSSL_INLINE void add_weighted_rows_body(
 }
 FASTSSL_ISA_VARIANTS(add_weighted_rows)
 
-// log sum exp(logits) - logits[0]; `padded` logits, -inf where there is none.
+// log sum exp(logits) - logits[0]. The logits are padded with -inf.
 template <Isa isa, typename acc_t>
 FASTSSL_INLINE acc_t cross_entropy_body(const acc_t* logits, int64_t padded) {
-  acc_t lanes[kLanes];
-  std::fill(lanes, lanes + kLanes, logits[0]);
-  for (int64_t k = 0; k < padded; k += kLanes) {
-    FASTSSL_FOR_LANES(lane) lanes[lane] = logits[k + lane] > lanes[lane] ? logits[k + lane] : lanes[lane];
-  }
-  acc_t highest = lanes[0];
-  for (int64_t lane = 1; lane < kLanes; ++lane) {
-    highest = lanes[lane] > highest ? lanes[lane] : highest;
-  }
-  std::fill(lanes, lanes + kLanes, acc_t(0));
-  for (int64_t k = 0; k < padded; k += kLanes) {
-    FASTSSL_FOR_LANES(lane) lanes[lane] += vector_exp(logits[k + lane] - highest);
-  }
-  return std::log(sum_of_lanes(lanes)) + (highest - logits[0]);
+  const acc_t highest = largest<isa, kLanes>(logits, padded);
+  const acc_t sum = sum_by_halves<kLanes, acc_t>(padded, [=](int64_t k) { return vector_exp(logits[k] - highest); });
+  return std::log(sum) + (highest - logits[0]);
 }
 FASTSSL_ISA_VARIANTS(cross_entropy)
 
-// No negative scores higher, and one scores lower.
+// Whether no negative scores higher than the positive and at least one scores lower.
 template <Isa isa, typename acc_t>
 FASTSSL_INLINE bool told_apart_body(acc_t positive, const acc_t* negatives, int64_t count) {
   int32_t not_below = 0;
@@ -231,7 +182,7 @@ FASTSSL_INLINE void softmax_body(acc_t* weights, const acc_t* logits, acc_t log_
 }
 FASTSSL_ISA_VARIANTS(softmax)
 
-// Takes the gradient of x * scale, with scale = 1 / max(|x|, eps), to that of x.
+// From the gradient of x * scale, where scale = 1 / max(|x|, eps), to the gradient of x.
 template <Isa isa, typename scalar_t, typename acc_t>
 FASTSSL_INLINE void store_gradient_body(
     scalar_t* grad, const acc_t* grad_unit, const acc_t* x, acc_t scale, int64_t width) {
@@ -243,7 +194,7 @@ FASTSSL_INLINE void store_gradient_body(
 }
 FASTSSL_ISA_VARIANTS(store_gradient)
 
-// Calls `function` with the rows of targets as int32_t or int64_t, whichever the tensor holds.
+// Calls `function` with a pointer to the negatives, as int32_t or int64_t depending on the tensor.
 template <typename Function>
 void dispatch_index(const Tensor& negatives, const Function& function) {
   if (negatives.scalar_type() == ScalarType::Int) {
@@ -253,8 +204,8 @@ void dispatch_index(const Tensor& negatives, const Function& function) {
   return function(negatives.const_data_ptr<int64_t>());
 }
 
-// The rows of a matrix in the accumulation type, each a whole number of vectors, and what brings them to length 1. Every
-// row is to be prepared before it is read.
+// The rows of a matrix in the accumulation type, padded to whole vectors, and the factors that scale them to length 1.
+// Call `prepare` for a row before reading it.
 template <typename scalar_t, typename acc_t>
 class Table {
  public:
@@ -293,7 +244,7 @@ class Table {
   const scalar_t* x_;
   int64_t width_;
   int64_t padded_;
-  bool is_copied_;  // the matrix itself does not do
+  bool is_copied_;  // whether the matrix has another type or unpadded rows
   Buffer<acc_t> copy_;  // (N, padded)
   Buffer<acc_t> scales_;  // (N,)
 };
@@ -304,8 +255,82 @@ void check_inputs(const Tensor& context, const Tensor& targets, const Tensor& ne
   check_tensor(negatives, "negatives", 2, negatives.scalar_type());
   STD_TORCH_CHECK(
       targets.size(0) == context.size(0) && targets.size(1) == context.size(1) && negatives.size(0) == context.size(0),
-      "context, targets and negatives: shapes do not fit");
+      "context (N, D), targets (N, D) and negatives (N, K): shapes do not match");
   STD_TORCH_CHECK(context.size(0) <= std::numeric_limits<int32_t>::max(), "context: too many frames");
+}
+
+template <typename acc_t>
+constexpr acc_t kNone = -std::numeric_limits<acc_t>::infinity();  // the logit of a negative that is left out
+
+// Pointers to the arguments and results of the forward; index_t is the type of the negatives.
+template <typename scalar_t, typename index_t>
+struct Forward {
+  using acc_t = typename Accumulator<scalar_t>::type;
+  const Table<scalar_t, acc_t>& context;
+  const Table<scalar_t, acc_t>& targets;
+  const scalar_t* target_rows;  // (N, D)
+  const uint32_t* hashes;  // (N,) of the target rows
+  const index_t* negatives;  // (N, K)
+  int64_t frames;
+  int64_t width;
+  int64_t count;  // K
+  acc_t inverse_temperature;
+  acc_t* loss;  // (N,)
+  bool* correct;  // (N,)
+  acc_t* logits;  // (N, K + 1)
+  std::atomic<bool>& out_of_range;
+
+  bool equals_target(int64_t m, int64_t n) const {
+    return hashes[m] == hashes[n] && equal_rows(target_rows + m * width, target_rows + n * width, width);
+  }
+};
+
+// The logits of one frame without the negatives that are left out, the positive first.
+template <typename acc_t>
+struct Candidates {
+  explicit Candidates(int64_t count) : rows(count + 1), places(count + 1), logits(padded_to_lanes(count + 1)) {}
+
+  Buffer<int32_t> rows;  // of the targets
+  Buffer<int64_t> places;  // among all logits of the frame
+  Buffer<acc_t> logits;
+};
+
+// Fills in the rows and places of frame n; returns their number.
+template <typename scalar_t, typename index_t, typename acc_t>
+int64_t find_candidates(const Forward<scalar_t, index_t>& call, int64_t n, const Candidates<acc_t>& candidates) {
+  candidates.rows[0] = static_cast<int32_t>(n);
+  candidates.places[0] = 0;
+  int64_t many = 1;
+  for (int64_t k = 0; k < call.count; ++k) {
+    const int64_t m = call.negatives[n * call.count + k];
+    if (m >= call.frames || m < -1) {
+      call.out_of_range = true;
+    } else if (m >= 0 && m != n && !call.equals_target(m, n)) {
+      candidates.rows[many] = static_cast<int32_t>(m);
+      candidates.places[many] = k + 1;
+      ++many;
+    }
+  }
+  return many;
+}
+
+template <typename scalar_t, typename index_t, typename acc_t>
+void forward_frame(const Forward<scalar_t, index_t>& call, int64_t n, const Candidates<acc_t>& candidates) {
+  const int64_t many = find_candidates(call, n, candidates);
+  const int32_t* rows = candidates.rows.data();
+  acc_t* scores = candidates.logits.data();
+  dots(scores, call.context.row(n), call.targets.row(0), rows, many, call.targets.padded());
+  const acc_t scale = call.context.scale(n) * call.inverse_temperature;
+  acc_t* logits = call.logits + n * (call.count + 1);
+  std::fill(logits, logits + call.count + 1, kNone<acc_t>);
+  for (int64_t i = 0; i < many; ++i) {
+    scores[i] *= scale * call.targets.scale(rows[i]);
+    logits[candidates.places[i]] = scores[i];
+  }
+  std::fill(scores + many, scores + padded_to_lanes(many), kNone<acc_t>);
+  const acc_t* finished = scores;
+  call.loss[n] = cross_entropy(finished, padded_to_lanes(many));
+  call.correct[n] = told_apart(finished[0], finished + 1, many - 1);
 }
 
 std::tuple<Tensor, Tensor, Tensor> forward(
@@ -317,72 +342,154 @@ std::tuple<Tensor, Tensor, Tensor> forward(
   const int64_t frames = context.size(0);
   const int64_t width = context.size(1);
   const int64_t count = negatives.size(1);
-  const ScalarType dtype = context.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  const ScalarType dtype = accumulator_dtype(context.scalar_type());
   Tensor loss = torch::stable::new_empty(context, {frames}, dtype);
   Tensor correct = torch::stable::new_empty(context, {frames}, ScalarType::Bool);
   Tensor logits = torch::stable::new_empty(context, {frames, count + 1}, dtype);
-  bool* correct_data = correct.mutable_data_ptr<bool>();
   std::atomic<bool> out_of_range = false;
 
   dispatch_floating(context.scalar_type(), "contrastive_loss", [&](auto tag) {
     using scalar_t = decltype(tag);
     using acc_t = typename Accumulator<scalar_t>::type;
-    const scalar_t* context_data = context.const_data_ptr<scalar_t>();
-    const scalar_t* target_data = targets.const_data_ptr<scalar_t>();
-    acc_t* loss_data = loss.mutable_data_ptr<acc_t>();
-    acc_t* logits_data = logits.mutable_data_ptr<acc_t>();
-    const acc_t inverse_temperature = static_cast<acc_t>(1 / temperature);
-    const Table<scalar_t, acc_t> target_table(target_data, frames, width);
-    const Table<scalar_t, acc_t> context_table(context_data, frames, width);
+    const scalar_t* target_rows = targets.const_data_ptr<scalar_t>();
+    const Table<scalar_t, acc_t> target_table(target_rows, frames, width);
+    const Table<scalar_t, acc_t> context_table(context.const_data_ptr<scalar_t>(), frames, width);
     const Buffer<uint32_t> hashes(frames);
     torch::stable::parallel_for(0, frames, 4 * kFramesPerTask, [&](int64_t first, int64_t last) {
       for (int64_t n = first; n < last; ++n) {
         target_table.prepare(n);
         context_table.prepare(n);
-        hashes[n] = hash_row(target_data + n * width, acc_t(0), width);
+        hashes[n] = hash_row(target_rows + n * width, acc_t(0), width);
       }
     });
-    dispatch_index(negatives, [&](const auto* negative_data) {
+    dispatch_index(negatives, [&](const auto* negative_rows) {
+      const Forward<scalar_t, std::remove_cvref_t<decltype(*negative_rows)>> call{
+          context_table,
+          target_table,
+          target_rows,
+          hashes.data(),
+          negative_rows,
+          frames,
+          width,
+          count,
+          static_cast<acc_t>(1 / temperature),
+          loss.mutable_data_ptr<acc_t>(),
+          correct.mutable_data_ptr<bool>(),
+          logits.mutable_data_ptr<acc_t>(),
+          out_of_range};
       torch::stable::parallel_for(0, frames, kFramesPerTask, [&](int64_t first, int64_t last) {
-        // The logits that are left, the positive in front, and where they came from.
-        const Buffer<int32_t> rows(count + 1);
-        const Buffer<int64_t> places(count + 1);
-        const Buffer<acc_t> left(padded_to_lanes(count + 1));
-        constexpr acc_t kNone = -std::numeric_limits<acc_t>::infinity();
+        const Candidates<acc_t> candidates(count);
         for (int64_t n = first; n < last; ++n) {
-          rows[0] = static_cast<int32_t>(n);
-          places[0] = 0;
-          int64_t many = 1;
-          for (int64_t k = 0; k < count; ++k) {
-            const int64_t m = negative_data[n * count + k];
-            if (m >= frames || m < -1) {
-              out_of_range = true;
-            } else if (m >= 0 && m != n &&
-                       (hashes[m] != hashes[n] || !equal_rows(target_data + m * width, target_data + n * width, width))) {
-              rows[many] = static_cast<int32_t>(m);
-              places[many] = k + 1;
-              ++many;
-            }
-          }
-          dots(left.data(), context_table.row(n), target_table.row(0), static_cast<const int32_t*>(rows.data()), many,
-               target_table.padded());
-          const acc_t scale = context_table.scale(n) * inverse_temperature;
-          acc_t* row = logits_data + n * (count + 1);
-          std::fill(row, row + count + 1, kNone);
-          for (int64_t i = 0; i < many; ++i) {
-            left[i] *= scale * target_table.scale(rows[i]);
-            row[places[i]] = left[i];
-          }
-          std::fill(left.data() + many, left.data() + padded_to_lanes(many), kNone);
-          const acc_t* scores = left.data();
-          loss_data[n] = cross_entropy(scores, padded_to_lanes(many));
-          correct_data[n] = told_apart(scores[0], scores + 1, many - 1);
+          forward_frame(call, n, candidates);
         }
       });
     });
   });
   STD_TORCH_CHECK(!out_of_range, "negatives: must be -1 to ", frames - 1);
   return {loss, correct, logits};
+}
+
+// Pointers to the arguments and results of the backward; index_t is the type of the negatives.
+template <typename scalar_t, typename index_t>
+struct Backward {
+  using acc_t = typename Accumulator<scalar_t>::type;
+  const Table<scalar_t, acc_t>& context;
+  const Table<scalar_t, acc_t>& targets;
+  const index_t* negatives;  // (N, K)
+  const acc_t* grad_loss;  // (N,)
+  const acc_t* loss;  // (N,)
+  const acc_t* logits;  // (N, K + 1)
+  int64_t width;
+  int64_t count;  // K
+  acc_t inverse_temperature;
+  scalar_t* grad_context;  // (N, D)
+  scalar_t* grad_targets;  // (N, D)
+};
+
+// Pairs of a frame and one of its negatives, sorted by the negative and then by the frame.
+template <typename acc_t>
+struct Pairs {
+  Pairs(const CountingSort& sort, int64_t frames)
+      : begins(sort.begins()), frames(sort.size()), weights(sort.size()), positive_weights(frames) {}
+
+  const int64_t* begins;  // (N + 1,) where the pairs of each negative begin
+  Buffer<int32_t> frames;
+  Buffer<acc_t> weights;  // of the frame's context row in the gradient of the negative, scaled to length 1
+  Buffer<acc_t> positive_weights;  // (N,) the same for each frame and its own target
+};
+
+template <typename acc_t>
+struct BackwardScratch {
+  BackwardScratch(int64_t count, int64_t padded) : rows(count + 1), weights(count + 1), sum(padded) {}
+
+  Buffer<int32_t> rows;
+  Buffer<acc_t> weights;
+  Buffer<acc_t> sum;
+};
+
+template <typename scalar_t, typename index_t>
+void count_pairs(const Backward<scalar_t, index_t>& call, int64_t n, int64_t* counts) {
+  using acc_t = typename Accumulator<scalar_t>::type;
+  for (int64_t k = 0; k < call.count; ++k) {
+    if (call.logits[n * (call.count + 1) + k + 1] > kNone<acc_t>) {
+      ++counts[call.negatives[n * call.count + k]];
+    }
+  }
+}
+
+// Writes the gradient of context row n, and the frame's pairs to the places in `next`, which it advances.
+template <typename scalar_t, typename index_t, typename acc_t>
+void context_gradient(
+    const Backward<scalar_t, index_t>& call,
+    int64_t n,
+    const BackwardScratch<acc_t>& scratch,
+    const Pairs<acc_t>& pairs,
+    int64_t* next) {
+  const int32_t* rows = scratch.rows.data();
+  const acc_t* weights = scratch.weights.data();
+  const acc_t* sum = scratch.sum.data();
+  const int64_t padded = call.targets.padded();
+  const acc_t* logits = call.logits + n * (call.count + 1);
+  const acc_t scale = call.grad_loss[n] * call.inverse_temperature;
+  scratch.rows[0] = static_cast<int32_t>(n);
+  scratch.weights[0] = logits[0];
+  int64_t many = 1;
+  for (int64_t k = 0; k < call.count; ++k) {
+    scratch.rows[many] = static_cast<int32_t>(call.negatives[n * call.count + k]);
+    scratch.weights[many] = logits[k + 1];
+    many += logits[k + 1] > kNone<acc_t>;
+  }
+  softmax(scratch.weights.data(), weights, logits[0] + call.loss[n], scale, many);
+  scratch.weights[0] -= scale;
+  const acc_t context_scale = call.context.scale(n);
+  pairs.positive_weights[n] = weights[0] * context_scale;
+  for (int64_t i = 1; i < many; ++i) {
+    const int64_t to = next[rows[i]]++;
+    pairs.frames[to] = static_cast<int32_t>(n);
+    pairs.weights[to] = weights[i] * context_scale;
+  }
+  for (int64_t i = 0; i < many; ++i) {
+    scratch.weights[i] *= call.targets.scale(rows[i]);
+  }
+  std::fill_n(scratch.sum.data(), padded, acc_t(0));
+  add_weighted_rows(scratch.sum.data(), call.targets.row(0), rows, weights, many, padded);
+  store_gradient(call.grad_context + n * call.width, sum, call.context.row(n), context_scale, call.width);
+}
+
+// Writes the gradient of target row m. `sum` is scratch memory for one row.
+template <typename scalar_t, typename index_t, typename acc_t>
+void target_gradient(const Backward<scalar_t, index_t>& call, int64_t m, const Pairs<acc_t>& pairs, acc_t* sum) {
+  const int64_t padded = call.context.padded();
+  const acc_t* context = call.context.row(m);
+  for (int64_t d = 0; d < padded; ++d) {
+    sum[d] = pairs.positive_weights[m] * context[d];
+  }
+  const int64_t begin = pairs.begins[m];
+  const int32_t* frames = pairs.frames.data() + begin;
+  const acc_t* weights = pairs.weights.data() + begin;
+  add_weighted_rows(sum, call.context.row(0), frames, weights, pairs.begins[m + 1] - begin, padded);
+  const acc_t* finished = sum;
+  store_gradient(call.grad_targets + m * call.width, finished, call.targets.row(m), call.targets.scale(m), call.width);
 }
 
 std::tuple<Tensor, Tensor> backward(
@@ -397,109 +504,52 @@ std::tuple<Tensor, Tensor> backward(
   const int64_t frames = context.size(0);
   const int64_t width = context.size(1);
   const int64_t count = negatives.size(1);
-  const ScalarType dtype = context.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  const ScalarType dtype = accumulator_dtype(context.scalar_type());
   check_tensor(grad_loss, "grad_loss", 1, dtype);
   check_tensor(loss, "loss", 1, dtype);
   check_tensor(logits, "logits", 2, dtype);
   Tensor grad_context = torch::stable::empty_like(context);
   Tensor grad_targets = torch::stable::empty_like(targets);
-  // The pairs of a frame and a negative are sorted by the negative, in the order of the frames: each of a few workers
-  // counts its share of the frames, and knows from all counts where in the result its pairs belong.
-  const int64_t workers = std::max<int64_t>(1, std::min<int64_t>(torch::stable::get_num_threads(), frames));
-  const auto first_frame_of = [&](int64_t worker) { return frames * worker / workers; };
 
   dispatch_floating(context.scalar_type(), "contrastive_loss", [&](auto tag) {
     using scalar_t = decltype(tag);
     using acc_t = typename Accumulator<scalar_t>::type;
-    const acc_t* grad_data = grad_loss.const_data_ptr<acc_t>();
-    const acc_t* loss_data = loss.const_data_ptr<acc_t>();
-    const acc_t* logits_data = logits.const_data_ptr<acc_t>();
-    scalar_t* grad_context_data = grad_context.mutable_data_ptr<scalar_t>();
-    scalar_t* grad_targets_data = grad_targets.mutable_data_ptr<scalar_t>();
     const Table<scalar_t, acc_t> target_table(targets.const_data_ptr<scalar_t>(), frames, width);
     const Table<scalar_t, acc_t> context_table(context.const_data_ptr<scalar_t>(), frames, width);
-    const int64_t padded = target_table.padded();
-    constexpr acc_t kNone = -std::numeric_limits<acc_t>::infinity();
-
-    dispatch_index(negatives, [&](const auto* negative_data) {
-      std::vector<int64_t> next(workers * frames);  // (workers, N): counts, then where the next pair goes
-      torch::stable::parallel_for(0, workers, 1, [&](int64_t first, int64_t last) {
-        for (int64_t worker = first; worker < last; ++worker) {
-          int64_t* counts = next.data() + worker * frames;
-          for (int64_t n = first_frame_of(worker); n < first_frame_of(worker + 1); ++n) {
-            target_table.prepare(n);
-            context_table.prepare(n);
-            for (int64_t k = 0; k < count; ++k) {
-              if (logits_data[n * (count + 1) + k + 1] > kNone) {
-                ++counts[negative_data[n * count + k]];
-              }
-            }
-          }
+    dispatch_index(negatives, [&](const auto* negative_rows) {
+      const Backward<scalar_t, std::remove_cvref_t<decltype(*negative_rows)>> call{
+          context_table,
+          target_table,
+          negative_rows,
+          grad_loss.const_data_ptr<acc_t>(),
+          loss.const_data_ptr<acc_t>(),
+          logits.const_data_ptr<acc_t>(),
+          width,
+          count,
+          static_cast<acc_t>(1 / temperature),
+          grad_context.mutable_data_ptr<scalar_t>(),
+          grad_targets.mutable_data_ptr<scalar_t>()};
+      const int64_t workers = std::clamp<int64_t>(torch::stable::get_num_threads(), 1, std::max<int64_t>(frames, 1));
+      CountingSort sort(frames, frames, workers);
+      sort.for_each_worker([&](int64_t* counts, int64_t first, int64_t last) {
+        for (int64_t n = first; n < last; ++n) {
+          target_table.prepare(n);
+          context_table.prepare(n);
+          count_pairs(call, n, counts);
         }
       });
-      const Buffer<int64_t> begins(frames + 1);
-      int64_t pairs = 0;
-      for (int64_t m = 0; m < frames; ++m) {
-        begins[m] = pairs;
-        for (int64_t worker = 0; worker < workers; ++worker) {
-          const int64_t found = next[worker * frames + m];
-          next[worker * frames + m] = pairs;
-          pairs += found;
-        }
-      }
-      begins[frames] = pairs;
-
-      const Buffer<int32_t> pair_frames(pairs);
-      const Buffer<acc_t> pair_weights(pairs);
-      const Buffer<acc_t> positive_weights(frames);
-      torch::stable::parallel_for(0, workers, 1, [&](int64_t first, int64_t last) {
-        const Buffer<int32_t> rows(count + 1);
-        const Buffer<acc_t> weights(count + 1);
-        const Buffer<acc_t> sum(padded);
-        for (int64_t worker = first; worker < last; ++worker) {
-          int64_t* place = next.data() + worker * frames;
-          for (int64_t n = first_frame_of(worker); n < first_frame_of(worker + 1); ++n) {
-            const acc_t* row = logits_data + n * (count + 1);
-            const acc_t scale = grad_data[n] * static_cast<acc_t>(1 / temperature);
-            rows[0] = static_cast<int32_t>(n);
-            weights[0] = row[0];
-            int64_t many = 1;
-            for (int64_t k = 0; k < count; ++k) {
-              rows[many] = static_cast<int32_t>(negative_data[n * count + k]);
-              weights[many] = row[k + 1];
-              many += row[k + 1] > kNone;
-            }
-            softmax(weights.data(), static_cast<const acc_t*>(weights.data()), row[0] + loss_data[n], scale, many);
-            weights[0] -= scale;
-            const acc_t context_scale = context_table.scale(n);
-            positive_weights[n] = weights[0] * context_scale;
-            for (int64_t i = 1; i < many; ++i) {
-              const int64_t to = place[rows[i]]++;
-              pair_frames[to] = static_cast<int32_t>(n);
-              pair_weights[to] = weights[i] * context_scale;
-            }
-            for (int64_t i = 0; i < many; ++i) {
-              weights[i] *= target_table.scale(rows[i]);
-            }
-            std::fill(sum.data(), sum.data() + padded, acc_t(0));
-            add_weighted_rows(sum.data(), target_table.row(0), static_cast<const int32_t*>(rows.data()),
-                              static_cast<const acc_t*>(weights.data()), many, padded);
-            store_gradient(grad_context_data + n * width, static_cast<const acc_t*>(sum.data()), context_table.row(n),
-                           context_scale, width);
-          }
+      sort.finish_counting();
+      const Pairs<acc_t> pairs(sort, frames);
+      sort.for_each_worker([&](int64_t* next, int64_t first, int64_t last) {
+        const BackwardScratch<acc_t> scratch(count, target_table.padded());
+        for (int64_t n = first; n < last; ++n) {
+          context_gradient(call, n, scratch, pairs, next);
         }
       });
       torch::stable::parallel_for(0, frames, kFramesPerTask, [&](int64_t first, int64_t last) {
-        const Buffer<acc_t> sum(padded);
+        const Buffer<acc_t> sum(context_table.padded());
         for (int64_t m = first; m < last; ++m) {
-          for (int64_t d = 0; d < padded; ++d) {
-            sum[d] = positive_weights[m] * context_table.row(m)[d];
-          }
-          add_weighted_rows(sum.data(), context_table.row(0), static_cast<const int32_t*>(pair_frames.data() + begins[m]),
-                            static_cast<const acc_t*>(pair_weights.data() + begins[m]), begins[m + 1] - begins[m],
-                            padded);
-          store_gradient(grad_targets_data + m * width, static_cast<const acc_t*>(sum.data()), target_table.row(m),
-                         target_table.scale(m), width);
+          target_gradient(call, m, pairs, sum.data());
         }
       });
     });

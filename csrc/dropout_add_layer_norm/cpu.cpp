@@ -1,6 +1,6 @@
 // Dropout, residual and layer norm on the CPU. Derivation: fastssl/kernels/dropout_add_layer_norm/README.md.
 //
-// A row is read from memory once; what is computed from it stays in the first-level cache until it is written.
+// Each row is read from memory once; intermediate results stay in the first-level cache.
 
 #include <cmath>
 #include <optional>
@@ -9,54 +9,23 @@
 
 #include "../common/dropout.h"
 #include "../common/isa.h"
+#include "../common/lanes.h"
 #include "../common/row_chunks.h"
 #include "../common/tensor_checks.h"
 
 namespace fastssl {
 namespace {
 
-// Partial sums of a reduction: the compiler may not reorder a floating-point sum by itself.
 constexpr int64_t kLanes = 64;
 
 template <typename T>
-FASTSSL_INLINE T add_lanes(T* partial) {
-#pragma GCC unroll 8
-  for (int64_t half = kLanes / 2; half > 0; half /= 2) {
-    for (int64_t lane = 0; lane < half; ++lane) {
-      partial[lane] += partial[lane + half];
-    }
-  }
-  return partial[0];
-}
-
-template <typename T>
 FASTSSL_INLINE T sum_of(const T* x, int64_t n) {
-  T partial[kLanes] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-      partial[lane] += x[i + lane];
-    }
-  }
-  for (int64_t lane = 0; i < n; ++i, ++lane) {
-    partial[lane] += x[i];
-  }
-  return add_lanes(partial);
+  return sum_by_halves<kLanes, T>(n, [=](int64_t i) { return x[i]; });
 }
 
 template <typename T>
 FASTSSL_INLINE T dot(const T* x, const T* y, int64_t n) {
-  T partial[kLanes] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-      partial[lane] += x[i + lane] * y[i + lane];
-    }
-  }
-  for (int64_t lane = 0; i < n; ++i, ++lane) {
-    partial[lane] += x[i] * y[i];
-  }
-  return add_lanes(partial);
+  return sum_by_halves<kLanes, T>(n, [=](int64_t i) { return x[i] * y[i]; });
 }
 
 // sum[c] = residual[c] + dropout(x)[c]
@@ -88,7 +57,7 @@ struct Forward {
   const acc_t* weight;
   const acc_t* bias;
   scalar_t* out;
-  scalar_t* sum;  // null where it is not wanted
+  scalar_t* sum;  // null if it is not returned
   acc_t* mean;
   acc_t* rstd;
   int64_t width;
@@ -109,7 +78,7 @@ FASTSSL_INLINE void forward_rows_body(
     const uint8_t* keep = call->dropout.active ? keep_bytes<isa>(keep_scratch, call->dropout, begin, width) : nullptr;
     add_branch(sum, call->x + begin, call->residual + begin, keep, call->dropout, width);
     if (call->sum != nullptr) {
-      // What is normalised is the sum as it is returned, so that the backward finds it there.
+      // Normalise the sum as it is returned, rounded, because that is what the backward reads.
       scalar_t* __restrict stored = call->sum + begin;
       for (int64_t c = 0; c < width; ++c) {
         stored[c] = static_cast<scalar_t>(sum[c]);
@@ -135,19 +104,19 @@ FASTSSL_ISA_VARIANTS(forward_rows)
 template <typename scalar_t, typename acc_t>
 struct Backward {
   const scalar_t* grad_out;
-  const scalar_t* grad_sum;  // null where the sum was not returned
-  const scalar_t* x;  // the branch, or the sum where `residual` is null
+  const scalar_t* grad_sum;  // null if the sum was not returned
+  const scalar_t* x;  // the branch, or the sum if `residual` is null
   const scalar_t* residual;
   const acc_t* weight;
   const acc_t* mean;
   const acc_t* rstd;
-  scalar_t* grad_x;  // null without dropout: it is grad_residual then
+  scalar_t* grad_x;  // null without dropout, where it equals grad_residual
   scalar_t* grad_residual;
   int64_t width;
   Dropout dropout;
 };
 
-// Rows of one chunk; `grad_weight` and `grad_bias` are the chunk's own and hold zeros.
+// The backward of the rows of one chunk. `grad_weight` and `grad_bias` belong to the chunk and must start at zero.
 template <Isa isa, typename scalar_t, typename acc_t>
 FASTSSL_INLINE void backward_rows_body(
     const Backward<scalar_t, acc_t>* call,
@@ -210,16 +179,6 @@ FASTSSL_INLINE void backward_rows_body(
 }
 FASTSSL_ISA_VARIANTS(backward_rows)
 
-template <typename T>
-const T* data_or_null(const std::optional<Tensor>& tensor) {
-  return tensor.has_value() ? tensor->const_data_ptr<T>() : nullptr;
-}
-
-template <typename scalar_t>
-ScalarType accumulator_type() {
-  return sizeof(typename Accumulator<scalar_t>::type) == 8 ? ScalarType::Double : ScalarType::Float;
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
     const Tensor& x,  // (N, D)
     const Tensor& residual,  // (N, D)
@@ -232,7 +191,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
     bool prenorm) {
   check_tensor(x, "x", 2, x.scalar_type());
   check_tensor(residual, "residual", 2, x.scalar_type());
-  check_tensor(weight, "weight", 1, weight.scalar_type());
+  check_tensor(weight, "weight", 1, accumulator_dtype(x.scalar_type()));
   check_tensor(bias, "bias", 1, weight.scalar_type());
   const int64_t rows = x.size(0);
   const int64_t width = x.size(1);
@@ -244,7 +203,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
   dispatch_floating(x.scalar_type(), "dropout_add_layer_norm", [&](auto tag) {
     using scalar_t = decltype(tag);
     using acc_t = typename Accumulator<scalar_t>::type;
-    check_tensor(weight, "weight", 1, accumulator_type<scalar_t>());
     const Forward<scalar_t, acc_t> call{
         x.const_data_ptr<scalar_t>(),
         residual.const_data_ptr<scalar_t>(),
@@ -279,13 +237,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     int64_t offset) {
   check_tensor(x, "x", 2, x.scalar_type());
   check_tensor(grad_out, "grad_out", 2, x.scalar_type());
-  if (grad_sum.has_value()) {
-    check_tensor(*grad_sum, "grad_sum", 2, x.scalar_type());
-  }
-  if (residual.has_value()) {
-    check_tensor(*residual, "residual", 2, x.scalar_type());
-  }
-  check_tensor(weight, "weight", 1, weight.scalar_type());
+  check_tensor(grad_sum, "grad_sum", 2, x.scalar_type());
+  check_tensor(residual, "residual", 2, x.scalar_type());
+  check_tensor(weight, "weight", 1, accumulator_dtype(x.scalar_type()));
   check_tensor(mean, "mean", 1, weight.scalar_type());
   check_tensor(rstd, "rstd", 1, weight.scalar_type());
   const int64_t rows = x.size(0);
@@ -299,7 +253,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
   dispatch_floating(x.scalar_type(), "dropout_add_layer_norm", [&](auto tag) {
     using scalar_t = decltype(tag);
     using acc_t = typename Accumulator<scalar_t>::type;
-    check_tensor(weight, "weight", 1, accumulator_type<scalar_t>());
     const Backward<scalar_t, acc_t> call{
         grad_out.const_data_ptr<scalar_t>(),
         data_or_null<scalar_t>(grad_sum),

@@ -1,8 +1,9 @@
 // Straight-through Gumbel softmax on the CPU. Formulas and figures: fastssl/kernels/gumbel_quantize/README.md.
 //
-// A row is the V logits of one frame and group. Rows are padded to whole vectors in a buffer that stays in the
-// first-level cache, with minus infinity, whose exp is 0. The forward never sees the temperature, and the backward
-// draws the noise again. No two threads write the same element, and no order of additions depends on the number of threads.
+// A row is the V logits of one frame and group. Rows are copied to a buffer that stays in the first-level cache and
+// padded to whole vectors with minus infinity, whose exp is 0. The forward does not need the temperature; the backward
+// draws the noise again. No two threads write the same element, and the order of additions does not depend on the
+// number of threads.
 
 #include <algorithm>
 #include <cstring>
@@ -13,7 +14,12 @@
 #include <type_traits>
 #include <vector>
 
+#include "../common/convert.h"
+#include "../common/counting_sort.h"
+#include "../common/integers.h"
 #include "../common/isa.h"
+#include "../common/row_chunks.h"
+#include "../common/simd.h"
 #include "../common/split_mix.h"
 #include "../common/tensor_checks.h"
 #include "../common/vector_math.h"
@@ -21,26 +27,15 @@
 namespace fastssl {
 namespace {
 
-constexpr int kLanes = 16;  // partial results, because the compiler may not reorder a floating-point sum by itself
-constexpr int64_t kPadding = 32;  // rows in buffers have a multiple of so many elements
+constexpr int kLanes = 16;  // partial results, as in lanes.h
+constexpr int64_t kPadding = 32;  // rows in buffers are padded to a multiple of this
 constexpr int64_t kFramesPerTask = 16;
 
-int64_t padded(int64_t size) {
-  return (size + kPadding - 1) / kPadding * kPadding;
-}
-
-// Elements of a tensor whose type is known at run time only.
+// Elements of a tensor whose type is only known at run time.
 struct Elements {
   const void* data;
   ScalarType dtype;
 };
-
-template <typename acc_t, typename scalar_t>
-FASTSSL_INLINE void convert(acc_t* to, const scalar_t* from, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) {
-    to[i] = static_cast<acc_t>(from[i]);
-  }
-}
 
 template <typename acc_t>
 FASTSSL_INLINE void load(acc_t* to, Elements from, int64_t offset, int64_t count) {
@@ -70,55 +65,29 @@ FASTSSL_INLINE void store(void* to, ScalarType dtype, int64_t offset, const acc_
   }
 }
 
-// kLanes partial results in registers, for any instruction set: a reduction has the same order of additions on all.
-template <Isa isa, typename T>
-struct Lanes {
-  static constexpr int kBytes = isa == Isa::kAvx512 ? 64 : isa == Isa::kAvx2 ? 32 : 16;
-  static constexpr int kVector = kBytes / sizeof(T);
-  static constexpr int kCount = kLanes / kVector;
-  typedef T Vector __attribute__((vector_size(kBytes)));
-  using Index = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
-  typedef Index Indices __attribute__((vector_size(kBytes)));
-};
-
-template <Isa isa, typename T>
-FASTSSL_INLINE T maximum(const T* x, int64_t count) {
-  using L = Lanes<isa, T>;
-  typename L::Vector best[L::kCount];
-  std::memcpy(best, x, sizeof(best));
-  for (int64_t i = kLanes; i < count; i += kLanes) {
-#pragma GCC unroll 8
-    for (int j = 0; j < L::kCount; ++j) {
-      typename L::Vector value;
-      std::memcpy(&value, x + i + j * L::kVector, sizeof(value));
-      best[j] = value > best[j] ? value : best[j];
-    }
-  }
-  T lanes[kLanes];
-  std::memcpy(lanes, best, sizeof(best));
-  return *std::max_element(lanes, lanes + kLanes);
-}
-
-// Where the largest element is, the first of equal ones.
+// The index of the largest element; the first one if several are equal.
 template <Isa isa, typename T>
 FASTSSL_INLINE int64_t first_maximum(const T* x, int64_t count) {
-  using L = Lanes<isa, T>;
-  using Index = typename L::Index;
+  using Index = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
+  using Vector = typename Simd<isa, T>::Vector;
+  using Indices = typename Simd<isa, Index>::Vector;
+  constexpr int kVector = Simd<isa, T>::kLanes;
+  constexpr int kCount = kLanes / kVector;
   Index index[kLanes];
   for (int lane = 0; lane < kLanes; ++lane) {
     index[lane] = lane;
   }
-  typename L::Vector best[L::kCount];
-  typename L::Indices current[L::kCount];
-  typename L::Indices found[L::kCount];
+  Vector best[kCount];
+  Indices current[kCount];
+  Indices found[kCount];
   std::memcpy(best, x, sizeof(best));
   std::memcpy(current, index, sizeof(current));
   std::memcpy(found, index, sizeof(found));
   for (int64_t i = kLanes; i < count; i += kLanes) {
 #pragma GCC unroll 8
-    for (int j = 0; j < L::kCount; ++j) {
-      typename L::Vector value;
-      std::memcpy(&value, x + i + j * L::kVector, sizeof(value));
+    for (int j = 0; j < kCount; ++j) {
+      Vector value;
+      std::memcpy(&value, x + i + j * kVector, sizeof(value));
       current[j] += static_cast<Index>(kLanes);
       found[j] = value > best[j] ? current[j] : found[j];
       best[j] = value > best[j] ? value : best[j];
@@ -136,34 +105,27 @@ FASTSSL_INLINE int64_t first_maximum(const T* x, int64_t count) {
   return index[result];
 }
 
-template <Isa isa, typename T>
-FASTSSL_INLINE T sum_of(const T* x, int64_t count) {
-  using L = Lanes<isa, T>;
-  typename L::Vector sums[L::kCount] = {};
-  for (int64_t i = 0; i < count; i += kLanes) {
-#pragma GCC unroll 8
-    for (int j = 0; j < L::kCount; ++j) {
-      typename L::Vector value;
-      std::memcpy(&value, x + i + j * L::kVector, sizeof(value));
-      sums[j] += value;
-    }
-  }
-  T lanes[kLanes];
-  std::memcpy(lanes, sums, sizeof(sums));
-  return std::accumulate(lanes, lanes + kLanes, T(0));
+template <typename Vector, typename T>
+FASTSSL_INLINE void multiply_by(Vector& product, const T* factor) {
+  Vector value;
+  std::memcpy(&value, factor, sizeof(value));
+  product *= value;
 }
 
-template <Isa isa, typename T>
-FASTSSL_INLINE T dot_of(const T* x, const T* y, int64_t count) {
-  using L = Lanes<isa, T>;
-  typename L::Vector sums[L::kCount] = {};
+// The sum over x, or over x times the factors. Same order as `sum_in_order` of lanes.h, for whole vectors; with vector
+// types, because in double the plain loop makes the op 5% slower.
+template <Isa isa, typename T, typename... Factors>
+FASTSSL_INLINE T sum_of(int64_t count, const T* x, const Factors*... factors) {
+  using Vector = typename Simd<isa, T>::Vector;
+  constexpr int kVector = Simd<isa, T>::kLanes;
+  Vector sums[kLanes / kVector] = {};
   for (int64_t i = 0; i < count; i += kLanes) {
 #pragma GCC unroll 8
-    for (int j = 0; j < L::kCount; ++j) {
-      typename L::Vector left, right;
-      std::memcpy(&left, x + i + j * L::kVector, sizeof(left));
-      std::memcpy(&right, y + i + j * L::kVector, sizeof(right));
-      sums[j] += left * right;
+    for (int j = 0; j < kLanes / kVector; ++j) {
+      Vector product;
+      std::memcpy(&product, x + i + j * kVector, sizeof(product));
+      (multiply_by(product, factors + i + j * kVector), ...);
+      sums[j] += product;
     }
   }
   T lanes[kLanes];
@@ -179,7 +141,7 @@ FASTSSL_INLINE void exponentiate(T* x, T highest, T factor, int64_t count) {
   }
 }
 
-// Everything about the logits and their noise that both directions read.
+// The logits and their noise, as forward and backward read them.
 template <typename acc_t>
 struct Logits {
   Elements values;  // (M, G, V)
@@ -190,7 +152,7 @@ struct Logits {
   int64_t padded_codes;
 };
 
-// One row of logits in `plain`, with noise in `noisy`.
+// Loads one row of logits into `plain`, and with noise added into `noisy`.
 template <typename acc_t>
 FASTSSL_INLINE void load_row(const Logits<acc_t>& logits, int64_t frame, int64_t group, acc_t* plain, acc_t* noisy) {
   const int64_t offset = (frame * logits.groups + group) * logits.codes;
@@ -247,8 +209,8 @@ FASTSSL_INLINE void forward_tasks_body(const Forward<acc_t>* forward, int64_t fi
             forward->codevectors + (group * logits.codes + code) * forward->vector_bytes,
             forward->vector_bytes);
 
-        exponentiate(plain, maximum<isa>(plain, width), acc_t(1), width);
-        const acc_t scale = acc_t(1) / sum_of<isa>(plain, width);
+        exponentiate(plain, largest<isa, kLanes>(plain, width), acc_t(1), width);
+        const acc_t scale = acc_t(1) / sum_of<isa>(width, plain);
         for (int64_t v = 0; v < width; ++v) {
           sums[group * width + v] += plain[v] * scale;
         }
@@ -258,12 +220,12 @@ FASTSSL_INLINE void forward_tasks_body(const Forward<acc_t>* forward, int64_t fi
 }
 FASTSSL_ISA_VARIANTS(forward_tasks)
 
-// The tile of a matrix product whose sums fit into the registers of an instruction set.
+// The largest tile of a matrix product whose sums fit into the registers of an instruction set.
 template <Isa isa, typename acc_t>
 struct Tile {
-  using Vector = typename Lanes<isa, acc_t>::Vector;
+  using Vector = typename Simd<isa, acc_t>::Vector;
   static constexpr int kRows = isa == Isa::kAvx512 ? 12 : 6;
-  static constexpr int kVector = Lanes<isa, acc_t>::kVector;
+  static constexpr int kVector = Simd<isa, acc_t>::kLanes;
   static constexpr int kColumns = 2 * kVector;
 };
 
@@ -278,7 +240,7 @@ struct Backward {
   acc_t temperature;
 };
 
-// out = rows @ panels: (kRows, E) of `rows`, which are stored (E, kRows), by all panels of a group.
+// out = rows @ panels, for all panels of a group. The `rows` (kRows, E) are stored transposed, as (E, kRows).
 template <Isa isa, typename acc_t>
 FASTSSL_INLINE void multiply(const acc_t* rows, const acc_t* panels, int64_t width, int64_t columns, acc_t* out) {
   using T = Tile<isa, acc_t>;
@@ -303,17 +265,18 @@ FASTSSL_INLINE void multiply(const acc_t* rows, const acc_t* panels, int64_t wid
   }
 }
 
-// grad_logits of one row: two softmaxes by their Jacobians. `grad_soft` is the gradient of the one with noise.
+// Replaces `plain` by grad_logits of one row, the sum of the gradients through both softmaxes. `grad_soft` is the
+// gradient of the softmax with noise.
 template <Isa isa, typename acc_t>
 FASTSSL_INLINE void jacobian_row(
     acc_t* plain, acc_t* noisy, const acc_t* grad_soft, const acc_t* grad_sums, acc_t temperature, int64_t width) {
   const acc_t coldness = acc_t(1) / temperature;
-  exponentiate(plain, maximum<isa>(plain, width), acc_t(1), width);
-  exponentiate(noisy, maximum<isa>(noisy, width), coldness, width);
-  const acc_t scale = acc_t(1) / sum_of<isa>(plain, width);
-  const acc_t scale_noisy = acc_t(1) / sum_of<isa>(noisy, width);
-  const acc_t mean = dot_of<isa>(plain, grad_sums, width) * scale;
-  const acc_t mean_noisy = dot_of<isa>(noisy, grad_soft, width) * scale_noisy;
+  exponentiate(plain, largest<isa, kLanes>(plain, width), acc_t(1), width);
+  exponentiate(noisy, largest<isa, kLanes>(noisy, width), coldness, width);
+  const acc_t scale = acc_t(1) / sum_of<isa>(width, plain);
+  const acc_t scale_noisy = acc_t(1) / sum_of<isa>(width, noisy);
+  const acc_t mean = sum_of<isa>(width, plain, grad_sums) * scale;
+  const acc_t mean_noisy = sum_of<isa>(width, noisy, grad_soft) * scale_noisy;
   for (int64_t i = 0; i < width; ++i) {
     plain[i] = plain[i] * scale * (grad_sums[i] - mean) +
         noisy[i] * (scale_noisy * coldness) * (grad_soft[i] - mean_noisy);
@@ -360,12 +323,12 @@ FASTSSL_INLINE void backward_frames_body(const Backward<acc_t>* backward, int64_
 }
 FASTSSL_ISA_VARIANTS(backward_frames)
 
-// Codevectors as `multiply` reads them: in panels of a tile's columns, transposed, with zeros behind the last code.
+// Codevectors as `multiply` reads them: transposed, in panels as wide as a tile, with zeros after the last code.
 template <Isa isa, typename acc_t>
 FASTSSL_INLINE void pack_panels_body(
     acc_t* panels, Elements codevectors, int64_t groups, int64_t codes, int64_t width) {
   constexpr int64_t kColumns = Tile<isa, acc_t>::kColumns;
-  const int64_t columns = padded(codes);
+  const int64_t columns = round_up(codes, kPadding);
   std::vector<acc_t> row(width);
   for (int64_t group = 0; group < groups; ++group) {
     for (int64_t v = 0; v < codes; ++v) {
@@ -379,7 +342,7 @@ FASTSSL_INLINE void pack_panels_body(
 }
 FASTSSL_ISA_VARIANTS(pack_panels)
 
-// The gradient of each codevector: the sum over the rows that took it, in the order of their frames.
+// The gradient of each codevector: the sum over the rows that chose it, in order of their frames.
 template <Isa isa, typename acc_t>
 FASTSSL_INLINE void sum_rows_body(
     void* grad_codevectors,
@@ -425,12 +388,8 @@ void check(
   for (const Tensor* tensor : {&logits, &codevectors}) {
     dispatch_floating(tensor->scalar_type(), "gumbel_quantize", [](auto) {});
   }
-  if (noise.has_value()) {
-    check_tensor(*noise, "noise", 3, accumulator_of(logits, codevectors));
-  }
-  if (seeds.has_value()) {
-    check_tensor(*seeds, "seeds", 1, ScalarType::Long);
-  }
+  check_tensor(noise, "noise", 3, accumulator_of(logits, codevectors));
+  check_tensor(seeds, "seeds", 1, ScalarType::Long);
 }
 
 template <typename acc_t>
@@ -438,11 +397,11 @@ Logits<acc_t> logits_of(
     const Tensor& logits, const std::optional<Tensor>& noise, const std::optional<Tensor>& seeds) {
   return {
       elements_of(logits),
-      noise.has_value() ? noise->const_data_ptr<acc_t>() : nullptr,
-      seeds.has_value() ? seeds->const_data_ptr<int64_t>() : nullptr,
+      data_or_null<acc_t>(noise),
+      data_or_null<int64_t>(seeds),
       logits.size(1),
       logits.size(2),
-      padded(logits.size(2))};
+      round_up(logits.size(2), kPadding)};
 }
 
 template <typename Function>
@@ -470,8 +429,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
   Tensor counts = torch::stable::new_zeros(logits, {groups, code_count}, ScalarType::Long);
   dispatch_accumulator(accumulator, [&](auto tag) {
     using acc_t = decltype(tag);
-    const int64_t tasks = (frames + kFramesPerTask - 1) / kFramesPerTask;
-    const int64_t padded_codes = padded(code_count);
+    const int64_t tasks = divide_up(frames, kFramesPerTask);
+    const int64_t padded_codes = round_up(code_count, kPadding);
     std::vector<acc_t> partial_sums(tasks * groups * padded_codes);
     const Forward<acc_t> arguments{
         logits_of<acc_t>(logits, noise, seeds),
@@ -485,14 +444,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
       forward_tasks(&arguments, first_task, last_task);
     });
     acc_t* sums = probability_sums.mutable_data_ptr<acc_t>();
-    std::fill(sums, sums + groups * code_count, acc_t(0));
-    for (int64_t task = 0; task < tasks; ++task) {
-      for (int64_t group = 0; group < groups; ++group) {
-        const acc_t* partial = partial_sums.data() + (task * groups + group) * padded_codes;
-        for (int64_t v = 0; v < code_count; ++v) {
-          sums[group * code_count + v] += partial[v];
-        }
-      }
+    for (int64_t group = 0; group < groups; ++group) {
+      const acc_t* partial = partial_sums.data() + group * padded_codes;
+      add_chunks(sums + group * code_count, partial, tasks, groups * padded_codes, code_count);
     }
   });
   const int64_t* code = codes.const_data_ptr<int64_t>();
@@ -521,24 +475,25 @@ std::tuple<Tensor, Tensor> backward(
   const int64_t groups = logits.size(1);
   const int64_t code_count = logits.size(2);
   const int64_t width = codevectors.size(2);
-  const int64_t padded_codes = padded(code_count);
+  const int64_t padded_codes = round_up(code_count, kPadding);
   Tensor grad_logits = torch::stable::empty_like(logits);
   Tensor grad_codevectors = torch::stable::empty_like(codevectors);
 
-  // Rows of grad_values by the code they took, frames in order: a counting sort.
+  // Sort the rows of grad_values by the code they chose. There are few, so one worker is enough.
   const int64_t* code = codes.const_data_ptr<int64_t>();
-  std::vector<int64_t> begins(groups * code_count + 1);
-  for (int64_t row = 0; row < frames * groups; ++row) {
-    ++begins[row % groups * code_count + code[row] + 1];
-  }
-  for (int64_t i = 0; i < groups * code_count; ++i) {
-    begins[i + 1] += begins[i];
-  }
-  std::vector<int64_t> rows(frames * groups);
-  std::vector<int64_t> next(begins.begin(), begins.end() - 1);
-  for (int64_t row = 0; row < frames * groups; ++row) {
-    rows[next[row % groups * code_count + code[row]]++] = row;
-  }
+  CountingSort sort(frames * groups, groups * code_count, 1);
+  sort.for_each_worker([&](int64_t* counts, int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; ++row) {
+      ++counts[row % groups * code_count + code[row]];
+    }
+  });
+  sort.finish_counting();
+  const Buffer<int64_t> rows(sort.size());
+  sort.for_each_worker([&](int64_t* next, int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; ++row) {
+      rows[next[row % groups * code_count + code[row]]++] = row;
+    }
+  });
 
   dispatch_accumulator(accumulator, [&](auto tag) {
     using acc_t = decltype(tag);
@@ -565,8 +520,8 @@ std::tuple<Tensor, Tensor> backward(
       sum_rows(
           grad_codevectors_data,
           elements_of(grad_values),
-          rows.data(),
-          begins.data(),
+          static_cast<const int64_t*>(rows.data()),
+          sort.begins(),
           width,
           first_code,
           last_code,

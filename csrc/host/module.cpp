@@ -1,4 +1,5 @@
-// What data workers do to every utterance, on numpy arrays, with the GIL released. No torch: a worker need not load it.
+// Work that data workers do on every utterance, on numpy arrays, with the GIL released. It does not use torch, so
+// workers need not load it.
 
 #include <algorithm>
 #include <cmath>
@@ -11,6 +12,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "../common/lanes.h"
+
 namespace py = pybind11;
 
 namespace {
@@ -22,27 +25,13 @@ struct Span {
   int64_t size;
 };
 
-// Sum of f(sample) in double, in eight partial sums of a fixed order.
+// Sum of f(sample) in double.
 template <typename Function>
 double sum_over(const Span& span, const Function& f) {
-  double partial[8] = {};
-  int64_t i = 0;
-  for (; i + 8 <= span.size; i += 8) {
-    for (int64_t lane = 0; lane < 8; ++lane) {
-      partial[lane] += f(static_cast<double>(span.data[i + lane]));
-    }
-  }
-  double sum = 0;
-  for (; i < span.size; ++i) {
-    sum += f(static_cast<double>(span.data[i]));
-  }
-  for (const double lane : partial) {
-    sum += lane;
-  }
-  return sum;
+  return fastssl::sum_in_order<8, double>(span.size, [&](int64_t i) { return f(static_cast<double>(span.data[i])); });
 }
 
-// Concatenate waveforms; with `normalize`, each to zero mean and unit variance on the way.
+// Concatenate waveforms. `normalize` brings each to zero mean and unit variance first.
 py::array_t<float> pack_waveforms(const std::vector<Waveform>& waveforms, bool normalize, double eps) {
   std::vector<Span> spans;
   int64_t total = 0;
@@ -78,9 +67,9 @@ py::array_t<float> pack_waveforms(const std::vector<Waveform>& waveforms, bool n
 
 using Costs = py::array_t<float, py::array::c_style | py::array::forcecast>;
 
-// The class of each frame, so that the costs of the frames and the price of each run of equal classes add up to least.
-// Whether a frame goes on with the class before it is remembered for each class; the class that a frame may change from
-// is the same for all.
+// The sequence of classes with the least total cost: the cost of each frame's class, plus `price` for every run of
+// equal classes. For each frame and class, `changes` records whether the best path enters the class from another one;
+// that other class, the cheapest so far, is the same for all classes of the frame.
 py::array_t<int64_t> smooth_classes(const Costs& costs, double price) {
   if (costs.ndim() != 2 || costs.shape(1) < 1) {
     throw std::invalid_argument("costs: expected (frames, classes)");

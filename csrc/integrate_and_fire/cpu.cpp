@@ -1,34 +1,36 @@
 // Integrate-and-fire on the CPU. Derivation and conventions: fastssl/kernels/integrate_and_fire/README.md.
 //
-// Every output row, and every row of the gradient, gathers what belongs to it from its own utterance alone: no two
-// threads write the same element, and the order of additions does not depend on the batch.
+// Each output row, and each row of the gradient, is gathered from rows of its own utterance: no two threads write the
+// same element, and the order of additions does not depend on the batch.
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <limits>
 #include <tuple>
 #include <vector>
 
+#include "../common/convert.h"
 #include "../common/isa.h"
+#include "../common/lanes.h"
 #include "../common/tensor_checks.h"
+#include "checks.h"
 
 namespace fastssl {
 namespace {
 
 constexpr int64_t kRowsAtOnce = 4;
 
-// Rows per task such that a task moves about 64 KiB: less is lost in the overhead of handing it out.
+// Rows per task, so that a task moves about 64 KiB: smaller tasks do not pay for their overhead.
 int64_t rows_per_task(int64_t channels, int64_t element_size) {
   return std::max<int64_t>(1, 65536 / std::max<int64_t>(1, channels * element_size));
 }
 
-// The sequence that a packed row belongs to.
+// The index of the sequence that contains a packed row.
 FASTSSL_INLINE int64_t sequence_of(int64_t row, const int32_t* begins, int64_t sequences) {
   return std::upper_bound(begins, begins + sequences, row) - begins - 1;
 }
 
-// to = (to +) the weighted sum of ROWS neighbouring rows.
+// to = the weighted sum of ROWS neighbouring rows, plus the old `to` if ADD.
 template <int ROWS, bool ADD, typename to_t, typename scalar_t, typename acc_t>
 FASTSSL_INLINE void combine(to_t* to, const scalar_t* rows, const acc_t* weights, int64_t channels) {
   for (int64_t c = 0; c < channels; ++c) {
@@ -56,7 +58,7 @@ FASTSSL_INLINE void combine_up_to_four(
   }
 }
 
-// The weighted sum of any number of neighbouring rows, added one after the other. `sum` is room for one row.
+// The weighted sum of any number of neighbouring rows, added one after another. `sum` is scratch memory for one row.
 template <typename scalar_t, typename acc_t>
 FASTSSL_INLINE void weighted_sum(
     scalar_t* to, acc_t* sum, const scalar_t* rows, const acc_t* weights, int64_t count, int64_t channels) {
@@ -68,35 +70,16 @@ FASTSSL_INLINE void weighted_sum(
     combine_up_to_four<true>(
         sum, rows + row * channels, weights + row, std::min(count - row, kRowsAtOnce), channels);
   }
-  for (int64_t c = 0; c < channels; ++c) {
-    to[c] = static_cast<scalar_t>(sum[c]);
-  }
+  convert(to, sum, channels);
 }
 
-// grad . (current - next), in partial sums, because the compiler may not reorder a floating-point sum by itself.
+// grad . (current - next)
 template <typename scalar_t, typename acc_t = typename Accumulator<scalar_t>::type>
 FASTSSL_INLINE acc_t dot_difference(
     const scalar_t* grad, const scalar_t* current, const scalar_t* next, int64_t channels) {
-  constexpr int64_t kLanes = 64;
-  acc_t partial[kLanes] = {};
-  int64_t c = 0;
-  for (; c + kLanes <= channels; c += kLanes) {
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-      partial[lane] += static_cast<acc_t>(grad[c + lane]) *
-          (static_cast<acc_t>(current[c + lane]) - static_cast<acc_t>(next[c + lane]));
-    }
-  }
-  for (int64_t lane = 0; c + lane < channels; ++lane) {
-    partial[lane] += static_cast<acc_t>(grad[c + lane]) *
-        (static_cast<acc_t>(current[c + lane]) - static_cast<acc_t>(next[c + lane]));
-  }
-#pragma GCC unroll 8
-  for (int64_t half = kLanes / 2; half > 0; half /= 2) {
-    for (int64_t lane = 0; lane < half; ++lane) {
-      partial[lane] += partial[lane + half];
-    }
-  }
-  return partial[0];
+  return sum_by_halves<64, acc_t>(channels, [=](int64_t c) {
+    return static_cast<acc_t>(grad[c]) * (static_cast<acc_t>(current[c]) - static_cast<acc_t>(next[c]));
+  });
 }
 
 struct Geometry {
@@ -108,7 +91,7 @@ struct Geometry {
   double threshold;
 };
 
-// How much of `slot` lies between two positions, in weight.
+// The weight of the part of `slot` that lies between two positions.
 FASTSSL_INLINE double overlap(const Geometry& geometry, double previous, double reached, double slot) {
   return (std::min(reached, slot + 1) - std::max(previous, slot)) * geometry.threshold;
 }
@@ -176,7 +159,7 @@ FASTSSL_INLINE void backward_rows_body(
     const int64_t count = static_cast<int64_t>(weights.size());
     weighted_sum(
         grad_x + t * channels, sum.data(), grads + first_slot * channels, weights.data(), count, channels);
-    // Where the slot fired, a later frame of the same sequence ended it, so row t + 1 exists.
+    // If the slot fired, a later frame of the same sequence completed it, so row t + 1 exists.
     grad_positions[t] = last_slot < fired
         ? dot_difference(grads + last_slot * channels, x + t * channels, x + (t + 1) * channels, channels)
         : acc_t(0);
@@ -184,7 +167,8 @@ FASTSSL_INLINE void backward_rows_body(
 }
 FASTSSL_ISA_VARIANTS(backward_rows)
 
-// Positions where frames end, and how many output frames each sequence gives: NaN where a weight is not valid.
+// The position where each frame ends, and the number of output frames of each sequence, NaN if one of its weights is
+// invalid.
 std::tuple<Tensor, Tensor> scan(
     const Tensor& weights,  // (N,)
     const Tensor& cu_seqlens,  // (B + 1,)
@@ -223,10 +207,7 @@ Geometry geometry_of(
     const Tensor& cu_seqlens,
     const Tensor& cu_seqlens_out,
     double threshold) {
-  check_tensor(x, "x", 2, x.scalar_type());
-  check_tensor(positions, "positions", 1, ScalarType::Double);
-  check_tensor(cu_seqlens, "cu_seqlens", 1, ScalarType::Int);
-  check_tensor(cu_seqlens_out, "cu_seqlens_out", 1, ScalarType::Int);
+  check_integrate_and_fire(x, positions, cu_seqlens, cu_seqlens_out);
   return {
       positions.const_data_ptr<double>(),
       cu_seqlens.const_data_ptr<int32_t>(),
@@ -279,7 +260,8 @@ std::tuple<Tensor, Tensor> backward(
           backward_rows(&geometry, grad_out_data, x_data, grad_x_data, grad_weights_data, first_row, last_row);
         });
   });
-  // A weight moves its own frame's end and every later one: the gradient is the sum from its frame on.
+  // A weight moves the end of its own frame and of all later ones, so its gradient is the sum from its frame to the
+  // last.
   torch::stable::parallel_for(0, geometry.sequences, 4, [&](int64_t first_sequence, int64_t last_sequence) {
     for (int64_t sequence = first_sequence; sequence < last_sequence; ++sequence) {
       double sum = 0;

@@ -1,7 +1,7 @@
 // Integrate-and-fire on the GPU. Derivation and conventions: fastssl/kernels/integrate_and_fire/README.md.
 //
-// Every output row gathers its frames and every frame gathers its slots: no atomics, so the same inputs give the same
-// bits, and the order of additions does not depend on the batch.
+// Each output row gathers its frames, and in the backward each frame gathers its slots. There are no atomics, so the
+// same inputs give the same bits, and the order of additions does not depend on the batch.
 
 #include <algorithm>
 #include <cstdint>
@@ -12,7 +12,9 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
 
+#include "../common/integers.h"
 #include "../common/tensor_checks.h"
+#include "checks.h"
 
 namespace fastssl {
 namespace {
@@ -21,15 +23,15 @@ constexpr int kWarp = 32;
 constexpr int kWarpsPerBlock = 4;
 constexpr int kScanThreads = 256;
 constexpr int kScanPiece = 1024;
-constexpr int kFramesAtOnce = 4;  // loads of a warp that are under way together
+constexpr int kFramesAtOnce = 4;  // loads that a warp keeps in flight
 
-// WIDTH neighbouring channels, moved in one instruction.
+// WIDTH neighbouring channels, loaded or stored by one instruction.
 template <typename scalar_t, int WIDTH>
 struct alignas(sizeof(scalar_t) * WIDTH) Channels {
   scalar_t value[WIDTH];
 };
 
-// First index of [begin, end) at which the rising `values` exceed `bound`, else `end`.
+// The first index in [begin, end) at which the increasing `values` exceed `bound`, or `end`.
 template <typename value_t>
 __device__ int first_above(const value_t* values, int begin, int end, value_t bound) {
   while (begin < end) {
@@ -102,7 +104,7 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock) forward_kernel(
   }
 }
 
-// One warp per input frame: its row of grad_x, and how the loss changes with the position where the frame ends.
+// One warp per input frame: its row of grad_x, and the gradient of the position where the frame ends.
 template <typename scalar_t, typename acc_t, int WIDTH>
 __global__ void __launch_bounds__(kWarp* kWarpsPerBlock) backward_kernel(
     const scalar_t* __restrict__ grad_out_ptr,  // (N_out, C)
@@ -135,7 +137,7 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock) backward_kernel(
   acc_t dot = 0;
   for (int c = threadIdx.x * WIDTH; c < channels; c += kWarp * WIDTH) {
     acc_t sum[WIDTH] = {};
-    // Slots that the frame only passes through; most frames end in the slot they began in.
+    // Slots that the frame extends beyond; most frames end in the slot they start in.
     for (int slot = first_slot; slot < last_slot && slot < fired; ++slot) {
       const acc_t weight =
           static_cast<acc_t>((slot + 1.0 - fmax(previous, static_cast<double>(slot))) * threshold);
@@ -145,7 +147,7 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock) backward_kernel(
         sum[i] += weight * static_cast<acc_t>(grad.value[i]);
       }
     }
-    // Where the slot fired, a later frame of the same sequence ended it, so row t + 1 exists.
+    // If the slot fired, a later frame of the same sequence completed it, so row t + 1 exists.
     if (fires_later) {
       const Block grad = *reinterpret_cast<const Block*>(grads + static_cast<int64_t>(last_slot) * channels + c);
       const Block frame = *reinterpret_cast<const Block*>(x_ptr + static_cast<int64_t>(t) * channels + c);
@@ -173,7 +175,7 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock) backward_kernel(
   }
 }
 
-// Inclusive sum over the warp, of this lane and the ones before it.
+// The sum over this lane of the warp and all lanes before it.
 __device__ double warp_scan(double value) {
 #pragma unroll
   for (int distance = 1; distance < kWarp; distance *= 2) {
@@ -185,9 +187,9 @@ __device__ double warp_scan(double value) {
   return value;
 }
 
-// One block per sequence: the sum of the weights so far over the threshold, and how many output frames that makes, NaN
-// where a weight is not valid. One thread adds, so that the sums rise and are those of the CPU to the last bit; the
-// others load and divide.
+// One block per sequence: the running sum of the weights divided by the threshold, and the number of output frames, NaN
+// if a weight is invalid. A single thread adds, so that the sums never decrease and equal those of the CPU to the last
+// bit; the other threads load and divide.
 template <typename scalar_t>
 __global__ void __launch_bounds__(kScanThreads) scan_kernel(
     const scalar_t* __restrict__ weights,  // (N,)
@@ -234,8 +236,8 @@ __global__ void __launch_bounds__(kScanThreads) scan_kernel(
   }
 }
 
-// One block per sequence: in place, every element becomes the sum from it to the end of its sequence. Pieces are cut
-// from the end of the sequence, so the order of additions is a function of the sequence alone.
+// One block per sequence: replaces each element by the sum from it to the end of its sequence. Pieces are cut from the
+// end of the sequence, so the order of additions depends on the sequence alone.
 __global__ void __launch_bounds__(kScanThreads) reverse_scan_kernel(
     double* __restrict__ values,  // (N,)
     const int32_t* __restrict__ begins) {  // (B + 1,)
@@ -277,7 +279,7 @@ cudaStream_t current_stream(const Tensor& tensor) {
 }
 
 int blocks_for(int64_t rows) {
-  return static_cast<int>((rows + kWarpsPerBlock - 1) / kWarpsPerBlock);
+  return static_cast<int>(divide_up(rows, kWarpsPerBlock));
 }
 
 std::tuple<Tensor, Tensor> scan(
@@ -313,10 +315,7 @@ Tensor forward(
     const Tensor& cu_seqlens_out,  // (B + 1,)
     int64_t total_out,
     double threshold) {
-  check_tensor(x, "x", 2, x.scalar_type());
-  check_tensor(positions, "positions", 1, ScalarType::Double);
-  check_tensor(cu_seqlens, "cu_seqlens", 1, ScalarType::Int);
-  check_tensor(cu_seqlens_out, "cu_seqlens_out", 1, ScalarType::Int);
+  check_integrate_and_fire(x, positions, cu_seqlens, cu_seqlens_out);
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const int channels = static_cast<int>(x.size(1));
   const int sequences = static_cast<int>(cu_seqlens.size(0)) - 1;
@@ -354,11 +353,8 @@ std::tuple<Tensor, Tensor> backward(
     const Tensor& cu_seqlens,  // (B + 1,)
     const Tensor& cu_seqlens_out,  // (B + 1,)
     double threshold) {
-  check_tensor(x, "x", 2, x.scalar_type());
+  check_integrate_and_fire(x, positions, cu_seqlens, cu_seqlens_out);
   check_tensor(grad_out, "grad_out", 2, x.scalar_type());
-  check_tensor(positions, "positions", 1, ScalarType::Double);
-  check_tensor(cu_seqlens, "cu_seqlens", 1, ScalarType::Int);
-  check_tensor(cu_seqlens_out, "cu_seqlens_out", 1, ScalarType::Int);
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const int rows = static_cast<int>(x.size(0));
   const int channels = static_cast<int>(x.size(1));

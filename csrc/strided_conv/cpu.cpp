@@ -1,9 +1,11 @@
-// What of a strided convolution on the CPU is no matrix product: the first layer, whose one input channel makes no
-// product worth the name, and norm and activation after it. Derivation: fastssl/kernels/strided_conv/README.md; the
-// products, and the order of all this, are in fastssl/kernels/strided_conv/blocks.py.
+// The parts of a strided convolution on the CPU that are not matrix products: the first layer, whose single input
+// channel is too narrow for one, and norm and activation after every layer. Derivation:
+// fastssl/kernels/strided_conv/README.md; fastssl/kernels/strided_conv/blocks.py computes the products and calls the
+// functions here.
 //
-// Rows are addressed through a grid: sequence b has the rows grid[b] to grid[b + 1], more than the frames it has; what
-// is over counts as zero. A call works on a block of grid rows. A tensor holds that block, or all frames packed.
+// Rows are addressed through a grid: sequence b has rows grid[b] to grid[b + 1] - 1, at least as many as it has frames;
+// the remaining rows count as zero. A call works on a block of grid rows. A tensor holds either that block or all
+// frames, packed.
 
 #include <algorithm>
 #include <cmath>
@@ -20,7 +22,7 @@ namespace {
 
 using namespace strided_conv;
 
-// Rows of the first layer's gradient that are kept in the L1 cache until they are multiplied with their windows.
+// Rows of the first layer's gradient that stay in the L1 cache until they are multiplied by their windows.
 constexpr int64_t kStripRows = 8;
 
 std::vector<Segment> cut_into_segments(
@@ -35,7 +37,7 @@ std::vector<Segment> cut_into_segments(
   int64_t row = first_row;
   int64_t sequence = std::upper_bound(begins, begins + sequences + 1, row) - begins - 1;
   while (row < last_row) {
-    // Rows after the last sequence belong to nobody.
+    // Rows after the last sequence have no frames.
     const bool nobody = sequence >= sequences;
     const int64_t end = nobody ? last_row : std::min<int64_t>(last_row, begins[sequence + 1]);
     const int64_t stop = std::min(end, row + kSegmentRows);
@@ -81,8 +83,8 @@ template <typename scalar_t, typename acc_t>
 Source<scalar_t, acc_t> make_source(
     const Tensor& source, const std::optional<Tensor>& begins, const Tensor& taps, int64_t stride) {
   check_tensor(source, "source", 2, source.scalar_type());
-  const int32_t* begins_data = begins ? begins->template const_data_ptr<int32_t>() : nullptr;
-  return {source.const_data_ptr<scalar_t>(), begins_data, taps.const_data_ptr<acc_t>(), taps.size(0), stride};
+  const acc_t* taps_data = taps.const_data_ptr<acc_t>();
+  return {source.const_data_ptr<scalar_t>(), data_or_null<int32_t>(begins), taps_data, taps.size(0), stride};
 }
 
 template <Isa isa, typename scalar_t, typename acc_t>
@@ -92,7 +94,7 @@ FASTSSL_INLINE void forward_segment_body(
     const Segment* segment,
     const Windows<scalar_t>* out,
     int64_t first_row,  // of the result
-    int64_t rows,  // those after the frames become zero
+    int64_t rows,  // rows after the frames become zero
     acc_t* scratch) {
   const int64_t channels = layer->channels;
   acc_t* standard = scratch;
@@ -105,7 +107,7 @@ FASTSSL_INLINE void forward_segment_body(
     const int64_t last = row / out->stride < out->count ? row / out->stride : out->count - 1;
     const int64_t first = row < out->kernel ? 0 : (row - out->kernel) / out->stride + 1;
     if (first > last) {
-      continue;  // strides may leave frames out
+      continue;  // no window contains this row
     }
     const auto place = [=](int64_t window) {
       return out->data + (window * out->kernel + row - window * out->stride) * channels;
@@ -123,10 +125,10 @@ FASTSSL_INLINE void forward_segment_body(
 }
 FASTSSL_ISA_VARIANTS(forward_segment)
 
-// activation(norm(source + bias)) on the rows of a block, as the windows that the next layer multiplies.
+// activation(norm(source + bias)) for the rows of a block, written as the windows that the next layer multiplies.
 void epilogue_forward(
     const Tensor& source,  // rows (R or N, C), or the waveform (N_in, 1)
-    const std::optional<Tensor>& source_begins,  // (B + 1,) where the source is packed; none: it is the block
+    const std::optional<Tensor>& source_begins,  // (B + 1,) if the source is packed; none if it is the block
     const Tensor& taps,  // (K, C) of the first layer, else (0, C)
     const Tensor& parameters,  // (3, C): bias, norm_weight, norm_bias
     const Tensor& statistics,  // (2, B, C): mean and rstd, group norm only
@@ -166,10 +168,10 @@ void epilogue_forward(
   });
 }
 
-// A row block of the backward: writes the gradient of the convolution to `grad_conv` unless that is nullptr, and the
-// sums over the segment to `sums` (K + 3, C) unless that is: gradient times window, gradient (of the bias), and those
-// of the norm's weight and bias. For group norm, whose backward needs these sums first, the gradient is that of what
-// the activation took.
+// The backward of one segment. Writes the gradient of the convolution to `grad_conv` and sums over the segment to
+// `sums` (K + 3, C), each unless it is nullptr. The sums are K rows of gradient times window, then the gradients of the
+// bias and of the norm's weight and bias. For group norm, whose backward needs these sums first, the gradient is that
+// of the activation's input.
 template <Isa isa, typename scalar_t, typename acc_t>
 FASTSSL_INLINE void backward_segment_body(
     const Source<scalar_t, acc_t>* source,
@@ -208,9 +210,7 @@ FASTSSL_INLINE void backward_segment_body(
         }
       }
       if (grad_conv != nullptr) {
-        for (int64_t c = 0; c < channels; ++c) {
-          grad_conv[frame * channels + c] = static_cast<scalar_t>(grad[c]);
-        }
+        convert(grad_conv + frame * channels, grad, channels);
       }
     }
     if (kernel > 0) {
@@ -228,8 +228,33 @@ FASTSSL_INLINE void add_to_body(double* total, const acc_t* part, int64_t count)
 }
 FASTSSL_ISA_VARIANTS(add_to)
 
-// The gradient of a layer's convolution on the rows of a block, and the sums over rows that its parameters' gradients
-// are made of. Group norm only where source is a waveform: elsewhere it is `group_norm_backward`.
+// Adds the sums of each segment to those of its sequence, or to one total. The segments are added in order, so that the
+// bits do not depend on the number of threads.
+template <typename acc_t>
+void add_segment_sums(
+    double* total,  // (B or 1, width)
+    const std::vector<acc_t>& partial,  // (segments, width)
+    const std::vector<Segment>& segments,
+    bool per_sequence) {
+  constexpr int64_t kColumns = 1024;
+  if (segments.empty()) {
+    return;
+  }
+  const int64_t width = partial.size() / segments.size();
+  torch::stable::parallel_for(0, divide_up(width, kColumns), 1, [&](int64_t first, int64_t last) {
+    const int64_t begin = first * kColumns;
+    const int64_t count = std::min(last * kColumns, width) - begin;
+    for (size_t index = 0; index < segments.size(); ++index) {
+      if (segments[index].frames > 0) {
+        const int64_t row = per_sequence ? segments[index].sequence : 0;
+        add_to(total + row * width + begin, partial.data() + index * width + begin, count);
+      }
+    }
+  });
+}
+
+// The gradient of a layer's convolution for the rows of a block, and the sums over rows that give the gradients of its
+// parameters. Handles group norm only if `source` is a waveform; `epilogue_group_backward` does the rest.
 void epilogue_backward(
     const Tensor& grad_first,  // (U, first_phases * C), or packed (N, C)
     const Tensor& grad_second,  // (U, second_phases * C)
@@ -244,9 +269,9 @@ void epilogue_backward(
     const Tensor& grid,  // (B + 1,)
     int64_t first_row,
     int64_t rows,
-    std::optional<Tensor> grad_conv,  // (rows, C), or packed; none where the source is a waveform
+    std::optional<Tensor> grad_conv,  // (rows, C), or packed; none if the source is a waveform
     bool grad_conv_is_packed,
-    std::optional<Tensor> sums,  // (B for group norm, else 1, K + 3, C) float64, added to; none where nobody asks
+    std::optional<Tensor> sums,  // (B for group norm, else 1, K + 3, C) float64, added to; none if not needed
     int64_t stride,
     const std::string& norm,
     double eps,
@@ -255,7 +280,7 @@ void epilogue_backward(
   const int32_t* packed_begins = cu_seqlens.const_data_ptr<int32_t>();
   STD_TORCH_CHECK(grad_conv || sums, "grad_conv and sums: nothing to compute");
   STD_TORCH_CHECK(sums || (taps.size(0) == 0 && norm == "none"), "sums: needed for the first layer and for layer norm");
-  STD_TORCH_CHECK(norm != "group" || !grad_conv, "norm: group norm has another backward");
+  STD_TORCH_CHECK(norm != "group" || !grad_conv, "norm: use strided_conv_group_bwd for group norm over stored rows");
   check_tensor(grad_first, "grad_first", 2, source.scalar_type());
   check_tensor(grad_second, "grad_second", 2, source.scalar_type());
   dispatch_floating(source.scalar_type(), "strided_conv", [&](auto tag) {
@@ -265,14 +290,7 @@ void epilogue_backward(
     const auto rows_in = make_source<scalar_t, acc_t>(source, source_begins, taps, stride);
     const int64_t channels = layer.channels;
     const std::vector<scalar_t> zeros(channels, scalar_t(0));
-    const Gradients<scalar_t> grads{
-        grad_first.const_data_ptr<scalar_t>(),
-        grad_second.const_data_ptr<scalar_t>(),
-        grad_first.size(1) / channels,
-        grad_second.size(1) / channels,
-        phases,
-        channels,
-        zeros.data()};
+    const auto grads = make_gradients(grad_first, grad_second, phases, zeros);
     scalar_t* grad_conv_data = grad_conv ? grad_conv->template mutable_data_ptr<scalar_t>() : nullptr;
     const int64_t width = (rows_in.kernel + 3) * channels;
     std::vector<acc_t> partial(sums ? segments.size() * width : 0);
@@ -300,27 +318,16 @@ void epilogue_backward(
       }
     });
     if (sums) {
-      // In the order of the segments, so that the bits do not depend on the number of threads.
-      double* total = sums->template mutable_data_ptr<double>();
-      constexpr int64_t kColumns = 1024;
-      torch::stable::parallel_for(0, (width + kColumns - 1) / kColumns, 1, [&](int64_t first, int64_t last) {
-        const int64_t begin = first * kColumns;
-        const int64_t count = std::min(last * kColumns, width) - begin;
-        for (size_t index = 0; index < segments.size(); ++index) {
-          if (segments[index].frames > 0) {
-            const int64_t row = layer.norm == Norm::kGroup ? segments[index].sequence : 0;
-            add_to(total + row * width + begin, static_cast<const acc_t*>(partial.data() + index * width + begin), count);
-          }
-        }
-      });
+      const bool per_sequence = layer.norm == Norm::kGroup;
+      add_segment_sums(sums->template mutable_data_ptr<double>(), partial, segments, per_sequence);
     }
   });
 }
 
-// Numbers on a side of the squares in which a transposition works.
+// The transposition works in squares of this size.
 constexpr int64_t kSquare = 16;
 
-// out = x.T, which a product over frames needs and PyTorch does on one thread.
+// out = x.T, which products over frames need. PyTorch transposes on a single thread.
 void transpose(const Tensor& x, Tensor out) {
   check_tensor(x, "x", 2, x.scalar_type());
   check_tensor(out, "out", 2, x.scalar_type());
@@ -330,7 +337,7 @@ void transpose(const Tensor& x, Tensor out) {
     using scalar_t = decltype(tag);
     const scalar_t* from = x.const_data_ptr<scalar_t>();
     scalar_t* to = out.mutable_data_ptr<scalar_t>();
-    torch::stable::parallel_for(0, (columns + kSquare - 1) / kSquare, 1, [&](int64_t first, int64_t last) {
+    torch::stable::parallel_for(0, divide_up(columns, kSquare), 1, [&](int64_t first, int64_t last) {
       for (int64_t strip = first; strip < last; ++strip) {
         const int64_t column = strip * kSquare;
         const int64_t column_end = std::min(column + kSquare, columns);
@@ -347,19 +354,20 @@ void transpose(const Tensor& x, Tensor out) {
   });
 }
 
-// Backward of activation and group norm for a few channels of one sequence: one pass for the sums, one for the result.
+// Backward of activation and group norm for one tile: one pass for the sums, one for the result.
 template <Isa isa, typename scalar_t, typename acc_t>
 FASTSSL_INLINE void group_norm_backward_body(
     const Layer<acc_t>* layer,
     const Gradients<scalar_t>* grads,
+    const GroupTile* tile,
     const scalar_t* conv_out,
-    int64_t sequence,
     int64_t first_grad_row,
-    int64_t first_channel,
-    int64_t channels,
-    int64_t frames,
     scalar_t* grad_conv,
     double* sums) {
+  const int64_t sequence = tile->sequence;
+  const int64_t first_channel = tile->first_channel;
+  const int64_t channels = tile->channels;
+  const int64_t frames = tile->frames;
   const acc_t* bias = layer->bias + first_channel;
   const acc_t* weight = layer->norm_weight + first_channel;
   const acc_t* shift = layer->norm_bias + first_channel;
@@ -399,7 +407,7 @@ FASTSSL_INLINE void group_norm_backward_body(
 }
 FASTSSL_ISA_VARIANTS(group_norm_backward)
 
-// As `epilogue_backward`, for group norm over stored rows; the block is all rows.
+// Like `epilogue_backward`, for group norm over stored rows; the block is the whole grid.
 void epilogue_group_backward(
     const Tensor& grad_first,  // (U, first_phases * C), or packed (N, C)
     const Tensor& grad_second,  // (U, second_phases * C)
@@ -410,8 +418,8 @@ void epilogue_group_backward(
     const Tensor& statistics,  // (2, B, C)
     const Tensor& cu_seqlens,  // (B + 1,)
     const Tensor& grid,  // (B + 1,)
-    Tensor grad_conv,  // (R, C), zero where it is not written
-    Tensor sums,  // (B, 3, C) float64, the first row untouched: the bias has no gradient
+    Tensor grad_conv,  // (R, C), initially zero: rows without a frame are not written
+    Tensor sums,  // (B, 3, C) float64; the first row stays as it is, because the bias has no gradient
     double eps,
     const std::string& activation) {
   check_tensor(grad_first, "grad_first", 2, conv_out.scalar_type());
@@ -420,44 +428,27 @@ void epilogue_group_backward(
   check_tensor(cu_seqlens, "cu_seqlens", 1, ScalarType::Int);
   const int32_t* begins = cu_seqlens.const_data_ptr<int32_t>();
   const int32_t* grid_begins = grid.const_data_ptr<int32_t>();
-  const int64_t sequences = cu_seqlens.size(0) - 1;
   dispatch_floating(conv_out.scalar_type(), "strided_conv", [&](auto tag) {
     using scalar_t = decltype(tag);
     using acc_t = typename Accumulator<scalar_t>::type;
     const auto layer = make_layer<acc_t>(parameters, statistics, "group", eps, activation);
     const int64_t channels = layer.channels;
     const std::vector<scalar_t> zeros(channels, scalar_t(0));
-    const Gradients<scalar_t> grads{
-        grad_first.const_data_ptr<scalar_t>(),
-        grad_second.const_data_ptr<scalar_t>(),
-        grad_first.size(1) / channels,
-        grad_second.size(1) / channels,
-        phases,
-        channels,
-        zeros.data()};
+    const auto grads = make_gradients(grad_first, grad_second, phases, zeros);
     const scalar_t* conv_data = conv_out.const_data_ptr<scalar_t>();
     scalar_t* grad_conv_data = grad_conv.mutable_data_ptr<scalar_t>();
     double* sums_data = sums.mutable_data_ptr<double>();
-    const int64_t tiles = (channels + kGroupChannels - 1) / kGroupChannels;
-    torch::stable::parallel_for(0, sequences * tiles, 1, [&](int64_t first, int64_t last) {
-      for (int64_t index = first; index < last; ++index) {
-        const int64_t sequence = index / tiles;
-        const int64_t c = (index % tiles) * kGroupChannels;
-        const int64_t frames = begins[sequence + 1] - begins[sequence];
-        if (frames > 0) {
-          group_norm_backward(
-              &layer,
-              &grads,
-              conv_data + begins[sequence] * channels + c,
-              sequence,
-              static_cast<int64_t>(grad_is_packed ? begins[sequence] : grid_begins[sequence]),
-              c,
-              std::min(kGroupChannels, channels - c),
-              frames,
-              grad_conv_data + grid_begins[sequence] * channels + c,
-              sums_data + sequence * 3 * channels + c);
-        }
-      }
+    for_each_group_tile(cu_seqlens, channels, [&](const GroupTile& tile) {
+      const int64_t sequence = tile.sequence;
+      const int64_t c = tile.first_channel;
+      group_norm_backward(
+          &layer,
+          &grads,
+          &tile,
+          conv_data + begins[sequence] * channels + c,
+          static_cast<int64_t>(grad_is_packed ? begins[sequence] : grid_begins[sequence]),
+          grad_conv_data + grid_begins[sequence] * channels + c,
+          sums_data + sequence * 3 * channels + c);
     });
   });
 }

@@ -1,5 +1,5 @@
-// Mean and deviation for group norm on the CPU: over stored rows, or, for the first layer, from the moments of the
-// waveform's windows. Derivation: fastssl/kernels/strided_conv/README.md.
+// Mean and rstd (1 / standard deviation) for group norm on the CPU: over stored rows, or, for the first layer, from the
+// moments of the waveform's windows. Derivation: fastssl/kernels/strided_conv/README.md.
 
 #include <algorithm>
 #include <cmath>
@@ -16,7 +16,7 @@ namespace {
 
 using namespace strided_conv;
 
-// Mean and rstd over the frames of one sequence, for a few channels: two passes.
+// Mean and rstd over the frames of one sequence, for a few channels, in two passes.
 template <Isa isa, typename scalar_t, typename acc_t>
 FASTSSL_INLINE void group_statistics_body(
     const scalar_t* x, const acc_t* bias, int64_t frames, int64_t row_stride, int64_t channels, double eps, acc_t* mean,
@@ -61,19 +61,12 @@ Tensor compute_group_statistics(
     const scalar_t* data = conv_out.const_data_ptr<scalar_t>();
     const acc_t* bias = parameters.const_data_ptr<acc_t>();
     acc_t* mean = statistics.mutable_data_ptr<acc_t>();
-    const int64_t tiles = (channels + kGroupChannels - 1) / kGroupChannels;
-    torch::stable::parallel_for(0, sequences * tiles, 1, [&](int64_t first, int64_t last) {
-      for (int64_t index = first; index < last; ++index) {
-        const int64_t sequence = index / tiles;
-        const int64_t c = (index % tiles) * kGroupChannels;
-        const int64_t frames = begins[sequence + 1] - begins[sequence];
-        if (frames > 0) {
-          acc_t* out = mean + sequence * channels + c;
-          group_statistics(
-              data + begins[sequence] * channels + c, bias + c, frames, channels,
-              std::min(kGroupChannels, channels - c), eps, out, out + sequences * channels);
-        }
-      }
+    for_each_group_tile(cu_seqlens, channels, [&](const GroupTile& tile) {
+      const int64_t c = tile.first_channel;
+      acc_t* out = mean + tile.sequence * channels + c;
+      group_statistics(
+          data + begins[tile.sequence] * channels + c, bias + c, tile.frames, channels, tile.channels, eps, out,
+          out + sequences * channels);
     });
   });
   return statistics;
@@ -82,7 +75,7 @@ Tensor compute_group_statistics(
 // Windows per task of the first layer's statistics.
 constexpr int64_t kMomentFrames = 1024;
 
-// Adds the windows of a few frames to `sum` (K,), or their centred products to `products` (K, K).
+// Adds the windows of a few frames to `out` (K,), or, if `mean` is given, their centred products to `out` (K, K).
 template <Isa isa, typename scalar_t>
 FASTSSL_INLINE void window_moments_body(
     const scalar_t* samples,
@@ -112,12 +105,12 @@ FASTSSL_INLINE void window_moments_body(
 }
 FASTSSL_ISA_VARIANTS(window_moments)
 
-// Mean (K,) or centred covariance (K, K) of the windows of one sequence.
+// The mean (K,) of the windows of one sequence, or, if `mean` is given, their covariance (K, K).
 template <typename scalar_t>
 void average_windows(
     const scalar_t* samples, int64_t frames, int64_t kernel, int64_t stride, const double* mean, double* out) {
   const int64_t width = mean == nullptr ? kernel : kernel * kernel;
-  const int64_t tasks = (frames + kMomentFrames - 1) / kMomentFrames;
+  const int64_t tasks = divide_up(frames, kMomentFrames);
   std::vector<double> partial(tasks * width);
   torch::stable::parallel_for(0, tasks, 1, [&](int64_t first, int64_t last) {
     std::vector<double> centred(kernel);
@@ -137,7 +130,7 @@ void average_windows(
   }
 }
 
-// Group norm's statistics of the first layer, which follow from the mean and covariance of the waveform's windows.
+// The statistics of group norm in the first layer, from the mean and covariance of the waveform's windows.
 std::tuple<Tensor, Tensor, Tensor> first_layer_statistics(
     const Tensor& x,  // (N_in, 1)
     const Tensor& taps,  // (K, C)

@@ -1,15 +1,20 @@
-// What strided_conv does to single rows on the CPU: the first layer's convolution, norm, activation, and their backward.
+// The row-wise work of strided_conv on the CPU: the first layer's convolution, norm, activation, and their backward.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <vector>
 
-#include "../common/isa.h"
+#include "../common/convert.h"
+#include "../common/integers.h"
+#include "../common/lanes.h"
+#include "../common/tensor_checks.h"
 #include "../common/vector_math.h"
 
 namespace fastssl::strided_conv {
 
-// Rows per task: enough to pay for handing it out, few enough to sum in fp32.
+// Rows per task: enough to pay for the overhead of a task, few enough to sum in fp32.
 constexpr int64_t kSegmentRows = 64;
 constexpr int64_t kLanes = 16;
 // Channels per task of the group norms, whose sums run over time.
@@ -19,14 +24,14 @@ constexpr int64_t kGroupChannels = 32;
 struct Segment {
   int64_t sequence;
   int64_t first_frame;
-  int64_t frames;  // rows that hold a frame: they come first
+  int64_t frames;  // the first rows, which hold a frame; the others are zero
   int64_t rows;
   int64_t block_row;  // of the first frame, within the block
 };
 
 enum class Norm { kNone, kGroup, kLayer };
 
-// What a layer does to the output of its convolution. Parameters that it lacks are 0 and 1.
+// What a layer does to the output of its convolution. Missing parameters are 0 (biases) or 1 (norm_weight).
 template <typename acc_t>
 struct Layer {
   int64_t channels;
@@ -40,27 +45,7 @@ struct Layer {
   const acc_t* rstd;  // (B, C), group norm only
 };
 
-// Partial sums per lane, because the compiler may not reorder a floating-point sum by itself.
-template <typename acc_t, typename Term>
-FASTSSL_INLINE acc_t sum_over(int64_t count, const Term& term) {
-  acc_t partial[kLanes] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-      partial[lane] += term(i + lane);
-    }
-  }
-  acc_t sum = 0;
-  for (; i < count; ++i) {
-    sum += term(i);
-  }
-  for (int64_t lane = 0; lane < kLanes; ++lane) {
-    sum += partial[lane];
-  }
-  return sum;
-}
-
-// standard = (z + bias - mean) * rstd, or z + bias where there is no norm. Returns the rstd of layer norm.
+// standard = (z + bias - mean) * rstd, or z + bias without a norm. Returns the rstd of layer norm, else 1.
 template <typename scalar_t, typename acc_t>
 FASTSSL_INLINE acc_t standardise(const Layer<acc_t>& layer, int64_t sequence, const scalar_t* z, acc_t* standard) {
   const int64_t channels = layer.channels;
@@ -79,8 +64,8 @@ FASTSSL_INLINE acc_t standardise(const Layer<acc_t>& layer, int64_t sequence, co
   if (layer.norm == Norm::kNone) {
     return 1;
   }
-  const acc_t mean = sum_over<acc_t>(channels, [=](int64_t c) { return standard[c]; }) / channels;
-  const acc_t variance = sum_over<acc_t>(channels, [=](int64_t c) {
+  const acc_t mean = sum_in_order<kLanes, acc_t>(channels, [=](int64_t c) { return standard[c]; }) / channels;
+  const acc_t variance = sum_in_order<kLanes, acc_t>(channels, [=](int64_t c) {
     const acc_t centred = standard[c] - mean;
     return centred * centred;
   }) / channels;
@@ -106,7 +91,7 @@ FASTSSL_INLINE void activate(const Layer<acc_t>& layer, const acc_t* standard, s
   }
 }
 
-// Gradient of what the activation took.
+// The gradient of the activation's input.
 template <typename scalar_t, typename acc_t>
 FASTSSL_INLINE void activate_backward(
     const Layer<acc_t>& layer, const acc_t* standard, const scalar_t* grad_out, acc_t* grad) {
@@ -123,8 +108,8 @@ FASTSSL_INLINE void activate_backward(
   }
 }
 
-// In place, from the gradient of what the activation took to that of the convolution; adds the gradients of the norm's
-// parameters to `sums` (3, C), whose first row is the bias's and not touched here.
+// Replaces the gradient of the activation's input by that of the convolution's output. Adds the gradients of the norm's
+// weight and bias to the last two rows of `sums` (3, C); the first row belongs to the convolution's bias.
 template <typename acc_t>
 FASTSSL_INLINE void layer_norm_backward(
     const Layer<acc_t>& layer, const acc_t* standard, acc_t rstd, acc_t* grad, acc_t* sums) {
@@ -137,20 +122,21 @@ FASTSSL_INLINE void layer_norm_backward(
     sum_bias[c] += grad[c];
     grad[c] *= weight[c];
   }
-  const acc_t mean = sum_over<acc_t>(channels, [=](int64_t c) { return grad[c]; }) / channels;
-  const acc_t slope = sum_over<acc_t>(channels, [=](int64_t c) { return grad[c] * standard[c]; }) / channels;
+  const acc_t mean = sum_in_order<kLanes, acc_t>(channels, [=](int64_t c) { return grad[c]; }) / channels;
+  const acc_t product = sum_in_order<kLanes, acc_t>(channels, [=](int64_t c) { return grad[c] * standard[c]; });
+  const acc_t slope = product / channels;
   for (int64_t c = 0; c < channels; ++c) {
     grad[c] = rstd * (grad[c] - mean - standard[c] * slope);
   }
 }
 
-// 64 bytes of numbers, which every instruction set cuts into registers of its own.
+// 64 bytes of numbers; the compiler splits them into registers of the instruction set.
 template <typename T>
 struct Vector {
   typedef T type __attribute__((vector_size(64), aligned(sizeof(T)), may_alias));
 };
 
-// z = window . taps, the first layer's convolution at one frame. Four vectors of channels stay in registers.
+// z = window . taps, the first layer's convolution at one frame. Keeps four vectors of channels in registers.
 template <typename acc_t>
 FASTSSL_INLINE void window_product(
     const acc_t* taps,  // (K, C)
@@ -225,33 +211,31 @@ FASTSSL_INLINE void add_window_gradients(
   }
 }
 
-// Where the rows of the convolution come from: memory, or for the first layer the waveform.
+// Where the rows of the convolution come from: memory, or, for the first layer, the waveform.
 template <typename scalar_t, typename acc_t>
 struct Source {
   const scalar_t* data;
-  const int32_t* begins;  // of the sequences in `data`; nullptr: `data` is the block itself
+  const int32_t* begins;  // of the sequences in `data`, or nullptr if `data` is the block itself
   const acc_t* taps;  // (K, C) of the first layer
-  int64_t kernel;  // 0: `data` holds rows
+  int64_t kernel;  // 0 if `data` holds rows
   int64_t stride;
 
-  // Numbers that a task needs for the windows of a segment.
+  // The size of the buffer for the windows of a segment.
   int64_t window_numbers() const {
     return kernel == 0 ? 0 : (kSegmentRows - 1) * stride + kernel;
   }
 };
 
-// Prepares the windows of a segment.
+// Copies the samples of a segment's windows to `windows`.
 template <typename scalar_t, typename acc_t>
 FASTSSL_INLINE void load_windows(const Source<scalar_t, acc_t>& source, const Segment& segment, acc_t* windows) {
   const scalar_t* samples =
       source.data + source.begins[segment.sequence] + segment.first_frame * source.stride;
   const int64_t count = (segment.frames - 1) * source.stride + source.kernel;
-  for (int64_t i = 0; i < count; ++i) {
-    windows[i] = static_cast<acc_t>(samples[i]);
-  }
+  convert(windows, samples, count);
 }
 
-// One frame of a segment, standardised. Returns the rstd of layer norm.
+// Standardises one frame of a segment. Returns the rstd of layer norm, else 1.
 template <typename scalar_t, typename acc_t>
 FASTSSL_INLINE acc_t standardise_frame(
     const Source<scalar_t, acc_t>& source,
@@ -269,7 +253,7 @@ FASTSSL_INLINE acc_t standardise_frame(
   return standardise(layer, segment.sequence, source.data + row * layer.channels, standard);
 }
 
-// Where a row of the result goes: into the windows of the next layer that see it.
+// Where rows of the result go: each is copied into all windows of the next layer that contain it.
 template <typename scalar_t>
 struct Windows {
   scalar_t* data;  // (count, kernel * C)
@@ -278,8 +262,9 @@ struct Windows {
   int64_t stride;
 };
 
-// Gradients of a block's rows as the next layer's products leave them: the gradient of row u * phases + p is in `first`
-// where p < first_phases, in `second` where it is less than second_phases more, and zero where no window reaches.
+// Gradients of a block's rows as the next layer's products leave them. The gradient of row u * phases + p is in `first`
+// if p < first_phases, in `second` if p < first_phases + second_phases, and else zero, because no window contains the
+// row.
 template <typename scalar_t>
 struct Gradients {
   const scalar_t* first;
@@ -292,6 +277,23 @@ struct Gradients {
 };
 
 template <typename scalar_t>
+Gradients<scalar_t> make_gradients(
+    const Tensor& first,  // (U, first_phases * C), or packed (N, C)
+    const Tensor& second,  // (U, second_phases * C)
+    int64_t phases,
+    const std::vector<scalar_t>& zeros) {  // (C,)
+  const int64_t channels = zeros.size();
+  return {
+      first.const_data_ptr<scalar_t>(),
+      second.const_data_ptr<scalar_t>(),
+      first.size(1) / channels,
+      second.size(1) / channels,
+      phases,
+      channels,
+      zeros.data()};
+}
+
+template <typename scalar_t>
 FASTSSL_INLINE const scalar_t* gradient_row(const Gradients<scalar_t>& grads, int64_t row) {
   const int64_t u = row / grads.phases;
   const int64_t phase = row - u * grads.phases;
@@ -302,6 +304,31 @@ FASTSSL_INLINE const scalar_t* gradient_row(const Gradients<scalar_t>& grads, in
     return grads.second + (u * grads.second_phases + phase - grads.first_phases) * grads.channels;
   }
   return grads.zeros;
+}
+
+// The work of one task of a group norm: up to kGroupChannels channels of all frames of one sequence.
+struct GroupTile {
+  int64_t sequence;
+  int64_t frames;
+  int64_t first_channel;
+  int64_t channels;
+};
+
+// Calls `function(tile)` for all tiles of sequences that have frames, in parallel.
+template <typename Function>
+void for_each_group_tile(const Tensor& cu_seqlens, int64_t channels, const Function& function) {
+  const int32_t* begins = cu_seqlens.const_data_ptr<int32_t>();
+  const int64_t tiles = divide_up(channels, kGroupChannels);
+  torch::stable::parallel_for(0, (cu_seqlens.size(0) - 1) * tiles, 1, [&](int64_t first, int64_t last) {
+    for (int64_t index = first; index < last; ++index) {
+      const int64_t sequence = index / tiles;
+      const int64_t channel = (index % tiles) * kGroupChannels;
+      const int64_t frames = begins[sequence + 1] - begins[sequence];
+      if (frames > 0) {
+        function(GroupTile{sequence, frames, channel, std::min(kGroupChannels, channels - channel)});
+      }
+    }
+  });
 }
 
 }  // namespace fastssl::strided_conv

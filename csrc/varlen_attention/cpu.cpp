@@ -1,9 +1,9 @@
 // Attention of packed sequences on the CPU. Derivation and conventions: fastssl/kernels/varlen_attention/README.md.
 //
-// A task is one head of one sequence, or a part of it where there are fewer tasks than threads. It goes by blocks of
-// queries and keys: matrix products of blocks in cache (common/block_gemm.h) and, between them, what happens to the
-// logits (rows.h). Operands are copied once per task (operands.h). Every element is written by one task, and its sum
-// runs in the order of the blocks, so bits depend neither on the batch nor on the threads.
+// A task is one head of one sequence, or a part of it if one sequence would keep a thread busy while others wait. It
+// works in blocks of queries and keys: matrix products of blocks in cache (common/block_gemm.h) and, between them, the
+// softmax (rows.h). Operands are copied once per task (operands.h). Each element is written by one task and summed in
+// order of the blocks, so bits depend neither on the batch nor on the number of threads.
 
 #include <algorithm>
 #include <optional>
@@ -17,13 +17,13 @@
 namespace fastssl {
 namespace {
 
-// Keys of values that stay in the innermost cache while all queries of a block pass over them.
+// Rows of values that stay in the first-level cache while all queries of a block use them.
 constexpr int64_t kValueBlock = 96;
-// Gradients of the distance bias are summed over the queries of a chunk, then over chunks, in this order.
+// Gradients of the distance bias are summed over the queries of a chunk, then over the chunks in order.
 constexpr int64_t kQueryChunk = 8 * kQueryBlock;
 static_assert(kValueBlock % 2 == 0 && kQueryBlock % 2 == 0 && kKeyBlock % 2 == 0, "blocks must not cut pairs");
 
-// Calls `function(operand)` with a value of the type that products take for elements of scalar_t.
+// Calls `function` with a value of the operand type that products use for elements of scalar_t.
 template <typename scalar_t, typename Function>
 void dispatch_operand(const Function& function) {
   if constexpr (std::is_same_v<scalar_t, torch::headeronly::BFloat16>) {
@@ -34,7 +34,7 @@ void dispatch_operand(const Function& function) {
   function(typename Accumulator<scalar_t>::type{});
 }
 
-// C = A B where `first`, else C += A B.
+// C = A B if `first`, else C += A B.
 template <typename TransposedA, typename... Args>
 void accumulate(bool first, TransposedA transposed, Args... args) {
   if (first) {
@@ -43,6 +43,23 @@ void accumulate(bool first, TransposedA transposed, Args... args) {
     multiply(transposed, Add{}, args...);
   }
 }
+
+// Where a task finds its rows.
+struct Place {
+  template <typename scalar_t>
+  Place(const Problem<scalar_t>& problem, const Task& task)
+      : begin(problem.begins[task.sequence]),
+        length(problem.length(task.sequence)),
+        origin(begin * problem.stride + task.head * problem.width),
+        queries(origin + task.first_query * problem.stride),
+        query_count(task.last_query - task.first_query) {}
+
+  int64_t begin;  // the sequence's first frame
+  int64_t length;  // of the sequence
+  int64_t origin;  // offset of that frame and the task's head in (N, H, E)
+  int64_t queries;  // offset of the task's first query
+  int64_t query_count;
+};
 
 template <typename Operand, typename T>
 struct ForwardScratch {
@@ -75,9 +92,8 @@ void attend(
   const int64_t width = problem.width;
   const int64_t padded_width = problem.padded_width;
   const int64_t stride = problem.stride;
-  const int64_t begin = problem.begins[task.sequence];
-  const int64_t length = problem.length(task.sequence);
-  const int64_t offset = begin * stride + task.head * width;
+  const Place place(problem, task);
+  const int64_t length = place.length;
   const int64_t row_size = scratch.row_size;
   const int64_t logits_stride = scratch.logits_stride;
   Operand* staging = scratch.staging.data();
@@ -90,14 +106,14 @@ void attend(
   const T* bias = spread_bias(problem, task.head, length, scratch.bias.data());
   for (int64_t key = 0; key < length; key += kKeyBlock) {  // blocks of (E, kKeyBlock)
     const int64_t rows = std::min(kKeyBlock, length - key);
-    load_along_columns(problem.k + offset + key * stride, stride, rows, kTileColumns, width, staging);
+    load_along_columns(problem.k + place.origin + key * stride, stride, rows, kTileColumns, width, staging);
     transpose(staging, row_size, rows, row_size, keys + key * row_size, kKeyBlock);
   }
-  load_along_rows(problem.v + offset, stride, length, width, values);
+  load_along_rows(problem.v + place.origin, stride, length, width, values);
 
   for (int64_t first = task.first_query; first < task.last_query; first += kQueryBlock) {
     const int64_t queries = std::min(kQueryBlock, task.last_query - first);
-    load_along_columns(problem.q + offset + first * stride, stride, queries, kTileRows, width, query);
+    load_along_columns(problem.q + place.origin + first * stride, stride, queries, kTileRows, width, query);
     for (int64_t key = 0; key < length; key += kKeyBlock) {
       multiply(
           RowsOfA{}, Overwrite{}, query, row_size, queries, depth_of<Operand>(width), keys + key * row_size, kKeyBlock,
@@ -107,7 +123,7 @@ void attend(
     Rows<T> rows = block.rows(problem, task, bias, first, queries);
     rows.keys = length;
     T factors[kQueryBlock];
-    softmax(rows, logits, logits_stride, +factors, logsumexp + task.head * problem.total + begin + first);
+    softmax(rows, logits, logits_stride, +factors, logsumexp + task.head * problem.total + place.begin + first);
     const Operand* weights = along_columns(logits, logits_stride, queries, length, scratch.weights.data());
     for (int64_t key = 0; key < length; key += kValueBlock) {
       accumulate(
@@ -115,7 +131,7 @@ void attend(
           depth_of<Operand>(std::min(kValueBlock, length - key)), values + key / kDepth<Operand> * padded_width,
           padded_width, padded_width, block_out, padded_width);
     }
-    store_rows(block_out, queries, width, T(1), +factors, out + offset + first * stride, stride);
+    store_rows(block_out, queries, width, T(1), +factors, out + place.origin + first * stride, stride);
   }
 }
 
@@ -125,7 +141,7 @@ std::vector<Task> forward_tasks(const Problem<scalar_t>& problem) {
   for (int64_t sequence = 0; sequence < problem.sequences; ++sequence) {
     const int64_t length = problem.length(sequence);
     const int64_t parts = parts_of(problem, length);
-    const int64_t step = round_up((length + parts - 1) / parts, kQueryBlock);
+    const int64_t step = round_up(divide_up(length, parts), kQueryBlock);
     for (int64_t head = 0; head < problem.heads; ++head) {
       for (int64_t query = 0; query < length; query += step) {
         tasks.push_back({sequence, head, query, std::min(query + step, length), 0, length, true, false});
@@ -133,10 +149,6 @@ std::vector<Task> forward_tasks(const Problem<scalar_t>& problem) {
     }
   }
   return tasks;
-}
-
-ScalarType sums_type(const Tensor& q) {
-  return q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
 std::tuple<Tensor, Tensor> forward(
@@ -152,7 +164,7 @@ std::tuple<Tensor, Tensor> forward(
     const std::optional<Tensor>& gate) {  // (N, H)
   check_inputs(q, k, v, cu_seqlens, seed, distance_bias, gate);
   Tensor out = torch::stable::empty_like(q);
-  Tensor logsumexp = torch::stable::new_empty(q, {q.size(1), q.size(0)}, sums_type(q));
+  Tensor logsumexp = torch::stable::new_empty(q, {q.size(1), q.size(0)}, accumulator_dtype(q.scalar_type()));
   dispatch_floating(q.scalar_type(), "varlen_attention", [&](auto tag) {
     using scalar_t = decltype(tag);
     using acc_t = typename Accumulator<scalar_t>::type;
@@ -200,13 +212,17 @@ struct BackwardScratch {
     return round_up(problem.longest, kQueryBlock);
   }
 
+  T* grads() const {  // of the logits of a block
+    return grads_with_gap.data() + kGap;
+  }
+
   int64_t row_size;  // of an operand that is summed over its columns
   Buffer<Operand> staging, keys_transposed, values_transposed, keys, query, grad_out, query_along_rows,
       grad_out_along_rows, operand;
   Buffer<T> delta, grad_query, grad_key, grad_value, grad_gate, bias, weights, grads_with_gap;
 };
 
-// Sums of the gradients of the logits along diagonals, a row for each head and chunk of queries of each sequence.
+// Sums of the gradients of the logits along diagonals: one row for each sequence, head and chunk of queries.
 struct Diagonals {
   template <typename scalar_t>
   explicit Diagonals(const Problem<scalar_t>& problem) {
@@ -219,15 +235,15 @@ struct Diagonals {
   }
 
   static int64_t chunks(int64_t length) {
-    return (length + kQueryChunk - 1) / kQueryChunk;
+    return divide_up(length, kQueryChunk);
   }
 
-  // Distances from kQueryChunk before the first key of a chunk's last query, in whole vectors.
+  // Room for every distance between a key and a query of a chunk, and for whole vectors at both ends.
   static int64_t row_size(int64_t length) {
     return length + kQueryChunk + kGap + kPadding;
   }
 
-  // Where the sums of a chunk have distance 0.
+  // Points to the sum at distance 0 of a chunk.
   double* middle(int64_t sequence, int64_t head, int64_t length, int64_t chunk) {
     const int64_t row = head * chunks(length) + chunk;
     return sums.data() + starts[sequence] + row * row_size(length) + (chunk + 1) * kQueryChunk + kGap;
@@ -250,109 +266,139 @@ struct Gradients {
 };
 
 template <typename scalar_t, typename Operand, typename T>
+void load_queries(
+    const Problem<scalar_t>& problem,
+    const Place& place,
+    const Gradients<scalar_t>& gradients,
+    BackwardScratch<Operand, T>& scratch) {
+  const int64_t stride = problem.stride;
+  const int64_t width = problem.width;
+  const int64_t count = place.query_count;
+  const scalar_t* query = problem.q + place.queries;
+  const scalar_t* grad_out = gradients.grad_out + place.queries;
+  load_along_columns(query, stride, count, kTileRows, width, scratch.query.data());
+  load_along_columns(grad_out, stride, count, kTileRows, width, scratch.grad_out.data());
+  if constexpr (kIsPair<Operand>) {
+    load_along_rows(query, stride, count, width, scratch.query_along_rows.data());
+    load_along_rows(grad_out, stride, count, width, scratch.grad_out_along_rows.data());
+  }
+  row_dots(grad_out, gradients.out + place.queries, count, stride, width, scratch.delta.data());
+}
+
+// Loads a block of keys and values, whose first row is at offset `at_key`.
+template <typename scalar_t, typename Operand, typename T>
+void load_keys(
+    const Problem<scalar_t>& problem, int64_t at_key, int64_t keys, BackwardScratch<Operand, T>& scratch) {
+  const int64_t row_size = scratch.row_size;
+  const auto transposed = [&](const scalar_t* x, Operand* out) {
+    load_along_columns(x, problem.stride, keys, kTileColumns, problem.width, scratch.staging.data());
+    transpose(scratch.staging.data(), row_size, keys, row_size, out, kKeyBlock);
+  };
+  transposed(problem.v + at_key, scratch.values_transposed.data());
+  transposed(problem.k + at_key, scratch.keys_transposed.data());
+  load_along_rows(problem.k + at_key, problem.stride, keys, problem.width, scratch.keys.data());
+}
+
+// Computes the attention weights of a block and the gradients of its logits. `row` counts from the task's first query.
+template <typename scalar_t, typename Operand, typename T>
+void block_gradients(
+    const Problem<scalar_t>& problem,
+    const Rows<T>& rows,
+    int64_t row,
+    const T* logsumexp,
+    BackwardScratch<Operand, T>& scratch) {
+  const int64_t row_size = scratch.row_size;
+  const int64_t depth = depth_of<Operand>(problem.width);
+  const auto product = [&](const Buffer<Operand>& left, const Buffer<Operand>& right, T* out) {
+    multiply(
+        RowsOfA{}, Overwrite{}, left.data() + row * row_size, row_size, rows.queries, depth, right.data(), kKeyBlock,
+        rows.keys, out, kBlockStride);
+  };
+  product(scratch.query, scratch.keys_transposed, scratch.weights.data());
+  product(scratch.grad_out, scratch.values_transposed, scratch.grads());
+  softmax_backward(rows, logsumexp + row, scratch.delta.data() + row, scratch.weights.data(), scratch.grads());
+}
+
+// Adds a block to the gradients of its keys and values.
+template <typename Operand, typename T>
+void add_key_gradients(const Rows<T>& rows, int64_t row, int64_t padded_width, BackwardScratch<Operand, T>& scratch) {
+  const int64_t at_row = row / kDepth<Operand> * padded_width;
+  const auto add = [&](const T* block, const Buffer<Operand>& right, Buffer<T>& out) {
+    accumulate(
+        row == 0, ColumnsOfA{}, along_rows(block, kBlockStride, rows.queries, rows.keys, scratch.operand.data()),
+        kBlockStride, rows.keys, depth_of<Operand>(rows.queries), right.data() + at_row, padded_width,
+        padded_width, out.data(), padded_width);
+  };
+  add(scratch.weights.data(), kIsPair<Operand> ? scratch.grad_out_along_rows : scratch.grad_out, scratch.grad_value);
+  add(scratch.grads(), kIsPair<Operand> ? scratch.query_along_rows : scratch.query, scratch.grad_key);
+}
+
+// Adds a block to the gradients of its queries.
+template <typename Operand, typename T>
+void add_query_gradients(const Rows<T>& rows, int64_t row, int64_t padded_width, BackwardScratch<Operand, T>& scratch) {
+  const T* block = scratch.grads();
+  const Operand* grads = along_columns(block, kBlockStride, rows.queries, rows.keys, scratch.operand.data());
+  accumulate(
+      rows.first_key == 0, RowsOfA{}, grads, kBlockStride / kDepth<Operand>, rows.queries, depth_of<Operand>(rows.keys),
+      scratch.keys.data(), padded_width, padded_width, scratch.grad_query.data() + row * padded_width, padded_width);
+}
+
+template <typename scalar_t, typename Operand, typename T>
 void attend_backward(
     const Problem<scalar_t>& problem,
     const Task& task,
     BackwardScratch<Operand, T>& scratch,
     Gradients<scalar_t>& gradients,
     Diagonals& diagonals) {
-  const int64_t width = problem.width;
   const int64_t padded_width = problem.padded_width;
-  const int64_t stride = problem.stride;
-  const int64_t begin = problem.begins[task.sequence];
-  const int64_t length = problem.length(task.sequence);
-  const int64_t offset = begin * stride + task.head * width;
-  const int64_t first_query = offset + task.first_query * stride;
-  const int64_t task_queries = task.last_query - task.first_query;
-  const int64_t row_size = scratch.row_size;
-  const T* logsumexp = gradients.logsumexp + task.head * problem.total + begin + task.first_query;
-  const T* bias = spread_bias(problem, task.head, length, scratch.bias.data());
-  T* delta = scratch.delta.data();
-  T* grad_gate = scratch.grad_gate.data();
-  T* weights = scratch.weights.data();
-  T* grads = scratch.grads_with_gap.data() + kGap;
-  Operand* staging = scratch.staging.data();
-  Operand* operand = scratch.operand.data();
-  const Operand* query_along_rows = scratch.query.data();
-  const Operand* grad_out_along_rows = scratch.grad_out.data();
-
-  load_along_columns(problem.q + first_query, stride, task_queries, kTileRows, width, scratch.query.data());
-  load_along_columns(gradients.grad_out + first_query, stride, task_queries, kTileRows, width, scratch.grad_out.data());
-  if constexpr (kIsPair<Operand>) {
-    load_along_rows(problem.q + first_query, stride, task_queries, width, scratch.query_along_rows.data());
-    load_along_rows(gradients.grad_out + first_query, stride, task_queries, width, scratch.grad_out_along_rows.data());
-    query_along_rows = scratch.query_along_rows.data();
-    grad_out_along_rows = scratch.grad_out_along_rows.data();
-  }
-  row_dots(gradients.grad_out + first_query, gradients.out + first_query, task_queries, stride, width, delta);
-  std::fill_n(grad_gate, task_queries, T(0));
+  const Place place(problem, task);
+  const T* logsumexp = gradients.logsumexp + task.head * problem.total + place.begin + task.first_query;
+  const T* bias = spread_bias(problem, task.head, place.length, scratch.bias.data());
+  const auto store = [&](const Buffer<T>& grad, int64_t rows, T factor, scalar_t* out) {
+    store_rows(grad.data(), rows, problem.width, factor, static_cast<const T*>(nullptr), out, problem.stride);
+  };
+  load_queries(problem, place, gradients, scratch);
+  std::fill_n(scratch.grad_gate.data(), place.query_count, T(0));
 
   for (int64_t first_key = task.first_key; first_key < task.last_key; first_key += kKeyBlock) {
     const int64_t keys = std::min(kKeyBlock, task.last_key - first_key);
-    const int64_t at_key = offset + first_key * stride;
-    load_along_columns(problem.v + at_key, stride, keys, kTileColumns, width, staging);
-    transpose(staging, row_size, keys, row_size, scratch.values_transposed.data(), kKeyBlock);
-    load_along_columns(problem.k + at_key, stride, keys, kTileColumns, width, staging);
-    transpose(staging, row_size, keys, row_size, scratch.keys_transposed.data(), kKeyBlock);
-    load_along_rows(problem.k + at_key, stride, keys, width, scratch.keys.data());
-
-    for (int64_t row = 0; row < task_queries; row += kQueryBlock) {
-      const int64_t queries = std::min(kQueryBlock, task_queries - row);
-      multiply(
-          RowsOfA{}, Overwrite{}, scratch.query.data() + row * row_size, row_size, queries, depth_of<Operand>(width),
-          scratch.keys_transposed.data(), kKeyBlock, keys, weights, kBlockStride);
-      multiply(
-          RowsOfA{}, Overwrite{}, scratch.grad_out.data() + row * row_size, row_size, queries,
-          depth_of<Operand>(width), scratch.values_transposed.data(), kKeyBlock, keys, grads, kBlockStride);
+    const int64_t at_key = place.origin + first_key * problem.stride;
+    load_keys(problem, at_key, keys, scratch);
+    for (int64_t row = 0; row < place.query_count; row += kQueryBlock) {
+      const int64_t first_query = task.first_query + row;
       QueryBlock<scalar_t> block;
-      Rows<T> rows = block.rows(problem, task, bias, task.first_query + row, queries);
+      Rows<T> rows = block.rows(problem, task, bias, first_query, std::min(kQueryBlock, place.query_count - row));
       rows.first_key = first_key;
       rows.keys = keys;
-      softmax_backward(rows, logsumexp + row, delta + row, weights, grads);
-      if (length == 1) {
-        grads[0] = 0;  // the softmax of one logit is constant: no gradient, not even the rounding of one
+      block_gradients(problem, rows, row, logsumexp, scratch);
+      if (place.length == 1) {
+        scratch.grads()[0] = 0;  // the softmax of one logit is constant: no gradient, not even the rounding of one
       }
       if (task.for_keys) {
-        const int64_t at_row = row / kDepth<Operand> * padded_width;
-        accumulate(
-            row == 0, ColumnsOfA{}, along_rows(weights, kBlockStride, queries, keys, operand), kBlockStride, keys,
-            depth_of<Operand>(queries), grad_out_along_rows + at_row, padded_width, padded_width,
-            scratch.grad_value.data(), padded_width);
-        accumulate(
-            row == 0, ColumnsOfA{}, along_rows(grads, kBlockStride, queries, keys, operand), kBlockStride, keys,
-            depth_of<Operand>(queries), query_along_rows + at_row, padded_width, padded_width,
-            scratch.grad_key.data(), padded_width);
+        add_key_gradients(rows, row, padded_width, scratch);
       }
       if (task.for_queries) {
-        accumulate(
-            first_key == 0, RowsOfA{}, along_columns(grads, kBlockStride, queries, keys, operand),
-            kBlockStride / kDepth<Operand>, queries, depth_of<Operand>(keys), scratch.keys.data(), padded_width,
-            padded_width, scratch.grad_query.data() + row * padded_width, padded_width);
+        add_query_gradients(rows, row, padded_width, scratch);
         if (bias != nullptr) {
-          double* middle = diagonals.middle(task.sequence, task.head, length, (task.first_query + row) / kQueryChunk);
-          bias_backward(rows, grads, middle, grad_gate + row);
+          double* middle = diagonals.middle(task.sequence, task.head, place.length, first_query / kQueryChunk);
+          bias_backward(rows, static_cast<const T*>(scratch.grads()), middle, scratch.grad_gate.data() + row);
         }
       }
     }
-    const T* no_factors = nullptr;
     if (task.for_keys) {
-      store_rows(
-          scratch.grad_key.data(), keys, width, problem.scale, no_factors, gradients.grad_k + at_key, stride);
-      store_rows(scratch.grad_value.data(), keys, width, T(1), no_factors, gradients.grad_v + at_key, stride);
+      store(scratch.grad_key, keys, problem.scale, gradients.grad_k + at_key);
+      store(scratch.grad_value, keys, T(1), gradients.grad_v + at_key);
     }
   }
   if (task.for_queries) {
-    const T* no_factors = nullptr;
-    store_rows(
-        scratch.grad_query.data(), task_queries, width, problem.scale, no_factors, gradients.grad_q + first_query,
-        stride);
-    for (int64_t row = 0; row < task_queries && !gradients.grad_gate.empty(); ++row) {
-      gradients.grad_gate[(begin + task.first_query + row) * problem.heads + task.head] = grad_gate[row];
+    store(scratch.grad_query, place.query_count, problem.scale, gradients.grad_q + place.queries);
+    for (int64_t row = 0; row < place.query_count && !gradients.grad_gate.empty(); ++row) {
+      gradients.grad_gate[(place.begin + task.first_query + row) * problem.heads + task.head] = scratch.grad_gate[row];
     }
   }
 }
 
-// Adds the rows of all sequences and chunks, in this order, beyond R to the ends of the bias.
+// Adds up the rows of all sequences and chunks, in this order. Distances beyond R count towards the ends of the bias.
 template <typename scalar_t>
 std::vector<double> sum_diagonals(const Problem<scalar_t>& problem, Diagonals& diagonals) {
   std::vector<double> grad_bias(problem.bias.size());
@@ -374,7 +420,7 @@ std::vector<double> sum_diagonals(const Problem<scalar_t>& problem, Diagonals& d
   return grad_bias;
 }
 
-// An empty tensor where the argument was not given: a schema cannot return None.
+// The values in the dtype of `argument`; an empty tensor if it was not given, because a schema cannot return None.
 template <typename T>
 Tensor narrowed(const std::vector<T>& values, const Tensor& q, const std::optional<Tensor>& argument) {
   if (!argument.has_value()) {
@@ -390,16 +436,16 @@ Tensor narrowed(const std::vector<T>& values, const Tensor& q, const std::option
   return tensor;
 }
 
-// A task per head of a sequence, which computes its logits once. A long sequence among few is cut into chunks, whose
-// keys and queries have tasks of their own, and computes its logits twice.
+// One task per head of a sequence, which computes its logits once. If one sequence dominates the batch, its heads are
+// cut into parts with separate tasks for keys and for queries, which compute the logits twice.
 template <typename scalar_t>
 std::vector<Task> backward_tasks(const Problem<scalar_t>& problem) {
   std::vector<Task> tasks;
   for (int64_t sequence = 0; sequence < problem.sequences; ++sequence) {
     const int64_t length = problem.length(sequence);
     const int64_t parts = parts_of(problem, length);
-    const int64_t query_step = round_up((length + parts - 1) / parts, kQueryChunk);
-    const int64_t key_step = round_up((length + parts - 1) / parts, kKeyBlock);
+    const int64_t query_step = round_up(divide_up(length, parts), kQueryChunk);
+    const int64_t key_step = round_up(divide_up(length, parts), kKeyBlock);
     for (int64_t head = 0; head < problem.heads && length > 0; ++head) {
       if (parts == 1) {
         tasks.push_back({sequence, head, 0, length, 0, length, true, true});
@@ -433,7 +479,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   check_inputs(q, k, v, cu_seqlens, seed, distance_bias, gate);
   check_tensor(grad_out, "grad_out", 3, q.scalar_type());
   check_tensor(out, "out", 3, q.scalar_type());
-  check_tensor(logsumexp, "logsumexp", 2, sums_type(q));
+  check_tensor(logsumexp, "logsumexp", 2, accumulator_dtype(q.scalar_type()));
   Tensor grad_q = torch::stable::empty_like(q);
   Tensor grad_k = torch::stable::empty_like(q);
   Tensor grad_v = torch::stable::empty_like(q);

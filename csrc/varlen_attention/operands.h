@@ -1,6 +1,6 @@
 // Rows of one head as operands of common/block_gemm.h: widened to the type of the sums, or pairs of bfloat16. A pair
-// holds two numbers that follow each other along the sum, so what is summed over its columns in one product and over
-// its rows in another exists twice; other operands are the same for both.
+// holds two numbers that are neighbours along the sum, so a matrix that is summed over its columns in one product and
+// over its rows in another needs two copies. Other operands serve both.
 #pragma once
 
 #include <cstdint>
@@ -15,10 +15,10 @@ constexpr int64_t kDepth = kIsPair<Operand> ? 2 : 1;  // numbers in an operand
 
 template <typename Operand>
 constexpr int64_t depth_of(int64_t numbers) {
-  return (numbers + kDepth<Operand> - 1) / kDepth<Operand>;
+  return divide_up(numbers, kDepth<Operand>);
 }
 
-// Rows of one head lie so far apart that the processor does not foresee the next.
+// Rows of one head are too far apart for the processor to prefetch the next one by itself.
 constexpr int64_t kRowsAhead = 8;
 
 template <typename scalar_t>
@@ -28,7 +28,7 @@ FASTSSL_INLINE void prefetch_row(const scalar_t* row, int64_t columns) {
   }
 }
 
-// out[row] = x[row], zeros up to the next multiple of 16 columns and of `row_multiple` rows.
+// out[row] = x[row], padded with zeros to a multiple of 16 columns and of `row_multiple` rows.
 template <Isa isa, typename scalar_t, typename T>
 FASTSSL_INLINE void widen_rows_body(
     const scalar_t* x, int64_t ldx, int64_t rows, int64_t row_multiple, int64_t columns, T* out) {
@@ -51,7 +51,7 @@ FASTSSL_INLINE void widen_rows_body(
 }
 FASTSSL_ISA_VARIANTS(widen_rows)
 
-// The same in pairs along the columns.
+// The same, in pairs along the columns.
 template <Isa isa>
 FASTSSL_INLINE void pair_columns_body(
     const torch::headeronly::BFloat16* x,
@@ -71,7 +71,7 @@ FASTSSL_INLINE void pair_columns_body(
 }
 FASTSSL_ISA_VARIANTS(pair_columns)
 
-// Pairs along the rows, a row of zeros after an odd last one: out[row / 2] = x[row], x[row + 1].
+// Pairs along the rows: out[row / 2] = x[row], x[row + 1]. The last row of an odd number is paired with zeros.
 template <Isa isa>
 FASTSSL_INLINE void pair_rows_body(
     const torch::headeronly::BFloat16* x, int64_t ldx, int64_t rows, int64_t columns, BFloat16Pair* out) {
@@ -93,7 +93,7 @@ FASTSSL_INLINE void pair_rows_body(
 }
 FASTSSL_ISA_VARIANTS(pair_rows)
 
-// To be summed over its columns: rows of round_up(depth_of(columns), 16) operands.
+// For a sum over the columns: rows of round_up(depth_of(columns), 16) operands.
 template <typename scalar_t, typename Operand>
 void load_along_columns(
     const scalar_t* x, int64_t ldx, int64_t rows, int64_t row_multiple, int64_t columns, Operand* out) {
@@ -104,7 +104,7 @@ void load_along_columns(
   }
 }
 
-// To be summed over its rows: depth_of(rows) rows of round_up(columns, 16) operands.
+// For a sum over the rows: depth_of(rows) rows of round_up(columns, 16) operands.
 template <typename scalar_t, typename Operand>
 void load_along_rows(const scalar_t* x, int64_t ldx, int64_t rows, int64_t columns, Operand* out) {
   if constexpr (kIsPair<Operand>) {
@@ -150,7 +150,8 @@ FASTSSL_INLINE void round_rows_body(const float* x, int64_t ld, int64_t rows, in
 }
 FASTSSL_ISA_VARIANTS(round_rows)
 
-// Of a block that was computed, to be summed over its columns; a zero after an odd last one. Pairs go to `pairs`, in rows of ld / 2.
+// A computed block as an operand that is summed over its columns. Pairs are written to `pairs`, in rows of ld / 2; an
+// odd last column is paired with zeros.
 template <typename Operand, typename T>
 const Operand* along_columns(const T* x, int64_t ld, int64_t rows, int64_t columns, Operand* pairs) {
   if constexpr (kIsPair<Operand>) {
@@ -161,7 +162,7 @@ const Operand* along_columns(const T* x, int64_t ld, int64_t rows, int64_t colum
   }
 }
 
-// Of a block that was computed, to be summed over its rows. Pairs go to `pairs`, in rows of ld.
+// A computed block as an operand that is summed over its rows. Pairs are written to `pairs`, in rows of ld.
 template <typename Operand, typename T>
 const Operand* along_rows(const T* x, int64_t ld, int64_t rows, int64_t columns, Operand* pairs) {
   if constexpr (kIsPair<Operand>) {
@@ -172,7 +173,7 @@ const Operand* along_rows(const T* x, int64_t ld, int64_t rows, int64_t columns,
   }
 }
 
-// out[row] = factor * x[row], with a factor of its own for each row where `factors` is given.
+// out[row] = factor * x[row], or factors[row] * x[row] if `factors` is given.
 template <Isa isa, typename T, typename scalar_t>
 FASTSSL_INLINE void store_rows_body(
     const T* x, int64_t rows, int64_t columns, T factor, const T* factors, scalar_t* out, int64_t ldout) {

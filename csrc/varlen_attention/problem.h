@@ -1,35 +1,16 @@
-// The arguments of attention on the CPU, the tasks it is cut into, and the threads that do them.
+// The arguments of attention on the CPU, the tasks that it is divided into, and the threads that run them.
 #pragma once
 
 #include <algorithm>
 #include <atomic>
-#include <new>
 #include <optional>
 #include <utility>
 #include <vector>
 
+#include "../common/buffer.h"
 #include "rows.h"
 
 namespace fastssl {
-
-// Memory of one thread, aligned to whole vectors and not initialised.
-template <typename T>
-class Buffer {
- public:
-  explicit Buffer(int64_t size)
-      : data_(static_cast<T*>(::operator new(std::max<int64_t>(size, 1) * sizeof(T), std::align_val_t(64)))) {}
-  ~Buffer() {
-    ::operator delete(data_, std::align_val_t(64));
-  }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  T* data() const {
-    return data_;
-  }
-
- private:
-  T* data_;
-};
 
 // The arguments that forward and backward share.
 template <typename scalar_t>
@@ -43,7 +24,7 @@ struct Problem {
   int64_t heads;
   int64_t width;
   int64_t padded_width;
-  int64_t stride;  // from one frame to the next
+  int64_t stride;  // elements from one frame to the next
   const int32_t* begins;
   int64_t sequences;
   int64_t longest;
@@ -126,9 +107,7 @@ inline void check_inputs(
   check_tensor(k, "k", 3, q.scalar_type());
   check_tensor(v, "v", 3, q.scalar_type());
   check_tensor(cu_seqlens, "cu_seqlens", 1, ScalarType::Int);
-  if (seed.has_value()) {
-    check_tensor(*seed, "seed", 0, ScalarType::Long);
-  }
+  check_tensor(seed, "seed", 0, ScalarType::Long);
   if (distance_bias.has_value()) {
     check_tensor(*distance_bias, "distance_bias", 2, distance_bias->scalar_type());
   }
@@ -153,7 +132,7 @@ struct Task {
   }
 };
 
-// Calls `work(task, scratch)` for all tasks, the dearest first, each thread with a `Scratch` of its own.
+// Calls `work(task, scratch)` for all tasks, the most expensive first. Each thread has its own `Scratch`.
 template <typename Scratch, typename Problem, typename Work>
 void run_tasks(std::vector<Task> tasks, const Problem& problem, const Work& work) {
   std::stable_sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) { return a.cost() > b.cost(); });
@@ -168,7 +147,7 @@ void run_tasks(std::vector<Task> tasks, const Problem& problem, const Work& work
   });
 }
 
-// Into how many parts a head of a sequence is cut, so that one thread does not work while the others wait.
+// The number of parts that a head of a sequence is cut into, so that no thread works alone while the others wait.
 template <typename scalar_t>
 int64_t parts_of(const Problem<scalar_t>& problem, int64_t length) {
   double all = 0;
@@ -181,7 +160,7 @@ int64_t parts_of(const Problem<scalar_t>& problem, int64_t length) {
   return cost > share ? static_cast<int64_t>(2 * cost / share) + 1 : 1;
 }
 
-// The distance bias of one head for every distance within a sequence; returns where distance 0 is.
+// Writes the distance bias of one head for every distance within a sequence; returns a pointer to distance 0.
 template <typename scalar_t, typename T>
 const T* spread_bias(const Problem<scalar_t>& problem, int64_t head, int64_t length, T* spread) {
   if (problem.bias.empty()) {
@@ -194,7 +173,7 @@ const T* spread_bias(const Problem<scalar_t>& problem, int64_t head, int64_t len
   return spread + length - 1;
 }
 
-// Gates and dropout states of a block of queries of one head.
+// The gates and dropout states of a block of queries of one head.
 template <typename scalar_t>
 struct QueryBlock {
   using acc_t = typename Accumulator<scalar_t>::type;

@@ -1,4 +1,4 @@
-// What attention on the CPU does to rows of logits between its matrix products: bias, softmax and dropout, and their
+// The work of attention on rows of logits between its matrix products: bias, softmax and dropout, and their
 // derivatives. fastssl/kernels/varlen_attention/README.md has the formulas.
 #pragma once
 
@@ -9,14 +9,16 @@
 
 #include "../common/block_gemm.h"
 #include "../common/counter_random.h"
+#include "../common/lanes.h"
+#include "../common/simd.h"
 #include "../common/tensor_checks.h"
 
 namespace fastssl {
 
-// Rows are worked on in whole vectors: every row has room for this many columns after its last.
+// Rows are processed in whole vectors: each has room for this many columns after its last.
 constexpr int64_t kPadding = kTileColumns;
-// A block of the backward lies in rows of kBlockStride elements of which the first kKeyBlock are used. The gap lets the
-// sums along diagonals run over the borders of the block, where they find zeros.
+// A block of the backward is stored in rows of kBlockStride elements, of which the first kKeyBlock are used. Sums along
+// diagonals may run past the borders of the block into the gap, which holds zeros.
 constexpr int64_t kQueryBlock = 48;
 constexpr int64_t kKeyBlock = 192;
 constexpr int64_t kGap = 64;
@@ -24,14 +26,14 @@ constexpr int64_t kBlockStride = kKeyBlock + kGap;
 static_assert(kQueryBlock % kTileRows == 0 && kKeyBlock % kTileRows == 0 && kKeyBlock % kTileColumns == 0);
 static_assert(kGap >= kQueryBlock + kTileColumns);
 
-// exp(x) is 2^(x / ln 2), whose factor joins that of the logits: half the work.
+// exp(x) is computed as 2^(x / ln 2), with 1 / ln 2 multiplied into the factor of the logits: half the work.
 constexpr double kLog2OfE = 1.44269504088896340736;
 constexpr double kLnOf2 = 0.69314718055994530942;
 
-// 2^x for x up to 127; 2^-125, which no sum with 1 notices, for everything below. A polynomial in the distance from the
-// nearest integer, within 1e-7 of it, whose exponent that integer is added to. NaN for NaN.
+// 2^x for x up to 127, and 2^-125 for x below -125: too small to change a sum that contains 1. The fraction of x goes
+// through a polynomial, within 1e-7, and the integer part is added to the exponent. NaN for NaN.
 FASTSSL_INLINE float power_of_two(float x) {
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer and leaves that in the low bits
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which ends up in the low bits
   const float clamped = x < -125.0f ? -125.0f : x;
   const float shifted = clamped + kRound;
   const float f = clamped - (shifted - kRound);
@@ -49,7 +51,7 @@ FASTSSL_INLINE double power_of_two(double x) {
   return std::exp2(x);
 }
 
-// What the rows of a block have in common. Pointers to one value per query are null where there is no such argument.
+// What the rows of a block share, and values per query; a pointer is null if the argument was not given.
 template <typename T>
 struct Rows {
   int64_t queries;
@@ -57,7 +59,7 @@ struct Rows {
   int64_t first_query;  // positions within the sequence
   int64_t first_key;
   T scale;  // of the products of queries and keys
-  T scale_log2;  // the same, into units of ln 2
+  T scale_log2;  // the same in units of ln 2
   const T* bias;  // at distance 0
   const T* gate;
   const uint32_t* dropout_states;
@@ -89,30 +91,17 @@ FASTSSL_INLINE T dot(const T* x, const T* y, int64_t n) {
   return sum;
 }
 
-// sums[row] = x[row] . y[row], in sixteen parts that do not wait for each other. In double, which costs little beside
-// the products: it is taken from numbers of its size, and the gradients of biases and gates add up what remains.
+// sums[row] = x[row] . y[row], in double, which costs little next to the matrix products. The dot is subtracted from
+// numbers of its own size, and the gradients of biases and gates sum the small differences.
 template <Isa isa, typename scalar_t, typename T>
 FASTSSL_INLINE void row_dots_body(
     const scalar_t* x, const scalar_t* y, int64_t rows, int64_t ld, int64_t columns, T* sums) {
-  constexpr int64_t kParts = 16;
   for (int64_t row = 0; row < rows; ++row) {
     const scalar_t* a = x + row * ld;
     const scalar_t* b = y + row * ld;
-    double parts[kParts] = {};
-    int64_t column = 0;
-    for (; column + kParts <= columns; column += kParts) {
-      for (int64_t part = 0; part < kParts; ++part) {
-        parts[part] += static_cast<double>(static_cast<T>(a[column + part])) * static_cast<T>(b[column + part]);
-      }
-    }
-    double sum = 0;
-    for (; column < columns; ++column) {
-      sum += static_cast<double>(static_cast<T>(a[column])) * static_cast<T>(b[column]);
-    }
-    for (int64_t part = 0; part < kParts; ++part) {
-      sum += parts[part];
-    }
-    sums[row] = static_cast<T>(sum);
+    sums[row] = static_cast<T>(sum_in_order<16, double>(columns, [=](int64_t column) {
+      return static_cast<double>(static_cast<T>(a[column])) * static_cast<T>(b[column]);
+    }));
   }
 }
 FASTSSL_ISA_VARIANTS(row_dots)
@@ -131,12 +120,12 @@ struct Plus {
   }
 };
 
-// Folds factor * x[i], i < n, into `identity`; x has room up to whole vectors.
+// Folds factor * x[i], i < n, into `identity`. x must be readable up to whole vectors.
 template <Isa isa, typename T, typename Fold>
 FASTSSL_INLINE T fold_row(const T* x, T factor, int64_t n, T identity, Fold fold) {
   using Vector = typename Simd<isa, T>::Vector;
   constexpr int kLanes = Simd<isa, T>::kLanes;
-  constexpr int kChains = 4;  // that do not wait for each other
+  constexpr int kChains = 4;  // independent of each other, so that additions overlap
   const Vector start = Vector{} + identity;
   Vector folded[kChains] = {start, start, start, start};
   int64_t i = 0;
@@ -172,11 +161,13 @@ FASTSSL_INLINE T fold_row(const T* x, T factor, int64_t n, T identity, Fold fold
   return lanes[0];
 }
 
-// How much of a row one `fold_row` adds up: 16 additions to every lane, so that rounding does not grow with the row.
+// How many elements of a row one `fold_row` sums: 16 additions per lane, so that rounding errors do not grow with the
+// row.
 template <Isa isa, typename T>
 constexpr int64_t kSumBlock = 64 * Simd<isa, T>::kLanes;
 
-// Turns products of queries and keys into logits where there is a bias; returns what takes the result to units of ln 2.
+// If there is a bias, turns products of queries and keys into logits. Returns the factor that brings the result to
+// units of ln 2.
 template <typename T>
 FASTSSL_INLINE T add_bias(const Rows<T>& rows, int64_t row, int64_t columns, T* __restrict logits) {
   if (rows.bias == nullptr) {
@@ -191,8 +182,9 @@ FASTSSL_INLINE T add_bias(const Rows<T>& rows, int64_t row, int64_t columns, T* 
   return static_cast<T>(kLog2OfE);
 }
 
-// Products of queries and keys -> exp(logit - the largest of the row), 0 where dropped; also the factors that make rows
-// probabilities, and their logsumexp. What comes after the last key means nothing.
+// Replaces products of queries and keys by exp(logit - the row's largest logit), or 0 if dropped. Also writes the
+// factor that turns each row into probabilities, and its logsumexp. Columns after the last key hold no meaningful
+// values.
 template <Isa isa, typename T>
 FASTSSL_INLINE void softmax_body(Rows<T> rows, T* logits, int64_t ld, T* factors, T* logsumexp) {
   const int64_t columns = round_up(rows.keys, kPadding);
@@ -220,7 +212,8 @@ FASTSSL_INLINE void softmax_body(Rows<T> rows, T* logits, int64_t ld, T* factors
 }
 FASTSSL_ISA_VARIANTS(softmax)
 
-// weights: products of queries and keys -> probabilities after dropout. grads: of those -> of the logits. Zeros after the last key.
+// Replaces `weights`, products of queries and keys, by probabilities after dropout, and `grads`, the gradients of those
+// probabilities, by the gradients of the logits. Writes zeros after the last key.
 template <Isa isa, typename T>
 FASTSSL_INLINE void softmax_backward_body(Rows<T> rows, const T* logsumexp, const T* delta, T* weights, T* grads) {
   const int64_t columns = round_up(rows.keys, kPadding);
@@ -228,7 +221,7 @@ FASTSSL_INLINE void softmax_backward_body(Rows<T> rows, const T* logsumexp, cons
     T* __restrict weight = weights + row * kBlockStride;
     T* __restrict grad = grads + row * kBlockStride;
     const T row_logsumexp = static_cast<T>(logsumexp[row] * kLog2OfE);
-    // Without this, the probabilities of a row whose logits are near 10 are off together, by up to 3e-7.
+    // Without this, all probabilities of a row with logits near 10 are off by the same factor, up to 3e-7.
     const T remainder = static_cast<T>(logsumexp[row] * kLog2OfE - row_logsumexp);
     const T row_delta = delta[row];
     const T logit_factor = add_bias(rows, row, columns, weight);
@@ -258,18 +251,18 @@ FASTSSL_INLINE void softmax_backward_body(Rows<T> rows, const T* logsumexp, cons
 }
 FASTSSL_ISA_VARIANTS(softmax_backward)
 
-// Gradients on a diagonal that are added up before they join others: they are of both signs, and their sum is small.
+// How many gradients on a diagonal are summed before they are added to others: they have both signs and a small sum.
 constexpr int64_t kDiagonalChain = 12;
 
-// From the gradients of the logits of a block: sums along its diagonals, times the gate, added to `diagonals` (at
-// distance 0); and sums of its rows times the bias, added to `grad_gate` where there is a gate.
+// From the gradients of the logits of a block: adds the sums along its diagonals, times the gate, to `diagonals`, which
+// points to distance 0. If there is a gate, adds the dot of each row with the bias to `grad_gate`.
 template <Isa isa, typename T>
 FASTSSL_INLINE void bias_backward_body(Rows<T> rows, const T* grads, double* diagonals, T* grad_gate) {
   using Vector = typename Simd<isa, T>::Vector;
   constexpr int kLanes = Simd<isa, T>::kLanes;
   const int64_t columns = round_up(rows.keys, kPadding);
   const int64_t distance = rows.first_key - rows.first_query;
-  // Lane l of the vector at `column` of row 0 goes down the diagonal from there: one column on in every row.
+  // Lane l of the vector at `column` in row 0 follows the diagonal from there: one column further in each row.
   for (int64_t column = -kQueryBlock; column < columns; column += kLanes) {
     Vector sum{};
     for (int64_t first = 0; first < rows.queries; first += kDiagonalChain) {

@@ -4,10 +4,9 @@ import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from fastssl.models.folder import ACCELERATED_COMPRESSOR
-from fastssl.packing import Packed
 
 #: What an accelerated module has of its own: how group norms treat padding.
 NORM = "_fastssl_norm"
@@ -20,6 +19,8 @@ class AcceleratedClasses:
         home: The Python module where pickle finds them; its `__getattr__` has to be `by_name`.
         sources: Name of a class -> the Python module that it is from.
         methods: Class -> what is other in its subclass.
+        check: Raises ValueError if a module has a part that is not served.
+        width: Of an encoder's frames, D; None if the classes are not encoders.
     """
 
     def __init__(
@@ -27,10 +28,15 @@ class AcceleratedClasses:
         home: str,
         sources: Mapping[str, str],
         methods: Callable[[type[nn.Module]], dict[str, Any]],
+        *,
+        check: Callable[[Any], None] | None = None,
+        width: Callable[[Any], int] | None = None,
     ) -> None:
         self.home = home
         self.sources = sources
         self.methods = methods
+        self.check = check
+        self.width = width
         self._made: dict[type[nn.Module], type[nn.Module]] = {}
 
     def original(self, module: nn.Module) -> Any:
@@ -43,10 +49,8 @@ class AcceleratedClasses:
         return None
 
     def put_on(self, module: nn.Module, norm: str) -> None:
-        """Give a module our methods."""
-        original = self.original(module)
-        assert original is not None
-        module.__class__ = self._subclass(original)
+        """Give a module of one of the classes our methods."""
+        module.__class__ = self._subclass(self.original(module))
         setattr(module, NORM, norm)
 
     def take_off(self, module: nn.Module) -> None:
@@ -72,17 +76,3 @@ class AcceleratedClasses:
             namespace[NORM] = "valid"
             self._made[original] = type(name, (original,), self.methods(original) | namespace)
         return self._made[original]
-
-
-def compress(module: nn.Module, frames: Packed) -> tuple[Packed, Callable[[Tensor], Tensor]]:
-    """The frames that an accelerated encoder's transformer takes, and what brings its rows back to all of them.
-
-    Args:
-        module: The encoder.
-        frames: (N, D), projected.
-    """
-    compressor = getattr(module, ACCELERATED_COMPRESSOR, None)
-    if compressor is None:
-        return frames, lambda values: values
-    compressed = compressor(frames)
-    return compressed.frames, compressed.upsample

@@ -5,7 +5,6 @@ restricted unpickler reads it, an inert object stands in the place of each of th
 """
 
 import argparse
-import ast
 import pickletools
 import re
 import zipfile
@@ -27,6 +26,7 @@ _EXPECTED = re.compile(
 #: Where the encoder is in a checkpoint: fine-tuned models hold it.
 _PREFIXES = ("w2v_encoder.w2v_model.", "encoder.w2v_model.", "w2v_encoder.", "w2v_model.", "")
 _FIRST_WEIGHT = "feature_extractor.conv_layers.0.0.weight"
+_TRIPLE = r"\(([1-9]\d{0,4}),([1-9]\d{0,4}),([1-9]\d{0,4})\)"
 _CONV_LAYERS = "[(512, 10, 5)] + [(512, 3, 2)] * 4 + [(512, 2, 2)] * 2"
 #: Settings that change the numbers, with the only value that is served, which is also fairseq's default.
 _SERVED: dict[str, Any] = {
@@ -220,26 +220,13 @@ def _normalises(levels: list[dict[str, Any]]) -> bool:
 
 def _parse_layers(text: Any) -> list[tuple[int, int, int]]:
     """Channels, kernel and stride of each convolution, from text such as "[(512, 10, 5)] + [(512, 3, 2)] * 4"."""
-    wrong = f"conv_feature_layers: {text!r:.200} is not a sum of lists of (channels, kernel, stride)"
-
-    def value_of(node: ast.expr) -> Any:
-        if isinstance(node, (ast.List, ast.Tuple)):
-            return [value_of(item) for item in node.elts]
-        if isinstance(node, ast.Constant) and isinstance(node.value, int) and 0 < node.value < 2**16:
-            return node.value
-        if isinstance(node, ast.BinOp):
-            left, right = value_of(node.left), value_of(node.right)
-            if isinstance(node.op, ast.Add) and isinstance(left, list) and isinstance(right, list):
-                return left + right
-            factors = isinstance(node.op, ast.Mult) and isinstance(left, list) and isinstance(right, int)
-            if factors and len(left) * right < 100:  # text of a few letters could ask for any amount of memory
-                return left * right
-        raise ValueError(wrong)
-
-    try:
-        layers = value_of(ast.parse(str(text).strip(), mode="eval").body)
-    except (SyntaxError, RecursionError, MemoryError):  # what a parser makes of what it cannot read
-        raise ValueError(wrong) from None
-    if not isinstance(layers, list) or not all(isinstance(layer, list) and len(layer) == 3 for layer in layers):
-        raise ValueError(f"conv_feature_layers: {text!r:.200} is not a list of (channels, kernel, stride)")
-    return [(channels, kernel, stride) for channels, kernel, stride in layers]
+    layers: list[tuple[int, int, int]] = []
+    for term in re.sub(r"\s", "", str(text)).split("+"):
+        match = re.fullmatch(r"\[([\d,()]*)\](?:\*([1-9]\d?))?", term)
+        if match is None:
+            raise ValueError(f"conv_feature_layers: {text!r:.200} is not a sum of lists of (channels, kernel, stride)")
+        if not re.fullmatch(rf"({_TRIPLE}(,|$))*", match[1]):
+            raise ValueError(f"conv_feature_layers: {text!r:.200} is not a list of (channels, kernel, stride)")
+        for _ in range(int(match[2] or 1)):
+            layers += [(int(c), int(kernel), int(stride)) for c, kernel, stride in re.findall(_TRIPLE, match[1])]
+    return layers

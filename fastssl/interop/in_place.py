@@ -1,11 +1,11 @@
 """`accelerate` and `restore`: which encoders a model has, and whose code runs them."""
 
 import sys
-from types import ModuleType
 from typing import Literal, TypeVar
 
 from torch import nn
 
+from fastssl.interop.classes import AcceleratedClasses
 from fastssl.models.folder import ACCELERATED_COMPRESSOR
 from fastssl.nn.compression import SequenceCompressor
 
@@ -38,26 +38,26 @@ def accelerate(model: Model, *, norm: Norm = "valid", compressor: SequenceCompre
     """
     if norm not in ("valid", "padded"):
         raise ValueError(f"norm: must be 'valid' or 'padded', got {norm!r}")
-    found = [(module, library) for module in model.modules() for library in _libraries() if library.knows(module)]
+    found = [(module, classes) for module in model.modules() for classes in _in_use() if classes.original(module)]
     if not found:
-        known = ", ".join([*_transformers().KNOWN, *_torchaudio().KNOWN])
+        sources = [source for classes in _served() if classes.width for source in classes.sources.items()]
+        known = ", ".join(f"{module.partition('.')[0]}.{name}" for name, module in sources)
         raise ValueError(f"model: {type(model).__name__} has no encoder that can be accelerated; known: {known}")
-    for module, library in found:
-        library.check(module)
+    for module, classes in found:
+        if classes.check:
+            classes.check(module)
     if compressor is not None:
-        encoders = [(module, library) for module, library in found if hasattr(library, "width")]
+        encoders = [(module, classes.width(module)) for module, classes in found if classes.width]
         if len(encoders) != 1:
             raise ValueError(f"compressor: is for one encoder, and {type(model).__name__} has {len(encoders)}")
-        ((encoder, library),) = encoders
-        if compressor.channels != library.width(encoder):
-            raise ValueError(
-                f"compressor: is of {compressor.channels} channels, and the encoder {library.width(encoder)} wide"
-            )
+        ((encoder, width),) = encoders
+        if compressor.channels != width:
+            raise ValueError(f"compressor: is of {compressor.channels} channels, and the encoder {width} wide")
         like = next(encoder.parameters())
         compressor.to(device=like.device, dtype=like.dtype).train(encoder.training)
         setattr(encoder, ACCELERATED_COMPRESSOR, compressor)
-    for module, library in found:
-        library.accelerate(module, norm)
+    for module, classes in found:
+        classes.put_on(module, norm)
     return model
 
 
@@ -68,31 +68,18 @@ def restore(model: Model) -> Model:
         The model itself; one that was never accelerated is left as it is.
     """
     for module in model.modules():
-        for library in _libraries():
-            library.restore(module)
+        for classes in _in_use():
+            classes.take_off(module)
     return model
 
 
-def _libraries() -> list[ModuleType]:
-    """Ours for the libraries that are in use: a model of another one cannot be there."""
-    libraries = [_transformers(), _pretraining_head()] if "transformers" in sys.modules else []
-    # torchaudio does not import beside every torch, so whether it does is left to who has a model of it.
-    return [*libraries, _torchaudio()] if _torchaudio().MODULE in sys.modules else libraries
+def _served() -> list[AcceleratedClasses]:
+    from fastssl.interop import pretraining_head, torchaudio, transformers
+
+    return [transformers.CLASSES, pretraining_head.CLASSES, torchaudio.CLASSES]
 
 
-def _transformers() -> ModuleType:
-    from fastssl.interop import transformers
-
-    return transformers
-
-
-def _pretraining_head() -> ModuleType:
-    from fastssl.interop import pretraining_head
-
-    return pretraining_head
-
-
-def _torchaudio() -> ModuleType:
-    from fastssl.interop import torchaudio
-
-    return torchaudio
+def _in_use() -> list[AcceleratedClasses]:
+    """Those of libraries that somebody has imported: a model of another one cannot exist."""
+    # torchaudio does not import beside every torch, so whether it does is left to whoever has a model of it.
+    return [classes for classes in _served() if any(source in sys.modules for source in classes.sources.values())]

@@ -1,7 +1,7 @@
 """`load_encoder`: a run, a folder, a checkpoint, a model of the Hub or a model in memory becomes an encoder."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
@@ -78,13 +78,14 @@ def _from_model(model: nn.Module) -> Encoder:
             f"path_or_model: {type(model).__name__} has a compressor that `fastssl.accelerate` put on, for which an "
             "encoder of fastssl's has no place; `fastssl.restore` takes it off the model"
         )
-    kind = _torchaudio_kind(model)
-    if kind == "bundle":
-        return _from_torchaudio(model.model, normalizes=bool(model.normalize_waveform))
-    if kind == "pretraining":
-        return _from_torchaudio(model.wav2vec2, model_type="hubert")
-    if kind == "encoder":
-        return _from_torchaudio(model)
+    classes = {f"{cls.__module__}.{cls.__qualname__}" for cls in type(model).__mro__}  # without importing torchaudio
+    source: Any = model
+    if "torchaudio.pipelines._wav2vec2.utils._Wav2Vec2Model" in classes:
+        return _from_torchaudio(source.model, normalizes=bool(source.normalize_waveform))
+    if "torchaudio.models.wav2vec2.model.HuBERTPretrainModel" in classes:
+        return _from_torchaudio(source.wav2vec2, model_type="hubert")
+    if "torchaudio.models.wav2vec2.model.Wav2Vec2Model" in classes:
+        return _from_torchaudio(source)
     config: Any = getattr(model, "config", None)
     model_type = getattr(config, "model_type", None)
     if model_type not in MODEL_CLASSES:
@@ -104,17 +105,6 @@ def _copied(model: nn.Module, config: EncoderConfig, weights: dict[str, Any]) ->
     encoder.load_weights(weights, name=type(model).__name__)
     first = next(model.parameters())
     return encoder.to(device=first.device, dtype=first.dtype)
-
-
-def _torchaudio_kind(model: nn.Module) -> Literal["encoder", "pretraining", "bundle"] | None:
-    """Which of torchaudio's models it is, or a subclass of; without importing torchaudio."""
-    kinds: dict[str, Literal["encoder", "pretraining", "bundle"]] = {
-        "torchaudio.models.wav2vec2.model.Wav2Vec2Model": "encoder",
-        "torchaudio.models.wav2vec2.model.HuBERTPretrainModel": "pretraining",
-        "torchaudio.pipelines._wav2vec2.utils._Wav2Vec2Model": "bundle",
-    }
-    classes = (f"{cls.__module__}.{cls.__qualname__}" for cls in type(model).__mro__)
-    return next((kinds[name] for name in classes if name in kinds), None)
 
 
 def _from_torchaudio(model: Any, *, normalizes: bool = False, model_type: str = "wav2vec2") -> Encoder:

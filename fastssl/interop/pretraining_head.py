@@ -15,25 +15,6 @@ from fastssl.kernels.gumbel_quantize.op import GumbelQuantized
 _MODULE = "transformers.models.wav2vec2.modeling_wav2vec2"
 
 
-def knows(module: nn.Module) -> bool:
-    """Whether it is the model with the objective, or its quantiser, accelerated or not."""
-    return _CLASSES.original(module) is not None
-
-
-def check(module: nn.Module) -> None:
-    """Both are always served."""
-
-
-def accelerate(module: nn.Module, norm: str) -> None:
-    """Give the quantiser, or the model, our `forward`."""
-    _CLASSES.put_on(module, norm)
-
-
-def restore(module: nn.Module) -> None:
-    """Give it its own `forward` back."""
-    _CLASSES.take_off(module)
-
-
 def _quantize(
     self: Any,
     hidden_states: Tensor,  # (B, F, C)
@@ -102,18 +83,19 @@ def _methods(original: type[nn.Module]) -> dict[str, Any]:
         sampled_negative_indices: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        wants_tuple = kwargs.pop("return_dict", None)
-        tuple_by_config = getattr(self.config, "return_dict", True) is False
+        return_dict = kwargs.pop("return_dict", None)
+        if return_dict is None:
+            return_dict = getattr(self.config, "return_dict", True)
         # Without negatives the original computes everything but the losses.
         output = original.forward(self, input_values, attention_mask, mask_time_indices, return_dict=True, **kwargs)
         if sampled_negative_indices is not None:
             output = type(output)(**output | _losses(self.config, output, mask_time_indices, sampled_negative_indices))
-        return output.to_tuple() if wants_tuple is False or (wants_tuple is None and tuple_by_config) else output
+        return output.to_tuple() if return_dict is False else output
 
     return {"forward": forward}
 
 
-_CLASSES = AcceleratedClasses(
+CLASSES = AcceleratedClasses(
     __name__, {"Wav2Vec2ForPreTraining": _MODULE, "Wav2Vec2GumbelVectorQuantizer": _MODULE}, _methods
 )
-__getattr__ = _CLASSES.by_name  # for pickle
+__getattr__ = CLASSES.by_name  # for pickle

@@ -12,76 +12,48 @@ its batch mates. A `HuBERTPretrainModel` calls the parts of its encoder by itsel
 it did, in the same time.
 """
 
-import warnings
-from collections.abc import Callable, Iterator
+import re
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from fastssl import ops
-from fastssl.interop import layers as L
-from fastssl.interop.classes import NORM, AcceleratedClasses, compress
-from fastssl.models.folder import ACCELERATED_COMPRESSOR
+from fastssl.interop import encoders
+from fastssl.interop.classes import AcceleratedClasses
+from fastssl.nn import functional as F
 from fastssl.nn.linear import packed_linear
 from fastssl.packing import Layout, Packed
 
-_NAME = "Wav2Vec2Model"
-MODULE = "torchaudio.models.wav2vec2.model"
-KNOWN = (f"torchaudio.{_NAME}",)
+#: Parts that an encoder must have from torchaudio itself: a pattern of the name, and the classes that are served.
+_PARTS = (
+    (r"feature_extractor", "FeatureExtractor"),
+    (r"feature_extractor\.conv_layers\.\d+", "ConvLayerBlock"),
+    (r"encoder", "Encoder"),
+    (r"encoder\.feature_projection", "FeatureProjection"),
+    (r"encoder\.transformer", "Transformer"),
+    (r"encoder\.transformer\.pos_conv_embed", "ConvolutionalPositionalEmbedding"),
+    (r"encoder\.transformer\.layers\.\d+", "EncoderLayer"),
+    (r"encoder\.transformer\.layers\.\d+\.attention", "SelfAttention or WavLMSelfAttention"),
+    (r"encoder\.transformer\.layers\.\d+\.feed_forward", "FeedForward"),
+)
 
 
-def knows(module: nn.Module) -> bool:
-    """Whether it is such an encoder, accelerated or not."""
-    return _CLASSES.original(module) is not None
-
-
-def check(module: Any) -> None:
-    """Raise ValueError where an encoder has a part that is not torchaudio's own: the class takes any."""
-    extractor, encoder = module.feature_extractor, module.encoder
-    _expect("feature_extractor", extractor, "FeatureExtractor")
-    for index, layer in enumerate(extractor.conv_layers):
-        name = f"feature_extractor.conv_layers.{index}"
-        _expect(name, layer, "ConvLayerBlock")
-        norm = layer.layer_norm
-        if isinstance(norm, nn.GroupNorm) and norm.num_groups != norm.num_channels:
-            groups = f"{norm.num_groups} groups for {norm.num_channels} channels"
-            raise ValueError(f"model: {name}.layer_norm has {groups}; only as many groups as channels are served")
-    _expect("encoder", encoder, "Encoder")
-    _expect("encoder.feature_projection", encoder.feature_projection, "FeatureProjection")
-    _expect("encoder.transformer", encoder.transformer, "Transformer")
-    position = encoder.transformer.pos_conv_embed
-    _expect("encoder.transformer.pos_conv_embed", position, "ConvolutionalPositionalEmbedding")
-    for index, layer in enumerate(encoder.transformer.layers):
-        name = f"encoder.transformer.layers.{index}"
-        _expect(name, layer, "EncoderLayer")
-        _expect(f"{name}.attention", layer.attention, "SelfAttention", "WavLMSelfAttention")
-        _expect(f"{name}.feed_forward", layer.feed_forward, "FeedForward")
-
-
-def accelerate(module: nn.Module, norm: str) -> None:
-    """Give an encoder our `forward` and `extract_features`."""
-    _CLASSES.put_on(module, norm)
-
-
-def width(module: Any) -> int:
-    """D."""
-    return int(module.encoder.feature_projection.projection.out_features)
-
-
-def restore(module: nn.Module) -> None:
-    """Give an encoder its own `forward` and `extract_features` back."""
-    _CLASSES.take_off(module)
-
-
-def _expect(name: str, module: Any, *kinds: str) -> None:
-    cls = type(module)
-    if cls.__name__ not in kinds or not cls.__module__.startswith("torchaudio.models.wav2vec2."):
-        found = f"{cls.__module__}.{cls.__name__}"
-        raise ValueError(f"model: {name} is a {found}; only torchaudio's {' or '.join(kinds)} is served")
+def _check(module: nn.Module) -> None:
+    """Raise ValueError if an encoder has a part that is not torchaudio's own: its class takes any."""
+    for name, part in module.named_modules():
+        cls = type(part)
+        for pattern, served in _PARTS:
+            known = cls.__name__ in served.split(" or ") and cls.__module__.startswith("torchaudio.models.wav2vec2.")
+            if re.fullmatch(pattern, name) and not known:
+                found = f"{cls.__module__}.{cls.__name__}"
+                raise ValueError(f"model: {name} is a {found}; only torchaudio's {served} is served")
+        grouped = isinstance(part, nn.GroupNorm) and part.num_groups != part.num_channels
+        if grouped and name.startswith("feature_extractor."):
+            groups = f"{part.num_groups} groups for {part.num_channels} channels"
+            raise ValueError(f"model: {name} has {groups}; only as many groups as channels are served")
 
 
 def _forward(
@@ -90,24 +62,19 @@ def _forward(
     lengths: Tensor | None = None,  # (B,)
 ) -> tuple[Tensor, Tensor | None]:  # (B, F, D) or (B, F, labels), (B,)
     """The last layer's frames, or the auxiliary head's logits, and how many of each row are valid."""
-    if _runs_as_it_was(self):
-        output: tuple[Tensor, Tensor | None] = _CLASSES.original(self).forward(self, waveforms, lengths)
-        return output
+    if encoders.original_runs(self, _modules_not_called(self)):
+        return CLASSES.original(self).forward(self, waveforms, lengths)  # type: ignore[no-any-return]
     frames, padded_frames, frame_lengths = _front_end(self, waveforms, lengths)
-    transformer = self.encoder.transformer
-    (x, layout), upsample = _embed(self, frames)
-    bias = None
-    for layer in transformer.layers:
-        # Layer drop, by the same draws as the original's, which draws where nothing is ever dropped, too.
-        if not (transformer.training and torch.rand(1).item() <= transformer.layer_drop):
-            x, bias = _layer(layer, x, layout, bias)
-    if not transformer.layer_norm_first:
-        x = transformer.layer_norm(x)
-    x, layout = upsample(x), frames.layout
-    if self.aux is None or not L.is_plain(self.aux, nn.Linear):
-        padded = L.padded_by_last(Packed(x, layout), padded_frames)
+    stack = self.encoder.transformer
+    # Layer drop, by the same draws as the original's, which draws even if nothing is ever dropped.
+    layers = (layer for layer in stack.layers if not (stack.training and torch.rand(1).item() <= stack.layer_drop))
+    states, upsample = _transformer(self, frames, layers)
+    (x,) = deque(states, maxlen=1)
+    x = upsample(x if stack.layer_norm_first else stack.layer_norm(x))
+    if self.aux is None or not F.is_plain(self.aux, nn.Linear):
+        padded = encoders.padded_by_last(Packed(x, frames.layout), padded_frames)
         return (padded if self.aux is None else self.aux(padded)), frame_lengths
-    return L.padded_by_last(Packed(L.linear(self.aux, x), layout), padded_frames), frame_lengths
+    return encoders.padded_by_last(Packed(F.linear(self.aux, x), frames.layout), padded_frames), frame_lengths
 
 
 def _extract_features(
@@ -117,62 +84,39 @@ def _extract_features(
     num_layers: int | None = None,
 ) -> tuple[list[Tensor], Tensor | None]:  # of (B, F, D), (B,)
     """The frames of every layer, or of the first `num_layers`, and how many of each row are valid."""
-    if _runs_as_it_was(self):
-        output: tuple[list[Tensor], Tensor | None]
-        output = _CLASSES.original(self).extract_features(self, waveforms, lengths, num_layers)
-        return output
+    if encoders.original_runs(self, _modules_not_called(self)):
+        original = CLASSES.original(self)
+        return original.extract_features(self, waveforms, lengths, num_layers)  # type: ignore[no-any-return]
     layers = self.encoder.transformer.layers
     if num_layers is not None and not 0 < num_layers <= len(layers):
         raise ValueError(f"num_layers: must be from 1 to {len(layers)}, got {num_layers}")
     frames, padded_frames, frame_lengths = _front_end(self, waveforms, lengths)
-    (x, layout), upsample = _embed(self, frames)
-    bias, outputs = None, []
-    for layer in layers[:num_layers]:
-        x, bias = _layer(layer, x, layout, bias)
-        outputs.append(Packed(upsample(x), frames.layout).to_padded(length=padded_frames))
-    return outputs, frame_lengths
-
-
-def _runs_as_it_was(model: Any) -> bool:
-    reason = L.foreign_code(_modules_not_called(model))
-    if reason is not None and hasattr(model, ACCELERATED_COMPRESSOR):
-        raise ValueError(f"{reason}, which has no place for the compressor")
-    if reason is not None:
-        warnings.warn(f"{reason}, so the original code runs, padded", stacklevel=4)
-    return reason is not None
+    states, upsample = _transformer(self, frames, layers[:num_layers])
+    next(states)  # the input of the first layer
+    return [Packed(upsample(x), frames.layout).to_padded(length=padded_frames) for x in states], frame_lengths
 
 
 def _modules_not_called(model: Any) -> Iterator[nn.Module]:
-    """Those that the original calls and this code only reads."""
-    extractor, encoder = model.feature_extractor, model.encoder
-    if getattr(model, NORM) == "valid":
-        yield extractor
-        for block in extractor.conv_layers:
-            yield from (block, block.conv)
-            if block.layer_norm is not None:
-                yield block.layer_norm
-    transformer = encoder.transformer
-    yield from (encoder, encoder.feature_projection, transformer)
-    yield from (transformer.pos_conv_embed, transformer.pos_conv_embed.conv)
-    for layer in transformer.layers:
-        yield from (layer, layer.attention, layer.feed_forward)
+    """The modules that the original calls and our forward only reads."""
+    yield from (model.encoder, model.encoder.feature_projection)
+    yield from encoders.modules_not_called(model, model.encoder.transformer)
+    for layer in model.encoder.transformer.layers:
         if hasattr(layer.attention, "rel_attn_embed"):
             yield layer.attention.attention
 
 
 def _front_end(model: Any, waveforms: Tensor, lengths: Tensor | None) -> tuple[Packed, int, Tensor | None]:
-    """The convolutions' frames, how many the padded batch has, and the valid ones of each row, as `lengths` are."""
+    """The convolutions' frames, how many a padded row has, and how many of each are valid if `lengths` are given."""
     if waveforms.dim() != 2:
         raise ValueError(f"waveforms: expected (B, T) samples, got {tuple(waveforms.shape)}")
     batch, samples = waveforms.shape
     valid = [samples] * batch if lengths is None else _valid_lengths(lengths, batch, samples)
-    padded_frames = _frames_after(model, Layout.from_lengths([samples])).max_length
-    if getattr(model, NORM) == "valid":
-        frames = L.front_end(model.feature_extractor.conv_layers, L.waveforms_of(waveforms, valid))
-    else:
-        padded, _ = model.feature_extractor(waveforms, None)
-        frames = Packed.from_padded(padded, _frames_after(model, Layout.from_lengths(valid)).lengths)
-    frame_lengths = None if lengths is None else frames.layout.cu_seqlens.diff().to(lengths.device, lengths.dtype)
+    extractor = model.feature_extractor
+    convolutions = [(layer.conv.kernel_size[0], layer.conv.stride[0]) for layer in extractor.conv_layers]
+    frames, padded_frames = encoders.front_end(
+        model, waveforms, valid, convolutions, lambda padded: extractor(padded, None)[0]
+    )
+    frame_lengths = None if lengths is None else frames.layout.device_lengths.to(lengths.device, lengths.dtype)
     return frames, padded_frames, frame_lengths
 
 
@@ -188,65 +132,35 @@ def _valid_lengths(lengths: Tensor, batch: int, samples: int) -> list[int]:
     return host
 
 
-def _frames_after(model: Any, layout: Layout) -> Layout:
-    for layer in model.feature_extractor.conv_layers:
-        layout = layout.after_conv(layer.conv.kernel_size[0], layer.conv.stride[0])
-    return layout
+def _transformer(
+    model: Any, frames: Packed, layers: Iterable[Any]
+) -> tuple[Iterator[Tensor], Callable[[Tensor], Tensor]]:
+    """The input of the first layer, then the output of each, and what brings their rows back to all frames."""
+    projection, stack = model.encoder.feature_projection, model.encoder.transformer
+    projected = F.project(projection, F.normalise(projection, frames.values))
+    fewer, upsample = encoders.compress(model, Packed(projected, frames.layout))
+    bias: Tensor | None = None
+
+    def run(layer: Any, x: Tensor) -> Tensor:
+        nonlocal bias
+        # Only the first layer has a bias. If layer drop skips that layer, the original goes without, and so do we.
+        if bias is None and getattr(layer.attention, "rel_attn_embed", None) is not None:
+            bias = encoders.distance_bias(layer.attention)
+        attention = partial(_attention, layer.attention, layout=fewer.layout, bias=bias)
+        return encoders.run_layer(layer, x, attention, pre_norm=layer.layer_norm_first)
+
+    return F.hidden_states(stack, fewer, layers, run, pre_norm=not stack.layer_norm_first), upsample
 
 
-def _embed(model: Any, frames: Packed) -> tuple[Packed, Callable[[Tensor], Tensor]]:
-    """What the first layer takes, (N, D), and what brings rows back to all frames."""
-    projection, transformer = model.encoder.feature_projection, model.encoder.transformer
-    projected = L.linear(projection.projection, projection.layer_norm(frames.values))
-    (x, layout), upsample = compress(model, Packed(L.dropout(projection.dropout, projected), frames.layout))
-    x = x + F.gelu(L.positional_conv(transformer.pos_conv_embed.conv, x, layout))
-    if transformer.layer_norm_first:
-        x = transformer.layer_norm(x)
-    return Packed(L.dropout(transformer.dropout, x), layout), upsample
-
-
-def _layer(layer: Any, x: Tensor, layout: Layout, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """One layer's output, and WavLM's distance bias for the layers to come."""
-    attention, feed_forward = layer.attention, layer.feed_forward
-    normalised = layer.layer_norm(x) if layer.layer_norm_first else x
-    if hasattr(attention, "rel_attn_embed"):
-        # Only the first layer has one. Where layer drop skips that layer, the original goes without, and so do we.
-        bias = L.distance_bias(attention) if bias is None and attention.rel_attn_embed is not None else bias
-        attended = _wavlm_attention(attention, normalised, layout, bias)
-    else:
-        dropout = attention.dropout if attention.training else 0.0
-        attended = L.attention(attention, normalised, layout, heads=attention.num_heads, dropout=dropout)
-    if layer.layer_norm_first:
-        x, normalised = L.sum_and_norm(attended, x, layer.final_layer_norm, layer.dropout)
-        return x + L.dropout(feed_forward.output_dropout, _feed_forward(feed_forward, normalised)), bias
-    x = L.add_and_norm(attended, x, layer.layer_norm, layer.dropout)
-    branch = _feed_forward(feed_forward, x)
-    return L.add_and_norm(branch, x, layer.final_layer_norm, feed_forward.output_dropout), bias
-
-
-def _feed_forward(module: Any, x: Tensor) -> Tensor:
-    """The output before its dropout."""
-    return L.feed_forward(module.intermediate_dense, module.intermediate_dropout, module.output_dense, x)
-
-
-def _wavlm_attention(module: Any, x: Tensor, layout: Layout, bias: Tensor | None) -> Tensor:  # (N, D) -> (N, D)
-    """Self-attention by the parameters of a `torch.nn.MultiheadAttention`."""
-    parameters = module.attention
+def _attention(module: Any, x: Tensor, layout: Layout, bias: Tensor | None) -> Tensor:  # (N, D) -> (N, D)
+    if not hasattr(module, "rel_attn_embed"):
+        attended = F.attend(module, F.queries_keys_values(module, x), layout)
+        return F.linear(module.out_proj, attended)
+    parameters = module.attention  # a `torch.nn.MultiheadAttention`
     projected = packed_linear(x, parameters.in_proj_weight, parameters.in_proj_bias)
-    q, k, v = projected.unflatten(1, (3, module.num_heads, -1)).unbind(1)
-    attended = ops.varlen_attention(
-        q,
-        k,
-        v,
-        layout,
-        dropout_p=module.dropout if module.training else 0.0,
-        distance_bias=bias,
-        gate=L.gate(module, x) if bias is not None and module.gru_rel_pos else None,
-    ).flatten(1)
-    out = parameters.out_proj
-    if L.is_plain(out, NonDynamicallyQuantizableLinear):  # a Linear in all but name
-        return packed_linear(attended, out.weight, out.bias)
-    return L.linear(out, attended)
+    projected = projected.unflatten(1, (3, module.num_heads, -1)).unbind(1)
+    gate = F.gate(module, x) if bias is not None and module.gru_rel_pos else None
+    return F.linear(parameters.out_proj, F.attend(module, projected, layout, distance_bias=bias, gate=gate))
 
 
 def _methods(original: type[nn.Module]) -> dict[str, Any]:
@@ -255,5 +169,11 @@ def _methods(original: type[nn.Module]) -> dict[str, Any]:
     return {"forward": untraced(_forward), "extract_features": untraced(_extract_features)}
 
 
-_CLASSES = AcceleratedClasses(__name__, {_NAME: MODULE}, _methods)
-__getattr__ = _CLASSES.by_name  # for pickle
+CLASSES = AcceleratedClasses(
+    __name__,
+    {"Wav2Vec2Model": "torchaudio.models.wav2vec2.model"},
+    _methods,
+    check=_check,
+    width=lambda encoder: int(encoder.encoder.feature_projection.projection.out_features),
+)
+__getattr__ = CLASSES.by_name  # for pickle

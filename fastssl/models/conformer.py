@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +12,11 @@ from fastssl.models.config import Parts, SpeechEncoderConfig, check_value
 from fastssl.models.folder import CONFORMER, head_prefix
 from fastssl.models.multiplications import convolve
 from fastssl.models.speech_encoder import EncoderOutput, SpeechEncoder
-from fastssl.nn.conformer import Conformer
+from fastssl.nn import functional
+from fastssl.nn.conformer import Conformer, ConformerLayer
 from fastssl.nn.feature_extractor import ConvLayer
 from fastssl.nn.linear import PackedLinear
 from fastssl.nn.log_mel import HOP_SAMPLES, WINDOW_SAMPLES, LogMel, normalize_over_time
-from fastssl.ops import strided_conv_stack
 from fastssl.packing import Layout, Packed
 
 #: Of both convolutions that subsample.
@@ -113,9 +113,9 @@ class Subsampling(nn.Module):
 
     def forward(self, mel: Packed) -> Packed:
         """Frame t of (N_out, D) is made of mel frames 4t to 4t + 6 of (N, bands)."""
-        layers = [cast(ConvLayer, layer).as_op_layer() for layer in self.conv_layers]
-        values, layout = strided_conv_stack(mel.values.to(layers[0].weight.dtype), layers, mel.layout)
-        return Packed(self.dropout(self.projection(values)), layout)
+        frames = Packed(mel.values.to(next(self.conv_layers.parameters()).dtype), mel.layout)
+        values, layout = functional.front_end(self.conv_layers, frames)
+        return Packed(functional.project(self, values), layout)
 
 
 def subsampled_layout(layout: Layout) -> Layout:
@@ -142,18 +142,21 @@ class ConformerEncoder(SpeechEncoder):
             config.num_mel_bins, config.conv_dim, config.hidden_size, dropout=config.hidden_dropout
         )
         self.compressor = None if config.compressor == "none" else make_compressor(config, config.hidden_size)
-        self.encoder = Conformer(
-            config.num_hidden_layers,
-            config.hidden_size,
-            config.intermediate_size,
-            config.num_attention_heads,
-            kernel=config.conv_depthwise_kernel_size,
-            dropout=config.hidden_dropout,
-            attention_dropout=config.attention_dropout,
-            activation_dropout=config.activation_dropout,
-            layer_drop=config.layerdrop,
-            eps=config.layer_norm_eps,
-        )
+        layers = [
+            ConformerLayer(
+                config.hidden_size,
+                config.intermediate_size,
+                config.num_attention_heads,
+                kernel=config.conv_depthwise_kernel_size,
+                dropout=config.hidden_dropout,
+                attention_dropout=config.attention_dropout,
+                activation_dropout=config.activation_dropout,
+                eps=config.layer_norm_eps,
+            )
+            for _ in range(config.num_hidden_layers)
+        ]
+        head_width = config.hidden_size // config.num_attention_heads
+        self.encoder = Conformer(layers, head_width=head_width, layer_drop=config.layerdrop)
         for part in (self.subsampling, self.encoder):
             for module in part.modules():
                 if isinstance(module, nn.Linear):

@@ -5,6 +5,7 @@ fp64 hides the difference.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,52 +26,35 @@ def sigmoid(x: Tensor) -> Tensor:
 
 def silu(x: Tensor) -> Tensor:
     """`torch.nn.functional.silu`, x * sigmoid(x), of frames (N, C)."""
-    if x.device.type != "cpu" or x.dtype == torch.float64:
-        return F.silu(x)
-    if torch.compiler.is_compiling():
-        return F.silu(x.double()).to(x.dtype)
-    out: Tensor = _Silu.apply(x)
-    return out
+    return _rounded(F.silu, torch.ops.aten.silu_backward, x)
 
 
 def glu(x: Tensor) -> Tensor:
     """`torch.nn.functional.glu`, the first half of the channels times the sigmoid of the second: (N, 2C) to (N, C)."""
+    return _rounded(F.glu, partial(torch.ops.aten.glu_backward, dim=1), x)
+
+
+def _rounded(function: Callable[[Tensor], Tensor], gradient: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> Tensor:
     if x.device.type != "cpu" or x.dtype == torch.float64:
-        return F.glu(x)
+        return function(x)
     if torch.compiler.is_compiling():
-        return F.glu(x.double()).to(x.dtype)
-    out: Tensor = _Glu.apply(x)
+        return function(x.double()).to(x.dtype)
+    out: Tensor = _Rounded.apply(function, gradient, x)
     return out
 
 
-class _Silu(torch.autograd.Function):
+class _Rounded(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, function: Callable[[Tensor], Tensor], gradient: Callable[[Tensor, Tensor], Tensor], x: Tensor
+    ) -> Tensor:
         ctx.save_for_backward(x)
-        return _by_blocks(F.silu, x)
+        ctx.gradient = gradient
+        rows = max(1, _BLOCK // max(1, x.shape[1]))
+        return torch.cat([function(block.double()).to(x.dtype) for block in x.split(rows)])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> Tensor:
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[None, None, Tensor]:
         (x,) = ctx.saved_tensors
-        grad_x: Tensor = torch.ops.aten.silu_backward(grad_out, x)
-        return grad_x
-
-
-class _Glu(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return _by_blocks(F.glu, x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        grad_x: Tensor = torch.ops.aten.glu_backward(grad_out, x, 1)
-        return grad_x
-
-
-def _by_blocks(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    rows = max(1, _BLOCK // max(1, x.shape[1]))
-    return torch.cat([function(block.double()).to(x.dtype) for block in x.split(rows)])
+        return None, None, ctx.gradient(grad_out, x)

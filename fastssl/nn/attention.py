@@ -5,8 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from fastssl import ops
-from fastssl.nn.activation import sigmoid
+from fastssl.nn import functional
 from fastssl.nn.linear import PackedLinear
 from fastssl.packing import Layout
 
@@ -36,7 +35,7 @@ class SelfAttention(nn.Module):
         super().__init__()
         if width % heads:
             raise ValueError(f"heads: {heads} do not divide a width of {width}")
-        self.heads = heads
+        self.num_heads = heads
         self.dropout = dropout
         self.q_proj = PackedLinear(width, width)
         self.k_proj = PackedLinear(width, width)
@@ -52,21 +51,13 @@ class SelfAttention(nn.Module):
             distance_bias: (H, 2R + 1) added to the logits by key position minus query position, see
                 `ops.varlen_attention`.
         """
-        q, k, v = (linear(x).unflatten(1, (self.heads, -1)) for linear in (self.q_proj, self.k_proj, self.v_proj))
-        attended = ops.varlen_attention(
-            q,
-            k,
-            v,
-            layout,
-            dropout_p=self.dropout if self.training else 0.0,
-            distance_bias=distance_bias,
-            gate=None if distance_bias is None else self.gate(x),
-        )
-        out: Tensor = self.out_proj(attended.flatten(1))
-        return out
+        projected = functional.queries_keys_values(self, x)
+        gate = None if distance_bias is None else self.gate(x)
+        attended = functional.attend(self, projected, layout, distance_bias=distance_bias, gate=gate)
+        return functional.linear(self.out_proj, attended)
 
     def gate(self, x: Tensor) -> Tensor | None:  # (N, D) -> (N, H)
-        """What a query's distance bias is multiplied by; None is 1."""
+        """The factor on a query's distance bias; None is 1."""
         return None
 
 
@@ -90,12 +81,8 @@ class GatedSelfAttention(SelfAttention):
             self.rel_attn_embed = embedding
 
     def gate(self, x: Tensor) -> Tensor:  # (N, D) -> (N, H)
-        """Of each query and head, from the query's own frame."""
-        heads = x.reshape(x.shape[0] * self.heads, -1)  # (N * H, E)
-        # Summed, because Microsoft's WavLM stores the projection to two gates as four parts of each.
-        logits = self.gru_rel_pos_linear(heads).view(-1, self.heads, 2, 4).sum(-1)
-        first, second = sigmoid(logits).unbind(-1)
-        return first * (second * self.gru_rel_pos_const.view(-1) - 1.0) + 2.0
+        """A factor for each query and head, from the query's own frame."""
+        return functional.gate(self, x)
 
 
 class RelativePositionEmbedding(nn.Embedding):

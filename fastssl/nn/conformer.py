@@ -1,10 +1,12 @@
 """The Conformer over packed frames (arXiv 2005.08100), with rotary positions and without batch norm."""
 
+from collections.abc import Iterable
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastssl import ops
+from fastssl.nn import functional
 from fastssl.nn.activation import glu, silu
 from fastssl.nn.linear import PackedLinear
 from fastssl.nn.rotary import Rotation, rotate, rotation
@@ -27,18 +29,16 @@ class RotarySelfAttention(nn.Module):
         super().__init__()
         if width % (2 * heads):
             raise ValueError(f"heads: {heads} do not divide a width of {width} into even widths")
-        self.heads = heads
+        self.num_heads = heads
         self.dropout = dropout
         self.qkv_proj = PackedLinear(width, 3 * width)
         self.out_proj = PackedLinear(width, width)
 
     def forward(self, x: Tensor, layout: Layout, turn: Rotation) -> Tensor:
         """(N, D) to (N, D); `turn` is the rotation of `layout` for heads of width D / H."""
-        q, k, v = self.qkv_proj(x).unflatten(1, (3, self.heads, -1)).unbind(1)
-        dropout_p = self.dropout if self.training else 0.0
-        attended = ops.varlen_attention(rotate(q, turn), rotate(k, turn), v, layout, dropout_p=dropout_p)
-        out: Tensor = self.out_proj(attended.flatten(1))
-        return out
+        q, k, v = functional.linear(self.qkv_proj, x).unflatten(1, (3, self.num_heads, -1)).unbind(1)
+        attended = functional.attend(self, (rotate(q, turn), rotate(k, turn), v), layout)
+        return functional.linear(self.out_proj, attended)
 
 
 class ConvolutionModule(nn.Module):
@@ -73,10 +73,10 @@ class _HalfFeedForward(nn.Module):
         super().__init__()
         self.intermediate_dense = PackedLinear(width, inner_width)
         self.output_dense = PackedLinear(inner_width, width)
-        self.dropout = dropout
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:  # (N, D) -> (N, D)
-        inner = F.dropout(silu(self.intermediate_dense(x)), self.dropout, self.training)
+        inner = functional.dropout(self.dropout, silu(self.intermediate_dense(x)))
         out: Tensor = 0.5 * self.output_dense(inner)
         return out
 
@@ -124,7 +124,7 @@ class ConformerLayer(nn.Module):
         super().__init__()
         if kernel % 2 == 0:
             raise ValueError(f"kernel: must be odd, so that a frame is in its middle, got {kernel}")
-        self.dropout = dropout
+        self.dropout = nn.Dropout(dropout)
         self.first_norm = nn.LayerNorm(width, eps=eps)
         self.first_feed_forward = _HalfFeedForward(width, inner_width, dropout=activation_dropout)
         self.attention_norm = nn.LayerNorm(width, eps=eps)
@@ -137,71 +137,28 @@ class ConformerLayer(nn.Module):
 
     def forward(self, x: Tensor, layout: Layout, turn: Rotation | None = None) -> Tensor:
         """(N, D) to (N, D); `turn` is the rotation of `layout`, from a caller who has it."""
-        turn = rotation(layout, x.shape[1] // self.attention.heads) if turn is None else turn
-        normalised, x = self._add(self.first_feed_forward(self.first_norm(x)), x, self.attention_norm)
-        normalised, x = self._add(self.attention(normalised, layout, turn), x, self.convolution_norm)
-        normalised, x = self._add(self.convolution(normalised, layout), x, self.second_norm)
-        return self._add(self.second_feed_forward(normalised), x, self.final_norm)[0]
-
-    def _add(self, branch: Tensor, residual: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-        """What `norm` makes of the sum, and the sum."""
-        return ops.dropout_add_layer_norm(
-            branch,
-            residual,
-            weight=norm.weight,
-            bias=norm.bias,
-            eps=norm.eps,
-            dropout_p=self.dropout if self.training else 0.0,
-            prenorm=True,
-        )
+        turn = rotation(layout, x.shape[1] // self.attention.num_heads) if turn is None else turn
+        join = functional.sum_and_norm
+        x, normalised = join(self.first_feed_forward(self.first_norm(x)), x, self.attention_norm, self.dropout)
+        x, normalised = join(self.attention(normalised, layout, turn), x, self.convolution_norm, self.dropout)
+        x, normalised = join(self.convolution(normalised, layout), x, self.second_norm, self.dropout)
+        return join(self.second_feed_forward(normalised), x, self.final_norm, self.dropout)[1]
 
 
 class Conformer(nn.Module):
     """A stack of layers.
 
     Args:
-        depth: Number of layers.
-        width: D.
-        inner_width: Width of the feed-forward layers.
-        heads: H; D / H must be even.
-        kernel: Frames of the depthwise convolutions, odd.
-        dropout: After each block.
-        attention_dropout: On attention probabilities.
-        activation_dropout: Inside the feed-forward layers.
+        layers: The layers, of one shape.
+        head_width: D / H.
         layer_drop: Probability of skipping a layer in training (LayerDrop, arXiv 1909.11556).
-        eps: Of the layer norms.
     """
 
-    def __init__(
-        self,
-        depth: int,
-        width: int,
-        inner_width: int,
-        heads: int,
-        *,
-        kernel: int,
-        dropout: float,
-        attention_dropout: float,
-        activation_dropout: float,
-        layer_drop: float,
-        eps: float,
-    ) -> None:
+    def __init__(self, layers: Iterable[ConformerLayer], *, head_width: int, layer_drop: float) -> None:
         super().__init__()
+        self.head_width = head_width
         self.layer_drop = layer_drop
-        self.head_width = width // heads
-        self.layers = nn.ModuleList(
-            ConformerLayer(
-                width,
-                inner_width,
-                heads,
-                kernel=kernel,
-                dropout=dropout,
-                attention_dropout=attention_dropout,
-                activation_dropout=activation_dropout,
-                eps=eps,
-            )
-            for _ in range(depth)
-        )
+        self.layers = nn.ModuleList(layers)
 
     def forward(self, frames: Packed, *, layer_drop: torch.Generator | None = None) -> list[Packed]:
         """The input of each layer, then the output of the last.
@@ -212,10 +169,7 @@ class Conformer(nn.Module):
         """
         x, layout = frames
         turn = rotation(layout, self.head_width)
-        keep = [True] * len(self.layers)
-        if self.training and self.layer_drop > 0:
-            keep = (torch.rand(len(keep), generator=layer_drop) >= self.layer_drop).tolist()
         states = [x]
-        for layer, kept in zip(self.layers, keep, strict=True):
+        for layer, kept in zip(self.layers, functional.kept_layers(self, layer_drop), strict=True):
             states.append(layer(states[-1], layout, turn) if kept else states[-1])
         return [Packed(state, layout) for state in states]

@@ -1,11 +1,11 @@
 """From waveforms to frames: the convolutional front end and the projection to the model's width."""
 
 from collections.abc import Sequence
-from typing import Literal, cast
+from typing import Literal
 
 from torch import Tensor, nn
 
-from fastssl import ops
+from fastssl.nn import functional
 from fastssl.nn.linear import PackedLinear
 from fastssl.packing import Packed
 
@@ -26,8 +26,6 @@ class ConvLayer(nn.Module):
         self, c_in: int, c_out: int, *, kernel: int, stride: int, bias: bool, norm: Literal["none", "group", "layer"]
     ) -> None:
         super().__init__()
-        self.norm: Literal["none", "group", "layer"] = norm
-        self.stride = stride
         # The modules hold the parameters under the names that Transformers gives them; the op computes.
         self.conv = nn.Conv1d(c_in, c_out, kernel, stride=stride, bias=bias)
         self.layer_norm: nn.GroupNorm | nn.LayerNorm | None = None
@@ -36,18 +34,6 @@ class ConvLayer(nn.Module):
         elif norm == "layer":
             self.layer_norm = nn.LayerNorm(c_out)
         nn.init.kaiming_normal_(self.conv.weight)
-
-    def as_op_layer(self) -> ops.StridedConvLayer:
-        """The layer as `ops.strided_conv_stack` takes it."""
-        return ops.StridedConvLayer(
-            self.conv.weight,
-            self.stride,
-            self.conv.bias,
-            self.norm,
-            None if self.layer_norm is None else self.layer_norm.weight,
-            None if self.layer_norm is None else self.layer_norm.bias,
-            1e-5 if self.layer_norm is None else self.layer_norm.eps,
-        )
 
 
 class FeatureExtractor(nn.Module):
@@ -84,24 +70,16 @@ class FeatureExtractor(nn.Module):
         super().__init__()
         if norm not in ("group", "layer"):
             raise ValueError(f"norm: must be 'group' or 'layer', got {norm!r}")
+        later: Literal["none", "layer"] = "layer" if norm == "layer" else "none"
+        shapes = zip([1, *channels[:-1]], channels, kernels, strides, strict=True)
         self.conv_layers = nn.ModuleList(
-            ConvLayer(
-                c_in,
-                c_out,
-                kernel=kernel,
-                stride=stride,
-                bias=bias,
-                norm="layer" if norm == "layer" else "group" if index == 0 else "none",
-            )
-            for index, (c_in, c_out, kernel, stride) in enumerate(
-                zip([1, *channels[:-1]], channels, kernels, strides, strict=True)
-            )
+            ConvLayer(c_in, c_out, kernel=kernel, stride=stride, bias=bias, norm=later if index else norm)
+            for index, (c_in, c_out, kernel, stride) in enumerate(shapes)
         )
 
     def forward(self, waveforms: Packed) -> Packed:
         """(N samples, 1) to (N frames, C). An utterance shorter than the receptive field leaves no frame."""
-        layers = [cast(ConvLayer, layer).as_op_layer() for layer in self.conv_layers]
-        return Packed(*ops.strided_conv_stack(waveforms.values, layers, waveforms.layout))
+        return functional.front_end(self.conv_layers, waveforms)
 
 
 class FeatureProjection(nn.Module):
@@ -130,14 +108,12 @@ class FeatureProjection(nn.Module):
         return self.project(normalised), normalised
 
     def normalise(self, features: Tensor) -> Tensor:  # (N, C) -> (N, C)
-        """The layer norm, where there is one."""
-        normalised: Tensor = features if self.layer_norm is None else self.layer_norm(features)
-        return normalised
+        """The layer norm, if there is one."""
+        return functional.normalise(self, features)
 
     def project(self, normalised: Tensor) -> Tensor:  # (N, C) -> (N, D)
-        """The linear map, and dropout."""
-        projected: Tensor = self.dropout(self.projection(normalised))
-        return projected
+        """The linear map, then dropout."""
+        return functional.project(self, normalised)
 
 
 def scale_gradient(x: Tensor, factor: float) -> Tensor:

@@ -1,12 +1,12 @@
 """The transformer over packed frames: positional convolution, layers, and the encoder that stacks them."""
 
-from typing import NamedTuple
+from functools import partial
+from typing import NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastssl import ops
+from fastssl.nn import functional
 from fastssl.nn.attention import GatedSelfAttention, RelativePositionEmbedding, SelfAttention
 from fastssl.nn.linear import PackedLinear
 from fastssl.packing import Layout, Packed
@@ -42,7 +42,7 @@ class ConvolutionalPositionalEmbedding(nn.Module):
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         """The embedding (N, D) of frames (N, D)."""
-        return F.gelu(ops.positional_conv(x, self.conv.weight, layout, bias=self.conv.bias))
+        return functional.positional_embedding(self, x, layout)
 
 
 class StackedPositionalEmbedding(nn.Module):
@@ -61,13 +61,11 @@ class StackedPositionalEmbedding(nn.Module):
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         """The embedding (N, D) of frames (N, D)."""
-        for layer in self.layers:
-            x = layer(x, layout)
-        return x
+        return functional.positional_embedding(self, x, layout)
 
 
 class PositionalConvLayer(nn.Module):
-    """One convolution of `StackedPositionalEmbedding`."""
+    """The parameters of one convolution of `StackedPositionalEmbedding`."""
 
     def __init__(self, width: int, *, kernel: int, groups: int) -> None:
         super().__init__()
@@ -75,10 +73,6 @@ class PositionalConvLayer(nn.Module):
         self.layer_norm = nn.LayerNorm(width, elementwise_affine=False)
         nn.init.kaiming_normal_(self.conv.weight)
         nn.init.zeros_(self.conv.bias)  # type: ignore[arg-type]
-
-    def forward(self, x: Tensor, layout: Layout) -> Tensor:
-        """(N, D) to (N, D)."""
-        return F.gelu(self.layer_norm(ops.positional_conv(x, self.conv.weight, layout, bias=self.conv.bias)))
 
 
 class RelativePositions(NamedTuple):
@@ -94,110 +88,87 @@ class FeedForward(nn.Module):
     def __init__(self, width: int, inner_width: int, *, activation_dropout: float) -> None:
         super().__init__()
         self.intermediate_dense = PackedLinear(width, inner_width)
+        self.intermediate_dropout = nn.Dropout(activation_dropout)
         self.output_dense = PackedLinear(inner_width, width)
-        self.activation_dropout = activation_dropout
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, D) to (N, D), frame by frame."""
-        dropout_p = self.activation_dropout if self.training else 0.0
-        dense = self.intermediate_dense
-        if dropout_p == 0 and isinstance(dense, PackedLinear):
-            activated = dense.with_gelu(x)
-        else:
-            activated = ops.bias_gelu_dropout(dense(x), None, dropout_p=dropout_p)
-        out: Tensor = self.output_dense(activated)
-        return out
+        return functional.feed_forward(self, x)
 
 
 class TransformerLayer(nn.Module):
     """Self-attention and feed-forward, each with a residual.
 
     Args:
+        attention: The self-attention.
         width: D.
         inner_width: Width of the feed-forward layer.
-        heads: H.
         pre_norm: Norm before each block ("stable layer norm") instead of after its residual.
         dropout: After each block.
-        attention_dropout: On attention probabilities.
         activation_dropout: Inside the feed-forward layer.
         eps: Of the layer norms.
-        attention: Replaces the plain self-attention.
     """
 
     def __init__(
         self,
+        attention: SelfAttention,
         width: int,
         inner_width: int,
-        heads: int,
         *,
         pre_norm: bool,
         dropout: float,
-        attention_dropout: float,
         activation_dropout: float,
         eps: float,
-        attention: SelfAttention | None = None,
     ) -> None:
         super().__init__()
         self.pre_norm = pre_norm
-        self.dropout = dropout
-        self.attention = attention or SelfAttention(width, heads, dropout=attention_dropout)
+        self.dropout = nn.Dropout(dropout)
+        self.attention = attention
         self.layer_norm = nn.LayerNorm(width, eps=eps)
         self.feed_forward = FeedForward(width, inner_width, activation_dropout=activation_dropout)
         self.final_layer_norm = nn.LayerNorm(width, eps=eps)
 
     def forward(self, x: Tensor, layout: Layout, distance_bias: Tensor | None = None) -> Tensor:
         """(N, D) to (N, D); `distance_bias` (H, 2R + 1) is the attention's."""
-        if self.pre_norm:
-            return self.chain(x, self.layer_norm(x), layout, self.layer_norm, distance_bias)[0]
-        dropout_p = self.dropout if self.training else 0.0
-        x = _add_and_norm(self.attention(x, layout, distance_bias), x, self.layer_norm, dropout_p=dropout_p)
-        return _add_and_norm(self.feed_forward(x), x, self.final_layer_norm, dropout_p=dropout_p)
+        return self.chain(x, layout, distance_bias, self.layer_norm)[0]
 
     def chain(
         self,
         x: Tensor,
-        normalised: Tensor,
         layout: Layout,
+        distance_bias: Tensor | None,
         following: nn.LayerNorm,
-        distance_bias: Tensor | None = None,
+        normalised: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """A layer with its norm before each block, in a stack: the last residual and the next layer's norm are one op.
+        """The layer in a stack whose norms come before the blocks: the last residual and the next norm are one op.
 
         Args:
             x: (N, D) input.
-            normalised: (N, D) what the layer's first norm makes of it.
             layout: Where each sequence begins.
-            following: The norm that comes next.
             distance_bias: (H, 2R + 1) of the attention.
+            following: The norm that comes next.
+            normalised: (N, D) what the layer's first norm makes of `x`; None computes it.
 
         Returns:
             The output (N, D), and what `following` makes of it.
         """
-        dropout_p = self.dropout if self.training else 0.0
-        attended = self.attention(normalised, layout, distance_bias)
-        normalised, x = _norm_and_sum(attended, x, self.final_layer_norm, dropout_p=dropout_p)
-        normalised, x = _norm_and_sum(self.feed_forward(normalised), x, following, dropout_p=dropout_p)
-        return x, normalised
+        return functional.transformer_layer(
+            self,
+            x,
+            partial(self.attention, layout=layout, distance_bias=distance_bias),
+            self.feed_forward,
+            self.dropout,
+            pre_norm=self.pre_norm,
+            normalised=normalised,
+            following=following,
+        )
 
 
-def _add_and_norm(branch: Tensor, residual: Tensor, norm: nn.LayerNorm, *, dropout_p: float = 0.0) -> Tensor:
-    # The modules hold the parameters under the names that Transformers gives them; the op computes.
-    return ops.dropout_add_layer_norm(
-        branch, residual, weight=norm.weight, bias=norm.bias, eps=norm.eps, dropout_p=dropout_p
-    )
-
-
-def _norm_and_sum(branch: Tensor, residual: Tensor, norm: nn.LayerNorm, *, dropout_p: float) -> tuple[Tensor, Tensor]:
-    return ops.dropout_add_layer_norm(
-        branch, residual, weight=norm.weight, bias=norm.bias, eps=norm.eps, dropout_p=dropout_p, prenorm=True
-    )
-
-
-def _gated_attention(
+def _attention(
     width: int, heads: int, dropout: float, positions: RelativePositions | None, *, first: bool
-) -> SelfAttention | None:
+) -> SelfAttention:
     if positions is None:
-        return None
+        return SelfAttention(width, heads, dropout=dropout)
     embedding = None
     if first:
         embedding = RelativePositionEmbedding(positions.buckets, heads, max_distance=positions.max_distance)
@@ -259,15 +230,13 @@ class Transformer(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.layers = nn.ModuleList(
             TransformerLayer(
+                _attention(width, heads, attention_dropout, relative_positions, first=index == 0),
                 width,
                 inner_width,
-                heads,
                 pre_norm=pre_norm,
                 dropout=dropout,
-                attention_dropout=attention_dropout,
                 activation_dropout=activation_dropout,
                 eps=eps,
-                attention=_gated_attention(width, heads, attention_dropout, relative_positions, first=index == 0),
             )
             for index in range(depth)
         )
@@ -281,36 +250,22 @@ class Transformer(nn.Module):
         """
         x, layout = frames
         position = self.pos_conv_embed(x, layout)
-        x = self.dropout(x + position if self.pre_norm else _add_and_norm(position, x, self.layer_norm))
-        keep = [True] * len(self.layers)
-        if self.training and self.layer_drop > 0:
-            keep = (torch.rand(len(keep), generator=layer_drop) >= self.layer_drop).tolist()
-        bias = self._distance_bias()
-        if bias is not None:
-            keep[0] = True
-        if self.pre_norm:
-            return [Packed(state, layout) for state in self._pre_norm_states(x, layout, keep, bias)]
-        states = [x]
-        for layer, kept in zip(self.layers, keep, strict=True):
-            states.append(layer(states[-1], layout, bias) if kept else states[-1])
-        return [Packed(state, layout) for state in states]
-
-    def _distance_bias(self) -> Tensor | None:  # (H, 2R + 1)
-        """The first layer's, which every layer takes."""
-        for layer in self.layers:
-            embedding = getattr(layer.attention, "rel_attn_embed", None)
-            return embedding.by_distance() if isinstance(embedding, RelativePositionEmbedding) else None
-        return None
-
-    def _pre_norm_states(self, x: Tensor, layout: Layout, keep: list[bool], bias: Tensor | None) -> list[Tensor]:
-        layers = [layer for layer in self.layers if isinstance(layer, TransformerLayer)]
+        x = self.dropout(x + position if self.pre_norm else functional.add_and_norm(position, x, self.layer_norm))
+        keep = functional.kept_layers(self, layer_drop)
+        embedding = getattr(self.layers[0].attention, "rel_attn_embed", None) if len(self.layers) else None
+        bias = None
+        if embedding is not None:
+            bias, keep[0] = embedding.by_distance(), True
+        layers = cast(list[TransformerLayer], list(self.layers))
         norms = [layer.layer_norm for layer, kept in zip(layers, keep, strict=True) if kept]
-        following = iter([*norms, self.layer_norm])
-        normalised = next(following)(x)
-        states = [x]
+        following = iter([*norms[1:], self.layer_norm])
+        states, normalised = [x], None
         for layer, kept in zip(layers, keep, strict=True):
-            if kept:
-                x, normalised = layer.chain(x, normalised, layout, next(following), bias)
+            if kept and self.pre_norm:
+                x, normalised = layer.chain(x, layout, bias, next(following), normalised)
+            elif kept:
+                x = layer(x, layout, bias)
             states.append(x)
-        states[-1] = normalised
-        return states
+        if self.pre_norm:
+            states[-1] = self.layer_norm(x) if normalised is None else normalised
+        return [Packed(state, layout) for state in states]

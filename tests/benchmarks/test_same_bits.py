@@ -60,10 +60,19 @@ def test_the_tolerance_is_relative_to_the_largest_element(eps: int, close: int) 
     assert ("within tolerance: a/b: 3 eps" if close else "differs: a/b: up to") in text
 
 
-def test_a_bias_that_the_softmax_does_not_see_is_measured_by_the_other_gradients() -> None:
-    before: Results = {"m/t.grad.k_proj.bias": torch.full((2,), 1e-9), "m/t.grad.k_proj.weight": torch.ones(2)}
-    after: Results = before | {"m/t.grad.k_proj.bias": torch.full((2,), 2e-9)}
-    assert verdict(before, after, tolerance_eps=4) == (1, 1, 0)
+@pytest.mark.parametrize(
+    ("bias", "size", "close"),
+    [
+        ("k_proj.bias", 1e-9, 1),
+        ("conv_layers.0.conv.bias", 1e-9, 1),
+        ("v_proj.bias", 1e-9, 0),
+        ("k_proj.bias", 1e-3, 0),
+    ],
+)
+def test_a_gradient_that_is_zero_but_for_rounding_is_measured_by_the_others(bias: str, size: float, close: int) -> None:
+    before: Results = {f"m/t.grad.{bias}": torch.full((2,), size), "m/t.grad.k_proj.weight": torch.ones(2)}
+    after: Results = before | {f"m/t.grad.{bias}": torch.full((2,), size * (1 + 2**-19))}
+    assert verdict(before, after, tolerance_eps=4) == (1, close, 1 - close)
 
 
 def test_results_are_taken_apart_and_refusals_kept(tmp_path: Path) -> None:

@@ -8,7 +8,9 @@ from safetensors.torch import save_file
 
 from benchmarks.bits.compare import compare
 from benchmarks.bits.record import Record, Results
-from benchmarks.bits.runs import HALF, UPDATES, VARIATIONS, results_of, rewind, runs_of
+from benchmarks.bits.runs import VARIATIONS, results_of, rewind, runs_of
+
+UPDATES, HALF = 20, 10
 
 
 def write_run(folder: Path, *, weight: float = 1.0, loss: str = "2.5", seconds: str = "3") -> Path:
@@ -48,7 +50,7 @@ def test_weights_optimiser_metrics_and_encoder_are_compared_and_the_clock_is_not
 
 def test_a_run_is_resumed_half_way_and_the_original_stays(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
-    rewind(run, tmp_path / "copy")
+    rewind(run, tmp_path / "copy", UPDATES)
     assert different(run, tmp_path / "copy") == {"run/unbroken.update"}
     assert results_of(tmp_path / "copy")["update"] == HALF
     assert [path.name for path in (tmp_path / "copy" / "checkpoints").iterdir()] == ["last.ckpt"]

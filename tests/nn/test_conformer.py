@@ -16,10 +16,10 @@ def randn(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
 
 
-def make_conformer(**changes: float) -> Conformer:
+def make_conformer(*, layer_drop: float = 0.0, **dropouts: float) -> Conformer:
     torch.manual_seed(0)
-    options: dict[str, float] = {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0, "layer_drop": 0.0}
-    return Conformer(6, 24, 40, 2, kernel=5, eps=1e-5, **(options | changes))
+    layers = [ConformerLayer(24, 40, 2, kernel=5, **({"dropout": 0.0} | dropouts)) for _ in range(6)]
+    return Conformer(layers, head_width=12, layer_drop=layer_drop)
 
 
 def test_products_of_rotated_frames_depend_on_the_distance_alone() -> None:
