@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol
 
 import torch
@@ -179,16 +179,27 @@ class PretrainDataModule(LightningDataModule):
         if source == "audio" and len(unfit) > self.config.max_bad_fraction * len(judged):
             allowed = f"more than data.max_bad_fraction={self.config.max_bad_fraction:g} allows"
             raise ValueError(_describe_unfit(use, problems, len(judged), allowed))
-        if train is not None:
-            self.train_corpus = _without(train, unfit)
-            self.account.total = len(self.train_corpus.cuts)
-            self._labels[use, "train"] = labels
-        if valid is not None:
-            self.valid_corpus = _without(valid, unfit)
-            self._labels[use, "valid"] = labels
+        for corpus, part in ((train, "train"), (valid, "valid")):
+            if corpus is not None:
+                self._labels[use, part] = labels
+        self._leave_out(
+            problems,
+            train=unfit if train is not None else set(),
+            valid=unfit if valid is not None else set(),
+            emptied=lambda part: _describe_unfit(use, problems, len(judged), f"among them all that are {part}"),
+        )
+
+    def _leave_out(
+        self, problems: Sequence[Problem], *, train: set[str], valid: set[str], emptied: Callable[[str], str]
+    ) -> None:
+        """Go on without cuts of these ids; `emptied` says of a part that nothing is left of it."""
+        self.train_corpus = _without(self.train_corpus, train)
+        self.account.total = len(self.train_corpus.cuts)
+        if self.valid_corpus is not None:
+            self.valid_corpus = _without(self.valid_corpus, valid)
         for part, corpus in (("to train on", self.train_corpus), ("held out", self.valid_corpus)):
             if corpus is not None and len(corpus.cuts) == 0:
-                raise ValueError(_describe_unfit(use, problems, len(judged), f"among them all that are {part}"))
+                raise ValueError(emptied(part))
         self.account.left_out += problems
 
     def crops(self) -> list[tuple[str, Cut]]:
@@ -221,16 +232,12 @@ class PretrainDataModule(LightningDataModule):
             )
         missing |= {key.rpartition("#")[0] for key in missing}  # one of several draws of a long recording
         self._teacher = table
-        self.train_corpus = _without(self.train_corpus, missing)
-        self.account.total = len(self.train_corpus.cuts)
-        self.account.left_out += problems
-        if self.valid_corpus is not None:
-            self.valid_corpus = _without(
-                self.valid_corpus, {key.removeprefix(HELD_OUT) for key in missing if key.startswith(HELD_OUT)}
-            )
-        for part, corpus in (("to train on", self.train_corpus), ("held out", self.valid_corpus)):
-            if corpus is not None and len(corpus.cuts) == 0:
-                raise ValueError(f"data.teacher_cache: nothing is left that is {part}:\n{list_some(list(problems))}")
+        self._leave_out(
+            problems,
+            train=missing,
+            valid={key.removeprefix(HELD_OUT) for key in missing if key.startswith(HELD_OUT)},
+            emptied=lambda part: f"data.teacher_cache: nothing is left that is {part}:\n{list_some(list(problems))}",
+        )
 
     def _open(self, source: str) -> Corpus:
         config = self.config

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich import get_console
-from rich.progress import track
 
 from fastssl.data.batches import WaveformDataset, utterance_id
 from fastssl.data.corpus import Problem, cut_name
 from fastssl.data.teacher_frames import FRONT_END, TeacherTable
 from fastssl.eval.encode import choose_device
 from fastssl.eval.shards import Shards, read_index
+from fastssl.eval.showing import track
 from fastssl.packing import Packed
 from fastssl.train.config import PretrainConfig
 from fastssl.train.data import HELD_OUT, PretrainDataModule
@@ -107,12 +106,11 @@ def _fill(shards: Shards, data: PretrainDataModule, teacher: Teacher) -> dict[st
         logger.info("the teacher's frames of %d crops are there already", len(shards.entries))
     dataset = WaveformDataset(normalize=data.normalize, channel=data.config.channel)
     device = choose_device("auto")
-    console = get_console()
     # Apart, because ids are those of files in two folders.
     for held_out in (False, True):
         keys = {cut.id: key for key, cut in todo.items() if key.startswith(HELD_OUT) == held_out}
         specs = data.batches_of([todo[key] for key in keys.values()]) if keys else []
-        for spec in track(specs, "teacher", console=console, disable=not console.is_terminal):
+        for spec in track(specs, "teacher"):
             batch = dataset[spec]
             used = set(batch.ids.tolist())
             cuts = [cut for cut in spec.cuts if utterance_id(cut.id) in used]
