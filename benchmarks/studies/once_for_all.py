@@ -40,7 +40,7 @@ from benchmarks.studies.students import DIGITS, probes_at, remember_front_end, s
 from fastssl.data.audio import read_waveform
 from fastssl.data.corpus import open_corpus
 from fastssl.data.waveforms import waveform_batch
-from fastssl.eval.label import DONE_FILE, LabelSettings, label
+from fastssl.eval.label import LabelSettings, label
 from fastssl.eval.probe.adaptive import Trial, learn_rates
 from fastssl.eval.probe.features import EncoderSource, FeatureStore
 from fastssl.eval.probe.run import run_probe
@@ -75,11 +75,10 @@ FULL = Size(updates=1000, seeds=3, probe_steps=1000, phones=True)
 
 def segments_of(teacher: Path, audio: Path, folder: Path) -> Path:
     """Segments of the teacher's middle layer as long as the longest period is, made where they are not there."""
-    if not (folder / DONE_FILE).is_file():
-        layers = fastssl.load_encoder(teacher).config.num_hidden_layers
-        settings = LabelSettings(model=str(teacher.absolute()), layer=layers // 2, segment_ms=PERIODS_MS[-1])
-        # In this process: others cannot be forked safely while threads compute.
-        label(audio, folder, settings, num_workers=0)
+    layers = fastssl.load_encoder(teacher).config.num_hidden_layers
+    settings = LabelSettings(model=str(teacher.absolute()), layer=layers // 2, segment_ms=PERIODS_MS[-1])
+    # In this process: others cannot be forked safely while threads compute.
+    label(audio, folder, settings, num_workers=0)
     return folder
 
 

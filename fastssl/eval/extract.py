@@ -4,14 +4,12 @@ import hashlib
 import logging
 from pathlib import Path
 
-from rich import get_console
-from rich.progress import track
-
 from fastssl.data.audio import SAMPLE_RATE_HZ, AudioError
 from fastssl.data.corpus import Problem, cut_name, open_corpus
 from fastssl.data.recordings import chunk_hop
 from fastssl.eval.encode import Reading, encode_recordings, fixed_frame_period_s, frame_grid, open_encoder_at
 from fastssl.eval.shards import Shards
+from fastssl.eval.showing import track
 from fastssl.models.speech_encoder import SpeechEncoder
 
 logger = logging.getLogger(__name__)
@@ -94,10 +92,7 @@ def extract(
     frame_period_s = fixed_frame_period_s(encoder)
     cuts = [cut for cut in corpus.cuts if cut.id not in shards.entries]
     encoded = encode_recordings(encoder, cuts, Reading(chunk_s, overlap_s, channel), layer=layer)
-    console = get_console()
-    for cut, features in track(
-        encoded, "recordings", total=len(cuts), console=console, disable=not console.is_terminal
-    ):
+    for cut, features in track(encoded, "recordings", total=len(cuts)):
         if isinstance(features, AudioError):
             problems.append(Problem(cut_name(cut), str(features)))
         else:

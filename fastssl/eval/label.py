@@ -12,8 +12,6 @@ import numpy as np
 import torch
 from lhotse.cut import Cut
 from numpy.typing import NDArray
-from rich import get_console
-from rich.progress import track
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -27,15 +25,14 @@ from fastssl.data.mfcc import MFCC_FIRST_CENTRE_S, MFCC_SHIFT_S, mfcc
 from fastssl.data.segments import smooth_classes
 from fastssl.eval.encode import Reading, choose_device, default_workers, encode_recordings
 from fastssl.eval.extract import weights_digest
+from fastssl.eval.showing import track
 from fastssl.interop import load_encoder
 from fastssl.metrics import centre_costs, nearest_centres
-from fastssl.models.folder import write_json, write_weights
+from fastssl.models.folder import changed_settings, write_json, write_weights
 from fastssl.models.speech_encoder import SpeechEncoder
 
 logger = logging.getLogger(__name__)
 
-#: Written last: other processes of a run wait for it.
-DONE_FILE = "done.json"
 _MIN_DURATION_S = 0.025
 #: On which the price of a segment is found, and how often its interval is halved.
 _PRICE_FRAMES, _HALVINGS = 50_000, 30
@@ -138,13 +135,11 @@ def label(
     if done:
         logger.info("%d of %d recordings are labelled already", len(cuts) - len(todo), len(cuts))
     if todo:
-        (output / DONE_FILE).unlink(missing_ok=True)
         _drop_lines(output / LABELS_FILE, {cut.id for cut in todo})
     problems = corpus.problems + _append_lines(output / LABELS_FILE, features, todo, classes)
     for problem in problems:
         logger.warning("left out: %s", problem)
     labelled = len(cuts) + len(corpus.problems) - len(problems)
-    write_json(output / DONE_FILE, {"labelled": labelled, "left_out": len(problems)})
     logger.info("%d recordings labelled in %s, %d left out", labelled, output, len(problems))
     return problems
 
@@ -153,10 +148,9 @@ def _append_lines(path: Path, features: "_Features", cuts: Sequence[Cut], classe
     """Label recordings; each is in the file as soon as it is done."""
     problems = []
     frames = segments = 0
-    console = get_console()
     found = features.of(cuts, classes=classes)
     shift_s, first_s = features.frame_shift_s, features.first_centre_s
-    for cut, labels in track(found, "labelling", total=len(cuts), console=console, disable=not console.is_terminal):
+    for cut, labels in track(found, "labelling", total=len(cuts)):
         if isinstance(labels, AudioError):
             problems.append(Problem(cut_name(cut), str(labels)))
             continue
@@ -276,10 +270,8 @@ def _classes(
     if (output / SETTINGS_FILE).is_file():
         before = read_settings(output)
         # A model is what it computes, wherever it lies.
-        changed = [name for name in record if name != "model" and before.get(name) != record[name]]
-        if changed:
-            differences = "; ".join(f"{name}: {before.get(name)} there, {record[name]} now" for name in changed)
-            raise ValueError(f"--output: {output} was begun with other settings ({differences})")
+        if changed := changed_settings(before, record | {"model": before.get("model")}):
+            raise ValueError(f"--output: {output} was begun with other settings ({changed})")
         centres = _read_centres(output)
         if donor is not None and not torch.equal(centres, _read_centres(donor)):
             raise ValueError(f"--kmeans: {output} was begun with another k-means model than that of {donor}")

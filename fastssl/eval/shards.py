@@ -10,7 +10,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fastssl.models.folder import write_json, write_text
+from fastssl.models.folder import changed_settings, write_json, write_text
 
 INDEX_FILE, SETTINGS_FILE = "index.jsonl", "settings.json"
 
@@ -58,10 +58,8 @@ class Shards:
                 before = json.loads(path.read_text())
             except ValueError as error:
                 raise ValueError(f"{option}: {path}: is no JSON: {error}") from None
-            changed = [name for name, value in settings.items() if before.get(name) != value]
-            if changed:
-                differences = "; ".join(f"{name}: {before.get(name)} there, {settings[name]} now" for name in changed)
-                raise ValueError(f"{option}: {self.folder} was begun with other settings ({differences})") from None
+            if changed := changed_settings(before, settings):
+                raise ValueError(f"{option}: {self.folder} was begun with other settings ({changed})") from None
         finally:
             partial.unlink()
 

@@ -177,6 +177,18 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
     write_text(path, json.dumps(values, indent=2) + "\n")
 
 
+def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any], *, there: str = "there") -> str:
+    """Which settings are not what they were, in words; empty where all are.
+
+    Args:
+        before: Settings of a folder that is to be gone on with.
+        now: Those that must be the same.
+        there: Where the former ones are.
+    """
+    changed = [name for name, value in now.items() if before.get(name) != value]
+    return "; ".join(f"{name}: {before.get(name)} {there}, {now[name]} now" for name in changed)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file that is there, whole, or is not."""
     partial = path.with_name(path.name + ".partial")

@@ -56,7 +56,7 @@ class AdaptiveRate(nn.Module):
     it a learning rate of its own, some hundred times theirs.
 
     The derivative of one batch says little, because each boundary behind a frame moves with its weight: average over
-    much audio, or follow the slope between two rates (`fastssl.eval.probe.adaptive.learn_rate`).
+    much audio, or follow the slope between two rates (`fastssl.eval.probe.adaptive.learn_rates`).
 
     The parameter is the rate itself, and what a step takes beyond a bound is taken back, so that a bound can be reached
     and left again.

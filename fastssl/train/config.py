@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import yaml
 
+from fastssl.models.folder import changed_settings
 from fastssl.models.wav2vec2 import Wav2Vec2Config
 from fastssl.train.systems import SYSTEMS, ModelConfig
 
@@ -292,10 +293,9 @@ def check_resumable(config: PretrainConfig, path: Path) -> None:
     defaults = PretrainConfig(audio="", output="", system=config.system, model=model)
     before = _flatten(_values(defaults)) | _flatten(yaml.safe_load(path.read_text()))
     after = _flatten(_values(config))
-    changed = [name for name in after if name not in RESUMABLE and before.get(name) != after[name]]
-    if changed:
-        differences = "; ".join(f"{name}: {before.get(name)} in the run, {after[name]} now" for name in changed)
-        raise ValueError(f"--resume: these cannot change in mid-run: {differences}; begin a new run with --init")
+    fixed = {name: value for name, value in after.items() if name not in RESUMABLE}
+    if changed := changed_settings(before, fixed, there="in the run"):
+        raise ValueError(f"--resume: these cannot change in mid-run: {changed}; begin a new run with --init")
 
 
 def _values(config: PretrainConfig) -> dict[str, Any]:

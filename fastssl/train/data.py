@@ -2,8 +2,8 @@
 
 import hashlib
 import os
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, Protocol
 
 import torch
 from lhotse import CutSet
@@ -69,6 +69,20 @@ class Account:
         return fresh
 
 
+class Beside(Protocol):
+    """Labels, or a teacher's frames, that a run reads beside the audio."""
+
+    def make(self) -> list[Problem]:
+        """Make what is missing, in one process while the others wait; returns why some of it cannot be made."""
+
+    def attach(self, problems: list[Problem]) -> None:
+        """Give it to the data of this process.
+
+        Args:
+            problems: What `make` returned.
+        """
+
+
 class PretrainDataModule(LightningDataModule):
     """Loaders of a pre-training run.
 
@@ -88,6 +102,8 @@ class PretrainDataModule(LightningDataModule):
 
     def __init__(self, audio: str, config: DataConfig, *, normalize: bool, seed: int, accumulation: int) -> None:
         super().__init__()
+        # The folder of a run is shared by its machines.
+        self.prepare_data_per_node = False
         self.config = config
         self.normalize = normalize
         self.seed = seed
@@ -105,10 +121,38 @@ class PretrainDataModule(LightningDataModule):
             self.valid_corpus = None
         left_out = self.train_corpus.problems + (self.valid_corpus.problems if self.valid_corpus is not None else [])
         self.account = Account(len(self.train_corpus.cuts), config.max_bad_fraction, left_out)
+        #: What is made before the run, where it is missing.
+        self.beside: list[Beside] = []
+        self._made: list[list[Problem]] = []
+        self._failure: Exception | None = None
         self._labels: dict[tuple[Use, str], FrameLabels] = {}
         self._teacher: TeacherTable | None = None
         self._consumed = 0
         self._digest = ""
+
+    def prepare_data(self) -> None:
+        """Make what is missing of that which is read beside the audio; Lightning calls this in one process."""
+        try:
+            self._made = [one.make() for one in self.beside]
+        except Exception as error:
+            # Lightning has the others wait behind this. `setup` fails in all of them.
+            self._failure = error
+
+    def setup(self, stage: str) -> None:
+        """Attach what is read beside the audio.
+
+        Raises:
+            ValueError: The process that was to make it failed; or too many recordings cannot be used without.
+        """
+        assert self.trainer is not None
+        failure = None if self._failure is None else str(self._failure) or type(self._failure).__name__
+        made, failure = self.trainer.strategy.broadcast((self._made, failure))
+        if self._failure is not None:
+            raise self._failure
+        if failure is not None:
+            raise ValueError(f"the first process failed: {failure}")
+        for one, problems in zip(self.beside, made, strict=True):
+            one.attach(problems)
 
     def attach_labels(
         self, source: Literal["audio", "valid"], table: LabelTable, *, grid: FrameGrid, use: Use = "labels"
@@ -135,16 +179,27 @@ class PretrainDataModule(LightningDataModule):
         if source == "audio" and len(unfit) > self.config.max_bad_fraction * len(judged):
             allowed = f"more than data.max_bad_fraction={self.config.max_bad_fraction:g} allows"
             raise ValueError(_describe_unfit(use, problems, len(judged), allowed))
-        if train is not None:
-            self.train_corpus = _without(train, unfit)
-            self.account.total = len(self.train_corpus.cuts)
-            self._labels[use, "train"] = labels
-        if valid is not None:
-            self.valid_corpus = _without(valid, unfit)
-            self._labels[use, "valid"] = labels
+        for corpus, part in ((train, "train"), (valid, "valid")):
+            if corpus is not None:
+                self._labels[use, part] = labels
+        self._leave_out(
+            problems,
+            train=unfit if train is not None else set(),
+            valid=unfit if valid is not None else set(),
+            emptied=lambda part: _describe_unfit(use, problems, len(judged), f"among them all that are {part}"),
+        )
+
+    def _leave_out(
+        self, problems: Sequence[Problem], *, train: set[str], valid: set[str], emptied: Callable[[str], str]
+    ) -> None:
+        """Go on without cuts of these ids; `emptied` says of a part that nothing is left of it."""
+        self.train_corpus = _without(self.train_corpus, train)
+        self.account.total = len(self.train_corpus.cuts)
+        if self.valid_corpus is not None:
+            self.valid_corpus = _without(self.valid_corpus, valid)
         for part, corpus in (("to train on", self.train_corpus), ("held out", self.valid_corpus)):
             if corpus is not None and len(corpus.cuts) == 0:
-                raise ValueError(_describe_unfit(use, problems, len(judged), f"among them all that are {part}"))
+                raise ValueError(emptied(part))
         self.account.left_out += problems
 
     def crops(self) -> list[tuple[str, Cut]]:
@@ -177,16 +232,12 @@ class PretrainDataModule(LightningDataModule):
             )
         missing |= {key.rpartition("#")[0] for key in missing}  # one of several draws of a long recording
         self._teacher = table
-        self.train_corpus = _without(self.train_corpus, missing)
-        self.account.total = len(self.train_corpus.cuts)
-        self.account.left_out += problems
-        if self.valid_corpus is not None:
-            self.valid_corpus = _without(
-                self.valid_corpus, {key.removeprefix(HELD_OUT) for key in missing if key.startswith(HELD_OUT)}
-            )
-        for part, corpus in (("to train on", self.train_corpus), ("held out", self.valid_corpus)):
-            if corpus is not None and len(corpus.cuts) == 0:
-                raise ValueError(f"data.teacher_cache: nothing is left that is {part}:\n{list_some(list(problems))}")
+        self._leave_out(
+            problems,
+            train=missing,
+            valid={key.removeprefix(HELD_OUT) for key in missing if key.startswith(HELD_OUT)},
+            emptied=lambda part: f"data.teacher_cache: nothing is left that is {part}:\n{list_some(list(problems))}",
+        )
 
     def _open(self, source: str) -> Corpus:
         config = self.config

@@ -11,7 +11,9 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from rich import get_console
+from torch.utils.data import DataLoader
 
+from fastssl.data.batches import AudioBatch
 from fastssl.eval.quality.measure import first_minutes, quality_loader
 from fastssl.models.distillation import DistillationModel
 from fastssl.models.encoder import EncoderConfig
@@ -24,10 +26,10 @@ from fastssl.train.module import PretrainModule
 from fastssl.train.monitors import Monitor, RunProgress
 from fastssl.train.quality_callback import QualityMonitor, quality_columns
 from fastssl.train.report import draw_report, summarise
-from fastssl.train.run_labels import attach_given, labels_for_run
+from fastssl.train.run_labels import RunLabels, attach_given
 from fastssl.train.systems import Model, ModelConfig, build_model
 from fastssl.train.teacher import Teacher, open_teacher, teach
-from fastssl.train.teacher_cache import attach_cache, open_cache
+from fastssl.train.teacher_cache import TeacherCache
 
 logger = logging.getLogger(__name__)
 
@@ -79,18 +81,18 @@ def pretrain(config: PretrainConfig, *, resume: bool = False) -> None:
     teacher = None
     if encoder is not None and isinstance(model, DistillationModel):
         teacher = teach(config, model, encoder, fresh=config.init is None and resume_from is None)
-    keeps_frames = teacher is not None and config.data.teacher_cache is not None
-    if teacher is not None and keeps_frames and first:
-        open_cache(config, data, teacher)  # a cache that does not serve is refused before anything is written
+    data.beside.append(RunLabels(run, config, data, given))
+    if teacher is not None and config.data.teacher_cache is not None:
+        cache = TeacherCache(config, data, teacher)
+        data.beside.append(cache)
+        if first:
+            cache.open()  # one that does not serve is refused before anything is written
     if first:
         (run / "logs").mkdir(parents=True, exist_ok=True)
         write_config(config, run / "config.yaml")
     with _log_to(run / "logs" / "pretrain.log", enabled=first), _quiet_lightning():
         if first:
             _describe(config, data, model, complete=complete, resume_from=resume_from)
-        labels_for_run(run, config, data, given, first=first)
-        if teacher is not None and keeps_frames:
-            attach_cache(config, data, teacher, first=first)
         _fit(config, run, data, model, teacher, resume_from=resume_from)
 
 
@@ -181,11 +183,16 @@ def _quality_monitor(
     settings = config.quality
     if settings.every is None or data.valid_corpus is None:
         return []
-    normalize = config.model.do_normalize
-    cuts = first_minutes(data.valid_corpus.cuts, settings.minutes)
+
+    def held_out() -> DataLoader[AudioBatch]:
+        # Recordings without labels are left out by now.
+        assert data.valid_corpus is not None
+        cuts = first_minutes(data.valid_corpus.cuts, settings.minutes)
+        return quality_loader(cuts, normalize=config.model.do_normalize, channel=config.data.channel)
+
     callback = QualityMonitor(
         model.speech_encoder,
-        lambda: quality_loader(cuts, normalize=normalize, channel=config.data.channel),
+        held_out,
         monitor.write,
         every=settings.every,
         layers=settings.layers,

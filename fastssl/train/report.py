@@ -5,6 +5,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from fastssl.eval.showing import new_figure, write_figure
 from fastssl.train.data import Account
 from fastssl.train.metrics_file import read_metrics
 from fastssl.train.quality_callback import draw_quality
@@ -68,10 +69,6 @@ def _add_scores(table: Table, prefix: str, loss: str, first: dict[str, float], l
 
 def draw_report(run: Path) -> None:
     """Draw loss, accuracy, perplexity and throughput over hours of audio into RUN/report.png."""
-    # The canvas is chosen without pyplot, which would look for a display.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     rows = read_metrics(run / "metrics.csv")
     loss_column = _loss_column(rows)
     training = [row for row in rows if loss_column in row]
@@ -83,8 +80,7 @@ def draw_report(run: Path) -> None:
     measured = [row for row in rows if any(name.startswith("quality_") for name in row)]
     # Four panels of the training, and four more where quality was measured.
     height = 4 if measured else 2
-    figure = Figure(figsize=(11, 3.5 * height), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(3.5 * height)
     loss, accuracy, perplexity, throughput, *others = figure.subplots(height, 2).flat
     draw_quality(iter(others), measured)
 
@@ -113,7 +109,7 @@ def draw_report(run: Path) -> None:
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
             axes.legend()
-    figure.savefig(run / "report.png", dpi=120)
+    write_figure(figure, run / "report.png")
 
 
 def _loss_column(rows: _Rows) -> str:

@@ -5,13 +5,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
+from fastssl.data.corpus import Problem
 from fastssl.data.labels import LabelTable
 from fastssl.eval.encode import frame_grid
-from fastssl.eval.label import DONE_FILE, LabelSettings, label
+from fastssl.eval.label import LabelSettings, label
 from fastssl.train.config import PretrainConfig
 from fastssl.train.data import PretrainDataModule, Use
 from fastssl.train.systems import SYSTEMS
-from fastssl.train.waiting import by_first_process
 
 logger = logging.getLogger(__name__)
 
@@ -45,54 +45,64 @@ def attach_given(config: PretrainConfig, data: PretrainDataModule) -> dict[Use, 
     return given
 
 
-def labels_for_run(
-    run: Path, config: PretrainConfig, data: PretrainDataModule, given: Mapping[Use, LabelTable], *, first: bool
-) -> None:
-    """Make the labels that are missing, in RUN/labels, RUN/labels-valid and RUN/segments-valid, and attach them.
+class RunLabels:
+    """Labels that a run makes, where they are missing: RUN/labels, RUN/labels-valid and RUN/segments-valid.
 
     Args:
         run: Its folder.
         config: Its settings.
         data: Takes the labels.
         given: What `attach_given` attached.
-        first: Whether this process makes the labels; the others wait for it.
-
-    Raises:
-        ValueError: Too many recordings have no labels that fit.
     """
-    tables = dict(given)
-    if SYSTEMS[config.system].labels and "labels" not in tables:
-        settings = LabelSettings(clusters=_clusters(config), seed=config.seed, channel=config.data.channel)
-        _label_or_wait(config.audio, run / "labels", settings, kmeans=None, config=config, first=first)
-        tables["labels"] = LabelTable(run / "labels")
-        _check_classes(tables["labels"], config)
-        _attach("audio", tables["labels"], "labels", config, data)
-    for use, table in tables.items():
-        if use in given and first and table.settings.get("channel", config.data.channel) != config.data.channel:
-            channels = [
-                "all channels" if one is None else f"channel {one}"
-                for one in (table.settings["channel"], config.data.channel)
-            ]
-            logger.warning("data.%s: %s were made from %s, and the run reads %s", use, table.folder, *channels)
+
+    def __init__(
+        self, run: Path, config: PretrainConfig, data: PretrainDataModule, given: Mapping[Use, LabelTable]
+    ) -> None:
+        self.run, self.config, self.data, self.given = run, config, data, given
+        self._makes_labels = SYSTEMS[config.system].labels and "labels" not in given
+        #: Whose classes held-out recordings have.
+        self._donors: dict[Use, Path] = {use: table.folder for use, table in given.items()}
+        if self._makes_labels:
+            self._donors["labels"] = run / "labels"
+
+    def make(self) -> list[Problem]:
+        """Label AUDIO and the held-out recordings, and say which of them have no labels."""
+        config = self.config
+        channel, workers = config.data.channel, config.data.num_workers
+        for use, table in self.given.items():
+            if table.settings.get("channel", channel) != channel:
+                channels = [
+                    "all channels" if one is None else f"channel {one}" for one in (table.settings["channel"], channel)
+                ]
+                logger.warning("data.%s: %s were made from %s, and the run reads %s", use, table.folder, *channels)
+        if self._makes_labels:
+            settings = LabelSettings(clusters=_clusters(config), seed=config.seed, channel=channel)
+            label(config.audio, self.run / "labels", settings, num_workers=workers)
         if isinstance(config.data.valid, str):
-            settings, made = LabelSettings(channel=config.data.channel), run / f"{use}-valid"
-            _label_or_wait(config.data.valid, made, settings, kmeans=table.folder, config=config, first=first)
-            _attach("valid", LabelTable(made), use, config, data)
+            for use, donor in self._donors.items():
+                settings, output = LabelSettings(channel=channel), self.run / f"{use}-valid"
+                label(config.data.valid, output, settings, kmeans=donor, num_workers=workers)
+        return []
+
+    def attach(self, problems: list[Problem]) -> None:
+        """Give the labels to the data.
+
+        Raises:
+            ValueError: Too many recordings have no labels that fit.
+        """
+        if self._makes_labels:
+            table = LabelTable(self.run / "labels")
+            _check_classes(table, self.config)
+            _attach("audio", table, "labels", self.config, self.data)
+        if isinstance(self.config.data.valid, str):
+            for use in self._donors:
+                _attach("valid", LabelTable(self.run / f"{use}-valid"), use, self.config, self.data)
 
 
 def _attach(
     source: Literal["audio", "valid"], table: LabelTable, use: Use, config: PretrainConfig, data: PretrainDataModule
 ) -> None:
     data.attach_labels(source, table, grid=frame_grid(config.model), use=use)
-
-
-def _label_or_wait(
-    audio: str, output: Path, settings: LabelSettings, *, kmeans: Path | None, config: PretrainConfig, first: bool
-) -> None:
-    def make() -> None:
-        label(audio, output, settings, kmeans=kmeans, num_workers=config.data.num_workers)
-
-    by_first_process(make, first=first, done=lambda: (output / DONE_FILE).is_file(), folder=output)
 
 
 def _clusters(config: PretrainConfig) -> int:

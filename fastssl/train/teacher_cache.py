@@ -1,123 +1,100 @@
 """The frames of a teacher, made once for crops that never change, and kept in a folder."""
 
 import fcntl
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich import get_console
-from rich.progress import track
 
 from fastssl.data.batches import WaveformDataset, utterance_id
 from fastssl.data.corpus import Problem, cut_name
 from fastssl.data.teacher_frames import FRONT_END, TeacherTable
 from fastssl.eval.encode import choose_device
 from fastssl.eval.shards import Shards, read_index
-from fastssl.models.folder import write_json
+from fastssl.eval.showing import track
 from fastssl.packing import Packed
 from fastssl.train.config import PretrainConfig
 from fastssl.train.data import HELD_OUT, PretrainDataModule
 from fastssl.train.teacher import Teacher
-from fastssl.train.waiting import by_first_process
 
 logger = logging.getLogger(__name__)
 
 _SHARD_BYTES = 256_000_000
-#: Written last: by key, why there are no frames of some crops.
-_DONE_FILE = "done.json"
 _LOCK_FILE = "lock"
 
 
-def open_cache(config: PretrainConfig, data: PretrainDataModule, teacher: Teacher) -> Shards:
-    """The folder `data.teacher_cache`, begun or gone on with; checked before a run is written.
+class TeacherCache:
+    """The folder `data.teacher_cache`.
 
     Args:
         config: The settings.
-        data: Whose crops are kept.
-        teacher: Whose frames.
-
-    Raises:
-        ValueError: It is of another teacher or other crops, or a recording has changed since.
-    """
-    settings = {
-        "weights": teacher.digest,
-        "layers": list(teacher.layers),
-        "front_end": teacher.gives_frames,
-        "crop_s": config.data.crop_s,
-        "window_s": config.data.window_s,
-        "seed": None if config.data.crop_s is None else config.seed,
-        "channel": config.data.channel,
-        "normalize": data.normalize,
-    }
-    folder = _folder(config)
-    shards = Shards(folder, settings=settings, name="teacher", option="data.teacher_cache", shard_bytes=_SHARD_BYTES)
-    files = {entry["shard"] for entry in shards.entries.values()}
-    missing = sorted(file for file in files if not (folder / file).is_file())
-    if missing:
-        raise ValueError(f"data.teacher_cache: {folder} has lost {', '.join(missing)}; begin it anew")
-    table = _table(folder, shards.entries, teacher)
-    table.check_shards()
-    for key, cut in data.crops():
-        if key in shards.entries:
-            table.check(key, cut)
-    return shards
-
-
-def attach_cache(config: PretrainConfig, data: PretrainDataModule, teacher: Teacher, *, first: bool) -> None:
-    """Make the frames that are missing, and give them to the data of a run.
-
-    Args:
-        config: The settings.
-        data: Takes the frames, and leaves out recordings that cannot be used.
+        data: Whose crops are kept, and who takes the frames.
         teacher: Makes them.
-        first: Whether this process makes them; the others, and other runs, wait for it.
-
-    Raises:
-        ValueError: As `open_cache`; or too many recordings cannot be used.
     """
-    folder = _folder(config)
 
-    def make() -> None:
-        with (folder / _LOCK_FILE).open("w") as lock:
+    def __init__(self, config: PretrainConfig, data: PretrainDataModule, teacher: Teacher) -> None:
+        assert config.data.teacher_cache is not None
+        self.folder = Path(config.data.teacher_cache)
+        self.data, self.teacher = data, teacher
+        self.settings = {
+            "weights": teacher.digest,
+            "layers": list(teacher.layers),
+            "front_end": teacher.gives_frames,
+            "crop_s": config.data.crop_s,
+            "window_s": config.data.window_s,
+            "seed": None if config.data.crop_s is None else config.seed,
+            "channel": config.data.channel,
+            "normalize": data.normalize,
+        }
+
+    def open(self) -> Shards:
+        """Begin the folder, or go on with it; done before a run is written.
+
+        Raises:
+            ValueError: It is of another teacher or other crops, or a recording has changed since.
+        """
+        shards = Shards(
+            self.folder, settings=self.settings, name="teacher", option="data.teacher_cache", shard_bytes=_SHARD_BYTES
+        )
+        files = {entry["shard"] for entry in shards.entries.values()}
+        missing = sorted(file for file in files if not (self.folder / file).is_file())
+        if missing:
+            raise ValueError(f"data.teacher_cache: {self.folder} has lost {', '.join(missing)}; begin it anew")
+        table = self._table(shards.entries)
+        table.check_shards()
+        for key, cut in self.data.crops():
+            if key in shards.entries:
+                table.check(key, cut)
+        return shards
+
+    def make(self) -> list[Problem]:
+        """Make the frames that are missing; other runs with this cache wait. Returns why some cannot be made."""
+        with (self.folder / _LOCK_FILE).open("w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                logger.info("another run makes frames in %s; waiting for it", folder)
+                logger.info("another run makes frames in %s; waiting for it", self.folder)
                 fcntl.flock(lock, fcntl.LOCK_EX)
             # What another run has made meanwhile is there now.
-            unusable = _fill(open_cache(config, data, teacher), data, teacher)
-            write_json(folder / _DONE_FILE, {key: [problem.name, problem.reason] for key, problem in unusable.items()})
+            problems = list(_fill(self.open(), self.data, self.teacher).values())
+        for problem in problems:
+            logger.warning("left out: %s", problem)
+        return problems
 
-    def done() -> bool:
-        # What an earlier run left does not cover recordings that are new.
-        known = read_index(folder).keys() | _unusable(folder).keys()
-        return (folder / _DONE_FILE).is_file() and all(key in known for key, _ in data.crops())
+    def attach(self, problems: list[Problem]) -> None:
+        """Give the frames to the data, which leaves out recordings that have none.
 
-    by_first_process(make, first=first, done=done, folder=folder)
-    problems = list(_unusable(folder).values())
-    for problem in problems if first else []:
-        logger.warning("left out: %s", problem)
-    data.attach_teacher(_table(folder, read_index(folder), teacher), problems)
+        Raises:
+            ValueError: They are too many.
+        """
+        self.data.attach_teacher(self._table(read_index(self.folder)), problems)
 
-
-def _unusable(folder: Path) -> dict[str, Problem]:
-    path = folder / _DONE_FILE
-    found = json.loads(path.read_text()) if path.is_file() else {}
-    return {key: Problem(name, reason) for key, (name, reason) in found.items()}
-
-
-def _folder(config: PretrainConfig) -> Path:
-    assert config.data.teacher_cache is not None
-    return Path(config.data.teacher_cache)
-
-
-def _table(folder: Path, entries: Mapping[str, Mapping[str, Any]], teacher: Teacher) -> TeacherTable:
-    shape = teacher.encoder.config
-    channels = shape.conv_dim[-1] if teacher.gives_frames else None
-    return TeacherTable(folder, entries, layers=teacher.layers, width=shape.hidden_size, channels=channels)
+    def _table(self, entries: Mapping[str, Mapping[str, Any]]) -> TeacherTable:
+        shape, layers = self.teacher.encoder.config, self.teacher.layers
+        channels = shape.conv_dim[-1] if self.teacher.gives_frames else None
+        return TeacherTable(self.folder, entries, layers=layers, width=shape.hidden_size, channels=channels)
 
 
 @torch.no_grad()
@@ -129,12 +106,11 @@ def _fill(shards: Shards, data: PretrainDataModule, teacher: Teacher) -> dict[st
         logger.info("the teacher's frames of %d crops are there already", len(shards.entries))
     dataset = WaveformDataset(normalize=data.normalize, channel=data.config.channel)
     device = choose_device("auto")
-    console = get_console()
     # Apart, because ids are those of files in two folders.
     for held_out in (False, True):
         keys = {cut.id: key for key, cut in todo.items() if key.startswith(HELD_OUT) == held_out}
         specs = data.batches_of([todo[key] for key in keys.values()]) if keys else []
-        for spec in track(specs, "teacher", console=console, disable=not console.is_terminal):
+        for spec in track(specs, "teacher"):
             batch = dataset[spec]
             used = set(batch.ids.tolist())
             cuts = [cut for cut in spec.cuts if utterance_id(cut.id) in used]

@@ -11,7 +11,7 @@ import soundfile
 import torch
 
 from fastssl.eval.probe import adaptive, command
-from fastssl.eval.probe.adaptive import LearnedRate, Trial, learn_rate, learn_rates
+from fastssl.eval.probe.adaptive import LearnedRate, Trial, learn_rates
 from fastssl.eval.probe.command import probe
 from fastssl.eval.probe.features import FeatureStore
 from fastssl.eval.probe.heads import Head, Kind, Window, task_losses
@@ -20,6 +20,7 @@ from fastssl.eval.probe.run import ProbeSettings
 from fastssl.eval.probe.tables import Table, read_table
 from fastssl.models.conformer import ConformerConfig, ConformerEncoder
 from fastssl.models.encoder import Encoder, EncoderConfig
+from fastssl.models.speech_encoder import SpeechEncoder
 from fastssl.packing import Layout, Packed
 from tests.models.test_compressed import SHAPE
 from tests.models.test_compressed_prediction import CONFORMER
@@ -27,6 +28,23 @@ from tests.models.test_compressed_prediction import CONFORMER
 _CONFIG = EncoderConfig(**SHAPE, compressor="integrate-and-fire")
 _DIGITS = ProbeSettings("digits", steps=60, batch_s=8.0)
 _SPEAKERS = ProbeSettings("speaker", steps=60, batch_s=8.0, segment_s=0.5)
+
+
+def learn_rate(
+    encoder: SpeechEncoder,
+    train: Table,
+    dev: Table,
+    settings: ProbeSettings,
+    *,
+    price: float,
+    start: float = 0.5,
+    **options: Any,
+) -> LearnedRate:
+    """Of one price and start, at whose rate the encoder's compressor is then."""
+    (found,) = learn_rates(encoder, train, dev, settings, [Trial(price, start)], **options)
+    assert encoder.compressor is not None
+    encoder.compressor.rate, encoder.compressor.frame_period_ms = found.rate, None
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -238,11 +256,11 @@ def test_command(
     encoder.save_pretrained(tmp_path / "model")
     seen: list[Table] = []
 
-    def noted(encoder: Encoder, train: Table, dev: Table, *settings: Any, **options: Any) -> LearnedRate:
+    def noted(encoder: Encoder, train: Table, dev: Table, *settings: Any, **options: Any) -> list[LearnedRate]:
         seen[:] = train, dev
-        return learn_rate(encoder, train, dev, *settings, **options)
+        return learn_rates(encoder, train, dev, *settings, **options)
 
-    monkeypatch.setattr(command, "learn_rate", noted)
+    monkeypatch.setattr(command, "learn_rates", noted)
     caplog.set_level("INFO")
     settings = ProbeSettings("digits", steps=20, learning_rates=(1e-3,))
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import torch
 from fastssl.eval.label import LabelSettings, label
 from fastssl.models.distillation import DistillationConfig
 from fastssl.models.encoder import Encoder, EncoderConfig
+from fastssl.models.hubert import HubertConfig
 from fastssl.models.wav2vec2 import Wav2Vec2Config
 from fastssl.train.config import PretrainConfig
 from fastssl.train.metrics_file import read_metrics
@@ -149,3 +151,39 @@ def test_processes_stop_together_and_name_the_file_of_any(
     log = (tmp_path / "run" / "logs" / "pretrain.log").read_text()
     assert log.count("the loss is nan") == 1
     assert log.count("01.flac does not decode") <= 1
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "srun"])
+def test_a_failure_of_the_process_that_labels_ends_the_others(
+    launcher: str, make_config: MakeConfig, make_system: MakeSystem, tmp_path: Path
+) -> None:
+    config = make_system(make_config(**{"data.valid": 0.0}), "hubert")
+    assert isinstance(config.model, HubertConfig)
+    model = dataclasses.replace(config.model, num_clusters=100_000)  # more than there are frames
+    config = dataclasses.replace(config, model=model)
+    if launcher == "torchrun":
+        torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+        outcome = _run(config, tmp_path, launcher=torchrun)
+        assert outcome.returncode != 0
+        assert "clusters of" in outcome.stderr
+        return
+    # srun starts each process, and ends none of them because another has failed.
+    command = [sys.executable, "-m", "fastssl", "pretrain", "--config", str(as_yaml_file(config, tmp_path))]
+    command += ["--output", config.output, "--trainer.devices", "2"]
+    slurm = {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_JOB_NAME": "run", "SLURM_JOB_ID": "4711"}
+    slurm |= {"SLURM_NODEID": "0", "SLURM_NODELIST": "localhost", "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            command,
+            env={**os.environ, **slurm, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    errors = [process.communicate(timeout=200)[1] for process in processes]
+    assert [process.returncode for process in processes] == [1, 1], errors
+    reason = r"--clusters: 100000 clusters of \d+ frames"
+    assert re.search(f"fastssl pretrain: {reason}", errors[0])
+    assert re.search(f"fastssl pretrain: the first process failed: {reason}", errors[1])
+    assert "Traceback" not in errors[0] + errors[1]

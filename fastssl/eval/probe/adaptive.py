@@ -41,7 +41,7 @@ _PATH = 20
 
 
 class LearnedRate(NamedTuple):
-    """What `learn_rate` found.
+    """What `learn_rates` found for a trial.
 
     Args:
         rate: lambda.
@@ -64,34 +64,6 @@ class Trial(NamedTuple):
 
     price: float
     start: float = 0.5
-
-
-def learn_rate(
-    encoder: SpeechEncoder,
-    train: Table,
-    dev: Table,
-    settings: ProbeSettings,
-    *,
-    price: float,
-    start: float = 0.5,
-    bounds: tuple[float, float] = (0.0, 1.0),
-    learning_rate: float = LEARNING_RATE,
-    spread: float = SPREAD,
-    seed: int = 0,
-    features: FeatureStore | None = None,
-) -> LearnedRate:
-    """`learn_rates` of one price and start, at whose rate the encoder's compressor is then."""
-    (found,) = learn_rates(
-        *(encoder, train, dev, settings, [Trial(price, start)]),
-        bounds=bounds,
-        learning_rate=learning_rate,
-        spread=spread,
-        seed=seed,
-        features=features,
-    )
-    assert encoder.compressor is not None
-    encoder.compressor.rate, encoder.compressor.frame_period_ms = found.rate, None
-    return found
 
 
 def learn_rates(

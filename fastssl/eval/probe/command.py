@@ -11,7 +11,7 @@ from rich import get_console
 from rich.table import Table as RichTable
 
 from fastssl.eval.encode import open_encoder_at
-from fastssl.eval.probe.adaptive import learn_rate
+from fastssl.eval.probe.adaptive import Trial, learn_rates
 from fastssl.eval.probe.run import ProbeResult, ProbeRun, ProbeSettings, run_probe
 from fastssl.eval.probe.tables import read_table, split_table
 from fastssl.models.folder import write_json
@@ -51,7 +51,7 @@ def probe(
         rate: Of the first model, which has a sequence compressor.
         frame_period_ms: The mean period that its frames should have instead.
         rate_price: Learn its rate first with such a price of all frames, from `rate` (or the middle of the bounds) on,
-            and probe it at that rate; see `learn_rate`.
+            and probe it at that rate; see `learn_rates`.
         rate_bounds: Least and most rate that is learned.
         device: "auto" takes a GPU where there is one.
 
@@ -86,7 +86,11 @@ def probe(
                 f"--rate_bounds: must rise from 0 to 2 and hold --rate, got {rate_bounds[0]:g} to {rate_bounds[1]:g} "
                 f"and {start:g}"
             )
-        learned = learn_rate(encoders[first], *tables[:2], settings, price=rate_price, start=start, bounds=rate_bounds)
+        trials = [Trial(rate_price, start)]
+        (learned,) = learn_rates(encoders[first], *tables[:2], settings, trials, bounds=rate_bounds)
+        compressor = encoders[first].compressor
+        assert compressor is not None
+        compressor.rate, compressor.frame_period_ms = learned.rate, None
         logger.info(
             "%s: a rate of %.3f is learned, from %.3f at a price of %g: a frame every %.1f ms",
             *(first, learned.rate, start, rate_price, learned.frame_period_ms),
@@ -94,8 +98,7 @@ def probe(
     results = run_probe(encoders, *tables, settings)
     for problem in dict.fromkeys(problem for result in results for problem in result.problems):
         logger.warning("left out: %s", problem)
-    compressor = encoders[first].compressor
-    if compressor is not None:
+    if encoders[first].compressor is not None:
         asked = "" if frame_period_ms is None else f" ({frame_period_ms:g} asked)"
         logger.info("%s: a frame every %.1f ms of the test part%s", first, results[0].frame_period_ms, asked)
     get_console().print(as_table(results, settings))

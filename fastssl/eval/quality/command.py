@@ -10,13 +10,13 @@ from typing import Any
 
 from lhotse.cut import Cut
 from rich import get_console
-from rich.progress import track
 from rich.table import Table
 
 import fastssl
 from fastssl.data.corpus import Problem, open_corpus
 from fastssl.eval.encode import frame_grid, open_encoder_at
 from fastssl.eval.quality.measure import MAX_FRAMES, LayerQuality, first_minutes, measure_quality, quality_loader
+from fastssl.eval.showing import new_figure, track, write_figure
 from fastssl.models.folder import write_json
 from fastssl.models.model_card import checked_out_commit
 from fastssl.models.speech_encoder import SpeechEncoder
@@ -121,8 +121,7 @@ class _Waveforms:
         self._batches = quality_loader(cuts, normalize=encoder.config.do_normalize, channel=channel)
 
     def read(self) -> Iterator[Packed]:
-        console = get_console()
-        for batch in track(self._batches, "audio", console=console, disable=not console.is_terminal):
+        for batch in track(self._batches, "audio"):
             self.problems += batch.problems
             self.seconds += batch.duration_s
             self.frames += sum(map(self._grid.count, batch.waveforms.layout.lengths))
@@ -135,13 +134,9 @@ class _Waveforms:
 
 def draw_layers(results: Sequence[LayerQuality], path: Path) -> None:
     """Draw each measure over the layers, as PNG."""
-    # The canvas is chosen without pyplot, which would look for a display.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(11, 7), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(7)
     layers = [result.layer for result in results]
     for axes, (name, label) in zip(figure.subplots(2, 2).flat, _PANELS.items(), strict=True):
         values = [getattr(result, name) for result in results]
@@ -150,9 +145,7 @@ def draw_layers(results: Sequence[LayerQuality], path: Path) -> None:
         axes.set_ylabel(label)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
-    temporary = path.with_name(f"{path.name}.tmp")
-    figure.savefig(temporary, dpi=120, format="png")
-    temporary.replace(path)
+    write_figure(figure, path)
 
 
 def _table(results: Sequence[LayerQuality]) -> Table:
