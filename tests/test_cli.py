@@ -168,7 +168,7 @@ def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert message.startswith(f"fastssl pretrain: source: no audio in {tmp_path} (looked for .wav")
     assert not (tmp_path / "run").exists()
     assert cli.main(["pretrain", str(tmp_path), "--output", "run", "--trainer.max_steps", "0"]) == 1
-    assert "trainer.max_steps: must be positive, got 0" in capsys.readouterr().err
+    assert "trainer.max_steps: must be at least 1, got 0" in capsys.readouterr().err
 
 
 def test_command_line_wins_over_config_and_config_over_recipe(

@@ -26,10 +26,12 @@ def run(arguments: Sequence[str], *, command: str = "pretrain") -> None:
         arguments: Behind the command.
         command: "pretrain" or "distill", which have systems of their own.
     """
+    from fastssl.models.config import CompressorConfig
     from fastssl.train.config import PretrainConfig, TemperatureConfig
 
     parser = _parser_of(arguments, command)
-    settings = parser.instantiate(parser.parse_args(list(arguments)))
+    given = parser.parse_args(list(arguments))
+    settings = parser.instantiate(given, instantiators=[(_make_model_config, CompressorConfig, True)])
     if settings.get("audio") is None:
         parser.error("AUDIO is missing: the folder, manifest or shar directory to train on")
     # Relative paths in RUN/config.yaml would mean something else elsewhere.
@@ -65,6 +67,18 @@ def run(arguments: Sequence[str], *, command: str = "pretrain") -> None:
 
     log_to_console(logging.INFO if is_first_process() else logging.WARNING)
     pretrain(config, resume=settings.resume)
+
+
+def _make_model_config(config: type[Any], **values: Any) -> Any:
+    """The settings of a model, which does not know by which name its options go on the command line.
+
+    Raises:
+        ValueError: They make no sense; names the option.
+    """
+    try:
+        return config(**values)
+    except ValueError as error:
+        raise ValueError(f"model.{error}") from None
 
 
 def _parser_of(arguments: Sequence[str], command: str) -> "ArgumentParser":

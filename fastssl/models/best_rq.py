@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastssl.models.bounds import bounded
 from fastssl.models.config import MaskedConfig
 from fastssl.models.conformer import (
     MEL_FRAMES_PER_FRAME,
@@ -42,14 +43,9 @@ class BestRqConfig(MaskedConfig, ConformerConfig):
     mask_time_prob: float = 0.6
     mask_time_length: int = 1
     mask_time_min_masks: int = 1
-    mask_noise_std: float = 0.1
-    codebook_size: int = 8192
-    codebook_dim: int = 16
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.mask_noise_std < 0:
-            raise ValueError(f"mask_noise_std: must not be negative, got {self.mask_noise_std}")
+    mask_noise_std: float = bounded(0.1, least=0)
+    codebook_size: int = bounded(8192, least=1)
+    codebook_dim: int = bounded(16, least=1)
 
 
 #: The size of SpeechBrain's recipe, and one for CPUs and tests; `recipes/` trains them.

@@ -1,6 +1,5 @@
 """Distillation of an encoder into a smaller one: prediction heads (DistilHuBERT) or layer to layer (deep or wide)."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -8,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastssl.models.bounds import bounded
 from fastssl.models.compression import CompressionScores
 from fastssl.models.config import CompressedConfig
 from fastssl.models.encoder import Encoder, EncoderConfig
@@ -34,29 +34,23 @@ class DistillationConfig(CompressedConfig, EncoderConfig):
     """
 
     model_type: str = "hubert"
-    distillation: str = "pred"
-    teacher_layers: tuple[int, ...] = ()
-    teacher_hidden_size: int = 768
-    teacher_num_hidden_layers: int = 12
-    cosine_loss_weight: float = 1.0
+    distillation: str = bounded("pred", choices=("pred", "l2l"))
+    teacher_layers: tuple[int, ...] = bounded((), least=0)
+    teacher_hidden_size: int = bounded(768, least=1)
+    teacher_num_hidden_layers: int = bounded(12, least=1)
+    cosine_loss_weight: float = bounded(1.0, least=0)
     initialise_from_teacher: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.model_type != "hubert":
             raise ValueError(f"model_type: a student is a hubert encoder, got {self.model_type!r}")
-        if self.distillation not in ("pred", "l2l"):
-            raise ValueError(f"distillation: must be pred or l2l, got {self.distillation!r}")
-        if any(layer < 0 for layer in self.teacher_layers):
-            raise ValueError(f"teacher_layers: must not be negative, got {list(self.teacher_layers)}")
         if self.distillation == "l2l" and self.teacher_layers and len(self.teacher_layers) != self.num_hidden_layers:
             raise ValueError(
                 f"teacher_layers: l2l takes one for each of {self.num_hidden_layers}, got {len(self.teacher_layers)}"
             )
         if self.distillation == "l2l" and self.num_hidden_layers == 0:
             raise ValueError("num_hidden_layers: l2l takes at least one")
-        if not 0 <= self.cosine_loss_weight < math.inf:
-            raise ValueError(f"cosine_loss_weight: must not be negative, got {self.cosine_loss_weight}")
 
     @property
     def targets(self) -> tuple[int, ...]:

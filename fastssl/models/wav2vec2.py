@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastssl import ops
+from fastssl.models.bounds import bounded
 from fastssl.models.compression import CompressionScores
 from fastssl.models.config import MaskedConfig
 from fastssl.models.encoder import Encoder, EncoderConfig, Projected
@@ -36,23 +37,25 @@ class Wav2Vec2Config(MaskedConfig, EncoderConfig):
         features_penalty_weight: Weight of the mean square of the front end's frames (fairseq: 10).
     """
 
-    num_negatives: int = 100
-    contrastive_logits_temperature: float = 0.1
-    num_codevector_groups: int = 2
-    num_codevectors_per_group: int = 320
-    codevector_dim: int = 256
-    proj_codevector_dim: int = 256
-    feat_quantizer_dropout: float = 0.0
-    diversity_loss_weight: float = 0.1
-    features_penalty_weight: float = 10.0
+    num_negatives: int = bounded(100, least=1)
+    contrastive_logits_temperature: float = bounded(0.1, above=0)
+    num_codevector_groups: int = bounded(2, least=1)
+    num_codevectors_per_group: int = bounded(320, least=1)
+    codevector_dim: int = bounded(256, least=1)
+    proj_codevector_dim: int = bounded(256, least=1)
+    feat_quantizer_dropout: float = bounded(0.0, least=0, below=1)
+    diversity_loss_weight: float = bounded(0.1, least=0)
+    features_penalty_weight: float = bounded(10.0, least=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.model_type != "wav2vec2":
             raise ValueError(f"model_type: wav2vec 2.0 pre-training has a wav2vec2 encoder, got {self.model_type!r}")
-        if self.mask_time_length < 1 or self.num_negatives < 1:
-            numbers = f"{self.mask_time_length} and {self.num_negatives}"
-            raise ValueError(f"mask_time_length and num_negatives: must be at least 1, got {numbers}")
+        if self.codevector_dim % self.num_codevector_groups:
+            raise ValueError(
+                f"codevector_dim: {self.codevector_dim} is not divisible by num_codevector_groups="
+                f"{self.num_codevector_groups}"
+            )
 
 
 #: Sizes of the paper with the settings of fairseq's recipes, and a size for CPUs and tests; `recipes/` trains them.

@@ -237,10 +237,10 @@ def test_sizes_of_presets() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"mask_time_prob": 1.5}, r"mask_time_prob: must be in \[0, 1\], got 1.5"),
+        ({"mask_time_prob": 1.5}, "mask_time_prob: must be at least 0 and at most 1, got 1.5"),
         ({"mask_time_length": 0}, "mask_time_length: must be at least 1, got 0"),
         ({"mask_time_min_masks": -1}, "mask_time_min_masks: must be at least 0, got -1"),
-        ({"mask_noise_std": -0.1}, "mask_noise_std: must not be negative, got -0.1"),
+        ({"mask_noise_std": -0.1}, "mask_noise_std: must be at least 0, got -0.1"),
         ({"codebook_size": 0}, "codebook_size: must be at least 1, got 0"),
         ({"codebook_dim": 1.5}, "codebook_dim: must be of type int, got 1.5"),
     ],

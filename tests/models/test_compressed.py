@@ -297,7 +297,7 @@ def test_rejects_bad_input() -> None:
     with pytest.raises(ValueError, match="rate: must be from 0 to 2"):
         make_encoder("integrate-and-fire")(waveforms, rate=3.0)
     of_encoders: dict[str, dict[str, Any]] = {
-        "compressor: 'median'": {"compressor": "median"},
+        "compressor: must be one of none, average.* got 'median'": {"compressor": "median"},
         "compressor_factor: is of": {"compressor_factor": 2},
         "compressor_factor: is of 'average' and 'strided', got one for 'int": {
             "compressor": "integrate-and-fire",

@@ -234,8 +234,8 @@ def test_rejects_bad_input() -> None:
             model(waveforms, keys=draw_keys(1), targets=wrong)
     cases: dict[str, dict[str, Any]] = {
         "model_type: a student is a hubert encoder": {"model_type": "wav2vec2"},
-        "distillation: must be pred or l2l": {"distillation": "both"},
-        "teacher_layers: must not be negative": {"teacher_layers": (-1, 4)},
+        "distillation: must be one of pred, l2l": {"distillation": "both"},
+        "teacher_layers: must be at least 0, got -1": {"teacher_layers": (-1, 4)},
         "teacher_layers: l2l takes one for each of 12, got 2": {"distillation": "l2l", "teacher_layers": (4, 12)},
         "num_hidden_layers: l2l takes at least one": {"distillation": "l2l", "num_hidden_layers": 0},
         "cosine_loss_weight": {"cosine_loss_weight": -1.0},
