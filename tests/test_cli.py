@@ -19,7 +19,8 @@ from fastssl.cli import pretrain
 from fastssl.kernels import dispatch
 from fastssl.models.config import CompressedConfig
 from fastssl.models.encoder import EncoderConfig
-from fastssl.train.config import PretrainConfig, write_config
+from fastssl.models.wav2vec2 import GumbelTemperature, Wav2Vec2Config
+from fastssl.train.config import PretrainConfig, check_resumable, write_config
 from fastssl.train.systems import SYSTEMS, system_of
 
 
@@ -107,6 +108,12 @@ _STRANGER = "strangers_module"
         f"model.class_path: {_STRANGER}.A",
         f"model: {{class_path: {_STRANGER}.A, init_args: {{}}}}",
         f"data: {{class_path: {_STRANGER}.A, dict_kwargs: {{}}}}",
+        f"model: {{gumbel_temperature: {{class_path: {_STRANGER}.A}}}}",
+        f"model: {{gumbel_temperature: {_STRANGER}.A}}",
+        "model: {gumbel_temperature: nested.yaml}",
+        f"model: {{gumbel_temperature: {{start: {{class_path: {_STRANGER}.A}}}}}}",
+        f"temperature: {{class_path: {_STRANGER}.A}}",
+        f"{{temperature: {_STRANGER}.A, model: {_STRANGER}.A}}",
         f"data: {{crop_s: {{class_path: {_STRANGER}.A}}}}",
         f"optimizer: {{betas: [{{class_path: {_STRANGER}.A}}]}}",
         "trainer: nested.yaml",
@@ -135,9 +142,10 @@ def test_a_group_of_options_is_no_argument(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("nested.yaml").write_text("class_path: strangers_module.A")
-    for argument in (["--trainer", "nested.yaml"], ["--trainer=nested.yaml"]):
-        assert cli.main(["pretrain", "nowhere", "--output", "run", *argument]) == 1
-        assert "--trainer: is a group of options; set one (--trainer.OPTION)" in capsys.readouterr().err
+    for group in ("trainer", "model.gumbel_temperature"):
+        for argument in ([f"--{group}", "nested.yaml"], [f"--{group}=nested.yaml"]):
+            assert cli.main(["pretrain", "nowhere", "--output", "run", *argument]) == 1
+            assert f"--{group}: is a group of options; set one (--{group}.OPTION)" in capsys.readouterr().err
 
 
 def test_a_file_of_settings_is_parsed_once(
@@ -203,6 +211,30 @@ def test_config_file_reproduces_the_run(
     assert started[0][0].recipe == recipe
     assert started[1] == started[0]
     assert started[2] == (started[0][0], True)
+
+
+@pytest.mark.parametrize("way", ["config", "resume"])
+def test_the_temperature_of_earlier_versions_is_read(
+    way: str, started: list[tuple[PretrainConfig, bool]], tmp_path: Path
+) -> None:
+    cli.main(["pretrain", str(tmp_path), "--output", "run", "--recipe", "wav2vec2-large"])
+    path = tmp_path / "run" / "config.yaml"
+    path.parent.mkdir()
+    write_config(started[0][0], path)
+    values = yaml.safe_load(path.read_text())
+    assert values["model"].pop("gumbel_temperature") == {"start": 2.0, "end": 0.1, "decay": 0.999995}
+    path.write_text(yaml.safe_dump(values | {"temperature": {"start": 3.0, "end": 0.125, "decay": 0.75}}))
+    options = ["--resume"] if way == "resume" else ["--config", str(path)]
+    cli.main(["pretrain", "--output", str(path.parent), *options, "--model.gumbel_temperature.end", "0.25"])
+    cli.main(["pretrain", "--output", str(path.parent), *options])
+    first, second = started[1][0].model, started[2][0].model
+    assert isinstance(first, Wav2Vec2Config)
+    assert first.gumbel_temperature == GumbelTemperature(start=3.0, end=0.25, decay=0.75)
+    assert dataclasses.replace(first, gumbel_temperature=GumbelTemperature(3.0, 0.125, 0.75)) == second
+    # What the run was made with cannot change.
+    with pytest.raises(ValueError, match=r"model\.gumbel_temperature\.end: 0\.125 in the run, 0\.25 now"):
+        check_resumable(started[1][0], path)
+    check_resumable(dataclasses.replace(started[2][0], recipe=None), path)
 
 
 def _names(config: type[Any]) -> set[str]:

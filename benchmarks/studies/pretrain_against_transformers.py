@@ -15,6 +15,7 @@ import platform
 import statistics
 import subprocess
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,7 @@ def make_learners(updates: int, seed: int) -> tuple[Learner, Learner]:
     config = PRESETS["wav2vec2-tiny"]  # without the features penalty, which Transformers does not have
     ours = Wav2Vec2ForPreTraining(config)
     values: dict[str, Any] = {
-        name: list(value) if isinstance(value, tuple) else value for name, value in vars(config).items()
+        name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()
     }
     theirs = transformers.Wav2Vec2ForPreTraining(transformers.Wav2Vec2Config(**values))
     theirs.load_state_dict(ours.state_dict())

@@ -27,11 +27,13 @@ def run(arguments: Sequence[str], *, command: str = "pretrain") -> None:
         command: "pretrain" or "distill", which have systems of their own.
     """
     from fastssl.models.config import CompressorConfig
-    from fastssl.train.config import PretrainConfig, TemperatureConfig
+    from fastssl.models.wav2vec2 import GumbelTemperature
+    from fastssl.train.config import PretrainConfig
 
     parser = _parser_of(arguments, command)
+    kinds = (CompressorConfig, GumbelTemperature)
     given = parser.parse_args(list(arguments))
-    settings = parser.instantiate(given, instantiators=[(_make_model_config, CompressorConfig, True)])
+    settings = parser.instantiate(given, instantiators=[(_make_model_config, kind, True) for kind in kinds])
     if settings.get("audio") is None:
         parser.error("AUDIO is missing: the folder, manifest or shar directory to train on")
     # Relative paths in RUN/config.yaml would mean something else elsewhere.
@@ -58,7 +60,6 @@ def run(arguments: Sequence[str], *, command: str = "pretrain") -> None:
         model=settings.model,
         data=data,
         optimizer=settings.optimizer,
-        temperature=settings.get("temperature") or TemperatureConfig(),
         trainer=settings.trainer,
         quality=settings.quality,
     )
@@ -86,7 +87,7 @@ def _parser_of(arguments: Sequence[str], command: str) -> "ArgumentParser":
 
     What stands on the command line then wins, wherever it stands.
     """
-    from fastssl.train.config import DataConfig, OptimizerConfig, QualityConfig, TemperatureConfig, TrainerConfig
+    from fastssl.train.config import DataConfig, OptimizerConfig, QualityConfig, TrainerConfig
     from fastssl.train.systems import SYSTEMS
 
     defaults = _defaults_of(arguments, command)
@@ -98,8 +99,6 @@ def _parser_of(arguments: Sequence[str], command: str) -> "ArgumentParser":
         "trainer": TrainerConfig,
         "quality": QualityConfig,
     }
-    if system == "wav2vec2":
-        groups["temperature"] = TemperatureConfig
     check_arguments(arguments, groups)
     for path, values in defaults.items():
         check_settings(path, values, groups)
@@ -195,13 +194,15 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     import yaml
     from jsonargparse import get_loader
 
+    from fastssl.train.config import renamed
+
     try:
         values = get_loader("yaml")(path.read_text()) or {}
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: is not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected settings by name, got a {type(values).__name__}")
-    return values
+    return renamed(values)
 
 
 def _system_of(files: Mapping[Path, Mapping[str, Any]]) -> str:

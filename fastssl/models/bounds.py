@@ -4,10 +4,7 @@ import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field, fields
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
+from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
 
@@ -51,7 +48,7 @@ def bounded(
     return field(default=default, metadata={word: limit for word, limit in bounds.items() if limit is not None})
 
 
-def declared(config: "type[DataclassInstance]") -> tuple[Declared, ...]:
+def declared(config: type[Any]) -> tuple[Declared, ...]:
     """The fields of a config class; a field that is declared again with a new default keeps its bounds."""
     hints = get_type_hints(config)
     found = []
@@ -62,7 +59,7 @@ def declared(config: "type[DataclassInstance]") -> tuple[Declared, ...]:
     return tuple(found)
 
 
-def check_bounds(config: "DataclassInstance", prefix: str = "") -> None:
+def check_bounds(config: Any, prefix: str = "") -> None:
     """Check the type and the bounds of every field; floats must be finite.
 
     Args:

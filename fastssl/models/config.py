@@ -2,15 +2,17 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass, fields, is_dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from fastssl.models.bounds import bounded, check_bounds
+from fastssl.models.bounds import bounded, check_bounds, declared
 from fastssl.models.folder import SAMPLE_RATE_HZ
 from fastssl.nn.compression import KINDS
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+T = TypeVar("T")
 
 
 class Parts(NamedTuple):
@@ -80,6 +82,17 @@ class CompressorConfig:
 COMPRESSOR_FIELDS = tuple(field.name for field in fields(CompressorConfig))
 
 
+def _from_dict(config: type[T], values: Mapping[str, Any]) -> T:
+    known: dict[str, Any] = {}
+    for name, hint, _ in declared(config):
+        if name in values:
+            value = values[name]
+            if isinstance(value, Mapping) and isinstance(hint, type) and is_dataclass(hint):
+                value = _from_dict(hint, value)
+            known[name] = tuple(value) if isinstance(value, list) else value
+    return config(**known)
+
+
 @dataclass(frozen=True)
 class SpeechEncoderConfig(CompressorConfig):
     """The settings shared by `EncoderConfig` and `ConformerConfig`; names and defaults of Transformers' base models.
@@ -117,15 +130,14 @@ class SpeechEncoderConfig(CompressorConfig):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Self":
-        """Read the values of a `config.json`: unknown keys are ignored, missing ones take their defaults.
+        """Read the values of a `config.json`, or of `model` in a `config.yaml`.
+
+        Unknown keys are ignored, and missing ones take their defaults.
 
         Raises:
             ValueError: A value is not supported.
         """
-        names = {field.name for field in fields(cls)}
-        known: dict[str, Any] = {name: value for name, value in values.items() if name in names}
-        known |= {name: tuple(value) for name, value in known.items() if isinstance(value, list)}
-        return cls(**known)
+        return _from_dict(cls, values)
 
     @property
     def receptive_field_samples(self) -> int:

@@ -290,6 +290,7 @@ def _as_transformers(config: EncoderConfig) -> dict[str, Any]:
         if _OWN_FIELDS.get(name, config.model_type) == config.model_type
         and not (config.model_type == "data2vec-audio" and name in _DATA2VEC)
         and not (config.compressor == "none" and name in COMPRESSOR_FIELDS)
+        and not isinstance(value, dict)  # a group of settings of the training
     }
     values |= {"num_feat_extract_layers": len(config.conv_dim), "hidden_act": "gelu", "feat_extract_activation": "gelu"}
     return values

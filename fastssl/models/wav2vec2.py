@@ -1,13 +1,13 @@
 """wav2vec 2.0 pre-training (Baevski et al. 2020, arXiv 2006.11477), on packed batches."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastssl import ops
-from fastssl.models.bounds import bounded
+from fastssl.models.bounds import bounded, check_bounds
 from fastssl.models.compression import CompressionScores
 from fastssl.models.config import MaskedConfig
 from fastssl.models.encoder import Encoder, EncoderConfig, Projected
@@ -19,6 +19,28 @@ from fastssl.nn.random import noise_seeds
 from fastssl.packing import Layout, Packed
 
 _STREAM_GUMBEL = 3
+
+
+@dataclass(frozen=True)
+class GumbelTemperature:
+    """Temperature of the Gumbel softmax that chooses codes: start * decay^update, never below end.
+
+    Args:
+        start: Temperature of the first update.
+        end: The lowest temperature.
+        decay: Factor per update.
+    """
+
+    start: float = bounded(2.0, above=0)
+    end: float = bounded(0.5, above=0)
+    decay: float = bounded(0.999995, above=0, most=1)
+
+    def __post_init__(self) -> None:
+        check_bounds(self, "gumbel_temperature.")
+
+    def at(self, update: int) -> float:
+        """The temperature of an update, counted from 0."""
+        return float(max(self.end, self.start * self.decay**update))
 
 
 @dataclass(frozen=True)
@@ -35,6 +57,7 @@ class Wav2Vec2Config(MaskedConfig, EncoderConfig):
         feat_quantizer_dropout: On the frames that the quantiser takes.
         diversity_loss_weight: Weight of the diversity loss.
         features_penalty_weight: Weight of the mean square of the front end's frames (fairseq: 10).
+        gumbel_temperature: Schedule of the quantiser's temperature in training, which `config.json` does not keep.
     """
 
     num_negatives: int = bounded(100, least=1)
@@ -46,6 +69,7 @@ class Wav2Vec2Config(MaskedConfig, EncoderConfig):
     feat_quantizer_dropout: float = bounded(0.0, least=0, below=1)
     diversity_loss_weight: float = bounded(0.1, least=0)
     features_penalty_weight: float = bounded(10.0, least=0)
+    gumbel_temperature: GumbelTemperature = field(default_factory=GumbelTemperature)
 
     def __post_init__(self) -> None:
         super().__post_init__()

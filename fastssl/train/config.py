@@ -114,28 +114,6 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
-class TemperatureConfig:
-    """Temperature of the Gumbel softmax that chooses codes: start * decay^update, never below end.
-
-    Args:
-        start: Temperature of the first update.
-        end: The lowest temperature.
-        decay: Factor per update.
-    """
-
-    start: float = bounded(2.0, above=0)
-    end: float = bounded(0.5, above=0)
-    decay: float = bounded(0.999995, above=0, most=1)
-
-    def __post_init__(self) -> None:
-        check_bounds(self, "temperature.")
-
-    def at(self, update: int) -> float:
-        """The temperature of an update, counted from 0."""
-        return float(max(self.end, self.start * self.decay**update))
-
-
-@dataclass(frozen=True)
 class TrainerConfig:
     """How long, on what, and how often to report.
 
@@ -209,7 +187,6 @@ class PretrainConfig:
         model: The encoder and its objective.
         data: What is trained on.
         optimizer: Adam.
-        temperature: Of wav2vec 2.0's Gumbel softmax.
         trainer: How long, and on what.
         quality: Whether and how the encoder is measured without labels meanwhile.
 
@@ -227,7 +204,6 @@ class PretrainConfig:
     model: ModelConfig = field(default_factory=Wav2Vec2Config)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    temperature: TemperatureConfig = field(default_factory=TemperatureConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     quality: QualityConfig = field(default_factory=QualityConfig)
 
@@ -262,6 +238,15 @@ def write_config(config: PretrainConfig, path: Path) -> None:
     temporary.replace(path)
 
 
+def renamed(values: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a file of an earlier version, which had `temperature` for `model.gumbel_temperature`."""
+    model = values.get("model", {})
+    if "temperature" not in values or not isinstance(model, dict):
+        return values
+    others = {name: value for name, value in values.items() if name != "temperature"}
+    return others | {"model": {"gumbel_temperature": values["temperature"]} | model}
+
+
 def check_resumable(config: PretrainConfig, path: Path) -> None:
     """Refuse to continue a run with settings that would make it another run.
 
@@ -275,7 +260,7 @@ def check_resumable(config: PretrainConfig, path: Path) -> None:
     # A run of an earlier version knows nothing of a later one's settings, and was made with what is now their default.
     model = SYSTEMS[config.system].config()
     defaults = PretrainConfig(audio="", output="", system=config.system, model=model)
-    before = _flatten(_values(defaults)) | _flatten(yaml.safe_load(path.read_text()))
+    before = _flatten(_values(defaults)) | _flatten(renamed(yaml.safe_load(path.read_text())))
     after = _flatten(_values(config))
     changed = [name for name in after if name not in RESUMABLE and before.get(name) != after[name]]
     if changed:
@@ -286,8 +271,6 @@ def check_resumable(config: PretrainConfig, path: Path) -> None:
 def _values(config: PretrainConfig) -> dict[str, Any]:
     """The settings that count, as YAML has them."""
     values: dict[str, Any] = _plain(dataclasses.asdict(config))
-    if config.system != "wav2vec2":
-        del values["temperature"]
     if config.system != "distillation":
         del values["teacher"]
     return values

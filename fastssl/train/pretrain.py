@@ -105,7 +105,6 @@ def _fit(
     module = PretrainModule(
         model,
         optimizer=config.optimizer,
-        temperature=config.temperature,
         max_steps=settings.max_steps,
         seed=config.seed,
         teacher=teacher,

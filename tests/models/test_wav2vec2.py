@@ -1,6 +1,7 @@
 """Equality with Transformers, independence of batch mates, and what a batch of the objective does."""
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastssl.interop import load_encoder
 from fastssl.models.encoder import Encoder, EncoderConfig
-from fastssl.models.wav2vec2 import PRESETS, Wav2Vec2Config, Wav2Vec2ForPreTraining
+from fastssl.models.wav2vec2 import PRESETS, GumbelTemperature, Wav2Vec2Config, Wav2Vec2ForPreTraining
 from fastssl.nn.masking import sample_negatives, sample_span_mask
 from fastssl.nn.random import gumbel, utterance_keys
 from fastssl.packing import Layout, Packed
@@ -57,7 +58,7 @@ def make_model(variant: str) -> Wav2Vec2ForPreTraining:
 
 
 def make_transformers_model(config: Wav2Vec2Config) -> Any:
-    values = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(config).items()}
+    values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()}
     theirs = transformers.Wav2Vec2Config(**values, final_dropout=0.0, attn_implementation="eager")
     return transformers.Wav2Vec2ForPreTraining(theirs)
 
@@ -246,6 +247,19 @@ def test_loads_what_transformers_saves(name: str, tmp_path: Path) -> None:
     model = Wav2Vec2ForPreTraining.from_pretrained(tmp_path)
     if name == "Wav2Vec2ForPreTraining":
         assert torch.equal(model.quantizer.codevectors, theirs.quantizer.codevectors)
+
+
+def test_the_schedule_of_the_temperature_stays_out_of_the_folder(tmp_path: Path) -> None:
+    config = replace(SMALL, gumbel_temperature=GumbelTemperature(end=0.25))
+    Wav2Vec2ForPreTraining(config).wav2vec2.save_pretrained(tmp_path)
+    exported = json.loads((tmp_path / "config.json").read_text())
+    assert exported["num_negatives"] == SMALL.num_negatives
+    assert "gumbel_temperature" not in exported
+    # A run's config.yaml has it.
+    assert Wav2Vec2Config.from_dict(asdict(config)) == config
+    assert Wav2Vec2Config.from_dict({"gumbel_temperature": {"end": 0.25, "later": 1}}).gumbel_temperature.end == 0.25
+    with pytest.raises(ValueError, match="gumbel_temperature: must be of type GumbelTemperature, got 3"):
+        Wav2Vec2Config.from_dict({"gumbel_temperature": 3})
 
 
 def test_rejects_bad_input(tmp_path: Path) -> None:

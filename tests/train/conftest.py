@@ -15,13 +15,12 @@ from fastssl.models.best_rq import BestRqConfig
 from fastssl.models.distillation import DistillationConfig
 from fastssl.models.encoder import EncoderConfig
 from fastssl.models.hubert import HubertConfig
-from fastssl.models.wav2vec2 import Wav2Vec2Config
+from fastssl.models.wav2vec2 import GumbelTemperature, Wav2Vec2Config
 from fastssl.train.checkpoints import saved_update
 from fastssl.train.config import (
     DataConfig,
     OptimizerConfig,
     PretrainConfig,
-    TemperatureConfig,
     TrainerConfig,
     write_config,
 )
@@ -46,6 +45,7 @@ _MODEL = Wav2Vec2Config(
     num_codevectors_per_group=8,
     codevector_dim=16,
     proj_codevector_dim=16,
+    gumbel_temperature=GumbelTemperature(decay=0.9),
 )
 WITHOUT_DROPOUT = {
     f"model.{name}": 0.0
@@ -147,7 +147,6 @@ def make_config(recordings: Path, tmp_path: Path) -> MakeConfig:
             model=_MODEL,
             data=DataConfig(max_duration_s=6, crop_s=2, min_duration_s=1, valid=0.2, num_workers=1),
             optimizer=OptimizerConfig(lr=2e-3, warmup_updates=3, clip_norm=5.0),
-            temperature=TemperatureConfig(decay=0.9),
             trainer=TrainerConfig(
                 max_steps=8, log_every=1, checkpoint_every=2, val_check_interval=4, accelerator="cpu", progress=False
             ),

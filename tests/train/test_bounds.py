@@ -17,13 +17,12 @@ from fastssl.models.conformer import ConformerConfig
 from fastssl.models.distillation import DistillationConfig
 from fastssl.models.encoder import EncoderConfig
 from fastssl.models.hubert import HubertConfig
-from fastssl.models.wav2vec2 import Wav2Vec2Config
+from fastssl.models.wav2vec2 import GumbelTemperature, Wav2Vec2Config
 from fastssl.train.config import (
     DataConfig,
     OptimizerConfig,
     PretrainConfig,
     QualityConfig,
-    TemperatureConfig,
     TrainerConfig,
 )
 
@@ -33,7 +32,7 @@ CONFIGS: dict[type[Any], str] = {
     **dict.fromkeys((Wav2Vec2Config, HubertConfig, BestRqConfig, DistillationConfig, PretrainConfig), ""),
     DataConfig: "data.",
     OptimizerConfig: "optimizer.",
-    TemperatureConfig: "temperature.",
+    GumbelTemperature: "gumbel_temperature.",
     TrainerConfig: "trainer.",
     QualityConfig: "quality.",
 }
