@@ -14,10 +14,10 @@ import pytest
 import yaml
 
 import fastssl
+from benchmarks.recipes import recipe_model
 from fastssl import cli
 from fastssl.cli import pretrain
 from fastssl.kernels import dispatch
-from fastssl.models.config import CompressedConfig
 from fastssl.models.encoder import EncoderConfig
 from fastssl.models.wav2vec2 import GumbelTemperature, Wav2Vec2Config
 from fastssl.train.config import PretrainConfig, check_resumable, write_config
@@ -237,32 +237,48 @@ def test_the_temperature_of_earlier_versions_is_read(
     check_resumable(dataclasses.replace(started[2][0], recipe=None), path)
 
 
-def _names(config: type[Any]) -> set[str]:
-    return {field.name for field in dataclasses.fields(config)}
-
-
 @pytest.mark.parametrize("name", list(pretrain.recipes()))
-def test_recipes_set_every_option_of_the_model_and_load(
+def test_recipes_load_and_runs_keep_every_setting(
     name: str, started: list[tuple[PretrainConfig, bool]], tmp_path: Path
 ) -> None:
     recipe = yaml.safe_load(pretrain.recipes()[name].read_text())
-    kind = SYSTEMS[recipe["system"]].config
-    # What stays at Transformers' value for all models, and what only other architectures have.
-    left = {"layer_norm_eps", "model_type", "compressor_factor"}
-    if issubclass(kind, EncoderConfig):
-        left |= {"initializer_range", "feat_proj_layer_norm", "num_buckets"}
-        left |= {"max_bucket_distance", "conv_pos_kernel_size"}
-    if "compressor" not in recipe["model"]:  # none
-        left |= _names(CompressedConfig)
-    assert _names(kind) - recipe["model"].keys() == left
     command = SYSTEMS[recipe["system"]].command
     assert name in pretrain.recipes(command)
     cli.main([command, str(tmp_path), "--recipe", name, "--output", str(tmp_path / "run")])
     config = started[0][0]
     assert config.system == recipe["system"] == system_of(config.model)
-    assert config.model == kind.from_dict(recipe["model"] | {"model_type": config.model.model_type})
-    assert config.optimizer.lr == recipe["optimizer"]["lr"]
-    assert config.trainer.max_steps == recipe["trainer"]["max_steps"]
+    assert config.model == recipe_model(name)
+    for group in ("data", "optimizer", "trainer"):
+        for option, value in recipe.get(group, {}).items():
+            assert getattr(getattr(config, group), option) == pytest.approx(float(value) if option == "lr" else value)
+    write_config(config, tmp_path / "config.yaml")
+    kept = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    whole = dataclasses.asdict(config)
+    assert kept.keys() == whole.keys() - {"output"} - ({"teacher"} if command == "pretrain" else set())
+    for group in ("model", "data", "optimizer", "trainer", "quality"):
+        assert kept[group].keys() == whole[group].keys()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "expected"),
+    [
+        ("wav2vec2-base", {"feat_quantizer_dropout": 0.1, "mask_time_prob": 0.65, "layerdrop": 0.05}),
+        ("hubert-base", {"mask_time_prob": 0.8, "layerdrop": 0.05, "num_hidden_layers": 12}),
+        ("distilhubert", {"layerdrop": 0.0, "num_hidden_layers": 2, "activation_dropout": 0.1}),
+    ],
+)
+def test_the_defaults_of_a_system_are_those_of_its_base_recipe(recipe: str, expected: dict[str, Any]) -> None:
+    config = recipe_model(recipe)
+    assert config == type(config)()
+    if recipe != "distilhubert":
+        expected |= {"activation_dropout": 0.0, "feat_proj_dropout": 0.1, "features_penalty_weight": 10.0}
+    expected |= {"hidden_dropout": 0.1, "do_normalize": False, "feature_grad_mult": 0.1, "hidden_size": 768}
+    assert {name: getattr(config, name) for name in expected} == expected
+    # A config.json that leaves settings out has those of Transformers.
+    of_transformers = type(config).from_dict({"model_type": config.model_type})
+    for field in dataclasses.fields(EncoderConfig):
+        if field.name != "model_type":
+            assert getattr(of_transformers, field.name) == field.default
 
 
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

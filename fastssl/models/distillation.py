@@ -20,7 +20,7 @@ _SCORES = ("distillation_loss", "l1_loss", "cosine_similarity")
 
 @dataclass(frozen=True)
 class DistillationConfig(CompressedConfig, EncoderConfig):
-    """A student, and what it learns of a teacher.
+    """A student, and what it learns of a teacher; the defaults are DistilHuBERT's.
 
     Args:
         distillation: "pred", where heads on the last layer predict some of the teacher's (DistilHuBERT, arXiv
@@ -34,6 +34,10 @@ class DistillationConfig(CompressedConfig, EncoderConfig):
     """
 
     model_type: str = "hubert"
+    num_hidden_layers: int = 2
+    layerdrop: float = 0.0
+    do_normalize: bool = False
+    feature_grad_mult: float = 0.1
     distillation: str = bounded("pred", choices=("pred", "l2l"))
     teacher_layers: tuple[int, ...] = bounded((), least=0)
     teacher_hidden_size: int = bounded(768, least=1)
@@ -84,42 +88,6 @@ class DistillationConfig(CompressedConfig, EncoderConfig):
             teacher_num_hidden_layers=teacher.num_hidden_layers,
             do_normalize=teacher.do_normalize,
         )
-
-
-_DISTILHUBERT = DistillationConfig(num_hidden_layers=2, layerdrop=0.0, do_normalize=False, feature_grad_mult=0.1)
-
-
-def _student(layers: int, width: int, heads: int, *, distillation: str) -> DistillationConfig:
-    return replace(
-        _DISTILHUBERT,
-        num_hidden_layers=layers,
-        hidden_size=width,
-        num_attention_heads=heads,
-        intermediate_size=4 * width,
-        distillation=distillation,
-    )
-
-
-#: Students of the papers (of a HuBERT base teacher), and sizes for CPUs and tests; `recipes/` trains them.
-PRESETS = {
-    "distilhubert": _DISTILHUBERT,
-    "distil-3l-one": _student(3, 768, 12, distillation="pred"),
-    "distil-12l-half": _student(12, 384, 6, distillation="l2l"),
-    "distil-tiny": replace(
-        _student(2, 192, 4, distillation="pred"),
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        activation_dropout=0.0,
-        conv_dim=(128,) * 7,
-        num_conv_pos_embeddings=32,
-        num_conv_pos_embedding_groups=8,
-        do_normalize=True,
-        feature_grad_mult=0.0,
-        teacher_hidden_size=192,
-        teacher_num_hidden_layers=6,
-    ),
-}
-PRESETS["distil-tiny-ofa"] = replace(PRESETS["distil-tiny"], compressor="integrate-and-fire")
 
 
 @dataclass(frozen=True)

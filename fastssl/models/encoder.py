@@ -100,7 +100,9 @@ class EncoderConfig(SpeechEncoderConfig):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Self":
-        """From a Transformers `config.json`: its other keys are ignored, and what it leaves out has the type's default.
+        """Read a Transformers `config.json`, whose other keys are ignored.
+
+        What it leaves out of an encoder has Transformers' default, which need not be that of a system's recipe.
 
         Raises:
             ValueError: The model has a part that is not built here.
@@ -115,9 +117,10 @@ class EncoderConfig(SpeechEncoderConfig):
         }.items():
             if values.get(key, served) != served:
                 raise ValueError(f"{key}={values[key]!r} is not supported, only {served!r}")
-        known = {name: value for name, value in values.items() if _OWN_FIELDS.get(name, model_type) == model_type}
+        known = {field.name: field.default for field in fields(EncoderConfig) if field.name != "model_type"}
+        known |= {name: value for name, value in values.items() if _OWN_FIELDS.get(name, model_type) == model_type}
         if model_type == "data2vec-audio":
-            known = {"num_conv_pos_embeddings": 5} | known | _DATA2VEC
+            known |= {"num_conv_pos_embeddings": values.get("num_conv_pos_embeddings", 5)} | _DATA2VEC
         return super().from_dict(known)
 
     @property

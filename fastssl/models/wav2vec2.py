@@ -1,6 +1,6 @@
 """wav2vec 2.0 pre-training (Baevski et al. 2020, arXiv 2006.11477), on packed batches."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -45,7 +45,9 @@ class GumbelTemperature:
 
 @dataclass(frozen=True)
 class Wav2Vec2Config(MaskedConfig, EncoderConfig):
-    """An encoder with its pre-training head and objective; names and defaults of Transformers' `Wav2Vec2Config`.
+    """An encoder with its pre-training head and objective; names of Transformers' `Wav2Vec2Config`.
+
+    The defaults are the values of fairseq's wav2vec2_base_librispeech.yaml.
 
     Args:
         num_negatives: Distractors per masked frame.
@@ -60,13 +62,18 @@ class Wav2Vec2Config(MaskedConfig, EncoderConfig):
         gumbel_temperature: Schedule of the quantiser's temperature in training, which `config.json` does not keep.
     """
 
+    activation_dropout: float = 0.0
+    feat_proj_dropout: float = 0.1
+    layerdrop: float = 0.05
+    do_normalize: bool = False
+    feature_grad_mult: float = 0.1
     num_negatives: int = bounded(100, least=1)
     contrastive_logits_temperature: float = bounded(0.1, above=0)
     num_codevector_groups: int = bounded(2, least=1)
     num_codevectors_per_group: int = bounded(320, least=1)
     codevector_dim: int = bounded(256, least=1)
     proj_codevector_dim: int = bounded(256, least=1)
-    feat_quantizer_dropout: float = bounded(0.0, least=0, below=1)
+    feat_quantizer_dropout: float = bounded(0.1, least=0, below=1)
     diversity_loss_weight: float = bounded(0.1, least=0)
     features_penalty_weight: float = bounded(10.0, least=0)
     gumbel_temperature: GumbelTemperature = field(default_factory=GumbelTemperature)
@@ -80,54 +87,6 @@ class Wav2Vec2Config(MaskedConfig, EncoderConfig):
                 f"codevector_dim: {self.codevector_dim} is not divisible by num_codevector_groups="
                 f"{self.num_codevector_groups}"
             )
-
-
-#: Sizes of the paper with the settings of fairseq's recipes, and a size for CPUs and tests; `recipes/` trains them.
-PRESETS = {
-    "wav2vec2-base": Wav2Vec2Config(
-        activation_dropout=0.0,
-        feat_proj_dropout=0.1,
-        feat_quantizer_dropout=0.1,
-        layerdrop=0.05,
-        do_normalize=False,
-        feature_grad_mult=0.1,
-    ),
-    "wav2vec2-large": Wav2Vec2Config(
-        hidden_size=1024,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        intermediate_size=4096,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        activation_dropout=0.0,
-        layerdrop=0.0,
-        feat_extract_norm="layer",
-        conv_bias=True,
-        do_stable_layer_norm=True,
-        codevector_dim=768,
-        proj_codevector_dim=768,
-        features_penalty_weight=0.0,
-    ),
-    "wav2vec2-tiny": Wav2Vec2Config(
-        hidden_size=192,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        intermediate_size=768,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        layerdrop=0.0,
-        conv_dim=(128,) * 7,
-        num_conv_pos_embeddings=32,
-        num_conv_pos_embedding_groups=8,
-        num_codevectors_per_group=64,
-        codevector_dim=64,
-        proj_codevector_dim=64,
-        features_penalty_weight=0.0,
-    ),
-}
-# Once for all: the same encoder at any frame period (arXiv 2211.02332).
-for _name in ("wav2vec2-tiny", "wav2vec2-base"):
-    PRESETS[f"{_name}-ofa"] = replace(PRESETS[_name], compressor="integrate-and-fire")
 
 
 @dataclass(frozen=True)
