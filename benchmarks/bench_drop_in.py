@@ -16,10 +16,10 @@ from torch import Tensor, nn
 import fastssl
 from benchmarks import limits, rivals, workloads
 from benchmarks.harness import Contenders, Outputs, Row, compare
+from benchmarks.recipes import recipe_model
 from benchmarks.report import Rows, main
 from benchmarks.targets import Target
 from fastssl.models.encoder import EncoderConfig
-from fastssl.models.wav2vec2 import PRESETS
 from fastssl.packing import Packed
 
 _GATE_S = [1.0, 0.7]
@@ -234,7 +234,7 @@ def pretraining(workload: str, device: torch.device) -> Row:
     contenders.add("original", partial(step, original), partial(gradients, original))
     samples = workloads.samples_of(lengths_s)
     masked = inputs["mask_time_indices"].sum(1).tolist()
-    gemms = limits.pretraining(PRESETS["wav2vec2-base"], samples, masked)
+    gemms = limits.pretraining(recipe_model("wav2vec2-base"), samples, masked)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     return compare(
         f"wav2vec2-base for pre-training, training, {workload}",

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from benchmarks import limits, rivals, workloads
 from benchmarks.harness import Contenders, Entry, Outputs, Row, compare, worst_error
+from benchmarks.recipes import recipe_model
 from benchmarks.report import Rows, main
 from fastssl.models.encoder import Encoder
-from fastssl.models.wav2vec2 import PRESETS
 from fastssl.packing import Packed
 
 # Two lengths, so that the gate sees a batch that is not all of one.
@@ -23,7 +23,7 @@ def forward(title: str, lengths_s: Sequence[float], device: torch.device) -> Row
     """Ours beside Transformers, Transformers under torch.compile, and torchaudio; fp32 on the CPU, else bf16."""
     torch.manual_seed(0)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    encoder = Encoder(PRESETS["wav2vec2-base"]).to(device, dtype).eval()
+    encoder = Encoder(recipe_model("wav2vec2-base")).to(device, dtype).eval()
     theirs = rivals.transformers_encoder(encoder).to(dtype).eval()
     batch = workloads.waveforms(lengths_s, device)
     batch = Packed(batch.values.to(dtype), batch.layout)
@@ -69,7 +69,7 @@ def bf16_against_fp32(device: torch.device) -> Row:
     """Our own forward pass in bf16 and in fp32, and Transformers in bf16."""
     torch.manual_seed(0)
     lengths_s = workloads.read_speech(8)
-    encoder = Encoder(PRESETS["wav2vec2-base"]).to(device).eval()
+    encoder = Encoder(recipe_model("wav2vec2-base")).to(device).eval()
     half = Encoder(encoder.config).to(device, torch.bfloat16).eval()
     half.load_state_dict(encoder.state_dict())
     theirs = rivals.transformers_encoder(encoder).to(torch.bfloat16).eval()

@@ -18,8 +18,9 @@ from torch import Tensor
 from benchmarks import limits, rivals, workloads
 from benchmarks.bench_train_step import Step, dtype_of, gradients
 from benchmarks.harness import Contenders, Entry, Outputs, Row, compare
+from benchmarks.recipes import recipe_model
 from benchmarks.report import Rows, main
-from fastssl.models.hubert import PRESETS, HubertConfig, HubertForPreTraining
+from fastssl.models.hubert import HubertConfig, HubertForPreTraining
 from fastssl.nn.masking import sample_span_mask
 from fastssl.nn.random import draw_keys, utterance_keys
 
@@ -107,7 +108,8 @@ class _Gate:
 
 def _equal_work(preset: str, **changes: Any) -> HubertConfig:
     """Without layer drop and features penalty."""
-    return replace(PRESETS[preset], layerdrop=0.0, features_penalty_weight=0.0, feature_grad_mult=1.0, **changes)
+    config: HubertConfig = recipe_model(preset)
+    return replace(config, layerdrop=0.0, features_penalty_weight=0.0, feature_grad_mult=1.0, **changes)
 
 
 def hubert_base(device: torch.device) -> Row:

@@ -16,13 +16,13 @@ import torch
 
 from benchmarks import workloads
 from benchmarks.machine import seconds_of, undisturbed, wait_until_quiet
+from benchmarks.recipes import recipe_model
 from fastssl import ops
 from fastssl.models.encoder import Encoder
-from fastssl.models.wav2vec2 import PRESETS
 from fastssl.packing import Layout
 
 CPU = torch.device("cpu")
-BASE = replace(PRESETS["wav2vec2-base"], layerdrop=0.0)
+BASE = replace(recipe_model("wav2vec2-base"), layerdrop=0.0)
 NARROW = replace(
     BASE,
     conv_dim=(4,) * 7,

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from benchmarks import limits, rivals, workloads
 from benchmarks.harness import Contenders, Entry, Outputs, Row, compare
+from benchmarks.recipes import recipe_model
 from benchmarks.report import Rows, main
 from fastssl.models.encoder import Encoder
-from fastssl.models.wav2vec2 import PRESETS, Wav2Vec2Config, Wav2Vec2ForPreTraining
+from fastssl.models.wav2vec2 import Wav2Vec2Config, Wav2Vec2ForPreTraining
 from fastssl.nn.masking import sample_negatives, sample_span_mask
 from fastssl.nn.random import draw_keys, gumbel, utterance_keys
 from fastssl.packing import Packed
@@ -85,7 +86,7 @@ def encoder_training(device: torch.device) -> Row:
     """Forward and backward of the encoder with dropout 0.1, without masks, losses and optimiser."""
     torch.manual_seed(0)
     lengths_s = workloads.read_speech(4)
-    config = replace(PRESETS["wav2vec2-base"], layerdrop=0.0, feature_grad_mult=1.0)
+    config = replace(recipe_model("wav2vec2-base"), layerdrop=0.0, feature_grad_mult=1.0)
     encoder = Encoder(config).to(device).train()
     theirs = rivals.transformers_encoder(encoder).train()
     batch = workloads.waveforms(lengths_s, device)
@@ -255,7 +256,8 @@ def dtype_of(device: torch.device) -> torch.dtype:
 
 def _equal_work(preset: str) -> Wav2Vec2Config:
     """Without layer drop and without what Transformers does not have."""
-    return replace(PRESETS[preset], layerdrop=0.0, features_penalty_weight=0.0, feature_grad_mult=1.0)
+    config: Wav2Vec2Config = recipe_model(preset)
+    return replace(config, layerdrop=0.0, features_penalty_weight=0.0, feature_grad_mult=1.0)
 
 
 def pretrain_base(device: torch.device) -> Row:

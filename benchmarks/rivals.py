@@ -3,6 +3,7 @@
 import copy
 import importlib
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ def _transformers(module: str = "") -> Any:
 
 
 def _transformers_config(config: EncoderConfig, *, apply_spec_augment: bool) -> Any:
-    values = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(config).items()}
+    values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()}
     return _transformers().Wav2Vec2Config(**values, apply_spec_augment=apply_spec_augment, attn_implementation="sdpa")
 
 

@@ -14,12 +14,13 @@ import pytest
 import yaml
 
 import fastssl
+from benchmarks.recipes import recipe_model
 from fastssl import cli
 from fastssl.cli import pretrain
 from fastssl.kernels import dispatch
-from fastssl.models.config import CompressedConfig
 from fastssl.models.encoder import EncoderConfig
-from fastssl.train.config import PretrainConfig, write_config
+from fastssl.models.wav2vec2 import GumbelTemperature, Wav2Vec2Config
+from fastssl.train.config import PretrainConfig, check_resumable, write_config
 from fastssl.train.systems import SYSTEMS, system_of
 
 
@@ -107,6 +108,12 @@ _STRANGER = "strangers_module"
         f"model.class_path: {_STRANGER}.A",
         f"model: {{class_path: {_STRANGER}.A, init_args: {{}}}}",
         f"data: {{class_path: {_STRANGER}.A, dict_kwargs: {{}}}}",
+        f"model: {{gumbel_temperature: {{class_path: {_STRANGER}.A}}}}",
+        f"model: {{gumbel_temperature: {_STRANGER}.A}}",
+        "model: {gumbel_temperature: nested.yaml}",
+        f"model: {{gumbel_temperature: {{start: {{class_path: {_STRANGER}.A}}}}}}",
+        f"temperature: {{class_path: {_STRANGER}.A}}",
+        f"{{temperature: {_STRANGER}.A, model: {_STRANGER}.A}}",
         f"data: {{crop_s: {{class_path: {_STRANGER}.A}}}}",
         f"optimizer: {{betas: [{{class_path: {_STRANGER}.A}}]}}",
         "trainer: nested.yaml",
@@ -135,9 +142,10 @@ def test_a_group_of_options_is_no_argument(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("nested.yaml").write_text("class_path: strangers_module.A")
-    for argument in (["--trainer", "nested.yaml"], ["--trainer=nested.yaml"]):
-        assert cli.main(["pretrain", "nowhere", "--output", "run", *argument]) == 1
-        assert "--trainer: is a group of options; set one (--trainer.OPTION)" in capsys.readouterr().err
+    for group in ("trainer", "model.gumbel_temperature"):
+        for argument in ([f"--{group}", "nested.yaml"], [f"--{group}=nested.yaml"]):
+            assert cli.main(["pretrain", "nowhere", "--output", "run", *argument]) == 1
+            assert f"--{group}: is a group of options; set one (--{group}.OPTION)" in capsys.readouterr().err
 
 
 def test_a_file_of_settings_is_parsed_once(
@@ -168,7 +176,7 @@ def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert message.startswith(f"fastssl pretrain: source: no audio in {tmp_path} (looked for .wav")
     assert not (tmp_path / "run").exists()
     assert cli.main(["pretrain", str(tmp_path), "--output", "run", "--trainer.max_steps", "0"]) == 1
-    assert "trainer.max_steps: must be positive, got 0" in capsys.readouterr().err
+    assert "trainer.max_steps: must be at least 1, got 0" in capsys.readouterr().err
 
 
 def test_command_line_wins_over_config_and_config_over_recipe(
@@ -205,32 +213,72 @@ def test_config_file_reproduces_the_run(
     assert started[2] == (started[0][0], True)
 
 
-def _names(config: type[Any]) -> set[str]:
-    return {field.name for field in dataclasses.fields(config)}
+@pytest.mark.parametrize("way", ["config", "resume"])
+def test_the_temperature_of_earlier_versions_is_read(
+    way: str, started: list[tuple[PretrainConfig, bool]], tmp_path: Path
+) -> None:
+    cli.main(["pretrain", str(tmp_path), "--output", "run", "--recipe", "wav2vec2-large"])
+    path = tmp_path / "run" / "config.yaml"
+    path.parent.mkdir()
+    write_config(started[0][0], path)
+    values = yaml.safe_load(path.read_text())
+    assert values["model"].pop("gumbel_temperature") == {"start": 2.0, "end": 0.1, "decay": 0.999995}
+    path.write_text(yaml.safe_dump(values | {"temperature": {"start": 3.0, "end": 0.125, "decay": 0.75}}))
+    options = ["--resume"] if way == "resume" else ["--config", str(path)]
+    cli.main(["pretrain", "--output", str(path.parent), *options, "--model.gumbel_temperature.end", "0.25"])
+    cli.main(["pretrain", "--output", str(path.parent), *options])
+    first, second = started[1][0].model, started[2][0].model
+    assert isinstance(first, Wav2Vec2Config)
+    assert first.gumbel_temperature == GumbelTemperature(start=3.0, end=0.25, decay=0.75)
+    assert dataclasses.replace(first, gumbel_temperature=GumbelTemperature(3.0, 0.125, 0.75)) == second
+    # What the run was made with cannot change.
+    with pytest.raises(ValueError, match=r"model\.gumbel_temperature\.end: 0\.125 in the run, 0\.25 now"):
+        check_resumable(started[1][0], path)
+    check_resumable(dataclasses.replace(started[2][0], recipe=None), path)
 
 
 @pytest.mark.parametrize("name", list(pretrain.recipes()))
-def test_recipes_set_every_option_of_the_model_and_load(
+def test_recipes_load_and_runs_keep_every_setting(
     name: str, started: list[tuple[PretrainConfig, bool]], tmp_path: Path
 ) -> None:
     recipe = yaml.safe_load(pretrain.recipes()[name].read_text())
-    kind = SYSTEMS[recipe["system"]].config
-    # What stays at Transformers' value for all models, and what only other architectures have.
-    left = {"layer_norm_eps", "model_type", "compressor_factor"}
-    if issubclass(kind, EncoderConfig):
-        left |= {"initializer_range", "feat_proj_layer_norm", "num_buckets"}
-        left |= {"max_bucket_distance", "conv_pos_kernel_size"}
-    if "compressor" not in recipe["model"]:  # none
-        left |= _names(CompressedConfig)
-    assert _names(kind) - recipe["model"].keys() == left
     command = SYSTEMS[recipe["system"]].command
     assert name in pretrain.recipes(command)
     cli.main([command, str(tmp_path), "--recipe", name, "--output", str(tmp_path / "run")])
     config = started[0][0]
     assert config.system == recipe["system"] == system_of(config.model)
-    assert config.model == kind.from_dict(recipe["model"] | {"model_type": config.model.model_type})
-    assert config.optimizer.lr == recipe["optimizer"]["lr"]
-    assert config.trainer.max_steps == recipe["trainer"]["max_steps"]
+    assert config.model == recipe_model(name)
+    for group in ("data", "optimizer", "trainer"):
+        for option, value in recipe.get(group, {}).items():
+            assert getattr(getattr(config, group), option) == pytest.approx(float(value) if option == "lr" else value)
+    write_config(config, tmp_path / "config.yaml")
+    kept = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    whole = dataclasses.asdict(config)
+    assert kept.keys() == whole.keys() - {"output"} - ({"teacher"} if command == "pretrain" else set())
+    for group in ("model", "data", "optimizer", "trainer", "quality"):
+        assert kept[group].keys() == whole[group].keys()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "expected"),
+    [
+        ("wav2vec2-base", {"feat_quantizer_dropout": 0.1, "mask_time_prob": 0.65, "layerdrop": 0.05}),
+        ("hubert-base", {"mask_time_prob": 0.8, "layerdrop": 0.05, "num_hidden_layers": 12}),
+        ("distilhubert", {"layerdrop": 0.0, "num_hidden_layers": 2, "activation_dropout": 0.1}),
+    ],
+)
+def test_the_defaults_of_a_system_are_those_of_its_base_recipe(recipe: str, expected: dict[str, Any]) -> None:
+    config = recipe_model(recipe)
+    assert config == type(config)()
+    if recipe != "distilhubert":
+        expected |= {"activation_dropout": 0.0, "feat_proj_dropout": 0.1, "features_penalty_weight": 10.0}
+    expected |= {"hidden_dropout": 0.1, "do_normalize": False, "feature_grad_mult": 0.1, "hidden_size": 768}
+    assert {name: getattr(config, name) for name in expected} == expected
+    # A config.json that leaves settings out has those of Transformers.
+    of_transformers = type(config).from_dict({"model_type": config.model_type})
+    for field in dataclasses.fields(EncoderConfig):
+        if field.name != "model_type":
+            assert getattr(of_transformers, field.name) == field.default
 
 
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

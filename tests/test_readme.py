@@ -1,5 +1,7 @@
 """What the README shows runs."""
 
+import dataclasses
+import json
 import re
 from pathlib import Path
 
@@ -7,9 +9,10 @@ import pytest
 import torch
 import yaml
 
+from benchmarks.recipes import recipe_model
 from fastssl.cli.pretrain import recipes
-from fastssl.models import best_rq, distillation, hubert, wav2vec2
 from fastssl.models.encoder import Encoder
+from fastssl.train.config import DataConfig, OptimizerConfig, QualityConfig, TrainerConfig
 from fastssl.train.systems import SYSTEMS
 
 README = Path(__file__).resolve().parent.parent / "README.md"
@@ -21,18 +24,26 @@ def test_python_blocks(block: str, tmp_path: Path, capsys: pytest.CaptureFixture
     if "transformers" in block:
         pytest.importorskip("transformers")
     torch.manual_seed(0)
-    Encoder(wav2vec2.PRESETS["wav2vec2-tiny"]).save_pretrained(tmp_path / "runs" / "demo" / "encoder")
+    Encoder(recipe_model("wav2vec2-tiny")).save_pretrained(tmp_path / "runs" / "demo" / "encoder")
     exec(compile(block.replace("runs/demo", str(tmp_path / "runs" / "demo")), "README.md", "exec"), {})
     if "print(" in block:
         assert capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", recipes())
-def test_recipes_train_the_presets(name: str) -> None:
+def test_recipes_say_what_differs_from_the_defaults_and_no_more(name: str) -> None:
     recipe = yaml.safe_load(recipes()[name].read_text())
-    preset = (wav2vec2.PRESETS | hubert.PRESETS | best_rq.PRESETS | distillation.PRESETS)[name]
-    values = recipe["model"] | {"model_type": preset.model_type}
-    assert SYSTEMS[recipe["system"]].config.from_dict(values) == preset
+    groups = {"data": DataConfig, "optimizer": OptimizerConfig, "trainer": TrainerConfig, "quality": QualityConfig}
+    groups |= {"model": SYSTEMS[recipe.pop("system")].config}
+    for group, values in recipe.items():
+        defaults = json.loads(json.dumps(dataclasses.asdict(groups[group]())))  # tuples as lists
+        assert values
+        for option, value in values.items():
+            if isinstance(value, dict):
+                assert value
+                assert all(defaults[option][part] != value[part] for part in value), f"{group}.{option}"
+            else:
+                assert defaults[option] != value, f"{group}.{option}"
 
 
 def test_every_recipe_and_folder_is_named() -> None:

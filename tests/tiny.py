@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from fastssl.models.wav2vec2 import Wav2Vec2Config
+from fastssl.models.wav2vec2 import GumbelTemperature, Wav2Vec2Config
 
 TINY_MODEL = Wav2Vec2Config(
     hidden_size=32,
@@ -15,14 +15,18 @@ TINY_MODEL = Wav2Vec2Config(
     hidden_dropout=0.1,
     attention_dropout=0.1,
     activation_dropout=0.1,
+    feat_proj_dropout=0.0,
     feat_quantizer_dropout=0.1,
     layerdrop=0.2,
+    do_normalize=True,
+    feature_grad_mult=1.0,
     conv_dim=(16,) * 7,
     num_conv_pos_embeddings=8,
     num_conv_pos_embedding_groups=2,
     num_codevectors_per_group=8,
     codevector_dim=16,
     proj_codevector_dim=16,
+    gumbel_temperature=GumbelTemperature(decay=0.9),
 )
 
 

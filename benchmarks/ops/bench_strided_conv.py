@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from benchmarks import limits, rivals, workloads
 from benchmarks.harness import Contenders, Entry, Outputs, Row, backends, compare, worst_error
+from benchmarks.recipes import recipe_model
 from benchmarks.report import Rows, main
 from fastssl import ops
 from fastssl.models.encoder import Encoder
-from fastssl.models.wav2vec2 import PRESETS
 from fastssl.nn.functional import conv_layer
 from fastssl.packing import Packed
 
@@ -24,7 +24,7 @@ _GATE_S = [0.5, 0.3]
 def front_end(title: str, lengths_s: Sequence[float], device: torch.device) -> Row:
     """Ours by every backend, Transformers' modules and the same under torch.compile."""
     torch.manual_seed(0)
-    config = PRESETS["wav2vec2-base"]
+    config = recipe_model("wav2vec2-base")
     dtype, tolerance = (torch.float32, 1e-4) if device.type == "cpu" else (torch.bfloat16, 0.05)
     encoder = Encoder(config)
     extractor = encoder.feature_extractor.to(device)

@@ -136,7 +136,7 @@ def _crop_name(crop_s: float | None) -> str:
 def evaluate(domain: Domain, size: Size, key: str, trained: Trained) -> dict[str, Any]:
     """What a finished run took, and how good its encoder is."""
     scores = probe(trained.run, domain.corpora, domain.probes, steps=size.probe_steps)
-    held_out = held_out_scores(open_checkpoint(trained.run), trained.run, domain.held_out, crop_s=5.0, draws=4)
+    held_out = held_out_scores(open_checkpoint(trained.run), domain.held_out, crop_s=5.0, draws=4)
     costs = {cost: getattr(trained, cost) for cost in COSTS}
     return {**costs, "held_out": held_out, "probes": scores}
 

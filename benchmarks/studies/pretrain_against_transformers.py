@@ -15,6 +15,7 @@ import platform
 import statistics
 import subprocess
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,10 @@ import transformers
 from torch.utils.data import DataLoader
 from transformers.models.wav2vec2.modeling_wav2vec2 import _compute_mask_indices, _sample_negative_indices
 
+from benchmarks.recipes import recipe_model
 from fastssl.data.batches import AudioBatch, UpdateSampler, WaveformDataset, fixed_batches
 from fastssl.data.corpus import Corpus, open_corpus, split_corpus
-from fastssl.models.wav2vec2 import PRESETS, Wav2Vec2ForPreTraining
+from fastssl.models.wav2vec2 import Wav2Vec2ForPreTraining
 from fastssl.nn.random import utterance_keys
 
 LEARNING_RATE, WARMUP, CLIP_NORM = 1e-3, 100, 10.0
@@ -110,10 +112,10 @@ def step_there(learner: Learner, padded: torch.Tensor, lengths: list[int], updat
 
 def make_learners(updates: int, seed: int) -> tuple[Learner, Learner]:
     torch.manual_seed(seed)
-    config = PRESETS["wav2vec2-tiny"]  # without the features penalty, which Transformers does not have
+    config = recipe_model("wav2vec2-tiny")  # without the features penalty, which Transformers does not have
     ours = Wav2Vec2ForPreTraining(config)
     values: dict[str, Any] = {
-        name: list(value) if isinstance(value, tuple) else value for name, value in vars(config).items()
+        name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()
     }
     theirs = transformers.Wav2Vec2ForPreTraining(transformers.Wav2Vec2Config(**values))
     theirs.load_state_dict(ours.state_dict())
@@ -123,7 +125,7 @@ def make_learners(updates: int, seed: int) -> tuple[Learner, Learner]:
 def score(
     weights: dict[str, torch.Tensor], corpus: Corpus, *, crop_s: float, max_duration_s: float
 ) -> dict[str, float]:
-    model = Wav2Vec2ForPreTraining(PRESETS["wav2vec2-tiny"]).eval()
+    model = Wav2Vec2ForPreTraining(recipe_model("wav2vec2-tiny")).eval()
     model.load_state_dict(weights)
     dataset = WaveformDataset(normalize=True)
     loss, correct, frames = 0.0, 0, 0

@@ -29,8 +29,9 @@ from fastssl.eval.probe.features import SHRINKAGE
 from fastssl.eval.probe.run import LEARNING_RATES
 from fastssl.eval.quality.measure import MAX_FRAMES, first_minutes, measure_quality, quality_loader
 from fastssl.models.speech_encoder import SpeechEncoder
+from fastssl.models.wav2vec2 import Wav2Vec2ForPreTraining
 from fastssl.nn.random import utterance_keys
-from fastssl.train.config import TemperatureConfig
+from fastssl.train.config import renamed
 from fastssl.train.metrics_file import read_metrics
 from fastssl.train.systems import SYSTEMS, Model, build_model
 
@@ -207,7 +208,7 @@ def quality_at(run: Path, update: int, audio: Path, *, minutes: float) -> dict[s
         minutes: Of these.
     """
     model = open_checkpoint(run, update)
-    scores = held_out_scores(model, run, audio)
+    scores = held_out_scores(model, audio)
     layers = layer_quality(model.speech_encoder, audio, minutes=minutes)
     return {"held_out_loss": _finite(scores[model.score_names[0]]), "accuracy": scores["accuracy"], "layers": layers}
 
@@ -229,7 +230,7 @@ def _finite(value: Any) -> Any:
 
 def open_checkpoint(run: Path, update: int | None = None) -> Model:
     """The model of a checkpoint that was kept, or of the last one, in evaluation mode."""
-    settings = yaml.safe_load((run / "config.yaml").read_text())
+    settings = renamed(yaml.safe_load((run / "config.yaml").read_text()))
     model = build_model(SYSTEMS[settings["system"]].config.from_dict(settings["model"])).eval()
     kept = run / "checkpoints" / f"{update or 0:07d}.ckpt"
     state = torch.load(kept if kept.is_file() else run / "checkpoints" / "last.ckpt", weights_only=True)
@@ -240,9 +241,7 @@ def open_checkpoint(run: Path, update: int | None = None) -> Model:
 
 
 @torch.inference_mode()
-def held_out_scores(
-    model: Model, run: Path, audio: Path, *, crop_s: float | None = None, draws: int = 8
-) -> dict[str, float]:
+def held_out_scores(model: Model, audio: Path, *, crop_s: float | None = None, draws: int = 8) -> dict[str, float]:
     """Loss and accuracy on the same audio, whatever the model was trained on.
 
     Spans are masked as the model's own settings say, the same for models of the same masking, whatever their seed.
@@ -250,17 +249,15 @@ def held_out_scores(
 
     Args:
         model: Of a run.
-        run: Its folder.
         audio: Held-out recordings.
         crop_s: Score a crop of this length of each; None scores them whole.
         draws: Of masks.
     """
-    settings = yaml.safe_load((run / "config.yaml").read_text())
     cuts = open_corpus(audio, min_duration_s=1.0, window_s=60.0).cuts
     dataset = WaveformDataset(normalize=model.config.do_normalize)
     extra = {}
-    if settings["system"] == "wav2vec2":
-        extra["gumbel_temperature"] = TemperatureConfig(**settings["temperature"]).end
+    if isinstance(model, Wav2Vec2ForPreTraining):
+        extra["gumbel_temperature"] = model.config.gumbel_temperature.end
     sums: dict[str, float] = {}
     frames = 0
     for spec in fixed_batches(cuts, max_duration_s=60.0, crop_s=crop_s, seed=0):

@@ -26,10 +26,14 @@ def run(arguments: Sequence[str], *, command: str = "pretrain") -> None:
         arguments: Behind the command.
         command: "pretrain" or "distill", which have systems of their own.
     """
-    from fastssl.train.config import PretrainConfig, TemperatureConfig
+    from fastssl.models.config import CompressorConfig
+    from fastssl.models.wav2vec2 import GumbelTemperature
+    from fastssl.train.config import PretrainConfig
 
     parser = _parser_of(arguments, command)
-    settings = parser.instantiate(parser.parse_args(list(arguments)))
+    kinds = (CompressorConfig, GumbelTemperature)
+    given = parser.parse_args(list(arguments))
+    settings = parser.instantiate(given, instantiators=[(_make_model_config, kind, True) for kind in kinds])
     if settings.get("audio") is None:
         parser.error("AUDIO is missing: the folder, manifest or shar directory to train on")
     # Relative paths in RUN/config.yaml would mean something else elsewhere.
@@ -56,7 +60,6 @@ def run(arguments: Sequence[str], *, command: str = "pretrain") -> None:
         model=settings.model,
         data=data,
         optimizer=settings.optimizer,
-        temperature=settings.get("temperature") or TemperatureConfig(),
         trainer=settings.trainer,
         quality=settings.quality,
     )
@@ -67,12 +70,24 @@ def run(arguments: Sequence[str], *, command: str = "pretrain") -> None:
     pretrain(config, resume=settings.resume)
 
 
+def _make_model_config(config: type[Any], **values: Any) -> Any:
+    """The settings of a model, which does not know by which name its options go on the command line.
+
+    Raises:
+        ValueError: They make no sense; names the option.
+    """
+    try:
+        return config(**values)
+    except ValueError as error:
+        raise ValueError(f"model.{error}") from None
+
+
 def _parser_of(arguments: Sequence[str], command: str) -> "ArgumentParser":
     """The parser, its defaults already those of recipe, config, or the run to resume, so that `--help` shows them.
 
     What stands on the command line then wins, wherever it stands.
     """
-    from fastssl.train.config import DataConfig, OptimizerConfig, QualityConfig, TemperatureConfig, TrainerConfig
+    from fastssl.train.config import DataConfig, OptimizerConfig, QualityConfig, TrainerConfig
     from fastssl.train.systems import SYSTEMS
 
     defaults = _defaults_of(arguments, command)
@@ -84,8 +99,6 @@ def _parser_of(arguments: Sequence[str], command: str) -> "ArgumentParser":
         "trainer": TrainerConfig,
         "quality": QualityConfig,
     }
-    if system == "wav2vec2":
-        groups["temperature"] = TemperatureConfig
     check_arguments(arguments, groups)
     for path, values in defaults.items():
         check_settings(path, values, groups)
@@ -181,13 +194,15 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     import yaml
     from jsonargparse import get_loader
 
+    from fastssl.train.config import renamed
+
     try:
         values = get_loader("yaml")(path.read_text()) or {}
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: is not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected settings by name, got a {type(values).__name__}")
-    return values
+    return renamed(values)
 
 
 def _system_of(files: Mapping[Path, Mapping[str, Any]]) -> str:

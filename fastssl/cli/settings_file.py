@@ -22,18 +22,12 @@ def check_settings(path: Path, values: Mapping[str, Any], groups: Mapping[str, t
             scalars.
     """
     for name, value in values.items():
-        if name not in groups:
-            if "." in str(name):
-                raise ValueError(f"{path}: {name}: write options inside their group, not with a dot")
+        if name in groups:
+            _check_group(path, name, value, groups[name])
+        elif "." in str(name):
+            raise ValueError(f"{path}: {name}: write options inside their group, not with a dot")
+        else:
             _check_value(path, str(name), value)
-            continue
-        if not isinstance(value, dict):
-            raise ValueError(f"{path}: {name}: expected options by name, got {value!r}")
-        known = [field.name for field in dataclasses.fields(groups[name])]
-        for option, given in value.items():
-            if option not in known:
-                raise ValueError(f"{path}: {name} has no option {option!r}; choose from {', '.join(known)}")
-            _check_value(path, f"{name}.{option}", given)
 
 
 def check_arguments(arguments: Sequence[str], groups: Mapping[str, type[Any]]) -> None:
@@ -42,10 +36,31 @@ def check_arguments(arguments: Sequence[str], groups: Mapping[str, type[Any]]) -
     Raises:
         ValueError: An argument is `--GROUP` without an option of it.
     """
+    inside = {f"{name}.{option}" for name, config in groups.items() for option in _groups_inside(config)}
     for argument in arguments:
         name = argument.partition("=")[0].removeprefix("--")
-        if argument.startswith("--") and name in groups:
+        if argument.startswith("--") and name in groups.keys() | inside:
             raise ValueError(f"--{name}: is a group of options; set one (--{name}.OPTION), or use --config FILE")
+
+
+def _groups_inside(config: type[Any]) -> dict[str, type[Any]]:
+    """The options of a group that are groups themselves."""
+    kinds = {field.name: field.type for field in dataclasses.fields(config)}
+    return {name: kind for name, kind in kinds.items() if isinstance(kind, type) and dataclasses.is_dataclass(kind)}
+
+
+def _check_group(path: Path, name: str, values: object, config: type[Any]) -> None:
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: {name}: expected options by name, got {values!r}")
+    known = [field.name for field in dataclasses.fields(config)]
+    inside = _groups_inside(config)
+    for option, value in values.items():
+        if option not in known:
+            raise ValueError(f"{path}: {name} has no option {option!r}; choose from {', '.join(known)}")
+        if option in inside:
+            _check_group(path, f"{name}.{option}", value, inside[option])
+        else:
+            _check_value(path, f"{name}.{option}", value)
 
 
 def _check_value(path: Path, name: str, value: object) -> None:

@@ -2,14 +2,17 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass, fields, is_dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+from fastssl.models.bounds import bounded, check_bounds, declared
 from fastssl.models.folder import SAMPLE_RATE_HZ
 from fastssl.nn.compression import KINDS
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+T = TypeVar("T")
 
 
 class Parts(NamedTuple):
@@ -35,21 +38,18 @@ class CompressorConfig:
             milliseconds. Twice the same number trains for this one alone, and the encoder then opens at it.
     """
 
-    compressor: str = "none"
-    compressor_factor: int = 1
-    compression_draw: str = "rate"
-    compression_range: tuple[float, ...] = (0.0, 1.0)
+    compressor: str = bounded("none", choices=("none", *KINDS))
+    compressor_factor: int = bounded(1, least=1)
+    compression_draw: str = bounded("rate", choices=("rate", "period"))
+    compression_range: tuple[float, ...] = bounded((0.0, 1.0), least=0)
 
     def __post_init__(self) -> None:
-        if self.compressor not in ("none", *KINDS):
-            raise ValueError(f"compressor: {self.compressor!r} is none of none, {', '.join(KINDS)}")
+        check_bounds(self)
         if self.compressor_factor != 1 and self.compressor not in ("average", "strided"):
             raise ValueError(f"compressor_factor: is of 'average' and 'strided', got one for {self.compressor!r}")
-        if self.compression_draw not in ("rate", "period"):
-            raise ValueError(f"compression_draw: must be rate or period, got {self.compression_draw!r}")
         limits = (0.0, 2.0) if self.compression_draw == "rate" else (self.frame_period_ms, math.inf)
         numbers = self.compression_range
-        if len(numbers) != 2 or not limits[0] <= numbers[0] <= numbers[1] <= limits[1] or math.isinf(numbers[1]):
+        if len(numbers) != 2 or not limits[0] <= numbers[0] <= numbers[1] <= limits[1]:
             raise ValueError(
                 f"compression_range: must be two rising numbers from {limits[0]:g} to {limits[1]:g} "
                 f"(compression_draw is {self.compression_draw}), got {list(numbers)}"
@@ -82,6 +82,17 @@ class CompressorConfig:
 COMPRESSOR_FIELDS = tuple(field.name for field in fields(CompressorConfig))
 
 
+def _from_dict(config: type[T], values: Mapping[str, Any]) -> T:
+    known: dict[str, Any] = {}
+    for name, hint, _ in declared(config):
+        if name in values:
+            value = values[name]
+            if isinstance(value, Mapping) and isinstance(hint, type) and is_dataclass(hint):
+                value = _from_dict(hint, value)
+            known[name] = tuple(value) if isinstance(value, list) else value
+    return config(**known)
+
+
 @dataclass(frozen=True)
 class SpeechEncoderConfig(CompressorConfig):
     """The settings shared by `EncoderConfig` and `ConformerConfig`; names and defaults of Transformers' base models.
@@ -104,30 +115,29 @@ class SpeechEncoderConfig(CompressorConfig):
         ValueError: Values that no encoder has, or that do not fit together.
     """
 
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    intermediate_size: int = 3072
-    hidden_dropout: float = 0.1
-    attention_dropout: float = 0.1
-    activation_dropout: float = 0.1
-    layerdrop: float = 0.1
-    conv_dim: tuple[int, ...] = (512,) * 7
-    layer_norm_eps: float = 1e-5
+    hidden_size: int = bounded(768, least=1)
+    num_hidden_layers: int = bounded(12, least=0)
+    num_attention_heads: int = bounded(12, least=1)
+    intermediate_size: int = bounded(3072, least=1)
+    hidden_dropout: float = bounded(0.1, least=0, below=1)
+    attention_dropout: float = bounded(0.1, least=0, below=1)
+    activation_dropout: float = bounded(0.1, least=0, below=1)
+    layerdrop: float = bounded(0.1, least=0, below=1)
+    conv_dim: tuple[int, ...] = bounded((512,) * 7, least=1)
+    layer_norm_eps: float = bounded(1e-5, above=0)
     do_normalize: bool = True
     model_type: str = "wav2vec2"
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Self":
-        """Read the values of a `config.json`: unknown keys are ignored, missing ones take their defaults.
+        """Read the values of a `config.json`, or of `model` in a `config.yaml`.
+
+        Unknown keys are ignored, and missing ones take their defaults.
 
         Raises:
             ValueError: A value is not supported.
         """
-        names = {field.name for field in fields(cls)}
-        known: dict[str, Any] = {name: value for name, value in values.items() if name in names}
-        known |= {name: tuple(value) for name, value in known.items() if isinstance(value, list)}
-        return cls(**known)
+        return _from_dict(cls, values)
 
     @property
     def receptive_field_samples(self) -> int:
@@ -152,18 +162,10 @@ class CompressedConfig(CompressorConfig):
     """
 
     compression_per_batch: bool = False
-    segment_loss_weight: float = 0.05
-    frame_loss_weight: float = 0.5
-    quantity_loss_weight: float = 0.0
-    quantity_share: float = 0.25
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("segment_loss_weight", "frame_loss_weight", "quantity_loss_weight"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}: must not be negative, got {getattr(self, name)}")
-        if not 0 < self.quantity_share <= 1:
-            raise ValueError(f"quantity_share: must be above 0 and at most 1, got {self.quantity_share}")
+    segment_loss_weight: float = bounded(0.05, least=0)
+    frame_loss_weight: float = bounded(0.5, least=0)
+    quantity_loss_weight: float = bounded(0.0, least=0)
+    quantity_share: float = bounded(0.25, above=0, most=1)
 
 
 @dataclass(frozen=True)
@@ -176,31 +178,6 @@ class MaskedConfig(CompressedConfig):
         mask_time_min_masks: Least number of spans per utterance.
     """
 
-    mask_time_prob: float = 0.65
-    mask_time_length: int = 10
-    mask_time_min_masks: int = 2
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.mask_time_prob <= 1:
-            raise ValueError(f"mask_time_prob: must be in [0, 1], got {self.mask_time_prob}")
-
-
-def check_value(name: str, value: Any, default: Any) -> None:
-    """Check a value that may come from a file: it must be of its default's type, and a size must be at least 1.
-
-    Raises:
-        ValueError: It is not; names the field.
-    """
-    if isinstance(default, tuple):
-        if not isinstance(value, tuple) or not value:
-            raise ValueError(f"{name}: must be a list with an entry for each convolution, got {value!r}")
-        for entry in value:
-            check_value(name, entry, default[0])
-        return
-    kinds = (int, float) if isinstance(default, float) else (type(default),)
-    if type(value) not in kinds:
-        raise ValueError(f"{name}: must be of type {type(default).__name__}, got {value!r}")
-    least = 0 if name in ("num_hidden_layers", "mask_time_min_masks") else 1
-    if type(default) is int and value < least:
-        raise ValueError(f"{name}: must be at least {least}, got {value}")
+    mask_time_prob: float = bounded(0.65, least=0, most=1)
+    mask_time_length: int = bounded(10, least=1)
+    mask_time_min_masks: int = bounded(2, least=0)

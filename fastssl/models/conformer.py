@@ -1,14 +1,15 @@
 """The encoder of BEST-RQ: log-mel frames, subsampled to 25 Hz, and a Conformer."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastssl.models.bounds import bounded
 from fastssl.models.compression import make_compressor
-from fastssl.models.config import Parts, SpeechEncoderConfig, check_value
+from fastssl.models.config import Parts, SpeechEncoderConfig
 from fastssl.models.folder import CONFORMER, head_prefix
 from fastssl.models.multiplications import convolve
 from fastssl.models.speech_encoder import EncoderOutput, SpeechEncoder
@@ -42,25 +43,20 @@ class ConformerConfig(SpeechEncoderConfig):
         conv_depthwise_kernel_size: Frames of the depthwise convolutions, odd.
     """
 
-    hidden_size: int = 576
+    hidden_size: int = bounded(576, least=2)
     num_attention_heads: int = 8
     intermediate_size: int = 2048
     layerdrop: float = 0.0
     conv_dim: tuple[int, ...] = (512, 512)
     do_normalize: bool = False
     model_type: str = CONFORMER
-    num_mel_bins: int = 80
-    conv_depthwise_kernel_size: int = 31
+    num_mel_bins: int = bounded(80, least=1)
+    conv_depthwise_kernel_size: int = bounded(31, least=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for field in fields(self):
-            check_value(field.name, getattr(self, field.name), field.default)
         if self.model_type != CONFORMER:
             raise ValueError(f"model_type: must be {CONFORMER!r} for a Conformer, got {self.model_type!r}")
-        for name in ("hidden_dropout", "attention_dropout", "activation_dropout", "layerdrop"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}: must be in [0, 1), got {getattr(self, name)}")
         if self.hidden_size % (2 * self.num_attention_heads):
             raise ValueError(
                 f"num_attention_heads: {self.num_attention_heads} do not divide a hidden_size of {self.hidden_size} "

@@ -1,6 +1,5 @@
 """Distillation of an encoder into a smaller one: prediction heads (DistilHuBERT) or layer to layer (deep or wide)."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -8,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastssl.models.bounds import bounded
 from fastssl.models.compression import CompressionScores
 from fastssl.models.config import CompressedConfig
 from fastssl.models.encoder import Encoder, EncoderConfig
@@ -20,7 +20,7 @@ _SCORES = ("distillation_loss", "l1_loss", "cosine_similarity")
 
 @dataclass(frozen=True)
 class DistillationConfig(CompressedConfig, EncoderConfig):
-    """A student, and what it learns of a teacher.
+    """A student, and what it learns of a teacher; the defaults are DistilHuBERT's.
 
     Args:
         distillation: "pred", where heads on the last layer predict some of the teacher's (DistilHuBERT, arXiv
@@ -34,29 +34,27 @@ class DistillationConfig(CompressedConfig, EncoderConfig):
     """
 
     model_type: str = "hubert"
-    distillation: str = "pred"
-    teacher_layers: tuple[int, ...] = ()
-    teacher_hidden_size: int = 768
-    teacher_num_hidden_layers: int = 12
-    cosine_loss_weight: float = 1.0
+    num_hidden_layers: int = 2
+    layerdrop: float = 0.0
+    do_normalize: bool = False
+    feature_grad_mult: float = 0.1
+    distillation: str = bounded("pred", choices=("pred", "l2l"))
+    teacher_layers: tuple[int, ...] = bounded((), least=0)
+    teacher_hidden_size: int = bounded(768, least=1)
+    teacher_num_hidden_layers: int = bounded(12, least=1)
+    cosine_loss_weight: float = bounded(1.0, least=0)
     initialise_from_teacher: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.model_type != "hubert":
             raise ValueError(f"model_type: a student is a hubert encoder, got {self.model_type!r}")
-        if self.distillation not in ("pred", "l2l"):
-            raise ValueError(f"distillation: must be pred or l2l, got {self.distillation!r}")
-        if any(layer < 0 for layer in self.teacher_layers):
-            raise ValueError(f"teacher_layers: must not be negative, got {list(self.teacher_layers)}")
         if self.distillation == "l2l" and self.teacher_layers and len(self.teacher_layers) != self.num_hidden_layers:
             raise ValueError(
                 f"teacher_layers: l2l takes one for each of {self.num_hidden_layers}, got {len(self.teacher_layers)}"
             )
         if self.distillation == "l2l" and self.num_hidden_layers == 0:
             raise ValueError("num_hidden_layers: l2l takes at least one")
-        if not 0 <= self.cosine_loss_weight < math.inf:
-            raise ValueError(f"cosine_loss_weight: must not be negative, got {self.cosine_loss_weight}")
 
     @property
     def targets(self) -> tuple[int, ...]:
@@ -90,42 +88,6 @@ class DistillationConfig(CompressedConfig, EncoderConfig):
             teacher_num_hidden_layers=teacher.num_hidden_layers,
             do_normalize=teacher.do_normalize,
         )
-
-
-_DISTILHUBERT = DistillationConfig(num_hidden_layers=2, layerdrop=0.0, do_normalize=False, feature_grad_mult=0.1)
-
-
-def _student(layers: int, width: int, heads: int, *, distillation: str) -> DistillationConfig:
-    return replace(
-        _DISTILHUBERT,
-        num_hidden_layers=layers,
-        hidden_size=width,
-        num_attention_heads=heads,
-        intermediate_size=4 * width,
-        distillation=distillation,
-    )
-
-
-#: Students of the papers (of a HuBERT base teacher), and sizes for CPUs and tests; `recipes/` trains them.
-PRESETS = {
-    "distilhubert": _DISTILHUBERT,
-    "distil-3l-one": _student(3, 768, 12, distillation="pred"),
-    "distil-12l-half": _student(12, 384, 6, distillation="l2l"),
-    "distil-tiny": replace(
-        _student(2, 192, 4, distillation="pred"),
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        activation_dropout=0.0,
-        conv_dim=(128,) * 7,
-        num_conv_pos_embeddings=32,
-        num_conv_pos_embedding_groups=8,
-        do_normalize=True,
-        feature_grad_mult=0.0,
-        teacher_hidden_size=192,
-        teacher_num_hidden_layers=6,
-    ),
-}
-PRESETS["distil-tiny-ofa"] = replace(PRESETS["distil-tiny"], compressor="integrate-and-fire")
 
 
 @dataclass(frozen=True)

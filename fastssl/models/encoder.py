@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastssl.models.bounds import bounded
 from fastssl.models.compression import make_compressor
-from fastssl.models.config import COMPRESSOR_FIELDS, Parts, SpeechEncoderConfig, check_value
+from fastssl.models.config import COMPRESSOR_FIELDS, Parts, SpeechEncoderConfig
 from fastssl.models.folder import MODEL_CLASSES, SAMPLE_RATE_HZ, head_prefix
 from fastssl.models.multiplications import convolve
 from fastssl.models.speech_encoder import EncoderOutput, SpeechEncoder
@@ -57,26 +58,25 @@ class EncoderConfig(SpeechEncoderConfig):
         conv_pos_kernel_size: Kernel of each positional convolution, in frames (data2vec-audio).
     """
 
-    feat_proj_dropout: float = 0.0
+    feat_proj_dropout: float = bounded(0.0, least=0, below=1)
     feat_extract_norm: Literal["group", "layer"] = "group"
-    conv_kernel: tuple[int, ...] = (10, 3, 3, 3, 3, 2, 2)
-    conv_stride: tuple[int, ...] = (5, 2, 2, 2, 2, 2, 2)
+    conv_kernel: tuple[int, ...] = bounded((10, 3, 3, 3, 3, 2, 2), least=1)
+    conv_stride: tuple[int, ...] = bounded((5, 2, 2, 2, 2, 2, 2), least=1)
     conv_bias: bool = False
-    num_conv_pos_embeddings: int = 128
-    num_conv_pos_embedding_groups: int = 16
+    num_conv_pos_embeddings: int = bounded(128, least=1)
+    num_conv_pos_embedding_groups: int = bounded(16, least=1)
     do_stable_layer_norm: bool = False
-    initializer_range: float = 0.02
-    feature_grad_mult: float = 1.0
+    initializer_range: float = bounded(0.02, least=0)
+    feature_grad_mult: float = bounded(1.0, least=0)
     feat_proj_layer_norm: bool = True
-    num_buckets: int = 320
-    max_bucket_distance: int = 800
-    conv_pos_kernel_size: int = 19
+    num_buckets: int = bounded(320, least=4)
+    max_bucket_distance: int = bounded(800, least=2)
+    conv_pos_kernel_size: int = bounded(19, least=1)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.model_type not in MODEL_CLASSES:
             raise ValueError(f"model_type: {self.model_type!r} is none of {', '.join(MODEL_CLASSES)}")
-        for field in fields(EncoderConfig):
-            check_value(field.name, getattr(self, field.name), field.default)
         foreign = [field for field in fields(self) if _OWN_FIELDS.get(field.name, self.model_type) != self.model_type]
         fixed = {field.name: field.default for field in foreign}
         if self.model_type == "data2vec-audio":
@@ -84,16 +84,25 @@ class EncoderConfig(SpeechEncoderConfig):
         for name, value in fixed.items():
             if getattr(self, name) != value:
                 raise ValueError(f"{name}: must be {value!r} for {self.model_type}, got {getattr(self, name)!r}")
-        super().__post_init__()
-        if not len(self.conv_dim) == len(self.conv_kernel) == len(self.conv_stride):
+        if not 0 < len(self.conv_dim) == len(self.conv_kernel) == len(self.conv_stride):
             raise ValueError(
                 f"conv_dim, conv_kernel, conv_stride: {len(self.conv_dim)}, {len(self.conv_kernel)} and "
                 f"{len(self.conv_stride)} layers; they must agree"
             )
+        for name in ("num_attention_heads", "num_conv_pos_embedding_groups"):
+            if self.hidden_size % getattr(self, name):
+                raise ValueError(f"{name}: {getattr(self, name)} do not divide a hidden_size of {self.hidden_size}")
+        if self.max_bucket_distance <= self.num_buckets // 4:
+            raise ValueError(
+                f"max_bucket_distance: must be above a quarter of num_buckets={self.num_buckets}, "
+                f"got {self.max_bucket_distance}"
+            )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Self":
-        """From a Transformers `config.json`: its other keys are ignored, and what it leaves out has the type's default.
+        """Read a Transformers `config.json`, whose other keys are ignored.
+
+        What it leaves out of an encoder has Transformers' default, which need not be that of a system's recipe.
 
         Raises:
             ValueError: The model has a part that is not built here.
@@ -108,9 +117,10 @@ class EncoderConfig(SpeechEncoderConfig):
         }.items():
             if values.get(key, served) != served:
                 raise ValueError(f"{key}={values[key]!r} is not supported, only {served!r}")
-        known = {name: value for name, value in values.items() if _OWN_FIELDS.get(name, model_type) == model_type}
+        known = {field.name: field.default for field in fields(EncoderConfig) if field.name != "model_type"}
+        known |= {name: value for name, value in values.items() if _OWN_FIELDS.get(name, model_type) == model_type}
         if model_type == "data2vec-audio":
-            known = {"num_conv_pos_embeddings": 5} | known | _DATA2VEC
+            known |= {"num_conv_pos_embeddings": values.get("num_conv_pos_embeddings", 5)} | _DATA2VEC
         return super().from_dict(known)
 
     @property
@@ -283,6 +293,7 @@ def _as_transformers(config: EncoderConfig) -> dict[str, Any]:
         if _OWN_FIELDS.get(name, config.model_type) == config.model_type
         and not (config.model_type == "data2vec-audio" and name in _DATA2VEC)
         and not (config.compressor == "none" and name in COMPRESSOR_FIELDS)
+        and not isinstance(value, dict)  # a group of settings of the training
     }
     values |= {"num_feat_extract_layers": len(config.conv_dim), "hidden_act": "gelu", "feat_extract_activation": "gelu"}
     return values

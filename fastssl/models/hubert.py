@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastssl.models.bounds import bounded
 from fastssl.models.config import MaskedConfig
 from fastssl.models.encoder import Encoder, EncoderConfig, Projected
 from fastssl.models.pretraining import (
@@ -33,49 +34,21 @@ class HubertConfig(MaskedConfig, EncoderConfig):
     """
 
     model_type: str = "hubert"
+    activation_dropout: float = 0.0
+    feat_proj_dropout: float = 0.1
+    layerdrop: float = 0.05
+    do_normalize: bool = False
+    feature_grad_mult: float = 0.1
     mask_time_prob: float = 0.8
-    num_clusters: int = 100
-    final_dim: int = 256
-    logit_temperature: float = 0.1
-    features_penalty_weight: float = 10.0
+    num_clusters: int = bounded(100, least=2)
+    final_dim: int = bounded(256, least=1)
+    logit_temperature: float = bounded(0.1, above=0)
+    features_penalty_weight: float = bounded(10.0, least=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.model_type != "hubert":
             raise ValueError(f"model_type: HuBERT pre-training has a hubert encoder, got {self.model_type!r}")
-        if self.mask_time_length < 1 or self.num_clusters < 2 or self.final_dim < 1:
-            numbers = f"{self.mask_time_length}, {self.num_clusters} and {self.final_dim}"
-            raise ValueError(
-                f"mask_time_length, num_clusters and final_dim: must be at least 1, 2 and 1, got {numbers}"
-            )
-        if self.logit_temperature <= 0:
-            raise ValueError(f"logit_temperature: must be positive, got {self.logit_temperature}")
-
-
-#: The size of the paper with the settings of fairseq's recipe, and a size for CPUs and tests; `recipes/` trains them.
-PRESETS = {
-    "hubert-base": HubertConfig(
-        activation_dropout=0.0,
-        feat_proj_dropout=0.1,
-        layerdrop=0.05,
-        do_normalize=False,
-        feature_grad_mult=0.1,
-    ),
-    "hubert-tiny": HubertConfig(
-        hidden_size=192,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        intermediate_size=768,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        layerdrop=0.0,
-        conv_dim=(128,) * 7,
-        num_conv_pos_embeddings=32,
-        num_conv_pos_embedding_groups=8,
-        final_dim=64,
-        features_penalty_weight=0.0,
-    ),
-}
 
 
 class HubertForPreTraining(PretrainingModel):

@@ -1,12 +1,13 @@
 """wav2vec 2.0 pre-training (Baevski et al. 2020, arXiv 2006.11477), on packed batches."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastssl import ops
+from fastssl.models.bounds import bounded, check_bounds
 from fastssl.models.compression import CompressionScores
 from fastssl.models.config import MaskedConfig
 from fastssl.models.encoder import Encoder, EncoderConfig, Projected
@@ -21,8 +22,32 @@ _STREAM_GUMBEL = 3
 
 
 @dataclass(frozen=True)
+class GumbelTemperature:
+    """Temperature of the Gumbel softmax that chooses codes: start * decay^update, never below end.
+
+    Args:
+        start: Temperature of the first update.
+        end: The lowest temperature.
+        decay: Factor per update.
+    """
+
+    start: float = bounded(2.0, above=0)
+    end: float = bounded(0.5, above=0)
+    decay: float = bounded(0.999995, above=0, most=1)
+
+    def __post_init__(self) -> None:
+        check_bounds(self, "gumbel_temperature.")
+
+    def at(self, update: int) -> float:
+        """The temperature of an update, counted from 0."""
+        return float(max(self.end, self.start * self.decay**update))
+
+
+@dataclass(frozen=True)
 class Wav2Vec2Config(MaskedConfig, EncoderConfig):
-    """An encoder with its pre-training head and objective; names and defaults of Transformers' `Wav2Vec2Config`.
+    """An encoder with its pre-training head and objective; names of Transformers' `Wav2Vec2Config`.
+
+    The defaults are the values of fairseq's wav2vec2_base_librispeech.yaml.
 
     Args:
         num_negatives: Distractors per masked frame.
@@ -34,73 +59,34 @@ class Wav2Vec2Config(MaskedConfig, EncoderConfig):
         feat_quantizer_dropout: On the frames that the quantiser takes.
         diversity_loss_weight: Weight of the diversity loss.
         features_penalty_weight: Weight of the mean square of the front end's frames (fairseq: 10).
+        gumbel_temperature: Schedule of the quantiser's temperature in training, which `config.json` does not keep.
     """
 
-    num_negatives: int = 100
-    contrastive_logits_temperature: float = 0.1
-    num_codevector_groups: int = 2
-    num_codevectors_per_group: int = 320
-    codevector_dim: int = 256
-    proj_codevector_dim: int = 256
-    feat_quantizer_dropout: float = 0.0
-    diversity_loss_weight: float = 0.1
-    features_penalty_weight: float = 10.0
+    activation_dropout: float = 0.0
+    feat_proj_dropout: float = 0.1
+    layerdrop: float = 0.05
+    do_normalize: bool = False
+    feature_grad_mult: float = 0.1
+    num_negatives: int = bounded(100, least=1)
+    contrastive_logits_temperature: float = bounded(0.1, above=0)
+    num_codevector_groups: int = bounded(2, least=1)
+    num_codevectors_per_group: int = bounded(320, least=1)
+    codevector_dim: int = bounded(256, least=1)
+    proj_codevector_dim: int = bounded(256, least=1)
+    feat_quantizer_dropout: float = bounded(0.1, least=0, below=1)
+    diversity_loss_weight: float = bounded(0.1, least=0)
+    features_penalty_weight: float = bounded(10.0, least=0)
+    gumbel_temperature: GumbelTemperature = field(default_factory=GumbelTemperature)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.model_type != "wav2vec2":
             raise ValueError(f"model_type: wav2vec 2.0 pre-training has a wav2vec2 encoder, got {self.model_type!r}")
-        if self.mask_time_length < 1 or self.num_negatives < 1:
-            numbers = f"{self.mask_time_length} and {self.num_negatives}"
-            raise ValueError(f"mask_time_length and num_negatives: must be at least 1, got {numbers}")
-
-
-#: Sizes of the paper with the settings of fairseq's recipes, and a size for CPUs and tests; `recipes/` trains them.
-PRESETS = {
-    "wav2vec2-base": Wav2Vec2Config(
-        activation_dropout=0.0,
-        feat_proj_dropout=0.1,
-        feat_quantizer_dropout=0.1,
-        layerdrop=0.05,
-        do_normalize=False,
-        feature_grad_mult=0.1,
-    ),
-    "wav2vec2-large": Wav2Vec2Config(
-        hidden_size=1024,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        intermediate_size=4096,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        activation_dropout=0.0,
-        layerdrop=0.0,
-        feat_extract_norm="layer",
-        conv_bias=True,
-        do_stable_layer_norm=True,
-        codevector_dim=768,
-        proj_codevector_dim=768,
-        features_penalty_weight=0.0,
-    ),
-    "wav2vec2-tiny": Wav2Vec2Config(
-        hidden_size=192,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        intermediate_size=768,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        layerdrop=0.0,
-        conv_dim=(128,) * 7,
-        num_conv_pos_embeddings=32,
-        num_conv_pos_embedding_groups=8,
-        num_codevectors_per_group=64,
-        codevector_dim=64,
-        proj_codevector_dim=64,
-        features_penalty_weight=0.0,
-    ),
-}
-# Once for all: the same encoder at any frame period (arXiv 2211.02332).
-for _name in ("wav2vec2-tiny", "wav2vec2-base"):
-    PRESETS[f"{_name}-ofa"] = replace(PRESETS[_name], compressor="integrate-and-fire")
+        if self.codevector_dim % self.num_codevector_groups:
+            raise ValueError(
+                f"codevector_dim: {self.codevector_dim} is not divisible by num_codevector_groups="
+                f"{self.num_codevector_groups}"
+            )
 
 
 @dataclass(frozen=True)

@@ -89,20 +89,12 @@ class RelativePositionEmbedding(nn.Embedding):
     """A bias per head and bucket of distance: T5's buckets (arXiv 1910.10683), exact near by, logarithmic further off.
 
     Args:
-        buckets: Half of them for keys behind the query, half for keys before it or at it.
+        buckets: Half of them for keys behind the query, half for keys before it or at it; at least 4.
         heads: H.
-        max_distance: R; all distances from here on share a bucket.
-
-    Raises:
-        ValueError: There are fewer than 4 buckets, or `max_distance` lies among those of a single distance.
+        max_distance: R; all distances from here on share a bucket. Above a quarter of the buckets.
     """
 
     def __init__(self, buckets: int, heads: int, *, max_distance: int) -> None:
-        if buckets < 4 or max_distance <= buckets // 4:
-            raise ValueError(
-                f"num_buckets and max_bucket_distance: {buckets} and {max_distance}; must be at least 4, and more "
-                "than a quarter of the buckets"
-            )
         super().__init__(buckets, heads)
         half = buckets // 2
         exact = half // 2

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import yaml
 
+from fastssl.models.bounds import bounded, check_bounds
 from fastssl.models.folder import changed_settings
 from fastssl.models.wav2vec2 import Wav2Vec2Config
 from fastssl.train.systems import SYSTEMS, ModelConfig
@@ -61,34 +62,26 @@ class DataConfig:
         num_workers: Processes that decode audio, per training process; null chooses by the number of cores.
     """
 
-    max_duration_s: float = 87.5
-    max_utterances: int | None = None
-    crop_s: float | None = 15.625
-    min_duration_s: float = 2.0
-    window_s: float = 60.0
-    valid: float | str = 0.01
-    channel: int | None = None
+    max_duration_s: float = bounded(87.5, above=0)
+    max_utterances: int | None = bounded(None, least=1)
+    crop_s: float | None = bounded(15.625, above=0)
+    min_duration_s: float = bounded(2.0, least=0)
+    window_s: float = bounded(60.0, above=0)
+    valid: float | str = bounded(0.01, least=0, below=1)
+    channel: int | None = bounded(None, least=0)
     labels: str | None = None
     segments: str | None = None
     fixed_crops: bool = False
     teacher_cache: str | None = None
-    max_bad_fraction: float = 0.05
-    num_workers: int | None = None
+    max_bad_fraction: float = bounded(0.05, least=0, most=1)
+    num_workers: int | None = bounded(None, least=0)
 
     def __post_init__(self) -> None:
-        _require_positive("data", self, "max_duration_s", "window_s")
-        if self.max_utterances is not None and self.max_utterances < 1:
-            raise ValueError(f"data.max_utterances: must be at least 1, or null, got {self.max_utterances}")
-        if self.crop_s is not None and self.crop_s <= 0:
-            raise ValueError(f"data.crop_s: must be positive, or null for whole recordings, got {self.crop_s}")
+        check_bounds(self, "data.")
         if self.crop_s is not None and self.crop_s > self.max_duration_s:
             raise ValueError(f"data.crop_s: {self.crop_s} s is more than data.max_duration_s={self.max_duration_s}")
-        if not isinstance(self.valid, str) and not 0 <= self.valid < 1:
-            raise ValueError(f"data.valid: a fraction must be at least 0 and below 1, got {self.valid}")
         if self.teacher_cache is not None and self.crop_s is not None and not self.fixed_crops:
             raise ValueError("data.teacher_cache: add --data.fixed_crops true; crops that change cannot be kept")
-        if not 0 <= self.max_bad_fraction <= 1:
-            raise ValueError(f"data.max_bad_fraction: must be between 0 and 1, got {self.max_bad_fraction}")
 
 
 @dataclass(frozen=True)
@@ -104,49 +97,21 @@ class OptimizerConfig:
         clip_norm: Gradients are scaled down to this norm where they exceed it; null does not clip.
     """
 
-    lr: float = 5e-4
-    betas: tuple[float, float] = (0.9, 0.98)
-    eps: float = 1e-6
-    weight_decay: float = 0.01
-    warmup_updates: int = 32_000
-    clip_norm: float | None = None
+    lr: float = bounded(5e-4, above=0)
+    betas: tuple[float, float] = bounded((0.9, 0.98), least=0, below=1)
+    eps: float = bounded(1e-6, above=0)
+    weight_decay: float = bounded(0.01, least=0)
+    warmup_updates: int = bounded(32_000, least=0)
+    clip_norm: float | None = bounded(None, above=0)
 
     def __post_init__(self) -> None:
-        _require_positive("optimizer", self, "lr", "eps")
-        if self.warmup_updates < 0:
-            raise ValueError(f"optimizer.warmup_updates: must not be negative, got {self.warmup_updates}")
-        if self.clip_norm is not None and self.clip_norm <= 0:
-            raise ValueError(f"optimizer.clip_norm: must be positive, or null not to clip, got {self.clip_norm}")
+        check_bounds(self, "optimizer.")
 
     def lr_factor(self, update: int, max_steps: int) -> float:
         """What the learning rate of an update (from 0) is multiplied by: never 0 before `max_steps`."""
         if update < self.warmup_updates:
             return (update + 1) / self.warmup_updates
         return max(0.0, (max_steps - update) / max(1, max_steps - self.warmup_updates))
-
-
-@dataclass(frozen=True)
-class TemperatureConfig:
-    """Temperature of the Gumbel softmax that chooses codes: start * decay^update, never below end.
-
-    Args:
-        start: Temperature of the first update.
-        end: The lowest temperature.
-        decay: Factor per update.
-    """
-
-    start: float = 2.0
-    end: float = 0.5
-    decay: float = 0.999995
-
-    def __post_init__(self) -> None:
-        _require_positive("temperature", self, "start", "end")
-        if not 0 < self.decay <= 1:
-            raise ValueError(f"temperature.decay: must be above 0 and at most 1, got {self.decay}")
-
-    def at(self, update: int) -> float:
-        """The temperature of an update, counted from 0."""
-        return float(max(self.end, self.start * self.decay**update))
 
 
 @dataclass(frozen=True)
@@ -167,22 +132,21 @@ class TrainerConfig:
         progress: Show a progress bar on a terminal.
     """
 
-    max_steps: int = 400_000
-    accumulation: int = 1
+    max_steps: int = bounded(400_000, least=1)
+    accumulation: int = bounded(1, least=1)
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
-    devices: int = 1
-    num_nodes: int = 1
-    log_every: int = 10
-    val_check_interval: int = 1000
-    checkpoint_every: int = 1000
-    keep_every: int | None = None
+    devices: int = bounded(1, least=1)
+    num_nodes: int = bounded(1, least=1)
+    log_every: int = bounded(10, least=1)
+    val_check_interval: int = bounded(1000, least=1)
+    checkpoint_every: int = bounded(1000, least=1)
+    keep_every: int | None = bounded(None, least=1)
     progress: bool = True
 
     def __post_init__(self) -> None:
-        _require_positive("trainer", self, "max_steps", "accumulation", "devices", "num_nodes")
-        _require_positive("trainer", self, "log_every", "val_check_interval", "checkpoint_every")
-        if self.keep_every is not None and (self.keep_every <= 0 or self.keep_every % self.checkpoint_every):
+        check_bounds(self, "trainer.")
+        if self.keep_every is not None and self.keep_every % self.checkpoint_every:
             raise ValueError(
                 f"trainer.keep_every: must be a multiple of trainer.checkpoint_every={self.checkpoint_every}, "
                 f"got {self.keep_every}"
@@ -200,15 +164,13 @@ class QualityConfig:
         max_frames: Frames for k-means, drawn from all.
     """
 
-    every: int | None = None
-    minutes: float = 60.0
-    layers: tuple[int, ...] | None = None
-    max_frames: int = 102_400
+    every: int | None = bounded(None, least=1)
+    minutes: float = bounded(60.0, above=0)
+    layers: tuple[int, ...] | None = bounded(None, least=0)
+    max_frames: int = bounded(102_400, least=1)
 
     def __post_init__(self) -> None:
-        _require_positive("quality", self, "minutes", "max_frames")
-        if self.every is not None and self.every < 1:
-            raise ValueError(f"quality.every: must be at least 1, or null not to measure, got {self.every}")
+        check_bounds(self, "quality.")
 
 
 @dataclass(frozen=True)
@@ -226,7 +188,6 @@ class PretrainConfig:
         model: The encoder and its objective.
         data: What is trained on.
         optimizer: Adam.
-        temperature: Of wav2vec 2.0's Gumbel softmax.
         trainer: How long, and on what.
         quality: Whether and how the encoder is measured without labels meanwhile.
 
@@ -236,21 +197,19 @@ class PretrainConfig:
 
     audio: str
     output: str
-    seed: int = 0
+    seed: int = bounded(0, least=0, below=2**32)
     init: str | None = None
     recipe: str | None = None
-    system: str = "wav2vec2"
+    system: str = bounded("wav2vec2", choices=tuple(SYSTEMS))
     teacher: str | None = None
     model: ModelConfig = field(default_factory=Wav2Vec2Config)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    temperature: TemperatureConfig = field(default_factory=TemperatureConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     quality: QualityConfig = field(default_factory=QualityConfig)
 
     def __post_init__(self) -> None:
-        if self.system not in SYSTEMS:
-            raise ValueError(f"system: {self.system!r} is none of {', '.join(SYSTEMS)}")
+        check_bounds(self)
         expected = SYSTEMS[self.system].config
         if type(self.model) is not expected:
             raise ValueError(f"model: {self.system} has a {expected.__name__}, got a {type(self.model).__name__}")
@@ -263,9 +222,11 @@ class PretrainConfig:
         if self.data.segments is not None and not getattr(self.model, "draws_rates", False):
             raise ValueError("data.segments: are for a model whose compressor is integrate-and-fire")
         layers = self.model.num_hidden_layers
-        wrong = [layer for layer in self.quality.layers or () if not 0 <= layer <= layers]
+        wrong = [layer for layer in self.quality.layers or () if layer > layers]
         if wrong:
             raise ValueError(f"quality.layers: the model has layers 0 to {layers}, got {wrong[0]}")
+        if self.quality.every is not None and self.data.valid == 0:
+            raise ValueError("quality.every: measures held-out recordings, and data.valid holds out none")
 
 
 def write_config(config: PretrainConfig, path: Path) -> None:
@@ -276,6 +237,15 @@ def write_config(config: PretrainConfig, path: Path) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(yaml.safe_dump(values, sort_keys=False))
     temporary.replace(path)
+
+
+def renamed(values: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a file of an earlier version, which had `temperature` for `model.gumbel_temperature`."""
+    model = values.get("model", {})
+    if "temperature" not in values or not isinstance(model, dict):
+        return values
+    others = {name: value for name, value in values.items() if name != "temperature"}
+    return others | {"model": {"gumbel_temperature": values["temperature"]} | model}
 
 
 def check_resumable(config: PretrainConfig, path: Path) -> None:
@@ -291,7 +261,7 @@ def check_resumable(config: PretrainConfig, path: Path) -> None:
     # A run of an earlier version knows nothing of a later one's settings, and was made with what is now their default.
     model = SYSTEMS[config.system].config()
     defaults = PretrainConfig(audio="", output="", system=config.system, model=model)
-    before = _flatten(_values(defaults)) | _flatten(yaml.safe_load(path.read_text()))
+    before = _flatten(_values(defaults)) | _flatten(renamed(yaml.safe_load(path.read_text())))
     after = _flatten(_values(config))
     fixed = {name: value for name, value in after.items() if name not in RESUMABLE}
     if changed := changed_settings(before, fixed, there="in the run"):
@@ -301,8 +271,6 @@ def check_resumable(config: PretrainConfig, path: Path) -> None:
 def _values(config: PretrainConfig) -> dict[str, Any]:
     """The settings that count, as YAML has them."""
     values: dict[str, Any] = _plain(dataclasses.asdict(config))
-    if config.system != "wav2vec2":
-        del values["temperature"]
     if config.system != "distillation":
         del values["teacher"]
     return values
@@ -320,9 +288,3 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         flat.update(_flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
     return flat
-
-
-def _require_positive(group: str, config: object, *names: str) -> None:
-    for name in names:
-        if getattr(config, name) <= 0:
-            raise ValueError(f"{group}.{name}: must be positive, got {getattr(config, name)}")

@@ -15,7 +15,7 @@ from fastssl.models.hubert import HubertForPreTraining
 from fastssl.models.pretraining import StepOutput, perplexity
 from fastssl.models.wav2vec2 import Wav2Vec2ForPreTraining
 from fastssl.nn.random import utterance_keys
-from fastssl.train.config import OptimizerConfig, TemperatureConfig
+from fastssl.train.config import OptimizerConfig
 from fastssl.train.systems import Model
 from fastssl.train.teacher import Teacher
 
@@ -41,7 +41,6 @@ class PretrainModule(LightningModule):
     Args:
         model: What is trained.
         optimizer: Adam and its schedule.
-        temperature: Schedule of wav2vec 2.0's Gumbel softmax.
         max_steps: The update at which the learning rate is 0.
         seed: Of masks, negatives, noise, dropout and layer drop.
         teacher: Of a student.
@@ -52,7 +51,6 @@ class PretrainModule(LightningModule):
         model: Model,
         *,
         optimizer: OptimizerConfig,
-        temperature: TemperatureConfig,
         max_steps: int,
         seed: int,
         teacher: Teacher | None = None,
@@ -61,7 +59,6 @@ class PretrainModule(LightningModule):
         self.model = model
         self.teacher = teacher
         self.optimizer_config = optimizer
-        self.temperature = temperature
         self.max_steps = max_steps
         self.seed = seed
         #: Of the last finished update, over all processes: counts, averages of loss and scores, norm, learning rate.
@@ -120,7 +117,7 @@ class PretrainModule(LightningModule):
         if isinstance(self.model, Wav2Vec2ForPreTraining):
             # The schedule goes by the update that the run is at, also where held-out recordings are scored.
             at = self.global_step if update == VALIDATION_UPDATE else update
-            temperature = self.temperature.at(at)
+            temperature = self.model.config.gumbel_temperature.at(at)
             output: StepOutput = self.model(
                 batch.waveforms, keys=keys, gumbel_temperature=temperature, layer_drop=layer_drop, **segments
             )
@@ -168,7 +165,7 @@ class PretrainModule(LightningModule):
         self.last_update["grad_norm"] = norm_value
         self.last_update["learning_rate"] = optimizer.param_groups[0]["lr"]
         if isinstance(self.model, Wav2Vec2ForPreTraining):
-            self.last_update["temperature"] = self.temperature.at(self.global_step)
+            self.last_update["temperature"] = self.model.config.gumbel_temperature.at(self.global_step)
         # fp16's scaler skips a step whose gradients overflowed, and lowers the scale.
         plugin = self.trainer.precision_plugin
         scaled = isinstance(plugin, MixedPrecision) and plugin.scaler is not None

@@ -265,7 +265,7 @@ class Monitor(Callback):
             logger.warning(
                 "the codes have collapsed: for %d updates nearly all frames had the same code (perplexity %.2f) and "
                 "the accuracy was that of guessing (%.1f %%). More training rarely mends this; a lower optimizer.lr, "
-                "more audio per update, a higher temperature.end or a higher model.diversity_loss_weight may",
+                "more audio per update, a higher model.gumbel_temperature.end or model.diversity_loss_weight may",
                 self._collapsed,
                 perplexity,
                 100 * update["accuracy"],

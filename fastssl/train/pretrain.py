@@ -71,8 +71,6 @@ def pretrain(config: PretrainConfig, *, resume: bool = False) -> None:
         seed=config.seed,
         accumulation=config.trainer.accumulation,
     )
-    if config.quality.every is not None and config.data.valid == 0:
-        raise ValueError("quality.every: measures held-out recordings, and data.valid holds out none")
     given = attach_given(config, data)
     torch.manual_seed(config.seed)
     model = build_model(config.model)
@@ -109,7 +107,6 @@ def _fit(
     module = PretrainModule(
         model,
         optimizer=config.optimizer,
-        temperature=config.temperature,
         max_steps=settings.max_steps,
         seed=config.seed,
         teacher=teacher,

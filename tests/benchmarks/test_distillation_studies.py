@@ -11,9 +11,10 @@ import pytest
 import soundfile
 import torch
 
+from benchmarks.recipes import recipe_model
 from benchmarks.studies import deep_or_wide, make_teacher, once_for_all, students
 from benchmarks.studies.pretraining_runs import Job, Trained
-from fastssl.models.distillation import PRESETS, DistillationConfig
+from fastssl.models.distillation import DistillationConfig
 from fastssl.models.encoder import Encoder, EncoderConfig
 from fastssl.packing import Packed
 from tests.models.test_compressed import SHAPE
@@ -113,7 +114,7 @@ def test_once_for_all_has_a_student_for_all_periods_and_one_for_each(tmp_path: P
         assert (options["feature_grad_mult"] > 0) == ("trained" in key) == ("data.teacher_cache" not in options)
         names = ("compressor", "compressor_factor", "compression_draw", "compression_range")
         changes = {name: options[name] for name in names if name in options}
-        preset = PRESETS["distil-tiny-ofa"]
+        preset = recipe_model("distil-tiny-ofa")
         config = DistillationConfig.from_dict({**preset.__dict__, **changes})
         assert ("data.segments" in options) == config.draws_rates
         if config.draws_rates:

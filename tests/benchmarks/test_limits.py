@@ -8,13 +8,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import limits, rivals, workloads
 from benchmarks.limits import Gemm
+from benchmarks.recipes import recipe_model
 from fastssl.models.encoder import Encoder
-from fastssl.models.wav2vec2 import PRESETS
 
 pytest.importorskip("transformers")
 
 CPU = torch.device("cpu")
-TINY = replace(PRESETS["wav2vec2-tiny"], conv_dim=(16,) * 7, hidden_size=32, intermediate_size=48)
+TINY = replace(recipe_model("wav2vec2-tiny"), conv_dim=(16,) * 7, hidden_size=32, intermediate_size=48)
 
 
 @pytest.mark.parametrize("backward", [False, True])
@@ -80,7 +80,7 @@ def test_tall_products_are_scaled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_audio_of_the_benchmarks_has_layers_of_work() -> None:
-    config = PRESETS["wav2vec2-base"]
+    config = recipe_model("wav2vec2-base")
     lengths_s = workloads.read_speech(4)
     total = sum(gemm.flops for gemm in limits.encoder(config, workloads.samples_of(lengths_s), backward=False))
     assert 12e9 < total / sum(lengths_s) < 17e9  # published: 6.9 multiply-adds per second of audio for a 15 s utterance

@@ -184,7 +184,7 @@ def test_a_run_is_done_once_and_resumed(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="kept no checkpoint of update 5"):
         quality_at(trained.run, 5, audio, minutes=0.1)
     model = open_checkpoint(trained.run)
-    once, twice = (held_out_scores(model, trained.run, audio, draws=draws) for draws in (1, 2))
+    once, twice = (held_out_scores(model, audio, draws=draws) for draws in (1, 2))
     assert once["prediction_loss"] != twice["prediction_loss"] == pytest.approx(once["prediction_loss"], rel=0.1)
     # Stopped behind its second update.
     (trained.run / "trained.json").unlink()

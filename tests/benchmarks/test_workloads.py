@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks import workloads
-from fastssl.models.wav2vec2 import PRESETS
+from benchmarks.recipes import recipe_model
 from fastssl.packing import Layout
 
 CPU = torch.device("cpu")
@@ -36,7 +36,7 @@ def test_the_other_workloads_are_what_they_say() -> None:
 
 def test_frames_are_those_of_the_encoder() -> None:
     lengths_s = [1.0, 1.0201, 15.6, 16.999]
-    config = PRESETS["wav2vec2-base"]
+    config = recipe_model("wav2vec2-base")
     layout = Layout.from_lengths(workloads.samples_of(lengths_s))
     for kernel, stride in zip(config.conv_kernel, config.conv_stride, strict=True):
         layout = layout.after_conv(kernel, stride)

@@ -10,9 +10,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import fastssl
+from benchmarks.recipes import recipe_model
 from fastssl.models.compression import draw_compression
 from fastssl.models.encoder import Encoder, EncoderConfig
-from fastssl.models.wav2vec2 import PRESETS, Wav2Vec2Config, Wav2Vec2ForPreTraining
+from fastssl.models.wav2vec2 import Wav2Vec2Config, Wav2Vec2ForPreTraining
 from fastssl.nn.random import draw_keys
 from fastssl.packing import Packed
 
@@ -24,7 +25,10 @@ SHAPE: dict[str, Any] = {
     "hidden_dropout": 0.0,
     "attention_dropout": 0.0,
     "activation_dropout": 0.0,
+    "feat_proj_dropout": 0.0,
     "layerdrop": 0.0,
+    "do_normalize": True,
+    "feature_grad_mult": 1.0,
     "conv_dim": (16,) * 7,
     "num_conv_pos_embeddings": 8,
     "num_conv_pos_embedding_groups": 2,
@@ -45,7 +49,7 @@ def make_encoder(kind: str) -> Encoder:
 def make_model(**changes: Any) -> Wav2Vec2ForPreTraining:
     torch.manual_seed(0)
     options: dict[str, Any] = {"num_codevectors_per_group": 8, "codevector_dim": 16, "proj_codevector_dim": 16}
-    options |= {"compressor": "integrate-and-fire", "num_negatives": 10}
+    options |= {"feat_quantizer_dropout": 0.0, "compressor": "integrate-and-fire", "num_negatives": 10}
     return Wav2Vec2ForPreTraining(Wav2Vec2Config(**SHAPE | options | changes))
 
 
@@ -283,7 +287,7 @@ def test_sizes_of_presets() -> None:
     """The paper's weight network is of 1.31 M parameters at width 512."""
     for size in ("tiny", "base"):
         with torch.device("meta"):
-            plain, compressed = (Encoder(PRESETS[f"wav2vec2-{size}{suffix}"]) for suffix in ("", "-ofa"))
+            plain, compressed = (Encoder(recipe_model(f"wav2vec2-{size}{suffix}")) for suffix in ("", "-ofa"))
         more = sum(p.numel() for p in compressed.parameters()) - sum(p.numel() for p in plain.parameters())
         assert more == (1_312_769 if size == "base" else 5 * 128 * 128 + 4 * 128 + 1)
 
@@ -297,7 +301,7 @@ def test_rejects_bad_input() -> None:
     with pytest.raises(ValueError, match="rate: must be from 0 to 2"):
         make_encoder("integrate-and-fire")(waveforms, rate=3.0)
     of_encoders: dict[str, dict[str, Any]] = {
-        "compressor: 'median'": {"compressor": "median"},
+        "compressor: must be one of none, average.* got 'median'": {"compressor": "median"},
         "compressor_factor: is of": {"compressor_factor": 2},
         "compressor_factor: is of 'average' and 'strided', got one for 'int": {
             "compressor": "integrate-and-fire",

@@ -143,7 +143,7 @@ def test_models_of_half_precision() -> None:
         ({"hidden_size": "48"}, "hidden_size: must be of type int, got '48'"),
         ({"num_hidden_layers": -1}, "num_hidden_layers: must be at least 0, got -1"),
         ({"num_attention_heads": 8}, "num_attention_heads: 8 do not divide a hidden_size of 24 into even widths"),
-        ({"hidden_dropout": 1.0}, r"hidden_dropout: must be in \[0, 1\), got 1.0"),
+        ({"hidden_dropout": 1.0}, "hidden_dropout: must be at least 0 and below 1, got 1.0"),
         ({"conv_dim": [16]}, r"conv_dim: must have two entries, got \(16,\)"),
         ({"conv_depthwise_kernel_size": 4}, "conv_depthwise_kernel_size: must be odd, got 4"),
         ({"num_mel_bins": 0}, "num_mel_bins: must be at least 1, got 0"),

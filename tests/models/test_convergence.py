@@ -31,6 +31,9 @@ CONFIG = Wav2Vec2Config(
     proj_codevector_dim=32,
     num_negatives=20,
     features_penalty_weight=0.0,
+    feat_quantizer_dropout=0.0,
+    do_normalize=True,
+    feature_grad_mult=1.0,
 )
 UPDATES = 150
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fastssl
+from benchmarks.recipes import recipe_model
 from fastssl import cli
 from fastssl.models.distillation import (
-    PRESETS,
     DistillationConfig,
     DistillationModel,
     PredictionHeads,
@@ -123,7 +123,7 @@ def test_which_layers_are_predicted(changes: dict[str, Any], layers: int, expect
 )
 def test_sizes_are_the_published_ones_and_those_of_the_readme(name: str, millions: float) -> None:
     with torch.device("meta"):
-        parameters = sum(parameter.numel() for parameter in Encoder(PRESETS[name]).parameters())
+        parameters = sum(parameter.numel() for parameter in Encoder(recipe_model(name)).parameters())
     assert round(parameters / 1e6, 2) == millions
 
 
@@ -137,7 +137,7 @@ def test_sizes_of_the_grid() -> None:
         # Attention on a GPU takes heads of eight channels, or several times as many.
         assert width % (8 * heads) == width % 16 == 0
         shape = dataclasses.replace(
-            PRESETS["distil-12l-half"],
+            recipe_model("distil-12l-half"),
             num_hidden_layers=layers,
             hidden_size=width,
             num_attention_heads=heads,
@@ -234,9 +234,12 @@ def test_rejects_bad_input() -> None:
             model(waveforms, keys=draw_keys(1), targets=wrong)
     cases: dict[str, dict[str, Any]] = {
         "model_type: a student is a hubert encoder": {"model_type": "wav2vec2"},
-        "distillation: must be pred or l2l": {"distillation": "both"},
-        "teacher_layers: must not be negative": {"teacher_layers": (-1, 4)},
-        "teacher_layers: l2l takes one for each of 12, got 2": {"distillation": "l2l", "teacher_layers": (4, 12)},
+        "distillation: must be one of pred, l2l": {"distillation": "both"},
+        "teacher_layers: must be at least 0, got -1": {"teacher_layers": (-1, 4)},
+        "teacher_layers: l2l takes one for each of 12, got 2": {
+            **{"distillation": "l2l", "num_hidden_layers": 12},
+            "teacher_layers": (4, 12),
+        },
         "num_hidden_layers: l2l takes at least one": {"distillation": "l2l", "num_hidden_layers": 0},
         "cosine_loss_weight": {"cosine_loss_weight": -1.0},
     }

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import bench_hubert_step, rivals
-from fastssl.models.hubert import PRESETS, HubertConfig, HubertForPreTraining
+from benchmarks.recipes import recipe_model
+from fastssl.models.hubert import HubertConfig, HubertForPreTraining
 from fastssl.nn.masking import sample_span_mask
 from fastssl.packing import Packed
 from tests.device_waits import device_waits
@@ -21,7 +22,10 @@ _TINY = HubertConfig(
     hidden_dropout=0.0,
     attention_dropout=0.0,
     activation_dropout=0.0,
+    feat_proj_dropout=0.0,
     layerdrop=0.0,
+    do_normalize=True,
+    feature_grad_mult=1.0,
     conv_dim=(16,) * 7,
     num_conv_pos_embeddings=8,
     num_conv_pos_embedding_groups=2,
@@ -114,7 +118,7 @@ def test_bf16_keeps_the_cosines_in_fp32(model: HubertForPreTraining) -> None:
 
 
 def test_presets_and_errors(model: HubertForPreTraining) -> None:
-    assert PRESETS["hubert-base"].num_clusters == 100
+    assert recipe_model("hubert-base").num_clusters == 100
     waveforms, labels, keys = _batch()
     with pytest.raises(ValueError, match="labels: expected one for each"):
         model(Packed.pack(waveforms), keys=keys, labels=torch.cat(labels)[1:])

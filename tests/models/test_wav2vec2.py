@@ -1,6 +1,7 @@
 """Equality with Transformers, independence of batch mates, and what a batch of the objective does."""
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.recipes import recipe_model
 from fastssl.interop import load_encoder
 from fastssl.models.encoder import Encoder, EncoderConfig
-from fastssl.models.wav2vec2 import PRESETS, Wav2Vec2Config, Wav2Vec2ForPreTraining
+from fastssl.models.wav2vec2 import GumbelTemperature, Wav2Vec2Config, Wav2Vec2ForPreTraining
 from fastssl.nn.masking import sample_negatives, sample_span_mask
 from fastssl.nn.random import gumbel, utterance_keys
 from fastssl.packing import Layout, Packed
@@ -37,6 +39,10 @@ SMALL = Wav2Vec2Config(
     codevector_dim=16,
     proj_codevector_dim=24,
     features_penalty_weight=0.0,
+    feat_proj_dropout=0.0,
+    feat_quantizer_dropout=0.0,
+    do_normalize=True,
+    feature_grad_mult=1.0,
 )
 
 VARIANTS = {
@@ -57,7 +63,7 @@ def make_model(variant: str) -> Wav2Vec2ForPreTraining:
 
 
 def make_transformers_model(config: Wav2Vec2Config) -> Any:
-    values = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(config).items()}
+    values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()}
     theirs = transformers.Wav2Vec2Config(**values, final_dropout=0.0, attn_implementation="eager")
     return transformers.Wav2Vec2ForPreTraining(theirs)
 
@@ -140,7 +146,7 @@ def test_features_alone_and_in_any_batch_are_equal_bit_for_bit(variant: str, len
 @pytest.mark.parametrize("preset", ["wav2vec2-tiny"])
 def test_presets_are_bit_exact_too(preset: str) -> None:
     torch.manual_seed(0)
-    encoder = Encoder(PRESETS[preset]).eval()
+    encoder = Encoder(recipe_model(preset)).eval()
     waveforms = waveforms_of(3_200, 64_000, 1_000, 31_337, 4_000)
     with torch.no_grad():
         together = encoder(waveforms).features.unpack()
@@ -148,11 +154,11 @@ def test_presets_are_bit_exact_too(preset: str) -> None:
             assert torch.equal(ours, encoder(Packed.pack([waveform])).features.values)
 
 
-def test_sizes_of_presets() -> None:
+def test_sizes_of_recipes() -> None:
     parameters = {}
-    for name, config in PRESETS.items():
+    for name in ("wav2vec2-base", "wav2vec2-large", "wav2vec2-tiny"):
         with torch.device("meta"):
-            parameters[name] = sum(p.numel() for p in Wav2Vec2ForPreTraining(config).parameters()) / 1e6
+            parameters[name] = sum(p.numel() for p in Wav2Vec2ForPreTraining(recipe_model(name)).parameters()) / 1e6
     # Base and large: the published models of 95 M and 317 M with their pre-training heads.
     assert parameters["wav2vec2-base"] == pytest.approx(95.05, abs=0.05)
     assert parameters["wav2vec2-large"] == pytest.approx(317.4, abs=0.5)
@@ -246,6 +252,19 @@ def test_loads_what_transformers_saves(name: str, tmp_path: Path) -> None:
     model = Wav2Vec2ForPreTraining.from_pretrained(tmp_path)
     if name == "Wav2Vec2ForPreTraining":
         assert torch.equal(model.quantizer.codevectors, theirs.quantizer.codevectors)
+
+
+def test_the_schedule_of_the_temperature_stays_out_of_the_folder(tmp_path: Path) -> None:
+    config = replace(SMALL, gumbel_temperature=GumbelTemperature(end=0.25))
+    Wav2Vec2ForPreTraining(config).wav2vec2.save_pretrained(tmp_path)
+    exported = json.loads((tmp_path / "config.json").read_text())
+    assert exported["num_negatives"] == SMALL.num_negatives
+    assert "gumbel_temperature" not in exported
+    # A run's config.yaml has it.
+    assert Wav2Vec2Config.from_dict(asdict(config)) == config
+    assert Wav2Vec2Config.from_dict({"gumbel_temperature": {"end": 0.25, "later": 1}}).gumbel_temperature.end == 0.25
+    with pytest.raises(ValueError, match="gumbel_temperature: must be of type GumbelTemperature, got 3"):
+        Wav2Vec2Config.from_dict({"gumbel_temperature": 3})
 
 
 def test_rejects_bad_input(tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ from fastssl.train.config import (
     DataConfig,
     OptimizerConfig,
     PretrainConfig,
-    TemperatureConfig,
     TrainerConfig,
     write_config,
 )
@@ -106,7 +105,6 @@ def make_config(recordings: Path, tmp_path: Path) -> MakeConfig:
             model=TINY_MODEL,
             data=DataConfig(max_duration_s=6, crop_s=2, min_duration_s=1, valid=0.2, num_workers=1),
             optimizer=OptimizerConfig(lr=2e-3, warmup_updates=3, clip_norm=5.0),
-            temperature=TemperatureConfig(decay=0.9),
             trainer=TrainerConfig(
                 max_steps=8, log_every=1, checkpoint_every=2, val_check_interval=4, accelerator="cpu", progress=False
             ),

@@ -132,7 +132,6 @@ def test_fp16_does_not_skip_updates_for_ever(make_config: MakeConfig) -> None:
     module = PretrainModule(
         build_model(config.model),
         optimizer=config.optimizer,
-        temperature=config.temperature,
         max_steps=100,
         seed=0,
     )

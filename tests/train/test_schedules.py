@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from fastssl.train.config import DataConfig, OptimizerConfig, TemperatureConfig, TrainerConfig
+from fastssl.models.wav2vec2 import GumbelTemperature
+from fastssl.train.config import DataConfig, OptimizerConfig, TrainerConfig
 from fastssl.train.metrics_file import MetricsFile, read_metrics
 
 
@@ -18,7 +19,7 @@ def test_learning_rate_rises_and_falls_linearly() -> None:
 
 
 def test_temperature_falls_to_its_end() -> None:
-    config = TemperatureConfig(start=2.0, end=0.5, decay=0.999)
+    config = GumbelTemperature(start=2.0, end=0.5, decay=0.999)
     assert config.at(0) == 2.0
     assert config.at(100) == pytest.approx(2 * 0.999**100)
     assert config.at(10_000) == 0.5
@@ -32,7 +33,7 @@ def test_temperature_falls_to_its_end() -> None:
         (lambda: DataConfig(valid=1.0), r"data\.valid"),
         (lambda: OptimizerConfig(lr=0), r"optimizer\.lr"),
         (lambda: OptimizerConfig(clip_norm=-1), r"optimizer\.clip_norm"),
-        (lambda: TemperatureConfig(end=0), r"temperature\.end"),
+        (lambda: GumbelTemperature(end=0), r"gumbel_temperature\.end"),
         (lambda: TrainerConfig(max_steps=0), r"trainer\.max_steps"),
         (lambda: TrainerConfig(checkpoint_every=10, keep_every=15), r"trainer\.keep_every: must be a multiple"),
     ],

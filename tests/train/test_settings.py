@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastssl.data.batches import AudioBatch, BatchSpec, WaveformDataset
-from fastssl.train.config import TemperatureConfig
+from fastssl.models.wav2vec2 import GumbelTemperature
 from fastssl.train.data import PretrainDataModule
 from fastssl.train.pretrain import pretrain
 from tests.train.conftest import MakeConfig
@@ -73,8 +73,8 @@ def test_missing_devices_are_refused_before_the_folder_is_written(
 
 @pytest.mark.parametrize("decay", [0.0, -0.5, 1.01, float("nan")])
 def test_temperature_never_rises(decay: float) -> None:
-    with pytest.raises(ValueError, match=r"temperature\.decay"):
-        TemperatureConfig(decay=decay)
+    with pytest.raises(ValueError, match=r"gumbel_temperature\.decay"):
+        GumbelTemperature(decay=decay)
 
 
 def test_batches_reach_the_device_without_waiting(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
