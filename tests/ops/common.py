@@ -1,6 +1,6 @@
 """What the op tests share: which implementations exist, and how close is close."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import pytest
 import torch
@@ -32,6 +32,17 @@ def implementations(op: str, *, compiled_only: bool = False) -> list[ParameterSe
 
 def layout_of(lengths: Sequence[int], device: str = "cpu") -> Layout:
     return Layout.from_lengths(lengths, device=device)
+
+
+def randn(*shape: int) -> Tensor:
+    """Normal numbers in fp64; the same for the same shape."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64)
+
+
+def normal(**shapes: tuple[int, ...]) -> dict[str, Tensor]:
+    """Normal numbers of some shapes, by name; different for each."""
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.randn(*shape, generator=generator) for name, shape in shapes.items()}
 
 
 def assert_as_good_as(x: Tensor, plain: Tensor, exact: Tensor, what: str) -> None:
@@ -70,16 +81,20 @@ def check_against_reference(
     device: str,
     dtype: torch.dtype,
     backward: bool,
+    constants: Collection[str] = (),
 ) -> None:
-    """Compare `run(inputs, backend)` with the reference in fp64, allowing twice the reference's error in `dtype`."""
+    """Compare `run(inputs, backend)` with the reference in fp64, allowing twice the reference's error in `dtype`.
+
+    With `backward`, the gradients of all floating inputs too but those of `constants`.
+    """
     exact, plain, ours = cast(inputs, torch.float64), cast(inputs, dtype, device), cast(inputs, dtype, device)
     for name in exact:  # rounding the inputs is not the op's error
         exact[name] = plain[name].detach().to("cpu", exact[name].dtype).requires_grad_(exact[name].requires_grad)
     results = [run(exact, "reference"), run(plain, "reference"), run(ours, backend)]
+    assert_as_good_as(results[2].cpu(), results[1].cpu(), results[0], "output")
     if not backward:
-        assert_as_good_as(results[2].cpu(), results[1].cpu(), results[0], "output")
         return
-    names = [name for name in inputs if inputs[name].is_floating_point()]
+    names = [name for name in inputs if inputs[name].is_floating_point() and name not in constants]
     found = [
         gradients(out, [tensors[name] for name in names])
         for out, tensors in zip(results, (exact, plain, ours), strict=True)

@@ -3,12 +3,16 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from fastssl.kernels.dispatch import BACKENDS
 from fastssl.kernels.philox import keep_mask
 from fastssl.ops import bias_gelu_dropout
-from tests.ops.common import LENGTHS, check_against_reference, gradients, implementations
+from fastssl.packing import Layout, Packed
+from tests.ops.common import LENGTHS, gradients, implementations, normal, randn
+from tests.ops.standard import Inputs, Mates, Standard
 
 SEED = torch.tensor(-4242424242424242)
 
@@ -23,17 +27,16 @@ CASES: dict[str, tuple[int, int, bool, dict[str, Any]]] = {
     "single_frame": (1, 192, True, {"dropout_p": 0.1}),
     "empty_batch": (0, 16, True, {"dropout_p": 0.3}),
 }
-EVERY_CASE = pytest.mark.parametrize("case", CASES)
+SMALL: dict[str, tuple[int, int, bool, dict[str, Any]]] = {
+    f"small, {bias=}, {dropout_p=}": (5, 6, bias, {"dropout_p": dropout_p} if dropout_p else {})
+    for bias in (False, True)
+    for dropout_p in (0.0, 0.4)
+}
 EVERY_IMPLEMENTATION = pytest.mark.parametrize(("backend", "device"), implementations("bias_gelu_dropout"))
-COMPILED = implementations("bias_gelu_dropout", compiled_only=True)
-#: Triton computes in fp32.
-IN_DOUBLE = pytest.mark.parametrize(
-    ("backend", "device"), [case for case in implementations("bias_gelu_dropout") if case.values[0] != "triton"]
-)
 
 
-def make_inputs(case: str, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    rows, width, with_bias, options = CASES[case]
+def make_inputs(case: str, dtype: torch.dtype = torch.float32) -> Inputs:
+    rows, width, with_bias, options = (CASES | SMALL)[case]
     generator = torch.Generator().manual_seed(0)
     inputs = {"x": 2 * torch.randn(rows, width, generator=generator, dtype=dtype)}
     if with_bias:
@@ -41,99 +44,67 @@ def make_inputs(case: str, dtype: torch.dtype = torch.float32) -> dict[str, Tens
     return inputs | ({"seed": SEED} if "dropout_p" in options else {})
 
 
-def run(case: str, inputs: dict[str, Tensor], backend: str | None = None) -> Tensor:
+def run(case: str, inputs: Inputs, backend: str | None = None) -> Tensor:
     return bias_gelu_dropout(
-        inputs["x"], inputs.get("bias"), **CASES[case][3], seed=inputs.get("seed"), backend=backend
+        inputs["x"], inputs.get("bias"), **(CASES | SMALL)[case][3], seed=inputs.get("seed"), backend=backend
     )
 
 
-@EVERY_CASE
-@EVERY_IMPLEMENTATION
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_forward(case: str, backend: str, device: str, dtype: torch.dtype) -> None:
-    check_against_reference(
-        lambda inputs, name: run(case, inputs, name),
-        make_inputs(case),
-        backend=backend,
-        device=device,
-        dtype=dtype,
-        backward=False,
-    )
+def call(inputs: Inputs, layout: Layout, backend: str) -> Tensor:
+    return bias_gelu_dropout(inputs["x"], inputs["bias"], dropout_p=0.1, seed=inputs["seed"], backend=backend)
 
 
-@EVERY_CASE
-@EVERY_IMPLEMENTATION
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_backward(case: str, backend: str, device: str, dtype: torch.dtype) -> None:
-    check_against_reference(
-        lambda inputs, name: run(case, inputs, name),
-        make_inputs(case),
-        backend=backend,
-        device=device,
-        dtype=dtype,
-        backward=True,
-    )
+def frames(count: int) -> Inputs:
+    return {"x": randn(count, 24), "bias": randn(24), "seed": torch.tensor(3)}
 
 
-@pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
-@IN_DOUBLE
-def test_gradcheck(with_bias: bool, dropout_p: float, backend: str, device: str) -> None:
-    if device == "cuda":
-        pytest.skip("gradcheck runs on the reference and the CPU")
-    generator = torch.Generator().manual_seed(0)
-    shapes: list[tuple[int, ...]] = [(5, 6), (6,)] if with_bias else [(5, 6)]
-    inputs = tuple(torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes)
-    seed = SEED if dropout_p else None
-
-    def activate(x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return bias_gelu_dropout(x, bias, dropout_p=dropout_p, seed=seed, backend=backend)
-
-    assert torch.autograd.gradcheck(activate, inputs)
+def make_batch(lengths: tuple[int, ...]) -> Inputs:
+    return normal(x=(sum(lengths), 83), grad=(sum(lengths), 83), bias=(83,))
 
 
-@EVERY_CASE
-@pytest.mark.parametrize(("backend", "device"), COMPILED)
-def test_opcheck(case: str, backend: str, device: str) -> None:
-    options = CASES[case][3]
-    inputs = {name: tensor.to(device) for name, tensor in make_inputs(case).items()}
-    mask = (options.get("dropout_p", 0.0), inputs.get("seed"), options.get("offset", 0))
-    ops = getattr(torch.ops, f"fastssl_{backend}")
-    x, bias = inputs["x"], inputs.get("bias")
-    torch.library.opcheck(ops.bias_gelu_dropout_fwd.default, (x, bias, *mask))
-    torch.library.opcheck(ops.bias_gelu_dropout_bwd.default, (x, x, bias, *mask))
+def without_dropout(inputs: Inputs, layout: Layout, backend: str) -> list[Packed]:
+    """A mask belongs to places in the packed tensor."""
+    out = bias_gelu_dropout(inputs["x"].requires_grad_(), inputs["bias"], backend=backend)
+    (grad,) = torch.autograd.grad(out, inputs["x"], inputs["grad"])
+    return [Packed(out, layout), Packed(grad, layout)]
 
 
-@EVERY_IMPLEMENTATION
-@pytest.mark.parametrize("case", ["dropout", "no_bias"])
-def test_compile(case: str, backend: str, device: str) -> None:
-    inputs = {name: x.to(device) for name, x in make_inputs(case).items()}
-    inputs = {name: x.requires_grad_() if x.is_floating_point() else x for name, x in inputs.items()}
-    compiled = torch.compile(lambda x: run(case, x, backend), fullgraph=True, dynamic=True, backend="aot_eager")
-    out, eager = compiled(inputs), run(case, inputs, backend)
-    torch.testing.assert_close(out, eager, rtol=1e-5, atol=1e-5)
-    leaves = [x for x in inputs.values() if x.requires_grad]
-    torch.testing.assert_close(gradients(out, leaves), gradients(eager, leaves), rtol=1e-4, atol=1e-4)
+X, BIAS = torch.randn(20, 8), torch.randn(8)
+BAD: dict[str, dict[str, Any]] = {
+    r"x: expected \(N, D\), got \(20,\)": {"x": X[:, 0]},
+    "x: must be floating point": {"x": X.long()},
+    r"bias: expected \(8,\), got \(7,\)": {"bias": BIAS[1:]},
+    "bias: is on meta": {"bias": BIAS.to("meta")},
+    "dropout_p: must be": {"dropout_p": -0.1},
+    "offset: must not be negative": {"dropout_p": 0.1, "offset": -1},
+    "seed: expected .* torch.int32": {"dropout_p": 0.1, "seed": torch.tensor(1, dtype=torch.int32)},
+    "backend='warp': not available for bias_gelu_dropout on cpu": {"backend": "warp"},
+}
+if "triton" in BACKENDS["bias_gelu_dropout"]["cpu"]:
+    BAD["backend='triton': .*computes in float32.*available: .*reference"] = {"backend": "triton", "x": X.double()}
 
-
-@EVERY_IMPLEMENTATION
-@pytest.mark.parametrize("lengths", [LENGTHS["one_long"], (33, 0, 70)])
-def test_batch_mates_do_not_matter(backend: str, device: str, lengths: tuple[int, ...]) -> None:
-    """Without dropout, whose mask belongs to places in the packed tensor."""
-    generator = torch.Generator().manual_seed(0)
-    x, grad = (torch.randn(sum(lengths), 83, generator=generator).to(device) for _ in range(2))
-    bias = torch.randn(83, generator=generator).to(device)
-
-    def outputs(x: Tensor, grad: Tensor) -> list[Tensor]:
-        leaf = x.detach().requires_grad_()
-        out = bias_gelu_dropout(leaf, bias, backend=backend)
-        return [out, *torch.autograd.grad(out, leaf, grad)]
-
-    together = outputs(x, grad)
-    for index in range(len(lengths)):
-        parts = [tensor.split(lengths)[index] for tensor in (x, grad)]
-        for in_batch, alone in zip(together, outputs(*parts), strict=True):
-            assert torch.equal(in_batch.split(lengths)[index], alone)
+STANDARD = Standard(
+    op="bias_gelu_dropout",
+    cases=CASES,
+    make_inputs=make_inputs,
+    run=run,
+    mates={
+        name: Mates(
+            make=make_batch,
+            call=without_dropout,
+            lengths=st.just(lengths),
+            shared=("bias",),
+            same_bits=lambda backend, device: True,
+        )
+        for name, lengths in {"one_long": LENGTHS["one_long"], "33_0_70": (33, 0, 70)}.items()
+    },
+    good={"x": X, "bias": BIAS},
+    bad=BAD,
+    frames=frames,
+    call=call,
+    gradcheck_cases=SMALL,
+    compile_cases=("dropout", "no_bias"),
+)
 
 
 @EVERY_IMPLEMENTATION
@@ -200,25 +171,3 @@ def test_autocast_stays_outside() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = run("dropout", inputs)
     assert torch.equal(out, run("dropout", inputs))
-
-
-def test_rejects_bad_input() -> None:
-    x, bias = torch.randn(20, 8), torch.randn(8)
-    changes: dict[str, dict[str, Any]] = {
-        r"x: expected \(N, D\), got \(20,\)": {"x": x[:, 0]},
-        "x: must be floating point": {"x": x.long()},
-        r"bias: expected \(8,\), got \(7,\)": {"bias": bias[1:]},
-        "bias: is on meta": {"bias": bias.to("meta")},
-        "dropout_p: must be": {"dropout_p": -0.1},
-        "offset: must not be negative": {"dropout_p": 0.1, "offset": -1},
-        "seed: expected .* torch.int32": {"dropout_p": 0.1, "seed": torch.tensor(1, dtype=torch.int32)},
-        "backend='warp': not available for bias_gelu_dropout on cpu": {"backend": "warp"},
-    }
-    if "triton" in [case.values[0] for case in COMPILED]:
-        changes["backend='triton': .*computes in float32.*available: .*reference"] = {
-            "backend": "triton",
-            "x": x.double(),
-        }
-    for message, change in changes.items():
-        with pytest.raises(ValueError, match=message):
-            bias_gelu_dropout(**({"x": x, "bias": bias} | change))

@@ -1,9 +1,9 @@
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
@@ -11,10 +11,12 @@ from transformers.models.wav2vec2.modeling_wav2vec2 import Wav2Vec2ForPreTrainin
 
 from fastssl.kernels.dispatch import BACKENDS
 from fastssl.ops import contrastive_loss
-from tests.ops.common import LENGTHS, check_against_reference, compiler_for, implementations
+from fastssl.packing import Layout, Packed
+from tests.ops.common import LENGTHS, check_against_reference, compiler_for, implementations, layout_of, randn
+from tests.ops.standard import Inputs, Mates, Standard, interpreted
 
 #: name -> (masked frames of each utterance, D, K, share of negatives that are -1, number of distinct targets or None)
-CASES = {
+CASES: dict[str, Any] = {
     "odd": (LENGTHS["odd"], 16, 10, 0.0, None),
     "one_long": (LENGTHS["one_long"], 8, 100, 0.0, None),
     "codes": (LENGTHS["odd"], 16, 10, 0.0, 4),
@@ -25,31 +27,31 @@ CASES = {
     "single_frame": (LENGTHS["single_frame"], 8, 4, 1.0, None),
     "empty_batch": (LENGTHS["empty_batch"], 8, 4, 0.0, None),
 }
-EVERY_CASE = pytest.mark.parametrize("case", CASES)
 EVERY_IMPLEMENTATION = pytest.mark.parametrize(("backend", "device"), implementations("contrastive_loss"))
-COMPILED = pytest.mark.parametrize(("backend", "device"), implementations("contrastive_loss", compiled_only=True))
+SMALL: dict[str, Any] = {
+    "small": ((4, 1, 6), 3, 4, 0.2, None),
+    "small, codes": ((4, 1, 6), 3, 4, 0.2, 3),
+}
 
 
-def interpreted(backend: str, device: str) -> bool:
-    """Triton's interpreter takes 15 ms for a frame: it gets small batches."""
-    return (backend, device) == ("triton", "cpu")
+def make_inputs(case: str, dtype: torch.dtype = torch.float32) -> Inputs:
+    return draw(*(SMALL | CASES)[case], dtype)
 
 
-def draw_case(case: str, backend: str, device: str) -> dict[str, Tensor]:
-    lengths, width, count, missing, codes = CASES[case]
-    if interpreted(backend, device):
-        lengths = tuple(-(-length // 8) for length in lengths)
-    return draw(lengths, width, count, missing, codes)
+def few_frames(case: str, dtype: torch.dtype = torch.float32) -> Inputs:
+    """For Triton's interpreter, which takes 15 ms for a frame."""
+    lengths, *rest = (SMALL | CASES)[case]
+    return draw(tuple(-(-length // 8) for length in lengths), *rest, dtype)
 
 
 def draw(
-    lengths: tuple[int, ...] | list[int],
+    lengths: Sequence[int],
     width: int,
     count: int,
     missing: float,
     codes: int | None,
     dtype: torch.dtype = torch.float32,
-) -> dict[str, Tensor]:
+) -> Inputs:
     """Negatives from the same utterance, any row of it, so that the frame itself is among them at times."""
     generator = torch.Generator().manual_seed(0)
     frames = sum(lengths)
@@ -68,62 +70,109 @@ def draw(
     }
 
 
-def call(inputs: dict[str, Tensor], backend: str | None = None, temperature: float = 0.1) -> tuple[Tensor, Tensor]:
+def call(inputs: Inputs, backend: str | None = None, temperature: float = 0.1) -> tuple[Tensor, Tensor]:
     context, targets, negatives = inputs.values()
     return contrastive_loss(context, targets, negatives, temperature=temperature, backend=backend)
 
 
-def run(inputs: dict[str, Tensor], backend: str | None = None) -> Tensor:
+def run(inputs: Inputs, backend: str | None = None) -> Tensor:
     loss, correct = call(inputs, backend)
     assert correct.shape == loss.shape
     assert correct.dtype == torch.bool
     assert not correct.requires_grad
+    assert loss.dtype == torch.promote_types(inputs["context"].dtype, torch.float32)
     return loss
 
 
-@EVERY_CASE
-@EVERY_IMPLEMENTATION
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_forward(case: str, backend: str, device: str, dtype: torch.dtype) -> None:
-    inputs = draw_case(case, backend, device)
-    check_against_reference(run, inputs, backend=backend, device=device, dtype=dtype, backward=False)
-    rounded = {name: x.to(device, dtype if x.is_floating_point() else None) for name, x in inputs.items()}
-    assert run(rounded, backend).dtype == torch.float32
+def run_with_constant_codes(case: str, inputs: Inputs, backend: str | None) -> Tensor:
+    """A step of gradcheck tells equal targets apart, and the loss jumps."""
+    if "codes" in case:
+        inputs = inputs | {"targets": make_inputs(case, torch.float64)["targets"]}
+    return run(inputs, backend)
 
 
-@EVERY_CASE
-@EVERY_IMPLEMENTATION
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_backward(case: str, backend: str, device: str, dtype: torch.dtype) -> None:
-    inputs = draw_case(case, backend, device)
-    check_against_reference(run, inputs, backend=backend, device=device, dtype=dtype, backward=True)
+def trace(case: str, inputs: Inputs, backend: str) -> tuple[Callable[..., Tensor], tuple[Inputs]]:
+    def loss_and_correct(tensors: Inputs) -> Tensor:
+        return torch.cat(call(tensors, backend))
+
+    return loss_and_correct, (inputs,)
 
 
-@pytest.mark.parametrize("case", ["distinct", "codes", "empty_batch"])
-@EVERY_IMPLEMENTATION
-def test_gradcheck(case: str, backend: str, device: str) -> None:
-    if device == "cuda" or backend == "triton":
-        pytest.skip("gradcheck runs on the reference and the native CPU kernels")
-    codes = 3 if case == "codes" else None
-    inputs = draw((4, 1, 6) if case != "empty_batch" else (), 3, 4, 0.2, codes, torch.float64)
-    context, targets = inputs["context"].requires_grad_(), inputs["targets"]
-    # A step of gradcheck tells equal targets apart, and the loss jumps.
-    targets.requires_grad_(codes is None)
-    assert torch.autograd.gradcheck(
-        lambda context, targets: contrastive_loss(context, targets, inputs["negatives"], backend=backend)[0],
-        (context, targets),
-    )
+def frames(count: int) -> Inputs:
+    negatives = torch.randint(-1, count, (count, 11), generator=torch.Generator().manual_seed(1))
+    return {"context": randn(count, 24), "targets": randn(count, 24) + 1, "negatives": negatives}
 
 
-@pytest.mark.parametrize("case", ["missing", "no_negatives", "empty_batch"])
-@COMPILED
-def test_opcheck(case: str, backend: str, device: str) -> None:
-    context, targets, negatives = (x.to(device) for x in draw_case(case, backend, device).values())
-    ops = getattr(torch.ops, f"fastssl_{backend}")
-    torch.library.opcheck(ops.contrastive_loss_fwd.default, (context, targets, negatives, 0.1))
-    loss, _, logits = ops.contrastive_loss_fwd(context, targets, negatives, 0.1)
-    grad_loss = torch.rand_like(loss)
-    torch.library.opcheck(ops.contrastive_loss_bwd.default, (grad_loss, context, targets, negatives, loss, logits, 0.1))
+def make_batch(lengths: Sequence[int], width: int, count: int, dtype: torch.dtype) -> Inputs:
+    """With negatives that are counted from the beginning of their sequence."""
+    inputs = draw(lengths, width, count, 0.1, sum(lengths) // 2 + 1, dtype)
+    return inputs | {"negatives": moved(inputs["negatives"], layout_of(lengths), -1)}
+
+
+def moved(negatives: Tensor, layout: Layout, sign: int) -> Tensor:
+    begins = layout.cu_seqlens[:-1].repeat_interleave(layout.cu_seqlens.diff())
+    return torch.where(negatives < 0, negatives, negatives + sign * begins[:, None])
+
+
+def loss_of_batch(inputs: Inputs, layout: Layout, backend: str) -> list[Packed]:
+    results = call(inputs | {"negatives": moved(inputs["negatives"], layout, 1)}, backend)
+    return [Packed(result, layout) for result in results]
+
+
+CONTEXT, TARGETS, NEGATIVES = torch.randn(6, 4), torch.randn(6, 4), torch.zeros(6, 3, dtype=torch.int64)
+STANDARD = Standard(
+    op="contrastive_loss",
+    cases=CASES,
+    make_inputs=make_inputs,
+    interpreter_inputs=few_frames,
+    run=lambda case, inputs, backend: run(inputs, backend),
+    mates={
+        "drawn": Mates(
+            make=make_batch,
+            call=loss_of_batch,
+            lengths=st.lists(st.integers(0, 120), min_size=1, max_size=5),
+            drawn=(
+                st.sampled_from([5, 64, 256]),
+                st.sampled_from([1, 7, 100]),
+                st.sampled_from([torch.float32, torch.bfloat16]),
+            ),
+            examples=25,
+            on=lambda backend, device: not interpreted(backend, device),
+        ),
+        "kernels": Mates(
+            make=make_batch,
+            call=loss_of_batch,
+            lengths=st.just((6, 1, 0, 5)),
+            drawn=(st.just(20), st.just(40), st.just(torch.float32)),
+            on=lambda backend, device: backend in ("native", "triton"),
+        ),
+    },
+    good={"context": CONTEXT, "targets": TARGETS, "negatives": NEGATIVES},
+    bad={
+        r"context: expected \(N, D\)": {"context": torch.randn(6)},
+        r"targets: expected \(6, 4\)": {"targets": torch.randn(5, 4)},
+        "targets: expected .* got .* torch.float64": {"targets": TARGETS.double()},
+        r"negatives: expected \(6, K\)": {"negatives": NEGATIVES[:5]},
+        "negatives: expected .* got .* torch.float32": {"negatives": NEGATIVES.float()},
+        "negatives: must be -1 to 5, got 0 to 6": {"negatives": NEGATIVES + torch.tensor([0, 6, 1])},
+        "negatives: must be -1 to 5, got -2 to 0": {"negatives": NEGATIVES - torch.tensor([0, 2, 1])},
+        "temperature: must be above 0": {"temperature": 0.0},
+        "backend='triton': not available.*it computes in float32": {
+            "context": CONTEXT.double(),
+            "targets": TARGETS.double(),
+            "backend": "triton",
+        },
+        "backend='torch': not available for contrastive_loss on cpu": {"backend": "torch"},
+    },
+    frames=frames,
+    call=lambda inputs, layout, backend: run(inputs, backend),
+    gradcheck_cases=(*SMALL, "empty_batch"),
+    smooth=run_with_constant_codes,
+    compile_cases=("codes",),
+    compiler=compiler_for,
+    trace=trace,
+    opcheck_cases=("missing", "no_negatives", "empty_batch"),
+)
 
 
 @pytest.mark.parametrize("namespace", ["fastssl_native", "fastssl_triton"])
@@ -142,63 +191,6 @@ def test_fake_kernels_have_the_shapes_of_the_reference(case: str, namespace: str
     assert (logits.shape, logits.dtype) == ((frames, count + 1), torch.float32)
     for grad, x in zip(grads, (context, targets), strict=True):
         assert (grad.shape, grad.dtype) == (x.shape, x.dtype)
-
-
-@EVERY_IMPLEMENTATION
-def test_compile(backend: str, device: str) -> None:
-    inputs = {name: tensor.to(device) for name, tensor in draw_case("codes", backend, device).items()}
-    targets = inputs["targets"].requires_grad_()
-    compiled = torch.compile(
-        lambda tensors: call(tensors, backend), fullgraph=True, dynamic=True, backend=compiler_for(backend)
-    )
-    (loss, correct), (eager, eager_correct) = compiled(inputs), call(inputs, backend)
-    torch.testing.assert_close(loss, eager, rtol=1e-5, atol=1e-5)
-    assert torch.equal(correct, eager_correct)
-    grad, grad_eager = (torch.autograd.grad(x.sum(), targets)[0] for x in (loss, eager))
-    torch.testing.assert_close(grad, grad_eager, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("backend", "device"), [it for it in implementations("contrastive_loss") if it.id != "triton-cpu"]
-)
-@settings(max_examples=25, deadline=None)
-@given(
-    lengths=st.lists(st.integers(0, 120), min_size=1, max_size=5),
-    width=st.sampled_from([5, 64, 256]),
-    count=st.sampled_from([1, 7, 100]),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
-)
-def test_batch_mates_do_not_matter(
-    backend: str, device: str, lengths: list[int], width: int, count: int, dtype: torch.dtype
-) -> None:
-    check_batch_mates(backend, device, lengths, width, count, dtype)
-
-
-@COMPILED
-def test_batch_mates_do_not_matter_to_the_kernels(backend: str, device: str) -> None:
-    check_batch_mates(backend, device, [6, 1, 0, 5], 20, 40, torch.float32)
-
-
-def check_batch_mates(
-    backend: str, device: str, lengths: list[int], width: int, count: int, dtype: torch.dtype
-) -> None:
-    inputs = draw(lengths, width, count, 0.1, sum(lengths) // 2 + 1, dtype)
-    inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
-    loss, correct = call(inputs, backend)
-    for begin, length in zip(torch.tensor([0, *lengths]).cumsum(0).tolist(), lengths, strict=False):
-        rows = slice(begin, begin + length)
-        negatives = inputs["negatives"][rows]
-        alone, alone_correct = contrastive_loss(
-            inputs["context"][rows].clone(),  # memory of its own, which is aligned differently
-            inputs["targets"][rows].clone(),
-            torch.where(negatives < 0, negatives, negatives - begin),
-            backend=backend,
-        )
-        if device == "cpu":
-            assert torch.equal(loss[rows], alone)
-            assert torch.equal(correct[rows], alone_correct)
-        else:
-            torch.testing.assert_close(loss[rows], alone, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("codes", [None, 5])
@@ -290,13 +282,12 @@ def test_short_rows_take_the_least_norm(backend: str, device: str) -> None:
     # A row just below the least norm shows that its gradient keeps the direction of the row itself.
     factors = torch.tensor([[1.0], [0.0], [1e-12], [1.0], [3e-9]], device=device)
     inputs |= {name: inputs[name] * factors for name in ("context", "targets")}
-    for backward in (False, True):
-        check_against_reference(run, inputs, backend=backend, device=device, dtype=torch.float32, backward=backward)
+    check_against_reference(run, inputs, backend=backend, device=device, dtype=torch.float32, backward=True)
 
 
 @EVERY_IMPLEMENTATION
 def test_int32_negatives_are_the_same(backend: str, device: str) -> None:
-    inputs = {name: tensor.to(device) for name, tensor in draw_case("missing", backend, device).items()}
+    inputs = {name: tensor.to(device) for name, tensor in STANDARD.inputs("missing", backend, device).items()}
     assert torch.equal(run(inputs, backend), run(inputs | {"negatives": inputs["negatives"].int()}, backend))
 
 
@@ -311,27 +302,3 @@ def test_autocast_changes_nothing() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = run(inputs)
     assert torch.equal(loss, run(inputs))
-
-
-def test_rejects_bad_input() -> None:
-    context, targets, negatives = torch.randn(6, 4), torch.randn(6, 4), torch.zeros(6, 3, dtype=torch.int64)
-    changes: dict[str, dict[str, Any]] = {
-        r"context: expected \(N, D\)": {"context": torch.randn(6)},
-        r"targets: expected \(6, 4\)": {"targets": torch.randn(5, 4)},
-        "targets: expected .* got .* torch.float64": {"targets": targets.double()},
-        r"negatives: expected \(6, K\)": {"negatives": negatives[:5]},
-        "negatives: expected .* got .* torch.float32": {"negatives": negatives.float()},
-        "negatives: must be -1 to 5, got 0 to 6": {"negatives": negatives + torch.tensor([0, 6, 1])},
-        "negatives: must be -1 to 5, got -2 to 0": {"negatives": negatives - torch.tensor([0, 2, 1])},
-        "temperature: must be above 0": {"temperature": 0.0},
-        "backend='triton': not available.*it computes in float32": {
-            "context": context.double(),
-            "targets": targets.double(),
-            "backend": "triton",
-        },
-        "backend='torch': not available for contrastive_loss on cpu": {"backend": "torch"},
-    }
-    good = {"context": context, "targets": targets, "negatives": negatives}
-    for message, change in changes.items():
-        with pytest.raises(ValueError, match=message):
-            contrastive_loss(**(good | change))

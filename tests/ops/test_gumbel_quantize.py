@@ -1,9 +1,8 @@
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -11,7 +10,9 @@ from fastssl.kernels.gumbel_quantize import reference
 from fastssl.kernels.gumbel_quantize.op import GumbelQuantized
 from fastssl.nn.random import gumbel, noise_seeds
 from fastssl.ops import gumbel_quantize
-from tests.ops.common import LENGTHS, assert_as_good_as, cast, check_against_reference, compiler_for, implementations
+from fastssl.packing import Layout, Packed
+from tests.ops.common import LENGTHS, compiler_for, implementations, randn
+from tests.ops.standard import Inputs, Mates, Standard
 
 #: name -> (M, G, V, E, where the noise comes from)
 CASES = {
@@ -25,14 +26,14 @@ CASES = {
     "single_frame": (1, 2, 20, 8, "seeds"),
     "empty_batch": (0, 2, 20, 8, "seeds"),
 }
-EVERY_CASE = pytest.mark.parametrize("case", CASES)
+#: gradcheck perturbs every input, so these are small
+SMALL = {"small, three_groups": (3, 3, 9, 2, "seeds"), "small, likeliest": (3, 2, 11, 3, None)}
 EVERY_IMPLEMENTATION = pytest.mark.parametrize(("backend", "device"), implementations("gumbel_quantize"))
-COMPILED = implementations("gumbel_quantize", compiled_only=True)
 TEMPERATURE = 1.7
 
 
-def make_inputs(case: str, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    frames, groups, codes, width, source = CASES[case]
+def make_inputs(case: str, dtype: torch.dtype = torch.float32) -> Inputs:
+    frames, groups, codes, width, source = (CASES | SMALL)[case]
     generator = torch.Generator().manual_seed(0)
     inputs = {
         "logits": 2 * torch.randn(frames, groups, codes, generator=generator, dtype=dtype),
@@ -45,147 +46,148 @@ def make_inputs(case: str, dtype: torch.dtype = torch.float32) -> dict[str, Tens
     return inputs
 
 
-def call(inputs: dict[str, Tensor], backend: str | None = None) -> GumbelQuantized:
+def call(inputs: Inputs, backend: str | None = None) -> GumbelQuantized:
     logits, codevectors = inputs["logits"], inputs["codevectors"]
     noise, seeds = inputs.get("noise"), inputs.get("seeds")
     return gumbel_quantize(logits, codevectors, noise=noise, seeds=seeds, temperature=TEMPERATURE, backend=backend)
 
 
-def differentiable(inputs: dict[str, Tensor]) -> list[Tensor]:
+def differentiable(inputs: Inputs) -> list[Tensor]:
     return [inputs["logits"].requires_grad_(), inputs["codevectors"].requires_grad_()]
 
 
-def skip_float64_in_triton(backend: str, dtype: torch.dtype = torch.float64) -> None:
-    if backend == "triton" and dtype == torch.float64:
+def skip_float64_in_triton(backend: str) -> None:
+    if backend == "triton":
         pytest.skip("Triton multiplies no float64 matrices")
 
 
-@EVERY_CASE
-@EVERY_IMPLEMENTATION
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-def test_forward(case: str, backend: str, device: str, dtype: torch.dtype) -> None:
-    skip_float64_in_triton(backend, dtype)
-    inputs = cast(make_inputs(case), dtype, device)
-    exact = call(cast(inputs, torch.float64), "reference")
-    plain, ours = call(inputs, "reference"), call(inputs, backend)
-    assert torch.equal(ours.codes.cpu(), exact.codes)
-    assert torch.equal(ours.counts.cpu(), exact.counts)
-    vectors = inputs["codevectors"]
-    chosen = torch.stack([vectors[g, ours.codes[:, g]] for g in range(len(vectors))], 1).flatten(1)
-    assert torch.equal(ours.values, chosen)  # to the last bit, so that equal codes give equal vectors
-    assert ours.probability_sums.dtype == torch.promote_types(dtype, torch.float32)
-    assert_as_good_as(ours.probability_sums.cpu(), plain.probability_sums.cpu(), exact.probability_sums, "sums")
+def values(case: str, inputs: Inputs, backend: str | None) -> Tensor:
+    """The chosen vectors to the last bit, so that equal codes give equal vectors."""
+    found, vectors = call(inputs, backend), inputs["codevectors"]
+    chosen = torch.stack([vectors[g, found.codes[:, g]] for g in range(len(vectors))], 1).flatten(1)
+    assert torch.equal(found.values, chosen)
+    return found.values
 
 
-@EVERY_CASE
-@EVERY_IMPLEMENTATION
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("output", ["values", "probability_sums"])
-def test_backward(case: str, backend: str, device: str, dtype: torch.dtype, output: str) -> None:
-    inputs = make_inputs(case)
-    constant = {name: inputs.pop(name) for name in ("noise", "seeds") if name in inputs}
-
-    def run(tensors: dict[str, Tensor], name: str) -> Tensor:
-        outputs = call(tensors | {key: x.to(tensors["logits"].device) for key, x in constant.items()}, name)
-        # Both gradients together, so that each is seen to be added to the other.
-        return outputs.values if output == "values" else outputs.probability_sums + 0 * outputs.values.sum()
-
-    check_against_reference(run, inputs, backend=backend, device=device, dtype=dtype, backward=True)
+def probability_sums(case: str, inputs: Inputs, backend: str | None) -> Tensor:
+    found = call(inputs, backend)
+    assert found.probability_sums.dtype == torch.promote_types(inputs["logits"].dtype, torch.float32)
+    # Both gradients together, so that each is seen to be added to the other.
+    return found.probability_sums + 0 * found.values.sum()
 
 
-@pytest.mark.parametrize("case", ["three_groups", "likeliest"])
-@EVERY_IMPLEMENTATION
-def test_gradcheck(case: str, backend: str, device: str) -> None:
-    """Numeric gradients, of the softmax that stands in for the choice where the choice itself has none."""
-    skip_float64_in_triton(backend)
-    if device == "cuda":
-        pytest.skip("gradcheck runs on the reference and the CPU")
-    inputs = make_inputs(case, torch.float64)
-    inputs = {name: x[:4] if name != "codevectors" else x for name, x in inputs.items()}
-    logits, codevectors = differentiable(inputs)
-    noise = torch.zeros(()).double()
-    if "seeds" in inputs:
-        seeds, (_, groups, codes) = inputs.pop("seeds"), logits.shape
-        noise = inputs["noise"] = reference.gumbel_noise(seeds, groups, codes, torch.float64)
-
-    def probability_sums(logits: Tensor) -> Tensor:
-        return call(inputs | {"logits": logits}, backend).probability_sums
-
-    def values(codevectors: Tensor) -> Tensor:
-        return call(inputs | {"codevectors": codevectors}, backend).values
-
-    def soft_values(logits: Tensor) -> Tensor:
-        soft = F.softmax((logits + noise) / TEMPERATURE, -1)
-        return torch.einsum("mgv,gve->mge", soft, codevectors.detach()).flatten(1)
-
-    assert torch.autograd.gradcheck(probability_sums, (logits,))
-    assert torch.autograd.gradcheck(values, (codevectors,))
-    assert torch.autograd.gradcheck(soft_values, (logits,))
-    grad = torch.randn_like(values(codevectors))
-    (found,) = torch.autograd.grad(values(codevectors), logits, grad)
-    (expected,) = torch.autograd.grad(soft_values(logits), logits, grad)
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+def codes_and_counts(case: str, inputs: Inputs, backend: str | None) -> Tensor:
+    values(case, inputs, backend)
+    found = call(inputs, backend)
+    return torch.cat([found.codes.flatten(), found.counts.flatten()])
 
 
-@pytest.mark.parametrize("case", ["seeds", "noise", "empty_batch"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("backend", "device"), COMPILED)
-def test_opcheck(case: str, dtype: torch.dtype, backend: str, device: str) -> None:
-    inputs = {name: x.to(device, dtype if x.is_floating_point() else None) for name, x in make_inputs(case).items()}
-    ops = getattr(torch.ops, f"fastssl_{backend}")
-    noise = inputs["noise"].float() if "noise" in inputs else None
-    shared = (inputs["logits"], inputs["codevectors"], noise, inputs.get("seeds"))
-    torch.library.opcheck(ops.gumbel_quantize_fwd.default, shared)
-    values, codes, sums, _ = ops.gumbel_quantize_fwd(*shared)
-    torch.library.opcheck(ops.gumbel_quantize_bwd.default, (values, sums, *shared, codes, TEMPERATURE))
+def smooth(case: str, inputs: Inputs, backend: str | None) -> Tensor:
+    """What has numeric gradients: values jump with the logits."""
+    logits = make_inputs(case, torch.float64)["logits"]
+    return torch.cat(
+        [call(inputs, backend).probability_sums.flatten(), values(case, inputs | {"logits": logits}, backend).flatten()]
+    )
 
 
-@EVERY_IMPLEMENTATION
-def test_compile(backend: str, device: str) -> None:
-    inputs = {name: tensor.to(device) for name, tensor in make_inputs("seeds").items()}
-    leaves = differentiable(inputs)
-    compiled = torch.compile(
-        lambda tensors: call(tensors, backend), fullgraph=True, dynamic=True, backend=compiler_for(backend)
-    )(inputs)
-    eager = call(inputs, backend)
-    for found, expected in zip(compiled, eager, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    grads = [
-        torch.autograd.grad(outputs.values.square().sum() + outputs.probability_sums.square().sum(), leaves)
-        for outputs in (compiled, eager)
-    ]
-    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+def trace(case: str, inputs: Inputs, backend: str) -> tuple[Callable[..., Tensor], tuple[Inputs]]:
+    def everything(tensors: Inputs) -> Tensor:
+        return torch.cat([output.flatten() for output in call(tensors, backend)])
+
+    return everything, (inputs,)
 
 
-@EVERY_IMPLEMENTATION
-@settings(max_examples=10, deadline=None)
-@given(
-    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=5),
-    codes=st.sampled_from([3, 32, 70]),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
-)
-def test_batch_mates_do_not_matter(
-    backend: str, device: str, lengths: list[int], codes: int, dtype: torch.dtype
-) -> None:
-    lengths = lengths[:2] if backend == "triton" and device == "cpu" else lengths  # its interpreter is slow
-    generator = torch.Generator().manual_seed(sum(lengths))
+def frames(count: int) -> Inputs:
+    return {"logits": randn(count, 2, 12), "codevectors": randn(2, 12, 8), "seeds": torch.arange(count) * 7919}
+
+
+def make_batch(lengths: Sequence[int], codes: int, dtype: torch.dtype) -> Inputs:
     total = sum(lengths)
-    logits = torch.randn(total, 2, codes, generator=generator).to(device, dtype).requires_grad_()
-    codevectors = torch.rand(2, codes, 6, generator=generator).to(device, dtype)
-    seeds = torch.randint(2**62, (total,), generator=generator).to(device)
-    together = gumbel_quantize(logits, codevectors, seeds=seeds, backend=backend)
-    (grad,) = torch.autograd.grad(together.values.square().sum() + together.probability_sums.sum(), logits)
-    parts = zip(*(x.split(lengths) for x in (logits, seeds, together.values, together.codes, grad)), strict=True)
-    for logits_part, seeds_part, values, chosen, grad_part in parts:
-        own = logits_part.detach().clone().requires_grad_()
-        alone = gumbel_quantize(own, codevectors, seeds=seeds_part, backend=backend)
-        (own_grad,) = torch.autograd.grad(alone.values.square().sum() + alone.probability_sums.sum(), own)
-        assert torch.equal(alone.codes, chosen)
-        assert torch.equal(alone.values, values)
-        if backend == "native" and device == "cpu":  # the others leave the gradient's product to a library
-            assert torch.equal(own_grad, grad_part)
-        else:
-            torch.testing.assert_close(own_grad, grad_part, rtol=1e-3, atol=1e-5)
+    generator = torch.Generator().manual_seed(total)
+    return {
+        "logits": torch.randn(total, 2, codes, generator=generator).to(dtype),
+        "codevectors": torch.rand(2, codes, 6, generator=generator).to(dtype),
+        "seeds": torch.randint(2**62, (total,), generator=generator),
+    }
+
+
+def codes_of_batch(inputs: Inputs, layout: Layout, backend: str) -> list[Packed]:
+    found = call(inputs, backend)
+    return [Packed(found.codes, layout), Packed(values("", inputs, backend).detach().view(torch.int8), layout)]
+
+
+def gradient_of_batch(inputs: Inputs, layout: Layout, backend: str) -> list[Packed]:
+    inputs["logits"].requires_grad_()
+    found = call(inputs, backend)
+    loss = found.values.square().sum() + found.probability_sums.sum()
+    return [Packed(torch.autograd.grad(loss, inputs["logits"])[0], layout), *codes_of_batch(inputs, layout, backend)]
+
+
+LOGITS, CODEVECTORS = torch.randn(7, 2, 5), torch.rand(2, 5, 3)
+STANDARD = Standard(
+    op="gumbel_quantize",
+    cases=CASES,
+    make_inputs=make_inputs,
+    run=probability_sums,
+    outputs={"values": values, "probability_sums": probability_sums},
+    constants=("noise",),
+    exact=codes_and_counts,
+    forward_dtypes=(torch.float32, torch.float64, torch.bfloat16, torch.float16),
+    mates={
+        "drawn": Mates(
+            make=make_batch,
+            call=gradient_of_batch,
+            lengths=st.lists(st.integers(0, 40), min_size=1, max_size=5),
+            drawn=(st.sampled_from([3, 32, 70]), st.sampled_from([torch.float32, torch.bfloat16])),
+            shared=("codevectors",),
+            examples=10,
+            shorten=lambda lengths: lengths[:2],
+            # The others leave the gradient's product to a library.
+            same_bits=lambda backend, device: (backend, device) == ("native", "cpu"),
+            tolerance=(1e-3, 1e-5),
+        )
+    },
+    good={"logits": LOGITS, "codevectors": CODEVECTORS},
+    bad={
+        r"logits: expected \(M, G, V\) floating, got \(7, 10\)": {"logits": LOGITS.flatten(1)},
+        r"logits: .* got \(7, 2, 0\)": {"logits": LOGITS[..., :0]},
+        r"logits: .* torch.int64": {"logits": LOGITS.long()},
+        r"codevectors: expected \(2, 5, E\) .* got \(2, 4, 3\)": {"codevectors": CODEVECTORS[:, 1:]},
+        r"codevectors: .* torch.int64": {"codevectors": CODEVECTORS.long()},
+        r"codevectors: on meta": {"codevectors": CODEVECTORS.to("meta")},
+        r"noise: expected \(7, 2, 5\)": {"noise": LOGITS.flatten(1)},
+        r"seeds: expected \(7,\) torch.int64, got .* torch.int32": {"seeds": torch.zeros(7, dtype=torch.int32)},
+        r"seeds: expected \(7,\)": {"seeds": torch.zeros(6, dtype=torch.int64)},
+        "noise and seeds: at most one": {"noise": LOGITS, "seeds": torch.zeros(7, dtype=torch.int64)},
+        "temperature: must be above 0": {"temperature": 0.0},
+        "backend='warp': not available for gumbel_quantize on cpu": {"backend": "warp"},
+    },
+    frames=frames,
+    call=lambda inputs, layout, backend: call(inputs, backend).values,
+    gradcheck_cases=SMALL,
+    smooth=smooth,
+    compile_cases=("seeds",),
+    compiler=compiler_for,
+    trace=trace,
+    opcheck_cases=("seeds", "noise", "empty_batch"),
+    opcheck_dtypes=(torch.float32, torch.bfloat16),
+)
+
+
+@pytest.mark.parametrize("case", SMALL)
+@EVERY_IMPLEMENTATION
+def test_the_gradient_of_values_is_that_of_a_softmax(case: str, backend: str, device: str) -> None:
+    """Which stands in for the choice, where the choice itself has no gradient."""
+    skip_float64_in_triton(backend)
+    inputs = {name: x.to(device) for name, x in make_inputs(case, torch.float64).items()}
+    (logits, codevectors), noise = differentiable(inputs), torch.zeros(()).double()
+    if "seeds" in inputs:
+        groups, codes = logits.shape[1:]
+        noise = inputs["noise"] = reference.gumbel_noise(inputs.pop("seeds"), groups, codes, torch.float64)
+    soft = torch.einsum("mgv,gve->mge", F.softmax((logits + noise) / TEMPERATURE, -1), codevectors.detach()).flatten(1)
+    out, grad = call(inputs, backend).values, torch.randn_like(soft)
+    found, expected = (torch.autograd.grad(x, logits, grad)[0] for x in (out, soft))
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
 
 @EVERY_IMPLEMENTATION
@@ -260,25 +262,3 @@ def test_half_precision_logits_with_fp32_codevectors(backend: str, device: str) 
     for grad, expected_grad in zip(grads, expected, strict=True):
         scale = expected_grad.abs().max().item()
         torch.testing.assert_close(grad, expected_grad, rtol=0, atol=0.01 * scale)
-
-
-def test_rejects_bad_input() -> None:
-    logits, codevectors = torch.randn(7, 2, 5), torch.rand(2, 5, 3)
-    changes: dict[str, dict[str, Any]] = {
-        r"logits: expected \(M, G, V\) floating, got \(7, 10\)": {"logits": logits.flatten(1)},
-        r"logits: .* got \(7, 2, 0\)": {"logits": logits[..., :0]},
-        r"logits: .* torch.int64": {"logits": logits.long()},
-        r"codevectors: expected \(2, 5, E\) .* got \(2, 4, 3\)": {"codevectors": codevectors[:, 1:]},
-        r"codevectors: .* torch.int64": {"codevectors": codevectors.long()},
-        r"codevectors: on meta": {"codevectors": codevectors.to("meta")},
-        r"noise: expected \(7, 2, 5\)": {"noise": logits.flatten(1)},
-        r"seeds: expected \(7,\) torch.int64, got .* torch.int32": {"seeds": torch.zeros(7, dtype=torch.int32)},
-        r"seeds: expected \(7,\)": {"seeds": torch.zeros(6, dtype=torch.int64)},
-        "noise and seeds: at most one": {"noise": logits, "seeds": torch.zeros(7, dtype=torch.int64)},
-        "temperature: must be above 0": {"temperature": 0.0},
-        "backend='warp': not available for gumbel_quantize on cpu": {"backend": "warp"},
-    }
-    for message, change in changes.items():
-        call: dict[str, Any] = {"logits": logits, "codevectors": codevectors, **change}
-        with pytest.raises(ValueError, match=message):
-            gumbel_quantize(call.pop("logits"), call.pop("codevectors"), **call)

@@ -1,17 +1,17 @@
 import math
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from fastssl.kernels.integrate_and_fire import reference
 from fastssl.kernels.integrate_and_fire.op import fire
 from fastssl.ops import integrate_and_fire
-from fastssl.packing import Layout
-from tests.ops.common import LENGTHS, check_against_reference, compiler_for, implementations, layout_of
+from fastssl.packing import Layout, Packed
+from tests.ops.common import LENGTHS, compiler_for, implementations, layout_of, randn
+from tests.ops.standard import Inputs, Mates, Standard
 
 #: name -> (lengths, C, mean weight, threshold)
 CASES = {
@@ -26,19 +26,17 @@ CASES = {
     "never_fires": (LENGTHS["single_frame"], 8, 0.3, 1.0),
     "empty_batch": (LENGTHS["empty_batch"], 8, 0.5, 1.0),
 }
-EVERY_CASE = pytest.mark.parametrize("case", CASES)
 EVERY_IMPLEMENTATION = pytest.mark.parametrize(("backend", "device"), implementations("integrate_and_fire"))
-COMPILED = implementations("integrate_and_fire", compiled_only=True)
 
 
-def make_inputs(case: str, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+def make_inputs(case: str, dtype: torch.dtype = torch.float32) -> Inputs:
     lengths, channels, mean, _ = CASES[case]
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(sum(lengths), channels, generator=generator, dtype=dtype)
     return {"x": x, "weights": 2 * mean * torch.rand(sum(lengths), generator=generator, dtype=dtype)}
 
 
-def run(case: str, inputs: dict[str, Tensor], backend: str | None = None) -> Tensor:
+def run(case: str, inputs: Inputs, backend: str | None = None) -> Tensor:
     lengths, _, _, threshold = CASES[case]
     layout = layout_of(lengths, inputs["x"].device.type)
     out, layout_out = integrate_and_fire(inputs["x"], inputs["weights"], layout, threshold=threshold, backend=backend)
@@ -66,32 +64,81 @@ def plain_loop(x: Tensor, weights: Tensor, beta: float) -> Tensor:
     return out[:-1]
 
 
-@EVERY_CASE
-@EVERY_IMPLEMENTATION
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-def test_forward(case: str, backend: str, device: str, dtype: torch.dtype) -> None:
-    check_against_reference(
-        lambda inputs, name: run(case, inputs, name),
-        make_inputs(case),
-        backend=backend,
-        device=device,
-        dtype=dtype,
-        backward=False,
-    )
+def trace(case: str, inputs: Inputs, backend: str) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
+    """What runs below the computation of the output length, which depends on data."""
+    lengths, _, _, threshold = CASES[case]
+    x, weights = inputs.values()
+    layout = layout_of(lengths, x.device.type)
+    out, layout_out = integrate_and_fire(x, weights, layout, threshold=threshold, backend=backend)
+    positions = reference.fire_positions(weights, layout, threshold)
+
+    def kernels(x: Tensor, weights: Tensor, positions: Tensor) -> Tensor:
+        if backend == "reference":
+            return reference.integrate_and_fire(x, positions, layout, layout_out, threshold=threshold)
+        return fire(x, weights, positions.detach(), layout, layout_out, threshold=threshold)
+
+    assert torch.equal(kernels(x, weights, positions), out)
+    return kernels, (x, weights, positions)
 
 
-@EVERY_CASE
-@EVERY_IMPLEMENTATION
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_backward(case: str, backend: str, device: str, dtype: torch.dtype) -> None:
-    check_against_reference(
-        lambda inputs, name: run(case, inputs, name),
-        make_inputs(case),
-        backend=backend,
-        device=device,
-        dtype=dtype,
-        backward=True,
-    )
+def frames(count: int) -> Inputs:
+    return {"x": randn(count, 24), "weights": randn(count).abs() * 0.4}
+
+
+def make_batch(lengths: Sequence[int], threshold: float, seed: int) -> Inputs:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(sum(lengths), 20, generator=generator)
+    weights = torch.rand(sum(lengths), generator=generator)
+    return {"x": x, "weights": weights, "threshold": torch.tensor(threshold, dtype=torch.float64)}
+
+
+def fire_batch(inputs: Inputs, layout: Layout, backend: str) -> list[Packed]:
+    x, weights, threshold = *(inputs[name].requires_grad_() for name in ("x", "weights")), inputs["threshold"].item()
+    out, layout_out = integrate_and_fire(x, weights, layout, threshold=threshold, backend=backend)
+    grads = torch.autograd.grad(out.square().sum(), (x, weights))
+    return [Packed(out, layout_out), *(Packed(grad, layout) for grad in grads)]
+
+
+X, WEIGHTS, FIFTH = torch.randn(20, 4), torch.rand(20), torch.tensor([5])
+STANDARD = Standard(
+    op="integrate_and_fire",
+    cases=CASES,
+    make_inputs=make_inputs,
+    run=run,
+    forward_dtypes=(torch.float32, torch.float64, torch.bfloat16, torch.float16),
+    mates={
+        "drawn": Mates(
+            make=make_batch,
+            call=fire_batch,
+            lengths=st.lists(st.integers(0, 60), min_size=1, max_size=6),
+            drawn=(st.sampled_from([0.3, 1.0, 2.5]), st.integers(0, 99)),
+            shared=("threshold",),
+            examples=40,
+        )
+    },
+    good={"x": X, "weights": WEIGHTS, "layout": layout_of((12, 8))},
+    bad={
+        r"x: expected \(20, C\)": {"x": torch.randn(19, 4)},
+        "x: must be floating point": {"x": torch.ones(20, 4, dtype=torch.int64)},
+        r"weights: expected \(20,\), got \(20, 1\)": {"weights": WEIGHTS[:, None]},
+        "weights: must be floating point": {"weights": torch.ones(20, dtype=torch.int64)},
+        "weights and layout: must be on cpu": {"weights": WEIGHTS.to("meta")},
+        "weights: must be finite and not negative": {"weights": WEIGHTS.index_fill(0, FIFTH, -1e-3)},
+        "weights: must be finite": {"weights": WEIGHTS.index_fill(0, torch.tensor([19]), math.nan)},
+        "must be finite and not negative": {"weights": WEIGHTS.index_fill(0, FIFTH, math.inf)},
+        "weights: would fire 1e.15": {"weights": WEIGHTS.index_fill(0, FIFTH, 1e15)},
+        "threshold: must be positive": {"threshold": 0.0},
+        "backend='warp': not available for integrate_and_fire on cpu .*; available: .*reference": {"backend": "warp"},
+    },
+    frames=frames,
+    call=lambda inputs, layout, backend: integrate_and_fire(inputs["x"], inputs["weights"], layout, backend=backend)[0],
+    gradcheck_cases=("small", "small_several_fires", "never_fires"),
+    # A small step, since the output length jumps where an utterance's sum crosses a multiple of the threshold.
+    gradcheck_step=1e-7,
+    compile_cases=("small_threshold",),
+    compiler=compiler_for,
+    trace=trace,
+)
 
 
 @pytest.mark.parametrize("case", ["learned", "several_fires_per_frame", "small_threshold", "large_threshold"])
@@ -141,91 +188,6 @@ def test_ties_and_zero_weights(backend: str, device: str) -> None:
     assert grad_weights.tolist() == [-21.0, -20.0, -10.0, 0.0, 0.0, 0.0]
 
 
-@pytest.mark.parametrize("case", ["small", "small_several_fires", "never_fires"])
-@EVERY_IMPLEMENTATION
-def test_gradcheck(case: str, backend: str, device: str) -> None:
-    if device == "cuda":
-        pytest.skip("gradcheck runs on the reference and the CPU")
-    inputs = make_inputs(case, torch.float64)
-    names = list(inputs)
-    # A small step, since the output length jumps where an utterance's sum crosses a multiple of the threshold.
-    assert torch.autograd.gradcheck(
-        lambda *tensors: run(case, dict(zip(names, tensors, strict=True)), backend),
-        tuple(tensor.requires_grad_() for tensor in inputs.values()),
-        eps=1e-7,
-        atol=1e-6,
-    )
-
-
-@EVERY_CASE
-@pytest.mark.parametrize(("backend", "device"), COMPILED)
-def test_opcheck(case: str, backend: str, device: str) -> None:
-    lengths, channels, _, threshold = CASES[case]
-    inputs = {name: tensor.to(device) for name, tensor in make_inputs(case).items()}
-    layout = layout_of(lengths, device)
-    _, layout_out = integrate_and_fire(inputs["x"], inputs["weights"], layout, threshold=threshold, backend="reference")
-    positions = reference.fire_positions(inputs["weights"], layout, threshold)
-    ops = getattr(torch.ops, f"fastssl_{backend}")
-    shared = (inputs["x"], positions, layout.cu_seqlens, layout_out.cu_seqlens)
-    torch.library.opcheck(ops.integrate_and_fire_fwd.default, (*shared, layout_out.total, threshold))
-    grad_out = torch.randn(layout_out.total, channels, device=device)
-    torch.library.opcheck(ops.integrate_and_fire_bwd.default, (grad_out, *shared, threshold))
-
-
-@EVERY_IMPLEMENTATION
-def test_compile(backend: str, device: str) -> None:
-    """What runs below the computation of the output length, which depends on data."""
-    lengths, _, _, threshold = CASES["small_threshold"]
-    inputs = {name: tensor.to(device).requires_grad_() for name, tensor in make_inputs("small_threshold").items()}
-    x, weights, layout = inputs["x"], inputs["weights"], layout_of(lengths, device)
-    expected, layout_out = integrate_and_fire(x, weights, layout, threshold=threshold, backend=backend)
-    positions = reference.fire_positions(weights, layout, threshold)
-
-    def kernels(x: Tensor, weights: Tensor, positions: Tensor) -> Tensor:
-        if backend == "reference":
-            return reference.integrate_and_fire(x, positions, layout, layout_out, threshold=threshold)
-        return fire(x, weights, positions.detach(), layout, layout_out, threshold=threshold)
-
-    out = torch.compile(kernels, fullgraph=True, dynamic=True, backend=compiler_for(backend))(x, weights, positions)
-    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
-    grads = torch.autograd.grad(out.square().sum(), (x, weights))
-    expected_grads = torch.autograd.grad(expected.square().sum(), (x, weights))
-    torch.testing.assert_close(grads, expected_grads, rtol=1e-4, atol=1e-4)
-
-
-@EVERY_IMPLEMENTATION
-@settings(max_examples=40, deadline=None)
-@given(
-    lengths=st.lists(st.integers(0, 60), min_size=1, max_size=6),
-    threshold=st.sampled_from([0.3, 1.0, 2.5]),
-    seed=st.integers(0, 99),
-)
-def test_batch_mates_do_not_matter(backend: str, device: str, lengths: list[int], threshold: float, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    total = sum(lengths)
-    x = torch.randn(total, 20, generator=generator).to(device).requires_grad_()
-    weights = torch.rand(total, generator=generator).to(device).requires_grad_()
-    out, layout_out = integrate_and_fire(x, weights, layout_of(lengths, device), threshold=threshold, backend=backend)
-    grads = torch.autograd.grad(out.square().sum(), (x, weights))
-    together = zip(
-        out.split(layout_out.lengths),
-        x.split(lengths),
-        weights.split(lengths),
-        *(g.split(lengths) for g in grads),
-        strict=True,
-    )
-    for out_part, x_part, weights_part, *grad_parts in together:
-        layout = layout_of([len(x_part)], device)
-        x_alone, weights_alone = x_part.detach().requires_grad_(), weights_part.detach().requires_grad_()
-        alone, _ = integrate_and_fire(x_alone, weights_alone, layout, threshold=threshold, backend=backend)
-        grads_alone = torch.autograd.grad(alone.square().sum(), (x_alone, weights_alone))
-        for in_batch, by_itself in zip((out_part, *grad_parts), (alone, *grads_alone), strict=True):
-            if device == "cpu":
-                assert torch.equal(in_batch, by_itself)
-            else:
-                torch.testing.assert_close(in_batch, by_itself, rtol=1e-5, atol=1e-5)
-
-
 @EVERY_IMPLEMENTATION
 def test_autocast_stays_outside(backend: str, device: str) -> None:
     inputs = {name: tensor.to(device) for name, tensor in make_inputs("learned").items()}
@@ -241,26 +203,3 @@ def test_half_precision_features_with_fp32_weights(backend: str, device: str) ->
     out = run("learned", {"x": x, "weights": weights}, backend)
     grad_x, grad_weights = torch.autograd.grad(out.sum(), (x, weights))
     assert (out.dtype, grad_x.dtype, grad_weights.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
-
-
-def test_rejects_bad_input() -> None:
-    x, weights, layout = torch.randn(20, 4), torch.rand(20), Layout.from_lengths([12, 8])
-    negative, missing = weights.clone(), weights.clone()
-    negative[3], missing[19] = -1e-3, math.nan
-    cases: dict[str, dict[str, Any]] = {
-        r"x: expected \(20, C\)": {"x": torch.randn(19, 4)},
-        "x: must be floating point": {"x": torch.ones(20, 4, dtype=torch.int64)},
-        r"weights: expected \(20,\), got \(20, 1\)": {"weights": weights[:, None]},
-        "weights: must be floating point": {"weights": torch.ones(20, dtype=torch.int64)},
-        "weights and layout: must be on cpu": {"weights": weights.to("meta")},
-        "weights: must be finite and not negative": {"weights": negative},
-        "weights: must be finite and not negative ": {"weights": missing},
-        "weights: must be finite and not negative  ": {"weights": weights.index_fill(0, torch.tensor([5]), math.inf)},
-        "weights: would fire 1e.15": {"weights": weights.index_fill(0, torch.tensor([5]), 1e15)},
-        "threshold: must be positive": {"threshold": 0.0},
-        "backend='warp': not available for integrate_and_fire on cpu .*; available: .*reference": {"backend": "warp"},
-    }
-    for message, arguments in cases.items():
-        call: dict[str, Any] = {"x": x, "weights": weights, **arguments}
-        with pytest.raises(ValueError, match=message.strip()):
-            integrate_and_fire(call.pop("x"), call.pop("weights"), layout, **call)

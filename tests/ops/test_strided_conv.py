@@ -1,16 +1,27 @@
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import pytest
 import torch
-from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from fastssl.kernels.dispatch import BACKENDS
 from fastssl.kernels.strided_conv import blocks
 from fastssl.ops import StridedConvLayer, strided_conv, strided_conv_stack
-from fastssl.packing import Layout
-from tests.ops.common import LENGTHS, cast, check_against_reference, compiler_for, gradients, implementations, layout_of
+from fastssl.packing import Layout, Packed
+from tests.ops.common import (
+    LENGTHS,
+    cast,
+    check_against_reference,
+    compiler_for,
+    gradients,
+    implementations,
+    layout_of,
+    normal,
+    randn,
+)
+from tests.ops.standard import Inputs, Mates, Standard
 
 Norm = Literal["none", "group", "layer"]
 
@@ -26,12 +37,20 @@ CASES: dict[str, tuple[tuple[int, ...], int, int, int, int, dict[str, Any]]] = {
     "all_too_short": (LENGTHS["single_frame"], 8, 6, 3, 2, {"norm": "group"}),
     "empty_batch": (LENGTHS["empty_batch"], 8, 6, 3, 2, {"norm": "layer"}),
 }
-EVERY_CASE = pytest.mark.parametrize("case", CASES)
+#: gradcheck perturbs every input, so these are small
+SMALL: dict[str, tuple[tuple[int, ...], int, int, int, int, dict[str, Any]]] = {
+    "small, first_layer": ((21, 14), 1, 3, 10, 5, {"norm": "group"}),
+    "small, layer_norm": ((0, 9, 0, 6), 2, 3, 3, 2, {"norm": "layer", "bias": True}),
+    "small, group_norm_short": ((11, 3, 2, 1, 5, 4), 2, 3, 3, 2, {"norm": "group"}),
+    "small, last_layer": ((9, 3, 2, 1, 5, 4), 2, 3, 2, 2, {"bias": True}),
+    "small, all_too_short": (LENGTHS["single_frame"], 2, 3, 3, 2, {"norm": "group"}),
+    "small, empty_batch": (LENGTHS["empty_batch"], 2, 3, 3, 2, {"norm": "layer"}),
+}
 EVERY_IMPLEMENTATION = pytest.mark.parametrize(("backend", "device"), implementations("strided_conv"))
 
 
-def make_inputs(case: str, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    lengths, c_in, c_out, kernel, _, options = CASES[case]
+def make_inputs(case: str, dtype: torch.dtype = torch.float32) -> Inputs:
+    lengths, c_in, c_out, kernel, _, options = (CASES | SMALL)[case]
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -45,8 +64,8 @@ def make_inputs(case: str, dtype: torch.dtype = torch.float32) -> dict[str, Tens
     return inputs
 
 
-def run(case: str, inputs: dict[str, Tensor], backend: str | None = None) -> Tensor:
-    lengths, _, _, _, stride, options = CASES[case]
+def run(case: str, inputs: Inputs, backend: str | None = None) -> Tensor:
+    lengths, _, _, _, stride, options = (CASES | SMALL)[case]
     out, layout = strided_conv(
         inputs["x"],
         inputs["weight"],
@@ -63,7 +82,6 @@ def run(case: str, inputs: dict[str, Tensor], backend: str | None = None) -> Ten
     return out
 
 
-PARAMETERS = ("weight", "bias", "norm_weight", "norm_bias")
 #: name -> (lengths, C_in, channels, kernels, strides, norms, bias)
 STACKS: dict[str, tuple[tuple[int, ...], int, list[int], list[int], list[int], list[Norm], bool]] = {
     "wav2vec2_group": ((431, 40, 290), 1, [16, 16, 16], [10, 3, 2], [5, 2, 2], ["group", "none", "none"], False),
@@ -73,7 +91,7 @@ STACKS: dict[str, tuple[tuple[int, ...], int, list[int], list[int], list[int], l
 }
 
 
-def make_stack(case: str, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+def make_stack(case: str, dtype: torch.dtype = torch.float32) -> Inputs:
     lengths, c_in, channels, kernels, _, norms, bias = STACKS[case]
     generator = torch.Generator().manual_seed(0)
 
@@ -91,9 +109,7 @@ def make_stack(case: str, dtype: torch.dtype = torch.float32) -> dict[str, Tenso
     return inputs
 
 
-def run_stack(
-    case: str, inputs: dict[str, Tensor], backend: str | None = None, lengths: tuple[int, ...] | None = None
-) -> Tensor:
+def run_stack(case: str, inputs: Inputs, backend: str | None = None, lengths: tuple[int, ...] | None = None) -> Tensor:
     batch, _, _, _, strides, norms, _ = STACKS[case]
     layers = [
         StridedConvLayer(
@@ -112,32 +128,72 @@ def run_stack(
     return out
 
 
-@EVERY_CASE
-@EVERY_IMPLEMENTATION
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_forward(case: str, backend: str, device: str, dtype: torch.dtype) -> None:
-    check_against_reference(
-        lambda inputs, name: run(case, inputs, name),
-        make_inputs(case),
-        backend=backend,
-        device=device,
-        dtype=dtype,
-        backward=False,
+def make_case_or_stack(case: str, dtype: torch.dtype = torch.float32) -> Inputs:
+    return make_stack(case, dtype) if case in STACKS else make_inputs(case, dtype)
+
+
+def run_case_or_stack(case: str, inputs: Inputs, backend: str | None = None) -> Tensor:
+    """With a waveform that needs no gradient in one of the stacks."""
+    if case in STACKS:
+        frozen = {"x": inputs["x"].detach()} if case == "wav2vec2_group" else {}
+        return run_stack(case, inputs | frozen, backend)
+    return run(case, inputs, backend)
+
+
+def frames(count: int) -> Inputs:
+    return {"x": randn(count, 6), "weight": randn(8, 6, 3), "norm_weight": randn(8), "norm_bias": randn(8)}
+
+
+def make_batch(lengths: Sequence[int], channels: int) -> Inputs:
+    return normal(x=(sum(lengths), channels), weight=(24, channels, 3))
+
+
+def mates_for(norm: Norm) -> Mates:
+    def convolve(inputs: dict[str, Any], layout: Layout, backend: str) -> list[Packed]:
+        return [Packed(*strided_conv(**inputs, layout=layout, stride=2, norm=norm, backend=backend))]
+
+    return Mates(
+        make=make_batch,
+        call=convolve,
+        lengths=st.lists(st.integers(0, 200), min_size=1, max_size=6),
+        drawn=(st.sampled_from([1, 9, 16, 24]),),
+        shared=("weight",),
+        examples=20,
+        shorten=lambda lengths: [length // 5 for length in lengths[:3]],
     )
 
 
-@EVERY_CASE
-@EVERY_IMPLEMENTATION
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_backward(case: str, backend: str, device: str, dtype: torch.dtype) -> None:
-    check_against_reference(
-        lambda inputs, name: run(case, inputs, name),
-        make_inputs(case),
-        backend=backend,
-        device=device,
-        dtype=dtype,
-        backward=True,
-    )
+def call(inputs: dict[str, Any], layout: Layout, backend: str) -> Tensor:
+    return strided_conv(**inputs, layout=layout, stride=2, norm="group", backend=backend)[0]
+
+
+X, WEIGHT = torch.randn(20, 4), torch.randn(6, 4, 3)
+STANDARD = Standard(
+    op="strided_conv",
+    cases=CASES,
+    make_inputs=make_case_or_stack,
+    run=run_case_or_stack,
+    mates={"none": mates_for("none"), "group": mates_for("group"), "layer": mates_for("layer")},
+    good={"x": X, "weight": WEIGHT, "layout": layout_of((12, 8)), "stride": 2},
+    bad={
+        r"x: expected \(20, C_in\)": {"x": torch.randn(19, 4)},
+        r"weight: expected \(C_out, 4, K\)": {"weight": torch.randn(6, 5, 3)},
+        r"weight: dtype torch.float64": {"weight": WEIGHT.double()},
+        "stride: must be": {"stride": 0},
+        "norm: must be": {"norm": "batch"},
+        "activation: must be": {"activation": "relu"},
+        r"bias: expected \(6,\)": {"bias": torch.randn(5)},
+        "norm_weight and norm_bias: given": {"norm_weight": torch.randn(6)},
+        "backend='warp': not available for strided_conv on cpu .*; available: .*reference": {"backend": "warp"},
+    },
+    frames=frames,
+    call=call,
+    gradcheck_cases=SMALL,
+    compile_cases=("first_layer",),
+    compiler=compiler_for,
+    opcheck_cases=("wav2vec2_group", "wav2vec2_layer", "odd"),
+    interpreter_skips=("first_layer", "wav2vec2_group", "odd"),
+)
 
 
 @pytest.mark.parametrize("norm", ["none", "group", "layer"])
@@ -181,82 +237,6 @@ def test_group_norm_undoes_a_bias(backend: str, device: str) -> None:
     assert grad.abs().max() < 1e-4
 
 
-@pytest.mark.parametrize(
-    "case", ["first_layer", "layer_norm", "group_norm_short", "last_layer", "all_too_short", "empty_batch"]
-)
-@pytest.mark.parametrize(("backend", "device"), implementations("strided_conv"))
-def test_gradcheck(case: str, backend: str, device: str) -> None:
-    if device == "cuda":
-        pytest.skip("gradcheck runs on the reference and the CPU")
-    if backend == "triton":
-        pytest.skip("the Triton kernels take no fp64")
-    inputs = {name: tensor.requires_grad_() for name, tensor in make_inputs(case, torch.float64).items()}
-    names = list(inputs)
-    assert torch.autograd.gradcheck(
-        lambda *tensors: run(case, dict(zip(names, tensors, strict=True)), backend), tuple(inputs.values())
-    )
-
-
-@pytest.mark.parametrize(("case", "needs_grad_x"), [("wav2vec2_group", False), ("wav2vec2_layer", True), ("odd", True)])
-@pytest.mark.parametrize(("backend", "device"), implementations("strided_conv", compiled_only=True))
-def test_opcheck(case: str, backend: str, device: str, needs_grad_x: bool) -> None:
-    if backend == "triton" and device == "cpu" and case != "wav2vec2_layer":
-        pytest.skip("the interpreter is slow: one case")
-    lengths, _, _, kernels, strides, norms, _ = STACKS[case]
-    inputs, depth = {name: tensor.to(device) for name, tensor in make_stack(case).items()}, len(strides)
-    layouts = [layout_of(lengths, device)]
-    for kernel, stride in zip(kernels, strides, strict=True):
-        layouts.append(layouts[-1].after_conv(kernel, stride))
-    parameters = [[inputs.get(f"{name}_{index}") for index in range(depth)] for name in PARAMETERS]
-    ops = getattr(torch.ops, f"fastssl_{backend}")
-    cu_seqlens, totals = [layout.cu_seqlens for layout in layouts], [layout.total for layout in layouts[1:]]
-    lists = (cu_seqlens, *parameters, totals, strides, norms, [1e-5] * depth, ["gelu"] * depth)
-    torch.library.opcheck(ops.strided_conv_fwd.default, (inputs["x"], True, *lists))
-    out, *kept = ops.strided_conv_fwd(inputs["x"], True, *lists)
-    arguments = (torch.ones_like(out), inputs["x"], *kept, needs_grad_x, *lists)
-    torch.library.opcheck(ops.strided_conv_bwd.default, arguments)
-
-
-@pytest.mark.parametrize("case", ["first_layer"])
-@EVERY_IMPLEMENTATION
-def test_compile(case: str, backend: str, device: str) -> None:
-    if backend == "triton" and device == "cpu":
-        pytest.skip("the interpreter is slow: test_compile_stack has it")
-    inputs = {name: tensor.to(device).requires_grad_() for name, tensor in make_inputs(case).items()}
-    compiled = torch.compile(
-        lambda tensors: run(case, tensors, backend), fullgraph=True, dynamic=True, backend=compiler_for(backend)
-    )
-    out, eager = compiled(inputs), run(case, inputs, backend)
-    torch.testing.assert_close(out, eager, rtol=1e-4, atol=1e-5)
-    grad = torch.autograd.grad(out.square().sum(), inputs["weight"])[0]
-    grad_eager = torch.autograd.grad(eager.square().sum(), inputs["weight"])[0]
-    torch.testing.assert_close(grad, grad_eager, rtol=1e-3, atol=1e-3)
-
-
-@EVERY_IMPLEMENTATION
-@settings(max_examples=60, deadline=None)
-@given(
-    lengths=st.lists(st.integers(0, 200), min_size=1, max_size=6),
-    norm=st.sampled_from(["none", "group", "layer"]),
-    channels=st.sampled_from([1, 9, 16, 24]),
-)
-def test_batch_mates_do_not_matter(backend: str, device: str, lengths: list[int], norm: Norm, channels: int) -> None:
-    if backend == "triton" and device == "cpu":
-        lengths = [length // 5 for length in lengths[:3]]  # the interpreter is slow
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(sum(lengths), channels, generator=generator).to(device)
-    weight = torch.randn(24, channels, 3, generator=generator).to(device)
-    out, layout = strided_conv(x, weight, layout_of(lengths, device), stride=2, norm=norm, backend=backend)
-    for length, together, sequence in zip(lengths, out.split(layout.lengths), x.split(lengths), strict=True):
-        # A slice would keep the alignment that the batch gave it, on which the bits of a GEMM depend.
-        one = layout_of([length], device)
-        alone, _ = strided_conv(sequence.clone(), weight, one, stride=2, norm=norm, backend=backend)
-        if device == "cpu":
-            assert torch.equal(together, alone)
-        else:
-            torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
-
-
 @pytest.mark.parametrize("case", STACKS)
 @EVERY_IMPLEMENTATION
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -264,18 +244,17 @@ def test_batch_mates_do_not_matter(backend: str, device: str, lengths: list[int]
 def test_stack(case: str, backend: str, device: str, dtype: torch.dtype, waveform_needs_grad: bool) -> None:
     inputs = make_stack(case)
     rest = {name: tensor for name, tensor in inputs.items() if name != "x"}
-    for backward in (False, True):
-        check_against_reference(
-            lambda tensors, name: run_stack(case, inputs_with_x(inputs, tensors), name),
-            inputs if waveform_needs_grad else rest,
-            backend=backend,
-            device=device,
-            dtype=dtype,
-            backward=backward,
-        )
+    check_against_reference(
+        lambda tensors, name: run_stack(case, inputs_with_x(inputs, tensors), name),
+        inputs if waveform_needs_grad else rest,
+        backend=backend,
+        device=device,
+        dtype=dtype,
+        backward=True,
+    )
 
 
-def inputs_with_x(inputs: dict[str, Tensor], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def inputs_with_x(inputs: Inputs, tensors: Inputs) -> Inputs:
     like = tensors["weight_0"]
     return {"x": inputs["x"].to(like.device, like.dtype)} | tensors
 
@@ -402,24 +381,9 @@ def test_autocast_reaches_the_arguments_and_not_the_op() -> None:
     assert torch.equal(out, expected)
 
 
-def test_rejects_bad_input() -> None:
-    x, weight, layout = torch.randn(20, 4), torch.randn(6, 4, 3), Layout.from_lengths([12, 8])
-    bad: dict[str, dict[str, Any]] = {
-        r"x: expected \(20, C_in\)": {"x": torch.randn(19, 4)},
-        r"weight: expected \(C_out, 4, K\)": {"weight": torch.randn(6, 5, 3)},
-        r"weight: dtype torch.float64": {"weight": weight.double()},
-        "stride: must be": {"stride": 0},
-        "norm: must be": {"norm": "batch"},
-        "activation: must be": {"activation": "relu"},
-        r"bias: expected \(6,\)": {"bias": torch.randn(5)},
-        "norm_weight and norm_bias: given": {"norm_weight": torch.randn(6)},
-        "backend='warp': not available for strided_conv on cpu .*; available: .*reference": {"backend": "warp"},
-    }
-    for message, arguments in bad.items():
-        call: dict[str, Any] = {"x": x, "weight": weight, "stride": 2} | arguments
-        with pytest.raises(ValueError, match=message):
-            strided_conv(call.pop("x"), call.pop("weight"), layout, **call)
+def test_rejects_bad_stacks() -> None:
+    layout = layout_of((12, 8))
     with pytest.raises(ValueError, match="layers: there must be at least one"):
-        strided_conv_stack(x, [], layout)
+        strided_conv_stack(X, [], layout)
     with pytest.raises(ValueError, match=r"layers\[1\].weight: expected \(C_out, 6, K\)"):
-        strided_conv_stack(x, [StridedConvLayer(weight, 2), StridedConvLayer(weight, 2)], layout)
+        strided_conv_stack(X, [StridedConvLayer(WEIGHT, 2), StridedConvLayer(WEIGHT, 2)], layout)

@@ -36,28 +36,14 @@ def run(inputs: dict[str, Tensor], layout: Layout, backend: str, dropout_p: floa
 def check(
     lengths: tuple[int, ...], heads: int, width: int, reach: int, backend: str, device: str, dtype: torch.dtype
 ) -> None:
-    for backward in (False, True):
-        check_against_reference(
-            lambda inputs, name: run(inputs, layout_of(lengths, inputs["q"].device.type), name),
-            make_inputs(lengths, heads, width, reach),
-            backend=backend,
-            device=device,
-            dtype=dtype,
-            backward=backward,
-        )
-
-
-@pytest.mark.parametrize("everything", [False, True])
-@pytest.mark.parametrize("lengths", [(5, 0, 9), ()])
-@pytest.mark.parametrize(("backend", "device"), KERNELS)
-def test_opcheck(backend: str, device: str, lengths: tuple[int, ...], everything: bool) -> None:
-    q, k, v, bias, gate, seed = (x.to(device) for x in make_inputs(lengths, 2, 16, 4).values())
-    layout, namespace = layout_of(lengths, device), getattr(torch.ops, f"fastssl_{backend}")
-    options = (0.2, seed, bias, gate) if everything else (0.0, None, None, None)
-    rest = (layout.cu_seqlens, layout.max_length, 0.25, *options)
-    torch.library.opcheck(namespace.varlen_attention_fwd.default, (q, k, v, *rest))
-    out, logsumexp = namespace.varlen_attention_fwd(q, k, v, *rest)
-    torch.library.opcheck(namespace.varlen_attention_bwd.default, (q.sin(), q, k, v, out, logsumexp, *rest))
+    check_against_reference(
+        lambda inputs, name: run(inputs, layout_of(lengths, inputs["q"].device.type), name),
+        make_inputs(lengths, heads, width, reach),
+        backend=backend,
+        device=device,
+        dtype=dtype,
+        backward=True,
+    )
 
 
 @pytest.mark.parametrize("width", [32, 80, 128])
