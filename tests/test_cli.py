@@ -137,6 +137,17 @@ def test_settings_of_a_stranger_import_nothing(
     assert _STRANGER not in sys.modules
 
 
+def test_a_teacher_named_in_a_file_is_not_downloaded(
+    tmp_path: Path, started: list[tuple[PretrainConfig, bool]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "stranger.yaml").write_text("system: distillation\nteacher: strangers/model\n")
+    arguments = ["distill", str(tmp_path), "--output", "run", "--config", str(tmp_path / "stranger.yaml")]
+    assert cli.main(arguments) == 1
+    assert "teacher: there is no strangers/model, and a name in a file of settings is not" in capsys.readouterr().err
+    assert cli.main([*arguments, "--teacher", "mine/model"]) == 0
+    assert started[0][0].teacher == "mine/model"
+
+
 def test_a_group_of_options_is_no_argument(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,7 +12,8 @@ PACKAGE = Path(fastssl.__file__).parent
 METHODS = {
     *("CDLL", "Popen", "Pipe", "Unpickler", "check_call", "check_output", "deserialize_item", "download", "full_load"),
     *("from_pretrained", "getoutput", "import_module", "load", "load_all", "load_audio", "load_jsonl", "load_library"),
-    *("open_best", "popen", "render", "run_module", "run_path", "snapshot_download", "spawn", "system", "unsafe_load"),
+    *("open_best", "popen", "render", "run_module", "run_path", "snapshot_download", "spawn", "system", "to_jsonl"),
+    *("unsafe_load",),
 }
 BUILTINS = {"__import__", "compile", "eval", "exec"}
 #: Modules that are not imported at all.
@@ -23,6 +24,7 @@ PLACES = {
     ("cli/__init__.py", "importlib.import_module"): (1, "one of our own commands, from a fixed table"),
     ("cli/info.py", "importlib.import_module"): (1, "a constant"),
     ("data/audio.py", "recording.load_audio"): (1, "sources checked at any depth; libsndfile alone opens the files"),
+    ("data/corpus.py", "corpus.cuts.to_jsonl"): (1, "an absolute path, so never a pipe"),
     ("data/manifest.py", "deserialize_item"): (1, "after the sources were checked"),
     ("data/manifest.py", "load_jsonl"): (1, "an absolute path, so never a pipe"),
     ("data/synthetic.py", "ctypes.CDLL"): (1, "espeak-ng's library, from its installed package"),

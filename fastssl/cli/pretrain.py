@@ -44,8 +44,13 @@ def run(arguments: Sequence[str], *, command: str = "pretrain") -> None:
     absolute = {name: str(Path(folder).absolute()) for name, folder in folders.items() if folder is not None}
     data = dataclasses.replace(data, **absolute)
     teacher = settings.get("teacher")
-    if teacher is not None and Path(teacher).exists():  # else a name on the Hub
+    if teacher is not None and Path(teacher).exists():
         teacher = str(Path(teacher).absolute())
+    elif teacher is not None and not any(argument.partition("=")[0] == "--teacher" for argument in arguments):
+        raise ValueError(
+            f"teacher: there is no {teacher}, and a name in a file of settings is not downloaded; if it is a model of "
+            f"the Hub that you trust, add --teacher {teacher}"
+        )
     recipe = settings.recipe
     if recipe is None and not settings.resume and settings.config is None:
         recipe = _DEFAULT_RECIPES[command]

@@ -147,6 +147,7 @@ def write_manifest(corpus: Corpus, output: Path) -> None:
     Raises:
         ValueError: The name of `output` does not end with .jsonl.gz.
     """
+    output = output.absolute()  # Lhotse takes a path that begins with "pipe:" for a command
     if not output.name.endswith(".jsonl.gz"):
         raise ValueError(f"output: {output} must end with .jsonl.gz")
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -307,4 +308,5 @@ def _joined(cuts: Iterable[Cut]) -> Iterator[Cut]:
         elif parent["id"] not in entered:
             entered.add(parent["id"])
             custom = {name: value for name, value in cut.custom.items() if name != "window_of"}
-            yield fastcopy(cut, **parent, custom=custom or None)
+            whole = {name: parent[name] for name in ("id", "start", "duration")}
+            yield fastcopy(cut, **whole, custom=custom or None)

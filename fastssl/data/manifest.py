@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lhotse import Recording
+from lhotse.cut import Cut
 from lhotse.serialization import deserialize_item, load_jsonl
 
 #: "shar" is a placeholder for audio that is in the tar file beside the cuts; Lhotse cannot read it.
@@ -27,14 +29,18 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     yield from load_jsonl(path.absolute())
 
 
-def deserialize(line: dict[str, Any]) -> Any:
+def deserialize(line: dict[str, Any]) -> Cut | Recording:
     """The cut or recording that a line describes.
 
     Raises:
         ForbiddenSourceError: It has an audio source that is neither a file nor bytes.
+        TypeError: It describes something else.
     """
     check_sources(line)
-    return deserialize_item(line)
+    item = deserialize_item(line)
+    if not isinstance(item, Cut | Recording):
+        raise TypeError(f"expected a cut or a recording, got a {type(item).__name__}")
+    return item
 
 
 def check_sources(value: object) -> None:

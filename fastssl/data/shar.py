@@ -68,7 +68,7 @@ def _recordings_in_tar(path: Path) -> Iterator[_Entry]:
             if file is None:
                 yield cut_id, None, None
                 continue
-            recording = deserialize(json.loads(file.read()))
+            recording = _recording(path, json.loads(file.read()))
             recording.sources[0].type, recording.sources[0].source = "file", f"{path}/{audio.name}"
             yield cut_id, recording, [audio.offset_data, audio.size]
 
@@ -76,4 +76,11 @@ def _recordings_in_tar(path: Path) -> Iterator[_Entry]:
 def _recordings_in_table(path: Path) -> Iterator[_Entry]:
     line: dict[str, Any]
     for line in read_lines(path):
-        yield line["cut_id"], deserialize(line["recording"]) if "recording" in line else None, None
+        yield line["cut_id"], _recording(path, line["recording"]) if "recording" in line else None, None
+
+
+def _recording(path: Path, value: dict[str, Any]) -> Recording:
+    item = deserialize(value)
+    if not isinstance(item, Recording):
+        raise ValueError(f"source: {path} has a {type(item).__name__} where it should have a recording")
+    return item

@@ -27,9 +27,12 @@ def track(items: Iterable[Item] | Sequence[Item], what: str, *, total: int | Non
 def new_figure(height_in: float) -> "Figure":
     """An empty figure, 11 inches wide."""
     # The canvas is chosen without pyplot, which would look for a display.
+    import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    # A matplotlibrc in the current folder could ask for TeX, and for anything in its preamble.
+    matplotlib.rcdefaults()
     figure = Figure(figsize=(11, height_in), layout="constrained")
     FigureCanvasAgg(figure)
     return figure

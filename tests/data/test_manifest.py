@@ -12,7 +12,7 @@ from lhotse.cut import MonoCut
 from lhotse.serialization import deserialize_item
 
 from fastssl.data.audio import AudioError, read_waveform
-from fastssl.data.corpus import open_corpus
+from fastssl.data.corpus import open_corpus, write_manifest
 from fastssl.data.manifest import ForbiddenSourceError, check_sources, deserialize
 from tests.data.making import noise, write
 
@@ -124,6 +124,29 @@ def test_a_manifest_named_like_a_pipe_is_a_file(
         Path(path).write_text(json.dumps(recording) + "\n")
     assert open_corpus(name).num_recordings == 1
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_manifest_is_not_written_to_a_pipe(recording: Item, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = Path("pipe:touch ran; cat >rest; true ")
+    folder.mkdir()
+    write_manifest(open_corpus("audio"), folder / "cuts.jsonl.gz")
+    assert not Path("ran").exists()
+    assert [path.name for path in folder.iterdir()] == ["cuts.jsonl.gz"]
+
+
+def test_a_line_is_a_cut_or_a_recording(recording: Item) -> None:
+    supervision = {"id": "a", "recording_id": "b", "start": 0.0, "duration": 1.0}
+    with pytest.raises(TypeError, match="expected a cut or a recording, got a SupervisionSegment"):
+        deserialize(supervision)
+
+
+def test_a_window_takes_only_its_place_from_the_manifest(recording: Item, tmp_path: Path) -> None:
+    cut = Recording.from_dict(dict(recording)).to_cut().to_dict()
+    parent = {"id": "whole", "start": 0.0, "duration": 3.0, "recording": {"sources": []}, "channel": 7}
+    (tmp_path / "cuts.jsonl").write_text(json.dumps({**cut, "custom": {"window_of": parent}}) + "\n")
+    (whole,) = open_corpus(tmp_path / "cuts.jsonl", window_s=None).cuts
+    assert (whole.id, whole.channel, len(read_waveform(whole))) == ("whole", 0, 48000)
 
 
 def test_commands_in_a_shar_directory_are_refused(recording: Item, tmp_path: Path) -> None:
