@@ -1,5 +1,4 @@
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import pytest
 import torch
@@ -15,8 +14,9 @@ from fastssl.packing import Layout, Packed
 from tests.ops.common import LENGTHS, check_against_reference, compiler_for, implementations, layout_of, randn
 from tests.ops.standard import Inputs, Mates, Standard, interpreted
 
+Case = tuple[tuple[int, ...], int, int, float, int | None]
 #: name -> (masked frames of each utterance, D, K, share of negatives that are -1, number of distinct targets or None)
-CASES: dict[str, Any] = {
+CASES: dict[str, Case] = {
     "odd": (LENGTHS["odd"], 16, 10, 0.0, None),
     "one_long": (LENGTHS["one_long"], 8, 100, 0.0, None),
     "codes": (LENGTHS["odd"], 16, 10, 0.0, 4),
@@ -28,7 +28,7 @@ CASES: dict[str, Any] = {
     "empty_batch": (LENGTHS["empty_batch"], 8, 4, 0.0, None),
 }
 EVERY_IMPLEMENTATION = pytest.mark.parametrize(("backend", "device"), implementations("contrastive_loss"))
-SMALL: dict[str, Any] = {
+SMALL: dict[str, Case] = {
     "small": ((4, 1, 6), 3, 4, 0.2, None),
     "small, codes": ((4, 1, 6), 3, 4, 0.2, 3),
 }
@@ -40,8 +40,8 @@ def make_inputs(case: str, dtype: torch.dtype = torch.float32) -> Inputs:
 
 def few_frames(case: str, dtype: torch.dtype = torch.float32) -> Inputs:
     """For Triton's interpreter, which takes 15 ms for a frame."""
-    lengths, *rest = (SMALL | CASES)[case]
-    return draw(tuple(-(-length // 8) for length in lengths), *rest, dtype)
+    lengths, width, count, missing, codes = (SMALL | CASES)[case]
+    return draw(tuple(-(-length // 8) for length in lengths), width, count, missing, codes, dtype)
 
 
 def draw(

@@ -108,7 +108,7 @@ def test_opcheck(standard: Standard, case: str, dtype: torch.dtype, backend: str
     """With the arguments that the op itself passes to its operators."""
     standard.skip_slow(case, backend, device)
     inputs = cast(standard.inputs(case, backend, device), dtype, device)
-    with Recorder(backend) as recorder:  # type: ignore[no-untyped-call]
+    with Recorder(backend) as recorder:
         out = standard.run(case, inputs, backend)
         torch.autograd.grad(out.sum(), [x for x in inputs.values() if x.requires_grad], allow_unused=True)
     assert {f"{standard.op}_fwd", f"{standard.op}_bwd"} <= recorder.calls.keys()
