@@ -1,4 +1,4 @@
-"""Files of settings, as strangers may hand them on: values for the options there are, and nothing else."""
+"""Checks that a file of settings, which a stranger may have written, holds only plain values of known options."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -7,10 +7,10 @@ from typing import Any
 
 
 def check_settings(path: Path, values: Mapping[str, Any], groups: Mapping[str, type[Any]]) -> None:
-    """Refuse what is not a plain value of a known option.
+    """Refuse everything but plain values of known options.
 
-    The parser behind the command line would import the module that a `class_path` names, or that stands in the place of
-    a group, and would open a further file that stands there.
+    The command line's parser would otherwise import the module that a `class_path` names. It would also take a string
+    in place of a group for a class to import or for another file to open.
 
     Args:
         path: The file, for messages.

@@ -169,7 +169,7 @@ def _decode_by_lhotse(recording: Recording, first: int, count: int) -> NDArray[n
         set_current_audio_backend("LibsndfileBackend")
         try:
             samples = recording.load_audio(offset=first / rate, duration=count / rate)
-        except soundfile.LibsndfileError as error:  # made anew by Lhotse, so that it cannot be printed
+        except soundfile.LibsndfileError as error:  # Lhotse raises it again in a form that cannot be printed
             raise AudioError(f"does not decode: {error.__context__}") from error
         finally:
             set_current_audio_backend(before)

@@ -1,4 +1,4 @@
-"""How far a long command is, and figures of what it found."""
+"""Progress bars and figures."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,19 +13,19 @@ Item = TypeVar("Item")
 
 
 def track(items: Iterable[Item] | Sequence[Item], what: str, *, total: int | None = None) -> Iterable[Item]:
-    """The items, with a progress bar on a terminal.
+    """Iterate over items, with a progress bar if the output is a terminal.
 
     Args:
-        items: To go through.
-        what: They are, on the left of the bar.
-        total: How many they are, where they have no length.
+        items: What to iterate over.
+        what: Label to the left of the bar.
+        total: Number of items, needed only if they have no length.
     """
     console = get_console()
     return progress.track(items, what, total=total, console=console, disable=not console.is_terminal)
 
 
 def new_figure(height_in: float) -> "Figure":
-    """An empty figure, 11 inches wide."""
+    """Create an empty figure, 11 inches wide, in matplotlib's default style."""
     # The canvas is chosen without pyplot, which would look for a display.
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -39,7 +39,7 @@ def new_figure(height_in: float) -> "Figure":
 
 
 def write_figure(figure: "Figure", path: Path) -> None:
-    """Write a PNG file that is there, whole, or is not."""
+    """Write a PNG file atomically."""
     temporary = path.with_name(f"{path.name}.tmp")
     figure.savefig(temporary, dpi=120, format="png")
     temporary.replace(path)
