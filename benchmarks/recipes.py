@@ -16,5 +16,5 @@ def recipe_model(name: str) -> Any:
     values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
     if "gumbel_temperature" in values:
         values["gumbel_temperature"] = GumbelTemperature(**values["gumbel_temperature"])
-    config: Any = SYSTEMS[recipe["system"]].config
+    config: Any = SYSTEMS[recipe["system"]].config_class
     return config(**values)

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from graphlib import CycleError, TopologicalSorter
@@ -137,3 +138,26 @@ def _imported_from_elsewhere(path: Path) -> set[str]:
     package = ".".join(path.parent.relative_to(PACKAGE.parent).parts)
     imports = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ImportFrom)]
     return {alias.asname or alias.name for node in imports if node.module != package for alias in node.names}
+
+
+def test_training_knows_systems_only_from_their_table() -> None:
+    """In `train/`, only `systems.py` names a system, its classes or its file; words in comments do not count."""
+    from fastssl.train.systems import SYSTEMS
+
+    names = {word for name in SYSTEMS for word in (name, name.replace("-", "_"))}
+    names |= {one.__name__ for model in SYSTEMS.values() for one in (model, model.config_class)}
+    names |= {model.__module__.rpartition(".")[2] for model in SYSTEMS.values()}
+    assert "best_rq" in words_of("import fastssl.models.best_rq") & names
+    for path in sorted((PACKAGE / "train").glob("*.py")):
+        if path.name != "systems.py":
+            found = words_of(path.read_text()) & names
+            assert not found, f"{path} names {found}"
+
+
+def words_of(source: str) -> set[str]:
+    """Names and words of texts in a source, but for docstrings and comments."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+            node.body.pop(0)
+    return set(re.findall(r"[\w-]+", ast.unparse(tree)))

@@ -34,7 +34,7 @@ def test_python_blocks(block: str, tmp_path: Path, capsys: pytest.CaptureFixture
 def test_recipes_say_what_differs_from_the_defaults_and_no_more(name: str) -> None:
     recipe = yaml.safe_load(recipes()[name].read_text())
     groups = {"data": DataConfig, "optimizer": OptimizerConfig, "trainer": TrainerConfig, "quality": QualityConfig}
-    groups |= {"model": SYSTEMS[recipe.pop("system")].config}
+    groups |= {"model": SYSTEMS[recipe.pop("system")].config_class}
     for group, values in recipe.items():
         defaults = json.loads(json.dumps(dataclasses.asdict(groups[group]())))  # tuples as lists
         assert values

@@ -28,12 +28,13 @@ from fastssl.data.corpus import open_corpus
 from fastssl.eval.probe.features import SHRINKAGE
 from fastssl.eval.probe.run import LEARNING_RATES
 from fastssl.eval.quality.measure import MAX_FRAMES, first_minutes, measure_quality, quality_loader
+from fastssl.models.pretraining import PretrainingModel
 from fastssl.models.speech_encoder import SpeechEncoder
 from fastssl.models.wav2vec2 import Wav2Vec2ForPreTraining
 from fastssl.nn.random import utterance_keys
 from fastssl.train.config import renamed
 from fastssl.train.metrics_file import read_metrics
-from fastssl.train.systems import SYSTEMS, Model, build_model
+from fastssl.train.systems import SYSTEMS, build_model
 
 #: How the corpora that the studies take are made; takes are divided before they are strung together.
 CORPORA = """
@@ -228,10 +229,10 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def open_checkpoint(run: Path, update: int | None = None) -> Model:
+def open_checkpoint(run: Path, update: int | None = None) -> PretrainingModel:
     """The model of a checkpoint that was kept, or of the last one, in evaluation mode."""
     settings = renamed(yaml.safe_load((run / "config.yaml").read_text()))
-    model = build_model(SYSTEMS[settings["system"]].config.from_dict(settings["model"])).eval()
+    model = build_model(SYSTEMS[settings["system"]].config_class.from_dict(settings["model"])).eval()
     kept = run / "checkpoints" / f"{update or 0:07d}.ckpt"
     state = torch.load(kept if kept.is_file() else run / "checkpoints" / "last.ckpt", weights_only=True)
     if update is not None and state["global_step"] != update:
@@ -241,7 +242,9 @@ def open_checkpoint(run: Path, update: int | None = None) -> Model:
 
 
 @torch.inference_mode()
-def held_out_scores(model: Model, audio: Path, *, crop_s: float | None = None, draws: int = 8) -> dict[str, float]:
+def held_out_scores(
+    model: PretrainingModel, audio: Path, *, crop_s: float | None = None, draws: int = 8
+) -> dict[str, float]:
     """Loss and accuracy on the same audio, whatever the model was trained on.
 
     Spans are masked as the model's own settings say, the same for models of the same masking, whatever their seed.

@@ -98,7 +98,7 @@ def _parser_of(arguments: Sequence[str], command: str) -> "ArgumentParser":
     defaults = _defaults_of(arguments, command)
     system = _system_of(defaults)
     groups: dict[str, type[Any]] = {
-        "model": SYSTEMS[system].config,
+        "model": SYSTEMS[system].config_class,
         "data": DataConfig,
         "optimizer": OptimizerConfig,
         "trainer": TrainerConfig,

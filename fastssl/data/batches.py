@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,29 +16,12 @@ from torch.utils.data import Dataset, Sampler
 from fastssl.data.audio import SAMPLE_RATE_HZ, AudioError, read_waveform
 from fastssl.data.corpus import Problem, cut_name
 from fastssl.data.labels import LabelTable, Segments
+from fastssl.data.noise import NoiseRecordings
 from fastssl.data.recordings import FrameGrid
+from fastssl.data.segments import FrameSegments
 from fastssl.data.teacher_frames import TeacherFrames, TeacherTable, checksum
 from fastssl.data.waveforms import waveform_batch
 from fastssl.packing import Packed
-
-
-class FrameSegments(NamedTuple):
-    """The segments in which the T frames of a batch lie (`LabelTable.segments_at`)."""
-
-    weights: Tensor  # (T,) fp32, one over the frames of the segment
-    ends: Tensor  # (T,) bool, whether the segment ends with this frame
-
-    def as_arguments(self) -> dict[str, Tensor]:
-        """As models call them."""
-        return {"segment_weights": self.weights, "segment_ends": self.ends}
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "FrameSegments":
-        """The same on another device."""
-        return FrameSegments(*(tensor.to(device, non_blocking=non_blocking) for tensor in self))
-
-    def pin_memory(self) -> "FrameSegments":
-        """The same in page-locked memory."""
-        return FrameSegments(*(tensor.pin_memory() for tensor in self))
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +37,8 @@ class AudioBatch:
         labels: (T,) int64, one for each of the T frames that an encoder makes of the waveforms; None where there are
             none.
         segments: In which these frames lie; None where there are none.
+        noise: Noise to mix into each utterance, (M, 1) in B sequences, of length 0 for utterances without; None if no
+            recordings of noise are read.
         teacher: What a teacher made of them, where that is kept.
         checksums: Of the samples of each, as they were read.
     """
@@ -65,6 +50,7 @@ class AudioBatch:
     problems: tuple[Problem, ...]
     labels: Tensor | None = None  # (T,)
     segments: FrameSegments | None = None
+    noise: Packed | None = None  # (M, 1)
     teacher: TeacherFrames | None = None
     checksums: tuple[int, ...] = ()
 
@@ -83,7 +69,7 @@ class AudioBatch:
 
     def _with_each(self, move: Callable[[Any], Any]) -> "AudioBatch":
         """The same batch with each part that has tensors moved."""
-        parts = {name: getattr(self, name) for name in ("waveforms", "ids", "labels", "segments", "teacher")}
+        parts = {name: getattr(self, name) for name in ("waveforms", "ids", "labels", "segments", "noise", "teacher")}
         return replace(self, **{name: move(part) for name, part in parts.items() if part is not None})
 
 
@@ -292,6 +278,7 @@ class WaveformDataset(Dataset[AudioBatch]):
         channel: Of several channels take this one (default: their mean).
         labels: Labels of the corpus, and the frames of the encoder; None reads no labels.
         segments: Labels of whose runs the segments are; None reads none.
+        noise: Recordings of noise, and how often an utterance gets one; None reads none.
         teacher: What a teacher made of the crops, which are fixed; None reads none.
         teacher_keys: What its keys have before the id of a cut.
     """
@@ -303,11 +290,12 @@ class WaveformDataset(Dataset[AudioBatch]):
         channel: int | None = None,
         labels: FrameLabels | None = None,
         segments: FrameLabels | None = None,
+        noise: NoiseRecordings | None = None,
         teacher: TeacherTable | None = None,
         teacher_keys: str = "",
     ) -> None:
         self.normalize, self.channel, self.labels, self.segments = normalize, channel, labels, segments
-        self.teacher, self.teacher_keys = teacher, teacher_keys
+        self.noise, self.teacher, self.teacher_keys = noise, teacher, teacher_keys
 
     def __getitem__(self, spec: BatchSpec) -> AudioBatch:
         """Decode; what cannot be used becomes a problem of the batch, and never an exception."""
@@ -330,10 +318,16 @@ class WaveformDataset(Dataset[AudioBatch]):
                 torch.from_numpy(np.concatenate([np.empty(0, np.float32), *(part.weights for part in lain_in)])),
                 torch.from_numpy(np.concatenate([np.empty(0, np.bool_), *(part.ends for part in lain_in)])),
             )
+        noise: Packed | None = None
+        unread: tuple[Problem, ...] = ()
+        if self.noise is not None:
+            noise, unread = self.noise.read([cut.id for cut in used], seed=spec.seed, update=spec.update)
         teacher = None if self.teacher is None else self.teacher.of([self.teacher_keys + cut.id for cut in used])
         batch = waveform_batch(waveforms, normalize=self.normalize)
         checksums = tuple(map(checksum, waveforms))
-        return AudioBatch(batch, ids, names, spec.update, problems, labels, segments, teacher, checksums)
+        return AudioBatch(
+            batch, ids, names, spec.update, problems + unread, labels, segments, noise, teacher, checksums
+        )
 
     def _read(self, cut: Cut, spec: BatchSpec) -> NDArray[np.float32] | Problem:
         try:

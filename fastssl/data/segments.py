@@ -1,9 +1,27 @@
 """Where one sound ends and the next begins: classes of frames, smoothed into segments; in C++ where it is built."""
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
+
+
+class FrameSegments(NamedTuple):
+    """The segments of the T frames of a batch, from which a compressor learns where to fire."""
+
+    weights: Tensor  # (T,) fp32, 1 / frames of the segment
+    ends: Tensor  # (T,) bool, whether the segment ends with this frame
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "FrameSegments":
+        """The same segments on another device."""
+        return FrameSegments(*(tensor.to(device, non_blocking=non_blocking) for tensor in self))
+
+    def pin_memory(self) -> "FrameSegments":
+        """The same segments in page-locked memory."""
+        return FrameSegments(*(tensor.pin_memory() for tensor in self))
 
 
 def smooth_classes(costs: npt.NDArray[np.float32], *, price: float) -> npt.NDArray[np.int64]:

@@ -1,11 +1,13 @@
 """BEST-RQ pre-training (Chiu et al. 2022, arXiv 2202.01855), on packed batches."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastssl.data.segments import FrameSegments
 from fastssl.models.bounds import bounded
 from fastssl.models.config import MaskedConfig
 from fastssl.models.conformer import (
@@ -15,8 +17,10 @@ from fastssl.models.conformer import (
     subsampled_layout,
 )
 from fastssl.models.pretraining import (
+    PREDICTION,
     PredictionOutput,
     PretrainingModel,
+    StepContext,
     count_codes,
     draw_mask,
     masked_by_utterance,
@@ -26,6 +30,9 @@ from fastssl.nn.linear import PackedLinear
 from fastssl.nn.random import normal
 from fastssl.nn.random_projection import RandomProjectionQuantizer
 from fastssl.packing import Layout, Packed
+
+if TYPE_CHECKING:
+    from fastssl.data.batches import AudioBatch
 
 _STREAM_NOISE = 4
 
@@ -57,13 +64,14 @@ class BestRqForPreTraining(PretrainingModel):
         config: Shape and objective.
     """
 
+    title = "BEST-RQ"
     encoder_name = "best_rq"
     config_class = BestRqConfig
+    main_scores = PREDICTION
     config: BestRqConfig
 
     def __init__(self, config: BestRqConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.best_rq = ConformerEncoder(config)
         self.quantizer = RandomProjectionQuantizer(
             MEL_FRAMES_PER_FRAME * config.num_mel_bins, codes=config.codebook_size, code_width=config.codebook_dim
@@ -77,14 +85,20 @@ class BestRqForPreTraining(PretrainingModel):
         """As in `PredictionOutput.scores`."""
         return prediction_scores(self.config)
 
+    def step(self, batch: "AudioBatch", context: StepContext) -> PredictionOutput:
+        """`forward` of the batch."""
+        output: PredictionOutput = self(
+            batch.waveforms, keys=context.keys, layer_drop=context.layer_drop, segments=batch.segments
+        )
+        return output
+
     def forward(
         self,
         waveforms: Packed,
         *,
         keys: Tensor,
         layer_drop: torch.Generator | None = None,
-        segment_weights: Tensor | None = None,
-        segment_ends: Tensor | None = None,
+        segments: FrameSegments | None = None,
     ) -> PredictionOutput:
         """Mask, encode, and predict the codes of what was masked.
 
@@ -95,9 +109,7 @@ class BestRqForPreTraining(PretrainingModel):
             keys: (B,) int64 from `nn.random.utterance_keys` or `draw_keys`, on the device of the waveforms; rate,
                 mask and noise of an utterance follow from its key.
             layer_drop: CPU generator for the layers to skip; None takes torch's own.
-            segment_weights: (N,) of `nn.segmentation.segmentation_losses`, for each frame of 40 ms; None leaves a
-                compressor without guidance.
-            segment_ends: (N,) likewise.
+            segments: Segments of the N frames of 40 ms that a compressor should learn; None for no guidance.
         """
         config = self.config
         mel = self.best_rq.extract_features(waveforms)
@@ -117,8 +129,7 @@ class BestRqForPreTraining(PretrainingModel):
             prediction_loss,
             compressed,
             masked_by_utterance(mask, layout),
-            segment_weights=segment_weights,
-            segment_ends=segment_ends,
+            segments,
         )
         return PredictionOutput(
             loss=loss,

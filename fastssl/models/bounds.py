@@ -3,7 +3,7 @@
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import field, fields
+from dataclasses import field, fields, is_dataclass
 from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
@@ -92,6 +92,8 @@ def _is_of(value: object, hint: Any) -> bool:
         if not isinstance(value, tuple) or (arguments[-1] is not ... and len(value) != len(arguments)):
             return False
         return all(_is_of(entry, arguments[0]) for entry in value)
+    if is_dataclass(hint):
+        return isinstance(value, hint)  # type: ignore[arg-type]
     if arguments:  # of a union
         return any(_is_of(value, argument) for argument in arguments)
     return type(value) in ((int, float) if hint is float else (hint,))

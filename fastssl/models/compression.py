@@ -5,6 +5,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
+from fastssl.data.segments import FrameSegments
 from fastssl.models.config import CompressedConfig, CompressorConfig
 from fastssl.nn.compression import Compressed, Kind, SequenceCompressor
 from fastssl.nn.rates import draw_rates
@@ -58,9 +59,7 @@ def with_compression_loss(
     config: CompressedConfig,
     compressed: Compressed,
     masked: Tensor,
-    *,
-    segment_weights: Tensor | None,
-    segment_ends: Tensor | None,
+    segments: FrameSegments | None,
 ) -> tuple[Tensor, CompressionScores | None]:
     """The loss and those of a compressor, each by its weight; and what is reported of it, if it has rates.
 
@@ -69,16 +68,15 @@ def with_compression_loss(
         config: Has the weights, and says which share of frames is wanted.
         compressed: What the compressor made.
         masked: (B,) how often each utterance counts.
-        segment_weights: (N,) of `segmentation_losses`; None for no guidance.
-        segment_ends: (N,) likewise.
+        segments: Segments of the N frames that the compressor should learn; None trains it by the objective alone.
     """
     if compressed.weights is None or compressed.learned_weights is None:  # a fixed factor
         return loss, None
     layout = compressed.layout
     segment = frame = masked.new_zeros(len(masked))
-    if segment_weights is not None and segment_ends is not None:
+    if segments is not None:
         segment, frame = segmentation_losses(
-            compressed.learned_weights, layout, weights=segment_weights, ends=segment_ends
+            compressed.learned_weights, layout, weights=segments.weights, ends=segments.ends
         )
     quantity = quantity_loss(compressed.weights, layout, share=config.quantity_share)
     frames, fewer = layout.device_lengths, compressed.frames.layout.device_lengths

@@ -167,6 +167,12 @@ class CompressedConfig(CompressorConfig):
     quantity_loss_weight: float = bounded(0.0, least=0)
     quantity_share: float = bounded(0.25, above=0, most=1)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given, own = getattr(self, "model_type", None), getattr(type(self), "model_type", None)
+        if given != own:
+            raise ValueError(f"model_type: this system trains a {own} encoder, got {given!r}")
+
 
 @dataclass(frozen=True)
 class MaskedConfig(CompressedConfig):

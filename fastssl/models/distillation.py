@@ -1,20 +1,30 @@
 """Distillation of an encoder into a smaller one: prediction heads (DistilHuBERT) or layer to layer (deep or wide)."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastssl.data.segments import FrameSegments
 from fastssl.models.bounds import bounded
 from fastssl.models.compression import CompressionScores
 from fastssl.models.config import CompressedConfig
 from fastssl.models.encoder import Encoder, EncoderConfig
-from fastssl.models.pretraining import PretrainingModel
+from fastssl.models.pretraining import Needs, PretrainingModel, Score, StepContext
+from fastssl.models.speech_encoder import SpeechEncoder
 from fastssl.nn.linear import PackedLinear
 from fastssl.packing import Packed
 
+if TYPE_CHECKING:
+    from fastssl.data.batches import AudioBatch
+
+logger = logging.getLogger(__name__)
+
+_FRONT_END_FIELDS = ("conv_dim", "conv_kernel", "conv_stride", "conv_bias", "feat_extract_norm")
 _SCORES = ("distillation_loss", "l1_loss", "cosine_similarity")
 
 
@@ -47,8 +57,6 @@ class DistillationConfig(CompressedConfig, EncoderConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.model_type != "hubert":
-            raise ValueError(f"model_type: a student is a hubert encoder, got {self.model_type!r}")
         if self.distillation == "l2l" and self.teacher_layers and len(self.teacher_layers) != self.num_hidden_layers:
             raise ValueError(
                 f"teacher_layers: l2l takes one for each of {self.num_hidden_layers}, got {len(self.teacher_layers)}"
@@ -88,6 +96,22 @@ class DistillationConfig(CompressedConfig, EncoderConfig):
             teacher_num_hidden_layers=teacher.num_hidden_layers,
             do_normalize=teacher.do_normalize,
         )
+
+    def keeps_front_end(self, teacher: EncoderConfig) -> bool:
+        """Whether the student's convolutions start as the teacher's and stay frozen.
+
+        Raises:
+            ValueError: They are frozen and would not start as the teacher's.
+        """
+        if self.feature_grad_mult != 0:
+            return False
+        other = [name for name in _FRONT_END_FIELDS if getattr(self, name) != getattr(teacher, name)]
+        if other or not self.initialise_from_teacher:
+            why = f"they differ in {', '.join(other)}" if other else "model.initialise_from_teacher is false"
+            raise ValueError(
+                f"feature_grad_mult: 0 freezes the convolutions, and these do not begin as the teacher's: {why}"
+            )
+        return True
 
 
 @dataclass(frozen=True)
@@ -142,13 +166,20 @@ class DistillationModel(PretrainingModel):
         config: Shape and objective.
     """
 
+    title = "distillation"
+    command = "distill"
     encoder_name = "hubert"
     config_class = DistillationConfig
+    needs = Needs(teacher=True)
+    main_scores: ClassVar = {
+        "distillation_loss": Score("distillation loss", "distillation loss"),
+        "cosine_similarity": Score("cosine similarity", "cosine similarity to the teacher"),
+    }
+    averaged_over = "frame"
     config: DistillationConfig
 
     def __init__(self, config: DistillationConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.hubert = Encoder(config)
         # Nothing is masked.
         self.hubert.masked_spec_embed.requires_grad = False
@@ -164,6 +195,29 @@ class DistillationModel(PretrainingModel):
         """As in `DistillationOutput.scores`."""
         return (*_SCORES, *(CompressionScores._fields if self.config.draws_rates else ()))
 
+    def start_from_teacher(self, teacher: SpeechEncoder) -> None:
+        """Copy the teacher's weights that the student has too, if the config asks for it."""
+        if not self.config.initialise_from_teacher:
+            return
+        student = self.hubert.state_dict()
+        copied = initialise_from_teacher(self.hubert, teacher)
+        numel, total = (sum(student[name].numel() for name in names) for names in (copied, student))
+        logger.info("from the teacher: %d of %d weights (%.0f %%)", numel, total, 100 * numel / total)
+
+    def step(self, batch: "AudioBatch", context: StepContext) -> DistillationOutput:
+        """`forward` with the teacher's layers of the batch."""
+        assert context.teacher is not None
+        frames, targets = context.teacher.of(batch)
+        output: DistillationOutput = self(
+            batch.waveforms,
+            keys=context.keys,
+            targets=targets,
+            frames=frames,
+            layer_drop=context.layer_drop,
+            segments=batch.segments,
+        )
+        return output
+
     def forward(
         self,
         waveforms: Packed,
@@ -172,8 +226,7 @@ class DistillationModel(PretrainingModel):
         targets: Sequence[Tensor],
         frames: Packed | None = None,
         layer_drop: torch.Generator | None = None,
-        segment_weights: Tensor | None = None,
-        segment_ends: Tensor | None = None,
+        segments: FrameSegments | None = None,
     ) -> DistillationOutput:
         """Encode, predict the teacher's layers frame by frame, and compare; nothing is computed on padding.
 
@@ -186,8 +239,7 @@ class DistillationModel(PretrainingModel):
             targets: Of each layer in `config.targets` the teacher's frames (N, teacher_hidden_size).
             frames: (N, C) of the front end, where it is frozen and the teacher's; None computes them.
             layer_drop: CPU generator for the layers to skip; None takes torch's own.
-            segment_weights: (N,) of `nn.segmentation.segmentation_losses`; None leaves a compressor without guidance.
-            segment_ends: (N,) likewise.
+            segments: Segments of the N frames that a compressor should learn; None for no guidance.
 
         Raises:
             ValueError: The targets are not as many as the layers, or have other frames or another width.
@@ -218,8 +270,7 @@ class DistillationModel(PretrainingModel):
             loss,
             projected.compressed,
             frames.layout.device_lengths.float(),
-            segment_weights=segment_weights,
-            segment_ends=segment_ends,
+            segments,
         )
         return DistillationOutput(
             loss=loss,
@@ -240,7 +291,7 @@ def _compare(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:  # (N
 
 
 @torch.no_grad()
-def initialise_from_teacher(student: Encoder, teacher: Encoder) -> list[str]:
+def initialise_from_teacher(student: SpeechEncoder, teacher: SpeechEncoder) -> list[str]:
     """Copy the teacher's weights whose names and shapes the student has too: of its first layers, where it is as wide.
 
     Returns:

@@ -1,17 +1,22 @@
 """HuBERT pre-training (Hsu et al. 2021, arXiv 2106.07447), on packed batches."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastssl.data.segments import FrameSegments
 from fastssl.models.bounds import bounded
 from fastssl.models.config import MaskedConfig
 from fastssl.models.encoder import Encoder, EncoderConfig, Projected
 from fastssl.models.pretraining import (
+    PREDICTION,
+    Needs,
     PredictionOutput,
     PretrainingModel,
+    StepContext,
     count_codes,
     draw_mask,
     features_penalty,
@@ -20,6 +25,9 @@ from fastssl.models.pretraining import (
 )
 from fastssl.nn.linear import PackedLinear
 from fastssl.packing import Packed
+
+if TYPE_CHECKING:
+    from fastssl.data.batches import AudioBatch
 
 
 @dataclass(frozen=True)
@@ -45,11 +53,6 @@ class HubertConfig(MaskedConfig, EncoderConfig):
     logit_temperature: float = bounded(0.1, above=0)
     features_penalty_weight: float = bounded(10.0, least=0)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.model_type != "hubert":
-            raise ValueError(f"model_type: HuBERT pre-training has a hubert encoder, got {self.model_type!r}")
-
 
 class HubertForPreTraining(PretrainingModel):
     """Encoder, projection and an embedding for each class; the encoder's names are those of Transformers.
@@ -58,14 +61,17 @@ class HubertForPreTraining(PretrainingModel):
         config: Shape and objective.
     """
 
+    title = "HuBERT"
     encoder_name = "hubert"
     config_class = HubertConfig
+    needs = Needs(labels=True)
+    main_scores = PREDICTION
     config: HubertConfig
+    hubert: Encoder
 
     def __init__(self, config: HubertConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.hubert = Encoder(config)
+        super().__init__(config)
+        self.add_module(self.encoder_name, Encoder(config))
         self.final_proj = PackedLinear(config.hidden_size, config.final_dim)
         self.label_embeddings = nn.Parameter(torch.rand(config.num_clusters, config.final_dim))
 
@@ -74,6 +80,25 @@ class HubertForPreTraining(PretrainingModel):
         """As in `PredictionOutput.scores`."""
         return prediction_scores(self.config)
 
+    @property
+    def speech_encoder(self) -> Encoder:
+        """The encoder."""
+        encoder = getattr(self, self.encoder_name)
+        assert isinstance(encoder, Encoder)
+        return encoder
+
+    def step(self, batch: "AudioBatch", context: StepContext) -> PredictionOutput:
+        """`forward` with the labels of the batch."""
+        assert batch.labels is not None
+        output: PredictionOutput = self(
+            batch.waveforms,
+            keys=context.keys,
+            labels=batch.labels,
+            layer_drop=context.layer_drop,
+            segments=batch.segments,
+        )
+        return output
+
     def forward(
         self,
         waveforms: Packed,
@@ -81,8 +106,7 @@ class HubertForPreTraining(PretrainingModel):
         keys: Tensor,
         labels: Tensor,
         layer_drop: torch.Generator | None = None,
-        segment_weights: Tensor | None = None,
-        segment_ends: Tensor | None = None,
+        segments: FrameSegments | None = None,
     ) -> PredictionOutput:
         """Compress where there is a compressor, mask, encode and predict the class of every masked frame.
 
@@ -94,19 +118,19 @@ class HubertForPreTraining(PretrainingModel):
                 mask of an utterance follow from its key.
             labels: (T,) int64, the class of each of the T frames of the front end.
             layer_drop: CPU generator for the layers to skip; None takes torch's own.
-            segment_weights: (T,) of `nn.segmentation.segmentation_losses`; None leaves a compressor without guidance.
-            segment_ends: (T,) likewise.
+            segments: Segments of the front end's T frames that a compressor should learn; None for no guidance.
 
         Raises:
             ValueError: There is not one label for each frame.
         """
         config = self.config
-        frames = self.hubert.extract_features(waveforms)
+        encoder = self.speech_encoder
+        frames = encoder.extract_features(waveforms)
         if labels.shape != (frames.layout.total,):
             raise ValueError(
                 f"labels: expected one for each of {frames.layout.total} frames, got {tuple(labels.shape)}"
             )
-        projected = self.hubert.project(frames, **self.draw_compression(keys))
+        projected = encoder.project(frames, **self.draw_compression(keys))
         mask = draw_mask(config, projected.frames.layout, keys)
         return self.predict(
             frames,
@@ -114,8 +138,7 @@ class HubertForPreTraining(PretrainingModel):
             labels=labels,
             layer_drop=layer_drop,
             projected=projected,
-            segment_weights=segment_weights,
-            segment_ends=segment_ends,
+            segments=segments,
         )
 
     def predict(
@@ -126,8 +149,7 @@ class HubertForPreTraining(PretrainingModel):
         labels: Tensor,
         layer_drop: torch.Generator | None = None,
         projected: Projected | None = None,
-        segment_weights: Tensor | None = None,
-        segment_ends: Tensor | None = None,
+        segments: FrameSegments | None = None,
     ) -> PredictionOutput:
         """The objective (arXiv 2106.07447, equations 1 and 3, masked frames alone) with the mask already drawn.
 
@@ -136,14 +158,14 @@ class HubertForPreTraining(PretrainingModel):
             mask: (N,) bool, True where masked; of the frames that the transformer takes.
             labels: (T,) int64 classes.
             layer_drop: As in `forward`.
-            projected: `hubert.project(frames)`, from a caller who has it.
-            segment_weights: As in `forward`.
-            segment_ends: As in `forward`.
+            projected: `speech_encoder.project(frames)`, from a caller who has it.
+            segments: As in `forward`.
         """
         config = self.config
-        (hidden, layout), _, compressed = projected or self.hubert.project(frames)
-        masked_input = torch.where(mask.unsqueeze(1), self.hubert.masked_spec_embed.to(hidden.dtype), hidden)
-        features = self.hubert.encoder(Packed(masked_input, layout), layer_drop=layer_drop)[-1]
+        encoder = self.speech_encoder
+        (hidden, layout), _, compressed = projected or encoder.project(frames)
+        masked_input = torch.where(mask.unsqueeze(1), encoder.masked_spec_embed.to(hidden.dtype), hidden)
+        features = encoder.encoder(Packed(masked_input, layout), layer_drop=layer_drop)[-1]
 
         states = features.values
         if compressed is not None:
@@ -158,8 +180,7 @@ class HubertForPreTraining(PretrainingModel):
             prediction_loss + config.features_penalty_weight * penalty,
             compressed,
             masked,
-            segment_weights=segment_weights,
-            segment_ends=segment_ends,
+            segments,
         )
         return PredictionOutput(
             loss=loss,

@@ -1,13 +1,17 @@
-"""What the systems that are pre-trained here have in common: an encoder, a head, and sums over masked frames."""
+"""What every pre-training system has: its interface to the training loop, an encoder, and a head.
 
-from collections.abc import Mapping
+A system is one file of this folder: a config, a `PretrainingModel` that declares what it needs, its `step`, its scores.
+"""
+
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
+from fastssl.data.segments import FrameSegments
 from fastssl.models.compression import CompressionScores, draw_compression, with_compression_loss
 from fastssl.models.config import CompressedConfig, MaskedConfig, SpeechEncoderConfig
 from fastssl.models.folder import read_config, read_weights
@@ -19,9 +23,64 @@ from fastssl.packing import Layout, Packed
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+    from fastssl.data.batches import AudioBatch
+
+
+class Needs(NamedTuple):
+    """What a system's step needs in addition to waveforms. The training loop supplies it.
+
+    Segments are not declared: every system with a trained compressor takes them, and trains without them too.
+    """
+
+    labels: bool = False  # `batch.labels`, one of `config.num_clusters` classes for each frame
+    teacher: bool = False  # `context.teacher`; the config is a `StudentConfig`
+    noise: bool = False  # `batch.noise` if the user names recordings of noise; the config is a `NoisyConfig`
+
+
+class StudentConfig(Protocol):
+    """What the config of a system that needs a teacher has in addition."""
+
+    @property
+    def targets(self) -> tuple[int, ...]:
+        """Layers of the teacher that the student predicts; 0 is the input of the first layer."""
+
+    def of_teacher(self, teacher: Any) -> Any:
+        """The same student with the settings that the teacher's config decides.
+
+        Raises:
+            ValueError: This teacher cannot teach this student.
+        """
+
+    def keeps_front_end(self, teacher: Any) -> bool:
+        """Whether the student's convolutions start as the teacher's and stay frozen."""
+
+
+class NoisyConfig(Protocol):
+    """What the config of a system that takes noise has in addition."""
+
+    @property
+    def noise_share(self) -> float:
+        """The fraction of training utterances to read a recording of noise for."""
+
+
+class TeacherOutput(Protocol):
+    """The source of a student's targets."""
+
+    def of(self, batch: "AudioBatch") -> tuple[Packed | None, Sequence[Tensor]]:
+        """Front-end frames (N, C) if the student shares them, and the target layers, each (N, D)."""
+
+
+class StepContext(NamedTuple):
+    """What a training step depends on besides the batch."""
+
+    keys: Tensor  # (B,) int64, `nn.random.utterance_keys`: masks, negatives and noise of an utterance follow from it
+    update: int  # number of finished updates, for schedules
+    layer_drop: torch.Generator | None = None  # CPU generator that decides which layers to skip
+    teacher: TeacherOutput | None = None
+
 
 class StepOutput(Protocol):
-    """What the training loop asks of the outcome of one batch."""
+    """What the training loop reads from the result of one step."""
 
     @property
     def loss(self) -> Tensor:
@@ -29,22 +88,65 @@ class StepOutput(Protocol):
 
     @property
     def masked_frames(self) -> int:
-        """M."""
+        """Number of frames that the loss is summed over."""
 
     @property
     def code_counts(self) -> Tensor | None:
-        """(V,) int64, how often each code is the target; None where the system reports perplexities itself."""
+        """(V,) int64, how often each code is the target; None if the system reports perplexities itself."""
 
     def scores(self) -> dict[str, Tensor]:
-        """What is reported as averages over masked frames: () sums, by the names in `PretrainingModel.score_names`."""
+        """() sums over masked frames by the names in `PretrainingModel.score_names`; averages are reported."""
+
+
+class Score(NamedTuple):
+    """How a score is shown at the end of a run."""
+
+    label: str  # in the table and the figure
+    card: str | None = None  # in the model card; None leaves the score out
+    factor: float = 1.0  # from the score to what is shown
+    digits: int = 3
+
+
+ACCURACY = {
+    "accuracy": Score("accuracy, %", "accuracy of the masked frames", 100, 1),
+    "chance": Score("chance, %", "accuracy at chance", 100, 1),
+}
+_FRAME_PERIOD = {"frame_period_ms": Score("frame period, ms", digits=1)}
 
 
 class PretrainingModel(nn.Module):
-    """An encoder with the head that its objective needs; the encoder is the attribute named `encoder_name`."""
+    """An encoder with the head that its objective needs.
 
+    Args:
+        config: Shape and objective.
+    """
+
+    #: The system's name in print, and the command that trains it.
+    title: ClassVar[str]
+    command: ClassVar[str] = "pretrain"
+    #: Name of the attribute that is the encoder.
     encoder_name: ClassVar[str]
     config_class: ClassVar[type[SpeechEncoderConfig]]
-    config: CompressedConfig
+    needs: ClassVar[Needs] = Needs()
+    #: How the scores are shown: first what is minimised, then what tells most about success.
+    main_scores: ClassVar[Mapping[str, Score]]
+    #: What the loss is averaged over, in print.
+    averaged_over: ClassVar[str] = "masked frame"
+    #: Also a `CompressedConfig`.
+    config: SpeechEncoderConfig
+
+    def __init__(self, config: SpeechEncoderConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def step(self, batch: "AudioBatch", context: StepContext) -> StepOutput:
+        """The objective on one batch.
+
+        Args:
+            batch: With what `needs` declares.
+            context: Keys, schedules and the teacher.
+        """
+        raise NotImplementedError
 
     @property
     def speech_encoder(self) -> SpeechEncoder:
@@ -55,28 +157,36 @@ class PretrainingModel(nn.Module):
 
     @property
     def score_names(self) -> tuple[str, ...]:
-        """Names of the scores, the one that tells most first."""
+        """Names of the scores that `StepOutput.scores` returns, the most telling one first."""
         raise NotImplementedError
 
+    @classmethod
+    def shown_scores(cls) -> dict[str, Score]:
+        """How the scores are shown, the compressor's too."""
+        return {**cls.main_scores, **_FRAME_PERIOD}
+
+    def schedules(self, update: int) -> dict[str, float]:
+        """Values by name that the model changes from update to update, for metrics.csv."""
+        return {}
+
+    def start_from_teacher(self, teacher: SpeechEncoder) -> None:
+        """Initialise the model from its teacher, before the first update; does nothing if it has no teacher."""
+
     def draw_compression(self, keys: Tensor) -> dict[str, Tensor]:  # (B,)
-        """What the encoder is called with in training (`compression.draw_compression`)."""
-        return {} if self.config.compressor == "none" else draw_compression(self.config, keys)
+        """Arguments for the encoder in training (`compression.draw_compression`)."""
+        return {} if self.config.compressor == "none" else draw_compression(cast(CompressedConfig, self.config), keys)
 
     def with_compression_loss(
         self,
         loss: Tensor,  # ()
         compressed: Compressed | None,
         masked: Tensor,  # (B,)
-        *,
-        segment_weights: Tensor | None,  # (N,)
-        segment_ends: Tensor | None,  # (N,)
+        segments: FrameSegments | None,
     ) -> tuple[Tensor, CompressionScores | None]:
-        """The loss with the compressor's (`compression.with_compression_loss`); without a compressor, the loss."""
+        """Add the compressor's losses (`compression.with_compression_loss`), if there is a compressor."""
         if compressed is None:
             return loss, None
-        return with_compression_loss(
-            loss, self.config, compressed, masked, segment_weights=segment_weights, segment_ends=segment_ends
-        )
+        return with_compression_loss(loss, cast(CompressedConfig, self.config), compressed, masked, segments)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "Self":
@@ -123,6 +233,10 @@ class PretrainingModel(nn.Module):
         self.load_state_dict({key: weights[key] for key in own}, strict=False)
 
 
+PREDICTION = {
+    "prediction_loss": Score("cross-entropy, nats", "cross-entropy of the masked frames"),
+    **ACCURACY,
+}
 PREDICTION_SCORES = ("prediction_loss", "accuracy", "chance", "features_penalty")
 
 

@@ -1,22 +1,35 @@
 """wav2vec 2.0 pre-training (Baevski et al. 2020, arXiv 2006.11477), on packed batches."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from fastssl import ops
+from fastssl.data.segments import FrameSegments
 from fastssl.models.bounds import bounded, check_bounds
 from fastssl.models.compression import CompressionScores
 from fastssl.models.config import MaskedConfig
 from fastssl.models.encoder import Encoder, EncoderConfig, Projected
-from fastssl.models.pretraining import PretrainingModel, draw_mask, features_penalty, masked_by_utterance, perplexity
+from fastssl.models.pretraining import (
+    ACCURACY,
+    PretrainingModel,
+    Score,
+    StepContext,
+    draw_mask,
+    features_penalty,
+    masked_by_utterance,
+    perplexity,
+)
 from fastssl.nn.linear import PackedLinear
 from fastssl.nn.masking import sample_negatives
 from fastssl.nn.quantizer import GumbelQuantizer
 from fastssl.nn.random import noise_seeds
 from fastssl.packing import Layout, Packed
+
+if TYPE_CHECKING:
+    from fastssl.data.batches import AudioBatch
 
 _STREAM_GUMBEL = 3
 
@@ -80,8 +93,6 @@ class Wav2Vec2Config(MaskedConfig, EncoderConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.model_type != "wav2vec2":
-            raise ValueError(f"model_type: wav2vec 2.0 pre-training has a wav2vec2 encoder, got {self.model_type!r}")
         if self.codevector_dim % self.num_codevector_groups:
             raise ValueError(
                 f"codevector_dim: {self.codevector_dim} is not divisible by num_codevector_groups="
@@ -134,13 +145,14 @@ class Wav2Vec2ForPreTraining(PretrainingModel):
         config: Shape and objective.
     """
 
+    title = "wav2vec 2.0"
     encoder_name = "wav2vec2"
     config_class = Wav2Vec2Config
+    main_scores: ClassVar = {"contrastive_loss": Score("contrastive loss, nats", "contrastive loss"), **ACCURACY}
     config: Wav2Vec2Config
 
     def __init__(self, config: Wav2Vec2Config) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.wav2vec2 = Encoder(config)
         self.dropout_features = nn.Dropout(config.feat_quantizer_dropout)
         self.quantizer = GumbelQuantizer(
@@ -161,6 +173,21 @@ class Wav2Vec2ForPreTraining(PretrainingModel):
         names = ("contrastive_loss", "accuracy", "chance", "diversity_loss", "features_penalty")
         return (*names, *perplexities, *compression)
 
+    def schedules(self, update: int) -> dict[str, float]:
+        """The Gumbel softmax's temperature."""
+        return {"temperature": self.config.gumbel_temperature.at(update)}
+
+    def step(self, batch: "AudioBatch", context: StepContext) -> PretrainingOutput:
+        """`forward` at the temperature of the update."""
+        output: PretrainingOutput = self(
+            batch.waveforms,
+            keys=context.keys,
+            gumbel_temperature=self.config.gumbel_temperature.at(context.update),
+            layer_drop=context.layer_drop,
+            segments=batch.segments,
+        )
+        return output
+
     def forward(
         self,
         waveforms: Packed,
@@ -168,8 +195,7 @@ class Wav2Vec2ForPreTraining(PretrainingModel):
         keys: Tensor,
         gumbel_temperature: float,
         layer_drop: torch.Generator | None = None,
-        segment_weights: Tensor | None = None,
-        segment_ends: Tensor | None = None,
+        segments: FrameSegments | None = None,
     ) -> PretrainingOutput:
         """Compress where there is a compressor, mask, encode, quantise and compare.
 
@@ -179,9 +205,7 @@ class Wav2Vec2ForPreTraining(PretrainingModel):
                 negatives and Gumbel noise of an utterance follow from its key.
             gumbel_temperature: Of the quantiser's softmax.
             layer_drop: CPU generator for the layers to skip; None takes torch's own.
-            segment_weights: (T,) of `nn.segmentation.segmentation_losses`, for each of the front end's frames; None
-                leaves the compressor without guidance.
-            segment_ends: (T,) likewise.
+            segments: Segments of the front end's T frames that a compressor should learn; None for no guidance.
         """
         config = self.config
         frames = self.wav2vec2.extract_features(waveforms)
@@ -200,8 +224,7 @@ class Wav2Vec2ForPreTraining(PretrainingModel):
             layer_drop=layer_drop,
             rows=rows,
             projected=projected,
-            segment_weights=segment_weights,
-            segment_ends=segment_ends,
+            segments=segments,
         )
 
     def _gumbel_seeds(self, rows: Tensor, layout: Layout, keys: Tensor) -> Tensor:  # (M,) -> (M,)
@@ -220,8 +243,7 @@ class Wav2Vec2ForPreTraining(PretrainingModel):
         layer_drop: torch.Generator | None = None,
         rows: Tensor | None = None,
         projected: Projected | None = None,
-        segment_weights: Tensor | None = None,
-        segment_ends: Tensor | None = None,
+        segments: FrameSegments | None = None,
     ) -> PretrainingOutput:
         """The objective (arXiv 2006.11477, equations 2 to 4) with everything random already drawn.
 
@@ -235,8 +257,7 @@ class Wav2Vec2ForPreTraining(PretrainingModel):
             layer_drop: As in `forward`.
             rows: (M,) int64, `mask.nonzero()`, from a caller who has it.
             projected: `wav2vec2.project(frames)`, from a caller who has it.
-            segment_weights: As in `forward`.
-            segment_ends: As in `forward`.
+            segments: As in `forward`.
         """
         config = self.config
         (hidden, layout), normalised, compressed = projected or self.wav2vec2.project(frames)
@@ -260,9 +281,7 @@ class Wav2Vec2ForPreTraining(PretrainingModel):
         penalty = features_penalty(frames, masked)
         loss = contrastive + config.features_penalty_weight * penalty
         loss = loss + config.diversity_loss_weight * len(rows) * diversity
-        loss, compression = self.with_compression_loss(
-            loss, compressed, masked, segment_weights=segment_weights, segment_ends=segment_ends
-        )
+        loss, compression = self.with_compression_loss(loss, compressed, masked, segments)
         return PretrainingOutput(
             loss=loss,
             contrastive_loss=contrastive.detach(),

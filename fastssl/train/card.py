@@ -5,19 +5,17 @@ from pathlib import Path
 
 import fastssl
 from fastssl.models.model_card import ModelCard, checked_out_commit
-
-_SCORES = {
-    "valid_contrastive_loss": "contrastive loss",
-    "valid_prediction_loss": "cross-entropy of the masked frames",
-    "valid_distillation_loss": "distillation loss",
-    "valid_cosine_similarity": "cosine similarity to the teacher",
-    "valid_accuracy": "accuracy of the masked frames",
-    "valid_chance": "accuracy at chance",
-}
+from fastssl.models.pretraining import Score
 
 
 def make_card(
-    *, recipe: str | None, data_hours: float, updates: int, scores: Mapping[str, float], scored_at: int
+    *,
+    recipe: str | None,
+    data_hours: float,
+    updates: int,
+    scores: Mapping[str, float],
+    scored_at: int,
+    shown: Mapping[str, Score],
 ) -> ModelCard:
     """The card of a run after so many updates, with the last scores of its held-out recordings.
 
@@ -27,9 +25,11 @@ def make_card(
         updates: Number of updates so far.
         scores: By column of metrics.csv; empty if nothing has been scored.
         scored_at: The update after which they were measured.
+        shown: How scores are shown, by name (`PretrainingModel.shown_scores`).
     """
     after = f"on held-out recordings, after {scored_at} updates"
-    quality = {f"{title}, {after}": scores[name] for name, title in _SCORES.items() if name in scores}
+    held_out = {score.card: scores.get(f"valid_{name}") for name, score in shown.items() if score.card is not None}
+    quality = {f"{title}, {after}": value for title, value in held_out.items() if value is not None}
     return ModelCard(
         recipe=None if recipe is None else Path(recipe).stem,
         data_hours=data_hours,

@@ -17,8 +17,9 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from fastssl.models.folder import CONFORMER, MODEL_CLASSES, read_config, read_weights
 from fastssl.models.model_card import ModelCard
+from fastssl.models.pretraining import PretrainingModel
 from fastssl.models.speech_encoder import SpeechEncoder
-from fastssl.train.systems import SYSTEMS, Model, system_of
+from fastssl.train.systems import DEFAULT_SYSTEM, SYSTEMS, system_of
 
 #: Settings of the encoder that may differ from those of the weights it starts from; the others decide the shapes, or
 #: what the weights compute.
@@ -132,7 +133,7 @@ def saved_update(checkpoint: Path) -> int:
     return int(torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"])
 
 
-def initialise(model: Model, source: str) -> bool:
+def initialise(model: PretrainingModel, source: str) -> bool:
     """Copy the weights of a Transformers folder or an earlier run into a model.
 
     Args:
@@ -151,10 +152,10 @@ def initialise(model: Model, source: str) -> bool:
     name = f"--init {source}"
     if checkpoint.is_file():
         settings = yaml.safe_load((folder / "config.yaml").read_text())
-        system = settings.get("system", "wav2vec2")
+        system = settings.get("system", DEFAULT_SYSTEM)
         if system != (wanted := system_of(model.config)):
             raise ValueError(f"{name}: is a run of {system}, and this is to be one of {wanted}")
-        config = SYSTEMS[system].config.from_dict(settings["model"])
+        config = SYSTEMS[system].config_class.from_dict(settings["model"])
         state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
         weights = {key.removeprefix("model."): tensor for key, tensor in state.items()}
     else:

@@ -8,9 +8,9 @@ from typing import Any, Literal
 import yaml
 
 from fastssl.models.bounds import bounded, check_bounds
+from fastssl.models.config import SpeechEncoderConfig
 from fastssl.models.folder import changed_settings
-from fastssl.models.wav2vec2 import Wav2Vec2Config
-from fastssl.train.systems import SYSTEMS, ModelConfig
+from fastssl.train.systems import DEFAULT_SYSTEM, SYSTEMS
 
 #: Settings that `--resume` may change, because they change neither weights nor batches of the updates still to come
 #: (`max_steps` moves the end of the learning rate's decay; whoever sets it asks for that).
@@ -55,6 +55,8 @@ class DataConfig:
         labels: Folder that `fastssl label` wrote for AUDIO, of which HuBERT learns; null makes labels from MFCC first.
         segments: Folder that `fastssl label --segment_ms` wrote for AUDIO, whose segments show a compressor where to
             fire; null leaves that to the objective.
+        noise: Folder, manifest or shar directory with recordings of noise, which a system that mixes noise into its
+            input draws from; null mixes without noise.
         fixed_crops: Crop a recording at the same place in every epoch.
         teacher_cache: Folder for a teacher's frames of the crops, made once and then read; needs fixed_crops, or
             whole recordings (crop_s null).
@@ -71,6 +73,7 @@ class DataConfig:
     channel: int | None = bounded(None, least=0)
     labels: str | None = None
     segments: str | None = None
+    noise: str | None = None
     fixed_crops: bool = False
     teacher_cache: str | None = None
     max_bad_fraction: float = bounded(0.05, least=0, most=1)
@@ -200,9 +203,9 @@ class PretrainConfig:
     seed: int = bounded(0, least=0, below=2**32)
     init: str | None = None
     recipe: str | None = None
-    system: str = bounded("wav2vec2", choices=tuple(SYSTEMS))
+    system: str = bounded(DEFAULT_SYSTEM, choices=tuple(SYSTEMS))
     teacher: str | None = None
-    model: ModelConfig = field(default_factory=Wav2Vec2Config)
+    model: SpeechEncoderConfig = field(default_factory=SYSTEMS[DEFAULT_SYSTEM].config_class)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
@@ -210,16 +213,18 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         check_bounds(self)
-        expected = SYSTEMS[self.system].config
+        needs, expected = SYSTEMS[self.system].needs, SYSTEMS[self.system].config_class
         if type(self.model) is not expected:
             raise ValueError(f"model: {self.system} has a {expected.__name__}, got a {type(self.model).__name__}")
-        if self.teacher is not None and self.system != "distillation":
+        if self.teacher is not None and not needs.teacher:
             raise ValueError(f"teacher: {self.system} learns from audio, without one")
-        if self.data.teacher_cache is not None and self.system != "distillation":
+        if self.data.teacher_cache is not None and not needs.teacher:
             raise ValueError(f"data.teacher_cache: {self.system} has no teacher")
-        if self.data.labels is not None and not SYSTEMS[self.system].labels:
+        if self.data.labels is not None and not needs.labels:
             raise ValueError(f"data.labels: {self.system} learns from audio alone")
-        if self.data.segments is not None and not getattr(self.model, "draws_rates", False):
+        if self.data.noise is not None and not needs.noise:
+            raise ValueError(f"data.noise: {self.system} does not mix noise into its input")
+        if self.data.segments is not None and not self.model.draws_rates:
             raise ValueError("data.segments: are for a model whose compressor is integrate-and-fire")
         layers = self.model.num_hidden_layers
         wrong = [layer for layer in self.quality.layers or () if layer > layers]
@@ -259,7 +264,7 @@ def check_resumable(config: PretrainConfig, path: Path) -> None:
         ValueError: A setting differs that `--resume` cannot change; the message lists all of them.
     """
     # A run of an earlier version knows nothing of a later one's settings, and was made with what is now their default.
-    model = SYSTEMS[config.system].config()
+    model = SYSTEMS[config.system].config_class()
     defaults = PretrainConfig(audio="", output="", system=config.system, model=model)
     before = _flatten(_values(defaults)) | _flatten(renamed(yaml.safe_load(path.read_text())))
     after = _flatten(_values(config))
@@ -271,7 +276,7 @@ def check_resumable(config: PretrainConfig, path: Path) -> None:
 def _values(config: PretrainConfig) -> dict[str, Any]:
     """The settings that count, as YAML has them."""
     values: dict[str, Any] = _plain(dataclasses.asdict(config))
-    if config.system != "distillation":
+    if not SYSTEMS[config.system].needs.teacher:
         del values["teacher"]
     return values
 

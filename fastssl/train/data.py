@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from fastssl.data.batches import AudioBatch, BatchSpec, FrameLabels, UpdateSampler, WaveformDataset, fixed_batches
 from fastssl.data.corpus import Corpus, Problem, list_some, open_corpus, split_corpus
 from fastssl.data.labels import LabelTable
+from fastssl.data.noise import NoiseRecordings
 from fastssl.data.recordings import FrameGrid
 from fastssl.data.teacher_frames import TeacherTable
 from fastssl.eval.encode import default_workers
@@ -27,6 +28,7 @@ Use = Literal["labels", "segments"]
 
 #: Below this many unusable recordings, or draws, the fraction of the draws says nothing about the corpus.
 _FEW_RECORDINGS, _FEW_DRAWS = 3, 200
+_SHORTEST_NOISE_S = 0.1
 
 
 class Account:
@@ -95,12 +97,22 @@ class PretrainDataModule(LightningDataModule):
         normalize: Whether waveforms are brought to zero mean and unit variance.
         seed: Of the order and the crops.
         accumulation: Batches per process and update.
+        noise_share: The fraction of training utterances to read a recording of `data.noise` for.
 
     Raises:
         ValueError: There is nothing to train on, or too much of it is unusable, or all of it is held out.
     """
 
-    def __init__(self, audio: str, config: DataConfig, *, normalize: bool, seed: int, accumulation: int) -> None:
+    def __init__(
+        self,
+        audio: str,
+        config: DataConfig,
+        *,
+        normalize: bool,
+        seed: int,
+        accumulation: int,
+        noise_share: float = 0.0,
+    ) -> None:
         super().__init__()
         # The folder of a run is shared by its machines.
         self.prepare_data_per_node = False
@@ -126,6 +138,14 @@ class PretrainDataModule(LightningDataModule):
         self._made: list[list[Problem]] = []
         self._failure: Exception | None = None
         self._labels: dict[tuple[Use, str], FrameLabels] = {}
+        self._noise: NoiseRecordings | None = None
+        if config.noise is not None:
+            try:
+                recordings = self._open(config.noise, min_duration_s=_SHORTEST_NOISE_S)
+            except ValueError as error:
+                raise ValueError(f"data.noise: {error}") from None
+            self._noise = NoiseRecordings(tuple(recordings.cuts), noise_share, config.channel)
+            self.account.left_out += recordings.problems
         self._teacher: TeacherTable | None = None
         self._consumed = 0
         self._digest = ""
@@ -239,11 +259,12 @@ class PretrainDataModule(LightningDataModule):
             emptied=lambda part: f"data.teacher_cache: nothing is left that is {part}:\n{list_some(list(problems))}",
         )
 
-    def _open(self, source: str) -> Corpus:
+    def _open(self, source: str, *, min_duration_s: float | None = None) -> Corpus:
         config = self.config
-        shortest = min(config.min_duration_s, config.crop_s or config.min_duration_s)
+        if min_duration_s is None:
+            min_duration_s = min(config.min_duration_s, config.crop_s or config.min_duration_s)
         return open_corpus(
-            source, min_duration_s=shortest, window_s=config.window_s, max_bad_fraction=config.max_bad_fraction
+            source, min_duration_s=min_duration_s, window_s=config.window_s, max_bad_fraction=config.max_bad_fraction
         )
 
     def _leave_out_held_out(self, audio: str, valid: str) -> None:
@@ -305,6 +326,7 @@ class PretrainDataModule(LightningDataModule):
                 channel=self.config.channel,
                 labels=self._labels.get(("labels", part)),
                 segments=self._labels.get(("segments", part)),
+                noise=self._noise if part == "train" else None,
                 teacher=self._teacher,
                 teacher_keys=HELD_OUT if part == "valid" else "",
             ),
@@ -339,7 +361,9 @@ class PretrainDataModule(LightningDataModule):
                 f"accumulation), and these settings make {per_update}"
             )
         if state_dict["corpus"] != self._fingerprint():
-            raise ValueError("--resume: AUDIO no longer has the recordings that the run began with; try --init")
+            raise ValueError(
+                "--resume: AUDIO or data.noise no longer has the recordings that the run began with; try --init"
+            )
         self._consumed = state_dict["updates"] * self.accumulation
         self.account.draws = state_dict["draws"]
         self.account.unusable = dict(state_dict["unusable"])
@@ -348,7 +372,7 @@ class PretrainDataModule(LightningDataModule):
         """Changes with the recordings to train on, of which the plan of batches is a function."""
         if not self._digest:
             digest = hashlib.blake2b(digest_size=16)
-            for cut in self.train_corpus.cuts:
+            for cut in (*self.train_corpus.cuts, *(() if self._noise is None else self._noise.cuts)):
                 digest.update(f"{cut.id} {cut.duration}\n".encode())
             self._digest = digest.hexdigest()
         return self._digest

@@ -10,13 +10,9 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 
 from fastssl.data.batches import AudioBatch
-from fastssl.models.distillation import DistillationModel
-from fastssl.models.hubert import HubertForPreTraining
-from fastssl.models.pretraining import StepOutput, perplexity
-from fastssl.models.wav2vec2 import Wav2Vec2ForPreTraining
+from fastssl.models.pretraining import PretrainingModel, StepContext, StepOutput, perplexity
 from fastssl.nn.random import utterance_keys
 from fastssl.train.config import OptimizerConfig
-from fastssl.train.systems import Model
 from fastssl.train.teacher import Teacher
 
 #: Crops, masks and negatives of held-out recordings are those of this update, every time.
@@ -48,7 +44,7 @@ class PretrainModule(LightningModule):
 
     def __init__(
         self,
-        model: Model,
+        model: PretrainingModel,
         *,
         optimizer: OptimizerConfig,
         max_steps: int,
@@ -105,34 +101,11 @@ class PretrainModule(LightningModule):
         layer_drop = None
         if self.model.config.layerdrop > 0:
             layer_drop = torch.Generator().manual_seed(_seed_of("layer drop", self.seed, batch.update))
-        output = self._forward(batch, update=batch.update, layer_drop=layer_drop)
+        keys = utterance_keys(self.seed, batch.update, batch.ids)
+        output = self.model.step(batch, StepContext(keys, batch.update, layer_drop, self.teacher))
         self._pending.append((self._sums(output, batch), batch.names))
         loss: Tensor = output.loss
         return loss
-
-    def _forward(self, batch: AudioBatch, *, update: int, layer_drop: torch.Generator | None = None) -> StepOutput:
-        """One batch; `update` decides masks and whatever else is drawn."""
-        keys = utterance_keys(self.seed, update, batch.ids)
-        segments = {} if batch.segments is None else batch.segments.as_arguments()
-        if isinstance(self.model, Wav2Vec2ForPreTraining):
-            # The schedule goes by the update that the run is at, also where held-out recordings are scored.
-            at = self.global_step if update == VALIDATION_UPDATE else update
-            temperature = self.model.config.gumbel_temperature.at(at)
-            output: StepOutput = self.model(
-                batch.waveforms, keys=keys, gumbel_temperature=temperature, layer_drop=layer_drop, **segments
-            )
-        elif isinstance(self.model, HubertForPreTraining):
-            assert batch.labels is not None
-            output = self.model(batch.waveforms, keys=keys, labels=batch.labels, layer_drop=layer_drop, **segments)
-        elif isinstance(self.model, DistillationModel):
-            assert self.teacher is not None
-            frames, targets = self.teacher.of(batch)
-            output = self.model(
-                batch.waveforms, keys=keys, targets=targets, frames=frames, layer_drop=layer_drop, **segments
-            )
-        else:
-            output = self.model(batch.waveforms, keys=keys, layer_drop=layer_drop, **segments)
-        return output
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Turn the gradient of the summed loss into that of the mean over the masked frames of the update.
@@ -164,8 +137,7 @@ class PretrainModule(LightningModule):
         norm_value = values[-1].item()
         self.last_update["grad_norm"] = norm_value
         self.last_update["learning_rate"] = optimizer.param_groups[0]["lr"]
-        if isinstance(self.model, Wav2Vec2ForPreTraining):
-            self.last_update["temperature"] = self.model.config.gumbel_temperature.at(self.global_step)
+        self.last_update |= self.model.schedules(self.global_step)
         # fp16's scaler skips a step whose gradients overflowed, and lowers the scale.
         plugin = self.trainer.precision_plugin
         scaled = isinstance(plugin, MixedPrecision) and plugin.scaler is not None
@@ -177,7 +149,10 @@ class PretrainModule(LightningModule):
 
     def validation_step(self, batch: AudioBatch, batch_idx: int) -> None:
         """Score a batch of held-out recordings."""
-        self._validation.append(self._sums(self._forward(batch, update=VALIDATION_UPDATE), batch))
+        # Masks are those of one update, every time; schedules are at the update that the run has reached.
+        keys = utterance_keys(self.seed, VALIDATION_UPDATE, batch.ids)
+        output = self.model.step(batch, StepContext(keys, self.global_step, teacher=self.teacher))
+        self._validation.append(self._sums(output, batch))
 
     def on_validation_epoch_end(self) -> None:
         """Average the scores over all batches and processes."""

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 import torch
 from lightning.pytorch import Trainer
@@ -15,9 +16,10 @@ from torch.utils.data import DataLoader
 
 from fastssl.data.batches import AudioBatch
 from fastssl.eval.quality.measure import first_minutes, quality_loader
-from fastssl.models.distillation import DistillationModel
+from fastssl.models.config import SpeechEncoderConfig
 from fastssl.models.encoder import EncoderConfig
 from fastssl.models.model_card import ModelCard
+from fastssl.models.pretraining import NoisyConfig, PretrainingModel
 from fastssl.train.card import make_card
 from fastssl.train.checkpoints import AtomicCheckpointIO, PeriodicCheckpoint, initialise, save_encoder, saved_update
 from fastssl.train.config import PretrainConfig, TrainerConfig, check_resumable, write_config
@@ -27,8 +29,8 @@ from fastssl.train.monitors import Monitor, RunProgress
 from fastssl.train.quality_callback import QualityMonitor, quality_columns
 from fastssl.train.report import draw_report, summarise
 from fastssl.train.run_labels import RunLabels, attach_given
-from fastssl.train.systems import Model, ModelConfig, build_model
-from fastssl.train.teacher import Teacher, open_teacher, teach
+from fastssl.train.systems import SYSTEMS, build_model
+from fastssl.train.teacher import Teacher, open_teacher
 from fastssl.train.teacher_cache import TeacherCache
 
 logger = logging.getLogger(__name__)
@@ -59,9 +61,9 @@ def pretrain(config: PretrainConfig, *, resume: bool = False) -> None:
     checkpoint = run / "checkpoints" / "last.ckpt"
     first = is_first_process()
     _check_devices(config.trainer)
-    encoder = None
-    if config.system == "distillation":
-        config, encoder = open_teacher(config)
+    teacher = None
+    if SYSTEMS[config.system].needs.teacher:
+        config, teacher = open_teacher(config)
     if first:
         _check_folder(run, config, resume=resume)
     data = PretrainDataModule(
@@ -70,15 +72,15 @@ def pretrain(config: PretrainConfig, *, resume: bool = False) -> None:
         normalize=config.model.do_normalize,
         seed=config.seed,
         accumulation=config.trainer.accumulation,
+        noise_share=cast(NoisyConfig, config.model).noise_share if SYSTEMS[config.system].needs.noise else 0.0,
     )
     given = attach_given(config, data)
     torch.manual_seed(config.seed)
     model = build_model(config.model)
     resume_from = checkpoint if resume and checkpoint.is_file() else None
     complete = initialise(model, config.init) if config.init is not None and resume_from is None else True
-    teacher = None
-    if encoder is not None and isinstance(model, DistillationModel):
-        teacher = teach(config, model, encoder, fresh=config.init is None and resume_from is None)
+    if teacher is not None and config.init is None and resume_from is None:
+        model.start_from_teacher(teacher.encoder)
     data.beside.append(RunLabels(run, config, data, given))
     if teacher is not None and config.data.teacher_cache is not None:
         cache = TeacherCache(config, data, teacher)
@@ -98,7 +100,7 @@ def _fit(
     config: PretrainConfig,
     run: Path,
     data: PretrainDataModule,
-    model: Model,
+    model: PretrainingModel,
     teacher: Teacher | None,
     *,
     resume_from: Path | None,
@@ -124,7 +126,14 @@ def _fit(
     def card(updates: int) -> ModelCard:
         hours = data.train_corpus.duration_s / 3600
         scores, scored_at = monitor.scores, monitor.scored_at
-        return make_card(recipe=config.recipe, data_hours=hours, updates=updates, scores=scores, scored_at=scored_at)
+        return make_card(
+            recipe=config.recipe,
+            data_hours=hours,
+            updates=updates,
+            scores=scores,
+            scored_at=scored_at,
+            shown=model.shown_scores(),
+        )
 
     checkpoints = PeriodicCheckpoint(
         run,
@@ -168,13 +177,13 @@ def _fit(
     trainer.fit(module, datamodule=data, ckpt_path=resume_from)
     if trainer.is_global_zero:
         save_encoder(model.speech_encoder, run / "encoder", card=card(trainer.global_step))
-        draw_report(run)
-        get_console().print(summarise(run, data.account))
+        draw_report(run, type(model))
+        get_console().print(summarise(run, type(model), data.account))
         logger.info("encoder: %s", run / "encoder")
 
 
 def _quality_monitor(
-    config: PretrainConfig, data: PretrainDataModule, model: Model, monitor: Monitor
+    config: PretrainConfig, data: PretrainDataModule, model: PretrainingModel, monitor: Monitor
 ) -> list[QualityMonitor]:
     """The callback that measures the encoder on held-out recordings, where that is asked for."""
     settings = config.quality
@@ -215,7 +224,7 @@ def _check_folder(run: Path, config: PretrainConfig, *, resume: bool) -> None:
 def _describe(
     config: PretrainConfig,
     data: PretrainDataModule,
-    model: Model,
+    model: PretrainingModel,
     *,
     complete: bool,
     resume_from: Path | None,
@@ -277,7 +286,7 @@ def _check_devices(settings: TrainerConfig) -> None:
         raise ValueError("trainer.precision: 16-mixed needs a GPU; on the CPU take 32-true or bf16-mixed")
 
 
-def _is_front_end_frozen(config: ModelConfig) -> bool:
+def _is_front_end_frozen(config: SpeechEncoderConfig) -> bool:
     return isinstance(config, EncoderConfig) and config.feature_grad_mult == 0
 
 

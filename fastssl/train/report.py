@@ -1,40 +1,31 @@
 """The end of a run: a short table, and RUN/report.png."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 from rich.table import Table
 
 from fastssl.eval.showing import new_figure, write_figure
+from fastssl.models.pretraining import PretrainingModel, Score
 from fastssl.train.data import Account
 from fastssl.train.metrics_file import read_metrics
 from fastssl.train.quality_callback import draw_quality
 
 _Rows = list[dict[str, float]]
-#: The column that says of a row that it is of training, by system; the held-out one has "valid_" before it.
-_LOSSES = {
-    "contrastive_loss": "contrastive loss, nats",
-    "prediction_loss": "cross-entropy, nats",
-    "distillation_loss": "distillation loss",
-}
-#: What else is said of each system: columns, their names, what they are shown in, and digits.
-_SCORES = {
-    "accuracy": ("accuracy, %", 100, 1),
-    "chance": ("chance, %", 100, 1),
-    "cosine_similarity": ("cosine similarity", 1, 3),
-    "frame_period_ms": ("frame period, ms", 1, 1),
-}
 
 
-def summarise(run: Path, account: Account) -> Table:
-    """What came out of a run.
+def summarise(run: Path, system: type[PretrainingModel], account: Account) -> Table:
+    """A table of the first and the last scores of a run.
 
     Args:
-        run: Its folder, with metrics.csv.
-        account: Of the recordings.
+        run: The run's folder, with metrics.csv.
+        system: The class of its model, which says how scores are shown.
+        account: Recordings that were left out or could not be used.
     """
     rows = read_metrics(run / "metrics.csv")
-    loss = _loss_column(rows)
+    shown = system.shown_scores()
+    loss = next(iter(shown))  # only rows of training have this column; its held-out values are in "valid_..."
     training = [row for row in rows if loss in row]
     valid = [row for row in rows if f"valid_{loss}" in row]
     table = Table("", "begin", "end")
@@ -42,35 +33,42 @@ def summarise(run: Path, account: Account) -> Table:
         first, last = training[0], training[-1]
         table.add_row("updates", f"{first['update']:.0f}", f"{last['update']:.0f}")
         table.add_row("hours of audio", f"{first['audio_hours']:.2f}", f"{last['audio_hours']:.2f}")
-        _add_scores(table, "", loss, first, last)
+        _add_scores(table, "", shown, first, last)
         table.add_row("audio seconds per second", f"{first['audio_s_per_s']:.0f}", f"{last['audio_s_per_s']:.0f}")
     if valid:
-        _add_scores(table, "valid_", loss, valid[0], valid[-1])
+        _add_scores(table, "valid_", shown, valid[0], valid[-1])
     table.add_row("recordings left out", "", str(len(account.left_out)))
     table.add_row("recordings unusable", "", str(len(account.unusable)))
     return table
 
 
-def _add_scores(table: Table, prefix: str, loss: str, first: dict[str, float], last: dict[str, float]) -> None:
+def _add_scores(
+    table: Table, prefix: str, shown: Mapping[str, Score], first: dict[str, float], last: dict[str, float]
+) -> None:
     where = "held out: " if prefix else ""
 
     def add(name: str, key: str, factor: float, digits: int) -> None:
         table.add_row(where + name, *(f"{factor * row[prefix + key]:.{digits}f}" for row in (first, last)))
 
-    add(_LOSSES[loss], loss, 1, 3)
-    for key, (name, factor, digits) in _SCORES.items():
+    for key, score in shown.items():
         if prefix + key in first:
-            add(name, key, factor, digits)
+            add(score.label, key, score.factor, score.digits)
     for key, name in _perplexities(first, prefix).items():
         add(name, key, 1, 1)
     if f"{prefix}code_utilisation" in first:
         add("codes that occur, %", "code_utilisation", 100, 1)
 
 
-def draw_report(run: Path) -> None:
-    """Draw loss, accuracy, perplexity and throughput over hours of audio into RUN/report.png."""
+def draw_report(run: Path, system: type[PretrainingModel]) -> None:
+    """Draw loss, accuracy, perplexity and throughput over hours of audio into RUN/report.png.
+
+    Args:
+        run: The run's folder, with metrics.csv.
+        system: The class of its model, which says how scores are shown.
+    """
     rows = read_metrics(run / "metrics.csv")
-    loss_column = _loss_column(rows)
+    shown = system.shown_scores()
+    loss_column, score_column, *_ = shown
     training = [row for row in rows if loss_column in row]
     if not training:
         return
@@ -91,13 +89,12 @@ def draw_report(run: Path) -> None:
 
     plot(loss, training, loss_column, "training")
     plot(loss, valid, f"valid_{loss_column}", "held out", style="o-")
-    loss.set_ylabel(f"{_LOSSES[loss_column]} per {'' if loss_column == 'distillation_loss' else 'masked '}frame")
-    score = "accuracy" if "accuracy" in training[0] else "cosine_similarity"
-    name, factor, _ = _SCORES[score]
-    plot(accuracy, training, score, "training", factor)
-    plot(accuracy, valid, f"valid_{score}", "held out", factor, "o-")
+    loss.set_ylabel(f"{shown[loss_column].label} per {system.averaged_over}")
+    factor = shown[score_column].factor
+    plot(accuracy, training, score_column, "training", factor)
+    plot(accuracy, valid, f"valid_{score_column}", "held out", factor, "o-")
     plot(accuracy, training, "chance", "chance", 100, ":")
-    accuracy.set_ylabel(name)
+    accuracy.set_ylabel(shown[score_column].label)
     for key, name in _perplexities(training[0], "").items():
         plot(perplexity, training, key, name.removeprefix("code perplexity, "))
     perplexity.set_ylabel("code perplexity")
@@ -110,10 +107,6 @@ def draw_report(run: Path) -> None:
         if axes.get_legend_handles_labels()[0]:
             axes.legend()
     write_figure(figure, run / "report.png")
-
-
-def _loss_column(rows: _Rows) -> str:
-    return next((name for row in rows for name in _LOSSES if name in row), "contrastive_loss")
 
 
 def _perplexities(row: dict[str, float], prefix: str) -> dict[str, str]:

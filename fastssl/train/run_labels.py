@@ -59,7 +59,7 @@ class RunLabels:
         self, run: Path, config: PretrainConfig, data: PretrainDataModule, given: Mapping[Use, LabelTable]
     ) -> None:
         self.run, self.config, self.data, self.given = run, config, data, given
-        self._makes_labels = SYSTEMS[config.system].labels and "labels" not in given
+        self._makes_labels = SYSTEMS[config.system].needs.labels and "labels" not in given
         #: Whose classes held-out recordings have.
         self._donors: dict[Use, Path] = {use: table.folder for use, table in given.items()}
         if self._makes_labels:

@@ -11,11 +11,12 @@ import torch
 from lhotse import CutSet, RecordingSet, SupervisionSet
 from lhotse.cut import Cut, MonoCut
 
-from fastssl.data.batches import BatchSpec, FrameLabels, FrameSegments, WaveformDataset, crop
+from fastssl.data.batches import BatchSpec, FrameLabels, WaveformDataset, crop
 from fastssl.data.corpus import open_corpus, write_manifest
 from fastssl.data.labels import LABELS_FILE, SETTINGS_FILE, LabelTable, as_line, labelled_part
 from fastssl.data.mfcc import differences, mfcc
 from fastssl.data.recordings import FrameGrid
+from fastssl.data.segments import FrameSegments
 from tests.data.making import noise, write
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import fastssl
 from benchmarks.recipes import recipe_model
+from fastssl.data.segments import FrameSegments
 from fastssl.models.compression import draw_compression
 from fastssl.models.encoder import Encoder, EncoderConfig
 from fastssl.models.wav2vec2 import Wav2Vec2Config, Wav2Vec2ForPreTraining
@@ -231,7 +232,7 @@ def test_the_objective_is_of_the_frames_that_are_left() -> None:
     frames = model.wav2vec2.extract_features(waveforms)
     weights, ends = segments_of(frames.layout.total)
     options: dict[str, Any] = {"keys": keys, "gumbel_temperature": 1.0}
-    output = model(waveforms, **options, segment_weights=weights, segment_ends=ends)
+    output = model(waveforms, **options, segments=FrameSegments(weights, ends))
     kept = model.wav2vec2.project(frames, rate=0.7)
     assert kept.compressed is not None
     assert output.features.layout.lengths == kept.frames.layout.lengths
@@ -273,12 +274,12 @@ def test_batches_add_up() -> None:
     waveforms, keys = waveforms_of(32_000, 20_000, 9_000), draw_keys(3)
     lengths = model.wav2vec2.extract_features(waveforms).layout.lengths
     weights, ends = segments_of(sum(lengths))
-    whole = model(waveforms, keys=keys, gumbel_temperature=1.0, segment_weights=weights, segment_ends=ends).loss
+    whole = model(waveforms, keys=keys, gumbel_temperature=1.0, segments=FrameSegments(weights, ends)).loss
     parts = []
     for waveform, key, weight, end in zip(
         waveforms.unpack(), keys.split(1), weights.split(lengths), ends.split(lengths), strict=True
     ):
-        options = {"gumbel_temperature": 1.0, "segment_weights": weight, "segment_ends": end}
+        options = {"gumbel_temperature": 1.0, "segments": FrameSegments(weight, end)}
         parts.append(model(Packed.pack([waveform]), keys=key, **options).loss)
     torch.testing.assert_close(whole, torch.stack(parts).sum(), rtol=1e-4, atol=0)
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from fastssl.data.segments import FrameSegments
 from fastssl.models.best_rq import BestRqConfig, BestRqForPreTraining
 from fastssl.models.conformer import ConformerConfig, ConformerEncoder
 from fastssl.models.folder import read_weights
@@ -123,9 +124,9 @@ def test_batches_add_up(system: str) -> None:
     waveforms, keys = waveforms_of(*_LENGTHS), draw_keys(3, generator=torch.Generator().manual_seed(0))
     total = model.speech_encoder.encode(model.speech_encoder.extract_features(waveforms), rate=0.0).features.layout
     weights, ends = torch.rand(total.total), torch.rand(total.total) < 0.3
-    whole = _step(model, waveforms, keys, segment_weights=weights, segment_ends=ends)
+    whole = _step(model, waveforms, keys, segments=FrameSegments(weights, ends))
     parts = [
-        _step(model, Packed.pack([waveform]), key, segment_weights=weight, segment_ends=end).loss
+        _step(model, Packed.pack([waveform]), key, segments=FrameSegments(weight, end)).loss
         for waveform, key, weight, end in zip(
             waveforms.unpack(), keys.split(1), weights.split(total.lengths), ends.split(total.lengths), strict=True
         )

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import fastssl
 from benchmarks.recipes import recipe_model
 from fastssl import cli
+from fastssl.data.segments import FrameSegments
 from fastssl.models.distillation import (
     DistillationConfig,
     DistillationModel,
@@ -195,8 +196,8 @@ def test_a_compressed_student_predicts_every_frame_of_the_teacher() -> None:
     waveforms = waveforms_of(30_000, 9_000)
     targets = targets_of(model, waveforms)
     total = len(targets[0])
-    segments = {"segment_weights": torch.full((total,), 0.25), "segment_ends": torch.arange(total) % 4 == 3}
-    output = model(waveforms, keys=draw_keys(2), targets=targets, **segments)
+    segments = FrameSegments(torch.full((total,), 0.25), torch.arange(total) % 4 == 3)
+    output = model(waveforms, keys=draw_keys(2), targets=targets, segments=segments)
     assert output.features.layout.total < 0.9 * total
     assert output.masked_frames == total
     again = model.hubert(waveforms, rate=0.8)
@@ -233,7 +234,7 @@ def test_rejects_bad_input() -> None:
         with pytest.raises(ValueError, match=r"targets: expected 3 of \(27, 48\)"):
             model(waveforms, keys=draw_keys(1), targets=wrong)
     cases: dict[str, dict[str, Any]] = {
-        "model_type: a student is a hubert encoder": {"model_type": "wav2vec2"},
+        "model_type: this system trains a hubert encoder, got 'wav2vec2'": {"model_type": "wav2vec2"},
         "distillation: must be one of pred, l2l": {"distillation": "both"},
         "teacher_layers: must be at least 0, got -1": {"teacher_layers": (-1, 4)},
         "teacher_layers: l2l takes one for each of 12, got 2": {

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from fastssl.models.best_rq import BestRqConfig
+from fastssl.models.config import SpeechEncoderConfig
 from fastssl.models.distillation import DistillationConfig
 from fastssl.models.encoder import EncoderConfig
 from fastssl.models.hubert import HubertConfig
@@ -20,7 +21,6 @@ from fastssl.train.config import (
     TrainerConfig,
     write_config,
 )
-from fastssl.train.systems import ModelConfig
 from tests.tiny import TINY_MODEL
 
 MakeConfig = Callable[..., PretrainConfig]
@@ -32,7 +32,7 @@ WITHOUT_DROPOUT = {
 }
 
 
-def model_of(system: str) -> ModelConfig:
+def model_of(system: str) -> SpeechEncoderConfig:
     """The settings of a tiny model without dropout."""
     if system == "best-rq":
         return BestRqConfig(

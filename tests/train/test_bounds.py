@@ -204,7 +204,7 @@ def test_a_field_declared_again_keeps_its_bounds() -> None:
         ("model.num_attention_heads", "5", "5 do not divide a hidden_size of 768"),
         ("model.num_conv_pos_embedding_groups", "7", "7 do not divide a hidden_size of 768"),
         ("model.compressor", "median", "must be one of none, average, strided, integrate-and-fire, got 'median'"),
-        ("model.model_type", "hubert", "wav2vec 2.0 pre-training has a wav2vec2 encoder, got 'hubert'"),
+        ("model.model_type", "hubert", "this system trains a wav2vec2 encoder, got 'hubert'"),
         ("data.max_utterances", "0", "must be at least 1, or null, got 0"),
         ("optimizer.betas", "[0.9,1.0]", "must be at least 0 and below 1, got 1.0"),
         ("quality.layers", "[-1]", "must be at least 0, or null, got -1"),

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from fastssl.models.wav2vec2 import Wav2Vec2ForPreTraining
 from fastssl.train.metrics_file import MetricsFile
 from fastssl.train.report import draw_report
 
@@ -17,5 +18,5 @@ def test_scores_of_an_earlier_version_are_drawn(tmp_path: Path) -> None:
     # The rows of the scores did not say after how many hours they were.
     for update in (2, 3):
         file.append({"update": update, "valid_loss": 4.0, "valid_contrastive_loss": 4.0, "valid_accuracy": 0.1})
-    draw_report(tmp_path)
+    draw_report(tmp_path, Wav2Vec2ForPreTraining)
     assert (tmp_path / "report.png").stat().st_size > 10_000

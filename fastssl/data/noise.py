@@ -1,0 +1,60 @@
+"""Recordings of noise that a system mixes into the utterances it trains on."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from lhotse.cut import Cut
+
+from fastssl.data.audio import AudioError, read_waveform
+from fastssl.data.corpus import Problem, cut_name
+from fastssl.data.waveforms import waveform_batch
+from fastssl.packing import Packed
+
+
+@dataclass(frozen=True)
+class NoiseRecordings:
+    """A corpus of noise.
+
+    Args:
+        cuts: The recordings, at least one.
+        share: The fraction of utterances that get one.
+        channel: The channel to read; None averages all of them.
+    """
+
+    cuts: tuple[Cut, ...]
+    share: float
+    channel: int | None = None
+
+    def draw(self, utterance: str, *, seed: int, update: int) -> Cut | None:
+        """The noise of an utterance in one update, a function of the arguments alone; None for utterances without."""
+        name = f"noise/{seed}/{update}/{utterance}"
+        drawn = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
+        if drawn % (1 << 32) >= self.share * (1 << 32):
+            return None
+        return self.cuts[(drawn >> 32) % len(self.cuts)]
+
+    def read(self, utterances: Sequence[str], *, seed: int, update: int) -> tuple[Packed, tuple[Problem, ...]]:
+        """Draw and decode the noise of a batch.
+
+        Args:
+            utterances: B ids.
+            seed: The run's seed.
+            update: The optimiser update.
+
+        Returns:
+            (M, 1) samples at 16 kHz in B sequences, of length 0 for utterances without noise; and the recordings that
+            cannot be decoded, whose utterances go without.
+        """
+        waveforms, problems = [], []
+        for utterance in utterances:
+            cut = self.draw(utterance, seed=seed, update=update)
+            waveform = np.empty(0, np.float32)
+            if cut is not None:
+                try:
+                    waveform = read_waveform(cut, channel=self.channel)
+                except AudioError as error:
+                    problems.append(Problem(f"noise {cut_name(cut)}", str(error)))
+            waveforms.append(waveform)
+        return waveform_batch(waveforms, normalize=False), tuple(problems)
