@@ -6,10 +6,12 @@ from fastssl.models.distillation import DistillationModel
 from fastssl.models.hubert import HubertForPreTraining
 from fastssl.models.pretraining import PretrainingModel
 from fastssl.models.wav2vec2 import Wav2Vec2ForPreTraining
+from fastssl.models.wavlm import WavLMForPreTraining
 
 SYSTEMS: dict[str, type[PretrainingModel]] = {
     "wav2vec2": Wav2Vec2ForPreTraining,
     "hubert": HubertForPreTraining,
+    "wavlm": WavLMForPreTraining,
     "best-rq": BestRqForPreTraining,
     "distillation": DistillationModel,
 }

@@ -13,6 +13,7 @@ from fastssl.models.config import SpeechEncoderConfig
 from fastssl.models.distillation import DistillationConfig
 from fastssl.models.encoder import EncoderConfig
 from fastssl.models.hubert import HubertConfig
+from fastssl.models.wavlm import WavLMConfig
 from fastssl.train.checkpoints import saved_update
 from fastssl.train.config import (
     DataConfig,
@@ -57,7 +58,8 @@ def model_of(system: str) -> SpeechEncoderConfig:
     shape = {field.name: getattr(wav2vec2, field.name) for field in dataclasses.fields(EncoderConfig)}
     if system == "distillation":
         return DistillationConfig(**shape | {"model_type": "hubert", "teacher_hidden_size": 32})
-    return HubertConfig(**shape | {"model_type": "hubert", "num_clusters": 7, "final_dim": 8})
+    config = {"hubert": HubertConfig, "wavlm": WavLMConfig}[system]
+    return config(**shape | {"model_type": system, "num_clusters": 7, "final_dim": 8})
 
 
 def rewound(config: PretrainConfig, output: Path, *, update: int) -> PretrainConfig:

@@ -74,7 +74,7 @@ def test_torchrun_and_resume_equal_lightnings_own_launch(make_config: MakeConfig
     assert all(torch.equal(tensor, expected[name]) for name, tensor in _weights(half).items())
 
 
-@pytest.mark.parametrize("system", ["hubert", "best-rq"])
+@pytest.mark.parametrize("system", ["hubert", "wavlm", "best-rq"])
 def test_processes_share_out_the_updates_of_every_system(
     system: str, make_config: MakeConfig, make_system: MakeSystem, tmp_path: Path
 ) -> None:
