@@ -67,7 +67,7 @@ class ContrastiveLoss(nn.Module):
                 from PyTorch's generator.
 
         Returns:
-            The loss of each masked frame, (M,) in at least fp32, 0 if its utterance has no other masked frame; and
+            The loss of each masked frame, (M,) in at least fp32, 0 for the only masked frame of an utterance; and
             whether its own target scored highest, (M,) bool, see `ops.contrastive_loss`.
 
         Raises:
