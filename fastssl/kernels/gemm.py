@@ -19,6 +19,7 @@ _STABLE_ROWS_ONEDNN = 2
 
 
 def _onednn_is_faster() -> bool:
+    """Whether oneDNN is faster than MKL here: on AMD processors with AVX-512."""
     if not torch.backends.mkldnn.is_available() or torch.backends.cpu.get_cpu_capability() != "AVX512":
         return False
     processors = Path("/proc/cpuinfo")
@@ -82,6 +83,7 @@ def takes_onednn(x: Tensor) -> bool:
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none") -> Tensor:
+    """activation(x @ weight.T + bias) by oneDNN, also inside `torch.compile`."""
     # For a weight that is neither row-major nor column-major, oneDNN uses a kernel that is a thousand times slower.
     if not (weight.is_contiguous() or weight.t().is_contiguous()):
         weight = weight.contiguous()
@@ -97,7 +99,8 @@ def _onednn_kernel(x: Tensor, weight: Tensor, bias: Tensor | None, activation: s
     return out
 
 
-# Inductor can compile oneDNN's product only if the weight is a constant. An operator of our own is called as it is.
+# Inductor can compile oneDNN's product only if the weight is a constant. It calls a custom operator as it is, so the
+# product is wrapped in one.
 _LIBRARY = torch.library.Library("fastssl_gemm", "DEF")
 _LIBRARY.define("onednn(Tensor x, Tensor weight, Tensor? bias, str activation) -> Tensor")
 _LIBRARY.impl("onednn", _onednn_kernel, "CPU")

@@ -229,6 +229,7 @@ class SequenceCompressor(nn.Module):
             raise ValueError(f"{name}: must be from {low:g} to {high:g}, got {value:g}")
 
     def _average(self, x: Tensor, layout: Layout) -> Packed:
+        """Mean of each window; the windows of short utterances are smaller and divide the utterance evenly."""
         out_layout = layout.map_lengths(  # whole windows, but at least as many as must be left
             lambda frames: max(frames // self._window, min(frames, _LEAST_FRAMES)),
             lambda frames: torch.maximum(frames // self._window, frames.clamp(max=_LEAST_FRAMES)),
@@ -247,6 +248,7 @@ class SequenceCompressor(nn.Module):
         return Packed((total / (end - first).unsqueeze(1)).to(x.dtype), out_layout)
 
     def _strided(self, x: Tensor, layout: Layout) -> Packed:
+        """Convolution with one output frame per window."""
         # Add zeros after utterances that are too short for the least number of whole windows.
         if any(frames < self._window * min(frames, _LEAST_FRAMES) for frames in layout.lengths):
             longer = layout.map_lengths(
@@ -260,6 +262,7 @@ class SequenceCompressor(nn.Module):
     def _rates(
         self, learned: Tensor, layout: Layout, rate: float | Tensor | None, frame_period_ms: float | Tensor | None
     ) -> Tensor:  # (B,)
+        """The rate of each utterance, as given or solved for the frame period."""
         if frame_period_ms is None:
             rate = 1.0 if rate is None else rate
             return _per_utterance("rate", rate, layout, learned).clamp(0.0, _LARGEST_RATE)

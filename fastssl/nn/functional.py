@@ -65,6 +65,7 @@ def dropout(module: Any, x: Tensor) -> Tensor:
 
 
 def _probability(dropout: Any) -> float:
+    """Dropout probability of a module in its current mode: 0 in evaluation."""
     return float(dropout.p) if dropout.training else 0.0
 
 

@@ -25,6 +25,7 @@ def _normal_below(x):
 
 @triton.jit
 def _load_bias(bias_ptr, columns, in_width, HAS_BIAS: tl.constexpr):
+    """Load (1, columns) of the bias; zeros if there is none."""
     if HAS_BIAS:
         return tl.load(bias_ptr + columns, mask=in_width, other=0)[None, :]
     return tl.zeros_like(columns).to(tl.float32)[None, :]
@@ -46,6 +47,7 @@ def _forward_kernel(
     HAS_BIAS: tl.constexpr,
     DROPOUT: tl.constexpr,
 ):
+    """One tile of dropout(GELU(x + bias))."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     first_column = tl.program_id(1) * BLOCK_D
     columns = first_column + tl.arange(0, BLOCK_D)
@@ -80,6 +82,7 @@ def _backward_kernel(
     HAS_BIAS: tl.constexpr,
     DROPOUT: tl.constexpr,
 ):
+    """Gradient of x for one share of the rows and BLOCK_D columns, and its sum over the rows for the bias."""
     share = tl.program_id(0)
     first_column = tl.program_id(1) * BLOCK_D
     columns = first_column + tl.arange(0, BLOCK_D)
@@ -106,6 +109,8 @@ def _backward_kernel(
 
 
 class _Blocks(NamedTuple):
+    """Rows and columns of a tile, and warps per program."""
+
     BLOCK_N: int
     BLOCK_D: int
     num_warps: int

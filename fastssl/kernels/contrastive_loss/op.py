@@ -123,6 +123,7 @@ def _check(context: Tensor, targets: Tensor, negatives: Tensor, temperature: flo
 
 
 def _check_rows(negatives: Tensor) -> None:
+    """Raise if a row number is out of range; does nothing on a GPU or inside `torch.compile`."""
     # Reading the values would break a graph in `torch.compile`, and make the host wait for a GPU.
     if negatives.device.type == "cpu" and negatives.numel() > 0 and not torch.compiler.is_compiling():
         lowest, highest = (int(bound) for bound in negatives.aminmax())

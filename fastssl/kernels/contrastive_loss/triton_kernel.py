@@ -29,6 +29,7 @@ def _measure_rows_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """1 / norm of BLOCK_N rows of context and targets, and hashes of the target rows."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     begin = rows.to(tl.int64)[:, None] * D
     context_squares = tl.zeros((BLOCK_N,), tl.float32)
@@ -72,6 +73,7 @@ def _forward_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """Logits, loss and correctness of one frame, with a running logsumexp over blocks of candidates."""
     frame = tl.program_id(0)
     own_begin = frame.to(tl.int64) * D
     own_scale = tl.load(scale_ptr + frame) * inverse_temperature
@@ -139,6 +141,7 @@ def _backward_context_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """Gradients of one frame's cosines and of BLOCK_D channels of its context row."""
     frame = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     logits_ptr += frame.to(tl.int64) * (K + 1)
@@ -182,6 +185,7 @@ def _backward_targets_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """Gradient of BLOCK_D channels of one target row: a sum over the frames that have it as a candidate."""
     target = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     end = tl.load(begins_ptr + target + 1)

@@ -174,6 +174,7 @@ def dropout_add_layer_norm(
 
 
 def _why_not_triton(x: Tensor) -> str | None:
+    """The reason why the Triton kernels cannot run this call, None if they can."""
     if x.dtype == torch.float64:
         return "its kernels compute in float32"
     if x.shape[1] > _TRITON_MAX_WIDTH:

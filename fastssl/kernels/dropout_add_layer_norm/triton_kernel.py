@@ -52,6 +52,7 @@ def _forward_kernel(
     PRENORM: tl.constexpr,
     DROPOUT: tl.constexpr,
 ):
+    """Sum, statistics and normalised sum of BLOCK_N rows."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = tl.arange(0, BLOCK_D)
     in_width = columns < WIDTH
@@ -101,6 +102,7 @@ def _backward_kernel(
     PRENORM: tl.constexpr,
     DROPOUT: tl.constexpr,
 ):
+    """Gradients of x and residual for a range of rows, and the sums over them for the gradients of the parameters."""
     program = tl.program_id(0)
     columns = tl.arange(0, BLOCK_D)
     in_width = columns < WIDTH
@@ -139,6 +141,8 @@ def _backward_kernel(
 
 
 class _Blocks(NamedTuple):
+    """Rows and columns of a tile, and warps per program."""
+
     BLOCK_N: int
     BLOCK_D: int
     num_warps: int

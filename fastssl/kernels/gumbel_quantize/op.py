@@ -28,6 +28,7 @@ class GumbelQuantized(NamedTuple):
 
 
 def _accumulator(logits: Tensor, codevectors: Tensor) -> torch.dtype:
+    """Dtype of the sums: fp32, or fp64 if an argument is."""
     return torch.promote_types(torch.promote_types(logits.dtype, codevectors.dtype), torch.float32)
 
 
@@ -135,17 +136,17 @@ def gumbel_quantize(
 
 def _check(logits: Tensor, codevectors: Tensor, noise: Tensor | None, seeds: Tensor | None, temperature: float) -> None:
     if logits.dim() != 3 or logits.shape[2] == 0 or not logits.is_floating_point():
-        raise ValueError(f"logits: expected (M, G, V) floating, got {tuple(logits.shape)} {logits.dtype}")
+        raise ValueError(f"logits: expected (M, G, V) floating point, got {tuple(logits.shape)} {logits.dtype}")
     frames, groups, codes = logits.shape
     if codevectors.dim() != 3 or codevectors.shape[:2] != (groups, codes) or not codevectors.is_floating_point():
         raise ValueError(
-            f"codevectors: expected ({groups}, {codes}, E) floating for these logits,"
+            f"codevectors: expected ({groups}, {codes}, E) floating point for these logits,"
             f" got {tuple(codevectors.shape)} {codevectors.dtype}"
         )
     if noise is not None and seeds is not None:
         raise ValueError("noise and seeds: give at most one of the two")
     if noise is not None and (noise.shape != logits.shape or not noise.is_floating_point()):
-        raise ValueError(f"noise: expected {tuple(logits.shape)} floating, got {tuple(noise.shape)} {noise.dtype}")
+        raise ValueError(f"noise: expected float {tuple(logits.shape)}, got {tuple(noise.shape)} {noise.dtype}")
     if seeds is not None and (seeds.shape != (frames,) or seeds.dtype != torch.int64):
         raise ValueError(f"seeds: expected ({frames},) torch.int64, got {tuple(seeds.shape)} {seeds.dtype}")
     for name, tensor in (("codevectors", codevectors), ("noise", noise), ("seeds", seeds)):

@@ -101,6 +101,7 @@ def _forward_kernel(
     BLOCK_E: tl.constexpr,
     SOURCE: tl.constexpr,
 ):
+    """Codes and vectors of one share of the frames in one group, and the share's sums of probabilities and counts."""
     share, group = tl.program_id(0), tl.program_id(1)
     codes = tl.arange(0, BLOCK_V)
     sums = tl.zeros((BLOCK_V,), tl.float32)
@@ -145,6 +146,7 @@ def _backward_logits_kernel(
     BLOCK_K: tl.constexpr,
     SOURCE: tl.constexpr,
 ):
+    """Gradient of the logits of BLOCK_M frames in one group, through the softmax with noise and the one without."""
     group = tl.program_id(1)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     codes = tl.arange(0, BLOCK_V)

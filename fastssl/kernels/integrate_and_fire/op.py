@@ -13,7 +13,7 @@ from fastssl.packing import Layout
 
 
 def _fake_scan(weights: Tensor, cu_seqlens: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    # Results: the positions (N,), and the number of output frames of each utterance (B,).
+    """Empty results of the scan: positions (N,), and the number of output frames of each utterance (B,)."""
     sequences = cu_seqlens.shape[0] - 1
     return weights.new_empty(weights.shape, dtype=torch.float64), weights.new_empty(sequences, dtype=torch.float64)
 

@@ -110,7 +110,7 @@ class _Layer:
         is_computed = from_input or len(conv_out) == plan.total
         self.conv_out = conv_out if is_computed else x.new_empty(plan.total, plan.channels)
         self.source, self.begins = (x, plan.cu_in) if from_input else (self.conv_out, plan.cu_out)
-        self.done = self.rows if is_computed else 0  # grid rows
+        self.done = self.rows if is_computed else 0  # number of grid rows whose convolution is computed
 
     @property
     def from_waveform(self) -> bool:

@@ -187,6 +187,7 @@ def strided_conv_stack(
 def _run_stack(
     x: Tensor, layers: Sequence[StridedConvLayer], layout: Layout, backend: str | None, names: list[str]
 ) -> tuple[Tensor, Layout]:
+    """Check and run the layers; `names` are their prefixes in error messages."""
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, layers = x.to(dtype), [layer._replace(weight=layer.weight.to(dtype)) for layer in layers]

@@ -168,6 +168,7 @@ def _input_grad_kernel(
 
 @triton.jit
 def _store_input_grad(grad, pointers, positions, inside, columns, C_IN: tl.constexpr, GELU: tl.constexpr):
+    """Store a tile of the input's gradient, after the activation of the layer below if its output is given."""
     lower_conv_out_ptr, lower_out_ptr, grad_x_ptr = pointers
     positions = positions[:, None] + columns[None, :]
     mask = inside[:, None] & (columns < C_IN)[None, :]

@@ -164,12 +164,13 @@ def _why_not_torch(
             return "varlen_attn of PyTorch 2.10 supports the default scale only"
         if layout.total == 0:
             return "varlen_attn does not support an empty batch"
-        if torch.cuda.get_device_properties(q.device).major < 8:  # a constant for the compiler
+        if torch.cuda.get_device_properties(q.device).major < 8:  # torch.compile treats it as a constant
             return "varlen_attn needs a GPU of compute capability 8.0 or above"
     return None
 
 
 def _why_not_triton(q: Tensor) -> str | None:
+    """The reason why the Triton kernels cannot run this call, None if they can."""
     if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"its kernels take float32, float16 and bfloat16, not {q.dtype}"
     return f"its kernels take E up to 128, not {q.shape[2]}" if q.shape[2] > 128 else None
