@@ -1,4 +1,8 @@
-"""Self-supervised speech encoders that never compute padding."""
+"""Self-supervised speech encoders that never compute padding.
+
+Start with `load_encoder` to run a pretrained encoder, or `accelerate` to speed up a Transformers or torchaudio model.
+`fastssl.nn` contains the modules and `fastssl.ops` the kernels that they call.
+"""
 
 from fastssl import nn as nn
 from fastssl import ops as ops

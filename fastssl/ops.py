@@ -1,7 +1,14 @@
-"""Packed kernels: tensors in, tensors out. Each op has a folder with its reference, its kernels and its README.
+"""Functions over packed tensors. Each op has a folder in `fastssl.kernels` with a reference, kernels and a README.
 
-`backend=` of every op: "reference" (plain PyTorch), "native" (compiled C++ or CUDA), "triton", "torch" (PyTorch's own
-kernel); None takes the environment variable FASTSSL_BACKEND, else the fastest there is. What exists: `fastssl info`.
+Shapes use the same letters everywhere: N packed rows (frames) of a batch, B sequences, C or D channels, H heads.
+
+Every op takes `backend`, one of:
+    "reference": plain PyTorch, which specifies the result.
+    "native": compiled C++ or CUDA.
+    "triton": Triton kernels.
+    "torch": the kernel that PyTorch itself provides for the operation.
+    None: the value of the environment variable FASTSSL_BACKEND if it is set, otherwise the fastest available backend.
+`fastssl info` lists the backends that are available on this machine.
 """
 
 from fastssl.kernels.bias_gelu_dropout.op import bias_gelu_dropout as bias_gelu_dropout

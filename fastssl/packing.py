@@ -1,6 +1,6 @@
 """Packed batches: sequences of different lengths back to back in one tensor, without padding.
 
-Nothing else in the package converts between padded and packed batches.
+All conversion between padded and packed batches in the package is in this module.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,9 +14,9 @@ from torch import Tensor
 
 
 def _kept(compute: Callable[["Layout"], Tensor]) -> Callable[["Layout"], Tensor]:
-    """Compute a tensor of a layout once and keep it with the layout.
+    """Decorator: compute a tensor of a layout once and cache it on the layout.
 
-    Inside `torch.compile` nothing is kept: a graph computes equal expressions once anyway.
+    Inside `torch.compile` nothing is cached, because the compiler merges equal expressions anyway.
     """
     name = compute.__name__
 
@@ -39,13 +39,15 @@ def _kept(compute: Callable[["Layout"], Tensor]) -> Callable[["Layout"], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Where each sequence of a packed tensor begins.
+    """Where each of the B sequences of a packed tensor begins.
+
+    Build one with `from_lengths`, or take the one that `Packed.pack` returns.
 
     Args:
-        lengths: Frames of each sequence, on the host, so that sizes cost no device synchronisation.
-        cu_seqlens: (B + 1,) int32 on the device of the data: sequence b is rows cu_seqlens[b] to cu_seqlens[b + 1].
-        max_length: The longest length, 0 for an empty batch.
-        total: N, the rows of the packed tensor.
+        lengths: Number of frames of each sequence, on the host, so that reading a size does not wait for the device.
+        cu_seqlens: (B + 1,) int32 on the device of the data. Sequence b is rows cu_seqlens[b] to cu_seqlens[b + 1] - 1.
+        max_length: Length of the longest sequence, 0 for an empty batch.
+        total: N, the number of rows of the packed tensor.
     """
 
     lengths: tuple[int, ...]
@@ -55,11 +57,11 @@ class Layout:
 
     @classmethod
     def from_lengths(cls, lengths: Sequence[int], *, device: torch.device | str | None = None) -> "Layout":
-        """Layout of sequences with these lengths.
+        """Layout of sequences with the given lengths.
 
         Args:
-            lengths: Frames of each sequence, none negative; zero is allowed.
-            device: Where `cu_seqlens` lives (default: the CPU).
+            lengths: Number of frames of each sequence; zero is allowed.
+            device: Device of `cu_seqlens` (default: the CPU).
 
         Raises:
             ValueError: A length is negative.
@@ -73,34 +75,36 @@ class Layout:
 
     @classmethod
     def from_device(cls, lengths: tuple[int, ...], device_lengths: Tensor) -> "Layout":
-        """Layout of lengths that both host and device know; copying them over would make the host wait.
+        """Layout of lengths that are already on both the host and the device, without a copy that the host waits for.
+
+        The lengths are not checked.
 
         Args:
-            lengths: Frames of each sequence, none negative.
+            lengths: Number of frames of each sequence, at least 0.
             device_lengths: (B,) the same whole numbers on the device, of any dtype.
         """
         cu_seqlens = torch.nn.functional.pad(device_lengths.cumsum(0, dtype=torch.int32), (1, 0))
         return cls(lengths, cu_seqlens, max(lengths, default=0), sum(lengths))
 
     def __getstate__(self) -> dict[str, Any]:
-        """The fields alone: copies and pickles compute again what a layout keeps."""
+        """State for copies and pickles: the fields without the cached tensors, which the copy computes again."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @property
     def offsets(self) -> tuple[int, ...]:
-        """`cu_seqlens` on the host: B + 1 numbers."""
+        """The values of `cu_seqlens` on the host: B + 1 integers."""
         return tuple(accumulate(self.lengths, initial=0))
 
     @property
     @_kept
     def device_lengths(self) -> Tensor:
-        """(B,) int32 on the device: `lengths`."""
+        """(B,) int32: the values of `lengths` on the device."""
         return self.cu_seqlens.diff()
 
     @property
     @_kept
     def sequence_ids(self) -> Tensor:
-        """(N,) int64 on the device: which sequence each row belongs to."""
+        """(N,) int64 on the device: the index of the sequence that each row belongs to."""
         return torch.repeat_interleave(self.device_lengths.long(), output_size=self.total)
 
     @property
@@ -110,42 +114,60 @@ class Layout:
         return torch.arange(self.total, device=self.cu_seqlens.device) - self.cu_seqlens[self.sequence_ids]
 
     def rows(self, sequences: Tensor, positions: Tensor) -> Tensor:
-        """Rows of the packed tensor, for indices that broadcast against each other.
+        """Row numbers in the packed tensor, from sequence numbers and positions within the sequences.
 
         Args:
-            sequences: int64, which sequences.
-            positions: int64, indices within them.
+            sequences: int64 sequence numbers, from 0 to B - 1.
+            positions: int64 positions within those sequences; must broadcast against `sequences`.
+
+        Returns:
+            int64 row numbers, in the broadcast shape. They are not checked against the lengths.
         """
         return self.cu_seqlens[sequences] + positions
 
     def padded_rows(self, length: int) -> "PaddedRows":
-        """The rows of this layout in a batch padded to `length`, which is at least the longest length."""
+        """The place of each packed row in a batch that is padded to `length`, at least `max_length`."""
         return PaddedRows(self.sequence_ids * length + self.positions, self, length)
 
     def valid(self, length: int) -> Tensor:
-        """(B, length) bool on the device: which places of a batch padded to `length` hold a frame."""
+        """(B, length) bool on the device: True where a batch padded to `length` contains a frame, not padding."""
         return torch.arange(length, device=self.cu_seqlens.device) < self.device_lengths.unsqueeze(1)
 
     def sums(self, x: Tensor) -> Tensor:  # (N, ...) -> (B, ...)
-        """Sums over each sequence, in fp64.
+        """Sum of the rows of each sequence, in fp64.
 
         Rows are added in order on every device, so the bits of a sum do not depend on the rest of the batch.
+
+        Args:
+            x: (N, ...) packed values.
+
+        Returns:
+            (B, ...) fp64; 0 for an empty sequence.
         """
-        # PyTorch adds in order only where there is a second dimension; `unsafe` skips a check that makes the host wait.
+        # PyTorch adds in order only if the tensor has a second dimension. `unsafe` skips a check that makes the host
+        # wait for the device.
         by_row = x.double().unsqueeze(1)
         return torch.segment_reduce(by_row, "sum", offsets=self.cu_seqlens, axis=0, unsafe=True).squeeze(1)
 
     def map_lengths(self, host: Callable[[int], int], device: Callable[[Tensor], Tensor]) -> "Layout":
-        """Layout of the same sequences with other lengths, computed on both host and device so that neither waits.
+        """Layout of the same number of sequences with new lengths, computed on host and device so that neither waits.
 
         Args:
-            host: New length of a sequence from its length.
-            device: The same function of `device_lengths`, (B,) to (B,).
+            host: Maps the length of one sequence to its new length.
+            device: The same function on tensors: maps `device_lengths` (B,) to the new lengths (B,).
         """
         return Layout.from_device(tuple(map(host, self.lengths)), device(self.device_lengths))
 
     def after_conv(self, kernel: int, stride: int) -> "Layout":
-        """Layout after a convolution without padding: floor((length - kernel) / stride) + 1 frames, at least 0."""
+        """Layout after a convolution without padding: floor((length - kernel) / stride) + 1 frames, at least 0.
+
+        Args:
+            kernel: Kernel width in frames.
+            stride: Stride in frames.
+
+        Raises:
+            ValueError: `kernel` or `stride` is below 1.
+        """
         if kernel < 1 or stride < 1:
             raise ValueError(f"kernel and stride: must be at least 1, got {kernel} and {stride}")
         return self.map_lengths(
@@ -154,21 +176,31 @@ class Layout:
         )
 
     def with_gaps(self, before: int, after: int) -> "Layout":
-        """Layout of the sequences with `before` more rows in front of each and `after` more rows after it."""
+        """Layout with `before` extra rows in front of each sequence and `after` extra rows after it."""
         gap = before + after
         return self.map_lengths(lambda length: length + gap, lambda lengths: lengths + gap)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Layout":
-        """The same layout with `cu_seqlens` on another device."""
+        """The same layout with `cu_seqlens` on another device.
+
+        Args:
+            device: Target device.
+            non_blocking: Let the host continue without waiting for the copy, as in `torch.Tensor.to`.
+        """
         return replace(self, cu_seqlens=self.cu_seqlens.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "Layout":
-        """The same layout with `cu_seqlens` in page-locked memory."""
+        """The same layout with `cu_seqlens` in page-locked memory, for an asynchronous copy to a GPU."""
         return replace(self, cu_seqlens=self.cu_seqlens.pin_memory())
 
 
 class Packed(NamedTuple):
-    """The frames of all sequences of a batch, back to back."""
+    """The frames of all sequences of a batch, back to back.
+
+    Attributes:
+        values: (N, ...) frames, sequence after sequence.
+        layout: Where each sequence begins.
+    """
 
     values: Tensor  # (N, ...)
     layout: Layout
@@ -178,49 +210,64 @@ class Packed(NamedTuple):
         """Concatenate sequences.
 
         Args:
-            sequences: B tensors (T_b, ...) that agree in everything but their length.
+            sequences: B tensors (T_b, ...) with the same trailing shape, dtype and device.
+
+        Returns:
+            The sequences as one tensor (N, ...) on their device, where N is the sum of all T_b.
 
         Raises:
-            ValueError: There is no sequence, or their trailing shapes differ.
+            ValueError: `sequences` is empty, or the trailing shapes differ.
         """
         if not sequences:
-            raise ValueError("sequences: nothing to pack; an empty batch has no shape to take")
+            raise ValueError("sequences: nothing to pack, expected at least one tensor")
         shapes = [tuple(sequence.shape) for sequence in sequences]
         if () in shapes or len({shape[1:] for shape in shapes}) > 1:
-            raise ValueError(f"sequences: must agree in all but the first dimension, got {shapes}")
+            raise ValueError(f"sequences: must agree in all dimensions but the first, got shapes {shapes}")
         lengths = [sequence.shape[0] for sequence in sequences]
         return cls(torch.cat(tuple(sequences)), Layout.from_lengths(lengths, device=sequences[0].device))
 
     def unpack(self) -> list[Tensor]:
-        """The sequences as views (T_b, ...) of `values`."""
+        """The B sequences, each a view (T_b, ...) of `values`."""
         return list(self.values.split(self.layout.lengths)) if self.layout.lengths else []
 
     @classmethod
     def from_padded(cls, x: Tensor, lengths: Sequence[int] | Tensor | Layout) -> "Packed":
-        """Drop the padding of a batch.
+        """Remove the padding of a batch.
 
         Args:
-            x: (B, T, ...) padded at the end.
-            lengths: B valid lengths, or a layout that has them; a tensor on a device costs one synchronisation.
+            x: (B, T, ...) batch, each sequence padded at its end.
+            lengths: Valid length of each of the B sequences, or a layout with these lengths. If they are a tensor on a
+                GPU, the host waits for it once.
+
+        Returns:
+            The valid frames (N, ...), in the dtype of `x`.
 
         Raises:
-            ValueError: The lengths do not fit `x`.
+            ValueError: The number of lengths is not B, or a length is negative or above T.
         """
         if isinstance(lengths, Tensor):
             lengths = lengths.tolist()
         layout = lengths if isinstance(lengths, Layout) else Layout.from_lengths(lengths, device=x.device)
         if x.dim() < 2 or len(layout.lengths) != x.shape[0]:
-            raise ValueError(f"lengths: {len(layout.lengths)} of them for x of shape {tuple(x.shape)}")
+            raise ValueError(f"lengths: got {len(layout.lengths)}, expected one per sequence of x {tuple(x.shape)}")
         if layout.max_length > x.shape[1]:
-            raise ValueError(f"lengths: up to {layout.max_length}, but x is {tuple(x.shape)}")
-        # The copy of the layout keeps no indices: for waveforms they would take four times the memory of the samples.
+            raise ValueError(f"lengths: longest is {layout.max_length}, which does not fit x of shape {tuple(x.shape)}")
+        # Return a copy of the layout without cached indices: for waveforms they take four times the memory of the
+        # samples.
         return cls(layout.padded_rows(x.shape[1]).pack(x), replace(layout))
 
     def to_padded(self, value: float = 0.0, *, length: int | None = None) -> Tensor:
-        """(B, T, ...) padded at the end with `value`; T is `length`, or else the longest length.
+        """Pad each sequence at its end.
+
+        Args:
+            value: What the padding is filled with.
+            length: T, the padded length; None pads to the longest sequence.
+
+        Returns:
+            (B, T, ...) in the dtype of `values`.
 
         Raises:
-            ValueError: `length` is less than the longest.
+            ValueError: `length` is below the longest sequence.
         """
         longest = self.layout.max_length
         length = longest if length is None else length
@@ -232,8 +279,11 @@ class Packed(NamedTuple):
         """Copy each sequence into a longer slot: `before` zero rows in front, the remaining zeros after it.
 
         Args:
-            layout: Layout of the slots, one for each sequence.
-            before: Rows in front of each sequence.
+            layout: Layout of the slots, one per sequence; each must have room for `before` rows and the sequence.
+            before: Number of zero rows in front of each sequence.
+
+        Returns:
+            The slots (layout.total, ...), in the dtype of `values`.
         """
         own = self.layout
         rows = layout.rows(own.sequence_ids, own.positions + before if before else own.positions)
@@ -241,42 +291,70 @@ class Packed(NamedTuple):
         return Packed(zeros.index_copy(0, rows, self.values), layout)
 
     def with_gaps(self, before: int, after: int) -> "Packed":
-        """The sequences with `before` zero rows in front of each and `after` zero rows after it."""
+        """The same batch with `before` zero rows in front of each sequence and `after` zero rows after it."""
         return self.spread(self.layout.with_gaps(before, after), before=before)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Packed":
-        """The same batch on another device."""
+        """The same batch on another device.
+
+        Args:
+            device: Target device.
+            non_blocking: Let the host continue without waiting for the copy, as in `torch.Tensor.to`.
+        """
         values = self.values.to(device, non_blocking=non_blocking)
         return Packed(values, self.layout.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "Packed":
-        """The same batch in page-locked memory."""
+        """The same batch in page-locked memory, for an asynchronous copy to a GPU."""
         return Packed(self.values.pin_memory(), self.layout.pin_memory())
 
 
 class PaddedRows(NamedTuple):
-    """Where the rows of a packed tensor are in a padded batch: at the start of each sequence, or anywhere in it."""
+    """The place of each row of a packed tensor in a padded batch (B, T, ...).
 
-    rows: Tensor  # (N,) int64, of the flattened batch (B * T, ...)
+    `Layout.padded_rows` builds one for sequences that are padded at their end, `from_mask` for frames anywhere.
+
+    Attributes:
+        rows: (N,) int64 row numbers in the flattened batch (B * T, ...).
+        layout: Layout of the N packed rows.
+        length: T, the padded length.
+    """
+
+    rows: Tensor  # (N,) int64 row numbers in the flattened batch (B * T, ...)
     layout: Layout
     length: int  # T
 
     @classmethod
     def from_mask(cls, mask: Tensor) -> "PaddedRows":
-        """The rows where a mask is True; the host waits for the device.
+        """The places where a mask is True. The host waits for the device.
 
         Args:
-            mask: (B, T) bool.
+            mask: (B, T) bool, True at the frames to keep.
         """
         layout = Layout.from_lengths(mask.sum(1).tolist(), device=mask.device)
         return cls(mask.flatten().nonzero().squeeze(1), layout, mask.shape[1])
 
     def pack(self, x: Tensor) -> Tensor:  # (B, T, ...) -> (N, ...)
-        """Drop everything else."""
+        """Keep only these rows of a padded batch.
+
+        Args:
+            x: (B, T, ...) padded batch.
+
+        Returns:
+            (N, ...) packed rows.
+        """
         return x.flatten(0, 1).index_select(0, self.rows)
 
     def pad(self, x: Tensor, value: float = 0.0) -> Tensor:  # (N, ...) -> (B, T, ...)
-        """Put `value` everywhere else."""
+        """Write packed rows to their places in a padded batch.
+
+        Args:
+            x: (N, ...) packed rows.
+            value: What all other places are filled with.
+
+        Returns:
+            (B, T, ...) padded batch.
+        """
         batch, shape = len(self.layout.lengths), x.shape[1:]
         padded = x.new_full((batch * self.length, *shape), value)
         return padded.index_copy(0, self.rows, x).view(batch, self.length, *shape)

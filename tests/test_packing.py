@@ -96,9 +96,9 @@ def test_rejects_bad_input() -> None:
         Packed.pack([])
     with pytest.raises(ValueError, match="sequences: must agree"):
         Packed.pack([torch.zeros(3, 2), torch.zeros(3, 1)])
-    with pytest.raises(ValueError, match="lengths: 1 of them"):
+    with pytest.raises(ValueError, match="lengths: got 1, expected one per sequence"):
         Packed.from_padded(torch.zeros(2, 4), [3])
-    with pytest.raises(ValueError, match="lengths: up to 5"):
+    with pytest.raises(ValueError, match="lengths: longest is 5"):
         Packed.from_padded(torch.zeros(2, 4), [3, 5])
 
 
@@ -178,7 +178,7 @@ def test_padding_is_dropped_by_a_layout_too() -> None:
     assert found.layout.lengths == packed.layout.lengths
     assert found.layout.cu_seqlens is packed.layout.cu_seqlens
     assert torch.equal(found.values, packed.values)
-    with pytest.raises(ValueError, match="lengths: up to 4"):
+    with pytest.raises(ValueError, match="lengths: longest is 4"):
         Packed.from_padded(torch.zeros(3, 3), packed.layout)
 
 

@@ -49,7 +49,7 @@ constexpr int64_t kLongestChain = isa == Isa::kDefault ? 16 : 32;
 template <Isa isa>
 constexpr int kTileVectors = isa == Isa::kAvx512 ? 4 : 2;
 
-// How A lies in memory: row m holds either A[m, :] or A[:, m].
+// How A is stored: row m contains either A[m, :] or A[:, m].
 using RowsOfA = std::false_type;
 using ColumnsOfA = std::true_type;
 using Overwrite = std::false_type;

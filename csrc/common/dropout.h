@@ -25,7 +25,7 @@ struct Dropout {
   uint64_t seed;
   uint64_t offset;
   uint32_t threshold;
-  double scale;  // of the kept elements
+  double scale;  // factor of kept elements
 };
 
 inline Dropout make_dropout(double dropout_p, const std::optional<Tensor>& seed, int64_t offset) {

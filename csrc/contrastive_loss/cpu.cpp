@@ -269,7 +269,7 @@ struct Forward {
   const Table<scalar_t, acc_t>& context;
   const Table<scalar_t, acc_t>& targets;
   const scalar_t* target_rows;  // (N, D)
-  const uint32_t* hashes;  // (N,) of the target rows
+  const uint32_t* hashes;  // (N,) hashes of the target rows
   const index_t* negatives;  // (N, K)
   int64_t frames;
   int64_t width;
@@ -290,8 +290,8 @@ template <typename acc_t>
 struct Candidates {
   explicit Candidates(int64_t count) : rows(count + 1), places(count + 1), logits(padded_to_lanes(count + 1)) {}
 
-  Buffer<int32_t> rows;  // of the targets
-  Buffer<int64_t> places;  // among all logits of the frame
+  Buffer<int32_t> rows;  // row numbers in targets
+  Buffer<int64_t> places;  // indices among all logits of the frame
   Buffer<acc_t> logits;
 };
 
@@ -414,7 +414,7 @@ struct Pairs {
 
   const int64_t* begins;  // (N + 1,) where the pairs of each negative begin
   Buffer<int32_t> frames;
-  Buffer<acc_t> weights;  // of the frame's context row in the gradient of the negative, scaled to length 1
+  Buffer<acc_t> weights;  // weight of the frame's context row, scaled to length 1, in the gradient of the negative
   Buffer<acc_t> positive_weights;  // (N,) the same for each frame and its own target
 };
 

@@ -220,7 +220,7 @@ FASTSSL_INLINE void forward_tasks_body(const Forward<acc_t>* forward, int64_t fi
 }
 FASTSSL_ISA_VARIANTS(forward_tasks)
 
-// The largest tile of a matrix product whose sums fit into the registers of an instruction set.
+// The largest tile of a matrix product whose sums fit the registers of an instruction set.
 template <Isa isa, typename acc_t>
 struct Tile {
   using Vector = typename Simd<isa, acc_t>::Vector;

@@ -93,7 +93,7 @@ FASTSSL_INLINE void forward_segment_body(
     const Layer<acc_t>* layer,
     const Segment* segment,
     const Windows<scalar_t>* out,
-    int64_t first_row,  // of the result
+    int64_t first_row,  // first row of the result
     int64_t rows,  // rows after the frames become zero
     acc_t* scratch) {
   const int64_t channels = layer->channels;

@@ -26,7 +26,7 @@ struct Segment {
   int64_t first_frame;
   int64_t frames;  // the first rows, which hold a frame; the others are zero
   int64_t rows;
-  int64_t block_row;  // of the first frame, within the block
+  int64_t block_row;  // row of the first frame within the block
 };
 
 enum class Norm { kNone, kGroup, kLayer };
@@ -215,7 +215,7 @@ FASTSSL_INLINE void add_window_gradients(
 template <typename scalar_t, typename acc_t>
 struct Source {
   const scalar_t* data;
-  const int32_t* begins;  // of the sequences in `data`, or nullptr if `data` is the block itself
+  const int32_t* begins;  // where each sequence of `data` begins, or nullptr if `data` is the block itself
   const acc_t* taps;  // (K, C) of the first layer
   int64_t kernel;  // 0 if `data` holds rows
   int64_t stride;

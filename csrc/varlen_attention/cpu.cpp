@@ -55,7 +55,7 @@ struct Place {
         query_count(task.last_query - task.first_query) {}
 
   int64_t begin;  // the sequence's first frame
-  int64_t length;  // of the sequence
+  int64_t length;  // length of the sequence
   int64_t origin;  // offset of that frame and the task's head in (N, H, E)
   int64_t queries;  // offset of the task's first query
   int64_t query_count;
@@ -76,7 +76,7 @@ struct ForwardScratch {
         logits(kQueryBlock * logits_stride),
         bias(2 * problem.longest + kPadding) {}
 
-  int64_t row_size;  // of an operand that is summed over its columns
+  int64_t row_size;  // row size of an operand that is summed over its columns
   int64_t logits_stride;
   Buffer<Operand> staging, keys, values, query, weights;
   Buffer<T> out, logits, bias;
@@ -212,11 +212,11 @@ struct BackwardScratch {
     return round_up(problem.longest, kQueryBlock);
   }
 
-  T* grads() const {  // of the logits of a block
+  T* grads() const {  // gradients of the logits of a block
     return grads_with_gap.data() + kGap;
   }
 
-  int64_t row_size;  // of an operand that is summed over its columns
+  int64_t row_size;  // row size of an operand that is summed over its columns
   Buffer<Operand> staging, keys_transposed, values_transposed, keys, query, grad_out, query_along_rows,
       grad_out_along_rows, operand;
   Buffer<T> delta, grad_query, grad_key, grad_value, grad_gate, bias, weights, grads_with_gap;

@@ -58,9 +58,9 @@ struct Rows {
   int64_t keys;
   int64_t first_query;  // positions within the sequence
   int64_t first_key;
-  T scale;  // of the products of queries and keys
+  T scale;  // factor of the products of queries and keys
   T scale_log2;  // the same in units of ln 2
-  const T* bias;  // at distance 0
+  const T* bias;  // points to the bias of distance 0
   const T* gate;
   const uint32_t* dropout_states;
   uint32_t dropout_threshold;

@@ -1,4 +1,4 @@
-"""The kernels behind `fastssl.ops`: a folder per op with its reference, its kernels and its README.
+"""Implementation of `fastssl.ops`: one folder per op with its reference, its kernels and its README.
 
-The public functions are in `fastssl.ops`, so that none of them hides the package of the same name here.
+Import the public functions from `fastssl.ops`. Here they would hide the packages of the same names.
 """

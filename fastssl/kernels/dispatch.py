@@ -1,7 +1,8 @@
-"""What all ops share: their operators, the compiled modules, the choice of a backend, autocast and contiguity.
+"""Code that all ops share: operator definitions, loading of compiled modules, choice of a backend, autocast.
 
-Each op defines `fastssl_native::<op>_fwd/_bwd` (compiled C++ and CUDA) and `fastssl_triton::<op>_fwd/_bwd`; optional
-modules bring the kernels. Which kernels exist is recorded once, at import, in `BACKENDS`.
+Each op defines the operators `fastssl_native::<op>_fwd/_bwd` (compiled C++ and CUDA) and
+`fastssl_triton::<op>_fwd/_bwd`. Optional modules implement them. `BACKENDS` records at import which implementations are
+available.
 """
 
 import importlib
@@ -17,20 +18,20 @@ import torch
 from torch import Tensor
 
 _PACKAGE = Path(__file__).resolve().parent.parent
-#: What brings a compiled module that was never built.
+#: Advice in error messages on how to get a compiled module that was not built.
 BUILD_IT = "run `pip install .` in a clone of the project"
 NATIVE = torch.library.Library("fastssl_native", "DEF")
 TRITON = torch.library.Library("fastssl_triton", "DEF")
 
-#: op -> device type -> backends, the preferred one first.
+#: op -> device type -> available backends, the preferred one first.
 BACKENDS: dict[str, dict[str, tuple[str, ...]]] = {}
-#: op -> (backend, device type) -> why it is missing, in words.
+#: op -> (backend, device type) -> reason why that backend is not available, for error messages.
 MISSING: dict[str, dict[tuple[str, str], str]] = {}
 
 
 def _load_compiled_modules() -> dict[str, str]:
-    """Load `_C_cpu` and `_C_cuda`; returns device type -> why there is no module, empty where there is one."""
-    report = _PACKAGE / "_build_report.json"  # what the installation left out, and why
+    """Load `_C_cpu` and `_C_cuda`; returns device type -> reason why the module is missing, "" if it is loaded."""
+    report = _PACKAGE / "_build_report.json"  # modules that the installation left out, with the reasons
     left_out = json.loads(report.read_text()) if report.exists() else {}
     reasons = {}
     for device in ("cpu", "cuda"):
@@ -46,19 +47,20 @@ def _load_compiled_modules() -> dict[str, str]:
     return reasons
 
 
-#: What FASTSSL_BACKEND asks for, read once: reading the environment inside a public function breaks fullgraph.
+#: Backend named by FASTSSL_BACKEND. Read once at import, because reading the environment inside an op breaks
+#: `torch.compile(fullgraph=True)`.
 DEFAULT_BACKEND = os.environ.get("FASTSSL_BACKEND") or None
-#: device type -> why the compiled module for it is missing ("" where it is loaded).
+#: device type -> reason why its compiled module is missing, "" if it is loaded.
 COMPILED_MODULES = _load_compiled_modules()
 
 
 def _why_no_triton() -> dict[str, str]:
-    """Device type -> why Triton kernels do not run there, empty where they do."""
+    """Device type -> reason why Triton kernels cannot run on it, "" if they can."""
     if importlib.util.find_spec("triton") is None:
         return dict.fromkeys(("cpu", "cuda"), "triton is not installed")
     interprets = os.environ.get("TRITON_INTERPRET") == "1"
     return {
-        "cpu": "" if interprets else "Triton runs on the CPU in its interpreter only (TRITON_INTERPRET=1), for tests",
+        "cpu": "" if interprets else "Triton needs a GPU; set TRITON_INTERPRET=1 to run its slow interpreter in tests",
         "cuda": "" if torch.cuda.is_available() else "no CUDA device",
     }
 
@@ -67,12 +69,12 @@ _WHY_NO_TRITON = _why_no_triton()
 
 
 class Op:
-    """One op: its operators, the kernels that exist for them, and the choice of a backend for a call.
+    """One op: its operators, their available implementations, and the choice of a backend for a call.
 
     Attributes:
-        name: The op, which is the stem of its operators.
-        forward: Backend -> operator `<name>_fwd`; empty while no kernel is written.
-        backward: Backend -> operator `<name>_bwd`.
+        name: Name of the op, from which the names of its operators are formed.
+        forward: Backend -> operator `<name>_fwd`; empty if the op has no operators of its own.
+        backward: Backend -> operator `<name>_bwd`; empty if the op has no operators of its own.
     """
 
     def __init__(
@@ -86,17 +88,18 @@ class Op:
         triton_kernels: str | None = None,
         native_cpu: tuple[str, Mapping[str, str]] | None = None,
     ) -> None:
-        """Define the operators, register their fake and Triton kernels, and record which kernels exist.
+        """Define the operators, register their fake and Triton kernels, and record the available backends.
 
         Args:
-            name: The op, which is the stem of its operators.
-            fake_forward: Shapes of `<name>_fwd`, for tracing; its annotations are the schema.
+            name: Name of the op, from which the names of its operators are formed.
+            fake_forward: Returns empty results of `<name>_fwd`, for tracing; the schema is inferred from its type
+                annotations. None if the op needs no operators.
             fake_backward: The same for `<name>_bwd`.
-            schemas: Schemas of the two, where annotations cannot express them.
-            torch_devices: Device types where PyTorch's own kernel serves the op and is faster than the reference.
-            triton_kernels: Module with `<name>_fwd` and `<name>_bwd`, imported only where Triton runs.
-            native_cpu: For native CPU kernels that are Python around compiled parts: the module with `<name>_fwd` and
-                `<name>_bwd`, and the parts, name -> signature.
+            schemas: Schemas of `<name>_fwd` and `<name>_bwd` that annotations cannot express.
+            torch_devices: Device types on which PyTorch's own kernel supports the op and is faster than the reference.
+            triton_kernels: Module with `<name>_fwd` and `<name>_bwd`; imported only if Triton can run.
+            native_cpu: For a native CPU implementation in Python that calls compiled parts: the module with
+                `<name>_fwd` and `<name>_bwd`, and the signatures of the parts by name.
         """
         self.name = name
         self.forward, self.backward = (
@@ -119,34 +122,40 @@ class Op:
             if self.forward and _has_native_kernel(f"{name}_fwd", key):
                 present.append("native")
             else:
-                missing["native", device] = (self.forward and COMPILED_MODULES[device]) or "no kernel written"
+                missing["native", device] = (self.forward and COMPILED_MODULES[device]) or "not implemented"
             if triton_kernels is None or _WHY_NO_TRITON[device]:
-                missing["triton", device] = _WHY_NO_TRITON[device] if triton_kernels else "no kernel written"
+                missing["triton", device] = _WHY_NO_TRITON[device] if triton_kernels else "not implemented"
             else:
                 self._plug_in(TRITON, triton_kernels, key)
                 present.append("triton")
             if device in torch_devices:
                 present.append("torch")
             present.append("reference")
-            if device == "cpu" and "triton" in present:  # the interpreter is for tests: on request only
+            if device == "cpu" and "triton" in present:  # the slow interpreter is for tests, so prefer all others
                 present.remove("triton")
                 present.append("triton")
             BACKENDS[name][device] = tuple(present)
 
     def _plug_in(self, library: torch.library.Library, module: str, key: str) -> None:
+        """Register `<name>_fwd` and `<name>_bwd` of a Python module as kernels for a dispatch key."""
         for operator in (f"{self.name}_fwd", f"{self.name}_bwd"):
             library.impl(operator, getattr(importlib.import_module(module), operator), key)
 
     def choose(self, x: Tensor, backend: str | None, unsupported: Mapping[str, str | None] | None = None) -> str:
-        """Return the backend that serves a call.
+        """Choose the backend for a call.
 
         Args:
-            x: A tensor of the call; its device decides which backends exist.
-            backend: The caller's wish; None takes FASTSSL_BACKEND, else the first backend that serves the call.
-            unsupported: Backend -> why it does not serve the arguments of this call, None where it does.
+            x: A tensor of the call; its device decides which backends are available.
+            backend: Backend that the caller asks for. None uses FASTSSL_BACKEND if it is set, otherwise the first
+                available backend that supports the arguments.
+            unsupported: Backend -> reason why it does not support the arguments of this call, None if it does.
+
+        Returns:
+            Name of the backend.
 
         Raises:
-            ValueError: The requested backend does not exist for this op, device and arguments.
+            ValueError: The requested backend is not available for this op and device, or does not support the
+                arguments.
         """
         unsupported = unsupported or {}
         present = BACKENDS[self.name].get(x.device.type, ("reference",))
@@ -156,7 +165,7 @@ class Op:
         why = unsupported.get(wish)
         if wish in present and why is None:
             return wish
-        why = why or MISSING[self.name].get((wish, x.device.type)) or "there is no such backend for it"
+        why = why or MISSING[self.name].get((wish, x.device.type)) or "the op has no such backend"
         usable = ", ".join(name for name in present if unsupported.get(name) is None)
         raise ValueError(
             f"backend={wish!r}: not available for {self.name} on {x.device.type} ({why}); available: {usable}"
@@ -166,13 +175,16 @@ class Op:
 def define_operator(
     library: torch.library.Library, name: str, fake: Callable[..., Any], schema: str | None = None
 ) -> torch._ops.OpOverload:
-    """Define an operator without kernels.
+    """Define an operator; its kernels are registered elsewhere.
 
     Args:
         library: `NATIVE` or `TRITON`.
         name: Name of the operator.
-        fake: Its shapes, for tracing.
-        schema: Such as "(Tensor x) -> Tensor"; None infers it from the annotations of `fake`.
+        fake: Returns empty results of the right shapes and dtypes, for tracing.
+        schema: Schema such as "(Tensor x) -> Tensor"; None infers it from the annotations of `fake`.
+
+    Returns:
+        The operator, which can be called.
     """
     library.define(name + (schema or torch.library.infer_schema(fake, mutates_args=())))
     torch.library.register_fake(f"{library.ns}::{name}", fake)
@@ -185,18 +197,18 @@ def _has_native_kernel(name: str, key: str) -> bool:
 
 
 def contiguous(arguments: Iterable[Any]) -> tuple[Any, ...]:
-    """Make every tensor among the arguments of a kernel contiguous: kernels know no strides."""
+    """Make every tensor among the arguments contiguous, because kernels do not handle strides."""
     return tuple([x.contiguous() if isinstance(x, Tensor) else x for x in arguments])
 
 
 def autocast_off(x: Tensor) -> AbstractContextManager[None]:
-    """Return a context that keeps autocast on the device of `x` out of an op; where it is off already, one for free."""
+    """Return a context that disables autocast on the device of `x`; it does nothing if autocast is off already."""
     device = x.device.type
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def to_autocast_dtype(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """Cast tensors to the dtype of autocast where it is enabled, on the device of the first; None stays None."""
+    """Cast tensors to autocast's dtype if autocast is enabled on the device of the first tensor; None stays None."""
     assert tensors[0] is not None
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):

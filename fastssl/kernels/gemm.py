@@ -1,9 +1,10 @@
-"""Matrix products of packed frames on the CPU, by the faster of PyTorch's two libraries.
+"""Matrix products of packed frames on the CPU, by the faster of PyTorch's two libraries, MKL and oneDNN.
 
-`aten::mm` is MKL's in fp32, which uses no AVX-512 on processors that are not Intel's: on an AMD Zen 5 it reaches half
-of what oneDNN does. In bf16 `aten::mm` is oneDNN's already, but called directly it is 3 to 14 % faster there, and its
-GELU costs nothing. None of these is for autograd to record, which
-does not know oneDNN's product: they are called inside a `torch.autograd.Function` or without gradient.
+In fp32, `aten::mm` calls MKL, which uses AVX-512 on Intel processors only: on an AMD Zen 5 it is half as fast as
+oneDNN. In bf16, `aten::mm` calls oneDNN already, but a direct call is 3 to 14 % faster and applies GELU at no cost.
+
+Autograd cannot differentiate the direct call. Use these functions inside a `torch.autograd.Function` or without
+gradients.
 """
 
 from pathlib import Path
@@ -12,12 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Below these many rows a library computes a row with other bits than in a larger product (measured, see the tests).
+# A product with fewer rows than this gives a row other bits than a larger product does (measured, see the tests).
 STABLE_ROWS = 12
 _STABLE_ROWS_ONEDNN = 2
 
 
 def _onednn_is_faster() -> bool:
+    """Whether oneDNN is faster than MKL here: on AMD processors with AVX-512."""
     if not torch.backends.mkldnn.is_available() or torch.backends.cpu.get_cpu_capability() != "AVX512":
         return False
     processors = Path("/proc/cpuinfo")
@@ -34,7 +36,17 @@ def nt(
     *,
     gelu: bool = False,
 ) -> Tensor:  # (M, N)
-    """The product x @ weight.T, plus bias, through GELU; the bits of a row do not depend on the other rows."""
+    """The product x @ weight.T + bias, then GELU if asked for; the bits of a row do not depend on the other rows.
+
+    Args:
+        x: (M, K) rows.
+        weight: (N, K).
+        bias: (N,) or None.
+        gelu: Whether to apply the exact GELU to the result.
+
+    Returns:
+        (M, N) in the dtype of `x`.
+    """
     rows = x.shape[0]
     onednn = takes_onednn(x)
     stable_rows = _STABLE_ROWS_ONEDNN if onednn else STABLE_ROWS
@@ -50,7 +62,7 @@ def nn(
     x: Tensor,  # (M, N)
     weight: Tensor,  # (N, K)
 ) -> Tensor:  # (M, K)
-    """The product x @ weight; the bits of a row do not depend on the other rows."""
+    """The product x @ weight, (M, K); the bits of a row do not depend on the other rows."""
     return nt(x, weight.t())
 
 
@@ -58,20 +70,21 @@ def tn(
     x: Tensor,  # (M, N)
     y: Tensor,  # (M, K)
 ) -> Tensor:  # (N, K)
-    """The product x.T @ y, the sum over frames that a weight's gradient is."""
-    # In bf16 PyTorch transposes the operands faster than oneDNN does.
+    """The product x.T @ y, (N, K): a sum over rows, such as the gradient of a weight."""
+    # In bf16, PyTorch transposes the operands faster than oneDNN does.
     if takes_onednn(x) and x.dtype == torch.float32 and min(*x.shape, y.shape[1]) > 0:
         return _onednn(x.t(), y.t(), None)
     return x.t() @ y
 
 
 def takes_onednn(x: Tensor) -> bool:
-    """Whether the product is oneDNN's, called directly."""
+    """Whether products with `x` are computed by a direct call of oneDNN."""
     return ONEDNN_IS_FASTER and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none") -> Tensor:
-    # A weight that is neither row- nor column-major falls to a kernel a thousand times slower.
+    """activation(x @ weight.T + bias) by oneDNN, also inside `torch.compile`."""
+    # For a weight that is neither row-major nor column-major, oneDNN uses a kernel that is a thousand times slower.
     if not (weight.is_contiguous() or weight.t().is_contiguous()):
         weight = weight.contiguous()
     if torch.compiler.is_compiling():
@@ -81,12 +94,13 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "n
 
 
 def _onednn_kernel(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    # The last argument is the algorithm of GELU: "none" is the exact one.
+    # The last argument is the GELU algorithm: "none" is the exact one.
     out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], "none")
     return out
 
 
-# Inductor compiles oneDNN's product only where the weight is a constant; under a name it does not know it calls it.
+# Inductor can compile oneDNN's product only if the weight is a constant. It calls a custom operator as it is, so the
+# product is wrapped in one.
 _LIBRARY = torch.library.Library("fastssl_gemm", "DEF")
 _LIBRARY.define("onednn(Tensor x, Tensor weight, Tensor? bias, str activation) -> Tensor")
 _LIBRARY.impl("onednn", _onednn_kernel, "CPU")

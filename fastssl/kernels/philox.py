@@ -1,7 +1,8 @@
 """Philox-4x32-10 in plain PyTorch: the specification of the dropout masks that kernels recompute.
 
-A counter-based generator (Salmon et al., SC 2011): the bits are a function of seed and counter, so a mask is never
-stored. Element i of a tensor takes word i % 4 of block offset + i // 4.
+Philox is a counter-based random generator (Salmon et al., SC 2011). Its bits are a function of a seed and a counter, so
+a mask need not be stored. Each block of the generator has four words of 32 bits: element i of a tensor uses word i % 4
+of block offset + i // 4.
 """
 
 import torch
@@ -17,13 +18,17 @@ def keep_mask(
     dropout_p: float,
     offset: int = 0,
 ) -> Tensor:
-    """Which elements dropout keeps, a bool tensor of `shape` on the device of `seed`.
+    """Which elements dropout keeps.
 
     Args:
-        seed: () int64.
-        shape: Of the tensor; elements are counted in row-major order.
+        seed: () int64 seed.
+        shape: Shape of the tensor; elements are counted in row-major order.
         dropout_p: Probability of dropping an element.
-        offset: First Philox block, so that several masks may share a seed.
+        offset: Number of the first Philox block. Masks with the same seed are independent if their blocks do not
+            overlap; a mask uses ceil(elements / 4) blocks.
+
+    Returns:
+        Bool tensor of the given shape on the device of `seed`, True where an element is kept.
     """
     total = 1
     for size in shape:
@@ -37,12 +42,20 @@ def philox(
     seed: Tensor,  # ()
     counters: Tensor,  # (n,)
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # 4 x (n,)
-    """The four 32-bit words of each block, as int64 that are not negative; `seed` and `counters` are int64."""
+    """The four words of each Philox block.
+
+    Args:
+        seed: () int64 seed.
+        counters: (n,) int64 block numbers.
+
+    Returns:
+        Four tensors (n,) int64, the words, from 0 to 2^32 - 1.
+    """
     c0, c1 = counters & _LOW, (counters >> 32) & _LOW
     c2, c3 = torch.zeros_like(c0), torch.zeros_like(c0)
     k0, k1 = seed & _LOW, (seed >> 32) & _LOW
     for _ in range(10):
-        # The products need 64 bits without sign: int64 wraps to the same bits, and the mask undoes the sign.
+        # The products are unsigned 64-bit numbers. int64 wraps to the same bits; the mask removes the extended sign.
         product_0, product_1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
         c0, c1, c2, c3 = (
             ((product_1 >> 32) & _LOW) ^ c1 ^ k0,
@@ -61,12 +74,22 @@ def resolve_seed(
     device: torch.device,
     offset: int = 0,
 ) -> Tensor | None:  # ()
-    """The seed of a call: none without dropout, the caller's, or one from PyTorch's generator of the device.
+    """Check the dropout arguments of an op and return the seed to use.
 
-    Drawing one does not wait for the device, and activation checkpointing, which restores the generator, repeats it.
+    A seed is drawn from PyTorch's generator of the device, without waiting for the device. Activation checkpointing
+    restores that generator, so a recomputation draws the same seed.
+
+    Args:
+        seed: () int64 on `device`, or None to draw a seed.
+        dropout_p: Probability of dropping an element.
+        device: Device of the op.
+        offset: Number of the first Philox block.
+
+    Returns:
+        () int64 on `device`; None if `dropout_p` is 0.
 
     Raises:
-        ValueError: An argument of the dropout does not fit.
+        ValueError: `dropout_p` is not in [0, 1), `offset` is negative, or `seed` has a wrong shape, dtype or device.
     """
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p: must be at least 0 and less than 1, got {dropout_p}")
@@ -88,7 +111,17 @@ def dropout(
     seed: Tensor | None,  # ()
     offset: int = 0,
 ) -> Tensor:
-    """Dropout of `x` by `keep_mask`; `seed` is None where `dropout_p` is 0."""
+    """Dropout of `x` with the mask of `keep_mask`.
+
+    Args:
+        x: Tensor of any shape.
+        dropout_p: Probability of dropping an element; kept ones are multiplied by 1 / (1 - dropout_p).
+        seed: () int64 seed; None returns `x` unchanged.
+        offset: Number of the first Philox block.
+
+    Returns:
+        Tensor of the shape and dtype of `x`.
+    """
     if seed is None:
         return x
     keep = keep_mask(seed, tuple(x.shape), dropout_p=dropout_p, offset=offset)

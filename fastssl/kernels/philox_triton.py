@@ -1,4 +1,4 @@
-"""The dropout masks of `philox.py` within Triton kernels."""
+"""The dropout masks of `philox.py`, for use inside Triton kernels."""
 
 import triton
 import triton.language as tl
@@ -6,16 +6,16 @@ import triton.language as tl
 
 @triton.jit
 def keep_mask(seed_ptr, offset, first, threshold, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
-    """Which elements dropout keeps, of the `BLOCK` from each of `first` (n,) on: (n, BLOCK).
+    """Which elements dropout keeps: (n, BLOCK) bool, row i for the elements first[i] to first[i] + BLOCK - 1.
 
-    ALIGNED: every `first` is a multiple of 4. Then the four words of a block belong to neighbours in the tile, and no
-    block is computed twice; else every element computes the block that its word is in.
+    `first` (n,) are element numbers. ALIGNED means that all of them are multiples of 4: then each Philox block is
+    computed once, and its four words go to neighbouring elements. Otherwise every element computes its own block.
     """
     seed = tl.load(seed_ptr)
     if ALIGNED:
         counters = offset + (first // 4)[:, None] + tl.arange(0, BLOCK // 4)[None, :]
         word_0, word_1, word_2, word_3 = _philox(seed, counters)
-        # Joining adds a last dimension of 2, so that a tile of (n, BLOCK // 4, 2, 2) has the words in order.
+        # Each join appends a dimension of 2, so the (n, BLOCK // 4, 2, 2) tile contains the words in order.
         pairs = tl.join(tl.join(word_0, word_2), tl.join(word_1, word_3))
         bits = tl.reshape(pairs, (first.shape[0], BLOCK))
     else:
@@ -29,5 +29,6 @@ def keep_mask(seed_ptr, offset, first, threshold, BLOCK: tl.constexpr, ALIGNED: 
 
 @triton.jit
 def _philox(seed, counters):
+    """The four words of the Philox blocks with these int64 numbers."""
     low, high = counters.to(tl.uint32), (counters >> 32).to(tl.uint32)
     return tl.philox(seed, low, high, low * 0, low * 0)

@@ -1,4 +1,7 @@
-"""Modules over packed sequences, each usable alone: front ends, attention, positions, compression, quantiser, loss."""
+"""Modules over packed sequences: front ends, attention, positions, compression, quantisers and the contrastive loss.
+
+Each module can be used on its own, in a model that is not part of this package.
+"""
 
 from fastssl.nn.attention import SelfAttention as SelfAttention
 from fastssl.nn.compression import Compressed as Compressed

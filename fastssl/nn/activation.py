@@ -1,7 +1,7 @@
-"""Activations with the same bits wherever in a batch a frame lies.
+"""Activations that give a frame the same bits at any place in a batch.
 
-On a CPU PyTorch computes the last elements of each thread's share by another exponential than the rest. Rounding from
-fp64 hides the difference.
+On a CPU, PyTorch computes the last elements of each thread's share with another exponential function than the rest.
+Computing in fp64 and rounding the result hides the difference.
 """
 
 from collections.abc import Callable
@@ -13,28 +13,36 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-#: Elements of a block: in fp64 it stays in the processor's cache, where the detour costs no more than the memory.
+#: Elements per block. A block in fp64 fits the processor's cache, so the detour through fp64 costs no memory traffic.
 _BLOCK = 1 << 15
 
 
 def sigmoid(x: Tensor) -> Tensor:
-    """`torch.sigmoid`."""
+    """`torch.sigmoid` of a tensor of any shape, in its dtype; computed in fp64 on the CPU."""
     if x.device.type != "cpu" or x.dtype == torch.float64:
         return torch.sigmoid(x)
     return torch.sigmoid(x.double()).to(x.dtype)
 
 
 def silu(x: Tensor) -> Tensor:
-    """`torch.nn.functional.silu`, x * sigmoid(x), of frames (N, C)."""
+    """`torch.nn.functional.silu`, x * sigmoid(x): (N, C) to (N, C) in the dtype of `x`."""
     return _rounded(F.silu, torch.ops.aten.silu_backward, x)
 
 
 def glu(x: Tensor) -> Tensor:
-    """`torch.nn.functional.glu`, the first half of the channels times the sigmoid of the second: (N, 2C) to (N, C)."""
+    """`torch.nn.functional.glu`, the first half of the channels times the sigmoid of the second half.
+
+    Args:
+        x: (N, 2C) frames.
+
+    Returns:
+        (N, C) in the dtype of `x`.
+    """
     return _rounded(F.glu, partial(torch.ops.aten.glu_backward, dim=1), x)
 
 
 def _rounded(function: Callable[[Tensor], Tensor], gradient: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> Tensor:
+    """Apply `function`, on the CPU in fp64 and then rounded; `gradient` maps (grad_out, x) to the gradient of x."""
     if x.device.type != "cpu" or x.dtype == torch.float64:
         return function(x)
     if torch.compiler.is_compiling():
@@ -44,6 +52,8 @@ def _rounded(function: Callable[[Tensor], Tensor], gradient: Callable[[Tensor, T
 
 
 class _Rounded(torch.autograd.Function):
+    """`_rounded` on the CPU with autograd, in blocks of rows; saves `x` instead of its fp64 copy."""
+
     @staticmethod
     def forward(
         ctx: Any, function: Callable[[Tensor], Tensor], gradient: Callable[[Tensor, Tensor], Tensor], x: Tensor

@@ -11,7 +11,7 @@ from fastssl.packing import Layout
 
 
 class SelfAttention(nn.Module):
-    """Self-attention within each sequence, by `ops.varlen_attention`.
+    """Multi-head self-attention within each sequence (arXiv 1706.03762, section 3.2), by `ops.varlen_attention`.
 
     Example:
         >>> import torch
@@ -23,18 +23,18 @@ class SelfAttention(nn.Module):
         torch.Size([340, 64])
 
     Args:
-        width: D, split evenly over the heads.
-        heads: H.
-        dropout: On the attention probabilities, in training.
+        width: D, the number of channels of a frame, split evenly over the heads.
+        heads: H, the number of heads.
+        dropout: Dropout probability of the attention probabilities, in training.
 
     Raises:
-        ValueError: The heads do not divide the width.
+        ValueError: `heads` does not divide `width`.
     """
 
     def __init__(self, width: int, heads: int, *, dropout: float) -> None:
         super().__init__()
         if width % heads:
-            raise ValueError(f"heads: {heads} do not divide a width of {width}")
+            raise ValueError(f"heads: must divide the width of {width}, got {heads}")
         self.num_heads = heads
         self.dropout = dropout
         self.q_proj = PackedLinear(width, width)
@@ -43,13 +43,16 @@ class SelfAttention(nn.Module):
         self.out_proj = PackedLinear(width, width)
 
     def forward(self, x: Tensor, layout: Layout, distance_bias: Tensor | None = None) -> Tensor:
-        """Frames that have seen their whole sequence.
+        """Let every frame attend to all frames of its own sequence.
 
         Args:
-            x: (N, D).
+            x: (N, D) packed frames.
             layout: Where each sequence begins.
-            distance_bias: (H, 2R + 1) added to the logits by key position minus query position, see
+            distance_bias: (H, 2R + 1) bias of the logits, indexed by key position minus query position plus R; see
                 `ops.varlen_attention`.
+
+        Returns:
+            (N, D) in the dtype of `x`, or in autocast's dtype under autocast.
         """
         projected = functional.queries_keys_values(self, x)
         gate = None if distance_bias is None else self.gate(x)
@@ -57,18 +60,19 @@ class SelfAttention(nn.Module):
         return functional.linear(self.out_proj, attended)
 
     def gate(self, x: Tensor) -> Tensor | None:  # (N, D) -> (N, H)
-        """The factor on a query's distance bias; None is 1."""
+        """The factor by which the distance bias of each query and head is multiplied; None stands for 1."""
         return None
 
 
 class GatedSelfAttention(SelfAttention):
-    """Self-attention with WavLM's gated relative position bias (arXiv 2110.13900, section III-B).
+    """Self-attention with the gated relative position bias of WavLM (arXiv 2110.13900, section III-B).
 
     Args:
-        width: D, split evenly over the heads.
-        heads: H.
-        dropout: On the attention probabilities, in training.
-        embedding: The bias by bucket of distance, in the one layer of a stack that has it for all, else None.
+        width: D, the number of channels of a frame, split evenly over the heads.
+        heads: H, the number of heads.
+        dropout: Dropout probability of the attention probabilities, in training.
+        embedding: The table of biases by distance. A stack of layers shares one table, which its first layer owns; the
+            other layers get None and receive the biases as `distance_bias`.
     """
 
     def __init__(
@@ -81,17 +85,20 @@ class GatedSelfAttention(SelfAttention):
             self.rel_attn_embed = embedding
 
     def gate(self, x: Tensor) -> Tensor:  # (N, D) -> (N, H)
-        """A factor for each query and head, from the query's own frame."""
+        """The factor for each query and head, computed from the query's own frame; see `functional.gate`."""
         return functional.gate(self, x)
 
 
 class RelativePositionEmbedding(nn.Embedding):
-    """A bias per head and bucket of distance: T5's buckets (arXiv 1910.10683), exact near by, logarithmic further off.
+    """A learned bias for each head and bucket of distances, with the buckets of T5 (arXiv 1910.10683).
+
+    Short distances have a bucket each. The buckets of longer distances widen logarithmically.
 
     Args:
-        buckets: Half of them for keys behind the query, half for keys before it or at it; at least 4.
-        heads: H.
-        max_distance: R; all distances from here on share a bucket. Above a quarter of the buckets.
+        buckets: Number of buckets, at least 4. Half of them are for keys after the query, the other half for the query
+            itself and keys before it.
+        heads: H, the number of heads.
+        max_distance: R. All distances of R frames and more share a bucket. Must be above `buckets` / 4.
     """
 
     def __init__(self, buckets: int, heads: int, *, max_distance: int) -> None:
@@ -100,13 +107,13 @@ class RelativePositionEmbedding(nn.Embedding):
         exact = half // 2
         distances = torch.arange(-max_distance, max_distance + 1, device="cpu")
         size = distances.abs()
-        # The operations, in this order, in fp32 and on the host, decide into which bucket a distance at a border falls.
+        # Compute in fp32, on the host and in this order, because rounding decides the bucket of a distance at a border.
         shares = torch.log(size.float() / exact) / math.log(max_distance / exact) * (half - exact)
         logarithmic = (exact + shares.clamp(min=0)).long().clamp(max=half - 1)
         bucket = torch.where(size < exact, size, logarithmic) + (distances > 0) * half
         self.register_buffer("_bucket_by_distance", bucket, persistent=False)
 
     def by_distance(self) -> Tensor:  # (H, 2R + 1)
-        """The bias of every distance from -R to R, key position minus query position."""
+        """The bias of every distance (key position minus query position) from -R to R, per head."""
         bias: Tensor = self(self._bucket_by_distance)
         return bias.t()

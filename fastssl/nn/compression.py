@@ -1,7 +1,7 @@
-"""Fewer frames: average pooling, strided convolution, and integrate-and-fire at any rate, over packed sequences.
+"""Sequence compression: shorten packed sequences by average pooling, strided convolution or integrate-and-fire.
 
-On Compressing Sequences (arXiv 2210.07189) and Once-for-All Sequence Compression (arXiv 2211.02332). A compressed
-sequence is packed as every other is, so what follows costs as much less as there are fewer frames.
+From On Compressing Sequences (arXiv 2210.07189) and Once-for-All Sequence Compression (arXiv 2211.02332). The result is
+packed again, so the cost of the layers after it falls with the number of frames.
 """
 
 import math
@@ -18,30 +18,45 @@ from fastssl.packing import Layout, Packed
 
 Kind = Literal["average", "strided", "integrate-and-fire"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-_LEAST_FRAMES = 2  # the contrastive loss needs two; a pooled utterance one
-_MARGIN = 1e-4  # of a sum above a whole number, so that rounding does not lose the frame
-_LARGEST_RATE = 2 - 1e-5
-_REACH = 2  # frames on each side that a weight sees
+_LEAST_FRAMES = 2  # fewest frames left of an utterance that has as many: the contrastive loss needs two
+_MARGIN = 1e-4  # sums are raised this far above a whole number, so that rounding does not lose a frame
+_LARGEST_RATE = 2 - 1e-5  # at 2 all weights are zero and cannot be scaled up
+_REACH = 2  # frames on each side from which the weight network computes a weight
 
 
 class Compressed(NamedTuple):
-    """What `SequenceCompressor` returns."""
+    """Result of `SequenceCompressor`: N_out frames made from N input frames.
+
+    Attributes:
+        frames: (N_out, C) compressed frames.
+        frame_period_ms: (B,) float64 on the CPU, the mean period that each utterance has after compression; NaN for an
+            utterance without frames.
+        weights: (N,) alpha', the weights that were integrated: mixed by the rate, and scaled up where needed to leave
+            enough frames. None unless the kind is integrate-and-fire.
+        learned_weights: (N,) alpha in (0, 1), the weights before mixing, for losses that guide the boundaries. None
+            unless the kind is integrate-and-fire.
+        sources: (N,) int64, the row of `frames` that received each input frame, or most of it; never decreases.
+        layout: Layout of the N input frames.
+    """
 
     frames: Packed  # (N_out, C)
-    frame_period_ms: Tensor  # (B,) float64 on the CPU: what was obtained, NaN for an utterance without frames
-    weights: Tensor | None  # (N,) alpha', which were integrated: after mixing by the rate, and protected
-    learned_weights: Tensor | None  # (N,) alpha in (0, 1), before mixing: for losses that guide the boundaries
-    sources: Tensor  # (N,) int64, not falling: the row of `frames` that an input frame went into, or most of it
-    layout: Layout  # of the N frames before
+    frame_period_ms: Tensor  # (B,)
+    weights: Tensor | None  # (N,)
+    learned_weights: Tensor | None  # (N,)
+    sources: Tensor  # (N,)
+    layout: Layout
 
     def upsample(self, values: Tensor) -> Tensor:  # (N_out, ...) -> (N, ...)
-        """Repeat what became of each frame for the input frames that went into it.
+        """Repeat the row of each compressed frame for every input frame that went into it.
 
         Args:
-            values: A row for each row of `frames`: these, or what a model made of them.
+            values: (N_out, ...) one row per row of `frames`, such as the output of a model on `frames`.
+
+        Returns:
+            (N, ...) one row per input frame, in the dtype of `values`.
 
         Raises:
-            ValueError: `values` has another number of rows.
+            ValueError: `values` does not have N_out rows.
         """
         total = self.frames.layout.total
         if values.dim() < 1 or len(values) != total:
@@ -51,7 +66,7 @@ class Compressed(NamedTuple):
 
 
 class _Repeat(torch.autograd.Function):
-    """Rows of a tensor in rising order, each as often as it occurs; no atomics, so the gradient's bits are fixed."""
+    """`x.index_select(0, rows)` for sorted `rows`; the gradient is summed without atomics, so its bits are fixed."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, rows: Tensor) -> Tensor:
@@ -69,24 +84,28 @@ class _Repeat(torch.autograd.Function):
 
 
 class SequenceCompressor(nn.Module):
-    """Shorten packed sequences: by a fixed factor, or where a learned network says and as much as the caller says.
+    """Shorten packed sequences, by a fixed factor or by a learned segmentation at a rate that the caller chooses.
 
     Kinds:
-        "average": the mean of each `factor` frames; frames that fill no window are dropped.
-        "strided": a convolution of kernel and stride `factor`, which starts as the average; likewise.
-        "integrate-and-fire": each frame has a weight, and one frame comes out where the weights add up to 1: the
-            weighted mean (`ops.integrate_and_fire`). A rate lambda in [0, 2] mixes the learned weights (arXiv
-            2211.02332): lambda alpha + 1 - lambda up to 1, then (2 - lambda) alpha. 0 keeps every frame, 1 is the
-            learned segmentation, 2 leaves the fewest frames. In training the rest of an utterance, less than a whole
-            frame, is dropped; in evaluation a rest of at least half a frame is kept, as its weighted mean.
+        "average": the mean of every `factor` frames. Frames after the last whole window are dropped.
+        "strided": a convolution with kernel and stride `factor`, initialised to the average. Frames after the last
+            whole window are dropped.
+        "integrate-and-fire": a network gives each frame a weight. Each time the weights add up to 1, the weighted sum
+            of the frames becomes one output frame (`ops.integrate_and_fire`). A rate lambda in [0, 2] mixes the learned
+            weights alpha (arXiv 2211.02332): lambda alpha + 1 - lambda for lambda up to 1, (2 - lambda) alpha above.
+            0 keeps every frame, 1 gives the learned segmentation, 2 leaves the fewest frames. At the end of an
+            utterance, a remainder below one frame is left over. Training drops it; evaluation keeps it as a weighted
+            mean if it is at least half a frame.
 
-    One model serves every rate once it has met them in training: `rate` takes one for each utterance, for instance
-    `nn.rates.draw_rates(keys, 0.0, 1.0)`, and `nn.AdaptiveRate` learns one with a task. `learned_weights` are there for
-    losses that guide where frames end (`nn.segmentation`), and `weights` for one on how many there are.
+    One model can run at every rate that it was trained with. For that, pass one rate per utterance in training, for
+    example `nn.rates.draw_rates(keys, 0.0, 1.0)`; `nn.AdaptiveRate` learns a rate together with a task. Use
+    `Compressed.learned_weights` for losses that guide where frames end (`nn.segmentation`), and `Compressed.weights`
+    for losses on the number of frames.
 
-    Whatever the kind, two frames survive of an utterance that has two, and one of one. Of weights that add up to less,
-    the sum is raised to that; windows of an average become as small as they must; a strided convolution sees zeros
-    after the utterance. Frames do not depend on batch mates, and all is differentiable, the rate too.
+    Every kind leaves at least two frames of an utterance with two or more, and one frame of an utterance with one. To
+    do so, weights with a smaller sum are scaled up, windows of the average shrink, and the strided convolution gets
+    zeros after the utterance. An utterance's frames do not depend on the rest of the batch. Gradients flow to the
+    frames, the parameters and the rate.
 
     Example:
         >>> import torch
@@ -104,13 +123,14 @@ class SequenceCompressor(nn.Module):
         [50.0, 50.0]
 
     Args:
-        channels: C, in and out.
+        channels: C, the number of channels of the input and output frames.
         kind: "average", "strided" or "integrate-and-fire".
-        factor: Of the first two: input frames to an output frame.
-        input_period_ms: From one input frame to the next.
+        factor: Number of input frames per output frame. Required for "average" and "strided", not allowed otherwise.
+        input_period_ms: Time from one input frame to the next, in milliseconds.
 
     Raises:
-        ValueError: An option does not fit the kind.
+        ValueError: `kind` is unknown, `factor` is missing, invalid or not allowed for the kind, or `input_period_ms` is
+            not positive and finite.
     """
 
     def __init__(self, channels: int, *, kind: Kind, factor: int | None = None, input_period_ms: float = 20.0) -> None:
@@ -118,7 +138,7 @@ class SequenceCompressor(nn.Module):
         if kind not in KINDS:
             raise ValueError(f"kind: must be 'average', 'strided' or 'integrate-and-fire', got {kind!r}")
         if (factor is None) != (kind == "integrate-and-fire"):
-            raise ValueError(f"factor: 'average' and 'strided' need one, and no other kind; got {factor} for {kind!r}")
+            raise ValueError(f"factor: 'average' and 'strided' need one, other kinds none; got {factor} for {kind!r}")
         if factor is not None and (type(factor) is not int or factor < 1):
             raise ValueError(f"factor: must be a whole number of at least 1, got {factor!r}")
         if not 0 < input_period_ms < math.inf:
@@ -151,18 +171,23 @@ class SequenceCompressor(nn.Module):
     ) -> Compressed:
         """Shorten each sequence.
 
-        Args:
-            frames: (N, C).
-            rate: lambda, for integrate-and-fire alone: one number, or one for each utterance. A tensor takes a gradient
-                and is clamped to [0, 2] instead of checked, for which the host would wait.
-            frame_period_ms: The mean period to come as near as whole frames allow, at least `input_period_ms`, instead
-                of a rate: each utterance's follows from the mean of its learned weights.
+        `rate` and `frame_period_ms` are for integrate-and-fire only, and exclude each other. If neither is given, the
+        attributes of the same names are used; if those are None too, the rate is 1.
 
-        Without either, the attributes `rate` and `frame_period_ms` are taken, and without these the rate is 1.
+        Args:
+            frames: (N, C) packed frames.
+            rate: lambda in [0, 2], one number or a tensor () or (B,) with one per utterance. A tensor can receive a
+                gradient. It is clamped to [0, 2] rather than checked, because checking would make the host wait.
+            frame_period_ms: Target for the mean frame period in milliseconds, at least `input_period_ms`: one number or
+                a tensor () or (B,). The rate of each utterance is solved from the mean of its learned weights. Whole
+                frames limit how closely the target is met.
+
+        Returns:
+            The compressed frames, in the dtype of `frames`, with the weights and sources that they were made from.
 
         Raises:
-            ValueError: `frames` has another width, or `rate` or `frame_period_ms` is out of range, or given together,
-                or to a kind that has none.
+            ValueError: `frames` does not have C channels; `rate` or `frame_period_ms` has a wrong shape or is out of
+                range; both are given; or the kind has a fixed factor.
         """
         x, layout = frames
         if x.shape != (layout.total, self.channels):
@@ -183,20 +208,29 @@ class SequenceCompressor(nn.Module):
         return Compressed(out, _period(layout, out.layout, self.input_period_ms), weights, learned, sources, layout)
 
     def check(self, *, rate: float | Tensor | None, frame_period_ms: float | Tensor | None) -> None:
-        """Refuse what cannot be asked for; arguments and errors as of `forward`."""
+        """Check the arguments of `forward` without running it.
+
+        Args:
+            rate: As in `forward`.
+            frame_period_ms: As in `forward`.
+
+        Raises:
+            ValueError: A number is out of range, both are given, or the kind has a fixed factor.
+        """
         if rate is None and frame_period_ms is None:
             return
         if self.kind != "integrate-and-fire":
             raise ValueError(f"rate and frame_period_ms: {self.kind!r} has a fixed factor, {self.factor}")
         if rate is not None and frame_period_ms is not None:
-            raise ValueError(f"rate and frame_period_ms: one of them, got {rate} and {frame_period_ms}")
+            raise ValueError(f"rate and frame_period_ms: give one of the two, got {rate} and {frame_period_ms}")
         name, value = ("rate", rate) if frame_period_ms is None else ("frame_period_ms", frame_period_ms)
         low, high = (0.0, 2.0) if name == "rate" else (self.input_period_ms, math.inf)
         if not isinstance(value, Tensor) and value is not None and (not low <= value <= high or math.isinf(value)):
             raise ValueError(f"{name}: must be from {low:g} to {high:g}, got {value:g}")
 
     def _average(self, x: Tensor, layout: Layout) -> Packed:
-        out_layout = layout.map_lengths(  # whole windows, but at least as many as must survive
+        """Mean of each window; the windows of short utterances are smaller and divide the utterance evenly."""
+        out_layout = layout.map_lengths(  # whole windows, but at least as many as must be left
             lambda frames: max(frames // self._window, min(frames, _LEAST_FRAMES)),
             lambda frames: torch.maximum(frames // self._window, frames.clamp(max=_LEAST_FRAMES)),
         )
@@ -214,7 +248,8 @@ class SequenceCompressor(nn.Module):
         return Packed((total / (end - first).unsqueeze(1)).to(x.dtype), out_layout)
 
     def _strided(self, x: Tensor, layout: Layout) -> Packed:
-        # Where there is no whole window left, zeros after the utterance make it one.
+        """Convolution with one output frame per window."""
+        # Add zeros after utterances that are too short for the least number of whole windows.
         if any(frames < self._window * min(frames, _LEAST_FRAMES) for frames in layout.lengths):
             longer = layout.map_lengths(
                 lambda frames: max(frames, self._window * min(frames, _LEAST_FRAMES)),
@@ -227,6 +262,7 @@ class SequenceCompressor(nn.Module):
     def _rates(
         self, learned: Tensor, layout: Layout, rate: float | Tensor | None, frame_period_ms: float | Tensor | None
     ) -> Tensor:  # (B,)
+        """The rate of each utterance, as given or solved for the frame period."""
         if frame_period_ms is None:
             rate = 1.0 if rate is None else rate
             return _per_utterance("rate", rate, layout, learned).clamp(0.0, _LARGEST_RATE)
@@ -237,23 +273,31 @@ class SequenceCompressor(nn.Module):
 
 
 class WeightNetwork(nn.Module):
-    """A weight in (0, 1) for each frame, from itself and two frames on each side (arXiv 2211.02332).
+    """Gives each frame a weight in (0, 1), computed from the frame and two frames on each side (arXiv 2211.02332).
 
-    Convolution, layer norm, ReLU, and a linear layer with a sigmoid.
+    A convolution with kernel 5, layer norm, ReLU, and a linear layer with one output and a sigmoid.
 
     Args:
-        channels: C of the frames.
+        channels: C, the number of channels of a frame.
     """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        # The modules hold the parameters; the op computes.
+        # These modules only hold parameters; `forward` computes with an op.
         self.conv = nn.Conv1d(channels, channels, 2 * _REACH + 1, padding=_REACH)
         self.layer_norm = nn.LayerNorm(channels)
         self.projection = nn.Linear(channels, 1)
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:  # (N, C)
-        """(N,) weights, in at least fp32; zeros lie beyond the ends of each sequence."""
+        """Weight of each frame.
+
+        Args:
+            x: (N, C) packed frames. The convolution sees zeros beyond the ends of each sequence.
+            layout: Where each sequence begins.
+
+        Returns:
+            (N,) in at least fp32.
+        """
         values, longer = Packed(x, layout).with_gaps(_REACH, _REACH)
         hidden, _ = ops.strided_conv(
             values,
@@ -268,32 +312,33 @@ class WeightNetwork(nn.Module):
             activation="none",
         )
         accumulator = torch.promote_types(hidden.dtype, torch.float32)
-        # A product with one column does not give an element the same bits anywhere in a tensor: a sum of each row does.
+        # Multiply and sum each row: the bits of a matrix product with one column depend on the place of the row.
         direction, bias = self.projection.weight, self.projection.bias
         logits = (torch.relu(hidden).to(accumulator) * direction.to(accumulator)).sum(1) + bias.to(accumulator)
         weights = sigmoid(logits)
-        return weights.clamp(min=LEAST_WEIGHT)  # where all were zero, no sum could be raised
+        return weights.clamp(min=LEAST_WEIGHT)  # `_protect` cannot scale up a sum of zero
 
 
 def _per_utterance(name: str, value: float | Tensor, layout: Layout, like: Tensor) -> Tensor:  # (B,)
+    """Expand a number, () or (B,) to (B,) in the dtype and on the device of `like`."""
     batch = len(layout.lengths)
     if isinstance(value, Tensor):
         if value.shape not in ((), (batch,)):
             raise ValueError(
-                f"{name}: expected a number or ({batch},), one for each utterance, got {tuple(value.shape)}"
+                f"{name}: expected a number or shape ({batch},), one per utterance, got {tuple(value.shape)}"
             )
         return value.to(like).expand(batch)
     return like.new_full((batch,), value)
 
 
 def _window_of_frames(layout: Layout, windows: Layout, factor: int, *, shrinks: bool) -> Tensor:
-    """(N,) the row of the window that each frame lies in; what fills none counts as the last one's.
+    """(N,) the row of the window that contains each frame; frames after the last window count towards it.
 
     Args:
-        layout: Of the frames.
-        windows: Of the windows.
-        factor: Frames of a window.
-        shrinks: Whether windows of short utterances become as small as they must.
+        layout: Layout of the frames.
+        windows: Layout of the windows.
+        factor: Number of frames per window.
+        shrinks: Whether the windows of short utterances are smaller than `factor`.
     """
     sequence, position = layout.sequence_ids, layout.positions
     frames, count = layout.device_lengths[sequence], windows.device_lengths[sequence]
@@ -304,7 +349,7 @@ def _window_of_frames(layout: Layout, windows: Layout, factor: int, *, shrinks: 
 
 
 def _slot_of_frames(weights: Tensor, layout: Layout, fired: Layout) -> Tensor:
-    """(N,) the row of the output frame that has the middle of each frame's weight; the last one has a dropped rest."""
+    """(N,) the output row that received the middle of each frame's weight; a dropped remainder counts as the last."""
     sequence = layout.sequence_ids
     ends = fire_positions(weights, layout, 1.0)
     slot = (ends - weights.double() / 2).floor().long()
@@ -312,18 +357,18 @@ def _slot_of_frames(weights: Tensor, layout: Layout, fired: Layout) -> Tensor:
 
 
 def _protect(weights: Tensor, layout: Layout) -> Tensor:
-    """The weights, scaled up where they would leave fewer frames than must survive."""
+    """Scale up the weights of utterances that would be left with fewer than `_LEAST_FRAMES` frames."""
     sums, least = layout.sums(weights), layout.device_lengths.clamp(max=_LEAST_FRAMES).double()
     scale = torch.where(sums < least, (least + _MARGIN) / torch.where(sums < least, sums, 1.0), 1.0)
     return weights * scale.to(weights.dtype)[layout.sequence_ids]
 
 
 def _fire_all(x: Tensor, weights: Tensor, layout: Layout) -> Packed:
-    """Integrate-and-fire that keeps a rest of at least half a frame, as the weighted mean that other frames are."""
-    sums = layout.sums(weights)  # with the bits that `integrate_and_fire` finds
+    """Integrate-and-fire that also keeps a remainder of at least half a frame, as the weighted mean of its frames."""
+    sums = layout.sums(weights)  # bit for bit the sums that `integrate_and_fire` computes
     rest = sums - sums.detach().floor()
     kept = rest.detach() >= 0.5
-    # A frame of zeros after the utterance completes its last slot and leaves in it what was there.
+    # Append a frame of zeros to each utterance. Its weight completes the last slot, its values add nothing.
     missing = torch.where(kept, 1 + _MARGIN - rest.detach(), 0.0).to(weights.dtype)
     padded, longer = Packed(x, layout).with_gaps(0, 1)
     all_weights = Packed(weights, layout).spread(longer).values.index_copy(0, longer.cu_seqlens[1:].long() - 1, missing)
@@ -334,7 +379,8 @@ def _fire_all(x: Tensor, weights: Tensor, layout: Layout) -> Packed:
     return Packed(out * torch.where(last, 1 / completes, 1.0).to(out.dtype).unsqueeze(1), out_layout)
 
 
-def _period(before: Layout, after: Layout, input_period_ms: float) -> Tensor:
+def _period(before: Layout, after: Layout, input_period_ms: float) -> Tensor:  # (B,)
+    """Mean frame period of each utterance after compression, in milliseconds."""
     pairs = zip(before.lengths, after.lengths, strict=True)
     periods = [input_period_ms * frames / fewer if fewer else math.nan for frames, fewer in pairs]
     return torch.tensor(periods, dtype=torch.float64)

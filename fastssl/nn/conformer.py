@@ -1,4 +1,4 @@
-"""The Conformer over packed frames (arXiv 2005.08100), with rotary positions and without batch norm."""
+"""The Conformer (arXiv 2005.08100) over packed frames, with rotary positions, and layer norm in place of batch norm."""
 
 from collections.abc import Iterable
 
@@ -14,52 +14,74 @@ from fastssl.packing import Layout, Packed
 
 
 class RotarySelfAttention(nn.Module):
-    """Self-attention within each sequence whose logits see how far apart frames are, not where (arXiv 2104.09864).
+    """Self-attention within each sequence with rotary positions (RoFormer, arXiv 2104.09864).
+
+    Queries and keys are rotated by their positions, so a logit depends on the distance between two frames.
 
     Args:
-        width: D, split evenly over the heads.
-        heads: H; D / H must be even.
-        dropout: On the attention probabilities, in training.
+        width: D, the number of channels of a frame, split evenly over the heads.
+        heads: H, the number of heads; D / H must be even.
+        dropout: Dropout probability of the attention probabilities, in training.
 
     Raises:
-        ValueError: The heads do not divide the width into even ones.
+        ValueError: `width` is not a multiple of 2 * `heads`.
     """
 
     def __init__(self, width: int, heads: int, *, dropout: float) -> None:
         super().__init__()
         if width % (2 * heads):
-            raise ValueError(f"heads: {heads} do not divide a width of {width} into even widths")
+            raise ValueError(f"heads: width / heads must be an even whole number, got {width} / {heads}")
         self.num_heads = heads
         self.dropout = dropout
         self.qkv_proj = PackedLinear(width, 3 * width)
         self.out_proj = PackedLinear(width, width)
 
     def forward(self, x: Tensor, layout: Layout, turn: Rotation) -> Tensor:
-        """(N, D) to (N, D); `turn` is the rotation of `layout` for heads of width D / H."""
+        """Let every frame attend to all frames of its own sequence.
+
+        Args:
+            x: (N, D) packed frames.
+            layout: Where each sequence begins.
+            turn: The rotation of `layout` for heads of width D / H, from `nn.rotary.rotation`.
+
+        Returns:
+            (N, D) in the dtype of `x`, or in autocast's dtype under autocast.
+        """
         q, k, v = functional.linear(self.qkv_proj, x).unflatten(1, (3, self.num_heads, -1)).unbind(1)
         attended = functional.attend(self, (rotate(q, turn), rotate(k, turn), v), layout)
         return functional.linear(self.out_proj, attended)
 
 
 class ConvolutionModule(nn.Module):
-    """Gated pointwise, depthwise and pointwise convolution; the depthwise one sees zeros beyond an utterance's ends.
+    """The convolution module of the Conformer (arXiv 2005.08100, section 2.2), with layer norm in place of batch norm.
+
+    A pointwise convolution with a gate, a depthwise convolution, layer norm, SiLU and a pointwise convolution. The
+    depthwise convolution sees zeros beyond the ends of each utterance.
 
     Args:
-        width: D.
-        kernel: Frames of the depthwise convolution, odd.
-        eps: Of the layer norm.
+        width: D, the number of channels of a frame.
+        kernel: Kernel width of the depthwise convolution in frames, odd.
+        eps: Added to the variance in the layer norm.
     """
 
     def __init__(self, width: int, *, kernel: int, eps: float) -> None:
         super().__init__()
         self.gated_proj = PackedLinear(width, 2 * width)
-        # The module holds the parameters; the op computes.
+        # This module only holds parameters; `forward` computes with an op.
         self.depthwise_conv = nn.Conv1d(width, width, kernel, padding=kernel // 2, groups=width)
         self.layer_norm = nn.LayerNorm(width, eps=eps)
         self.out_proj = PackedLinear(width, width)
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
-        """(N, D) to (N, D)."""
+        """Mix neighbouring frames within each utterance.
+
+        Args:
+            x: (N, D) packed frames.
+            layout: Where each utterance begins.
+
+        Returns:
+            (N, D) in the dtype of `x`, or in autocast's dtype under autocast.
+        """
         conv = self.depthwise_conv
         mixed = ops.positional_conv(glu(self.gated_proj(x)), conv.weight, layout, bias=conv.bias)
         out: Tensor = self.out_proj(silu(self.layer_norm(mixed)))
@@ -67,7 +89,7 @@ class ConvolutionModule(nn.Module):
 
 
 class _HalfFeedForward(nn.Module):
-    """Half of two linear layers with SiLU and dropout between them."""
+    """Two linear layers with SiLU and dropout between them; the output is multiplied by 0.5 (section 2.3)."""
 
     def __init__(self, width: int, inner_width: int, *, dropout: float) -> None:
         super().__init__()
@@ -82,9 +104,10 @@ class _HalfFeedForward(nn.Module):
 
 
 class ConformerLayer(nn.Module):
-    """Half a feed-forward layer, self-attention, convolution, and the other half, each normalised before (section 2).
+    """A Conformer layer (arXiv 2005.08100, section 2.4): half feed-forward, attention, convolution, half feed-forward.
 
-    Layer norm stands where the paper has batch norm, so no frame sees another utterance.
+    Each block has a layer norm in front and a residual connection around it; a final layer norm follows. Layer norm
+    replaces the paper's batch norm, so that no frame depends on another utterance.
 
     Example:
         >>> import torch
@@ -96,17 +119,17 @@ class ConformerLayer(nn.Module):
         torch.Size([340, 64])
 
     Args:
-        width: D.
-        inner_width: Width of the feed-forward layers.
-        heads: H; D / H must be even.
-        kernel: Frames of the depthwise convolution, odd.
-        dropout: After each block.
-        attention_dropout: On attention probabilities.
-        activation_dropout: Inside the feed-forward layers.
-        eps: Of the layer norms.
+        width: D, the number of channels of a frame.
+        inner_width: Number of channels between the two linear layers of a feed-forward block.
+        heads: H, the number of heads; D / H must be even.
+        kernel: Kernel width of the depthwise convolution in frames, odd.
+        dropout: Dropout probability after each block.
+        attention_dropout: Dropout probability of the attention probabilities.
+        activation_dropout: Dropout probability inside the feed-forward blocks.
+        eps: Added to the variance in the layer norms.
 
     Raises:
-        ValueError: The heads do not divide the width into even ones, or the kernel is even.
+        ValueError: `width` is not a multiple of 2 * `heads`, or `kernel` is even.
     """
 
     def __init__(
@@ -123,7 +146,7 @@ class ConformerLayer(nn.Module):
     ) -> None:
         super().__init__()
         if kernel % 2 == 0:
-            raise ValueError(f"kernel: must be odd, so that a frame is in its middle, got {kernel}")
+            raise ValueError(f"kernel: must be odd, so that it is centred on a frame, got {kernel}")
         self.dropout = nn.Dropout(dropout)
         self.first_norm = nn.LayerNorm(width, eps=eps)
         self.first_feed_forward = _HalfFeedForward(width, inner_width, dropout=activation_dropout)
@@ -136,7 +159,17 @@ class ConformerLayer(nn.Module):
         self.final_norm = nn.LayerNorm(width, eps=eps)
 
     def forward(self, x: Tensor, layout: Layout, turn: Rotation | None = None) -> Tensor:
-        """(N, D) to (N, D); `turn` is the rotation of `layout`, from a caller who has it."""
+        """Run the layer.
+
+        Args:
+            x: (N, D) packed frames.
+            layout: Where each utterance begins.
+            turn: The rotation of `layout` for heads of width D / H; None computes it. Compute it once for a stack of
+                layers with `nn.rotary.rotation`.
+
+        Returns:
+            (N, D), in the dtype of `x` without autocast.
+        """
         turn = rotation(layout, x.shape[1] // self.attention.num_heads) if turn is None else turn
         join = functional.sum_and_norm
         x, normalised = join(self.first_feed_forward(self.first_norm(x)), x, self.attention_norm, self.dropout)
@@ -146,11 +179,11 @@ class ConformerLayer(nn.Module):
 
 
 class Conformer(nn.Module):
-    """A stack of layers.
+    """A stack of Conformer layers.
 
     Args:
-        layers: The layers, of one shape.
-        head_width: D / H.
+        layers: The layers, all with the same width D and number of heads H.
+        head_width: D / H, the width of a head.
         layer_drop: Probability of skipping a layer in training (LayerDrop, arXiv 1909.11556).
     """
 
@@ -161,11 +194,14 @@ class Conformer(nn.Module):
         self.layers = nn.ModuleList(layers)
 
     def forward(self, frames: Packed, *, layer_drop: torch.Generator | None = None) -> list[Packed]:
-        """The input of each layer, then the output of the last.
+        """Run all layers.
 
         Args:
-            frames: (N, D).
-            layer_drop: CPU generator from which the layers to skip are drawn in training; None takes torch's own.
+            frames: (N, D) packed frames.
+            layer_drop: CPU generator that decides which layers are skipped in training; None uses PyTorch's global one.
+
+        Returns:
+            The input of each layer, then the output of the last: one (N, D) per layer and one more.
         """
         x, layout = frames
         turn = rotation(layout, self.head_width)

@@ -1,4 +1,4 @@
-"""The contrastive objective of wav2vec 2.0 with its negatives, over the masked frames of a packed batch."""
+"""The contrastive loss of wav2vec 2.0, with sampling of negatives, over the masked frames of a packed batch."""
 
 import math
 
@@ -12,10 +12,10 @@ from fastssl.packing import Layout
 
 
 class ContrastiveLoss(nn.Module):
-    """Tell each masked frame's target from K of other masked frames of its utterance (arXiv 2006.11477, equation 3).
+    """Contrastive loss between each masked frame's target and K negatives (wav2vec 2.0, arXiv 2006.11477, equation 3).
 
-    Negatives are drawn uniformly with replacement. They never come from another utterance, and those of an utterance
-    follow from its key: the same in any batch.
+    The negatives are the targets of other masked frames of the same utterance, drawn uniformly with replacement. The
+    draws depend on the utterance's key only, so an utterance gets the same negatives in any batch.
 
     Example:
         >>> import torch
@@ -30,11 +30,11 @@ class ContrastiveLoss(nn.Module):
         (torch.Size([155]), torch.bool)
 
     Args:
-        negatives: K, for each frame.
-        temperature: What the cosines are divided by.
+        negatives: K, the number of negatives of each masked frame.
+        temperature: The cosine similarities are divided by this.
 
     Raises:
-        ValueError: `negatives` is below 1, or `temperature` not above 0.
+        ValueError: `negatives` is not a whole number of at least 1, or `temperature` is not positive and finite.
     """
 
     def __init__(self, *, negatives: int = 100, temperature: float = 0.1) -> None:
@@ -55,27 +55,29 @@ class ContrastiveLoss(nn.Module):
         mask: Tensor | None = None,  # (N,)
         keys: Tensor | None = None,  # (B,)
     ) -> tuple[Tensor, Tensor]:  # (M,), (M,)
-        """Compare each masked frame with its target and with its negatives.
+        """Compare each masked frame with its own target and with its negatives.
 
         Args:
-            context: (M, D) what the encoder says at the masked frames, in order.
-            targets: (M, D) what is there, in the dtype of `context`.
-            layout: How many masked frames each utterance has; or, with `mask`, how many frames.
-            mask: (N,) bool, True at the M masked frames of the N in `layout`.
-            keys: (B,) int64 from `nn.random.utterance_keys` or `draw_keys`; None draws them from PyTorch's generator.
+            context: (M, D) encoder outputs at the masked frames, in packed order.
+            targets: (M, D) targets of the same frames, in the dtype of `context`.
+            layout: Number of masked frames of each utterance; with `mask`, number of all frames of each utterance.
+            mask: (N,) bool, True at the M masked frames among the N frames of `layout`; None if `layout` counts masked
+                frames.
+            keys: (B,) int64 from `nn.random.utterance_keys` or `draw_keys`, which decide the negatives. None draws keys
+                from PyTorch's generator.
 
         Returns:
-            The loss (M,) in at least fp32, 0 where an utterance has one masked frame alone, and whether the frame's
-            target scored highest, (M,) bool: see `ops.contrastive_loss`.
+            The loss of each masked frame, (M,) in at least fp32, 0 for the only masked frame of an utterance; and
+            whether its own target scored highest, (M,) bool, see `ops.contrastive_loss`.
 
         Raises:
-            ValueError: Shapes or dtypes do not fit.
+            ValueError: The shape or dtype of an argument is wrong, or the number of masked frames is not M.
         """
         if keys is None:
             keys = draw_keys(len(layout.lengths), device=context.device)
         elif keys.shape != (len(layout.lengths),) or keys.dtype != torch.int64:
             expected = f"({len(layout.lengths)},) torch.int64"
-            raise ValueError(f"keys: expected {expected}, one for each utterance, got {tuple(keys.shape)} {keys.dtype}")
+            raise ValueError(f"keys: expected {expected}, one per utterance, got {tuple(keys.shape)} {keys.dtype}")
         if mask is None:
             if context.shape[:1] != (layout.total,):
                 raise ValueError(f"layout: has {layout.total} masked frames, but context is {tuple(context.shape)}")

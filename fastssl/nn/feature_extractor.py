@@ -1,4 +1,4 @@
-"""From waveforms to frames: the convolutional front end and the projection to the model's width."""
+"""The convolutional front end, which turns waveforms into frames, and the projection to the model's width."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -11,11 +11,11 @@ from fastssl.packing import Packed
 
 
 class ConvLayer(nn.Module):
-    """The parameters of one strided convolution and its norm; `FeatureExtractor` runs all layers as one op.
+    """The parameters of one strided convolution and its norm. It has no `forward`: `FeatureExtractor` runs all layers.
 
     Args:
-        c_in: Input channels.
-        c_out: Output channels.
+        c_in: Number of input channels.
+        c_out: Number of output channels.
         kernel: Kernel width in input frames.
         stride: Stride in input frames.
         bias: Whether the convolution has a bias.
@@ -26,7 +26,7 @@ class ConvLayer(nn.Module):
         self, c_in: int, c_out: int, *, kernel: int, stride: int, bias: bool, norm: Literal["none", "group", "layer"]
     ) -> None:
         super().__init__()
-        # The modules hold the parameters under the names that Transformers gives them; the op computes.
+        # These modules only hold parameters, under the names that Transformers uses; an op does the computation.
         self.conv = nn.Conv1d(c_in, c_out, kernel, stride=stride, bias=bias)
         self.layer_norm: nn.GroupNorm | nn.LayerNorm | None = None
         if norm == "group":
@@ -51,11 +51,15 @@ class FeatureExtractor(nn.Module):
         ((49, 162), torch.Size([211, 64]))
 
     Args:
-        channels: Output channels of each layer.
-        kernels: Kernel width of each layer.
-        strides: Stride of each layer.
-        bias: Whether convolutions have a bias.
-        norm: "group" (first layer only, over time per utterance) or "layer" (every layer).
+        channels: Number of output channels of each layer.
+        kernels: Kernel width of each layer, in input frames.
+        strides: Stride of each layer, in input frames.
+        bias: Whether the convolutions have a bias.
+        norm: "group" (first layer only, each channel over the frames of its utterance) or "layer" (every layer, each
+            frame over its channels).
+
+    Raises:
+        ValueError: `norm` is unknown, or `channels`, `kernels` and `strides` differ in length.
     """
 
     def __init__(
@@ -78,7 +82,14 @@ class FeatureExtractor(nn.Module):
         )
 
     def forward(self, waveforms: Packed) -> Packed:
-        """(N samples, 1) to (N frames, C). An utterance shorter than the receptive field leaves no frame."""
+        """Turn waveforms into frames.
+
+        Args:
+            waveforms: (N samples, 1) packed 16 kHz waveforms.
+
+        Returns:
+            (N frames, C), C channels as in the last layer. An utterance shorter than the receptive field has no frame.
+        """
         return functional.front_end(self.conv_layers, waveforms)
 
 
@@ -86,11 +97,11 @@ class FeatureProjection(nn.Module):
     """Layer norm of the front end's frames, then a linear map to the model's width.
 
     Args:
-        c_in: Channels of the front end.
-        width: D, width of the transformer.
-        eps: Of the layer norm.
-        dropout: After the projection.
-        norm: Whether there is the layer norm.
+        c_in: C, the number of channels of the front end's frames.
+        width: D, the number of channels of the transformer.
+        eps: Added to the variance in the layer norm.
+        dropout: Dropout probability after the projection.
+        norm: Whether to normalise before the projection.
     """
 
     def __init__(self, c_in: int, width: int, *, eps: float, dropout: float, norm: bool = True) -> None:
@@ -103,21 +114,33 @@ class FeatureProjection(nn.Module):
         nn.init.uniform_(self.projection.bias, -bound, bound)
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:  # (N, C) -> (N, D), (N, C)
-        """The projected frames, and the normalised ones that the quantiser takes."""
+        """Normalise and project frames.
+
+        Args:
+            features: (N, C) frames of the front end.
+
+        Returns:
+            The projected frames (N, D), and the normalised frames (N, C), which a quantiser needs.
+        """
         normalised = self.normalise(features)
         return self.project(normalised), normalised
 
     def normalise(self, features: Tensor) -> Tensor:  # (N, C) -> (N, C)
-        """The layer norm, if there is one."""
+        """Apply the layer norm; returns `features` unchanged if the module has none."""
         return functional.normalise(self, features)
 
     def project(self, normalised: Tensor) -> Tensor:  # (N, C) -> (N, D)
-        """The linear map, then dropout."""
+        """Apply the linear map, then dropout."""
         return functional.project(self, normalised)
 
 
 def scale_gradient(x: Tensor, factor: float) -> Tensor:
-    """`x` itself, with its gradient multiplied by `factor`; 0 stops the gradient."""
+    """Return `x` unchanged, but multiply its gradient by `factor` in the backward pass.
+
+    Args:
+        x: Tensor of any shape.
+        factor: Factor of the gradient; 0 detaches `x`.
+    """
     if factor == 0.0:
         return x.detach()
     if factor != 1.0 and x.requires_grad:

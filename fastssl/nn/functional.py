@@ -1,8 +1,9 @@
-"""The forward of a speech encoder over packed frames, as functions of modules found by their attributes' names.
+"""The forward pass of a speech encoder over packed frames, as functions that take modules and find parts by name.
 
-Our modules, those of Transformers and those of torchaudio name their parts alike (`q_proj`, `layer_norm`, ...), so one
-forward serves all three. Where a part is plain PyTorch, our ops compute with its parameters, fused. Anything else (an
-adapter in place of a linear layer, a subclass, a module with a hook) is called, on (N, C).
+The modules of this package, of Transformers and of torchaudio use the same attribute names (`q_proj`, `layer_norm`,
+...), so one forward pass serves all three. If a part is plain PyTorch, the fused ops of this package compute with its
+parameters. Any other part (an adapter in place of a linear layer, a subclass, a module with a hook) is called on
+frames (N, C).
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -21,24 +22,34 @@ from fastssl.packing import Layout, Packed
 #: Classes with the forward of `torch.nn.Linear`; the second is the output layer of `torch.nn.MultiheadAttention`.
 _LINEAR = (nn.Linear, NonDynamicallyQuantizableLinear)
 _PLAIN_WEIGHTS = (nn.Parameter, Tensor, type(None))  # not quantised, not sharded
-#: Leaves hooks on the layers of any model that was once asked for hidden states or attention weights; they are inert.
+#: Transformers leaves hooks of this module on every model that once returned hidden states or attention weights. They
+#: change nothing.
 _RECORDER = "transformers.utils.output_capturing"
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Whether calling a module does more than its class's `forward`."""
+    """Whether calling `module` does more than its class's `forward`, because it has hooks or a replaced `forward`."""
     if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks or "forward" in vars(module):
         return True
     return any(getattr(hook, "__module__", None) != _RECORDER for hook in module._forward_hooks.values())
 
 
 def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
-    """Whether a module is exactly of one of these classes, with ordinary weights, and not watched."""
+    """Whether ops may compute in place of `module`.
+
+    Args:
+        module: The module.
+        kinds: Classes whose computation the op reproduces; a subclass does not count.
+
+    Returns:
+        True if the type of `module` is one of `kinds`, its weight is an ordinary tensor (not quantised, not sharded),
+        and `is_watched` is False.
+    """
     return type(module) in kinds and not is_watched(module) and type(getattr(module, "weight", None)) in _PLAIN_WEIGHTS
 
 
 def linear(module: Any, x: Tensor) -> Tensor:
-    """A linear layer, or whatever stands in its place."""
+    """Apply a linear layer, or the module that replaces it: (N, C_in) to (N, C_out)."""
     if is_plain(module, *_LINEAR):
         return packed_linear(x, module.weight, module.bias)
     out: Tensor = module(x)
@@ -46,7 +57,7 @@ def linear(module: Any, x: Tensor) -> Tensor:
 
 
 def dropout(module: Any, x: Tensor) -> Tensor:
-    """A dropout module, skipped while it does nothing."""
+    """Apply a dropout module; a plain one is skipped while it drops nothing."""
     if is_plain(module, nn.Dropout) and _probability(module) == 0:
         return x
     out: Tensor = module(x)
@@ -54,11 +65,22 @@ def dropout(module: Any, x: Tensor) -> Tensor:
 
 
 def _probability(dropout: Any) -> float:
+    """Dropout probability of a module in its current mode: 0 in evaluation."""
     return float(dropout.p) if dropout.training else 0.0
 
 
 def add_and_norm(branch: Tensor, residual: Tensor, norm: Any, dropout: Any = None) -> Tensor:
-    """`norm(residual + dropout(branch))`; `dropout=None` drops nothing."""
+    """`norm(residual + dropout(branch))`, fused if both modules are plain.
+
+    Args:
+        branch: (N, D) frames.
+        residual: (N, D) frames, in the dtype of `branch`.
+        norm: Layer norm module.
+        dropout: Dropout module; None drops nothing.
+
+    Returns:
+        (N, D) normalised frames.
+    """
     if is_plain(norm, nn.LayerNorm) and (dropout is None or is_plain(dropout, nn.Dropout)):
         dropout_p = 0.0 if dropout is None else _probability(dropout)
         return ops.dropout_add_layer_norm(
@@ -69,7 +91,7 @@ def add_and_norm(branch: Tensor, residual: Tensor, norm: Any, dropout: Any = Non
 
 
 def sum_and_norm(branch: Tensor, residual: Tensor, norm: Any, dropout: Any) -> tuple[Tensor, Tensor]:
-    """`residual + dropout(branch)`, and its norm."""
+    """The sum `residual + dropout(branch)` and its norm, both (N, D); fused if both modules are plain."""
     if is_plain(norm, nn.LayerNorm) and is_plain(dropout, nn.Dropout):
         dropout_p = _probability(dropout)
         normalised, total = ops.dropout_add_layer_norm(
@@ -81,7 +103,16 @@ def sum_and_norm(branch: Tensor, residual: Tensor, norm: Any, dropout: Any) -> t
 
 
 def feed_forward(module: Any, x: Tensor) -> Tensor:
-    """Two linear layers with GELU and dropout between them; not what `module` may drop of its output."""
+    """Two linear layers with GELU and dropout between them.
+
+    Args:
+        module: Has `intermediate_dense`, `intermediate_dropout` and `output_dense`. A dropout of its output is not
+            applied here.
+        x: (N, D) frames.
+
+    Returns:
+        (N, D) frames.
+    """
     dense, dropout = module.intermediate_dense, module.intermediate_dropout
     plain = is_plain(dropout, nn.Dropout)
     if plain and _probability(dropout) == 0 and isinstance(dense, PackedLinear):
@@ -101,14 +132,17 @@ def attend(
     distance_bias: Tensor | None = None,
     gate: Tensor | None = None,
 ) -> Tensor:
-    """Self-attention within each sequence, (N, D), before its output layer.
+    """Self-attention within each sequence, without the output layer.
 
     Args:
-        module: Has `dropout`, the probability for attention probabilities in training.
+        module: Has `dropout`, the dropout probability of the attention probabilities, used in training only.
         projected: Queries, keys and values, (N, H, E) each.
         layout: Where each sequence begins.
-        distance_bias: (H, 2R + 1), see `ops.varlen_attention`.
-        gate: (N, H), which a query's bias is multiplied by.
+        distance_bias: (H, 2R + 1) bias of the logits by distance, see `ops.varlen_attention`.
+        gate: (N, H) factor of the bias for each query and head.
+
+    Returns:
+        (N, D), the heads side by side.
     """
     q, k, v = projected
     dropout_p = module.dropout if module.training else 0.0
@@ -116,15 +150,23 @@ def attend(
 
 
 def queries_keys_values(module: Any, x: Tensor) -> list[Tensor]:  # (N, D) -> three of (N, H, E)
-    """Three linear layers, their outputs split over `num_heads`."""
+    """Queries, keys and values: the outputs of `q_proj`, `k_proj` and `v_proj`, split over the heads."""
     projections = (module.q_proj, module.k_proj, module.v_proj)
     return [linear(projection, x).unflatten(1, (module.num_heads, -1)) for projection in projections]
 
 
 def gate(module: Any, x: Tensor) -> Tensor:  # (N, D) -> (N, H)
-    """WavLM's gate of each query and head, from the query's own frame (arXiv 2110.13900, section III-B)."""
+    """Gate of each query and head, computed from the query's own frame (WavLM, arXiv 2110.13900, section III-B).
+
+    Args:
+        module: Has `num_heads`, `gru_rel_pos_linear` (E to 8) and `gru_rel_pos_const`, named as in WavLM's checkpoints.
+        x: (N, D) frames.
+
+    Returns:
+        (N, H) factor of the distance bias.
+    """
     heads = x.unflatten(1, (module.num_heads, -1)).flatten(0, 1)  # (N * H, E)
-    # Summed, because Microsoft's WavLM stores the projection to two gates as four parts of each.
+    # WavLM's projection has eight outputs, four for each of two gates, which are summed.
     logits = linear(module.gru_rel_pos_linear, heads).unflatten(1, (2, 4)).sum(-1)
     first, second = sigmoid(logits).view(len(x), module.num_heads, 2).unbind(-1)
     gate: Tensor = first * (second * module.gru_rel_pos_const.view(-1) - 1.0) + 2.0
@@ -142,20 +184,20 @@ def transformer_layer(
     normalised: Tensor | None = None,
     following: Any = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention and feed-forward, each with dropout and a residual, and a norm before it or after.
+    """A transformer layer: attention and feed-forward, each with dropout, a residual and a layer norm.
 
     Args:
-        layer: Has `layer_norm` and `dropout` of attention, and `final_layer_norm` of the feed-forward.
-        x: (N, D).
-        attention: (N, D) to (N, D).
-        feed_forward: (N, D) to (N, D).
-        output_dropout: The module that drops out the feed-forward's output.
-        pre_norm: Norm before each block instead of after its residual.
-        normalised: (N, D) what the first norm makes of `x`, from a caller who has it; with `pre_norm`.
-        following: The norm that comes next, which is fused with the last residual; with `pre_norm`.
+        layer: Has `layer_norm` and `dropout` for the attention, and `final_layer_norm` for the feed-forward block.
+        x: (N, D) packed frames.
+        attention: Function (N, D) to (N, D), the attention block.
+        feed_forward: Function (N, D) to (N, D), the feed-forward block.
+        output_dropout: Dropout module for the output of the feed-forward block.
+        pre_norm: Normalise the input of each block, instead of the sum of block and residual.
+        normalised: (N, D) result of the layer's first norm on `x`, if the caller has it already; needs `pre_norm`.
+        following: The norm that is applied next, to be fused with the last residual sum; needs `pre_norm`.
 
     Returns:
-        The output (N, D), and what `following` makes of it: without one, the output again.
+        The output (N, D), and the result of `following` on it (the output again if there is none).
     """
     if not pre_norm:
         x = add_and_norm(attention(x), x, layer.layer_norm, layer.dropout)
@@ -171,12 +213,24 @@ def transformer_layer(
 
 
 def front_end(conv_layers: Iterable[Any], x: Packed) -> Packed:
-    """Strided convolutions with GELU, each a module with `conv` and perhaps `layer_norm`: (N, C_in) to (N_out, C)."""
+    """Run a stack of strided convolutions with norm and GELU.
+
+    Args:
+        conv_layers: Modules with `conv`, and `layer_norm` if they have a norm.
+        x: (N, C_in) packed frames or samples.
+
+    Returns:
+        (N_out, C) packed frames.
+    """
     return Packed(*ops.strided_conv_stack(x.values, [conv_layer(module) for module in conv_layers], x.layout))
 
 
 def conv_layer(module: Any) -> ops.StridedConvLayer:
-    """A convolution and its norm as `ops.strided_conv_stack` takes them; a group norm has a group for each channel."""
+    """Description of a module's convolution and norm for `ops.strided_conv_stack`.
+
+    Args:
+        module: Has `conv`, and perhaps `layer_norm`: a layer norm, or a group norm with one group per channel.
+    """
     conv, norm = module.conv, getattr(module, "layer_norm", None)
     if norm is None:
         return ops.StridedConvLayer(conv.weight, conv.stride[0], conv.bias)
@@ -185,19 +239,28 @@ def conv_layer(module: Any) -> ops.StridedConvLayer:
 
 
 def normalise(module: Any, frames: Tensor) -> Tensor:  # (N, C) -> (N, C)
-    """The layer norm of a module that may have none."""
+    """Apply the module's `layer_norm`; returns the frames unchanged if it has none."""
     norm = getattr(module, "layer_norm", None)
     normalised: Tensor = frames if norm is None else norm(frames)
     return normalised
 
 
 def project(projection: Any, normalised: Tensor) -> Tensor:  # (N, C) -> (N, D)
-    """The front end's frames at the transformer's width: a linear layer, then dropout."""
+    """Project the front end's frames to the transformer's width: a linear layer, then dropout."""
     return dropout(projection.dropout, linear(projection.projection, normalised))
 
 
 def positional_embedding(module: Any, x: Tensor, layout: Layout) -> Tensor:  # (N, D) -> (N, D)
-    """A grouped convolution as long as its input, then GELU; or data2vec's `layers` of them, with norms between."""
+    """Positional embedding: a grouped convolution that keeps the length, then GELU.
+
+    Args:
+        module: Has `conv`; or `layers`, a sequence of such modules with a `layer_norm` before each GELU (data2vec).
+        x: (N, D) frames.
+        layout: Where each sequence begins.
+
+    Returns:
+        (N, D) frames.
+    """
     for block in getattr(module, "layers", [module]):
         x = ops.positional_conv(x, block.conv.weight, layout, bias=block.conv.bias)
         x = F.gelu(normalise(block, x))
@@ -207,18 +270,21 @@ def positional_embedding(module: Any, x: Tensor, layout: Layout) -> Tensor:  # (
 def hidden_states(
     stack: Any, frames: Packed, layers: Iterable[Any], run: Callable[[Any, Tensor], Tensor], *, pre_norm: bool
 ) -> Iterator[Tensor]:
-    """The input of the first layer, then the output of each layer, (N, D), for stacks that are not ours.
+    """Hidden states (N, D) of a stack of layers that belongs to another library, one at a time.
 
-    `nn.Transformer` fuses two more sums with the norms that follow them. In somebody else's model that would change
-    roundings, and which elements dropout drops.
+    `nn.transformer.Transformer` also fuses the residual sums with the norms that follow them. In the model of another
+    library, this would change roundings, and which elements dropout drops.
 
     Args:
         stack: Has `pos_conv_embed`, `layer_norm` and `dropout`.
-        frames: (N, D).
-        layers: The layers that run. An iterator is asked for the next one after the last has run, so the random draws
-            of layer drop keep their place among those of dropout.
+        frames: (N, D) packed frames.
+        layers: The layers to run. If it is an iterator, the next layer is requested after the previous one has run, so
+            that draws for layer drop and for dropout keep their order.
         run: Calls a layer on (N, D).
-        pre_norm: Whether `layer_norm` comes after the layers, where the caller applies it.
+        pre_norm: Whether the layers normalise their inputs; the caller then applies `layer_norm` to the last output.
+
+    Yields:
+        The input of the first layer, then the output of each layer.
     """
     x = frames.values + positional_embedding(stack.pos_conv_embed, *frames)
     yield (x := dropout(stack.dropout, x if pre_norm else stack.layer_norm(x)))
@@ -227,11 +293,14 @@ def hidden_states(
 
 
 def kept_layers(stack: Any, generator: torch.Generator | None) -> list[bool]:
-    """Whether each of a stack's `layers` runs this time: in training, each is skipped with probability `layer_drop`.
+    """Draw which layers of a stack run: in training, each is skipped with probability `layer_drop`.
 
     Args:
-        stack: Its layers and `layer_drop`.
-        generator: CPU generator of the draws; None takes torch's own.
+        stack: Has `layers` and `layer_drop`.
+        generator: CPU generator of the draws; None uses PyTorch's global one.
+
+    Returns:
+        One bool per layer, True if it runs.
     """
     if not stack.training or stack.layer_drop <= 0:
         return [True] * len(stack.layers)

@@ -1,4 +1,4 @@
-"""A linear layer whose rows do not depend on how many other rows there are."""
+"""A linear layer whose output for a row does not depend on the number of other rows."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from fastssl.kernels import gemm
 
 
 class _Linear(torch.autograd.Function):
-    """The three products of a linear layer by `kernels.gemm`."""
+    """A linear layer with autograd whose three matrix products are those of `kernels.gemm`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -32,7 +32,16 @@ class _Linear(torch.autograd.Function):
 
 
 def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`torch.nn.functional.linear` over packed frames (N, C); on the CPU a frame's bits are the same in any batch."""
+    """`torch.nn.functional.linear` over packed frames; on the CPU a frame gets the same bits in any batch.
+
+    Args:
+        x: (N, C_in) packed frames.
+        weight: (C_out, C_in).
+        bias: (C_out,) or None.
+
+    Returns:
+        (N, C_out) in the dtype of `x`, or in autocast's dtype under autocast.
+    """
     if _by_onednn(x, weight):
         out: Tensor = _Linear.apply(x, weight, bias)
         return out
@@ -44,18 +53,23 @@ def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _by_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Whether the products of a layer are computed by direct calls of oneDNN."""
     return weight.dtype == x.dtype and not torch.is_autocast_enabled("cpu") and gemm.takes_onednn(x)
 
 
 class PackedLinear(nn.Linear):
-    """`torch.nn.Linear` over packed frames (N, D); on the CPU a frame's bits are the same in any batch."""
+    """`torch.nn.Linear` over packed frames; on the CPU a frame gets the same bits in any batch."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """(N, in_features) to (N, out_features)."""
+        """Apply the layer: (N, in_features) to (N, out_features)."""
         return packed_linear(input, self.weight, self.bias)
 
     def with_gelu(self, input: Tensor) -> Tensor:
-        """GELU of what `forward` returns: one product where nobody asks for what GELU is applied to."""
+        """GELU of the layer's output, (N, in_features) to (N, out_features).
+
+        If oneDNN computes the product and neither autograd nor a hook needs the value before GELU, the product applies
+        GELU itself.
+        """
         watched = torch.is_grad_enabled() or self._forward_pre_hooks or self._forward_hooks
         if _by_onednn(input, self.weight) and not watched:
             return gemm.nt(input, self.weight, self.bias, gelu=True)

@@ -1,4 +1,4 @@
-"""Log-mel frames of packed waveforms, and their normalisation over each utterance."""
+"""Log-mel spectrograms of packed waveforms, and normalisation over each utterance."""
 
 import math
 from collections.abc import Callable
@@ -10,19 +10,21 @@ from fastssl.nn.linear import packed_linear
 from fastssl.packing import Packed
 
 _SAMPLE_RATE_HZ = 16000
-#: Of a frame: 25 ms every 10 ms.
+#: Length of a window (25 ms) and distance from one window to the next (10 ms), in samples.
 WINDOW_SAMPLES, HOP_SAMPLES = 400, 160
-#: Least power of a mel band: about the rounding noise of 16 bits, so that digital silence is no outlier.
+#: Lower limit of the power of a mel band, about the rounding noise of 16-bit audio. It keeps digital silence from
+#: becoming an outlier.
 _FLOOR = 1e-8
-#: Added to the variance: a band that never changes becomes zeros.
+#: Added to the variance, so that a band that never changes becomes zero.
 _EPS = 1e-5
 
 
 class LogMel(nn.Module):
-    """Logarithm of the power in mel bands: windows of 25 ms (Hann) every 10 ms, HTK's mel scale from 0 to 8 kHz.
+    """Natural logarithm of the power in mel bands: Hann windows of 25 ms every 10 ms, HTK's mel scale from 0 to 8 kHz.
 
-    There is no padding: a frame sees samples of its own utterance alone, and utterances shorter than a window have
-    none. Computed in fp32 (fp64 for fp64 waveforms), under autocast and in models of half precision too.
+    Waveforms are not padded: a frame depends on samples of its own utterance only, and an utterance shorter than one
+    window has no frame. Computation is in fp32 (fp64 for fp64 waveforms), also under autocast and in half-precision
+    models.
 
     Example:
         >>> import torch
@@ -34,10 +36,10 @@ class LogMel(nn.Module):
         ((98, 323), torch.Size([421, 80]))
 
     Args:
-        bands: Mel bands.
+        bands: Number of mel bands.
     """
 
-    fourier: Tensor  # (2F, 400)
+    fourier: Tensor  # (2F, 400) for F = 201 frequencies
     bands: Tensor  # (bands, 2F)
 
     def __init__(self, bands: int) -> None:
@@ -48,23 +50,31 @@ class LogMel(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LogMel":
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.fourier.dtype in (torch.float16, torch.bfloat16):
-            # Half precision is too coarse for a spectrum, and what it has rounded stays so.
+            # Half precision is too coarse for a spectrum, so compute the buffers again in fp32.
             self.fourier = _windowed_fourier().to(self.fourier.device)
             self.bands = mel_bands(len(self.bands)).t().repeat(1, 2).contiguous().to(self.bands.device)
         return self
 
     def forward(self, waveforms: Packed) -> Packed:
-        """(N samples, 1) at 16 kHz to (N frames, bands)."""
+        """Compute log-mel frames.
+
+        Args:
+            waveforms: (N samples, 1) packed 16 kHz waveforms.
+
+        Returns:
+            (N frames, bands) in fp32, or fp64 for fp64 waveforms: 98 frames for one second.
+        """
         dtype = torch.promote_types(waveforms.values.dtype, torch.float32)
         with torch.autocast(waveforms.values.device.type, enabled=False):
             windows, layout = _windows(waveforms)
             parts = packed_linear(windows.to(dtype), self.fourier.to(dtype), None)
-            # Real and imaginary parts side by side: one product adds their squares and sums them over the bands.
+            # Real and imaginary parts are side by side, so one product adds their squares and weights them by band.
             power = packed_linear(parts.square(), self.bands.to(dtype), None)
         return Packed(power.clamp(min=_FLOOR).log(), layout)
 
 
 def _windows(waveforms: Packed) -> Packed:  # (N samples, 1) -> (N frames, 400)
+    """The samples of every window."""
     layout = waveforms.layout.after_conv(WINDOW_SAMPLES, HOP_SAMPLES)
     begin = waveforms.layout.rows(layout.sequence_ids, HOP_SAMPLES * layout.positions)
     samples = begin.unsqueeze(1) + torch.arange(WINDOW_SAMPLES, device=begin.device)
@@ -72,7 +82,14 @@ def _windows(waveforms: Packed) -> Packed:  # (N samples, 1) -> (N frames, 400)
 
 
 def normalize_over_time(frames: Packed) -> Packed:
-    """Zero mean and unit variance of each channel over each utterance; (N, C) in its own dtype."""
+    """Normalise each channel to zero mean and unit variance over each utterance.
+
+    Args:
+        frames: (N, C) packed frames.
+
+    Returns:
+        (N, C) in the dtype of `frames`; computed in fp64.
+    """
     x, layout = frames
     counts = layout.device_lengths.clamp(min=1).unsqueeze(1)
     sequence = layout.sequence_ids
@@ -83,7 +100,7 @@ def normalize_over_time(frames: Packed) -> Packed:
 
 
 def _windowed_fourier() -> Tensor:  # (2F, 400)
-    """The discrete Fourier transform of a window as a matrix: F real parts, then F imaginary ones."""
+    """Matrix of the Hann window and the discrete Fourier transform: F rows of real parts, then F of imaginary parts."""
     sample = torch.arange(WINDOW_SAMPLES, device="cpu")
     window = 0.5 - 0.5 * torch.cos(2 * math.pi * sample.double() / WINDOW_SAMPLES)
     frequency = torch.arange(WINDOW_SAMPLES // 2 + 1, device="cpu")
@@ -92,13 +109,15 @@ def _windowed_fourier() -> Tensor:  # (2F, 400)
 
 
 def mel_bands(bands: int) -> Tensor:  # (F, bands)
-    """Triangles of equal width on HTK's mel scale, 2595 log10(1 + f / 700), each from its neighbours' peaks to its own.
+    """Triangular filters of equal width on HTK's mel scale, 2595 log10(1 + f / 700).
+
+    Each filter rises from the peak of the previous one to its own peak and falls to the peak of the next.
 
     Args:
-        bands: How many, from 0 to 8 kHz.
+        bands: Number of filters between 0 and 8 kHz.
 
     Returns:
-        (201, bands) fp32 weights of the frequencies of a window.
+        (201, bands) fp32 weight of each frequency of a window (0 to 8 kHz in steps of 40 Hz) in each band.
     """
     frequencies = torch.linspace(0, _SAMPLE_RATE_HZ / 2, WINDOW_SAMPLES // 2 + 1, dtype=torch.float64, device="cpu")
     highest = 2595 * math.log10(1 + _SAMPLE_RATE_HZ / 2 / 700)

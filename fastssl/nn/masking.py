@@ -1,4 +1,4 @@
-"""Which frames are masked, and which frames serve as negatives, on a packed batch."""
+"""Random choice of masked frames, and of the negatives of each masked frame, in a packed batch."""
 
 import torch
 from torch import Tensor
@@ -6,7 +6,7 @@ from torch import Tensor
 from fastssl.nn.random import uniform
 from fastssl.packing import Layout
 
-# What the numbers of an utterance's key are used for; models/wav2vec2.py takes stream 3, models/best_rq.py stream 4.
+# Streams of random numbers of an utterance's key. models/wav2vec2.py uses stream 3, models/best_rq.py stream 4.
 _STREAM_COUNT, _STREAM_STARTS, _STREAM_NEGATIVES = range(3)
 
 
@@ -18,17 +18,19 @@ def sample_span_mask(
     length: int,
     min_spans: int = 0,
 ) -> Tensor:  # (N,)
-    """Span mask of wav2vec 2.0 (arXiv 2006.11477, section 3.1): floor(p T / L + U(0, 1)) spans, which may overlap.
+    """Mask spans of frames as wav2vec 2.0 does (arXiv 2006.11477, section 3.1).
 
-    Span starts are drawn without replacement from the first T - L frames of each utterance, as fairseq does. Vectorised
-    over the batch, on the device of `keys`, without a synchronisation.
+    An utterance of T frames gets floor(p T / L + u) spans with u uniform in (0, 1); spans may overlap. As in fairseq,
+    their first frames are drawn without replacement from the first T - L frames. All utterances are computed at once on
+    the device of `keys`, and the host does not wait.
 
     Args:
-        layout: Frames of each utterance.
-        keys: (B,) int64 from `utterance_keys` or `draw_keys`; an utterance's mask depends on its key and length alone.
+        layout: Where each utterance begins.
+        keys: (B,) int64 from `nn.random.utterance_keys` or `draw_keys`. The mask of an utterance depends on its key and
+            its length only.
         probability: p, the share of frames that would be masked if spans did not overlap.
-        length: L, frames of a span.
-        min_spans: At least so many spans per utterance (as far as it has frames).
+        length: L, the number of frames in a span.
+        min_spans: Smallest number of spans per utterance; an utterance with fewer frames gets fewer.
 
     Returns:
         (N,) bool, True where a frame is masked.
@@ -48,7 +50,7 @@ def sample_span_mask(
     sequence, position = layout.sequence_ids, layout.positions
     score = uniform(keys[sequence], position, stream=_STREAM_STARTS)
     score = torch.where(position < candidates[sequence], score, 1.0)
-    # Sorting by sequence first leaves every sequence in its own rows, its best candidates in front.
+    # Sort by sequence, then by score: every sequence stays in its own rows, with the lowest scores first.
     order = torch.argsort(sequence + score.to(torch.float64) * 0.5, stable=True)
     starts = torch.zeros_like(score, dtype=torch.int32)
     starts[order] = (position < torch.minimum(spans, candidates)[sequence]).to(torch.int32)
@@ -66,18 +68,19 @@ def sample_negatives(
     count: int,
     rows: Tensor | None = None,  # (M,)
 ) -> Tensor:  # (M, count)
-    """Negatives of each masked frame, uniform with replacement from the other masked frames of its utterance.
+    """Draw K negatives for each masked frame, uniformly with replacement from the other masked frames of its utterance.
 
     Args:
-        mask: (N,) bool.
-        layout: Frames of each utterance.
-        keys: (B,) int64; the draws of an utterance depend on its key and its own masked frames alone.
-        count: K, negatives per masked frame.
-        rows: (M,) int64, `mask.nonzero()`, from a caller who has it: to find it, the host waits for the device.
+        mask: (N,) bool, True at the M masked frames.
+        layout: Where each utterance begins.
+        keys: (B,) int64 from `nn.random.utterance_keys` or `draw_keys`. The draws of an utterance depend on its key and
+            the number of its masked frames only.
+        count: K, the number of negatives per masked frame.
+        rows: (M,) int64, the row numbers of the masked frames, if the caller has them. None computes them from `mask`,
+            for which the host waits for the device.
 
     Returns:
-        (M, K) int64, for each of the M masked frames in order: rows among the masked frames, or -1 where the utterance
-        has no other masked frame.
+        (M, K) int64 indices into the M masked frames; -1 if the frame is the only masked one of its utterance.
     """
     before = torch.nn.functional.pad(mask.cumsum(0), (1, 0))  # (N + 1,) masked frames before each row
     first = before[layout.cu_seqlens]  # (B + 1,) rows of each utterance among the masked

@@ -1,4 +1,4 @@
-"""Product quantisation with a straight-through Gumbel softmax."""
+"""Product quantisation with a straight-through Gumbel softmax, as in wav2vec 2.0."""
 
 import torch
 from torch import Tensor, nn
@@ -12,13 +12,13 @@ class GumbelQuantizer(nn.Module):
     """Chooses one of V codes in each of G groups (wav2vec 2.0, arXiv 2006.11477, section 2, equation 1).
 
     Args:
-        c_in: Channels of the frames to quantise.
-        groups: G.
-        codes: V, per group.
-        width: Width of the quantised vector, split evenly over the groups.
+        c_in: Number of channels of the frames to quantise.
+        groups: G, the number of groups.
+        codes: V, the number of codes per group.
+        width: Number of channels of the quantised vector, split evenly over the groups.
 
     Raises:
-        ValueError: The groups do not divide the width.
+        ValueError: `groups` does not divide `width`.
     """
 
     def __init__(self, c_in: int, *, groups: int, codes: int, width: int) -> None:
@@ -35,14 +35,18 @@ class GumbelQuantizer(nn.Module):
     def forward(
         self, x: Tensor, *, temperature: float = 1.0, noise: Tensor | None = None, seeds: Tensor | None = None
     ) -> GumbelQuantized:
-        """Quantise frames; the gradient passes through the softmax at `temperature`.
+        """Quantise frames. The gradient passes through the softmax of the noisy logits divided by `temperature`.
+
+        Without `noise` and `seeds`, the code with the largest logit is chosen.
 
         Args:
-            x: (M, c_in).
-            temperature: Of the softmax that carries the gradient.
-            noise: (M, G * V) Gumbel noise added to the logits.
-            seeds: (M,) int64 from which it is drawn instead, see `ops.gumbel_quantize`. With neither, the likeliest
-                code is taken.
+            x: (M, c_in) frames.
+            temperature: Temperature of the softmax that the gradient passes through; does not affect the choice.
+            noise: (M, G * V) Gumbel noise that is added to the logits.
+            seeds: (M,) int64 seeds from which the noise is drawn, instead of `noise`; see `ops.gumbel_quantize`.
+
+        Returns:
+            The quantised vectors (M, width), the codes (M, G) and their statistics.
         """
         shape = (self.groups, self.codes)
         return ops.gumbel_quantize(

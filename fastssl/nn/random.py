@@ -1,7 +1,7 @@
 """Random numbers that depend on an utterance and not on its place in a batch.
 
-A counter is hashed, so every draw of an utterance is a function of its key alone: the same on any rank, at any batch
-position, on any device, and after a restart. The mixer is SplitMix64 (`kernels.splitmix`), which kernels know too.
+Each number is a hash of the utterance's key and a counter. It is the same on any rank, at any batch position, on any
+device and after a restart. The hash is SplitMix64 (`kernels.splitmix`), which the kernels implement too.
 """
 
 import math
@@ -13,15 +13,15 @@ from fastssl.kernels import splitmix
 
 
 def utterance_keys(seed: int, update: int, ids: Tensor) -> Tensor:
-    """Keys from which everything random about an utterance in one update derives.
+    """Keys of utterances in one update, from which all their random numbers derive.
 
     Args:
-        seed: Of the run.
-        update: Optimiser update, from 0; -1 for validation, which is the same every time.
-        ids: (B,) int64, the identity of each utterance.
+        seed: Seed of the training run.
+        update: Number of the optimiser update, from 0; -1 for validation, whose random numbers never change.
+        ids: (B,) int64, a number that identifies each utterance.
 
     Returns:
-        (B,) int64 on the device of `ids`.
+        (B,) int64 keys on the device of `ids`.
     """
     start = int(splitmix.mix(torch.tensor(splitmix.signed(seed + splitmix.GOLDEN))))
     start = int(splitmix.mix(torch.tensor(splitmix.signed(start + (update + 1) * splitmix.GOLDEN))))
@@ -29,45 +29,65 @@ def utterance_keys(seed: int, update: int, ids: Tensor) -> Tensor:
 
 
 def draw_keys(batch: int, *, generator: torch.Generator | None = None, device: torch.device | str = "cpu") -> Tensor:
-    """(batch,) int64 keys drawn from a generator, for callers who keep no utterance identities."""
+    """Draw keys from a generator, for callers that do not number their utterances.
+
+    Args:
+        batch: B, the number of keys.
+        generator: Generator on `device`; None uses PyTorch's global one.
+        device: Device of the keys.
+
+    Returns:
+        (B,) int64 keys.
+    """
     limits = torch.iinfo(torch.int64)
     return torch.randint(limits.min, limits.max, (batch,), generator=generator, device=device)
 
 
 def noise_seeds(keys: Tensor, counters: Tensor, *, stream: int) -> Tensor:
-    """Seeds for a kernel that draws by itself, as `ops.gumbel_quantize`: number i of one is counter + i of its key.
+    """Seeds for kernels that draw random numbers themselves, such as `ops.gumbel_quantize`.
+
+    Number i of a seed is number counter + i of the key's stream.
 
     Args:
-        keys: int64, broadcast against `counters`.
-        counters: int64, not negative: the first number of the stream to draw.
-        stream: What the numbers are for; streams of one key are independent.
+        keys: int64 keys, broadcast against `counters`.
+        counters: int64, at least 0: index of the first number of the stream to draw.
+        stream: Number of the stream. Use one stream per purpose: streams of the same key are independent.
 
     Returns:
-        int64 of the broadcast shape.
+        int64 seeds in the broadcast shape.
     """
     return splitmix.mix(keys + splitmix.signed((stream + 1) * splitmix.GOLDEN)) + counters * splitmix.GOLDEN
 
 
 def uniform(keys: Tensor, counters: Tensor, *, stream: int) -> Tensor:
-    """Uniform numbers in (0, 1).
+    """Uniform random numbers in (0, 1).
 
     Args:
-        keys: int64, broadcast against `counters`.
-        counters: int64, not negative: which number of the stream.
-        stream: What the numbers are for; streams of one key are independent.
+        keys: int64 keys, broadcast against `counters`.
+        counters: int64, at least 0: index of each number in the stream.
+        stream: Number of the stream. Use one stream per purpose: streams of the same key are independent.
 
     Returns:
-        fp32 odd multiples of 2^-24: neither 0 nor 1 is among them, so their logarithms are finite.
+        fp32 in the broadcast shape, odd multiples of 2^-24. They are never 0 or 1, so their logarithms are finite.
     """
     return splitmix.uniform(noise_seeds(keys, counters, stream=stream), torch.zeros_like(counters))
 
 
 def gumbel(keys: Tensor, counters: Tensor, *, stream: int) -> Tensor:
-    """Standard Gumbel noise, -log(-log(u)). Arguments as in `uniform`."""
+    """Standard Gumbel noise, -log(-log(u)) with u from `uniform`; arguments and shape as there, fp32."""
     return -torch.log(-torch.log(uniform(keys, counters, stream=stream)))
 
 
 def normal(keys: Tensor, counters: Tensor, *, stream: int) -> Tensor:
-    """Standard normal numbers, fp32 up to 5.8 from 0 (Box and Muller's transform). Arguments as in `uniform`."""
+    """Standard normal random numbers by the Box-Muller transform, from two numbers of the stream each.
+
+    Args:
+        keys: int64 keys, broadcast against `counters`.
+        counters: int64, at least 0: index of each normal number; it uses numbers 2 i and 2 i + 1 of the stream.
+        stream: Number of the stream, as in `uniform`.
+
+    Returns:
+        fp32 in the broadcast shape, between -5.8 and 5.8.
+    """
     radius, angle = (uniform(keys, 2 * counters + part, stream=stream).double() for part in (0, 1))
     return (torch.sqrt(-2 * torch.log(radius)) * torch.cos(2 * math.pi * angle)).float()

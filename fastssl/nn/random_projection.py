@@ -1,4 +1,4 @@
-"""BEST-RQ's quantiser: a random projection and a random codebook, neither of which is trained."""
+"""The quantiser of BEST-RQ: a random projection and a random codebook, neither of which is trained."""
 
 import torch
 import torch.nn.functional as F
@@ -6,16 +6,17 @@ from torch import Tensor, nn
 
 from fastssl.nn.linear import packed_linear
 
-#: Numbers of a block of products of frames and codes (16 MB in fp32).
+#: Size of a block of dot products between frames and codes, in numbers (16 MB in fp32).
 _BLOCK = 1 << 22
 
 
 class RandomProjectionQuantizer(nn.Module):
-    """The code nearest to each frame's projection, both of unit length (BEST-RQ, arXiv 2202.01855, equation 1).
+    """Finds the code nearest to each frame's projection (BEST-RQ, arXiv 2202.01855, equation 1).
 
-    Between vectors of unit length the nearest is the one with the greatest product, so a matrix product and argmax
-    decide, in blocks of frames; differences are never formed. Computed in fp32, under autocast too. Projection (Xavier)
-    and codebook (normal) are buffers: frozen, and saved with the model, because other ones would be other targets.
+    Projections and codes are scaled to unit length, where the nearest code is the one with the largest dot product. So
+    a matrix product and an argmax find it, in blocks of frames, in fp32 even under autocast. The projection (Xavier
+    initialisation) and the codebook (normal) are frozen buffers. They are saved with the model, because new ones would
+    change the targets.
 
     Example:
         >>> import torch
@@ -25,9 +26,9 @@ class RandomProjectionQuantizer(nn.Module):
         torch.Size([200])
 
     Args:
-        width: C, of the frames.
-        codes: V, of the codebook.
-        code_width: Of the projection and the codes.
+        width: C, the number of channels of a frame.
+        codes: V, the number of codes.
+        code_width: Number of channels of a projected frame and of a code.
     """
 
     projection: Tensor  # (code_width, C)
@@ -40,7 +41,14 @@ class RandomProjectionQuantizer(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C) frames to (N,) int64 codes."""
+        """Find the nearest code of each frame, without gradient.
+
+        Args:
+            x: (N, C) frames.
+
+        Returns:
+            (N,) int64 codes, from 0 to V - 1.
+        """
         codebook = self.codebook.float()
         with torch.autocast(x.device.type, enabled=False):
             projected = F.normalize(packed_linear(x.float(), self.projection.float(), None))

@@ -1,35 +1,38 @@
-"""Rates of sequence compression, lambda of arXiv 2211.02332 (once-for-all): solved for a period, drawn, learned."""
+"""Rates of sequence compression (lambda of Once-for-All, arXiv 2211.02332): for a frame period, random, or learned."""
 
 import torch
 from torch import Tensor, nn
 
 from fastssl.nn import random
 
-#: Of a learned weight: where all were zero, no sum could be raised.
+#: Smallest learned weight. Above zero, so that weights can always be scaled up to a required sum.
 LEAST_WEIGHT = 1e-6
 _STREAM_RATES = 7
 
 
 def mix_weights(learned: Tensor, rate: Tensor) -> Tensor:
-    """The weights alpha' of arXiv 2211.02332: from all frames (rate 0) over the learned ones (1) to none (2).
+    """Mix learned weights with a rate (arXiv 2211.02332): rate 0 gives all ones, 1 the learned weights, 2 all zeros.
 
     Args:
-        learned: alpha, (N,).
-        rate: lambda, broadcast against it.
+        learned: (N,) learned weights alpha.
+        rate: lambda in [0, 2], broadcast against `learned`.
+
+    Returns:
+        alpha', in the broadcast shape: rate alpha + 1 - rate for rates up to 1, (2 - rate) alpha above.
     """
     return torch.where(rate <= 1, rate * learned + (1 - rate), (2 - rate) * learned)
 
 
 def rate_for_period(period_ms: Tensor, mean_weight: Tensor, input_period_ms: float) -> Tensor:
-    """The rate at which frames come out with a period: its inverse is the mean of `mix_weights`.
+    """The rate that gives a mean frame period: at it, the mean of `mix_weights` is input_period_ms / period_ms.
 
     Args:
-        period_ms: (B,), at least `input_period_ms`.
-        mean_weight: (B,) of the learned weights, in (0, 1).
-        input_period_ms: From one input frame to the next.
+        period_ms: (B,) wanted mean periods in milliseconds, at least `input_period_ms`.
+        mean_weight: (B,) mean learned weight of each utterance, in (0, 1).
+        input_period_ms: Time from one input frame to the next, in milliseconds.
 
     Returns:
-        (B,) in [0, 2).
+        (B,) rates in [0, 2).
     """
     share = input_period_ms / period_ms
     up_to_one = (1 - share) / (1 - mean_weight).clamp(min=LEAST_WEIGHT)
@@ -38,28 +41,31 @@ def rate_for_period(period_ms: Tensor, mean_weight: Tensor, input_period_ms: flo
 
 
 def draw_rates(keys: Tensor, low: float, high: float) -> Tensor:  # (B,) -> (B,)
-    """A number for each utterance, uniform between two: rates or frame periods for training one model for all of them.
+    """Draw a uniform random number for each utterance, to train one model for a range of rates or frame periods.
 
     Args:
-        keys: int64 from `nn.random.utterance_keys` or `draw_keys`; the same key for all makes one draw of a batch.
-        low: The least; the same as `high` for a fixed one.
-        high: The most.
+        keys: (B,) int64 from `nn.random.utterance_keys` or `draw_keys`; equal keys give equal numbers.
+        low: Lower bound; equal to `high` for a fixed number.
+        high: Upper bound.
+
+    Returns:
+        (B,) fp32 numbers from `low` to `high`.
     """
     return low + (high - low) * random.uniform(keys, torch.zeros_like(keys), stream=_STREAM_RATES)
 
 
 class AdaptiveRate(nn.Module):
-    """A rate that is learned with a task, instead of tried out (arXiv 2211.02332).
+    """A compression rate that is learned together with a task, so that it need not be searched (arXiv 2211.02332).
 
-    The task's loss alone rarely asks for fewer frames; add a price for them, w * mean(alpha'), which is w times the
-    share of frames that is left (`Compressed.weights.mean()`). The rate is one number among thousands of weights: give
-    it a learning rate of its own, some hundred times theirs.
+    The loss of a task alone rarely favours fewer frames. Add a price w * mean(alpha') to it
+    (`w * Compressed.weights.mean()`), which is w times the share of frames that are left. The rate is a single number
+    among thousands of weights: give it its own learning rate, about a hundred times larger.
 
-    The derivative of one batch says little, because each boundary behind a frame moves with its weight: average over
-    much audio, or follow the slope between two rates (`fastssl.eval.probe.adaptive.learn_rates`).
+    The gradient from one batch is noisy, because a change of one weight moves all later boundaries. Average it over
+    many batches, or use the slope between two rates (`fastssl.eval.probe.adaptive.learn_rates`).
 
-    The parameter is the rate itself, and what a step takes beyond a bound is taken back, so that a bound can be reached
-    and left again.
+    The parameter is the rate itself. Each call of `forward` clamps it to the bounds, so an optimiser step can reach a
+    bound, and later steps can leave it.
 
     Example:
         >>> import torch
@@ -74,23 +80,23 @@ class AdaptiveRate(nn.Module):
         1.0
 
     Args:
-        start: At first.
-        low: The least, at least 0, where every frame is left.
-        high: The most, up to 2; at 1 the learned segments are left, and beyond it fewer.
+        start: Initial rate.
+        low: Smallest rate, at least 0. Rate 0 keeps every frame.
+        high: Largest rate, at most 2. Rate 1 leaves one frame per learned segment, higher rates leave fewer.
 
     Raises:
-        ValueError: The numbers are out of range.
+        ValueError: 0 <= `low` <= `start` <= `high` <= 2 does not hold.
     """
 
     def __init__(self, start: float, *, low: float = 0.0, high: float = 1.0) -> None:
         super().__init__()
         if not 0 <= low <= start <= high <= 2:
-            raise ValueError(f"start, low, high: must rise from 0 to 2, got {start} from {low} to {high}")
+            raise ValueError(f"start, low, high: need 0 <= low <= start <= high <= 2, got {start}, {low}, {high}")
         self.low, self.high = low, high
         self.rate = nn.Parameter(torch.tensor(float(start)))
 
     def forward(self) -> Tensor:
-        """() the rate, within its bounds, with gradient."""
-        # Beside autograd, which would else refuse the backward of an earlier call.
+        """The rate, clamped to its bounds: () fp32 with gradient."""
+        # Clamp through `.data`: autograd would otherwise refuse the backward pass of an earlier call.
         self.rate.data.clamp_(self.low, self.high)
         return self.rate.view(())

@@ -1,4 +1,4 @@
-"""Rotary positions over packed sequences."""
+"""Rotary position embedding (RoFormer, arXiv 2104.09864) over packed sequences."""
 
 from typing import NamedTuple
 
@@ -11,38 +11,41 @@ _BASE = 10000.0
 
 
 class Rotation(NamedTuple):
-    """By which angles each frame is turned."""
+    """Cosine and sine of the angles by which the channel pairs of each frame are rotated."""
 
     cos: Tensor  # (N, 1, E / 2) fp32
     sin: Tensor  # (N, 1, E / 2) fp32
 
 
 def rotation(layout: Layout, width: int) -> Rotation:
-    """Angles of every frame, position times base ** (-2i / E) (RoFormer, arXiv 2104.09864, equation 15).
+    """Rotation of every frame: pair i is rotated by position * 10000 ** (-2i / E) (arXiv 2104.09864, equation 15).
 
     Args:
-        layout: Positions begin at 0 in each sequence.
-        width: E, the width of a head.
+        layout: Layout of the frames; positions count from 0 in each sequence.
+        width: E, the number of channels of a head.
+
+    Returns:
+        Cosines and sines, (N, 1, E / 2) fp32 each, on the layout's device.
 
     Raises:
-        ValueError: The width is odd.
+        ValueError: `width` is odd.
     """
     if width % 2:
-        raise ValueError(f"width: a head is turned by pairs of channels, so its width must be even, got {width}")
+        raise ValueError(f"width: channels are rotated in pairs, so the width of a head must be even, got {width}")
     exponents = torch.arange(0, width, 2, device=layout.cu_seqlens.device, dtype=torch.float64) / width
     angles = (layout.positions.unsqueeze(1) * _BASE**-exponents).unsqueeze(1)
     return Rotation(angles.cos().float(), angles.sin().float())
 
 
 def rotate(x: Tensor, turn: Rotation) -> Tensor:
-    """Turn queries or keys: the products of turned ones depend on the distance of their frames alone.
+    """Rotate queries or keys, so that the position part of their dot products depends on the distance of frames only.
 
     Args:
-        x: (N, H, E); channel i of its first half and channel i of its second are a pair.
-        turn: Of the layout of `x`.
+        x: (N, H, E) queries or keys. Channel i of the first half and channel i of the second half form a pair.
+        turn: The rotation of the layout of `x`, for width E.
 
     Returns:
-        (N, H, E) in the dtype of `x`.
+        (N, H, E) in the dtype of `x`; computed in at least fp32.
     """
     first, second = x.chunk(2, dim=2)
     turned = torch.cat((first * turn.cos - second * turn.sin, second * turn.cos + first * turn.sin), 2)

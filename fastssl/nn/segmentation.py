@@ -1,4 +1,4 @@
-"""Losses that show a compressor where segments end (Once-for-All Sequence Compression, arXiv 2211.02332)."""
+"""Losses that teach a compressor where segments end (Once-for-All Sequence Compression, arXiv 2211.02332)."""
 
 from typing import NamedTuple
 
@@ -10,10 +10,15 @@ from fastssl.packing import Layout
 
 
 class SegmentationLosses(NamedTuple):
-    """Of each utterance, so that batches add up however they are divided; fp32."""
+    """Segmentation losses of each utterance in fp32, not averaged over the batch.
 
-    segment: Tensor  # (B,) how far the sums of learned weights and of segments are apart where segments end; mean
-    frame: Tensor  # (B,) how far the two weights of a frame are apart; mean over its frames
+    Attributes:
+        segment: (B,) mean absolute difference between the running sums of learned and target weights at segment ends.
+        frame: (B,) mean absolute difference between the learned and the target weight of a frame.
+    """
+
+    segment: Tensor  # (B,)
+    frame: Tensor  # (B,)
 
 
 def segmentation_losses(
@@ -23,20 +28,23 @@ def segmentation_losses(
     weights: Tensor,  # (N,)
     ends: Tensor,  # (N,)
 ) -> SegmentationLosses:
-    """The segment and the frame loss of the authors' code, on the weights before a rate mixes them.
+    """Segment loss and frame loss, as in the code of the paper's authors (arXiv 2211.02332), on unmixed weights.
 
-    The first wants a frame to fire where a segment ends: at the j-th end the weights have added up to j. A crop that
-    begins within a segment begins with the share of it that is left.
+    The segment loss asks the weights to add up to j at the end of the j-th segment, so that a frame fires there. If a
+    crop begins inside a segment, all targets are lower by the share of that segment before the crop.
 
     Args:
-        learned: alpha of each frame, `Compressed.learned_weights`.
+        learned: (N,) learned weight alpha of each frame, `Compressed.learned_weights`.
         layout: Where each utterance begins.
-        weights: One over the frames of the segment that a frame lies in, of the whole segment, also where the crop
-            ends before it does.
-        ends: bool, where a segment ends with the frame.
+        weights: (N,) target weight of each frame: 1 / (number of frames of its segment). Count the whole segment, even
+            if the crop contains only a part of it.
+        ends: (N,) bool, True at the last frame of each segment.
+
+    Returns:
+        Both losses of each utterance, (B,) fp32.
 
     Raises:
-        ValueError: A shape does not fit.
+        ValueError: `learned`, `weights` or `ends` does not have shape (N,).
     """
     for name, tensor in (("learned", learned), ("weights", weights), ("ends", ends)):
         if tensor.shape != (layout.total,):
@@ -51,12 +59,17 @@ def segmentation_losses(
 
 
 def quantity_loss(weights: Tensor, layout: Layout, *, share: float) -> Tensor:  # (N,) -> (B,)
-    """How far the share of frames that an utterance keeps is from the one wanted (the authors' `card`); fp32.
+    """Absolute difference between the share of frames that an utterance keeps and the wanted share.
+
+    The authors of arXiv 2211.02332 call it `card` in their code.
 
     Args:
-        weights: alpha' of each frame, `Compressed.weights`.
+        weights: (N,) mixed weight alpha' of each frame, `Compressed.weights`.
         layout: Where each utterance begins.
-        share: Wanted; 0.25 is one frame of four, 80 ms.
+        share: Wanted share of frames; 0.25 keeps one frame of four, a period of 80 ms for input frames of 20 ms.
+
+    Returns:
+        (B,) fp32; 0 for an utterance without frames.
     """
     frames = layout.device_lengths
     kept = layout.sums(weights) / frames.clamp(min=1)

@@ -1,4 +1,4 @@
-"""The transformer over packed frames: positional convolution, layers, and the encoder that stacks them."""
+"""The transformer over packed frames: positional embeddings, the layer, and the stack of layers."""
 
 from functools import partial
 from typing import NamedTuple, cast
@@ -13,9 +13,9 @@ from fastssl.packing import Layout, Packed
 
 
 class ConvolutionalPositionalEmbedding(nn.Module):
-    """Grouped convolution over time with weight norm and GELU, which tells the transformer where a frame is.
+    """Positional embedding of wav2vec 2.0 (arXiv 2006.11477, section 2): a grouped convolution over time, then GELU.
 
-    wav2vec 2.0 (arXiv 2006.11477, section 2). Each utterance is convolved on its own, with zeros beyond its ends.
+    The weight is parametrised by weight norm. Each utterance is convolved on its own, with zeros beyond its ends.
 
     Example:
         >>> import torch
@@ -28,9 +28,9 @@ class ConvolutionalPositionalEmbedding(nn.Module):
         torch.Size([340, 64])
 
     Args:
-        width: D, channels in and out.
-        kernel: Frames; an even kernel drops the last output frame.
-        groups: Channel groups.
+        width: D, the number of input and output channels.
+        kernel: Kernel width in frames. With an even kernel, the extra output frame at the end is dropped.
+        groups: Number of channel groups; must divide `width`.
     """
 
     def __init__(self, width: int, *, kernel: int, groups: int) -> None:
@@ -41,18 +41,26 @@ class ConvolutionalPositionalEmbedding(nn.Module):
         self.conv = nn.utils.parametrizations.weight_norm(conv, dim=2)
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
-        """The embedding (N, D) of frames (N, D)."""
+        """Compute the positional embedding, without adding it to the frames.
+
+        Args:
+            x: (N, D) packed frames.
+            layout: Where each utterance begins.
+
+        Returns:
+            (N, D) embedding.
+        """
         return functional.positional_embedding(self, x, layout)
 
 
 class StackedPositionalEmbedding(nn.Module):
-    """data2vec's positional embedding (arXiv 2202.03555): short grouped convolutions, each with layer norm and GELU.
+    """Positional embedding of data2vec (arXiv 2202.03555): short grouped convolutions, each with layer norm and GELU.
 
     Args:
-        width: D, channels in and out.
-        depth: Convolutions.
-        kernel: Frames of each; an even kernel drops the last output frame.
-        groups: Channel groups.
+        width: D, the number of input and output channels.
+        depth: Number of convolutions.
+        kernel: Kernel width of each in frames. With an even kernel, the extra output frame at the end is dropped.
+        groups: Number of channel groups; must divide `width`.
     """
 
     def __init__(self, width: int, *, depth: int, kernel: int, groups: int) -> None:
@@ -60,12 +68,26 @@ class StackedPositionalEmbedding(nn.Module):
         self.layers = nn.ModuleList(PositionalConvLayer(width, kernel=kernel, groups=groups) for _ in range(depth))
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
-        """The embedding (N, D) of frames (N, D)."""
+        """Compute the positional embedding, without adding it to the frames.
+
+        Args:
+            x: (N, D) packed frames.
+            layout: Where each utterance begins.
+
+        Returns:
+            (N, D) embedding.
+        """
         return functional.positional_embedding(self, x, layout)
 
 
 class PositionalConvLayer(nn.Module):
-    """The parameters of one convolution of `StackedPositionalEmbedding`."""
+    """The parameters of one convolution of `StackedPositionalEmbedding`, which runs it. The layer norm has none.
+
+    Args:
+        width: D, the number of input and output channels.
+        kernel: Kernel width in frames.
+        groups: Number of channel groups; must divide `width`.
+    """
 
     def __init__(self, width: int, *, kernel: int, groups: int) -> None:
         super().__init__()
@@ -76,14 +98,25 @@ class PositionalConvLayer(nn.Module):
 
 
 class RelativePositions(NamedTuple):
-    """WavLM's buckets of distance, see `RelativePositionEmbedding`."""
+    """Settings of WavLM's relative position bias, the arguments of `RelativePositionEmbedding`.
+
+    Attributes:
+        buckets: Number of distance buckets.
+        max_distance: R, in frames. All distances from R on share a bucket.
+    """
 
     buckets: int
     max_distance: int
 
 
 class FeedForward(nn.Module):
-    """Two linear layers with GELU and dropout between them."""
+    """Two linear layers with GELU and dropout between them (arXiv 1706.03762, section 3.3, with GELU for ReLU).
+
+    Args:
+        width: D, the number of input and output channels.
+        inner_width: Number of channels between the two layers.
+        activation_dropout: Dropout probability after GELU.
+    """
 
     def __init__(self, width: int, inner_width: int, *, activation_dropout: float) -> None:
         super().__init__()
@@ -92,21 +125,22 @@ class FeedForward(nn.Module):
         self.output_dense = PackedLinear(inner_width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, D) to (N, D), frame by frame."""
+        """Apply the block to each frame: (N, D) to (N, D)."""
         return functional.feed_forward(self, x)
 
 
 class TransformerLayer(nn.Module):
-    """Self-attention and feed-forward, each with a residual.
+    """A transformer layer: self-attention and feed-forward, each with dropout, a residual connection and a layer norm.
 
     Args:
-        attention: The self-attention.
-        width: D.
-        inner_width: Width of the feed-forward layer.
-        pre_norm: Norm before each block ("stable layer norm") instead of after its residual.
-        dropout: After each block.
-        activation_dropout: Inside the feed-forward layer.
-        eps: Of the layer norms.
+        attention: Self-attention module for frames of width D.
+        width: D, the number of channels of a frame.
+        inner_width: Number of channels between the two linear layers of the feed-forward block.
+        pre_norm: Normalise the input of each block ("stable layer norm" in Transformers), instead of the sum of block
+            and residual.
+        dropout: Dropout probability after each block.
+        activation_dropout: Dropout probability inside the feed-forward block.
+        eps: Added to the variance in the layer norms.
     """
 
     def __init__(
@@ -129,7 +163,16 @@ class TransformerLayer(nn.Module):
         self.final_layer_norm = nn.LayerNorm(width, eps=eps)
 
     def forward(self, x: Tensor, layout: Layout, distance_bias: Tensor | None = None) -> Tensor:
-        """(N, D) to (N, D); `distance_bias` (H, 2R + 1) is the attention's."""
+        """Run the layer.
+
+        Args:
+            x: (N, D) packed frames.
+            layout: Where each sequence begins.
+            distance_bias: (H, 2R + 1) bias of the attention logits by distance, see `ops.varlen_attention`.
+
+        Returns:
+            (N, D) frames.
+        """
         return self.chain(x, layout, distance_bias, self.layer_norm)[0]
 
     def chain(
@@ -140,17 +183,17 @@ class TransformerLayer(nn.Module):
         following: nn.LayerNorm,
         normalised: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The layer in a stack whose norms come before the blocks: the last residual and the next norm are one op.
+        """Run the layer within a `pre_norm` stack, with the last residual sum and the next layer's norm fused.
 
         Args:
-            x: (N, D) input.
+            x: (N, D) packed frames.
             layout: Where each sequence begins.
-            distance_bias: (H, 2R + 1) of the attention.
-            following: The norm that comes next.
-            normalised: (N, D) what the layer's first norm makes of `x`; None computes it.
+            distance_bias: (H, 2R + 1) bias of the attention logits by distance, or None.
+            following: The norm that is applied next, such as the first norm of the next layer.
+            normalised: (N, D) result of this layer's first norm on `x`; None computes it.
 
         Returns:
-            The output (N, D), and what `following` makes of it.
+            The output (N, D), and the result of `following` on it (N, D).
         """
         return functional.transformer_layer(
             self,
@@ -167,6 +210,7 @@ class TransformerLayer(nn.Module):
 def _attention(
     width: int, heads: int, dropout: float, positions: RelativePositions | None, *, first: bool
 ) -> SelfAttention:
+    """The attention of one layer: gated if `positions` is given, and with the table of biases if it is the `first`."""
     if positions is None:
         return SelfAttention(width, heads, dropout=dropout)
     embedding = None
@@ -176,24 +220,29 @@ def _attention(
 
 
 class Transformer(nn.Module):
-    """Positional convolution and a stack of layers.
+    """The transformer of a speech encoder: a convolutional positional embedding and a stack of layers.
 
     Args:
         depth: Number of layers.
-        width: D.
-        inner_width: Width of the feed-forward layers.
-        heads: H.
-        positional_kernel: Frames of the positional convolution.
-        positional_groups: Its channel groups.
-        pre_norm: Norm before each block, and once at the end ("stable layer norm"), instead of after each block.
-        dropout: After each block and after the positional embedding.
-        attention_dropout: On attention probabilities.
-        activation_dropout: Inside feed-forward layers.
+        width: D, the number of channels of a frame.
+        inner_width: Number of channels between the two linear layers of a feed-forward block.
+        heads: H, the number of attention heads; must divide `width`.
+        positional_kernel: Kernel width of the positional convolution, in frames.
+        positional_groups: Number of channel groups of the positional convolution.
+        pre_norm: Normalise the input of each block and the output of the last layer ("stable layer norm" in
+            Transformers), instead of the sum of block and residual.
+        dropout: Dropout probability after each block and after the positional embedding.
+        attention_dropout: Dropout probability of the attention probabilities.
+        activation_dropout: Dropout probability inside the feed-forward blocks.
         layer_drop: Probability of skipping a layer in training (LayerDrop, arXiv 1909.11556).
-        eps: Of the layer norms.
-        positional_depth: So many positional convolutions, each with a norm (data2vec); None is one with weight norm.
-        relative_positions: Gated attention with a bias by distance (WavLM); the first layer has the bias of all layers,
-            and is never skipped.
+        eps: Added to the variance in the layer norms.
+        positional_depth: Number of positional convolutions, each with a layer norm, as in data2vec. None uses one
+            convolution with weight norm, as in wav2vec 2.0.
+        relative_positions: Settings of WavLM's gated attention with a bias by distance; None uses ordinary attention.
+            The first layer holds the bias table of all layers and is never skipped.
+
+    Raises:
+        ValueError: `heads` does not divide `width`.
     """
 
     def __init__(
@@ -242,11 +291,15 @@ class Transformer(nn.Module):
         )
 
     def forward(self, frames: Packed, *, layer_drop: torch.Generator | None = None) -> list[Packed]:
-        """The input of each layer, then the output of the last, as Transformers orders its hidden states.
+        """Run all layers.
 
         Args:
-            frames: (N, D).
-            layer_drop: CPU generator from which the layers to skip are drawn in training; None takes torch's own.
+            frames: (N, D) packed frames.
+            layer_drop: CPU generator that decides which layers are skipped in training; None uses PyTorch's global one.
+
+        Returns:
+            The input of each layer, then the output of the last, like the hidden states of Transformers: `depth` + 1
+            times (N, D).
         """
         x, layout = frames
         position = self.pos_conv_embed(x, layout)

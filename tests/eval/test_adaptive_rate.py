@@ -231,7 +231,7 @@ def test_a_rate_that_cannot_be_learned(encoder: Encoder, table: Table) -> None:
         learn_rate(encoder, table, table, _DIGITS, price=-1.0)
     with pytest.raises(ValueError, match="spread: must be positive, got 0"):
         learn_rate(encoder, table, table, _DIGITS, price=0.0, spread=0.0)
-    with pytest.raises(ValueError, match=r"start, low, high: must rise .* got 0\.5 from 0\.6 to 1"):
+    with pytest.raises(ValueError, match=r"start, low, high: need .* got 0\.5, 0\.6, 1"):
         learn_rate(encoder, table, table, _DIGITS, price=0.0, bounds=(0.6, 1.0))
     for settings in (
         ProbeSettings("speaker", task="verification"),

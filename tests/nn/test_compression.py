@@ -325,10 +325,10 @@ def test_rejects_bad_input() -> None:
     cases: dict[str, Any] = {
         r"rate: must be from 0 to 2, got 2.1": lambda: fire(frames, rate=2.1),
         r"rate: must be from 0 to 2, got nan": lambda: fire(frames, rate=math.nan),
-        r"rate: expected a number or \(2,\).* got \(3,\)": lambda: fire(frames, rate=torch.ones(3)),
+        r"rate: expected a number or shape \(2,\).* got \(3,\)": lambda: fire(frames, rate=torch.ones(3)),
         r"frame_period_ms: must be from 20 to inf, got 19": lambda: fire(frames, frame_period_ms=19.0),
         r"frame_period_ms: must be from 20 to inf, got inf": lambda: fire(frames, frame_period_ms=math.inf),
-        r"rate and frame_period_ms: one of them": lambda: fire(frames, rate=1.0, frame_period_ms=40.0),
+        r"rate and frame_period_ms: give one of the two": lambda: fire(frames, rate=1.0, frame_period_ms=40.0),
         r"rate and frame_period_ms: 'average' has a fixed factor": lambda: average(frames, rate=1.0),
         r"frames: expected \(50, 16\), got \(50, 8\)": lambda: fire(frames_of([20, 30], channels=8)),
         r"frames: expected \(50, 16\), got \(50, 4\)": lambda: average(frames_of([20, 30], channels=4)),

@@ -89,7 +89,7 @@ def test_scale_gradient(factor: float) -> None:
 
 
 def test_rejects_bad_input() -> None:
-    with pytest.raises(ValueError, match="heads: 3 do not divide"):
+    with pytest.raises(ValueError, match=r"heads: must divide the width of .*, got 3"):
         Transformer(
             1,
             16,

@@ -154,10 +154,10 @@ STANDARD = Standard(
         "targets: expected .* got .* torch.float64": {"targets": TARGETS.double()},
         r"negatives: expected \(6, K\)": {"negatives": NEGATIVES[:5]},
         "negatives: expected .* got .* torch.float32": {"negatives": NEGATIVES.float()},
-        "negatives: must be -1 to 5, got 0 to 6": {"negatives": NEGATIVES + torch.tensor([0, 6, 1])},
-        "negatives: must be -1 to 5, got -2 to 0": {"negatives": NEGATIVES - torch.tensor([0, 2, 1])},
+        "negatives: must be from -1 to 5, got 0 to 6": {"negatives": NEGATIVES + torch.tensor([0, 6, 1])},
+        "negatives: must be from -1 to 5, got -2 to 0": {"negatives": NEGATIVES - torch.tensor([0, 2, 1])},
         "temperature: must be above 0": {"temperature": 0.0},
-        "backend='triton': not available.*it computes in float32": {
+        "backend='triton': not available.*its kernels compute in float32": {
             "context": CONTEXT.double(),
             "targets": TARGETS.double(),
             "backend": "triton",

@@ -92,7 +92,7 @@ BAD: dict[str, dict[str, Any]] = {
 }
 if "triton" in BACKENDS["dropout_add_layer_norm"]["cpu"]:
     double = {"x": X.double(), "residual": X.double()}
-    BAD["backend='triton': .*computes in float32.*available: .*reference"] = {"backend": "triton"} | double
+    BAD["backend='triton': .*compute in float32.*available: .*reference"] = {"backend": "triton"} | double
 
 STANDARD = Standard(
     op="dropout_add_layer_norm",

@@ -122,7 +122,7 @@ STANDARD = Standard(
         "x: must be floating point": {"x": torch.ones(20, 4, dtype=torch.int64)},
         r"weights: expected \(20,\), got \(20, 1\)": {"weights": WEIGHTS[:, None]},
         "weights: must be floating point": {"weights": torch.ones(20, dtype=torch.int64)},
-        "weights and layout: must be on cpu": {"weights": WEIGHTS.to("meta")},
+        "weights and layout: must both be on cpu": {"weights": WEIGHTS.to("meta")},
         "weights: must be finite and not negative": {"weights": WEIGHTS.index_fill(0, FIFTH, -1e-3)},
         "weights: must be finite": {"weights": WEIGHTS.index_fill(0, torch.tensor([19]), math.nan)},
         "must be finite and not negative": {"weights": WEIGHTS.index_fill(0, FIFTH, math.inf)},

@@ -383,7 +383,7 @@ def test_autocast_reaches_the_arguments_and_not_the_op() -> None:
 
 def test_rejects_bad_stacks() -> None:
     layout = layout_of((12, 8))
-    with pytest.raises(ValueError, match="layers: there must be at least one"):
+    with pytest.raises(ValueError, match="layers: expected at least one"):
         strided_conv_stack(X, [], layout)
     with pytest.raises(ValueError, match=r"layers\[1\].weight: expected \(C_out, 6, K\)"):
         strided_conv_stack(X, [StridedConvLayer(WEIGHT, 2), StridedConvLayer(WEIGHT, 2)], layout)

@@ -160,7 +160,7 @@ STANDARD = Standard(
         r"q: expected \(20, H, E\)": {"q": torch.randn(19, 2, 4)},
         r"q: expected .* got \(20, 8\)": {"q": torch.randn(20, 8)},
         r"k: expected \(20, 2, 4\)": {"k": torch.randn(20, 1, 4)},
-        "v: expected .* torch.float32, as q, got .* torch.float64": {"v": V.double()},
+        "v: expected .* torch.float32 like q, got .* torch.float64": {"v": V.double()},
         "dropout_p: must be": {"dropout_p": 1.0},
         r"seed: expected \(\) torch.int64": {"dropout_p": 0.1, "seed": torch.tensor([1])},
         "seed: expected .* got .* torch.int32": {"dropout_p": 0.1, "seed": torch.tensor(1, dtype=torch.int32)},

@@ -1,1 +1,1 @@
-"""Dropout of GELU(x + bias), with the mask recomputed in the backward."""
+"""Dropout of GELU(x + bias); the backward pass recomputes the mask."""

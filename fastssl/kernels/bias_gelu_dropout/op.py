@@ -24,7 +24,7 @@ def _fake_forward(
 def _fake_backward(
     grad_out: Tensor, x: Tensor, bias: Tensor | None, dropout_p: float, seed: Tensor | None, offset: int
 ) -> tuple[Tensor, Tensor]:
-    # A schema cannot return None: the gradient of a bias that was not given is empty.
+    # A schema cannot return None, so the gradient of a missing bias is an empty tensor.
     return x.new_empty(x.shape), x.new_empty(0) if bias is None else bias.new_empty(bias.shape)
 
 
@@ -62,28 +62,30 @@ def bias_gelu_dropout(
     offset: int = 0,
     backend: str | None = None,
 ) -> Tensor:  # (N, D)
-    """Dropout of GELU(x + bias), with the exact GELU (arXiv 1606.08415), as the feed-forward layer has it.
+    """Dropout of GELU(x + bias), with the exact GELU (arXiv 1606.08415), the middle of a feed-forward block.
 
-    The dropout mask is that of `fastssl.kernels.philox`: a function of seed, offset and the element's place in `x`.
+    `fastssl.kernels.philox` defines the dropout mask as a function of the seed, the offset and the place of an element
+    in `x`.
 
     Args:
         x: (N, D) frames.
-        bias: (D,) of any floating dtype, or None. It belongs here rather than in the matrix product before, because
-            its gradient is the sum of what the backward has in hand.
-        dropout_p: Probability of dropping an element; the kept ones are scaled by 1 / (1 - dropout_p).
-        seed: () int64 on the device of `x`: the same seed drops the same elements. None draws one from PyTorch's
-            generator of that device, without waiting for it, so activation checkpointing repeats it.
-        offset: First Philox block of the mask, which takes ceil(N D / 4), so that several masks may share a seed.
-        backend: See `fastssl.ops`; None takes the fastest there is.
+        bias: (D,) of any floating dtype, or None. Pass the bias of the preceding linear layer here: the backward pass
+            of this op gets its gradient without another pass over memory.
+        dropout_p: Probability of dropping an element; the kept ones are multiplied by 1 / (1 - dropout_p).
+        seed: () int64 on the device of `x`; the same seed drops the same elements. None draws a seed from PyTorch's
+            generator of that device, which activation checkpointing repeats. The host does not wait for it.
+        offset: Number of the first Philox block of the mask. A mask uses ceil(N D / 4) blocks, so several masks can
+            share a seed.
+        backend: Implementation to run, see `fastssl.ops`; None picks the fastest available.
 
     Returns:
         (N, D) in the dtype of `x`, computed in at least fp32. Autocast does not change this op.
 
     Raises:
-        ValueError: Shapes, dtypes or options do not fit, or `backend` cannot serve the call.
+        ValueError: A shape, dtype or option is invalid, or `backend` cannot run this call.
     """
     _check(x, bias)
-    chosen = _OP.choose(x, backend, {"triton": "it computes in float32" if x.dtype == torch.float64 else None})
+    chosen = _OP.choose(x, backend, {"triton": "its kernels compute in float32" if x.dtype == torch.float64 else None})
     seed = philox.resolve_seed(seed, dropout_p=dropout_p, offset=offset, device=x.device)
     with autocast_off(x):
         if chosen == "reference":
@@ -102,4 +104,4 @@ def _check(x: Tensor, bias: Tensor | None) -> None:
     if bias is not None and bias.shape != x.shape[1:]:
         raise ValueError(f"bias: expected ({x.shape[1]},), got {tuple(bias.shape)}")
     if bias is not None and bias.device != x.device:
-        raise ValueError(f"bias: is on {bias.device}, x on {x.device}")
+        raise ValueError(f"bias: is on {bias.device}, must be on {x.device} like x")

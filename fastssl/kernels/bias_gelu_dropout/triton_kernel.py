@@ -1,4 +1,4 @@
-"""Triton kernels of `bias_gelu_dropout`: tiles of frames by channels, each read once and written once."""
+"""Triton kernels of `bias_gelu_dropout`. A tile is a block of frames by a block of channels, read and written once."""
 
 from collections.abc import Callable
 from functools import partial
@@ -11,20 +11,21 @@ from torch import Tensor
 
 from fastssl.kernels.philox_triton import keep_mask
 
-#: Values that differ from call to call: a kernel compiled anew for each would be slower than one that ignores them.
+#: Arguments that change from call to call. Triton must not specialise on them, or it would recompile for new values.
 _CHANGING = ["rows", "rows_per_program", "offset", "threshold"]
-#: The backward cuts the rows into so many shares at most, each with a partial sum of the bias's gradient.
+#: Largest number of shares into which the backward cuts the rows; each has a partial sum of the bias's gradient.
 _MAX_SHARES = 128
 
 
 @triton.jit
 def _normal_below(x):
-    """The probability that a standard normal number is below x."""
+    """Distribution function of the standard normal distribution: the probability of a number below x."""
     return 0.5 * (1 + tl.erf(x * 0.7071067811865476))
 
 
 @triton.jit
 def _load_bias(bias_ptr, columns, in_width, HAS_BIAS: tl.constexpr):
+    """Load (1, columns) of the bias; zeros if there is none."""
     if HAS_BIAS:
         return tl.load(bias_ptr + columns, mask=in_width, other=0)[None, :]
     return tl.zeros_like(columns).to(tl.float32)[None, :]
@@ -46,6 +47,7 @@ def _forward_kernel(
     HAS_BIAS: tl.constexpr,
     DROPOUT: tl.constexpr,
 ):
+    """One tile of dropout(GELU(x + bias))."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     first_column = tl.program_id(1) * BLOCK_D
     columns = first_column + tl.arange(0, BLOCK_D)
@@ -80,6 +82,7 @@ def _backward_kernel(
     HAS_BIAS: tl.constexpr,
     DROPOUT: tl.constexpr,
 ):
+    """Gradient of x for one share of the rows and BLOCK_D columns, and its sum over the rows for the bias."""
     share = tl.program_id(0)
     first_column = tl.program_id(1) * BLOCK_D
     columns = first_column + tl.arange(0, BLOCK_D)
@@ -106,13 +109,15 @@ def _backward_kernel(
 
 
 class _Blocks(NamedTuple):
+    """Rows and columns of a tile, and warps per program."""
+
     BLOCK_N: int
     BLOCK_D: int
     num_warps: int
 
 
 def _blocks(width: int) -> _Blocks:
-    """A tile of 2048 elements, 16 per thread."""
+    """Tile of 2048 elements, 16 per thread."""
     block_d = min(max(triton.next_power_of_2(width), 16), 256)
     return _Blocks(2048 // block_d, block_d, 4)
 
@@ -124,7 +129,7 @@ def bias_gelu_dropout_fwd(
     seed: Tensor | None,  # ()
     offset: int,
 ) -> Tensor:
-    """Dropout of GELU(x + bias)."""
+    """Kernel of `fastssl_triton::bias_gelu_dropout_fwd`: (N, D) in the dtype of `x`. Arguments are contiguous."""
     rows, width = x.shape
     out = torch.empty_like(x)
     blocks = _blocks(width)
@@ -155,11 +160,11 @@ def bias_gelu_dropout_bwd(
     seed: Tensor | None,  # ()
     offset: int,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of x and of the bias (empty without one)."""
+    """Gradients of `x` and of `bias` (empty if it is None). Arguments are contiguous."""
     rows, width = x.shape
     grad_x = torch.empty_like(x)
     blocks = _blocks(width)
-    # Whole tiles, as many to one share as to another.
+    # Give every share the same number of whole tiles.
     tiles = triton.cdiv(rows, blocks.BLOCK_N)
     rows_per_program = max(triton.cdiv(tiles, _MAX_SHARES), 1) * blocks.BLOCK_N
     shares = triton.cdiv(rows, rows_per_program)
@@ -187,7 +192,7 @@ def bias_gelu_dropout_bwd(
 
 
 def ahead_of_time_cases() -> dict[str, Callable[[], object]]:
-    """For tests/ops/ahead_of_time.py: label -> a call whose launches it compiles."""
+    """Label -> a call whose kernel launches tests/ops/ahead_of_time.py records and compiles."""
 
     def call(width: int, dtype: torch.dtype, *, dropout: bool, with_bias: bool) -> None:
         x = torch.empty(1000, width, dtype=dtype)

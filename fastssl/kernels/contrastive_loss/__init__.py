@@ -1,1 +1,1 @@
-"""The contrastive loss of wav2vec 2.0, with which frames were told apart from their negatives."""
+"""The contrastive loss of wav2vec 2.0, and whether each frame's own target scored highest."""

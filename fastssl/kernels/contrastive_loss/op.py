@@ -67,40 +67,40 @@ def contrastive_loss(
     temperature: float = 0.1,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:  # (N,), (N,)
-    """Tell the target of a masked frame from K others (wav2vec 2.0, arXiv 2006.11477, equation 3).
+    """Contrastive loss between each masked frame's target and K negatives (wav2vec 2.0, arXiv 2006.11477, equation 3).
 
-    The logits of frame n are the cosines of context[n] with targets[n] and with targets[negatives[n]], divided by the
-    temperature; its loss is their logsumexp less the first one. A negative is left out where it is -1, or where its
-    target equals targets[n] in every element, as in fairseq and Transformers.
+    The logits of frame n are the cosine similarities of context[n] with targets[n] and with targets[negatives[n]],
+    divided by the temperature. Its loss is the logsumexp of the logits minus the first logit. A negative is ignored if
+    it is -1, or if its target equals targets[n] in every element, as in fairseq and Transformers.
 
     Args:
-        context: (N, D) what the encoder says at the masked frames.
-        targets: (N, D) the quantised features of the same frames, in the dtype of `context`.
-        negatives: (N, K) int32 or int64 rows of `targets`, which may repeat; -1 is none. Checked on the CPU only: on a
-            GPU that would wait for the device.
-        temperature: What the cosines are divided by, above 0.
-        backend: See `fastssl.ops`; None takes the fastest there is.
+        context: (N, D) encoder outputs at the masked frames.
+        targets: (N, D) quantised features of the same frames, in the dtype of `context`.
+        negatives: (N, K) int32 or int64 row numbers in `targets`; they may repeat, and -1 stands for no negative. The
+            range is checked on the CPU only, because on a GPU the check would make the host wait.
+        temperature: The cosine similarities are divided by this; above 0.
+        backend: Implementation to run, see `fastssl.ops`; None picks the fastest available.
 
     Returns:
-        The loss (N,) in fp32 (fp64 for fp64 input), and whether the frame was told apart, (N,) bool: its target scores
-        no lower than every negative left and higher than at least one. A frame without negatives has loss 0 and is not
-        told apart. Autocast changes nothing.
+        The loss of each frame, (N,) in fp32 (fp64 for fp64 input); and whether its own target scored highest, (N,)
+        bool: no lower than any negative that is not ignored, and higher than at least one. Without such negatives the
+        loss is 0 and the bool is False. Autocast does not change this op.
 
     Raises:
-        ValueError: Shapes, dtypes or options do not fit, or `backend` cannot serve the call.
+        ValueError: A shape, dtype or option is invalid, or `backend` cannot run this call.
     """
     _check(context, targets, negatives, temperature)
-    unsupported = {"triton": "it computes in float32" if context.dtype == torch.float64 else None}
+    unsupported = {"triton": "its kernels compute in float32" if context.dtype == torch.float64 else None}
     chosen = _OP.choose(context, backend, unsupported)
     with autocast_off(context):
-        if chosen != "native":  # which checks rows as it reads them
+        if chosen != "native":  # the native kernel checks row numbers as it reads them
             _check_rows(negatives)
         if chosen == "reference":
             return reference.contrastive_loss(context, targets, negatives, temperature=temperature)
         try:
             loss, correct = _ContrastiveLoss.apply(chosen, context, targets, negatives, temperature)
         except RuntimeError:
-            _check_rows(negatives)  # the compiled kernel found a row that is none; this says which
+            _check_rows(negatives)  # if the compiled kernel found an invalid row number, raise a message with the range
             raise
     return loss, correct
 
@@ -110,7 +110,7 @@ def _check(context: Tensor, targets: Tensor, negatives: Tensor, temperature: flo
         raise ValueError(f"context: expected (N, D), got {tuple(context.shape)}")
     if targets.shape != context.shape or targets.dtype != context.dtype:
         raise ValueError(
-            f"targets: expected {tuple(context.shape)} {context.dtype}, as context,"
+            f"targets: expected {tuple(context.shape)} {context.dtype} like context,"
             f" got {tuple(targets.shape)} {targets.dtype}"
         )
     if negatives.dim() != 2 or len(negatives) != len(context) or negatives.dtype not in (torch.int32, torch.int64):
@@ -123,8 +123,9 @@ def _check(context: Tensor, targets: Tensor, negatives: Tensor, temperature: flo
 
 
 def _check_rows(negatives: Tensor) -> None:
-    # Reading the values would break a compiled graph in two, and on a GPU make the host wait.
+    """Raise if a row number is out of range; does nothing on a GPU or inside `torch.compile`."""
+    # Reading the values would break a graph in `torch.compile`, and make the host wait for a GPU.
     if negatives.device.type == "cpu" and negatives.numel() > 0 and not torch.compiler.is_compiling():
         lowest, highest = (int(bound) for bound in negatives.aminmax())
         if lowest < -1 or highest >= len(negatives):
-            raise ValueError(f"negatives: must be -1 to {len(negatives) - 1}, got {lowest} to {highest}")
+            raise ValueError(f"negatives: must be from -1 to {len(negatives) - 1}, got {lowest} to {highest}")

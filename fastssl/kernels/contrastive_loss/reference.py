@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_EPS = 1e-8  # of the norms, as in torch.nn.functional.cosine_similarity
-_ROW_TILE = 48
+_EPS = 1e-8  # lower limit of the norms, as in torch.nn.functional.cosine_similarity
+_ROW_TILE = 48  # rows are padded to a multiple of this
 
 
 def contrastive_loss(
@@ -15,15 +15,16 @@ def contrastive_loss(
     *,
     temperature: float,
 ) -> tuple[Tensor, Tensor]:  # (N,), (N,)
-    """All cosines by one GEMM, then the K + 1 that count. Arguments as in `fastssl.ops.contrastive_loss`."""
+    """Compute all N x N cosines by one matrix product, then gather K + 1 per frame. Arguments as in `op.py`."""
     accumulation = torch.promote_types(context.dtype, torch.float32)
     frames = torch.arange(len(context), device=context.device).unsqueeze(1)
-    # A negative that is none becomes the frame itself, which is left out because it equals itself.
+    # Replace -1 by the frame itself, which is then ignored because its target equals the frame's own target.
     negatives = torch.where(negatives < 0, frames, negatives)
     groups = _groups_of_equal_rows(targets.detach().to(accumulation))
     valid = groups[negatives] != groups.unsqueeze(1)
 
-    # A GEMM gives the rows of whole tiles the same bits in every batch. A row of zeros has norm _EPS, so it stays zero.
+    # With whole tiles, a matrix product gives a row the same bits in every batch. Rows of padding stay zero, because
+    # their norm is clamped to _EPS.
     padding = (0, 0, 0, -len(context) % _ROW_TILE)
     context, targets = (F.normalize(F.pad(x.to(accumulation), padding), dim=1, eps=_EPS) for x in (context, targets))
     cosines = (context @ targets.t()).gather(1, torch.cat([frames, negatives], 1))
@@ -38,10 +39,16 @@ def contrastive_loss(
 def _groups_of_equal_rows(
     rows: Tensor,  # (N, D)
 ) -> Tensor:  # (N,)
-    """A number per row; two rows have the same one if and only if they are equal.
+    """Number the rows so that two rows have the same number if and only if they are equal.
 
-    Sorting by a 64-bit hash brings equal rows together, and comparing neighbours makes sure. Only if two different rows
-    had the same hash could equal ones stay apart, for which the odds are below 1e-9 per pair of rows.
+    Rows are sorted by a 64-bit hash, which brings equal rows together, and then compared with their neighbours. The
+    result can be wrong only if two different rows have the same hash: a chance below 1e-9 for each pair of rows.
+
+    Args:
+        rows: (N, D) in fp32 or fp64.
+
+    Returns:
+        (N,) int64 numbers.
     """
     words = torch.where(rows == 0, 0.0, rows).contiguous().view(torch.int32).long()  # 0.0 and -0.0 are equal
     base = torch.full((words.shape[1],), 0x9E3779B97F4A7C15 - 2**64, device=rows.device)

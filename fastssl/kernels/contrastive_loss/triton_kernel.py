@@ -1,8 +1,8 @@
-"""Triton kernels of `contrastive_loss`: rows are gathered by their number. README.md has the formulas.
+"""Triton kernels of `contrastive_loss`, which gather rows by number. README.md has the formulas.
 
-A program serves one frame, or in the last kernel one target, and nobody else writes its results: no atomics, and the
-bits of a frame do not depend on its batch. Column 0 of the candidates of a frame is its own target, so that it passes
-through the same arithmetic as the negatives behind it.
+A program computes one frame (in the last kernel, one target) and is the only one to write its results. So the kernels
+need no atomics, and the bits of a frame do not depend on its batch. The candidates of a frame are its own target, in
+column 0, and its negatives; all go through the same arithmetic.
 """
 
 from collections.abc import Callable
@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_EPS = tl.constexpr(1e-8)  # of the norms, as in torch.nn.functional.cosine_similarity
-#: Sizes that differ from batch to batch: a kernel compiled anew for each would be slower than one that ignores them.
+_EPS = tl.constexpr(1e-8)  # lower limit of the norms, as in torch.nn.functional.cosine_similarity
+#: Sizes that change from batch to batch. Triton must not specialise on them, or it would recompile for new values.
 _SIZES = ["frames"]
 
 
@@ -22,13 +22,14 @@ _SIZES = ["frames"]
 def _measure_rows_kernel(
     context_ptr,  # (N, D)
     targets_ptr,  # (N, D)
-    scale_ptr,  # (2, N) 1 / max(norm, eps) of the rows of context and targets
-    hash_ptr,  # (N,) int32, equal for equal targets
+    scale_ptr,  # (2, N) output: 1 / max(norm, eps) of the rows of context and of targets
+    hash_ptr,  # (N,) int32 output: equal for equal targets
     frames,
     D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """1 / norm of BLOCK_N rows of context and targets, and hashes of the target rows."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     begin = rows.to(tl.int64)[:, None] * D
     context_squares = tl.zeros((BLOCK_N,), tl.float32)
@@ -50,7 +51,7 @@ def _measure_rows_kernel(
 
 @triton.jit
 def _candidates(negatives_ptr, frame, places, K: tl.constexpr):
-    """Rows of targets: the frame's own, then its negatives; -1 where there is none."""
+    """Row numbers in targets at some places of a frame's candidates: itself, then its negatives; -1 for none."""
     rows = tl.load(negatives_ptr + frame.to(tl.int64) * K + places - 1, mask=(places > 0) & (places <= K), other=-1)
     return tl.where(places == 0, frame, rows.to(tl.int32))
 
@@ -72,6 +73,7 @@ def _forward_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """Logits, loss and correctness of one frame, with a running logsumexp over blocks of candidates."""
     frame = tl.program_id(0)
     own_begin = frame.to(tl.int64) * D
     own_scale = tl.load(scale_ptr + frame) * inverse_temperature
@@ -95,7 +97,7 @@ def _forward_kernel(
         scale = tl.load(scale_ptr + frames + rows, mask=left, other=0)
         logits = tl.sum(products, 1) * (own_scale * scale)
 
-        # Only where the hashes are equal can the rows be; then, seldom, their elements decide.
+        # Rows can be equal only if their hashes are. In that rare case, compare all elements.
         same = left & (places > 0) & (tl.load(hash_ptr + rows, mask=left, other=0) == tl.load(hash_ptr + frame))
         if tl.sum(same.to(tl.int32)) > 0:
             differences = tl.zeros((BLOCK_K,), tl.int32)
@@ -109,7 +111,7 @@ def _forward_kernel(
         logits = tl.where(left, logits, -float("inf"))
         tl.store(logits_ptr + frame.to(tl.int64) * (K + 1) + places, logits, mask=places <= K)
 
-        positive += tl.sum(tl.where(places == 0, logits, 0.0))  # it is in the first tile
+        positive += tl.sum(tl.where(places == 0, logits, 0.0))  # only the first tile has place 0
         higher = tl.maximum(highest, tl.max(logits))
         if higher > -float("inf"):
             exponentials = exponentials * tl.exp(highest - higher) + tl.sum(tl.exp(logits - higher))
@@ -130,7 +132,7 @@ def _backward_context_kernel(
     scale_ptr,  # (2, N)
     loss_ptr,  # (N,)
     logits_ptr,  # (N, K + 1)
-    weights_ptr,  # (N, K + 1) gradient with respect to the cosines
+    weights_ptr,  # (N, K + 1) output: gradient of the cosines
     grad_context_ptr,  # (N, D)
     frames,
     temperature,
@@ -139,6 +141,7 @@ def _backward_context_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """Gradients of one frame's cosines and of BLOCK_D channels of its context row."""
     frame = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     logits_ptr += frame.to(tl.int64) * (K + 1)
@@ -172,8 +175,8 @@ def _backward_targets_kernel(
     scale_ptr,  # (2, N)
     logits_ptr,  # (N, K + 1)
     weights_ptr,  # (N, K + 1)
-    pairs_ptr,  # (N * (K + 1),) places in logits, sorted by the target that they belong to
-    begins_ptr,  # (N + 1,) where the places of each target begin
+    pairs_ptr,  # (N * (K + 1),) indices into the flattened logits, sorted by target
+    begins_ptr,  # (N + 1,) where the indices of each target begin
     grad_targets_ptr,  # (N, D)
     frames,
     temperature,
@@ -182,6 +185,7 @@ def _backward_targets_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """Gradient of BLOCK_D channels of one target row: a sum over the frames that have it as a candidate."""
     target = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     end = tl.load(begins_ptr + target + 1)
@@ -190,7 +194,7 @@ def _backward_targets_kernel(
     for first in range(tl.load(begins_ptr + target), end, BLOCK_K):
         numbers = first + tl.arange(0, BLOCK_K)
         left = numbers < end
-        places = tl.load(pairs_ptr + numbers, mask=left, other=0).to(tl.int32)  # 32 bits divide much faster
+        places = tl.load(pairs_ptr + numbers, mask=left, other=0).to(tl.int32)  # division is much faster in 32 bits
         rows = places // (K + 1)
         weights = tl.load(weights_ptr + places, mask=left, other=0)
         along += weights * tl.load(logits_ptr + places, mask=left, other=0) * temperature
@@ -204,7 +208,7 @@ def _backward_targets_kernel(
 
 @triton.jit
 def _store_gradient(grad_ptr, x_ptr, scale, grad_unit, along, row, columns, D: tl.constexpr):
-    """Takes the gradient of x / max(norm, eps) to that of x; `along` is its product with the unit row."""
+    """Store the gradient of x, from that of u = x / max(norm, eps); `along` is the dot product of the latter with u."""
     place = row.to(tl.int64) * D + columns
     unit = tl.load(x_ptr + place, mask=columns < D, other=0).to(tl.float32) * scale
     along = tl.where(scale < 1 / _EPS, along, 0.0)
@@ -213,12 +217,13 @@ def _store_gradient(grad_ptr, x_ptr, scale, grad_unit, along, row, columns, D: t
 
 
 def _blocks(width: int) -> tuple[int, int]:
-    """BLOCK_K and BLOCK_D: a tile of at most 4096 numbers, 32 for each thread."""
+    """BLOCK_K and BLOCK_D of a tile of at most 4096 numbers, 32 per thread."""
     block_d = min(256, max(16, triton.next_power_of_2(width)))
     return min(32, 4096 // block_d), block_d
 
 
-def _measure_rows(context: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def _measure_rows(context: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:  # (2, N), (N,)
+    """1 / norm of the rows of both tensors, and hashes of the targets."""
     frames, width = context.shape
     scale = context.new_empty((2, frames), dtype=torch.float32)
     hashes = context.new_empty(frames, dtype=torch.int32)
@@ -235,7 +240,7 @@ def contrastive_loss_fwd(
     negatives: Tensor,  # (N, K)
     temperature: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # (N,), (N,), (N, K + 1)
-    """Loss, whether a frame is told apart, and the logits, -inf where left out. All arguments are contiguous."""
+    """Loss, whether the target scored highest, and the logits (-inf where ignored). Arguments are contiguous."""
     frames, count = negatives.shape
     loss = context.new_empty(frames, dtype=torch.float32)
     correct = context.new_empty(frames, dtype=torch.bool)
@@ -274,7 +279,7 @@ def contrastive_loss_bwd(
     logits: Tensor,  # (N, K + 1)
     temperature: float,
 ) -> tuple[Tensor, Tensor]:  # (N, D), (N, D)
-    """Gradients of context and targets. All arguments are contiguous."""
+    """Gradients of `context` and `targets`. Arguments are contiguous."""
     frames, count = negatives.shape
     grad_context, grad_targets = torch.empty_like(context), torch.empty_like(targets)
     if context.numel() == 0:
@@ -302,7 +307,7 @@ def contrastive_loss_bwd(
             BLOCK_K=block_k,
             BLOCK_D=block_d,
         )
-        # The pairs of a frame and a candidate, by candidate; a stable sort keeps the order of the frames.
+        # Sort the pairs of a frame and a candidate by candidate. The sort is stable, so frames keep their order.
         numbers = torch.arange(frames + 1, device=context.device, dtype=torch.int32)
         negatives = torch.where(logits[:, 1:] > -torch.inf, negatives.to(torch.int32), frames)
         candidates = torch.cat((numbers[:-1].unsqueeze(1), negatives), 1)
@@ -328,7 +333,7 @@ def contrastive_loss_bwd(
 
 
 def ahead_of_time_cases() -> dict[str, Callable[[], object]]:
-    """Label -> a call for tests/ops/ahead_of_time.py, which compiles what it would launch."""
+    """Label -> a call whose kernel launches tests/ops/ahead_of_time.py records and compiles."""
     return {
         f"{dtype}, D={width}".replace("torch.", ""): partial(_forward_and_backward, width, dtype)
         for dtype in (torch.bfloat16, torch.float32, torch.float16)

@@ -1,1 +1,1 @@
-"""Layer norm of residual + dropout(x), with the mask recomputed in the backward."""
+"""Layer norm of residual + dropout(x); the backward pass recomputes the mask."""

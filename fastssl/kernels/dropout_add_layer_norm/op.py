@@ -10,7 +10,7 @@ from fastssl.kernels import philox
 from fastssl.kernels.dispatch import Op, autocast_off, contiguous, to_autocast_dtype
 from fastssl.kernels.dropout_add_layer_norm import reference
 
-#: A row is held in the registers of one block of threads.
+#: Largest number of channels: a thread block holds a whole row in its registers.
 _TRITON_MAX_WIDTH = 8192
 
 
@@ -33,7 +33,7 @@ def _fake_forward(
 def _fake_backward(
     grad_out: Tensor,  # (N, D)
     grad_sum: Tensor | None,  # (N, D)
-    x: Tensor,  # the sum with `prenorm`, which has no residual here
+    x: Tensor,  # with `prenorm` the sum, and then `residual` is None
     residual: Tensor | None,
     weight: Tensor,
     mean: Tensor,  # (N,)
@@ -42,7 +42,7 @@ def _fake_backward(
     seed: Tensor | None,
     offset: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    # Without dropout the gradient of x is that of the residual, and the first result is empty.
+    # Without dropout, the gradients of x and residual are equal, and the first result is empty.
     grad_x = x.new_empty(x.shape if dropout_p > 0 else 0)
     return grad_x, x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape)
 
@@ -120,30 +120,32 @@ def dropout_add_layer_norm(
     prenorm: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:  # (N, D), with `prenorm` twice
-    """Layer norm (arXiv 1607.06450, equation 3) of residual + dropout(x), as a transformer layer joins its branches.
+    """Layer norm (arXiv 1607.06450, equation 3) of residual + dropout(x), the end of a block of a transformer layer.
 
-    The dropout mask is that of `fastssl.kernels.philox`: a function of seed, offset and the element's place in `x`.
+    `fastssl.kernels.philox` defines the dropout mask as a function of the seed, the offset and the place of an element
+    in `x`.
 
     Args:
-        x: (N, D) frames of the branch, which dropout falls on.
-        residual: (N, D), in the dtype of `x`.
-        weight: (D,) of the norm, of any floating dtype.
-        bias: (D,) of the norm, of any floating dtype.
+        x: (N, D) output of the block, which dropout is applied to.
+        residual: (N, D) input of the block, in the dtype of `x`.
+        weight: (D,) scale of the norm, of any floating dtype.
+        bias: (D,) shift of the norm, of any floating dtype.
         eps: Added to the variance.
-        dropout_p: Probability of dropping an element of `x`; the kept ones are scaled by 1 / (1 - dropout_p).
-        seed: () int64 on the device of `x`: the same seed drops the same elements. None draws one from PyTorch's
-            generator of that device, without waiting for it, so activation checkpointing repeats it.
-        offset: First Philox block of the mask, which takes ceil(N D / 4), so that several masks may share a seed.
-        prenorm: Return the sum too, which a layer with its norm before the block carries on as its residual. Then the
-            norm is of the sum as it is returned, rounded to its dtype.
-        backend: See `fastssl.ops`; None takes the fastest there is.
+        dropout_p: Probability of dropping an element of `x`; the kept ones are multiplied by 1 / (1 - dropout_p).
+        seed: () int64 on the device of `x`; the same seed drops the same elements. None draws a seed from PyTorch's
+            generator of that device, which activation checkpointing repeats. The host does not wait for it.
+        offset: Number of the first Philox block of the mask. A mask uses ceil(N D / 4) blocks, so several masks can
+            share a seed.
+        prenorm: Also return the sum, which a layer that normalises the inputs of its blocks needs as the next
+            residual. The sum is then rounded to its dtype before it is normalised.
+        backend: Implementation to run, see `fastssl.ops`; None picks the fastest available.
 
     Returns:
-        The normalised frames (N, D), with `prenorm` also the sum (N, D), in the dtype of `x`, which under autocast is
-        autocast's for `x` and `residual`. Sum and norm are computed in at least fp32.
+        The normalised frames (N, D), and with `prenorm` also the sum (N, D), in the dtype of `x`. Under autocast, `x`
+        and `residual` are cast to autocast's dtype first. Sum and norm are computed in at least fp32.
 
     Raises:
-        ValueError: Shapes, dtypes or options do not fit, or `backend` cannot serve the call.
+        ValueError: A shape, dtype or option is invalid, or `backend` cannot run this call.
     """
     x, residual = to_autocast_dtype(x, residual)
     _check(x, residual, weight, bias)
@@ -172,10 +174,11 @@ def dropout_add_layer_norm(
 
 
 def _why_not_triton(x: Tensor) -> str | None:
+    """The reason why the Triton kernels cannot run this call, None if they can."""
     if x.dtype == torch.float64:
-        return "it computes in float32"
+        return "its kernels compute in float32"
     if x.shape[1] > _TRITON_MAX_WIDTH:
-        return f"it takes at most {_TRITON_MAX_WIDTH} channels, not {x.shape[1]}"
+        return f"its kernels take at most {_TRITON_MAX_WIDTH} channels, not {x.shape[1]}"
     return None
 
 
@@ -186,11 +189,11 @@ def _check(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> None:
         raise ValueError(f"x: must be floating point, got {x.dtype}")
     if residual.shape != x.shape or residual.dtype != x.dtype:
         raise ValueError(
-            f"residual: expected {tuple(x.shape)} {x.dtype}, as x, got {tuple(residual.shape)} {residual.dtype}"
+            f"residual: expected {tuple(x.shape)} {x.dtype} like x, got {tuple(residual.shape)} {residual.dtype}"
         )
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter.shape != x.shape[1:]:
             raise ValueError(f"{name}: expected ({x.shape[1]},), got {tuple(parameter.shape)}")
     for name, tensor in (("residual", residual), ("weight", weight), ("bias", bias)):
         if tensor.device != x.device:
-            raise ValueError(f"{name}: is on {tensor.device}, x on {x.device}")
+            raise ValueError(f"{name}: is on {tensor.device}, must be on {x.device} like x")

@@ -1,4 +1,4 @@
-"""Triton kernels of `dropout_add_layer_norm`: a row is in registers from its one read to its one write."""
+"""Triton kernels of `dropout_add_layer_norm`. A row is read once, stays in registers, and is written once."""
 
 from collections.abc import Callable
 from functools import partial
@@ -11,9 +11,9 @@ from torch import Tensor
 
 from fastssl.kernels.philox_triton import keep_mask
 
-#: Values that differ from call to call: a kernel compiled anew for each would be slower than one that ignores them.
+#: Arguments that change from call to call. Triton must not specialise on them, or it would recompile for new values.
 _CHANGING = ["rows", "rows_per_program", "offset", "threshold"]
-#: The backward has so many programs at most, each with a partial sum of the parameters' gradients.
+#: Largest number of programs of the backward; each has a partial sum of the parameters' gradients.
 _MAX_PROGRAMS = 1024
 
 
@@ -21,7 +21,7 @@ _MAX_PROGRAMS = 1024
 def _sum_of_branches(
     x_ptr, residual_ptr, index, inside, keep, keep_scale, HAS_RESIDUAL: tl.constexpr, DROPOUT: tl.constexpr
 ):
-    """The sum of residual and dropout(x) in fp32; without a residual `x` is the sum itself."""
+    """Load residual + dropout(x) in fp32; without a residual, `x_ptr` points to the sum itself."""
     x = tl.load(x_ptr + index, mask=inside, other=0).to(tl.float32)
     if HAS_RESIDUAL:
         if DROPOUT:
@@ -52,6 +52,7 @@ def _forward_kernel(
     PRENORM: tl.constexpr,
     DROPOUT: tl.constexpr,
 ):
+    """Sum, statistics and normalised sum of BLOCK_N rows."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = tl.arange(0, BLOCK_D)
     in_width = columns < WIDTH
@@ -101,6 +102,7 @@ def _backward_kernel(
     PRENORM: tl.constexpr,
     DROPOUT: tl.constexpr,
 ):
+    """Gradients of x and residual for a range of rows, and the sums over them for the gradients of the parameters."""
     program = tl.program_id(0)
     columns = tl.arange(0, BLOCK_D)
     in_width = columns < WIDTH
@@ -139,13 +141,15 @@ def _backward_kernel(
 
 
 class _Blocks(NamedTuple):
+    """Rows and columns of a tile, and warps per program."""
+
     BLOCK_N: int
     BLOCK_D: int
     num_warps: int
 
 
 def _blocks(width: int) -> _Blocks:
-    """A tile: whole rows, about 2048 elements, 16 per thread."""
+    """Tile of whole rows, about 2048 elements, 16 per thread."""
     block_d = max(triton.next_power_of_2(width), 16)
     return _Blocks(max(1, 2048 // block_d), block_d, min(max(block_d // 512, 4), 16))
 
@@ -161,7 +165,7 @@ def dropout_add_layer_norm_fwd(
     offset: int,
     prenorm: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The normalised sum, the sum (empty without `prenorm`), mean and 1 / standard deviation of its rows."""
+    """The normalised sum, the sum (empty without `prenorm`), and mean and 1 / standard deviation of each row."""
     rows, width = x.shape
     out = torch.empty_like(x)
     total = x.new_empty(x.shape if prenorm else 0)
@@ -204,12 +208,12 @@ def dropout_add_layer_norm_bwd(
     seed: Tensor | None,  # ()
     offset: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x (empty without dropout), residual, weight and bias."""
+    """Gradients of `x` (empty without dropout), `residual`, `weight` and `bias`. Arguments are contiguous."""
     rows, width = x.shape
     grad_residual = torch.empty_like(x)
     grad_x = x.new_empty(x.shape if seed is not None else 0)
     blocks = _blocks(width)
-    # Whole tiles, as many to one program as to another.
+    # Give every program the same number of whole tiles.
     tiles = triton.cdiv(rows, blocks.BLOCK_N)
     rows_per_program = max(triton.cdiv(tiles, _MAX_PROGRAMS), 1) * blocks.BLOCK_N
     programs = triton.cdiv(rows, rows_per_program)
@@ -243,7 +247,7 @@ def dropout_add_layer_norm_bwd(
 
 
 def ahead_of_time_cases() -> dict[str, Callable[[], object]]:
-    """For tests/ops/ahead_of_time.py: label -> a call whose launches it compiles."""
+    """Label -> a call whose kernel launches tests/ops/ahead_of_time.py records and compiles."""
 
     def call(width: int, dtype: torch.dtype, *, dropout: bool, prenorm: bool) -> None:
         x = torch.empty(1000, width, dtype=dtype)

@@ -1,1 +1,1 @@
-"""Straight-through Gumbel softmax over codebooks: frames become the nearest of a few learned vectors."""
+"""Straight-through Gumbel softmax over codebooks: each frame is replaced by one of a few learned vectors."""

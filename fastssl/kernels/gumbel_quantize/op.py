@@ -11,15 +11,24 @@ from fastssl.kernels.gumbel_quantize import reference
 
 
 class GumbelQuantized(NamedTuple):
-    """What `gumbel_quantize` returns for M frames, G groups of V codes, vectors of width E."""
+    """Result of `gumbel_quantize` for M frames and G groups of V codes with E channels each.
 
-    values: Tensor  # (M, G * E) in the dtype of the codevectors
-    codes: Tensor  # (M, G) int64, the chosen code of each group
-    probability_sums: Tensor  # (G, V) in the accumulation type, softmax without noise, summed over the frames
-    counts: Tensor  # (G, V) int64, how many frames chose each code
+    Attributes:
+        values: (M, G * E) chosen codevectors, in the dtype of the codevectors.
+        codes: (M, G) int64, the chosen code of each group.
+        probability_sums: (G, V) softmax of the logits without noise, summed over the frames; in fp32, or in fp64 if an
+            argument is.
+        counts: (G, V) int64, the number of frames that chose each code.
+    """
+
+    values: Tensor  # (M, G * E)
+    codes: Tensor  # (M, G)
+    probability_sums: Tensor  # (G, V)
+    counts: Tensor  # (G, V)
 
 
 def _accumulator(logits: Tensor, codevectors: Tensor) -> torch.dtype:
+    """Dtype of the sums: fp32, or fp64 if an argument is."""
     return torch.promote_types(torch.promote_types(logits.dtype, codevectors.dtype), torch.float32)
 
 
@@ -90,25 +99,25 @@ def gumbel_quantize(
 ) -> GumbelQuantized:
     """Straight-through Gumbel softmax over G codebooks (wav2vec 2.0, arXiv 2006.11477, section 2, equation 1).
 
-    In each group the code with the largest logit plus noise is taken, and its vector is the output, to the last bit;
-    the lowest of equal ones. The gradient passes through softmax((logits + noise) / temperature) as if the output were
-    the mean of all vectors under it.
+    In each group, the code with the largest sum of logit and noise is chosen (the lowest one if several are equal), and
+    a copy of its vector is the output. The gradient is computed as if the output were the mean of all vectors, weighted
+    by softmax((logits + noise) / temperature). Without `noise` and `seeds` there is no noise.
 
     Args:
-        logits: (M, G, V).
-        codevectors: (G, V, E), of any floating dtype.
-        noise: (M, G, V) floating, added to the logits; no gradient reaches it.
-        seeds: (M,) int64: the kernel draws standard Gumbel noise itself, code v of group g taking number g * V + v of
-            SplitMix64 from its frame's seed (`nn.random.noise_seeds`). Without noise and seeds, the likeliest code.
-        temperature: Of the softmax that carries the gradient, above 0.
-        backend: See `fastssl.ops`; None takes the fastest there is.
+        logits: (M, G, V) of any floating dtype.
+        codevectors: (G, V, E) of any floating dtype.
+        noise: (M, G, V) of any floating dtype, added to the logits; it receives no gradient.
+        seeds: (M,) int64 seeds from which the kernel draws standard Gumbel noise, instead of `noise`. Code v of group g
+            gets number g * V + v of SplitMix64 for the seed of its frame (`nn.random.noise_seeds`).
+        temperature: Temperature of the softmax that the gradient passes through, above 0.
+        backend: Implementation to run, see `fastssl.ops`; None picks the fastest available.
 
     Returns:
-        The vectors, the codes, and two sums over the frames: softmax(logits), with gradient, and the number of times
-        that each code was taken. Sums are in fp32 (fp64 if an argument is). Autocast does not change this op.
+        The chosen vectors and codes, and two sums over the frames: softmax(logits), which has a gradient, and how often
+        each code was chosen. Sums are computed in fp32 (fp64 if an argument is). Autocast does not change this op.
 
     Raises:
-        ValueError: Shapes, dtypes or options do not fit, or `backend` cannot serve the call.
+        ValueError: A shape, dtype or option is invalid, or `backend` cannot run this call.
     """
     _check(logits, codevectors, noise, seeds, temperature)
     accumulator = _accumulator(logits, codevectors)
@@ -127,21 +136,21 @@ def gumbel_quantize(
 
 def _check(logits: Tensor, codevectors: Tensor, noise: Tensor | None, seeds: Tensor | None, temperature: float) -> None:
     if logits.dim() != 3 or logits.shape[2] == 0 or not logits.is_floating_point():
-        raise ValueError(f"logits: expected (M, G, V) floating, got {tuple(logits.shape)} {logits.dtype}")
+        raise ValueError(f"logits: expected (M, G, V) floating point, got {tuple(logits.shape)} {logits.dtype}")
     frames, groups, codes = logits.shape
     if codevectors.dim() != 3 or codevectors.shape[:2] != (groups, codes) or not codevectors.is_floating_point():
         raise ValueError(
-            f"codevectors: expected ({groups}, {codes}, E) floating for these logits,"
+            f"codevectors: expected ({groups}, {codes}, E) floating point for these logits,"
             f" got {tuple(codevectors.shape)} {codevectors.dtype}"
         )
     if noise is not None and seeds is not None:
-        raise ValueError("noise and seeds: at most one of them")
+        raise ValueError("noise and seeds: give at most one of the two")
     if noise is not None and (noise.shape != logits.shape or not noise.is_floating_point()):
-        raise ValueError(f"noise: expected {tuple(logits.shape)} floating, got {tuple(noise.shape)} {noise.dtype}")
+        raise ValueError(f"noise: expected float {tuple(logits.shape)}, got {tuple(noise.shape)} {noise.dtype}")
     if seeds is not None and (seeds.shape != (frames,) or seeds.dtype != torch.int64):
         raise ValueError(f"seeds: expected ({frames},) torch.int64, got {tuple(seeds.shape)} {seeds.dtype}")
     for name, tensor in (("codevectors", codevectors), ("noise", noise), ("seeds", seeds)):
         if tensor is not None and tensor.device != logits.device:
-            raise ValueError(f"{name}: on {tensor.device}, logits on {logits.device}")
+            raise ValueError(f"{name}: is on {tensor.device}, must be on {logits.device} like logits")
     if not temperature > 0:
         raise ValueError(f"temperature: must be above 0, got {temperature}")

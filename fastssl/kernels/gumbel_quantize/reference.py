@@ -13,7 +13,17 @@ def gumbel_noise(
     codes: int,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:  # (M, G, V)
-    """Standard Gumbel noise: code v of group g takes number g * V + v of its frame's seed."""
+    """Standard Gumbel noise from a seed per frame: code v of group g gets number g * V + v of its frame's seed.
+
+    Args:
+        seeds: (M,) int64.
+        groups: G, the number of groups.
+        codes: V, the number of codes per group.
+        dtype: Dtype of the noise.
+
+    Returns:
+        (M, G, V) noise.
+    """
     counters = torch.arange(groups * codes, device=seeds.device)
     noise: Tensor = splitmix.gumbel(seeds.unsqueeze(1), counters, dtype).unflatten(1, (groups, codes))
     return noise
@@ -27,7 +37,7 @@ def gumbel_quantize(
     *,
     temperature: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # (M, G * E), (M, G), (G, V), (G, V)
-    """The chosen vectors, the codes, the sum of the softmax without noise, how often each code was chosen."""
+    """The fields of `GumbelQuantized`. Arguments as in `op.py`, without checks."""
     accumulator = torch.promote_types(torch.promote_types(logits.dtype, codevectors.dtype), torch.float32)
     logits = logits.to(accumulator)
     if seeds is not None:
@@ -36,7 +46,7 @@ def gumbel_quantize(
     soft = F.softmax(noisy / temperature, dim=-1)
     codes = noisy.argmax(-1)
     hard = F.one_hot(codes, logits.shape[2])
-    # In this order the sum is exactly one-hot, so equal codes give equal vectors to the last bit.
+    # Added in this order, the sum is exactly one-hot, so equal codes give equal vectors to the last bit.
     weights = hard + (soft - soft.detach())
     values = torch.einsum("mgv,gve->mge", weights, codevectors.to(accumulator)).flatten(1)
     return values.to(codevectors.dtype), codes, F.softmax(logits, dim=-1).sum(0), hard.sum(0)

@@ -1,7 +1,8 @@
-"""Triton kernels of `gumbel_quantize`: deterministic, no atomics. README.md has the formulas.
+"""Triton kernels of `gumbel_quantize`: deterministic, without atomics. README.md has the formulas.
 
-A tile is BLOCK_M frames by all codes of one group. Sums over frames are shared among a number of programs that follows
-from the frames alone; each writes its part, and the parts are added in order. The bits do not depend on the device.
+A tile is BLOCK_M frames by all codes of one group. Several programs share a sum over frames: each writes its part, and
+the parts are added in order. The number of parts depends on the number of frames only, so the bits do not depend on the
+device.
 """
 
 from collections.abc import Callable
@@ -15,16 +16,16 @@ from torch import Tensor
 _GOLDEN = tl.constexpr(0x9E3779B97F4A7C15)
 _MIX_1 = tl.constexpr(0xBF58476D1CE4E5B9)
 _MIX_2 = tl.constexpr(0x94D049BB133111EB)
-# Where noise comes from.
+# Source of the noise: none, a tensor, or seeds.
 _NO_NOISE, _NOISE, _SEEDS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-# Programs per group that share the frames of a sum.
+# Largest number of programs per group that share a sum over frames.
 _MAX_SHARES = 64
 _BLOCK_M = 16
 
 
 @triton.jit
 def _log(x):
-    """Natural logarithm of a positive normal number: the GPU's own is too coarse near 1, where the rare noise is."""
+    """Natural logarithm of a positive normal number; the GPU's own is too coarse near 1, where rare large noise is."""
     bits = x.to(tl.int32, bitcast=True)
     exponent = (bits - 0x3F3504F3) >> 23
     r = (bits - (exponent << 23)).to(tl.float32, bitcast=True) - 1.0
@@ -43,7 +44,7 @@ def _log(x):
 
 @triton.jit
 def _gumbel(seeds, counters):
-    """Standard Gumbel noise of SplitMix64, see `ops/splitmix.py`."""
+    """Standard Gumbel noise from SplitMix64, as specified by `kernels/splitmix.py`."""
     x = seeds.to(tl.uint64, bitcast=True) + counters.to(tl.uint64) * _GOLDEN
     x = (x ^ (x >> 30)) * _MIX_1
     x = (x ^ (x >> 27)) * _MIX_2
@@ -65,7 +66,7 @@ def _load_logits(
     BLOCK_V: tl.constexpr,
     SOURCE: tl.constexpr,
 ):
-    """(rows, BLOCK_V) of one group, plain and with noise; minus infinity behind the last code."""
+    """Logits of one group without and with noise, (rows, BLOCK_V) each; minus infinity after the last code."""
     codes = tl.arange(0, BLOCK_V)
     there = (rows < frames)[:, None] & (codes < V)[None, :]
     offsets = (rows.to(tl.int64) * G + group)[:, None] * V + codes[None, :]
@@ -100,6 +101,7 @@ def _forward_kernel(
     BLOCK_E: tl.constexpr,
     SOURCE: tl.constexpr,
 ):
+    """Codes and vectors of one share of the frames in one group, and the share's sums of probabilities and counts."""
     share, group = tl.program_id(0), tl.program_id(1)
     codes = tl.arange(0, BLOCK_V)
     sums = tl.zeros((BLOCK_V,), tl.float32)
@@ -144,6 +146,7 @@ def _backward_logits_kernel(
     BLOCK_K: tl.constexpr,
     SOURCE: tl.constexpr,
 ):
+    """Gradient of the logits of BLOCK_M frames in one group, through the softmax with noise and the one without."""
     group = tl.program_id(1)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     codes = tl.arange(0, BLOCK_V)
@@ -190,7 +193,7 @@ def _backward_vectors_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """A product with the one-hot matrix of the codes, which is made where it is needed."""
+    """Partial sums of the codevectors' gradient: a product with the one-hot matrix of the codes, built in registers."""
     share, group = tl.program_id(0), tl.program_id(2)
     codes = tl.program_id(1) // tl.cdiv(E, BLOCK_E) * BLOCK_V + tl.arange(0, BLOCK_V)
     width = tl.program_id(1) % tl.cdiv(E, BLOCK_E) * BLOCK_E + tl.arange(0, BLOCK_E)
@@ -215,12 +218,14 @@ def _backward_vectors_kernel(
 
 
 def _source(noise: Tensor | None, seeds: Tensor | None) -> int:
+    """The value of SOURCE for the arguments of a call."""
     source = _SEEDS if seeds is not None else _NOISE if noise is not None else _NO_NOISE
     value: int = source.value
     return value
 
 
 def _shares(frames: int, block: int) -> int:
+    """Number of programs per group that share a sum over frames."""
     shares: int = max(1, min(_MAX_SHARES, triton.cdiv(frames, block)))
     return shares
 
@@ -231,7 +236,7 @@ def gumbel_quantize_fwd(
     noise: Tensor | None,  # (M, G, V)
     seeds: Tensor | None,  # (M,)
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # (M, G * E), (M, G), (G, V), (G, V)
-    """The chosen vectors, the codes, the sum of the softmax without noise, how often each code was chosen."""
+    """The fields of `GumbelQuantized`. Arguments are contiguous."""
     frames, groups, codes = logits.shape
     width = codevectors.shape[2]
     values = codevectors.new_empty((frames, groups * width))
@@ -273,7 +278,7 @@ def gumbel_quantize_bwd(
     codes: Tensor,  # (M, G)
     temperature: float,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of logits and codevectors. All arguments are contiguous."""
+    """Gradients of `logits` and `codevectors`. Arguments are contiguous."""
     frames, groups, code_count = logits.shape
     width = codevectors.shape[2]
     grad_logits = torch.empty_like(logits)
@@ -320,7 +325,7 @@ def gumbel_quantize_bwd(
 
 
 def ahead_of_time_cases() -> dict[str, Callable[[], object]]:
-    """Label -> a call for tests/ops/ahead_of_time.py, which compiles what it would launch."""
+    """Label -> a call whose kernel launches tests/ops/ahead_of_time.py records and compiles."""
     return {
         f"{dtype}, {source}, V={codes}, E={width}".replace("torch.", ""): partial(
             _forward_and_backward, dtype, source, codes, width

@@ -1,1 +1,1 @@
-"""Continuous integrate-and-fire over packed sequences: frames become fewer frames, by learned weights."""
+"""Continuous integrate-and-fire over packed sequences: merges frames into fewer frames by their weights."""

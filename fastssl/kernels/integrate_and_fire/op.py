@@ -13,7 +13,8 @@ from fastssl.packing import Layout
 
 
 def _fake_scan(weights: Tensor, cu_seqlens: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    sequences = cu_seqlens.shape[0] - 1  # positions, and how many frames each utterance fires
+    """Empty results of the scan: positions (N,), and the number of output frames of each utterance (B,)."""
+    sequences = cu_seqlens.shape[0] - 1
     return weights.new_empty(weights.shape, dtype=torch.float64), weights.new_empty(sequences, dtype=torch.float64)
 
 
@@ -64,27 +65,28 @@ def integrate_and_fire(
 ) -> tuple[Tensor, Layout]:  # (N_out, C)
     """Continuous integrate-and-fire (CIF, arXiv 1905.11235, section 3; for sequence compression arXiv 2211.02332).
 
-    With S_t the sum of an utterance's weights up to frame t, frame t occupies [S_{t-1}, S_t) and output frame j
-    collects [j * threshold, (j + 1) * threshold): out_j is the sum of x_t times the overlap of the two, so the weights
-    inside each output frame add up to `threshold`. What an utterance has left over at its end is dropped. Nothing
-    crosses the border between utterances. Where S_t falls on a slot's border, its gradient is that of the later slot.
+    Let S_t be the sum of an utterance's weights up to frame t. Frame t occupies the interval [S_{t-1}, S_t), output
+    frame j the interval [j * threshold, (j + 1) * threshold). Output frame j is the sum over t of x_t times the overlap
+    of the two intervals, so the weights within each output frame add up to `threshold`. A remainder below `threshold`
+    at the end of an utterance is dropped, and utterances never mix. If S_t is exactly on a border between two output
+    frames, its gradient is taken from the later one.
 
-    The output length depends on data: the call waits for the device once, to read it.
+    The output lengths depend on the weights, so the host waits for the device once to read them.
 
     Args:
         x: (N, C) packed frames.
-        weights: (N,) finite and not negative, of any floating dtype; a weight above `threshold` fires several times.
+        weights: (N,) weights of any floating dtype, finite and at least 0. One weight can fill several output frames.
         layout: Where each utterance of `x` begins.
-        threshold: Weight that makes one output frame, more than 0.
-        backend: See `fastssl.ops`; None takes the fastest there is.
+        threshold: Sum of weights that makes one output frame, above 0.
+        backend: Implementation to run, see `fastssl.ops`; None picks the fastest available.
 
     Returns:
         (N_out, C) in the dtype of `x`, and its layout: floor(S_T / threshold) frames of each utterance, possibly none.
-        Sums are in fp32 (fp64 for fp64 input), S in fp64. Autocast does not change this op.
+        Sums over frames are computed in fp32 (fp64 for fp64 input), S in fp64. Autocast does not change this op.
 
     Raises:
-        ValueError: Shapes or dtypes do not fit, `weights` holds a negative number, NaN or infinity, or `backend` cannot
-            serve the call.
+        ValueError: A shape, dtype or option is invalid, `weights` contains a negative number, NaN or infinity, or
+            `backend` cannot run this call.
     """
     _check(x, weights, layout, threshold)
     chosen = _OP.choose(x, backend)
@@ -108,15 +110,18 @@ def fire(
     *,
     threshold: float,
 ) -> Tensor:  # (N_out, C)
-    """The compiled kernels with their gradient, below the computation of the output length.
+    """Run the compiled kernels with autograd, when the layout of the output is known already.
 
     Args:
         x: (N, C) packed frames.
-        weights: (N,), which takes the gradient; its values are not read.
+        weights: (N,) weights, which receive the gradient; their values are not read.
         positions: (N,) float64 without gradient, from `reference.fire_positions`.
         layout: Where each utterance of `x` begins.
         layout_out: Where each utterance of the output begins.
-        threshold: Weight that makes one output frame.
+        threshold: Sum of weights that makes one output frame.
+
+    Returns:
+        (N_out, C) in the dtype of `x`.
     """
     out: Tensor = _IntegrateAndFire.apply(
         weights, x, positions, layout.cu_seqlens, layout_out.cu_seqlens, layout_out.total, threshold
@@ -125,12 +130,12 @@ def fire(
 
 
 def _layout_after_firing(fired: Tensor) -> Layout:
-    """Layout of as many frames as each utterance gives; reading them is the one time that the device is waited for."""
+    """Layout of the output from the number of frames of each utterance (B,); reading them waits for the device."""
     counts = fired.tolist()
     if any(math.isnan(count) for count in counts):
         raise ValueError("weights: must be finite and not negative")
     if sum(counts) > torch.iinfo(torch.int32).max:
-        raise ValueError(f"weights: would fire {sum(counts):.3g} output frames")
+        raise ValueError(f"weights: would fire {sum(counts):.3g} output frames, more than an int32 can count")
     lengths = tuple(int(count) for count in counts)
     return Layout.from_device(lengths, fired)
 
@@ -145,6 +150,6 @@ def _check(x: Tensor, weights: Tensor, layout: Layout, threshold: float) -> None
     if not weights.is_floating_point():
         raise ValueError(f"weights: must be floating point, got {weights.dtype}")
     if weights.device != x.device or layout.cu_seqlens.device != x.device:
-        raise ValueError(f"weights and layout: must be on {x.device} like x")
+        raise ValueError(f"weights and layout: must both be on {x.device} like x")
     if not 0 < threshold < math.inf:
         raise ValueError(f"threshold: must be positive and finite, got {threshold}")

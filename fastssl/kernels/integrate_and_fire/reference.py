@@ -7,18 +7,18 @@ from fastssl.packing import Layout, Packed
 
 
 def fire_positions(weights: Tensor, layout: Layout, threshold: float) -> Tensor:
-    """Where each frame ends on the axis of output frames: the utterance's weights so far, over `threshold`.
+    """Where each frame ends, in units of output frames: the running sum of its utterance's weights over `threshold`.
 
-    Summed in fp64, utterance by utterance along the first dimension of a padded batch, which PyTorch does one element
-    after the other on every device: what an utterance is batched with changes no bit of it.
+    Sums are in fp64, along the first dimension of a padded batch, where PyTorch adds one element after another on every
+    device. So the bits do not depend on the rest of the batch.
 
     Args:
-        weights: (N,) packed weights.
+        weights: (N,) packed weights of any floating dtype.
         layout: Where each utterance begins.
-        threshold: Weight that makes one output frame.
+        threshold: Sum of weights that makes one output frame.
 
     Returns:
-        (N,) float64, rising within each utterance.
+        (N,) float64, never decreasing within an utterance.
     """
     padded = Packed(weights.to(torch.float64), layout).to_padded()
     sums = padded.t().cumsum(0).t()
@@ -26,7 +26,16 @@ def fire_positions(weights: Tensor, layout: Layout, threshold: float) -> Tensor:
 
 
 def fired(positions: Tensor, weights: Tensor, layout: Layout) -> Tensor:
-    """How many output frames each utterance gives: (B,) float64, NaN where a weight is negative or not finite."""
+    """The number of output frames of each utterance.
+
+    Args:
+        positions: (N,) float64, from `fire_positions`.
+        weights: (N,) the weights that the positions were computed from.
+        layout: Where each utterance begins.
+
+    Returns:
+        (B,) float64; NaN if a weight of the utterance is negative or not finite.
+    """
     weights, positions = weights.detach(), positions.detach()
     valid = (weights >= 0) & (weights < torch.inf)
     last = torch.where(valid, positions, torch.nan)
@@ -42,11 +51,11 @@ def integrate_and_fire(
     *,
     threshold: float,
 ) -> Tensor:  # (N_out, C)
-    """Sum over every pair of a frame and an output frame that its weight reaches. Arguments as in `op.py`."""
+    """Sum over all pairs of a frame and an output frame that its interval overlaps. Arguments as in `op.fire`."""
     previous = torch.where(layout.positions == 0, 0.0, positions.roll(1))
     first_slot, last_slot = previous.detach().floor().long(), positions.detach().floor().long()
     reached = last_slot - first_slot + 1
-    # Over an utterance they add up to its frames plus its output frames, so their number needs no synchronisation.
+    # An utterance has as many pairs as input and output frames together, so the host knows their number.
     pairs = layout.total + layout_out.total
     frame = torch.arange(layout.total, device=x.device).repeat_interleave(reached, output_size=pairs)
     slot = first_slot[frame] + torch.arange(pairs, device=x.device) - (reached.cumsum(0) - reached)[frame]
@@ -56,7 +65,7 @@ def integrate_and_fire(
     accumulator = torch.promote_types(x.dtype, torch.float32)
     contribution = x[frame].to(accumulator) * ((end - begin) * threshold).to(accumulator)[:, None]
     sequence = layout.sequence_ids[frame]
-    fires = slot < layout_out.device_lengths[sequence]  # the tail of an utterance does not: it goes to a spare row
+    fires = slot < layout_out.device_lengths[sequence]  # the remainder of an utterance goes to a spare row
     row = torch.where(fires, layout_out.rows(sequence, slot), layout_out.total)
     out = contribution.new_zeros(layout_out.total + 1, x.shape[1]).index_add(0, row, contribution)
     return out[:-1].to(x.dtype)

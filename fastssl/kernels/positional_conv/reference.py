@@ -14,9 +14,9 @@ def positional_conv(
     *,
     bias: Tensor | None,  # (D,)
 ) -> Tensor:  # (N, D)
-    """One sequence at a time. Arguments as in `fastssl.ops.positional_conv`."""
+    """Convolve one sequence at a time. Arguments as in `fastssl.ops.positional_conv`."""
     groups, padding = x.shape[1] // weight.shape[1], weight.shape[2] // 2
-    # An empty batch convolves one frame of zeros and drops it, which keeps every input in the graph.
+    # For an empty batch, convolve one frame of zeros and drop it, so that autograd still reaches every input.
     sequences = [frames for frames in x.split(layout.lengths) if len(frames)] or [F.pad(x, (0, 0, 0, 1))]
     outputs = [
         F.conv1d(frames.t(), weight, bias, padding=padding, groups=groups)[:, : len(frames)].t() for frames in sequences

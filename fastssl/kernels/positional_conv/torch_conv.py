@@ -1,9 +1,9 @@
-"""The backend "torch" of `positional_conv`: PyTorch's convolutions, called the way that measures fastest.
+"""The backend "torch" of `positional_conv`: PyTorch's convolutions, called in the way that was fastest in measurements.
 
-On the CPU frames are channels-last, for which oneDNN's forward convolution is twice as fast; the gradient of the input
-is a forward convolution too. The gradient of the weight is a correlation over time with K lags, done by FFT over blocks
-of frames, but lag by lag where each group is one channel. On a GPU the batch is one sequence with zeros between the
-utterances.
+On the CPU, frames are in channels-last order, which makes oneDNN's forward convolution twice as fast; the gradient of
+the input is a forward convolution too. The gradient of the weight is a correlation over time at K lags. It is computed
+by FFT over blocks of frames, or lag by lag if each group is one channel. On a GPU, the batch is convolved as one
+sequence with zeros between the utterances.
 """
 
 import math
@@ -24,7 +24,7 @@ def positional_conv(
     *,
     bias: Tensor | None,  # (D,)
 ) -> Tensor:  # (N, D)
-    """Arguments as in `fastssl.ops.positional_conv`; fp32, bf16 and fp16."""
+    """Convolve in fp32, bf16 or (on a GPU) fp16. Arguments as in `fastssl.ops.positional_conv`."""
     if x.device.type == "cpu":
         out: Tensor = _ChannelsLastConv.apply(x, weight, bias, layout)
         return out
@@ -50,7 +50,7 @@ class _ChannelsLastConv(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             turned = weight.view(-1, group_channels, group_channels, kernel).transpose(1, 2).flip(3)
             turned = turned.reshape(channels, group_channels, kernel)
-            # Taps run backwards: an even kernel reaches one frame further ahead than behind.
+            # The taps are reversed, so an even kernel reaches one frame further forwards than backwards.
             grad_x = _convolve(grad_out, turned, None, ctx.layout, first=1 - kernel % 2)
         if ctx.needs_input_grad[1]:
             correlate = _grad_depthwise_weight if group_channels == 1 else _grad_weight
@@ -60,13 +60,13 @@ class _ChannelsLastConv(torch.autograd.Function):
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout, *, first: int) -> Tensor:
-    """Each utterance on its own, from output frame `first` on: the bits do not depend on the batch."""
+    """Convolve each utterance on its own, so that its bits do not depend on the batch; drop `first` frames in front."""
     groups, padding = x.shape[1] // weight.shape[1], weight.shape[2] // 2
     filters = weight.unsqueeze(2).contiguous(memory_format=torch.channels_last)
     out = x.new_empty(x.shape)
     for begin, length in zip(layout.offsets, layout.lengths, strict=False):
         if length:
-            # (T, D) seen as an image (1, D, 1, T) in channels-last order, which is no copy.
+            # View (T, D) as an image (1, D, 1, T) in channels-last order; this copies nothing.
             frames = x[begin : begin + length].view(1, 1, length, -1).permute(0, 3, 1, 2)
             convolved = F.conv2d(frames, filters, bias, padding=(0, padding), groups=groups)
             out[begin : begin + length] = convolved[0, :, 0, first : first + length].t()
@@ -74,10 +74,10 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout, *,
 
 
 def _grad_weight(grad_out: Tensor, x: Tensor, weight: Tensor, layout: Layout) -> Tensor:
-    """Sum over frames t of grad_out[t, o] x[t + k - K // 2, i], for K lags k and each pair of channels of a group.
+    """The sum over frames t of grad_out[t, o] x[t + k - K // 2, i], for K lags k and each pair of channels of a group.
 
-    The blocks are so much shorter than the transform that no lag wraps around. A product per frequency sums over the
-    blocks, and the K lags that are wanted come back from the frequencies by one matrix product.
+    Computed by FFT over blocks of frames. A block is K - 1 frames shorter than the transform, so no lag wraps around.
+    One matrix product per frequency sums over the blocks, and one more transforms the frequencies back to the K lags.
     """
     channels, group_channels, kernel = weight.shape
     groups, padding = channels // group_channels, kernel // 2
@@ -102,19 +102,19 @@ def _grad_weight(grad_out: Tensor, x: Tensor, weight: Tensor, layout: Layout) ->
 
 
 def _grad_depthwise_weight(grad_out: Tensor, x: Tensor, weight: Tensor, layout: Layout) -> Tensor:
-    """`_grad_weight` for groups of one channel, of which an FFT would be larger than the sums."""
+    """`_grad_weight` for groups of one channel, where an FFT would cost more than the sums themselves."""
     kernel = weight.shape[2]
     padding = kernel // 2
     x, grad_out = (_with_gaps(frames.float(), layout, gap=padding)[0] for frames in (x, grad_out))
     total = len(x)
     x = F.pad(x, (0, 0, padding, kernel - 1 - padding))
-    products = torch.empty_like(grad_out)  # one for all lags: fresh memory costs more than the products
+    products = torch.empty_like(grad_out)  # reuse one buffer: allocating it for every lag costs more than the products
     lags = [torch.mul(grad_out, x[lag : lag + total], out=products).sum(0) for lag in range(kernel)]
     return torch.stack(lags, 1).unsqueeze(1).to(weight.dtype)
 
 
 def _inverse_transform(transform: int, kernel: int) -> Tensor:  # (K, 2 * frequencies)
-    """The first K rows of the inverse of a real FFT, for real and imaginary parts one below the other."""
+    """Matrix of the first K rows of an inverse real FFT, with columns for all real and then all imaginary parts."""
     frequency = torch.arange(transform // 2 + 1)
     angles = (torch.arange(kernel).unsqueeze(1) * frequency % transform).double() * (2 * math.pi / transform)
     twice = torch.where((frequency == 0) | (frequency == transform // 2), 1.0, 2.0).double() / transform
@@ -122,6 +122,6 @@ def _inverse_transform(transform: int, kernel: int) -> Tensor:  # (K, 2 * freque
 
 
 def _with_gaps(x: Tensor, layout: Layout, *, gap: int) -> tuple[Tensor, Layout]:
-    """The batch as one sequence with `gap` rows of zeros between utterances, and the layout with a gap after each."""
+    """The batch as one sequence with `gap` rows of zeros between utterances, and the layout of utterances with gaps."""
     gapped, longer = Packed(x, layout).with_gaps(0, gap)
     return gapped[: longer.total - gap], longer

@@ -1,11 +1,12 @@
-"""The native CPU kernels of `strided_conv`: matrix products on blocks of frames that stay in cache.
+"""The native CPU implementation of `strided_conv`: matrix products on blocks of frames that stay in cache.
 
-The frames of a layer lie on a *grid*: packed, with enough zero rows after each sequence for the next one to begin at a
-multiple of all later strides. One product can then serve frames of many sequences, no window reaches from one sequence
-into the next, and the time spent in Python does not depend on the number of sequences.
+The frames of a layer are stored on a *grid*: packed, with enough zero rows after each sequence that the next one begins
+at a multiple of all later strides. One product can then compute frames of many sequences, no window overlaps two
+sequences, and the time spent in Python does not depend on the number of sequences.
 
-A block goes through as many layers as it can before the next one begins, so activations and gradients exist for one
-block at a time. What the backward pass needs is kept packed. README.md has the derivation.
+Each block passes through as many layers as possible before the next block starts, so activations and gradients exist
+for one block at a time. Values for the backward pass are stored packed, without the grid's zero rows. README.md has the
+derivation.
 """
 
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from torch import Tensor
 from fastssl.kernels.gemm import nt
 from fastssl.kernels.strided_conv.plan import LayerPlan, plan_layers
 
-#: The compiled kernels that this module calls: name -> signature.
+#: Signatures of the compiled kernels that this module calls, by name.
 PARTS = {
     "strided_conv_epilogue_fwd": (
         "(Tensor source, Tensor? source_begins, Tensor taps, Tensor parameters, Tensor statistics, Tensor cu_seqlens,"
@@ -45,9 +46,9 @@ PARTS = {
     ),
 }
 
-# A block's windows have about this many numbers (measured: larger ones leave the cache, smaller ones cost calls).
+# Size of a block's windows, in numbers (measured: larger blocks do not fit the cache, smaller ones need more calls).
 _BLOCK_NUMBERS = 3 << 19
-_FEWEST_ROWS = 16
+_FEWEST_ROWS = 16  # lower limit of the rows of a block
 
 
 #: Stride, norm, eps and activation of an epilogue that changes nothing.
@@ -55,18 +56,22 @@ _NO_EPILOGUE = (1, "none", 0.0, "none")
 
 
 class _Gradients(NamedTuple):
-    """Gradients of a layer's output: row u * phases + p is in `first` for the low p, in `second` for the others."""
+    """Gradients of a layer's output, split by phase: row u * phases + p has phase p.
+
+    Row u of `first` contains the gradients of the low phases side by side, row u of `second` those of the others.
+    """
 
     first: Tensor  # (U, phases_first * C)
     second: Tensor  # (U, phases_second * C)
-    phases: int
-    packed: bool  # `first` is all of the packed gradient
+    phases: int  # stride of the layer above, 1 for the last layer
+    packed: bool  # whether `first` is the whole gradient, packed, and `second` is empty
 
 
 class _Layer:
-    """A layer on its grid, with the output of its convolution up to the grid row `done`.
+    """A layer on its grid, with its convolution's output up to grid row `done`.
 
-    The input of a stack is a layer too: it has no convolution, and its epilogue changes nothing.
+    The input of a stack is represented as a layer without a convolution, whose epilogue changes nothing. A layer's
+    epilogue is its bias, norm and activation.
     """
 
     def __init__(
@@ -80,22 +85,23 @@ class _Layer:
         from_input: bool,
         whole: bool,
     ) -> None:
-        """Set up a layer of one call.
+        """Set up a layer for one call.
 
         Args:
-            plan: The layer.
-            grid: Where each sequence of its output begins.
-            x: Input of the stack.
-            conv_out: Output of the convolution if the forward pass kept it; if it is empty, `convolve` computes it.
-            statistics: Mean and rstd for group norm, zero until they are computed.
-            from_input: Whether the kernels read `x` wherever they need this layer's frames, so that nothing is kept.
-            whole: Whether all rows are one block.
+            plan: Description of the layer.
+            grid: (B + 1,) grid row where each sequence of the layer's output begins.
+            x: (N, C_in) input of the stack.
+            conv_out: (N_out, C_out) output of the convolution if the forward pass kept it. If it is empty,
+                `_Stack.convolve` computes it.
+            statistics: (2, B, C_out) mean and 1 / standard deviation for group norm, zero until they are computed.
+            from_input: Whether the kernels compute this layer's frames from `x` each time, so that none are stored.
+            whole: Whether all rows form one block.
         """
         accumulation = torch.promote_types(x.dtype, torch.float32)
         self.plan, self.grid, self.rows, self.statistics = plan, grid, int(grid[-1]), statistics
         self.block = self.rows if whole else min(self.rows, max(_FEWEST_ROWS, _BLOCK_NUMBERS // max(1, plan.window)))
         self.matrix = plan.weight.permute(0, 2, 1).reshape(plan.channels, plan.window)
-        # (K, C_out) if the kernels compute the convolution, else (0, C_out)
+        # (K, C_out) if the kernels compute the convolution themselves, otherwise (0, C_out)
         self.taps = plan.weight[:, 0, : plan.kernel if from_input else 0].t().to(accumulation).contiguous()
         self.parameters = _identity(plan.channels, accumulation)
         for row, given in zip(self.parameters, plan.parameters[1:], strict=True):
@@ -104,30 +110,30 @@ class _Layer:
         is_computed = from_input or len(conv_out) == plan.total
         self.conv_out = conv_out if is_computed else x.new_empty(plan.total, plan.channels)
         self.source, self.begins = (x, plan.cu_in) if from_input else (self.conv_out, plan.cu_out)
-        self.done = self.rows if is_computed else 0  # grid rows
+        self.done = self.rows if is_computed else 0  # number of grid rows whose convolution is computed
 
     @property
     def from_waveform(self) -> bool:
-        """Whether the kernels compute the convolution themselves, each time they need it."""
+        """Whether the kernels compute the convolution themselves, each time they need its output."""
         return self.taps.shape[0] > 0
 
     @property
     def operands(self) -> tuple[Tensor, ...]:
-        """The arguments from `source` to `grid` of the norm and activation kernels."""
+        """The arguments `source` to `grid` of the epilogue kernels, in the order of `PARTS`."""
         plan = self.plan
         return self.source, self.begins, self.taps, self.parameters, self.statistics, plan.cu_out, self.grid
 
     @property
     def epilogue(self) -> tuple[int, str, float, str]:
-        """The arguments from `stride` to `activation` of the norm and activation kernels."""
+        """The arguments `stride` to `activation` of the epilogue kernels, in the order of `PARTS`."""
         return self.plan.stride, self.plan.norm, self.plan.eps, self.plan.activation
 
     def has(self, rows: int) -> bool:
-        """Whether the first `rows` grid rows can be activated. Group norm needs its statistics, so all rows."""
+        """Whether the epilogue of the first `rows` grid rows can run. Group norm needs statistics, and so all rows."""
         return self.done >= (self.rows if self.plan.norm == "group" else min(rows, self.rows))
 
     def store(self, product: Tensor, start: int) -> None:  # (rows, C_out)
-        """Keep the convolution's output on the grid rows from `start`, packed."""
+        """Store the convolution's output of the grid rows from `start`, packed; compute statistics after the last."""
         identity = _identity(self.plan.channels, self.parameters.dtype)
         operands = product, None, self.taps, identity, identity, self.plan.cu_out, self.grid
         torch.ops.fastssl_native.strided_conv_epilogue_fwd(
@@ -148,20 +154,39 @@ class _Layer:
         packed: bool,
         sums: Tensor | None,  # (B or 1, K + 3, C)
     ) -> None:
-        """Turn the gradient of the layer's output into that of its convolution, `out`, and add to `sums`."""
+        """Run the epilogue's backward on grid rows `start` to `stop` - 1.
+
+        Args:
+            grads: Gradient of the layer's output.
+            start: First grid row.
+            stop: Grid row after the last.
+            out: Receives the gradient of the convolution's output; None if it is not needed.
+            packed: Whether `out` is packed, rather than the rows of the block.
+            sums: Sums over frames for the gradients of the parameters, added to; None if they are not needed.
+        """
         torch.ops.fastssl_native.strided_conv_epilogue_bwd(
             *grads, *self.operands, start, stop - start, out, packed, sums, *self.epilogue
         )
 
     def first_statistics(self) -> tuple[Tensor, Tensor, Tensor]:  # (2, B, C), (B, K), (B, K, K)
-        """Mean and rstd of a convolution from the waveform, and mean and covariance of the waveform's windows."""
+        """Group norm statistics of a layer computed from the waveform.
+
+        Returns:
+            Mean and 1 / standard deviation of the layer's output, and mean and covariance of the waveform's windows.
+        """
         found: tuple[Tensor, Tensor, Tensor] = torch.ops.fastssl_native.strided_conv_first_statistics(
             self.source, self.taps, self.parameters, self.begins, self.plan.cu_out, self.plan.stride, self.plan.eps
         )
         return found
 
     def phases(self, first: int, count: int, taps: int) -> Tensor:  # (count * C_in, taps * C_out)
-        """The weights by which `taps` successive output gradients make the gradients of some phases of the input."""
+        """The matrix that turns `taps` successive output gradients into input gradients of some phases.
+
+        Args:
+            first: First phase.
+            count: Number of phases.
+            taps: Number of output frames that contribute to an input frame of these phases.
+        """
         weight = self.matrix.view(self.plan.channels, self.plan.kernel, -1)  # (C_out, K, C_in)
         tap = torch.arange(taps - 1, -1, -1) * self.plan.stride + torch.arange(first, first + count)[:, None]
         return weight[:, tap].permute(1, 3, 2, 0).reshape(count * weight.shape[2], taps * self.plan.channels)
@@ -194,13 +219,13 @@ class _Stack:
         whole = False
         for plan, grid, conv_out, kept in zip(plans, grids, conv_outs, statistics, strict=True):
             from_input = from_waveform and not plan.is_kept
-            # The backward of group norm takes all gradients of a sequence before it gives one.
+            # The backward of group norm needs all gradients of a sequence before it can compute the first.
             whole = whole or (plan.norm == "group" and not from_input)
             self.layers.append(_Layer(plan, grid, x, conv_out, kept, from_input=from_input, whole=whole))
         self.room = x.new_empty(max(layer.block * layer.plan.window for layer in self.layers))
 
     def convolve(self) -> None:
-        """Compute all missing convolutions: always the next block of the highest layer whose input is there."""
+        """Compute all missing convolutions: each step runs the next block of the highest layer with enough input."""
         index = len(self.layers) - 1
         while index >= 0:
             layer, plan = self.layers[index], self.layers[index].plan
@@ -212,11 +237,11 @@ class _Stack:
                 index -= 1
 
     def below(self, index: int) -> _Layer:
-        """The layer that layer `index` reads."""
+        """The layer that layer `index` reads its input from."""
         return self.layers[index - 1] if index > 0 else self.input
 
     def windows(self, index: int, start: int, stop: int) -> Tensor:  # (stop - start, K * C_in)
-        """What output rows `start` to `stop` of a layer see; valid until the next call."""
+        """The windows of the input for output rows `start` to `stop` - 1 of a layer; valid until the next call."""
         below, plan = self.below(index), self.layers[index].plan
         out = self.room[: (stop - start) * plan.window].view(stop - start, -1)
         first_row, rows = start * plan.stride, (stop - start - 1) * plan.stride + plan.kernel
@@ -227,12 +252,12 @@ class _Stack:
 
 
 def _grids(plans: Sequence[LayerPlan]) -> list[Tensor]:
-    """Where each sequence begins on the grid of the input and of each layer's output: L + 1 of (B + 1,).
+    """Where each sequence begins on the grid of the input and of each layer's output: L + 1 tensors (B + 1,).
 
-    A sequence has rows for its frames and for a layer's `halo` more, over which the gradient of the input is a product
-    with zeros.
+    A sequence has rows for its frames and at least `halo` more rows, which hold zeros. The gradient of the input needs
+    these zeros as gradients of output frames after the last one.
     """
-    # How many grid rows of the input, and of each layer's output, one row of the last output is.
+    # Number of grid rows of the input, and of each layer's output, that correspond to one row of the last output.
     steps = list(accumulate((plan.stride for plan in reversed(plans)), mul, initial=1))[::-1]
     rows = torch.stack([plan.cu_out for plan in plans]).diff() + torch.tensor([[plan.halo] for plan in plans])
     step = torch.tensor(steps[1:])[:, None]
@@ -242,34 +267,35 @@ def _grids(plans: Sequence[LayerPlan]) -> list[Tensor]:
 
 
 class _LayerGradients:
-    """Gradients of one layer: of its convolution's output on some rows, and of its parameters up to those rows."""
+    """Gradients of one layer: of its convolution's output for some rows, and of its parameters for all rows so far."""
 
     def __init__(self, layer: _Layer, rows: int, *, goes_below: bool) -> None:
         """Set up the gradients of a layer.
 
         Args:
             layer: The layer.
-            rows: The most rows that `receive` is given at a time.
-            goes_below: Whether its input needs a gradient.
+            rows: Largest number of rows that `receive` gets at a time.
+            goes_below: Whether the input of the layer needs a gradient.
         """
         plan = layer.plan
         self.layer = layer
         self.matrix = torch.zeros_like(layer.matrix, dtype=layer.parameters.dtype)
-        # Sums over frames that the gradients of parameters are made of: (B or 1, K + 3, C), see the kernels.
+        # Sums over frames from which the gradients of the parameters are computed: (B or 1, K + 3, C), see the kernels.
         self.sums: Tensor | None = None
         if layer.from_waveform or plan.norm != "none" or plan.bias is not None:
             shape = plan.batch if plan.norm == "group" else 1, layer.taps.shape[0] + 3, plan.channels
             self.sums = torch.zeros(shape, dtype=torch.float64)
-        # Rows `start` to `stop` of the gradient, after the `halo` rows before them. `descend` continues at row `next`.
+        # The gradient: `halo` rows before `start`, then rows `start` to `stop` - 1. `descend` continues at row `next`.
         self.grad = layer.source.new_zeros(0 if layer.from_waveform else plan.halo + rows, plan.channels)
         self.start = self.next = self.stop = 0
-        # Input frame u * stride + p, of phase p, is seen by output frames u, u - 1, ...: one more if p is low.
+        # Input frame u * stride + p has phase p and is in the windows of output frames u, u - 1, ...: of `taps` + 1
+        # frames if p < low, otherwise of `taps` frames.
         taps, low = divmod(plan.kernel, plan.stride)
         self.low = layer.phases(0, low if goes_below else 0, taps + 1)
         self.high = layer.phases(low, plan.stride - low if goes_below else 0, taps)
 
     def receive(self, grads: _Gradients, start: int, stop: int) -> None:
-        """Turn the gradient of the layer's output on the next grid rows into that of its convolution."""
+        """Run the epilogue's backward on the gradient of the layer's output for grid rows `start` to `stop` - 1."""
         layer, plan = self.layer, self.layer.plan
         if layer.from_waveform:
             layer.backward(grads, start, stop, None, False, self.sums)
@@ -286,7 +312,7 @@ class _LayerGradients:
             layer.backward(grads, start, stop, grad, False, self.sums)
 
     def parameters(self) -> list[Tensor]:
-        """Gradients of weight, bias, norm weight and norm bias; (0,) for one that is absent."""
+        """Gradients of weight, bias, norm weight and norm bias; (0,) for a parameter that is None."""
         weight, *vectors = self.layer.plan.parameters
         c_out, c_in, kernel = weight.shape
         grad_weight = self.matrix.to(weight.dtype).view(c_out, kernel, c_in).permute(0, 2, 1).contiguous()
@@ -297,12 +323,12 @@ class _LayerGradients:
 
 
 class _Backward:
-    """The gradients of one call. A block of gradients goes down to the first layer before the next one begins."""
+    """The gradients of one call. A block of gradients passes down to the first layer before the next block starts."""
 
     def __init__(self, stack: _Stack, *, needs_grad_x: bool) -> None:
         self.stack, x = stack, stack.input.source
         self.grad_x = x.new_zeros(x.shape if needs_grad_x else (0, x.shape[1]))
-        self.lowest = 0 if needs_grad_x else 1  # layer below which no gradient is needed
+        self.lowest = 0 if needs_grad_x else 1  # lowest layer whose input needs a gradient
         above = [layer.block * layer.plan.stride for layer in stack.layers[1:]]
         self.layers = [
             _LayerGradients(layer, rows, goes_below=index >= self.lowest)
@@ -314,7 +340,7 @@ class _Backward:
         )
 
     def run(self, grad_out: Tensor) -> None:
-        """Compute all gradients: the next block of the lowest layer that has rows left, until none has."""
+        """Compute all gradients: each step runs the next block of the lowest layer that has rows left."""
         last, grads = self.layers[-1], _Gradients(grad_out, grad_out.new_empty(0, 0), 1, True)
         rows, block = last.layer.rows, last.layer.block
         for start in range(0, rows, max(1, block)):
@@ -328,7 +354,7 @@ class _Backward:
                     index += 1
 
     def descend(self, index: int) -> None:
-        """Multiply the next block of a layer's gradient: into its weight's gradient, and for the layer below."""
+        """Multiply the next block of a layer's gradient into the gradients of its weight and of its input."""
         here = self.layers[index]
         plan, first, last = here.layer.plan, here.next, min(here.next + here.layer.block, here.stop)
         here.next, rows, position = last, last - first, plan.halo + first - here.start
@@ -345,18 +371,25 @@ class _Backward:
             self.stack.input.backward(grads, start, stop, self.grad_x, True, None)
 
     def product(self, grad: Tensor, position: int, rows: int, phases: Tensor) -> Tensor:
-        """Gradients of the layer below in some phases: successive rows of the gradient times the weights."""
+        """Gradients of the input for some phases: windows of successive rows of the gradient times `phases`.
+
+        Args:
+            grad: (rows, C) gradient of the convolution's output, with `halo` rows in front.
+            position: First row of the block in `grad`.
+            rows: Number of rows of the block.
+            phases: Matrix from `_Layer.phases`.
+        """
         channels, width = grad.shape[1], phases.shape[1]
         if phases.numel() == 0:
             return grad.new_empty(0, 0)
         first = (position + 1) * channels - width
         windows = grad.as_strided((rows, width), (channels, 1), first)
-        if width > channels:  # the library would copy rows that overlap, into memory of its own
+        if width > channels:  # overlapping rows: copy them here, or the library allocates memory to do it
             windows = self.overlapping[: rows * width].view(rows, width).copy_(windows)
         return nt(windows, phases)
 
     def first_grad_matrix(self) -> Tensor:  # (C, K)
-        """Gradient of the first layer's taps; turns its sums for group norm into those of the other layers."""
+        """Gradient of the first layer's weight; for group norm, also replaces the sums by the other gradients."""
         layer, sums = self.layers[0].layer, self.layers[0].sums
         kernel = layer.plan.kernel
         assert sums is not None
@@ -377,7 +410,7 @@ def strided_conv_fwd(
     save: bool,
     *lists: Any,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # (N_out, C_out)
-    """`fastssl_native::strided_conv_fwd` on the CPU."""
+    """`fastssl_native::strided_conv_fwd` on the CPU: output, kept convolution outputs, group norm statistics."""
     plans = plan_layers(*lists)
     nothing = [x.new_empty(0, plan.channels) for plan in plans]
     stack = _Stack(x, plans, nothing, [plan.new_statistics(x) for plan in plans], from_waveform=True)
@@ -400,9 +433,9 @@ def strided_conv_bwd(
     needs_grad_x: bool,
     *lists: Any,
 ) -> tuple[Tensor | list[Tensor], ...]:
-    """`fastssl_native::strided_conv_bwd` on the CPU."""
+    """`fastssl_native::strided_conv_bwd` on the CPU: gradients of `x` and of each kind of parameter."""
     stack = _Stack(x, plan_layers(*lists), conv_outs, statistics, from_waveform=not needs_grad_x)
-    stack.convolve()  # the forward kept nothing of a first layer that it computed from the waveform
+    stack.convolve()  # the forward keeps no output of a first layer that it computes from the waveform
     backward = _Backward(stack, needs_grad_x=needs_grad_x)
     backward.run(grad_out)
     if stack.layers[0].from_waveform:

@@ -14,13 +14,13 @@ from fastssl.kernels.strided_conv.plan import StridedConvLayer, plan_layers
 from fastssl.packing import Layout
 
 # Each list has one entry per layer; `cu_seqlens` has one more, for the input. `plan_layers` turns them into one record
-# per layer. They are written out here because no Python annotation stands for `str[]`.
+# per layer. The schema is written by hand because PyTorch cannot infer `str[]` from a Python annotation.
 _LAYERS = (
     "Tensor[] cu_seqlens, Tensor[] weights, Tensor?[] biases, Tensor?[] norm_weights, Tensor?[] norm_biases,"
     " SymInt[] totals, int[] strides, str[] norms, float[] eps, str[] activations"
 )
-# `conv_outs` is what the forward keeps: the convolution's output before bias, norm and activation, (0, C) where the
-# backward does without; `statistics` is (2, B, C) mean and rstd for group norm.
+# `conv_outs` are the convolutions' outputs before bias, norm and activation, which the forward saves for the backward:
+# (0, C) for a layer that need not be saved. `statistics` are mean and 1 / standard deviation for group norm, (2, B, C).
 _FORWARD = f"(Tensor x, bool save, {_LAYERS}) -> (Tensor out, Tensor[] conv_outs, Tensor[] statistics)"
 _BACKWARD = (
     f"(Tensor grad_out, Tensor x, Tensor[] conv_outs, Tensor[] statistics, bool needs_grad_x, {_LAYERS})"
@@ -64,7 +64,7 @@ _OP = Op(
 
 
 class _Settings(NamedTuple):
-    """What the kernels take besides tensors. The five lists end the schema, in this order."""
+    """Arguments of the kernels that are not tensors. The five lists are the end of the schema, in this order."""
 
     backend: str
     save: bool
@@ -76,7 +76,7 @@ class _Settings(NamedTuple):
 
 
 def _lists(settings: _Settings, tensors: Sequence[Tensor | None]) -> list[Any]:
-    """The lists of the schema: `tensors` are `cu_seqlens` and the four lists of parameters, joined."""
+    """All lists of the schema, from `tensors`: `cu_seqlens` and the four lists of parameters in one sequence."""
     _, _, *rest = settings
     depth = len(settings.strides)
     split = [list(tensors[first : first + depth]) for first in range(depth + 1, len(tensors), depth)]
@@ -126,29 +126,29 @@ def strided_conv(
 ) -> tuple[Tensor, Layout]:  # (N_out, C_out)
     """Strided convolution of packed sequences, then norm, then activation (wav2vec 2.0, arXiv 2006.11477, section 2).
 
-    No padding: a sequence of T frames gives floor((T - K) / stride) + 1 of them, and none when T < K. Nothing crosses
-    the border between sequences. "group" normalises each channel over the frames of its utterance (GroupNorm with
-    C_out groups), so the result does not depend on what an utterance was batched with.
+    The convolution has no padding: T input frames give floor((T - K) / stride) + 1 output frames, and none if T < K.
+    Sequences never mix. The norm "group" normalises each channel over the frames of its sequence (`torch.nn.GroupNorm`
+    with C_out groups), so the result does not depend on the rest of the batch.
 
     Args:
         x: (N, C_in) packed frames, channels last.
         weight: (C_out, C_in, K), as `torch.nn.Conv1d` stores it, in the dtype of `x`.
         layout: Where each sequence of `x` begins.
-        stride: Input frames from one output frame to the next.
-        bias: (C_out,) added before the norm.
+        stride: Number of input frames from one output frame to the next.
+        bias: (C_out,) bias, added before the norm.
         norm: "none", "group" (over time, per utterance and channel) or "layer" (over channels, per frame).
         norm_weight: (C_out,) scale after the norm.
         norm_bias: (C_out,) shift after the norm.
         eps: Added to the variance.
         activation: "gelu" (with erf, not the tanh approximation) or "none".
-        backend: See `fastssl.ops`; None takes the fastest there is.
+        backend: Implementation to run, see `fastssl.ops`; None picks the fastest available.
 
     Returns:
-        (N_out, C_out) in the dtype of `x`, and its layout. Under autocast `x` and `weight` are cast to its dtype. Norm
-        and activation are computed in fp32 (fp64 for fp64 input).
+        (N_out, C_out) in the dtype of `x`, and its layout. Under autocast, `x` and `weight` are cast to autocast's
+        dtype first. Norm and activation are computed in fp32 (fp64 for fp64 input).
 
     Raises:
-        ValueError: Shapes, dtypes or options do not fit, or `backend` cannot serve the call.
+        ValueError: A shape, dtype or option is invalid, or `backend` cannot run this call.
     """
     layer = StridedConvLayer(weight, stride, bias, norm, norm_weight, norm_bias, eps, activation)
     return _run_stack(x, [layer], layout, backend, [""])
@@ -161,31 +161,33 @@ def strided_conv_stack(
     *,
     backend: str | None = None,
 ) -> tuple[Tensor, Layout]:  # (N_out, C_out)
-    """One `strided_conv` after another, as the front end of wav2vec 2.0 is (arXiv 2006.11477, section 2).
+    """Apply one `strided_conv` after another, such as the front end of wav2vec 2.0 (arXiv 2006.11477, section 2).
 
-    The same values, in less memory than layer by layer: the backward recomputes activations, so that of each layer only
-    the convolution's output is kept, and of a first layer with one input channel nothing.
+    Gives the same values as calling `strided_conv` layer by layer, in less memory: the backward pass recomputes
+    activations, so only each layer's convolution output is kept (and nothing at all for a first layer with one input
+    channel).
 
     Args:
         x: (N, C_in) packed frames, channels last.
-        layers: One or more; a layer's input channels are the output channels of the one before.
+        layers: One or more layers; the input channels of a layer are the output channels of the layer before it.
         layout: Where each sequence of `x` begins.
-        backend: See `fastssl.ops`; None takes the fastest there is.
+        backend: Implementation to run, see `fastssl.ops`; None picks the fastest available.
 
     Returns:
-        (N_out, C_out) of the last layer in the dtype of `x`, and its layout.
+        Output of the last layer (N_out, C_out) in the dtype of `x`, and its layout. Under autocast, as `strided_conv`.
 
     Raises:
-        ValueError: As `strided_conv`, and where there is no layer.
+        ValueError: `layers` is empty, or as for `strided_conv`; the message names the layer.
     """
     if not layers:
-        raise ValueError("layers: there must be at least one")
+        raise ValueError("layers: expected at least one layer, got none")
     return _run_stack(x, layers, layout, backend, [f"layers[{index}]." for index in range(len(layers))])
 
 
 def _run_stack(
     x: Tensor, layers: Sequence[StridedConvLayer], layout: Layout, backend: str | None, names: list[str]
 ) -> tuple[Tensor, Layout]:
+    """Check and run the layers; `names` are their prefixes in error messages."""
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, layers = x.to(dtype), [layer._replace(weight=layer.weight.to(dtype)) for layer in layers]
@@ -194,13 +196,13 @@ def _run_stack(
     if not x.is_floating_point():
         raise ValueError(f"x: must be floating point, got {x.dtype}")
     if layout.cu_seqlens.device != x.device:
-        raise ValueError(f"layout: is on {layout.cu_seqlens.device}, x on {x.device}")
+        raise ValueError(f"layout: is on {layout.cu_seqlens.device}, must be on {x.device} like x")
     c_in, layouts = x.shape[1], [layout]
     for layer, name in zip(layers, names, strict=True):
         _check(layer, c_in, x.dtype, name)
         c_in = layer.weight.shape[0]
         layouts.append(layouts[-1].after_conv(layer.weight.shape[2], layer.stride))
-    unsupported = {"triton": "float64 has no fast products on a GPU" if x.dtype == torch.float64 else None}
+    unsupported = {"triton": "its kernels do not support float64" if x.dtype == torch.float64 else None}
     chosen = _OP.choose(x, backend, unsupported)
     with autocast_off(x):
         if chosen == "reference":
@@ -231,7 +233,7 @@ def _check(layer: StridedConvLayer, c_in: int, dtype: torch.dtype, name: str) ->
     if weight.dim() != 3 or weight.shape[1] != c_in:
         raise ValueError(f"{name}weight: expected (C_out, {c_in}, K), got {tuple(weight.shape)}")
     if weight.dtype != dtype:
-        raise ValueError(f"{name}weight: dtype {weight.dtype} does not match x, which is {dtype}")
+        raise ValueError(f"{name}weight: dtype {weight.dtype}, must be {dtype} like x")
     if layer.stride < 1:
         raise ValueError(f"{name}stride: must be at least 1, got {layer.stride}")
     if layer.norm not in ("none", "group", "layer"):

@@ -1,4 +1,4 @@
-"""The records of one layer of `strided_conv`: as the caller gives it, and as the kernels take it."""
+"""Descriptions of one layer of `strided_conv`: the one that callers pass, and the one that kernels use."""
 
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
@@ -8,7 +8,18 @@ from torch import Tensor
 
 
 class StridedConvLayer(NamedTuple):
-    """One layer of `strided_conv_stack`; the fields are the arguments of `strided_conv`."""
+    """One layer of `strided_conv_stack`.
+
+    Attributes:
+        weight: (C_out, C_in, K) weight of the convolution, in the dtype of the input.
+        stride: Number of input frames from one output frame to the next.
+        bias: (C_out,) bias, added before the norm; None adds none.
+        norm: "none", "group" (over time, per sequence and channel) or "layer" (over channels, per frame).
+        norm_weight: (C_out,) scale after the norm; None is 1.
+        norm_bias: (C_out,) shift after the norm; None is 0.
+        eps: Added to the variance.
+        activation: "gelu" (exact) or "none".
+    """
 
     weight: Tensor  # (C_out, C_in, K)
     stride: int
@@ -24,13 +35,13 @@ class LayerPlan(NamedTuple):
     """One layer of one call. The fields after `cu_out` are in the order of the lists in the schema."""
 
     is_kept: bool  # whether the forward pass keeps the convolution's output for the backward pass
-    cu_in: Tensor  # (B + 1,)
-    cu_out: Tensor  # (B + 1,)
+    cu_in: Tensor  # (B + 1,) where each sequence of the input begins
+    cu_out: Tensor  # (B + 1,) where each sequence of the output begins
     weight: Tensor  # (C_out, C_in, K)
     bias: Tensor | None  # (C_out,)
     norm_weight: Tensor | None  # (C_out,)
     norm_bias: Tensor | None  # (C_out,)
-    total: int  # frames of the output
+    total: int  # number of output frames
     stride: int
     norm: str
     eps: float
@@ -43,22 +54,22 @@ class LayerPlan(NamedTuple):
 
     @property
     def channels(self) -> int:
-        """C_out."""
+        """C_out, the number of output channels."""
         return self.weight.shape[0]
 
     @property
     def kernel(self) -> int:
-        """K, the input frames that one output frame sees."""
+        """K, the number of input frames that an output frame is computed from."""
         return self.weight.shape[2]
 
     @property
     def window(self) -> int:
-        """K * C_in, the contiguous numbers that one output frame is computed from."""
+        """K * C_in, the number of contiguous input values that an output frame is computed from."""
         return self.weight.shape[1] * self.weight.shape[2]
 
     @property
     def halo(self) -> int:
-        """How many output frames before frame t see an input frame that frame t sees too."""
+        """The number of output frames before frame t whose windows overlap the window of frame t."""
         return -(-self.kernel // self.stride) - 1
 
     @property
@@ -67,19 +78,22 @@ class LayerPlan(NamedTuple):
         return self.cu_out.shape[0] - 1
 
     def new_statistics(self, x: Tensor) -> Tensor:  # (2, B, C_out)
-        """Zeros for the mean and rstd of group norm, in the accumulation type of `x`; (0,) without group norm."""
+        """Zeros for mean and 1 / standard deviation of group norm, in at least fp32; (0,) without group norm."""
         shape = (2, self.batch, self.channels) if self.norm == "group" else (0,)
         return x.new_zeros(shape, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 def plan_layers(cu_seqlens: Sequence[Tensor], weights: Sequence[Tensor], *lists: Sequence[Any]) -> list[LayerPlan]:
-    """One record per layer from the lists of the schema, which all but `cu_seqlens` have one entry per layer.
+    """Turn the lists of the schema into one `LayerPlan` per layer.
 
     Args:
-        cu_seqlens: L + 1 of (B + 1,): where each sequence of the input and of each layer's output begins.
-        weights: L of (C_out, C_in, K).
-        lists: The fields of `LayerPlan` from `bias` on.
+        cu_seqlens: L + 1 tensors (B + 1,): where each sequence of the input and of each layer's output begins.
+        weights: L tensors (C_out, C_in, K).
+        lists: One list of L entries for each field of `LayerPlan` from `bias` on.
+
+    Returns:
+        L plans, from the first layer to the last.
     """
     fields = zip(cu_seqlens[:-1], cu_seqlens[1:], weights, *lists, strict=True)
-    # A first layer with one input channel is cheaper to compute again than to load.
+    # The output of a first layer with one input channel is cheaper to recompute than to load.
     return [LayerPlan(index > 0 or weights[0].shape[1] > 1, *values) for index, values in enumerate(fields)]

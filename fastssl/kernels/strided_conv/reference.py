@@ -13,10 +13,10 @@ def strided_conv(
     layer: StridedConvLayer,
     layout: Layout,
 ) -> Tensor:  # (N_out, C_out)
-    """One sequence at a time, so nothing can reach across a border. Arguments as in `fastssl.ops.strided_conv`."""
+    """Compute one sequence at a time, so that sequences cannot mix. Arguments as in `fastssl.ops.strided_conv`."""
     weight, stride, bias, norm, norm_weight, norm_bias, eps, activation = layer
     outputs = []
-    # An empty batch still runs one empty sequence, which keeps every parameter in the graph, with a gradient of zero.
+    # For an empty batch, run one empty sequence, so that every parameter gets a gradient of zero.
     for sequence in x.split(layout.lengths) if layout.lengths else (x,):
         if len(sequence) >= weight.shape[2]:
             frames = F.conv1d(sequence.t(), weight, stride=stride).t()

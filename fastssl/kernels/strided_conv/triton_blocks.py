@@ -1,6 +1,6 @@
-"""What the Triton kernels of `strided_conv` share: blocks of packed frames, windows of samples, GELU.
+"""Helpers of the Triton kernels of `strided_conv`: blocks of packed frames, windows of samples, GELU.
 
-Blocks are counted from the beginning of their sequence, so a sequence has the same bits in any batch.
+Blocks are counted from the start of their sequence, so a sequence has the same bits in any batch.
 """
 
 from typing import NamedTuple
@@ -12,19 +12,19 @@ from torch import Tensor
 
 from fastssl.kernels.strided_conv.plan import LayerPlan
 
-#: Longest window, in samples, that is multiplied again rather than kept: with a column of ones it fits 32.
+#: Longest window, in samples, whose product is recomputed rather than stored: with a column of ones it fits 32 columns.
 _LONGEST_WINDOW = 31
-#: Widest output for which layer norm fits the kernels that make frames from windows.
+#: Largest number of channels for which the kernels that compute frames from windows support layer norm.
 _WIDEST_LAYER_NORM = 1024
-#: Frames of one sequence that one program sums up before a second kernel takes over.
+#: Number of frames of one sequence that one program sums; a second kernel adds the sums of these chunks.
 WINDOW_CHUNK, FRAME_CHUNK = 2048, 256
 
 
 class RowGradients(NamedTuple):
-    """What the backward of norm and activation leaves."""
+    """Gradients that the backward of norm and activation computes."""
 
-    conv_out: Tensor | None = None  # (N_out, C_out), but for a layer made from windows, which has `weight` instead
-    activated: Tensor | None = None  # (N_out, C_out), the layer's output again, on request
+    conv_out: Tensor | None = None  # (N_out, C_out); None for a layer computed from windows, which has `weight` instead
+    activated: Tensor | None = None  # (N_out, C_out) the layer's output, recomputed on request
     weight: Tensor | None = None  # (C_out, C_in, K)
     bias: Tensor | None = None  # (C_out,)
     norm_weight: Tensor | None = None  # (C_out,)
@@ -32,16 +32,17 @@ class RowGradients(NamedTuple):
 
     @property
     def parameters(self) -> tuple[Tensor | None, ...]:
-        """Those of `LayerPlan.parameters`."""
+        """Gradients of weight, bias, norm weight and norm bias, in the order of `LayerPlan.parameters`."""
         return self.weight, self.bias, self.norm_weight, self.norm_bias
 
 
 @triton.jit
 def normal_at(x, EXACT: tl.constexpr):
-    """Standard normal: the probability below x, and the density times sqrt(2 pi).
+    """Standard normal distribution: the probability below x, and the density at x times sqrt(2 pi).
 
-    Where 2e-7 is enough, as csrc/common/vector_math.h with coefficients halved: with rsqrt squared for the reciprocal
-    and one exponential for both results, that is half the instructions of `tl.erf` and `tl.exp`.
+    If not EXACT, the absolute error is up to 2e-7. This uses the polynomial of csrc/common/vector_math.h with halved
+    coefficients, rsqrt squared as the reciprocal, and one exponential for both results: half as many instructions as
+    `tl.erf` and `tl.exp`.
     """
     bell = tl.exp2(x * x * -0.72134752044)
     if EXACT:
@@ -65,16 +66,16 @@ def normal_at(x, EXACT: tl.constexpr):
 
 @triton.jit
 def gelu_derivative(x, below, bell):
-    """From what `normal_at` gives."""
+    """The derivative of GELU at x, from the two results of `normal_at`."""
     return below + x * bell * 0.3989422804
 
 
 @triton.jit
 def block_of(tile, cu_ptr, batch, BLOCK: tl.constexpr):
-    """Sequence of a block, first frame of the block within it, and frames from there to its end, perhaps none.
+    """Where block number `tile` is: its sequence, its first frame there, and the number of frames from it to the end.
 
-    Sequence b has the blocks from cu[b] // BLOCK + b on. That leaves each enough of them, and at most one too many; so
-    a grid of N // BLOCK + B programs needs to know nothing of the lengths.
+    Sequence b owns the blocks from number cu[b] // BLOCK + b on: enough for its frames, and at most one more, which has
+    no frames. So N // BLOCK + B programs cover all sequences, and the host need not know the lengths.
     """
     sequence = -1
     for start in range(0, batch, 128):
@@ -88,7 +89,7 @@ def block_of(tile, cu_ptr, batch, BLOCK: tl.constexpr):
 
 @triton.jit
 def chunks_of(sequence, cu_ptr, CHUNK: tl.constexpr):
-    """First block of a sequence, and the number of its blocks that have frames."""
+    """First block of a sequence, the number of its blocks that have frames, and the number of its frames."""
     begin = tl.load(cu_ptr + sequence)
     frames = tl.load(cu_ptr + sequence + 1) - begin
     return begin // CHUNK + sequence, (frames + CHUNK - 1) // CHUNK, frames
@@ -96,7 +97,7 @@ def chunks_of(sequence, cu_ptr, CHUNK: tl.constexpr):
 
 @triton.jit
 def load_windows(x_ptr, rows, valid, STEP: tl.constexpr, WINDOW: tl.constexpr, BLOCK_K: tl.constexpr):
-    """(rows, BLOCK_K): the window of each frame, then a one, then zeros."""
+    """Load (rows, BLOCK_K): in each row the window of a frame, then a one, then zeros."""
     k = tl.arange(0, BLOCK_K)[None, :]
     windows = tl.load(x_ptr + rows[:, None] * STEP + k, mask=valid[:, None] & (k < WINDOW), other=0.0)
     return tl.where((k == WINDOW) & valid[:, None], 1.0, windows.to(tl.float32)).to(windows.dtype)
@@ -104,7 +105,7 @@ def load_windows(x_ptr, rows, valid, STEP: tl.constexpr, WINDOW: tl.constexpr, B
 
 @triton.jit
 def per_channel(ptr, channels, C, default: tl.constexpr):
-    """(1, channels) of a vector in fp32, or of a default where there is none."""
+    """Load (1, channels) of a vector in fp32; filled with `default` if the pointer is None."""
     if ptr is None:
         values = tl.full(channels.shape, default, tl.float32)
     else:
@@ -113,26 +114,26 @@ def per_channel(ptr, channels, C, default: tl.constexpr):
 
 
 def block_for(size: int, largest: int) -> int:
-    """Side of a tile: a power of two that holds `size`, from 16 to `largest`."""
+    """Side of a tile: the smallest power of two that is at least `size`, limited to the range 16 to `largest`."""
     return min(largest, max(16, 1 << max(size - 1, 0).bit_length()))
 
 
 def has_windows(layer: LayerPlan) -> bool:
-    """Whether the kernels can make the frames of a layer from windows of the input, so that nothing is kept."""
+    """Whether the kernels can compute the frames of a layer from windows of the input, so that none are stored."""
     wide = layer.norm == "layer" and layer.channels > _WIDEST_LAYER_NORM
     return not layer.is_kept and layer.window <= _LONGEST_WINDOW and not wide
 
 
 def window_block(layer: LayerPlan) -> int:
-    """Side of a tile that holds a window and a one."""
+    """Side of a tile that has room for a window and a one."""
     return block_for(layer.window + 1, 32)
 
 
 def chunk_programs(layer: LayerPlan, chunk: int) -> int:
-    """Programs that take a chunk each, as `block_of` counts them."""
+    """Number of programs if each gets one chunk, as `block_of` numbers them."""
     return layer.total // chunk + layer.batch
 
 
 def precision_of(dtype: torch.dtype) -> str:
-    """How products of fp32 numbers are made: TF32 where torch was told that it may, exactly otherwise."""
+    """Precision of fp32 products in `tl.dot`: "tf32" if PyTorch's settings allow it, otherwise "ieee" (exact)."""
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"

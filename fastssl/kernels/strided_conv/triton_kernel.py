@@ -1,11 +1,11 @@
 """Triton kernels of `strided_conv`: convolution of packed frames as a matrix product whose rows overlap.
 
-With channels last, the K input frames of an output frame are K * C_in contiguous numbers, so no window is ever copied.
-Norm, activation and the first layer are in triton_rows.py, sums over sequences in triton_statistics.py; README.md has
-the formulas and what is kept.
+With channels last, the K input frames of an output frame are K * C_in contiguous numbers, so windows are not copied.
+Norm, activation and the first layer are in triton_rows.py, sums over sequences in triton_statistics.py. README.md has
+the formulas and lists what is kept for the backward.
 
-A tile holds output frames of one sequence, counted from its beginning: where it reads is arithmetic, not a table, and
-the host knows nothing of the lengths.
+A tile contains output frames of one sequence, counted from its start. Its input addresses are computed, not looked up
+in a table, and the host need not know the lengths.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,7 +30,7 @@ from fastssl.kernels.strided_conv.triton_blocks import (
 from fastssl.kernels.strided_conv.triton_rows import activate, activate_backward
 from fastssl.kernels.strided_conv.triton_statistics import group_statistics
 
-#: The weight gradient is cut into about so many programs: two for each of the 132 multiprocessors of an H200.
+#: Approximate number of programs for the weight gradient: two for each of the 132 multiprocessors of an H200.
 _PROGRAMS = 264
 
 
@@ -54,7 +54,7 @@ def _forward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Frames times `weight_ptr` (C_OUT, WINDOW), and what bias and GELU make of them."""
+    """Product of windows and `weight_ptr` (C_OUT, WINDOW), stored as it is and after bias and GELU, where asked for."""
     TILES_N: tl.constexpr = (C_OUT + BLOCK_N - 1) // BLOCK_N
     EVEN: tl.constexpr = WINDOW % BLOCK_K == 0 and C_OUT % BLOCK_N == 0
     program = tl.program_id(0)
@@ -64,7 +64,7 @@ def _forward_kernel(
     rows = tl.arange(0, BLOCK_M)
     columns = (program % TILES_N) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
-    # Rows behind the end read the last frame again rather than what lies there.
+    # Rows after the end read the last frame again, instead of memory that may not belong to x.
     frames = tl.minimum(rows, left - 1)
     x_ptr += (tl.load(cu_in_ptr + sequence).to(tl.int64) + first.to(tl.int64) * STRIDE) * C_IN
     x_ptrs = x_ptr + frames[:, None] * (STRIDE * C_IN) + k[None, :]
@@ -83,7 +83,7 @@ def _forward_kernel(
         weight_ptrs += BLOCK_K
     mask = (rows < left)[:, None] & (columns < C_OUT)[None, :]
     positions = (tl.load(cu_out_ptr + sequence) + first).to(tl.int64) * C_OUT + rows[:, None] * C_OUT + columns[None, :]
-    # The backward knows the rounded product, so the activation is that of the rounded product.
+    # Activate the rounded product, because the backward only has that one.
     conv_out = acc.to(x_ptr.dtype.element_ty)
     if conv_out_ptr is not None:
         tl.store(conv_out_ptr + positions, conv_out, mask=mask)
@@ -117,11 +117,12 @@ def _input_grad_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Each input frame gathers from the output frames that saw it.
+    """Gradient of the input: each input frame gathers from the output frames whose windows contain it.
 
-    A tile holds frames p = q * STRIDE + phase of one phase. Those were seen by taps phase, phase + STRIDE, ... of
-    frames q, q - 1, ..., again contiguous numbers. Where the layer below is a convolution and GELU alone, what it had
-    before GELU is at `lower_conv_out_ptr`: the gradient goes through that GELU, whose output is written again.
+    A tile contains the input frames q * STRIDE + phase of one phase. They enter output frames q, q - 1, ... through
+    taps phase, phase + STRIDE, ..., which are contiguous numbers. If the layer below has no bias and no norm,
+    `lower_conv_out_ptr` points to its convolution's output. The gradient then continues through its activation, whose
+    output is stored again.
     """
     TILES_N: tl.constexpr = (C_IN + BLOCK_N - 1) // BLOCK_N
     TILES_K: tl.constexpr = (C_OUT + BLOCK_K - 1) // BLOCK_K
@@ -158,7 +159,7 @@ def _input_grad_kernel(
     positions = offset + rows * (STRIDE * C_IN)
     inside = rows * STRIDE + phase < left
     pointers = lower_conv_out_ptr, lower_out_ptr, grad_x_ptr
-    # By halves, which a thread has in its registers, so that what the GELU needs fits beside them.
+    # Store in two halves, so that the registers that the GELU needs fit beside one half at a time.
     halves = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
     column = (program // STRIDE % TILES_N) * BLOCK_N + tl.arange(0, BLOCK_N // 2)
     _store_input_grad(halves[0], pointers, positions, inside, column, C_IN, GELU)
@@ -167,6 +168,7 @@ def _input_grad_kernel(
 
 @triton.jit
 def _store_input_grad(grad, pointers, positions, inside, columns, C_IN: tl.constexpr, GELU: tl.constexpr):
+    """Store a tile of the input's gradient, after the activation of the layer below if its output is given."""
     lower_conv_out_ptr, lower_out_ptr, grad_x_ptr = pointers
     positions = positions[:, None] + columns[None, :]
     mask = inside[:, None] & (columns < C_IN)[None, :]
@@ -182,7 +184,7 @@ def _store_input_grad(grad, pointers, positions, inside, columns, C_IN: tl.const
 
 @triton.jit
 def _sequence_of(row, cu_ptr, batch):
-    """The sequence that a row lies in."""
+    """Number of the sequence that contains a packed row."""
     sequence = 0
     for start in range(0, batch, 128):
         index = start + tl.arange(0, 128)
@@ -210,7 +212,7 @@ def _weight_grad_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Sum of gradient times window over `share` output frames, in fp32: `partial_ptr` (shares, C_OUT, WINDOW)."""
+    """Sums of gradient times window over `share` output frames, fp32: `partial_ptr` is (shares, C_OUT, WINDOW)."""
     TILES_N: tl.constexpr = (WINDOW + BLOCK_N - 1) // BLOCK_N
     EVEN: tl.constexpr = C_OUT % BLOCK_M == 0 and WINDOW % BLOCK_N == 0
     tile, part = tl.program_id(0), tl.program_id(1)
@@ -243,7 +245,7 @@ def _weight_grad_kernel(
 
 
 class _Blocks(NamedTuple):
-    """Tile of a matrix product, warps and stages of its pipeline."""
+    """Tile of a matrix product (m rows, n columns, k deep), and number of warps and pipeline stages."""
 
     m: int
     n: int
@@ -255,7 +257,7 @@ class _Blocks(NamedTuple):
 def _blocks(dtype: torch.dtype, *, columns: int, depth: int) -> _Blocks:
     """Tile for (many, columns) = (many, depth) @ (depth, columns)."""
     if dtype != torch.float32:
-        # 96 KiB and 128 registers: two blocks to a multiprocessor, one multiplies while the other is at its GELU.
+        # 96 KiB and 128 registers: two blocks share a multiprocessor, so one multiplies while the other computes GELU.
         return _Blocks(128, block_for(columns, 128), block_for(depth, 64), 8, 3)
     if precision_of(dtype) == "tf32":
         return _Blocks(128, block_for(columns, 128), block_for(depth, 32), 8, 3)
@@ -272,7 +274,7 @@ def _weight_grad_blocks(dtype: torch.dtype, *, channels: int, window: int) -> _B
 
 
 def _as_matrix(weight: Tensor) -> Tensor:
-    """(C_out, C_in, K) to (C_out, K * C_in): the order in which the input lies in memory."""
+    """Reorder a weight (C_out, C_in, K) to (C_out, K * C_in), the memory order of a window."""
     return weight.permute(0, 2, 1).flatten(1).contiguous()
 
 
@@ -283,7 +285,7 @@ def _convolve(
     keep: bool,
     activate: bool,
 ) -> tuple[Tensor, Tensor]:  # (N_out, C_out), (N_out, C_out)
-    """The product, and what bias and activation make of it (there is no norm); (0, C_out) for what is not asked for."""
+    """The convolution's output (if `keep`) and its activation after the bias (if `activate`); otherwise (0, C_out)."""
     conv_out, out = (x.new_empty((layer.total if made else 0, layer.channels)) for made in (keep, activate))
     blocks = _blocks(x.dtype, columns=layer.channels, depth=layer.window)
     tiles = (layer.total // blocks.m + layer.batch) * triton.cdiv(layer.channels, blocks.n)
@@ -312,7 +314,7 @@ def _convolve(
 
 
 def _forward(layer: LayerPlan, x: Tensor, *, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, product and statistics of one layer; what is not kept is empty."""
+    """Output, convolution output and statistics of one layer; a convolution output that is not kept is empty."""
     nothing = x.new_empty((0, layer.channels))
     statistics = layer.new_statistics(x)
     if layer.total == 0:
@@ -336,7 +338,10 @@ def _input_grad(
     lower: LayerPlan | None = None,
     conv_out: Tensor | None = None,  # (N, C_in)
 ) -> tuple[Tensor, Tensor | None]:  # (N, C_in), (N, C_in)
-    """Gradient of the layer's input; with `conv_out` of the lower layer the gradient of that, and the input again."""
+    """Gradient of the layer's input, and None.
+
+    If `conv_out` of the `lower` layer is given: the gradient of `conv_out`, and the layer's input, recomputed from it.
+    """
     c_in = layer.weight.shape[1]
     grad_x = grad_conv.new_empty((rows, c_in))
     lower_out = None if conv_out is None else torch.empty_like(grad_x)
@@ -371,7 +376,7 @@ def _weight_grad(
     x: Tensor,  # (N, C_in)
     grad_conv: Tensor,  # (N_out, C_out)
 ) -> Tensor:  # (C_out, C_in, K)
-    """Shares of the frames in one kernel, and their sum in another: the order of additions is fixed."""
+    """Gradient of the weight: one kernel sums shares of the frames, another adds the shares in a fixed order."""
     blocks = _weight_grad_blocks(x.dtype, channels=layer.channels, window=layer.window)
     tiles = triton.cdiv(layer.channels, blocks.m) * triton.cdiv(layer.window, blocks.n)
     share = max(8 * blocks.k, triton.cdiv(layer.total, max(1, _PROGRAMS // tiles)))
@@ -406,7 +411,7 @@ def strided_conv_fwd(
     save: bool,
     *lists: Any,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # (N_out, C_out)
-    """Output of the stack, and for the backward each layer's product (or nothing) and group norm statistics."""
+    """Output of the stack, and for the backward each layer's convolution output (if kept) and group norm statistics."""
     conv_outs, statistics = [], []
     with torch.cuda.device_of(x):
         for layer in plan_layers(*lists):
@@ -424,7 +429,7 @@ def strided_conv_bwd(
     needs_grad_x: bool,
     *lists: Any,
 ) -> tuple[Tensor | list[Tensor], ...]:
-    """Gradients of x, weights, biases, norm weights and norm biases; (0,) for a parameter that is absent."""
+    """Gradients of `x`, weights, biases, norm weights and norm biases; (0,) for a parameter that is None."""
     layers = plan_layers(*lists)
     grad_x, grads = x.new_zeros((len(x) if needs_grad_x else 0, x.shape[1])), [RowGradients() for _ in layers]
     if layers[-1].total > 0:
@@ -438,7 +443,7 @@ def strided_conv_bwd(
 
 
 def _like(x: Tensor, parameter: Tensor | None, grad: Tensor | None) -> Tensor:
-    """The gradient in memory of its own: zero where no frame saw the parameter, (0,) where there is none."""
+    """A copy of the gradient like the parameter: zeros if `grad` is None, (0,) if `parameter` is None."""
     if parameter is None:
         return x.new_empty(0)
     out = torch.zeros_like(parameter)
@@ -454,10 +459,10 @@ def _backward(
     *,
     windows: bool,
 ) -> list[RowGradients]:
-    """All gradients of each layer, and of the first layer's product, unless `windows` let it do without."""
+    """Gradients of each layer's parameters, and of the first layer's convolution output unless it uses windows."""
 
     def through(i: int, grad: Tensor) -> RowGradients:
-        """From the output of layer i to its product."""
+        """Backward of layer i from its output to its convolution's output."""
         layer, last = layers[i], i + 1 == len(layers)
         if windows and has_windows(layer):
             return activate_backward(layer, x, statistics[i], grad, windows=True, keep_activated=not last)
@@ -482,7 +487,7 @@ def _backward(
 
 
 def ahead_of_time_cases() -> dict[str, Callable[[], object]]:
-    """Label -> a call for tests/ops/ahead_of_time.py, which compiles what it would launch."""
+    """Label -> a call whose kernel launches tests/ops/ahead_of_time.py records and compiles."""
     cases: dict[str, Callable[[], object]] = {}
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for norm in ("group", "layer"):

@@ -1,7 +1,8 @@
-"""Triton kernels of `strided_conv` that go frame by frame: norm, GELU and their backward.
+"""Triton kernels of `strided_conv` that work frame by frame: norm, GELU and their backward.
 
-The first layer reads one channel: its output is the product of a window of K samples with a (K, C) matrix, cheaper to
-make again than to load, so these kernels take their frames from memory or from windows. README.md has the formulas.
+These kernels read the convolution's output from memory, or compute it from windows of the input. The latter is for the
+first layer, which has one input channel: the product of a window of K samples and a (K, C) matrix is cheaper to
+recompute than to load. README.md has the formulas.
 """
 
 from typing import Any
@@ -31,7 +32,7 @@ from fastssl.kernels.strided_conv.triton_statistics import sum_chunks, window_gr
 
 @triton.jit
 def _multiply_windows(windows, weight_ptr, channels, C, WINDOW: tl.constexpr, PRECISION: tl.constexpr):
-    """(rows, channels) of the first layer's product. `weight_ptr` is (C, WINDOW)."""
+    """The first layer's convolution, (rows, channels), from windows and `weight_ptr` (C, WINDOW)."""
     BLOCK_K: tl.constexpr = windows.shape[1]
     k = tl.arange(0, BLOCK_K)[:, None]
     mask = (k < WINDOW) & (channels < C)[None, :]
@@ -41,7 +42,7 @@ def _multiply_windows(windows, weight_ptr, channels, C, WINDOW: tl.constexpr, PR
 
 @triton.jit
 def _standardise(frames, statistics_ptr, sequence, batch, channels, eps, C, NORM: tl.constexpr):
-    """Frames less their mean, over their deviation, and one over the deviation."""
+    """Frames with their mean subtracted and divided by their standard deviation; also returns 1 / deviation."""
     rstd = 1.0
     if NORM == "group":
         mean = per_channel(statistics_ptr + sequence * C, channels, C, 0.0)
@@ -78,7 +79,7 @@ def _activate_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Norm and GELU of frames: those at `x_ptr`, or with a weight those made from the windows there."""
+    """Norm and GELU of the frames at `x_ptr`; if `weight_ptr` is given, of frames computed from windows at `x_ptr`."""
     sequence, first, left = block_of(tl.program_id(0), cu_out_ptr, batch, BLOCK_T)
     if left <= 0:
         return
@@ -139,9 +140,11 @@ def _activate_backward_kernel(
 ):
     """Backward of norm and GELU over a chunk of one sequence.
 
-    `sums_ptr` (programs, 3, C) takes the chunk's sums of g, g * standardised frames and dL/d conv, where g is the
-    gradient behind the norm; `products_ptr` (programs, BLOCK_K, C) those of window times dL/d conv, or g for the group
-    norm, whose gradient needs the sums over the whole sequence, `totals_ptr` (B, 3, C), first.
+    Let g be the gradient of the norm's output. `sums_ptr` (programs, 3, C) receives the chunk's sums of g, of g times
+    the standardised frames, and of the gradient of the convolution's output (a sum that is not needed may be zero).
+    `products_ptr` (programs, BLOCK_K, C) receives the sums of window times that gradient. Group norm's gradient needs
+    sums over the whole sequence: they are read from `totals_ptr` (B, 3, C); with windows, the products are of g instead
+    and corrected later.
     """
     program = tl.program_id(0)
     sequence, first, left = block_of(program, cu_out_ptr, batch, CHUNK)
@@ -212,15 +215,15 @@ def _activate_backward_kernel(
 
 
 def _row_blocks(layer: LayerPlan, *, windows: bool) -> tuple[int, int]:
-    """Frames and channels of a tile: 16 numbers for each thread of 8 warps, 32 where a product needs 16 frames."""
+    """Frames and channels of a tile: 16 numbers per thread of 8 warps, or 32 if a product needs at least 16 frames."""
     if layer.norm != "layer":
         return 32, block_for(layer.channels, 128)
-    channels = block_for(layer.channels, 1 << 16)  # a norm over channels needs them all
+    channels = block_for(layer.channels, 1 << 16)  # layer norm needs all channels of a frame
     return min(64, max(16 if windows else 1, 4096 // channels)), channels
 
 
 def _settings(layer: LayerPlan, dtype: torch.dtype, *, windows: bool) -> dict[str, Any]:
-    """What the two kernels of norm and activation have in common."""
+    """Arguments that the forward and backward kernels of norm and activation share."""
     block_t, block_c = _row_blocks(layer, windows=windows)
     return {
         "cu_in_ptr": layer.cu_in,
@@ -243,12 +246,22 @@ def _settings(layer: LayerPlan, dtype: torch.dtype, *, windows: bool) -> dict[st
 
 def activate(
     layer: LayerPlan,
-    x: Tensor,  # (N_out, C_out), or (N, 1) where the layer is made from windows
+    x: Tensor,  # (N_out, C_out), or (N, 1) with `windows`
     statistics: Tensor | None,  # (2, B, C_out)
     *,
     windows: bool,
 ) -> Tensor:  # (N_out, C_out)
-    """Norm and activation of the convolution's output, or with `windows` of what the input's windows give."""
+    """Norm and activation of the convolution's output.
+
+    Args:
+        layer: Description of the layer.
+        x: (N_out, C_out) convolution output; with `windows`, the layer's input (N, 1).
+        statistics: (2, B, C_out) mean and 1 / standard deviation for group norm.
+        windows: Whether to compute the convolution from windows of the input.
+
+    Returns:
+        (N_out, C_out) output of the layer, in the dtype of `x`.
+    """
     out = x.new_empty((layer.total, layer.channels))
     settings = _settings(layer, x.dtype, windows=windows)
     _activate_kernel[(layer.total // settings["BLOCK_T"] + layer.batch,)](
@@ -273,15 +286,15 @@ def activate_backward(
     windows: bool,
     keep_activated: bool,
 ) -> RowGradients:
-    """Backward of `activate`, to the convolution's output, or with `windows` to the weight.
+    """Backward of `activate`: gradients of the convolution's output, or with `windows` of the weight.
 
     Args:
-        layer: What was computed.
-        x: As in the forward.
-        statistics: Of the group norm.
-        grad_out: Gradient of the layer's output.
-        windows: As in the forward.
-        keep_activated: Whether to give the layer's output again.
+        layer: Description of the layer.
+        x: As in `activate`.
+        statistics: (2, B, C_out) mean and 1 / standard deviation for group norm.
+        grad_out: (N_out, C_out) gradient of the layer's output.
+        windows: As in `activate`.
+        keep_activated: Whether to return the layer's output too.
     """
     settings = _settings(layer, x.dtype, windows=windows)
     chunk = WINDOW_CHUNK if windows else FRAME_CHUNK
@@ -296,7 +309,7 @@ def activate_backward(
         _activate_backward_kernel[grid](*inputs, None, grad_conv, activated, sums, products, **settings, CHUNK=chunk)
         if layer.norm == "group":
             weight, norm_weight, norm_bias = window_group_norm_backward(layer, x, statistics, sums, products)
-            # A bias moves the mean alone, which the norm takes out again.
+            # The norm subtracts the mean and the bias with it, so the gradient of the bias is zero.
             return RowGradients(None, activated, weight, torch.zeros_like(norm_bias), norm_weight, norm_bias)
         totals = sums.sum(0)
     else:

@@ -1,4 +1,7 @@
-"""Triton kernels of `strided_conv` that sum over the frames of a sequence: group norm, in chunks and then in order."""
+"""Triton kernels of `strided_conv` that sum over the frames of a sequence, for group norm.
+
+One kernel sums chunks of frames; a second one adds the chunks of each sequence in order.
+"""
 
 import torch
 import triton
@@ -32,9 +35,9 @@ def _window_moments_kernel(
     BLOCK_K: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Sum over a chunk of the products of any two samples of a window, and of a one, in fp64.
+    """Sums over a chunk of window^T window in fp64, where a window is extended by a one: (programs, BLOCK_K, BLOCK_K).
 
-    A sequence is measured from its first sample, so a constant offset costs no digits.
+    The first sample of the sequence is subtracted from all samples, so that a constant offset costs no precision.
     """
     program = tl.program_id(0)
     sequence, first, left = block_of(program, cu_out_ptr, batch, CHUNK)
@@ -64,7 +67,7 @@ def _window_covariance(
     BLOCK_K: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Mean (BLOCK_K,) and covariance (BLOCK_K, BLOCK_K) of the windows of a sequence; zero beyond a window."""
+    """Mean (BLOCK_K,) and covariance (BLOCK_K, BLOCK_K) of a sequence's windows; zero at indices from WINDOW on."""
     chunk, chunks, frames = chunks_of(sequence, cu_out_ptr, CHUNK)
     k = tl.arange(0, BLOCK_K)
     positions = k[:, None] * BLOCK_K + k[None, :]
@@ -75,7 +78,7 @@ def _window_covariance(
         moments_ptr += BLOCK_K * BLOCK_K
     moments /= tl.maximum(frames, 1)
     inside = k < WINDOW
-    # The last row and column are the means: products with the one.
+    # Row and column WINDOW are products with the one: the means.
     row = tl.sum(tl.where((k == WINDOW)[:, None], moments, 0.0), 0)
     column = tl.sum(tl.where((k == WINDOW)[None, :], moments, 0.0), 1)
     both = inside[:, None] & inside[None, :]
@@ -101,7 +104,7 @@ def _window_statistics_kernel(
     BLOCK_K: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Mean and one over the deviation of each channel, from those of the windows: w . mean and w . covariance w."""
+    """Mean (w . mean) and 1 / deviation (variance w . covariance w) of each channel from those of the windows."""
     sequence = tl.program_id(0)
     mean, covariance = _window_covariance(x_ptr, moments_ptr, cu_in_ptr, cu_out_ptr, sequence, WINDOW, BLOCK_K, CHUNK)
     channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -129,7 +132,7 @@ def _frame_moments_kernel(
     BLOCK_C: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Mean of a chunk, and the sum of squared distances from it: (programs, 2, C)."""
+    """Mean of a chunk of frames and the sum of squared differences from it, per channel: (programs, 2, C)."""
     program = tl.program_id(0)
     sequence, first, left = block_of(program, cu_out_ptr, batch, CHUNK)
     channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -163,7 +166,7 @@ def _frame_statistics_kernel(
     BLOCK_C: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Chunks of a sequence into its mean and one over its deviation, by Chan's formula."""
+    """Combine the chunks of a sequence into mean and 1 / standard deviation, by the formula of Chan et al. (1979)."""
     sequence = tl.program_id(0)
     chunk, chunks, frames = chunks_of(sequence, cu_out_ptr, CHUNK)
     channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -186,7 +189,7 @@ def _frame_statistics_kernel(
 
 @triton.jit
 def _sum_chunks_kernel(sums_ptr, totals_ptr, cu_out_ptr, C: tl.constexpr, BLOCK_C: tl.constexpr, CHUNK: tl.constexpr):
-    """(programs, 3, C) to (B, 3, C): the chunks of each sequence, in order."""
+    """Add the chunks of each sequence in order: (programs, 3, C) to (B, 3, C)."""
     sequence, row = tl.program_id(0), tl.program_id(1)
     chunk, chunks, _ = chunks_of(sequence, cu_out_ptr, CHUNK)
     channels = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -215,9 +218,10 @@ def _window_group_norm_backward_kernel(
     BLOCK_K: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """What a sequence adds to the gradients of the first layer under group norm.
+    """Contribution of one sequence to the gradients of the first layer's parameters under group norm.
 
-    `grads_ptr` (B, BLOCK_K + 1, C): WINDOW rows of the weight, at row WINDOW norm_weight, at row BLOCK_K norm_bias.
+    `grads_ptr` is (B, BLOCK_K + 1, C): the first WINDOW rows are for the weight, row WINDOW is for norm_weight, and row
+    BLOCK_K for norm_bias.
     """
     sequence = tl.program_id(0)
     mean, covariance = _window_covariance(x_ptr, moments_ptr, cu_in_ptr, cu_out_ptr, sequence, WINDOW, BLOCK_K, CHUNK)
@@ -234,7 +238,7 @@ def _window_group_norm_backward_kernel(
         shift += tl.load(sums_ptr + channels, mask=in_range, other=0.0)
         products_ptr += BLOCK_K * C
         sums_ptr += 3 * C
-    # Around the mean window. The product with the one is the sum of the same rounded gradients.
+    # Centre on the mean window. The product with the one is the sum of the same rounded gradients.
     ones = tl.sum(tl.where((k == WINDOW)[:, None], products, 0.0), 0)
     products = tl.where((k < WINDOW)[:, None], products - mean[:, None] * ones[None, :], 0.0)
     mask = (k < WINDOW)[:, None] & in_range[None, :]
@@ -251,6 +255,7 @@ def _window_group_norm_backward_kernel(
 
 
 def _window_moments(layer: LayerPlan, x: Tensor) -> Tensor:
+    """Results of `_window_moments_kernel` for all chunks, (programs, BLOCK_K, BLOCK_K) fp64."""
     programs, block = chunk_programs(layer, WINDOW_CHUNK), window_block(layer)
     moments = x.new_empty((programs, block, block), dtype=torch.float64)
     _window_moments_kernel[(programs,)](
@@ -274,7 +279,16 @@ def group_statistics(
     *,
     windows: bool,
 ) -> Tensor:  # (2, B, C_out)
-    """Mean and one over the deviation, per sequence and channel, of the convolution's output and its bias, fp32."""
+    """Mean and 1 / standard deviation of convolution output plus bias, per sequence and channel.
+
+    Args:
+        layer: Description of the layer.
+        x: (N_out, C_out) convolution output; with `windows`, the layer's input (N, 1).
+        windows: Whether to compute the statistics from windows of the input.
+
+    Returns:
+        (2, B, C_out) fp32.
+    """
     statistics = x.new_empty((2, layer.batch, layer.channels), dtype=torch.float32)
     if windows:
         _window_statistics_kernel[layer.batch, triton.cdiv(layer.channels, 16)](
@@ -321,7 +335,7 @@ def window_group_norm_backward(
     sums: Tensor,  # (programs, 3, C)
     products: Tensor | None,  # (programs, BLOCK_K, C)
 ) -> tuple[Tensor, Tensor, Tensor]:  # (C, 1, K), (C,), (C,)
-    """Gradients of weight, norm_weight and norm_bias from the sums that a pass over the gradient made."""
+    """Gradients of weight, norm_weight and norm_bias, from the sums that `_activate_backward_kernel` stored."""
     block = window_block(layer)
     grads = sums.new_empty((layer.batch, block + 1, layer.channels))
     _window_group_norm_backward_kernel[layer.batch, triton.cdiv(layer.channels, 16)](
@@ -351,7 +365,7 @@ def sum_chunks(
     layer: LayerPlan,
     sums: Tensor,  # (programs, 3, C)
 ) -> Tensor:  # (B, 3, C)
-    """Sums over the sequences from those over their chunks of FRAME_CHUNK frames."""
+    """Sums over whole sequences, from the sums over their chunks of FRAME_CHUNK frames."""
     totals, block = sums.new_empty((layer.batch, 3, layer.channels)), block_for(layer.channels, 128)
     _sum_chunks_kernel[layer.batch, 3, triton.cdiv(layer.channels, block)](
         sums, totals, layer.cu_out, C=layer.channels, BLOCK_C=block, CHUNK=FRAME_CHUNK

@@ -43,7 +43,7 @@ def _fake_backward(
     distance_bias: Tensor | None,
     gate: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    # A schema cannot return None: the gradient of an argument that was not given is empty.
+    # A schema cannot return None, so the gradient of a missing argument is an empty tensor.
     grad_bias, grad_gate = (q.new_empty(0) if x is None else x.new_empty(x.shape) for x in (distance_bias, gate))
     return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape), grad_bias, grad_gate
 
@@ -93,30 +93,31 @@ def varlen_attention(
 ) -> Tensor:  # (N, H, E)
     """Attention of every frame to all frames of its own sequence (arXiv 1706.03762, equation 1), not causal.
 
-    With `distance_bias` the logit of query i and key j gains gate[i, h] * distance_bias[h, clamp(j - i, -R, R) + R]
-    (WavLM, arXiv 2110.13900, section III-B). The README says which hash decides what dropout keeps.
+    With `distance_bias`, gate[i, h] * distance_bias[h, clamp(j - i, -R, R) + R] is added to the logit of query i and
+    key j in head h (WavLM, arXiv 2110.13900, section III-B). The README of the op specifies the dropout mask.
 
     Args:
-        q: (N, H, E) queries.
+        q: (N, H, E) queries, for H heads of E channels.
         k: (N, H, E) keys, in the dtype of `q`.
         v: (N, H, E) values, in the dtype of `q`.
         layout: Where each sequence begins.
-        scale: Factor of the products of queries and keys; None is E ** -0.5.
-        dropout_p: Probability of dropping an attention weight; the kept ones are scaled by 1 / (1 - dropout_p).
-        seed: () int64 on the device of `q`: the same seed and layout drop the same weights. None draws one from
-            PyTorch's generator of that device, without waiting for it, so activation checkpointing repeats it.
-        distance_bias: (H, 2R + 1), by key position minus query position, the ends standing for everything beyond.
-        gate: (N, H) factor of a query's distance bias; None is 1. Only with `distance_bias`.
-        backend: See `fastssl.ops`; None takes the fastest there is. "torch", on CUDA only, serves neither bias nor
-            dropout and needs fp16 or bf16, the default scale, and E a multiple of 8 up to 256. "triton" takes fp32,
-            fp16 and bf16 and E up to 128.
+        scale: Factor of the dot products of queries and keys; None is E ** -0.5.
+        dropout_p: Probability of dropping an attention weight; the kept ones are multiplied by 1 / (1 - dropout_p).
+        seed: () int64 on the device of `q`; the same seed and layout drop the same weights. None draws a seed from
+            PyTorch's generator of that device, which activation checkpointing repeats. The host does not wait for it.
+        distance_bias: (H, 2R + 1) bias of any floating dtype, indexed by key position minus query position plus R. The
+            first and last entry also apply to all larger distances.
+        gate: (N, H) factor of the bias for each query and head; None is 1. Needs `distance_bias`.
+        backend: Implementation to run, see `fastssl.ops`; None picks the fastest available. "torch" exists on CUDA
+            only; it supports neither bias nor dropout, and needs fp16 or bf16, the default scale, and E a multiple of 8
+            up to 256. "triton" supports fp32, fp16 and bf16, and E up to 128.
 
     Returns:
-        (N, H, E) in the dtype of `q`, which under autocast is autocast's for all three. Logits, softmax, bias and sums
-        are computed in at least fp32.
+        (N, H, E) in the dtype of `q`. Under autocast, `q`, `k` and `v` are cast to autocast's dtype first. Logits,
+        softmax, bias and sums are computed in at least fp32.
 
     Raises:
-        ValueError: Shapes, dtypes or options do not fit, or `backend` cannot serve the call.
+        ValueError: A shape, dtype or option is invalid, or `backend` cannot run this call.
     """
     q, k, v = to_autocast_dtype(q, k, v)
     _check(q, k, v, layout, distance_bias, gate)
@@ -137,7 +138,7 @@ def varlen_attention(
 
 
 def _torch_kernel(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
-    """PyTorch's own attention: `varlen_attn`, default scale only."""
+    """Attention by PyTorch's `varlen_attn`, with the default scale."""
     from torch.nn.attention.varlen import varlen_attn
 
     longest = layout.max_length
@@ -149,25 +150,27 @@ def _torch_kernel(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
 def _why_not_torch(
     q: Tensor, layout: Layout, scale: float | None, dropout_p: float, distance_bias: Tensor | None
 ) -> str | None:
+    """The reason why PyTorch's `varlen_attn` cannot run this call, None if it can."""
     if distance_bias is not None:
         return "PyTorch's kernel has no distance bias"
     if dropout_p > 0:
-        return "PyTorch's kernel has no dropout that could be repeated"
+        return "PyTorch's kernel has no dropout with a reproducible mask"
     if q.device.type == "cuda":
         if q.dtype not in (torch.float16, torch.bfloat16):
             return f"varlen_attn takes float16 and bfloat16, not {q.dtype}"
         if q.shape[2] % 8 or q.shape[2] > 256:
-            return f"varlen_attn takes E a multiple of 8 up to 256, not {q.shape[2]}"
+            return f"varlen_attn needs E to be a multiple of 8 up to 256, got {q.shape[2]}"
         if scale is not None:
-            return "varlen_attn of PyTorch 2.10 has the default scale only"
+            return "varlen_attn of PyTorch 2.10 supports the default scale only"
         if layout.total == 0:
-            return "varlen_attn takes no empty batch"
-        if torch.cuda.get_device_properties(q.device).major < 8:  # the compiler takes it for a constant
-            return "varlen_attn needs compute capability 8.0"
+            return "varlen_attn does not support an empty batch"
+        if torch.cuda.get_device_properties(q.device).major < 8:  # torch.compile treats it as a constant
+            return "varlen_attn needs a GPU of compute capability 8.0 or above"
     return None
 
 
 def _why_not_triton(q: Tensor) -> str | None:
+    """The reason why the Triton kernels cannot run this call, None if they can."""
     if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"its kernels take float32, float16 and bfloat16, not {q.dtype}"
     return f"its kernels take E up to 128, not {q.shape[2]}" if q.shape[2] > 128 else None
@@ -184,14 +187,14 @@ def _check(
     if q.dim() != 3 or q.shape[0] != layout.total:
         raise ValueError(f"q: expected ({layout.total}, H, E) for this layout, got {tuple(q.shape)}")
     if layout.cu_seqlens.device != q.device:
-        raise ValueError(f"layout: is on {layout.cu_seqlens.device}, q on {q.device}")
+        raise ValueError(f"layout: is on {layout.cu_seqlens.device}, must be on {q.device} like q")
     for name, x in (("k", k), ("v", v)):
         if x.shape != q.shape or x.dtype != q.dtype:
-            raise ValueError(f"{name}: expected {tuple(q.shape)} {q.dtype}, as q, got {tuple(x.shape)} {x.dtype}")
+            raise ValueError(f"{name}: expected {tuple(q.shape)} {q.dtype} like q, got {tuple(x.shape)} {x.dtype}")
     heads = q.shape[1]
     if distance_bias is None:
         if gate is not None:
-            raise ValueError("gate: given, but there is no distance_bias")
+            raise ValueError("gate: given, but distance_bias is None; pass both or neither")
         return
     if distance_bias.dim() != 2 or distance_bias.shape[0] != heads or distance_bias.shape[1] % 2 == 0:
         raise ValueError(f"distance_bias: expected ({heads}, 2R+1), got {tuple(distance_bias.shape)}")

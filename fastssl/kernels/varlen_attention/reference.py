@@ -18,14 +18,14 @@ def varlen_attention(
     distance_bias: Tensor | None,  # (H, 2R+1)
     gate: Tensor | None,  # (N, H)
 ) -> Tensor:  # (N, H, E)
-    """One sequence at a time, so nothing can reach across a border. Arguments as in `fastssl.ops.varlen_attention`."""
+    """Compute one sequence at a time, so that sequences cannot mix. Arguments as in `fastssl.ops.varlen_attention`."""
     accumulation = torch.promote_types(q.dtype, torch.float32)
     outputs = []
     begin = 0
-    # An empty batch still runs one empty sequence, which keeps every input in the graph, with a gradient of zero.
+    # For an empty batch, run one empty sequence, so that every input gets a gradient of zero.
     for length in layout.lengths or (0,):
         end = begin + length
-        # (H, T, E), always a copy: the bits of a GEMM depend on how its operands are aligned.
+        # (H, T, E), always a copy: the bits of a matrix product depend on the alignment of its operands.
         query, key, value = (
             x[begin:end].transpose(0, 1).to(accumulation, copy=True, memory_format=torch.contiguous_format)
             for x in (q, k, v)
@@ -49,6 +49,7 @@ def _biases(
     distance_bias: Tensor,  # (H, 2R+1)
     length: int,
 ) -> Tensor:  # (H, T, T)
+    """The bias of every query and key of a sequence of `length` T frames."""
     reach = distance_bias.shape[1] // 2
     positions = torch.arange(length, device=distance_bias.device)
     distances = positions - positions.unsqueeze(1)  # key minus query
@@ -63,22 +64,32 @@ def dropout_mask(
     keys: int,
     dropout_p: float,
 ) -> Tensor:  # (H, T, keys)
-    """Which attention probabilities are kept: a hash of seed, packed query row, head and key index, see README.md.
+    """Which attention probabilities dropout keeps: decided by a hash of seed, query row, head and key, see README.md.
 
-    The arithmetic is that of uint32, done in int32: products wrap to the same bits, and only shifts and comparisons
-    have to see to the sign.
+    The hash uses unsigned 32-bit arithmetic, done here in int32. Products wrap to the same bits, so only shifts and
+    comparisons need to handle the sign.
+
+    Args:
+        seed: () int64 seed.
+        rows: (T,) packed rows of the queries.
+        heads: H, the number of heads.
+        keys: Number of keys, numbered from 0 within their sequence.
+        dropout_p: Probability of dropping a weight.
+
+    Returns:
+        (H, T, keys) bool, True where a weight is kept.
     """
     state = _mix(seed.to(torch.int32) ^ (0x9E3779B9 - 2**32))
     state = _mix(state ^ (seed >> 32).to(torch.int32))
     state = _mix(state ^ rows.to(torch.int32))
     state = _mix(state ^ torch.arange(heads, dtype=torch.int32, device=rows.device).unsqueeze(1))
     state = _mix(state.unsqueeze(2) ^ torch.arange(keys, dtype=torch.int32, device=rows.device))
-    # A uint32 with its highest bit flipped is an int32 of the same order.
+    # Flipping the highest bit maps uint32 to int32 in the same order.
     return (state ^ -(2**31)) >= int(dropout_p * 2**32) - 2**31
 
 
 def _mix(x: Tensor) -> Tensor:
-    """The finaliser of MurmurHash3."""
+    """The finaliser of MurmurHash3 (32-bit), on int32."""
     x = x ^ ((x >> 16) & 0xFFFF)
     x = x * (0x85EBCA6B - 2**32)
     x = x ^ ((x >> 13) & 0x7FFFF)

@@ -1,7 +1,7 @@
 """Triton kernels of `varlen_attention`: packed, not causal, deterministic. README.md has the formulas.
 
-A tile is BLOCK_M queries by BLOCK_N keys of one sequence and head. Blocks are counted from the beginning of their
-sequence and their sizes depend on the width and the dtype alone, so a sequence has the same bits in any batch.
+A tile is BLOCK_M queries by BLOCK_N keys of one sequence and head. Blocks are counted from the start of their sequence,
+and block sizes do not change the order of a sum, so a sequence has the same bits in any batch.
 """
 
 from collections.abc import Callable
@@ -15,15 +15,15 @@ from torch import Tensor
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
-# Sequences are shared out among at most so many programs per head and band of distances.
+# Largest number of programs that share the sequences of a batch, per head and band of distances.
 _MAX_SHARES = 16
-#: Sizes that differ from batch to batch: a kernel compiled anew for each would be slower than one that ignores them.
+#: Arguments that change from call to call. Triton must not specialise on them, or it would recompile for new values.
 _SIZES = ["total", "batch", "reach", "threshold"]
 
 
 @triton.jit
 def _mix(x):
-    """The finaliser of MurmurHash3, on uint32."""
+    """The finaliser of MurmurHash3 (32-bit), on uint32."""
     x ^= x >> 16
     x *= 0x85EBCA6B
     x ^= x >> 13
@@ -33,7 +33,7 @@ def _mix(x):
 
 @triton.jit
 def _row_states(seed_ptr, rows, head):
-    """What the hash of dropout has taken in before the key: seed, packed row and head."""
+    """State of the dropout hash after seed, packed row and head; only the key is still missing."""
     seed = tl.load(seed_ptr)
     state = _mix(seed.to(tl.uint32) ^ 0x9E3779B9)
     state = _mix(state ^ (seed >> 32).to(tl.uint32))
@@ -42,21 +42,22 @@ def _row_states(seed_ptr, rows, head):
 
 @triton.jit
 def _kept(states, keys, threshold):
+    """Whether dropout keeps the weights of some keys, from the results of `_row_states`."""
     return _mix(states ^ keys.to(tl.uint32)) >= threshold.to(tl.uint32)
 
 
 @triton.jit
 def _biases(bias_ptr, distances, reach):
-    """Bias of one head by clamped distance, in fp32."""
+    """Load the bias of one head at some distances, clamped to the table, in fp32."""
     return tl.load(bias_ptr + tl.minimum(tl.maximum(distances, -reach), reach) + reach).to(tl.float32)
 
 
 @triton.jit
 def _block_of(tile, cu_seqlens_ptr, batch, BLOCK: tl.constexpr):
-    """Where a block lies: first row of its sequence, length of the sequence, first row of the block within it.
+    """Where block number `tile` is: first row and length of its sequence, and the block's first row in the sequence.
 
-    Sequence b has the blocks from cu_seqlens[b] // BLOCK + b on. That leaves each enough of them, and at most one too
-    many, whose rows begin behind the end; so a grid of N // BLOCK + B programs needs to know nothing of the lengths.
+    Sequence b owns the blocks from number cu_seqlens[b] // BLOCK + b on: enough for its rows, and at most one more,
+    which starts after its end. So N // BLOCK + B programs cover all sequences, and the host need not know the lengths.
     """
     sequence = -1
     for start in range(0, batch, 128):
@@ -70,7 +71,7 @@ def _block_of(tile, cu_seqlens_ptr, batch, BLOCK: tl.constexpr):
 
 @triton.jit
 def _load_rows(ptr, rows, length, stride, E: tl.constexpr, BLOCK_E: tl.constexpr):
-    """(rows, BLOCK_E) of one sequence and head, zero beyond its end. What lies there belongs to somebody else."""
+    """Load (rows, BLOCK_E) of one sequence and head; zero after the end of the sequence, where others begin."""
     columns = tl.arange(0, BLOCK_E)
     mask = (rows < length)[:, None]
     if E < BLOCK_E:
@@ -110,7 +111,7 @@ def _forward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One block of queries walks along the keys: softmax by parts, in powers of two."""
+    """Output of one block of queries, in a loop over blocks of keys with a running softmax in powers of two."""
     begin, length, first = _block_of(tl.program_id(0), cu_seqlens_ptr, batch, BLOCK_M)
     if first >= length:
         return
@@ -139,7 +140,7 @@ def _forward_kernel(
             logits += bias_factor[:, None] * _biases(bias_ptr, keys[None, :] - rows[:, None], reach)
         logits = tl.where((keys < length)[None, :], logits, float("-inf"))
         new_highest = tl.maximum(highest, tl.max(logits, 1))
-        shift = tl.where(new_highest > float("-inf"), new_highest, 0.0)  # a bias may be -inf all over a block
+        shift = tl.where(new_highest > float("-inf"), new_highest, 0.0)  # all biases of a block may be -inf
         rescale = tl.exp2(highest - shift)
         weights = tl.exp2(logits - shift[:, None])
         sums = sums * rescale + tl.sum(weights, 1)
@@ -181,7 +182,7 @@ def _backward_q_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One block of queries walks along the keys: grad_q, grad_gate, and D (H, N) for the kernels after it."""
+    """grad_q and grad_gate of one block of queries, in a loop over keys; also D (H, N), which later kernels read."""
     begin, length, first = _block_of(tl.program_id(0), cu_seqlens_ptr, batch, BLOCK_M)
     if first >= length:
         return
@@ -207,7 +208,7 @@ def _backward_q_kernel(
         states = _row_states(seed_ptr, begin + rows, head)
 
     acc = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
-    # The softmax of one logit is constant: no gradient, not even the rounding of one.
+    # The softmax of a single logit is constant, so skip the loop: the gradient is exactly zero, without rounding.
     for start in range(0, tl.where(length > 1, length, 0), BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
         k = _load_rows(k_ptr + offset, keys, length, stride, E, BLOCK_E)
@@ -257,7 +258,7 @@ def _backward_kv_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One block of keys walks along the queries: grad_k and grad_v, on tiles that are transposed, keys by queries."""
+    """grad_k and grad_v of one block of keys, in a loop over queries, with transposed tiles (keys by queries)."""
     begin, length, first = _block_of(tl.program_id(0), cu_seqlens_ptr, batch, BLOCK_N)
     if first >= length:
         return
@@ -276,7 +277,7 @@ def _backward_kv_kernel(
     for start in range(0, length, BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
         q = _load_rows(q_ptr + offset, rows, length, stride, E, BLOCK_E)
-        # Infinite where there is no query, so that its weights are zero.
+        # Infinite after the last query, so that the weights there are zero.
         logsumexp = tl.load(logsumexp_ptr + per_row + rows, mask=rows < length, other=float("inf")) * _LOG2E
         logits = tl.dot(k, tl.trans(q), input_precision="ieee") * (scale * _LOG2E)
         if bias_ptr is not None:
@@ -327,14 +328,14 @@ def _backward_bias_kernel(
     BLOCK_E: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One band of square tiles along a diagonal, of one head and of every shares-th sequence: sums by distance.
+    """Sums of grad_logits by distance, for one head and one band of square tiles along a diagonal.
 
-    All tiles of a band hold the same distances at the same places, so they are added up where they are, and the sum
-    alone is added up by distance, at the end.
+    A program handles every shares-th sequence. All tiles of a band contain the same distances at the same places, so
+    they are added element by element, and only their total is summed along diagonals.
     """
     bands, shares = tl.num_programs(0), tl.num_programs(2)
     head = tl.program_id(1)
-    ahead = tl.program_id(0) - bands // 2  # blocks by which the keys of a tile are ahead of its queries
+    ahead = tl.program_id(0) - bands // 2  # key block minus query block of a tile
     stride = heads * E
     places = tl.arange(0, BLOCK)
     biases = _biases(bias_ptr + head * (2 * reach + 1), (places + ahead * BLOCK)[None, :] - places[:, None], reach)
@@ -373,8 +374,7 @@ def _backward_bias_kernel(
                 grad_logits *= gate
             acc += grad_logits
 
-    # Row i turned left by i places: column c then holds distance c where it came from the right of the diagonal,
-    # c - BLOCK where it went around.
+    # Rotate row i left by i places. Column c then contains distance c, or c - BLOCK for elements that wrapped around.
     turned = tl.gather(acc, (places[None, :] + places[:, None]) % BLOCK, 1)
     around = places[None, :] + places[:, None] >= BLOCK
     band = (tl.program_id(2) * heads + head) * bands + tl.program_id(0)
@@ -385,7 +385,7 @@ def _backward_bias_kernel(
 
 @triton.jit
 def _at_distance(partial_ptr, distances, head, heads, shares, bands, BLOCK: tl.constexpr):
-    """Sum over the shares, and the two bands that hold a distance: the right half of one, the left half of the next."""
+    """Sums at some distances over all shares and over the two bands that contain a distance."""
     slots = distances + (bands // 2 + 1) * BLOCK
     acc = tl.zeros(distances.shape, tl.float32)
     for share in range(shares):
@@ -398,7 +398,7 @@ def _at_distance(partial_ptr, distances, head, heads, shares, bands, BLOCK: tl.c
 
 @triton.jit(do_not_specialize=["reach", "shares", "bands"])
 def _reduce_bias_kernel(partial_ptr, grad_bias_ptr, reach, shares, bands, heads, BLOCK: tl.constexpr):
-    """grad_distance_bias from the sums by distance; its ends take in everything beyond."""
+    """grad_distance_bias from the sums by distance; all distances beyond R are added to its first and last entry."""
     head = tl.program_id(1)
     places = tl.arange(0, BLOCK)
     bins = tl.program_id(0) * BLOCK + places
@@ -419,7 +419,7 @@ def _reduce_bias_kernel(partial_ptr, grad_bias_ptr, reach, shares, bands, heads,
 
 
 class _Launch(NamedTuple):
-    """How a kernel is cut up: queries and keys per tile, warps per program, tiles on their way into shared memory."""
+    """Launch settings of a kernel: queries and keys per tile, warps per program, and pipeline stages."""
 
     block_m: int
     block_n: int
@@ -432,7 +432,7 @@ class _Launch(NamedTuple):
 
     @staticmethod
     def grid(block: int, arguments: dict[str, Any]) -> tuple[int, int]:
-        """Enough programs for the blocks of all sequences, see `_block_of`."""
+        """Number of programs: one for each block that `_block_of` numbers, and each head."""
         return arguments["total"] // block + arguments["batch"], arguments["heads"]
 
 
@@ -444,10 +444,10 @@ class _Launches(NamedTuple):
 
 
 def _launches(width: int, dtype: torch.dtype, biased: bool, max_length: int) -> _Launches:
-    """Chosen by what compiles without spills for sm_90, see README.md.
+    """Launch settings, chosen so that the kernels compile without spills for sm_90, see README.md.
 
-    Nothing that decides the order of a sum depends on the lengths, or the bits of a sequence would on its batch. Of a
-    forward's rows each is its own, so their number in a block may: where nobody is long, large blocks are half empty.
+    Settings that change the order of a sum must not depend on the lengths, or the bits of a sequence would depend on
+    its batch. The forward computes each query on its own, so its `block_m` may: short sequences get smaller blocks.
     """
     if dtype == torch.float32:  # no tensor cores
         return _Launches(*[_Launch(32, 32, 8, 1)] * 4)
@@ -467,7 +467,7 @@ def _arguments(
     distance_bias: Tensor | None,
     gate: Tensor | None,
 ) -> dict[str, Any]:
-    """What all kernels take by the same names."""
+    """Arguments that all kernels share, by name."""
     total, heads, width = q.shape
     threshold = int(dropout_p * 2**32)
     return {
@@ -480,7 +480,7 @@ def _arguments(
         "heads": heads,
         "reach": 0 if distance_bias is None else distance_bias.shape[1] // 2,
         "scale": scale,
-        "threshold": threshold - 2**32 if threshold >= 2**31 else threshold,  # an int32 with the bits of the uint32
+        "threshold": threshold - 2**32 if threshold >= 2**31 else threshold,  # as an int32 with the same bits
         "keep_factor": 1 / (1 - dropout_p),
         "E": width,
         "BLOCK_E": max(16, triton.next_power_of_2(width)),
@@ -499,7 +499,7 @@ def varlen_attention_fwd(
     distance_bias: Tensor | None,  # (H, 2R+1)
     gate: Tensor | None,  # (N, H)
 ) -> tuple[Tensor, Tensor]:  # (N, H, E), (H, N)
-    """Attention, and the natural logarithm of each query's sum of exp(logit). All arguments are contiguous."""
+    """Attention output, and the natural logarithm of each query's sum of exp(logit). Arguments are contiguous."""
     total, heads, width = q.shape
     out, logsumexp = torch.empty_like(q), q.new_empty((heads, total), dtype=torch.float32)
     if q.numel() == 0:
@@ -528,7 +528,7 @@ def varlen_attention_bwd(
     distance_bias: Tensor | None,  # (H, 2R+1)
     gate: Tensor | None,  # (N, H)
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, distance_bias and gate. All arguments are contiguous."""
+    """Gradients of `q`, `k`, `v`, `distance_bias` and `gate` (empty for None). Arguments are contiguous."""
     width, heads = q.shape[2], q.shape[1]
     grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     grad_bias, grad_gate = (q.new_empty(0) if x is None else torch.zeros_like(x) for x in (distance_bias, gate))
@@ -585,7 +585,7 @@ def varlen_attention_bwd(
 
 
 def ahead_of_time_cases() -> dict[str, Callable[[], object]]:
-    """Label -> a call for tests/ops/ahead_of_time.py, which compiles what it would launch."""
+    """Label -> a call whose kernel launches tests/ops/ahead_of_time.py records and compiles."""
     plain, everything = _forward_and_backward, partial(_forward_and_backward, dropout_p=0.1, biased=True)
     return {
         "bfloat16, E=64, dropout and gated bias": partial(everything, 64, torch.bfloat16),
