@@ -70,8 +70,8 @@ def check_sources(value: object) -> None:
             is_source = item.keys() >= {"type", "channels", "source"}
             if is_source and item["type"] not in _SOURCE_TYPES:
                 raise ForbiddenSourceError(
-                    f"has an audio source of type {item['type']!r}, expected a file or bytes: commands are never run "
-                    "and URLs are never fetched; save the audio as a file first"
+                    f"has an audio source of type {item['type']!r}; expected a file or bytes, because commands are "
+                    "never run and URLs are never fetched. Save the audio as a file first"
                 )
             pending += item.values()
         elif isinstance(item, list | tuple):

@@ -426,7 +426,7 @@ def test_channels_that_a_recording_does_not_have_are_a_problem(tmp_path: Path) -
     cuts = (absent, MonoCut("promised", 0.0, 3.0, 1, recording=promised), recording.to_cut())
     batch = WaveformDataset(normalize=False)[BatchSpec(0, cuts, None, 0)]
     assert [problem.reason for problem in batch.problems] == [
-        "has channels [0], and its manifest asks for [1]",
+        "has channels [0], but its manifest asks for [1]",
         "has 1 channels, but its manifest says 2",
     ]
     assert len(batch.names) == 1
