@@ -287,7 +287,7 @@ def _from_cuts(cuts: Iterable[Cut | Problem], jobs: int) -> Iterator[Cut | Probl
             return Problem(str(getattr(cut, "id", cut)), "is not a cut of exactly one recording")
         for source in cut.recording.sources:
             if source.type == "shar":
-                return Problem(cut.id, "has no audio in its shard")
+                return Problem(cut.id, "lacks its audio in the shard")
             in_tar = "tar_member" in (cut.custom or {})
             if source.type == "file" and not in_tar and not Path(source.source).exists():
                 return Problem(source.source, "does not exist")

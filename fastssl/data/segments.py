@@ -29,7 +29,7 @@ def smooth_classes(costs: npt.NDArray[np.float32], *, price: float) -> npt.NDArr
     if costs.ndim != 2 or costs.shape[1] < 1 or costs.dtype != np.float32:
         raise ValueError(f"costs: expected float32 (frames, classes), got {costs.dtype} {costs.shape}")
     if not np.isfinite(costs).all():
-        raise ValueError("costs: expected finite values, got NaN or infinity; check the features they come from")
+        raise ValueError("costs: some are NaN or infinite, expected finite values; check the features they come from")
     if not 0 <= price < math.inf:
         raise ValueError(f"price: must be finite and not negative, got {price}")
     return _smooth(costs, price)
