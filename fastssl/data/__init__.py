@@ -1,1 +1,1 @@
-"""Audio in: corpora, batches by duration, whole recordings, and the demo corpus. Needs `fastssl[train]`."""
+"""Audio input: corpora, batches limited by duration, whole recordings and the demo corpus. Needs `fastssl[train]`."""

@@ -1,4 +1,4 @@
-"""Batches by duration: a plan that is a function of seed and epoch, and the dataset that decodes it."""
+"""Batches limited by duration: a plan that depends only on seed and epoch, and the dataset that decodes it."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,21 +26,20 @@ from fastssl.packing import Packed
 
 @dataclass(frozen=True, eq=False)
 class AudioBatch:
-    """Waveforms of B utterances, on the host until `.to()`.
+    """Waveforms of B utterances with their labels, on the CPU until `.to()`.
 
     Args:
-        waveforms: Values (N, 1) float32 at 16 kHz, lengths in samples.
-        ids: (B,) int64, stable hash of each utterance's id.
-        names: B paths for messages, with "@12.0s" for a part of a recording.
-        update: The optimiser update the batch belongs to, from 0.
-        problems: Utterances of the plan that could not be used; B is 0 where that is all of them.
-        labels: (T,) int64, one for each of the T frames that an encoder makes of the waveforms; None where there are
-            none.
-        segments: In which these frames lie; None where there are none.
-        noise: Noise to mix into each utterance, (M, 1) in B sequences, of length 0 for utterances without; None if no
-            recordings of noise are read.
-        teacher: What a teacher made of them, where that is kept.
-        checksums: Of the samples of each, as they were read.
+        waveforms: Packed values (N, 1) float32 at 16 kHz; the layout holds each utterance's length in samples.
+        ids: (B,) int64, `utterance_id` of each cut id.
+        names: B paths for messages; "@12.0s" is appended if the part begins 12 s into its recording.
+        update: Optimiser update that the batch belongs to, counted from 0.
+        problems: Planned utterances that could not be used. If none could, B is 0.
+        labels: (T,) int64, one class for each of the encoder's T frames; None if the dataset reads no labels.
+        segments: Segment of each of these T frames; None if the dataset reads no segments.
+        noise: Noise to mix into each utterance, (M, 1) in B sequences, of length 0 for utterances without; None if the
+            dataset reads no noise.
+        teacher: A teacher's stored outputs for these utterances; None if the dataset reads none.
+        checksums: B CRC-32 values, one over the samples of each utterance before normalisation.
     """
 
     waveforms: Packed
@@ -56,33 +55,33 @@ class AudioBatch:
 
     @property
     def duration_s(self) -> float:
-        """Seconds of audio."""
+        """Seconds of audio in the batch."""
         return self.waveforms.layout.total / SAMPLE_RATE_HZ
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "AudioBatch":
-        """The same batch on another device."""
+        """Return the batch with all its tensors on a device."""
         return self._with_each(lambda part: part.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "AudioBatch":
-        """The same batch in page-locked memory; the data loader calls this."""
+        """Return the batch with all its tensors in page-locked memory; PyTorch's data loader calls this."""
         return self._with_each(lambda part: part.pin_memory())
 
     def _with_each(self, move: Callable[[Any], Any]) -> "AudioBatch":
-        """The same batch with each part that has tensors moved."""
+        """Return a copy of the batch with `move` applied to every part that holds tensors."""
         parts = {name: getattr(self, name) for name in ("waveforms", "ids", "labels", "segments", "noise", "teacher")}
         return replace(self, **{name: move(part) for name, part in parts.items() if part is not None})
 
 
 @dataclass(frozen=True)
 class BatchSpec:
-    """What to decode for one micro-batch.
+    """The plan of one micro-batch: which cuts to decode and how to crop them.
 
     Args:
-        update: The optimiser update it belongs to.
-        cuts: Its utterances, uncropped.
-        crop_s: Length of the crops; None for whole utterances.
-        seed: With `update` and the id of a cut, decides where its crop begins.
-        fixed_crops: Whether a cut's crop is the same in every update.
+        update: Optimiser update that the micro-batch belongs to, counted from 0.
+        cuts: Utterances to decode, not yet cropped.
+        crop_s: Length of the crops in seconds; None keeps whole utterances.
+        seed: Seed of the crops; each crop's start depends on this, on `update` and on the cut's id.
+        fixed_crops: Give a cut the same crop in every update.
     """
 
     update: int
@@ -93,29 +92,29 @@ class BatchSpec:
 
     @property
     def duration_s(self) -> float:
-        """Seconds of audio, after cropping."""
+        """Seconds of audio in the micro-batch, after cropping."""
         return float(sum(cropped_length(cut, self.crop_s) for cut in self.cuts) / SAMPLE_RATE_HZ)
 
 
 def utterance_id(name: str) -> int:
-    """A stable int64 hash of an utterance's id."""
+    """Hash an utterance's id to an int64 that is the same in every process and on every machine."""
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little", signed=True)
 
 
 def cropped_length(cut: Cut, crop_s: float | None) -> int:
-    """Samples of a cut at 16 kHz after cropping."""
+    """Return the length of a cut in samples at 16 kHz, after cropping to at most `crop_s` seconds (None: no crop)."""
     duration = cut.duration if crop_s is None else min(cut.duration, crop_s)
     return int(compute_num_samples(duration, SAMPLE_RATE_HZ))
 
 
 def crop(cut: Cut, *, crop_s: float | None, seed: int, update: int) -> Cut:
-    """The part of a cut that is used in one update: a function of (seed, update, cut id) and of nothing else.
+    """Choose the part of a cut that one update uses; its start depends only on (seed, update, cut id).
 
     Args:
         cut: The utterance.
-        crop_s: Length of the crop; None, or no less than the cut, keeps it whole.
-        seed: Of the run.
-        update: Optimiser update, from 0.
+        crop_s: Length of the crop in seconds; None, or at least the cut's duration, keeps the cut whole.
+        seed: Seed of the run.
+        update: Optimiser update, counted from 0.
     """
     rate = cut.recording.sampling_rate
     if crop_s is None or cut.duration <= crop_s:
@@ -127,37 +126,37 @@ def crop(cut: Cut, *, crop_s: float | None, seed: int, update: int) -> Cut:
 
 
 class UpdateSampler(Sampler[BatchSpec]):
-    """Micro-batches without end, each with the update it belongs to; only metadata is touched.
+    """Yield an endless sequence of micro-batch plans, each with its update; reads metadata only, no audio.
 
     Micro-batch m, counted over all epochs, belongs to update m // (world_size * accumulation) and goes to rank
-    m % world_size. The plan of an epoch is a function of the seed, the epoch, the cuts, `max_duration_s`, `crop_s` and
-    `num_buckets`, so ranks and accumulation steps share out the same micro-batches, an epoch may end in the middle of
-    an update, and no rank runs dry.
+    m % world_size. The plan of an epoch is a function of the seed, the epoch, the cuts, `max_duration_s`, `crop_s`,
+    `max_utterances` and `num_buckets`. All ranks and accumulation steps therefore share the same micro-batches, an
+    epoch may end in the middle of an update, and no rank runs out of data before the others.
 
-    In an epoch every cut is drawn once, except that a window of a long recording is drawn once for every `crop_s` in it
-    (ids `...#1`, `...#2` from the second draw on), so that long recordings count by duration. Cuts of similar length
-    after cropping go together, in a new order every epoch. What comes twice in one update, at the seam of two epochs or
-    in a corpus smaller than an update, has the same crop both times.
+    An epoch draws every cut once, except windows of long recordings: a window is drawn once per `crop_s` of its length
+    (with ids `...#1`, `...#2` from the second draw on), so that long recordings count by duration. Cuts of similar
+    length after cropping are batched together, in a new order every epoch. If an update contains the same draw twice
+    (where two epochs meet, or in a corpus smaller than an update), both have the same crop.
 
-    Lhotse's DynamicBucketingSampler does not serve here. Its constraint counts padding, it leaves a partial batch
-    in every bucket at the end of an epoch (or, with `sync_buckets=False`, drops what is left), and to resume it draws
-    every batch again.
+    Lhotse's DynamicBucketingSampler is not suitable: its duration limit counts padding, it leaves a partial batch in
+    every bucket at the end of an epoch (or drops it, with `sync_buckets=False`), and it resumes by drawing every
+    earlier batch again.
 
     Args:
-        cuts: The utterances, from `open_corpus`; read once, order matters.
-        max_duration_s: Audio in one micro-batch, after cropping; exceeded only by an utterance that is longer alone.
-        crop_s: Length of the random crops; None for whole utterances.
-        seed: Of the run.
-        rank: Of this process.
-        world_size: Processes.
-        accumulation: Micro-batches of one process per update.
-        max_utterances: Most utterances in one micro-batch; None for as many as there is time for.
-        consumed: Micro-batches of this process to skip, for resuming.
-        fixed_crops: Whether a cut's crop is the same in every update.
-        num_buckets: Most groups of similar length; a small corpus has fewer, so that each holds some batches.
+        cuts: Utterances from `open_corpus`. They are read once, and the plan depends on their order.
+        max_duration_s: Most seconds of audio in one micro-batch, after cropping; a longer utterance forms its own.
+        crop_s: Length of the random crops in seconds; None keeps whole utterances.
+        seed: Seed of the run.
+        rank: Index of this process, from 0 to `world_size` - 1.
+        world_size: Number of processes.
+        accumulation: Number of micro-batches that each process contributes to an update.
+        max_utterances: Most utterances in one micro-batch; None sets no limit.
+        consumed: Number of micro-batches of this process to skip when resuming.
+        fixed_crops: Give a cut the same crop in every update.
+        num_buckets: Most groups of similar length; a small corpus gets fewer, so that each fills several batches.
 
     Raises:
-        ValueError: There are no cuts, or a number is out of range.
+        ValueError: `cuts` is empty, or a number is out of range.
     """
 
     def __init__(
@@ -181,7 +180,7 @@ class UpdateSampler(Sampler[BatchSpec]):
             raise ValueError(f"rank: must be from 0 to {world_size - 1}, got {rank}")
         if accumulation < 1 or consumed < 0 or num_buckets < 1:
             numbers = f"{accumulation}, {consumed} and {num_buckets}"
-            raise ValueError(f"accumulation, consumed, num_buckets: must be at least 1, 0 and 1, got {numbers}")
+            raise ValueError(f"accumulation, consumed and num_buckets: must be at least 1, 0 and 1, got {numbers}")
         if max_utterances is not None and max_utterances < 1:
             raise ValueError(f"max_utterances: must be at least 1, or None for no limit, got {max_utterances}")
         self.max_utterances, self.fixed_crops = max_utterances, fixed_crops
@@ -189,11 +188,11 @@ class UpdateSampler(Sampler[BatchSpec]):
         self.accumulation, self.consumed = accumulation, consumed
         self._budget = compute_num_samples(max_duration_s, SAMPLE_RATE_HZ)
         draws = [(index, copy) for index, cut in enumerate(self.cuts) for copy in range(_draws(cut, crop_s))]
-        # (draws, 2): index of the cut, and which draw of it.
+        # (draws, 2): index of the cut, and the number of this draw among the cut's draws, from 0.
         self._draws: NDArray[np.int64] = np.array(draws, dtype=np.int64)
         lengths = np.array([cropped_length(cut, crop_s) for cut in self.cuts], dtype=np.int64)
         self._lengths = lengths[self._draws[:, 0]]
-        # A group must hold several batches, or the same utterances would meet in every epoch.
+        # A group must fill several batches, or the same utterances would share a batch in every epoch.
         batches = int(self._lengths.sum()) / self._budget
         if max_utterances is not None:
             batches = max(batches, len(self._lengths) / max_utterances)
@@ -213,7 +212,7 @@ class UpdateSampler(Sampler[BatchSpec]):
             epoch, first = epoch + 1, first + len(plan)
 
     def drawn_cuts(self) -> list[Cut]:
-        """Each cut of an epoch, by the ids that it is drawn under."""
+        """Return the cuts that one epoch draws, with the ids that they are drawn under."""
         return [self._drawn(draw) for draw in range(len(self._draws))]
 
     def _drawn(self, draw: int) -> Cut:
@@ -222,7 +221,7 @@ class UpdateSampler(Sampler[BatchSpec]):
         return fastcopy(cut, id=f"{cut.id}#{copy}") if copy else cut
 
     def _plan(self, epoch: int) -> list[NDArray[np.int64]]:
-        """Draws of each micro-batch of an epoch."""
+        """Return the micro-batches of an epoch, each as an array of indices into `_draws`."""
         random = np.random.default_rng(_hash(f"epoch/{self.seed}/{epoch}"))
         order = random.permutation(len(self._lengths))
         order = order[np.argsort(self._buckets[order], kind="stable")]
@@ -231,16 +230,16 @@ class UpdateSampler(Sampler[BatchSpec]):
 
 
 def fixed_batches(cuts: Iterable[Cut], *, max_duration_s: float, crop_s: float | None, seed: int) -> list[BatchSpec]:
-    """Micro-batches for validation: every cut once, always with the same crop, a function of (seed, cut id).
+    """Plan micro-batches for validation: every cut once, ordered by length, with a crop that never changes.
 
     Args:
-        cuts: The utterances.
-        max_duration_s: Audio in one micro-batch, after cropping; exceeded only by an utterance that is longer alone.
-        crop_s: Length of the crops; None for whole utterances.
-        seed: Of the run.
+        cuts: Utterances to validate on; the plan does not depend on their order.
+        max_duration_s: Most seconds of audio in one micro-batch, after cropping; a longer utterance forms its own.
+        crop_s: Length of the crops in seconds; None keeps whole utterances.
+        seed: Seed of the crops; a crop's start depends only on this and on the cut's id.
 
     Raises:
-        ValueError: There are no cuts, or a number is out of range.
+        ValueError: `cuts` is empty, or a number is out of range.
     """
     ordered = sorted(cuts, key=lambda cut: (cropped_length(cut, crop_s), cut.id))
     _check_durations(ordered, max_duration_s, crop_s)
@@ -251,36 +250,36 @@ def fixed_batches(cuts: Iterable[Cut], *, max_duration_s: float, crop_s: float |
 
 @dataclass(frozen=True)
 class FrameLabels:
-    """Labels of a corpus on the frames of an encoder.
+    """Labels of a corpus, looked up for the frames of an encoder.
 
     Args:
-        table: The labels.
-        grid: The frames.
+        table: Labels of the corpus, at their own frame rate.
+        grid: Positions of the encoder's frames.
     """
 
     table: LabelTable
     grid: FrameGrid
 
     def of(self, cut: Cut, start_s: float, length: int) -> NDArray[np.int64]:
-        """The labels of `length` samples of a cut, from `start_s` of its recording on."""
+        """Return the labels (frames,) of part of a cut: `length` samples at 16 kHz, from `start_s` in its recording."""
         return self.table.at(cut, start_s=start_s, frames=self.grid.count(length), grid=self.grid)
 
     def segments_of(self, cut: Cut, start_s: float, length: int) -> Segments:
-        """The segments of `length` samples of a cut, from `start_s` of its recording on."""
+        """Return the segments (frames,) of part of a cut; arguments as in `of`."""
         return self.table.segments_at(cut, start_s=start_s, frames=self.grid.count(length), grid=self.grid)
 
 
 class WaveformDataset(Dataset[AudioBatch]):
-    """Decodes a `BatchSpec`, in data loader workers: `DataLoader(dataset, sampler=sampler, batch_size=None)`.
+    """Decode each `BatchSpec` in a data loader worker: `DataLoader(dataset, sampler=sampler, batch_size=None)`.
 
     Args:
-        normalize: Zero mean and unit variance for each crop, as Transformers' feature extractor.
-        channel: Of several channels take this one (default: their mean).
-        labels: Labels of the corpus, and the frames of the encoder; None reads no labels.
-        segments: Labels of whose runs the segments are; None reads none.
-        noise: Recordings of noise, and how often an utterance gets one; None reads none.
-        teacher: What a teacher made of the crops, which are fixed; None reads none.
-        teacher_keys: What its keys have before the id of a cut.
+        normalize: Scale each crop to zero mean and unit variance, as Transformers' `Wav2Vec2FeatureExtractor` does.
+        channel: Channel to read from recordings with several; None averages them.
+        labels: Labels to return for the encoder's frames; None returns none.
+        segments: Labels whose runs of equal classes are the segments to return; None returns none.
+        noise: Recordings of noise, and the fraction of utterances that get one; None returns none.
+        teacher: Stored outputs of a teacher to return; requires fixed crops. None returns none.
+        teacher_keys: Prefix of the keys of `teacher`, in front of the cut's id.
     """
 
     def __init__(
@@ -298,7 +297,7 @@ class WaveformDataset(Dataset[AudioBatch]):
         self.noise, self.teacher, self.teacher_keys = noise, teacher, teacher_keys
 
     def __getitem__(self, spec: BatchSpec) -> AudioBatch:
-        """Decode; what cannot be used becomes a problem of the batch, and never an exception."""
+        """Decode a micro-batch; an utterance that cannot be used is listed in `problems` and raises no exception."""
         read = [self._read(cut, spec) for cut in spec.cuts]
         problems = tuple(item for item in read if isinstance(item, Problem))
         waveforms = [item for item in read if not isinstance(item, Problem)]
@@ -349,7 +348,7 @@ def _hash(key: str) -> int:
 
 def _check_durations(cuts: Sequence[Cut], max_duration_s: float, crop_s: float | None) -> None:
     if not cuts:
-        raise ValueError("cuts: there are none")
+        raise ValueError("cuts: expected at least one utterance, got none")
     if not max_duration_s > 0:
         raise ValueError(f"max_duration_s: must be positive, got {max_duration_s}")
     if crop_s is not None and not crop_s > 0:
@@ -357,14 +356,14 @@ def _check_durations(cuts: Sequence[Cut], max_duration_s: float, crop_s: float |
 
 
 def _draws(cut: Cut, crop_s: float | None) -> int:
-    """How often a cut is drawn in an epoch."""
+    """Return how often an epoch draws a cut."""
     if crop_s is None or "window_of" not in (cut.custom or {}):
         return 1
     return max(1, round(float(cut.duration) / crop_s))
 
 
 def _buckets(lengths: NDArray[np.int64], number: int) -> NDArray[np.int64]:
-    """(n,) group of each length: about the same total in each, and equal lengths in one group."""
+    """Return the group (n,) of each length; groups have about equal totals, and equal lengths share a group."""
     ordered = np.sort(lengths)
     totals = np.cumsum(ordered)
     edges = ordered[np.searchsorted(totals, totals[-1] * np.arange(1, number) / number)]
@@ -374,7 +373,7 @@ def _buckets(lengths: NDArray[np.int64], number: int) -> NDArray[np.int64]:
 def _fill(
     order: NDArray[np.int64], lengths: NDArray[np.int64], budget: int, *, most: int | None = None
 ) -> list[NDArray[np.int64]]:
-    """Cut `order` into batches of at most `budget` and `most` elements, or of one where that alone is more."""
+    """Split `order` into batches of at most `budget` samples and `most` elements; a longer element is a batch alone."""
     totals = np.cumsum(lengths)
     batches, start = [], 0
     while start < len(order):

@@ -1,4 +1,4 @@
-"""A corpus: what can be used of a folder of audio, a Lhotse manifest, or a shar directory, and what cannot."""
+"""Open a corpus: a folder of audio, a Lhotse manifest or a shar directory, with a list of its unusable recordings."""
 
 import hashlib
 import math
@@ -28,8 +28,8 @@ class Problem:
     """A recording that cannot be used.
 
     Args:
-        name: Its path, with "@12.0s" where it is a part of one.
-        reason: What is wrong, to follow the name in a sentence: "is empty", "does not decode: ...".
+        name: Path of the recording; "@12.0s" is appended if only the part from 12 s on is meant.
+        reason: What is wrong, as a predicate that follows the name: "is empty", "does not decode: ...".
     """
 
     name: str
@@ -40,18 +40,18 @@ class Problem:
 
 
 def list_some(problems: Sequence[Problem]) -> str:
-    """The first few, a line each, and how many more there are."""
+    """Format the first five problems, one per line, and the number of the others."""
     shown = "\n".join(f"  {problem}" for problem in problems[:5])
     return shown + (f"\n  and {len(problems) - 5} more" if len(problems) > 5 else "")
 
 
 @dataclass
 class Corpus:
-    """Cuts to train on or extract from, and what was left out.
+    """The cuts of a corpus, and the recordings that were left out.
 
     Args:
-        cuts: One cut per recording, or several windows of a long one; ids are unique.
-        problems: What cannot be used.
+        cuts: One cut per recording, or several windows if the recording is long; ids are unique.
+        problems: Recordings that cannot be used, each with the reason.
     """
 
     cuts: CutSet
@@ -59,12 +59,12 @@ class Corpus:
 
     @property
     def duration_s(self) -> float:
-        """Seconds of audio in all cuts."""
+        """Total duration of all cuts in seconds."""
         return math.fsum(cut.duration for cut in self.cuts)
 
     @property
     def num_recordings(self) -> int:
-        """Different recordings the cuts come from."""
+        """Number of different recordings that the cuts come from."""
         return len({cut.recording.id for cut in self.cuts})
 
 
@@ -76,24 +76,27 @@ def open_corpus(
     max_bad_fraction: float = 0.05,
     jobs: int = 8,
 ) -> Corpus:
-    """Find what can be used; reads headers and no audio.
+    """Find the usable recordings of a corpus; reads headers, and audio only where a header gives no length.
 
     Args:
-        source: A folder (searched to the bottom, hidden files left out), one audio file, a Lhotse manifest of cuts or
-            recordings (`.jsonl.gz`), or a Lhotse shar directory.
-        min_duration_s: What is shorter is a problem.
-        window_s: What is longer becomes windows of equal length, at most this. None keeps recordings whole, and joins
-            the windows of a prepared manifest again.
-        max_bad_fraction: More problems than this, of all recordings, are an error.
-        jobs: Headers read at a time.
+        source: A folder (searched recursively, without hidden files), one audio file, a Lhotse manifest of cuts or
+            recordings (`.jsonl.gz` or `.jsonl`), or a Lhotse shar directory.
+        min_duration_s: Shortest usable recording in seconds; a shorter one is listed as a problem.
+        window_s: Longest cut in seconds; a longer recording is split into windows of equal length. None keeps
+            recordings whole and joins the windows of a prepared manifest.
+        max_bad_fraction: Largest share of the recordings that may be unusable; a larger share is an error.
+        jobs: Number of threads that read headers.
+
+    Returns:
+        The usable cuts, and the recordings that were left out.
 
     Raises:
-        ValueError: The source does not exist or is of no such kind, has no audio, has more problems than allowed, or
-            holds two utterances of the same name.
+        ValueError: The source does not exist, is of another kind, contains no audio, has too many unusable recordings,
+            or contains two cuts with the same id.
     """
     path = Path(source)
     if not path.exists():
-        raise ValueError(f"source: {path} does not exist")
+        raise ValueError(f"source: {path} does not exist; give a folder, a Lhotse manifest or an audio file")
     if path.is_dir():
         found = _from_cuts(read_shar(path), jobs) if is_shar(path) else _from_files(path, _audio_files(path), jobs)
     elif path.name.lower().endswith(EXTENSIONS):
@@ -119,21 +122,24 @@ def open_corpus(
     cuts = list(_joined(cuts)) if window_s is None else [window for cut in cuts for window in _windows(cut, window_s)]
     name, times = Counter(cut.id for cut in cuts).most_common(1)[0]
     if times > 1:
-        raise ValueError(f"source: {path} has {times} cuts with id {name!r}")
+        raise ValueError(f"source: {path} has {times} cuts with id {name!r}; make the ids unique")
     return Corpus(CutSet.from_cuts(cuts), problems)
 
 
 def cut_name(cut: Cut) -> str:
-    """The path of a cut's recording for messages, with "@12.0s" where the cut begins later than its recording."""
+    """Return the path of a cut's recording for messages, plus "@12.0s" if the cut begins 12 s into the recording.
+
+    A recording without a path, such as one in memory, is named by its id.
+    """
     source = cut.recording.sources[0]
     path = source.source if isinstance(source.source, str) and source.source else cut.recording.id
     return f"{path}@{cut.start:.1f}s" if cut.start > 0 else str(path)
 
 
 def window_parent(cut: Cut) -> dict[str, Any] | None:
-    """Id, start and duration of the cut that this one is a window of; None where it is none.
+    """Return the `id`, `start` and `duration` of the cut that this cut is a window of, or None if it is not a window.
 
-    A window that was exported to shar is a recording of its own.
+    Start and duration are in seconds. A window that was exported to shar counts as a whole recording, so None.
     """
     parent: dict[str, Any] | None = (cut.custom or {}).get("window_of")
     if parent is None or parent["start"] + parent["duration"] > cut.recording.duration + 1e-3:
@@ -142,14 +148,19 @@ def window_parent(cut: Cut) -> dict[str, Any] | None:
 
 
 def write_manifest(corpus: Corpus, output: Path) -> None:
-    """Write the cuts as a Lhotse manifest, at once or not at all.
+    """Write the cuts of a corpus as a Lhotse manifest; if writing fails, an existing file is left unchanged.
+
+    Args:
+        corpus: Corpus whose cuts to write; its problems are not written.
+        output: File to write, whose name ends with `.jsonl.gz`; missing folders are created.
 
     Raises:
-        ValueError: The name of `output` does not end with .jsonl.gz.
+        ValueError: The name of `output` does not end with `.jsonl.gz`.
+        OSError: The file cannot be written.
     """
-    output = output.absolute()  # Lhotse takes a path that begins with "pipe:" for a command
+    output = output.absolute()  # Lhotse would run a path that begins with "pipe:" as a command
     if not output.name.endswith(".jsonl.gz"):
-        raise ValueError(f"output: {output} must end with .jsonl.gz")
+        raise ValueError(f"output: {output} must end with .jsonl.gz; choose another name")
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f".{output.name.removesuffix('.jsonl.gz')}.{os.getpid()}.partial.jsonl.gz")
     try:
@@ -160,18 +171,22 @@ def write_manifest(corpus: Corpus, output: Path) -> None:
 
 
 def split_corpus(corpus: Corpus, *, fraction: float, seed: int) -> tuple[Corpus, Corpus]:
-    """Training and validation, by recording: all windows of one recording are on one side.
+    """Split a corpus into training and validation by recording: all windows of a recording stay on one side.
 
-    The recordings with the lowest hash of (seed, id) are for validation, so that the split does not depend on the order
-    of the corpus, and hardly changes when recordings are added.
+    The recordings with the lowest hash of (seed, id) form the validation side. The split therefore does not depend on
+    the order of the corpus and hardly changes when recordings are added.
 
     Args:
-        corpus: What to split; its problems stay with the training side.
-        fraction: Of the recordings, for validation; above 0 and below 1. Of two recordings or more, each side has one.
-        seed: Another seed is another split.
+        corpus: Corpus to split; its problems are kept with the training side.
+        fraction: Share of the recordings that go to validation, above 0 and below 1. Given two recordings or more,
+            each side gets at least one; a single recording goes to training.
+        seed: Seed of the hash; another seed gives another split.
+
+    Returns:
+        (training, validation).
 
     Raises:
-        ValueError: The fraction is out of range.
+        ValueError: `fraction` is not above 0 and below 1.
     """
     if not 0 < fraction < 1:
         raise ValueError(f"fraction: must be above 0 and below 1, got {fraction}")
@@ -188,19 +203,19 @@ def _digest(seed: int, name: str) -> bytes:
 
 
 def _judge(path: Path, num_usable: int, problems: list[Problem], max_bad_fraction: float) -> None:
-    """Raise if too little is left."""
+    """Raise ValueError if no recording is usable, or more than `max_bad_fraction` of all are not."""
     total = num_usable + len(problems)
     if total == 0:
-        raise ValueError(f"source: no audio in {path} (looked for {', '.join(EXTENSIONS)}, in its subfolders too)")
+        raise ValueError(f"source: no audio in {path} (looked for {', '.join(EXTENSIONS)}, also in its subfolders)")
     if num_usable == 0 or len(problems) > max_bad_fraction * total:
         raise ValueError(
-            f"source: {len(problems)} of {total} recordings in {path} cannot be used, "
-            f"more than the {max_bad_fraction:.0%} allowed (max_bad_fraction):\n{list_some(problems)}"
+            f"source: {len(problems)} of {total} recordings in {path} cannot be used, but max_bad_fraction allows "
+            f"{max_bad_fraction:.0%} and at least one must be usable; repair or remove them:\n{list_some(problems)}"
         )
 
 
 def _audio_files(folder: Path) -> list[Path]:
-    """Audio files below the folder, sorted; links to folders are followed, but no folder is entered twice."""
+    """Return the audio files below a folder, sorted; follows links to folders, but enters no folder twice."""
     files, entered = [], set()
     for place, folders, names in os.walk(folder, followlinks=True):
         if (real := os.path.realpath(place)) in entered:
@@ -221,14 +236,22 @@ def _from_files(root: Path, files: list[Path], jobs: int) -> Iterator[Cut | Prob
 
 
 def scan_file(path: Path, *, recording_id: str) -> Cut | Problem:
-    """The cut of a whole file, by its header, or what is wrong with it."""
+    """Read the header of an audio file.
+
+    Args:
+        path: The audio file.
+        recording_id: Id to give to the recording and its cut.
+
+    Returns:
+        A cut of the whole file, or a `Problem` if the file is empty or does not open as audio.
+    """
     name = str(path.absolute())
     try:
         if path.stat().st_size == 0:
             return Problem(name, "is empty")
         with soundfile.SoundFile(name) as audio:
             rate, channels, frames = audio.samplerate, audio.channels, audio.frames
-            # A stream that was never finished does not say how long it is.
+            # The header of a stream that was never finished does not give its length: count the frames.
             if not 0 <= frames < 2**48:
                 frames = sum(len(block) for block in audio.blocks(blocksize=1 << 20, dtype="float32"))
     except (OSError, RuntimeError) as error:
@@ -255,16 +278,16 @@ def _read_manifest(path: Path) -> Iterator[Cut | Problem]:
 
 
 def _from_cuts(cuts: Iterable[Cut | Problem], jobs: int) -> Iterator[Cut | Problem]:
-    """Manifests are believed, except about files that are not there."""
+    """Check that each cut has one recording whose files exist; everything else in a manifest is trusted."""
 
     def check(cut: Cut | Problem) -> Cut | Problem:
         if isinstance(cut, Problem):
             return cut
         if not isinstance(cut, MonoCut | MultiCut) or not cut.has_recording:
-            return Problem(str(getattr(cut, "id", cut)), "is not a cut of one recording")
+            return Problem(str(getattr(cut, "id", cut)), "is not a cut of exactly one recording")
         for source in cut.recording.sources:
             if source.type == "shar":
-                return Problem(cut.id, "has no audio in its shard")
+                return Problem(cut.id, "lacks its audio in the shard")
             in_tar = "tar_member" in (cut.custom or {})
             if source.type == "file" and not in_tar and not Path(source.source).exists():
                 return Problem(source.source, "does not exist")
@@ -275,9 +298,9 @@ def _from_cuts(cuts: Iterable[Cut | Problem], jobs: int) -> Iterator[Cut | Probl
 
 
 def _windows(cut: Cut, window_s: float) -> Iterator[Cut]:
-    """The cut, or windows of equal length if it is longer than `window_s`; each knows the cut it is a window of.
+    """Yield the cut, or windows of equal length if it is longer than `window_s`.
 
-    Windows of a window are of the same cut as it.
+    Each window records the cut it is part of (`window_parent`). Windows of a window belong to the original cut.
     """
     number = math.ceil(cut.duration / window_s - 1e-6)
     if number <= 1:
@@ -299,7 +322,7 @@ def _windows(cut: Cut, window_s: float) -> Iterator[Cut]:
 
 
 def _joined(cuts: Iterable[Cut]) -> Iterator[Cut]:
-    """The reverse of `_windows`."""
+    """Replace the windows of each cut by the whole cut: the reverse of `_windows`."""
     entered = set()
     for cut in cuts:
         parent = window_parent(cut)

@@ -1,11 +1,11 @@
-"""Labels of frames, from which HuBERT and sequence compression learn: a table beside the audio, which Lhotse reads.
+"""Frame labels for HuBERT and sequence compression, stored in a folder of their own that Lhotse can read.
 
-A folder of labels holds
+A folder of labels contains
 
-- `labels.jsonl`: a Lhotse supervision per recording (`SupervisionSet.from_file` reads it), whose field `labels` is a
-  list of classes, one every `frame_shift` seconds, the first of the frame around `first_centre` seconds;
-- `settings.json`: what the labels were made from, and how;
-- `kmeans.safetensors`: the `centres` (classes, width) that frames were assigned to.
+- `labels.jsonl`: one Lhotse supervision per recording (`SupervisionSet.from_file` reads it). Its custom field `labels`
+  is a list of classes, one every `frame_shift` seconds; the first frame is centred at `first_centre` seconds;
+- `settings.json`: the features and settings that the labels were made from;
+- `kmeans.safetensors`: the tensor `centres` (classes, width) of the k-means that assigned the classes.
 """
 
 import json
@@ -24,33 +24,33 @@ from fastssl.data.corpus import Problem, cut_name, window_parent
 from fastssl.data.recordings import FrameGrid
 
 LABELS_FILE, SETTINGS_FILE, CENTRES_FILE = "labels.jsonl", "settings.json", "kmeans.safetensors"
-#: Audio may end so much earlier or later than when it was labelled: headers are not exact (MP3).
+#: A recording's duration may differ by this much from when it was labelled, because MP3 headers are not exact.
 _TOLERANCE_S = 0.1
 
 
 @dataclass(frozen=True)
 class _Entry:
-    begin: int  # in the labels of all
-    end: int
+    begin: int  # first index in the concatenated labels of all recordings
+    end: int  # one after the last
     duration_s: float
     rate_hz: int
 
 
 class Segments(NamedTuple):
-    """The segments that frames lie in: runs of equal labels."""
+    """The segment (run of equal labels) of each frame; the weights of a whole segment's frames sum to about 1."""
 
-    weights: NDArray[np.float32]  # (frames,), of a segment's frames adding up to 1 over the whole of it
-    ends: NDArray[np.bool_]  # (frames,), whether the next frame lies in another segment
+    weights: NDArray[np.float32]  # (frames,): frame shift / duration of the segment, at most 1
+    ends: NDArray[np.bool_]  # (frames,): True at the last frame of each segment
 
 
 class LabelTable:
-    """The labels of a corpus, in memory (2 bytes a label where there are at most 32,767 classes).
+    """The labels of a corpus, kept in memory: 2 bytes per label with at most 32,767 classes, else 4.
 
     Args:
-        folder: Written by `fastssl label`.
+        folder: Folder that `fastssl label` wrote.
 
     Raises:
-        ValueError: The folder holds no labels, or they are damaged.
+        ValueError: The folder contains no labels, or a file in it is damaged.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -67,59 +67,74 @@ class LabelTable:
             if len(labels) and not 0 <= labels.min() <= labels.max() < self.classes:
                 raise ValueError(
                     f"{self.folder / LABELS_FILE}: {line['id']} has labels from {labels.min()} to {labels.max()}, "
-                    f"where there are {self.classes} classes"
+                    f"expected {self.classes} classes from 0 on; make the labels again with `fastssl label`"
                 )
             rate_hz = int(line["custom"]["sampling_rate"])
             self._entries[line["id"]] = _Entry(begin, begin + len(labels), float(line["duration"]), rate_hz)
             parts.append(labels.astype(kind))
             begin += len(labels)
         self._labels = np.concatenate(parts) if parts else np.empty(0, kind)
-        #: Where in the labels of all each segment ends; none goes on from one recording into the next.
+        #: Index after the last label of each segment, in the concatenated labels; segments end with their recording.
         self._segment_ends: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def problem(self, cut: Cut) -> Problem | None:
-        """What is wrong with the labels of a cut, or of the recording that it is a window of; None where they fit."""
+        """Check that a cut, or the recording that it is a window of, has labels that fit its audio.
+
+        Args:
+            cut: A cut from `open_corpus`.
+
+        Returns:
+            None if the labels fit. Otherwise what is wrong: no labels, another sampling rate or duration than when it
+            was labelled, or another number of labels than its duration requires.
+        """
         key, _, duration_s = labelled_part(cut)
         entry = self._entries.get(key)
         if entry is None:
             return Problem(cut_name(cut), f"has no labels in {self.folder}")
         if entry.rate_hz != cut.recording.sampling_rate:
             return Problem(
-                cut_name(cut), f"was labelled at {entry.rate_hz} Hz and is at {cut.recording.sampling_rate} Hz now"
+                cut_name(cut), f"was labelled at {entry.rate_hz} Hz, but is at {cut.recording.sampling_rate} Hz now"
             )
         if abs(entry.duration_s - duration_s) > _TOLERANCE_S:
-            return Problem(cut_name(cut), f"has labels for {entry.duration_s:.2f} s and is {duration_s:.2f} s long")
+            return Problem(cut_name(cut), f"has labels for {entry.duration_s:.2f} s, but is {duration_s:.2f} s long")
         found, expected = entry.end - entry.begin, entry.duration_s / self.frame_shift_s
-        # Within the tolerance, less what the windows at the ends lack.
+        # Besides the tolerance, up to two frames may be missing at the ends, where no whole window fits.
         if found == 0 or abs(found - expected) > 2 + _TOLERANCE_S / self.frame_shift_s:
             return Problem(
                 cut_name(cut),
-                f"has {found} labels, where {entry.duration_s:.2f} s at one every {1000 * self.frame_shift_s:g} ms "
-                f"make {expected:.0f}",
+                f"has {found} labels, but {entry.duration_s:.2f} s with a label every "
+                f"{1000 * self.frame_shift_s:g} ms require {expected:.0f}",
             )
         return None
 
     def at(self, cut: Cut, *, start_s: float, frames: int, grid: FrameGrid) -> NDArray[np.int64]:  # (frames,)
-        """The label nearest to the centre of each frame of a part of a cut.
+        """Return the label nearest to the centre of each frame of part of a cut.
 
         Args:
-            cut: As `open_corpus` gave it; one without `problem`.
-            start_s: Where the part begins in the recording of the cut.
-            frames: How many there are.
-            grid: Where they lie.
+            cut: A cut from `open_corpus` for which `problem` returns None.
+            start_s: Where the part begins in the cut's recording, in seconds.
+            frames: Number of encoder frames in the part.
+            grid: Positions of the encoder's frames.
+
+        Returns:
+            (frames,) int64. A frame beyond the first or last label gets that label.
+
+        Raises:
+            KeyError: The cut has no labels.
         """
         entry, nearest = self._nearest(cut, start_s, frames, grid)
         return self._labels[np.clip(nearest, entry.begin, entry.end - 1)].astype(np.int64)
 
     def segments_at(self, cut: Cut, *, start_s: float, frames: int, grid: FrameGrid) -> Segments:
-        """The segment around each frame of a part of a cut; what the part cuts off still counts in its length.
+        """Return the segment of each frame of part of a cut; arguments and errors as in `at`.
 
-        Arguments as in `at`.
+        A segment that reaches beyond the part keeps its whole length, so the weights of its frames then sum to less
+        than 1.
         """
-        # And what follows the last.
+        # One frame more, to see whether a segment ends with the last frame.
         entry, nearest = self._nearest(cut, start_s, frames + 1, grid)
         rows = np.clip(nearest, entry.begin, entry.end - 1)
         if self._segment_ends is None:
@@ -135,7 +150,10 @@ class LabelTable:
         return Segments(weights, (np.diff(segment) > 0) | last)
 
     def _nearest(self, cut: Cut, start_s: float, frames: int, grid: FrameGrid) -> tuple[_Entry, NDArray[np.int64]]:
-        """The recording's entry, and where in the labels of all those of the frames (frames,) are, or would be."""
+        """Return the recording's entry, and each frame's nearest label as an index (frames,) into all labels.
+
+        The indices are not clipped to the recording.
+        """
         key, origin_s, _ = labelled_part(cut)
         entry = self._entries[key]
         centres_s = start_s - origin_s + (grid.receptive_field / 2 + grid.stride * np.arange(frames)) / SAMPLE_RATE_HZ
@@ -144,9 +162,9 @@ class LabelTable:
 
 
 def labelled_part(cut: Cut) -> tuple[str, float, float]:
-    """Under which id a cut is labelled, and where that part of the recording begins and how long it is, in seconds.
+    """Return the id that a cut is labelled under, and the start and duration in seconds of the part with that id.
 
-    Windows share the labels of the cut that they are windows of, so that the length of windows is free to change.
+    Windows share the labels of the cut that they are windows of, so that the window length may change after labelling.
     """
     parent = window_parent(cut)
     if parent is None:
@@ -155,29 +173,41 @@ def labelled_part(cut: Cut) -> tuple[str, float, float]:
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """What the labels of a folder were made from, and how.
+    """Read `settings.json` of a folder of labels: the features and settings that the labels were made from.
+
+    Args:
+        folder: Folder that `fastssl label` wrote.
+
+    Returns:
+        The settings; `clusters`, `frame_shift_s` and `first_centre_s` are always there, as positive numbers.
 
     Raises:
-        ValueError: The folder holds no labels, or its settings are damaged.
+        ValueError: The folder contains no labels, or its settings are damaged.
     """
     path = folder / SETTINGS_FILE
     if not path.is_file() or not (folder / LABELS_FILE).is_file():
-        raise ValueError(f"{folder}: no labels there; looked for {path} and {LABELS_FILE}. `fastssl label` makes them")
+        raise ValueError(f"{folder}: no labels there; looked for {path} and {LABELS_FILE}. Make them: `fastssl label`")
     try:
         settings = json.loads(path.read_bytes())
     except ValueError:
         settings = None
     numbers = ("clusters", "frame_shift_s", "first_centre_s")
     if not isinstance(settings, dict) or not all(_is_positive(settings.get(name)) for name in numbers):
-        raise ValueError(f"{path}: is damaged; it does not say {', '.join(numbers)}")
+        raise ValueError(
+            f"{path}: is damaged; expected positive numbers for {', '.join(numbers)}. Make the labels again: "
+            "`fastssl label`"
+        )
     return settings
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The supervisions of a file, but for a last line that a kill cut short.
+    """Yield the supervisions of `labels.jsonl`; ignores an unfinished last line, as left by an interrupted process.
+
+    Args:
+        path: The file; a missing file yields nothing.
 
     Raises:
-        ValueError: A line is damaged.
+        ValueError: A line is not a supervision with labels, a duration and a sampling rate.
     """
     if not path.is_file():
         return
@@ -190,7 +220,9 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
             except ValueError:
                 values = None
             if not _is_labelled(values):
-                raise ValueError(f"{path}: line {number} is no supervision with labels")
+                raise ValueError(
+                    f"{path}: line {number} is not a supervision with labels; delete it and run `fastssl label` again"
+                )
             yield values
 
 
@@ -208,13 +240,13 @@ def _is_positive(value: Any) -> bool:
 
 
 def as_line(cut: Cut, labels: Iterable[int], *, frame_shift_s: float, first_centre_s: float) -> str:
-    """A line of `labels.jsonl`.
+    """Format the labels of one cut as a line of `labels.jsonl`, newline included.
 
     Args:
-        cut: What is labelled; not a window.
-        labels: Classes of its frames.
-        frame_shift_s: Seconds from one to the next.
-        first_centre_s: The middle of the first frame.
+        cut: Cut that the labels belong to; not a window.
+        labels: Class of each frame, in order.
+        frame_shift_s: Seconds from one frame to the next.
+        first_centre_s: Centre of the first frame, in seconds from the start of the cut.
     """
     custom: Mapping[str, Any] = {
         "labels": [int(label) for label in labels],

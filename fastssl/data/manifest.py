@@ -1,8 +1,8 @@
-"""Lines of Lhotse manifests as objects, with nothing in them run or fetched.
+"""Read Lhotse manifests without running or fetching anything that they name.
 
-A Lhotse audio source may be a shell command or a URL. A manifest is data that a stranger may have written, so every
-source in it has to be a file or bytes, at any depth: behind other sources, in the impulse response of a transform, in
-a custom field, in the track of a mixed cut.
+A Lhotse audio source may be a shell command or a URL, and a manifest may come from a stranger. Every source must
+therefore be a file or bytes, wherever it occurs: among a recording's sources, in the impulse response of a transform,
+in a custom field or in a track of a mixed cut.
 """
 
 from collections.abc import Iterator
@@ -13,52 +13,65 @@ from lhotse import Recording
 from lhotse.cut import Cut
 from lhotse.serialization import deserialize_item, load_jsonl
 
-#: "shar" is a placeholder for audio that is in the tar file beside the cuts; Lhotse cannot read it.
+#: "shar" is a placeholder for audio in the tar file of the same shard; Lhotse cannot read it on its own.
 _SOURCE_TYPES = ("file", "memory", "shar")
 
 
 class ForbiddenSourceError(ValueError):
-    """A manifest holds an audio source that would be run or fetched; the message does not name the manifest."""
+    """A manifest contains an audio source that would be run or fetched.
+
+    The message is a predicate ("has an audio source of type ..."); callers put the name of the manifest in front of it.
+    """
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a `.jsonl` or `.jsonl.gz` file.
+    """Yield the lines of a `.jsonl` or `.jsonl.gz` file as dictionaries.
 
-    The path is made absolute, because Lhotse takes a name that begins with "pipe:" for a command.
+    The path is made absolute, because Lhotse would run a name that begins with "pipe:" as a command.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: A line is not valid JSON.
     """
     yield from load_jsonl(path.absolute())
 
 
 def deserialize(line: dict[str, Any]) -> Cut | Recording:
-    """The cut or recording that a line describes.
+    """Build the cut or recording that a line of a manifest describes.
+
+    Args:
+        line: The decoded JSON of the line.
 
     Raises:
-        ForbiddenSourceError: It has an audio source that is neither a file nor bytes.
-        TypeError: It describes something else.
+        ForbiddenSourceError: The line has an audio source that is neither a file nor bytes.
+        TypeError: The line describes something else, such as a supervision.
     """
     check_sources(line)
     item = deserialize_item(line)
     if not isinstance(item, Cut | Recording):
-        raise TypeError(f"expected a cut or a recording, got a {type(item).__name__}")
+        raise TypeError(f"expected a line with a cut or a recording, got a {type(item).__name__}")
     return item
 
 
 def check_sources(value: object) -> None:
     """Refuse an audio source that is neither a file nor bytes, anywhere in a serialised manifest item.
 
+    Args:
+        value: Any nesting of dictionaries, lists and tuples.
+
     Raises:
-        ForbiddenSourceError: There is one; the message gives its type.
+        ForbiddenSourceError: `value` contains such a source; the message names its type.
     """
     pending = [value]
     while pending:
         item = pending.pop()
         if isinstance(item, dict):
-            # What lhotse.AudioSource cannot be built without.
+            # lhotse.AudioSource cannot be built without these keys.
             is_source = item.keys() >= {"type", "channels", "source"}
             if is_source and item["type"] not in _SOURCE_TYPES:
                 raise ForbiddenSourceError(
-                    f"has an audio source of type {item['type']!r}; only files and bytes are read, commands are never "
-                    "run and URLs are never fetched"
+                    f"has an audio source of type {item['type']!r}; expected a file or bytes, because commands are "
+                    "never run and URLs are never fetched. Save the audio as a file first"
                 )
             pending += item.values()
         elif isinstance(item, list | tuple):

@@ -1,4 +1,4 @@
-"""MFCC with their differences over time, by Lhotse: what HuBERT's first targets are clustered from."""
+"""MFCC with their first and second differences, computed by Lhotse: the features of HuBERT's first k-means targets."""
 
 from functools import lru_cache
 from typing import Any
@@ -12,25 +12,28 @@ from torch import Tensor
 from fastssl.data.audio import SAMPLE_RATE_HZ
 
 MFCC_SHIFT_S = 0.01
-#: Frame j covers 25 ms around this plus j shifts.
+#: Frame j covers 25 ms, centred at this plus j shifts.
 MFCC_FIRST_CENTRE_S = MFCC_SHIFT_S / 2
-#: Frames computed at a time, and frames beside them of which those at the edges of a block see.
+#: Frames computed at a time, and frames added on each side of a block, which the windows at its edges overlap.
 _BLOCK_FRAMES, _MARGIN_FRAMES = 6000, 2
 
 
 def mfcc(waveform: NDArray[np.float32]) -> Tensor:
-    """13 coefficients, their first and their second differences (arXiv 2106.07447, section IV-B).
+    """Compute 13 MFCC with their first and second differences (HuBERT, arXiv 2106.07447, section IV-B).
+
+    The audio is mirrored beyond its ends, as in Kaldi with `snip_edges=False`.
 
     Args:
-        waveform: (T,) at 16 kHz, as it is, not normalised; 25 ms or more.
+        waveform: (T,) float32 at 16 kHz, not normalised, at least 25 ms long (T >= 400).
 
     Returns:
-        (frames, 39) fp32, a frame every 10 ms; the audio is mirrored beyond its ends.
+        (frames, 39) fp32 with one frame every 10 ms, frames = (T + 80) // 160: the coefficients, then their first
+        differences, then their second differences.
     """
     shift = round(MFCC_SHIFT_S * SAMPLE_RATE_HZ)
     frames = (len(waveform) + shift // 2) // shift
     parts = []
-    # Block by block, for a long recording's overlapping frames take several times its memory.
+    # Computed in blocks, because the overlapping windows of a long recording take several times its memory.
     for first in range(0, frames, _BLOCK_FRAMES):
         last = min(frames, first + _BLOCK_FRAMES)
         before = min(first, _MARGIN_FRAMES)
@@ -44,14 +47,16 @@ def mfcc(waveform: NDArray[np.float32]) -> Tensor:
 
 
 def differences(x: Tensor, *, reach: int = 2) -> Tensor:
-    """Slope of each column over the frames from `reach` before to `reach` behind, the end frames repeated outwards.
+    """Compute the slope of each column over 2 `reach` + 1 frames, known as "deltas" in speech recognition.
+
+    The first and last frames are repeated beyond the ends.
 
     Args:
-        x: (frames, width).
-        reach: Frames on either side.
+        x: (frames, width), floating point.
+        reach: Number of frames on either side that a slope covers.
 
     Returns:
-        (frames, width): sum over n of n (x[t + n] - x[t - n]) / (2 sum of n^2), "deltas" in speech recognition.
+        (frames, width) of the dtype of `x`: sum_n n (x[t + n] - x[t - n]) / (2 sum_n n²), for n from 1 to `reach`.
     """
     if len(x) == 0:
         return x

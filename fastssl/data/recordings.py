@@ -1,10 +1,10 @@
-"""Whole recordings in overlapping chunks whose frames fit together exactly, for feature extraction.
+"""Split whole recordings into overlapping chunks whose frames join exactly, for feature extraction.
 
 A frame of a convolutional encoder sees `receptive_field` samples, and frames begin every `stride` samples (400 and 320
-for wav2vec 2.0 and its kin), so frame t of a recording covers samples [320 t, 320 t + 400). Every chunk begins at a
-multiple of the stride, so frame j of a chunk that begins at sample s is frame s / 320 + j of the recording. Of two
-chunks that overlap, the earlier gives the frames up to the middle of the overlap and the later those from there: each
-frame of the recording comes from exactly one chunk, and has half the overlap of context beside it.
+for wav2vec 2.0 and its relatives), so frame t of a recording covers samples [320 t, 320 t + 400). Every chunk begins at
+a multiple of the stride, so frame j of a chunk that begins at sample s is frame s / 320 + j of the recording. Where two
+chunks overlap, the earlier one supplies the frames up to the middle of the overlap and the later one the rest. Each
+frame of the recording therefore comes from exactly one chunk, with half the overlap as context on that side.
 """
 
 import math
@@ -27,9 +27,9 @@ class Chunk:
 
     Args:
         waveform: (T, 1) float32 at 16 kHz, ready for `Packed.pack`.
-        start: Its first sample, counted at 16 kHz from the beginning of the recording; a multiple of the stride.
-        keep: Which of the frames of this chunk to keep.
-        first_frame: The frame of the recording that the first kept one is.
+        start: Position of the chunk's first sample in the recording, in samples at 16 kHz; a multiple of the stride.
+        keep: Frames of this chunk to keep; neighbouring chunks supply the others.
+        first_frame: Index in the recording of the first kept frame.
     """
 
     waveform: Tensor  # (T, 1)
@@ -39,11 +39,13 @@ class Chunk:
 
 
 class FrameGrid(NamedTuple):
-    """Which samples at 16 kHz the frames of an encoder see; by default those of wav2vec 2.0 and its relatives.
+    """The samples that each frame of an encoder sees: frame t covers [t * stride, t * stride + receptive_field).
+
+    The defaults are those of wav2vec 2.0 and its relatives.
 
     Args:
-        stride: Samples from one frame to the next.
-        receptive_field: Samples that one frame sees.
+        stride: Samples at 16 kHz from the start of one frame to the start of the next.
+        receptive_field: Number of samples at 16 kHz that one frame sees.
     """
 
     stride: int = 320
@@ -51,11 +53,11 @@ class FrameGrid(NamedTuple):
 
     @property
     def shortest_s(self) -> float:
-        """Seconds of audio that make one frame."""
+        """Shortest audio that yields a frame, in seconds."""
         return self.receptive_field / SAMPLE_RATE_HZ
 
     def count(self, length: int) -> int:
-        """Frames of a recording of `length` samples."""
+        """Return the number of frames in `length` samples at 16 kHz; 0 if the audio is shorter than one frame."""
         return max(0, (length - self.receptive_field) // self.stride + 1)
 
 
@@ -63,18 +65,26 @@ WAV2VEC2 = FrameGrid()
 
 
 def chunk_hop(rate_hz: int, *, chunk_s: float, overlap_s: float, grid: FrameGrid = WAV2VEC2) -> int:
-    """Samples at 16 kHz from the beginning of one chunk to that of the next, of recordings at `rate_hz`.
+    """Return the distance from the start of one chunk to the start of the next, in samples at 16 kHz.
+
+    Args:
+        rate_hz: Sampling rate of the recording in Hz.
+        chunk_s: Length of a chunk in seconds.
+        overlap_s: Least length that neighbouring chunks share, in seconds.
+        grid: Frames of the encoder.
 
     Raises:
-        ValueError: The chunk is too short for the overlap, or the overlap for the receptive field.
+        ValueError: `chunk_s` is too short for the overlap, or `overlap_s` is too short for the receptive field.
     """
     _, steps = resampling_ratio(rate_hz)
-    # Chunks begin where a sample at 16 kHz is also one of the source, so that they are on one resampling grid.
+    # Every chunk begins where a sample at 16 kHz coincides with a source sample, so all share one resampling grid.
     step = math.lcm(grid.stride, steps)
     overlap = max(0, math.ceil(overlap_s * SAMPLE_RATE_HZ))
     hop = (round(chunk_s * SAMPLE_RATE_HZ) - overlap) // step * step
     if hop < step:
-        raise ValueError(f"chunk_s: {chunk_s:g} s leaves no room beside an overlap of {overlap_s:g} s")
+        raise ValueError(
+            f"chunk_s: {chunk_s:g} s is too short for an overlap of {overlap_s:g} s; raise chunk_s or lower overlap_s"
+        )
     least = 2 * (grid.receptive_field - grid.stride)
     if overlap < least:
         raise ValueError(f"overlap_s: must be at least {least / SAMPLE_RATE_HZ:g}, got {overlap_s:g}")
@@ -90,24 +100,24 @@ def read_chunks(
     channel: int | None = None,
     grid: FrameGrid = WAV2VEC2,
 ) -> Iterator[Chunk]:
-    """Read a recording chunk by chunk; memory is that of one chunk.
+    """Read a recording chunk by chunk, with only one chunk in memory at a time.
 
     Args:
         cut: A whole recording, from `open_corpus(..., window_s=None)`.
-        chunk_s: Length of a chunk; a shorter recording is one chunk.
-        overlap_s: Least length that neighbours share; chunks may have to share up to 0.1 s more.
-        normalize: Zero mean and unit variance over the whole recording, as if it were one chunk; a longer one is then
-            decoded twice.
-        channel: Of several channels take this one (default: their mean).
-        grid: The frames of the encoder.
+        chunk_s: Length of a chunk in seconds; a shorter recording is one chunk.
+        overlap_s: Least length that neighbouring chunks share, in seconds; alignment may add up to 0.1 s.
+        normalize: Scale to zero mean and unit variance over the whole recording. A recording of several chunks is
+            then decoded twice.
+        channel: Channel to read if the cut has several; None averages them.
+        grid: Frames of the encoder.
 
     Yields:
-        Chunks in order, at least one. Together they keep frames 0 to `grid.count(length)` - 1, each once; a few are
-        missing at the end where the decoder gives up to 0.1 s less than the header promised.
+        At least one chunk, in order. Together the chunks keep frames 0 to `grid.count(length)` - 1, each once. A few
+        frames are missing at the end if the decoder returns up to 0.1 s less than the header announced.
 
     Raises:
         ValueError: As in `chunk_hop`.
-        AudioError: The audio cannot be used, perhaps only after some chunks, or is shorter than one frame.
+        AudioError: The audio cannot be used or is shorter than one frame. May be raised after some chunks.
     """
     period, steps = resampling_ratio(cut.recording.sampling_rate)
     size = round(chunk_s * SAMPLE_RATE_HZ)
@@ -123,7 +133,7 @@ def read_chunks(
         first = origin + start // steps * period
         return torch.from_numpy(read_samples(cut, first=first, length=length, channel=channel))
 
-    # The last chunk is the one with the last frame in it.
+    # The last chunk is the first one that contains the recording's last frame.
     frames_before_last = num_frames - grid.count(size)
     last = max(0, -(-frames_before_last * grid.stride // hop))
     whole = read(0, total) if last == 0 else None
@@ -146,7 +156,10 @@ def read_chunks(
 
 
 def _mean_and_deviation(pieces: Iterator[Tensor]) -> tuple[float, float]:
-    """Of all samples, in one pass; the deviation with the 1e-7 of Transformers' feature extractor under the root."""
+    """Return the mean and standard deviation of all samples in one pass.
+
+    The deviation is sqrt(variance + 1e-7), as in Transformers' `Wav2Vec2FeatureExtractor`.
+    """
     count, mean, squares = 0, 0.0, 0.0
     for piece in pieces:
         if len(piece) == 0:

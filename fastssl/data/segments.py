@@ -1,4 +1,4 @@
-"""Where one sound ends and the next begins: classes of frames, smoothed into segments; in C++ where it is built."""
+"""Smooth the classes of frames into segments, in C++ if the module `_host` is built, else in NumPy."""
 
 import math
 from typing import NamedTuple
@@ -25,29 +25,29 @@ class FrameSegments(NamedTuple):
 
 
 def smooth_classes(costs: npt.NDArray[np.float32], *, price: float) -> npt.NDArray[np.int64]:
-    """A class for each frame, the same over whole segments: least sum of the frames' costs and a price per segment.
+    """Choose one class per frame that minimises the sum of the frames' costs plus a price for every segment.
 
-    Of all divisions into segments and classes for them this is the best: with squared distances to the centres of
-    k-means, the duration-penalised segmentation of arXiv 2012.07551 (section 3), whose reward of lambda (length - 1)
-    for a segment is a price of lambda but for a constant. There all pairs of beginning and end are tried; here a frame
-    either goes on with the class before it or pays for another, which takes frames x classes steps and comes to the
-    same, because neighbouring segments of one class are better one.
+    A segment is a run of equal classes. The result is the optimum over all segmentations. With squared distances to
+    k-means centres it is the duration-penalised segmentation of arXiv 2012.07551 (section 3): its reward of
+    lambda (length - 1) per segment equals a price of lambda per segment, up to a constant. The paper tries all pairs of
+    segment start and end. Here each frame either keeps the class of the frame before or pays for a change, which finds
+    the same optimum in O(T K) steps, because merging neighbouring segments of the same class never raises the cost.
 
     Args:
-        costs: (T, K) float32, finite, what it costs that a frame has a class. What all classes of a frame have in
-            common, as the frame's own norm in a squared distance, may be left out.
-        price: Of a segment, in the unit of the costs; 0 gives each frame the class of least cost.
+        costs: (T, K) float32, finite: cost of giving frame t class k. A term that all classes of a frame share, such
+            as the frame's own norm in a squared distance, may be left out.
+        price: Cost of each segment, in the unit of `costs`; 0 gives each frame its cheapest class.
 
     Returns:
-        (T,) int64.
+        (T,) int64, the class of each frame.
 
     Raises:
-        ValueError: Shape or dtype do not fit, a cost is not finite, or the price is negative or not finite.
+        ValueError: `costs` has the wrong shape or dtype or is not finite, or `price` is negative or not finite.
     """
     if costs.ndim != 2 or costs.shape[1] < 1 or costs.dtype != np.float32:
         raise ValueError(f"costs: expected float32 (frames, classes), got {costs.dtype} {costs.shape}")
     if not np.isfinite(costs).all():
-        raise ValueError("costs: some are NaN or infinite")
+        raise ValueError("costs: some are NaN or infinite, expected finite values; check the features they come from")
     if not 0 <= price < math.inf:
         raise ValueError(f"price: must be finite and not negative, got {price}")
     return _smooth(costs, price)
@@ -74,5 +74,5 @@ def _smooth_with_numpy(costs: npt.NDArray[np.float32], price: float) -> npt.NDAr
 
 try:
     from fastssl._host import smooth_classes as _smooth
-except ImportError:  # not built: the reason is in `fastssl info`
+except ImportError:  # `_host` was not built; `fastssl info` says why
     _smooth = _smooth_with_numpy

@@ -1,4 +1,4 @@
-"""A small grammar of English sentences for the demo corpus, written for this package."""
+"""A small grammar that generates English sentences for the demo corpus, written for this package."""
 
 import random
 import re
@@ -64,7 +64,11 @@ _CHOICES = {kind: words.split(", ") for kind, words in _WORDS.items()} | {"short
 
 
 def sentence(draw: random.Random) -> str:
-    """One sentence of two to about fifteen words, with its capital and full stop."""
+    """Generate a random sentence of two to about fifteen words, with an initial capital and final punctuation.
+
+    Args:
+        draw: Source of randomness; the same state gives the same sentence.
+    """
     pattern = draw.choice(_PATTERNS)
     text = re.sub(r"{(\w+)}", lambda slot: draw.choice(_CHOICES[slot[1]]).strip(), pattern)
     return text[0].upper() + text[1:]

@@ -1,8 +1,9 @@
-"""Lhotse shar directories as random access: an index of where in the tar files each recording lies.
+"""Random access to Lhotse shar directories, through the position of each recording in its tar file.
 
-Lhotse reads shar as a stream with the audio inside the cuts. A plan of batches that is a function of seed and epoch,
-and that can skip a million utterances in a second, needs metadata only. So the headers of the tar files are read once,
-and each cut carries its place: source `SHARD.tar/NAME` (which Lhotse opens too), `custom["tar_member"]` [offset, size].
+Lhotse reads shar as a stream, with the audio inside the cuts. Our batch plan depends only on seed and epoch and skips
+a million utterances in a second, so it needs cuts without audio. This module therefore reads the headers of the tar
+files once. Each cut then holds its position: the source `SHARD.tar/NAME`, which Lhotse can open too, and
+`custom["tar_member"]` = [offset, size] in bytes.
 """
 
 import json
@@ -19,16 +20,21 @@ from fastssl.data.manifest import ForbiddenSourceError, deserialize, read_lines
 
 
 def is_shar(folder: Path) -> bool:
-    """Whether the folder holds shards: `cuts.000000.jsonl.gz`, `recording.000000.tar`, and so on."""
+    """Return whether a folder contains shards of cuts (`cuts.000000.jsonl.gz`, `cuts.000001.jsonl.gz`, ...)."""
     return any(folder.glob("cuts.*.jsonl*"))
 
 
 def read_shar(folder: Path) -> Iterator[Cut]:
-    """Cuts of a shar directory whose recordings point into its tar files.
+    """Yield the cuts of a shar directory, with recordings that point into its tar files.
+
+    A cut whose audio is missing from its shard keeps its placeholder source of type "shar".
+
+    Args:
+        folder: Folder with `cuts.N.jsonl.gz`, and `recording.N.tar` or `recording.N.jsonl.gz` for each N.
 
     Raises:
-        ValueError: A shard of cuts has no shard of recordings, they do not match, or an audio source would be run or
-            fetched.
+        ValueError: A shard of cuts has no shard of recordings, their ids do not match, or an audio source would be run
+            or fetched.
     """
     for cuts_path in sorted(folder.glob("cuts.*.jsonl*")):
         number = cuts_path.name.split(".")[1]
@@ -39,7 +45,9 @@ def read_shar(folder: Path) -> Iterator[Cut]:
         elif table_paths:
             recordings = _recordings_in_table(table_paths[0])
         else:
-            raise ValueError(f"source: {cuts_path} has no recordings beside it (looked for {tar_path.name}, .jsonl.gz)")
+            raise ValueError(
+                f"source: {cuts_path} has no shard of recordings; looked for {tar_path.name} (or .jsonl.gz) beside it"
+            )
         for line_number, line in enumerate(read_lines(cuts_path), 1):
             try:
                 cut = deserialize(line)
@@ -47,7 +55,7 @@ def read_shar(folder: Path) -> Iterator[Cut]:
             except ForbiddenSourceError as error:
                 raise ValueError(f"source: {cuts_path}, line {line_number}, or its recording {error}") from None
             if cut_id != cut.id:
-                raise ValueError(f"source: {tar_path} has {cut_id!r} where {cuts_path.name} has {cut.id!r}")
+                raise ValueError(f"source: {tar_path} has {cut_id!r}, expected {cut.id!r} as in {cuts_path.name}")
             if recording is not None:
                 cut = fastcopy(cut, recording=recording)
             if member is not None:
@@ -82,5 +90,5 @@ def _recordings_in_table(path: Path) -> Iterator[_Entry]:
 def _recording(path: Path, value: dict[str, Any]) -> Recording:
     item = deserialize(value)
     if not isinstance(item, Recording):
-        raise ValueError(f"source: {path} has a {type(item).__name__} where it should have a recording")
+        raise ValueError(f"source: {path} contains a {type(item).__name__}, expected only recordings")
     return item

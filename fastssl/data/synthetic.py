@@ -1,9 +1,9 @@
-"""A demo corpus that needs no download: sentences spoken by espeak-ng, with what was said.
+"""Generate a demo corpus without a download: sentences spoken by espeak-ng, with their text and phonemes.
 
     python -m fastssl.data.synthetic OUT --minutes 10 --seed 0 --speakers 16
 
-The voices are formant synthesis: enough to see an encoder learn, to tell speakers and phonemes apart, and to test; no
-replacement for recordings.
+The voices are formant synthesis. They suffice to watch an encoder learn, to tell speakers and phonemes apart, and for
+tests, but they do not replace recordings.
 """
 
 import argparse
@@ -26,19 +26,19 @@ from fastssl.data.sentences import sentence
 _ACCENTS = ("en-us", "en", "en-gb-scotland", "en-029", "en-gb-x-rp", "en-us-nyc", "en-gb-x-gbclan", "en-gb-x-gbcwmd")
 _TIMBRES = ("m1", "f2", "m3", "f4", "m5", "f1", "m7", "f3", "m2", "f5", "m4", "m6", "m8")
 _SHORTEST_S, _LONGEST_S = 1.0, 20.0
-# Enumerations of speak_lib.h.
+# Values of the enumerations in espeak-ng's speak_lib.h.
 _RETRIEVAL_SYNCHRONOUS, _POSITION_CHARACTER, _UTF8, _IPA = 2, 1, 1, 2
 _RATE, _VOLUME, _PITCH, _RANGE = 1, 2, 3, 4
 
 
 class Voice(NamedTuple):
-    """A speaker, as settings of espeak-ng.
+    """A synthetic speaker: the settings of espeak-ng that define its voice.
 
     Args:
-        name: Accent and timbre.
-        rate: Words per minute.
-        pitch: 0 to 99.
-        pitch_range: 0 (monotone) to 99.
+        name: espeak-ng's name of the accent and the timbre, such as "en-us+m1".
+        rate: Speaking rate in words per minute.
+        pitch: Pitch of the voice, from 0 to 99.
+        pitch_range: Range of the intonation, from 0 (monotone) to 99.
     """
 
     name: str
@@ -48,37 +48,42 @@ class Voice(NamedTuple):
 
 
 def voice(number: int) -> Voice:
-    """The voice of a speaker: always the same for the same number, whatever the seed of the corpus."""
+    """Return the voice of a speaker, which depends only on the speaker's number and not on the seed of the corpus.
+
+    Args:
+        number: Number of the speaker, from 0.
+    """
     draw = random.Random(f"voice {number}")
-    # 8 and 13 share no factor: 104 pairs of accent and timbre before one comes again, with another pitch and rate.
+    # 8 and 13 share no factor, so the 104 pairs of accent and timbre all occur before one repeats (with another pitch).
     name = f"{_ACCENTS[number % len(_ACCENTS)]}+{_TIMBRES[number % len(_TIMBRES)]}"
     return Voice(name, draw.randint(135, 200), draw.randint(25, 75), draw.randint(30, 80))
 
 
 def speak_corpus(output: Path, *, minutes: float, seed: int = 0, speakers: int = 16) -> Path:
-    """Write a corpus of synthetic read speech, at once or not at all.
+    """Write a corpus of synthetic read speech in a temporary folder, and rename it to `output` once it is complete.
 
-    16 kHz FLAC (four in five) and WAV, 1 to 20 s long with many near 14 s and a tail of short ones. `utterances.tsv`
-    has path, speaker, text, phonemes (IPA with stress marks, a blank between phonemes, ` | ` between words), seconds.
-    The same arguments give the same bytes, and more minutes with the same seed only add utterances.
+    The files are mono at 16 kHz, four in five FLAC and the others WAV. They last 1 to 20 s: many are near 14 s, and the
+    rest are shorter. The columns of `utterances.tsv` are path, speaker, text, phonemes and seconds; phonemes are in IPA
+    with stress marks, a space between phonemes and ` | ` between words. The same arguments give the same bytes, and
+    more minutes with the same seed only add utterances.
 
     Args:
-        output: The folder to write; must not exist, or be empty.
-        minutes: Length of all utterances together, exceeded by less than one utterance.
-        seed: What is said, and by whom how fast.
-        speakers: Voices, which take turns.
+        output: Folder to write; it must be empty or not exist yet.
+        minutes: Total duration of the utterances in minutes; the last utterance may exceed it.
+        seed: Seed of the sentences and of how each is spoken.
+        speakers: Number of voices, which take turns.
 
     Returns:
         `output`.
 
     Raises:
-        ValueError: A number is out of range, or `output` has something in it.
+        ValueError: `minutes` or `speakers` is out of range, or `output` exists and is not an empty folder.
         ImportError: espeakng_loader is not installed.
     """
     if not 0 < minutes < math.inf or speakers < 1:
         raise ValueError(f"minutes and speakers: must be positive, got {minutes} and {speakers}")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"output: {output} exists and is not an empty folder")
+        raise ValueError(f"output: {output} exists and is not an empty folder; choose another or remove it")
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial.", dir=output.parent))
     try:
@@ -109,7 +114,7 @@ def _write(folder: Path, wanted_s: float, draw: random.Random, voices: list[Voic
 
 
 def _utterance(synthesizer: "_Synthesizer", base: Voice, draw: random.Random) -> tuple[str, str, NDArray[np.float32]]:
-    """Text, phonemes and waveform of a length typical of read speech."""
+    """Return the text, phonemes and waveform (T,) of an utterance whose length is typical of read speech."""
     while True:
         target_s = draw.gauss(14, 2) if draw.random() < 0.6 else draw.uniform(_SHORTEST_S, 14)
         target_s = min(max(target_s, _SHORTEST_S), _LONGEST_S - 1)
@@ -120,14 +125,14 @@ def _utterance(synthesizer: "_Synthesizer", base: Voice, draw: random.Random) ->
         waveform = resample(samples, synthesizer.rate_hz, SAMPLE_RATE_HZ)
         if _SHORTEST_S <= len(waveform) / SAMPLE_RATE_HZ <= _LONGEST_S:
             break
-    # A recording has a level of its own and is never digitally silent.
+    # Like real recordings, each utterance has its own level and is never digitally silent.
     waveform *= draw.uniform(0.3, 0.9) / np.abs(waveform).max()
     noise = np.random.default_rng(draw.getrandbits(64)).standard_normal(len(waveform), dtype=np.float32)
     return text, synthesizer.phonemes(text, spoken), np.clip(waveform + 1e-3 * noise, -1, 1)
 
 
 def _text(draw: random.Random, *, characters: int) -> str:
-    """Sentences of about so many characters."""
+    """Return sentences that together have about `characters` characters."""
     text = ""
     for _ in range(100):
         longer = f"{text} {sentence(draw)}".strip()
@@ -142,10 +147,10 @@ _Callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes
 
 
 class _Synthesizer:
-    """espeak-ng in its initial state.
+    """A fresh copy of espeak-ng, so that the output does not depend on earlier use of the library in this process.
 
-    The library keeps the phase of its oscillators and more from one utterance to the next, even when it is closed and
-    opened again. What is loaded from a new copy of its file starts from zero.
+    The library keeps state such as the phase of its oscillators from one utterance to the next, even when it is closed
+    and opened again. Only a library loaded from a new copy of its file starts in the initial state.
     """
 
     def __init__(self) -> None:
@@ -153,8 +158,8 @@ class _Synthesizer:
             import espeakng_loader
         except ImportError as error:
             message = (
-                "the demo corpus is spoken by espeak-ng, from espeakng_loader: run `pip install '.[demo]'` in a clone "
-                "of the project"
+                "the demo corpus needs espeak-ng from the package espeakng_loader, which is not installed: run "
+                "`pip install '.[demo]'` in a clone of the project"
             )
             raise ImportError(message) from error
         with tempfile.TemporaryDirectory() as folder:
@@ -163,10 +168,12 @@ class _Synthesizer:
         data = str(espeakng_loader.get_data_path()).encode()
         self.rate_hz: int = self._library.espeak_Initialize(_RETRIEVAL_SYNCHRONOUS, 0, data, 0)
         if self.rate_hz <= 0:
-            raise RuntimeError(f"espeak-ng does not start with its data in {data.decode()}")
+            raise RuntimeError(
+                f"espeak-ng did not start with its data in {data.decode()}; reinstall the package espeakng_loader"
+            )
         self._library.espeak_TextToPhonemes.restype = ctypes.c_char_p
         self._pieces: list[bytes] = []
-        # ctypes keeps no reference of its own.
+        # Keep a reference: ctypes does not, and the library would call freed memory.
         self._callback = _Callback(self._receive)
         self._library.espeak_SetSynthCallback(self._callback)
 
@@ -176,7 +183,7 @@ class _Synthesizer:
         return 0
 
     def speak(self, text: str, voice: Voice) -> NDArray[np.float32]:
-        """(T,) float32 in [-1, 1) at `rate_hz`."""
+        """Speak a text with a voice; returns the waveform (T,) float32 in [-1, 1) at `rate_hz`."""
         self._select(voice)
         self._pieces.clear()
         data = text.encode()
@@ -186,19 +193,19 @@ class _Synthesizer:
         return scaled
 
     def phonemes(self, text: str, voice: Voice) -> str:
-        """IPA with stress marks, a blank between phonemes and ` | ` between words."""
+        """Return the phonemes of a text: IPA with stress marks, a space between phonemes, ` | ` between words."""
         self._select(voice)
         data = ctypes.create_string_buffer(text.encode())
         rest = ctypes.c_void_p(ctypes.addressof(data))
         words: list[str] = []
-        # Each call takes one clause and moves the pointer past it.
+        # Each call converts one clause and moves the pointer past it.
         while rest.value:
             clause = self._library.espeak_TextToPhonemes(ctypes.byref(rest), _UTF8, _IPA | ord("_") << 8)
             words += clause.decode().split()
         return " | ".join(" ".join(word.strip("_").split("_")) for word in words)
 
     def close(self) -> None:
-        """Free what the library holds."""
+        """Shut down the library and free its memory."""
         self._library.espeak_Terminate()
 
     def _select(self, voice: Voice) -> None:
@@ -210,22 +217,22 @@ class _Synthesizer:
 
     def _check(self, status: int, what: str) -> None:
         if status != 0:
-            raise RuntimeError(f"espeak-ng gives error {status} for {what!r}")
+            raise RuntimeError(f"espeak-ng returned error {status} for {what!r}")
 
 
 def main() -> None:
-    """Command line."""
+    """Run `python -m fastssl.data.synthetic`; exits with status 1 and a message if an argument is invalid."""
     parser = argparse.ArgumentParser(description="Speak a demo corpus with espeak-ng.")
-    parser.add_argument("output", type=Path, help="folder to write; must not exist yet")
-    parser.add_argument("--minutes", type=float, default=10.0, help="length of all utterances together (default: 10)")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, other sentences (default: 0)")
-    parser.add_argument("--speakers", type=int, default=16, help="voices (default: 16)")
+    parser.add_argument("output", type=Path, help="folder to write; must be empty or not exist yet")
+    parser.add_argument("--minutes", type=float, default=10.0, help="total duration in minutes (default: 10)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sentences (default: 0)")
+    parser.add_argument("--speakers", type=int, default=16, help="number of voices (default: 16)")
     arguments = parser.parse_args()
     try:
         speak_corpus(arguments.output, minutes=arguments.minutes, seed=arguments.seed, speakers=arguments.speakers)
     except (ValueError, ImportError) as error:
         parser.exit(1, f"{error}\n")
-    print(f"{arguments.minutes:g} minutes of {arguments.speakers} speakers in {arguments.output}")
+    print(f"wrote {arguments.minutes:g} minutes of {arguments.speakers} speakers to {arguments.output}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""What a teacher makes of crops that never change, kept on disk, so that it runs once over each.
+"""Read a teacher's outputs for fixed crops from disk, so that distillation runs the teacher only once over each crop.
 
-The folder holds safetensors shards, `index.jsonl` with a line for each crop (`key`, `shard`, `file`, `duration_s`,
-`rate_hz`, `checksum`, `frames`), and `settings.json`, which says of which teacher, layers and crops. In a shard are, of
-each crop, the tensors `KEY/LAYER` (frames, width) and, where they are kept, `KEY/front_end` (frames, channels), all
-fp16.
+The folder contains safetensors shards, `index.jsonl` with one line per crop (`key`, `shard`, `file`, `duration_s`,
+`rate_hz`, `checksum`, `frames`), and `settings.json`, which records the teacher, its layers and the crops. For each
+crop a shard contains the tensors `KEY/LAYER` (frames, width) and, if the front end is stored too, `KEY/front_end`
+(frames, channels), all fp16.
 """
 
 import zlib
@@ -26,17 +26,17 @@ FRONT_END = "front_end"
 
 
 class TeacherFrames(NamedTuple):
-    """What a teacher made of the T frames of a batch."""
+    """A teacher's outputs for the T frames of a batch."""
 
     layers: tuple[Tensor, ...]  # each (T, D)
-    front_end: Tensor | None  # (T, C), before its norm
+    front_end: Tensor | None  # (T, C), the output of the convolutions before the layer norm
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "TeacherFrames":
-        """The same on another device."""
+        """Copy all tensors to a device."""
         return self._with_each(lambda frames: frames.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "TeacherFrames":
-        """The same in page-locked memory."""
+        """Copy all tensors to page-locked memory."""
         return self._with_each(Tensor.pin_memory)
 
     def _with_each(self, move: Callable[[Tensor], Tensor]) -> "TeacherFrames":
@@ -44,14 +44,14 @@ class TeacherFrames(NamedTuple):
 
 
 class TeacherTable:
-    """Crops of a folder, read one by one.
+    """A teacher's stored outputs, read from a folder crop by crop.
 
     Args:
-        folder: Of shards.
-        entries: Lines of its index, by key.
-        layers: To read.
-        width: D.
-        channels: C of the front end, to be read too; None where it is not kept.
+        folder: Folder with the shards.
+        entries: Lines of the folder's `index.jsonl`, by their `key`.
+        layers: Layers to read.
+        width: Width D of the layers.
+        channels: Channels C of the front end, which is then read too; None reads the layers only.
     """
 
     def __init__(
@@ -67,38 +67,60 @@ class TeacherTable:
         self.layers, self.width, self.channels = tuple(layers), width, channels
 
     def check(self, key: str, cut: Cut) -> None:
-        """Whether a cut has the length and the sampling rate that it had when its frames were made.
+        """Check that a cut still has the duration and sampling rate that it had when its frames were stored.
+
+        Args:
+            key: Key of the crop in the index.
+            cut: The cut as it is now.
 
         Raises:
-            ValueError: It has not; names the file.
+            ValueError: The duration or the sampling rate has changed; the message names the file.
         """
         entry = self.entries[key]
         if (entry["duration_s"], entry["rate_hz"]) != (cut.duration, cut.recording.sampling_rate):
             raise ValueError(
                 f"data.teacher_cache: {self.folder} is stale: {cut_name(cut)} was {entry['duration_s']:g} s at "
-                f"{entry['rate_hz']} Hz, and is {cut.duration:g} s at {cut.recording.sampling_rate} Hz"
+                f"{entry['rate_hz']} Hz, and is {cut.duration:g} s at {cut.recording.sampling_rate} Hz now; "
+                "choose another folder, or delete this one"
             )
 
     def check_shards(self) -> None:
-        """Open all shards.
+        """Open every shard once, so that a damaged one is found before training starts.
 
         Raises:
-            ValueError: One is damaged; names it.
+            ValueError: A shard is damaged; the message names it.
         """
         for shard in sorted({entry["shard"] for entry in self.entries.values()}):
             _opened(self.folder / shard)
 
     def check_samples(self, key: str, waveform: NDArray[np.float32]) -> None:
-        """Whether a crop has the samples that it had when its frames were made.
+        """Check that a crop still has the samples that it had when its frames were stored.
+
+        Args:
+            key: Key of the crop in the index.
+            waveform: (T,) float32 at 16 kHz, before normalisation.
 
         Raises:
-            AudioError: It has not.
+            AudioError: The checksum of the samples has changed.
         """
         if self.entries[key]["checksum"] != checksum(waveform):
-            raise AudioError(f"has other samples than when data.teacher_cache was made; {self.folder} is stale")
+            raise AudioError(
+                f"has other samples than when data.teacher_cache was made; {self.folder} is stale: delete the folder, "
+                "or restore the audio"
+            )
 
     def of(self, keys: Sequence[str]) -> TeacherFrames:
-        """The frames of these crops, back to back."""
+        """Read the frames of several crops and concatenate them in the order of the keys.
+
+        Args:
+            keys: Keys of the crops in the index; may be empty.
+
+        Returns:
+            fp16 tensors on the CPU: (T, D) for each layer and, if `channels` was given, (T, C) for the front end.
+
+        Raises:
+            ValueError: A shard is damaged.
+        """
 
         def read(name: str, width: int) -> Tensor:
             parts = [_opened(self.folder / self.entries[key]["shard"]).get_tensor(f"{key}/{name}") for key in keys]
@@ -109,14 +131,16 @@ class TeacherTable:
 
 
 def checksum(waveform: NDArray[np.float32]) -> int:
-    """CRC-32 of the samples."""
+    """Return the CRC-32 of the bytes of a waveform (T,) float32."""
     return zlib.crc32(np.ascontiguousarray(waveform).data)
 
 
 @lru_cache(maxsize=64)
 def _opened(shard: Path) -> Any:
-    """Mapped into memory, once in each process."""
+    """Map a shard into memory, once per process."""
     try:
         return safe_open(shard, framework="pt")
     except SafetensorError as error:
-        raise ValueError(f"data.teacher_cache: {shard}: cannot be read: {error}") from error
+        raise ValueError(
+            f"data.teacher_cache: {shard}: cannot be read: {error}; delete the folder to make it again"
+        ) from error

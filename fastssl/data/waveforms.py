@@ -1,4 +1,4 @@
-"""What is done to the samples of a batch before they leave a data worker: in C++ where it is built, else in numpy."""
+"""Pack the waveforms of a batch in a data worker, in C++ if the module `_host` is built, else in NumPy."""
 
 from collections.abc import Sequence
 
@@ -12,30 +12,38 @@ Waveform = npt.NDArray[np.float32]
 
 
 def pack_waveforms(waveforms: Sequence[Waveform], *, normalize: bool, eps: float = 1e-7) -> Waveform:
-    """Concatenate waveforms, each scaled to zero mean and unit variance on the way if asked.
+    """Concatenate waveforms, and scale each to zero mean and unit variance if `normalize` is set.
 
-    The statistics are of each waveform alone, in fp64: what a waveform is batched with changes no bit of it. With
-    `normalize` this is what Transformers' `Wav2Vec2FeatureExtractor` does, (x - mean) / sqrt(variance + eps).
+    Scaling computes (x - mean) / sqrt(variance + eps), as Transformers' `Wav2Vec2FeatureExtractor` does. The statistics
+    come from each waveform alone, in fp64, so the other waveforms of a batch do not change a single bit of the result.
 
     Args:
-        waveforms: B arrays (T_b,) float32; empty ones are allowed. NaN and infinity spoil their own waveform only.
+        waveforms: B arrays (T_b,) float32, which may be empty. NaN or infinity in one does not affect the others.
         normalize: Scale every waveform to zero mean and unit variance.
-        eps: Added to the variance, so that silence stays silence.
+        eps: Value added to the variance, so that digital silence becomes zeros instead of NaN.
 
     Returns:
-        (N,) float32, the waveforms back to back in one buffer of their own.
+        (N,) float32, a new array with the waveforms one after another; N is the sum of all T_b.
 
     Raises:
-        ValueError: A waveform is not one-dimensional, or not float32.
+        ValueError: A waveform is not one-dimensional or not float32.
     """
     for index, waveform in enumerate(waveforms):
         if waveform.ndim != 1 or waveform.dtype != np.float32:
-            raise ValueError(f"waveforms: number {index} is {waveform.dtype} {waveform.shape}, expected float32 (T,)")
+            raise ValueError(f"waveforms: item {index} is {waveform.dtype} {waveform.shape}, expected float32 (T,)")
     return _pack(waveforms, normalize, eps)
 
 
 def waveform_batch(waveforms: Sequence[Waveform], *, normalize: bool) -> Packed:
-    """The (N, 1) packed batch that an encoder takes; arguments and errors as in `pack_waveforms`."""
+    """Pack waveforms into the batch that an encoder takes: values (N, 1) float32, lengths in samples.
+
+    Args:
+        waveforms: As in `pack_waveforms`.
+        normalize: As in `pack_waveforms`.
+
+    Raises:
+        ValueError: As in `pack_waveforms`.
+    """
     values = torch.from_numpy(pack_waveforms(waveforms, normalize=normalize))
     return Packed(values.unsqueeze(1), Layout.from_lengths([len(waveform) for waveform in waveforms]))
 
@@ -55,5 +63,5 @@ def _pack_with_numpy(waveforms: Sequence[Waveform], normalize: bool, eps: float)
 
 try:
     from fastssl._host import pack_waveforms as _pack
-except ImportError:  # not built: the reason is in `fastssl info`
+except ImportError:  # `_host` was not built; `fastssl info` says why
     _pack = _pack_with_numpy

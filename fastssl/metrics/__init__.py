@@ -1,4 +1,4 @@
-"""What an encoder's frames say of it without labels: the rank they span, and how they cluster."""
+"""Measures of an encoder's quality that need no labels: the effective rank of its frames, and how well they cluster."""
 
 from fastssl.metrics.clusters import (
     ClusterScores,

@@ -1,4 +1,4 @@
-"""How frames cluster: k-means, its inertia, and the Davies-Bouldin index (arXiv:2501.05966, section 3.1.1)."""
+"""Measure how well frames cluster: k-means, its inertia and the Davies-Bouldin index (arXiv:2501.05966, 3.1.1)."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -9,23 +9,23 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-#: Most clusters, and the frames that each needs on average.
+#: Largest number of clusters, and the average number of frames that each cluster needs.
 _MAX_CLUSTERS, _FRAMES_PER_CLUSTER = 1024, 100
-#: Rows whose distances are in memory at a time.
+#: Number of rows whose distances to the centres are in memory at a time.
 _CHUNK_ROWS = 8192
 
 
 @dataclass(frozen=True)
 class ClusterScores:
-    """What clusters say of the frames in them.
+    """Scores of a clustering of frames.
 
     Args:
-        frames: How many were assigned.
-        clusters: How many have a member.
-        inertia: Sum over frames of the squared distance to the nearest centre; it grows with the frames and with the
-            square of their norm.
-        davies_bouldin: Mean over clusters of how much it overlaps with the neighbour it overlaps most with; lower is
-            better separated. NaN where fewer than two clusters have a member.
+        frames: Number of frames that were assigned to a cluster.
+        clusters: Number of clusters with at least one frame.
+        inertia: Sum over frames of the squared distance to the nearest centre. It grows with the number of frames and
+            with the square of their norm.
+        davies_bouldin: Mean over clusters of each one's overlap with the neighbour that it overlaps most; lower means
+            better separated. NaN if fewer than two clusters have frames.
     """
 
     frames: int
@@ -35,58 +35,61 @@ class ClusterScores:
 
     @property
     def inertia_per_frame(self) -> float:
-        """Mean squared distance of a frame to its centre."""
+        """Mean squared distance of a frame to its nearest centre."""
         return self.inertia / self.frames
 
     @property
     def log_inertia_per_frame(self) -> float:
-        """Its natural logarithm; minus infinity for frames that all lie on their centres."""
+        """Natural logarithm of `inertia_per_frame`; minus infinity if every frame equals its centre."""
         return math.log(self.inertia_per_frame) if self.inertia > 0 else -math.inf
 
 
 def num_clusters(frames: int) -> int:
-    """The k of k-means for so many frames: one for each hundred, at most 1024.
+    """Choose k of k-means from the number of frames: one cluster per 100 frames, at most 1024.
+
+    Args:
+        frames: Number of frames to cluster.
 
     Raises:
-        ValueError: That is fewer than two.
+        ValueError: There are fewer than 200 frames, too few for two clusters.
     """
     if frames < 2 * _FRAMES_PER_CLUSTER:
-        raise ValueError(f"frames: clusters take at least {2 * _FRAMES_PER_CLUSTER}, got {frames}")
+        raise ValueError(f"frames: clustering needs at least {2 * _FRAMES_PER_CLUSTER}, got {frames}; use more audio")
     return min(_MAX_CLUSTERS, frames // _FRAMES_PER_CLUSTER)
 
 
 def fit_kmeans(frames: NDArray[np.float32], clusters: int, *, seed: int, passes: int = 5) -> Tensor:
-    """Centres by scikit-learn's mini-batch k-means, started by k-means++.
+    """Fit cluster centres with scikit-learn's `MiniBatchKMeans`, initialised by k-means++.
 
-    Mini-batches have max(1024, 4 k) frames, drawn at random from all; as many are drawn as make `passes` over the
-    frames, whatever the inertia does, so that cost and centres are a function of frames and seed. On the frames of a
-    small speech encoder (two layers, 24 k of width 192) the inertia was then 1.5 % above that of 50 passes in batches
-    of 4096, and another seed changed it by up to 0.4 %.
+    Mini-batches have max(1024, 4 k) frames, drawn at random from all frames. Early stopping is off: the fit draws as
+    many mini-batches as make `passes` passes, so its cost and its centres depend only on the frames and the seed. On
+    24,000 frames of a small speech encoder (two layers, width 192), the inertia was 1.5 % above that of 50 passes in
+    batches of 4096, and another seed changed it by up to 0.4 %.
 
     Args:
-        frames: (n, D) float32 or float64; near zero mean, or the distances lose digits.
-        clusters: k.
-        seed: Of k-means++ and the mini-batches.
-        passes: Over the frames.
+        frames: (n, D) float32 or float64. Their mean should be near zero, or the distances lose precision.
+        clusters: Number of clusters k, from 1 to n.
+        seed: Seed of k-means++ and of the mini-batches.
+        passes: Number of passes over the frames.
 
     Returns:
-        (k, D), of the dtype of `frames`.
+        (k, D), on the CPU, with the dtype of `frames`.
 
     Raises:
-        ValueError: There are fewer frames than clusters, or one of them is NaN or infinite.
+        ValueError: `clusters` is below 1 or above n, or a frame contains NaN or infinity.
     """
     from sklearn.cluster import MiniBatchKMeans
 
     if not 1 <= clusters <= len(frames):
         raise ValueError(f"clusters: must be from 1 to the number of frames, {len(frames)}, got {clusters}")
     if not np.isfinite(frames).all():
-        raise ValueError("frames: some are NaN or infinite")
+        raise ValueError("frames: some are NaN or infinite, expected finite values; check the encoder's output")
     kmeans = MiniBatchKMeans(
         clusters,
         init="k-means++",
         n_init=1,
         batch_size=max(1024, 4 * clusters),
-        # k-means++ would else cost more than the fit.
+        # On all frames, k-means++ would cost more than the fit.
         init_size=max(3072, 3 * clusters),
         max_iter=passes,
         max_no_improvement=None,
@@ -98,37 +101,52 @@ def fit_kmeans(frames: NDArray[np.float32], clusters: int, *, seed: int, passes:
 
 
 def nearest_centres(frames: Tensor, centres: Tensor) -> Tensor:
-    """(n,) int64: the centre with the least distance to each frame. Arguments as in `centre_costs`."""
+    """Return the index of the centre nearest to each frame.
+
+    Args:
+        frames: (n, D).
+        centres: (k, D), with the dtype and device of `frames`.
+
+    Returns:
+        (n,) int64.
+    """
     return centre_costs(frames, centres).argmin(1)
 
 
 def centre_costs(frames: Tensor, centres: Tensor) -> Tensor:
-    """(n, k): squared distances of frames to centres, less the same number for all centres of a frame.
+    """Compute the squared distance of each frame to each centre, minus a term that depends only on the frame.
+
+    The omitted term does not change which centre is nearest, nor the differences between centres.
 
     Args:
         frames: (n, D).
-        centres: (k, D), of the same dtype.
+        centres: (k, D), with the dtype and device of `frames`.
+
+    Returns:
+        (n, k), of the same dtype; values may be negative.
     """
-    # Distances do not change when both are moved, and products of small numbers lose fewer digits.
+    # Shifting both does not change the distances, and products of smaller numbers lose fewer digits.
     origin = centres.mean(0)
     frames, centres = frames - origin, centres - origin
-    # The frame's own norm is the same for all centres.
+    # |f - c|² = |f|² - 2 f·c + |c|², where |f|² is the same for all centres and is omitted.
     return torch.addmm(centres.square().sum(1), frames, centres.T, alpha=-2)
 
 
 def score_clusters(frames: Iterable[Tensor], centres: Tensor) -> ClusterScores:
-    """Inertia and Davies-Bouldin of frames that are each assigned to the nearest of the centres.
+    """Assign each frame to its nearest centre, and compute inertia and the Davies-Bouldin index.
 
-    Inertia is about `centres`, as in scikit-learn's `KMeans`; Davies-Bouldin about the means of the members, as in its
-    `davies_bouldin_score`, which leaves out clusters without members too. Distances are added up in fp64.
+    Inertia measures distances to `centres`, as scikit-learn's `KMeans` does. The Davies-Bouldin index uses the means of
+    the assigned frames and ignores empty clusters, as scikit-learn's `davies_bouldin_score` does. Distances are summed
+    in fp64.
 
     Args:
-        frames: Portions (n, D) that can be iterated twice, such as a list, and may be read as they are asked for; what
-            is kept is 4 bytes a frame.
-        centres: (k, D); frames are moved to its device and dtype to be assigned.
+        frames: Portions (n, D) that can be iterated twice, such as a list or an object that reads them on demand. Only
+            4 bytes per frame are kept in memory.
+        centres: (k, D). Frames are converted to its device and dtype for the assignment.
 
     Raises:
-        ValueError: There is no frame, one is NaN or infinite, or the second iteration gave another number of frames.
+        ValueError: There are no frames, one contains NaN or infinity, or the second iteration yields another number of
+            frames than the first.
     """
     count = torch.zeros(len(centres), dtype=torch.int64)
     total = torch.zeros(centres.shape, dtype=torch.float64)
@@ -144,9 +162,9 @@ def score_clusters(frames: Iterable[Tensor], centres: Tensor) -> ClusterScores:
         labels.append(nearest.int())
     num_frames = int(count.sum())
     if num_frames == 0:
-        raise ValueError("frames: there are none")
+        raise ValueError("frames: expected at least one frame, got none")
     if not math.isfinite(inertia):
-        raise ValueError("frames: some are NaN or infinite")
+        raise ValueError("frames: some are NaN or infinite, expected finite values; check the encoder's output")
     means = total / count.clamp(min=1)[:, None]
     spread = torch.zeros(len(centres), dtype=torch.float64)
     again = 0
@@ -155,7 +173,10 @@ def score_clusters(frames: Iterable[Tensor], centres: Tensor) -> ClusterScores:
             spread.index_add_(0, nearest, (portion.cpu().double() - means[nearest]).square().sum(1).sqrt())
             again += len(portion)
     if again != num_frames:
-        raise ValueError(f"frames: {num_frames} in the first iteration, {again} in the second")
+        raise ValueError(
+            f"frames: {num_frames} in the first iteration, {again} in the second; expected a list, or another object "
+            "that can be iterated twice"
+        )
     members = count > 0
     return ClusterScores(
         frames=num_frames,
@@ -171,16 +192,16 @@ def _portions(frames: Iterable[Tensor]) -> Iterator[Tensor]:
 
 
 def _davies_bouldin(means: Tensor, spread: Tensor) -> float:
-    """Mean over clusters i of the largest (s_i + s_j) / |m_i - m_j|, of clusters that all have members.
+    """Return the Davies-Bouldin index: the mean over clusters i of max over j of (s_i + s_j) / |m_i - m_j|.
 
     Args:
-        means: (K, D) fp64.
-        spread: (K,) mean distance of the members to it.
+        means: (K, D) fp64, the means m of the clusters, none of which is empty.
+        spread: (K,) fp64, s: the mean distance of a cluster's frames to its mean.
     """
     if len(means) < 2:
         return math.nan
     distances = torch.cdist(means, means, compute_mode="donot_use_mm_for_euclid_dist")
-    # As scikit-learn has it: nothing spreads, or nothing is apart.
+    # As in scikit-learn, the index is 0 if no cluster has any spread or all means coincide.
     if torch.allclose(spread, torch.zeros(()).double()) or torch.allclose(distances, torch.zeros(()).double()):
         return 0.0
     overlap = (spread[:, None] + spread) / torch.where(distances == 0, math.inf, distances)

@@ -263,7 +263,7 @@ def test_a_run_that_cannot_be_evaluated_for_its_weights_is_a_result_too(
     with pytest.raises(ValueError, match="NaN or infinite") as found:
         fit_kmeans(nothing.numpy(), 2, seed=0)
     do_all(study, jobs, tmp_path, partial(_say, f"layer 2: {found.value}"), parallel=1)
-    assert study.results == {"x": {"failed": "layer 2: frames: some are NaN or infinite"}}
+    assert study.results == {"x": {"failed": f"layer 2: {found.value}"}}
 
 
 def test_a_run_has_one_process_at_a_time_also_after_its_study_is_killed(

@@ -246,7 +246,7 @@ def test_a_crop_stays_in_its_window() -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"cuts": []}, "cuts: there are none"),
+        ({"cuts": []}, "cuts: expected at least one utterance"),
         ({"max_duration_s": 0.0}, "max_duration_s: must be positive"),
         ({"crop_s": 0.0}, "crop_s: must be positive"),
         ({"rank": 2, "world_size": 2}, "rank: must be from 0 to 1"),
@@ -426,8 +426,8 @@ def test_channels_that_a_recording_does_not_have_are_a_problem(tmp_path: Path) -
     cuts = (absent, MonoCut("promised", 0.0, 3.0, 1, recording=promised), recording.to_cut())
     batch = WaveformDataset(normalize=False)[BatchSpec(0, cuts, None, 0)]
     assert [problem.reason for problem in batch.problems] == [
-        "has channels [0], and its manifest asks for [1]",
-        "has 1 channels, its manifest says 2",
+        "has channels [0], but its manifest asks for [1]",
+        "has 1 channels, but its manifest says 2",
     ]
     assert len(batch.names) == 1
 

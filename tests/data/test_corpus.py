@@ -221,7 +221,7 @@ def test_shar_of_windows_has_each_as_its_own_recording(tmp_path: Path) -> None:
 def test_shar_without_recordings(folder: Path, tmp_path: Path) -> None:
     shar = export(open_corpus(folder).cuts, tmp_path / "shar", kind="flac")
     (shar / "recording.000000.tar").unlink()
-    with pytest.raises(ValueError, match=r"cuts.000000.jsonl.gz has no recordings beside it"):
+    with pytest.raises(ValueError, match=r"cuts.000000.jsonl.gz has no shard of recordings"):
         open_corpus(shar)
 
 

@@ -186,23 +186,23 @@ def test_what_does_not_fit_is_named(corpus: list[Cut], tmp_path: Path) -> None:
         return problem.reason
 
     assert "has no labels" in said_of(dataclasses.replace(first, id="new.wav"))
-    assert "has labels for 2.00 s and is 1.50 s long" in said_of(dataclasses.replace(first, duration=1.5))
+    assert "has labels for 2.00 s, but is 1.50 s long" in said_of(dataclasses.replace(first, duration=1.5))
     slower = dataclasses.replace(first.recording, sampling_rate=8000)
-    assert "labelled at 16000 Hz and is at 8000 Hz now" in said_of(dataclasses.replace(first, recording=slower))
+    assert "labelled at 16000 Hz, but is at 8000 Hz now" in said_of(dataclasses.replace(first, recording=slower))
     _change(tmp_path, "a.wav", lambda line: line["custom"]["labels"].__delitem__(slice(150, None)))
     table = LabelTable(tmp_path / "labels")
-    assert "has 150 labels, where 2.00 s at one every 10 ms make 200" in said_of(first)
+    assert "has 150 labels, but 2.00 s with a label every 10 ms require 200" in said_of(first)
     # So short that the tolerance is as long as the recording.
     _change(tmp_path, "a.wav", lambda line: line.update(duration=0.1) or line["custom"]["labels"].clear())
     table = LabelTable(tmp_path / "labels")
-    assert "has 0 labels, where 0.10 s" in said_of(dataclasses.replace(first, duration=0.1))
+    assert "has 0 labels, but 0.10 s" in said_of(dataclasses.replace(first, duration=0.1))
 
 
 def test_damaged_tables_are_refused(corpus: list[Cut], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no labels there"):
         LabelTable(tmp_path)
     _change(tmp_path, "a.wav", lambda line: line["custom"]["labels"].append(1000))
-    with pytest.raises(ValueError, match=r"a\.wav has labels from 0 to 1000, where there are 1000 classes"):
+    with pytest.raises(ValueError, match=r"a\.wav has labels from 0 to 1000, expected 1000 classes"):
         LabelTable(tmp_path / "labels")
     path = tmp_path / "labels" / LABELS_FILE
     text = path.read_text()
@@ -217,10 +217,10 @@ def test_damaged_tables_are_refused(corpus: list[Cut], tmp_path: Path) -> None:
     ):
         assert damaged != text
         path.write_text(damaged)
-        with pytest.raises(ValueError, match="line 1 is no supervision with labels"):
+        with pytest.raises(ValueError, match="line 1 is not a supervision with labels"):
             LabelTable(tmp_path / "labels")
     path.write_bytes(b"\xff\n")
-    with pytest.raises(ValueError, match="line 1 is no supervision with labels"):
+    with pytest.raises(ValueError, match="line 1 is not a supervision with labels"):
         LabelTable(tmp_path / "labels")
     path.write_text(text)
     for damaged in ("", "{", "[]", '{"clusters": 5}', '{"clusters": null, "frame_shift_s": 0, "first_centre_s": 1}'):
@@ -240,7 +240,7 @@ def test_more_classes_than_two_bytes_hold(tmp_path: Path) -> None:
             found = LabelTable(tmp_path / "labels").at(cuts[0], start_s=0, frames=50, grid=FrameGrid(160, 160))
             assert found.tolist() == [*range(49), largest]
         else:
-            with pytest.raises(ValueError, match="has labels from 0 to 40000, where there are 100 classes"):
+            with pytest.raises(ValueError, match="has labels from 0 to 40000, expected 100 classes"):
                 LabelTable(tmp_path / "labels")
 
 

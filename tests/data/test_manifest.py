@@ -137,7 +137,7 @@ def test_a_manifest_is_not_written_to_a_pipe(recording: Item, tmp_path: Path, mo
 
 def test_a_line_is_a_cut_or_a_recording(recording: Item) -> None:
     supervision = {"id": "a", "recording_id": "b", "start": 0.0, "duration": 1.0}
-    with pytest.raises(TypeError, match="expected a cut or a recording, got a SupervisionSegment"):
+    with pytest.raises(TypeError, match="expected a line with a cut or a recording, got a SupervisionSegment"):
         deserialize(supervision)
 
 

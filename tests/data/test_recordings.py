@@ -116,7 +116,7 @@ def test_windows_are_recordings_again(tmp_path: Path) -> None:
     ("chunk_s", "overlap_s", "message"),
     [
         (2.0, 0.001, "overlap_s: must be at least 0.01"),
-        (2.0, 2.0, "chunk_s: 2 s leaves no room"),
+        (2.0, 2.0, "chunk_s: 2 s is too short for an overlap"),
         (-1.0, 0.5, "chunk_s"),
     ],
 )

@@ -87,5 +87,5 @@ def test_compiled_and_numpy_agree(normalize: bool) -> None:
 
 @pytest.mark.parametrize("waveform", [np.zeros((2, 3), np.float32), np.zeros(5, np.float64), np.zeros(5, np.int16)])
 def test_rejects_what_is_no_waveform(waveform: Waveform) -> None:
-    with pytest.raises(ValueError, match=r"waveforms: number 1 is .* expected float32"):
+    with pytest.raises(ValueError, match=r"waveforms: item 1 is .* expected float32"):
         pack_waveforms([np.zeros(4, np.float32), waveform], normalize=True)

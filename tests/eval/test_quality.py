@@ -173,9 +173,9 @@ def test_what_cannot_be_measured(encoder: Encoder) -> None:
             measure_quality(encoder, [audio], layers=layers)
     with pytest.raises(ValueError, match="max_frames: "):
         measure_quality(encoder, [audio], max_frames=0)
-    with pytest.raises(ValueError, match="layer 0: frames: clusters take at least 200, got 99"):
+    with pytest.raises(ValueError, match="layer 0: frames: clustering needs at least 200, got 99"):
         measure_quality(encoder, [Packed.pack([torch.randn(32000, 1)])])
-    with pytest.raises(ValueError, match="layer 0: rows: there are none"):
+    with pytest.raises(ValueError, match="layer 0: rows: expected at least one row"):
         measure_quality(encoder, [])
     with torch.no_grad():
         encoder.get_parameter("encoder.layers.1.final_layer_norm.weight")[3] = math.nan
