@@ -1,8 +1,8 @@
-# make pretrain   sets everything up and trains an encoder: on speech it synthesises, or on AUDIO=folder
-# make test       sets everything up and runs the tests
-# make lint       ruff and mypy
-# make sanitize   builds a copy with GCC's address and undefined behaviour sanitizers and runs the CPU kernels' tests
-# make clean      removes what the above made
+# make pretrain   install everything, and train an encoder on synthesised speech, or on the recordings in AUDIO=folder
+# make test       install everything, and run the tests
+# make lint       run ruff and mypy
+# make sanitize   test the CPU kernels in a copy built with GCC's address and undefined behaviour sanitizers
+# make clean      remove everything that the other targets created
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -19,7 +19,7 @@ SOURCES   := $(shell find csrc _build -name '*.cpp' -o -name '*.cu' -o -name '*.
 
 .PHONY: pretrain test lint sanitize clean
 
-# torch first: the package is then built against it, and no second one is fetched.
+# Install torch first, so that the package is built against it and pip does not download a second version.
 $(INSTALLED): pyproject.toml setup.py constraints.txt $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --upgrade pip
@@ -44,8 +44,8 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# A copy, so that the build in use stays. Python itself is not instrumented, hence the preloaded runtimes. A machine
-# without AVX-512 runs `make sanitize CAPABILITIES="avx2 default"`.
+# Work in a copy, to keep the build in use. Python itself is not instrumented, so the sanitizers' runtimes must be
+# preloaded. On a machine without AVX-512, run `make sanitize CAPABILITIES="avx2 default"`.
 sanitize: $(INSTALLED)
 	mkdir -p build/sanitize
 	cp -a _build csrc fastssl tests setup.py pyproject.toml README.md LICENSE build/sanitize

@@ -1,7 +1,7 @@
-"""Everything that has a target, in one run: `python -m benchmarks.all --device cpu|cuda [--output JSON] [--only ROW]`.
+"""Measure every row that has a target: `python -m benchmarks.all --device cpu|cuda [--output JSON] [--only ROW]`.
 
-Correctness first, then times in turns, peak memory and limits; under ten minutes on two CPU cores. The last table says
-of every target whether it is met.
+Each row checks correctness first, then measures times (contenders take turns), peak memory and limits. On two CPU cores
+this takes less than ten minutes. The last table says for every target whether it is met.
 """
 
 from benchmarks import bench_encoder, bench_train_step

@@ -1,8 +1,8 @@
-"""What sequence compression saves: `python -m benchmarks.bench_compression --device cpu|cuda [--output JSON]`.
+"""Measure what sequence compression saves: `python -m benchmarks.bench_compression --device cpu|cuda [--output JSON]`.
 
-The same encoder at several frame periods, forward, beside what the count of its multiplications says; and compression
-earlier than the papers have it, by pooling between two convolutions. Weights are random: how well such an encoder
-serves is for the studies to say.
+Times the forward pass of one encoder at several frame periods, and compares the savings with the count of
+multiplications. One contender compresses earlier than the papers do, by pooling between two convolutions. The weights
+are random; `benchmarks/studies` measures the quality of compressed encoders.
 """
 
 from collections.abc import Callable
@@ -23,10 +23,10 @@ from fastssl.nn.functional import conv_layer
 from fastssl.packing import Packed
 
 _PERIODS_MS = (20.0, 30.0, 40.0, 60.0, 80.0)
-# 48 and 44 frames: at none of these periods is half a frame left over, which rounding would keep or not.
+# Seconds that give 48 and 44 frames. At no period is half a frame left over, which rounding might keep or drop.
 _GATE_S = [0.98, 0.9]
 _TOLERANCES = {torch.float32: 2e-3, torch.bfloat16: 0.1}
-#: The pooling comes behind this convolution: two more follow, and frames are 40 ms apart then.
+#: Number of convolutions before the pooling; two more follow, after which frames are 40 ms apart.
 _POOLED_AFTER = 5
 _POOLED = "fastssl, pooled by 2 between convolutions 5 and 6"
 
@@ -36,7 +36,7 @@ def _name(period_ms: float) -> str:
 
 
 def _encode_pooled(encoder: Encoder, waveforms: Packed) -> Packed:
-    """The encoder with every two frames averaged between two of its convolutions."""
+    """Run the encoder with pairs of frames averaged between its convolutions 5 and 6."""
     layers = [conv_layer(layer) for layer in encoder.feature_extractor.conv_layers]
     early = Packed(*ops.strided_conv_stack(waveforms.values, layers[:_POOLED_AFTER], waveforms.layout))
     pool = SequenceCompressor(early.values.shape[1], kind="average", factor=2)
@@ -52,7 +52,7 @@ def _operations(config: EncoderConfig, lengths_s: list[float], period_ms: float)
 
 
 def _operations_pooled(config: EncoderConfig, lengths_s: list[float]) -> int:
-    """Convolutions up to the pooling, then half of the others, and the transformer at 40 ms."""
+    """Count the multiplications with pooling: earlier convolutions, half of the later ones, transformer at 40 ms."""
     plain = replace(config, compressor="none")
     early = replace(
         plain,
@@ -69,7 +69,13 @@ def _operations_pooled(config: EncoderConfig, lengths_s: list[float]) -> int:
 
 
 def periods(title: str, layers: int, device: torch.device) -> Row:
-    """One encoder at every period; fp32 on the CPU, else bf16."""
+    """Measure one encoder at every frame period, in fp32 on the CPU and in bf16 on a GPU.
+
+    Args:
+        title: Title of the row.
+        layers: Number of transformer layers.
+        device: Device to measure on.
+    """
     torch.manual_seed(0)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     config = EncoderConfig(num_hidden_layers=layers, compressor="integrate-and-fire")
@@ -96,7 +102,7 @@ def periods(title: str, layers: int, device: torch.device) -> Row:
         tolerance=_TOLERANCES[dtype],
         device=device,
         audio_s=sum(lengths_s),
-        # On two cores a round takes a quarter of a minute or half, and three of them do not resolve 15 %.
+        # On two cores a round takes 15 to 30 s, and three rounds are too few to resolve a difference of 15 %.
         budget_s=150 if device.type == "cpu" else 30,
     )
     counts = {_name(period): _operations(config, lengths_s, period) for period in _PERIODS_MS}

@@ -1,7 +1,8 @@
-"""Other libraries' models before and after `accelerate`: `python -m benchmarks.bench_drop_in --device cpu|cuda`.
+"""Time other libraries' models before and after `accelerate`: `python -m benchmarks.bench_drop_in --device cpu|cuda`.
 
-Every architecture, forward pass and training step, on `read-speech` and on `equal`, where there is nothing to pad. The
-weights are random; layer drop and SpecAugment are off, so that every step is the same work; dropout is on.
+Covers forward pass and training step of every architecture, on the lengths `read-speech` and `equal` (which needs no
+padding). The weights are random. Layer drop and SpecAugment are off, so that every step does the same work; dropout is
+on.
 """
 
 import copy
@@ -43,7 +44,7 @@ _FIELDS = (
     "conv_bias",
     "do_stable_layer_norm",
 )
-# Five convolutions of 19 frames are as many products as one of 95.
+# data2vec has five positional convolutions of 19 taps, which take as many products as one of 95 taps.
 _DATA2VEC = EncoderConfig(feat_extract_norm="layer", num_conv_pos_embeddings=95)
 
 
@@ -51,10 +52,10 @@ class Architecture(NamedTuple):
     """A model of another library.
 
     Args:
-        make: Builds it with random weights.
-        encode: (model, (B, T) samples, (B,) lengths or None) -> (B, F, D).
-        takes_lengths: Whether the original does; torchaudio's WavLM computes padding as if it were audio.
-        shape: What its products are counted by.
+        make: Builds the model with random weights.
+        encode: Runs it: (model, (B, T) samples, (B,) lengths or None) -> (B, F, D) features.
+        shape: Config of ours with the same matrix products, for the limits.
+        takes_lengths: Whether the original takes lengths; torchaudio's WavLM treats padding as audio.
     """
 
     make: Callable[[], nn.Module]
@@ -112,7 +113,7 @@ ARCHITECTURES = {
 
 
 def _lengths_s(name: str, workload: str, device: torch.device) -> list[float]:
-    """Some 15 to 40 s of audio on a CPU, 400 s on a GPU."""
+    """Return lengths of utterances in seconds: about 15 to 40 s of audio on a CPU, 400 s on a GPU."""
     large = ARCHITECTURES[name].shape is _LARGE
     if device.type == "cpu":
         return workloads.equal(1) if workload == "equal" else workloads.read_speech(2 if large else 3)
@@ -120,7 +121,14 @@ def _lengths_s(name: str, workload: str, device: torch.device) -> list[float]:
 
 
 def drop_in(name: str, work: str, workload: str, device: torch.device) -> Row:
-    """The original and the accelerated model; fp32 on the CPU, bf16 or its autocast on a GPU."""
+    """Compare an original with its accelerated copy, in fp32 on the CPU, on a GPU in bf16 or under bf16 autocast.
+
+    Args:
+        name: Key of `ARCHITECTURES`.
+        work: "forward" or "training".
+        workload: "read-speech" or "equal".
+        device: Device to measure on.
+    """
     torch.manual_seed(0)
     architecture, training = ARCHITECTURES[name], work == "training"
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
@@ -177,7 +185,10 @@ def _step(
 def _gate_outputs(
     model: nn.Module, architecture: Architecture, device: torch.device, *, together: bool, training: bool
 ) -> Outputs:
-    """Features of two utterances, of ours in one batch and else alone; for training, the gradients of a sum of them."""
+    """Compute features of two utterances, and for training the gradients of a weighted sum of them.
+
+    With `together` the utterances are in one padded batch, else each is encoded alone.
+    """
     model.eval()
     dtype = next(model.parameters()).dtype
     batch = workloads.waveforms(_GATE_S, device)
@@ -195,14 +206,17 @@ def _gate_outputs(
         return outputs
     weights = [torch.sin(torch.arange(x.numel(), device=device)).view_as(x) for x in features]
     torch.stack([(x * weight).sum() for x, weight in zip(features, weights, strict=True)]).sum().backward()
-    # The softmax does not see a bias on the keys, whose gradient is rounding error and nothing else.
+    # Leave out the bias of the keys: the softmax is invariant to it, so that its gradient is only rounding error.
     grads = {f"gradient of {n}": p.grad for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
     return outputs | {n: grad for n, grad in grads.items() if not n.endswith("k_proj.bias")}
 
 
 def pretraining(workload: str, device: torch.device) -> Row:
-    """`Wav2Vec2ForPreTraining` with its objective; masks and negatives are drawn before. bf16 autocast on a GPU."""
+    """Compare Transformers' `Wav2Vec2ForPreTraining` with its accelerated copy, forward and backward with its loss.
+
+    Masks and negatives are drawn before the timed part. On a GPU the step runs under bf16 autocast.
+    """
     torch.manual_seed(0)
     library = importlib.import_module("transformers")
     original = library.Wav2Vec2ForPreTraining(library.Wav2Vec2Config(layerdrop=0.0)).to(device)
@@ -220,8 +234,8 @@ def pretraining(workload: str, device: torch.device) -> Row:
 
     def gradients(model: Any) -> Outputs:
         model.eval()
-        model.quantizer.train()  # else it takes no gradient
-        torch.manual_seed(1)  # both draw the same noise
+        model.quantizer.train()  # in evaluation mode it has no gradient
+        torch.manual_seed(1)  # the same noise for both models
         loss = model(**gate_inputs | {"input_values": gate_inputs["input_values"].to(model.project_q.weight)}).loss
         loss.backward()
         grads = {f"gradient of {n}": p.grad for n, p in model.named_parameters() if p.grad is not None}
@@ -240,7 +254,7 @@ def pretraining(workload: str, device: torch.device) -> Row:
         f"wav2vec2-base for pre-training, training, {workload}",
         contenders,
         reference=partial(gradients, rivals.in_double(original)),
-        tolerance=1e-3,  # in fp32 everywhere: rounding the logits to bf16 makes the quantiser choose other codes
+        tolerance=1e-3,  # always in fp32: with logits in bf16 the quantiser would choose other codes
         device=device,
         limits=lambda: limits.gemm_limits(gemms, dtype, device),
         audio_s=sum(lengths_s),

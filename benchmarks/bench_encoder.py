@@ -1,4 +1,4 @@
-"""The encoder's forward pass: `python -m benchmarks.bench_encoder --device cpu|cuda [--only ROW] [--output JSON]`."""
+"""Measure the encoder's forward pass: `python -m benchmarks.bench_encoder --device cpu|cuda [--output JSON]`."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -14,13 +14,19 @@ from benchmarks.report import Rows, main
 from fastssl.models.encoder import Encoder
 from fastssl.packing import Packed
 
-# Two lengths, so that the gate sees a batch that is not all of one.
+# Seconds of the gate's utterances: two different lengths, so that the gate covers uneven batches.
 _GATE_S = [1.0, 0.7]
 _TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 
 
 def forward(title: str, lengths_s: Sequence[float], device: torch.device) -> Row:
-    """Ours beside Transformers, Transformers under torch.compile, and torchaudio; fp32 on the CPU, else bf16."""
+    """Compare our encoder with Transformers (eager and compiled) and torchaudio, in fp32 on the CPU, bf16 on a GPU.
+
+    Args:
+        title: Title of the row.
+        lengths_s: Lengths of the utterances in seconds.
+        device: Device to measure on.
+    """
     torch.manual_seed(0)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     encoder = Encoder(recipe_model("wav2vec2-base")).to(device, dtype).eval()
@@ -35,7 +41,7 @@ def forward(title: str, lengths_s: Sequence[float], device: torch.device) -> Row
     def transformers_compiled() -> Entry:
         model = rivals.compiled(theirs)
 
-        def check() -> Outputs:  # on the very batch that is timed, for which it is compiled
+        def check() -> Outputs:  # compare on the batch that will be timed, because the model is compiled for its shape
             found, eager = _encode(model, audio, mask), _encode(theirs, audio, mask)
             worst_error("compiled and eager", {"out": found}, {"out": eager}, tolerance)
             return check_theirs()
@@ -66,7 +72,7 @@ def forward(title: str, lengths_s: Sequence[float], device: torch.device) -> Row
 
 
 def bf16_against_fp32(device: torch.device) -> Row:
-    """Our own forward pass in bf16 and in fp32, and Transformers in bf16."""
+    """Compare our forward pass in bf16 with our own in fp32 and with Transformers in bf16."""
     torch.manual_seed(0)
     lengths_s = workloads.read_speech(8)
     encoder = Encoder(recipe_model("wav2vec2-base")).to(device).eval()
@@ -113,13 +119,13 @@ def _check_ours(encoder: Encoder, device: torch.device, dtype: torch.dtype) -> C
 
 
 def _each_alone(model: Callable[[Tensor], Tensor], device: torch.device, dtype: torch.dtype) -> Outputs:
-    """The rivals' group norm takes padding in, so that they are right on one utterance at a time only."""
+    """Encode each utterance alone: the rivals' group norm includes padding, which makes padded batches inexact."""
     waveforms = workloads.waveforms(_GATE_S, device).unpack()
     return {f"utterance {i}": model(x.to(dtype).t())[0] for i, x in enumerate(waveforms)}
 
 
 def _reference(encoder: Encoder, device: torch.device) -> Outputs:
-    """Transformers in fp64."""
+    """Compute the reference with Transformers in fp64."""
     model = rivals.in_double(rivals.transformers_encoder(encoder))
     outputs: Outputs = _no_grad(lambda: _each_alone(partial(_encode, model), device, torch.float64))()
     return outputs

@@ -1,8 +1,8 @@
-"""HuBERT pre-training steps, torchaudio's and ours: `python -m benchmarks.bench_hubert_step --device cpu|cuda`.
+"""Compare HuBERT pre-training steps with torchaudio's: `python -m benchmarks.bench_hubert_step --device cpu|cuda`.
 
 A step is everything from a batch in memory to updated weights: masks, forward, loss on masked frames, backward,
-clipping, AdamW. Layer drop and the features penalty are off, the front end's gradient is not scaled; dropout is on, at
-the recipe's rates.
+clipping, AdamW. Layer drop and the features penalty are off, and the front end's gradient is not scaled. Dropout is on,
+with the recipe's probabilities.
 """
 
 from collections.abc import Sequence
@@ -24,12 +24,19 @@ from fastssl.models.hubert import HubertConfig, HubertForPreTraining
 from fastssl.nn.masking import sample_span_mask
 from fastssl.nn.random import draw_keys, utterance_keys
 
-_GATE_S = [1.0, 1.0]  # torchaudio's group norm would take padding in
+_GATE_S = [1.0, 1.0]  # seconds; equal, because torchaudio's group norm includes padding
 _TOLERANCE = 1e-3
 
 
 def pretraining(title: str, config: HubertConfig, lengths_s: Sequence[float], device: torch.device) -> Row:
-    """A whole pre-training step; fp32 on the CPU, under bf16 autocast on a GPU."""
+    """Compare whole HuBERT pre-training steps, in fp32 on the CPU and under bf16 autocast on a GPU.
+
+    Args:
+        title: Title of the row.
+        config: Config of the model.
+        lengths_s: Lengths of the utterances in seconds.
+        device: Device to measure on.
+    """
     torch.manual_seed(0)
     model = HubertForPreTraining(config).to(device).train()
     batch = workloads.waveforms(lengths_s, device)
@@ -61,7 +68,7 @@ def pretraining(title: str, config: HubertConfig, lengths_s: Sequence[float], de
     contenders.add("fastssl", Step(model, our_loss, device), partial(gate.ours, model))
     contenders.invite("torchaudio", torchaudio)
     gemms = limits.encoder(config, workloads.samples_of(lengths_s), backward=True)
-    masked = round(0.56 * sum(frames))  # spans of 10 that start at 8 % of the frames
+    masked = round(0.56 * sum(frames))  # share of frames in spans of 10 that start at 8 % of the frames
     gemms += limits.linear(masked, config.hidden_size, config.final_dim, backward=True)
     gemms += limits.linear(masked, config.final_dim, config.num_clusters, backward=True)
     return compare(
@@ -77,7 +84,7 @@ def pretraining(title: str, config: HubertConfig, lengths_s: Sequence[float], de
 
 
 class _Gate:
-    """A small batch of equal lengths whose classes and mask are the same for both libraries."""
+    """Utterances of equal length, with the same classes and mask for both libraries."""
 
     def __init__(self, model: HubertForPreTraining, device: torch.device) -> None:
         self.batch = workloads.waveforms(_GATE_S, device)
@@ -107,13 +114,16 @@ class _Gate:
 
 
 def _equal_work(preset: str, **changes: Any) -> HubertConfig:
-    """Without layer drop and features penalty."""
+    """Return a recipe's config without layer drop, features penalty and gradient scaling of the front end."""
     config: HubertConfig = recipe_model(preset)
     return replace(config, layerdrop=0.0, features_penalty_weight=0.0, feature_grad_mult=1.0, **changes)
 
 
 def hubert_base(device: torch.device) -> Row:
-    """The second iteration, 500 classes; a batch of 4 on the CPU, 800 s of audio on a GPU."""
+    """Measure the base model as in HuBERT's second iteration, with 500 classes.
+
+    The batch has 4 utterances on the CPU and 800 s of audio on a GPU.
+    """
     utterances = 4 if device.type == "cpu" else workloads.utterances_for(800)
     title = f"pre-training step, HuBERT base, 500 classes, read-speech batch of {utterances}"
     return pretraining(title, _equal_work("hubert-base", num_clusters=500), workloads.read_speech(utterances), device)

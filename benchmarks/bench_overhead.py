@@ -1,8 +1,9 @@
-"""What Python and dispatch cost in a training step of the encoder on the CPU: `python -m benchmarks.bench_overhead`.
+"""Measure the overhead of Python in an encoder's training step on the CPU: `python -m benchmarks.bench_overhead`.
 
-The same layers, calls and number of utterances, but a few channels and 0.1 s each: nearly all of that time is Python,
-dispatch and autograd, so its share in the time of the real step is an upper bound of theirs. What it grows by per
-utterance is the cost of loops over utterances, of which the positional convolution has one.
+Times a narrow model with the same layers, calls and number of utterances as the real one, but with few channels and
+0.1 s of audio per utterance. Nearly all of its time is Python, dispatch and autograd, so that its time divided by that
+of the real step is an upper bound of their share. The growth per utterance is the cost of loops over utterances; the
+positional convolution has one.
 """
 
 import argparse
@@ -35,13 +36,20 @@ NARROW = replace(
 
 
 def encoder_step(config: Any, lengths_s: Sequence[float]) -> Callable[[], None]:
-    """Forward and backward of an encoder."""
+    """Return a function that runs forward and backward of an encoder on noise of these lengths in seconds."""
     encoder, batch = Encoder(config).train(), workloads.waveforms(lengths_s, CPU)
     return lambda: encoder(batch).features.values.square().mean().backward()
 
 
 def positional_step(lengths: Sequence[int], width: int, taps: int, groups: int) -> Callable[[], None]:
-    """Forward and backward of the positional convolution."""
+    """Return a function that runs forward and backward of `ops.positional_conv`.
+
+    Args:
+        lengths: Number of frames of each utterance.
+        width: Number of channels.
+        taps: Kernel size.
+        groups: Number of groups.
+    """
     layout = Layout.from_lengths(lengths)
     x = torch.randn(layout.total, width, requires_grad=True)
     weight = torch.randn(width, width // groups, taps, requires_grad=True)
@@ -49,7 +57,7 @@ def positional_step(lengths: Sequence[int], width: int, taps: int, groups: int) 
 
 
 def milliseconds(step: Callable[[], None], repeats: int) -> float:
-    """Median after a first call."""
+    """Return the median time of a step in milliseconds, over `repeats` calls after a first one."""
     step()
     return 1e3 * statistics.median(undisturbed(lambda: [seconds_of(step, CPU) for _ in range(repeats)]))
 

@@ -1,8 +1,9 @@
-"""Training steps: `python -m benchmarks.bench_train_step --device cpu|cuda [--only ROW] [--output JSON]`.
+"""Measure training steps: `python -m benchmarks.bench_train_step --device cpu|cuda [--only ROW] [--output JSON]`.
 
 A pre-training step is everything from a batch in memory to updated weights: masks, negatives, forward, losses,
-backward, clipping, AdamW. Layer drop is off, so that every step is the same work; dropout is on, at the recipe's rates.
-The features penalty, which Transformers does not have, has weight 0, and the front end's gradient is not scaled.
+backward, clipping, AdamW. Layer drop is off, so that every step does the same work; dropout is on, with the recipe's
+probabilities. The features penalty, which Transformers does not have, has weight 0, and the front end's gradient is not
+scaled.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,14 +27,20 @@ from fastssl.nn.random import draw_keys, gumbel, utterance_keys
 from fastssl.packing import Packed
 
 _TEMPERATURE = 2.0
-_GATE_S = [1.0, 1.0]  # Transformers' group norm would take padding in
+_GATE_S = [1.0, 1.0]  # seconds; equal, because Transformers' group norm includes padding
 _TOLERANCE, _BF16_TOLERANCE = 1e-3, 0.1
 
 
 def pretraining(title: str, config: Wav2Vec2Config, lengths_s: Sequence[float], device: torch.device) -> Row:
-    """A whole pre-training step, ours and Transformers'; fp32 on the CPU, under bf16 autocast on a GPU.
+    """Compare whole wav2vec 2.0 pre-training steps with Transformers', in fp32 on the CPU, bf16 autocast on a GPU.
 
-    The gate is in fp32 everywhere: rounding the logits to bf16 makes the quantiser choose other codes.
+    The gate is in fp32 on every device: rounding the logits to bf16 would make the quantiser choose other codes.
+
+    Args:
+        title: Title of the row.
+        config: Config of the model.
+        lengths_s: Lengths of the utterances in seconds.
+        device: Device to measure on.
     """
     torch.manual_seed(0)
     model = Wav2Vec2ForPreTraining(config).to(device).train()
@@ -83,7 +90,7 @@ def pretraining(title: str, config: Wav2Vec2Config, lengths_s: Sequence[float], 
 
 
 def encoder_training(device: torch.device) -> Row:
-    """Forward and backward of the encoder with dropout 0.1, without masks, losses and optimiser."""
+    """Compare forward and backward of the encoder with dropout 0.1, without masks, losses and optimiser."""
     torch.manual_seed(0)
     lengths_s = workloads.read_speech(4)
     config = replace(recipe_model("wav2vec2-base"), layerdrop=0.0, feature_grad_mult=1.0)
@@ -139,7 +146,7 @@ def encoder_training(device: torch.device) -> Row:
 
 
 class Step:
-    """One update from a loss: backward, clipping, AdamW, whose moments are there from the start."""
+    """One update: loss, backward, clipping, AdamW. The optimiser's moments are allocated before the first step."""
 
     def __init__(self, model: nn.Module, loss: Callable[[], Tensor], device: torch.device) -> None:
         self.model, self.loss, self.device = model, loss, device
@@ -159,7 +166,7 @@ class Step:
 
 
 class _GateInputs:
-    """A small batch of equal lengths whose mask, negatives and Gumbel noise are the same for both libraries."""
+    """Utterances of equal length, with the same mask, negatives and Gumbel noise for both libraries."""
 
     def __init__(self, model: Wav2Vec2ForPreTraining, device: torch.device) -> None:
         config = model.config
@@ -188,7 +195,7 @@ def _our_gradients(model: Wav2Vec2ForPreTraining, inputs: _GateInputs) -> Output
 
 def _their_gradients(model: Any, inputs: _GateInputs) -> Outputs:
     model.eval()
-    model.quantizer.train()  # else it takes no gradient
+    model.quantizer.train()  # in evaluation mode it has no gradient
     batch, frames = len(_GATE_S), len(inputs.mask) // len(_GATE_S)
     negatives = inputs.rows.new_zeros(len(inputs.mask), inputs.negatives.shape[1])
     negatives[inputs.rows] = inputs.rows[inputs.negatives]
@@ -203,7 +210,7 @@ def _their_gradients(model: Any, inputs: _GateInputs) -> Outputs:
 
 
 def _each_alone(encode: Callable[[Tensor], Tensor]) -> Callable[[list[Tensor]], list[Tensor]]:
-    """The rivals' group norm takes padding in, so that they are right on one utterance at a time only."""
+    """Encode each utterance alone: the rivals' group norm includes padding, which makes padded batches inexact."""
     return lambda waveforms: [encode(x.t())[0] for x in waveforms]
 
 
@@ -213,7 +220,7 @@ def _encoder_gradients(
     device: torch.device,
     rename: Callable[[str], str] = lambda name: name,
 ) -> Outputs:
-    """Features of two utterances of different lengths, and the gradients of a fixed sum of them."""
+    """Compute the features of two utterances of different lengths, and the gradients of a weighted sum of them."""
     model.eval()
     with autocast(device):
         features = encode(workloads.waveforms([1.0, 0.7], device).unpack())
@@ -224,9 +231,17 @@ def _encoder_gradients(
 
 
 def gradients(model: nn.Module, loss: Tensor, rename: Callable[[str], str] = lambda name: name) -> dict[str, Tensor]:
-    """Every gradient by our name; leaves the model in training mode without gradients.
+    """Compute the gradients of all parameters, and leave the model in training mode without gradients.
 
-    The softmax does not see a bias on the keys, whose gradient is rounding error and nothing else.
+    The bias of the keys is left out: the softmax is invariant to it, so that its gradient is only rounding error.
+
+    Args:
+        model: Model to differentiate.
+        loss: Loss, ().
+        rename: Translates a parameter's name into ours.
+
+    Returns:
+        Gradients by our name.
     """
     loss.backward()
     grads = {f"gradient of {rename(name)}": p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -236,7 +251,10 @@ def gradients(model: nn.Module, loss: Tensor, rename: Callable[[str], str] = lam
 
 
 def _compiling(run: Callable[[], Any], check: Callable[[], Outputs]) -> Entry:
-    """A first call within the gate, which may take minutes and change weights: nothing of it is timed or compared."""
+    """Make the gate compile a contender too, by a call after its check that is neither timed nor compared.
+
+    That call may take minutes, and it changes the weights.
+    """
 
     def check_and_compile() -> Outputs:
         outputs = check()
@@ -247,21 +265,23 @@ def _compiling(run: Callable[[], Any], check: Callable[[], Outputs]) -> Entry:
 
 
 def autocast(device: torch.device) -> torch.autocast:
+    """Return a context with bf16 autocast on a GPU, and without effect on the CPU."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
 def dtype_of(device: torch.device) -> torch.dtype:
+    """Return the dtype that products are computed in under `autocast`: bf16 on a GPU, fp32 on the CPU."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def _equal_work(preset: str) -> Wav2Vec2Config:
-    """Without layer drop and without what Transformers does not have."""
+    """Return a recipe's config without layer drop, features penalty and gradient scaling of the front end."""
     config: Wav2Vec2Config = recipe_model(preset)
     return replace(config, layerdrop=0.0, features_penalty_weight=0.0, feature_grad_mult=1.0)
 
 
 def pretrain_base(device: torch.device) -> Row:
-    """A batch of 4 on the CPU, 800 s of audio on a GPU."""
+    """Measure the base model on a batch of 4 utterances on the CPU, or of 800 s of audio on a GPU."""
     utterances = 4 if device.type == "cpu" else workloads.utterances_for(800)
     title = f"pre-training step, wav2vec 2.0 base, read-speech batch of {utterances}"
     return pretraining(title, _equal_work("wav2vec2-base"), workloads.read_speech(utterances), device)

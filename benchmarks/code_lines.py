@@ -1,8 +1,8 @@
-"""Size of the package: `python -m benchmarks.code_lines [FOLDER or COMMIT ...]`, by default this checkout.
+"""Count the lines of the package: `python -m benchmarks.code_lines [FOLDER or COMMIT ...]`, by default this checkout.
 
-A code line is a line of a Python file that holds a token which is neither a comment nor part of a docstring. Recipes
-count as lines, not as code. A public name is a class, function or method without a leading underscore in its own name
-or in the names around it (modules aside).
+A code line is a line of a Python file with a token that is neither a comment nor part of a docstring. Recipes count as
+lines, not as code. A public name is a class, function or method without a leading underscore in its own name or in the
+names of the classes around it.
 """
 
 import argparse
@@ -32,13 +32,13 @@ Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 @dataclass(frozen=True)
 class Module:
-    """What is counted in one Python file.
+    """Counts of one Python file.
 
     Args:
-        lines: All lines.
-        code: Lines that hold code.
-        functions: Code lines of each function and method, signature included.
-        docstrings: Docstring lines of each public name, 0 where it has none.
+        lines: Number of lines.
+        code: Number of code lines.
+        functions: Number of code lines of each function and method, signature included.
+        docstrings: Number of docstring lines of each public name, 0 if it has none.
     """
 
     lines: int
@@ -48,13 +48,13 @@ class Module:
 
 
 def read_folder(folder: Path) -> dict[str, str]:
-    """Path -> text of the package's Python files and recipes in a checkout."""
+    """Read the package's Python files and recipes in a checkout, and return their text by path."""
     files = sorted((folder / PACKAGE).rglob("*"))
     return {str(path.relative_to(folder)): path.read_text() for path in files if _is_counted(path.name)}
 
 
 def read_commit(commit: str) -> dict[str, str]:
-    """The same at a commit.
+    """Read the package's Python files and recipes at a commit, and return their text by path.
 
     Raises:
         ValueError: Git does not know the commit, or it does not contain the package.
@@ -71,7 +71,7 @@ def read_commit(commit: str) -> dict[str, str]:
 
 
 def count(text: str) -> Module:
-    """Count one Python file."""
+    """Count the lines of one Python file, given as text."""
     tree = ast.parse(text)
     code: set[int] = set()
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
@@ -91,7 +91,7 @@ def count(text: str) -> Module:
 
 
 def report(texts: Mapping[str, str]) -> str:
-    """Tables for the files of a package."""
+    """Return Markdown tables with the counts of a package, given the text of its files by path."""
     modules = {path: count(text) for path, text in texts.items() if path.endswith(".py")}
     recipes = {path: len(text.splitlines()) for path, text in texts.items() if path.endswith(".yaml")}
     folders: dict[str, list[Module]] = {}
@@ -137,7 +137,7 @@ def _is_counted(name: str) -> bool:
 
 
 def _docstring(node: ast.Module | Definition) -> range:
-    """The lines of a docstring, none where there is none."""
+    """Return the line numbers of a node's docstring; empty if it has none."""
     if ast.get_docstring(node, clean=False) is None:
         return range(0)
     first = node.body[0]
@@ -145,7 +145,7 @@ def _docstring(node: ast.Module | Definition) -> range:
 
 
 def _public(node: ast.Module | ast.ClassDef) -> Iterator[Definition]:
-    """Classes, functions and methods that users of a module may name."""
+    """Yield the public classes, functions and methods of a module."""
     for child in node.body:
         if isinstance(child, Definition) and not child.name.startswith("_"):
             yield child
@@ -155,7 +155,7 @@ def _public(node: ast.Module | ast.ClassDef) -> Iterator[Definition]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("trees", nargs="*", default=[str(ROOT)], help="folders of checkouts, or commits")
+    parser.add_argument("trees", nargs="*", default=[str(ROOT)], help="folders of checkouts, or commits, to count")
     for tree in parser.parse_args().trees:
         try:
             texts = read_folder(Path(tree)) if (Path(tree) / PACKAGE).is_dir() else read_commit(tree)

@@ -1,7 +1,8 @@
-"""One comparison: gate, then interleaved times and peak memory, then the limits, in one process and one run.
+"""Compare implementations of the same work: check their outputs, then measure times, peak memory and limits.
 
-A benchmark is a module with `ROWS`, a function for each of its rows that builds the contenders and calls `compare`, and
-`if __name__ == "__main__": main(ROWS)`. `benchmarks/ops/bench_integrate_and_fire.py` is the shortest one.
+A comparison runs in one process, and the contenders take turns. A benchmark is a module with `ROWS`, which maps a name
+to a function that builds the contenders and calls `compare`, and `if __name__ == "__main__": main(ROWS, __doc__)`. The
+shortest example is `benchmarks/ops/bench_integrate_and_fire.py`.
 """
 
 import statistics
@@ -18,9 +19,9 @@ from benchmarks.limits import CopyLimit
 from benchmarks.machine import seconds_of, undisturbed, wait_until_quiet, with_peak_memory
 
 Outputs = Mapping[str, Tensor]
-#: What is timed, and what gives the outputs for the gate.
+#: The call to time, and the call that returns the outputs for the gate.
 Entry = tuple[Callable[[], Any], Callable[[], Outputs]]
-# A call of this many seconds shows nothing of a cold start, so that the first one counts.
+# In a call this long, in seconds, a cold start is negligible, so that even the first call counts.
 _SLOW_S = 5.0
 _MOST_ROUNDS = 40
 _COPY = "copy"
@@ -28,16 +29,16 @@ _SHORT_S, _IN_A_ROW = 0.02, 5
 
 
 class GateError(AssertionError):
-    """A contender does not compute what the reference computes, so its time is not reported."""
+    """A contender's outputs differ from the reference, so that its time must not be reported."""
 
 
 class Contender(NamedTuple):
     """One implementation of the work.
 
     Args:
-        name: As printed; ours begin with "fastssl".
-        run: What is timed. Its result is dropped.
-        check: Outputs and gradients for the gate; often `run` itself.
+        name: Name in the table; the names of our own contenders begin with "fastssl".
+        run: The call to time; its result is dropped.
+        check: Returns outputs and gradients for the gate; often `run` itself.
     """
 
     name: str
@@ -51,59 +52,65 @@ class Contender(NamedTuple):
 
 @dataclass
 class Measurement:
-    """Of one contender."""
+    """Time, memory and accuracy of one contender."""
 
     seconds: float  # median over rounds
     lowest_s: float
     highest_s: float
     rounds: int
-    peak_bytes: int  # of one call, beyond what was held before it
-    worst_error: float  # of the gate: largest deviation from the reference over the reference's largest value
+    peak_bytes: int  # peak memory of one call, less the memory in use before it
+    worst_error: float  # largest deviation from the reference in the gate, relative to the reference's largest value
 
 
 @dataclass
 class Row:
-    """One line of the table: the same work by every contender, and its limits."""
+    """One row of a benchmark: the same work done by every contender, and the limits of its time."""
 
     title: str
     tolerance: float
     measurements: dict[str, Measurement]
-    skipped: dict[str, str]  # contender -> why it is not there
-    limits: dict[str, float]  # name -> seconds; the first one is the ruler
-    audio_s: float | None = None  # valid audio, where the work has audio
+    skipped: dict[str, str]  # contender -> reason why it was not measured
+    limits: dict[str, float]  # name -> seconds; targets refer to the first one
+    audio_s: float | None = None  # seconds of valid audio, if the work has audio
     notes: list[str] = field(default_factory=list)
 
     @property
     def ours(self) -> str:
-        """The contender that users get, which is the first of ours."""
+        """Our contender that users get by default: the first whose name begins with "fastssl"."""
         return next(name for name in self.measurements if name.startswith("fastssl"))
 
     def fastest_rival(self, prefix: str = "") -> str | None:
-        """Of those whose name begins with `prefix`."""
+        """Return the fastest contender that is not ours and whose name begins with `prefix`; None if none is left."""
         names = [n for n in self.measurements if not n.startswith("fastssl") and n.startswith(prefix)]
         return min(names, key=lambda name: self.measurements[name].seconds, default=None)
 
 
 def backends(op: str, device: torch.device) -> list[str]:
-    """Backends of an op on a device, the preferred one first."""
+    """Return the names of an op's backends on a device, the preferred one first."""
     from fastssl.kernels.dispatch import BACKENDS
 
     return list(BACKENDS[op][device.type])
 
 
 class Contenders:
-    """Who takes part in a comparison, and why some do not."""
+    """The contenders of a comparison, and the reasons why others were skipped."""
 
     def __init__(self) -> None:
         self.present: list[Contender] = []
         self.skipped: dict[str, str] = {}
 
     def add(self, name: str, run: Callable[[], Any], check: Callable[[], Outputs] | None = None) -> None:
-        """A contender; `run` gives the outputs for the gate too where there is no `check`."""
+        """Add a contender.
+
+        Args:
+            name: Name in the table.
+            run: The call to time.
+            check: Returns the outputs for the gate; None uses `run`.
+        """
         self.present.append(Contender(name, run, check or run))
 
     def invite(self, name: str, make: Callable[[], Entry]) -> None:
-        """A contender that may not be installed: the reason then goes to the table."""
+        """Add a contender that may not be installed; if `make` fails, note the reason for the table instead."""
         try:
             self.add(name, *make())
         except (ImportError, NotImplementedError, OSError, RuntimeError) as error:
@@ -111,6 +118,7 @@ class Contenders:
 
 
 def reason(error: BaseException) -> str:
+    """Return type and message of an error on one line, with at most 200 characters of the message."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
@@ -127,23 +135,23 @@ def compare(
     budget_s: float = 12.0,
     notes: Sequence[str] = (),
 ) -> Row:
-    """Check every contender, then time them in turns.
+    """Check the outputs of every contender, then time the contenders in turns.
 
     Args:
-        title: Of the row.
-        contenders: Who takes part; the first of ours is the one that users get.
-        reference: Outputs and gradients that every contender must give.
-        tolerance: Allowed deviation of each tensor in max norm, as a share of the reference's largest value.
-        device: Where the work runs.
-        limits: Measures the limits, after the contenders.
-        copy_limit: Takes its turn among the contenders.
-        audio_s: Valid audio in the work.
-        budget_s: For the timed rounds, of which there are at least two.
-        notes: What a reader has to know.
+        title: Title of the row.
+        contenders: Contenders to compare; the first of ours is the one that users get by default.
+        reference: Computes the outputs and gradients that every contender must match.
+        tolerance: Largest deviation allowed in any element of a tensor, relative to the reference's largest value.
+        device: Device that the work runs on.
+        limits: Measures the limits, in seconds by name; called after the contenders.
+        copy_limit: A limit by memory bandwidth, which is measured in turn with the contenders.
+        audio_s: Seconds of valid audio in the work.
+        budget_s: Time for the timed rounds, in seconds; slow work may take longer, because at least one round is timed.
+        notes: Lines to print below the row.
 
     Raises:
-        GateError: A contender is wrong.
-        BusyMachineError: The machine is in use.
+        GateError: A contender's outputs deviate from the reference, or none of ours runs.
+        BusyMachineError: Other processes keep the machine busy.
     """
     skipped = dict(contenders.skipped)
     running, errors = gate(contenders.present, reference(), tolerance, skipped)
@@ -166,9 +174,15 @@ def compare(
 def gate(
     contenders: Sequence[Contender], reference: Outputs, tolerance: float, skipped: dict[str, str]
 ) -> tuple[list[Contender], dict[str, float]]:
-    """Compare the outputs of every contender with the reference; returns those that run, and their worst error.
+    """Compare the outputs of every contender with the reference.
 
-    A rival that cannot run at all is noted in `skipped`, and so is a backend of ours that does not serve the case.
+    A rival that fails is noted in `skipped`, and so is a backend of ours that rejects the case with a ValueError.
+
+    Returns:
+        The contenders that run, and the worst error of each.
+
+    Raises:
+        GateError: A contender's outputs deviate from the reference, or none of ours runs.
     """
     errors: dict[str, float] = {}
     running = []
@@ -177,7 +191,7 @@ def gate(
             outputs = contender.check()
         except GateError:
             raise
-        except Exception as error:  # whatever a rival dies of is a finding
+        except Exception as error:  # any failure of a rival is a result to report
             if contender.ours and not isinstance(error, ValueError):
                 raise
             skipped[contender.name] = reason(error)
@@ -185,19 +199,19 @@ def gate(
         errors[contender.name] = worst_error(contender.name, outputs, reference, tolerance)
         running.append(contender)
     if not any(contender.ours for contender in running):
-        raise GateError(f"none of ours runs: {skipped}")
+        raise GateError(f"none of ours runs, so that nothing can be compared: {skipped}")
     return running, errors
 
 
 def worst_error(name: str, outputs: Outputs, reference: Outputs, tolerance: float) -> float:
-    """The largest deviation of any tensor over its largest value.
+    """Return the largest deviation of any tensor from its reference, relative to the reference's largest value.
 
     Raises:
         GateError: A tensor is missing, has another shape, or deviates by more than `tolerance`.
     """
     if not reference or outputs.keys() != reference.keys():
         different = sorted(outputs.keys() ^ reference.keys())
-        raise GateError(f"{name}: it and the reference do not give the same outputs: {different[:4]}")
+        raise GateError(f"{name}: must return the same outputs as the reference; only one of them has {different[:4]}")
     worst = 0.0
     for what, expected in reference.items():
         found = outputs[what].detach()
@@ -206,7 +220,7 @@ def worst_error(name: str, outputs: Outputs, reference: Outputs, tolerance: floa
         expected = expected.detach().to(torch.float64)
         scale = expected.abs().max().clamp(min=torch.finfo(torch.float64).tiny)
         error = float((found.to(expected.device, torch.float64) - expected).abs().max() / scale)
-        if not error <= tolerance:  # NaN too
+        if not error <= tolerance:  # also true for NaN
             raise GateError(f"{name}: {what} is off by {error:.2g} of its largest value, allowed {tolerance:g}")
         worst = max(worst, error)
     return worst
@@ -215,7 +229,10 @@ def worst_error(name: str, outputs: Outputs, reference: Outputs, tolerance: floa
 def _measure(
     contenders: Sequence[Contender], device: torch.device, budget_s: float, skipped: dict[str, str]
 ) -> tuple[dict[str, list[float]], dict[str, int]]:
-    """Seconds of every round, and peak bytes, of each contender; a rival that runs out of memory is noted."""
+    """Measure the seconds of every round and the peak bytes of each contender.
+
+    A rival that runs out of memory is noted in `skipped`.
+    """
     runs: dict[str, Callable[[], Any]] = {}
     seconds: dict[str, list[float]] = {}
     peaks: dict[str, int] = {}
@@ -233,7 +250,7 @@ def _measure(
     round_s = sum(values[0] for values in seconds.values())
     if round_s < _SLOW_S:
         rounds = int(min(_MOST_ROUNDS, max(3, budget_s / round_s)))
-        seconds = {name: [] for name in runs}  # those calls found an empty heap
+        seconds = {name: [] for name in runs}  # drop the first calls: they began with an empty heap
     else:
         rounds = max(1 if round_s > 10 else 2, int(budget_s / round_s))
     for times in _rounds(runs, device, rounds):
@@ -243,7 +260,7 @@ def _measure(
 
 
 def _rounds(runs: Mapping[str, Callable[[], Any]], device: torch.device, wanted: int) -> list[dict[str, float]]:
-    """Every contender once per round, each time in another order."""
+    """Time every contender once per round, each round in another order."""
     kept: list[dict[str, float]] = []
     while len(kept) < wanted:
         kept += undisturbed(partial(_block, runs, device, first=len(kept), wanted=wanted))
@@ -253,7 +270,7 @@ def _rounds(runs: Mapping[str, Callable[[], Any]], device: torch.device, wanted:
 def _block(
     runs: Mapping[str, Callable[[], Any]], device: torch.device, *, first: int, wanted: int
 ) -> list[dict[str, float]]:
-    """Rounds for about a second: long enough to tell what others did meanwhile."""
+    """Time rounds for about a second: long enough to detect other processes' use of the CPU."""
     names = list(runs)
     block: list[dict[str, float]] = []
     began_s = time.perf_counter()
@@ -264,10 +281,10 @@ def _block(
 
 
 def _settled_seconds(call: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of one call; the median of several in a row where it is short.
+    """Return the seconds of one call, or if it is short the median of five calls in a row.
 
-    The first call after another contender finds caches swept, Python's own data included. That costs half a
-    millisecond whatever the work is, and a training loop, which calls the same ops over and over, does not pay it.
+    The first call after another contender finds cold caches, for Python's own data too. That costs about half a
+    millisecond whatever the work is; a training loop, which repeats the same ops, does not pay it.
     """
     first_s = seconds_of(call, device)
     if first_s > _SHORT_S:

@@ -1,7 +1,8 @@
-"""What the machine allows: the time of every GEMM of the valid audio, measured at its own shape, and copy bandwidth.
+"""Lower limits of the time of a piece of work: the time of its GEMMs, or of a copy of the bytes it moves.
 
-The limit of a piece of work is the sum over its GEMMs of the time each one takes alone in the same run. Everything else
-(norms, activations, softmax, dropout, losses, the optimiser) is free in it, so it cannot be reached, only approached.
+The GEMM limit is the sum of the times that the GEMMs of the valid audio take alone, each measured at its own shape in
+the same run. Everything else (norms, activations, softmax, dropout, losses, the optimiser) counts as free, so the limit
+can be approached but not reached.
 """
 
 import statistics
@@ -18,14 +19,15 @@ from fastssl.models.encoder import EncoderConfig
 from fastssl.models.wav2vec2 import Wav2Vec2Config
 from fastssl.packing import Layout
 
-# Taller products are measured with this many rows (or with an inner dimension of this) and scaled: their rate is flat.
+# Products with more rows, or a larger inner dimension, than this are measured at this size and their time is scaled:
+# the rate no longer changes with size.
 _TALLEST = 8192
 _SECONDS_PER_SHAPE = 0.15
 _REPEATS = 9
 
 
 class Gemm(NamedTuple):
-    """`times` times a batch of `batch` products (rows, inner) x (inner, columns)."""
+    """`times` repetitions of a batch of `batch` matrix products, (rows, inner) x (inner, columns)."""
 
     rows: int
     inner: int
@@ -35,13 +37,14 @@ class Gemm(NamedTuple):
 
     @property
     def flops(self) -> int:
+        """Number of floating-point operations; a multiplication with its addition counts as two."""
         return 2 * self.rows * self.inner * self.columns * self.batch * self.times
 
 
 def linear(
     rows: int, inner: int, columns: int, *, backward: bool, grad_input: bool = True, times: int = 1
 ) -> list[Gemm]:
-    """The products of a linear layer: forward, gradient of the input, gradient of the weight."""
+    """Return the GEMMs of a linear layer: forward, and with `backward` the gradients of its weight and input."""
     gemms = [Gemm(rows, inner, columns, times=times)]
     if backward:
         gemms += [Gemm(inner, rows, columns, times=times)]
@@ -50,21 +53,25 @@ def linear(
 
 
 def attention(frames: Sequence[int], heads: int, width: int, *, backward: bool, times: int = 1) -> list[Gemm]:
-    """QK' and PV of each utterance; dV, dP, dQ and dK of its backward. Nothing is recomputed in the limit."""
+    """Return the GEMMs of attention: QK' and PV of each utterance, and with `backward` dV, dP, dQ and dK.
+
+    The limit assumes that the backward pass recomputes nothing.
+    """
     per_direction = 3 if backward else 1
     gemms = []
     for length in frames:
         wide, deep = Gemm(length, width, length, heads), Gemm(length, length, width, heads)
-        # Of the backward's four, dP has the shape of QK', and dV, dQ and dK have that of PV.
+        # In the backward pass, dP has the shape of QK'; dV, dQ and dK have the shape of PV.
         gemms += [wide._replace(times=times * (2 if backward else 1))]
         gemms += [deep._replace(times=times * (1 + per_direction if backward else 1))]
     return gemms
 
 
 def front_end(config: EncoderConfig, layout: Layout, *, backward: bool) -> tuple[list[Gemm], Layout]:
-    """The convolutions as products with a matrix (kernel x channels in, channels out), and the frames they leave.
+    """Return the front end's convolutions as GEMMs, and the layout of the frames that they produce.
 
-    No gradient reaches the waveform.
+    Each convolution is a product with a matrix (kernel x input channels, output channels). The gradient of the
+    waveform is not needed and not counted.
     """
     gemms: list[Gemm] = []
     c_in = 1
@@ -76,12 +83,12 @@ def front_end(config: EncoderConfig, layout: Layout, *, backward: bool) -> tuple
 
 
 def encoder(config: EncoderConfig, samples: Sequence[int], *, backward: bool) -> list[Gemm]:
-    """All products of `fastssl.models.encoder.Encoder` on utterances of so many samples."""
+    """Return all GEMMs of `fastssl.models.encoder.Encoder` on utterances with these numbers of samples."""
     gemms, layout = front_end(config, Layout.from_lengths(samples), backward=backward)
     N, D, depth = layout.total, config.hidden_size, config.num_hidden_layers
     groups, kernel = config.num_conv_pos_embedding_groups, config.num_conv_pos_embeddings
     gemms += linear(N, config.conv_dim[-1], D, backward=backward)
-    # The gradient of the positional convolution's input is a convolution of the same shape.
+    # Gradient of the positional convolution's input: a convolution of the same shape.
     positional = linear(N, kernel * D // groups, D // groups, backward=backward, grad_input=False, times=groups)
     gemms += positional + positional[:1] if backward else positional
     gemms += linear(N, D, D, backward=backward, times=4 * depth)
@@ -92,12 +99,21 @@ def encoder(config: EncoderConfig, samples: Sequence[int], *, backward: bool) ->
 
 
 def quantizer(frames: int, c_in: int, groups: int, codes: int, width: int) -> list[Gemm]:
-    """Logits, and the straight-through gradient of the codes; picking a code takes no product."""
+    """Return the GEMMs of a Gumbel quantiser: the logits, and the straight-through gradient of the codes.
+
+    Looking up the chosen code takes no product.
+    """
     return [*linear(frames, c_in, groups * codes, backward=True), Gemm(frames, width // groups, codes, times=groups)]
 
 
 def pretraining(config: Wav2Vec2Config, samples: Sequence[int], masked: Sequence[int]) -> list[Gemm]:
-    """All products of a wav2vec 2.0 pre-training step whose utterances have so many masked frames."""
+    """Return all GEMMs of a wav2vec 2.0 pre-training step.
+
+    Args:
+        config: Config of the model.
+        samples: Number of samples of each utterance.
+        masked: Number of masked frames of each utterance.
+    """
     M, G, V = sum(masked), config.num_codevector_groups, config.num_codevectors_per_group
     gemms = encoder(config, samples, backward=True)
     gemms += quantizer(M, config.conv_dim[-1], G, V, config.codevector_dim)
@@ -109,7 +125,7 @@ def pretraining(config: Wav2Vec2Config, samples: Sequence[int], masked: Sequence
 
 
 def gemm_limits(gemms: Sequence[Gemm], dtype: torch.dtype, device: torch.device) -> dict[str, float]:
-    """Seconds by `aten::mm`, and by the fastest GEMM the machine offers for each shape."""
+    """Measure the limit in seconds with `aten::mm`, and in fp32 on a CPU also with the faster of it and oneDNN."""
     by_aten, fastest = 0.0, 0.0
     for gemm in gemms:
         if gemm.flops:
@@ -126,9 +142,15 @@ def gemm_limits(gemms: Sequence[Gemm], dtype: torch.dtype, device: torch.device)
 
 
 class CopyLimit(NamedTuple):
-    """Bytes to read and write at the rate of a copy within as much memory as the work touches.
+    """A limit by memory bandwidth: the time to move bytes at the rate of a copy.
 
-    A comparison times the copy in turn with its contenders, so that it finds the caches as they find them.
+    The copy touches as much memory as the work. A comparison times it in turn with the contenders, so that it finds the
+    caches in the same state.
+
+    Args:
+        run: Makes the copy.
+        moved_bytes: Bytes that the work must at least read and write.
+        footprint_bytes: Bytes that the copy reads and writes, which is the memory that the work touches.
     """
 
     run: Callable[[], Any]
@@ -136,13 +158,13 @@ class CopyLimit(NamedTuple):
     footprint_bytes: int
 
     def named_seconds(self, copy_s: float) -> tuple[str, float]:
-        """The limit, from the seconds of one copy."""
+        """Return name and seconds of the limit, computed from the seconds of one copy."""
         rate = self.footprint_bytes / copy_s
         return f"copy, {self.footprint_bytes / 1e6:.3g} MB at {rate / 1e9:.3g} GB/s", self.moved_bytes / rate
 
 
 def copy_limit(moved_bytes: int, footprint_bytes: int, device: torch.device) -> CopyLimit:
-    """A clone of half the footprint: like an op, it has to ask for the memory that it returns."""
+    """Return a limit whose copy is a clone of half the footprint: like an op, it must allocate its result."""
     source = torch.ones(footprint_bytes // 8, dtype=torch.float32, device=device)
     return CopyLimit(source.clone, moved_bytes, footprint_bytes)
 
@@ -151,7 +173,7 @@ def copy_limit(moved_bytes: int, footprint_bytes: int, device: torch.device) -> 
 def _gemm_seconds(gemm: Gemm, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
     rows, inner, columns, batch, _ = gemm
     a = torch.randn(batch, rows, inner, device=device, dtype=dtype)
-    b = torch.randn(batch, columns, inner, device=device, dtype=dtype)  # as a linear layer holds its weight
+    b = torch.randn(batch, columns, inner, device=device, dtype=dtype)  # the layout of a linear layer's weight
     calls: dict[str, Callable[[], Any]]
     if batch == 1:
         x, weight = a[0], b[0]
@@ -164,7 +186,7 @@ def _gemm_seconds(gemm: Gemm, dtype: torch.dtype, device: torch.device) -> dict[
 
 
 def _has_onednn(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether oneDNN's product is another one than `aten::mm`; for bf16 they are the same."""
+    """Whether oneDNN offers a product other than that of `aten::mm`; in bf16 they are the same."""
     return device.type == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available()
 
 
@@ -174,7 +196,7 @@ def _onednn(x: Tensor, weight: Tensor) -> Tensor:  # (M, K), (N, K) -> (M, N)
 
 
 def _median_seconds(calls: dict[str, Callable[[], Any]], device: torch.device) -> dict[str, float]:
-    """Medians of a few interleaved calls."""
+    """Return the median seconds of each call, over a few interleaved repetitions."""
     for call in calls.values():
         call()
     return undisturbed(lambda: _interleaved_medians(calls, device))

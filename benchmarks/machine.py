@@ -1,4 +1,4 @@
-"""The machine under a measurement: who else uses it, how much memory a call takes, and what it is."""
+"""The machine that measures: load by other processes, time and memory of a call, description of the hardware."""
 
 import ctypes
 import gc
@@ -16,31 +16,37 @@ import torch
 
 T = TypeVar("T")
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
-# user, nice, system, irq, softirq and steal of the first line of /proc/stat
+# columns user, nice, system, irq, softirq and steal in the first line of /proc/stat
 _BUSY_COLUMNS = (0, 1, 2, 5, 6, 7)
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # constants from glibc's malloc.h
 
 
 class BusyMachineError(RuntimeError):
-    """Other processes use the machine, so that a time would not be ours."""
+    """Other processes use the machine, so that measured times would be wrong."""
 
 
 class ForeignLoad:
-    """CPU time that other processes have taken since this was made."""
+    """CPU time that other processes have used since the object was created."""
 
     def __init__(self) -> None:
         self._began_s = time.monotonic()
         self._others_s = _others_cpu_s()
 
     def elapsed_s(self) -> float:
+        """Return the wall-clock seconds since the object was created."""
         return time.monotonic() - self._began_s
 
     def cpu_s(self) -> float:
+        """Return the CPU seconds that other processes have used since then, summed over all cores."""
         return _others_cpu_s() - self._others_s
 
     def too_much(self) -> bool:
-        """Whether others took a twentieth of a core and more than /proc/stat's ticks can tell, besides idle cores."""
+        """Whether other processes used too much CPU time to trust a measurement.
+
+        Allowed are a twentieth of a core, half of each core that torch leaves idle, and 0.05 s for the coarse ticks of
+        /proc/stat.
+        """
         idle_cores = max(0, (os.cpu_count() or 1) - torch.get_num_threads())
         return self.cpu_s() > 0.05 + (0.05 + idle_cores / 2) * self.elapsed_s()
 
@@ -51,10 +57,13 @@ def _others_cpu_s() -> float:
 
 
 def wait_until_quiet(patience_s: float = 60.0) -> None:
-    """Wait for the other processes to end.
+    """Wait until other processes leave the machine alone.
+
+    Args:
+        patience_s: Longest time to wait, in seconds.
 
     Raises:
-        BusyMachineError: They do not within `patience_s`.
+        BusyMachineError: Other processes are still using the machine after `patience_s`.
     """
     began_s = time.monotonic()
     while True:
@@ -66,15 +75,19 @@ def wait_until_quiet(patience_s: float = 60.0) -> None:
             cores = load.cpu_s() / load.elapsed_s()
             raise BusyMachineError(
                 f"other processes have been using the machine for {patience_s:.0f} s ({cores:.1f} cores just now); "
-                "a time taken beside them would mean nothing: end them, and measure again"
+                "times measured meanwhile would be wrong: stop these processes and measure again"
             )
 
 
 def undisturbed(work: Callable[[], T], attempts: int = 4) -> T:
-    """The result of `work`, which is repeated when others used the machine meanwhile.
+    """Run `work` and return its result, repeating it if other processes used the machine meanwhile.
+
+    Args:
+        work: The measurement.
+        attempts: Largest number of attempts.
 
     Raises:
-        BusyMachineError: They always did.
+        BusyMachineError: Other processes disturbed every attempt.
     """
     for _ in range(attempts):
         load = ForeignLoad()
@@ -82,30 +95,32 @@ def undisturbed(work: Callable[[], T], attempts: int = 4) -> T:
         if not load.too_much():
             return result
         wait_until_quiet()
-    raise BusyMachineError(f"other processes disturbed {attempts} attempts to measure: end them, and measure again")
+    raise BusyMachineError(
+        f"other processes disturbed all {attempts} attempts to measure: stop these processes and measure again"
+    )
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep up to 2 GB of freed memory for the next tensor, for the rest of the process.
+    """Make glibc keep up to 2 GB of freed memory for the next tensor, for the rest of the process.
 
-    By itself it gives every tensor above 32 MB back to the system at once, and takes the same pages again with a page
-    fault each: on some machines that takes longer than the work on them, and more so the more memory a work takes.
+    By default, glibc returns every tensor above 32 MB to the system at once, and later gets the same pages back with a
+    page fault for each. On some machines this takes longer than the work itself, the more so the more memory it uses.
 
     Raises:
-        RuntimeError: The C library is another one.
+        RuntimeError: The C library is not glibc.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     most = 2**31 - 1
     if mallopt is None or not (mallopt(_M_MMAP_THRESHOLD, most) and mallopt(_M_TRIM_THRESHOLD, most)):
-        raise RuntimeError("--keep-freed-memory: only glibc can")
+        raise RuntimeError("--keep-freed-memory: needs glibc, but the C library is another one; leave the option out")
 
 
 def with_peak_memory(call: Callable[[], Any], device: torch.device) -> tuple[float, int]:
-    """Seconds of a call, and the bytes that it took at its peak beyond what was held before it.
+    """Return the seconds of a call, and its peak memory in bytes less the memory in use before it.
 
-    On the CPU that is resident memory. The heap is given back to the system first, so that a call does not live on what
-    another one left behind, and pages are counted when they are touched. Linux keeps the peak by counters that each
-    processor brings up to date in batches, so it may lack some hundred kilobytes.
+    On the CPU this is resident memory. The free heap is first returned to the system, so that a call cannot reuse pages
+    of an earlier one; a page counts once it is touched. Linux updates its memory counters in batches per processor, so
+    that the peak may be some hundred kilobytes too low.
     """
     gc.collect()
     if device.type == "cuda":
@@ -116,7 +131,7 @@ def with_peak_memory(call: Callable[[], Any], device: torch.device) -> tuple[flo
         seconds = seconds_of(call, device)
         return seconds, torch.cuda.max_memory_allocated() - before
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is what it is now
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak to the present value
     before = _status_bytes("VmRSS")
     seconds = seconds_of(call, device)
     return seconds, max(0, _status_bytes("VmHWM") - before)
@@ -126,11 +141,11 @@ def _status_bytes(name: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(name + ":"):
             return int(line.split()[1]) * 1024
-    raise AssertionError(f"/proc/self/status has no {name}")
+    raise AssertionError(f"/proc/self/status has no line {name}; measuring memory needs Linux")
 
 
 def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
-    """Wall seconds of one call on the CPU; on CUDA the time between two events around it."""
+    """Return the seconds of one call: wall time on the CPU, the time between two CUDA events on a GPU."""
     if device.type == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
@@ -142,12 +157,12 @@ def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
         began_s = time.perf_counter()
         result = call()
         seconds = time.perf_counter() - began_s
-    del result  # freeing what a call returned is not part of it
+    del result  # outside of the timed part: freeing the result does not count
     return seconds
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """What a result has to say about where it comes from."""
+    """Describe where a result comes from: hardware, versions of libraries, commit and command."""
     return {
         "machine": {
             "device": torch.cuda.get_device_name() if device.type == "cuda" else _processor(),

@@ -1,15 +1,15 @@
-"""How much of the package a reader must know to follow one update: `python -m benchmarks.module_walk [TREE ...]`.
+"""Count how much of the package a reader must know to follow one update: `python -m benchmarks.module_walk [TREE ...]`.
 
-A TREE is a commit or the folder of a checkout; without one, this checkout. For each it is counted in how many modules a
-one-update `fastssl pretrain` (no workers, nothing held out) calls functions, and in how many of them between
-`training_step` and gradient clipping, the backward pass included. Then three walks, read from the call stack; a hop is
-a function of the package, counted once:
+A TREE is a commit or the folder of a checkout; the default is this checkout. For each, the program runs `fastssl
+pretrain` for one update (no workers, no held-out recordings) and counts the modules and functions that are called, in
+total and between `training_step` and gradient clipping (backward pass included). It also reports walks, read from the
+call stack. A hop is a function of the package, counted once per walk:
 
-- waveform to checkpoint: functions active when a recording is read, at the first product, at clipping, and when the
-  checkpoint is written;
-- `contrastive_logits_temperature`: functions active when the kernel of the contrastive loss is called;
-- `accelerate`: functions active at the first product of an accelerated model, after those that `accelerate` itself
-  calls, which are counted apart.
+- waveform to checkpoint: functions on the stack when a recording is read, at the first matrix product, at clipping, and
+  when the checkpoint is written;
+- `contrastive_logits_temperature`: functions on the stack when the kernel of the contrastive loss is called;
+- `accelerate`: functions that `accelerate` itself calls, and separately functions on the stack at the first matrix
+  product of an accelerated model.
 """
 
 import argparse
@@ -25,7 +25,12 @@ _LOSS = "contrastive_loss_fwd"
 
 
 def walk(name: str, folder: Path) -> dict[str, Any]:
-    """Execute the program in a tree."""
+    """Run `benchmarks.bits.walk` in a tree and return its findings.
+
+    Args:
+        name: A commit, or the folder of a checkout.
+        folder: Folder for the checkout and the findings.
+    """
     checkout = Path(name)
     if not (checkout / "fastssl").is_dir():
         checkout = folder / "checkout"
@@ -37,7 +42,7 @@ def walk(name: str, folder: Path) -> dict[str, Any]:
 
 
 def report(found: dict[str, Any]) -> str:
-    """Counts, the modules by name, and the walks."""
+    """Format the findings as text: counts and names of modules, then the walks."""
     lines = []
     for key, what in (("called", "one-update pretrain"), ("in_step", "training_step to clipping")):
         modules = _modules(found[key])
@@ -51,7 +56,7 @@ def report(found: dict[str, Any]) -> str:
 
 
 def walks_of(found: dict[str, Any]) -> dict[str, list[tuple[str, str]]]:
-    """The functions on each walk, in the order in which they come."""
+    """Return the functions on each walk as (module, function), in the order of the calls."""
     stacks = found["stacks"]
     way = dict.fromkeys(tuple(hop) for moment in _ON_THE_WAY for hop in stacks[moment])
     loss = next(stack for moment, stack in stacks.items() if moment.endswith(_LOSS))

@@ -1,8 +1,8 @@
-"""README's tables, from the newest committed results: `python -m benchmarks.readme_table [--check]`.
+"""Write the README's tables from the newest committed results: `python -m benchmarks.readme_table [--check]`.
 
-Each block between `<!-- all cpu -->` (or `drop-in`, or `cuda`) and `<!-- end -->` is replaced by the table of the
-newest `benchmarks/results/*-all-cpu.json` (and so on). With `--check` nothing is written: it fails where a table is not
-up to date.
+Each block from `<!-- all cpu -->` (or `drop-in` for `all`, or `cuda` for `cpu`) to `<!-- end -->` is replaced by the
+table of the newest file `benchmarks/results/*-all-cpu.json` (or the other name). With `--check`, nothing is written,
+and the command fails if a table is not up to date.
 """
 
 import argparse
@@ -16,7 +16,7 @@ _BLOCK = re.compile(r"(<!-- (all|drop-in) (cpu|cuda) -->\n)(.*?)(<!-- end -->)",
 
 
 def updated(text: str, results: Path) -> str:
-    """The text with its blocks filled from the newest results in a folder."""
+    """Return the text with its blocks filled from the newest results in a folder."""
     tables = {"all": table, "drop-in": drop_in_table}
 
     def fill(found: re.Match[str]) -> str:
@@ -27,13 +27,13 @@ def updated(text: str, results: Path) -> str:
 
 
 def newest(results: Path, kind: str, device: str) -> tuple[str, dict[str, Any]] | None:
-    """Name and content of the newest result of a kind and device; names begin with their date."""
+    """Return name and content of the newest result of a kind and device; file names begin with their date."""
     files = sorted(results.glob(f"*-{kind}-{device}.json"))
     return (files[-1].name, json.loads(files[-1].read_text())) if files else None
 
 
 def table(name: str, content: dict[str, Any]) -> str:
-    """A line for every target: times, ratio to the rival, peak memory, ratio to the limit, and whether it is met."""
+    """Return a table with a line per target: times, ratio to the rival, peak memory, ratio to the limits, verdict."""
     lines = [
         f"{_provenance(name, content)} Limits: the GEMMs of the valid audio by `aten::mm` and, in fp32 on a CPU, by "
         "the fastest GEMM there is; a copy for integrate-and-fire.",
@@ -46,7 +46,7 @@ def table(name: str, content: dict[str, Any]) -> str:
 
 
 def drop_in_table(name: str, content: dict[str, Any]) -> str:
-    """A line for every architecture: time and memory of the original over ours, in each kind of work."""
+    """Return a table with a line per architecture: time and memory of the original and ours, for each kind of work."""
     works = list(dict.fromkeys(row["title"].partition(", ")[2] for row in content["rows"].values()))
     rows = {row["title"]: row for row in content["rows"].values()}
     lines = [
@@ -105,14 +105,14 @@ def _bytes(count: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="fail where the README is not up to date")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if the README is not up to date")
     args = parser.parse_args()
     readme = ROOT / "README.md"
     text = readme.read_text()
     new = updated(text, ROOT / "benchmarks" / "results")
     if args.check and new != text:
         raise SystemExit(
-            "README.md: its tables are not those of the newest results; run python -m benchmarks.readme_table"
+            "README.md: its tables are not those of the newest results; run `python -m benchmarks.readme_table`"
         )
     if not args.check:
         readme.write_text(new)

@@ -1,4 +1,4 @@
-"""The models of the package's recipes."""
+"""Models of the recipes that the package ships."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from fastssl.train.systems import SYSTEMS
 
 
 def recipe_model(name: str) -> Any:
-    """The settings of a recipe's model, of the class of its system."""
+    """Return the model config of a recipe, in the config class of the recipe's system."""
     recipe = yaml.safe_load(recipes()[name].read_text())
     given: dict[str, Any] = recipe.get("model", {})
     values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}

@@ -1,4 +1,4 @@
-"""Tables, targets, JSON, and the command line that all benchmarks share."""
+"""The command line that all benchmarks share: measure rows, print tables and targets, write JSON."""
 
 import argparse
 import json
@@ -20,7 +20,7 @@ Rows = Mapping[str, Callable[[torch.device], Row]]
 
 
 def print_row(key: str, row: Row, seconds: float) -> None:
-    """The contenders beside ours, then the limits."""
+    """Print a row: every contender with its ratio to ours, then limits, skipped contenders and notes."""
     audio = "" if row.audio_s is None else f", {row.audio_s:.1f} s of audio"
     print(f"\n{key}: {row.title}{audio}")
     print(
@@ -41,13 +41,13 @@ def print_row(key: str, row: Row, seconds: float) -> None:
     for note in row.notes:
         print(f"  {note}")
     print(
-        f"  gate: outputs and gradients within {row.tolerance:g} of the reference. This took {seconds:.0f} s.",
+        f"  gate: outputs and gradients within {row.tolerance:g} of the reference. The row took {seconds:.0f} s.",
         flush=True,
     )
 
 
 class Verdict(NamedTuple):
-    """A line of the target table."""
+    """One line of the table of targets."""
 
     row: str
     work: str
@@ -55,11 +55,11 @@ class Verdict(NamedTuple):
     rival: str | None
     target: str
     measured: str
-    met: bool | None  # None: something of it was not measured
+    met: bool | None  # None: part of the target was not measured
 
 
 def verdict(target: Target, rows: Mapping[str, Row]) -> Verdict:
-    """What was promised, what was measured, and whether it is met; the ruler is the first limit of the row."""
+    """Judge whether the measured rows meet a target; a target for the limit refers to the first limit of its row."""
     row = rows[target.row]
     rival = row.fastest_rival(target.against)
     ours, theirs = row.measurements[row.ours], row.measurements.get(rival or "")
@@ -90,6 +90,7 @@ def verdict(target: Target, rows: Mapping[str, Row]) -> Verdict:
 
 
 def print_verdicts(verdicts: Sequence[Verdict]) -> None:
+    """Print the table of targets: what was promised, what was measured, and whether the target is met."""
     words = {True: "met", False: "MISSED", None: "not measured"}
     print(f"\n{'work':72s} {'target':44s} measured")
     for line in verdicts:
@@ -97,10 +98,10 @@ def print_verdicts(verdicts: Sequence[Verdict]) -> None:
 
 
 def _apart(measure: Callable[[torch.device], Row], device: torch.device) -> Row:
-    """Measure a row in a process of its own, where no heap is left over from other rows.
+    """Measure a row in its own process, so that it does not inherit the heap of other rows.
 
-    A heap that others have grown serves large tensors without a page fault, which halves the time of some rivals. On a
-    GPU, whose allocator is emptied between rows, nothing is forked.
+    On a heap that earlier rows have grown, large tensors cause no page faults, which halves the time of some rivals. On
+    a GPU the row is measured in this process, because the GPU's allocator is emptied between rows.
     """
     if device.type != "cpu":
         return measure(device)
@@ -119,7 +120,9 @@ def _apart(measure: Callable[[torch.device], Row], device: torch.device) -> Row:
         result = receiver.recv()
     except EOFError:
         process.join()
-        raise RuntimeError(f"the process that measured died with exit code {process.exitcode}") from None
+        raise RuntimeError(
+            f"the process that measured the row died with exit code {process.exitcode}; see its output above"
+        ) from None
     process.join()
     if isinstance(result, BaseException):
         raise result
@@ -134,35 +137,35 @@ def main(
     by_default: Mapping[str, Sequence[str]] | None = None,
     targets: Mapping[str, Sequence[Target]] = TARGETS,
 ) -> None:
-    """Measure rows, print them and the targets they have, and write JSON.
+    """Parse the command line, measure rows, print them with their targets, and write JSON.
 
     Args:
-        rows: Key -> function of a device that measures the row.
-        description: For `--help`.
-        by_default: Device -> the rows that are measured without `--only`; None means all of them.
-        targets: Device -> what is promised.
+        rows: For each key of a row, the function that measures it on a given device.
+        description: Text for `--help`.
+        by_default: For each device, the rows to measure without `--only`; None means all rows.
+        targets: For each device, the targets to judge.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--only", action="append", metavar="ROW", help=f"one of {', '.join(rows)}; may be repeated")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
-    parser.add_argument("--output", type=Path, help="JSON file, written after every row")
+    parser.add_argument("--output", type=Path, help="JSON file for the results, written after every row")
     parser.add_argument(
-        "--resume", action="store_true", help="do not measure again what OUTPUT has, which is of the same commit"
+        "--resume", action="store_true", help="skip rows that OUTPUT already has; it must be of the same commit"
     )
-    parser.add_argument("--compiled", action="store_true", help="torch.compile takes part in every row (takes long)")
+    parser.add_argument("--compiled", action="store_true", help="include torch.compile in every row (takes long)")
     parser.add_argument(
-        "--keep-freed-memory", action="store_true", help="glibc keeps the memory that tensors free, for all contenders"
+        "--keep-freed-memory", action="store_true", help="let glibc keep memory that tensors free, for all contenders"
     )
     args = parser.parse_args()
     if unknown := set(args.only or ()) - rows.keys():
-        parser.error(f"--only: there is no row {', '.join(sorted(unknown))}")
+        parser.error(f"--only: unknown row {', '.join(sorted(unknown))}; choose from {', '.join(rows)}")
     torch.set_num_threads(args.threads)
     if args.compiled:
         rivals.compile_everywhere()
     if args.keep_freed_memory:
         keep_freed_memory()
-    torch.backends.cudnn.allow_tf32 = False  # so that fp32 is fp32 in the gates; what is timed on a GPU is bf16
+    torch.backends.cudnn.allow_tf32 = False  # keep fp32 exact in the gates; timed work on a GPU is bf16
     device = torch.device(args.device, 0) if args.device == "cuda" else torch.device("cpu")
 
     began_s = time.monotonic()
@@ -194,15 +197,18 @@ def _write(path: Path, device: torch.device, measured: Mapping[str, Row], target
 
 
 def _rows_of(path: Path, device: torch.device) -> dict[str, Row]:
-    """What an interrupted run has measured.
+    """Read the rows that an interrupted run has measured.
 
     Raises:
-        ValueError: It ran at another commit.
+        ValueError: The run was at another commit.
     """
     content = json.loads(path.read_text())
     commit = describe(device)["commit"]
     if content["commit"] != commit:
-        raise ValueError(f"{path}: was measured at commit {content['commit'][:7]}, and this is {commit[:7]}")
+        raise ValueError(
+            f"{path}: was measured at commit {content['commit'][:7]}, but this is commit {commit[:7]}; check out that "
+            "commit, or choose another --output"
+        )
     rows = {}
     for key, values in content["rows"].items():
         measurements = {name: Measurement(**m) for name, m in values["measurements"].items()}

@@ -1,4 +1,4 @@
-"""The strongest other implementations, run as their users run them: padded batches, with attention masks and SDPA."""
+"""The best other implementations, called as their users call them: on padded batches, with attention masks and SDPA."""
 
 import copy
 import importlib
@@ -20,14 +20,14 @@ _compiles_everywhere = False
 
 
 def transformers_encoder(encoder: Encoder) -> Any:
-    """`transformers.Wav2Vec2Model` with SDPA and the weights of ours."""
+    """Return a `transformers.Wav2Vec2Model` with SDPA and the weights of our encoder, on its device."""
     model = _transformers().Wav2Vec2Model(_transformers_config(encoder.config, apply_spec_augment=False))
     model.load_state_dict(encoder.state_dict())
     return model.to(next(encoder.parameters()).device)
 
 
 def transformers_pretraining(ours: Wav2Vec2ForPreTraining) -> Any:
-    """`transformers.Wav2Vec2ForPreTraining` with SDPA and the weights of ours."""
+    """Return a `transformers.Wav2Vec2ForPreTraining` with SDPA and the weights of our model, on its device."""
     model = _transformers().Wav2Vec2ForPreTraining(_transformers_config(ours.config, apply_spec_augment=True))
     model.load_state_dict(ours.state_dict())
     return model.to(next(ours.parameters()).device)
@@ -43,7 +43,7 @@ def _transformers_config(config: EncoderConfig, *, apply_spec_augment: bool) -> 
 
 
 def transformers_masks(model: Any, attention_mask: Tensor) -> tuple[Tensor, Tensor]:  # (B, T) -> (B, F), (B, F, K)
-    """Time mask and negatives of a batch, by the functions that Transformers' pre-training example calls."""
+    """Draw time mask and negatives of a batch with the functions that Transformers' pre-training example calls."""
     modeling = _transformers("models.wav2vec2.modeling_wav2vec2")
     config = model.config
     shape = (len(attention_mask), int(model._get_feat_extract_output_lengths(attention_mask.shape[1])))
@@ -57,10 +57,10 @@ def transformers_masks(model: Any, attention_mask: Tensor) -> tuple[Tensor, Tens
 
 
 def torchaudio_encoder(encoder: Encoder) -> Any:
-    """torchaudio's wav2vec 2.0 encoder with the weights of ours.
+    """Return torchaudio's wav2vec 2.0 encoder with the weights of our encoder, on its device.
 
     Raises:
-        ImportError: torchaudio is not there, or not built for this torch.
+        ImportError: torchaudio is not installed, or was built for another version of torch.
     """
     shape = _torchaudio_shape(encoder.config)
     model = _torchaudio_models().wav2vec2_model(**shape, aux_num_out=None)
@@ -70,10 +70,10 @@ def torchaudio_encoder(encoder: Encoder) -> Any:
 
 
 def torchaudio_hubert(ours: HubertForPreTraining) -> Any:
-    """torchaudio's HuBERT for pre-training with the weights of ours, which predicts masked frames alone.
+    """Return torchaudio's HuBERT for pre-training with the weights of our model; it predicts only masked frames.
 
     Raises:
-        ImportError: torchaudio is not there, or not built for this torch.
+        ImportError: torchaudio is not installed, or was built for another version of torch.
     """
     config = ours.config
     model = _torchaudio_models().hubert_pretrain_model(
@@ -104,13 +104,15 @@ def torchaudio_hubert(ours: HubertForPreTraining) -> Any:
 def _torchaudio_models() -> Any:
     try:
         import torchaudio.models
-    except (ImportError, OSError) as error:  # OSError: its library does not load beside this torch
-        raise ImportError(f"torchaudio does not import beside torch {torch.__version__}: {error}") from error
+    except (ImportError, OSError) as error:  # OSError: its library does not load with this torch
+        raise ImportError(
+            f"torchaudio cannot be imported with torch {torch.__version__} ({error}); install the version that matches"
+        ) from error
     return torchaudio.models
 
 
 def _torchaudio_shape(config: EncoderConfig) -> dict[str, Any]:
-    """What its factories take for an encoder."""
+    """Translate an encoder config into arguments of torchaudio's model factories."""
     return {
         "extractor_mode": f"{config.feat_extract_norm}_norm",
         "extractor_conv_layer_config": list(zip(config.conv_dim, config.conv_kernel, config.conv_stride, strict=True)),
@@ -131,7 +133,7 @@ def _torchaudio_shape(config: EncoderConfig) -> dict[str, Any]:
 
 
 def from_torchaudio(name: str) -> str:
-    """Our and Transformers' name of a parameter of torchaudio's encoder."""
+    """Translate the name of a parameter of torchaudio's encoder into ours, which is also that of Transformers."""
     name = name.replace("encoder.transformer.", "encoder.").replace(
         "encoder.feature_projection.", "feature_projection."
     )
@@ -140,14 +142,26 @@ def from_torchaudio(name: str) -> str:
 
 
 def from_torchaudio_hubert(name: str) -> str:
-    """Our name of a parameter of torchaudio's HuBERT for pre-training."""
+    """Translate the name of a parameter of torchaudio's HuBERT for pre-training into ours."""
     if name.startswith("wav2vec2."):
         return "hubert." + from_torchaudio(name.removeprefix("wav2vec2."))
     return "hubert.masked_spec_embed" if name == "mask_generator.mask_embedding" else name.partition(".")[2]
 
 
 def contrastive_loss(context: Tensor, targets: Tensor, negatives: Tensor, *, temperature: float) -> Tensor:
-    """Transformers' formula on the masked frames alone: every negative is gathered, (K + 1, N, D)."""
+    """Compute the contrastive loss with Transformers' formula, but on the masked frames only.
+
+    All negatives are gathered into one tensor (K + 1, N, D).
+
+    Args:
+        context: (N, D) context vectors of the masked frames.
+        targets: (N, D) quantised targets.
+        negatives: (N, K) rows of `targets` to use as negatives.
+        temperature: Divisor of the cosine similarities.
+
+    Returns:
+        (N,) loss of each masked frame.
+    """
     gathered = targets[negatives].permute(1, 0, 2)
     candidates = torch.cat([targets[None], gathered])
     logits = torch.cosine_similarity(context.float(), candidates.float(), dim=-1).type_as(candidates) / temperature
@@ -158,7 +172,7 @@ def contrastive_loss(context: Tensor, targets: Tensor, negatives: Tensor, *, tem
 
 
 def transformers_quantizer(ours: GumbelQuantizer) -> Any:
-    """Transformers' quantiser with the weights of ours."""
+    """Return Transformers' Gumbel quantiser with the weights of our quantiser, on its device."""
     c_in, width = ours.weight_proj.in_features, ours.groups * ours.codevectors.shape[2]
     config = _transformers().Wav2Vec2Config(
         num_codevector_groups=ours.groups,
@@ -172,7 +186,7 @@ def transformers_quantizer(ours: GumbelQuantizer) -> Any:
 
 
 def gumbel_softmax_with(noise: Tensor) -> Callable[..., Tensor]:
-    """What stands for `F.gumbel_softmax` while a gate compares, so that the noise is the same everywhere."""
+    """Return a replacement for `F.gumbel_softmax` with given noise, so that all contenders see the same in the gate."""
 
     def gumbel_softmax(logits: Tensor, tau: float, hard: bool) -> Tensor:
         noisy = logits + noise.view_as(logits)
@@ -183,24 +197,30 @@ def gumbel_softmax_with(noise: Tensor) -> Callable[..., Tensor]:
 
 
 def integrate_and_fire_two_sums(x: Tensor, weights: Tensor, slots: int) -> Tensor:  # (B, T, C), (B, T) -> (B, S, C)
-    """The form that plain PyTorch implementations share, for weights of at most 1: a frame gives to one slot or two."""
+    """Integrate and fire as other PyTorch implementations do it: each frame contributes to one or two slots.
+
+    Args:
+        x: (B, T, C) frames.
+        weights: (B, T) weights, at most 1 each.
+        slots: Number of output slots per sequence, S.
+    """
     total = weights.double().cumsum(1)
     after = total.floor()
     before = F.pad(after[:, :-1], (1, 0))
     rest = torch.where(after > before, total - after, torch.zeros_like(total)).to(x.dtype)
-    row = torch.arange(len(x), device=x.device).unsqueeze(1) * (slots + 1)  # the last slot of each is left over
+    row = torch.arange(len(x), device=x.device).unsqueeze(1) * (slots + 1)  # with an extra slot, dropped below
     out = x.new_zeros(len(x) * (slots + 1), x.shape[2])
     out = out.index_add(
         0, (row + before.long()).flatten(), ((weights.to(x.dtype) - rest).unsqueeze(2) * x).flatten(0, 1)
     )
-    fires = (after > before).flatten().nonzero().squeeze(1)  # only these have a rest
+    fires = (after > before).flatten().nonzero().squeeze(1)  # frames that complete a slot
     second = rest.flatten()[fires].unsqueeze(1) * x.flatten(0, 1)[fires]
     out = out.index_add(0, (row + after.long()).flatten()[fires], second)
     return out.view(len(x), slots + 1, -1)[:, :slots]
 
 
 def integrate_and_fire_product(x: Tensor, weights: Tensor, slots: int) -> Tensor:  # (B, T, C), (B, T) -> (B, S, C)
-    """A product with the dense matrix of what every frame gives to every slot, (B, S, T)."""
+    """Integrate and fire as a product with the dense matrix of contributions of frames to slots, (B, S, T)."""
     after = weights.double().cumsum(1)
     before = F.pad(after[:, :-1], (1, 0))
     slot = torch.arange(slots, device=x.device, dtype=after.dtype).unsqueeze(1)
@@ -209,29 +229,36 @@ def integrate_and_fire_product(x: Tensor, weights: Tensor, slots: int) -> Tensor
 
 
 def compile_everywhere() -> None:
-    """Let `torch.compile` take part where it compiles for minutes, too."""
+    """Include `torch.compile` in all comparisons, even where compiling takes minutes."""
     global _compiles_everywhere
     _compiles_everywhere = True
 
 
 def add_compiled(contenders: Contenders, device: torch.device, make: Callable[[], Entry], *, quick: bool) -> None:
-    """Transformers under `torch.compile`: on a GPU and where it compiles quickly; elsewhere it is noted as left out."""
+    """Add Transformers under `torch.compile` on a GPU or if it compiles quickly, else note it as skipped.
+
+    Args:
+        contenders: Contenders to add it to.
+        device: Device of the comparison.
+        make: Builds the compiled contender.
+        quick: Whether compiling takes only seconds.
+    """
     name = "Transformers, torch.compile"
     if device.type == "cuda" or quick or _compiles_everywhere:
         contenders.add(name, *make())
     else:
-        contenders.skipped[name] = "compiling takes a minute and more; it takes part with --compiled"
+        contenders.skipped[name] = "compiling takes more than a minute; --compiled includes it"
 
 
 def compiled(model: nn.Module) -> Any:
-    """The model under `torch.compile`, sharing its parameters.
+    """Return the model under `torch.compile`; both share their parameters.
 
     Raises:
-        RuntimeError: There is no compiler to generate code with.
+        RuntimeError: No compiler is available to generate code.
     """
     return torch.compile(model, dynamic=False)
 
 
 def in_double(model: nn.Module) -> Any:
-    """A copy in fp64, in evaluation mode."""
+    """Return a copy of the model in fp64 and evaluation mode."""
     return copy.deepcopy(model).double().eval()

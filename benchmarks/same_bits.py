@@ -1,9 +1,9 @@
-"""Whether this checkout computes what another commit computed, to the bit: `python -m benchmarks.same_bits COMMIT`.
+"""Check that this checkout computes the same bits as another commit: `python -m benchmarks.same_bits COMMIT`.
 
-Both trees run the same programs, in one run of this one, on the CPU: every op with every backend that there is, our
-own encoders, other people's models after `accelerate`, and short training runs, some of which the other commit begins
-and this checkout finishes. Exit status 1 says that something differs. Only accelerated models may differ by up to 4 eps
-of their largest element; such results are counted apart.
+Both checkouts run the same programs on the CPU: every op with every available backend, our own encoders, other
+libraries' models after `accelerate`, and short training runs, some of which the other commit begins and this checkout
+finishes. Exit status 1 means that a result differs. Only accelerated models may differ, by at most 4 eps of their
+largest element; such results are counted separately.
 """
 
 import argparse
@@ -18,12 +18,24 @@ from benchmarks.bits.record import load
 from benchmarks.bits.runs import compare_runs
 from benchmarks.bits.trees import ROOT, Tree, check_out, finish
 
-#: What each part may differ by, in eps.
+#: Largest difference allowed in each part, in eps of a tensor's largest element.
 PARTS = {"ops": 0.0, "encoders": 0.0, "accelerated": 4.0, "runs": 0.0}
 
 
 def compare_part(part: str, before: Tree, after: Tree, folder: Path, *, match: str, updates: int) -> dict[str, Group]:
-    """Run the program of a part in both trees at the same time, and compare what they say."""
+    """Run the program of a part in both trees at the same time, and compare their records.
+
+    Args:
+        part: Name of the part, a key of `PARTS`.
+        before: Tree of the other commit.
+        after: Tree of this checkout.
+        folder: Folder for records and logs.
+        match: Compare only calls and runs whose name contains this text.
+        updates: Length of a training run; even.
+
+    Returns:
+        Groups of results by name.
+    """
     if part == "runs":
         return compare(*compare_runs(before, after, folder, match=match, updates=updates))
     files = {tree: folder / f"{part}-{tree.name}.pt" for tree in (before, after)}
@@ -39,13 +51,13 @@ def compare_part(part: str, before: Tree, after: Tree, folder: Path, *, match: s
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit status."""
+    """Run the command line and return the exit status: 0 if all results are equal, 1 if some differ."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("commit", help="what to compare with: a commit, or the folder of another checkout")
-    parser.add_argument("--only", action="append", choices=PARTS, help="compare this part alone; may be repeated")
+    parser.add_argument("commit", help="commit to compare with, or the folder of another checkout")
+    parser.add_argument("--only", action="append", choices=PARTS, help="compare only this part; may be repeated")
     parser.add_argument("--match", default="", help="compare only calls and runs whose name contains this text")
-    parser.add_argument("--updates", type=int, default=20, help="length of a run, even (default: 20)")
-    parser.add_argument("--modules", type=Path, help="folder with compiled modules of COMMIT, instead of building them")
+    parser.add_argument("--updates", type=int, default=20, help="updates per training run; must be even (default: 20)")
+    parser.add_argument("--modules", type=Path, help="folder with the compiled modules of COMMIT; skips building them")
     given = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="same-bits-") as name:
         folder = Path(name)

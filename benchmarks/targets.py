@@ -1,19 +1,19 @@
-"""What is promised: ratios within one run, for every row that `benchmarks.all` measures."""
+"""Performance targets for the rows of `benchmarks.all`: ratios between measurements of the same run."""
 
 from typing import NamedTuple
 
 
 class Target(NamedTuple):
-    """What one row has to reach.
+    """Target of one row.
 
     Args:
-        row: Its key in `ROWS` of the benchmarks.
-        work: As printed.
-        speed: Time of the rival over ours, at least.
-        against: How the rival's name begins; "" is the fastest of all.
-        memory: Peak memory of ours over that rival's, at most.
-        limit: Our time over that of the limit, at most.
-        share: (row, share): our time over ours in another row, at most.
+        row: Key of the row in a benchmark's `ROWS`.
+        work: Description of the work in the printed table.
+        speed: Lower limit of the rival's time divided by ours.
+        against: First part of the rival's name; the rival is the fastest such contender. "" allows all.
+        memory: Upper limit of our peak memory divided by the rival's.
+        limit: Upper limit of our time divided by the time of the row's first limit.
+        share: (other row, ratio): upper limit of our time divided by our time in the other row.
     """
 
     row: str

@@ -1,4 +1,4 @@
-"""Lengths of the batches that are measured, always the same ones, and batches of noise of these lengths."""
+"""The fixed sets of utterance lengths that all benchmarks use, and batches of noise with these lengths."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -14,7 +14,10 @@ FRAMES_PER_S = 50
 
 
 def read_speech(utterances: int) -> list[float]:
-    """Seconds, as in LibriSpeech: most 12 to 16 s, a tail from 1.5 s, at most 17 s; 12.2 s on average."""
+    """Return lengths in seconds like those of LibriSpeech: most from 12 to 16 s, some down to 1.5 s, none above 17 s.
+
+    The mean length is about 12.2 s.
+    """
     return _in_any_order(np.quantile(_read_speech_sample(), _middles(utterances)).tolist())
 
 
@@ -27,66 +30,67 @@ def _read_speech_sample() -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
 
 
 def short(utterances: int) -> list[float]:
-    """Seconds, evenly from 1 to 5 s: commands and turns of a conversation."""
+    """Return lengths in seconds spread evenly from 1 to 5 s, like commands and turns of a conversation."""
     return _in_any_order([1 + 4 * q for q in _middles(utterances)])
 
 
 def equal(utterances: int) -> list[float]:
-    """Seconds, all 15.6 s: nothing to pad."""
+    """Return lengths in seconds that are all 15.6 s, so that a batch needs no padding."""
     return [15.6] * utterances
 
 
 def long(utterances: int) -> list[float]:
-    """Seconds, all 60 s."""
+    """Return lengths in seconds that are all 60 s."""
     return [60.0] * utterances
 
 
 def even(utterances: int) -> list[float]:
-    """Seconds, evenly from 1.5 to 17 s: a batch drawn without sorting by length."""
+    """Return lengths in seconds spread evenly from 1.5 to 17 s, like a batch drawn without sorting by length."""
     return _in_any_order(np.linspace(1.5, 17, utterances).tolist())
 
 
 def after_compression(utterances: int) -> list[float]:
-    """Seconds, evenly from 25 to 200 frames: what is left after compression to a quarter."""
+    """Return lengths in seconds spread evenly over 25 to 200 frames of 20 ms, like sequences compressed fourfold."""
     return _in_any_order([(25 + 175 * q) / FRAMES_PER_S for q in _middles(utterances)])
 
 
-#: Seconds of 12 crops, on which every study here trains the tiny model.
+#: Lengths in seconds of the 12 crops that make up a batch of the tiny model in every study.
 CROPS = [4.0] * 12
-#: The batch on which the first profile was taken: 38 s of audio in 64 s of padded batch.
+#: Lengths in seconds of an uneven batch: 38 s of audio, 64 s when padded.
 FOUR_UNEVEN = [3.0, 16.0, 7.0, 12.0]
 
 
 def utterances_for(audio_s: float) -> int:
-    """How many utterances of `read_speech` make so much audio."""
+    """Return how many utterances of `read_speech` add up to about `audio_s` seconds."""
     return max(1, round(audio_s / float(_read_speech_sample().mean())))
 
 
 def frames(lengths_s: Sequence[float]) -> list[int]:
-    """Frames of a 50 Hz encoder for seconds of audio."""
+    """Return the number of frames of an encoder with 50 frames per second, for lengths in seconds."""
     return [max(1, (samples - 80) // 320) for samples in samples_of(lengths_s)]
 
 
 def samples_of(lengths_s: Sequence[float]) -> list[int]:
+    """Return the number of samples at 16 kHz, for lengths in seconds."""
     return [round(seconds * SAMPLE_RATE_HZ) for seconds in lengths_s]
 
 
 def waveforms(lengths_s: Sequence[float], device: torch.device) -> Packed:
-    """Noise of unit variance at 16 kHz, (N, 1)."""
+    """Return a packed batch of Gaussian noise with unit variance, (N, 1) fp32 at 16 kHz; always the same noise."""
     generator = torch.Generator().manual_seed(0)
     noise = [torch.randn(samples, 1, generator=generator) for samples in samples_of(lengths_s)]
     return Packed.pack(noise).to(device)
 
 
 def padded(batch: Packed) -> tuple[Tensor, Tensor]:  # (B, T), (B, T)
-    """The same waveforms padded, and Transformers' attention mask."""
+    """Return the same waveforms padded with zeros, and an int64 attention mask as Transformers takes it."""
     lengths = batch.layout.cu_seqlens.diff()
     mask = torch.arange(batch.layout.max_length, device=lengths.device) < lengths.unsqueeze(1)
     return batch.to_padded().squeeze(-1), mask.long()
 
 
 def padding_factor(lengths_s: Sequence[float]) -> float:
-    """Padded over valid audio."""
+    """Return the ratio of padded to valid audio if the utterances are padded to the longest."""
     return len(lengths_s) * max(lengths_s) / sum(lengths_s)
 
 

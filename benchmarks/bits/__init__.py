@@ -1,1 +1,1 @@
-"""What `benchmarks.same_bits` computes in each tree; only names of the public surface, which every commit has."""
+"""Programs that `benchmarks.same_bits` runs in each tree; they use only public names, which every commit has."""

@@ -1,4 +1,8 @@
-"""Models of Transformers and torchaudio after `accelerate`: `python -m benchmarks.bits.accelerated RESULTS MATCH`."""
+"""Record outputs and gradients of Transformers' and torchaudio's models after `accelerate`.
+
+Run it as `python -m benchmarks.bits.accelerated RESULTS MATCH`. RESULTS is the file to write; only calls whose name
+contains MATCH are made.
+"""
 
 import contextlib
 import sys
@@ -41,7 +45,7 @@ TINY: dict[str, Any] = {
 LARGE: dict[str, Any] = {"feat_extract_norm": "layer", "conv_bias": True, "do_stable_layer_norm": True}
 BUCKETS: dict[str, Any] = {"num_buckets": 20, "max_bucket_distance": 25}
 ADAPTER: dict[str, Any] = {"add_adapter": True, "output_hidden_size": 40, "num_adapter_layers": 2}
-#: Family of Transformers' classes, and what differs from TINY.
+#: For each variant, the family of Transformers' classes and the changes to TINY.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "wav2vec2 base": ("Wav2Vec2", {}),
     "wav2vec2 large": ("Wav2Vec2", LARGE),
@@ -98,7 +102,7 @@ TRAINED_ON = ("mixed", "extreme")
 
 
 def padded(lengths: list[int]) -> tuple[Tensor, Tensor]:  # (B, T), (B, T)
-    """Waveforms with zeros at the end, and their attention mask."""
+    """Return noise with these numbers of samples, padded with zeros at the end, and an int64 attention mask."""
     generator = torch.Generator().manual_seed(len(lengths))
     samples = torch.randn(len(lengths), max(lengths), generator=generator)
     mask = (torch.arange(max(lengths)) < torch.tensor(lengths).unsqueeze(1)).long()
@@ -106,7 +110,7 @@ def padded(lengths: list[int]) -> tuple[Tensor, Tensor]:  # (B, T), (B, T)
 
 
 def transformers_model(variant: str, head: str = "Model", **options: Any) -> Any:
-    """A model in evaluation mode, not yet accelerated."""
+    """Return a model of Transformers in evaluation mode, not yet accelerated."""
     import transformers
 
     family, settings = VARIANTS[variant]
@@ -118,7 +122,7 @@ def transformers_model(variant: str, head: str = "Model", **options: Any) -> Any
 
 
 def torchaudio_model(variant: str, **options: Any) -> Any:
-    """A model in evaluation mode, not yet accelerated."""
+    """Return a model of torchaudio in evaluation mode, not yet accelerated."""
     from torchaudio import models
 
     torch.manual_seed(0)
@@ -129,12 +133,13 @@ def torchaudio_model(variant: str, **options: Any) -> Any:
 
 
 def without_gradient(call: Callable[[], Any], *, autocast: bool = False) -> Any:
+    """Return the result of a call without gradients, optionally under bf16 autocast."""
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext():
         return call()
 
 
 def trained(model: nn.Module, call: Callable[[], Any], *, autocast: bool = False) -> dict[str, Any]:
-    """Outputs and gradients of a training step, dropout, masks and skipped layers drawn from a fixed seed."""
+    """Return outputs and gradients of a training step; dropout, masks and layer drop come from a fixed seed."""
     model.train()
     torch.manual_seed(7)
     np.random.seed(7)  # noqa: NPY002 - Transformers draws its masks from the global generator
@@ -143,6 +148,7 @@ def trained(model: nn.Module, call: Callable[[], Any], *, autocast: bool = False
 
 
 def compressor(kind: Any, factor: int | None = None) -> fastssl.nn.SequenceCompressor:
+    """Return a sequence compressor for frames of width 48, always with the same weights."""
     torch.manual_seed(3)
     made = fastssl.nn.SequenceCompressor(48, kind=kind, factor=factor)
     disturb(made)
@@ -150,6 +156,8 @@ def compressor(kind: Any, factor: int | None = None) -> fastssl.nn.SequenceCompr
 
 
 def transformers_results(record: Record) -> None:
+    """Add the results of all variants of Transformers' models to a record."""
+
     def forward(model: Any, lengths: list[int], **more: Any) -> Any:
         samples, mask = padded(lengths)
         samples = samples.to(next(model.parameters()).dtype)
@@ -194,7 +202,7 @@ def transformers_results(record: Record) -> None:
 
 
 def pre_trained(model: Any) -> dict[str, Any]:
-    """A step of wav2vec 2.0's pre-training as Transformers' own example writes it."""
+    """Return outputs and gradients of a wav2vec 2.0 pre-training step, called as in Transformers' example."""
     samples, mask = padded(BATCHES["mixed"])
     frames = [(length - 400) // 320 + 1 for length in BATCHES["mixed"]]
     masked = torch.zeros(3, max(frames), dtype=torch.bool)
@@ -211,12 +219,14 @@ def pre_trained(model: Any) -> dict[str, Any]:
 
 
 def opened(model: nn.Module) -> dict[str, Any]:
-    """What `load_encoder` makes of a model."""
+    """Return outputs and weights of the encoder that `load_encoder` makes of a model."""
     encoder = fastssl.load_encoder(model)
     return {"out": evaluate(encoder, waveforms((5000, 900, 3300))), "weights": encoder.state_dict()}
 
 
 def torchaudio_results(record: Record) -> None:
+    """Add the results of all variants of torchaudio's models to a record."""
+
     def forward(model: Any, lengths: list[int], **_: Any) -> Any:
         samples, _mask = padded(lengths)
         return model(samples.to(next(model.parameters()).dtype), torch.tensor(lengths))
@@ -246,7 +256,7 @@ def torchaudio_results(record: Record) -> None:
 
 
 def main() -> None:
-    torch.set_num_threads(1)  # two trees run beside each other
+    torch.set_num_threads(1)  # two trees run at the same time
     record = Record(sys.argv[2])
     transformers_results(record)
     torchaudio_results(record)

@@ -1,4 +1,4 @@
-"""Results of two trees, compared to the bit, and the table of what differs."""
+"""Compare the results of two trees bit by bit, and print a table of the differences."""
 
 from dataclasses import dataclass, field
 
@@ -7,22 +7,23 @@ from torch import Tensor
 
 from benchmarks.bits.record import Results
 
-#: Biases that the softmax, or a group norm, does not see: their gradients are 0, and what is computed is rounding.
+#: Biases to which the following softmax or group norm is invariant: their exact gradient is 0, the computed one is
+#: only rounding error.
 _ZERO_GRADIENTS = ("k_proj.bias", "conv_layers.0.conv.bias")
-#: Such a gradient is measured by the others where it is this much smaller.
+#: If such a gradient is smaller than this share of the largest one of its case, its error is relative to that one.
 _NEGLIGIBLE = 1e-4
 
 
 @dataclass
 class Group:
-    """What was found in the results of one group.
+    """Comparison of the results of one group.
 
     Args:
-        equal: Results that are equal in every bit.
-        refused: Of these, calls that both trees refuse.
-        close: Name -> difference in eps, of results within the tolerance.
-        different: Name -> what differs, of all others.
-        worst: The largest difference in eps.
+        equal: Number of results that are equal in every bit, or calls that both trees refuse with the same error type.
+        refused: Number of calls among these that both trees refuse.
+        close: Results that differ within the tolerance, by name, with the difference in eps.
+        different: All other results, by name, with a description of the difference.
+        worst: Largest difference in eps.
     """
 
     equal: int = 0
@@ -33,12 +34,15 @@ class Group:
 
 
 def compare(before: Results, after: Results, *, tolerance_eps: float = 0.0) -> dict[str, Group]:
-    """Compare by name; a group is what stands before the first slash of a name.
+    """Compare results by name, and group them by the part of the name before its first slash.
 
     Args:
-        before: Results of the tree that counts as right.
+        before: Results of the tree that serves as the reference.
         after: Results of the other tree.
-        tolerance_eps: Floating results may differ by this many eps of their dtype, relative to their largest element.
+        tolerance_eps: Difference allowed in floating-point results, in eps of the dtype times the largest element.
+
+    Returns:
+        The groups by name.
     """
     groups: dict[str, Group] = {}
     for name in before | after:
@@ -60,7 +64,7 @@ def compare(before: Results, after: Results, *, tolerance_eps: float = 0.0) -> d
 
 
 def table(title: str, groups: dict[str, Group], *, examples: int = 20) -> str:
-    """A row for every group, then names of what differs."""
+    """Format groups as a Markdown table, followed by up to `examples` names of differing and of close results each."""
     lines = [
         f"| {title} | results | equal | of these refused | within tolerance | differ | worst, eps |",
         "|---|---|---|---|---|---|---|",
@@ -83,7 +87,7 @@ def table(title: str, groups: dict[str, Group], *, examples: int = 20) -> str:
 
 
 def _difference(old: Tensor | str, new: Tensor | str, scale: float) -> tuple[str, float]:
-    """What differs in words, empty where nothing does, and by how many eps."""
+    """Describe the difference between two results in words (empty if they are equal), and return it in eps."""
     if isinstance(old, str) or isinstance(new, str):
         words = [x if isinstance(x, str) else f"a tensor {tuple(x.shape)}" for x in (old, new)]
         return ("" if words[0] == words[1] else f"{words[0][:200]} before, {words[1][:200]} after"), 0.0
@@ -102,7 +106,7 @@ def _difference(old: Tensor | str, new: Tensor | str, scale: float) -> tuple[str
 
 
 def _scale(name: str, results: Results) -> float:
-    """The largest element of a result, or of all gradients of its case where its own are rounding alone."""
+    """Return the largest element of a result, or of all gradients of its case if its own are only rounding error."""
     own = _largest(results[name])
     case, _, leaf = name.rpartition(".grad.")
     if not case or not leaf.endswith(_ZERO_GRADIENTS):
@@ -116,11 +120,11 @@ def _largest(x: Tensor | str) -> float:
 
 
 def _bits(x: Tensor) -> Tensor:
-    """Every byte, so that a NaN equals itself and the zeros of two signs differ."""
+    """View a tensor as bytes, so that NaN equals itself, and 0 and -0 differ."""
     return x.contiguous().reshape(-1).view(torch.uint8)
 
 
 def _elements(x: Tensor) -> Tensor:
-    """Floating numbers as whole numbers of the same bits."""
+    """View a floating-point tensor as integers with the same bits."""
     sizes = {2: torch.int16, 4: torch.int32, 8: torch.int64}
     return x.contiguous().view(sizes[x.element_size()])

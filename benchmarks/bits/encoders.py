@@ -1,4 +1,4 @@
-"""Our own encoders, outputs and gradients: `python -m benchmarks.bits.encoders RESULTS MATCH`."""
+"""Record outputs and gradients of our own encoders: `python -m benchmarks.bits.encoders RESULTS MATCH`."""
 
 import contextlib
 import json
@@ -67,7 +67,7 @@ BATCHES = {"one": (6000,), "mixed": (5000, 1900, 3300), "extreme": (9000, 0, 400
 
 
 def disturb(model: nn.Module) -> None:
-    """Move every parameter: one that is still as it was initialised hides what is done with it."""
+    """Add noise to every parameter; a parameter with its initial value (0 or 1) would hide errors in its use."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -75,12 +75,18 @@ def disturb(model: nn.Module) -> None:
 
 
 def waveforms(lengths: tuple[int, ...]) -> Packed:
+    """Return packed Gaussian noise, (N, 1) fp32, with these numbers of samples; always the same noise."""
     generator = torch.Generator().manual_seed(len(lengths))
     return Packed.pack([torch.randn(length, 1, generator=generator) for length in lengths])
 
 
 def make(name: str, **changes: Any) -> Any:
-    """An encoder in evaluation mode."""
+    """Return an encoder in evaluation mode.
+
+    Args:
+        name: Key of `VARIANTS` or `CONFORMERS`.
+        changes: Further fields of its config.
+    """
     torch.manual_seed(0)
     if name in CONFORMERS:
         encoder: Any = fastssl.ConformerEncoder(ConformerConfig(**CONFORMER | CONFORMERS[name] | changes))
@@ -91,18 +97,19 @@ def make(name: str, **changes: Any) -> Any:
 
 
 def call(encoder: Any, batch: Packed, **rate: Any) -> dict[str, Any]:
-    """What an encoder says of a batch."""
+    """Run an encoder, and return its outputs by name."""
     out = encoder(batch, **rate)
     return {"features": out.features, "hidden_states": out.hidden_states, "compressed": out.compressed}
 
 
 def evaluate(encoder: Any, batch: Packed, **rate: Any) -> dict[str, Any]:
+    """Run an encoder without gradients, and return its outputs by name."""
     with torch.no_grad():
         return call(encoder, batch, **rate)
 
 
 def train(encoder: Any, batch: Packed, *, autocast: bool = False, **rate: Any) -> dict[str, Any]:
-    """Outputs and gradients of a training step under a fixed seed, those of the waveforms included."""
+    """Return outputs and gradients of a training step under a fixed seed, including the gradient of the waveforms."""
     torch.manual_seed(7)
     encoder.train()
     heard = Packed(batch.values.clone().requires_grad_(), batch.layout)
@@ -112,7 +119,7 @@ def train(encoder: Any, batch: Packed, *, autocast: bool = False, **rate: Any) -
 
 
 def saved(encoder: Any) -> dict[str, Any]:
-    """What a saved encoder says when it is opened again, its weights and its config."""
+    """Save an encoder and load it again; return the outputs and weights of the loaded one, and the saved config."""
     with tempfile.TemporaryDirectory() as folder:
         encoder.save_pretrained(folder)
         again = fastssl.load_encoder(folder)
@@ -121,7 +128,7 @@ def saved(encoder: Any) -> dict[str, Any]:
 
 
 def main() -> None:
-    torch.set_num_threads(1)  # two trees run beside each other
+    torch.set_num_threads(1)  # two trees run at the same time
     record = Record(sys.argv[2])
     for name in (*VARIANTS, *CONFORMERS):
         record.attempt(f"{name}/initial weights", make(name).state_dict)

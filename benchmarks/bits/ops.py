@@ -1,4 +1,4 @@
-"""Every op, forward and backward: `python -m benchmarks.bits.ops RESULTS MATCH`."""
+"""Record outputs and gradients of every op with every backend: `python -m benchmarks.bits.ops RESULTS MATCH`."""
 
 import os
 import sys
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
-os.environ.setdefault("TRITON_INTERPRET", "1")  # read when fastssl is imported; a GPU is not looked for here
+os.environ.setdefault("TRITON_INTERPRET", "1")  # must be set before fastssl is imported; no GPU is used
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ LAYOUTS = {
     "empty sequences": (0, 17, 0, 30),
     "empty batch": (),
 }
-#: Triton's interpreter takes seconds for what a kernel does at once.
+#: Layouts for Triton's interpreter, which takes seconds for work that a kernel does at once.
 INTERPRETED_LAYOUTS = {"small": (19, 1, 0, 12)}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 BACKENDS = ("reference", "native", "torch", None)
@@ -49,12 +49,12 @@ DROPOUT: dict[str, dict[str, Any]] = {
 
 
 class Case(NamedTuple):
-    """An op with options.
+    """An op with fixed options.
 
     Args:
-        make: Inputs for N frames, in float64.
-        call: The op; takes inputs, layout and backend.
-        keep: Inputs that stay in fp32 whatever the dtype of the others.
+        make: Returns the inputs for N frames, in fp64.
+        call: Calls the op with inputs, layout and backend.
+        keep: Names of inputs that stay in fp32, whatever the dtype of the others.
     """
 
     make: Callable[[int], Inputs]
@@ -67,7 +67,7 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 
 
 def conv_inputs(n: int, channels: int, kernel: int) -> Inputs:
-    """Of a convolution to 8 channels with everything that a norm takes."""
+    """Return inputs of a convolution from `channels` to 8 channels, with the parameters of a norm."""
     return {
         "x": randn(n, channels),
         "weight": randn(8, channels, kernel),
@@ -101,7 +101,7 @@ def stack(inputs: Inputs, layout: Layout, backend: str | None, *, norm: str) -> 
 
 
 def attention_inputs(n: int, width: int = 32) -> Inputs:
-    """q, k and v as views of one tensor, as a fused projection leaves them."""
+    """Return inputs of attention; q, k and v are in one tensor, as a fused projection returns them."""
     return {"qkv": randn(n, 3, 2, width), "distance_bias": randn(2, 9), "gate": randn(n, 2)}
 
 
@@ -175,7 +175,7 @@ def fire(inputs: Inputs, layout: Layout, backend: str | None, *, threshold: floa
 
 
 def cases() -> Iterator[tuple[str, str, Case]]:
-    """(op, options in words, case)."""
+    """Yield all cases as (name of the op, description of the options, case)."""
     for channels, kernel, stride in ((1, 10, 5), (6, 3, 2)):
         for words, norm in NORMS.items():
             make = partial(conv_inputs, channels=channels, kernel=kernel)
@@ -214,7 +214,7 @@ def cases() -> Iterator[tuple[str, str, Case]]:
 
 
 def run(case: Case, lengths: tuple[int, ...], dtype: torch.dtype, backend: str | None) -> dict[str, Any]:
-    """Outputs and gradients of one call."""
+    """Return outputs and gradients of one call, with dropout under a fixed seed."""
     torch.manual_seed(0)
     leaves = {
         name: x.to(torch.float32 if name in case.keep else dtype).requires_grad_()

@@ -1,4 +1,4 @@
-"""Results of one tree by name, as they are written to a file and compared with those of another."""
+"""Collect the results of one tree by name, and write them to a file for comparison with another tree."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,10 +13,10 @@ Results = dict[str, Tensor | str]
 
 
 class Record:
-    """Collects results by name: tensors to the bit, everything else as text.
+    """Collects results by name: tensors bit by bit, all other values as text.
 
     Args:
-        match: Calls whose name does not contain this text are skipped.
+        match: Skip calls whose name does not contain this text.
     """
 
     def __init__(self, match: str = "") -> None:
@@ -24,7 +24,7 @@ class Record:
         self.results: Results = {}
 
     def add(self, name: str, value: Any) -> None:
-        """Take in a value, and what it is made of under longer names; None is left out."""
+        """Add a value; items of containers get longer names, and None is left out."""
         if value is None:
             return
         if isinstance(value, Tensor):
@@ -42,7 +42,7 @@ class Record:
             self.results[name] = str(value)
 
     def attempt(self, name: str, call: Callable[[], Any]) -> None:
-        """Take in what a call returns, or the kind of its error: a refusal is a result too, its words are not."""
+        """Add the result of a call, or the type of the error it raises; the error's message does not count."""
         if self.match not in name:
             return
         try:
@@ -53,18 +53,21 @@ class Record:
             self.add(name, value)
 
     def save(self, path: str | Path) -> None:
-        """Write everything to a file."""
+        """Write all results to a file that `load` reads."""
         torch.save(self.results, path)
 
 
 def load(path: Path) -> Results:
-    """Read what `Record.save` wrote."""
+    """Read the results that `Record.save` wrote."""
     results: Results = torch.load(path, weights_only=True)
     return results
 
 
 def score(value: Any) -> Tensor:
-    """A weighted sum () of all floating tensors in a result, whose weights leave no direction out by symmetry."""
+    """Return a weighted sum, () fp64, of all tensors in a result that require gradients.
+
+    The weights are irregular, so that no direction of the gradient cancels by symmetry.
+    """
     total = torch.zeros((), dtype=torch.float64)
     for x in _differentiable(value):
         weights = torch.sin(torch.arange(x.numel(), dtype=torch.float64) + 1).reshape(x.shape)
@@ -83,7 +86,7 @@ def _differentiable(value: Any) -> list[Tensor]:
 
 
 def with_gradients(call: Callable[[], Any], leaves: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What a call returns, and the gradients of a sum of it by the name of the leaf."""
+    """Return the result of a call as "out", and the gradients of its `score` by name of the leaf as "grad"."""
     value = call()
     wanted = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
     total = score(value)

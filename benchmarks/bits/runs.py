@@ -1,4 +1,4 @@
-"""Short runs by the command line of each tree; one tree begins the tiny recipes and the other finishes them."""
+"""Short runs with each tree's command line; runs of tiny recipes that one tree begins are finished by the other too."""
 
 import csv
 import json
@@ -17,18 +17,18 @@ from safetensors.torch import load_file
 from benchmarks.bits.record import Record, Results
 from benchmarks.bits.trees import Tree
 
-#: Of every run: short crops of few recordings, no processes but its own.
+#: Options of every run: short crops of few recordings, no worker processes.
 _OPTIONS = (
     *("--trainer.log_every", "1", "--trainer.accelerator", "cpu", "--trainer.progress", "false"),
     *("--data.max_duration_s", "9", "--data.crop_s", "3", "--data.valid", "0.1", "--data.num_workers", "0"),
 )
-#: A student as wide as the teacher in `teacher.py`, of a recipe for large ones.
+#: Options that shrink the student of a large recipe to the size of the teacher in `teacher.py`.
 _TINY_STUDENT = (
     *("--model.hidden_size", "192", "--model.num_hidden_layers", "6", "--model.num_attention_heads", "4"),
     *("--model.intermediate_size", "768", "--model.conv_dim", "[128,128,128,128,128,128,128]"),
     *("--model.num_conv_pos_embeddings", "32", "--model.num_conv_pos_embedding_groups", "8"),
 )
-#: What a clock decides.
+#: Columns of the metrics that depend on the clock.
 _TIMED_COLUMNS = {"audio_s_per_s"}
 
 
@@ -36,8 +36,8 @@ class Run(NamedTuple):
     """A training run.
 
     Args:
-        recipe: A name in the package.
-        options: More options; CORPUS, TEACHER, LABELS and SEGMENTS stand for the folders.
+        recipe: Name of a recipe in the package.
+        options: Further options; CORPUS, TEACHER, LABELS and SEGMENTS stand for the respective folders.
     """
 
     recipe: str
@@ -45,11 +45,11 @@ class Run(NamedTuple):
 
     @property
     def command(self) -> str:
-        """Of the command line."""
+        """Name of the fastssl command that runs the recipe."""
         return "distill" if self.recipe.startswith("distil") else "pretrain"
 
 
-#: Every tiny recipe is run by itself, and resumed; these are run too.
+#: Further runs, in addition to every tiny recipe; they are not resumed.
 VARIATIONS = {
     "hubert-tiny, labels and segments": Run(
         "hubert-tiny",
@@ -68,26 +68,26 @@ VARIATIONS = {
 
 
 def runs_of(recipes: Path, match: str) -> dict[str, Run]:
-    """Every tiny recipe in a folder and the variations, where the name contains a text."""
+    """Return all runs whose name contains `match`: the tiny recipes in a folder, and the variations."""
     tiny = {path.stem: Run(path.stem) for path in sorted(recipes.glob("*-tiny*.yaml"))}
     return {name: run for name, run in (tiny | VARIATIONS).items() if match in name}
 
 
 def compare_runs(before: Tree, after: Tree, folder: Path, *, match: str, updates: int) -> tuple[Results, Results]:
-    """Make every run in both trees, and finish in `after` a copy of each run that `before` made half of.
+    """Run everything in both trees, and let `after` finish copies of half-finished runs of `before`.
 
     Args:
-        before: The tree that counts as right.
+        before: Tree that serves as the reference.
         after: The other tree.
-        folder: For everything that is written.
-        match: Runs whose name does not contain this text are skipped.
-        updates: Length of a run; even.
+        folder: Folder for all files.
+        match: Skip runs whose name does not contain this text.
+        updates: Number of updates per run; even.
 
     Returns:
         Results of `before` and of `after`.
 
     Raises:
-        RuntimeError: A run of `before` fails; one of `after` that fails is a result.
+        RuntimeError: A run of `before` fails. A failure of `after` is recorded as a result instead.
     """
     places = {name: folder / name.lower() for name in ("CORPUS", "TEACHER", "LABELS", "SEGMENTS")}
     spoken = ("--minutes", "2", "--seed", "0", "--speakers", "4")
@@ -115,7 +115,7 @@ def compare_runs(before: Tree, after: Tree, folder: Path, *, match: str, updates
 
 
 def _evaluate(tree: Tree, places: dict[str, Path], folder: Path, record: Record) -> None:
-    """Labels from MFCC for HuBERT, segments from the teacher's layers for a compressor, features and quality."""
+    """Record labels of MFCC (for HuBERT), segments of a teacher's layer (for compressors), features and quality."""
     teacher, corpus = places["TEACHER"], places["CORPUS"]
     device = ("--device", "cpu")
     segments = ("--model", teacher, "--layer", "3", "--segment_ms", "90", "--clusters", "20")
@@ -131,7 +131,7 @@ def _evaluate(tree: Tree, places: dict[str, Path], folder: Path, record: Record)
     output = folder / f"{tree.name}-quality.json"
     tree.run("fastssl", "quality", teacher, corpus, "--output", output, "--minutes", "1", *device, log=_log(output))
     quality = json.loads(output.read_text())
-    del quality["versions"]  # has the commit
+    del quality["versions"]  # contains the commit, which differs
     record.add("fastssl quality/numbers", quality)
 
 
@@ -188,7 +188,13 @@ def _failure_is_a_result(record: Record, name: str) -> Iterator[None]:
 
 
 def rewind(run: Path, copy: Path, updates: int) -> None:
-    """Copy a finished run to where it was half way: its last checkpoint becomes the one kept there."""
+    """Copy a finished run and set the copy back to half of its updates, with the checkpoint of that time as the last.
+
+    Args:
+        run: Folder of the finished run, with checkpoints of updates `updates // 2` and `updates`.
+        copy: Folder to create.
+        updates: Number of updates of the run.
+    """
     shutil.copytree(run, copy)
     checkpoints = copy / "checkpoints"
     (checkpoints / f"{updates // 2:07d}.ckpt").replace(checkpoints / "last.ckpt")
@@ -196,7 +202,7 @@ def rewind(run: Path, copy: Path, updates: int) -> None:
 
 
 def results_of(run: Path) -> dict[str, object]:
-    """What a run leaves that does not depend on the clock: weights, optimiser, metrics, the exported encoder."""
+    """Read the results of a run that do not depend on the clock: weights, optimiser, metrics, exported encoder."""
     checkpoint = torch.load(run / "checkpoints" / "last.ckpt", map_location="cpu", weights_only=True)
     with (run / "metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))

@@ -1,4 +1,4 @@
-"""A teacher for students, with random weights: `python -m benchmarks.bits.teacher FOLDER`."""
+"""Write a teacher with random weights for the distillation runs: `python -m benchmarks.bits.teacher FOLDER`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Two trees of the package beside each other: this checkout, and another commit or checkout."""
+"""Run programs in several trees of the package: this checkout, and another commit or checkout."""
 
 import hashlib
 import io
@@ -14,12 +14,12 @@ _COMPILED = ("*.so", "_build_report.json")
 
 
 class Tree:
-    """A package, and a folder from which Python imports it together with the benchmarks of this checkout.
+    """A folder in which Python imports the package of one checkout and the benchmarks of this checkout.
 
     Args:
-        name: For messages.
+        name: Name for messages.
         checkout: Folder that contains `fastssl/`.
-        folder: Made here; programs run in it.
+        folder: Folder to create; programs run in it.
     """
 
     def __init__(self, name: str, checkout: Path, folder: Path) -> None:
@@ -30,8 +30,8 @@ class Tree:
         (folder / "benchmarks").symlink_to(ROOT / "benchmarks")
 
     def start(self, *arguments: str | Path, log: Path) -> subprocess.Popen[bytes]:
-        """Start `python -m ARGUMENTS` with one thread, what it says going to a file."""
-        # Threads that wait must not take the cores from the other tree.
+        """Start `python -m ARGUMENTS` with one thread, and write its output to the file `log`."""
+        # Waiting threads must not spin: the other tree needs the cores.
         settings = {"PYTHONPATH": str(self.folder), "OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "0"}
         with log.open("wb") as output:
             return subprocess.Popen(
@@ -43,19 +43,24 @@ class Tree:
             )
 
     def run(self, *arguments: str | Path, log: Path) -> None:
-        """Run it to its end.
+        """Run `python -m ARGUMENTS` to its end, and write its output to the file `log`.
 
         Raises:
-            RuntimeError: It fails; has the end of what it said.
+            RuntimeError: The program fails; the message ends with the last 3000 characters of its output.
         """
         finish(self.start(*arguments, log=log), f"{self.name}: {' '.join(map(str, arguments))}", log)
 
 
 def finish(process: subprocess.Popen[bytes], what: str, log: Path) -> None:
-    """Wait for a process.
+    """Wait for a process; kill it if waiting is interrupted.
+
+    Args:
+        process: Process to wait for.
+        what: Description of the process for the error message.
+        log: File with its output.
 
     Raises:
-        RuntimeError: It fails.
+        RuntimeError: The exit status is not 0; the message ends with the last 3000 characters of the output.
     """
     try:
         status = process.wait()
@@ -67,12 +72,17 @@ def finish(process: subprocess.Popen[bytes], what: str, log: Path) -> None:
 
 
 def check_out(commit: str, folder: Path, *, modules: Path | None) -> None:
-    """Write a commit's files into a folder, with compiled modules.
+    """Write a commit's files and its compiled modules into a folder.
 
-    They are copied from `modules`, or from this checkout where both have the same sources, and built otherwise.
+    The compiled modules are copied from `modules`, else from this checkout if its sources are the same, else built.
+
+    Args:
+        commit: Commit to write.
+        folder: Folder to write to.
+        modules: Folder with compiled modules of the commit.
 
     Raises:
-        ValueError: Git does not know the commit, or `modules` contains none.
+        ValueError: Git does not know the commit, or `modules` contains no compiled module.
     """
     archive = subprocess.run(["git", "archive", commit], cwd=ROOT, capture_output=True, check=False)
     if archive.returncode != 0:
@@ -99,7 +109,7 @@ def check_out(commit: str, folder: Path, *, modules: Path | None) -> None:
 
 
 def sources_digest(checkout: Path) -> str:
-    """Of everything that decides what the compiled modules are."""
+    """Return a SHA-256 hash of all files that determine the compiled modules of a checkout."""
     digest = hashlib.sha256()
     for folder in ("csrc", "_build"):
         for path in sorted((checkout / folder).rglob("*")):

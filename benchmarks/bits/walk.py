@@ -1,7 +1,9 @@
-"""What a one-update `pretrain` and an accelerated model execute: `python -m benchmarks.bits.walk RESULTS`.
+"""Record the functions that a one-update `pretrain` and an accelerated model call.
 
-A module counts where a function, method or lambda that is written in it is called, be it by an import; the bodies of
-modules and classes do not count. The package is imported while it is watched.
+Run it as `python -m benchmarks.bits.walk FILE`, where FILE is the JSON file to write.
+
+A module counts if one of its functions, methods or lambdas is called, even during an import; the bodies of modules and
+classes do not count. The package is first imported while it is being watched.
 """
 
 import importlib.util
@@ -28,17 +30,17 @@ _OPTIONS = (
     *("--trainer.progress", "false", "--data.valid", "0", "--data.num_workers", "0", "--data.max_duration_s", "9"),
 )
 _PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "matmul", "linear", "conv1d", "einsum"}
-Function = tuple[str, str]  # module and qualified name
+Function = tuple[str, str]  # (path of the module, qualified name)
 
 
 class Walk:
-    """Watches one thread: which functions of the package run, and which are active at certain moments."""
+    """Profile function for one thread: records the package's functions that run, and its stack at certain moments."""
 
     def __init__(self) -> None:
-        #: Of the whole, and of the stretch from `training_step` to clipping.
+        #: Functions called in total, and between `training_step` and clipping.
         self.called: dict[Function, None] = {}
         self.in_step: dict[Function, None] = {}
-        #: Moment -> functions of the package on the stack when it first came, outermost first.
+        #: For each moment, the package's functions on the stack at its first occurrence, outermost first.
         self.stacks: dict[str, list[Function]] = {}
         self._names: dict[CodeType, Function | None] = {}
         self._step = False
@@ -77,11 +79,11 @@ class Walk:
             self.stacks[name] = list(dict.fromkeys(function for function in reversed(active) if function))
 
     def _function(self, code: CodeType) -> Function | None:
-        """Of the package, and neither the body of a module nor of a class."""
+        """Return the function of this code; None if it is outside of the package, or a module's or class's body."""
         if code not in self._names:
             path = Path(code.co_filename).resolve()
             ours = bool(code.co_flags & inspect.CO_OPTIMIZED) and path.is_relative_to(_PACKAGE)
-            name = getattr(code, "co_qualname", code.co_name)  # which Python 3.10 lacks
+            name = getattr(code, "co_qualname", code.co_name)  # Python 3.10 has no co_qualname
             self._names[code] = (str(path.relative_to(_PACKAGE)), name) if ours else None
         return self._names[code]
 
@@ -94,6 +96,7 @@ def _frames(frame: FrameType | None) -> Iterator[FrameType]:
 
 @contextmanager
 def watched() -> Iterator[Walk]:
+    """Record the function calls inside a `with` block."""
     walk = Walk()
     sys.setprofile(walk)
     try:
@@ -103,7 +106,7 @@ def watched() -> Iterator[Walk]:
 
 
 def pretrain(folder: Path) -> Walk:
-    """Watch a run of one update on noise."""
+    """Record the calls of `fastssl pretrain` for one update on noise, written into `folder`."""
     random = np.random.default_rng(0)
     (folder / "corpus").mkdir()
     for index in range(6):
@@ -114,12 +117,12 @@ def pretrain(folder: Path) -> Walk:
 
         status = cli.main(["pretrain", str(folder / "corpus"), "--output", str(folder / "run"), *_OPTIONS])
     if status != 0:
-        raise RuntimeError(f"fastssl pretrain: exit status {status}")
+        raise RuntimeError(f"fastssl pretrain: failed with exit status {status}; see its output above")
     return walk
 
 
 def accelerated() -> tuple[Walk, Walk]:
-    """Watch `accelerate` itself, and the first call of the model after it."""
+    """Record the calls of `accelerate` itself, and those of the accelerated model's first forward pass."""
     import transformers
 
     import fastssl

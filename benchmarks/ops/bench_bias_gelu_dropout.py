@@ -1,4 +1,4 @@
-"""`bias_gelu_dropout`: `python -m benchmarks.ops.bench_bias_gelu_dropout --device cpu|cuda [--only ROW]`."""
+"""Measure `bias_gelu_dropout`: `python -m benchmarks.ops.bench_bias_gelu_dropout --device cpu|cuda [--only ROW]`."""
 
 from functools import partial
 
@@ -14,7 +14,10 @@ from fastssl.kernels import philox
 
 
 def forward_and_backward(device: torch.device, *, dropout_p: float) -> Row:
-    """Within the feed-forward layers of a base model: one minute in fp32 on the CPU, 800 s in bf16 on a GPU."""
+    """Measure the op at the size of a base model's feed-forward layers.
+
+    The frames are those of one minute of audio in fp32 on the CPU, and of 800 s in bf16 on a GPU.
+    """
     N, D = (3000, 3072) if device.type == "cpu" else (40_000, 3072)
     dtype, tolerance = (torch.float32, 1e-4) if device.type == "cpu" else (torch.bfloat16, 0.05)
     generator = torch.Generator().manual_seed(0)
@@ -45,7 +48,7 @@ def forward_and_backward(device: torch.device, *, dropout_p: float) -> Row:
     contenders.add("plain PyTorch", lambda: gradients(plain(x, bias), x, bias), plain_with_our_mask)
     contenders.add("plain PyTorch, torch.compile", lambda: gradients(compiled(x, bias), x, bias), plain_with_our_mask)
     tensor_bytes = N * D * x.element_size()
-    # Forward: x in, out out. Backward: x and the gradient in, a gradient out.
+    # Forward reads x and writes out. Backward reads x and the gradient, and writes a gradient.
     return compare(
         f"bias, GELU, dropout {dropout_p} forward and backward, {N} x {D}",
         contenders,

@@ -1,4 +1,4 @@
-"""`contrastive_loss`: `python -m benchmarks.ops.bench_contrastive_loss --device cpu|cuda [--only ROW]`."""
+"""Measure `contrastive_loss`: `python -m benchmarks.ops.bench_contrastive_loss --device cpu|cuda [--only ROW]`."""
 
 from collections.abc import Callable
 from functools import partial
@@ -16,7 +16,7 @@ _TEMPERATURE = 0.1
 
 
 def forward_and_backward(device: torch.device) -> Row:
-    """Masked frames of two utterances, 900 in all, on the CPU; those of 800 s of audio on a GPU."""
+    """Measure the op on 900 masked frames of two utterances on the CPU, or on those of 800 s of audio on a GPU."""
     K, D = 100, 256
     if device.type == "cpu":
         masked = [520, 380]
@@ -24,7 +24,7 @@ def forward_and_backward(device: torch.device) -> Row:
         masked = [round(0.49 * n) for n in workloads.frames(workloads.read_speech(workloads.utterances_for(800)))]
     N = sum(masked)
     generator = torch.Generator().manual_seed(0)
-    codes = torch.randn(2000, D, generator=generator)  # fewer than frames pairs: some negatives equal the target
+    codes = torch.randn(2000, D, generator=generator)  # few enough that some negatives equal the target
     context = torch.randn(N, D, generator=generator).to(device).requires_grad_()
     targets = codes[torch.randint(2000, (N,), generator=generator)].to(device).requires_grad_()
     firsts = [0, *accumulate(masked)]

@@ -1,4 +1,4 @@
-"""`dropout_add_layer_norm`: `python -m benchmarks.ops.bench_dropout_add_layer_norm --device cpu|cuda [--only ROW]`."""
+"""Measure `dropout_add_layer_norm`: `python -m benchmarks.ops.bench_dropout_add_layer_norm --device cpu|cuda`."""
 
 from functools import partial
 
@@ -14,7 +14,10 @@ from fastssl.kernels import philox
 
 
 def forward_and_backward(device: torch.device, *, dropout_p: float) -> Row:
-    """Frames of a base model: one minute in fp32 on the CPU, 800 s in bf16 on a GPU."""
+    """Measure the op at the width of a base model.
+
+    The frames are those of one minute of audio in fp32 on the CPU, and of 800 s in bf16 on a GPU.
+    """
     N, D = (3000, 768) if device.type == "cpu" else (40_000, 768)
     dtype, tolerance = (torch.float32, 1e-4) if device.type == "cpu" else (torch.bfloat16, 0.05)
     generator = torch.Generator().manual_seed(0)
@@ -51,7 +54,8 @@ def forward_and_backward(device: torch.device, *, dropout_p: float) -> Row:
     contenders.add("plain PyTorch", lambda: gradients(plain(*leaves), leaves), plain_with_our_mask)
     contenders.add("plain PyTorch, torch.compile", lambda: gradients(compiled(*leaves), leaves), plain_with_our_mask)
     tensor_bytes = N * D * x.element_size()
-    # Forward: x and residual in, out out. Backward: those and the gradient in, one gradient out, two with dropout.
+    # Forward reads x and residual and writes out. Backward reads both and the gradient, and writes one gradient, or
+    # two with dropout.
     tensors = 8 if dropout_p > 0 else 7
     return compare(
         f"dropout {dropout_p}, add, layer norm forward and backward, {N} x {D}",

@@ -1,4 +1,4 @@
-"""`gumbel_quantize`: `python -m benchmarks.ops.bench_gumbel_quantize --device cpu|cuda [--only ROW]`."""
+"""Measure `gumbel_quantize`: `python -m benchmarks.ops.bench_gumbel_quantize --device cpu|cuda [--only ROW]`."""
 
 from functools import partial
 from typing import Any
@@ -19,7 +19,7 @@ _TEMPERATURE = 2.0
 
 
 def forward_and_backward(device: torch.device) -> Row:
-    """The whole quantiser, from frames to vectors and perplexity with fresh noise, and back to all gradients; fp32."""
+    """Measure the whole quantiser in fp32: frames to code vectors and perplexity, with new noise, and all gradients."""
     M, C, G, V, width = (900 if device.type == "cpu" else 20_000), 512, 2, 320, 256
     torch.manual_seed(0)
     module = GumbelQuantizer(C, groups=G, codes=V, width=width).to(device)

@@ -1,4 +1,4 @@
-"""`integrate_and_fire`: `python -m benchmarks.ops.bench_integrate_and_fire --device cpu|cuda [--only ROW]`."""
+"""Measure `integrate_and_fire`: `python -m benchmarks.ops.bench_integrate_and_fire --device cpu|cuda [--only ROW]`."""
 
 from collections.abc import Callable
 from functools import partial
@@ -14,7 +14,10 @@ from fastssl.packing import Layout, Packed
 
 
 def forward_and_backward(device: torch.device) -> Row:
-    """Equal lengths, which plain PyTorch needs to be at its best; fp32 on the CPU, bf16 on a GPU."""
+    """Measure the op on sequences of equal length, in fp32 on the CPU and in bf16 on a GPU.
+
+    Equal lengths are the best case of plain PyTorch, because it needs no padding.
+    """
     B, T, C = (8, 750, 512) if device.type == "cpu" else (64, 750, 512)
     dtype, tolerance = (torch.float32, 1e-4) if device.type == "cpu" else (torch.bfloat16, 0.05)
     generator = torch.Generator().manual_seed(0)
@@ -49,12 +52,12 @@ def forward_and_backward(device: torch.device) -> Row:
     contenders.add("plain PyTorch, dense product", *padded(rivals.integrate_and_fire_product))
     product = torch.compile(rivals.integrate_and_fire_product, dynamic=False)
     contenders.add("plain PyTorch, dense product, torch.compile", *padded(product))
-    # Forward: x in, out out. Backward: the gradient and x in, the gradient of x out.
+    # Forward reads x and writes out. Backward reads the gradient and x, and writes the gradient of x.
     frame_bytes = C * x.element_size()
     moved = (3 * layout.total + 2 * layout_out.total) * frame_bytes
     footprint = 2 * (layout.total + layout_out.total) * frame_bytes
     return compare(
-        f"integrate_and_fire forward and backward, {B} x {T} frames x {C}, {layout_out.total} come out",
+        f"integrate_and_fire forward and backward, {B} x {T} frames x {C} to {layout_out.total} frames",
         contenders,
         reference=lambda: ours("reference", x.detach().double().requires_grad_()),
         tolerance=tolerance,

@@ -1,4 +1,4 @@
-"""`positional_conv`: `python -m benchmarks.ops.bench_positional_conv --device cpu|cuda [--only ROW]`."""
+"""Measure `positional_conv`: `python -m benchmarks.ops.bench_positional_conv --device cpu|cuda [--only ROW]`."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -17,7 +17,13 @@ D, K, GROUPS = 768, 128, 16
 
 
 def forward_and_backward(title: str, lengths_s: Sequence[float], device: torch.device) -> Row:
-    """The width, taps and groups of a base model; fp32 on the CPU, bf16 on a GPU."""
+    """Measure the op with width, taps and groups of a base model, in fp32 on the CPU and in bf16 on a GPU.
+
+    Args:
+        title: Name of the lengths, for the title of the row.
+        lengths_s: Lengths of the utterances in seconds.
+        device: Device to measure on.
+    """
     dtype, tolerance = (torch.float32, 1e-4) if device.type == "cpu" else (torch.bfloat16, 0.05)
     layout = Layout.from_lengths(workloads.frames(lengths_s), device=device)
     generator = torch.Generator().manual_seed(0)
@@ -45,7 +51,7 @@ def forward_and_backward(title: str, lengths_s: Sequence[float], device: torch.d
         def check() -> Outputs:
             out, grad_x, grad_weight, grad_bias = run()
             valid = [Packed.from_padded(padded, layout.lengths).values for padded in (out, grad_x)]
-            # The gradient is zero in the padding, so the parameters' gradients are those of the valid frames.
+            # The output's gradient is zero in the padding, so that the parameters' gradients need no correction.
             return {"out": valid[0]} | dict(zip(names, (valid[1], grad_weight, grad_bias), strict=True))
 
         return run, check
@@ -70,7 +76,7 @@ def forward_and_backward(title: str, lengths_s: Sequence[float], device: torch.d
         budget_s=6,
         notes=[
             f"padded batch: {workloads.padding_factor(lengths_s):.2f} times the valid audio",
-            "the limit is that of the sums as they stand; the gradient of the weight by FFT needs fewer operations",
+            "the limit counts direct convolution; computing the gradient of the weight by FFT takes fewer operations",
         ],
     )
 

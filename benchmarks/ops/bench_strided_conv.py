@@ -1,6 +1,6 @@
-"""`strided_conv`: `python -m benchmarks.ops.bench_strided_conv --device cpu|cuda [--only ROW]`.
+"""Measure `strided_conv`: `python -m benchmarks.ops.bench_strided_conv --device cpu|cuda [--only ROW]`.
 
-The seven layers of wav2vec 2.0 base as they stand in the model, from the waveform to the gradients of all weights.
+Runs all seven convolutional layers of wav2vec 2.0 base, from the waveform to the gradients of all weights.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +22,13 @@ _GATE_S = [0.5, 0.3]
 
 
 def front_end(title: str, lengths_s: Sequence[float], device: torch.device) -> Row:
-    """Ours by every backend, Transformers' modules and the same under torch.compile."""
+    """Compare every backend of ours with Transformers' front end, eager and under torch.compile.
+
+    Args:
+        title: Title of the row.
+        lengths_s: Lengths of the utterances in seconds.
+        device: Device to measure on: fp32 on the CPU, bf16 autocast on a GPU.
+    """
     torch.manual_seed(0)
     config = recipe_model("wav2vec2-base")
     dtype, tolerance = (torch.float32, 1e-4) if device.type == "cpu" else (torch.bfloat16, 0.05)
@@ -52,7 +58,7 @@ def front_end(title: str, lengths_s: Sequence[float], device: torch.device) -> R
         model, (run_eager, check_eager) = rivals.compiled(theirs), transformers()
         run = step(theirs, lambda: model(audio).transpose(1, 2), padded_grad_out)
 
-        def check() -> Outputs:  # on the very batch that is timed, for which it is compiled
+        def check() -> Outputs:  # compare on the batch that will be timed, because the model is compiled for its shape
             worst_error("compiled and eager", run(), run_eager(), tolerance)
             return check_eager()
 
@@ -81,14 +87,14 @@ def front_end(title: str, lengths_s: Sequence[float], device: torch.device) -> R
 
 
 def _each_alone(model: nn.Module, batch: Packed) -> Tensor:
-    """Transformers' group norm takes padding in, so that it is right on one utterance at a time only."""
+    """Encode each utterance alone: Transformers' group norm includes padding, which makes padded batches inexact."""
     return torch.cat([model(waveform.t())[0].t() for waveform in batch.unpack()])
 
 
 def _step(
     model: nn.Module, encode: Callable[[], Tensor], grad_out: Tensor | None = None, *, dtype: torch.dtype
 ) -> Callable[[], Outputs]:
-    """Forward and backward, under autocast where `dtype` is bf16."""
+    """Return a function that runs forward and backward, under CUDA autocast if `dtype` is bf16."""
 
     def run() -> Outputs:
         model.zero_grad(set_to_none=True)
@@ -107,7 +113,7 @@ def _fixed_gradient(rows: int, channels: int, device: torch.device) -> Tensor:
 
 
 def front_end_row(device: torch.device) -> Row:
-    """One utterance on the CPU, 800 s of audio on a GPU."""
+    """Measure the front end on one utterance of 15.6 s on the CPU, or on 800 s of audio on a GPU."""
     if device.type == "cpu":
         return front_end("front end (7 layers) forward and backward, one 15.6 s utterance", [15.6], device)
     lengths_s = workloads.read_speech(workloads.utterances_for(800))

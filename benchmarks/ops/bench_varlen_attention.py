@@ -1,4 +1,4 @@
-"""`varlen_attention`: `python -m benchmarks.ops.bench_varlen_attention --device cpu|cuda [--only ROW]`."""
+"""Measure `varlen_attention`: `python -m benchmarks.ops.bench_varlen_attention --device cpu|cuda [--only ROW]`."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -26,17 +26,17 @@ def attention(
     dropout_p: float = 0.0,
     bias: bool = False,
 ) -> Row:
-    """Base-sized attention of a batch; fp32 on the CPU, bf16 on a GPU.
+    """Measure attention with the heads of a base model, in fp32 on the CPU and in bf16 on a GPU.
 
-    With dropout the gate compares without it; that masks are right is for the tests.
+    The gate always compares without dropout; the tests check dropout masks.
 
     Args:
-        workload: Name of the lengths.
-        lengths_s: Seconds of each utterance.
-        device: Where it runs.
-        backward: Forward and backward, or forward alone.
-        dropout_p: On the probabilities.
-        bias: With WavLM's gated distance bias; the rivals take it as a dense matrix.
+        workload: Name of the lengths, for the title of the row.
+        lengths_s: Returns the lengths of the utterances in seconds, given the device.
+        device: Device to measure on.
+        backward: Whether to time forward and backward, or only forward.
+        dropout_p: Dropout probability of the attention weights.
+        bias: Whether to add WavLM's gated distance bias (arXiv:2110.13900); rivals take it as a dense matrix.
     """
     frames = workloads.frames(lengths_s(device))
     dtype, tolerance = (torch.float32, 1e-4) if device.type == "cpu" else (torch.bfloat16, 0.03)
@@ -63,7 +63,7 @@ def attention(
         return _named(outputs(out, inputs, grad_out))
 
     def check_ours(backend: str) -> Outputs:
-        ours(backend, dropout_p)  # what does not serve the case says so before it is timed
+        ours(backend, dropout_p)  # a backend that does not support the case must fail here, before it is timed
         return ours(backend, 0.0)
 
     def by_sdpa(mask_of: Callable[[], Tensor | None]) -> Entry:
@@ -83,7 +83,7 @@ def attention(
             return outputs(function(*packed, layout, dropout_p), packed, grad_out)
 
         def check() -> Outputs:
-            run(dropout_p)  # what does not serve the case says so before it is timed
+            run(dropout_p)  # a function that does not support the case must fail here, before it is timed
             return _named(run(0.0))
 
         return partial(run, dropout_p), check
@@ -131,7 +131,7 @@ def _named(tensors: Sequence[Tensor]) -> Outputs:
 
 
 def _one_at_a_time(q: Tensor, k: Tensor, v: Tensor, layout: Layout, dropout_p: float) -> Tensor:
-    """SDPA in a loop, which pads nothing either."""
+    """Run SDPA in a loop over utterances, which needs no padding."""
     outputs = []
     for query, key, value in zip(*(x.transpose(0, 1).split(layout.lengths, 1) for x in (q, k, v)), strict=True):
         out = F.scaled_dot_product_attention(query[None], key[None], value[None], dropout_p=dropout_p)
@@ -143,7 +143,7 @@ def _varlen_attn(q: Tensor, k: Tensor, v: Tensor, layout: Layout, dropout_p: flo
     from torch.nn.attention.varlen import varlen_attn
 
     if dropout_p:
-        raise NotImplementedError("varlen_attn has no dropout")
+        raise NotImplementedError("varlen_attn does not support dropout")
     longest = layout.max_length
     out: Tensor = varlen_attn(q, k, v, layout.cu_seqlens, layout.cu_seqlens, longest, longest)  # type: ignore[assignment]
     return out

@@ -1,1 +1,1 @@
-"""What an encoder is worth: features of recordings, classes of frames, quality without labels, probes."""
+"""Evaluate encoders: extract features, label frames by k-means, measure quality without labels, run probes."""

@@ -1,4 +1,4 @@
-"""Recordings through an encoder, chunk by chunk, in batches that mix them."""
+"""Encode recordings chunk by chunk; one batch may hold chunks of several recordings."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -18,18 +18,18 @@ from fastssl.models.speech_encoder import SpeechEncoder
 from fastssl.nn.compression import Compressed
 from fastssl.packing import Packed
 
-#: Audio that goes through the encoder at a time; features do not depend on it.
+#: Seconds of audio per batch; the features do not depend on it.
 _BATCH_S = 60.0
 
 
 class Reading(NamedTuple):
-    """How recordings are read.
+    """How to read recordings.
 
     Args:
-        chunk_s: Longer ones are cut into chunks of this length.
-        overlap_s: What neighbouring chunks share.
-        channel: The channel to read; None averages all of them.
-        num_workers: Processes that decode; 0 decodes in this one.
+        chunk_s: Length of a chunk in seconds; a longer recording is cut into overlapping chunks.
+        overlap_s: Audio that neighbouring chunks share, in seconds.
+        channel: The channel to read, counted from 0; None averages all channels.
+        num_workers: Number of processes that decode audio; 0 decodes in the calling process.
     """
 
     chunk_s: float = 60.0
@@ -39,7 +39,11 @@ class Reading(NamedTuple):
 
 
 def choose_device(device: str) -> torch.device:
-    """The device of that name; "auto" takes a GPU where there is one."""
+    """Return the torch device with this name.
+
+    Args:
+        device: A name that `torch.device` accepts, or "auto": the GPU if CUDA is available, else the CPU.
+    """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(device)
@@ -48,22 +52,25 @@ def choose_device(device: str) -> torch.device:
 def open_encoder_at(
     model: str | Path, *, device: str = "auto", rate: float | None = None, frame_period_ms: float | None = None
 ) -> SpeechEncoder:
-    """Open an encoder where it is to run; one with a compressor, at a rate or a frame period.
+    """Load an encoder onto a device and, if asked, set the rate or the frame period of its sequence compressor.
 
     Args:
-        model: What `load_encoder` opens.
-        device: As `choose_device`.
-        rate: Of the compressor.
-        frame_period_ms: The mean period that frames should have instead.
+        model: Any model that `load_encoder` opens: a run, a Transformers folder, a Hub name or a fairseq checkpoint.
+        device: Device name, as for `choose_device`.
+        rate: Rate of the compressor (lambda of arXiv:2211.02332), from 0 to 2.
+        frame_period_ms: Mean frame period to aim for, in milliseconds, instead of a rate.
 
     Raises:
-        ValueError: There is no such model, or it has no compressor that takes this.
+        ValueError: The model cannot be loaded, it has no integrate-and-fire compressor, the value is out of range, or
+            both `rate` and `frame_period_ms` are given.
     """
     encoder = load_encoder(model).to(choose_device(device))
     if rate is None and frame_period_ms is None:
         return encoder
     if encoder.compressor is None:
-        raise ValueError(f"--rate and --frame_period_ms: {model} has no compressor")
+        raise ValueError(
+            f"--rate and --frame_period_ms: {model} has no compressor; leave both out, or choose a model that has one"
+        )
     try:
         encoder.compressor.check(rate=rate, frame_period_ms=frame_period_ms)
     except ValueError as error:
@@ -73,7 +80,7 @@ def open_encoder_at(
 
 
 def fixed_frame_period_s(encoder: SpeechEncoder) -> float | None:
-    """From one of its frames to the next; None where a compressor makes that differ."""
+    """Return the encoder's frame period in seconds, or None if it varies (integrate-and-fire compressor)."""
     period_s = encoder.config.samples_per_frame / SAMPLE_RATE_HZ
     if encoder.compressor is None:
         return period_s
@@ -81,28 +88,32 @@ def fixed_frame_period_s(encoder: SpeechEncoder) -> float | None:
 
 
 def frame_grid(config: SpeechEncoderConfig) -> FrameGrid:
-    """Which samples the frames of an encoder's front end see."""
+    """Return which samples each frame of the encoder's convolutional front end sees, at 16 kHz."""
     return FrameGrid(config.samples_per_frame, config.receptive_field_samples)
 
 
 def default_workers() -> int:
-    """Processes that decode where nobody says how many."""
+    """Return the default number of decoding processes: half the CPU cores, at least 1 and at most 4."""
     return min(4, max(1, (os.cpu_count() or 1) // 2))
 
 
 def encode_recordings(
     encoder: SpeechEncoder, cuts: Sequence[Cut], reading: Reading, *, layer: int
 ) -> Iterator[tuple[Cut, Tensor | AudioError]]:
-    """The features of each recording, as soon as they are complete; or why it cannot be used.
+    """Yield the features of each recording as soon as they are complete, or the error that makes it unusable.
 
     Args:
-        encoder: On the device where it is to run.
-        cuts: Whole recordings, of `open_corpus(..., window_s=None)`.
-        reading: How they are read.
-        layer: 0 is the input of the first layer, L the output of the last.
+        encoder: Encoder, already on the device where it is to run.
+        cuts: Whole recordings, from `open_corpus(..., window_s=None)`.
+        reading: How to read and chunk the recordings.
+        layer: Layer to return: 0 is the input of the first layer, L the output of the last.
 
     Yields:
-        Every cut once, not quite in order, with features (frames, D) on the host.
+        Each cut exactly once, in approximately the given order, with its features (frames, D) on the CPU in the
+        encoder's dtype, or with an `AudioError` that says what is wrong with the recording.
+
+    Raises:
+        ValueError: `reading` has a chunk that is too short for its overlap, or an overlap that is too short.
     """
     chunks: list[tuple[int, Chunk]] = []
     parts: dict[int, list[Tensor]] = {}
@@ -129,7 +140,7 @@ def encode_recordings(
 def _encode(
     encoder: SpeechEncoder, chunks: list[tuple[int, Chunk]], parts: dict[int, list[Tensor]], *, layer: int
 ) -> None:
-    """Encode the chunks, and add what is kept of them to the parts of their recordings."""
+    """Encode all chunks in one batch, append their kept frames to `parts` (by recording), and empty `chunks`."""
     if not chunks:
         return
     device = next(encoder.parameters()).device
@@ -145,7 +156,10 @@ def _encode(
 
 
 def _kept_after(compressed: Compressed, utterance: int, keep: slice) -> slice:
-    """Of an utterance's frames that a compressor left, those that begin within what is kept of the frames before it."""
+    """Translate `keep`, a slice of an utterance's input frames, into a slice of its compressed frames.
+
+    A compressed frame is kept if the first input frame that went into it is kept.
+    """
     sources = Packed(compressed.sources, compressed.layout).unpack()[utterance]
     first, left = compressed.frames.layout.offsets[utterance], compressed.frames.layout.lengths[utterance]
     begins = torch.searchsorted(sources, torch.arange(first, first + left, device=sources.device))
@@ -155,12 +169,15 @@ def _kept_after(compressed: Compressed, utterance: int, keep: slice) -> slice:
 
 
 class _Chunks(IterableDataset[tuple[int, Chunk | str | None]]):
-    """Index of a recording with a chunk of it, then with None behind its last, or with what is wrong with it."""
+    """Chunks of recordings, as pairs (index of the recording, item).
+
+    The items of a recording are its chunks, then None after the last one, or an error text if it cannot be read.
+    """
 
     def __init__(self, encoder: SpeechEncoder, cuts: Sequence[Cut], reading: Reading) -> None:
         self.cuts = cuts
         self.reading = reading
-        # Not the encoder: this goes to the workers.
+        # Do not keep the encoder here: this object is sent to the worker processes.
         self.normalize = encoder.config.do_normalize
         self.grid = frame_grid(encoder.config)
 

@@ -1,4 +1,4 @@
-"""`fastssl extract`: the features of every recording, in safetensors shards with an index."""
+"""`fastssl extract`: write the features of every recording to safetensors shards with an index."""
 
 import hashlib
 import logging
@@ -67,7 +67,7 @@ def extract(
     layer = layers if layer is None else layer
     grid = frame_grid(encoder.config)
     corpus = open_corpus(audio, min_duration_s=grid.shortest_s, window_s=None, max_bad_fraction=1.0)
-    # Before anything is written: the folder remembers the settings, and then takes no others.
+    # Check the chunks before writing anything: the folder stores its settings and then accepts no others.
     for rate_hz in sorted({cut.recording.sampling_rate for cut in corpus.cuts}):
         chunk_hop(rate_hz, chunk_s=chunk_s, overlap_s=overlap_s, grid=grid)
     shards = Shards(
@@ -87,7 +87,7 @@ def extract(
         shard_bytes=round(shard_mb * 1e6),
     )
     if shards.entries:
-        logger.info("%d recordings are there already", len(shards.entries))
+        logger.info("%d recordings were extracted by an earlier run and are skipped", len(shards.entries))
     problems = list(corpus.problems)
     frame_period_s = fixed_frame_period_s(encoder)
     cuts = [cut for cut in corpus.cuts if cut.id not in shards.entries]
@@ -109,11 +109,15 @@ def extract(
 
 
 def weights_digest(encoder: SpeechEncoder) -> str:
-    """A hash of the weights: another model is another set of features, whatever its folder is called."""
+    """Return a hash of an encoder's weights, which identifies the model wherever its folder is.
+
+    Returns:
+        32 hexadecimal digits (BLAKE2b, 16 bytes) over the names and bytes of all tensors except `masked_spec_embed`.
+    """
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in encoder.state_dict().items():
         if name == "masked_spec_embed":
-            continue  # no feature depends on it, and a model that has none is given a random one
+            continue  # features do not depend on it, and a checkpoint without one gets a random one at each load
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

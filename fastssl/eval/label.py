@@ -1,4 +1,4 @@
-"""`fastssl label`: k-means classes of frames, from MFCC or from a layer of an encoder, for HuBERT to learn from."""
+"""`fastssl label`: label frames with k-means classes of MFCC or of an encoder's layer, as targets for HuBERT."""
 
 import json
 import logging
@@ -34,7 +34,7 @@ from fastssl.models.speech_encoder import SpeechEncoder
 logger = logging.getLogger(__name__)
 
 _MIN_DURATION_S = 0.025
-#: On which the price of a segment is found, and how often its interval is halved.
+#: The search for a segment's price uses this many frames and halves its interval this many times.
 _PRICE_FRAMES, _HALVINGS = 50_000, 30
 
 
@@ -68,17 +68,22 @@ class LabelSettings:
 
     def __post_init__(self) -> None:
         if self.segment_price is not None and self.segment_ms is not None:
-            raise ValueError(f"--segment_ms: finds the price, and --segment_price gives one: {self.segment_price}")
+            raise ValueError(
+                "--segment_ms and --segment_price: give only one of them, got "
+                f"{self.segment_ms} and {self.segment_price}"
+            )
         if self.segment_ms is not None and not 0 < self.segment_ms < math.inf:
-            raise ValueError(f"--segment_ms: must be positive, got {self.segment_ms}")
+            raise ValueError(f"--segment_ms: must be positive and finite, got {self.segment_ms}")
         if self.segment_price is not None and not 0 <= self.segment_price < math.inf:
-            raise ValueError(f"--segment_price: must not be negative, got {self.segment_price}")
+            raise ValueError(f"--segment_price: must be finite and not negative, got {self.segment_price}")
         if self.clusters < 2:
             raise ValueError(f"--clusters: must be at least 2, got {self.clusters}")
         if self.fit_frames < self.clusters:
-            raise ValueError(f"--fit_frames: {self.fit_frames} frames make no {self.clusters} clusters")
+            raise ValueError(
+                f"--fit_frames: must be at least the number of clusters ({self.clusters}), got {self.fit_frames}"
+            )
         if self.layer is not None and self.model is None:
-            raise ValueError("--layer: is a layer of --model, which is not given")
+            raise ValueError(f"--layer: {self.layer} is a layer of --model, which is missing; give --model too")
 
 
 def label(
@@ -122,7 +127,9 @@ def label(
     except ValueError as error:
         if donor is None:
             raise
-        raise ValueError(f"--kmeans: {donor} is made from a layer of {settings.model}: {error}") from None
+        raise ValueError(
+            f"--kmeans: {donor} was made from a layer of {settings.model}, which cannot be used: {error}"
+        ) from None
     _check_output(output)
     corpus = open_corpus(audio, min_duration_s=_MIN_DURATION_S, window_s=None, max_bad_fraction=1.0)
     cuts = list(corpus.cuts)
@@ -130,7 +137,7 @@ def label(
     done = {
         line["id"]: (line["duration"], line["custom"]["sampling_rate"]) for line in read_lines(output / LABELS_FILE)
     }
-    # A recording that was replaced by another of the same name is labelled again.
+    # Label a recording again if another of the same name has replaced it.
     todo = [cut for cut in cuts if done.get(cut.id) != (cut.duration, cut.recording.sampling_rate)]
     if done:
         logger.info("%d of %d recordings are labelled already", len(cuts) - len(todo), len(cuts))
@@ -145,7 +152,7 @@ def label(
 
 
 def _append_lines(path: Path, features: "_Features", cuts: Sequence[Cut], classes: "_Classes") -> list[Problem]:
-    """Label recordings; each is in the file as soon as it is done."""
+    """Label recordings, append each to the file as soon as it is done, and return those that could not be used."""
     problems = []
     frames = segments = 0
     found = features.of(cuts, classes=classes)
@@ -159,7 +166,9 @@ def _append_lines(path: Path, features: "_Features", cuts: Sequence[Cut], classe
             with path.open("a") as file:
                 file.write(line)
         except OSError as error:
-            raise ValueError(f"--output: {path} cannot be written: {error.strerror}; what is there is kept") from error
+            raise ValueError(
+                f"--output: {path} cannot be written: {error.strerror}; complete labels are kept: run again to continue"
+            ) from error
         frames, segments = frames + len(labels), segments + len(labels.unique_consecutive())
     if segments:
         logger.info("a class lasts %.0f ms on average", 1000 * shift_s * frames / segments)
@@ -168,7 +177,7 @@ def _append_lines(path: Path, features: "_Features", cuts: Sequence[Cut], classe
 
 @dataclass(frozen=True)
 class _Features:
-    """What is clustered: MFCC, or a layer of an encoder."""
+    """The frames to cluster: MFCC, or a layer of an encoder."""
 
     encoder: SpeechEncoder | None
     layer: int
@@ -185,7 +194,10 @@ class _Features:
         encoder = load_encoder(settings.model).to(choose_device(device))
         if encoder.compressor is not None:
             if encoder.compressor.factor is not None:
-                raise ValueError(f"--model: {settings.model} leaves fewer frames than there are labels (compressor)")
+                raise ValueError(
+                    f"--model: {settings.model} has a compressor with a fixed factor, which leaves fewer frames than "
+                    "labels need; choose a model without one"
+                )
             encoder.compressor.rate, encoder.compressor.frame_period_ms = 0.0, None
         layers = encoder.config.num_hidden_layers
         layer = layers if settings.layer is None else settings.layer
@@ -198,7 +210,10 @@ class _Features:
     def of(
         self, cuts: Sequence[Cut], *, classes: "_Classes | None" = None
     ) -> Iterator[tuple[Cut, Tensor | AudioError]]:
-        """Features (frames, D) of each recording, or, given classes, its labels (frames,); or why it has none."""
+        """Yield each recording with its features (frames, D), or if `classes` is given with its labels (frames,).
+
+        A recording that cannot be used comes with an `AudioError` instead.
+        """
         if self.encoder is None:
             dataset = _MfccDataset(cuts, self.channel, classes)
             loader = DataLoader(dataset, batch_size=None, num_workers=self.num_workers)
@@ -216,7 +231,7 @@ class _Features:
 
 
 class _MfccDataset(Dataset[Tensor | str]):
-    """MFCC of a recording, or its labels; or in words what is wrong with it."""
+    """MFCC (frames, D) of each recording, or its labels if `classes` is given; an error text if it is unusable."""
 
     def __init__(self, cuts: Sequence[Cut], channel: int | None, classes: "_Classes | None") -> None:
         self.cuts, self.channel, self.classes = cuts, channel, classes
@@ -235,33 +250,33 @@ class _MfccDataset(Dataset[Tensor | str]):
 
 
 class _Classes(NamedTuple):
-    """What makes a label of a frame."""
+    """Everything needed to label frames: the k-means centres and the price of a segment."""
 
     centres: Tensor  # (K, D)
     price: float | None
 
     def of(self, frames: Tensor) -> Tensor:  # (N, D) -> (N,)
-        """The nearest class of each frame, or where segments have a price, those of the best segments."""
+        """Return the nearest class of each frame, or with a price, the classes of the cheapest segmentation."""
         if self.price is None:
             return nearest_centres(frames, self.centres)
         return torch.from_numpy(smooth_classes(centre_costs(frames, self.centres).numpy(), price=self.price))
 
 
 def _labelled(frames: Tensor, classes: _Classes | None) -> Tensor:  # (N, D) -> (N, D) or (N,)
-    """The frames, or, given classes, that of each.
+    """Return the frames unchanged, or if `classes` is given the label of each frame.
 
     Raises:
-        AudioError: They are not finite; a NaN is near to no centre, and one of them spoils k-means.
+        AudioError: A frame is not finite: NaN has no nearest centre, and a single one spoils k-means.
     """
     if not frames.isfinite().all():
-        raise AudioError("has frames that are not finite: its samples are too large, or the weights of the model are")
+        raise AudioError("has NaN or infinite features; check the size of its samples and the weights of the model")
     return frames if classes is None else classes.of(frames.float())
 
 
 def _classes(
     output: Path, settings: LabelSettings, features: _Features, cuts: Sequence[Cut], *, donor: Path | None
 ) -> _Classes:
-    """Those of the folder, of the donor, or new ones; and the folder made ready."""
+    """Return the classes of `output`, else those of `donor`, else fit new ones; prepare `output` for labels."""
     record = asdict(settings) | {
         "weights": features.digest,
         "frame_shift_s": features.frame_shift_s,
@@ -269,15 +284,22 @@ def _classes(
     }
     if (output / SETTINGS_FILE).is_file():
         before = read_settings(output)
-        # A model is what it computes, wherever it lies.
+        # Compare models by their weights (the digest), not by their path.
         if changed := changed_settings(before, record | {"model": before.get("model")}):
-            raise ValueError(f"--output: {output} was begun with other settings ({changed})")
+            raise ValueError(
+                f"--output: {output} was begun with other settings ({changed}); "
+                "use the same settings or choose another folder"
+            )
         centres = _read_centres(output)
         if donor is not None and not torch.equal(centres, _read_centres(donor)):
-            raise ValueError(f"--kmeans: {output} was begun with another k-means model than that of {donor}")
+            raise ValueError(
+                f"--kmeans: {output} was begun with a k-means model other than that of {donor}; choose another --output"
+            )
         return _Classes(centres, before.get("price"))
     if donor is not None and read_settings(donor).get("weights") != features.digest:
-        raise ValueError(f"--kmeans: {donor} was made when {settings.model} had other weights than it has now")
+        raise ValueError(
+            f"--kmeans: {settings.model} had other weights when {donor} was made; restore that model or make new labels"
+        )
     if donor is not None:
         classes = _Classes(_read_centres(donor), settings.segment_price)
     else:
@@ -290,7 +312,11 @@ def _classes(
 
 
 def _fit(features: _Features, cuts: Sequence[Cut], settings: LabelSettings) -> _Classes:
-    """k-means as HuBERT fits it (fairseq, simple_kmeans), on a sample of the recordings; and the price of a segment."""
+    """Fit k-means to a sample of the recordings, as HuBERT does (fairseq, simple_kmeans), and find a segment's price.
+
+    Raises:
+        ValueError: The sample has fewer frames than there are clusters, or no price gives segments of `segment_ms`.
+    """
     from sklearn.cluster import MiniBatchKMeans
 
     order = sorted(cuts, key=lambda cut: (utterance_id(f"{settings.seed}/{cut.id}"), cut.id))
@@ -301,12 +327,16 @@ def _fit(features: _Features, cuts: Sequence[Cut], settings: LabelSettings) -> _
         sample.append(cut)
         expected += cut.duration / features.frame_shift_s
     found = {cut.id: frames.numpy() for cut, frames in features.of(sample) if not isinstance(frames, AudioError)}
-    # Recordings come in an order that depends on the workers, and k-means depends on the order of frames.
+    # Restore the order of the sample: recordings arrive in an order that depends on the workers, and k-means depends
+    # on the order of frames.
     parts = [found[cut.id] for cut in sample if cut.id in found]
     frames = np.concatenate(parts)[: settings.fit_frames] if parts else np.empty((0, 1), np.float32)
     if len(frames) < settings.clusters:
-        raise ValueError(f"--clusters: {settings.clusters} clusters of {len(frames)} frames; there is too little audio")
-    logger.info("k-means: %d clusters of %d frames of width %d", settings.clusters, *frames.shape)
+        raise ValueError(
+            f"--clusters: must be at most the number of frames ({len(frames)}), got {settings.clusters}; "
+            "give more audio or fewer clusters"
+        )
+    logger.info("k-means: fitting %d clusters to %d frames of width %d", settings.clusters, *frames.shape)
     fitted = MiniBatchKMeans(
         settings.clusters,
         init="k-means++",
@@ -325,10 +355,15 @@ def _fit(features: _Features, cuts: Sequence[Cut], settings: LabelSettings) -> _
 
 
 def _price(recordings: Sequence[NDArray[np.float32]], centres: Tensor, *, wanted: float) -> float:
-    """The price at which a segment has so many frames on average.
+    """Find by bisection the price at which segments have `wanted` frames on average.
+
+    Args:
+        recordings: Frames (T, D) of each recording; about the first 50,000 frames are used.
+        centres: (K, D) k-means centres.
+        wanted: Mean length of a segment, in frames.
 
     Raises:
-        ValueError: No price makes them so short, or so long.
+        ValueError: No price makes segments that short or that long.
     """
     costs, frames = [], 0
     for recording in recordings:
@@ -344,8 +379,8 @@ def _price(recordings: Sequence[NDArray[np.float32]], centres: Tensor, *, wanted
     shortest, longest = mean_frames(0.0), frames / len(costs)
     if not shortest <= wanted < longest:
         raise ValueError(
-            f"--segment_ms: segments here last from {shortest:.2g} frames, of the nearest class, to {longest:.3g}, of "
-            f"whole recordings; {wanted:.3g} frames are asked for"
+            f"--segment_ms: must lie between {shortest:.2g} frames (each frame takes its nearest class) and "
+            f"{longest:.3g} frames (each recording is one segment), but asks for {wanted:.3g} frames"
         )
     low, high = 0.0, 1.0
     while mean_frames(high) < wanted:
@@ -353,7 +388,7 @@ def _price(recordings: Sequence[NDArray[np.float32]], centres: Tensor, *, wanted
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
         low, high = (middle, high) if mean_frames(middle) < wanted else (low, middle)
-    logger.info("a segment's price: %.4g, for %.3g frames on average", high, mean_frames(high))
+    logger.info("price per segment: %.4g, which gives segments of %.3g frames on average", high, mean_frames(high))
     return high
 
 
@@ -366,11 +401,11 @@ def _settings_of(folder: Path, *, channel: int | None) -> LabelSettings:
 def _read_centres(folder: Path) -> Tensor:
     path = folder / CENTRES_FILE
     if not path.is_file():
-        raise ValueError(f"{path}: is missing; it holds the k-means model")
+        raise ValueError(f"{path}: is missing; it contains the k-means model, so restore it or make the labels again")
     try:
         return load_file(path)["centres"]
     except (SafetensorError, KeyError) as error:
-        raise ValueError(f"{path}: is damaged: {error}") from None
+        raise ValueError(f"{path}: is damaged ({error}); restore it or make the labels again") from None
 
 
 def _check_output(output: Path) -> None:
@@ -378,11 +413,11 @@ def _check_output(output: Path) -> None:
         return
     ours = {CENTRES_FILE, LABELS_FILE}
     if not output.is_dir() or any(path.name not in ours for path in output.iterdir() if path.suffix != ".partial"):
-        raise ValueError(f"--output: {output} exists, is not empty, and holds no labels")
+        raise ValueError(f"--output: {output} exists, is not empty, and contains no labels; choose another folder")
 
 
 def _drop_lines(path: Path, ids: set[str]) -> None:
-    """Leave out what is labelled anew, and what a kill left of a last line."""
+    """Rewrite a labels file without the recordings in `ids` and without an incomplete last line (after a kill)."""
     partial = path.with_name(path.name + ".partial")
     with path.open("rb") as file, partial.open("wb") as kept:
         kept.writelines(line for line in file if line.endswith(b"\n") and json.loads(line)["id"] not in ids)

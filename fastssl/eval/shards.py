@@ -1,4 +1,4 @@
-"""Tensors by key in safetensors shards with an index: written as they come, gone on with where it was stopped."""
+"""Store tensors by key in safetensors shards with an index; a stopped run can continue where it was."""
 
 import json
 import os
@@ -16,17 +16,20 @@ INDEX_FILE, SETTINGS_FILE = "index.jsonl", "settings.json"
 
 
 class Shards:
-    """A folder of shards `NAME-00000.safetensors`, which appear whole; the index names only what is in them.
+    """A folder of shards `NAME-00000.safetensors`, with an index of the keys in them.
+
+    Each shard is written atomically, and the index lists only keys whose shard is complete.
 
     Args:
-        folder: Where; created if missing.
-        settings: What decides the tensors; kept beside them.
-        name: Of the shards.
-        option: By which the user gave the folder, for errors.
-        shard_bytes: A shard is closed when it has this much.
+        folder: Folder for shards and index; created if missing.
+        settings: Settings that determine the tensors; written to `settings.json`, and compared with it when an
+            existing folder is opened.
+        name: First part of the shards' file names, such as "features".
+        option: Command-line option that gave the folder; error messages begin with it.
+        shard_bytes: Size in bytes at which a shard is closed and the next one begun.
 
     Raises:
-        ValueError: The folder was begun with other settings, or holds something else.
+        ValueError: The folder was begun with other settings, or it contains other files and no shards.
     """
 
     def __init__(self, folder: Path, *, settings: Mapping[str, Any], name: str, option: str, shard_bytes: int) -> None:
@@ -36,7 +39,7 @@ class Shards:
         self._open_entries: list[dict[str, Any]] = []
         self._index = folder / INDEX_FILE
         self._begin(settings, option)
-        #: Lines of the index, by key.
+        #: Entries of the index, by key.
         self.entries = read_index(folder)
         numbers = [int(entry["shard"].removeprefix(f"{name}-").partition(".")[0]) for entry in self.entries.values()]
         self._number = 1 + max(numbers, default=-1)
@@ -46,25 +49,38 @@ class Shards:
         path = self.folder / SETTINGS_FILE
         there = self.folder.exists() and (not self.folder.is_dir() or any(map(_is_foreign, self.folder.iterdir())))
         if there and not path.is_file():
-            raise ValueError(f"{option}: {self.folder} exists, is not empty, and holds no {self.name}")
+            raise ValueError(
+                f"{option}: {self.folder} exists, is not empty, and contains no {self.name}; choose another folder"
+            )
         self.folder.mkdir(parents=True, exist_ok=True)
         partial = self.folder / f"{SETTINGS_FILE}.{uuid.uuid4().hex}.partial"
         write_json(partial, settings)
         try:
-            # Another run may begin it at the same time; whichever is first decides.
+            # Another run may begin the same folder at the same time; the first link wins.
             os.link(partial, path)
         except FileExistsError:
             try:
                 before = json.loads(path.read_text())
             except ValueError as error:
-                raise ValueError(f"{option}: {path}: is no JSON: {error}") from None
+                raise ValueError(
+                    f"{option}: {path} is not valid JSON ({error}); restore the file or choose another folder"
+                ) from None
             if changed := changed_settings(before, settings):
-                raise ValueError(f"{option}: {self.folder} was begun with other settings ({changed})") from None
+                raise ValueError(
+                    f"{option}: {self.folder} was begun with other settings ({changed}); "
+                    "use the same settings or choose another folder"
+                ) from None
         finally:
             partial.unlink()
 
     def add(self, key: str, tensors: Mapping[str, Tensor], entry: Mapping[str, Any]) -> None:
-        """Take in the tensors of a key, by their names in the shard, and its line of the index."""
+        """Add the tensors of one key, and write the shard to disk once it has reached `shard_bytes`.
+
+        Args:
+            key: Key of these tensors in the index.
+            tensors: CPU tensors of any shape and dtype, by their names in the shard.
+            entry: Further fields of the key's line in the index; must be serialisable as JSON.
+        """
         self._open |= {name: tensor.contiguous() for name, tensor in tensors.items()}
         self._open_bytes += sum(tensor.nbytes for tensor in tensors.values())
         self._open_entries.append({"key": key, **entry})
@@ -72,9 +88,9 @@ class Shards:
             self.close()
 
     def close(self) -> None:
-        """Write the open shard, then its lines of the index."""
+        """Write the current shard to disk, then its lines of the index; call it once after the last `add`."""
         if not self._begun:
-            # What a kill left of a last line must not be continued.
+            # Rewrite the index: a killed run may have left part of a line at its end.
             write_text(self._index, "".join(json.dumps(entry) + "\n" for entry in self.entries.values()))
             self._begun = True
         if not self._open_entries:
@@ -95,7 +111,15 @@ class Shards:
 
 
 def read_index(folder: Path) -> dict[str, dict[str, Any]]:
-    """The complete lines of a folder's index, by key."""
+    """Read the index of a folder of shards.
+
+    Args:
+        folder: Folder that `Shards` wrote.
+
+    Returns:
+        The complete lines of `index.jsonl` by key, each with `key`, `shard` and the fields given to `Shards.add`; empty
+        if there is no index.
+    """
     path = folder / INDEX_FILE
     if not path.is_file():
         return {}
@@ -105,5 +129,5 @@ def read_index(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _is_foreign(path: Path) -> bool:
-    """Whether it is not what another run, that begins the folder too, has there for a moment."""
+    """Whether a file is something else than the temporary file of another run that is beginning the same folder."""
     return path.suffix != ".partial"

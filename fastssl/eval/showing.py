@@ -16,22 +16,29 @@ def track(items: Iterable[Item] | Sequence[Item], what: str, *, total: int | Non
     """Iterate over items, with a progress bar if the output is a terminal.
 
     Args:
-        items: What to iterate over.
+        items: Items to iterate over.
         what: Label to the left of the bar.
-        total: Number of items, needed only if they have no length.
+        total: Number of items; needed only if `items` has no length.
+
+    Returns:
+        The same items, in the same order.
     """
     console = get_console()
     return progress.track(items, what, total=total, console=console, disable=not console.is_terminal)
 
 
 def new_figure(height_in: float) -> "Figure":
-    """Create an empty figure, 11 inches wide, in matplotlib's default style."""
-    # The canvas is chosen without pyplot, which would look for a display.
+    """Create an empty figure, 11 inches wide, in matplotlib's default style.
+
+    Args:
+        height_in: Height in inches.
+    """
+    # Create the canvas without pyplot, which would look for a display.
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    # A matplotlibrc in the current folder could ask for TeX, and for anything in its preamble.
+    # Ignore a matplotlibrc in the current folder: it could turn on TeX and run anything in the TeX preamble.
     matplotlib.rcdefaults()
     figure = Figure(figsize=(11, height_in), layout="constrained")
     FigureCanvasAgg(figure)
@@ -39,7 +46,12 @@ def new_figure(height_in: float) -> "Figure":
 
 
 def write_figure(figure: "Figure", path: Path) -> None:
-    """Write a PNG file atomically."""
+    """Write a figure as a PNG file with 120 dots per inch, atomically: a reader never sees half a file.
+
+    Args:
+        figure: Figure from `new_figure`.
+        path: Path of the PNG file; an existing file is replaced.
+    """
     temporary = path.with_name(f"{path.name}.tmp")
     figure.savefig(temporary, dpi=120, format="png")
     temporary.replace(path)

@@ -121,7 +121,7 @@ def test_refuses_to_mix(encoder: Encoder, recordings: Path, tmp_path: Path) -> N
         extract(model, recordings, tmp_path / "out", layer=1)
     with pytest.raises(ValueError, match="layers 0 to 2, got 3"):
         extract(model, recordings, tmp_path / "out", layer=3)
-    with pytest.raises(ValueError, match="holds no features"):
+    with pytest.raises(ValueError, match="contains no features"):
         extract(model, recordings, recordings)
 
 

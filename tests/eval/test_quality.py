@@ -169,7 +169,7 @@ def test_what_cannot_be_measured(encoder: Encoder) -> None:
     audio = Packed.pack([torch.randn(16000 * 6, 1)])
     assert [result.layer for result in measure_quality(encoder, [audio], layers=[2, 0])] == [0, 2]
     for layers in ([], [3], [-1]):
-        with pytest.raises(ValueError, match="layers: the model has 0 to 2"):
+        with pytest.raises(ValueError, match="layers: the model has layers 0 to 2"):
             measure_quality(encoder, [audio], layers=layers)
     with pytest.raises(ValueError, match="max_frames: "):
         measure_quality(encoder, [audio], max_frames=0)
@@ -215,10 +215,10 @@ def test_command(encoder: Encoder, tmp_path: Path, capsys: pytest.CaptureFixture
     out = tmp_path / "numbers" / "quality.json"
     command = ["quality", str(tmp_path / "model"), str(audio), "--output", str(out), "--layers", "[0,2]"]
     assert cli.main(command) == 0
-    shown = capsys.readouterr().out
+    shown = " ".join(capsys.readouterr().out.split())
     assert "Davies-Bouldin" in shown
-    assert "0.2 minutes of the 60 asked for" in shown
-    assert "RankMe is that of 4 segments and the width is 32" in shown
+    assert "only 0.2 of the 60 minutes requested are available" in shown
+    assert "RankMe has only 4 segments for a width of 32" in shown
     report = json.loads(out.read_text())
     assert [layer["layer"] for layer in report["layers"]] == [0, 2]
     assert report["audio_hours"] == pytest.approx(12 / 3600)
@@ -268,14 +268,14 @@ def _constant(self: _Samples, waveforms: Packed) -> EncoderOutput:
 
 
 def test_command_refuses(encoder: Encoder, recordings: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"--output: .* must be a file that ends with \.json"):
+    with pytest.raises(ValueError, match=r"--output: .* must be a file whose name ends with \.json"):
         quality(tmp_path / "model", recordings, tmp_path / "quality.png")
-    with pytest.raises(ValueError, match="layers: the model has 0 to 2"):
+    with pytest.raises(ValueError, match="layers: the model has layers 0 to 2"):
         quality(tmp_path / "model", recordings, tmp_path / "quality.json", layers=[7])
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "a.flac").write_bytes(_truncated_flac(tmp_path))
-    with pytest.raises(ValueError, match=r"audio: none of its recordings can be used; .*a\.flac does not decode"):
+    with pytest.raises(ValueError, match=r"AUDIO: none of its recordings can be used; .*a\.flac does not decode"):
         quality(tmp_path / "model", broken, tmp_path / "quality.json")
     assert not (tmp_path / "quality.json").exists()
 

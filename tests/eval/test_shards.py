@@ -37,6 +37,6 @@ def test_whoever_is_first_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").touch()
     for folder in (tmp_path, tmp_path / "notes.txt"):
-        with pytest.raises(ValueError, match=r"--cache: .* exists, is not empty, and holds no frames"):
+        with pytest.raises(ValueError, match=r"--cache: .* exists, is not empty, and contains no frames"):
             _begin(folder, 1)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]

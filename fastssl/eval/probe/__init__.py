@@ -1,1 +1,1 @@
-"""The parts of a probe: tables of labels, features of frozen encoders, heads on them, scores."""
+"""Parts of `fastssl probe`: tables of labels, features of frozen encoders, heads trained on them, scores."""

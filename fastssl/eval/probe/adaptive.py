@@ -1,4 +1,4 @@
-"""The rate of a sequence compressor, learned with a head on a task instead of tried out (arXiv 2211.02332)."""
+"""Learn the rate of a sequence compressor together with a probe's head, instead of by search (arXiv:2211.02332)."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -29,24 +29,25 @@ from fastssl.nn.compression import Compressed
 from fastssl.nn.rates import AdaptiveRate
 from fastssl.packing import Layout, Packed
 
-#: Of the rate; a head's are some thousandths.
+#: Default learning rate of the compressor's rate; those of the head's weights are some thousandths.
 LEARNING_RATE = 0.02
-#: How far from the rate its slope is taken, on either side.
+#: Default distance on either side of the rate at which the loss is evaluated to obtain its slope.
 SPREAD = 0.1
-#: The head's steps, over those of a probe's, which learns at one rate.
+#: Ratio of the head's steps to those of a probe's head, which learns at only one rate.
 _LONGER = 3
 #: Share of the steps in which the head learns alone.
 _HEAD_ALONE = 0.8
+#: Number of values of the rate recorded after its start.
 _PATH = 20
 
 
 class LearnedRate(NamedTuple):
-    """What `learn_rates` found for a trial.
+    """Result of `learn_rates` for one trial.
 
     Args:
-        rate: lambda.
-        frame_period_ms: What it gives on the training part, on average over the frames.
-        path: The rate on the way, from where it began, at equal distances.
+        rate: The learned rate, lambda of arXiv:2211.02332.
+        frame_period_ms: Mean frame period at this rate on the training part, in milliseconds.
+        path: The rate during learning: its start, then values at about 20 equally spaced steps, up to the last.
     """
 
     rate: float
@@ -55,11 +56,11 @@ class LearnedRate(NamedTuple):
 
 
 class Trial(NamedTuple):
-    """A rate to learn.
+    """A rate to learn: its price of frames and its start.
 
     Args:
-        price: Of all frames, in units of the task's loss.
-        start: Rate at first.
+        price: Cost of keeping all frames, in nats per label; fewer frames cost proportionally less.
+        start: Initial value of the rate.
     """
 
     price: float
@@ -79,53 +80,57 @@ def learn_rates(
     seed: int = 0,
     features: FeatureStore | None = None,
 ) -> list[LearnedRate]:
-    """Learn the rate of a frozen encoder's compressor together with a probe's head.
+    """Learn the rate of a frozen encoder's compressor together with a probe's head (arXiv:2211.02332).
 
-    The loss is the task's, in nats per label, and a price times the mean of the weights that are integrated, which is
-    the share of frames that is left. The head (`RateHead`) takes three times the probe's steps, at the highest of its
-    learning rates, having more to learn; it sees as much time on either side as the probe's, however long frames are.
-    Features are standardised by what they are at rates spread evenly between the bounds, wherever the rate begins. The
-    encoder is left as it was.
+    The loss is the task's loss in nats per label, plus a price times the mean of the weights that the compressor
+    integrates, which is the share of frames that remain. The encoder is left unchanged.
 
-    The head learns from the training part, at one rate for each batch, drawn between the bounds so that long frames
-    come as often as short ones (evenly in the logarithm of their period): one that learned at the rate itself would be
-    best wherever the rate happens to be. So it is the same for every price and start, and learned once for all of them.
+    The head (`RateHead`) is trained on the training part. Each batch uses one rate, drawn between the bounds such that
+    the logarithm of the frame period is uniform. A head trained only at the current rate would favour that rate,
+    whichever it is. The head therefore depends on neither price nor start, and is trained once for all trials. Because
+    it has more to learn than a probe's head, it takes three times as many steps, at the highest of the probe's learning
+    rates. Its context in seconds is that of the probe's head, whatever the frame period. Features are standardised with
+    statistics of rates spread evenly between the bounds.
 
-    Rates learn from the development part, which the head does not know by heart, and in the last fifth of its steps,
-    when it is nearly done. The slope that a rate follows is that between two rates around it, of the same utterances.
-    The derivative at the rate itself (as `AdaptiveRate` passes it on) points anywhere: a little more of it moves every
-    boundary behind by some frames, so that the loss goes up and down many times within a hundredth.
+    Rates are learned on the development part, which the head has not memorised, during the last fifth of the head's
+    steps, when the head is nearly done. Each rate follows the slope of the loss between two rates around it, on the
+    same utterances. The derivative at the rate itself (which `AdaptiveRate` gives) is useless: a small change of the
+    rate moves all later boundaries by some frames, so that the loss goes up and down many times within 0.01.
 
     Args:
-        encoder: With an integrate-and-fire compressor, on the device where to work.
-        train: What the head learns from.
-        dev: What rates learn from.
-        settings: The task; classification or ctc, without folds.
-        trials: Prices and starts, each with a rate of its own.
-        bounds: Least and most rate: those that the encoder has met in training.
-        learning_rate: Of the rate, at its highest; it rises and falls as the head's does, in the steps that are left.
-        spread: How far from the rate its slope is taken: for each utterance from half to three halves of it.
-        seed: Of the order of examples.
-        features: Keeps the frames of the front end for another call; None forgets them.
+        encoder: Encoder with an integrate-and-fire compressor, on the device to work on.
+        train: Table of the training part, for the head.
+        dev: Table of the development part, for the rates.
+        settings: Task and hyperparameters: classification or ctc, without folds.
+        trials: Prices and starts; each gets a rate of its own.
+        bounds: Lowest and highest rate; use the range that the encoder was trained with.
+        learning_rate: Highest learning rate of the rates; it follows the head's schedule, within the last fifth.
+        spread: Mean distance from the rate at which its slope is measured; that of each utterance is drawn uniformly
+            from 0.5 to 1.5 times `spread`.
+        seed: Seed of the order of examples, the rates of batches and the distances.
+        features: Store that keeps the frames of the front end for another call; None computes them anew.
 
     Returns:
-        What each trial comes to, whatever the others are.
+        A result for each trial, in order; it does not depend on the other trials.
 
     Raises:
-        ValueError: The encoder has no such compressor, the settings are not for it, a number is out of range, the
-            tables do not serve, or the loss is not finite.
+        ValueError: The encoder has no integrate-and-fire compressor, the settings use verification or folds, a number
+            is out of range, a table does not fit the task, or the loss is NaN or infinite.
     """
     if encoder.compressor is None or encoder.compressor.factor is not None:
-        raise ValueError("rate_price: is of an encoder whose compressor is integrate-and-fire")
+        raise ValueError("rate_price: needs an encoder with an integrate-and-fire compressor; choose another model")
     if settings.resolved_task == "verification" or settings.folds is not None:
-        raise ValueError("rate_price: a rate is learned for classification or ctc, and before any fold is held out")
+        raise ValueError(
+            "rate_price: a rate can be learned only for classification or ctc, and only without folds; got task "
+            f"{settings.resolved_task} and folds {settings.folds}"
+        )
     for trial in trials:
         if not 0 <= trial.price < math.inf:
             raise ValueError(f"rate_price: must be finite and not negative, got {trial.price}")
     if not trials:
-        raise ValueError("trials: there are none")
+        raise ValueError("trials: must not be empty; give at least one price and start")
     if not 0 < spread < math.inf:
-        raise ValueError(f"spread: must be positive, got {spread}")
+        raise ValueError(f"spread: must be positive and finite, got {spread}")
     kind: Kind = "ctc" if settings.resolved_task == "ctc" else "classification"
     rates = [AdaptiveRate(trial.start, low=bounds[0], high=bounds[1]) for trial in trials]
     source = _FrontEnd(encoder)
@@ -143,7 +148,7 @@ def learn_rates(
 
 
 class _FrontEnd:
-    """What comes before a compressor: it is the same at every rate."""
+    """Source of the frames before the compressor, which are the same at every rate."""
 
     layers = 1
 
@@ -158,14 +163,14 @@ class _FrontEnd:
 
     @torch.inference_mode()
     def __call__(self, waveforms: Waveforms) -> list[Packed]:
-        """What `extract_features` returns."""
+        """Return the output of `extract_features` for the waveforms (T,), as one layer of packed frames (N, D)."""
         parameter = next(self.encoder.parameters())
         values, layout = waveform_batch(waveforms, normalize=self.encoder.config.do_normalize)
         return [self.encoder.extract_features(Packed(values.to(parameter.dtype), layout).to(parameter.device))]
 
 
 class _Learning:
-    """Of rates from examples that are held out, with one head that learns from others."""
+    """Trains one head on `examples`, and rates on the examples `held_out`; see `learn_rates`."""
 
     def __init__(
         self, encoder: SpeechEncoder, examples: Examples, held_out: Examples, kind: Kind, settings: ProbeSettings
@@ -231,7 +236,7 @@ class _Learning:
         return [LearnedRate(path[-1], period, tuple(path)) for path, period in zip(paths, periods_ms, strict=True)]
 
     def _batches(self, examples: Examples, seed: int) -> Iterator[Examples]:
-        """Without end, over the examples again and again."""
+        """Yield batches without end, in a new order at each pass over the examples."""
         for epoch in count():
             yield from examples.batches(self.settings.batch_s, seed=1_000_003 * seed + epoch)
 
@@ -244,7 +249,7 @@ class _Learning:
     ) -> "_AtRates":
         states, compressed = self._encode(batch, rates)
         layout = states[0].layout
-        # Rounding must not make the frames of rate 0 closer to each other than they are.
+        # At rate 0 the length is 1; rounding must not make it less.
         length = max(1.0, compressed.layout.total / layout.total)
         window = self._window(length)
         values, layout = _of_task(states, self.kind)
@@ -258,30 +263,38 @@ class _Learning:
 
     @torch.no_grad()
     def _encode(self, batch: Examples, rate: Tensor) -> tuple[list[Packed], Compressed]:
-        """Frames of each layer, and what the compressor did."""
+        """Encode a batch, each utterance at its own rate (B,) or all at one, ().
+
+        Returns:
+            Packed frames (N, D) of each layer, and the output of the compressor.
+        """
         _, states, compressed = self.encoder.encode(self._frames(batch), rate=rate)
         assert compressed is not None
         return states, compressed
 
     def _window(self, length: float) -> Window:
-        """For frames of such a length, in frames of the front end."""
+        """Return the head's window over frames of this mean length, in front-end frames."""
         if self.kind == "classification":
             return Window(0, 1)
         return Window.of_seconds(self.settings.context_s, self.period_s * length)
 
     def _reach(self, longest: float) -> int:
-        """Frames of the front end to the furthest that a window sees, up to half a frame beyond the context."""
+        """Return how far windows see to either side, in front-end frames: at most half a frame beyond the context."""
         if self.kind == "classification":
             return 0
         context = self.settings.context_s / self.period_s
         return math.ceil(min(context + longest / 2, 2 * context))
 
     def _features_between(self, low: float, high: float) -> tuple[Features, FrameLengths]:
-        """Of the examples, each at a rate of its own between two, and how long frames are at these."""
+        """Encode each training example at its own rate between `low` and `high`, spread evenly over the examples.
+
+        Returns:
+            Features of the examples, (L, T, D) fp16 each, and the mean lengths of frames at the two rates.
+        """
         found: dict[int, Tensor] = {}
         frames, weights = 0, torch.zeros((), dtype=torch.float64, device=self.device)
         for batch in self.examples.batches(self.settings.batch_s, seed=None):
-            # Multiples of the golden ratio, without their whole parts, lie evenly however many there are.
+            # The fractional parts of multiples of the golden ratio are spread evenly, however many examples there are.
             shares = torch.tensor(batch.chosen, dtype=torch.float64) * ((math.sqrt(5) - 1) / 2) % 1
             states, compressed = self._encode(batch, (low + (high - low) * shares).float().to(self.device))
             values, layout = _of_task(states, self.kind)
@@ -292,7 +305,7 @@ class _Learning:
             weights += compressed.learned_weights.sum(dtype=torch.float64)
         features = self.examples.features
         values_by_example = [found[example] for example in self.examples.chosen]
-        # Of an utterance at least two frames are left.
+        # At least two frames of each utterance remain, which limits the mean length of a frame.
         most = max(1.0, frames / len(found) / 2)
         scale = FrameLengths.between(low, high, mean_weight=weights.cpu() / frames, most=most)
         lengths = tuple(values.shape[1] for values in values_by_example)
@@ -307,9 +320,10 @@ class _Learning:
 
 
 def _with_impossible(losses: Tensor, logits: Packed, targets: Sequence[Sequence[int]]) -> Tensor:
-    """(B,) nats: where too few outputs are left for a target, which costs nothing in training, what guessing costs.
+    """Add the cost of guessing to the losses (B,) of targets that need more outputs than there are.
 
-    Guessed are each symbol and a blank beside it. Were it nothing, the fewest frames would be the best.
+    CTC gives such targets a loss of 0, so that the fewest frames would be the best. The cost, in nats, is that of
+    drawing each symbol and one blank per symbol uniformly from the C outputs: 2 log C per symbol.
     """
     pairs = zip(logits.layout.lengths, targets, strict=True)
     guessed = [
@@ -320,7 +334,7 @@ def _with_impossible(losses: Tensor, logits: Packed, targets: Sequence[Sequence[
 
 
 def _of_task(states: list[Packed], kind: Kind) -> tuple[Tensor, Layout]:
-    """(L, N, D) that a head takes: the frames of each example, or for classification their mean."""
+    """Return the head's input (L, N, D) and its layout: all frames for CTC, the mean of each example otherwise."""
     values, layout = torch.stack([state.values for state in states]), states[0].layout
     if kind == "ctc":
         return values, layout
@@ -329,22 +343,22 @@ def _of_task(states: list[Packed], kind: Kind) -> tuple[Tensor, Layout]:
 
 
 def _with_zeros(values: Tensor, layout: Layout, reach: int) -> tuple[Tensor, Layout]:
-    """(L, N, D) with so many rows of zeros before and after each example."""
+    """Put `reach` rows of zeros before and after each example of `values` (L, N, D)."""
     spread, longer = Packed(values.transpose(0, 1), layout).with_gaps(reach, reach)
     return spread.transpose(0, 1), longer
 
 
 class _AtRates(NamedTuple):
-    """A batch, each utterance at a rate of its own."""
+    """Losses and compression of a batch of B utterances, each encoded at its own rate."""
 
-    losses: Tensor  # (B,) nats
-    weights: Tensor  # (B,) sums of those that are integrated
-    frames: int  # of the front end
+    losses: Tensor  # (B,) in nats
+    weights: Tensor  # (B,) sum of the integrated weights of each utterance, which is about its number of frames
+    frames: int  # number of front-end frames of the batch
 
 
 @torch.no_grad()
 def _slope(lower: Tensor, upper: Tensor, below: _AtRates, above: _AtRates, *, labels: int, price: float) -> Tensor:
-    """() of loss per label and price per frame; 0 where the bounds leave no distance."""
+    """Return the slope, (), of the loss per label plus the price per frame; 0 if the bounds leave no distance."""
     change = (above.losses - below.losses).sum() / labels + price * (above.weights - below.weights).sum() / below.frames
     distance = (upper - lower).mean()
     return torch.where(distance > 0, change / distance, 0.0).to(lower.dtype)

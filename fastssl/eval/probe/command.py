@@ -1,4 +1,4 @@
-"""What `fastssl probe` does around a probe: opening, dividing, printing, writing."""
+"""`fastssl probe`: open encoders and tables, run the probe, print a table, write a JSON file."""
 
 import dataclasses
 import logging
@@ -59,21 +59,23 @@ def probe(
         ValueError: As `run_probe`, `read_table` and `load_encoder`; or one of `dev` and `test` is given alone.
     """
     if (dev is None) != (test is None):
-        raise ValueError("--dev and --test: give both, or none, which divides TABLE")
+        raise ValueError("--dev and --test: give both of them, or neither to have TABLE divided into three parts")
     if len(set(models)) < len(models):
-        raise ValueError(f"MODEL and --compare: one is there twice among {', '.join(models)}")
+        raise ValueError(f"MODEL and --compare: give each model only once, got {', '.join(models)}")
     if dev is None or test is None:
         tables = split_table(read_table(train))
         logger.warning(
-            "%s is divided 70:15:15 by file name. Parts that share recordings, or pieces of them, make every encoder "
-            "look better than it is: give --dev and --test",
+            "%s is divided 70:15:15 by a hash of the file names. If pieces of one recording end up in different parts, "
+            "every encoder looks better than it is; give --dev and --test to prevent this",
             train,
         )
     else:
         tables = (read_table(train), read_table(dev), read_table(test))
     first, *others = models
     if rate_price is not None and frame_period_ms is not None:
-        raise ValueError("--rate_price and --frame_period_ms: a period is learned, or given")
+        raise ValueError(
+            "--rate_price and --frame_period_ms: give only one of them; --rate_price learns the rate and so the period"
+        )
     encoders = {first: open_encoder_at(first, device=device, rate=rate, frame_period_ms=frame_period_ms)}
     encoders |= {name: open_encoder_at(name, device=device) for name in others}
     if output is not None:
@@ -83,8 +85,8 @@ def probe(
         start = statistics.fmean(rate_bounds) if rate is None else rate
         if not 0 <= rate_bounds[0] <= start <= rate_bounds[1] <= 2:
             raise ValueError(
-                f"--rate_bounds: must rise from 0 to 2 and hold --rate, got {rate_bounds[0]:g} to {rate_bounds[1]:g} "
-                f"and {start:g}"
+                f"--rate_bounds: must rise within 0 to 2 and include --rate, got {rate_bounds[0]:g} to "
+                f"{rate_bounds[1]:g} and a rate of {start:g}"
             )
         trials = [Trial(rate_price, start)]
         (learned,) = learn_rates(encoders[first], *tables[:2], settings, trials, bounds=rate_bounds)
@@ -92,22 +94,26 @@ def probe(
         assert compressor is not None
         compressor.rate, compressor.frame_period_ms = learned.rate, None
         logger.info(
-            "%s: a rate of %.3f is learned, from %.3f at a price of %g: a frame every %.1f ms",
+            "%s: learned a rate of %.3f, starting from %.3f, at a price of %g: mean frame period %.1f ms",
             *(first, learned.rate, start, rate_price, learned.frame_period_ms),
         )
     results = run_probe(encoders, *tables, settings)
     for problem in dict.fromkeys(problem for result in results for problem in result.problems):
         logger.warning("left out: %s", problem)
     if encoders[first].compressor is not None:
-        asked = "" if frame_period_ms is None else f" ({frame_period_ms:g} asked)"
-        logger.info("%s: a frame every %.1f ms of the test part%s", first, results[0].frame_period_ms, asked)
+        asked = "" if frame_period_ms is None else f" ({frame_period_ms:g} ms requested)"
+        logger.info("%s: mean frame period of the test part: %.1f ms%s", first, results[0].frame_period_ms, asked)
     get_console().print(as_table(results, settings))
     for line in _sizes(results[0]):
         logger.info("%s", line)
     for result in results:
         count = max(sum(part.infeasible for part in run.parts.values()) for run in result.runs)
         if count:
-            logger.warning("%s: %d targets have more symbols than there are frames", result.encoder, count)
+            logger.warning(
+                "%s: %d targets need more outputs than their recordings have frames; they count as errors",
+                result.encoder,
+                count,
+            )
     if output is not None:
         versions = {name: metadata.version(name) for name in ("torch", "lhotse", "numpy")}
         write_json(
@@ -128,7 +134,16 @@ def probe(
 
 
 def as_table(results: Sequence[ProbeResult], settings: ProbeSettings) -> RichTable:
-    """A row for each encoder: mean and standard deviation over runs, and what was chosen."""
+    """Format results as a table with a row for each encoder.
+
+    Args:
+        results: Results of `run_probe`.
+        settings: The settings that they were obtained with.
+
+    Returns:
+        A table with mean and standard deviation of the error over runs in %, the learning rates or layers chosen on
+        the development part, and the mean weights of the layers.
+    """
     task = settings.resolved_task
     runs = len(results[0].runs)
     table = RichTable(title=f"{task}: {settings.target}", caption=f"{_METRICS[task]}, lower is better; runs: {runs}")
@@ -152,16 +167,16 @@ def _mean_weights(runs: Sequence[ProbeRun]) -> list[float]:
 
 
 def _sizes(result: ProbeResult) -> list[str]:
-    """Of the parts of the first run."""
+    """Describe the sizes of the parts in the first run, as lines of text."""
     run = result.runs[0]
     lines = []
     for part, size in run.parts.items():
         line = f"{part}: {size.recordings} recordings, {size.examples} examples, {size.hours:.2f} hours"
         if run.held_out:
-            line += f" ({'of' if part == 'test' else 'without'} {', '.join(run.held_out)})"
+            line += f" ({'only' if part == 'test' else 'without'} {', '.join(run.held_out)})"
         lines.append(line)
     if result.too_short:
-        lines.append(f"{result.too_short} recordings are shorter than a segment")
+        lines.append(f"{result.too_short} recordings are shorter than a segment and were left out")
     if run.trials is not None:
-        lines.append(f"trials: {run.trials[0]} pairs of the same, {run.trials[1]} of different ones")
+        lines.append(f"pairs compared: {run.trials[0]} of the same class, {run.trials[1]} of different classes")
     return lines

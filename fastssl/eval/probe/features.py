@@ -1,4 +1,4 @@
-"""Features that probes look at: of frozen encoders and of log-mel spectra, computed once and kept."""
+"""Features for probes: hidden states of frozen encoders and log-mel spectra, computed once and kept."""
 
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,40 +21,40 @@ from fastssl.models.config import SpeechEncoderConfig
 from fastssl.models.speech_encoder import SpeechEncoder
 from fastssl.packing import Packed
 
-#: Audio that goes through an encoder at a time; on the CPU features do not depend on it.
+#: Seconds of audio per batch; on the CPU, features do not depend on it.
 _BATCH_S = 60.0
-#: Less than this makes no frame in some front ends.
+#: Shortest recording in seconds: from a shorter one, some front ends make no frame.
 _SHORTEST_S = 0.1
 _MELS = 80
-#: Added to every variance (which are 1 on average) before its root is divided by. With a tenth of it, heads learned as
-#: fast, but made several times the errors on speakers that they had not learned from.
+#: Whitening adds this to every variance (1 on average) before it divides by the square root. With a tenth of it, heads
+#: learned as fast but made several times as many errors on unseen speakers.
 SHRINKAGE = 1.0
 
 Waveforms = Sequence[NDArray[np.float32]]
 
 
 class Source(Protocol):
-    """What turns waveforms at 16 kHz into features, layer by layer."""
+    """Interface of objects that turn waveforms at 16 kHz into features, layer by layer."""
 
     layers: int
 
     @property
     def frame_period_s(self) -> float | None:
-        """From one frame to the next; None where examples differ in it."""
+        """Frame period in seconds; None if it differs between examples."""
 
     @property
     def key(self) -> object:
-        """Sources with equal keys give equal features."""
+        """Hashable key for caching; sources with equal keys give equal features."""
 
     def __call__(self, waveforms: Waveforms) -> list[Packed]:
-        """Frames (N, D) of each layer."""
+        """Compute the features of a batch: for each layer the packed frames (N, D) of all waveforms (T,)."""
 
 
 class EncoderSource:
-    """All layers of a frozen encoder: the input of the first, then the output of each.
+    """All L + 1 hidden states of a frozen encoder: the input of the first layer, then the output of each layer.
 
     Args:
-        encoder: Is put into evaluation mode, where it is.
+        encoder: Encoder, on the device to work on; it is put into evaluation mode.
     """
 
     def __init__(self, encoder: SpeechEncoder) -> None:
@@ -65,12 +65,12 @@ class EncoderSource:
 
     @property
     def key(self) -> object:
-        """The encoder itself, for modules are compared by identity, and how it compresses."""
+        """The encoder itself (modules compare by identity), and its compressor's rate and frame period."""
         return (self.encoder, *_compression(self.encoder))
 
     @torch.inference_mode()
     def __call__(self, waveforms: Waveforms) -> list[Packed]:
-        """Frames (N, D) of each layer."""
+        """Encode waveforms (T,) in one batch and return the packed frames (N, D) of each layer."""
         device = next(self.encoder.parameters()).device
         batch = waveform_batch(waveforms, normalize=self.encoder.config.do_normalize)
         states: list[Packed] = self.encoder(batch.to(device)).hidden_states
@@ -78,11 +78,11 @@ class EncoderSource:
 
 
 class RandomSource(EncoderSource):
-    """An encoder of the same architecture with fresh weights.
+    """An encoder of the same architecture with randomly initialised weights.
 
     Args:
-        encoder: Its class and config are taken.
-        seed: Another seed, other weights.
+        encoder: Encoder whose class, config, device and compression rate are used.
+        seed: Seed of the weights; torch's global generators are left unchanged.
     """
 
     def __init__(self, encoder: SpeechEncoder, *, seed: int) -> None:
@@ -98,22 +98,23 @@ class RandomSource(EncoderSource):
 
     @property
     def key(self) -> object:
-        """What the weights follow from."""
+        """Class, config and seed, which determine the weights, and the compressor's rate and frame period."""
         return self._key
 
 
 def _compression(encoder: SpeechEncoder) -> tuple[float | None, ...]:
-    """Rate and frame period of its calls."""
+    """Return rate and frame period (ms) of the encoder's compressor; empty without a compressor."""
     compressor = encoder.compressor
     values = () if compressor is None else (compressor.rate, compressor.frame_period_ms)
     return tuple(None if value is None else float(value) for value in values)
 
 
 class LogMelSource:
-    """80 log-mel energies every 10 ms, of waveforms of zero mean and unit variance.
+    """80 log-mel energies every 10 ms, of waveforms normalised to zero mean and unit variance.
 
     Args:
-        deltas: Add deltas and delta-deltas. Means of them say nothing but how the edges of an example differ.
+        deltas: Append deltas and delta-deltas. Leave them out for features that are averaged over an example: the mean
+            of a delta only shows how the two ends of the example differ.
     """
 
     frame_period_s = 0.01
@@ -125,11 +126,11 @@ class LogMelSource:
 
     @property
     def key(self) -> object:
-        """What the features follow from."""
+        """Name of the features, and whether they include deltas."""
         return ("log-mel", self.deltas)
 
     def __call__(self, waveforms: Waveforms) -> list[Packed]:
-        """Frames (N, 80), or (N, 240) with deltas."""
+        """Return the packed frames of all waveforms (T,) as one layer: (N, 80), or (N, 240) with deltas."""
         spectra = []
         for waveform in waveforms:
             normalized = torch.from_numpy(pack_waveforms([waveform], normalize=True))
@@ -146,12 +147,13 @@ class Features:
     """Features of the examples of one table.
 
     Args:
-        frames: (L, T, D) of each example, T frames in L layers: fp16, or fp32 where T is 1, the mean over an example.
-        rows: The row of the table that each example comes from.
-        seconds: Of audio in each example.
+        frames: (L, T, D) features of each example, T frames in L layers: fp16, or fp32 if they are means over an
+            example (T = 1).
+        rows: For each example, the number of the table's row that it comes from.
+        seconds: Duration of each example, in seconds.
         problems: Recordings that cannot be used.
-        too_short: Recordings shorter than one segment.
-        lengths: T of each example; of a mean, how many frames it is of.
+        too_short: Number of recordings shorter than one segment.
+        lengths: Number of frames of each example, counted before averaging.
     """
 
     frames: Sequence[Tensor]
@@ -162,14 +164,26 @@ class Features:
     lengths: tuple[int, ...]
 
     def mean_frame_period_s(self, config: SpeechEncoderConfig) -> float:
-        """Of all examples of an encoder together: the period of its front end, by how many frames a compressor left."""
+        """Return the mean frame period of all examples, in seconds, for an encoder with a compressor.
+
+        It is the period of the front end, times the ratio of its frames to the frames that the compressor leaves.
+
+        Args:
+            config: Config of the encoder that computed the features.
+        """
         lengths = [round(seconds * SAMPLE_RATE_HZ) for seconds in self.seconds]
         before = sum(map(frame_grid(config).count, lengths))
         return config.samples_per_frame / SAMPLE_RATE_HZ * before / sum(self.lengths)
 
 
 class Standard(NamedTuple):
-    """Mean and inverse standard deviation of every dimension of every layer, and what takes their correlation away."""
+    """Standardisation of features: mean and inverse standard deviation of each dimension, and a whitening matrix.
+
+    Args:
+        mean: (L, 1, D) fp32 means.
+        scale: (L, 1, D) fp32 inverse standard deviations.
+        whitening: (L, D, D) fp32 matrices that reduce correlation; None for none.
+    """
 
     mean: Tensor  # (L, 1, D)
     scale: Tensor  # (L, 1, D)
@@ -177,13 +191,14 @@ class Standard(NamedTuple):
 
     @classmethod
     def of(cls, features: Features, examples: Iterable[int], *, whiten: bool = False) -> "Standard":
-        """Over all frames of these examples, in fp64; a dimension that never changes becomes zero.
+        """Compute the statistics over all frames of the given examples, summing in fp64.
+
+        A constant dimension gets a scale of zero, so that it becomes zero.
 
         Args:
-            features: Of the training part.
-            examples: Of these.
-            whiten: Bring directions of more variance than others down too, staying as near to the dimensions as can
-                be (ZCA with `SHRINKAGE`); none is blown up.
+            features: Features of the training part.
+            examples: Numbers of the examples to use.
+            whiten: Also scale down directions of large variance, by ZCA with `SHRINKAGE`; no direction is amplified.
         """
         chosen = [features.frames[example] for example in examples]
         count = sum(frames.shape[1] for frames in chosen)
@@ -192,7 +207,7 @@ class Standard(NamedTuple):
         for frames in chosen:
             mean += frames.sum(1, keepdim=True, dtype=torch.float64) / count
         for frames in chosen:
-            # The differences are small, whatever the mean is.
+            # Subtract the mean in fp32: the differences are small even if the mean is large.
             squares += (frames.float() - mean.float()).square().sum(1, keepdim=True, dtype=torch.float64) / count
         deviation = squares.sqrt()
         scale = torch.where(deviation > 1e-6 * mean.abs(), 1 / deviation, 0.0)
@@ -206,18 +221,18 @@ class Standard(NamedTuple):
         return cls(standard.mean, standard.scale, _inverse_root(covariance))
 
     def to(self, device: torch.device | str) -> "Standard":
-        """The same on another device."""
+        """Return a copy on another device."""
         whitening = None if self.whitening is None else self.whitening.to(device)
         return Standard(self.mean.to(device), self.scale.to(device), whitening)
 
     def __call__(self, values: Tensor) -> Tensor:  # (L, T, D) -> the same in fp32
-        """Zero mean and unit variance, and if so made, hardly any correlation."""
+        """Standardise features to zero mean and unit variance, and apply the whitening if there is one."""
         standardised = (values.float() - self.mean) * self.scale
         return standardised if self.whitening is None else standardised @ self.whitening
 
 
 def _inverse_root(covariance: Tensor) -> Tensor:  # (L, D, D) in fp64 -> fp32
-    """Symmetric, and of the covariance shrunk towards that of independent dimensions."""
+    """Return the symmetric inverse square root of the covariance plus `SHRINKAGE` times the identity."""
     variances, directions = torch.linalg.eigh(covariance)
     scales = (variances.clamp(min=0) + SHRINKAGE).rsqrt()
     root: Tensor = (directions * scales[:, None]) @ directions.mT
@@ -225,12 +240,12 @@ def _inverse_root(covariance: Tensor) -> Tensor:  # (L, D, D) in fp64 -> fp32
 
 
 class FeatureStore:
-    """Features by source, table and kind, each computed when first asked for and kept as long as the store.
+    """Cache of features by source, table, segment length and averaging; each is computed at its first use.
 
-    The weights of an encoder must not change meanwhile.
+    The weights of an encoder must not change during the lifetime of the store.
 
     Args:
-        memory_gb: Features of one source and table beyond this go to a temporary file.
+        memory_gb: Limit in GB (1e9 bytes) for the features of one source and table; larger ones go to a temporary file.
     """
 
     def __init__(self, *, memory_gb: float = 4.0) -> None:
@@ -246,18 +261,18 @@ class FeatureStore:
         segment_s: float | None = None,
         mean: bool = False,
     ) -> Features:
-        """Features of every recording of a table.
+        """Return the features of all recordings of a table, computing them if they are not in the store.
 
         Args:
-            source: Of which encoder.
-            table: Of which recordings.
-            name: Of the source, for errors.
-            segment_s: Cut recordings into examples of this length, encode each alone, and drop the rest. None: an
-                example is a recording.
-            mean: Keep the mean over the frames of each example, in fp32.
+            source: Source that computes the features.
+            table: Recordings to read.
+            name: Name of the source for error messages.
+            segment_s: Cut recordings into examples of this length in seconds and encode each alone; a shorter rest is
+                dropped. None makes each recording one example.
+            mean: Keep only the mean over the frames of each example, in fp32.
 
         Raises:
-            ValueError: No recording can be used, or features are not finite.
+            ValueError: No recording can be used, an example has no frames, or features are NaN or infinite.
         """
         key = (source.key, tuple(row.path for row in table.rows), segment_s, mean)
         if key not in self._kept:
@@ -277,13 +292,13 @@ class FeatureStore:
                 lengths.append(frames.shape[1])
                 frames = frames.mean(1, keepdim=True) if mean else frames.half()
                 if frames.shape[1] == 0 or not frames.isfinite().all():
-                    what = "there is no frame" if frames.shape[1] == 0 else "there are values that are not finite"
-                    raise ValueError(f"{name}: {what} among the features of {table.rows[row].path}")
+                    what = "no frames" if frames.shape[1] == 0 else "NaN or infinite values"
+                    raise ValueError(f"{name}: the features of {table.rows[row].path} contain {what}")
                 kept.add(frames.cpu())
                 rows.append(row)
                 seconds.append(len(waveform) / SAMPLE_RATE_HZ)
         if not rows:
-            problem = f"; {recordings.problems[0]}" if recordings.problems else ""
+            problem = f"; first problem: {recordings.problems[0]}" if recordings.problems else ""
             short = f"; {recordings.too_short} are shorter than {segment_s:g} s" if recordings.too_short else ""
             raise ValueError(f"{table.name}: no recording can be used{problem}{short}")
         problems, too_short = tuple(recordings.problems), recordings.too_short
@@ -291,7 +306,7 @@ class FeatureStore:
 
 
 class _Recordings:
-    """The examples of a table as waveforms, with what was wrong on the way."""
+    """Iterates over a table's examples as (row number, waveform (T,)), and collects the recordings it cannot use."""
 
     def __init__(self, table: Table, segment_s: float | None) -> None:
         self.table, self.segment_s = table, segment_s
@@ -332,7 +347,10 @@ def _batches(
 
 
 class _Spool:
-    """Tensors (L, T, D) of one type, in memory, or from a limit on in a file that vanishes with them."""
+    """A growing list of (L, T, D) tensors of one dtype: in memory, or above a limit in a temporary file.
+
+    The file is deleted when the last tensor is released.
+    """
 
     def __init__(self, limit_bytes: float) -> None:
         self._limit = limit_bytes
@@ -346,11 +364,11 @@ class _Spool:
         self._held.append(tensor)
         self._bytes += tensor.nbytes
         if self._file is None and self._bytes > self._limit:
-            self._file = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as what maps it)
+            self._file = tempfile.TemporaryFile()  # noqa: SIM115 (must stay open as long as the tensors that map it)
         if self._file is not None:
             for held in self._held:
                 self._file.write(held.contiguous().numpy().tobytes())
-            self._held = [tensor[:0]]  # remembers the type
+            self._held = [tensor[:0]]  # keeps the dtype
 
     def tensors(self) -> list[Tensor]:
         if self._file is None:

@@ -1,4 +1,4 @@
-"""Linear heads on a learned weighted sum of frozen layers: what they are, how they learn, what they get wrong."""
+"""Linear heads on a learned weighted sum of frozen layers: definition, training and evaluation."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -15,20 +15,22 @@ from fastssl.packing import Layout, Packed
 
 Kind = Literal["classification", "ctc"]
 BLANK = 0
-#: Share of the steps in which the rate rises: Adam's first steps are as long as any, in directions of one batch.
+#: Share of the steps in which the learning rate rises. Adam's first steps are as long as later ones, but follow the
+#: gradient of a single batch.
 _WARM_UP = 0.05
-#: Of a head's gradient: without it some encoders' CTC heads fall back to blanks at the higher rates.
+#: Norm to which a head's gradient is clipped. Without clipping, the CTC heads of some encoders fall back to predicting
+#: only blanks at the higher learning rates.
 CLIP_NORM = 0.3
-#: Frames are given to a head at most this often.
+#: Shortest period of a head's outputs, in seconds.
 _LEAST_PERIOD_S = 0.02
 
 
 class Window(NamedTuple):
-    """The frames that one output of a head sees.
+    """The window of frames that one output of a head sees.
 
     Args:
-        reach: Frames on either side of the middle one.
-        stride: Frames from one output to the next.
+        reach: Number of frames on either side of the middle one.
+        stride: Number of frames from one output to the next.
     """
 
     reach: int
@@ -36,23 +38,32 @@ class Window(NamedTuple):
 
     @classmethod
     def of_seconds(cls, context_s: float, frame_period_s: float) -> "Window":
-        """Frames that come nearest to `context_s` on either side; an output every 20 ms, or every frame if longer."""
-        # Half a frame is left out: 0.1 s are two frames of 40 ms.
+        """Return the window that reaches about `context_s` to either side, with an output about every 20 ms.
+
+        Args:
+            context_s: Context on either side, in seconds, rounded to whole frames.
+            frame_period_s: Frame period in seconds; if it is longer than 20 ms, each frame has an output.
+        """
+        # Round half a frame down: 0.1 s are two frames of 40 ms.
         reach = math.ceil(context_s / frame_period_s - 0.5 - 1e-6)
         return cls(reach, max(1, math.floor(_LEAST_PERIOD_S / frame_period_s + 1e-6)))
 
     def outputs(self, frames: int) -> int:
-        """Of a head on so many frames, at least one."""
+        """Return the number of outputs of a head.
+
+        Args:
+            frames: Number of frames, at least 1.
+        """
         return (frames - 1) // self.stride + 1
 
 
 class Examples(NamedTuple):
-    """What a head learns from or is judged by.
+    """Examples that a head is trained or evaluated on.
 
     Args:
-        features: Of one source and table.
-        chosen: Which examples of them.
-        targets: Of each chosen example: its class, or its symbols.
+        features: Features of one source and table.
+        chosen: Numbers of the examples to use.
+        targets: Target of each chosen example: its class as the only element, or the numbers of its symbols.
     """
 
     features: Features
@@ -60,7 +71,12 @@ class Examples(NamedTuple):
     targets: tuple[tuple[int, ...], ...]
 
     def batches(self, batch_s: float, *, seed: int | None) -> Iterator["Examples"]:
-        """One pass in batches of about `batch_s` seconds, shuffled if there is a seed."""
+        """Iterate once over the examples in batches.
+
+        Args:
+            batch_s: Audio per batch in seconds; a batch is complete once it has at least this much.
+            seed: Seed of the shuffle; None keeps the order.
+        """
         order = list(range(len(self.chosen)))
         if seed is not None:
             generator = torch.Generator().manual_seed(seed)
@@ -77,7 +93,11 @@ class Examples(NamedTuple):
             yield self._part(batch)
 
     def feasible(self, window: Window) -> "Examples":
-        """Those whose targets CTC can emit."""
+        """Return the examples with enough outputs for CTC to emit their targets.
+
+        Args:
+            window: Window of the head, which determines the number of outputs.
+        """
         return self._part(
             [
                 index
@@ -91,7 +111,15 @@ class Examples(NamedTuple):
         return Examples(self.features, chosen, targets)  # type: ignore[arg-type]
 
     def gather(self, standard: Standard, reach: int) -> tuple[Tensor, Layout]:
-        """(L, N, D) standardised, with `reach` rows of zeros (the mean) before and after each example."""
+        """Concatenate and standardise the frames of the examples, on the device of `standard`.
+
+        Args:
+            standard: Standardisation to apply.
+            reach: Number of rows of zeros (the mean) to put before and after each example.
+
+        Returns:
+            Values (L, N, D) fp32, and the layout of the N rows, which include the zeros.
+        """
         frames = [self.features.frames[example] for example in self.chosen]
         device = standard.mean.device
         layout = Layout.from_lengths([part.shape[1] + 2 * reach for part in frames], device=device)
@@ -102,21 +130,25 @@ class Examples(NamedTuple):
 
 
 def outputs_needed(target: Sequence[int]) -> int:
-    """To emit a target by CTC: one for each symbol, and a blank between two equal ones."""
+    """Return the number of outputs that CTC needs: one per symbol, and a blank between two equal neighbours.
+
+    Args:
+        target: Numbers of the symbols.
+    """
     return len(target) + sum(one == other for one, other in pairwise(target))
 
 
 class Head(nn.Module):
-    """Softmax-weighted sum of layers, then a linear map of a window of its frames.
+    """Probe head: softmax-weighted sum of layers, then a linear map of a window of frames.
 
-    It begins as the best head that looks at nothing: weights of zero, and biases by how often each output is right.
-    CTC from random weights spends a thousand steps on unlearning them, and on finding that most outputs are blank.
+    It is initialised as the best head that ignores its input: weights of zero, and the logarithm of `prior` as bias.
+    With random weights, CTC would spend a thousand steps on unlearning them and on finding that most outputs are blank.
 
     Args:
-        layers: L.
-        width: D.
-        prior: (C,) share of each class, or of each symbol and the blank among outputs.
-        window: Frames that an output sees.
+        layers: Number of layers, L.
+        width: Dimension of the frames, D.
+        prior: (C,) share of each class, or for CTC of the blank and each symbol, among the outputs.
+        window: Frames that each output sees.
     """
 
     def __init__(self, layers: int, width: int, prior: Tensor, window: Window) -> None:
@@ -128,20 +160,38 @@ class Head(nn.Module):
 
     @property
     def layer_weights(self) -> Tensor:  # (L,)
-        """Weights of the sum: positive, together one."""
+        """Weights of the layers in the sum, (L,): positive, with a sum of 1."""
         return self.layer_logits.softmax(0)
 
     def forward(self, values: Tensor, layout: Layout) -> Packed:  # (L, N, D) -> (N_out, C)
-        """Logits of examples, of which `layout` counts as many rows of zeros before and after as the window reaches."""
+        """Compute the logits of a batch of examples.
+
+        Args:
+            values: (L, N, D) standardised frames, with `window.reach` rows of zeros before and after each example.
+            layout: Layout of the N rows, where the rows of zeros belong to their examples.
+
+        Returns:
+            Packed logits (N_out, C).
+        """
         mixed = (self.layer_weights @ values.flatten(1)).view(values.shape[1:])
         return convolve(mixed, self.weight, self.bias, layout, stride=self.window.stride)
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor, layout: Layout, *, stride: int) -> Packed:
-    """(N, D), (C, D, K), (C,) -> (N_out, C), each example alone.
+    """Convolve each example of a packed batch on its own, without padding.
 
-    For so few channels out it is cheaper to multiply every frame by the weights of all taps, and then to add up what
-    falls together, than to lay windows side by side as `ops.strided_conv` does.
+    With few output channels it is cheaper to multiply each frame by the weights of all K taps and then add up the
+    products that belong to one output, than to copy windows side by side as `ops.strided_conv` does.
+
+    Args:
+        x: (N, D) frames.
+        weight: (C, D, K) weights.
+        bias: (C,) bias.
+        layout: Layout of the N frames.
+        stride: Number of frames from one output to the next.
+
+    Returns:
+        Packed outputs (N_out, C).
     """
     channels, width, taps = weight.shape
     out_layout = layout.after_conv(taps, stride)
@@ -151,7 +201,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor, layout: Layout, *, stride:
 
 
 class _Diagonals(torch.autograd.Function):
-    """(N, K C) -> (N - K + 1, C): the sums over k of what row n + k has for tap k."""
+    """Sums along diagonals, (N, K C) -> (N - K + 1, C): output n is the sum over k of block k of row n + k."""
 
     @staticmethod
     def forward(ctx: Any, by_tap: Tensor, taps: int) -> Tensor:
@@ -169,7 +219,19 @@ class _Diagonals(torch.autograd.Function):
 
 
 def prior(kind: Kind, examples: Examples, *, outputs: int, window: Window) -> Tensor:
-    """(C,) how often each of so many outputs is right, if each symbol takes one."""
+    """Return the share of each class among the targets, or for CTC of the blank and each symbol among the outputs.
+
+    For CTC, each symbol is assumed to take one output, and blanks all others.
+
+    Args:
+        kind: "classification" or "ctc".
+        examples: Training examples.
+        outputs: Number of classes, or of symbols and the blank, C.
+        window: Window of the head, which determines the number of outputs per example.
+
+    Returns:
+        (C,) fp32 shares with a sum of 1.
+    """
     counts = torch.bincount(torch.tensor([n for target in examples.targets for n in target]), minlength=outputs)
     places = sum(window.outputs(examples.features.frames[example].shape[1]) for example in examples.chosen)
     if kind == "ctc":
@@ -178,12 +240,18 @@ def prior(kind: Kind, examples: Examples, *, outputs: int, window: Window) -> Te
 
 
 def task_loss(kind: Kind, logits: Packed, targets: Sequence[Sequence[int]]) -> Tensor:
-    """() nats per label; what CTC cannot emit adds none."""
+    """Return the mean loss of a batch in nats per label, ().
+
+    Args:
+        kind: "classification" (cross-entropy) or "ctc".
+        logits: Packed logits (N_out, C).
+        targets: Target of each of the B examples; one that CTC cannot emit adds a loss of 0.
+    """
     return task_losses(kind, logits, targets).sum() / sum(map(len, targets))
 
 
 def task_losses(kind: Kind, logits: Packed, targets: Sequence[Sequence[int]]) -> Tensor:
-    """(B,) nats of each example."""
+    """Return the loss of each example in nats, (B,); arguments as in `task_loss`."""
     flat = torch.tensor([label for target in targets for label in target], device=logits.values.device)
     if kind == "classification":
         return F.cross_entropy(logits.values, flat, reduction="none")
@@ -199,7 +267,12 @@ def task_losses(kind: Kind, logits: Packed, targets: Sequence[Sequence[int]]) ->
 
 
 def schedule(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
-    """A short rise, then linearly to 0."""
+    """Return a schedule that raises the learning rates linearly in 5 % of the steps, then lowers them linearly to 0.
+
+    Args:
+        optimizer: Optimiser whose learning rates are the maxima.
+        steps: Number of steps in total.
+    """
     rise = max(1, round(_WARM_UP * steps))
     return torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / rise, (steps - step) / max(1, steps - rise))
@@ -207,22 +280,27 @@ def schedule(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_sch
 
 
 class Judged(NamedTuple):
-    """A head on one part."""
+    """Evaluation of a head on one part.
 
-    error_rate: float  # edits per label; with one label per example, the share that is wrong
-    loss: float  # nats per label
+    Args:
+        error_rate: Edits per label; with one label per example, the share of examples classified wrongly.
+        loss: Loss in nats per label.
+    """
+
+    error_rate: float
+    loss: float
 
 
 class Learner:
-    """Heads of several learning rates side by side on the same batches.
+    """Trains one head per learning rate, all on the same batches.
 
     Args:
         kind: "classification" (one output per example) or "ctc".
-        outputs: C.
-        window: Frames that an output sees.
-        rates: Learning rates of AdamW after a short rise, from where they fall linearly to 0.
-        standard: Of the training part.
-        name: Of the encoder, for errors.
+        outputs: Number of classes, or of symbols and the blank, C.
+        window: Frames that each output sees.
+        rates: Highest learning rates of AdamW; see `schedule`.
+        standard: Standardisation computed on the training part.
+        name: Name of the encoder for error messages.
     """
 
     def __init__(
@@ -240,16 +318,16 @@ class Learner:
         self.heads: list[Head] = []
 
     def learn(self, examples: Examples, *, steps: int, batch_s: float, seed: int) -> None:
-        """Take so many steps with new heads, over the examples again and again.
+        """Create new heads and train them, passing over the examples as often as needed.
 
         Args:
-            examples: The training part, without what CTC cannot emit.
-            steps: Of each head.
-            batch_s: Seconds of audio in a batch.
-            seed: Of the order of the examples.
+            examples: Training part; for CTC, only examples whose targets can be emitted (`Examples.feasible`).
+            steps: Number of optimiser steps of each head.
+            batch_s: Audio per batch, in seconds.
+            seed: Seed of the order of the examples.
 
         Raises:
-            ValueError: A loss is not finite.
+            ValueError: A loss is NaN or infinite.
         """
         layers, _, width = self.standard.mean.shape
         shares = prior(self.kind, examples, outputs=self.outputs, window=self.window)
@@ -267,7 +345,9 @@ class Learner:
                 for head, rate in zip(self.heads, self.rates, strict=True):
                     loss = task_loss(self.kind, head(values, layout), batch.targets)
                     if not loss.isfinite():
-                        raise ValueError(f"{self.name}: the loss at learning rate {rate:g} is {loss.item()}")
+                        raise ValueError(
+                            f"{self.name}: the loss at learning rate {rate:g} is {loss.item()}; choose lower rates"
+                        )
                     loss.backward()
                     torch.nn.utils.clip_grad_norm_(head.parameters(), CLIP_NORM)
                 optimizer.step()
@@ -278,13 +358,28 @@ class Learner:
             epoch += 1
 
     def keep(self, index: int) -> Head:
-        """Forget the other heads."""
+        """Drop all heads but one.
+
+        Args:
+            index: Position of the head to keep, in the order of the learning rates.
+
+        Returns:
+            The head that was kept.
+        """
         self.heads = [self.heads[index]]
         return self.heads[0]
 
     @torch.no_grad()
     def judge(self, examples: Examples, *, batch_s: float) -> list[Judged]:
-        """Each head on these examples; CTC by the likeliest path. What CTC cannot emit adds no loss, but its errors."""
+        """Evaluate each head; CTC is decoded along the likeliest path.
+
+        Args:
+            examples: Examples to evaluate on. Targets that CTC cannot emit add a loss of 0, but count as errors.
+            batch_s: Audio per batch, in seconds.
+
+        Returns:
+            One entry per head, in the order of the learning rates.
+        """
         edits, losses = [0] * len(self.heads), [0.0] * len(self.heads)
         for batch in examples.batches(batch_s, seed=None):
             values, layout = batch.gather(self.standard, self.window.reach)

@@ -1,4 +1,4 @@
-"""A linear head for frames of any length, with which `adaptive` learns a rate."""
+"""A linear head for frames of any length; `fastssl.eval.probe.adaptive` uses it to learn a compressor's rate."""
 
 import math
 from typing import NamedTuple
@@ -12,17 +12,18 @@ from fastssl.packing import Layout, Packed
 
 
 class RateHead(nn.Module):
-    """A probe's head for frames of any length: weighted sum of layers, then a linear map of a window of its frames.
+    """A probe head for frames of any length: weighted sum of layers, then a linear map of a window of frames.
 
-    The window's weights are a function of time, linear between points one frame of the front end apart; frames take
-    those at their distance from the middle one. There are two such functions and biases, of the shortest frames and of
-    the longest; between them, in the logarithm of the frame period, a head is a mixture. It begins as the probe's does.
+    The window's weights are a function of time, linear between points that are one front-end frame apart; each frame of
+    the window takes the weights at its distance from the middle frame. The head has two such functions and biases, one
+    for the shortest frames and one for the longest, and interpolates between them in the logarithm of the frame period.
+    It is initialised like `heads.Head`: weights of zero, biases from `prior`.
 
     Args:
-        layers: L.
-        width: D.
-        prior: (C,) share of each class, or of each symbol and the blank among outputs.
-        reach: Points on either side of the middle one.
+        layers: Number of layers, L.
+        width: Dimension of the frames, D.
+        prior: (C,) share of each class, or for CTC of the blank and each symbol, among the outputs.
+        reach: Number of points on either side of the middle one.
     """
 
     def __init__(self, layers: int, width: int, prior: Tensor, *, reach: int) -> None:
@@ -33,15 +34,17 @@ class RateHead(nn.Module):
         self.bias = nn.Parameter(prior.clamp(min=1e-6).log().repeat(2, 1))
 
     def forward(self, values: Tensor, layout: Layout, *, window: Window, length: float, mixture: float) -> Packed:
-        """Logits (N_out, C) of examples.
+        """Compute the logits of a batch of examples.
 
         Args:
-            values: (L, N, D) frames of each layer, with as many rows of zeros before and after each example as the
-                window reaches.
-            layout: Of the examples with these rows.
-            window: Frames that an output sees.
-            length: Of a frame, in frames of the front end.
-            mixture: 0 for the head of the shortest frames, 1 for that of the longest.
+            values: (L, N, D) frames of each layer, with `window.reach` rows of zeros before and after each example.
+            layout: Layout of the N rows, where the rows of zeros belong to their examples.
+            window: Frames that each output sees.
+            length: Mean length of a frame, in front-end frames.
+            mixture: Position between the head of the shortest frames (0) and that of the longest (1).
+
+        Returns:
+            Packed logits (N_out, C).
         """
         steps = torch.arange(-window.reach, window.reach + 1, device=values.device)
         points = torch.arange(-self.reach, self.reach + 1, device=values.device)
@@ -53,25 +56,49 @@ class RateHead(nn.Module):
 
 
 class FrameLengths(NamedTuple):
-    """Lengths of frames, in frames of the front end, from one bound of the rate to the other."""
+    """Mean frame lengths, in front-end frames, at the lower and the upper bound of a compressor's rate.
+
+    Args:
+        shortest: Mean length at the lower bound of the rate.
+        longest: Mean length at the upper bound.
+        mean_weight: () mean of the compressor's learned weights (alpha of arXiv:2211.02332).
+    """
 
     shortest: float
     longest: float
-    mean_weight: Tensor  # () of the learned ones
+    mean_weight: Tensor  # ()
 
     @classmethod
     def between(cls, low: float, high: float, *, mean_weight: Tensor, most: float) -> "FrameLengths":
-        """At these rates, on average; none is longer than `most`."""
+        """Compute the mean lengths at two rates.
+
+        Args:
+            low: Lower bound of the rate.
+            high: Upper bound of the rate.
+            mean_weight: () mean of the compressor's learned weights.
+            most: Upper limit of the mean length.
+        """
         shares = mix_weights(mean_weight, mean_weight.new_tensor([low, high])).clamp(min=1 / most)
         shortest, longest = (1 / shares).tolist()
         return cls(shortest, longest, mean_weight)
 
     def rate_at(self, share: float) -> Tensor:
-        """() The rate at which frames have this place between the shortest (0) and the longest (1)."""
+        """Return the rate, () fp32, at which frames have a given length.
+
+        Args:
+            share: Position between the shortest (0) and the longest frames (1), in the logarithm of the length.
+        """
         length = self.shortest * (self.longest / self.shortest) ** share
         return rate_for_period(torch.tensor(length, dtype=torch.float64), self.mean_weight, 1.0).float()
 
     def mixture(self, length: float) -> float:
-        """The place of frames of such a length; 0 where all are as long."""
+        """Return the position of a length between the shortest (0) and the longest (1), in its logarithm.
+
+        Args:
+            length: Mean length of a frame, in front-end frames; lengths out of range are clamped.
+
+        Returns:
+            A number from 0 to 1; 0 if shortest and longest are equal.
+        """
         between = math.log(self.longest / self.shortest)
         return 0.0 if between <= 0 else min(max(math.log(length / self.shortest) / between, 0.0), 1.0)

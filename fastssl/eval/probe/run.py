@@ -1,16 +1,16 @@
-"""`fastssl probe`: how much a linear head can read from the frozen layers of an encoder.
+"""`fastssl probe`: measure how much a linear head can read from the frozen layers of an encoder.
 
-A miniature of SUPERB's protocol (arXiv:2105.01051): the encoder is frozen, its layers are summed with learned weights,
-and a linear head is all that is trained on them. It differs in this:
+This is a small version of SUPERB's protocol (arXiv:2105.01051): the encoder is frozen, its layers are summed with
+learned weights, and a linear head is trained on the sum. It differs from SUPERB in these points:
 
-- the tasks are small, and their tables are the user's;
-- every layer is standardised on the training part, so that a layer's weight does not depend on its scale, and for CTC
-  its directions of large variance are brought down too (ZCA, shrunk), which spares a head most of its steps;
-- CTC has a linear head on a window of 0.1 s on either side of a frame, where SUPERB has two LSTM layers;
-- verification trains nothing and scores mean-pooled features, of the layer that does best on the development part,
-  where SUPERB trains x-vectors;
+- the tasks are small, and the user supplies their tables;
+- every layer is standardised on the training part, so that a layer's weight does not depend on its scale; for CTC,
+  directions of large variance are scaled down too (ZCA with shrinkage), so that a head needs far fewer steps;
+- CTC uses a linear head on a window of 0.1 s on either side of a frame, where SUPERB uses two LSTM layers;
+- verification trains nothing: it scores mean-pooled features of the layer that is best on the development part, where
+  SUPERB trains x-vectors;
 - the learning rate is one of three, chosen on the development part for each encoder;
-- log-mel and an untrained encoder are always in the table.
+- the table always includes log-mel features and an untrained encoder.
 """
 
 import logging
@@ -39,9 +39,10 @@ logger = logging.getLogger(__name__)
 
 Task = Literal["classification", "ctc", "verification"]
 
-#: Targets that are strings of symbols; any other is a class, if no task is asked for.
+#: Target columns whose default task is ctc; the default of all other columns is classification.
 CTC_TARGETS = ("digits", "phones", "phonemes", "text")
-#: A window of many frames wants smaller steps than a mean. Verification has nothing to train.
+#: Default learning rates. CTC heads see a window of many frames and need smaller steps than classification heads, which
+#: see a mean. Verification trains nothing.
 LEARNING_RATES: dict[Task, tuple[float, ...]] = {
     "ctc": (4e-3, 8e-3, 16e-3),
     "classification": (3e-3, 1e-2, 3e-2),
@@ -52,24 +53,24 @@ LOG_MEL, RANDOM = "log-mel", "random initialisation"
 
 @dataclass(frozen=True)
 class ProbeSettings:
-    """What is probed, and how.
+    """Task and hyperparameters of a probe.
 
     Args:
-        target: Column with the label. "phones" follows from "digits" where there is no such column.
-        task: classification (a class per example), ctc (a string per recording; error rate of the likeliest path) or
-            verification (equal error rate of pairs). None: ctc for digits, phones, phonemes and text, else
-            classification.
-        segment_s: Cut recordings into examples of this length, each encoded alone; the rest is dropped. None takes
-            whole recordings; ctc does always.
-        folds: Column whose values are held out in turn: trained on rows of the others, developed on rows of the others,
-            tested on rows of the value. None: the parts as they are.
-        fold_size: Values of a fold.
-        seeds: Of the order of examples, each a run; per fold. Verification, where nothing is trained, has one.
-        learning_rates: Of the head; the best on the development part is taken, for each encoder and run. None takes
-            those of `LEARNING_RATES` for the task.
-        steps: Of each head, on batches of `batch_s`.
-        batch_s: Audio in a batch, seconds.
-        context_s: What a frame's head sees on either side, seconds; ctc only.
+        target: Column that contains the labels. "phones" is derived from "digits" if the table has no such column.
+        task: "classification" (one class per example), "ctc" (a string per recording; symbol error rate of the
+            likeliest path) or "verification" (equal error rate over pairs of recordings). None chooses "ctc" for the
+            targets digits, phones, phonemes and text, and "classification" for all others.
+        segment_s: Cut recordings into examples of this length in seconds and encode each alone; a shorter rest is
+            dropped. None makes each recording one example, which ctc requires.
+        folds: Column for cross-validation: its values are held out in turn, so that training and development parts
+            lose the rows with these values, and the test part keeps only those. None uses the three parts as they are.
+        fold_size: Number of values that are held out together.
+        seeds: Number of runs per fold, each with another order of examples. Verification trains nothing and has one.
+        learning_rates: Learning rates of the head to try; each encoder and run uses the one with the lowest error on
+            the development part. None tries `LEARNING_RATES` of the task.
+        steps: Number of optimiser steps of each head.
+        batch_s: Audio per batch, in seconds.
+        context_s: Audio that the head of a frame sees on either side, in seconds; used by ctc only.
 
     Raises:
         ValueError: A value is out of range.
@@ -90,39 +91,43 @@ class ProbeSettings:
         if self.task not in (None, "classification", "ctc", "verification"):
             raise ValueError(f"task: must be classification, ctc or verification, got {self.task!r}")
         if self.resolved_task == "ctc" and self.segment_s is not None:
-            raise ValueError("segment_s: ctc takes whole recordings, because a part has no label of its own")
+            raise ValueError("segment_s: ctc needs whole recordings, because labels are not aligned; leave it out")
         if self.segment_s is not None and not self.segment_s >= 0.1:
-            raise ValueError(f"segment_s: must be at least 0.1, got {self.segment_s}")
+            raise ValueError(f"segment_s: must be at least 0.1 seconds, got {self.segment_s}")
         if self.learning_rates == () or any(not rate > 0 for rate in self.rates):
             raise ValueError(f"learning_rates: must be positive, got {self.learning_rates}")
         for name in ("fold_size", "seeds", "steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
         if not self.batch_s > 0 or not self.context_s >= 0:
-            raise ValueError(f"batch_s and context_s: must be positive, got {self.batch_s} and {self.context_s}")
+            raise ValueError(
+                "batch_s must be positive and context_s must not be negative, "
+                f"got batch_s: {self.batch_s} and context_s: {self.context_s}"
+            )
 
     @property
     def resolved_task(self) -> Task:
-        """The task, with the rule for None applied."""
+        """Return `task`, or if it is None the default task of `target`."""
         if self.task is not None:
             return self.task
         return "ctc" if self.target in CTC_TARGETS else "classification"
 
     @property
     def rates(self) -> tuple[float, ...]:
-        """The learning rates, with the rule for None applied."""
+        """Return `learning_rates`, or if it is None the `LEARNING_RATES` of the task; empty for verification."""
         return LEARNING_RATES[self.resolved_task] if self.learning_rates is None else self.learning_rates
 
 
 @dataclass(frozen=True)
 class PartSize:
-    """What of a part took part in a run.
+    """Size of the training, development or test part in one run.
 
     Args:
-        recordings: Different ones.
-        examples: Recordings or segments.
-        hours: Of audio in them.
-        infeasible: CTC targets that need more frames than there are; they are not learned from, but counted as errors.
+        recordings: Number of different recordings.
+        examples: Number of examples: recordings, or segments of them.
+        hours: Total duration of the examples, in hours.
+        infeasible: Number of examples whose CTC target needs more outputs than there are. Training skips them; errors
+            include them.
     """
 
     recordings: int
@@ -133,18 +138,19 @@ class PartSize:
 
 @dataclass(frozen=True)
 class ProbeRun:
-    """One fold and seed.
+    """Results of one encoder on one fold with one seed.
 
     Args:
-        error: On the test part: share of wrong examples, edits per symbol, or equal error rate.
-        loss: On the test part, nats per label, to which infeasible targets add none; None in verification.
-        parts: Sizes of train, dev and test.
-        held_out: Values of the fold.
-        seed: Of the head.
-        dev_errors: What was chosen from: by learning rate, or by layer in verification.
-        chosen: The learning rate, or the layer.
-        layer_weights: Of the weighted sum; empty in verification.
-        trials: Pairs of the same and of different classes, in verification.
+        error: Error on the test part, as a share: of examples classified wrongly, of edits per symbol (may exceed 1),
+            or the equal error rate.
+        loss: Loss on the test part in nats per label, where infeasible targets count 0; None in verification.
+        parts: Sizes of the parts "train", "dev" and "test".
+        held_out: Values of the fold column that were held out; empty without folds.
+        seed: Seed of the order of training examples.
+        dev_errors: Error on the development part for each learning rate, or in verification for each layer.
+        chosen: The learning rate, or in verification the layer, with the lowest of these errors.
+        layer_weights: Weights of the L layers in the weighted sum; empty in verification.
+        trials: Numbers of pairs of the same class and of different classes in the test part; None without verification.
     """
 
     error: float
@@ -160,14 +166,16 @@ class ProbeRun:
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """An encoder's row.
+    """Results of one encoder over all folds and seeds.
+
+    `mean` and `std` are mean and sample standard deviation of the runs' errors; `std` is None for a single run.
 
     Args:
-        encoder: Its name.
-        runs: By fold and seed.
+        encoder: Name of the encoder.
+        runs: One run for each fold and seed.
         problems: Recordings that could not be used, as "NAME REASON".
-        too_short: Recordings without a whole segment.
-        frame_period_ms: From one of its frames to the next, on average over the test part.
+        too_short: Number of recordings shorter than one segment.
+        frame_period_ms: Mean frame period over the test part, in milliseconds.
     """
 
     encoder: str
@@ -194,39 +202,41 @@ def run_probe(
     features: FeatureStore | None = None,
     baselines: Sequence[str] = (LOG_MEL, RANDOM),
 ) -> list[ProbeResult]:
-    """Probe encoders beside log-mel and random initialisation.
+    """Probe encoders, and compare them with log-mel features and a randomly initialised encoder.
 
     Args:
-        models: Encoders by name, on the device where to work; frozen.
-        train: Heads learn from it, and features are standardised on it.
-        dev: Learning rates (in verification: the layer) are chosen on it.
-        test: Looked at once for each run.
-        settings: The task.
-        features: Keeps features for other tasks on the same tables; None forgets them.
-        baselines: Add log-mel (`LOG_MEL`), and the first encoder's architecture with random weights (`RANDOM`).
+        models: Encoders by name, on the device to work on; their weights are not changed.
+        train: Table of the training part; heads are trained and features standardised on it.
+        dev: Table of the development part, on which the learning rate (in verification, the layer) is chosen.
+        test: Table of the test part; each run evaluates it once, with the chosen head.
+        settings: Task and hyperparameters.
+        features: Store that keeps features for other tasks on the same tables; None computes them anew.
+        baselines: Baselines to add: log-mel features (`LOG_MEL`), and the first encoder's architecture with random
+            weights (`RANDOM`).
 
     Returns:
-        A result for each encoder in order, then the baselines.
+        A result for each encoder in the given order, then for each baseline.
 
     Raises:
-        ValueError: A table does not serve the task, or a loss is not finite; names the file, or encoder and rate.
+        ValueError: There is no encoder, an encoder has the name of a baseline, a table does not fit the task, or a loss
+            is not finite. The message names the table, or the encoder and the learning rate.
     """
     if not models:
-        raise ValueError("models: there are none")
+        raise ValueError("models: must contain at least one encoder, got none")
     first = next(iter(models.values()))
     device = next(first.parameters()).device
     sources: dict[str, Source] = {name: EncoderSource(model) for name, model in models.items()}
     if sources.keys() & {LOG_MEL, RANDOM}:
-        raise ValueError(f"models: {LOG_MEL!r} and {RANDOM!r} are names of the baselines")
+        raise ValueError(f"models: {LOG_MEL!r} and {RANDOM!r} are names of baselines; give the encoder another name")
     for name in baselines:
-        # Cosines, unlike heads, cannot leave dimensions aside.
+        # Verification uses no deltas: cosines, unlike heads, cannot ignore dimensions.
         deltas = settings.resolved_task != "verification"
         sources[name] = LogMelSource(deltas=deltas) if name == LOG_MEL else RandomSource(first, seed=0)
     parts = {"train": train, "dev": dev, "test": test}
     targets = Targets(parts, settings)
     results = []
     for name, source in sources.items():
-        # Without a store that is handed in, one encoder's features are in memory at a time.
+        # If the caller gave no store, keep the features of only one encoder in memory at a time.
         store = FeatureStore() if features is None else features
         result = _Probe(name, source, parts, targets, settings, store, device).result()
         logger.info("%s: %.2f %%", name, 100 * result.mean)
@@ -235,14 +245,16 @@ def run_probe(
 
 
 class Targets:
-    """Labels of all rows as numbers, and which rows take part in which fold.
+    """Labels of all rows as numbers, and the rows of each fold.
 
     Args:
-        parts: Tables by name, with one named "train", whose labels the others must have too.
-        settings: Say which label.
+        parts: Tables by the name of the part; one is named "train". Every label of the others must occur in it, except
+            in verification.
+        settings: Settings with the target column, the task and the folds.
 
     Raises:
-        ValueError: A table has no rows, or a label that the training part has not; names the file.
+        ValueError: A table has no rows or lacks a column, or a label does not occur in the training part. The message
+            names the table.
     """
 
     def __init__(self, parts: Mapping[str, Table], settings: ProbeSettings) -> None:
@@ -250,7 +262,7 @@ class Targets:
         columns = {part: table.column(settings.target) for part, table in parts.items()}
         for table in parts.values():
             if not table.rows:
-                raise ValueError(f"{table.name}: has no rows")
+                raise ValueError(f"{table.name}: has no rows; every part needs some")
         if task == "ctc":
             symbols = Symbols(columns["train"], separated=False if settings.target == "text" else None)
             self.outputs = len(symbols.names) + 1
@@ -269,21 +281,29 @@ class Targets:
                 elif label in classes:
                     self.numbers[part].append((classes.index(label),))
                 else:
-                    raise ValueError(f"{where} has {settings.target} {label!r}, which the training part has not")
+                    raise ValueError(
+                        f"{where} has {settings.target} {label!r}, which does not occur in the training part"
+                    )
         self.folds: list[tuple[str, ...]] = [()]
         if settings.folds is not None:
             self._values = {part: table.column(settings.folds) for part, table in parts.items()}
             self.folds = [tuple(group) for group in fold_values(self._values["train"], settings.fold_size)]
 
     def rows(self, part: str, fold: tuple[str, ...]) -> set[int]:
-        """Rows of a part in a fold."""
+        """Return the numbers of a part's rows that are used in a fold.
+
+        Args:
+            part: Name of the part.
+            fold: Values held out: the part "test" uses only rows with these values, all others only rows without. Empty
+                for all rows.
+        """
         if not fold:
             return set(range(len(self.numbers[part])))
         return {row for row, value in enumerate(self._values[part]) if (value in fold) == (part == "test")}
 
 
 class _Probe:
-    """One encoder through all folds and seeds."""
+    """Runs one encoder through all folds and seeds."""
 
     def __init__(
         self,
@@ -330,8 +350,8 @@ class _Probe:
         rows = self.targets.rows(part, fold)
         chosen = tuple(example for example, row in enumerate(features.rows) if row in rows)
         if not chosen:
-            without = f" with {self.settings.folds} {', '.join(fold)} {'alone' if part == 'test' else 'left out'}"
-            raise ValueError(f"{self.parts[part].name}: nothing is left of it{without if fold else ''}")
+            without = f" {'with' if part == 'test' else 'without'} {self.settings.folds} {', '.join(fold)}"
+            raise ValueError(f"{self.parts[part].name}: has no usable examples{without if fold else ''}")
         numbers = self.targets.numbers[part]
         return Examples(features, chosen, tuple(numbers[features.rows[example]] for example in chosen))
 
@@ -352,12 +372,13 @@ class _Probe:
             unknown = set(examples["test"].targets) - set(examples["train"].targets)
             if unknown:
                 raise ValueError(
-                    f"{self.settings.folds}: when {', '.join(fold)} is held out, {len(unknown)} of the "
-                    f"{self.settings.target}s to be tested are not learned from; such folds are for verification"
+                    f"{self.settings.folds}: with {', '.join(fold)} held out, {len(unknown)} values of "
+                    f"{self.settings.target} in the test part do not occur in the training part; choose another column "
+                    "for folds, or use verification"
                 )
         usable = examples["train"].feasible(self.window) if kind == "ctc" else examples["train"]
         if not usable.chosen:
-            raise ValueError(f"{self.parts['train'].name}: no target fits into the frames of {self.name}")
+            raise ValueError(f"{self.parts['train'].name}: every target needs more outputs than {self.name} has frames")
         learner.learn(usable, steps=settings.steps, batch_s=settings.batch_s, seed=seed)
         judged = learner.judge(examples["dev"], batch_s=settings.batch_s)
         best = min(range(len(judged)), key=lambda index: judged[index])
@@ -379,7 +400,7 @@ class _Probe:
         if seen & set(examples["test"].targets):
             raise ValueError(
                 f"{self.parts['test'].name}: some of its {self.settings.target}s are in the training or development "
-                "part too, and verification is of unseen ones; hold some out with folds, two at a time"
+                "part too, but verification needs unseen ones; hold them out with folds and a fold_size of at least 2"
             )
         dev_errors = [self._equal_errors(examples["dev"], standard, layer)[0] for layer in range(self.source.layers)]
         layer = min(range(self.source.layers), key=lambda index: dev_errors[index])
@@ -396,15 +417,16 @@ class _Probe:
         )
 
     def _equal_errors(self, examples: Examples, standard: Standard, layer: int) -> tuple[float, tuple[int, int]]:
-        """Equal error rate of a layer, and the number of pairs of either kind."""
+        """Return the equal error rate of a layer, and the numbers of same-class and different-class pairs."""
         values, _ = examples.gather(standard, 0)
         rows = torch.tensor([examples.features.rows[example] for example in examples.chosen], device=self.device)
         classes = torch.tensor(examples.targets, device=self.device)[:, 0]
         same, different = pair_scores(values[layer], classes, rows)
         if not len(same) or not len(different):
             raise ValueError(
-                f"{self.settings.target}: a part has {len(same)} pairs of the same and {len(different)} of different "
-                "ones, between recordings; verification needs both (fold_size holds out several)"
+                f"{self.settings.target}: verification needs pairs of recordings with the same {self.settings.target} "
+                f"and with different ones, but a part has {len(same)} pairs of the same and {len(different)} pairs of "
+                "different ones; raise fold_size or add recordings"
             )
         return equal_error_rate(same, different), (len(same), len(different))
 

@@ -1,4 +1,4 @@
-"""What probes report: edit distance of sequences, equal error rate of scores."""
+"""Error measures of probes: edit distance of sequences, equal error rate of scores."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,12 @@ from torch import Tensor
 
 
 def edit_distance(found: Sequence[int], expected: Sequence[int]) -> int:
-    """Insertions, deletions and substitutions from one to the other."""
+    """Return the Levenshtein distance: the least number of insertions, deletions and substitutions.
+
+    Args:
+        found: Numbers of the symbols that were recognised.
+        expected: Numbers of the symbols of the target.
+    """
     row = list(range(len(expected) + 1))
     for i, one in enumerate(found, 1):
         diagonal, row[0] = row[0], i
@@ -17,21 +22,29 @@ def edit_distance(found: Sequence[int], expected: Sequence[int]) -> int:
 
 
 def equal_error_rate(same: Tensor, different: Tensor) -> float:  # (S,), (R,) scores, higher is more alike
-    """Where as many pairs of the same are rejected as pairs of different are accepted, as shares of their kind.
+    """Return the equal error rate of verification, from 0 to 1.
 
-    A threshold at each score gives a point of the ROC, and it is straight between neighbouring points; this is where it
-    meets the line of equal shares. Equal scores fall on one side of every threshold together.
+    This is the share of same-class pairs rejected, at the threshold where it equals the share of different-class pairs
+    accepted. Each score is a threshold and gives a point of the ROC curve; between neighbouring points the curve is
+    interpolated linearly.
+
+    Args:
+        same: (S,) scores of pairs of the same class; higher means more alike.
+        different: (R,) scores of pairs of different classes.
 
     Raises:
-        ValueError: There is no pair of a kind, or a score is not finite.
+        ValueError: One of the two is empty, or a score is not finite.
     """
     if not len(same) or not len(different):
-        raise ValueError(f"scores: {len(same)} pairs of the same and {len(different)} of different; both are needed")
+        raise ValueError(
+            "scores: both kinds of pairs are needed, got "
+            f"{len(same)} pairs of the same class and {len(different)} of different classes"
+        )
     scores = torch.cat([same, different]).double()
     if not scores.isfinite().all():
-        raise ValueError("scores: must be finite")
+        raise ValueError("scores: must be finite, but some are NaN or infinite")
     thresholds = scores.unique()  # sorted
-    # Accepted is what scores at least the threshold; beyond the last one nothing is.
+    # A pair is accepted if its score is at least the threshold; above the last threshold no pair is.
     rejected = torch.searchsorted(same.double().sort().values, thresholds).double() / len(same)
     accepted = 1 - torch.searchsorted(different.double().sort().values, thresholds).double() / len(different)
     rejected = torch.cat([rejected, torch.ones(1, dtype=torch.float64, device=scores.device)])
@@ -46,9 +59,17 @@ def equal_error_rate(same: Tensor, different: Tensor) -> float:  # (S,), (R,) sc
 def pair_scores(
     embeddings: Tensor, classes: Tensor, recordings: Tensor
 ) -> tuple[Tensor, Tensor]:  # (E, D), (E,), (E,) -> (S,), (R,)
-    """Cosines of all pairs of two recordings: those of the same class, and those of different ones.
+    """Return the cosine similarities of all pairs of embeddings from different recordings.
 
-    Two segments of one recording share its microphone and its moment, so they are no trial.
+    Two segments of one recording share its microphone and its moment, so they do not form a pair.
+
+    Args:
+        embeddings: (E, D) embeddings, in any floating-point dtype.
+        classes: (E,) class of each embedding.
+        recordings: (E,) number of the recording that each embedding comes from.
+
+    Returns:
+        (S,) fp32 cosines of pairs of the same class, and (R,) of pairs of different classes.
     """
     unit = torch.nn.functional.normalize(embeddings.float(), dim=1)
     same, different = [], []

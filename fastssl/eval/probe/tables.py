@@ -1,4 +1,4 @@
-"""Tables of recordings with labels: reading them, dividing them into parts, and folds."""
+"""Tables of labelled recordings: read them, divide them into parts, form folds."""
 
 import csv
 import hashlib
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-#: Pronunciations of the English digits in ARPAbet, from which phone strings of digit strings follow.
+#: Pronunciations of the English digits in ARPAbet; they turn digit strings into phone strings.
 DIGIT_PHONES = {
     "0": "Z IH R OW",
     "1": "W AH N",
@@ -23,11 +23,11 @@ DIGIT_PHONES = {
 
 @dataclass(frozen=True)
 class Row:
-    """A recording and what is known of it.
+    """A recording and its labels.
 
     Args:
-        path: The file.
-        labels: What stands in the other columns, by name.
+        path: Path of the audio file.
+        labels: Values of the other columns, by column name.
     """
 
     path: Path
@@ -36,21 +36,27 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """Labelled recordings.
+    """A table of labelled recordings.
 
     Args:
-        name: For messages: the file it was read from.
-        rows: In the order of the file.
+        name: Name for messages: the file that the table was read from.
+        rows: Rows in the order of the file.
     """
 
     name: str
     rows: tuple[Row, ...]
 
     def column(self, name: str) -> list[str]:
-        """A label of every row; "phones" follows from "digits" where there is no such column.
+        """Return one label of every row.
+
+        Args:
+            name: Name of the column. If a table has "digits" but no "phones", "phones" is derived from "digits".
+
+        Returns:
+            Labels in the order of the rows.
 
         Raises:
-            ValueError: There is no such column, or a row has nothing in it.
+            ValueError: The table has no such column, or the column is empty in a row.
         """
         values = []
         for row in self.rows:
@@ -58,53 +64,67 @@ class Table:
             if value is None and name == "phones" and "digits" in row.labels:
                 value = phones_of_digits(row.labels["digits"], where=f"{self.name}: {row.path.name}")
             if value is None:
-                raise ValueError(f"{self.name}: no column {name!r}; there are {', '.join(row.labels)}")
+                raise ValueError(f"{self.name}: no column {name!r}; choose one of {', '.join(row.labels)}")
             if not value.strip():
-                raise ValueError(f"{self.name}: {row.path.name} has nothing in column {name!r}")
+                raise ValueError(f"{self.name}: column {name!r} of {row.path.name} is empty; fill it or remove the row")
             values.append(value)
         return values
 
 
 def read_table(path: str | Path) -> Table:
-    """Read a table with a header: tab-separated, or comma-separated where the name ends with .csv.
+    """Read a table with a header from a tab-separated file, or from a comma-separated one if its name ends with .csv.
 
-    Column `path` names the recordings, absolute or from the folder of the table; the other columns are labels.
+    Column `path` contains the paths of the recordings, absolute or relative to the table's folder; the other columns
+    are labels.
+
+    Args:
+        path: Path of the table, UTF-8 text.
 
     Raises:
-        ValueError: There is no such file, no column `path`, no row, a row of another length, or a recording twice.
+        ValueError: The file does not exist or is not UTF-8, it has no column `path` or no rows, a row has another
+            number of fields than the header, or a recording is listed twice.
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"table: there is no file {path}")
+        raise ValueError(f"table: no such file: {path}")
     separator = "," if path.suffix.lower() == ".csv" else "\t"
     try:
         with path.open(newline="", encoding="utf-8") as lines:
             header, *records = [record for record in csv.reader(lines, delimiter=separator) if record]
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: is no text: {error}") from None
+        raise ValueError(f"{path}: is not UTF-8 text ({error}); save the table as UTF-8") from None
     except ValueError:
-        raise ValueError(f"{path}: is empty; a table begins with the names of its columns") from None
+        raise ValueError(f"{path}: is empty; the first line must contain the names of the columns") from None
     if "path" not in header:
         separated = "commas" if separator == "," else "tabs"
-        raise ValueError(f"{path}: no column 'path'; separated by {separated} there are {', '.join(header)}")
+        raise ValueError(
+            f"{path}: no column 'path' among {', '.join(header)}; separate columns by {separated} and name one 'path'"
+        )
     if not records:
-        raise ValueError(f"{path}: has no rows")
+        raise ValueError(f"{path}: has no rows; add one line for each recording below the header")
     rows: dict[Path, Row] = {}
     for number, record in enumerate(records, 2):
         if len(record) != len(header):
-            raise ValueError(f"{path}: row {number} has {len(record)} fields, the header {len(header)}")
+            raise ValueError(f"{path}: row {number} has {len(record)} fields, but the header has {len(header)}")
         labels = dict(zip(header, record, strict=True))
         file = path.parent / labels.pop("path")
         if file in rows:
-            raise ValueError(f"{path}: {file} is there twice")
+            raise ValueError(f"{path}: {file} is listed twice; remove one of its rows")
         rows[file] = Row(file, labels)
     return Table(str(path), tuple(rows.values()))
 
 
 def split_table(table: Table) -> tuple[Table, Table, Table]:
-    """Training, development and test, about 70, 15 and 15 of 100 rows each, by a hash of the path.
+    """Divide a table into training, development and test parts of about 70, 15 and 15 % of its rows.
 
-    Recordings that share material (a speaker's session, the same words cut anew) may come to lie on both sides.
+    A hash of the file name decides on the part of each row. Recordings that share material (one session of a speaker,
+    or overlapping cuts of the same audio) may end up in different parts.
+
+    Args:
+        table: Table to divide.
+
+    Returns:
+        Training, development and test table; each may be empty if the table is small.
     """
     parts: tuple[list[Row], list[Row], list[Row]] = ([], [], [])
     for row in table.rows:
@@ -118,24 +138,28 @@ def split_table(table: Table) -> tuple[Table, Table, Table]:
 
 
 def phones_of_digits(digits: str, *, where: str) -> str:
-    """Phones of a string of English digits, separated by blanks.
+    """Return the phones of a string of English digits, separated by spaces.
+
+    Args:
+        digits: Digits 0 to 9; spaces are ignored.
+        where: Table and row, with which an error message begins.
 
     Raises:
-        ValueError: A character is no digit; `where` names the row.
+        ValueError: A character is not a digit.
     """
     foreign = sorted(set(digits.replace(" ", "")) - DIGIT_PHONES.keys())
     if foreign:
-        raise ValueError(f"{where} has {foreign[0]!r} in column 'digits', which is no digit")
+        raise ValueError(f"{where} has {foreign[0]!r} in column 'digits'; expected only digits and spaces")
     return " ".join(DIGIT_PHONES[digit] for digit in digits.replace(" ", ""))
 
 
 class Symbols:
-    """The symbols of CTC targets, numbered from 1; 0 is the blank.
+    """The symbols of CTC targets, numbered from 1; number 0 is CTC's blank.
 
     Args:
-        labels: Of the training part.
-        separated: Whether symbols are separated by blanks ("S IH K S") or are single characters ("6174"); None looks
-            whether any label has a blank.
+        labels: Labels of the training part, from which the symbols are collected.
+        separated: Whether symbols are separated by spaces ("S IH K S") or are single characters ("6174"). None means
+            separated if any label contains a space.
     """
 
     def __init__(self, labels: Iterable[str], *, separated: bool | None = None) -> None:
@@ -145,15 +169,19 @@ class Symbols:
         self._numbers = {name: number for number, name in enumerate(self.names, 1)}
 
     def encode(self, label: str, *, where: str) -> list[int]:
-        """Numbers of the symbols of a label.
+        """Return the numbers of a label's symbols.
+
+        Args:
+            label: Label to encode.
+            where: Table and row, with which an error message begins.
 
         Raises:
-            ValueError: A symbol is not in the training part; `where` names the row.
+            ValueError: A symbol does not occur in the training part.
         """
         split = self._split(label)
         for name in split:
             if name not in self._numbers:
-                raise ValueError(f"{where} has {name!r} in its label, which the training part has not")
+                raise ValueError(f"{where} has {name!r} in its label, which does not occur in the training part")
         return [self._numbers[name] for name in split]
 
     def _split(self, label: str) -> list[str]:
@@ -161,14 +189,21 @@ class Symbols:
 
 
 def fold_values(values: Sequence[str], size: int) -> list[list[str]]:
-    """Groups of values to hold out together, in the order of the alphabet; what is left over joins the last group.
+    """Group the distinct values of a column, in alphabetical order, into folds that are held out together.
+
+    Args:
+        values: Values of the column; may repeat.
+        size: Number of distinct values per fold; values left over join the last fold.
 
     Raises:
-        ValueError: There are not two groups.
+        ValueError: The values do not make at least two folds, or `size` is less than 1.
     """
     distinct = sorted(set(values))
     if size < 1 or len(distinct) < 2 * size:
-        raise ValueError(f"fold_size: {size} of {len(distinct)} values ({', '.join(distinct)}) does not make two folds")
+        raise ValueError(
+            f"fold_size: must be from 1 to half the number of values ({len(distinct)}: {', '.join(distinct)}), to make "
+            f"two folds; got {size}"
+        )
     groups = [distinct[first : first + size] for first in range(0, len(distinct), size)]
     if len(groups[-1]) < size:
         groups[-2:] = [groups[-2] + groups[-1]]

@@ -1,1 +1,1 @@
-"""`fastssl quality`: how good the layers of an encoder are, without labels."""
+"""`fastssl quality`: measure how good each layer of an encoder is, without labels."""

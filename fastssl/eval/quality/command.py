@@ -1,4 +1,4 @@
-"""`fastssl quality`: a table, a JSON file and a plot of how good each layer of an encoder is."""
+"""`fastssl quality`: report the quality of each layer of an encoder as a table, a JSON file and a plot."""
 
 import logging
 import math
@@ -24,7 +24,7 @@ from fastssl.packing import Packed
 
 logger = logging.getLogger(__name__)
 
-#: The panels of the plot.
+#: The panels of the plot: fields of `LayerQuality` with their axis labels.
 _PANELS = {
     "effective_rank": "effective rank of all frames",
     "rankme": "RankMe",
@@ -67,7 +67,7 @@ def quality(
     """
     output = Path(output)
     if output.suffix != ".json" or output.is_dir():
-        raise ValueError(f"--output: {output} must be a file that ends with .json")
+        raise ValueError(f"--output: {output} must be a file whose name ends with .json")
     encoder = open_encoder_at(model, device=device, rate=rate, frame_period_ms=frame_period_ms)
     corpus = open_corpus(audio, min_duration_s=frame_grid(encoder.config).shortest_s, max_bad_fraction=1.0)
     cuts = first_minutes(corpus.cuts, minutes)
@@ -78,8 +78,8 @@ def quality(
         logger.warning("left out: %s", problem)
     period_ms = encoder.config.frame_period_ms * waveforms.frames / results[0].frames
     if encoder.compressor is not None:
-        asked = "" if frame_period_ms is None else f" ({frame_period_ms:g} asked)"
-        logger.info("a frame every %.1f ms%s", period_ms, asked)
+        asked = "" if frame_period_ms is None else f" ({frame_period_ms:g} ms requested)"
+        logger.info("mean frame period: %.1f ms%s", period_ms, asked)
     report = {
         "model": str(model),
         "audio": str(audio),
@@ -107,10 +107,7 @@ def quality(
 
 
 class _Waveforms:
-    """Batches of audio, with the time and frames of what could be read, and the rest as problems.
-
-    Frames are those of the encoder's front end.
-    """
+    """Batches of audio that count, while they are read, the seconds, front-end frames and unreadable recordings."""
 
     def __init__(
         self, cuts: Sequence[Cut], problems: list[Problem], encoder: SpeechEncoder, *, channel: int | None
@@ -128,12 +125,17 @@ class _Waveforms:
             if batch.names:
                 yield batch.waveforms
         if not self.seconds:
-            raise ValueError(f"audio: none of its recordings can be used; {self.problems[-1]}")
-        logger.info("%.1f minutes encoded; now the clusters of each layer", self.seconds / 60)
+            raise ValueError(f"AUDIO: none of its recordings can be used; the last problem: {self.problems[-1]}")
+        logger.info("%.1f minutes encoded; next, k-means of each layer", self.seconds / 60)
 
 
 def draw_layers(results: Sequence[LayerQuality], path: Path) -> None:
-    """Draw each measure over the layers, as PNG."""
+    """Plot effective rank, RankMe, log inertia and Davies-Bouldin index over the layers.
+
+    Args:
+        results: One entry per measured layer; values that are not finite leave gaps.
+        path: PNG file to write; an existing file is replaced.
+    """
     from matplotlib.ticker import MaxNLocator
 
     figure = new_figure(7)
@@ -141,7 +143,7 @@ def draw_layers(results: Sequence[LayerQuality], path: Path) -> None:
     for axes, (name, label) in zip(figure.subplots(2, 2).flat, _PANELS.items(), strict=True):
         values = [getattr(result, name) for result in results]
         axes.plot(layers, [value if math.isfinite(value) else math.nan for value in values], "o-")
-        axes.set_xlabel("layer (0: input of the first)")
+        axes.set_xlabel("layer (0: input of the first layer)")
         axes.set_ylabel(label)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
@@ -175,17 +177,17 @@ def _table(results: Sequence[LayerQuality]) -> Table:
 
 
 def _remark(results: Sequence[LayerQuality], seconds: float, minutes: float, *, width: int) -> None:
-    """Say what keeps these numbers from being compared with others."""
+    """Warn if these numbers cannot be compared with others: too little audio, or too few rows for RankMe."""
     first = results[0]
     if seconds < 60 * minutes - 1:
         logger.warning(
-            "%.1f minutes of the %g asked for: compare only with what was measured on the same audio",
+            "only %.1f of the %g minutes requested are available: compare only with results on the same audio",
             seconds / 60,
             minutes,
         )
     if first.rankme_rows < 2 * width:
         logger.warning(
-            "RankMe is that of %d %s and the width is %d: it says little until there are several times as many",
+            "RankMe has only %d %s for a width of %d: it says little until they are several times the width",
             first.rankme_rows,
             first.rankme_of,
             width,
@@ -204,7 +206,7 @@ def _versions() -> dict[str, str | None]:
 
 
 def _without_nan(value: Any) -> Any:
-    """JSON has neither NaN nor infinity: null stands for them."""
+    """Replace NaN and infinity by None (null), because JSON has neither."""
     if isinstance(value, dict):
         return {key: _without_nan(item) for key, item in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""How good an encoder's frames are, layer by layer, from audio without labels (arXiv:2501.05966)."""
+"""Measure the quality of an encoder's frames, layer by layer, on audio without labels (arXiv:2501.05966)."""
 
 import hashlib
 import tempfile
@@ -20,33 +20,33 @@ from fastssl.data.batches import AudioBatch, WaveformDataset, fixed_batches
 from fastssl.metrics import GramMatrix, effective_rank, fit_kmeans, num_clusters, score_clusters
 from fastssl.packing import Layout, Packed
 
-#: Frames for the clusters: as many as 1024 of them take.
+#: Default number of frames for k-means: enough for 1024 clusters.
 MAX_FRAMES = 102_400
-#: Audio that goes through the encoder at a time; features do not depend on it.
+#: Seconds of audio per batch; the features do not depend on it.
 _BATCH_S = 60.0
-#: RankMe's rows where there are too few utterances.
+#: Length in seconds of the segments that replace utterances as rows of RankMe if there are too few utterances.
 _SEGMENT_S = 2.0
 
 
 @dataclass(frozen=True)
 class LayerQuality:
-    """What one layer's frames say.
+    """Rank and clustering measures of one layer's frames.
 
     Args:
-        layer: 0 is the input of the first layer, L the output of the last.
-        frames: Of all audio.
-        utterances: That have a frame.
-        effective_rank: Of all frames, not centred.
-        rankme: Effective rank of the sums over the frames of each utterance, or segment.
-        rankme_rows: How many of these there are; `rankme` cannot be more.
-        rankme_of: Segments of about 2 s where the utterances are fewer than the width.
-        clustered_frames: Frames that k-means saw and the rest is about.
-        clusters: k.
-        used_clusters: Those with a member.
-        inertia: Sum of squared distances to the nearest centre.
-        inertia_per_frame: Their mean.
-        log_inertia_per_frame: Its logarithm; minus infinity where all frames lie on centres.
-        davies_bouldin: NaN where fewer than two clusters have members.
+        layer: Layer: 0 is the input of the first layer, L the output of the last.
+        frames: Number of frames in all audio.
+        utterances: Number of utterances with at least one frame.
+        effective_rank: Effective rank (Roy and Vetterli, 2007) of the matrix of all frames, not centred.
+        rankme: RankMe (arXiv:2210.02885): effective rank of the sums of frames over each utterance or segment.
+        rankme_rows: Number of these sums; an upper limit of `rankme`.
+        rankme_of: "utterances", or "segments" of about 2 s if there are fewer utterances than dimensions.
+        clustered_frames: Number of frames given to k-means; the fields below are about these frames.
+        clusters: Number of clusters, k.
+        used_clusters: Number of clusters with at least one frame.
+        inertia: Sum of squared distances of frames to their nearest centre.
+        inertia_per_frame: `inertia` divided by `clustered_frames`.
+        log_inertia_per_frame: Natural logarithm of `inertia_per_frame`; minus infinity if every frame equals a centre.
+        davies_bouldin: Davies-Bouldin index, lower is better; NaN if fewer than two clusters have frames.
     """
 
     layer: int
@@ -66,10 +66,14 @@ class LayerQuality:
 
 
 def first_minutes(cuts: Iterable[Cut], minutes: float) -> list[Cut]:
-    """The first so many minutes of audio, in an order that follows from the cuts' ids alone.
+    """Choose cuts with at least `minutes` of audio in total, by a hash of their ids.
 
-    The same recordings come out however they were listed, and few change when others are added. Nothing is cropped: the
-    last one may exceed the time.
+    The choice does not depend on the order in which the cuts are listed, and it changes little if cuts are added.
+    Cuts stay whole, so that the last one may exceed the time.
+
+    Args:
+        cuts: Cuts to choose from.
+        minutes: Audio to choose, in minutes; if there is less, all cuts are chosen.
 
     Raises:
         ValueError: `minutes` is not positive.
@@ -90,20 +94,20 @@ def first_minutes(cuts: Iterable[Cut], minutes: float) -> list[Cut]:
 def quality_loader(
     cuts: Iterable[Cut], *, normalize: bool, channel: int | None = None, num_workers: int = 0
 ) -> DataLoader[AudioBatch]:
-    """Whole cuts in fixed batches, the same every time it is iterated.
+    """Return a loader of whole cuts in batches of about 60 s, which are the same in every pass.
 
     Args:
-        cuts: Such as `first_minutes` gives.
-        normalize: Zero mean and unit variance for each, as the encoder's config says.
-        channel: Of several channels take this one (default: their mean).
-        num_workers: Processes that decode; 0 decodes in this one.
+        cuts: Cuts to read, for example from `first_minutes`.
+        normalize: Scale each waveform to zero mean and unit variance; pass the encoder config's `do_normalize`.
+        channel: The channel to read, counted from 0; None averages all channels.
+        num_workers: Number of processes that decode audio; 0 decodes in the calling process.
     """
     return DataLoader(
         WaveformDataset(normalize=normalize, channel=channel),
         sampler=fixed_batches(cuts, max_duration_s=_BATCH_S, crop_s=None, seed=0),
         batch_size=None,
         num_workers=num_workers,
-        generator=torch.Generator(),  # else it takes a number from the global one
+        generator=torch.Generator(),  # without one, the loader draws a number from torch's global generator
     )
 
 
@@ -115,30 +119,34 @@ def measure_quality(
     max_frames: int = MAX_FRAMES,
     seed: int = 0,
 ) -> list[LayerQuality]:
-    """Rank and clusters of the frames of every layer, in one pass over the audio.
+    """Measure rank and clusters of the frames of every layer, in one pass over the audio (arXiv:2501.05966).
 
-    The same audio, weights, `max_frames` and seed give the same numbers. In memory is what one batch takes, three
-    matrices (D, D) fp64 per layer, and one layer's frames for k-means; the other layers' lie in a temporary folder,
-    `max_frames` x D x 4 bytes each (0.3 GB at width 768). Frames for k-means are drawn evenly from all, the same of
-    every layer.
+    The same audio, weights, `max_frames` and seed give the same numbers. Frames for k-means are drawn uniformly from
+    all frames, the same ones in every layer.
+
+    Memory holds one batch, three (D, D) fp64 matrices per layer, and the k-means frames of one layer. The k-means
+    frames of all layers are in a temporary folder, `max_frames` x D x 4 bytes per layer (0.3 GB at width 768).
 
     Args:
         encoder: Takes packed waveforms and returns an `EncoderOutput`; its config has `num_hidden_layers`,
-            `hidden_size` and `samples_per_frame`. It is measured in evaluation mode, and left as it was.
-        waveforms: Batches; they are moved to the encoder's device.
-        layers: Which; None measures all, 0 to L.
-        max_frames: Frames for k-means at most.
-        seed: Of the frames drawn, and of k-means.
+            `hidden_size` and `samples_per_frame`. It is measured in evaluation mode; its training mode is restored.
+        waveforms: Batches of waveforms, (N, 1) at 16 kHz; they are moved to the encoder's device.
+        layers: Layers to measure; None measures all, 0 to L.
+        max_frames: Maximal number of frames for k-means.
+        seed: Seed for drawing frames and for k-means.
+
+    Returns:
+        One `LayerQuality` for each layer, in rising order of layers.
 
     Raises:
-        ValueError: There is no such layer, too little audio for clusters, or a layer's frames are NaN, infinite, or all
-            zero.
+        ValueError: A layer does not exist, `max_frames` is less than 1, there is too little audio for k-means, or a
+            layer's frames are NaN, infinite or all zero.
     """
     config: Any = encoder.config
     depth = config.num_hidden_layers
     layers = range(depth + 1) if layers is None else sorted(set(layers))
     if not layers or layers[0] < 0 or layers[-1] > depth:
-        raise ValueError(f"layers: the model has 0 to {depth}, got {list(layers)}")
+        raise ValueError(f"layers: the model has layers 0 to {depth}, got {list(layers)}")
     if max_frames < 1:
         raise ValueError(f"max_frames: must be at least 1, got {max_frames}")
     device = next(encoder.parameters()).device
@@ -156,7 +164,7 @@ def measure_quality(
             for batch in waveforms:
                 _, hidden_states, compressed = encoder(batch.to(device))
                 if compressed is not None and not ranks[layers[0]].frames.rows:
-                    # Frames of a compressor have no fixed length; those of the first batch are taken for all.
+                    # Compressed frames have no fixed length: take the mean of the first batch for all batches.
                     ranks = new_ranks(compressed.frames.layout.total / max(1, compressed.layout.total))
                 chosen = draw.places(hidden_states[0].layout.total)
                 for layer in layers:
@@ -174,12 +182,12 @@ def measure_quality(
 def _assess(
     layer: int, ranks: "_Ranks", frames: NDArray[np.float32], *, seed: int, device: torch.device
 ) -> LayerQuality:
-    """The numbers of one layer; `frames` is overwritten."""
+    """Compute the measures of one layer; overwrites `frames`, (n, D)."""
     few = ranks.utterances.rows < frames.shape[1]
     rows = ranks.segments if few else ranks.utterances
     rank, rankme = effective_rank(ranks.frames.singular_values()), effective_rank(rows.singular_values())
     clusters = num_clusters(len(frames))
-    # Clusters are the same wherever the origin is, and distances of numbers near it lose fewer digits.
+    # Centre the frames: this does not change the clusters, and distances between small numbers lose fewer digits.
     frames -= frames.mean(0, dtype=np.float64).astype(np.float32)
     centres = fit_kmeans(frames, clusters, seed=seed)
     scores = score_clusters([torch.from_numpy(frames)], centres.to(device))
@@ -202,9 +210,10 @@ def _assess(
 
 
 class _Ranks:
-    """Of one layer: all frames, and their sums over utterances and over segments of these.
+    """Gram matrices of one layer: of all frames, of their sums over utterances, and of their sums over segments.
 
-    Sums, not means, are the published rows; it is the same where all are of one length.
+    As in the published measure, rows are sums over frames, not means; both give the same rank if all utterances have
+    the same length.
     """
 
     def __init__(self, width: int, segment: int, device: torch.device) -> None:
@@ -219,7 +228,7 @@ class _Ranks:
         lengths = [length for length in hidden.layout.lengths if length]
         pieces = []
         for length in lengths:
-            # Equal pieces, of which none is a short rest.
+            # Divide the utterance into pieces of nearly equal length, so that no short piece remains.
             size, longer = divmod(length, count := max(1, round(length / self.segment)))
             pieces += [size + 1] * longer + [size] * (count - longer)
         for matrix, rows in ((self.utterances, lengths), (self.segments, pieces)):
@@ -228,7 +237,7 @@ class _Ranks:
 
 
 class _Draw:
-    """Which frames to keep of a stream, so that a fixed number is drawn evenly from all of it (reservoir sampling)."""
+    """Reservoir sampling: draw a fixed number of frames uniformly from a stream of unknown length."""
 
     def __init__(self, max_frames: int, seed: int) -> None:
         self.max_frames = max_frames
@@ -236,7 +245,12 @@ class _Draw:
         self._seen = 0
 
     def places(self, number: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Of the next so many frames, those to keep, and the places they take, perhaps from earlier ones."""
+        """Draw from the next `number` frames.
+
+        Returns:
+            Indices of the frames to keep, within these `number` frames, and the place of each in the sample; a place
+            may already hold an earlier frame, which is replaced.
+        """
         places = np.arange(self._seen, self._seen + number)
         late = places >= self.max_frames
         places[late] = self._random.integers(0, places[late] + 1)
@@ -246,7 +260,7 @@ class _Draw:
 
 
 class _FrameFile:
-    """Drawn frames of one layer, (n, D) float32 in a file."""
+    """File with the sampled frames of one layer, (n, D) float32."""
 
     def __init__(self, path: Path, width: int, max_frames: int) -> None:
         self.path = path
@@ -256,9 +270,9 @@ class _FrameFile:
         path.touch()
 
     def write(self, values: Tensor, kept: NDArray[np.int64], places: NDArray[np.int64]) -> None:
-        """Write frames `kept` of a batch to their places, a later one over an earlier one."""
+        """Write the frames `kept` of a batch to their `places` in the sample; of two in one place the later stays."""
         frames = values[torch.from_numpy(kept).to(values.device)].float().cpu().numpy()
-        new = min(len(values), self.max_frames - self._rows)  # these come first, one behind the other
+        new = min(len(values), self.max_frames - self._rows)  # these frames are first, and are appended in order
         if new:
             with self.path.open("ab") as file:
                 file.write(frames[:new].tobytes())
@@ -273,7 +287,7 @@ class _FrameFile:
 
 @contextmanager
 def _evaluating(encoder: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and each module's own mode again."""
+    """Put an encoder into evaluation mode, and afterwards restore the mode of each of its modules."""
     training = [module for module in encoder.modules() if module.training]
     encoder.eval()
     try:
