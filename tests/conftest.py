@@ -36,7 +36,7 @@ def speech_folder(request: pytest.FixtureRequest) -> Path:
 
 @pytest.fixture(scope="session")
 def spoken_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two minutes of synthetic speech by four speakers, with `utterances.tsv`. Shared by all tests: do not change it."""
+    """Two minutes of synthetic speech by four speakers, with `utterances.tsv`. All tests share it: do not change it."""
     pytest.importorskip("espeakng_loader", reason="espeakng_loader is not installed")
     from fastssl.data.synthetic import speak_corpus
 
