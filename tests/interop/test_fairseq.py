@@ -21,7 +21,7 @@ from fastssl.models.encoder import Encoder, EncoderConfig
 from tests.interop.tiny_models import LARGE, TINY, assert_same_weights, disturb
 
 CONV = "[(32, 10, 5)] + [(32, 3, 2)] * 4 + [(32,2,2)] + [(32,2,2)]"
-#: fairseq's settings for the tiny model; `make_encoder` has ours.
+#: fairseq's settings of the tiny model; `OURS` are ours for the same model.
 SETTINGS: dict[str, Any] = {
     "extractor_mode": "default",
     "encoder_layers": 3,
