@@ -1,4 +1,4 @@
-"""What the README shows runs."""
+"""The README's examples run, recipes contain only changed settings, and the README names every recipe and folder."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Every place of the package from which something could be imported, run, unpickled or fetched, and why it is safe."""
+"""A list of all calls that could import, run, unpickle or download something, with the reason why each is safe."""
 
 import ast
 from collections import Counter
@@ -8,7 +8,7 @@ import fastssl
 
 PACKAGE = Path(fastssl.__file__).parent
 
-#: Functions and methods that import, run, unpickle, load a library, fetch, or have another package do it.
+#: Functions and methods that import, run, unpickle, load a library or download, directly or in another package.
 METHODS = {
     *("CDLL", "Popen", "Pipe", "Unpickler", "check_call", "check_output", "deserialize_item", "download", "full_load"),
     *("from_pretrained", "getoutput", "import_module", "load", "load_all", "load_audio", "load_jsonl", "load_library"),
@@ -16,10 +16,10 @@ METHODS = {
     *("unsafe_load",),
 }
 BUILTINS = {"__import__", "compile", "eval", "exec"}
-#: Modules that are not imported at all.
+#: Modules that the package must not import.
 MODULES = {"jinja2", "marshal", "pickle", "runpy", "shelve", "subprocess"}
 
-#: (file, call) -> how often, and why no file of a stranger decides what it does.
+#: (file, call) -> number of calls, and why a file from an untrusted source cannot decide what they do.
 PLACES = {
     ("cli/__init__.py", "importlib.import_module"): (1, "one of our own commands, from a fixed table"),
     ("cli/info.py", "importlib.import_module"): (1, "a constant"),
