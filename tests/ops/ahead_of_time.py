@@ -128,7 +128,7 @@ def _main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("ops", nargs="+")
     parser.add_argument("--architectures", nargs="+", type=int, default=[90])
-    parser.add_argument("--only-first", action="store_true", help="leave out all cases of an op but the first")
+    parser.add_argument("--only-first", action="store_true", help="compile only the first case of each op")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
     rows = []
