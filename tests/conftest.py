@@ -1,4 +1,4 @@
-"""What all tests share."""
+"""Options, markers and fixtures shared by all tests."""
 
 import os
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when fastssl is imported: Triton kernels run on the CPU
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
-    # Workers share the cores, and so do the processes that tests start.
+    # Divide the cores among the workers, and among the processes that tests start.
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
     os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
 
@@ -29,14 +29,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(scope="session")
 def speech_folder(request: pytest.FixtureRequest) -> Path:
-    """Recordings of speech: the folder given with `--speech`, or else the spoken corpus."""
+    """A folder of speech recordings: the one given with `--speech`, or else the spoken corpus."""
     folder: Path | None = request.config.getoption("--speech")
     return folder or request.getfixturevalue("spoken_corpus")
 
 
 @pytest.fixture(scope="session")
 def spoken_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two minutes of synthetic speech of four speakers, with `utterances.tsv`. Read only: every test shares it."""
+    """Two minutes of synthetic speech by four speakers, with `utterances.tsv`. All tests share it: do not change it."""
     pytest.importorskip("espeakng_loader", reason="espeakng_loader is not installed")
     from fastssl.data.synthetic import speak_corpus
 
@@ -56,7 +56,7 @@ def recordings(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """Two cores are shared with the decoding processes; and the processes of a test must add up in the same order."""
+    """Use one thread: decoding processes need the cores too, and every process of a test must sum in the same order."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,4 +1,4 @@
-"""How often the host waits for a GPU."""
+"""Counting how often the host waits for a GPU."""
 
 import warnings
 from collections.abc import Callable
@@ -7,7 +7,7 @@ import torch
 
 
 def device_waits(step: Callable[[], object]) -> list[str]:
-    """What PyTorch says of each wait in a call, after one that compiles and loads everything."""
+    """PyTorch's warnings about waits during a second call; the first call compiles and loads everything."""
     step()
     torch.cuda.synchronize()
     with warnings.catch_warnings(record=True) as caught:

@@ -18,7 +18,7 @@ CUDA_TORCH = Torch(Path("/nowhere/torch"), "2.14.1+cu130", "13.0")
 
 
 def copy_sources(target: Path) -> Path:
-    """The source tree without anything that was ever built in it."""
+    """Copy the source tree without build products."""
     built = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info", extensions.REPORT)
     for name in SOURCES:
         source = ROOT / name
@@ -46,7 +46,7 @@ def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_torch_is_asked_for_only_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CXX", sys.executable)  # something that exists
+    monkeypatch.setenv("CXX", sys.executable)  # any program that exists
     assert backend.get_requires_for_build_wheel() == ["ninja", "pybind11>=2.13"]
     monkeypatch.setattr(backend, "find_torch", lambda: None)
     assert backend.get_requires_for_build_editable() == ["ninja", "pybind11>=2.13", "torch>=2.10"]
@@ -75,7 +75,7 @@ def test_required_modules_must_exist(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_torch_of_the_environment_is_found_although_it_cannot_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(extensions, "find_spec", lambda name: None)  # as inside an isolated build
+    monkeypatch.setattr(extensions, "find_spec", lambda name: None)  # as in an isolated build
     found = extensions.find_torch()
     assert found == Torch(Path(torch.__file__).parent, torch.__version__, torch.version.cuda)
 
@@ -112,7 +112,7 @@ def test_reasons_for_no_cuda_module(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_toolkit_behind_a_wrapper_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The parent of the wrapper's folder is no toolkit; nvcc itself says where it is."""
+    """The folder above the wrapper's is not the toolkit, so the build asks nvcc where the toolkit is."""
     toolkit = tmp_path / "toolkit"
     real = script(
         toolkit / "bin" / "nvcc",
@@ -125,7 +125,7 @@ def test_toolkit_behind_a_wrapper_script(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("PATH", f"{wrapper.parent}{os.pathsep}/bin")
     found = extensions.find_cuda(CUDA_TORCH)
     assert (found.nvcc, found.runtime) == (str(wrapper), toolkit / "lib" / "libcudart.so.13")
-    # No GPU and a compiler that does not know the newest architecture yet: the newest it knows also becomes PTX.
+    # Without a GPU, and with a compiler that lacks the newest architecture, PTX is added for the newest that it knows.
     assert [flag.rpartition(",")[2] for flag in found.architecture_flags] == [
         "code=sm_80",
         "code=sm_90",
@@ -144,7 +144,7 @@ def test_architectures_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
 def test_one_module_that_fails_does_not_take_the_others_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tmp_path / "a folder $HOME"  # what a build file and a shell would take apart
+    folder = tmp_path / "a folder $HOME"  # a build file or a shell would split or expand this
     folder.mkdir()
     (folder / "good.cpp").write_text("int good() { return 1; }\n")
     (folder / "bad.cpp").write_text("int bad() { return missing; }\n")
@@ -184,7 +184,7 @@ def test_source_distribution_is_complete(tmp_path: Path) -> None:
 
 
 def test_package_works_with_nothing_compiled(tmp_path: Path) -> None:
-    """Without the compiled modules every op runs on its reference, and says why nothing else is there."""
+    """Without compiled modules every op runs its reference, and errors explain why other backends are missing."""
     tree = copy_sources(tmp_path)
     (tree / "fastssl" / extensions.REPORT).write_text(json.dumps({"cpu": "no C++ compiler", "cuda": "no nvcc"}))
     program = """
@@ -214,7 +214,7 @@ except ValueError as error:
 @pytest.mark.parametrize("architecture", ["80", "90", "100"])
 @pytest.mark.parametrize("source", sorted(ROOT.glob("csrc/*/kernel.cu")), ids=lambda path: path.parent.name)
 def test_cuda_kernels_do_not_spill(source: Path, architecture: str, tmp_path: Path) -> None:
-    """No GPU is needed to compile, nor to read what the compiler says of registers."""
+    """Neither compiling nor reading the compiler's report on registers needs a GPU."""
     try:
         command = list(extensions.cuda_module().compile)
     except CannotBuildError as reason:

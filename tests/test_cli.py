@@ -1,4 +1,4 @@
-"""The command line: what it says, and what it refuses."""
+"""The command line: its output, its settings, and the errors for bad arguments."""
 
 import dataclasses
 import logging
@@ -26,7 +26,7 @@ from fastssl.train.systems import SYSTEMS, system_of
 
 @pytest.fixture(autouse=True)
 def _logging() -> Iterator[None]:
-    """The command line speaks through handlers of its own, which other tests do not want."""
+    """Restore the loggers afterwards, because the command line installs handlers that would disturb other tests."""
     package = logging.getLogger("fastssl")
     handlers, level = package.handlers, package.level
     yield
@@ -36,7 +36,7 @@ def _logging() -> Iterator[None]:
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[PretrainConfig, bool]]:
-    """What `pretrain` would be called with."""
+    """Replaces `pretrain`, and records the arguments of each call."""
     calls: list[tuple[PretrainConfig, bool]] = []
     monkeypatch.setattr(
         "fastssl.train.pretrain.pretrain", lambda config, *, resume: calls.append((config, resume)), raising=True
@@ -174,7 +174,7 @@ def test_a_file_of_settings_is_parsed_once(
     monkeypatch.setattr(yaml, "load", count)
     begin = ["pretrain", str(tmp_path), "--output", str(tmp_path / "run"), "--config"]
     assert cli.main([*begin, str(tmp_path / "mine.yaml")]) == 0
-    assert len(parsed) == 2  # the recipe of the system, and the config
+    assert len(parsed) == 2  # the system's recipe and the config
     with pytest.raises(SystemExit, match="2"):
         cli.main([*begin, str(tmp_path / "wrong.yaml")])
     assert len(parsed) == 4
@@ -203,7 +203,7 @@ def test_command_line_wins_over_config_and_config_over_recipe(
     assert (second.data.crop_s, second.audio) == (3.0, str(Path.cwd() / "elsewhere"))
     assert second.model.conv_dim == (8,) * 7
     assert second.optimizer.warmup_updates == 32000
-    # A file that does not name its recipe may have replaced all of it.
+    # A config file that does not name its recipe may have replaced every setting, so the run names no recipe.
     assert (first.recipe, second.recipe) == ("wav2vec2-tiny", None)
     cli.main(["pretrain", "elsewhere", "--output", "run"])
     assert started[2][0].recipe == "wav2vec2-base"
@@ -242,7 +242,7 @@ def test_the_temperature_of_earlier_versions_is_read(
     assert isinstance(first, Wav2Vec2Config)
     assert first.gumbel_temperature == GumbelTemperature(start=3.0, end=0.25, decay=0.75)
     assert dataclasses.replace(first, gumbel_temperature=GumbelTemperature(3.0, 0.125, 0.75)) == second
-    # What the run was made with cannot change.
+    # A resumed run must keep its settings.
     with pytest.raises(ValueError, match=r"model\.gumbel_temperature\.end: 0\.125 in the run, 0\.25 now"):
         check_resumable(started[1][0], path)
     check_resumable(dataclasses.replace(started[2][0], recipe=None), path)
@@ -285,7 +285,7 @@ def test_the_defaults_of_a_system_are_those_of_its_base_recipe(recipe: str, expe
         expected |= {"activation_dropout": 0.0, "feat_proj_dropout": 0.1, "features_penalty_weight": 10.0}
     expected |= {"hidden_dropout": 0.1, "do_normalize": False, "feature_grad_mult": 0.1, "hidden_size": 768}
     assert {name: getattr(config, name) for name in expected} == expected
-    # A config.json that leaves settings out has those of Transformers.
+    # Settings missing from a config.json get Transformers' defaults.
     of_transformers = type(config).from_dict({"model_type": config.model_type})
     for field in dataclasses.fields(EncoderConfig):
         if field.name != "model_type":

@@ -1,4 +1,4 @@
-"""No C++ function is too long to read."""
+"""C++ and CUDA functions stay below a maximum length."""
 
 import re
 from pathlib import Path
@@ -14,31 +14,31 @@ LONGEST_FUNCTION = 80
 
 
 def without_comments_and_literals(source: str) -> str:
-    """C++ in which comments, literals and preprocessor lines are blank, so that braces can be counted; lines stay."""
+    """Blank out comments, literals and preprocessor lines, so that braces can be counted; line numbers stay."""
     tokens = re.compile(
         r"//[^\n]*|/\*.*?\*/"  # comments
         r'|R"(?P<mark>[^()\s]*)\(.*?\)(?P=mark)"|"(?:\\.|[^"\\\n])*"'  # strings
-        r"|(?<![0-9a-fA-F])'(?:\\.|[^'\\\n])+'"  # characters; a quote after a digit separates digits
-        r"|^[ \t]*#(?:\\\n|[^\n])*",  # preprocessor lines, with their continuations
+        r"|(?<![0-9a-fA-F])'(?:\\.|[^'\\\n])+'"  # characters, but not digit separators
+        r"|^[ \t]*#(?:\\\n|[^\n])*",  # preprocessor lines and their continuations
         re.DOTALL | re.MULTILINE,
     )
     return tokens.sub(lambda match: re.sub(r"[^\n]", " ", match[0]), source)
 
 
 def function_lengths(source: str) -> dict[str, int]:
-    """Lines of every function of a C++ file, from its declaration (or `template`) to its closing brace.
+    """Count the lines of every function in a C++ file, from its declaration (or `template`) to its closing brace.
 
-    Namespaces and classes are looked into. A lambda counts as part of the function it is in.
+    Functions inside namespaces and classes are counted too. A lambda counts as part of the function that contains it.
     """
     text = without_comments_and_literals(source)
-    # A macro that stands on a line of its own, without a semicolon, is not part of the declaration after it.
+    # A macro call on its own line, without a semicolon, is not part of the next declaration.
     text = re.sub(r"^[A-Z][A-Z_0-9]*\(.*\)$", lambda match: " " * len(match[0]), text, flags=re.MULTILINE)
     attributes = re.compile(r"\b(?:__\w+__|alignas)\s*\((?:[^()]|\([^()]*\))*\)")
     lengths: dict[str, int] = {}
-    start = 0  # of the declaration that is being read
-    depth = 0  # of braces inside a function or an initialiser; 0 where declarations are read
+    start = 0  # where the current declaration starts
+    depth = 0  # nesting of braces in a function or initialiser; 0 between declarations
     parentheses = 0
-    scopes: list[bool] = []  # open braces: whether declarations are read inside
+    scopes: list[bool] = []  # for each open brace, whether it is a namespace or class
     for position, character in enumerate(text):
         if character in "()":
             parentheses += 1 if character == "(" else -1
@@ -54,7 +54,7 @@ def function_lengths(source: str) -> dict[str, int]:
             assert scopes, f"closing brace without an opening one in line {text.count(chr(10), 0, position) + 1}"
             if not scopes.pop():
                 depth -= 1
-                # `member{value}, other(value) {`: still before the function's body.
+                # In `member{value}, other(value) {` the function's body has not started yet.
                 if depth == 0 and parentheses == 0 and not re.match(r"\s*[,{;]", text[position + 1 : position + 200]):
                     declaration = text[start : position + 1].lstrip()
                     name = re.search(r"([\w~]+|operator\W+)\s*\(", attributes.sub("", declaration))
@@ -66,7 +66,7 @@ def function_lengths(source: str) -> dict[str, int]:
                 start = position + 1
         elif character == ";" and depth == 0 and parentheses == 0:
             start = position + 1
-    assert not scopes, "an opening brace without a closing one"
+    assert not scopes, "opening brace without a closing one"
     return lengths
 
 
@@ -111,4 +111,4 @@ REGISTER(library, m) {
 @pytest.mark.parametrize("path", COMPILED_SOURCES, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_cpp_functions_are_short(path: Path) -> None:
     too_long = {name: lines for name, lines in function_lengths(path.read_text()).items() if lines > LONGEST_FUNCTION}
-    assert not too_long, f"{path}: longer than {LONGEST_FUNCTION} lines: {too_long}"
+    assert not too_long, f"{path}: functions longer than {LONGEST_FUNCTION} lines: {too_long}"

@@ -1,6 +1,6 @@
-"""The five ways in which people install the package, each for real, in environments of their own.
+"""Installs the package in the five supported ways, each in a real virtual environment.
 
-They download torch, so they are slow: `pytest -m slow tests/test_install.py`.
+These tests download torch, so they are marked slow: run `pytest -m slow tests/test_install.py`.
 """
 
 import json
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 BUILD_LIMIT_S = 120
 
-#: Run in the environment, outside the source tree: what was installed, and does it work?
+#: Program that reports what was installed, and that it works. It runs in the environment, outside the source tree.
 REPORT = """
 import json
 from importlib.metadata import distribution
@@ -47,14 +47,14 @@ print(json.dumps({
 
 
 class Environment:
-    """A virtual environment with a pip of its own."""
+    """A fresh virtual environment."""
 
     def __init__(self, folder: Path) -> None:
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
         self.folder = folder
 
     def run(self, *arguments: str | Path, **variables: str) -> str:
-        """Run its Python; returns standard output and error."""
+        """Run the environment's Python, and return its standard output and error."""
         done = subprocess.run(
             [self.folder / "bin" / "python", *arguments],
             cwd=self.folder,
@@ -68,20 +68,20 @@ class Environment:
         return done.stdout
 
     def install(self, *arguments: str | Path, **variables: str) -> str:
-        """Run `pip install -v`: with `-v`, it also shows what the build installs and says."""
+        """Run `pip install -v`; `-v` makes pip show the packages and messages of the build too."""
         began = time.monotonic()
         log = self.run("-m", "pip", "install", "-v", *arguments, **variables)
         print(f"pip install {' '.join(map(str, arguments))}: {time.monotonic() - began:.0f} s")
         return log
 
     def report(self) -> dict[str, Any]:
-        """What was installed."""
+        """Run `REPORT` and return its answers."""
         found: dict[str, Any] = json.loads(self.run("-c", REPORT).splitlines()[-1])
         return found
 
 
 def installed(log: str) -> set[str]:
-    """Names of the packages that pip installed anywhere, in isolated build environments too."""
+    """Names of all packages that pip installed, including those in isolated build environments."""
     found = re.findall(r"Successfully installed (.+)", log)
     return {package.rpartition("-")[0] for line in found for package in line.split()}
 
@@ -123,7 +123,7 @@ def test_editable(with_torch: Environment, tree: Path) -> None:
     found = with_torch.report()
     assert found["cpu"][0] == "native"
     assert found["folder"] == str(tree / "fastssl")
-    # Building again with less leaves nothing of the first build behind.
+    # A second build without compiled modules must remove those of the first build.
     with_torch.install("--force-reinstall", "--no-deps", "-e", tree, FASTSSL_SKIP_EXT="1")
     found = with_torch.report()
     assert found["cpu"] == ["reference"]
@@ -132,7 +132,7 @@ def test_editable(with_torch: Environment, tree: Path) -> None:
 
 
 def test_without_a_compiler(with_torch: Environment, tree: Path) -> None:
-    stale = tree / "build" / "lib" / "fastssl" / "_C_cpu.abi3.so"  # of an earlier build: it must not be shipped
+    stale = tree / "build" / "lib" / "fastssl" / "_C_cpu.abi3.so"  # left by an earlier build; must not be shipped
     stale.parent.mkdir(parents=True)
     stale.write_text("not even a library")
     path = str(with_torch.folder / "bin")

@@ -1,4 +1,4 @@
-"""The floors of the house: an import goes down only (ARCHITECTURE.md)."""
+"""The package's layers ("floors" in ARCHITECTURE.md): a module may import only from lower floors."""
 
 import ast
 import os
@@ -18,27 +18,27 @@ FLOORS = {
     "interop": 4,
     "models": 3,
     "nn": 2,
-    "ops": 1.5,  # the public functions, over their kernels
+    "ops": 1.5,  # public functions on top of the kernels
     "kernels": 1,
     "data": 1,
     "metrics": 1,
     "packing": 0,
 }
-#: What a user needs for the kernels and modules alone; everything else comes with an extra.
+#: All that the kernels and modules need; other dependencies come with extras.
 CORE_DEPENDENCIES = {"torch", "numpy", "safetensors", "fastssl"}
 SOURCES = sorted(PACKAGE.rglob("*.py"))
-#: Packages that take long to import; those who need them import them when they are used.
+#: Packages that are slow to import, so they are imported only inside the functions that use them.
 HEAVY = {"torch._dynamo", "torch._inductor", "sympy", "lightning", "lhotse", "transformers", "torchaudio", "triton"}
 
 
 def imported_names(path: Path) -> set[str]:
-    """Absolute names that a file imports, wherever in the file; relative imports are not used here."""
+    """All names that a file imports, anywhere in the file. Imports must be absolute."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
+            assert node.level == 0, f"{path}: relative import; use an absolute one"
             names.add(node.module or "")
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
     return names
@@ -53,7 +53,7 @@ def test_imports_go_down_only(path: Path) -> None:
     room = room_of(path)
     if room in ("__init__", "__main__"):
         return
-    assert room in FLOORS, f"{room} stands on no floor; see ARCHITECTURE.md"
+    assert room in FLOORS, f"{room} has no floor; add it to FLOORS as in ARCHITECTURE.md"
     for name in imported_names(path):
         parts = name.split(".")
         if parts[0] != "fastssl" or len(parts) < 2 or parts[1] == room or parts[1] not in FLOORS:
@@ -66,7 +66,7 @@ def module_of(path: Path) -> str:
 
 
 def test_imports_have_no_circle() -> None:
-    """Inside a floor and a folder too, and where the import is for type checkers alone."""
+    """Includes imports within a floor or folder, and imports only for type checkers."""
     modules = {module_of(path): path for path in SOURCES}
     imports: dict[str, set[str]] = {module: set() for module in modules}
     for module, path in modules.items():
@@ -74,7 +74,7 @@ def test_imports_have_no_circle() -> None:
             if isinstance(node, ast.Import):
                 imports[module] |= {alias.name for alias in node.names} & modules.keys()
             elif isinstance(node, ast.ImportFrom):
-                # `from fastssl import ops` is an import of `fastssl.ops`, and not of `fastssl/__init__.py`.
+                # `from fastssl import ops` imports `fastssl.ops`, not `fastssl/__init__.py`.
                 whole = [f"{node.module}.{alias.name}" for alias in node.names]
                 imports[module] |= {name if name in modules else str(node.module) for name in whole} & modules.keys()
     assert circle(imports) is None
@@ -94,7 +94,7 @@ def test_a_circle_is_found() -> None:
 
 
 def test_importing_loads_nothing_heavy() -> None:
-    """What `import torch` loads itself does not count; Triton is loaded where it has a GPU to run on."""
+    """Modules that `import torch` loads do not count. GPUs are hidden, because with one Triton is imported at once."""
     code = "import sys, torch; before = set(sys.modules); import fastssl; print(*sys.modules.keys() - before)"
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"}
     done = subprocess.run(
@@ -110,9 +110,9 @@ def test_the_core_imports_core_dependencies_only() -> None:
     for path in SOURCES:
         if room_of(path) in ("packing", "kernels", "ops", "nn", "models"):
             outside = {name.split(".")[0] for name in imported_names(path)} - CORE_DEPENDENCIES - set(standard)
-            outside -= {"typing_extensions"}  # for type checkers alone
+            outside -= {"typing_extensions"}  # only for type checkers
             if "triton" in path.stem:
-                outside.discard("triton")  # imported only where it is installed
+                outside.discard("triton")  # imported only if it is installed
             assert not outside, f"{path} imports {outside}"
 
 
@@ -125,7 +125,7 @@ def test_op_folders_have_the_same_shape() -> None:
 
 
 def test_no_function_hides_a_module() -> None:
-    """Importing `fastssl.kernels.contrastive_loss.reference` finds the package, whatever was imported before."""
+    """A function named like a submodule would hide it, so `import package.module` could return the function."""
     for path in SOURCES:
         if path.name == "__init__.py":
             modules = {other.stem for other in path.parent.iterdir()} - {"__init__"}
@@ -134,7 +134,7 @@ def test_no_function_hides_a_module() -> None:
 
 
 def _imported_from_elsewhere(path: Path) -> set[str]:
-    """Names that the `__init__.py` of a package imports from other modules than the package itself."""
+    """Names that a package's `__init__.py` imports from modules other than the package itself."""
     package = ".".join(path.parent.relative_to(PACKAGE.parent).parts)
     imports = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ImportFrom)]
     return {alias.asname or alias.name for node in imports if node.module != package for alias in node.names}

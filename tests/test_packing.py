@@ -20,14 +20,14 @@ KEPT = {"device_lengths", "sequence_ids", "positions"}
 
 
 def used(layout: Layout) -> Layout:
-    """The layout after everything that it keeps was asked for."""
+    """Return the layout after filling its cached properties."""
     assert layout.positions.device == layout.cu_seqlens.device
     assert set(vars(layout)) == FIELDS | KEPT
     return layout
 
 
 class Calls(TorchDispatchMode):
-    """Names of the operators that run."""
+    """Records the names of the operators that run."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -199,7 +199,7 @@ def test_what_a_layout_keeps_is_neither_pickled_nor_copied() -> None:
         assert set(vars(other)) == FIELDS
         assert other.lengths == layout.lengths
         assert torch.equal(other.positions, layout.positions)
-    # Indices of every sample would take more memory than the waveforms.
+    # Packing waveforms must not cache an index per sample, which would take more memory than the waveforms.
     waveforms = Packed.from_padded(torch.zeros(2, 400), [400, 30])
     assert set(vars(waveforms.layout)) == FIELDS
 

@@ -1,4 +1,4 @@
-"""What the README shows runs."""
+"""The README's examples run, recipes contain only changed settings, and the README names every recipe and folder."""
 
 import dataclasses
 import json
@@ -41,9 +41,11 @@ def test_recipes_say_what_differs_from_the_defaults_and_no_more(name: str) -> No
         for option, value in values.items():
             if isinstance(value, dict):
                 assert value
-                assert all(defaults[option][part] != value[part] for part in value), f"{group}.{option}"
+                assert all(defaults[option][part] != value[part] for part in value), (
+                    f"{group}.{option}: repeats a default"
+                )
             else:
-                assert defaults[option] != value, f"{group}.{option}"
+                assert defaults[option] != value, f"{group}.{option} repeats the default"
 
 
 def test_every_recipe_and_folder_is_named() -> None:

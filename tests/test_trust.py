@@ -1,4 +1,4 @@
-"""Every place of the package from which something could be imported, run, unpickled or fetched, and why it is safe."""
+"""A list of all calls that could import, run, unpickle or download something, with the reason why each is safe."""
 
 import ast
 from collections import Counter
@@ -8,7 +8,7 @@ import fastssl
 
 PACKAGE = Path(fastssl.__file__).parent
 
-#: Functions and methods that import, run, unpickle, load a library, fetch, or have another package do it.
+#: Functions and methods that import, run, unpickle, load a library or download, directly or in another package.
 METHODS = {
     *("CDLL", "Popen", "Pipe", "Unpickler", "check_call", "check_output", "deserialize_item", "download", "full_load"),
     *("from_pretrained", "getoutput", "import_module", "load", "load_all", "load_audio", "load_jsonl", "load_library"),
@@ -16,27 +16,27 @@ METHODS = {
     *("unsafe_load",),
 }
 BUILTINS = {"__import__", "compile", "eval", "exec"}
-#: Modules that are not imported at all.
+#: Modules that the package must not import.
 MODULES = {"jinja2", "marshal", "pickle", "runpy", "shelve", "subprocess"}
 
-#: (file, call) -> how often, and why no file of a stranger decides what it does.
+#: (file, call) -> number of calls, and why a file from an untrusted source cannot decide what they do.
 PLACES = {
     ("cli/__init__.py", "importlib.import_module"): (1, "one of our own commands, from a fixed table"),
     ("cli/info.py", "importlib.import_module"): (1, "a constant"),
-    ("data/audio.py", "recording.load_audio"): (1, "sources checked at any depth; libsndfile alone opens the files"),
+    ("data/audio.py", "recording.load_audio"): (1, "sources checked at any depth; only libsndfile opens the files"),
     ("data/corpus.py", "corpus.cuts.to_jsonl"): (1, "an absolute path, so never a pipe"),
     ("data/manifest.py", "deserialize_item"): (1, "after the sources were checked"),
     ("data/manifest.py", "load_jsonl"): (1, "an absolute path, so never a pipe"),
     ("data/synthetic.py", "ctypes.CDLL"): (1, "espeak-ng's library, from its installed package"),
     ("interop/classes.py", "importlib.import_module"): (1, "a module of Transformers or torchaudio, from fixed tables"),
     ("interop/fairseq.py", "torch.load"): (1, "weights_only"),
-    ("interop/hub.py", "snapshot_download"): (2, "a name that the user typed; configs and weights alone"),
+    ("interop/hub.py", "snapshot_download"): (2, "a name that the user typed; only configs and weights"),
     ("interop/load.py", "hub.download"): (1, "a name that the user typed"),
     ("interop/load.py", "(ConformerEncoder if is_conformer else Encoder).from_pretrained"): (1, "safetensors"),
     ("interop/transformers.py", "importlib.import_module"): (2, "a module of Transformers, from a fixed table"),
     ("models/folder.py", "torch.load"): (1, "weights_only"),
-    ("kernels/dispatch.py", "importlib.import_module"): (1, "a constant of an op of ours"),
-    ("kernels/dispatch.py", "torch.ops.load_library"): (1, "compiled modules, from the folder of the package"),
+    ("kernels/dispatch.py", "importlib.import_module"): (1, "a constant of one of our ops"),
+    ("kernels/dispatch.py", "torch.ops.load_library"): (1, "compiled modules, from the package's folder"),
     ("train/checkpoints.py", "torch.load"): (2, "weights_only"),
     ("train/pretrain.py", "trainer.fit"): (
         1,

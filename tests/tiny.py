@@ -1,4 +1,4 @@
-"""A corpus of a few seconds and a model of a few thousand parameters."""
+"""A model of a few thousand parameters, and short recordings to train it on."""
 
 from pathlib import Path
 
@@ -31,7 +31,7 @@ TINY_MODEL = Wav2Vec2Config(
 
 
 def write_recording(path: Path, seconds: float, seed: int) -> None:
-    """Noise that comes and goes."""
+    """Write noise whose loudness rises and falls."""
     random = np.random.default_rng(seed)
     samples = random.standard_normal(round(16000 * seconds)).astype(np.float32)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What counts as a line of code, and where it is read from."""
+"""Counting lines of code: what counts as one, in a folder and in a commit."""
 
 from pathlib import Path
 
@@ -42,10 +42,10 @@ def plain() -> None: ...
 def test_blank_lines_comments_and_docstrings_are_not_code() -> None:
     module = count(_TEXT)
     assert module.lines == len(_TEXT.splitlines())
-    # import, class, sides, area and its four lines of an expression, _private and its string, plain
+    # `import`, `class`, `sides`; `area`, whose expression spans four lines; `_private` with a two-line string; `plain`.
     assert module.code == 3 + 5 + 3 + 1
     assert module.functions == [1, 5, 3]
-    # Shape, area, plain
+    # The public names: `Shape`, `area` and `plain`.
     assert module.docstrings == [2, 0, 0]
 
 

@@ -1,4 +1,4 @@
-"""The studies on distillation and sequence compression: what they run, and what they say of it."""
+"""The studies on distillation and sequence compression: the jobs that they run and the findings that they print."""
 
 import copy
 import csv
@@ -40,7 +40,7 @@ def test_a_teacher_must_be_better_than_log_mel(tmp_path: Path) -> None:
         make_teacher.check_teacher(_teacher(tmp_path / "bad", teacher=0.4, log_mel=0.4))
     with pytest.raises(ValueError, match=r"there is no .*teacher\.json; .*make_teacher"):
         make_teacher.check_teacher(tmp_path)
-    # Fewer errors in phones, and in digits none that is resolved.
+    # A teacher must make fewer phone errors than log-mel, and must not make significantly more digit errors.
     good = {"teacher": [0.3, 0.5], "log-mel": [0.5, 0.6]}
     even, worse = {"teacher": [0.5, 0.6], "log-mel": [0.5, 0.5]}, {"teacher": [0.7, 0.71], "log-mel": [0.5, 0.51]}
     assert make_teacher.refused({make_teacher.PHONES: good, make_teacher.DIGITS: even}) is None
@@ -53,14 +53,14 @@ def test_a_teacher_must_be_better_than_log_mel(tmp_path: Path) -> None:
 def test_deep_or_wide_tells_what_it_found(tmp_path: Path) -> None:
     teacher = _teacher(tmp_path / "teacher", teacher=0.3, log_mel=0.4)
     jobs = deep_or_wide.jobs(tmp_path, teacher, tmp_path / "runs", deep_or_wide.FULL, precision="32-true")
-    # Of the control there is one.
+    # Three shapes, two losses and three seeds, and one control.
     assert len(jobs) == 3 * 2 * 3 + 1
     for key, job in jobs.items():
         assert job.command == "distill"
         assert (
             ("data.teacher_cache" in job.options) == ("frozen" in key) == (job.options["model.feature_grad_mult"] == 0)
         )
-    # Students of one loss and depth read the same frames, whatever their seed.
+    # Students with the same loss and depth share a teacher cache, whatever their seed.
     caches = {job.options.get("data.teacher_cache") for job in jobs.values()} - {None}
     assert len(caches) == 4
     for shape, (layers, width, heads) in deep_or_wide.SHAPES.items():
@@ -88,7 +88,7 @@ def test_deep_or_wide_tells_what_it_found(tmp_path: Path) -> None:
     assert any(line.startswith("pred, voice error, 1 s: 6 x 96") and "not resolved" in line for line in lines)
     assert any(line.startswith("3 x 128, pred, digit error: trained convolutions") for line in lines)
     assert lines[-1].startswith("12 comparisons")
-    # What of a shape is not there yet is left out.
+    # Comparisons whose results are still missing are left out.
     of_two = {key: result for key, result in results.items() if not key.startswith("1 x 192/l2l")}
     assert deep_or_wide.findings(of_two)[-1].startswith("8 comparisons")
     deep_or_wide.draw(of_two, tmp_path / "study.png")
@@ -104,7 +104,7 @@ def _jobs(folder: Path, size: once_for_all.Size) -> dict[str, Job]:
 
 def test_once_for_all_has_a_student_for_all_periods_and_one_for_each(tmp_path: Path) -> None:
     jobs = _jobs(tmp_path, once_for_all.FULL)
-    # Of the control there is one.
+    # Three seeds of one student for all periods, five for one period each and three with pooling; and one control.
     assert len(jobs) == 3 * (1 + 5 + 3) + 1
     assert len({job.name for job in jobs.values()}) == len(jobs)
     periods, pooled = set(), set()
@@ -136,7 +136,7 @@ def test_once_for_all_tells_what_it_found(tmp_path: Path) -> None:
         points = {}
         for period in once_for_all.periods_of(key):
             asked = float(fixed) if period is None else period
-            # A student of one period is better at the long ones alone.
+            # A student trained for one period beats the others only at the long periods.
             error = 0.2 + asked / 1000 - (0.05 if kind == "one period" and asked > 50 else 0) + job.seed / 1000
             points[str(period)] = {
                 "period_ms": asked + 0.5,
@@ -160,7 +160,7 @@ def test_once_for_all_tells_what_it_found(tmp_path: Path) -> None:
     lines = once_for_all.findings(results)
     assert any(line.startswith("60 ms, digit error: once-for-all") and "higher by 5.0 points" in line for line in lines)
     assert any(line.startswith("45 ms, digit error: once-for-all") and "not resolved" in line for line in lines)
-    assert sum("pooling" in line for line in lines) == 2  # at 60 ms, which both have
+    assert sum("pooling" in line for line in lines) == 2  # at 60 ms, the one period that pooling by 3 gives too
     assert (
         "once-for-all, time of all: 20 ms 1.00, 30 ms 0.88, 45 ms 0.69, 60 ms 0.50, 90 ms 0.12; falls with the period"
         in lines
@@ -169,11 +169,11 @@ def test_once_for_all_tells_what_it_found(tmp_path: Path) -> None:
     free, dear = (line for line in lines if line.startswith("price"))
     assert free.startswith("price 0: 20.5 ms is learned, starts at most 0.0 ms apart")
     assert free.endswith("best of the curve 2.210 at 20 ms (within one deviation, 0.010)")
-    # A loss of 2.46 and a price of 20 / 45.5; at 30 ms 2.31 and 20 / 30.5, at 60 ms 2.61 and 20 / 60.5.
+    # Loss plus price at 45 ms is 2.46 + 20 / 45.5; at 30 ms it is 2.31 + 20 / 30.5, at 60 ms 2.61 + 20 / 60.5.
     assert "48.5 ms is learned, starts at most 6.0 ms apart; loss and price 2.900" in dear
     assert dear.endswith("the best of the curve 2.900 at 45 ms (within one deviation, 0.010)")
     assert lines[-1] == "12 comparisons, each at 5 %: were there no differences, 0.6 would be claimed"
-    # A loss of which some targets are no part is not the best.
+    # A point at which some targets do not fit is not a candidate, because its loss leaves them out.
     fewest = copy.deepcopy(results)
     fewest["once-for-all/0/1"]["points"]["20.0"]["infeasible"]["digit error"] = 1
     (free,) = (line for line in once_for_all.findings(fewest) if line.startswith("price 0:"))

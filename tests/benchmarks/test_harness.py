@@ -1,4 +1,4 @@
-"""The harness: wrong results get no numbers, and what is measured is what was done."""
+"""The harness: contenders with wrong results are not timed, and measurements cover the right calls."""
 
 import ctypes
 import os
@@ -27,7 +27,7 @@ RIGHT = {"out": torch.arange(4.0), "grad": torch.ones(2)}
 
 @pytest.fixture(autouse=True)
 def quiet_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """These tests may run beside anything."""
+    """Pretend that the machine is quiet, because other processes may run beside these tests."""
     monkeypatch.setattr(ForeignLoad, "too_much", lambda self: False)
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
 
@@ -120,8 +120,8 @@ def test_contenders_take_turns() -> None:
     for name in ("fastssl", "a", "b"):
         contenders.add(name, lambda name=name: order.append(name), lambda: RIGHT)  # type: ignore[misc]
     row = compare("work", contenders, reference=lambda: RIGHT, tolerance=0, device=CPU)
-    calls = order[6:]  # after two calls of each for warmth and memory
-    assert all(calls[i : i + 5] == calls[i : i + 1] * 5 for i in range(0, len(calls), 5))  # short ones come in a row
+    calls = order[6:]  # the first six: each contender is called once to warm up and once to measure memory
+    assert all(calls[i : i + 5] == calls[i : i + 1] * 5 for i in range(0, len(calls), 5))  # five short calls in a row
     turns = calls[::5]
     rounds = [turns[i : i + 3] for i in range(0, len(turns), 3)]
     assert len(rounds) == row.measurements["fastssl"].rounds
@@ -143,7 +143,7 @@ def test_the_limit_of_a_copy_takes_its_turn() -> None:
 def test_peak_memory_is_that_of_the_call() -> None:
     size = 64 << 20
     held = torch.ones(size // 4)
-    del held  # what was freed before does not hide what the call takes
+    del held  # memory freed earlier must not hide what the call allocates
     pieces = [torch.ones(1 << 18) for _ in range(64)]
     del pieces
 
@@ -152,7 +152,7 @@ def test_peak_memory_is_that_of_the_call() -> None:
             torch.ones(size // 4).sum()
 
     _, peak = with_peak_memory(call, CPU)
-    # Linux brings its counters up to date by 32 pages for each processor and kind of page.
+    # Linux updates its memory counters in batches: 32 pages per processor and kind of page.
     granularity = 2 * 32 * 4096 * (os.cpu_count() or 1)
     assert size - granularity <= peak < 1.3 * size
     assert with_peak_memory(lambda: None, CPU)[1] < size / 10
@@ -181,7 +181,8 @@ def test_load_is_that_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_proc_stat_counts_at_least_ourselves() -> None:
     sum(range(3_000_000))
-    assert machine._others_cpu_s() > -1  # everybody's time is not less than ours
+    # /proc/stat counts this process too, so the difference is not negative but for rounding.
+    assert machine._others_cpu_s() > -1
 
 
 @pytest.mark.parametrize("accepts", [True, False])
@@ -210,7 +211,7 @@ def test_the_compiled_rival_is_named_where_it_is_left_out(monkeypatch: pytest.Mo
     assert not left_out.present
     assert "--compiled" in left_out.skipped["Transformers, torch.compile"]
     rivals.add_compiled(quick, CPU, lambda: entry, quick=True)
-    monkeypatch.setattr(rivals, "_compiles_everywhere", False)  # put back when the test ends
+    monkeypatch.setattr(rivals, "_compiles_everywhere", False)  # restored after the test
     rivals.compile_everywhere()
     rivals.add_compiled(asked_for, CPU, lambda: entry, quick=False)
     for contenders in (quick, asked_for):

@@ -1,4 +1,4 @@
-"""The limit counts the products that a model makes on valid audio, and no others."""
+"""The speed limit counts the multiplications that a model needs on valid audio, and no others."""
 
 from dataclasses import replace
 
@@ -20,15 +20,16 @@ TINY = replace(recipe_model("wav2vec2-tiny"), conv_dim=(16,) * 7, hidden_size=32
 @pytest.mark.parametrize("backward", [False, True])
 def test_the_encoder_has_the_products_that_transformers_makes_without_padding(backward: bool) -> None:
     samples = 80_000
-    config = replace(TINY, num_conv_pos_embedding_groups=1)  # the counter is wrong about the backward of groups
-    model = rivals.transformers_encoder(Encoder(config)).eval()  # in training it asks for the gradient of the audio
+    # One group, because PyTorch's counter is wrong for the backward of grouped convolutions.
+    config = replace(TINY, num_conv_pos_embedding_groups=1)
+    model = rivals.transformers_encoder(Encoder(config)).eval()  # training would add the audio's gradient
     model.set_attn_implementation("eager")
     with FlopCounterMode(display=False) as counter:
         out = model(torch.randn(1, samples)).last_hidden_state
         if backward:
             out.sum().backward()
     counted = sum(gemm.flops for gemm in limits.encoder(config, [samples], backward=backward))
-    # Its positional convolution computes one frame more, and drops it.
+    # Transformers' positional convolution computes one extra frame, and drops it.
     assert counted == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
@@ -42,7 +43,7 @@ def test_pretraining_adds_the_head() -> None:
     samples, masked = [32_000], [40]
     encoder = sum(gemm.flops for gemm in limits.encoder(TINY, samples, backward=True))
     step = sum(gemm.flops for gemm in limits.pretraining(TINY, samples, masked))
-    # logits of 2 x 64 codes, their straight-through gradient, both projections, all pairs of masked frames
+    # Logits of 2 x 64 codes, their straight-through gradient, both projections, all pairs of masked frames.
     head = 2 * 40 * (3 * 16 * 128 + 2 * 32 * 64 + 3 * 32 * 64 + 3 * 64 * 64 + 3 * 64 * 40)
     assert step - encoder == head
 
@@ -83,4 +84,4 @@ def test_audio_of_the_benchmarks_has_layers_of_work() -> None:
     config = recipe_model("wav2vec2-base")
     lengths_s = workloads.read_speech(4)
     total = sum(gemm.flops for gemm in limits.encoder(config, workloads.samples_of(lengths_s), backward=False))
-    assert 12e9 < total / sum(lengths_s) < 17e9  # published: 6.9 multiply-adds per second of audio for a 15 s utterance
+    assert 12e9 < total / sum(lengths_s) < 17e9  # published: 6.9 G multiply-adds per second at 15 s

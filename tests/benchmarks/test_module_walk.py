@@ -1,4 +1,4 @@
-"""Which functions count as executed, and what a walk is."""
+"""The module walk: which functions count as executed, and how a walk is reported."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Targets, JSON, and the README's tables."""
+"""The benchmarks' report: targets, the JSON file, and the README's tables."""
 
 import json
 import os

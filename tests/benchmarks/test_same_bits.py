@@ -1,4 +1,4 @@
-"""The comparison with another commit: what counts as equal, and that a change is caught."""
+"""Comparing results with those of another commit: what counts as equal, and that a changed bit is caught."""
 
 import shutil
 import subprocess
@@ -17,7 +17,7 @@ EPS = torch.finfo(torch.float32).eps
 
 
 def verdict(before: Results, after: Results, tolerance_eps: float = 0.0) -> tuple[int, int, int]:
-    """How many results are equal, close and different."""
+    """Return how many results are equal, close and different."""
     groups = compare(before, after, tolerance_eps=tolerance_eps).values()
     close, different = (sum(len(getattr(group, name)) for group in groups) for name in ("close", "different"))
     return sum(group.equal for group in groups), close, different
@@ -101,7 +101,7 @@ def test_gradients_are_of_every_floating_output() -> None:
 
 
 def test_a_changed_package_is_caught(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """In processes, with a copy of the package whose op is off by one bit at one of two thresholds."""
+    """Compares this checkout with a copy in which an op is off by one bit at one of its two thresholds."""
     shutil.copytree(trees.ROOT / "fastssl", tmp_path / "fastssl", ignore=shutil.ignore_patterns("__pycache__"))
     with (tmp_path / "fastssl" / "__init__.py").open("a") as package:
         package.write(

@@ -1,4 +1,4 @@
-"""Runs that are compared with those of another commit: which ones, what of them, and where they are resumed."""
+"""Training runs compared with those of another commit: which runs, which results, and where they resume."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ UPDATES, HALF = 20, 10
 
 
 def write_run(folder: Path, *, weight: float = 1.0, loss: str = "2.5", seconds: str = "3") -> Path:
-    """What a run leaves behind that is looked at."""
+    """Write the files of a finished run that the comparison reads."""
     (folder / "checkpoints").mkdir(parents=True)
     (folder / "encoder").mkdir()
     for name, update in ((f"{HALF:07d}", HALF), (f"{UPDATES:07d}", UPDATES), ("last", UPDATES)):

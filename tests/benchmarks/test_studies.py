@@ -1,4 +1,4 @@
-"""What the studies may say of their numbers, and how they divide and resume."""
+"""The studies: the conclusions that they may draw, how they split corpora, and how they resume."""
 
 import csv
 import fcntl
@@ -68,7 +68,7 @@ def test_correlations_are_scipys_with_an_interval_around_them() -> None:
         assert found.value == pytest.approx(measure(x, y).statistic)
         assert -1 <= found.low < found.value < found.high <= 1
         assert correlate(x.tolist(), y.tolist(), rank=rank, draws=300) == found
-    # A run that diverged has no measure, and one value has no coefficient.
+    # Diverged runs (NaN) are left out, and a constant has no correlation.
     assert correlate([*x, math.nan], [*y, 1.0], rank=True, draws=300).value == pytest.approx(
         stats.spearmanr(x, y).statistic
     )
@@ -89,11 +89,11 @@ def test_sounds_are_divided_by_fold(tmp_path: Path) -> None:
     }
     assert {part: len(rows) - 1 for part, rows in lines.items()} == {"pretrain": 3, "train": 2, "dev": 1, "test": 1}
     assert lines["test"] == ["path\tclass", "crackling_fire_4-104-A.flac\tcrackling_fire"]
-    # Filled up with silence, which says nothing of a class; a second is left in any case.
+    # The corpus pads sounds with silence, which says nothing about the class: it is cut off, down to one second.
     for part, name, samples_left in (("test", "4-104-A", 24000), ("dev", "3-103-A", 18000), ("train", "1-101-A", 8000)):
         sound, rate_hz = soundfile.read(parts / part / f"crackling_fire_{name}.flac")
         assert rate_hz == 8000
-        assert samples_left <= len(sound) < samples_left + 2000  # Vorbis smears
+        assert samples_left <= len(sound) < samples_left + 2000  # Vorbis blurs the edge
     (tmp_path / "esc" / "crackling_fire_4-104-A.ogg").unlink()
     with pytest.raises(ValueError, match="has no sound of fold 4"):
         crop_length.parts_of_sounds(tmp_path / "esc", tmp_path / "parts")
@@ -119,7 +119,7 @@ def test_a_study_goes_on_with_its_own_results_only(tmp_path: Path) -> None:
 
 
 def _note_process(folder: Path, key: str, trained: Trained) -> dict[str, Any]:
-    """Waits until another is under way too."""
+    """Wait until a second evaluation is running, to prove that both run at once."""
     (folder / f"{key}.under_way").touch()
     until = time.monotonic() + 60
     while len(list(folder.glob("*.under_way"))) < 2 and time.monotonic() < until:
@@ -163,7 +163,7 @@ def test_a_run_is_done_once_and_resumed(tmp_path: Path) -> None:
     options |= {"data.max_utterances": 2, "trainer.log_every": 2, "trainer.checkpoint_every": 1}
     options |= {"trainer.keep_every": 1}
     job = Job("one", tmp_path / "audio", "best-rq-tiny", options)
-    held = np.ones(400_000_000)  # what the study has in memory is not the run's
+    held = np.ones(400_000_000)  # memory of the study, which must not count as the run's
     trained = train(job, tmp_path / "runs")
     assert trained.peak_mb < 2000 < held.nbytes / 2**20
     assert trained.updates == 3
@@ -186,7 +186,7 @@ def test_a_run_is_done_once_and_resumed(tmp_path: Path) -> None:
     model = open_checkpoint(trained.run)
     once, twice = (held_out_scores(model, audio, draws=draws) for draws in (1, 2))
     assert once["prediction_loss"] != twice["prediction_loss"] == pytest.approx(once["prediction_loss"], rel=0.1)
-    # Stopped behind its second update.
+    # As if the run had been stopped after its second update.
     (trained.run / "trained.json").unlink()
     (trained.run / "checkpoints" / "last.ckpt").unlink()
     shutil.copy(trained.run / "checkpoints" / "0000002.ckpt", trained.run / "checkpoints" / "last.ckpt")
@@ -211,7 +211,7 @@ def test_a_run_that_diverges_is_a_result_and_the_study_goes_on(tmp_path: Path, m
     assert there == {"y/0": {"error": 0.5}}
     assert lines == ["1 of 2 runs diverged, or collapsed, and are left out: x/0"]
     assert finished(there)[1] == []
-    # What an earlier attempt said does not count.
+    # The log's lines from an earlier attempt do not count.
     program.write_text("#!/bin/sh\nexit 1\n")
     with pytest.raises(RuntimeError, match="bad failed with status 1"):
         train(Job("bad", tmp_path, ""), tmp_path / "runs")
@@ -251,14 +251,14 @@ def test_a_run_that_cannot_be_evaluated_for_its_weights_is_a_result_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pretraining_runs, "train", _trained)
-    # A process takes seconds to start.
+    # Evaluate in this process, because a new one takes seconds to start.
     monkeypatch.setattr(pretraining_runs, "_apart", lambda evaluate, key, trained: evaluate(key, trained))
     study = StudyFile(tmp_path / "study.json", {})
     jobs = {"x": Job("x", tmp_path, "")}
     with pytest.raises(ValueError, match="no column"):
         do_all(study, jobs, tmp_path, partial(_say, "no column 'voice'"), parallel=1)
     assert study.results == {}
-    # In these words it is said where it is found.
+    # The error message that `fit_kmeans` raises for NaN.
     nothing = torch.full((300, 8), math.nan)
     with pytest.raises(ValueError, match="NaN or infinite") as found:
         fit_kmeans(nothing.numpy(), 2, seed=0)
@@ -327,7 +327,7 @@ def test_a_run_of_other_settings_is_not_taken_for_this_one(tmp_path: Path, monke
     (run / "trained.json").write_text(json.dumps(dict.fromkeys(list(Trained.__dataclass_fields__)[1:], 1)))
     monkeypatch.chdir(tmp_path)
     options = {"data.crop_s": None, "data.max_duration_s": 48, "data.valid": "dev", "trainer.max_steps": 250}
-    # The last two decide nothing.
+    # These two options do not change the result.
     options |= {"trainer.progress": "true", "trainer.checkpoint_every": 7}
     assert train(Job("one", Path(), "best-rq-tiny", options), tmp_path / "runs").run == run
     for other, said in (
@@ -424,13 +424,13 @@ def test_early_prediction_tells_what_it_found(tmp_path: Path) -> None:
     (voice,) = (line for line in lines if line.startswith("rankme, middle layer") and "12 cells" in line)
     assert "voice error at the end, 12 cells: Spearman +1.00" in voice
     assert lines[-1].startswith("20 comparisons")
-    # More seeds of the same settings are no more evidence.
+    # More seeds of the same settings do not count as more evidence.
     again = {f"{key}{copy}": result for key, result in results.items() for copy in range(3)}
     assert [line for line in early_prediction.findings(again) if " cells: " in line] == [
         line for line in lines if " cells: " in line
     ]
     assert "not resolved" in next(line for line in lines if line.startswith("rankme, last layer"))
-    # What follows from the learning rate alone says nothing within one.
+    # A measure that follows from the learning rate alone predicts nothing among runs of one learning rate.
     for key, result in results.items():
         mask, rate, _ = key.split("/")
         number = list(early_prediction.MASKS).index(mask)

@@ -1,4 +1,4 @@
-"""The batches that are measured."""
+"""The lengths of the utterances in the benchmarks' batches."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def test_read_speech_is_like_librispeech(utterances: int) -> None:
     assert len(lengths_s) == utterances
     assert all(1.5 <= s <= 17 for s in lengths_s)
     assert sum(12 <= s <= 16 for s in lengths_s) >= utterances / 2  # most
-    assert min(lengths_s) < 8  # and a tail
+    assert min(lengths_s) < 8  # and a tail of short ones
     assert 11.5 < sum(lengths_s) / utterances < 13
     assert 1.15 < workloads.padding_factor(lengths_s) < 1.45
 

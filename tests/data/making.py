@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 
 
 def noise(seconds: float, *, rate: int = 16000, channels: int = 1, seed: int = 0) -> NDArray[np.float32]:
-    """(T, channels) of quiet noise."""
+    """Quiet noise, (T, channels)."""
     samples = 0.1 * np.random.default_rng(seed).standard_normal((round(seconds * rate), channels))
     return samples.astype(np.float32)
 
 
 def tone(seconds: float, *, rate: int = 16000, hz: float = 1000.0) -> NDArray[np.float32]:
-    """(T,) of a sine."""
+    """A sine, (T,)."""
     return np.sin(2 * np.pi * hz * np.arange(round(seconds * rate)) / rate).astype(np.float32)
 
 
@@ -28,7 +28,7 @@ def write(path: Path, samples: NDArray[np.float32], *, rate: int = 16000, subtyp
 
 
 def cuts_of(durations_s: Sequence[float], *, windows: bool = False) -> list[Cut]:
-    """Cuts without audio behind them, for what needs metadata only."""
+    """Cuts whose audio files do not exist, for code that reads only metadata."""
     cuts = []
     for index, duration in enumerate(durations_s):
         source = AudioSource(type="file", channels=[0], source=f"/nowhere/{index}.wav")

@@ -45,7 +45,7 @@ def ids(spec: BatchSpec) -> tuple[str, ...]:
 
 
 def epoch(sampler: UpdateSampler, number: int = 0) -> list[tuple[str, ...]]:
-    """Ids of the micro-batches of an epoch, recognised by the utterances that all have to come."""
+    """Ids in each micro-batch of one epoch; an epoch ends when it has drawn as many utterances as the corpus has."""
     draws = len(sampler._lengths)
     batches = []
     for spec in sampler:
@@ -144,12 +144,12 @@ def test_a_batch_has_no_more_utterances_than_allowed() -> None:
     sampler = UpdateSampler(cuts, max_duration_s=1000.0, crop_s=2.0, seed=0, max_utterances=4)
     batches = epoch(sampler)
     assert sorted(map(len, batches)) == [2] + [4] * 10
-    # The shorter limit of the two counts.
+    # Without that limit, `max_duration_s` alone decides.
     assert {len(spec.cuts) for spec in take(UpdateSampler(cuts, max_duration_s=4.0, crop_s=2.0, seed=0), 20)} <= {2, 3}
 
 
 def test_batches_are_filled() -> None:
-    """Twelve crops of 4 s are exactly 48 s."""
+    """Twelve crops of 4 s fill a batch of 48 s exactly."""
     sampler = UpdateSampler(cuts_of([10.0] * 120), max_duration_s=48.0, crop_s=4.0, seed=0)
     assert [len(spec.cuts) for spec in take(sampler, 20)] == [12] * 20
 
@@ -182,7 +182,7 @@ def test_epochs_and_seeds_differ() -> None:
 
 
 def test_equal_lengths_are_mixed_anew_every_epoch() -> None:
-    """Crops make most lengths equal: groups of equal length must not be cut by position in the corpus."""
+    """Crops give most utterances the same length; batches must still not follow their order in the corpus."""
     sampler = UpdateSampler(cuts_of([10.0] * 240), max_duration_s=48.0, crop_s=4.0, seed=0)
     first, second = ({frozenset(batch) for batch in epoch(sampler, number)} for number in (0, 1))
     assert not first & second
@@ -197,7 +197,7 @@ def test_lengths_in_a_batch_are_similar() -> None:
     spread = np.mean([np.ptp(sampler._lengths[batch]) for batch in plan]) / 16000
     assert spread < 1.0
     means = [sampler._lengths[batch].mean() for batch in plan]
-    # Long and short batches alternate at random: no order by length over the epoch.
+    # Long and short batches come in random order: length does not grow or shrink over the epoch.
     assert abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 0.3
 
 
@@ -292,7 +292,7 @@ def test_a_batch(cuts: list[Cut], folder: Path) -> None:
 
 
 def test_the_hash_of_an_id_never_changes() -> None:
-    """It is in the randomness of every run: changing it changes what `--resume` continues with."""
+    """Every run's random numbers depend on it: if it changed, a resumed run would draw different crops and masks."""
     assert utterance_id("speech/a.flac") == -6480256404420017588
 
 
@@ -314,7 +314,7 @@ def test_a_channel_can_be_chosen(cuts: list[Cut]) -> None:
 
 
 def broken(folder: Path) -> list[Cut]:
-    """Cuts that had good headers when they were scanned."""
+    """Cuts whose headers were fine at scanning time; the files have been damaged since."""
     paths = [write(folder / name, noise(4.0), subtype="FLOAT") for name in ("gone.wav", "nan.wav")]
     paths.append(write(folder / "cut-off.flac", noise(4.0)))
     cuts = list(open_corpus(folder, window_s=2.0).cuts)

@@ -14,7 +14,7 @@ from tests.data.making import noise, write
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Recordings of every kind, 3 to 6 s."""
+    """A folder of recordings of 3 to 6 s, with various formats, rates and channel counts."""
     root = tmp_path / "audio"
     write(root / "b" / "first.wav", noise(3.0))
     write(root / "b" / "SECOND.WAV", noise(3.5, rate=8000), rate=8000)
@@ -194,7 +194,7 @@ def test_shar(folder: Path, tmp_path: Path) -> None:
     assert [cut.id for cut in corpus.cuts] == [cut.id for cut in cuts]
     for packed, plain in zip(corpus.cuts, cuts, strict=True):
         np.testing.assert_allclose(read_waveform(packed), read_waveform(plain), atol=1e-4)
-        # Lhotse itself understands what our cuts say.
+        # Lhotse can load the cuts too.
         assert packed.load_audio().shape == plain.load_audio().shape
     write_manifest(corpus, tmp_path / "cuts.jsonl.gz")
     again = list(open_corpus(tmp_path / "cuts.jsonl.gz").cuts)

@@ -1,4 +1,4 @@
-"""Labels of frames: which label a frame of a crop gets, and what is said of labels that do not fit the audio."""
+"""Frame labels: which label each frame of a crop gets, and the errors for labels that do not fit the audio."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ from tests.data.making import noise, write
 def _write(
     folder: Path, cuts: list[Cut], *, shift_s: float = 0.01, first_s: float = 0.005, classes: int = 1000
 ) -> None:
-    """Labels that count the frames of each recording."""
+    """Write labels 0, 1, 2, ... for the frames of each recording."""
     shift_s, first_s = 0.01, 0.005
     folder.mkdir(exist_ok=True)
     settings = {"clusters": classes, "frame_shift_s": shift_s, "first_centre_s": first_s}
@@ -36,7 +36,7 @@ def _write(
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> list[Cut]:
-    """A recording at 16 kHz, one at 8 kHz, and one of which there are two windows."""
+    """Two short recordings, at 16 and 8 kHz, and a longer one in two windows."""
     folder = tmp_path / "audio"
     write(folder / "a.wav", noise(2.0, rate=16000), rate=16000)
     write(folder / "b.wav", noise(1.5, rate=8000), rate=8000)
@@ -57,15 +57,15 @@ def test_a_frame_gets_the_label_around_its_centre(corpus: list[Cut], tmp_path: P
             for cut, length in zip(corpus, batch.waveforms.layout.lengths, strict=True):
                 start_s = crop(cut, crop_s=crop_s, seed=5, update=update).start
                 centres_s = start_s + (320 * np.arange((length - 400) // 320 + 1) + 200) / 16000
-                # Label j is of the frame around 5 ms + j 10 ms of its recording, windows included.
+                # Label j belongs to the frame centred at 5 ms + j 10 ms of the recording, for windows too.
                 expected += np.rint((centres_s - 0.005) / 0.01).tolist()
             found = batch.labels.numpy()
-            assert np.abs(found - np.minimum(expected, 499)).max() <= 1  # to either side where it lies between two
+            assert np.abs(found - np.minimum(expected, 499)).max() <= 1  # a centre between two labels may get either
             assert len(found) == len(expected)
 
 
 def _write_segments(folder: Path, cuts: list[Cut], lengths: list[int], *, shift_s: float) -> None:
-    """The same segments over and over, from the beginning of each recording on."""
+    """Write labels that repeat segments of these lengths from the start of each recording."""
     folder.mkdir()
     settings = {"clusters": 2, "frame_shift_s": shift_s, "first_centre_s": shift_s / 2}
     (folder / SETTINGS_FILE).write_text(json.dumps(settings))
@@ -81,14 +81,14 @@ def test_a_crop_knows_how_long_its_segments_are_outside_of_it(corpus: list[Cut],
     _write_segments(tmp_path / "segments", whole, [3, 5, 1, 7], shift_s=0.02)
     labels = FrameLabels(LabelTable(tmp_path / "segments"), FrameGrid(320, 320))
     dataset = WaveformDataset(normalize=False, segments=labels)
-    # Of whole recordings, whose frames are those of the labels.
+    # For whole recordings, whose frames coincide with the labels' frames.
     expected_weights = np.repeat(1 / np.array([3, 5, 1, 7]), [3, 5, 1, 7]).astype(np.float32)
     expected_ends = np.isin(np.arange(16), [2, 7, 8, 15])
     for cut in whole:
         batch = dataset[BatchSpec(0, (cut,), None, seed=0)]
         assert batch.segments is not None
         frames = len(batch.segments.weights)
-        last = (frames - 1) // 16 * 16  # segments that the end cuts off are as short as they are
+        last = (frames - 1) // 16 * 16  # leave out the segments that the recording's end cuts short
         assert np.array_equal(batch.segments.weights[:last], np.resize(expected_weights, last))
         assert np.array_equal(batch.segments.ends[: frames - 1], np.resize(expected_ends, frames - 1))
         assert batch.segments.ends[-1]
@@ -96,7 +96,8 @@ def test_a_crop_knows_how_long_its_segments_are_outside_of_it(corpus: list[Cut],
             cropped = dataset[BatchSpec(update, (cut,), 0.5, seed=0)].segments
             assert cropped is not None
             first = round(crop(cut, crop_s=0.5, seed=0, update=update).start / 0.02)
-            near = [slice(at, at + 25) for at in (first - 1, first, first + 1) if at >= 0]  # where it lies between two
+            # The crop may start between two frames.
+            near = [slice(at, at + 25) for at in (first - 1, first, first + 1) if at >= 0]
             assert any(
                 torch.equal(cropped.weights, batch.segments.weights[at])
                 and torch.equal(cropped.ends, batch.segments.ends[at])
@@ -133,7 +134,7 @@ def test_the_last_segment_of_a_recording_ends_once(corpus: list[Cut], tmp_path: 
     for cut in whole:
         batch = dataset[BatchSpec(0, (cut,), None, seed=0)]
         assert batch.segments is not None
-        segments = round(cut.duration / shift_s / 5)  # the last one may be cut off
+        segments = round(cut.duration / shift_s / 5)  # the recording's end may cut off the last one
         assert abs(int(batch.segments.ends.sum()) - segments) <= 1
         assert not (batch.segments.ends[1:] & batch.segments.ends[:-1]).any()
 
@@ -142,13 +143,13 @@ def test_windows_of_manifests_and_shards_have_labels(corpus: list[Cut], tmp_path
     table = LabelTable(tmp_path / "labels")
     prepared = tmp_path / "prepared.jsonl.gz"
     write_manifest(open_corpus(tmp_path / "audio", window_s=3.0, min_duration_s=1), prepared)
-    # Shorter windows than those of the manifest are still of the whole recording.
+    # Windows shorter than the manifest's still find the labels of the whole recording.
     windows = [cut for cut in open_corpus(prepared, window_s=1.3, min_duration_s=1).cuts if cut.start > 2.5]
     assert [labelled_part(cut)[0] for cut in windows] == ["c.wav"]
     assert table.problem(windows[0]) is None
     found = table.at(windows[0], start_s=windows[0].start, frames=2, grid=FrameGrid(320, 400))
     assert np.abs(found - [windows[0].start * 100 + 0.75, windows[0].start * 100 + 2.75]).max() <= 1
-    # A window that was exported is a recording, and is labelled as one.
+    # A window exported to a shard is a recording of its own, with its own labels.
     shards = tmp_path / "shards"
     shards.mkdir()
     open_corpus(prepared, min_duration_s=1).cuts.to_shar(shards, fields={"recording": "wav"}, shard_size=10)
@@ -163,7 +164,7 @@ def test_lhotse_reads_the_table(corpus: list[Cut], tmp_path: Path) -> None:
     supervisions = {item.id: item for item in SupervisionSet.from_file(tmp_path / "labels" / LABELS_FILE)}
     assert supervisions["b.wav"].labels == list(range(150))
     assert supervisions["b.wav"].duration == 1.5
-    # A cut that begins inside one channel of a recording.
+    # A cut that starts inside one channel of a recording.
     write(tmp_path / "stereo.wav", noise(3.0, channels=2))
     (recording,) = [cut.recording for cut in open_corpus(tmp_path / "stereo.wav").cuts]
     _write(tmp_path / "labels", [MonoCut("u", start=1.0, duration=1.2, channel=1, recording=recording)])
@@ -192,7 +193,7 @@ def test_what_does_not_fit_is_named(corpus: list[Cut], tmp_path: Path) -> None:
     _change(tmp_path, "a.wav", lambda line: line["custom"]["labels"].__delitem__(slice(150, None)))
     table = LabelTable(tmp_path / "labels")
     assert "has 150 labels, but 2.00 s with a label every 10 ms require 200" in said_of(first)
-    # So short that the tolerance is as long as the recording.
+    # A recording as short as the tolerance.
     _change(tmp_path, "a.wav", lambda line: line.update(duration=0.1) or line["custom"]["labels"].clear())
     table = LabelTable(tmp_path / "labels")
     assert "has 0 labels, but 0.10 s" in said_of(dataclasses.replace(first, duration=0.1))
@@ -259,14 +260,14 @@ def test_mfcc_and_differences(monkeypatch: pytest.MonkeyPatch) -> None:
     frames = mfcc(noise)
     assert frames.shape == (100, 39)
     torch.testing.assert_close(frames[:, 13:26], differences(frames[:, :13]))
-    # A long recording is taken in blocks, of which no frame knows.
+    # Long recordings are processed in blocks, which must not change any frame.
     monkeypatch.setattr("fastssl.data.mfcc._BLOCK_FRAMES", 7)
     for length in (15999, 15925, 11200, 11280, 400):
         blocks = mfcc(noise[:length])
         with monkeypatch.context() as whole:
             whole.setattr("fastssl.data.mfcc._BLOCK_FRAMES", 1000)
             torch.testing.assert_close(blocks, mfcc(noise[:length]), rtol=1e-4, atol=1e-4)
-    # Louder by a factor moves the first coefficient alone.
+    # A louder recording changes only the first coefficient.
     torch.testing.assert_close(mfcc(4 * noise)[:, 1:13], frames[:, 1:13], rtol=1e-3, atol=1e-2)
     assert (mfcc(4 * noise)[:, 0] > frames[:, 0]).all()
 

@@ -1,4 +1,4 @@
-"""A manifest is data: nothing in it runs, is fetched or reaches a shell."""
+"""A manifest is only data: the package never executes, downloads or passes to a shell anything that it names."""
 
 import json
 from collections.abc import Callable
@@ -21,7 +21,7 @@ Item = dict[str, Any]
 
 @pytest.fixture
 def recording(tmp_path: Path) -> Item:
-    """A serialised recording of 3 s."""
+    """The serialised entry of a recording of 3 s."""
     return dict(Recording.from_file(write(tmp_path / "audio" / "plain.wav", noise(3.0))).to_dict())
 
 

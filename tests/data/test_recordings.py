@@ -19,19 +19,19 @@ RATES = (8000, 11025, 16000, 22050, 44100, 44101)
 
 @pytest.fixture(scope="module")
 def recordings(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Cut]:
-    """6 s at each rate."""
+    """A cut of 6 s at each sampling rate."""
     root = tmp_path_factory.mktemp("recordings")
     paths = {rate: write(root / f"{rate}.wav", noise(6.0, rate=rate), rate=rate, subtype="FLOAT") for rate in RATES}
     return {rate: next(iter(open_corpus(path, window_s=None).cuts)) for rate, path in paths.items()}
 
 
 def encode(waveform: Tensor) -> Tensor:
-    """(T, 1) -> (frames, 400): each frame is what it sees."""
+    """A stand-in for an encoder, (T, 1) -> (frames, 400): each frame is the 400 samples that it covers."""
     return waveform[:, 0].unfold(0, 400, 320)
 
 
 def stitch(chunks: list[Chunk], frames: int) -> Tensor:
-    """Frames of the whole; fails where one is missing or written twice."""
+    """Join the chunks' frames to those of the whole recording; fail if a frame is missing or written twice."""
     whole = torch.full((frames, 400), torch.nan)
     for chunk in chunks:
         kept = encode(chunk.waveform)[chunk.keep]
@@ -61,7 +61,7 @@ def test_chunks_are_stitched_to_the_frames_of_the_whole(
     assert len(expected) == WAV2VEC2.count(len(whole[0].waveform))
     chunks = list(read_chunks(cut, chunk_s=chunk_s, overlap_s=overlap_s, normalize=normalize))
     assert all(chunk.start % 320 == 0 for chunk in chunks)
-    # One sample more than fits makes no second chunk if it makes no further frame.
+    # A chunk may exceed `chunk_s` by samples that do not complete another frame.
     assert max(len(chunk.waveform) for chunk in chunks) < round(chunk_s * 16000) + 320
     torch.testing.assert_close(stitch(chunks, len(expected)), expected, atol=2e-6, rtol=0)
 

@@ -1,4 +1,4 @@
-"""Segments against every division of a short sequence, and what is promised about them."""
+"""Segmentation: the least cost, found by trying every division of short sequences, and the promised properties."""
 
 import itertools
 from typing import Any
@@ -18,18 +18,19 @@ def random_costs(frames: int, classes: int, seed: int = 0) -> NDArray[np.float32
 
 
 def total(costs: NDArray[np.float32], classes: NDArray[np.int64], price: float) -> float:
-    """What frames and segments cost, for classes that are given."""
+    """The cost of frames and segments when each frame has the given class."""
     segments = 1 + np.count_nonzero(np.diff(classes))
     return float(costs[np.arange(len(costs)), classes].astype(np.float64).sum() + price * segments)
 
 
 def least_by_trying_all(costs: NDArray[np.float32], price: float) -> float:
-    """The least of the formula of the paper: every division into segments, and for each the best class."""
+    """The paper's formula, minimised over every division into segments with the best class for each."""
     frames = len(costs)
     best = np.inf
     for cuts in itertools.product([False, True], repeat=frames - 1):
         bounds = [0, *(at + 1 for at, cut in enumerate(cuts) if cut), frames]
-        found = price * frames  # the constant by which a price is more than the reward of a long segment
+        # The paper rewards long segments, where we price each segment: the two costs differ by this constant.
+        found = price * frames
         for begin, end in itertools.pairwise(bounds):
             found += costs[begin:end].astype(np.float64).sum(0).min() - price * (end - begin - 1)
         best = min(best, found)

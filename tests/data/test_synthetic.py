@@ -43,7 +43,7 @@ def test_the_table_is_true(spoken_corpus: Path) -> None:
 def test_it_sounds_like_what_the_table_says(spoken_corpus: Path) -> None:
     for row in rows(spoken_corpus):
         words = row["phonemes"].split(" | ")
-        # espeak-ng joins some pairs of words, as in "of the".
+        # espeak-ng joins some pairs of words, such as "of the".
         assert 0.7 * len(row["text"].split()) <= len(words) <= 1.1 * len(row["text"].split())
         phonemes = [phoneme for word in words for phoneme in word.split()]
         assert 6 < len(phonemes) / float(row["seconds"]) < 22
@@ -55,7 +55,7 @@ def test_it_sounds_like_what_the_table_says(spoken_corpus: Path) -> None:
 
 
 def test_phonemes_follow_the_accent(spoken_corpus: Path) -> None:
-    """Scots (s02) has a rhotic r where the others have none or an American one."""
+    """Scots (s02) has a rhotic r; the others have none, or an American one."""
     sounds = dict.fromkeys(("s00", "s01", "s02"), "")
     for row in rows(spoken_corpus):
         if row["speaker"] in sounds:
@@ -65,7 +65,7 @@ def test_phonemes_follow_the_accent(spoken_corpus: Path) -> None:
 
 
 def test_bytes_are_a_function_of_the_seed(spoken_corpus: Path, tmp_path: Path) -> None:
-    """In this process, where espeak-ng has spoken before, and in a new one."""
+    """Checks this process, where espeak-ng has already spoken, and a new one."""
     expected = contents(spoken_corpus)
     assert contents(speak_corpus(tmp_path / "again", minutes=2, seed=0, speakers=4)) == expected
     command = [sys.executable, "-m", "fastssl.data.synthetic", "elsewhere", "--minutes", "2", "--speakers", "4"]

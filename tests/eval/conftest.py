@@ -1,4 +1,4 @@
-"""Tests of evaluation: one thread each."""
+"""Run every evaluation test with one thread."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The rate of a compressor, learned with a head on a task."""
+"""Learning the rate of a compressor together with a task's head."""
 
 import json
 from collections.abc import Sequence
@@ -40,7 +40,7 @@ def learn_rate(
     start: float = 0.5,
     **options: Any,
 ) -> LearnedRate:
-    """Of one price and start, at whose rate the encoder's compressor is then."""
+    """Learn the rate for one price and start, and set the encoder's compressor to it."""
     (found,) = learn_rates(encoder, train, dev, settings, [Trial(price, start)], **options)
     assert encoder.compressor is not None
     encoder.compressor.rate, encoder.compressor.frame_period_ms = found.rate, None
@@ -49,7 +49,7 @@ def learn_rate(
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory: pytest.TempPathFactory) -> Table:
-    """Tones of 0.15 s, one for each digit."""
+    """Recordings of ten tones, each 0.15 s long and standing for a digit."""
     folder = tmp_path_factory.mktemp("tones")
     random = np.random.default_rng(0)
     rows = []
@@ -65,7 +65,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Table:
 
 @pytest.fixture
 def short(table: Table, tmp_path: Path) -> Table:
-    """The same recordings with one digit each."""
+    """The same recordings, labelled with one digit each."""
     rows = (f"{row.path}\t1\t{speaker}\n" for row, speaker in zip(table.rows, table.column("speaker"), strict=True))
     (tmp_path / "short.tsv").write_text("path\tdigits\tspeaker\n" + "".join(rows))
     return read_table(tmp_path / "short.tsv")
@@ -94,7 +94,7 @@ def test_the_task_moves_the_rate_and_a_price_of_frames_raises_it(
     assert [one.rate for one in dear] == pytest.approx([0.8, 0.8])
     assert free.rate < 0.8
     assert free.frame_period_ms < dear[0].frame_period_ms
-    # What is reported is what the encoder gives at that rate, at which it is left; its weights are as they were.
+    # The report describes the encoder at the learned rate. The encoder keeps that rate; its weights have not changed.
     assert encoder.compressor is not None
     assert encoder.compressor.rate == dear[1].rate
     assert all(torch.equal(tensor, weights[name]) for name, tensor in encoder.state_dict().items())
@@ -116,7 +116,7 @@ def test_rates_that_are_learned_together_are_those_that_are_learned_alone(encode
 
 
 def test_it_does_not_matter_where_a_rate_begins(encoder: Encoder, table: Table) -> None:
-    """The head that says how good a rate is learns at all of them."""
+    """The head that scores a rate is trained at every rate, so the result does not depend on the start."""
     settings = ProbeSettings("digits", steps=80, batch_s=8.0)
     found = [
         learn_rate(encoder, table, table, settings, price=0.5, start=start, learning_rate=0.08).rate
@@ -126,15 +126,15 @@ def test_it_does_not_matter_where_a_rate_begins(encoder: Encoder, table: Table) 
 
 
 def test_fewer_frames_than_symbols_are_no_gain(encoder: Encoder, table: Table) -> None:
-    """CTC takes what it cannot emit for a loss of nothing."""
+    """CTC reports no loss for targets that do not fit in the frames; this must not favour high rates."""
     assert encoder.compressor is not None
     learned = learn_rate(encoder, table, table, _DIGITS, price=0.0, start=1.7, bounds=(1.0, 1.9), learning_rate=0.1)
-    # At a rate of 1.9 an utterance of 1.5 s has four frames for its ten digits.
+    # At rate 1.9, an utterance of 1.5 s has four frames for its ten digits.
     assert learned.rate < 1.7, learned.path
 
 
 def test_rates_learn_from_the_development_part(encoder: Encoder, table: Table, short: Table) -> None:
-    """Of which few frames can be read if there is one symbol in each, and not if there are ten."""
+    """With one symbol per recording few frames suffice, so the rate rises; with ten symbols it falls."""
     found = [
         learn_rate(encoder, table, dev, _DIGITS, price=1.0, start=1.7, bounds=(1.0, 1.9), learning_rate=0.1).rate
         for dev in (short, table)
@@ -145,7 +145,7 @@ def test_rates_learn_from_the_development_part(encoder: Encoder, table: Table, s
 def test_the_head_learns_from_the_training_part_alone_and_first(
     encoder: Encoder, table: Table, short: Table, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    steps: list[tuple[bool, set[int]]] = []  # whether the head learns, and symbols of the utterances
+    steps: list[tuple[bool, set[int]]] = []  # whether the head learns, and the utterances' numbers of symbols
 
     def noted(kind: Kind, logits: Packed, targets: Sequence[Sequence[int]]) -> torch.Tensor:
         steps.append((torch.is_grad_enabled(), {len(target) for target in targets}))
@@ -162,7 +162,7 @@ def test_of_a_conformer(table: Table) -> None:
     conformer = ConformerEncoder(ConformerConfig(**CONFORMER, compressor="integrate-and-fire"))
     learned = learn_rate(conformer, table, table, _DIGITS, price=100.0, start=0.7, bounds=(0.1, 0.9))
     assert learned.rate == pytest.approx(0.9)
-    assert 50 < learned.frame_period_ms < 100  # of 40 at least
+    assert 50 < learned.frame_period_ms < 100  # the encoder's own frame period is 40 ms
 
 
 def test_the_same_seed_learns_the_same_rate(encoder: Encoder, table: Table) -> None:
@@ -172,7 +172,7 @@ def test_the_same_seed_learns_the_same_rate(encoder: Encoder, table: Table) -> N
 
 @pytest.mark.parametrize(("length", "reach"), [(1.0, 4), (2.5, 2), (4.0, 1)])
 def test_a_head_for_all_rates_is_a_function_of_time(length: float, reach: int) -> None:
-    """Beside the probe's head with weights that are read off it."""
+    """Compares it with the probe's head, given weights interpolated for one frame length."""
     torch.manual_seed(0)
     window = Window(reach, 1)
     of_all, of_one = RateHead(2, 5, torch.full((3,), 1 / 3), reach=5), Head(2, 5, torch.full((3,), 1 / 3), window)
@@ -195,10 +195,10 @@ def test_a_head_for_all_rates_is_a_function_of_time(length: float, reach: int) -
 def test_a_head_learns_at_long_frames_as_often_as_at_short_ones() -> None:
     scale = FrameLengths.between(0.0, 1.0, mean_weight=torch.tensor(0.25, dtype=torch.float64), most=100.0)
     assert (scale.shortest, scale.longest) == (1.0, 4.0)
-    # Frames as long as one, two and four; a rate of 2 / 3 leaves half of them: 2 / 3 of a quarter, and 1 / 3 of all.
+    # Frames of length one, two and four. Rate 2 / 3 keeps half of the frames: 2 / 3 of a quarter plus 1 / 3 of all.
     assert [scale.rate_at(share).item() for share in (0.0, 0.5, 1.0)] == pytest.approx([0.0, 2 / 3, 1.0])
     assert [scale.mixture(length) for length in (1.0, 2.0, 4.0, 5.0)] == pytest.approx([0.0, 0.5, 1.0, 1.0])
-    # A rate of 2 would leave nothing; of an utterance of ten frames two are left.
+    # Rate 2 would leave no frame, so the longest frame is limited by `most`: two frames of an utterance of ten.
     assert FrameLengths.between(1.0, 2.0, mean_weight=scale.mean_weight, most=5.0)[:2] == pytest.approx((4.0, 5.0))
     fixed = FrameLengths.between(0.5, 0.5, mean_weight=scale.mean_weight, most=5.0)
     assert fixed.rate_at(0.7).item() == pytest.approx(0.5)
@@ -217,7 +217,7 @@ def test_a_head_sees_as_much_time_however_long_frames_are(
 
     monkeypatch.setattr(RateHead, "forward", noted)
     few = ProbeSettings("digits", steps=3, context_s=0.1)
-    for rate, reach in ((0.0, 5), (1.0, 3)):  # of frames 20 and 29 ms apart
+    for rate, reach in ((0.0, 5), (1.0, 3)):  # these rates give frames 20 and 29 ms apart
         reaches.clear()
         learned = learn_rate(encoder, table, table, few, price=0.0, start=rate, bounds=(rate, rate))
         assert set(reaches) == {reach}, learned
@@ -276,7 +276,7 @@ def test_command(
     assert learned["path"][0] == pytest.approx(0.3)
     said = f"learned a rate of {learned['rate']:.3f}, starting from 0.300, at a price of 100: mean frame period"
     assert said in caplog.text
-    # The heads are those of that rate.
+    # Its heads equal those of a probe at that rate.
     assert run("again", rate=learned["rate"])["results"][0] == found["results"][0]
     with pytest.raises(ValueError, match="--rate_price and --frame_period_ms: give only one of them"):
         run("none", rate_price=0.1, frame_period_ms=40.0)

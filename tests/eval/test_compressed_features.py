@@ -1,4 +1,4 @@
-"""Rates and frame periods that the commands are given: features, quality, probes and labels of a compressed encoder."""
+"""Features, quality, probes and labels of a compressed encoder, at a rate or frame period given on the command line."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,7 @@ _CONFIG = EncoderConfig(**SHAPE, compressor="integrate-and-fire")
 
 @pytest.fixture
 def encoder(tmp_path: Path) -> Encoder:
-    """In tmp_path / "model"."""
+    """A small encoder with a compressor, saved in `tmp_path / "model"`."""
     torch.manual_seed(0)
     encoder = Encoder(_CONFIG).eval()
     encoder.save_pretrained(tmp_path / "model")
@@ -49,7 +49,7 @@ def test_extract_at_a_frame_period(encoder: Encoder, recordings: Path, tmp_path:
             expected = encoder(Packed.pack([torch.from_numpy(samples)[:, None]]), frame_period_ms=55.0)
         found = features[str(entry["key"])]
         torch.testing.assert_close(found, expected.features.values, rtol=0, atol=1e-4)
-        # What was obtained is beside what was asked for, up to a frame and the ends that no window fills.
+        # The obtained period is near the requested one; it differs by at most a frame and the incomplete windows.
         assert expected.compressed is not None
         assert entry["frame_period_s"] == pytest.approx(expected.compressed.frame_period_ms.item() / 1000)
         assert abs(float(str(entry["frame_period_s"])) - 0.055) < 0.003
@@ -72,7 +72,7 @@ def test_chunks_of_compressed_recordings_neither_overlap_nor_leave_gaps(encoder:
     extract(model, audio, tmp_path / "whole", layer=0, frame_period_ms=50.0)
     (every,), (some,), (whole,) = (_read(tmp_path / name) for name in ("all", "some", "whole"))
     assert every["frames"] == 564
-    assert abs(int(str(some["frames"])) - int(str(whole["frames"]))) <= 4  # at most one for each seam
+    assert abs(int(str(some["frames"])) - int(str(whole["frames"]))) <= 4  # at most one frame per seam
 
 
 @pytest.mark.parametrize(
@@ -115,9 +115,9 @@ def test_quality_at_a_frame_period(
     )
     assert every == pytest.approx(20.0)
     assert some == pytest.approx(20 * results["all"].frames / results["some"].frames)
-    assert some != 40.0  # which is what was asked for
+    assert some != 40.0  # the requested period, which the average only approximates
     assert f"mean frame period: {some:.1f} ms (40 ms requested)" in caplog.text
-    # As many segments of two seconds.
+    # The number of two-second segments is about the same.
     assert results["some"].rankme_of == results["all"].rankme_of == "segments"
     assert abs(results["some"].rankme_rows - results["all"].rankme_rows) <= 3
 
@@ -151,8 +151,8 @@ def test_probes_have_the_same_context_at_every_frame_period(
         features = store.get(EncoderSource(encoder), table, name="e")
         frames[period_ms] = sum(part.shape[1] for part in features.frames)
         assert features.mean_frame_period_s(encoder.config) == pytest.approx(period_ms / 1000, rel=0.03)
-    assert frames[50.0] == pytest.approx(0.4 * frames[20.0], rel=0.03)  # not those that the store had
-    assert windows[0] == 0.02  # as a plain encoder's
+    assert frames[50.0] == pytest.approx(0.4 * frames[20.0], rel=0.03)  # not the other period's features
+    assert windows[0] == 0.02  # the period of an encoder without a compressor
     assert windows[2] == pytest.approx(0.05, rel=0.03)
     average = Encoder(EncoderConfig(**_CONFIG.__dict__ | {"compressor": "average", "compressor_factor": 3}))
     assert EncoderSource(average).frame_period_s == pytest.approx(0.06)
@@ -166,7 +166,7 @@ def test_probe_command_says_the_rate(encoder: Encoder, recordings: Path, tmp_pat
     found = json.loads((tmp_path / "p.json").read_text())
     assert found["settings"]["rate"] == 0.5
     assert found["settings"]["rate_bounds"] == [0.0, 1.0]
-    # The frames of a mean count too.
+    # The period counts every frame, although the probe averages them.
     assert encoder.compressor is not None
     encoder.compressor.rate = 0.5
     of_test = FeatureStore().get(EncoderSource(encoder), read_table(table), name="e")
@@ -190,7 +190,7 @@ def test_labels_are_of_every_frame(encoder: Encoder, recordings: Path, tmp_path:
 
 
 def test_the_average_weight_is_what_periods_are_solved_from(encoder: Encoder) -> None:
-    """A folder's encoder is asked for a period, and its rate follows from each utterance's mean weight."""
+    """The rate for a requested frame period follows from each utterance's own mean weight."""
     assert encoder.compressor is not None
     waveforms = Packed.pack([torch.randn(32_000, 1), torch.randn(50_000, 1)])
     with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""Features on disk: the right ones, all of them, once."""
+"""`fastssl extract`: the files contain the right features of every recording, exactly once."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ from tests.tiny import TINY_MODEL, write_recording
 
 @pytest.fixture
 def encoder(tmp_path: Path) -> Encoder:
-    """A layer-norm encoder, whose front end has no statistics over time; in `tmp_path / "model"`."""
+    """A layer-norm encoder, whose front end computes no statistics over time; saved in `tmp_path / "model"`."""
     model = TINY_MODEL
     values = {field.name: getattr(model, field.name) for field in dataclasses.fields(EncoderConfig)}
     values |= {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "do_normalize": False}
@@ -64,8 +64,8 @@ def test_features_are_those_of_the_encoder(
 
 
 def test_chunks_fit_together(encoder: Encoder, tmp_path: Path) -> None:
-    # The input of the first layer sees the positional convolution's few frames; half the overlap covers them, so
-    # it is the same in chunks. The layers see a whole chunk, and no more than that.
+    # Layer 0 depends only on the few frames that the positional convolution covers. Half the overlap covers them too,
+    # so chunks do not change it. Later layers attend to the whole chunk, so they would differ.
     path = tmp_path / "audio" / "long.wav"
     write_recording(path, 11.3, seed=5)
     write_recording(tmp_path / "audio" / "short.wav", 2.0, seed=6)
@@ -84,7 +84,7 @@ def test_goes_on_where_it_was(
     extract(tmp_path / "model", recordings, stopped, shard_mb=0.02)
     shards = sorted(stopped.glob("*.safetensors"))
     assert len(shards) > 3
-    # As a kill leaves it: a shard that no line names, a line cut short, a shard half written.
+    # The state after a kill: a shard that the index does not list, an incomplete line, a half-written shard.
     lines = (stopped / "index.jsonl").read_text().splitlines(keepends=True)
     kept = [line for line in lines if json.loads(line)["shard"] in ("features-00000.safetensors", shards[1].name)]
     (stopped / "index.jsonl").write_text("".join(kept) + lines[len(kept)][:30])
@@ -134,7 +134,7 @@ def test_a_model_without_a_mask_vector_is_the_same_every_time(
     save_file(weights, path)
     extract(tmp_path / "model", recordings, tmp_path / "out")
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    extract(tmp_path / "model", recordings, tmp_path / "out")  # goes on with it, as with the same model
+    extract(tmp_path / "model", recordings, tmp_path / "out")  # continues, because it is the same model
     assert before
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
@@ -155,7 +155,7 @@ def test_damaged_recordings_are_left_out(encoder: Encoder, tmp_path: Path) -> No
     samples, rate = soundfile.read(tmp_path / "audio" / "1.wav")
     soundfile.write(path, samples, rate)
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 3 // 4])
-    # Its first chunks decode, and must not be written.
+    # Its first chunks can be decoded, but must not be written.
     problems = extract(tmp_path / "model", tmp_path / "audio", tmp_path / "out", chunk_s=1.0, overlap_s=0.2)
     assert [Path(problem.name).name for problem in problems] == ["1.flac"]
     assert [entry["key"] for entry in _read(tmp_path / "out")[0]] == ["0.wav", "1.wav", "2.wav"]

@@ -1,4 +1,4 @@
-"""`extract` with an encoder of another kind than wav2vec 2.0's."""
+"""`fastssl extract` with an encoder whose architecture is not wav2vec 2.0's."""
 
 from pathlib import Path
 

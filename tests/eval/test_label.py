@@ -1,4 +1,4 @@
-"""`fastssl label`."""
+"""`fastssl label`: k-means labels and segments of recordings, interrupted runs, and refused settings."""
 
 import dataclasses
 import re
@@ -57,7 +57,7 @@ def test_labels_are_the_nearest_centres_and_reproducible(recordings: Path, tmp_p
     for cut in open_corpus(recordings, min_duration_s=0.1).cuts:
         frames = mfcc(read_waveform(cut))
         assert found[cut.id] == torch.cdist(frames.double(), centres.double()).argmin(1).tolist()
-    # Another seed, other classes.
+    # Another seed gives other classes.
     label(recordings, tmp_path / "three", dataclasses.replace(_SETTINGS, seed=1), num_workers=0)
     assert _labels(tmp_path / "three") != found
 
@@ -76,7 +76,7 @@ def test_a_price_makes_segments(recordings: Path, tmp_path: Path, caplog: pytest
     assert 0 < changes[dear] < changes[plain] / 2
     frames = sum(map(len, _labels(dear).values()))
     assert f"lasts {10 * frames / (changes[dear] + 14):.0f} ms on average" in caplog.text
-    # The price pays: frames and segments together cost less than with the nearest classes.
+    # Smoothing lowers the total cost: frames and segments together cost no more than with the nearest classes.
     for cut in open_corpus(recordings, min_duration_s=0.1).cuts:
         distances = torch.cdist(mfcc(read_waveform(cut)).double(), centres).square().numpy()
         costs = []
@@ -96,7 +96,7 @@ def test_segments_become_as_long_as_is_asked(recordings: Path, tmp_path: Path) -
     found = _labels(tmp_path / "segments")
     count = sum(1 + np.count_nonzero(np.diff(labels)) for labels in found.values())
     assert 10 * sum(map(len, found.values())) / count == pytest.approx(150, rel=0.03)
-    # The price is the folder's: labels of other recordings from it, and more of its own, are made with the same.
+    # The folder keeps its price, for labels of other recordings made from it and for further recordings of its own.
     label(recordings, tmp_path / "other", LabelSettings(), kmeans=tmp_path / "segments", num_workers=0)
     assert _labels(tmp_path / "other") == found
     text = (tmp_path / "segments" / LABELS_FILE).read_text()
@@ -125,7 +125,7 @@ def test_interruption_loses_nothing_and_new_recordings_are_added(
     label(audio, whole, _SETTINGS, num_workers=0)
     shutil.copytree(whole, broken)
     text = (broken / LABELS_FILE).read_text()
-    # Killed in the middle of a line.
+    # As if the process had been killed in the middle of a line.
     (broken / LABELS_FILE).write_text(text[: len(text) // 2])
     before = len(_labels(broken))
     assert 3 < before < 14
@@ -141,12 +141,12 @@ def test_interruption_loses_nothing_and_new_recordings_are_added(
     assert (broken / LABELS_FILE).read_text() == text
 
     write_recording(audio / "new.wav", 2.0, seed=99)
-    write_recording(audio / "speaker0" / "00.wav", 3.0, seed=98)  # another recording under an old name
+    write_recording(audio / "speaker0" / "00.wav", 3.0, seed=98)  # replaces a labelled recording
     label(audio, broken, _SETTINGS, num_workers=0)
     assert len(decoded) == 14 - before + 2
     table = LabelTable(broken)
     assert len(table) == 15
-    # One line each: a reader of the file finds the recordings that are there now.
+    # The file has one line per recording, and only for recordings that exist now.
     assert len(SupervisionSet.from_file(broken / LABELS_FILE)) == 15
     assert len((broken / LABELS_FILE).read_text().splitlines()) == 15
     assert all(table.problem(cut) is None for cut in open_corpus(audio, min_duration_s=0.1).cuts)
@@ -186,7 +186,7 @@ def test_layer_of_a_model_and_a_kmeans_model_that_is_there(recordings: Path, tmp
     assert _labels(tmp_path / "valid")["x.wav"] == expected
     with pytest.raises(ValueError, match="the model has layers 0 to 2, got 3"):
         label(recordings, tmp_path / "no", dataclasses.replace(settings, layer=3))
-    # Held-out recordings must have the classes of the same features.
+    # Held-out recordings must be labelled from the same features.
     Encoder(_ENCODER).save_pretrained(tmp_path / "model")
     with pytest.raises(ValueError, match=r"--kmeans: .*model had other weights when .*train was made"):
         label(held_out, tmp_path / "other", LabelSettings(), kmeans=tmp_path / "train", num_workers=0)
@@ -214,7 +214,7 @@ def test_recordings_that_cannot_be_labelled_are_named(recordings: Path, tmp_path
     broken, hollow = tmp_path / "audio" / "broken.wav", tmp_path / "audio" / "hollow.wav"
     broken.write_bytes(b"no audio")
     soundfile.write(hollow, np.full(16000, np.nan, np.float32), 16000, subtype="FLOAT")
-    # So loud that frames are not finite, which spoils neither k-means nor the labels of the others.
+    # So loud that its frames are not finite; this must not affect k-means or the labels of the other recordings.
     loud = tmp_path / "audio" / "loud.wav"
     soundfile.write(loud, np.full(16000, 3e38, np.float32), 16000, subtype="FLOAT")
     problems = label(tmp_path / "audio", tmp_path / "labels", _SETTINGS, num_workers=0)
@@ -232,7 +232,7 @@ def test_recordings_that_cannot_be_labelled_are_named(recordings: Path, tmp_path
 def test_recordings_that_decode_to_less_than_a_frame_are_named(
     recordings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # As of a damaged MP3 whose header promises 0.1 s more.
+    # Like a damaged MP3 that decodes to 0.1 s less than its header says.
     monkeypatch.setattr("fastssl.eval.label.read_waveform", lambda cut, channel: np.zeros(50, np.float32))
     two = LabelSettings(clusters=2)
     with pytest.raises(ValueError, match=r"the number of frames \(0\), got 2"):

@@ -1,4 +1,4 @@
-"""Probes of small encoders on sequences of tones."""
+"""`fastssl probe` on small encoders, with tones in the place of digits."""
 
 import dataclasses
 import json
@@ -32,7 +32,7 @@ _TONES_HZ = {"0": 500, "1": 1100, "2": 2200}
 
 
 def _write(path: Path, digits: str, speaker: int, random: np.random.Generator) -> None:
-    """A tone for each digit, with pauses; the speaker is a hum of its own throughout."""
+    """Write a recording with a tone for each digit and pauses in between; a constant hum identifies the speaker."""
     pieces = []
     for digit in digits:
         time_s = np.arange(2000 + random.integers(400)) / 16000
@@ -44,7 +44,7 @@ def _write(path: Path, digits: str, speaker: int, random: np.random.Generator) -
 
 @pytest.fixture(scope="module")
 def tables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Table]:
-    """Three parts of four speakers."""
+    """Train, dev and test tables with the same four speakers."""
     parts = {}
     random = np.random.default_rng(0)
     for part, number in {"train": 24, "dev": 8, "test": 8}.items():
@@ -83,7 +83,7 @@ def _run(
 
 
 def _changed(table: Table, number: int, **labels: str) -> Table:
-    """With other labels in one row."""
+    """The table with other labels in one row."""
     rows = list(table.rows)
     rows[number] = dataclasses.replace(rows[number], labels={**rows[number].labels, **labels})
     return dataclasses.replace(table, rows=tuple(rows))
@@ -102,7 +102,7 @@ def test_ctc_reads_tones(tables: dict[str, Table], encoder: Encoder, store: Feat
         assert result.mean == pytest.approx(np.mean(errors))
         assert result.std == pytest.approx(np.std(errors, ddof=1))
         for run in result.runs:
-            assert run.dev_errors["1e-06"] == 1.0  # learns nothing, and most outputs are blank
+            assert run.dev_errors["1e-06"] == 1.0  # a rate too low to learn anything: most outputs stay blank
             assert sum(run.layer_weights) == pytest.approx(1)
             assert (run.parts["train"].recordings, run.parts["test"].examples) == (24, 8)
             assert run.parts["train"].infeasible == 0
@@ -226,7 +226,7 @@ def test_targets_longer_than_their_audio_are_counted(
     changed = tables | {part: _changed(tables[part], 3, digits="0" * 500) for part in ("train", "test")}
     (result,) = _run(encoder, changed, ProbeSettings("digits", steps=1), store, baselines=())
     assert [size.infeasible for size in result.runs[0].parts.values()] == [1, 0, 1]
-    assert result.mean == 1.0  # the symbols of the test part count all the same
+    assert result.mean == 1.0  # the test part's targets count as errors although they do not fit
 
 
 def test_recordings_that_cannot_be_used_are_named(tables: dict[str, Table], encoder: Encoder, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Scores by hand and by brute force, tables, and heads against plain convolutions."""
+"""Parts of the probe: scores worked out by hand and by brute force, tables, and heads against plain convolutions."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -22,7 +22,8 @@ from fastssl.packing import Layout
         ([0.9, 0.8, 0.4], [0.7, 0.3, 0.2], 1 / 3),
         ([0.9, 0.8], [0.1, 0.2, 0.3], 0.0),
         ([0.0], [1.0], 1.0),
-        # A threshold above 0.5 rejects one of two, one at 0.5 accepts one of two: between them lies a quarter.
+        # A threshold above 0.5 rejects one of the two same pairs; a threshold of 0.5 rejects none, but accepts one of
+        # the two different pairs. The line between these two points has equal error rates at a quarter.
         ([0.5, 0.9], [0.5, 0.1], 0.25),
         ([0.5, 0.5], [0.5, 0.5, 0.5], 0.5),
         ([0.5, 0.9], [0.5, 0.5, 0.5, 0.1], 0.3),
@@ -48,7 +49,7 @@ def _brute_force(same: list[float], different: list[float]) -> float:
 @pytest.mark.parametrize("seed", range(4))
 def test_equal_error_rate_is_that_of_the_roc(seed: int) -> None:
     random = np.random.default_rng(seed)
-    same = random.integers(2, 12, 15).astype(float).tolist()  # with many ties
+    same = random.integers(2, 12, 15).astype(float).tolist()  # many ties
     different = random.integers(0, 9, 40).astype(float).tolist()
     found = equal_error_rate(torch.tensor(same), torch.tensor(different))
     assert found == pytest.approx(_brute_force(same, different), abs=1e-4)
@@ -65,7 +66,7 @@ def test_pairs_are_of_two_recordings() -> None:
     embeddings = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 0.0], [1.0, 1.0]])
     same, different = pair_scores(embeddings, torch.tensor([0, 0, 0, 1]), torch.tensor([5, 5, 6, 7]))
     half = 0.5**0.5
-    assert sorted(same.tolist()) == [0.0, 1.0]  # not the pair within recording 5
+    assert sorted(same.tolist()) == [0.0, 1.0]  # the pair within recording 5 is left out
     torch.testing.assert_close(different.sort().values, torch.tensor([half] * 3))
 
 
@@ -160,7 +161,7 @@ def test_standardised_over_the_chosen_examples() -> None:
     standard = Standard.of(features, [0, 1, 2])
     values = torch.cat([standard(features.frames[index]) for index in (0, 1, 2)], dim=1)
     expected = torch.ones(3, 5)
-    expected[1, 2] = 0  # never changes
+    expected[1, 2] = 0  # this feature is constant
     torch.testing.assert_close(values.mean(1), torch.zeros(3, 5), rtol=0, atol=1e-5)
     torch.testing.assert_close(values.std(1, unbiased=False), expected, rtol=0, atol=1e-5)
 
@@ -169,8 +170,8 @@ def test_whitened_over_the_chosen_examples() -> None:
     features = _features(300, 1, 500, 20)
     for frames in features.frames:
         frames[0, :, 1] += 0.9 * frames[0, :, 0]
-        frames[1, :, 2] = 3.0  # never changes
-        frames[2, :, 4] = frames[2, :, 3]  # no rank
+        frames[1, :, 2] = 3.0  # a constant feature
+        frames[2, :, 4] = frames[2, :, 3]  # two equal features, so the covariance is singular
     standard = Standard.of(features, [0, 1, 2], whiten=True)
     values = torch.cat([standard(features.frames[index]) for index in (0, 1, 2)], dim=1)
     plain = standard._replace(whitening=None)
@@ -240,7 +241,7 @@ def test_gradients_of_heads_are_clipped(monkeypatch: pytest.MonkeyPatch) -> None
         learner = _learner(Standard.of(features, (0, 1)))
         learner.learn(examples, steps=3, batch_s=1, seed=0)
         moved.append(learner.heads[0].weight.abs().max().item())
-    # Adam is blind to the size of a gradient, until it is nothing beside the eps in its denominator.
+    # Adam's step does not depend on the gradient's size, unless the gradient is negligible next to Adam's eps.
     assert moved[0] > 1e-3
     assert moved[1] < 1e-9
 

@@ -1,4 +1,4 @@
-"""Quality without labels: the right numbers of every layer, the same every time."""
+"""Quality measures without labels: correct and reproducible for every layer."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ from tests.tiny import TINY_MODEL, write_recording
 
 @pytest.fixture
 def encoder(tmp_path: Path) -> Encoder:
-    """Two layers of width 32 with dropout; in `tmp_path / "model"`."""
+    """An encoder with two layers of width 32 and dropout, saved in `tmp_path / "model"`."""
     model = TINY_MODEL
     torch.manual_seed(1)
     encoder = Encoder(EncoderConfig(**{field.name: getattr(model, field.name) for field in _FIELDS}))
@@ -39,7 +39,7 @@ _FIELDS = dataclasses.fields(EncoderConfig)
 
 
 class _Samples(nn.Module):
-    """Frames of 4 samples each are its only layer, 640 samples apart: 25 a second."""
+    """An encoder whose only layer copies samples: 4 per frame, with frames 640 samples apart (25 a second)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class _Samples(nn.Module):
 
 
 def _noise(frames: list[int], seed: int = 0) -> Packed:
-    """Waveforms that give `_Samples` so many frames."""
+    """Noise for which `_Samples` returns these numbers of frames."""
     random = torch.Generator().manual_seed(seed)
     layout = Layout.from_lengths([640 * number for number in frames])
     return Packed(torch.randn(layout.total, 1, generator=random), layout)
@@ -77,12 +77,12 @@ def test_numbers_of_an_encoder(encoder: Encoder, recordings: Path) -> None:
         utterances = [utterance for packed in hidden for utterance in packed.unpack()]
         assert (result.frames, result.utterances) == (len(frames), len(utterances))
         assert result.effective_rank == pytest.approx(_rank(frames), rel=1e-6)
-        # 1 to 4 s: one or two segments each, and still fewer rows than 32.
+        # The recordings last 1 to 4 s, so each gives one or two segments: still fewer rows than the 32 features.
         pieces = [piece for frames in utterances for piece in frames.tensor_split(max(1, round(len(frames) / 100)))]
         assert len(utterances) < len(pieces)
         assert (result.rankme_of, result.rankme_rows) == ("segments", len(pieces))
         assert result.rankme == pytest.approx(_rank(torch.stack([piece.sum(0) for piece in pieces])), rel=1e-5)
-        # There are fewer frames than k-means takes, so it takes all.
+        # K-means gets all frames, because there are fewer than its maximum.
         centred = frames - torch.from_numpy(frames.numpy().mean(0, dtype=np.float64)).float()
         clusters = len(frames) // 100
         scores = score_clusters([centred], fit_kmeans(centred.numpy(), clusters, seed=0))
@@ -95,7 +95,7 @@ def test_numbers_of_an_encoder(encoder: Encoder, recordings: Path) -> None:
 def test_a_seed_fixes_the_numbers() -> None:
     batches = [_noise([300, 200, 80], seed) for seed in (0, 1)]
     first, again, other = (
-        measure_quality(_Samples(), batches, max_frames=700, seed=seed)[0]  # of 1160
+        measure_quality(_Samples(), batches, max_frames=700, seed=seed)[0]  # of 1160 frames
         for seed in (0, 0, 1)
     )
     assert first == again
@@ -121,7 +121,7 @@ def test_rankme_takes_utterances_where_they_are_enough_and_the_frame_rate_from_t
     result = measure_quality(_Samples(), [many])[0]
     assert (result.rankme_of, result.rankme_rows) == ("utterances", 4)
     assert result.rankme == pytest.approx(_rank(torch.stack([x.sum(0) for x in samples[id(many)]])), rel=1e-6)
-    # Two seconds are 50 frames: three, two and one segments.
+    # A segment is two seconds or 50 frames, so the utterances give three, two and one.
     result = measure_quality(_Samples(), [few])[0]
     x, y, z = samples[id(few)]
     rows = [x[:44], x[44:87], x[87:], y[:45], y[45:], z]
@@ -137,7 +137,7 @@ def test_frames_of_the_clusters_are_a_fixed_number_drawn_evenly(monkeypatch: pyt
         return fit_kmeans(frames, clusters, seed=seed)
 
     monkeypatch.setattr(quality_module, "fit_kmeans", fit)
-    # Every frame is the number that it is.
+    # The value of each frame is its own number.
     batches = []
     for begin in range(0, 4000, 250):
         waveform = torch.arange(begin, begin + 250.0).repeat_interleave(640)[:, None]
@@ -147,16 +147,16 @@ def test_frames_of_the_clusters_are_a_fixed_number_drawn_evenly(monkeypatch: pyt
     numbers = np.sort(seen[0][:, 0])
     steps = np.diff(numbers)
     assert len(numbers) == 1000
-    assert (steps > 0.5).all()  # each once
+    assert (steps > 0.5).all()  # no frame twice
     np.testing.assert_allclose(steps, steps.round(), atol=1e-3)
-    # Evenly: a quarter of each eighth.
+    # The draw is even: a quarter of the frames of each eighth.
     share, _ = np.histogram(numbers - numbers[0], bins=8, range=(0, 4000))
     assert (abs(share - 125) < 45).all()
 
 
 def test_the_encoder_is_left_as_it_was(encoder: Encoder) -> None:
     encoder.train()
-    encoder.feature_extractor.eval()  # as somebody has frozen it
+    encoder.feature_extractor.eval()  # as if the user had frozen it
     modes = [module.training for module in encoder.modules()]
     before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
     measure_quality(encoder, [Packed.pack([torch.randn(16000 * 6, 1)])], layers=[1])
@@ -198,7 +198,7 @@ def test_first_minutes_do_not_depend_on_the_order(recordings: Path) -> None:
     duration_s = sum(cut.duration for cut in taken)
     assert 12 <= duration_s < 16
     assert [cut.id for cut in taken] != [cut.id for cut in cuts[: len(taken)]]
-    # Less asks for the first of these; more than there is takes all.
+    # Fewer minutes take a prefix of these cuts; more minutes than exist take all cuts.
     assert first_minutes(cuts, 0.1) == taken[: len(first_minutes(cuts, 0.1))]
     assert {cut.id for cut in first_minutes(cuts, 60)} == {cut.id for cut in cuts}
     with pytest.raises(ValueError, match="minutes: must be positive, got 0"):

@@ -1,4 +1,4 @@
-"""What the tests of other people's models share."""
+"""Fixtures shared by the tests of other libraries' models."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Somebody else's encoder with our compressor: fewer frames for its layers, as many for its heads."""
+"""Another library's encoder with our compressor: its layers see fewer frames, its heads the original number."""
 
 import copy
 import warnings
@@ -49,7 +49,7 @@ def test_equals_the_layers_of_transformers_on_fewer_frames(variant: str, kind: s
         assert_close(output.last_hidden_state[row, :count], expected, 2e-4)
         for state in output.hidden_states:
             assert state.shape == output.last_hidden_state.shape
-        if "large" not in variant:  # whose last hidden state is that before a norm
+        if "large" not in variant:  # there, the last hidden state comes before a norm
             assert_close(output.hidden_states[-1][row, :count], expected, 2e-4)
 
 
@@ -80,7 +80,7 @@ def test_it_learns_with_the_model() -> None:
         assert parameters[f"hubert.fastssl_compressor.{name}"] is parameter
         assert parameter.grad is not None
         assert parameter.grad.any(), name
-    again = fastssl.accelerate(model, norm="padded")  # leaves it
+    again = fastssl.accelerate(model, norm="padded")  # the model keeps its compressor
     assert again.hubert.fastssl_compressor is compressor
 
 

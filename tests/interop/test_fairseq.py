@@ -1,4 +1,4 @@
-"""Checkpoints of fairseq and WavLM, written here as those wrote them: opened, and nothing in them run."""
+"""Opening checkpoints in the formats of fairseq and WavLM, without running any code in them."""
 
 import argparse
 import enum
@@ -21,7 +21,7 @@ from fastssl.models.encoder import Encoder, EncoderConfig
 from tests.interop.tiny_models import LARGE, TINY, assert_same_weights, disturb
 
 CONV = "[(32, 10, 5)] + [(32, 3, 2)] * 4 + [(32,2,2)] + [(32,2,2)]"
-#: fairseq's settings, and ours for the same model.
+#: fairseq's settings of the tiny model; `OURS` are ours for the same model.
 SETTINGS: dict[str, Any] = {
     "extractor_mode": "default",
     "encoder_layers": 3,
@@ -69,7 +69,7 @@ def make_encoder(**options: Any) -> Encoder:
 
 
 def fairseq_name(name: str, encoder: Encoder) -> str:
-    """What fairseq calls one of our weights; written from its module classes, without the package's table."""
+    """fairseq's name for one of our weights, derived from its module classes independently of the package's table."""
     parts = name.split(".")
     if name == "masked_spec_embed":
         return "mask_emb"
@@ -108,7 +108,7 @@ def fairseq_weights(encoder: Encoder, prefix: str = "") -> dict[str, Tensor]:
 
 @pytest.fixture
 def theirs() -> Iterator[Callable[..., Any]]:
-    """Makes classes of packages that are not there; they go before anything is read."""
+    """Makes classes of packages that are not installed. Tests remove them again before they read a checkpoint."""
     added = []
 
     def make(path: str) -> Any:
@@ -147,7 +147,7 @@ def assert_opens(path: Path, encoder: Encoder) -> None:
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("size", ["base", "large"])
 def test_wav2vec2_with_arguments(size: str, zipped: bool, theirs: Any, tmp_path: Path) -> None:
-    """As the first ones were published: a namespace, and before PyTorch 1.6 no zip file."""
+    """The oldest format: an argparse namespace, and not a zip file before PyTorch 1.6."""
     large = size == "large"
     encoder = make_encoder(**LARGE if large else {}, do_normalize=large)
     args = argparse.Namespace(arch="wav2vec2", normalize=large, **SETTINGS_LARGE if large else SETTINGS)
@@ -217,7 +217,7 @@ def test_fine_tuned_with_arguments(tmp_path: Path) -> None:
 
 
 def test_fine_tuned_with_omegaconf(theirs: Any, tmp_path: Path) -> None:
-    """A config inside the config, as omegaconf pickles its containers, with types and references to other parts."""
+    """A config nested in the config, pickled the way omegaconf does: with types and references to other parts."""
     encoder = make_encoder(model_type="hubert", do_normalize=True)
     container, node = theirs("omegaconf.dictconfig.DictConfig"), theirs("omegaconf.nodes.AnyNode")
     metadata = theirs("omegaconf.base.ContainerMetadata")
@@ -249,11 +249,11 @@ def test_fine_tuned_with_omegaconf(theirs: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("large", [False, True])
 def test_names_agree_with_torchaudio(large: bool) -> None:
-    """Which has a table of its own, from fairseq's names to its."""
+    """torchaudio has its own table from fairseq's names to torchaudio's names."""
     theirs = pytest.importorskip("torchaudio.models.wav2vec2.utils.import_fairseq")
     encoder = make_encoder(**LARGE if large else {})
     for name in encoder.state_dict():
-        if name != "masked_spec_embed":  # torchaudio keeps no mask vector
+        if name != "masked_spec_embed":  # torchaudio drops the mask vector
             key = fairseq_name(name, encoder)
             (ours,) = renamed({key: torch.ones(1)}, FAIRSEQ)
             (through,) = renamed({theirs._map_key(key): torch.ones(1)}, TORCHAUDIO)
@@ -275,10 +275,8 @@ def test_nothing_is_run(place: str, zipped: bool, tmp_path: Path) -> None:
     checkpoint = {"args": argparse.Namespace(**SETTINGS), "model": fairseq_weights(make_encoder())}
     for call, name in (
         (_Evil(os.system, f"touch {mark}"), f"{os.name}.system"),
-        (
-            _Evil(subprocess.check_call, ["touch", str(mark)]),
-            r"(subprocess|commands)\.check_call",
-        ),  # Python 2's name for it
+        # Pickle may write `subprocess` under its Python 2 name, `commands`.
+        (_Evil(subprocess.check_call, ["touch", str(mark)]), r"(subprocess|commands)\.check_call"),
         (_Evil(eval, f"open({str(mark)!r}, 'w')"), "eval"),
     ):
         torch.save(checkpoint | {place: call}, tmp_path / "evil.pt", _use_new_zipfile_serialization=zipped)
@@ -288,7 +286,7 @@ def test_nothing_is_run(place: str, zipped: bool, tmp_path: Path) -> None:
 
 
 def test_not_even_what_is_expected_there_is_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A function of an installed fairseq, and Python's `getattr`, which enumerations are pickled with."""
+    """Checks a function of an installed fairseq, and `getattr`, which Python uses to pickle enumerations."""
     ran = []
     module = ModuleType("fairseq.tasks")
 

@@ -1,4 +1,4 @@
-"""`load_encoder`: what it opens gives the numbers of the original, and what it does not open is named."""
+"""`load_encoder`: opened encoders compute what the original does, and errors name whatever it cannot open."""
 
 import copy
 import json
@@ -39,7 +39,7 @@ def assert_opens(source: Any, theirs: Any) -> None:
 
 
 def old_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """As Transformers wrote weight norm for PyTorch 1."""
+    """The weights with the names that Transformers gave to weight norm under PyTorch 1."""
     names = {name: name.replace("parametrizations.weight.original", "weight_") for name in weights}
     return {
         name.replace("weight_0", "weight_g").replace("weight_1", "weight_v"): weights[old]
@@ -185,7 +185,7 @@ def test_parts_that_are_not_served_are_named_with_their_place(tmp_path: Path) ->
 
 
 class Hub:
-    """In the place of huggingface_hub's download."""
+    """Replaces huggingface_hub's download, and records the calls."""
 
     def __init__(self, folder: Path | None, error: Exception | None = None) -> None:
         self.folder, self.error = folder, error
@@ -211,9 +211,9 @@ def test_models_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         assert_opens("facebook/hubert-base-ls960", theirs)
         assert [name for name, _ in hub.asked] == ["facebook/hubert-base-ls960"] * calls
         assert "compressor.safetensors" in hub.asked[0][1]
-        # A pickle is not downloaded where there is something better.
+        # A pickle is downloaded only if the repository has no safer format.
         assert ["pytorch_model.bin" in patterns for _, patterns in hub.asked] == [False, True][:calls]
-    # What is here goes before what is on the Hub.
+    # A local folder takes precedence over the Hub.
     (tmp_path / "facebook" / "hubert-base-ls960").mkdir(parents=True)
     with pytest.raises(ValueError, match="no model there"):
         fastssl.load_encoder("facebook/hubert-base-ls960")
@@ -287,7 +287,7 @@ def test_torchaudio_models_have_the_same_features(kind: str) -> None:
         output = encoder(waveforms)
         for row, waveform in enumerate(waveforms.unpack()):
             expected, _ = model.extract_features(waveform.view(1, -1))
-            if "large" in kind:  # torchaudio applies the last norm in forward alone
+            if "large" in kind:  # torchaudio applies the last norm only in `forward`
                 expected[-1] = model.encoder.transformer.layer_norm(expected[-1])
             for layer, (ours, state) in enumerate(zip(output.hidden_states[1:], expected, strict=True)):
                 assert_close(ours.unpack()[row], state[0], 2e-4, f"layer {layer}")
@@ -313,7 +313,7 @@ def test_what_holds_a_torchaudio_model() -> None:
     encoder = fastssl.load_encoder(pretraining)
     assert isinstance(encoder, fastssl.Encoder)
     assert encoder.config.model_type == "hubert"
-    expected["masked_spec_embed"] = encoder.masked_spec_embed.detach()  # torchaudio's mask generator has its own
+    expected["masked_spec_embed"] = encoder.masked_spec_embed.detach()  # part of torchaudio's mask generator
     assert_same_weights(dict(encoder.state_dict()), expected)
 
 

@@ -1,4 +1,4 @@
-"""Accelerated `Wav2Vec2ForPreTraining`: the losses, outputs and gradients of the original, from the same draws."""
+"""Accelerated `Wav2Vec2ForPreTraining`: with the same random draws, the original's losses, outputs and gradients."""
 
 import copy
 from typing import Any
@@ -22,7 +22,7 @@ def pair(variant: str, **options: Any) -> tuple[Any, Any]:
 
 
 def batch(lengths: list[int]) -> dict[str, Tensor]:
-    """As Transformers' example script draws it."""
+    """A batch with a mask and negatives, drawn the way Transformers' example script does."""
     waveforms, mask = padded_batch(lengths)
     frames = [(length - 400) // 320 + 1 for length in lengths]
     shape = (len(lengths), max(frames))
@@ -68,7 +68,7 @@ def test_losses_outputs_and_gradients_are_those_of_the_original(
 
 
 def test_codes_that_coincide_are_no_negatives() -> None:
-    """With two codes a group, most negatives have the code of the positive."""
+    """With two codes per group, most negatives have the positive's code and must be left out."""
     model, original = pair("wav2vec2 base", num_codevectors_per_group=2)
     inputs = batch([9000, 9000])
     with torch.no_grad():
@@ -100,7 +100,8 @@ def test_our_ops_compute_it_until_restored() -> None:
     ):
         model(**inputs)
         assert contrastive_loss.call_count == 1
-        assert gumbel_quantize.call_count == 2  # masked frames, whose codes are counted, and the others
+        # One call for the masked frames, whose codes are counted, and one for the other frames.
+        assert gumbel_quantize.call_count == 2
         model(**inputs, output_hidden_states=True)
         fastssl.restore(model)
         model(**inputs)

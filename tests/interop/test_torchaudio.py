@@ -1,4 +1,4 @@
-"""Accelerated torchaudio encoders: the numbers of the original on each utterance alone, through the same calls."""
+"""Accelerated torchaudio encoders: the same calls return what the original returns for each utterance alone."""
 
 import copy
 import pickle
@@ -36,7 +36,7 @@ def test_equals_the_original_on_each_utterance_alone(variant: str, batch: str) -
             assert_padded_by_last(last[row], count)
             for found in layers:
                 assert not found[row, count:].any()
-            if count:  # the original cannot take fewer samples
+            if count:  # the original fails on shorter waveforms
                 alone = waveforms[row : row + 1, :samples]
                 assert_close(last[row, :count], original(alone)[0][0], 2e-4, "last")
                 for layer, expected in enumerate(original.extract_features(alone)[0]):
@@ -48,7 +48,7 @@ def test_shapes_and_lengths_are_those_of_a_padded_batch_of_the_original(dtype: t
     original = make("wav2vec2 base, logits")
     model = fastssl.accelerate(copy.deepcopy(original))
     waveforms, lengths = batch_of([5000, 900])
-    waveforms, lengths = nn.functional.pad(waveforms, (0, 3000)), lengths.to(dtype)  # rows longer than the longest
+    waveforms, lengths = nn.functional.pad(waveforms, (0, 3000)), lengths.to(dtype)  # rows longer than every utterance
     with torch.no_grad():
         for given in (lengths, None):
             (found, frames), (expected, expected_frames) = (m(waveforms, given) for m in (model, original))
@@ -102,7 +102,7 @@ def test_training_gives_the_loss_and_gradients_of_each_utterance_alone(variant: 
             assert found is None, name
         else:
             assert found is not None, name
-            # The softmax does not see a bias on the keys: its gradient is rounding and nothing else.
+            # Attention is invariant to a bias on the keys, so its exact gradient is zero: only rounding remains.
             allowed = 1e-3 * float(parameter.grad.abs().max()) + 1e-6 * scale
             assert (found - parameter.grad).abs().max() <= allowed, name
 
@@ -129,7 +129,7 @@ def test_parameters_are_shared_and_restored() -> None:
     assert isinstance(model, kind)
     assert type(model) is not kind
     assert type(model).__name__ == kind.__name__
-    fastssl.accelerate(model)  # again: nothing happens
+    fastssl.accelerate(model)  # a second call changes nothing
     assert fastssl.restore(model) is model
     assert type(model) is kind
     assert not [key for key in vars(model) if "fastssl" in key]
@@ -138,7 +138,7 @@ def test_parameters_are_shared_and_restored() -> None:
 @pytest.mark.parametrize("way", ["pickle", "deepcopy"])
 def test_copies_are_accelerated(way: str) -> None:
     model = make("wavlm base")
-    if way == "pickle":  # PyTorch pickles no module with weight norm
+    if way == "pickle":  # PyTorch cannot pickle a module with weight norm
         model.encoder.transformer.pos_conv_embed.conv = nn.Conv1d(48, 48, 16, padding=8, groups=4)
     fastssl.accelerate(model)
     again = pickle.loads(pickle.dumps(model)) if way == "pickle" else copy.deepcopy(model)
@@ -195,7 +195,7 @@ def test_any_lengths(lengths: list[int], extra: int) -> None:
         together, frames = model(waveforms, torch.tensor(lengths))
         for row, samples in enumerate(lengths):
             assert_padded_by_last(together[row], int(frames[row]))
-            if samples >= 720:  # the norm of a single frame's convolution has little to go by
+            if samples >= 720:  # one frame is too little for the norm over time to be precise
                 expected = original(waveforms[row : row + 1, :samples])[0][0]
                 assert_close(together[row, : frames[row]], expected, 2e-4)
 
@@ -248,7 +248,7 @@ def test_norm_over_padding_is_that_of_torchaudio() -> None:
 
 @pytest.mark.parametrize("variant", ["wav2vec2 base", "wavlm large"])
 def test_layer_drop_draws_as_the_original(variant: str) -> None:
-    """Of WavLM, the first layer too: without it the original has no position bias."""
+    """In WavLM too, where the first layer computes the position bias that all layers need."""
     original = make(variant, encoder_layer_drop=0.4).train()
     model = fastssl.accelerate(copy.deepcopy(original))
     waveforms, _ = batch_of([9000, 9000])
@@ -259,7 +259,7 @@ def test_layer_drop_draws_as_the_original(variant: str) -> None:
             torch.manual_seed(seed)
             outputs.append((m(waveforms)[0], torch.rand(1)))
         assert_close(outputs[0][0], outputs[1][0], 2e-4, f"seed {seed}")
-        assert torch.equal(outputs[0][1], outputs[1][1])  # as many draws
+        assert torch.equal(outputs[0][1], outputs[1][1])  # both drew equally often
         torch.manual_seed(seed)
         skipped.add(tuple(torch.rand(1).item() <= 0.4 for _ in range(3)))
     assert {(False, False, False), (True, False, False)} <= skipped
@@ -287,7 +287,7 @@ def test_layers_in_the_place_of_linear_ones_and_hooks_are_called(variant: str) -
             layer.attention.q_proj = Adapted(layer.attention.q_proj)
         layer.feed_forward.output_dense.register_forward_hook(lambda module, args, out: 2 * out)
     if original.aux is not None:
-        original.aux = nn.Sequential(nn.Conv1d(48, 7, 1), nn.Flatten(0, 1))  # it takes batches only
+        original.aux = nn.Sequential(nn.Conv1d(48, 7, 1), nn.Flatten(0, 1))  # fails without a batch dimension
         original.aux.register_forward_pre_hook(lambda module, args: args[0].transpose(1, 2))
     model = fastssl.accelerate(copy.deepcopy(original))
     waveforms, _ = batch_of([5000, 5000])
@@ -325,7 +325,7 @@ def test_the_original_code_runs_where_a_module_that_is_not_called_has_a_hook(pat
     hook = model.get_submodule(path).register_forward_hook(lambda *args: calls.append(path))
     with pytest.warns(UserWarning, match="has a hook.*, so the original code runs"):
         watched = outputs()
-    # Of these two, `extract_features` calls other methods than `forward`, which is what a hook sees.
+    # Hooks run on `forward`. For these two modules, `extract_features` calls other methods instead.
     assert len(calls) == (1 if path in ("encoder", "encoder.transformer") else 2)
     hook.remove()
     for found, expected_one in zip(watched, expected, strict=True):

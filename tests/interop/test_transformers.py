@@ -1,4 +1,4 @@
-"""Accelerated Transformers encoders: the numbers of the original on each utterance alone, through the same calls."""
+"""Accelerated Transformers encoders: the same calls return what the original returns for each utterance alone."""
 
 import copy
 import pickle
@@ -72,7 +72,7 @@ def test_training_gives_the_loss_and_gradients_of_each_utterance_alone(variant: 
         else:
             found = grads[name]
             assert found is not None, name
-            # The softmax does not see a bias on the keys: its gradient is rounding and nothing else.
+            # Attention is invariant to a bias on the keys, so its exact gradient is zero: only rounding remains.
             allowed = 1e-3 * float(parameter.grad.abs().max()) + 1e-6 * scale
             assert (found - parameter.grad).abs().max() <= allowed, name
 
@@ -112,7 +112,7 @@ def test_every_head_gives_the_same(variant: str, head: str, weighted: bool) -> N
 
 
 def test_greedy_decoding_of_a_padded_batch_gives_the_text_of_each_utterance_alone() -> None:
-    """As scripts do it, over whole rows: padding adds no letters, and takes no gradient."""
+    """Scripts decode whole padded rows, so padding must not add letters. It must not receive gradients either."""
     model = fastssl.accelerate(transformers_model("wav2vec2 large", "ForCTC"))
     waveforms, mask = padded_batch([9000, 900, 3300])
     logits = model(waveforms, attention_mask=mask).logits
@@ -135,7 +135,7 @@ def test_parameters_are_shared_and_restored() -> None:
     assert [id(p) for p in model.parameters()] == ids
     assert isinstance(model.wav2vec2, kind)
     assert type(model.wav2vec2) is not kind
-    fastssl.accelerate(model)  # again: nothing happens
+    fastssl.accelerate(model)  # a second call changes nothing
     assert fastssl.restore(model) is model
     assert type(model.wav2vec2) is kind
     assert not [key for key in vars(model.wav2vec2) if "fastssl" in key]
@@ -143,7 +143,7 @@ def test_parameters_are_shared_and_restored() -> None:
 
 @pytest.mark.parametrize(("way", "variant"), [("pickle", "data2vec"), ("deepcopy", "wavlm base")])
 def test_copies_are_accelerated(way: str, variant: str) -> None:
-    """PyTorch pickles no module with weight norm, which the others have; Data2Vec has none."""
+    """Only Data2Vec can be pickled: the others have weight norm, which PyTorch cannot pickle."""
     model = fastssl.accelerate(transformers_model(variant, "ForCTC"))
     again = pickle.loads(pickle.dumps(model)) if way == "pickle" else copy.deepcopy(model)
     waveforms, mask = padded_batch([5000, 900])
@@ -168,7 +168,7 @@ def test_masks_of_any_type(kind: torch.dtype) -> None:
     with torch.no_grad():
         expected = model(waveforms, attention_mask=mask).last_hidden_state
         assert torch.equal(model(waveforms, attention_mask=mask.to(kind)).last_hidden_state, expected)
-        assert not expected[2].any()  # all padding
+        assert not expected[2].any()  # a row of padding only
 
 
 def test_batch_mates_do_not_matter() -> None:
@@ -210,7 +210,7 @@ def test_attention_weights_come_from_the_original_code() -> None:
 
 @pytest.mark.parametrize("recorded", ["before", "after"])
 def test_a_model_that_has_recorded_its_layers_runs_packed(recorded: str) -> None:
-    """Transformers leaves hooks on the layers of every model that was once asked for more than its last state."""
+    """Transformers leaves hooks on the layers of a model that has once returned hidden states or attentions."""
     model = transformers_model("wav2vec2 base", attn_implementation="eager")
     waveforms, mask = padded_batch([5000, 900])
     with torch.no_grad():
@@ -284,9 +284,9 @@ def test_what_is_not_known_or_not_served_is_named() -> None:
 
 @pytest.mark.parametrize("variant", ["wav2vec2 base", "hubert base", "wavlm large"])
 def test_random_draws_are_those_of_the_original(variant: str) -> None:
-    """SpecAugment, and layer drop, whose draws come from numpy's and torch's generators."""
+    """SpecAugment draws from NumPy's generator, layer drop from torch's."""
     options: dict[str, Any] = {"mask_time_prob": 0.5, "layerdrop": 0.4}
-    if not variant.startswith("wavlm"):  # which has no mask_feature_min_masks in its config
+    if not variant.startswith("wavlm"):  # WavLM's config lacks mask_feature_min_masks
         options |= {"mask_feature_prob": 0.2, "mask_feature_length": 4}
     original = transformers_model(variant, **options).train()
     model = fastssl.accelerate(copy.deepcopy(original))
@@ -328,7 +328,7 @@ def test_gradient_checkpointing_and_frozen_front_ends(variant: str) -> None:
 
 
 def test_layers_in_the_place_of_linear_ones_are_called() -> None:
-    """As LoRA puts them there."""
+    """LoRA replaces linear layers this way."""
 
     original = transformers_model("wav2vec2 base")
     for layer in original.encoder.layers:
@@ -348,7 +348,8 @@ def test_the_original_code_runs_where_a_module_that_is_not_called_has_a_hook(var
     library = "transformers.models"
     names = [name for name, module in model.named_modules() if name and type(module).__module__.startswith(library)]
     names += [name for name, module in model.named_modules() if isinstance(module, nn.Conv1d)]
-    # These are called: activations, norms within the stack of positional convolutions, what cuts their last frame.
+    # Leave out the modules that the accelerated encoder calls: activations, the norms in a stack of positional
+    # convolutions, and the modules that cut their last frame.
     names = [name for name in names if not name.endswith(("activation", "act_fn", "padding", "_feed_forward"))]
     calls: list[str] = []
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Accelerated Transformers encoders in people's scripts: speech, CTC, autocast, compile, DDP, PEFT."""
+"""Accelerated Transformers encoders in typical scripts: speech, CTC, autocast, torch.compile, DDP and PEFT."""
 
 import copy
 import multiprocessing
@@ -17,7 +17,7 @@ transformers = pytest.importorskip("transformers")
 
 @EVERY_ACCELERATED_VARIANT
 def test_batch_mates_do_not_matter_to_speech(variant: str, speech: list[Any]) -> None:
-    """Bit for bit, through the feature extractor and the public call."""
+    """Outputs are equal bit for bit, with Transformers' feature extractor and the public call."""
     model = fastssl.accelerate(transformers_model(variant))
     extractor = transformers.Wav2Vec2FeatureExtractor(return_attention_mask=True)
     batch = extractor(speech, sampling_rate=16_000, padding=True, return_tensors="pt")
@@ -32,7 +32,7 @@ def test_batch_mates_do_not_matter_to_speech(variant: str, speech: list[Any]) ->
 
 
 def ctc_script(model: Any, speech: list[Any]) -> tuple[float, list[Tensor]]:
-    """A step of fine-tuning as people write it: process, forward, CTC loss, backward."""
+    """A typical fine-tuning step: feature extraction, forward, CTC loss, backward."""
     extractor = transformers.Wav2Vec2FeatureExtractor(return_attention_mask=True)
     inputs = extractor(speech, sampling_rate=16_000, padding=True, return_tensors="pt")
     labels = torch.tensor([[1, 2, 3, 4], [5, 6, 7, -100], [8, 9, -100, -100], [1, 1, 2, -100], [10, -100, -100, -100]])
@@ -46,7 +46,7 @@ def ctc_script(model: Any, speech: list[Any]) -> tuple[float, list[Tensor]]:
 
 @pytest.mark.parametrize("variant", ["wav2vec2 large", "hubert large", "wavlm large", "unispeech large"])
 def test_the_same_script_before_and_after(variant: str, speech: list[Any]) -> None:
-    """Where the original does not mix batch mates (layer norm, one positional convolution): the same numbers."""
+    """Same values where the original keeps utterances apart (layer norm, one positional convolution)."""
     model = transformers_model(variant, "ForCTC", apply_spec_augment=False)
     loss, grads = ctc_script(model, speech)
     grads = [grad.clone() for grad in grads]
@@ -60,7 +60,7 @@ def test_the_same_script_before_and_after(variant: str, speech: list[Any]) -> No
 @EVERY_ACCELERATED_VARIANT
 @pytest.mark.parametrize("way", ["weights in bf16", "autocast"])
 def test_half_precision_by_the_two_times_rule(variant: str, way: str) -> None:
-    """At most twice as far from fp64 as the original in the same precision, in max norm, for every hidden state."""
+    """Each hidden state is, in max norm, at most twice as far from fp64 as the original's in the same precision."""
     original = transformers_model(variant)
     exact = copy.deepcopy(original).double()
     if way == "weights in bf16":
@@ -94,14 +94,14 @@ def test_gradients_in_bf16_by_the_two_times_rule() -> None:
     for (name, found), plain, right in zip(
         model.named_parameters(), original.parameters(), exact.parameters(), strict=True
     ):
-        if right.grad is not None and not name.endswith("k_proj.bias"):  # which the softmax does not see
+        if right.grad is not None and not name.endswith("k_proj.bias"):  # whose exact gradient is zero
             eps = torch.finfo(torch.bfloat16).eps
             allowed = 2 * (plain.grad - right.grad).abs().max() + 4 * eps * right.grad.abs().max()
             assert (found.grad - right.grad).abs().max() <= allowed, name
 
 
 def test_torch_compile_does_not_trace_an_accelerated_encoder() -> None:
-    """So that new lengths cost no compilation; what is around it is compiled."""
+    """New lengths must not trigger recompilation. Modules around the encoder are still compiled."""
     model = fastssl.accelerate(transformers_model("wav2vec2 base"))
     graphs = []
 
@@ -162,7 +162,7 @@ def test_ddp_averages_the_gradients_of_two_processes(tmp_path: Path) -> None:
     expected = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     assert grads.keys() == expected.keys()
     for name, grad in grads.items():
-        if not name.endswith("k_proj.bias"):  # which the softmax does not see
+        if not name.endswith("k_proj.bias"):  # whose exact gradient is zero
             assert_close(grad, expected[name], 1e-4, name)
 
 

@@ -1,4 +1,4 @@
-"""Accelerated encoders on any layout, mask and memory format."""
+"""Accelerated encoders with all kinds of batches, masks and memory formats."""
 
 from functools import cache
 from typing import Any
@@ -25,7 +25,7 @@ def accelerated(variant: str) -> Any:
 
 
 def features_alone(model: Any, waveform: Tensor) -> Tensor:
-    """(F, D) of an utterance without padding."""
+    """Features of one utterance without padding, (F, D)."""
     out: Tensor = model(waveform.unsqueeze(0)).last_hidden_state[0]
     return out
 
@@ -39,7 +39,7 @@ def test_any_layout_gives_every_utterance_as_if_it_were_alone(
     model = accelerated(variant)
     samples = max(lengths) + padding
     generator = torch.Generator().manual_seed(seed)
-    waveforms = torch.randn(len(lengths), samples, generator=generator)  # noise in the padding too
+    waveforms = torch.randn(len(lengths), samples, generator=generator)  # the padding is noise too
     mask = (torch.arange(samples) < torch.tensor(lengths).unsqueeze(1)).to(kind)
     given_waveforms, given_mask = waveforms, mask
     form = data.draw(st.sampled_from(["contiguous", "transposed", "every second sample"]))
@@ -68,7 +68,7 @@ def test_any_layout_gives_every_utterance_as_if_it_were_alone(
 def test_masks_with_holes_are_refused(
     lengths: list[int], kind: torch.dtype, place: float, row: int, padded: int
 ) -> None:
-    """A hole before the last sample of a row, or a sample after the first of its padding."""
+    """Flips one place of a row's mask: padding before the last sample, or a sample after the first padding."""
     row, samples = row % len(lengths), max(lengths) + padded + 1
     mask = torch.arange(samples) < torch.tensor(lengths).unsqueeze(1)
     position = int(place * (lengths[row] - 1)) if lengths[row] > 1 else lengths[row] + 1

@@ -1,4 +1,4 @@
-"""Tiny models of other libraries, with random weights, and batches for them."""
+"""Tiny randomly initialised models of other libraries, batches for them, and comparisons."""
 
 from typing import Any
 
@@ -37,7 +37,7 @@ TINY: dict[str, Any] = {
 }
 LARGE = {"feat_extract_norm": "layer", "conv_bias": True, "do_stable_layer_norm": True}
 BUCKETS = {"num_buckets": 20, "max_bucket_distance": 25}
-#: Family of Transformers' classes, and what differs from TINY.
+#: Name of a variant -> prefix of Transformers' class names, and changes of TINY.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "wav2vec2 base": ("Wav2Vec2", {}),
     "wav2vec2 large": ("Wav2Vec2", LARGE),
@@ -58,12 +58,12 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "unispeech-sat large": ("UniSpeechSat", LARGE),
 }
 ADAPTER = {"add_adapter": True, "output_hidden_size": 40, "num_adapter_layers": 2}
-#: What `accelerate` serves and `Encoder` does not.
+#: Variants that `accelerate` supports and `Encoder` does not.
 WITH_ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
     "wav2vec2 base, adapter": ("Wav2Vec2", ADAPTER),
     "wav2vec2 large, adapters": ("Wav2Vec2", LARGE | ADAPTER | {"adapter_attn_dim": 8, "output_hidden_size": 48}),
 }
-#: Of torchaudio, by name: the architectures that were published.
+#: torchaudio's factories of the published architectures.
 TORCHAUDIO_FACTORIES = [
     "wav2vec2_base",
     "wav2vec2_large",
@@ -77,7 +77,7 @@ TORCHAUDIO_FACTORIES = [
     "wavlm_base",
     "wavlm_large",
 ]
-#: One of each architecture.
+#: One variant of each architecture.
 FAMILIES = ("wav2vec2 base", "hubert large", "wavlm base", "data2vec", "unispeech base", "unispeech-sat large")
 BATCHES = {"single": [6000], "equal": [5000, 5000], "mixed": [5000, 900, 3300], "extreme": [30000, 400, 719, 720]}
 EVERY_VARIANT = pytest.mark.parametrize("variant", VARIANTS)
@@ -86,7 +86,7 @@ EVERY_FAMILY = pytest.mark.parametrize("variant", FAMILIES)
 
 
 def transformers_model(variant: str, head: str = "Model", **options: Any) -> Any:
-    """In evaluation mode; no parameter is left at a value that hides it."""
+    """A tiny model in evaluation mode. Every parameter is moved off initial values, such as 0, that hide errors."""
     transformers = pytest.importorskip("transformers")
     family, settings = (VARIANTS | WITH_ADAPTERS)[variant]
     torch.manual_seed(0)
@@ -97,7 +97,7 @@ def transformers_model(variant: str, head: str = "Model", **options: Any) -> Any
 
 
 def disturb(model: torch.nn.Module) -> None:
-    """Move every parameter, so that one that lies in another's place, or is not copied, is seen."""
+    """Add noise to every parameter, so that a swapped or uncopied parameter changes the output."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -105,7 +105,7 @@ def disturb(model: torch.nn.Module) -> None:
 
 
 class Adapted(torch.nn.Module):
-    """As LoRA puts it in the place of a linear layer."""
+    """A linear layer with a low-rank adapter, as LoRA makes it."""
 
     def __init__(self, base: torch.nn.Linear) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ class Adapted(torch.nn.Module):
 
 
 def padded_batch(lengths: list[int]) -> tuple[Tensor, Tensor]:  # (B, T), (B, T)
-    """Waveforms with zeros behind them, and their attention mask."""
+    """Waveforms padded with zeros at the end, and their attention mask."""
     generator = torch.Generator().manual_seed(len(lengths))
     waveforms = torch.randn(len(lengths), max(lengths), generator=generator)
     mask = (torch.arange(max(lengths)) < torch.tensor(lengths).unsqueeze(1)).long()
@@ -134,19 +134,19 @@ def waveforms_of(*lengths: int) -> Packed:
 
 
 def assert_close(found: Tensor, expected: Tensor, relative: float, what: str = "") -> None:
-    """In max norm."""
+    """Assert equality in max norm, up to `relative` times the largest expected value."""
     assert found.shape == expected.shape, what
     assert (found - expected).abs().max() <= relative * expected.abs().max(), what
 
 
 def assert_padded_by_last(row: Tensor, count: int) -> None:  # (F, D)
-    """After so many frames the last of them is repeated; zeros where there is none."""
+    """Assert that the padding repeats the last of the row's `count` frames, or is zero if the row has no frames."""
     last = row[count - 1] if count else torch.zeros_like(row[:1]).sum(0)
     assert torch.equal(row[count:], last.expand_as(row[count:]))
 
 
 def assert_same_weights(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """To the bit, by the same names."""
+    """Assert that names are the same and weights are equal bit for bit."""
     assert found.keys() == expected.keys()
     for name, tensor in found.items():
         assert torch.equal(tensor, expected[name]), name

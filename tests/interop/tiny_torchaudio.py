@@ -1,4 +1,4 @@
-"""Tiny torchaudio encoders and batches for them; a test that imports this is skipped where torchaudio is broken."""
+"""Tiny torchaudio encoders and batches. Importing this module skips a test file if torchaudio does not work."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 try:
     from torchaudio import models as models
-except (ImportError, OSError, RuntimeError) as error:  # torchaudio refuses to load beside some versions of torch
+except (ImportError, OSError, RuntimeError) as error:  # torchaudio does not load with some versions of torch
     pytest.skip(f"torchaudio does not import here: {error}", allow_module_level=True)
 
 TINY: dict[str, Any] = {
@@ -50,6 +50,6 @@ def make(variant: str, **options: Any) -> Any:
 
 
 def batch_of(lengths: list[int]) -> tuple[Tensor, Tensor]:
-    """Waveforms with noise in their padding, which nobody may hear."""
+    """Waveforms padded with noise, which must not affect any output, and their lengths."""
     generator = torch.Generator().manual_seed(len(lengths))
     return torch.randn(len(lengths), max(lengths), generator=generator), torch.tensor(lengths)

@@ -1,4 +1,4 @@
-"""Clusters: scikit-learn's numbers, from a stream."""
+"""Cluster scores computed from a stream equal scikit-learn's."""
 
 import math
 
@@ -14,7 +14,7 @@ from fastssl.metrics import fit_kmeans, nearest_centres, num_clusters, score_clu
 
 @pytest.fixture(scope="module")
 def frames() -> Tensor:
-    """(900, 12) fp64 around 20 points, far from the origin."""
+    """Frames scattered around 20 points far from the origin, (900, 12) fp64."""
     random = torch.Generator().manual_seed(0)
     points = 3 * torch.randn(20, 12, dtype=torch.float64, generator=random)
     which = torch.randint(20, (900,), generator=random)
@@ -42,7 +42,7 @@ def test_stream_equals_all_at_once(frames: Tensor) -> None:
 
 
 def test_single_precision_far_from_the_origin(frames: Tensor) -> None:
-    # Of products of these numbers, fp32 keeps nothing that tells one centre from another.
+    # Products of these numbers lose, in fp32, all digits that tell one centre from another.
     far = (frames + 5000).float()
     centres = far[:40]
     exact, single = score_clusters([far.double()], centres.double()), score_clusters([far], centres)
@@ -68,7 +68,7 @@ def test_fit_finds_the_points_and_repeats_itself(frames: Tensor) -> None:
 
 
 def test_the_fit_leaves_other_random_numbers_alone(frames: Tensor) -> None:
-    np.random.seed(0)  # noqa: NPY002 - scikit-learn would use this one
+    np.random.seed(0)  # noqa: NPY002 - scikit-learn's default generator
     before = np.random.get_state()[1].copy()  # type: ignore[index] # noqa: NPY002
     fit_kmeans(frames.numpy(), 5, seed=0)
     assert np.array_equal(before, np.random.get_state()[1])  # type: ignore[index] # noqa: NPY002

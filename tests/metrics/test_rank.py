@@ -1,4 +1,4 @@
-"""Effective rank: the formula, and the same from a stream."""
+"""Effective rank: the formula, and the same value computed from a stream."""
 
 import math
 
@@ -10,7 +10,7 @@ from fastssl.metrics import GramMatrix, effective_rank
 
 
 def matrix_with(singular_values: Tensor, rows: int, seed: int = 0) -> Tensor:
-    """(rows, D) fp64 with these singular values."""
+    """A matrix with these singular values, (rows, D) fp64."""
     random = torch.Generator().manual_seed(seed)
     width = len(singular_values)
     left = torch.linalg.qr(torch.randn(rows, width, dtype=torch.float64, generator=random)).Q
@@ -22,7 +22,7 @@ def matrix_with(singular_values: Tensor, rows: int, seed: int = 0) -> Tensor:
 def test_formula() -> None:
     assert effective_rank(torch.tensor([3.0, 3.0, 3.0, 0.0])) == pytest.approx(3, abs=1e-12)
     assert effective_rank(torch.tensor([5.0])) == 1
-    # By hand: p = 3/4, 1/4. Squared, they would be 9/10 and 1/10.
+    # By hand: p is 3/4 and 1/4. With squared singular values it would be 9/10 and 1/10.
     expected = math.exp(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25)))
     assert effective_rank(torch.tensor([0.3, 0.1], dtype=torch.float64)) == pytest.approx(expected, abs=1e-12)
 
@@ -56,7 +56,7 @@ def test_nothing_is_centred() -> None:
 
 
 def test_singular_values_of_zero_stay_zero() -> None:
-    # Rounding of the Gram matrix must not look like hundreds of small directions.
+    # Rounding errors in the Gram matrix must not count as hundreds of small directions.
     gram = GramMatrix(256)
     gram.update(matrix_with(torch.tensor([4.0, 4.0] + 254 * [0.0], dtype=torch.float64), 400))
     assert effective_rank(gram.singular_values()) == pytest.approx(2, abs=1e-6)

@@ -1,4 +1,4 @@
-"""BEST-RQ's objective: the loss as plain code computes it, whatever the batch, and what masking puts in."""
+"""BEST-RQ's objective: its loss against plain code, independence of batch mates, and the noise that masking inserts."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -133,7 +133,7 @@ def test_everything_of_an_utterance_is_the_same_in_any_batch() -> None:
     grads = torch.autograd.grad(together.loss, parameters)
     sums = torch.autograd.grad(loss, parameters)
     for name, grad, expected in zip(names, grads, sums, strict=True):
-        # Softmax does not see a bias on the keys, a third of this one: its gradient is zero but for rounding.
+        # A third of this bias belongs to the keys. Attention is invariant to it, so its gradient is only rounding.
         assert (grad - expected).abs().max() <= 1e-4 * expected.abs().max(), name
 
 
@@ -179,7 +179,7 @@ def test_autocast_changes_neither_targets_nor_mask() -> None:
 def test_it_learns() -> None:
     model = make_model(codebook_size=8, mask_time_prob=0.5)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    # Tones of 0.4 s, ten frames: the code of a masked frame follows from its neighbours.
+    # Each tone lasts 0.4 s or ten frames, so a masked frame's code follows from its neighbours.
     torch.manual_seed(0)
     pitch = torch.tensor([300.0, 900.0, 2700.0, 500.0, 1800.0]).repeat_interleave(6_400)
     tones = (2 * torch.pi * pitch / 16_000).cumsum(0).sin().unsqueeze(1) + 0.01 * torch.randn(32_000, 1)
@@ -191,7 +191,8 @@ def test_it_learns() -> None:
         optimizer.step()
         losses.append(output.loss.item() / output.masked_frames)
     shares = output.code_counts / output.code_counts.sum()
-    entropy = -(shares * shares.clamp(min=1e-9).log()).sum().item()  # what the shares of the codes alone would give
+    # The loss of a model that knows only the codes' frequencies.
+    entropy = -(shares * shares.clamp(min=1e-9).log()).sum().item()
     assert sum(losses[-10:]) / 10 < 0.85 * entropy
 
 
@@ -249,7 +250,7 @@ def test_values_that_no_objective_has_are_named(changes: dict[str, Any], message
 
 @pytest.mark.gpu
 def test_the_host_waits_for_the_device_once() -> None:
-    """For the number of masked frames."""
+    """The one wait reads the number of masked frames."""
     torch.manual_seed(0)
     config = replace(SMALL, hidden_dropout=0.1, attention_dropout=0.1, activation_dropout=0.1)
     model = BestRqForPreTraining(config).cuda().train()

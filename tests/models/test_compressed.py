@@ -1,4 +1,4 @@
-"""Encoders with a compressor: any rate in a call, Transformers' encoder at rate 0, and how one is trained."""
+"""Encoders with a compressor: a rate per call, equality with Transformers at rate 0, and training."""
 
 import dataclasses
 from pathlib import Path
@@ -77,7 +77,7 @@ def test_rate_zero_is_the_encoder_without_a_compressor_and_that_of_transformers(
     assert (tmp_path / "compressor.safetensors").is_file()
     opened = transformers.AutoModel.from_pretrained(tmp_path).eval()
     assert not any("compressor" in name for name, _ in opened.named_parameters())
-    # Back from Transformers it is the encoder without a compressor.
+    # Converted back from Transformers, the encoder has no compressor.
     back = fastssl.load_encoder(opened)
     assert back(waveforms).features.layout.lengths == theirs.features.layout.lengths
     for found, waveform in zip(ours.features.unpack(), waveforms.unpack(), strict=True):
@@ -107,7 +107,7 @@ def test_a_folder_gives_the_compressor_back(kind: str, tmp_path: Path) -> None:
     (tmp_path / "compressor.safetensors").unlink()
     with pytest.raises(ValueError, match=r"weights are missing: those of compressor\.safetensors"):
         fastssl.load_encoder(tmp_path)
-    # And the file goes where there is no compressor any more.
+    # Saving an encoder without a compressor removes the file.
     encoder.save_pretrained(tmp_path)
     Encoder(EncoderConfig(**SHAPE)).save_pretrained(tmp_path)
     assert not (tmp_path / "compressor.safetensors").exists()
@@ -221,12 +221,12 @@ def test_training_draws_a_rate_for_each_utterance() -> None:
 
 
 def segments_of(total: int) -> tuple[Tensor, Tensor]:
-    """Of five frames each."""
+    """Weights and ends of segments of five frames each."""
     return torch.full((total,), 0.2), torch.arange(total) % 5 == 4
 
 
 def test_the_objective_is_of_the_frames_that_are_left() -> None:
-    """What the quantiser and the transformer see is what the compressor leaves; its losses count by masked frames."""
+    """Quantiser and transformer see only the compressed frames; compression losses are weighted by masked frames."""
     model = make_model(compression_range=(0.7, 0.7), quantity_loss_weight=2.0, features_penalty_weight=0.0)
     waveforms, keys = waveforms_of(32_000, 20_000), draw_keys(2, generator=torch.Generator().manual_seed(0))
     frames = model.wav2vec2.extract_features(waveforms)
@@ -285,7 +285,7 @@ def test_batches_add_up() -> None:
 
 
 def test_sizes_of_presets() -> None:
-    """The paper's weight network is of 1.31 M parameters at width 512."""
+    """At width 512, the weight network has 1.31 M parameters, as in the paper."""
     for size in ("tiny", "base"):
         with torch.device("meta"):
             plain, compressed = (Encoder(recipe_model(f"wav2vec2-{size}{suffix}")) for suffix in ("", "-ofa"))

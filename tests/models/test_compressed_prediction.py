@@ -1,4 +1,4 @@
-"""HuBERT and BEST-RQ with a compressor: what is predicted, and a Conformer at any rate."""
+"""HuBERT and BEST-RQ with a compressor: the predicted targets, and Conformers at various rates."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -50,7 +50,7 @@ def _step(
     if isinstance(model, BestRqForPreTraining):
         return model(waveforms, keys=keys, **options)  # type: ignore[no-any-return]
     layout = model.hubert.frame_layout(waveforms.layout)
-    # An utterance's labels follow from itself.
+    # Labels depend only on the utterance itself, so that batches can be compared with single utterances.
     labels = (layout.positions // 3) % 7
     return model(waveforms, keys=keys, labels=labels, **options)  # type: ignore[no-any-return]
 
@@ -73,7 +73,7 @@ def test_at_rate_zero_the_objective_is_that_without_a_compressor(system: str) ->
 
 @EVERY_SYSTEM
 def test_what_became_of_a_frame_predicts_its_target(system: str) -> None:
-    """The loss from what is reported of a batch, frame by frame."""
+    """Each target is predicted from the compressed frame that its own frame went into."""
     model = _model(system, compression_draw="period", compression_range=(90.0, 90.0), mask_time_prob=0.5)
     waveforms, keys = waveforms_of(*_LENGTHS), draw_keys(3, generator=torch.Generator().manual_seed(0))
     seen: dict[str, Any] = {}
@@ -85,7 +85,7 @@ def test_what_became_of_a_frame_predicts_its_target(system: str) -> None:
     output = _step(model, waveforms, keys)
     compressed, states = seen["compressed"], output.features.values
     assert compressed.frames.layout.total < compressed.layout.total
-    # Each predicting row is the row of the features that a masked frame went into, in the order of the frames.
+    # The rows used for prediction are those that the masked frames went into, in the order of the frames.
     first = 0
     for source, of_frame in zip(compressed.sources.tolist(), states[compressed.sources], strict=True):
         if first < len(seen["rows"]) and torch.equal(seen["rows"][first], of_frame):
@@ -146,14 +146,14 @@ def test_a_folder_gives_a_conformer_and_its_compressor_back(kind: str, factor: i
     options = {"frame_period_ms": 100.0} if kind == "integrate-and-fire" else {}
     with torch.no_grad():
         expected, found = encoder(waveforms, **options), opened(waveforms, **options)
-        # Its frames do not depend on batch mates.
+        # Frames must not depend on batch mates.
         alone = [encoder(Packed.pack([waveform]), **options).features.values for waveform in waveforms.unpack()]
     assert torch.equal(found.features.values, expected.features.values)
     assert torch.equal(torch.cat(alone), expected.features.values)
     assert expected.compressed is not None
     wanted = 100.0 if kind == "integrate-and-fire" else 40.0 * factor
     assert expected.compressed.frame_period_ms[-1].item() == pytest.approx(wanted, rel=0.1)
-    # A compressor is learned from a plain encoder on.
+    # A plain encoder, from which a compressor can be trained, has no weights of a compressor.
     plain = ConformerEncoder(ConformerConfig(**CONFORMER))
     plain.save_pretrained(tmp_path / "plain")
     assert not any("compressor" in key for key in read_weights(tmp_path / "plain"))
@@ -190,7 +190,7 @@ def test_the_conformers_multiplications_are_those_that_torch_counts() -> None:
         scores @ dense
     assert counted.transformer == config.num_hidden_layers * counter.get_total_flops() / 2
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        mel = torch.randn(1, 80, 298)  # a window of 25 ms every 10 ms
+        mel = torch.randn(1, 80, 298)  # 3 s in windows of 25 ms, one every 10 ms
         for convolution in encoder.subsampling.modules():
             if isinstance(convolution, torch.nn.Conv1d):
                 mel = F.conv1d(mel, convolution.weight, stride=2)

@@ -1,4 +1,4 @@
-"""The Conformer encoder: batch mates, short utterances, its folder, and what its config refuses."""
+"""The Conformer encoder: batch mates, short utterances, saved folders, and configs that are refused."""
 
 import json
 from dataclasses import replace
@@ -77,7 +77,7 @@ def test_a_frame_of_the_front_end_sees_what_the_config_says() -> None:
     front = encoder.subsampling(mel).values
     (grad,) = torch.autograd.grad(front[2].sum(), values)
     seen = grad[:, 0].nonzero()[:, 0]
-    # The window is zero at its first sample.
+    # The window function is zero at its first sample, which therefore gets no gradient.
     assert (seen[0].item(), seen[-1].item()) == (2 * 640 + 1, 2 * 640 + 1360 - 1)
 
 

@@ -1,4 +1,4 @@
-"""A small model learns the same with the kernels as with the references: the loss curves lie on each other."""
+"""A small model learns the same with kernels as with references: both loss curves coincide."""
 
 import math
 
@@ -39,7 +39,7 @@ UPDATES = 150
 
 
 def waveform(index: int, samples: int) -> Tensor:
-    """Tones that change every 80 ms: something to predict from its surroundings."""
+    """Tones that change every 80 ms, so that masked frames can be predicted from their surroundings."""
     generator = torch.Generator().manual_seed(index)
     pitch = 200 * 2 ** torch.randint(0, 5, (samples // 1280 + 1,), generator=generator)
     phase = (2 * math.pi * pitch.repeat_interleave(1280)[:samples] / 16000).cumsum(0)
@@ -75,6 +75,6 @@ def test_kernels_learn_as_references_do(device: str, dtype: torch.dtype, monkeyp
     if dtype == torch.float64:
         assert apart.max() < 1e-9
     else:
-        # Late in the run rounding changes which code a frame chooses, and then single updates differ.
+        # Late in the run, rounding changes the codes of some frames, so single updates differ.
         assert apart[:100].max() < 1e-3
         assert (with_kernels - with_references).view(-1, 50).mean(1).abs().max() < 0.02

@@ -1,4 +1,4 @@
-"""Students: the loss against its formula, published sizes, weights from the teacher, frames that always agree."""
+"""Students: the loss against its formula, published sizes, initial weights, and frames that match the teacher's."""
 
 import dataclasses
 import re
@@ -51,7 +51,7 @@ def loss_by_loop(predictions: list[Tensor], targets: list[Tensor]) -> float:
 
 
 def test_prediction_heads_and_their_loss_equal_the_formula() -> None:
-    """s3prl's distiller: a linear map, GELU, and for each layer a linear map of its part."""
+    """The formula of s3prl's distiller: a linear map and GELU, then one linear map per layer, each on its own part."""
     model = make()
     waveforms = waveforms_of(16_000, 9_000)
     targets = targets_of(model, waveforms)
@@ -75,7 +75,7 @@ def test_prediction_heads_and_their_loss_equal_the_formula() -> None:
 
 
 def test_every_layer_learns_by_l2l() -> None:
-    """The total is a sum over layers: a public reimplementation assigns it, so that the last layer alone learns."""
+    """The loss sums over layers. (A public reimplementation overwrites the sum, so only the last layer learns.)"""
     model = make(distillation="l2l", num_hidden_layers=3, feature_grad_mult=0.0)
     assert model.config.targets == (2, 4, 6)
     waveforms = waveforms_of(16_000, 9_000)
@@ -103,7 +103,7 @@ def test_every_layer_learns_by_l2l() -> None:
         ({"distillation": "l2l", "num_hidden_layers": 12}, 12, tuple(range(1, 13))),
         ({"distillation": "l2l", "num_hidden_layers": 4}, 6, (2, 3, 5, 6)),
         ({"distillation": "l2l", "num_hidden_layers": 3}, 12, (4, 8, 12)),
-        # Halves are rounded up: 4.5, 13.5, 22.5, 31.5, 40.5.
+        # Halves (4.5, 13.5, 22.5, 31.5, 40.5) are rounded up.
         ({"distillation": "l2l", "num_hidden_layers": 10}, 45, (5, 9, 14, 18, 23, 27, 32, 36, 41, 45)),
         ({"distillation": "l2l", "num_hidden_layers": 12}, 6, (1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6)),
     ],
@@ -129,13 +129,13 @@ def test_sizes_are_the_published_ones_and_those_of_the_readme(name: str, million
 
 
 def test_sizes_of_the_grid() -> None:
-    """Those that the recipe names, from wide to deep at about as many parameters, and smaller ones."""
+    """The recipe's comment lists shapes and their numbers of parameters; the numbers must be right."""
     recipe = (Path(cli.__file__).parent.parent / "recipes" / "distil-12l-half.yaml").read_text()
     grid = re.findall(r"(\d+) x (\d+), (\d+) \(([\d.]+) M\)", recipe)
     assert len(grid) == 12
     for point in grid:
         layers, width, heads = map(int, point[:3])
-        # Attention on a GPU takes heads of eight channels, or several times as many.
+        # Attention on a GPU needs a head width that is a multiple of eight.
         assert width % (8 * heads) == width % 16 == 0
         shape = dataclasses.replace(
             recipe_model("distil-12l-half"),
@@ -168,7 +168,7 @@ def test_a_student_begins_with_the_teachers_first_layers_where_they_fit() -> Non
 
 @pytest.mark.parametrize("samples", [400, 719, 720, 96_480, 96_719, 96_800])
 def test_frames_of_teacher_and_student_always_agree(samples: int) -> None:
-    """Among them lengths of 301 and 302 frames, on which users of s3prl fail."""
+    """Includes lengths of 301 and 302 frames, at which s3prl fails."""
     model = make()
     waveforms = waveforms_of(samples, 5_000)
     output = model(waveforms, keys=draw_keys(2), targets=targets_of(model, waveforms))

@@ -1,4 +1,4 @@
-"""Every architecture: the numbers, names and folders of Transformers' base model; model cards."""
+"""Every architecture: equal to Transformers' base model in outputs, weight names and saved folders; model cards."""
 
 import itertools
 from pathlib import Path
@@ -45,7 +45,7 @@ def test_every_hidden_state_equals_transformers_on_each_utterance_alone(variant:
         output = encoder(waveforms)
         for row, waveform in enumerate(waveforms.unpack()):
             expected = theirs(waveform.view(1, -1), output_hidden_states=True)
-            # With pre-norm, Transformers 5 gives the last one before the final norm; Transformers 4 and we, after it.
+            # With pre-norm, our last hidden state comes after the final norm; in Transformers 5 it comes before it.
             states = [*expected.hidden_states[:-1], expected.last_hidden_state]
             for layer, (ours, state) in enumerate(zip(output.hidden_states, states, strict=True)):
                 assert_close(ours.unpack()[row], state[0], 2e-4, f"hidden state {layer}")
@@ -66,7 +66,7 @@ def test_batch_mates_do_not_matter(variant: str) -> None:
 def test_gradients_in_training_equal_transformers(variant: str) -> None:
     theirs = transformers_model(variant, mask_time_prob=0.0, mask_feature_prob=0.0).train()
     encoder = Encoder(EncoderConfig.from_dict(theirs.config.to_dict())).train()
-    encoder.load_state_dict(theirs.state_dict(), strict=False)  # theirs has no mask vector then
+    encoder.load_state_dict(theirs.state_dict(), strict=False)  # without masking, their model has no mask vector
     waveforms = waveforms_of(8_000, 3_300)
 
     def score(frames: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ def test_gradients_in_training_equal_transformers(variant: str) -> None:
     assert {name for name, p in encoder.named_parameters() if p.grad is not None} == expected.keys()
     for name, parameter in encoder.named_parameters():
         if name != "masked_spec_embed":
-            # Softmax does not see a bias on the keys: its gradient is zero but for rounding, on both sides.
+            # Attention is invariant to a bias on the keys, so in both models its gradient is only rounding.
             scale = expected[name.replace("k_proj.bias", "q_proj.bias")].abs().max()
             assert scale > 0, name
             assert parameter.grad is not None
@@ -144,7 +144,7 @@ def test_settings_of_another_type_are_refused() -> None:
         EncoderConfig(model_type="data2vec-audio")
     with pytest.raises(ValueError, match="max_bucket_distance: must be above a quarter of num_buckets=320, got 80"):
         Encoder(EncoderConfig.from_dict(TINY | {"model_type": "wavlm", "max_bucket_distance": 80}))
-    # In a config.json they mean nothing.
+    # In a config.json of another architecture, the setting is ignored.
     assert EncoderConfig.from_dict({"model_type": "hubert", "num_buckets": 20}) == EncoderConfig(model_type="hubert")
 
 

@@ -1,4 +1,4 @@
-"""Folders of encoders whose files hold something else: an error that names the file, and nothing is opened outside."""
+"""Encoder folders with wrong contents: errors name the file, and files outside the folder are never opened."""
 
 import json
 from pathlib import Path

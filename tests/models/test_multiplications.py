@@ -1,4 +1,4 @@
-"""Counts of multiplications: the published ones, and those that PyTorch counts."""
+"""Counts of multiplications, compared with published figures and with PyTorch's counter."""
 
 from dataclasses import replace
 
@@ -15,7 +15,7 @@ _TWO_LAYERS = EncoderConfig(num_hidden_layers=2)
 
 
 def test_counts_of_the_base_models_for_ten_seconds() -> None:
-    """24.54 G of convolutions; behind them 10.38 G in two layers and 49.5 G in twelve."""
+    """The convolutions take 24.54 G; after them, two layers take 10.38 G and twelve layers 49.5 G."""
     two, twelve = count_multiplications(_TWO_LAYERS, seconds=10.0), count_multiplications(EncoderConfig(), seconds=10.0)
     assert two.front_end == twelve.front_end == pytest.approx(24.54e9, rel=1e-3)
     assert two.transformer == pytest.approx(10.38e9, rel=1e-3)
@@ -41,7 +41,7 @@ def test_equal_what_torch_counts(seconds: float) -> None:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         theirs(torch.randn(1, int(16_000 * seconds)))
     counted = counter.get_total_flops() / 2
-    # A padded convolution counts frames that are zeros.
+    # PyTorch also counts the products with a convolution's padding, hence the tolerance.
     assert count_multiplications(config, seconds=seconds).total == pytest.approx(counted, rel=0.02)
 
 

@@ -1,4 +1,4 @@
-"""Equality with Transformers, independence of batch mates, and what a batch of the objective does."""
+"""wav2vec 2.0: equality with Transformers, independence of batch mates, and the pre-training objective."""
 
 import json
 from dataclasses import asdict, replace
@@ -104,7 +104,7 @@ def test_loss_and_every_gradient_equal_transformers(variant: str, monkeypatch: p
     for name, parameter in model.named_parameters():
         theirs_grad = their_grads[name]
         assert parameter.grad is not None, name
-        # Softmax does not see a bias on the keys: its gradient is zero but for rounding, on both sides.
+        # Attention is invariant to a bias on the keys, so in both models its gradient is only rounding.
         scale = their_grads[name.replace("k_proj.bias", "q_proj.bias")].abs().max()
         assert scale > 0, f"{name} gets no gradient, so the comparison shows nothing"
         assert (parameter.grad - theirs_grad).abs().max() <= 1e-4 * scale, name
@@ -121,7 +121,7 @@ def test_features_of_mixed_batches_equal_transformers_on_each_alone(variant: str
         for b, waveform in enumerate(waveforms.unpack()):
             expected = theirs.wav2vec2(waveform.view(1, -1), output_hidden_states=True)
             assert len(output.hidden_states) == len(expected.hidden_states)
-            # With pre-norm, Transformers 5 gives the last one before the final norm; Transformers 4 and we, after it.
+            # With pre-norm, our last hidden state comes after the final norm; in Transformers 5 it comes before it.
             theirs_states = [*expected.hidden_states[:-1], expected.last_hidden_state]
             for ours, hidden in zip(output.hidden_states, theirs_states, strict=True):
                 scale = hidden.abs().max().item()
@@ -159,14 +159,14 @@ def test_sizes_of_recipes() -> None:
     for name in ("wav2vec2-base", "wav2vec2-large", "wav2vec2-tiny"):
         with torch.device("meta"):
             parameters[name] = sum(p.numel() for p in Wav2Vec2ForPreTraining(recipe_model(name)).parameters()) / 1e6
-    # Base and large: the published models of 95 M and 317 M with their pre-training heads.
+    # Base and large have the published 95 M and 317 M parameters, pre-training heads included.
     assert parameters["wav2vec2-base"] == pytest.approx(95.05, abs=0.05)
     assert parameters["wav2vec2-large"] == pytest.approx(317.4, abs=0.5)
     assert parameters["wav2vec2-tiny"] == pytest.approx(2.25, abs=0.05)
 
 
 class _DataDependentSizes(TorchDispatchMode):
-    """Counts what would make the host wait for a GPU to learn a size."""
+    """Counts operators whose output size depends on data, so that the host would have to wait for a GPU."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -260,7 +260,7 @@ def test_the_schedule_of_the_temperature_stays_out_of_the_folder(tmp_path: Path)
     exported = json.loads((tmp_path / "config.json").read_text())
     assert exported["num_negatives"] == SMALL.num_negatives
     assert "gumbel_temperature" not in exported
-    # A run's config.yaml has it.
+    # A run's config.yaml, however, contains the schedule.
     assert Wav2Vec2Config.from_dict(asdict(config)) == config
     assert Wav2Vec2Config.from_dict({"gumbel_temperature": {"end": 0.25, "later": 1}}).gumbel_temperature.end == 0.25
     with pytest.raises(ValueError, match="gumbel_temperature: must be of type GumbelTemperature, got 3"):
@@ -292,7 +292,7 @@ def test_rejects_bad_input(tmp_path: Path) -> None:
 @pytest.mark.gpu
 @EVERY_VARIANT
 def test_the_host_waits_for_the_device_once(variant: str) -> None:
-    """For the number of masked frames."""
+    """The one wait reads the number of masked frames."""
     torch.manual_seed(0)
     config = replace(VARIANTS[variant], hidden_dropout=0.1, attention_dropout=0.1, activation_dropout=0.1)
     model = Wav2Vec2ForPreTraining(config).cuda().train()

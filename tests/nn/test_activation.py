@@ -1,4 +1,4 @@
-"""Activations do not see where in a batch a frame lies."""
+"""Activations return the same bits for a frame wherever it lies in the batch."""
 
 from collections.abc import Iterator
 
@@ -24,7 +24,7 @@ def test_sigmoid(dtype: torch.dtype) -> None:
 
 @pytest.fixture
 def three_threads() -> Iterator[None]:
-    """A thread's share may end within a row."""
+    """Use three threads, so that a thread's share may end in the middle of a row."""
     threads = torch.get_num_threads()
     torch.set_num_threads(3)
     yield

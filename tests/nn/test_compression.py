@@ -1,4 +1,4 @@
-"""The sequence compressor against loops over frames, and what it promises about rates and short utterances."""
+"""The sequence compressor: equal to loops over frames, and its promises about rates and short utterances."""
 
 import itertools
 import math
@@ -35,14 +35,14 @@ def frames_of(lengths: list[int], channels: int = 16, dtype: torch.dtype = torch
 
 
 def average_by_loop(x: Tensor, factor: int) -> list[Tensor]:
-    if len(x) < 2 * factor:  # halves, as near as frames allow
+    if len(x) < 2 * factor:  # two halves that differ by at most one frame
         middle = len(x) // 2
         return [part.mean(0) for part in (x[:middle], x[middle:]) if len(part)]
     return [x[first : first + factor].mean(0) for first in range(0, len(x) - factor + 1, factor)]
 
 
 def fire_by_loop(x: Tensor, weights: Tensor, *, keep_rest: bool) -> list[Tensor]:
-    """Fill one output frame after the other; no weight is above 1."""
+    """Integrate and fire, one input frame at a time; all weights must be at most 1."""
     out, filled, total = [], 0.0, torch.zeros_like(x[0]) if len(x) else None
     for frame, weight in zip(x, weights.tolist(), strict=True):
         assert total is not None
@@ -100,7 +100,8 @@ def test_weight_network_equals_its_modules_on_each_utterance_alone() -> None:
         if len(x):
             hidden = network.layer_norm(F.conv1d(x.t(), network.conv.weight, network.conv.bias, padding=2).t())
             torch.testing.assert_close(weights, network.projection(hidden.relu()).sigmoid().squeeze(1))
-    assert sum(parameter.numel() for parameter in WeightNetwork(512).parameters()) == 1_312_769  # the paper's code
+    # The number of the paper's code.
+    assert sum(parameter.numel() for parameter in WeightNetwork(512).parameters()) == 1_312_769
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -153,7 +154,7 @@ def test_two_frames_survive(kind: str, training: bool) -> None:
         assert out.frames.layout.lengths == (0, 1, 2, 2, 2, 2, 2, 0)
         assert out.frame_period_ms[:3].isnan().tolist() == [True, False, False]
         assert out.frames.values.isfinite().all()
-        if kind == "integrate-and-fire":  # a weighted mean, of a single frame the frame itself
+        if kind == "integrate-and-fire":  # a weighted mean of one frame is the frame itself
             torch.testing.assert_close(out.frames.values[0], frames.values[0])
 
 
@@ -168,7 +169,7 @@ def test_two_frames_survive_weights_of_zero() -> None:
 
 
 def slots_by_loop(weights: Tensor, frames: int) -> list[int]:
-    """Which output frame has the largest share of each frame's weight."""
+    """For each frame, the output frame that gets the largest share of its weight."""
     slots, begin = [], 0.0
     for weight in weights.tolist():
         end = begin + weight
@@ -192,7 +193,7 @@ def test_upsampling_repeats_each_frame_for_those_that_went_into_it(kind: str, tr
             assert sources.diff().ge(0).all()
             if len(x):
                 assert sources[0] == first_row
-                if kind != "strided" or len(x) >= 6:  # of shorter ones it has windows with zeros alone
+                if kind != "strided" or len(x) >= 6:  # a shorter sequence has a window that contains only padding
                     assert sources[-1] == first_row + len(found) - 1
             first_row += len(found)
         if rate == 0.0:
@@ -207,7 +208,7 @@ def test_upsampling_repeats_each_frame_for_those_that_went_into_it(kind: str, tr
                 first += len(found)
     if kind == "strided":
         assert out.sources[-101:].sub(out.sources[-101]).tolist() == [min(frame // 3, 32) for frame in range(101)]
-        assert out.sources[6:11].sub(out.sources[6]).tolist() == [0, 0, 0, 1, 1]  # five frames and one of zeros
+        assert out.sources[6:11].sub(out.sources[6]).tolist() == [0, 0, 0, 1, 1]  # five frames, padded to six
     if kind == "average":
         assert out.sources[-101:].sub(out.sources[-101]).tolist() == [min(frame // 4, 24) for frame in range(101)]
 
@@ -222,7 +223,7 @@ def test_upsampling_takes_a_gradient_without_atomics() -> None:
     torch.testing.assert_close(grad, expected)
     with pytest.raises(ValueError, match="values: expected"):
         out.upsample(frames.values)
-    # bf16 would stop counting at 256.
+    # A sum in bf16 could not count beyond 256.
     many = make("average", channels=1, factor=1000)(frames_of([2000], channels=1))
     halves = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
     (grad,) = torch.autograd.grad(many.upsample(halves).sum(), halves)
@@ -255,7 +256,7 @@ def test_a_period_is_solved_for_each_utterance_alone() -> None:
 @pytest.mark.parametrize("training", [True, False])
 @EVERY_KIND
 def test_gradcheck(kind: str, training: bool) -> None:
-    """Of frames, parameters and rate; the rest that evaluation keeps and the raised sum of a short utterance too."""
+    """With respect to frames, parameters and rate. Covers the kept rest in evaluation, and raised sums of weights."""
     compressor = make(kind, channels=4).double().train(training)
     frames = frames_of([13, 3, 0, 6], channels=4, dtype=torch.float64)
     names = [name for name, _ in compressor.named_parameters()]
@@ -273,7 +274,7 @@ def test_gradcheck(kind: str, training: bool) -> None:
         kept = compressor(frames, rate=rates.detach()).frames.layout.lengths
         dropped = compressor.train()(frames, rate=rates.detach()).frames.layout.lengths
         compressor.train(training)
-        assert training or kept > dropped  # the case has a rest that is kept
+        assert training or kept > dropped  # in evaluation, this case must keep a rest
     assert torch.autograd.gradcheck(run, inputs)
 
 
@@ -292,7 +293,7 @@ def test_a_period_takes_a_gradient_through_the_weights() -> None:
 
 
 def test_a_rate_is_learned() -> None:
-    """Every extra frame costs: the gradient raises the rate, at the border between the formula's halves too."""
+    """If frames have a cost, the gradient raises the rate, even at 1, where the formula changes branches."""
     frames = frames_of([100, 60])
     for start in (0.2, 1.0, 1.5):
         rate = torch.tensor(start, requires_grad=True)
@@ -309,7 +310,7 @@ def test_frames_in_bf16() -> None:
         expected = compressor(frames).frames
         half = compressor.bfloat16()(Packed(frames.values.bfloat16(), frames.layout)).frames
         assert half.values.dtype == torch.bfloat16
-        if kind != "integrate-and-fire":  # whose weights, rounded, fire elsewhere
+        if kind != "integrate-and-fire":  # rounded weights fire at other frames
             torch.testing.assert_close(half.values.float(), expected.values, rtol=0.02, atol=0.02)
 
 

@@ -1,4 +1,4 @@
-"""Rotary positions and the Conformer: the definition on each utterance alone, and nothing across borders."""
+"""Rotary positions and the Conformer: equal to the definition, with nothing crossing borders of utterances."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""The examples in the docstrings of the modules that people use alone."""
+"""Docstring examples of the modules that users may want without the rest of the package."""
 
 import doctest
 import importlib
@@ -11,7 +11,7 @@ import fastssl
 from fastssl import nn
 
 MODULES = [f"fastssl.nn.{module.name}" for module in pkgutil.iter_modules(nn.__path__)]
-#: What somebody may want alone in another model; `Compressed` is what one of them returns.
+#: The exported modules; `Compressed` is left out because it is only a return type.
 EXPORTED = sorted(name for name, value in vars(nn).items() if isinstance(value, type) and name != "Compressed")
 
 

@@ -1,4 +1,4 @@
-"""The functional layer: plain modules are fused, anything else is called, also within our own modules."""
+"""The functional layer fuses plain modules, and calls replaced or hooked ones, within our own modules too."""
 
 from collections.abc import Callable
 
@@ -14,7 +14,7 @@ from tests.interop.tiny_models import BUCKETS, LARGE, TINY, waveforms_of
 
 
 class Twice(nn.Module):
-    """As an adapter stands in another module's place."""
+    """A replacement for a module, as adapters are; it doubles the module's output."""
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class Twice(nn.Module):
 
 
 X, Y = torch.randn(2, 40, 24, generator=torch.Generator().manual_seed(0)).unbind(0)
-#: What a function makes of one module, and the module.
+#: Name -> a call of a function with a module, and the module.
 CALLS: dict[str, tuple[Callable[[nn.Module], Tensor], nn.Module]] = {
     "linear": (lambda module: functional.linear(module, X), nn.Linear(24, 16)),
     "norm": (lambda module: functional.add_and_norm(X, Y, module), nn.LayerNorm(24)),

@@ -1,4 +1,4 @@
-"""The linear layer: equal to PyTorch's, rows that do not see each other, and GELU in the same product."""
+"""The linear layer: equal to PyTorch's, with rows independent of each other, and with GELU fused into the product."""
 
 import pytest
 import torch

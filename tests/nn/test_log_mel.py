@@ -1,4 +1,4 @@
-"""Log-mel frames: equal to a short-time Fourier transform and a mel filter bank, whatever the batch."""
+"""Log-mel frames: equal to a short-time Fourier transform with a mel filter bank, and independent of batch mates."""
 
 import math
 
@@ -16,7 +16,7 @@ def waveforms_of(*lengths: int) -> Packed:
 
 
 def triangles(bands: int) -> Tensor:  # (201, bands)
-    """HTK's filter bank, one weight at a time."""
+    """HTK's mel filter bank, computed one weight at a time."""
 
     def mel(frequency: float) -> float:
         return 2595 * math.log10(1 + frequency / 700)
@@ -53,7 +53,7 @@ def test_equals_the_fourier_transform_of_each_utterance() -> None:
 def test_filter_bank(bands: int) -> None:
     bank = mel_bands(bands)
     torch.testing.assert_close(bank, triangles(bands).float(), rtol=0, atol=1e-6)
-    assert bank.sum(0).gt(0.1).all(), "a band without a frequency"
+    assert bank.sum(0).gt(0.1).all(), "a mel band contains no frequency of the transform"
     torchaudio = pytest.importorskip("torchaudio")
     theirs = torchaudio.functional.melscale_fbanks(201, 0.0, 8000.0, bands, 16000, norm=None, mel_scale="htk")
     torch.testing.assert_close(bank, theirs, rtol=0, atol=1e-4)

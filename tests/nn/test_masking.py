@@ -43,7 +43,7 @@ def test_normal_numbers() -> None:
     assert noise.isfinite().all()
     assert abs(noise.mean().item()) < 0.01
     assert abs(noise.var().item() - 1) < 0.02
-    # The share within one, two and three standard deviations.
+    # The shares of a normal distribution within one, two and three standard deviations.
     for within, share in ((1, 0.6827), (2, 0.9545), (3, 0.9973)):
         assert abs((noise.abs() < within).float().mean().item() - share) < 0.005
     stacked = torch.cat([noise, noise.roll(1, dims=1), normal(keys, counters, stream=5)])
@@ -107,7 +107,7 @@ def test_negatives_are_uniform() -> None:
 def test_spans_have_the_length_and_share_of_the_paper() -> None:
     layout = Layout.from_lengths([500] * 40)
     mask = sample_span_mask(layout, keys_of(40), probability=0.65, length=10)
-    # The expected share with overlaps, by simulation of fairseq's sampler: 0.49.
+    # Spans overlap; simulating fairseq's sampler gives an expected share of 0.49.
     assert 0.47 < mask.float().mean().item() < 0.51
     edges = torch.nn.functional.pad(mask.view(40, 500).int(), (1, 1)).diff(dim=1)
     runs = (edges == -1).nonzero()[:, 1] - (edges == 1).nonzero()[:, 1]

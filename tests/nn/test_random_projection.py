@@ -1,4 +1,4 @@
-"""BEST-RQ's quantiser is what the paper defines, and is never larger than a block of products."""
+"""BEST-RQ's quantiser equals the paper's definition, and its temporary memory is limited to one block."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from fastssl.nn.random_projection import RandomProjectionQuantizer
 
 
 def nearest(quantizer: RandomProjectionQuantizer, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Equation 1 of the paper: every difference, its norm, and the least."""
+    """Equation 1 of the paper, computed directly: the code whose difference has the smallest norm."""
     projected = F.normalize(x.to(dtype) @ quantizer.projection.to(dtype).t())
     codebook = F.normalize(quantizer.codebook.to(dtype))
     differences = projected.unsqueeze(1) - codebook  # (N, V, code_width)
@@ -42,7 +42,7 @@ def test_is_frozen_saved_and_of_the_distributions_of_the_paper() -> None:
     assert 0.99 * bound < quantizer.projection.abs().max() <= bound
     torch.testing.assert_close(quantizer.projection.std(), torch.tensor(bound / 3**0.5), rtol=0.05, atol=0)
     torch.testing.assert_close(quantizer.codebook.norm(dim=1), torch.ones(4096))
-    # No direction is likelier than another: the fourth moment of a coordinate on the sphere is 3 / (d (d + 2)).
+    # Directions are uniform on the sphere, where the fourth moment of a coordinate is 3 / (d (d + 2)).
     torch.testing.assert_close(quantizer.codebook.pow(4).mean(), torch.tensor(3 / (16 * 18)), rtol=0.05, atol=0)
 
 
@@ -66,7 +66,7 @@ def test_blocks_bound_the_memory_and_change_nothing(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(random_projection, "_BLOCK", 10 * 512)
     with _Largest() as largest:
         assert torch.equal(quantizer(x), whole)
-    assert largest.numbers <= 12 * 512  # a last block of one row is padded to some
+    assert largest.numbers <= 12 * 512  # blocks of 10 rows; a last block of one row is padded
     assert torch.equal(quantizer(x[100:]), whole[100:])
     assert quantizer(x[:0]).shape == (0,)
 
@@ -74,7 +74,7 @@ def test_blocks_bound_the_memory_and_change_nothing(monkeypatch: pytest.MonkeyPa
 def test_half_precision_does_not_choose_other_codes() -> None:
     torch.manual_seed(0)
     quantizer = RandomProjectionQuantizer(320, codes=512, code_width=16)
-    x = torch.randn(2_000, 320)  # of which bf16 would give about twenty another code
+    x = torch.randn(2_000, 320)  # about twenty of these rows would get another code in bf16
     with torch.autocast("cpu", torch.bfloat16):
         found = quantizer(x)
     assert torch.equal(found, quantizer(x))

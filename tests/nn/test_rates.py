@@ -1,4 +1,4 @@
-"""Rates of sequence compression: the paper's figures, draws for training, and one that is learned."""
+"""Rates of sequence compression: the paper's figures, random rates for training, and a learned rate."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from fastssl.packing import Packed
 
 
 def test_periods_of_rates_are_those_of_the_paper() -> None:
-    """A mean weight of 2/9, which is 90 ms at rate 1."""
+    """The paper's table is for a mean weight of 2/9: a frame period of 90 ms at rate 1."""
     table = {0.0: 20.0, 0.25: 24.83, 0.5: 32.73, 0.7: 43.9, 0.75: 48.0, 1.0: 90.0}
     learned = torch.full((1,), 2 / 9, dtype=torch.float64)
     for rate, period in table.items():
@@ -37,7 +37,7 @@ def test_draws_are_uniform_and_follow_from_the_key_alone() -> None:
 
 @pytest.mark.parametrize("start", [0.2, 0.5, 0.8])
 def test_an_adaptive_rate_finds_the_price_that_balances_the_loss(start: float) -> None:
-    """What is lost grows with the square of the rate, a frame costs 0.8: the least is where both slopes meet."""
+    """The loss is the squared rate and each frame costs 0.8, so the optimum is where both slopes cancel."""
     torch.manual_seed(0)
     compressor = SequenceCompressor(8, kind="integrate-and-fire")
     frames = Packed.pack([torch.randn(200, 8)])
@@ -65,7 +65,7 @@ def test_an_adaptive_rate_stays_within_its_bounds_and_leaves_them_again() -> Non
         assert rate().item() == pytest.approx(expected)
     first = rate()
     rate()
-    (first * first).backward()  # of an earlier call too
+    (first * first).backward()  # the gradient of an earlier call still works
     for numbers in ((0.5, 0.6, 1.0), (0.5, -0.1, 1.0), (0.5, 0.0, 2.1), (float("nan"), 0.0, 1.0)):
         with pytest.raises(ValueError, match="start, low, high"):
             AdaptiveRate(numbers[0], low=numbers[1], high=numbers[2])

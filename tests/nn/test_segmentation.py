@@ -1,4 +1,4 @@
-"""Losses that guide a compressor's boundaries, against loops over frames."""
+"""Losses that guide a compressor's boundaries: equal to loops over frames, zero for the right weights."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from fastssl.packing import Layout, Packed
 
 
 def of_segments(lengths: list[int]) -> tuple[Tensor, Tensor]:
-    """Weights and ends of whole segments."""
+    """Target weights and ends of segments with these lengths."""
     weights = torch.cat([torch.full((length,), 1 / length) for length in lengths])
     ends = torch.zeros(len(weights), dtype=torch.bool)
     ends[torch.tensor(lengths).cumsum(0) - 1] = True
@@ -31,7 +31,7 @@ def test_equal_the_formulas_of_the_authors_in_a_loop() -> None:
         apart, at = [], 0
         for number, length in enumerate(lengths, start=1):
             at += length
-            apart.append(abs(alpha[:at].sum() - number))  # csum(alpha) at b_j - 1, against j
+            apart.append(abs(alpha[:at].sum() - number))  # the paper's csum(alpha) at b_j - 1, compared with j
         torch.testing.assert_close(found.segment[index], torch.stack(apart).mean())
         torch.testing.assert_close(found.frame[index], (alpha - target).abs().mean())
     assert found.segment[3] == found.frame[3] == 0
@@ -42,7 +42,7 @@ def test_weights_of_the_segments_lose_nothing() -> None:
     found = segmentation_losses(weights, Layout.from_lengths([11]), weights=weights, ends=ends)
     assert found.segment.item() < 1e-6
     assert found.frame.item() == 0
-    # Nor of a crop out of their middle.
+    # The loss is also zero for a crop that begins and ends within segments.
     part = slice(4, 10)
     found = segmentation_losses(weights[part], Layout.from_lengths([6]), weights=weights[part], ends=ends[part])
     assert found.segment.item() < 1e-6
@@ -65,7 +65,7 @@ def test_an_utterance_does_not_see_its_batch_mates() -> None:
 
 
 def test_a_compressor_learns_segments_that_its_frames_show() -> None:
-    """Frames of one segment are alike: fires move to the borders."""
+    """Frames within a segment are alike, so the compressor can learn to fire at the borders."""
     torch.manual_seed(0)
     lengths = torch.randint(2, 7, (60,)).tolist()
     weights, ends = of_segments(lengths)

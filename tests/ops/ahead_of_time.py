@@ -1,10 +1,11 @@
-"""Compiles Triton kernels for GPUs that are not there, and reads from the compiler what each costs.
+"""Compile Triton kernels for GPUs that this machine need not have, and read each kernel's cost from the compiler.
 
-A kernel module has `ahead_of_time_cases()`: label -> a call of its host functions, on CPU tensors of the right shapes.
-Here every launch of such a call is recorded instead of run, and compiled with exactly the types, alignments, constants
-and options it would have been launched with. Triton's interpreter excludes its compiler, hence a process of its own:
+Each kernel module has `ahead_of_time_cases()`, a dict from labels to calls of its host functions on CPU tensors of the
+right shapes. This module records the launches of such a call instead of running them, and compiles each with exactly
+the types, alignments, constants and options of the launch. A process that uses Triton's interpreter cannot use its
+compiler, so compilation needs a process of its own:
 
-    python -m tests.ops.ahead_of_time varlen_attention --architectures 80 90 100     # a table
+    python -m tests.ops.ahead_of_time varlen_attention --architectures 80 90 100     # prints a table
 """
 
 import argparse
@@ -17,12 +18,12 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-#: compute capability -> bytes of shared memory that a block can have
+#: Compute capability -> the most bytes of shared memory per block.
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 
 class Compiled(NamedTuple):
-    """What the compiler says of one launch. Sizes in bytes, per block for `shared` and per thread for the others."""
+    """The compiler's figures for one launch: bytes per block for `shared`, bytes per thread for `stack` and `local`."""
 
     op: str
     label: str
@@ -38,12 +39,12 @@ class Compiled(NamedTuple):
 
 @lru_cache
 def compiled(ops: tuple[str, ...], architectures: tuple[int, ...], *, only_first: bool) -> list[Compiled]:
-    """Compile the cases of some ops in a process of its own.
+    """Compile the cases of some ops in a separate process.
 
     Args:
         ops: Folders in fastssl/kernels with a triton_kernel.py that has `ahead_of_time_cases`.
-        architectures: Compute capabilities, 90 for sm_90.
-        only_first: Leave out all cases of an op but the first.
+        architectures: Compute capabilities, such as 90 for sm_90.
+        only_first: Compile only the first case of each op.
     """
     command = [sys.executable, "-m", "tests.ops.ahead_of_time", *ops, "--json"]
     command += ["--architectures", *(str(architecture) for architecture in architectures)]
@@ -62,7 +63,7 @@ class _Launch(NamedTuple):
 
 
 def _record(call: Callable[[], object]) -> list[_Launch]:
-    """The launches of a call, none of which is run."""
+    """Return the launches that a call makes, without running them."""
     from triton.runtime.jit import JITFunction
 
     launches = []
@@ -79,7 +80,7 @@ def _record(call: Callable[[], object]) -> list[_Launch]:
 
 
 def _compile(launch: _Launch, architecture: int) -> dict[str, int]:
-    """What JITFunction.run does up to the launch, for a GPU of our choice."""
+    """Compile for any GPU, with the same steps as Triton's `JITFunction.run` takes before a launch."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -106,7 +107,7 @@ def _compile(launch: _Launch, architecture: int) -> dict[str, int]:
 
 
 def _resource_usage(cubin: bytes) -> dict[str, int]:
-    """Registers and spills. Without a GPU they are not in Triton's metadata."""
+    """Registers and spills, which Triton's metadata contains only on a machine with a GPU."""
     import tempfile
 
     from triton import knobs
@@ -117,7 +118,7 @@ def _resource_usage(cubin: bytes) -> dict[str, int]:
         report = subprocess.run(
             [knobs.nvidia.cuobjdump.path, "-res-usage", file.name], check=True, capture_output=True, text=True
         ).stdout
-    # One line per function, " REG:96 STACK:0 SHARED:0 LOCAL:0 CONSTANT[0]:432 ...", of which a kernel has one.
+    # The report has one line per function, " REG:96 STACK:0 SHARED:0 LOCAL:0 CONSTANT[0]:432 ...", and one function.
     (usage,) = (line for line in report.splitlines() if "REG:" in line)
     fields = dict(field.split(":") for field in usage.split())
     return {"registers": int(fields["REG"]), "stack": int(fields["STACK"]), "local": int(fields["LOCAL"])}
@@ -127,7 +128,7 @@ def _main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("ops", nargs="+")
     parser.add_argument("--architectures", nargs="+", type=int, default=[90])
-    parser.add_argument("--only-first", action="store_true", help="leave out all cases of an op but the first")
+    parser.add_argument("--only-first", action="store_true", help="compile only the first case of each op")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
     rows = []

@@ -1,4 +1,4 @@
-"""What the op tests share: which implementations exist, and how close is close."""
+"""Helpers for the op tests: lists of implementations, inputs, and the tolerance of comparisons."""
 
 from collections.abc import Callable, Collection, Sequence
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from fastssl.kernels.dispatch import BACKENDS
 from fastssl.packing import Layout
 
-#: Lengths of the batches that every op is tested on: ordinary, one long beside many short, length 1, empty sequences.
+#: Sequence lengths of the test batches: ordinary ones, one long among many short, single frames, empty sequences.
 LENGTHS = {
     "odd": (37, 23, 41),
     "one_long": (29, 3, 2, 1, 5, 4),
@@ -21,7 +21,7 @@ LENGTHS = {
 
 
 def implementations(op: str, *, compiled_only: bool = False) -> list[ParameterSet]:
-    """(backend, device) of everything that exists for an op on this machine, as pytest parameters."""
+    """Pytest parameters (backend, device) for every implementation of an op that this machine has."""
     return [
         pytest.param(backend, device, marks=[pytest.mark.gpu] if device == "cuda" else [], id=f"{backend}-{device}")
         for device, backends in BACKENDS[op].items()
@@ -35,18 +35,18 @@ def layout_of(lengths: Sequence[int], device: str = "cpu") -> Layout:
 
 
 def randn(*shape: int) -> Tensor:
-    """Normal numbers in fp64; the same for the same shape."""
+    """Normally distributed numbers in fp64; equal shapes give equal numbers."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64)
 
 
 def normal(**shapes: tuple[int, ...]) -> dict[str, Tensor]:
-    """Normal numbers of some shapes, by name; different for each."""
+    """Normally distributed tensors by name; each name gets different numbers."""
     generator = torch.Generator().manual_seed(0)
     return {name: torch.randn(*shape, generator=generator) for name, shape in shapes.items()}
 
 
 def assert_as_good_as(x: Tensor, plain: Tensor, exact: Tensor, what: str) -> None:
-    """The one tolerance rule, in max norm: at most twice the error of plain PyTorch in the same dtype, plus 4 eps."""
+    """The tolerance of all op tests, in max norm: twice plain PyTorch's error in the same dtype, plus 4 eps."""
     assert x.shape == exact.shape, f"{what}: shape {tuple(x.shape)}, expected {tuple(exact.shape)}"
     if exact.numel() == 0:
         return
@@ -57,14 +57,14 @@ def assert_as_good_as(x: Tensor, plain: Tensor, exact: Tensor, what: str) -> Non
 
 
 def gradients(outputs: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """Gradients of a fixed weighted sum of `outputs`, so that no direction is missed by symmetry."""
+    """Gradients of a weighted sum of `outputs`, with fixed weights that break symmetries which could hide errors."""
     weights = torch.sin(torch.arange(outputs.numel(), device=outputs.device, dtype=torch.float64) + 1)
     loss = (outputs.to(torch.float64) * weights.reshape(outputs.shape)).sum()
     return list(torch.autograd.grad(loss, list(inputs)))
 
 
 def cast(tensors: dict[str, Tensor], dtype: torch.dtype, device: str = "cpu") -> dict[str, Tensor]:
-    """Fresh leaves of another dtype, floating tensors only."""
+    """Copies of the tensors as fresh leaves; floating-point tensors get the dtype and require gradients."""
     return {
         name: tensor.detach()
         .to(device, dtype if tensor.is_floating_point() else None)
@@ -83,12 +83,12 @@ def check_against_reference(
     backward: bool,
     constants: Collection[str] = (),
 ) -> None:
-    """Compare `run(inputs, backend)` with the reference in fp64, allowing twice the reference's error in `dtype`.
+    """Compare `run(inputs, backend)` with the reference in fp64; twice the reference's error in `dtype` is allowed.
 
-    With `backward`, the gradients of all floating inputs too but those of `constants`.
+    With `backward`, compare the gradients too, for all floating inputs except those named in `constants`.
     """
     exact, plain, ours = cast(inputs, torch.float64), cast(inputs, dtype, device), cast(inputs, dtype, device)
-    for name in exact:  # rounding the inputs is not the op's error
+    for name in exact:  # start from the rounded inputs: their rounding is not the op's error
         exact[name] = plain[name].detach().to("cpu", exact[name].dtype).requires_grad_(exact[name].requires_grad)
     results = [run(exact, "reference"), run(plain, "reference"), run(ours, backend)]
     assert_as_good_as(results[2].cpu(), results[1].cpu(), results[0], "output")
@@ -104,5 +104,5 @@ def check_against_reference(
 
 
 def compiler_for(backend: str) -> str:
-    """Of `torch.compile`: what it generates for plain PyTorch is PyTorch's to test, and takes seconds."""
+    """The `torch.compile` backend for an op's backend. Plain PyTorch code skips Inductor, which takes seconds."""
     return "aot_eager" if backend in ("reference", "torch") else "inductor"

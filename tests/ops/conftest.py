@@ -1,4 +1,4 @@
-"""What every op test runs under: uninitialised memory is NaN, so an element left unwritten shows."""
+"""Fixtures for every op test: several threads, and uninitialised memory filled with NaN to expose missing writes."""
 
 import importlib.util
 import os
@@ -15,7 +15,7 @@ if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("trito
 
 @pytest.fixture(autouse=True)
 def several_threads() -> Iterator[None]:
-    """Also where workers have one each: how work is divided between threads is part of a kernel."""
+    """Use at least two threads, even in workers with one, because kernels divide their work between threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(max(2, threads))
     yield

@@ -1,4 +1,4 @@
-"""What every op has to declare for the tests that all ops share: `STANDARD` in `tests/ops/test_<op>.py`."""
+"""The declaration that each `tests/ops/test_<op>.py` makes, as `STANDARD`, for the tests that all ops share."""
 
 import importlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -17,12 +17,12 @@ from fastssl.packing import Layout, Packed
 from tests.ops.common import implementations
 
 Inputs = dict[str, Tensor]
-#: Of a case, inputs and a backend: the output.
+#: Runs an op: (case, inputs, backend) -> output.
 Run = Callable[[str, Inputs, str | None], Tensor]
 
 
 def interpreted(backend: str, device: str) -> bool:
-    """Triton's interpreter is slow: some ops give it less to do."""
+    """Whether Triton's interpreter runs the op. It is slow, so some ops give it smaller inputs."""
     return (backend, device) == ("triton", "cpu")
 
 
@@ -32,20 +32,20 @@ def all_but_triton_in_double(case: str, backend: str, device: str, dtype: torch.
 
 @dataclass(frozen=True, kw_only=True)
 class Mates:
-    """Batches whose sequences must give what they give alone.
+    """Batches in which every sequence must give the same result as alone.
 
     Attributes:
-        make: Inputs for some lengths and what is drawn; all tensors are per frame but those in `shared`.
-        call: What to compare, frames with their layout: outputs, and gradients where they are promised too.
-        lengths: Lengths of a batch.
-        drawn: More arguments of `make`.
-        shared: Names of inputs that belong to no frame.
-        examples: How many batches to draw.
-        on: Whether a backend and device are tested.
-        shorten: The batch for Triton's interpreter.
-        same_bits: Whether a backend and device promise equal bits; closeness is asked of the others.
-        tolerance: rtol and atol of "close".
-        empty: Whether a backend takes an empty batch.
+        make: Makes inputs from the lengths and the values of `drawn`; tensors have one row per frame, unless `shared`.
+        call: Returns the packed results to compare: outputs, and gradients if the op promises them too.
+        lengths: Strategy for the lengths of a batch.
+        drawn: Strategies for the other arguments of `make`.
+        shared: Names of inputs without a row per frame.
+        examples: Number of batches to draw.
+        on: Whether to test a backend on a device.
+        shorten: Makes lengths shorter for Triton's interpreter.
+        same_bits: Whether a backend on a device promises equal bits; otherwise results must be close.
+        tolerance: rtol and atol for results that must be close.
+        empty: Whether a backend accepts an empty batch.
     """
 
     make: Callable[..., Inputs]
@@ -63,36 +63,36 @@ class Mates:
 
 @dataclass(frozen=True, kw_only=True)
 class Standard:
-    """An op for the shared tests.
+    """Everything that the shared tests need to know about an op.
 
     Attributes:
-        op: Its name.
-        cases: Names of the cases for forward and backward.
-        make_inputs: Inputs of a case in a dtype, on the CPU.
-        run: The op on a case.
-        mates: Name -> batches whose sequences must give what they give alone.
-        good: Arguments that are accepted.
-        bad: Part of the message -> change of `good` that is rejected with it.
-        frames: Inputs for so many frames, for batches of any lengths.
-        call: The op on these.
-        gradcheck_cases: Small ones; `make_inputs` and `run` know them too.
-        compile_cases: Cases to trace.
-        opcheck_cases: None takes `cases`.
-        opcheck_dtypes: Dtypes of floating inputs for opcheck.
-        forward_dtypes: Dtypes of floating inputs for the forward test.
-        backward_dtypes: The same for the backward test.
-        exact: Whole numbers that must be equal for all backends and the reference in fp64.
-        outputs: Name -> what the backward test differentiates; empty takes `run`.
-        constants: Floating inputs that have no gradient.
-        smooth: What gradcheck differentiates, where the output itself jumps.
-        gradcheck_step: eps of gradcheck, whose atol is ten times that.
-        trace: Of a case, inputs and a backend: what to trace, and its arguments; None takes `run` and the inputs.
-        compiler: Of a backend, how to compile; Inductor takes seconds.
-        compile_tolerance: atol of compiled outputs and of gradients.
-        interpreter_inputs: `make_inputs` for Triton's interpreter.
-        interpreter_skips: Cases too slow for tracing and opcheck in Triton's interpreter.
-        serves: Whether a backend takes a case on a device in a dtype; it must refuse it otherwise.
-        backward_of_others: Backends whose gradients come from PyTorch with an error that is not ours to bound.
+        op: Name of the op.
+        cases: Names of the cases of the forward and backward tests.
+        make_inputs: Makes the inputs of a case in a dtype, on the CPU.
+        run: Runs the op on a case.
+        mates: Name -> batches in which every sequence must give the same result as alone.
+        good: Arguments that the op accepts.
+        bad: Pattern of an error message -> change of `good` that must raise it.
+        frames: Makes inputs with a number of frames, which `call` can split into sequences of any lengths.
+        call: Runs the op on inputs from `frames`.
+        gradcheck_cases: Names of small cases for gradcheck; `make_inputs` and `run` must support them.
+        compile_cases: Names of the cases to compile.
+        opcheck_cases: Names of the cases for opcheck; None means `cases`.
+        opcheck_dtypes: Dtypes of floating inputs in the opcheck test.
+        forward_dtypes: Dtypes of floating inputs in the forward test.
+        backward_dtypes: Dtypes of floating inputs in the backward test.
+        exact: Returns integers that must be equal for all backends and the reference in fp64.
+        outputs: Name -> function whose output the backward test differentiates; empty means `run`.
+        constants: Names of floating inputs without a gradient.
+        smooth: Replaces `run` in gradcheck if the output has jumps.
+        gradcheck_step: Step of gradcheck's finite differences; its atol is ten times this.
+        trace: (case, inputs, backend) -> the function to compile and its arguments; None means `run` and the inputs.
+        compiler: Backend -> backend of `torch.compile`; Inductor takes seconds.
+        compile_tolerance: Tolerances of compiled outputs and of their gradients.
+        interpreter_inputs: Replaces `make_inputs` for Triton's interpreter.
+        interpreter_skips: Names of the cases that are too slow for compilation and opcheck in Triton's interpreter.
+        serves: Whether a backend supports a case on a device in a dtype; if not, it must raise an error.
+        backward_of_others: Backends whose gradients PyTorch computes, so that their error is not tested.
     """
 
     op: str
@@ -124,27 +124,27 @@ class Standard:
     backward_of_others: Collection[str] = ()
 
     def inputs(self, case: str, backend: str, device: str, dtype: torch.dtype = torch.float32) -> Inputs:
-        """Inputs of a case for a backend, on its device."""
+        """Make the inputs of a case for a backend, on its device."""
         make = self.make_inputs
         if interpreted(backend, device) and self.interpreter_inputs is not None:
             make = self.interpreter_inputs
         return {name: x.to(device) for name, x in make(case, dtype).items()}
 
     def skip_unserved(self, case: str, backend: str, device: str, dtype: torch.dtype = torch.float32) -> None:
-        """Skip the test of a case that a backend does not serve, which it must say itself."""
+        """Skip a case that a backend does not support, after checking that the backend refuses it."""
         if not self.serves(case, backend, device, dtype):
             with pytest.raises(ValueError, match=f"backend='{backend}': not available for {self.op}"):
                 self.run(case, self.inputs(case, backend, device, dtype), backend)
             pytest.skip(f"{backend} does not serve this case")
 
     def skip_slow(self, case: str, backend: str, device: str) -> None:
-        """Skip a case that takes Triton's interpreter too long."""
+        """Skip a case that is too slow in Triton's interpreter."""
         if interpreted(backend, device) and case in self.interpreter_skips:
-            pytest.skip("the interpreter is slow: other cases have it")
+            pytest.skip("too slow in Triton's interpreter, which runs the other cases")
 
 
 def standard_of(op: str) -> Standard:
-    """What the test file of an op declares."""
+    """The declaration in an op's test file."""
     declared: Standard = importlib.import_module(f"tests.ops.test_{op}").STANDARD
     return declared
 
@@ -155,7 +155,7 @@ def every(
     compiled_only: bool = False,
     where: Callable[..., bool] = lambda standard, implementation, *values: True,
 ) -> list[ParameterSet]:
-    """(standard, *values, backend, device) of every op, implementation and point of its axes `where` it is wanted."""
+    """Pytest parameters (standard, *values, backend, device): all implementations of all ops, times their `axes`."""
     assert BACKENDS.keys() <= {*dir(ops)}
     return [
         pytest.param(

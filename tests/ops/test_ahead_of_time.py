@@ -1,4 +1,4 @@
-"""Every Triton kernel compiled for three GPUs, none of which needs to be there: shared memory fits, nothing spills."""
+"""Triton kernels compiled for three GPUs, without needing one: shared memory must fit, registers must not spill."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +14,7 @@ OPS = tuple(sorted(path.parent.name for path in Path(fastssl.kernels.__file__).p
 
 
 class Allowance(NamedTuple):
-    """What the kernels of an op may spill, in bytes per thread, where the label begins so, and why."""
+    """Bytes per thread that an op's kernels may spill in cases whose label starts with `label`, and the reason."""
 
     op: str
     label: str

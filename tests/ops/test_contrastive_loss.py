@@ -15,7 +15,7 @@ from tests.ops.common import LENGTHS, check_against_reference, compiler_for, imp
 from tests.ops.standard import Inputs, Mates, Standard, interpreted
 
 Case = tuple[tuple[int, ...], int, int, float, int | None]
-#: name -> (masked frames of each utterance, D, K, share of negatives that are -1, number of distinct targets or None)
+#: Name -> (masked frames of each utterance, D, K, share of negatives set to -1, number of distinct targets or None).
 CASES: dict[str, Case] = {
     "odd": (LENGTHS["odd"], 16, 10, 0.0, None),
     "one_long": (LENGTHS["one_long"], 8, 100, 0.0, None),
@@ -39,7 +39,7 @@ def make_inputs(case: str, dtype: torch.dtype = torch.float32) -> Inputs:
 
 
 def few_frames(case: str, dtype: torch.dtype = torch.float32) -> Inputs:
-    """For Triton's interpreter, which takes 15 ms for a frame."""
+    """The case with an eighth of the frames, because Triton's interpreter takes 15 ms per frame."""
     lengths, width, count, missing, codes = (SMALL | CASES)[case]
     return draw(tuple(-(-length // 8) for length in lengths), width, count, missing, codes, dtype)
 
@@ -52,7 +52,7 @@ def draw(
     codes: int | None,
     dtype: torch.dtype = torch.float32,
 ) -> Inputs:
-    """Negatives from the same utterance, any row of it, so that the frame itself is among them at times."""
+    """Draw inputs. Negatives are any frames of the same utterance, so a frame may be its own negative."""
     generator = torch.Generator().manual_seed(0)
     frames = sum(lengths)
     context, targets = (torch.randn(frames, width, generator=generator, dtype=dtype) for _ in range(2))
@@ -85,7 +85,7 @@ def run(inputs: Inputs, backend: str | None = None) -> Tensor:
 
 
 def run_with_constant_codes(case: str, inputs: Inputs, backend: str | None) -> Tensor:
-    """A step of gradcheck tells equal targets apart, and the loss jumps."""
+    """Keeps shared targets fixed: gradcheck's step would make equal targets differ, and the loss would jump."""
     if "codes" in case:
         inputs = inputs | {"targets": make_inputs(case, torch.float64)["targets"]}
     return run(inputs, backend)
@@ -104,7 +104,7 @@ def frames(count: int) -> Inputs:
 
 
 def make_batch(lengths: Sequence[int], width: int, count: int, dtype: torch.dtype) -> Inputs:
-    """With negatives that are counted from the beginning of their sequence."""
+    """Inputs whose negatives are numbered from the start of their sequence."""
     inputs = draw(lengths, width, count, 0.1, sum(lengths) // 2 + 1, dtype)
     return inputs | {"negatives": moved(inputs["negatives"], layout_of(lengths), -1)}
 
@@ -213,7 +213,8 @@ def test_equals_transformers(codes: int | None, backend: str, device: str) -> No
         strict=True,
     ):
         torch.testing.assert_close(grad, expected_grad, rtol=1e-4, atol=1e-5)
-    # fairseq's count: the highest, and not also the lowest. Here every frame has a negative that is left.
+    # fairseq counts a frame as correct if its logit is the highest and not also the lowest. Every frame here has a
+    # negative that is not left out.
     assert torch.equal(correct, (logits.argmax(1) == 0) & (logits.argmin(1) != 0))
     assert 0 < correct.sum() < len(correct)
 
@@ -221,7 +222,7 @@ def test_equals_transformers(codes: int | None, backend: str, device: str) -> No
 @EVERY_IMPLEMENTATION
 def test_equal_targets_are_left_out_and_no_others(backend: str, device: str) -> None:
     generator = torch.Generator().manual_seed(0)
-    # Small whole numbers: many rows are permutations of each other, or have the same sum, and a few are equal.
+    # Small integers, so that many rows are permutations of each other or have equal sums, and a few are equal.
     frames = 20 if interpreted(backend, device) else 200
     targets = torch.randint(-1, 2, (frames, 5), generator=generator).to(device, torch.float32)
     targets[::3] *= -0.0  # zeros of either sign are equal
@@ -245,10 +246,10 @@ def test_correct_needs_a_negative_and_no_tie_of_all(backend: str, device: str) -
     for context, negatives, expected in (
         ([1.0, 0.0], [1, none], True),
         ([-1.0, 0.0], [1, none], False),
-        ([1.0, 0.0], [1, 2], True),  # level with the best negative, above another
-        ([1.0, 0.0], [2, 2], False),  # level with all
-        ([0.0, 0.0], [1, 2], False),  # a context that says nothing
-        ([1.0, 0.0], [3, none], False),  # only the same target
+        ([1.0, 0.0], [1, 2], True),  # as good as the best negative, better than the other
+        ([1.0, 0.0], [2, 2], False),  # as good as all negatives
+        ([0.0, 0.0], [1, 2], False),  # a zero context cannot tell targets apart
+        ([1.0, 0.0], [3, none], False),  # the only negative equals the target
         ([1.0, 0.0], [none, none], False),
     ):
         rows = torch.tensor([negatives] * 4, device=device)
@@ -279,7 +280,7 @@ def test_same_bits_with_any_number_of_threads() -> None:
 @EVERY_IMPLEMENTATION
 def test_short_rows_take_the_least_norm(backend: str, device: str) -> None:
     inputs = {name: tensor.to(device) for name, tensor in draw((5,), 8, 4, 0.0, None).items()}
-    # A row just below the least norm shows that its gradient keeps the direction of the row itself.
+    # Below the least norm a gradient keeps its component along the row. The last row, just below it, tests this.
     factors = torch.tensor([[1.0], [0.0], [1e-12], [1.0], [3e-9]], device=device)
     inputs |= {name: inputs[name] * factors for name in ("context", "targets")}
     check_against_reference(run, inputs, backend=backend, device=device, dtype=torch.float32, backward=True)

@@ -16,7 +16,7 @@ from tests.ops.standard import Inputs, Mates, Standard
 
 SEED = torch.tensor(-4242424242424242)
 
-#: name -> (N, D, options); a width that 4 does not divide has rows that begin within a Philox block
+#: Name -> (N, D, options). If D is not a multiple of 4, rows start in the middle of a Philox block.
 CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
     "plain": (sum(LENGTHS["odd"]), 96, {}),
     "dropout": (37, 96, {"dropout_p": 0.3}),
@@ -48,7 +48,7 @@ def make_inputs(case: str, dtype: torch.dtype = torch.float32) -> Inputs:
 
 
 def run(case: str, inputs: Inputs, backend: str | None = None) -> Tensor:
-    """The output, with `prenorm` the sum below it."""
+    """Run a case; with `prenorm`, the sum before the norm is appended to the output."""
     out = dropout_add_layer_norm(**inputs, **(CASES | SMALL)[case][2], backend=backend)  # type: ignore[call-overload]
     return torch.cat(out) if isinstance(out, tuple) else out
 
@@ -68,7 +68,7 @@ def make_batch(lengths: tuple[int, ...]) -> Inputs:
 
 
 def without_dropout(inputs: Inputs, layout: Layout, backend: str) -> list[Packed]:
-    """A mask belongs to places in the packed tensor."""
+    """Runs without dropout, whose mask depends on the place in the packed tensor and hence on batch mates."""
     x, residual, grad, weight, bias = inputs.values()
     leaves = x.requires_grad_(), residual.requires_grad_()
     outs = dropout_add_layer_norm(*leaves, weight=weight, bias=bias, prenorm=True, backend=backend)

@@ -1,4 +1,4 @@
-"""What holds for every op alike: extreme batches, same bits every time, strided arguments, and no waiting for a GPU."""
+"""Tests of every op: extreme batches, equal bits on every run, strided arguments, and no waiting for a GPU."""
 
 import inspect
 from collections.abc import Callable
@@ -28,7 +28,7 @@ def _negatives(frames: int) -> Tensor:
     return torch.randint(-1, frames, (frames, 11), generator=torch.Generator().manual_seed(1))
 
 
-#: (op, tensors, options): together they pass every tensor argument of every op.
+#: Calls (op, tensors, options) that together pass every tensor argument of every op.
 EVERY_TENSOR: list[tuple[str, Inputs, dict[str, Any]]] = [
     *(
         (
@@ -80,7 +80,7 @@ EVERY_TENSOR: list[tuple[str, Inputs, dict[str, Any]]] = [
 
 
 def every_implementation(*, on: str | None = None) -> list[ParameterSet]:
-    """(standard, backend, device) of every backend but the reference."""
+    """Pytest parameters (standard, backend, device) for all backends except the reference."""
     return [found for found in every() if found.values[1] != "reference" and on in (None, found.values[2])]
 
 
@@ -90,7 +90,7 @@ def outputs_and_gradients(standard: Standard, inputs: Inputs, layout: Layout, ba
 
 
 def test_no_tensor_argument_is_forgotten() -> None:
-    """`EVERY_TENSOR` names each argument of each op that is a tensor."""
+    """`EVERY_TENSOR` must contain each tensor argument of each op."""
     for op in BACKENDS:
         parameters = inspect.signature(getattr(ops, op)).parameters.values()
         tensors = {parameter.name for parameter in parameters if parameter.annotation in (Tensor, Tensor | None)}
@@ -98,7 +98,7 @@ def test_no_tensor_argument_is_forgotten() -> None:
 
 
 def every_second(x: Tensor) -> Tensor:
-    """The same numbers with zeros in between, which a kernel that knows no strides would read."""
+    """A strided view of the same numbers with zeros in between, which a kernel that ignores strides would read."""
     return torch.stack([x, torch.zeros_like(x)], -1)[..., 0]
 
 
@@ -112,7 +112,7 @@ def every_second(x: Tensor) -> Tensor:
     ],
 )
 def test_strides_do_not_matter(op: str, inputs: Inputs, options: dict[str, Any], backend: str, device: str) -> None:
-    """The same bits, forward and backward, whether arguments and output gradients are contiguous or not."""
+    """Outputs and gradients have the same bits whether or not arguments and output gradients are contiguous."""
     if (op, backend, device) == ("varlen_attention", "torch", "cuda"):
         pytest.skip("PyTorch's kernel has no distance bias")
     function = getattr(ops, op)
@@ -137,7 +137,7 @@ def test_strides_do_not_matter(op: str, inputs: Inputs, options: dict[str, Any],
 @pytest.mark.parametrize(("standard", "backend", "device"), every_implementation())
 def test_extreme_batches(standard: Standard, backend: str, device: str, lengths: tuple[int, ...]) -> None:
     if (backend, device) == ("triton", "cpu"):
-        pytest.skip("the interpreter would take minutes")
+        pytest.skip("Triton's interpreter would take minutes")
     check_against_reference(
         lambda inputs, name: standard.call(inputs, layout_of(lengths, next(iter(inputs.values())).device.type), name),
         standard.frames(sum(lengths)),
@@ -150,9 +150,9 @@ def test_extreme_batches(standard: Standard, backend: str, device: str, lengths:
 
 @pytest.mark.parametrize(("standard", "backend", "device"), every_implementation())
 def test_same_bits_every_time(standard: Standard, backend: str, device: str) -> None:
-    """On a GPU with many blocks and many times, because a race shows now and then."""
+    """Repeated runs give equal bits. GPUs get many blocks and runs, because a race shows only now and then."""
     if (backend, device) == ("triton", "cpu"):
-        pytest.skip("the interpreter runs one program after another")
+        pytest.skip("Triton's interpreter runs one program after another, so races cannot happen")
     lengths, times = (FIFTY_SHORT, 50) if device == "cuda" else ((37, 1, 0, 23), 3)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     inputs, layout = cast(standard.frames(sum(lengths)), dtype, device), layout_of(lengths, device)
@@ -165,7 +165,7 @@ def test_same_bits_every_time(standard: Standard, backend: str, device: str) -> 
 @pytest.mark.parametrize(("standard", "backend", "device"), every_implementation(on="cuda"))
 def test_the_host_does_not_wait(standard: Standard, backend: str, device: str) -> None:
     if standard.op == "integrate_and_fire":
-        pytest.skip("the number of frames that come out must be read, once")
+        pytest.skip("the op must wait once, to read its number of output frames")
     lengths = (150, 1, 1200, 64)
     inputs, layout = cast(standard.frames(sum(lengths)), torch.float32, device), layout_of(lengths, device)
     assert not device_waits(lambda: outputs_and_gradients(standard, inputs, layout, backend))

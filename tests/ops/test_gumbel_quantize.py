@@ -14,7 +14,7 @@ from fastssl.packing import Layout, Packed
 from tests.ops.common import LENGTHS, compiler_for, implementations, randn
 from tests.ops.standard import Inputs, Mates, Standard
 
-#: name -> (M, G, V, E, where the noise comes from)
+#: Name -> (M, G, V, E, argument that gives the noise or None).
 CASES = {
     "seeds": (sum(LENGTHS["odd"]), 2, 20, 8, "seeds"),
     "noise": (37, 2, 20, 8, "noise"),
@@ -26,7 +26,7 @@ CASES = {
     "single_frame": (1, 2, 20, 8, "seeds"),
     "empty_batch": (0, 2, 20, 8, "seeds"),
 }
-#: gradcheck perturbs every input, so these are small
+#: Small cases for gradcheck, which perturbs every number of the inputs.
 SMALL = {"small, three_groups": (3, 3, 9, 2, "seeds"), "small, likeliest": (3, 2, 11, 3, None)}
 EVERY_IMPLEMENTATION = pytest.mark.parametrize(("backend", "device"), implementations("gumbel_quantize"))
 TEMPERATURE = 1.7
@@ -58,11 +58,11 @@ def differentiable(inputs: Inputs) -> list[Tensor]:
 
 def skip_float64_in_triton(backend: str) -> None:
     if backend == "triton":
-        pytest.skip("Triton multiplies no float64 matrices")
+        pytest.skip("Triton cannot multiply float64 matrices")
 
 
 def values(case: str, inputs: Inputs, backend: str | None) -> Tensor:
-    """The chosen vectors to the last bit, so that equal codes give equal vectors."""
+    """The op's values, after checking that they are the chosen code vectors bit for bit."""
     found, vectors = call(inputs, backend), inputs["codevectors"]
     chosen = torch.stack([vectors[g, found.codes[:, g]] for g in range(len(vectors))], 1).flatten(1)
     assert torch.equal(found.values, chosen)
@@ -72,7 +72,7 @@ def values(case: str, inputs: Inputs, backend: str | None) -> Tensor:
 def probability_sums(case: str, inputs: Inputs, backend: str | None) -> Tensor:
     found = call(inputs, backend)
     assert found.probability_sums.dtype == torch.promote_types(inputs["logits"].dtype, torch.float32)
-    # Both gradients together, so that each is seen to be added to the other.
+    # Include the values, so that the test notices if either output's gradient overwrites the other's.
     return found.probability_sums + 0 * found.values.sum()
 
 
@@ -83,7 +83,7 @@ def codes_and_counts(case: str, inputs: Inputs, backend: str | None) -> Tensor:
 
 
 def smooth(case: str, inputs: Inputs, backend: str | None) -> Tensor:
-    """What has numeric gradients: values jump with the logits."""
+    """Outputs with logits held fixed for the values, which jump with the logits and have no numeric gradient."""
     logits = make_inputs(case, torch.float64)["logits"]
     return torch.cat(
         [call(inputs, backend).probability_sums.flatten(), values(case, inputs | {"logits": logits}, backend).flatten()]
@@ -142,7 +142,7 @@ STANDARD = Standard(
             shared=("codevectors",),
             examples=10,
             shorten=lambda lengths: lengths[:2],
-            # The others leave the gradient's product to a library.
+            # The other implementations leave a product in the gradient to a library.
             same_bits=lambda backend, device: (backend, device) == ("native", "cpu"),
             tolerance=(1e-3, 1e-5),
         )
@@ -177,7 +177,7 @@ STANDARD = Standard(
 @pytest.mark.parametrize("case", SMALL)
 @EVERY_IMPLEMENTATION
 def test_the_gradient_of_values_is_that_of_a_softmax(case: str, backend: str, device: str) -> None:
-    """Which stands in for the choice, where the choice itself has no gradient."""
+    """Straight-through: the choice of a code has no gradient, so the softmax's gradient is used instead."""
     skip_float64_in_triton(backend)
     inputs = {name: x.to(device) for name, x in make_inputs(case, torch.float64).items()}
     (logits, codevectors), noise = differentiable(inputs), torch.zeros(()).double()
@@ -192,14 +192,15 @@ def test_the_gradient_of_values_is_that_of_a_softmax(case: str, backend: str, de
 
 @EVERY_IMPLEMENTATION
 def test_noise_is_a_function_of_key_position_and_code(backend: str, device: str) -> None:
-    """Noise read off the gradient: for two vectors, 1 and 0, it is a logistic function of the logits' difference."""
+    """Recovers the noise from the gradient of the logits, and compares it with the noise of key, position and code."""
     frames, groups, codes = 50, 2, 16
     keys, positions = torch.arange(frames) % 7 - 3, torch.arange(frames) * 31
     seeds = noise_seeds(keys, positions * groups * codes, stream=3)
     counters = positions.unsqueeze(1) * groups * codes + torch.arange(groups * codes)
     expected = gumbel(keys.unsqueeze(1), counters, stream=3).unflatten(1, (groups, codes))
     assert torch.equal(reference.gumbel_noise(seeds, groups, codes), expected)
-    # One vector is 1 and all others 0: the gradient of logit v is p_v (1 - p_v) for it and -p_v p_1 for the others.
+    # Code 0's vector is 1, all others are 0. Logit v > 0 gets the gradient -p_v p_0, so ratios of gradients are ratios
+    # of probabilities, and these give differences of noise.
     logits = torch.zeros(frames, groups, codes, device=device).requires_grad_()
     codevectors = torch.zeros(groups, codes, 1, device=device)
     codevectors[:, 0] = 1
@@ -225,7 +226,7 @@ def test_float64_is_float64_throughout(backend: str, device: str) -> None:
 
 @EVERY_IMPLEMENTATION
 def test_rare_noise_is_as_exact_as_the_rest(backend: str, device: str) -> None:
-    """Near u = 1 the inner logarithm is tiny: one that is only absolutely exact would spoil the largest noise."""
+    """The largest noise comes from u near 1. The logarithm of u is tiny there, and needs a small relative error."""
     seeds = torch.arange(3000, device=device) if backend != "triton" else torch.arange(300, device=device)
     noise = reference.gumbel_noise(seeds.cpu(), 1, 32).to(device)
     assert noise.max() > 8

@@ -1,4 +1,4 @@
-"""Compiled CPU kernels under every instruction set they are built for, narrower than the one the other tests run on."""
+"""Compiled CPU kernels with the narrower instruction sets that they are built for; other tests use the widest."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ import torch
 from fastssl.kernels.dispatch import BACKENDS
 
 FOLDER = Path(__file__).resolve().parent
-#: Forward and backward of every op against the reference, and attention at the borders of its blocks.
+#: Forward and backward tests of every op against the reference, and attention at the borders of its blocks.
 SELECTION = "((native-cpu and (test_forward or test_backward)) or test_blocks_of_the_cpu_kernel)"
 FILES = [str(FOLDER / f"test_{name}.py") for name in ("standard", "integrate_and_fire", "varlen_attention")]
 
@@ -19,7 +19,7 @@ FILES = [str(FOLDER / f"test_{name}.py") for name in ("standard", "integrate_and
 @pytest.mark.parametrize("capability", ["avx2", "default"])
 def test_kernels_agree_with_the_reference(capability: str) -> None:
     if not any("native" in backends["cpu"] for backends in BACKENDS.values()):
-        pytest.skip("the compiled CPU module is not there")
+        pytest.skip("the compiled CPU module was not built")
     if capability == "avx2" and torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         pytest.skip("this machine has no AVX2")
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", SELECTION, *FILES]

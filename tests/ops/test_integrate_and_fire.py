@@ -13,7 +13,7 @@ from fastssl.packing import Layout, Packed
 from tests.ops.common import LENGTHS, compiler_for, implementations, layout_of, randn
 from tests.ops.standard import Inputs, Mates, Standard
 
-#: name -> (lengths, C, mean weight, threshold)
+#: Name -> (lengths, C, mean weight, threshold).
 CASES = {
     "learned": (LENGTHS["odd"], 24, 0.25, 1.0),
     "one_long": (LENGTHS["one_long"], 19, 0.4, 1.0),
@@ -46,7 +46,7 @@ def run(case: str, inputs: Inputs, backend: str | None = None) -> Tensor:
 
 
 def plain_loop(x: Tensor, weights: Tensor, beta: float) -> Tensor:
-    """One utterance, frame by frame, with left weight, right weight and extra fires as the authors' code has them."""
+    """One utterance, frame by frame, with the left weight, right weight and extra fires of the authors' code."""
     total = weights.double().cumsum(0)
     fired = math.floor(float(total[-1]) / beta)
     out = x.new_zeros(fired + 1, x.shape[1])
@@ -65,7 +65,7 @@ def plain_loop(x: Tensor, weights: Tensor, beta: float) -> Tensor:
 
 
 def trace(case: str, inputs: Inputs, backend: str) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
-    """What runs below the computation of the output length, which depends on data."""
+    """The part that can be traced: everything after the output length, which depends on data, is computed."""
     lengths, _, _, threshold = CASES[case]
     x, weights = inputs.values()
     layout = layout_of(lengths, x.device.type)
@@ -133,7 +133,7 @@ STANDARD = Standard(
     frames=frames,
     call=lambda inputs, layout, backend: integrate_and_fire(inputs["x"], inputs["weights"], layout, backend=backend)[0],
     gradcheck_cases=("small", "small_several_fires", "never_fires"),
-    # A small step, since the output length jumps where an utterance's sum crosses a multiple of the threshold.
+    # The step is small because the output length jumps if an utterance's sum crosses a multiple of the threshold.
     gradcheck_step=1e-7,
     compile_cases=("small_threshold",),
     compiler=compiler_for,
@@ -174,7 +174,7 @@ def test_weights_of_one_change_nothing(backend: str, device: str) -> None:
 
 @EVERY_IMPLEMENTATION
 def test_ties_and_zero_weights(backend: str, device: str) -> None:
-    """Frames that end exactly on a slot's border, or take no room: values and the gradient of the later slot."""
+    """Frames that end exactly on a slot's border, or have no weight: values, and gradients (from the later slot)."""
     x = torch.arange(1.0, 7, device=device)[:, None].requires_grad_()
     weights = torch.tensor([0.5, 0.5, 0.0, 2.0, 0.0, 0.75], device=device, requires_grad=True)
     out, layout_out = integrate_and_fire(x, weights, layout_of((6,), device), backend=backend)
@@ -184,7 +184,7 @@ def test_ties_and_zero_weights(backend: str, device: str) -> None:
         (out[:, 0] * torch.tensor([1.0, 10, 100], device=device)).sum(), (x, weights)
     )
     assert grad_x[:, 0].tolist() == [0.5, 0.5, 0.0, 110.0, 0.0, 0.0]
-    # dL/dS = (x1 - x2, 10 (x2 - x3), 10 (x3 - x4), 0, ...), because S_2 and S_3 end on the border of slot 1.
+    # dL/dS = (x1 - x2, 10 (x2 - x3), 10 (x3 - x4), 0, ...), because S_2 and S_3 lie exactly where slot 1 starts.
     assert grad_weights.tolist() == [-21.0, -20.0, -10.0, 0.0, 0.0, 0.0]
 
 

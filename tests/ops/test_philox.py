@@ -3,7 +3,7 @@ import torch
 
 from fastssl.kernels.philox import keep_mask, philox
 
-#: Seed, counter and words as the authors of Random123 publish them.
+#: Seed, counter and output words, as published by the authors of Random123.
 KNOWN = (0, 0, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8))
 
 

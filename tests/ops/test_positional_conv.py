@@ -10,7 +10,7 @@ from fastssl.packing import Layout, Packed
 from tests.ops.common import LENGTHS, check_against_reference, compiler_for, layout_of, normal, randn
 from tests.ops.standard import Inputs, Mates, Standard
 
-#: name -> (lengths, groups, channels of a group, K, bias)
+#: Name -> (lengths, groups, channels per group, K, bias).
 CASES = {
     "wav2vec2": (LENGTHS["odd"], 4, 6, 16, True),
     "odd_kernel": (LENGTHS["odd"], 2, 8, 7, True),
@@ -105,7 +105,7 @@ def test_reference_is_the_convolution_of_transformers() -> None:
 
 
 def test_long_sequences_have_an_exact_weight_gradient() -> None:
-    """The correlation over many blocks of the transform, in the size of the base model's groups."""
+    """Tests the weight gradient over many blocks of the Fourier transform, with groups as large as the base model's."""
     generator = torch.Generator().manual_seed(0)
     layout = layout_of((700, 3, 450))
     inputs = {

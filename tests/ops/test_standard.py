@@ -1,4 +1,4 @@
-"""The seven tests that every op passes, on what `tests/ops/test_<op>.py` declares of it."""
+"""The seven standard tests of every op, on the cases that each `tests/ops/test_<op>.py` declares."""
 
 from collections.abc import Callable
 from itertools import product
@@ -49,7 +49,7 @@ def test_forward(standard: Standard, case: str, dtype: torch.dtype, backend: str
 def test_backward(standard: Standard, case: str, output: str, dtype: torch.dtype, backend: str, device: str) -> None:
     standard.skip_unserved(case, backend, device, dtype)
     if backend in standard.backward_of_others:
-        pytest.skip("PyTorch's gradients are not ours to bound")
+        pytest.skip("PyTorch computes these gradients, so their error is not tested")
     run = standard.outputs.get(output, standard.run)
     check_against_reference(
         lambda tensors, name: run(case, tensors, name),
@@ -67,7 +67,7 @@ def test_backward(standard: Standard, case: str, output: str, dtype: torch.dtype
 )
 def test_gradcheck(standard: Standard, case: str, backend: str, device: str) -> None:
     if device == "cuda":
-        pytest.skip("gradcheck runs on the CPU")
+        pytest.skip("gradcheck runs only on the CPU")
     standard.skip_unserved(case, backend, device, torch.float64)
     inputs = standard.make_inputs(case, torch.float64)
     leaves = {name: x.requires_grad_() for name, x in inputs.items() if x.is_floating_point()}
@@ -81,7 +81,7 @@ def test_gradcheck(standard: Standard, case: str, backend: str, device: str) -> 
 
 
 class Recorder(TorchDispatchMode):
-    """Keeps the calls of the operators of a backend, with arguments that need no gradient."""
+    """Records calls of a backend's operators, with their arguments detached."""
 
     def __init__(self, backend: str) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -105,7 +105,7 @@ class Recorder(TorchDispatchMode):
     ),
 )
 def test_opcheck(standard: Standard, case: str, dtype: torch.dtype, backend: str, device: str) -> None:
-    """With the arguments that the op itself passes to its operators."""
+    """Checks the backend's operators with the arguments that the op itself passes to them."""
     standard.skip_slow(case, backend, device)
     inputs = cast(standard.inputs(case, backend, device), dtype, device)
     with Recorder(backend) as recorder:
@@ -130,9 +130,9 @@ def test_compile(standard: Standard, case: str, backend: str, device: str) -> No
             return standard.trace(case, inputs, backend)
         return lambda tensors: standard.run(case, tensors, backend), (inputs,)
 
-    # Twice, because what leads to the arguments can be differentiated once.
+    # Two calls, because the graph that leads to the arguments can be differentiated only once.
     (function, arguments), (eager_function, eager_arguments) = traced(), traced()
-    torch.compiler.reset()  # all ops are traced from the same lines here, which recompile only so often
+    torch.compiler.reset()  # all ops compile the same lines, and PyTorch limits recompilations per line
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=standard.compiler(backend))
     leaves = [x for x in inputs.values() if x.requires_grad]
     out, eager = compiled(*arguments), eager_function(*eager_arguments)
@@ -162,7 +162,7 @@ def check_batch_mates(mates: Mates, lengths: list[int], drawn: tuple[Any, ...], 
     inputs = {name: x.to(device) for name, x in mates.make(lengths, *drawn).items()}
 
     def call(tensors: Inputs, lengths: list[int]) -> list[list[Tensor]]:
-        # Memory of its own, which is aligned differently: on that the bits of a product could depend.
+        # Clone, because a slice of the batch is aligned differently, and products can depend on alignment.
         own = {name: x.clone() for name, x in tensors.items()}
         return [packed.unpack() for packed in mates.call(own, layout_of(lengths, device), backend)]
 

@@ -25,7 +25,7 @@ from tests.ops.standard import Inputs, Mates, Standard
 
 Norm = Literal["none", "group", "layer"]
 
-#: name -> (lengths, C_in, C_out, K, stride, options)
+#: Name -> (lengths, C_in, C_out, K, stride, options).
 CASES: dict[str, tuple[tuple[int, ...], int, int, int, int, dict[str, Any]]] = {
     "first_layer": (LENGTHS["odd"], 1, 8, 10, 5, {"norm": "group"}),
     "middle_layer": (LENGTHS["odd"], 8, 6, 3, 2, {}),
@@ -37,7 +37,7 @@ CASES: dict[str, tuple[tuple[int, ...], int, int, int, int, dict[str, Any]]] = {
     "all_too_short": (LENGTHS["single_frame"], 8, 6, 3, 2, {"norm": "group"}),
     "empty_batch": (LENGTHS["empty_batch"], 8, 6, 3, 2, {"norm": "layer"}),
 }
-#: gradcheck perturbs every input, so these are small
+#: Small cases for gradcheck, which perturbs every number of the inputs.
 SMALL: dict[str, tuple[tuple[int, ...], int, int, int, int, dict[str, Any]]] = {
     "small, first_layer": ((21, 14), 1, 3, 10, 5, {"norm": "group"}),
     "small, layer_norm": ((0, 9, 0, 6), 2, 3, 3, 2, {"norm": "layer", "bias": True}),
@@ -82,7 +82,7 @@ def run(case: str, inputs: Inputs, backend: str | None = None) -> Tensor:
     return out
 
 
-#: name -> (lengths, C_in, channels, kernels, strides, norms, bias)
+#: Name -> (lengths, C_in, channels, kernels, strides, norms, bias).
 STACKS: dict[str, tuple[tuple[int, ...], int, list[int], list[int], list[int], list[Norm], bool]] = {
     "wav2vec2_group": ((431, 40, 290), 1, [16, 16, 16], [10, 3, 2], [5, 2, 2], ["group", "none", "none"], False),
     "wav2vec2_layer": ((431, 7, 290), 1, [16, 16, 16], [10, 3, 2], [5, 2, 2], ["layer"] * 3, True),
@@ -133,7 +133,7 @@ def make_case_or_stack(case: str, dtype: torch.dtype = torch.float32) -> Inputs:
 
 
 def run_case_or_stack(case: str, inputs: Inputs, backend: str | None = None) -> Tensor:
-    """With a waveform that needs no gradient in one of the stacks."""
+    """Run a layer or a stack; in one of the stacks the waveform needs no gradient."""
     if case in STACKS:
         frozen = {"x": inputs["x"].detach()} if case == "wav2vec2_group" else {}
         return run_stack(case, inputs | frozen, backend)
@@ -276,7 +276,7 @@ def test_compile_stack(backend: str, device: str) -> None:
 @EVERY_IMPLEMENTATION
 def test_batch_mates_do_not_matter_to_a_stack(backend: str, device: str, case: str, dtype: torch.dtype) -> None:
     if device == "cuda":
-        pytest.skip("bit for bit on the CPU only")
+        pytest.skip("equal bits are promised only on the CPU")
     lengths, _, _, kernels, strides, _, _ = STACKS[case]
     inputs, layout = cast(make_stack(case), dtype), layout_of(lengths)
     out = run_stack(case, inputs, backend)
@@ -312,7 +312,7 @@ def test_a_stack_keeps_convolutions_only(backend: str, device: str, dtype: torch
     assert sorted(sizes) == sorted(expected)
 
 
-@pytest.mark.skipif("native" not in BACKENDS["strided_conv"]["cpu"], reason="the compiled module is not there")
+@pytest.mark.skipif("native" not in BACKENDS["strided_conv"]["cpu"], reason="the compiled module was not built")
 @pytest.mark.parametrize("case", STACKS)
 @pytest.mark.parametrize("waveform_needs_grad", [False, True])
 def test_blocks_do_not_matter(case: str, waveform_needs_grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -327,18 +327,18 @@ def test_blocks_do_not_matter(case: str, waveform_needs_grad: bool, monkeypatch:
     (out, grads), (out_in_blocks, grads_in_blocks) = results
     assert torch.equal(out_in_blocks, out)
     for name, grad, found in zip(names, grads, grads_in_blocks, strict=True):
-        # A bias before a norm over time has a gradient of zero, up to rounding.
+        # The gradient of a bias before a norm over time is zero up to rounding, so compare it on an absolute scale.
         scale = max(grad.abs().max().item(), 1e-2)
         assert (found - grad).abs().max() < 1e-5 * scale, name
 
 
-@pytest.mark.skipif("native" not in BACKENDS["strided_conv"]["cpu"], reason="the compiled module is not there")
+@pytest.mark.skipif("native" not in BACKENDS["strided_conv"]["cpu"], reason="the compiled module was not built")
 def test_frames_that_no_window_sees_have_gradients_of_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "_BLOCK_NUMBERS", 1)
-    # The last of 17 blocks of the lower layer lies between two windows of the upper one.
+    # The last of the lower layer's 17 blocks lies between two windows of the upper layer.
     x, bias = torch.randn(272, 2, requires_grad=True), torch.randn(3, requires_grad=True)
     layers = [StridedConvLayer(torch.randn(3, 2, 1), 1, bias), StridedConvLayer(torch.randn(4, 3, 1), 17)]
-    torch.use_deterministic_algorithms(True)  # fills memory that is not initialised with NaN
+    torch.use_deterministic_algorithms(True)  # fills uninitialised memory with NaN
     try:
         out, _ = strided_conv_stack(x, layers, layout_of((272,)), backend="native")
         grad_x, grad_bias = gradients(out, [x, bias])
@@ -362,7 +362,7 @@ def test_any_strides_of_the_arguments(backend: str, device: str) -> None:
 @pytest.mark.parametrize(("backend", "device"), implementations("strided_conv", compiled_only=True))
 def test_same_bits_every_time(backend: str, device: str, case: str) -> None:
     if backend == "triton" and device == "cpu":
-        pytest.skip("the interpreter runs one program after another; on a GPU see test_strided_conv_kernels.py")
+        pytest.skip("Triton's interpreter cannot have races; for GPUs see test_strided_conv_kernels.py")
     inputs = cast(make_stack(case), torch.float32, device)
     runs = []
     for _ in range(3):

@@ -1,4 +1,4 @@
-"""What the shared tests of `strided_conv` are too small to see: chunks, tiles, long batches, races, waiting."""
+"""Tests of `strided_conv` with larger inputs than the shared tests: chunks, tiles, long batches, races, waiting."""
 
 import random
 from typing import Literal, NamedTuple
@@ -19,7 +19,7 @@ ON_GPU = [kernel for kernel in TRITON if kernel.values[1] == "cuda"] or [
 
 
 class Stack(NamedTuple):
-    channels: tuple[int, ...]  # of the input, then of each layer's output
+    channels: tuple[int, ...]  # the input's, then the output's of each layer
     kernels: tuple[int, ...]
     strides: tuple[int, ...]
     norms: tuple[Norm, ...]
@@ -104,7 +104,7 @@ def test_more_sequences_than_a_search_takes_at_once(backend: str, device: str) -
 def test_group_norm_of_a_waveform_far_from_zero(backend: str, device: str) -> None:
     stack, lengths = Stack((1, 8), (10,), (5,), ("group",), bias=False), (300, 90)
     inputs = {name: tensor.to(device) for name, tensor in stack.inputs(lengths).items()}
-    inputs["weight_0"] -= inputs["weight_0"].mean(2, keepdim=True)  # a filter that does not see the offset
+    inputs["weight_0"] -= inputs["weight_0"].mean(2, keepdim=True)  # a zero-mean filter ignores the offset
     near, far = (stack.run(inputs | {"x": inputs["x"] + offset}, lengths, backend) for offset in (0.0, 64.0))
     torch.testing.assert_close(far, near, rtol=0, atol=1e-3)
 

@@ -22,7 +22,7 @@ from tests.ops.standard import Inputs, Mates, Standard
 
 SEED = torch.tensor(-4242424242424242)
 
-#: name -> (lengths, H, E, options); "reach" is R of the distance bias
+#: Name -> (lengths, H, E, options); "reach" is R of the distance bias.
 CASES: dict[str, tuple[tuple[int, ...], int, int, dict[str, Any]]] = {
     "plain": (LENGTHS["odd"], 3, 8, {}),
     "one_long": (LENGTHS["one_long"], 2, 16, {}),
@@ -34,12 +34,13 @@ CASES: dict[str, tuple[tuple[int, ...], int, int, dict[str, Any]]] = {
     "gated": (LENGTHS["with_empty"], 3, 8, {"reach": 4, "gated": True}),
     "dropout": (LENGTHS["one_long"], 2, 8, {"dropout_p": 0.3}),
     "everything": ((9, 14), 3, 8, {"scale": 0.5, "reach": 4, "gated": True, "dropout_p": 0.3}),
-    # Two heads: with one, the largest of 81 sums over the batch is too often luck of plain PyTorch.
+    # Two heads: with one, the bias has only 81 gradients, and plain PyTorch's error in them, which sets the tolerance,
+    # is too often small by luck.
     "many_blocks": ((150, 3, 70), 2, 20, {"reach": 40, "gated": True, "dropout_p": 0.2}),
     "everything_empty": (LENGTHS["empty_batch"], 3, 8, {"reach": 4, "gated": True, "dropout_p": 0.3}),
 }
-#: The same for the CPU kernel, whose blocks are 48 queries and 192 keys in tiles of 6 by 16: lengths and widths below,
-#: at and above them; and 300 frames with everything on, which is two blocks of keys and reaches beyond R.
+#: Cases for the CPU kernel, whose blocks have 48 queries and 192 keys in tiles of 6 by 16. Lengths and widths lie just
+#: below, at and just above these sizes. "long" uses every option, on two blocks of keys and with distances beyond R.
 BLOCK_CASES: dict[str, tuple[tuple[int, ...], int, int, dict[str, Any]]] = {
     "queries": ((47, 48, 49), 2, 64, {}),
     "keys": ((191, 192, 193), 1, 64, {"reach": 200, "gated": True}),
@@ -48,7 +49,7 @@ BLOCK_CASES: dict[str, tuple[tuple[int, ...], int, int, dict[str, Any]]] = {
     "chunks": ((385,), 1, 16, {"reach": 3}),
     "long": ((300, 1), 2, 64, {"reach": 100, "gated": True, "dropout_p": 0.1}),
 }
-#: gradcheck perturbs every input, so these are small
+#: Small cases for gradcheck, which perturbs every number of the inputs.
 SMALL: dict[str, tuple[tuple[int, ...], int, int, dict[str, Any]]] = {
     "small, plain": ((3, 1, 0, 2), 2, 2, {}),
     "small, dropout": ((3, 2), 2, 2, {"dropout_p": 0.4}),
@@ -127,7 +128,7 @@ STANDARD = Standard(
     make_inputs=make_inputs,
     run=run,
     serves=serves,
-    # PyTorch's backward is less precise than the reference: gradcheck and SDPA vouch for it.
+    # PyTorch's backward is less precise than the reference, so it is tested by gradcheck and against SDPA instead.
     backward_of_others=("torch",),
     mates={
         "drawn": Mates(
@@ -187,7 +188,7 @@ STANDARD = Standard(
 
 
 native_cpu = pytest.mark.skipif(
-    "native" not in dispatch.BACKENDS["varlen_attention"]["cpu"], reason="the compiled CPU module is not there"
+    "native" not in dispatch.BACKENDS["varlen_attention"]["cpu"], reason="the compiled CPU module was not built"
 )
 
 
@@ -208,7 +209,7 @@ def test_blocks_of_the_cpu_kernel(case: str, dtype: torch.dtype) -> None:
 @native_cpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_threads_do_not_matter(dtype: torch.dtype) -> None:
-    """With more threads than heads, a long sequence is cut into tasks, whose backward takes another way."""
+    """With more threads than heads, long sequences are split into tasks, with a different backward pass."""
     lengths, heads, width = (900, 31), 2, 24
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(sum(lengths), heads, width, generator=generator, dtype=dtype) for _ in range(3))
@@ -277,7 +278,7 @@ def test_gated_distance_bias_is_that_of_wavlm() -> None:
     torch.manual_seed(0)
     lengths, heads, width, reach = (90, 7, 41), 4, 8, 40
     wavlm = WavLMAttention(embed_dim=heads * width, num_heads=heads, num_buckets=16, max_distance=reach)
-    # The middle row of a (2R+1, 2R+1) bias holds every distance from -R to R.
+    # The middle row of a (2R+1, 2R+1) bias contains every distance from -R to R.
     distance_bias = wavlm.compute_bias(2 * reach + 1, 2 * reach + 1)[:, reach].detach()
     q, k, v = (torch.randn(sum(lengths), heads, width) for _ in range(3))
     gate = 1 + torch.randn(sum(lengths), heads)
@@ -291,7 +292,7 @@ def test_gated_distance_bias_is_that_of_wavlm() -> None:
 
 
 def kept(lengths: tuple[int, ...], heads: int, dropout_p: float, seed: Tensor | None) -> list[Tensor]:
-    """The dropout mask of every sequence, (T, H, T), from outside: equal logits, and values that tell keys apart."""
+    """The dropout mask of each sequence, (T, H, T), recovered with equal logits and with unit vectors as values."""
     zeros = torch.zeros(sum(lengths), heads, max(lengths))
     values = torch.cat([torch.eye(length, max(lengths)) for length in lengths]).unsqueeze(1).expand_as(zeros)
     out = varlen_attention(zeros, zeros, values, layout_of(lengths), dropout_p=dropout_p, seed=seed)
@@ -304,7 +305,7 @@ def kept(lengths: tuple[int, ...], heads: int, dropout_p: float, seed: Tensor | 
 
 
 def keeps(seed: int, row: int, head: int, key: int, dropout_p: float) -> bool:
-    """The hash of README.md in Python's own integers."""
+    """The hash that the op's README.md specifies, in Python integers."""
 
     def mix(x: int) -> int:
         x = (x ^ x >> 16) * 0x85EBCA6B % 2**32
@@ -340,7 +341,7 @@ def test_dropout_drops_as_often_as_asked_and_nothing_together() -> None:
     (mask,) = kept((400,), 4, 0.2, SEED)
     dropped = 1 - mask.double()
     assert abs(dropped.mean() - 0.2) < 5 * 0.4 / dropped.numel() ** 0.5
-    for dims in ((0, 1), (0, 2), (1, 2)):  # as often for every key, head and row
+    for dims in ((0, 1), (0, 2), (1, 2)):  # equally often for every key, head and row
         share = dropped.mean(dims)
         assert (share - 0.2).abs().max() < 5 * 0.4 / (dropped.numel() / share.numel()) ** 0.5
     centred = (dropped - 0.2) / 0.4
@@ -412,7 +413,7 @@ def test_autocast_reaches_the_arguments_and_not_the_op(case: str) -> None:
 def test_cuda_calls_varlen_attn_where_it_serves(
     change: dict[str, Any], message: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without a GPU: tensors that pretend to be on one go as far as the fake kernel of PyTorch."""
+    """Needs no GPU: fake CUDA tensors get as far as PyTorch's fake kernel."""
     good: dict[str, Any] = {"dtype": torch.bfloat16, "width": 64, "lengths": (10, 0, 20), "capability": (8, 0)}
     case = good | change
     scale = case.get("scale")

@@ -1,4 +1,4 @@
-"""What the shared tests of `varlen_attention` are too small to see: blocks, widths, long batches, races, waiting."""
+"""Tests of `varlen_attention` with larger inputs than the shared tests: blocks, widths, long batches, races, waits."""
 
 import random
 from typing import Any
@@ -78,7 +78,7 @@ def test_long(lengths: tuple[int, ...], backend: str, device: str) -> None:
 @pytest.mark.parametrize("seed", [3, -(2**63), 2**40 + 12345])
 @pytest.mark.parametrize(("backend", "device"), KERNELS)
 def test_drops_what_the_reference_drops(backend: str, device: str, seed: int, dropout_p: float) -> None:
-    """With equal logits and values that tell keys apart the forward shows its mask, and the backward in grad_v."""
+    """With equal logits and unit vectors as values, the output shows the forward's mask, and grad_v the backward's."""
     lengths, heads = (40, 0, 70), 2
     zeros = torch.zeros(sum(lengths), heads, max(lengths), device=device)
     values = torch.cat([torch.eye(length, max(lengths)) for length in lengths]).unsqueeze(1).expand_as(zeros)
@@ -102,7 +102,7 @@ def test_drops_what_the_reference_drops(backend: str, device: str, seed: int, dr
 def test_a_bias_of_minus_infinity_forbids(backend: str, device: str) -> None:
     lengths, reach = (150, 3), 40
     inputs = {name: x.to(device) for name, x in make_inputs(lengths, 1, 16, reach).items() if name != "gate"}
-    inputs["distance_bias"][:, [0, -1]] = float("-inf")  # local attention: nobody beyond 39 frames
+    inputs["distance_bias"][:, [0, -1]] = float("-inf")  # local attention: no frame sees beyond 39 frames
     leaves = [inputs[name].requires_grad_() for name in ("q", "k", "v", "distance_bias")]
     outputs = [run(inputs, layout_of(lengths, device), name) for name in (backend, "reference")]
     torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-5, atol=1e-5)

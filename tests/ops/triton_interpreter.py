@@ -1,4 +1,4 @@
-"""What Triton's interpreter (3.8) gets wrong, put right: it multiplies bfloat16 matrices as integers, and truncates."""
+"""Fixes for Triton's interpreter (3.8), which multiplies bfloat16 matrices as integers, and truncates to bfloat16."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import torch
 
 
 def repair_bfloat16() -> None:
-    """Make `tl.dot` of bfloat16 a product of the numbers, and fp32 to bfloat16 round to the nearest, as on a GPU."""
+    """Make `tl.dot` multiply bfloat16 numbers, and round fp32 to the nearest bfloat16, as a GPU does."""
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
@@ -20,7 +20,7 @@ def repair_bfloat16() -> None:
 
     def cast_impl(self: Any, source: Any, target: Any) -> Any:
         if source.dtype.scalar == tl.bfloat16 and target.scalar == tl.float32:
-            return widened(source)  # as the original, and ten times as fast
+            return widened(source)  # same result as the original, ten times as fast
         if source.dtype.scalar == tl.float32 and target.scalar == tl.bfloat16:
             rounded = torch.from_numpy(np.ascontiguousarray(source.data)).bfloat16().view(torch.int16)
             return TensorHandle(rounded.numpy().view(np.uint16).reshape(source.data.shape), tl.bfloat16)

@@ -1,4 +1,4 @@
-"""Runs of a tiny model on a corpus of a few seconds."""
+"""Fixtures for training tests: settings of short runs with tiny models on a few seconds of audio."""
 
 import dataclasses
 import shutil
@@ -63,7 +63,7 @@ def model_of(system: str) -> SpeechEncoderConfig:
 
 
 def rewound(config: PretrainConfig, output: Path, *, update: int) -> PretrainConfig:
-    """A copy of a finished run that stands behind a checkpoint which it kept (`trainer.keep_every`)."""
+    """Copy a finished run as if it had been stopped at an earlier checkpoint (kept by `trainer.keep_every`)."""
     shutil.copytree(config.output, output)
     (output / "checkpoints" / f"{update:07d}.ckpt").replace(output / "checkpoints" / "last.ckpt")
     assert saved_update(output / "checkpoints" / "last.ckpt") == update
@@ -71,7 +71,7 @@ def rewound(config: PretrainConfig, output: Path, *, update: int) -> PretrainCon
 
 
 def as_yaml_file(config: PretrainConfig, folder: Path) -> Path:
-    """Settings for `--config`."""
+    """Write the settings to a file for `--config`."""
     path = folder / "settings.yaml"
     write_config(config, path)
     return path
@@ -84,7 +84,7 @@ def _one_thread(one_thread: None) -> None:
 
 @pytest.fixture
 def make_system() -> MakeSystem:
-    """`make_system(config, "hubert")`: the same run of another system, without dropout."""
+    """`make_system(config, "hubert")` returns the same run with another system's model, without dropout."""
 
     def make(config: PretrainConfig, system: str) -> PretrainConfig:
         return dataclasses.replace(config, system=system, model=model_of(system))
@@ -94,7 +94,7 @@ def make_system() -> MakeSystem:
 
 @pytest.fixture
 def make_config(recordings: Path, tmp_path: Path) -> MakeConfig:
-    """`make_config("run", **{"trainer.max_steps": 4})`: the settings of a small run in the test's folder."""
+    """`make_config("run", **{"trainer.max_steps": 4})` returns the settings of a small run in the test's folder."""
 
     def make(
         output: str = "run", *, audio: Path = recordings, init: str | None = None, **changes: Any

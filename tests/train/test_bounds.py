@@ -1,4 +1,4 @@
-"""The bounds of every setting: what is refused on either side of each, and by which name."""
+"""Bounds of every setting: values on both sides of each bound, and the option names in the errors."""
 
 import dataclasses
 import itertools
@@ -26,7 +26,7 @@ from fastssl.train.config import (
     TrainerConfig,
 )
 
-#: Config -> what goes before the names of its fields in errors.
+#: Config -> prefix of its fields' names in errors.
 CONFIGS: dict[type[Any], str] = {
     **dict.fromkeys((EncoderConfig, ConformerConfig), ""),
     **dict.fromkeys((Wav2Vec2Config, HubertConfig, BestRqConfig, DistillationConfig, PretrainConfig), ""),
@@ -36,7 +36,7 @@ CONFIGS: dict[type[Any], str] = {
     TrainerConfig: "trainer.",
     QualityConfig: "quality.",
 }
-#: What an error says of the bounds -> the fields that have them.
+#: Bounds, as written in errors -> names of the fields with these bounds.
 BOUNDS = {
     "at least 0 and below 1": (
         *("hidden_dropout", "attention_dropout", "activation_dropout", "feat_proj_dropout", "feat_quantizer_dropout"),
@@ -67,7 +67,7 @@ BOUNDS = {
     "at least 2": ("num_clusters", "max_bucket_distance"),
     "at least 4": ("num_buckets",),
 }
-#: Other settings that allow a value next to a bound.
+#: Field -> other settings that must change so that values next to its bound are valid.
 _BESIDE: dict[str, dict[str, Any]] = {
     "hidden_size": {"num_attention_heads": 1},
     "num_buckets": {"model_type": "wavlm"},
@@ -81,7 +81,7 @@ _BESIDE: dict[str, dict[str, Any]] = {
     "max_duration_s": {"crop_s": None},
     "keep_every": {"checkpoint_every": 1},
 }
-#: Fields whose next number is not the next legal one.
+#: Integer fields whose legal values are more than 1 apart.
 _STEPS = {"conv_depthwise_kernel_size": 2, "hidden_size": 2}
 _REQUIRED = {PretrainConfig: {"audio": "", "output": ""}}
 
@@ -91,7 +91,7 @@ def _numbers(hint: Any) -> set[type]:
 
 
 def _fields(config: type[Any]) -> list[tuple[str, type]]:
-    """The fields of numbers and whether they are whole."""
+    """The numeric fields of a config, each with its type, int or float."""
     found = [
         (field.name, _numbers(field.hint)) for field in declared(config) if not dataclasses.is_dataclass(field.hint)
     ]
@@ -100,7 +100,7 @@ def _fields(config: type[Any]) -> list[tuple[str, type]]:
 
 def _bounds_of(config: type[Any], name: str) -> str:
     if name == "hidden_size" and issubclass(config, ConformerConfig):
-        return "at least 2"  # heads of an even width
+        return "at least 2"  # its heads need an even width
     return next(text for text, names in BOUNDS.items() if name in names)
 
 
@@ -117,7 +117,7 @@ def _cases() -> Iterator[Any]:
                 for side, where in ((-1, "below"), (0, "at"), (1, "above")):
                     value = limit + side * (step if side in refused else step * _STEPS.get(name, 1))
                     label = f"{config.__name__}.{name} {where} {bound.rpartition(' ')[2]}"
-                    if side in refused or not foreign:  # a system has one architecture
+                    if side in refused or not foreign:  # a pre-training config cannot change its architecture
                         yield pytest.param(config, name, value, text if side in refused else None, id=label)
 
 

@@ -1,4 +1,4 @@
-"""The model card that a run leaves, and the commit that it names."""
+"""The model card of a run, and the commit that it names."""
 
 import dataclasses
 import subprocess
@@ -36,7 +36,7 @@ def test_a_run_leaves_a_card(make_config: MakeConfig) -> None:
 def test_a_resumed_run_has_the_scores_of_its_checkpoint(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Scores of later updates do not count: a run that went back to its last checkpoint has not measured them."""
+    """A card has only scores up to its checkpoint: a resumed run discards the later ones."""
     changes = {"trainer.max_steps": 3, "trainer.val_check_interval": 2, "trainer.checkpoint_every": 1, "data.crop_s": 1}
     config = make_config(**changes)
     scores: dict[int, tuple[int, float | None]] = {}

@@ -1,4 +1,4 @@
-"""Pre-training with a compressor: from a plain encoder, with segments to learn boundaries from, resumed."""
+"""Pre-training with a compressor: started from a plain encoder, guided by segments, and resumed."""
 
 import dataclasses
 from pathlib import Path
@@ -30,7 +30,7 @@ def _compressed(config: PretrainConfig, segments: Path | None = None) -> Pretrai
 
 @pytest.fixture
 def segments(recordings: Path, tmp_path: Path) -> Path:
-    """Of MFCC."""
+    """A folder of MFCC segments for the recordings."""
     folder = tmp_path / "segments"
     label(recordings, folder, LabelSettings(clusters=7, segment_price=500.0), num_workers=0)
     return folder
@@ -67,16 +67,17 @@ def test_a_plain_encoder_learns_to_compress(make_config: MakeConfig) -> None:
     config = _compressed(make_config("compressed"))
     model, untouched = build_model(config.model), build_model(config.model)
     untouched.load_state_dict(model.state_dict())
-    assert not initialise(model, plain.output)  # the compressor is fresh
+    assert not initialise(model, plain.output)  # False: the compressor is newly initialised
     saved = torch.load(Path(plain.output) / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     for name, tensor in model.state_dict().items():
         expected = untouched.state_dict()[name] if ".compressor." in name else saved[f"model.{name}"]
         assert torch.equal(tensor, expected), name
-    # The other way, and another kind, would be another encoder.
+    # Dropping the compressor of a trained encoder would change the encoder, so it is refused.
     model.speech_encoder.save_pretrained(Path(plain.output) / "made")
     with pytest.raises(ValueError, match=r"model\.compressor is integrate-and-fire there and none here"):
         initialise(build_model(plain.model), str(Path(plain.output) / "made"))
-    assert not initialise(build_model(config.model), str(Path(plain.output) / "made"))  # the quantiser is fresh
+    # False, because the encoder's folder has no quantiser, which is therefore newly initialised.
+    assert not initialise(build_model(config.model), str(Path(plain.output) / "made"))
 
 
 def test_segments_go_with_the_crops_of_a_run(make_config: MakeConfig, segments: Path) -> None:

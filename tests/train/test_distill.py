@@ -1,4 +1,4 @@
-"""`fastssl distill`: runs with a teacher, resumed, exported; what a teacher must be."""
+"""`fastssl distill`: runs with a teacher, resuming and exporting them, and teachers that are refused."""
 
 import dataclasses
 import json
@@ -37,7 +37,7 @@ _STUDENT: dict[str, Any] = _SHAPE | {"model_type": "hubert", "num_hidden_layers"
 
 @pytest.fixture
 def teacher(tmp_path: Path) -> Path:
-    """Of random weights, whose layers differ."""
+    """A teacher with random weights, large enough that its layers differ."""
     torch.manual_seed(7)
     encoder = Encoder(_TEACHER)
     for parameter in encoder.encoder.parameters():
@@ -64,7 +64,7 @@ def test_a_student_learns(make_config: MakeConfig, teacher: Path, distillation: 
     assert held_out[-1]["valid_distillation_loss"] < held_out[0]["valid_distillation_loss"]
     assert (run / "report.png").is_file()
     kept = yaml.safe_load((run / "config.yaml").read_text())
-    # What the teacher decides is kept.
+    # The run's config records the settings that follow from the teacher.
     assert kept["teacher"] == str(teacher)
     assert (kept["model"]["teacher_hidden_size"], kept["model"]["teacher_num_hidden_layers"]) == (32, 3)
     assert kept["model"]["do_normalize"] is False
@@ -88,7 +88,7 @@ def test_any_teacher_and_recordings_of_other_rates(
 ) -> None:
     values = dataclasses.asdict(_TEACHER) | changes
     if changes["model_type"] == "data2vec-audio":
-        # Of this type there is one front end alone.
+        # data2vec has only this front end.
         values |= {"feat_extract_norm": "layer", "num_conv_pos_embedding_groups": 16}
     torch.manual_seed(7)
     Encoder(EncoderConfig.from_dict(values)).save_pretrained(tmp_path / "teacher")
@@ -207,9 +207,9 @@ def test_kept_frames_teach_as_the_teacher_does(
         ]
         for run in (beside, kept)
     )
-    np.testing.assert_allclose(found, expected, rtol=2e-3)  # of fp16
+    np.testing.assert_allclose(found, expected, rtol=2e-3)  # the cache stores fp16
 
-    # Made once: a second run finds all of them, and nothing is encoded by the teacher any more.
+    # A second run finds all frames in the cache and never runs the teacher.
     def fail(self: Teacher, waveforms: Any) -> Any:
         raise AssertionError("the teacher ran")
 
@@ -306,7 +306,7 @@ def test_other_recordings_of_the_same_names_and_lengths_are_not_taken_for_those_
 def test_recordings_that_cannot_be_read_are_left_out(
     make_config: MakeConfig, teacher: Path, recordings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Headers are well, and samples are not."""
+    """A recording with a good header but damaged samples is left out of the cache and of later runs."""
     read = read_waveform
 
     def fails(cut: Cut, **options: Any) -> Any:
@@ -320,14 +320,14 @@ def test_recordings_that_cannot_be_read_are_left_out(
     pretrain(config)
     assert len((tmp_path / "cache" / "index.jsonl").read_text().splitlines()) == 13
     assert "04.wav is damaged" in (Path(config.output) / "logs" / "pretrain.log").read_text()
-    pretrain(dataclasses.replace(config, output=str(tmp_path / "again")))  # which knows it by then
+    pretrain(dataclasses.replace(config, output=str(tmp_path / "again")))  # knows the damaged recording from the cache
     few = dataclasses.replace(config.data, max_bad_fraction=0.01)
     with pytest.raises(ValueError, match=r"of 1 of 14 crops the teacher has no frames, .*=0\.01 allows"):
         pretrain(dataclasses.replace(config, output=str(tmp_path / "few"), data=few))
 
 
 def test_held_out_folders_have_frames_of_their_own(make_config: MakeConfig, teacher: Path, tmp_path: Path) -> None:
-    """Files of the same names in two folders are not the same audio."""
+    """Files with the same name in the training and held-out folders must get different frames."""
     for folder, seed in (("train", 0), ("valid", 100)):
         for index in range(4):
             write_recording(tmp_path / folder / f"{index}.wav", 3.0, seed=seed + index)
@@ -428,4 +428,4 @@ def test_a_teacher_is_reduced_on_a_gpu_and_its_frames_are_not() -> None:
     torch.testing.assert_close(frames.values.cpu(), exact_frames.values, rtol=1e-3, atol=1e-4)
     for layer, exact in zip(layers, exact_layers, strict=True):
         difference = (layer.float().cpu() - exact).abs().mean()
-        assert 1e-4 < difference < 0.05  # bf16, and close
+        assert 1e-4 < difference < 0.05  # close, but rounded to bf16

@@ -1,4 +1,4 @@
-"""Processes and accumulation steps share out an update: the loss curve is that of one process on the joint batch."""
+"""Processes or accumulation steps that share an update give the loss curve of one process on the joint batch."""
 
 import os
 import subprocess
@@ -24,7 +24,7 @@ _SETTINGS = {**WITHOUT_DROPOUT, "trainer.max_steps": _UPDATES, "optimizer.clip_n
 
 
 class _JointBatches(IterableDataset[AudioBatch]):
-    """The two micro-batches of each update, as one."""
+    """Joins the two micro-batches of each update into one batch."""
 
     def __init__(self, data: PretrainDataModule) -> None:
         self.data = data
@@ -50,7 +50,7 @@ class _JointBatches(IterableDataset[AudioBatch]):
 
 @pytest.fixture
 def joint_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One process takes both micro-batches of an update at once."""
+    """Make one process train on both micro-batches of an update at once."""
 
     def loader(self: PretrainDataModule) -> DataLoader[AudioBatch]:
         return DataLoader(_JointBatches(self), batch_size=None)
@@ -89,7 +89,7 @@ def test_two_processes_equal_one_on_the_joint_batch(
 def test_two_accumulation_steps_equal_the_joint_batch(
     make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
-    # The diversity loss is that of a batch, so it alone depends on how an update is divided.
+    # Without the diversity loss, which is computed per batch and so depends on how an update is divided.
     settings: dict[str, Any] = {**_SETTINGS, "model.diversity_loss_weight": 0.0}
     double = make_config("double", **settings, **{"trainer.accumulation": 2})
     pretrain(double)

@@ -1,4 +1,4 @@
-"""What stops a run, and what it says."""
+"""Failures that stop a run, and their messages."""
 
 import logging
 import math
@@ -26,7 +26,7 @@ from tests.train.conftest import MakeConfig
 
 
 def _damage(path: Path) -> None:
-    """Keep the header, lose the end: only decoding finds out."""
+    """Cut off the end of the file but keep its header, so that only decoding fails."""
     path.write_bytes(path.read_bytes()[:2000])
 
 
@@ -46,7 +46,7 @@ def test_what_is_not_finite_names_the_files_and_spares_the_weights(
     make_config: MakeConfig, recordings: Path, tmp_path: Path, level: float, what: str
 ) -> None:
     shutil.copytree(recordings, tmp_path / "audio")
-    # Finite samples whose squares are not: nothing is wrong with the file until the model has seen it.
+    # The samples are finite but their squares overflow, so the problem appears only inside the model.
     soundfile.write(tmp_path / "audio" / "loud.wav", np.full(32000, level, dtype=np.float32), 16000, subtype="FLOAT")
     changes = {"model.do_normalize": False, "data.valid": 0.0, "trainer.checkpoint_every": 1, "trainer.max_steps": 12}
     config = make_config(audio=tmp_path / "audio", **changes)
@@ -75,7 +75,7 @@ def test_damaged_recordings_are_named_once_and_survive_resume(
     assert sum("empty.wav is empty" in message for message in warnings) == 1
     assert sum("03.flac" in message for message in warnings) == 1
     rows = read_metrics(Path(config.output) / "metrics.csv")
-    # Three recordings fit a batch, so 16 updates pass over the corpus twice and more.
+    # A batch holds three recordings, so 16 updates pass over the corpus more than twice.
     assert sum(row["utterances"] for row in rows) > 40
     assert rows[-1]["unusable"] == 1
     summary = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Training that starts from somebody's weights."""
+"""Training that starts from given weights (`--init`)."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ def test_run_gives_all_its_weights_and_no_optimiser(make_config: MakeConfig) -> 
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, saved[f"model.{name}"]), name
 
-    # A learning rate of next to nothing leaves the weights where they began.
+    # With a negligible learning rate, the weights stay at their initial values.
     changes = {"trainer.max_steps": 1, "optimizer.lr": 1e-30, "model.hidden_dropout": 0.0}
     second = make_config("second", init=first.output, **changes)
     pretrain(second)
@@ -36,7 +36,8 @@ def test_folder_of_an_encoder_leaves_the_quantiser_fresh(make_config: MakeConfig
     source, model, untouched = (build_model(config) for _ in range(3))
     source.speech_encoder.save_pretrained(tmp_path / "encoder")
     untouched.load_state_dict(model.state_dict())
-    for folder in (tmp_path / "encoder", tmp_path):  # a Transformers folder, and a run that has only its encoder left
+    # A folder that Transformers can open, and a run of which only the encoder is left.
+    for folder in (tmp_path / "encoder", tmp_path):
         assert not initialise(model, str(folder))
         for name, tensor in model.state_dict().items():
             expected = source if name.startswith("wav2vec2.") else untouched
@@ -48,7 +49,7 @@ def test_other_architectures_and_other_folders_are_refused(make_config: MakeConf
     build_model(config).speech_encoder.save_pretrained(tmp_path / "encoder")
     with pytest.raises(ValueError, match=r"model\.hidden_size is 32 there and 16 here"):
         initialise(build_model(make_config(**{"model.hidden_size": 16}).model), str(tmp_path))
-    # Same shapes, other meaning.
+    # The weights have the same shapes, but the setting changes how they are used.
     with pytest.raises(ValueError, match=r"is False there and True here.* add: --model\.do_stable_layer_norm false$"):
         initialise(build_model(make_config(**{"model.do_stable_layer_norm": True}).model), str(tmp_path))
     with pytest.raises(ValueError, match=r"add: --model\.conv_dim '\[16,16,16,16,16,16,16\]'$"):

@@ -1,4 +1,4 @@
-"""Several processes: started by torchrun or by Lightning, stopped together, resumed. Minutes, so only on request."""
+"""Training in several processes, started by torchrun or Lightning, stopped together, and resumed. Slow (minutes)."""
 
 import dataclasses
 import os
@@ -51,7 +51,7 @@ def _weights(config: PretrainConfig) -> dict[str, torch.Tensor]:
 
 
 def test_torchrun_and_resume_equal_lightnings_own_launch(make_config: MakeConfig, tmp_path: Path) -> None:
-    # Layer drop leaves parameters without a gradient, on all processes the same.
+    # Layer drop leaves some parameters without a gradient, the same ones in all processes.
     own = make_config("own", **{"trainer.devices": 2})
     assert _run(own, tmp_path).returncode == 0
     assert len(_losses(own)) == 8
@@ -62,7 +62,7 @@ def test_torchrun_and_resume_equal_lightnings_own_launch(make_config: MakeConfig
     assert outcome.returncode == 0, outcome.stderr
     assert _losses(torchrun) == _losses(own)
 
-    # Half of it, with the learning rate of the whole: the second half then repeats the first run.
+    # Go back to the middle of a whole run, with its learning rate schedule, and repeat the second half.
     half = make_config("half", **{"trainer.devices": 2, "trainer.max_steps": 8, "trainer.keep_every": 4})
     assert _run(half, tmp_path).returncode == 0
     checkpoints = Path(half.output) / "checkpoints"
@@ -85,7 +85,7 @@ def test_processes_share_out_the_updates_of_every_system(
 
 
 def _losses_of_two_processes_and_two_steps(one: PretrainConfig, folder: Path) -> tuple[list[float], list[float]]:
-    # Under torchrun the second process runs from the start, while the first makes labels, or a teacher's frames.
+    # Under torchrun, the second process is already running while the first makes labels or the teacher's frames.
     two = dataclasses.replace(one, output=str(folder / "two"))
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     outcome = _run(two, folder, launcher=launcher)
@@ -105,7 +105,7 @@ def test_processes_share_out_a_compressors_updates(
     model = dataclasses.replace(one.model, compressor="integrate-and-fire")
     data = dataclasses.replace(one.data, segments=str(tmp_path / "segments"))
     if isinstance(model, Wav2Vec2Config):
-        # It is the loss of a batch.
+        # The diversity loss is computed per batch, so it depends on how an update is divided.
         model = dataclasses.replace(model, diversity_loss_weight=0.0)
     if isinstance(model, DistillationConfig):
         shape = {field.name: getattr(model, field.name) for field in dataclasses.fields(EncoderConfig)}
@@ -141,7 +141,7 @@ def test_processes_stop_together_and_name_the_file_of_any(
     damaged = tmp_path / "audio" / "speaker1" / "01.flac"
     damaged.write_bytes(damaged.read_bytes()[:2000])
     changes = {"trainer.devices": 2, "model.do_normalize": False, "data.valid": 0.0, "trainer.max_steps": 50}
-    # One unusable recording of 15 is too many by default.
+    # By default, one unusable recording of 15 would stop the run.
     changes["data.max_bad_fraction"] = 0.5
     outcome = _run(make_config(audio=tmp_path / "audio", **changes), tmp_path)
     assert outcome.returncode == 1
@@ -159,7 +159,7 @@ def test_a_failure_of_the_process_that_labels_ends_the_others(
 ) -> None:
     config = make_system(make_config(**{"data.valid": 0.0}), "hubert")
     assert isinstance(config.model, HubertConfig)
-    model = dataclasses.replace(config.model, num_clusters=100_000)  # more than there are frames
+    model = dataclasses.replace(config.model, num_clusters=100_000)  # more clusters than frames
     config = dataclasses.replace(config, model=model)
     if launcher == "torchrun":
         torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
@@ -167,7 +167,7 @@ def test_a_failure_of_the_process_that_labels_ends_the_others(
         assert outcome.returncode != 0
         assert "clusters of" in outcome.stderr
         return
-    # srun starts each process, and ends none of them because another has failed.
+    # srun starts every process, and does not stop the others when one fails.
     command = [sys.executable, "-m", "fastssl", "pretrain", "--config", str(as_yaml_file(config, tmp_path))]
     command += ["--output", config.output, "--trainer.devices", "2"]
     slurm = {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_JOB_NAME": "run", "SLURM_JOB_ID": "4711"}

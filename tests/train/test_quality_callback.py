@@ -1,4 +1,4 @@
-"""Quality during training: rows that come, and a training that does not notice."""
+"""Quality measurements during training: their rows in the metrics, and no effect on the training."""
 
 import copy
 import logging
@@ -36,14 +36,14 @@ _CONFIG = EncoderConfig(
 
 
 class _Training(LightningModule):
-    """Dropout and layer drop from the global generator, which a measurement could disturb."""
+    """Training that draws from global random generators, which a measurement could disturb."""
 
     def __init__(self, encoder: Encoder) -> None:
         super().__init__()
         self.encoder = encoder
 
     def training_step(self, batch: AudioBatch, batch_idx: int) -> Tensor:
-        noise = float(np.random.rand()) * random.random()  # noqa: NPY002 - global generators can be disturbed
+        noise = float(np.random.rand()) * random.random()  # noqa: NPY002 - the global generator, on purpose
         features: Tensor = self.encoder(batch.waveforms).features.values
         return (features.tanh() - noise * torch.rand_like(features)).square().mean()
 
@@ -106,7 +106,7 @@ def test_training_does_not_notice(loader: DataLoader[AudioBatch], accumulate: in
     assert [row["update"] for row in write.rows] == [2, 4, 5]
     for row in write.rows:
         assert list(row) == ["update", *quality_columns(1)]
-    # Training moves the layers.
+    # Training changes the layers, so the measures change too.
     assert write.rows[0]["quality_effective_rank_1"] != write.rows[1]["quality_effective_rank_1"]
 
 
@@ -197,7 +197,7 @@ def test_panels() -> None:
     assert not draw_quality(axes, rows)
     for row in rows[1::2]:
         row |= {name: row["update"] + index for index, name in enumerate(quality_columns(1))}
-    del rows[3]["quality_davies_bouldin_1"]  # it was not finite
+    del rows[3]["quality_davies_bouldin_1"]  # as for a value that was not finite
     assert draw_quality(axes, rows)
     assert len(list(axes)) == 1
     lines = [[np.asarray(line.get_xydata()).tolist() for line in panel.lines] for panel in figure.axes]

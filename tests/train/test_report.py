@@ -1,4 +1,4 @@
-"""RUN/report.png of runs that this version did not begin."""
+"""The report, RUN/report.png, of a run that an earlier version started."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ def test_scores_of_an_earlier_version_are_drawn(tmp_path: Path) -> None:
         file.append(
             {"update": update, "audio_hours": update / 10, "contrastive_loss": 4.0, "audio_s_per_s": 9} | shares
         )
-    # The rows of the scores did not say after how many hours they were.
+    # In that version, rows with scores had no hours of audio.
     for update in (2, 3):
         file.append({"update": update, "valid_loss": 4.0, "valid_contrastive_loss": 4.0, "valid_accuracy": 0.1})
     draw_report(tmp_path, Wav2Vec2ForPreTraining)

@@ -1,4 +1,4 @@
-"""A run that was killed ends as one that was not."""
+"""Resuming: a killed run ends with the same results as an unbroken one."""
 
 import dataclasses
 import os
@@ -57,7 +57,7 @@ def test_scores_that_a_kill_prevented_are_made_up_for(make_config: MakeConfig, m
         patched.setattr(PretrainModule, "validation_step", die)
         with pytest.raises(KeyError):
             pretrain(config)
-    # The unfinished run has the encoder of its last checkpoint.
+    # The unfinished run has exported the encoder of its last checkpoint.
     _assert_encoder_is_that_of_the_checkpoint(config, update=2)
     pretrain(config, resume=True)
     _assert_encoder_is_that_of_the_checkpoint(config, update=6)
@@ -70,7 +70,7 @@ def test_resume_before_the_first_checkpoint_begins_again(make_config: MakeConfig
     config = make_config(**{"trainer.max_steps": 2})
     run = Path(config.output)
     run.mkdir()
-    # There is nothing yet that another seed could spoil.
+    # Another seed is accepted here, because no checkpoint exists yet.
     write_config(dataclasses.replace(config, seed=7), run / "config.yaml")
     pretrain(config, resume=True)
     assert "seed: 3\n" in (run / "config.yaml").read_text()
@@ -109,7 +109,7 @@ def test_resume_refuses_another_run(make_config: MakeConfig, recordings: Path) -
 
 
 def test_runs_of_earlier_versions_go_on(make_config: MakeConfig) -> None:
-    """Their config.yaml lacks the settings that did not exist."""
+    """Their config.yaml lacks settings that did not exist yet."""
     config = make_config(**{"trainer.max_steps": 2, "trainer.val_check_interval": 2})
     pretrain(config)
     path = Path(config.output) / "config.yaml"
@@ -131,7 +131,7 @@ def test_run_is_never_overwritten(make_config: MakeConfig) -> None:
 
 
 def _kill_in_the_middle(config: PretrainConfig, folder: Path) -> None:
-    """Start the run in another process and kill it when metrics.csv has the fifth update."""
+    """Start the run in another process, and kill it once metrics.csv contains the fifth update."""
     command = [sys.executable, "-m", "fastssl", "pretrain", "--config", str(as_yaml_file(config, folder))]
     with (folder / "killed.log").open("w") as log:
         process = subprocess.Popen(
@@ -160,7 +160,7 @@ def _checkpoint(config: PretrainConfig) -> dict[str, Any]:
 
 
 def _assert_same(found: Any, expected: Any) -> None:
-    """Equal in every bit."""
+    """Assert that nested values are equal bit for bit."""
     if isinstance(expected, dict):
         assert found.keys() == expected.keys()
         for key in expected:
@@ -176,6 +176,6 @@ def _assert_same(found: Any, expected: Any) -> None:
 
 
 def _metrics(config: PretrainConfig) -> list[dict[str, float]]:
-    """Everything that does not depend on the clock."""
+    """The rows of metrics.csv without the column that depends on the clock."""
     rows = read_metrics(Path(config.output) / "metrics.csv")
     return [{name: value for name, value in row.items() if name != "audio_s_per_s"} for row in rows]

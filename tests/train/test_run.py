@@ -1,4 +1,4 @@
-"""What a finished run leaves."""
+"""The files and scores of a finished run."""
 
 from pathlib import Path
 
@@ -35,7 +35,7 @@ def test_run_folder(make_config: MakeConfig) -> None:
     training = [row for row in rows if "loss" in row]
     assert [row["update"] for row in training] == list(range(1, 9))
     assert [row["update"] for row in rows if "valid_loss" in row] == [4, 8]
-    # Crops of up to 2 s, up to 6 s in a batch.
+    # Crops last up to 2 s and batches up to 6 s.
     assert 8 * 4 < training[-1]["audio_hours"] * 3600 <= 8 * 6
     assert training[3]["learning_rate"] == config.optimizer.lr
     assert training[3]["temperature"] == pytest.approx(2.0 * 0.9**3)
@@ -55,7 +55,7 @@ def test_loss_is_the_mean_over_masked_frames_and_validation_is_fixed(make_config
     config = make_config(**{"optimizer.lr": 1e-30, "trainer.max_steps": 4, "trainer.val_check_interval": 2})
     pretrain(config)
     rows = [row for row in read_metrics(Path(config.output) / "metrics.csv") if "valid_loss" in row]
-    # Nothing was learned, so what is scored twice scores the same.
+    # The learning rate is negligible, so both validations give the same score.
     assert rows[0]["valid_contrastive_loss"] == rows[1]["valid_contrastive_loss"]
 
     data = PretrainDataModule(config.audio, config.data, normalize=True, seed=config.seed, accumulation=1)

@@ -1,4 +1,4 @@
-"""HuBERT runs that learn from labels, given or made by themselves."""
+"""HuBERT runs that learn from given labels, or from labels that the run makes itself."""
 
 import dataclasses
 import json
@@ -29,7 +29,7 @@ _SETTINGS = LabelSettings(clusters=7)
 
 @pytest.fixture
 def hubert(make_config: MakeConfig, make_system: MakeSystem) -> PretrainConfig:
-    """Settings of a small HuBERT run."""
+    """The settings of a small HuBERT run."""
     return make_system(make_config(), "hubert")
 
 
@@ -45,7 +45,7 @@ def test_run_makes_labels_learns_and_resumes(hubert: PretrainConfig, tmp_path: P
     model = AutoModel.from_pretrained(run / "encoder")
     assert type(model).__name__ == "HubertModel"
 
-    # The same run in two halves.
+    # The same run, stopped in the middle and resumed.
     halves = dataclasses.replace(hubert, output=str(tmp_path / "halves"))
     half = dataclasses.replace(halves, trainer=dataclasses.replace(hubert.trainer, keep_every=4))
     pretrain(half)
@@ -68,7 +68,7 @@ def test_all_processes_hear_why_the_first_failed(hubert: PretrainConfig, monkeyp
         with pytest.raises(ValueError, match="no space is left"):
             pretrain(hubert)
     other = PretrainDataModule(hubert.audio, hubert.data, normalize=True, seed=hubert.seed, accumulation=1)
-    strategy = SimpleNamespace(broadcast=lambda _: ([], "no space is left"))  # as the first process sends it
+    strategy = SimpleNamespace(broadcast=lambda _: ([], "no space is left"))  # from a failed first process
     other.trainer = SimpleNamespace(strategy=strategy)  # type: ignore[assignment]
     with pytest.raises(ValueError, match="the first process failed: no space is left"):
         other.setup("fit")
@@ -86,7 +86,7 @@ def test_second_iteration_learns_the_labels_it_is_given(
         pretrain(given)
     given = dataclasses.replace(given, model=dataclasses.replace(hubert.model, num_clusters=5))
 
-    # Labels of other audio: nothing is written, and the files are named.
+    # If recordings have no labels, the error names them and the run writes nothing.
     missing = json.loads((tmp_path / "labels" / LABELS_FILE).read_text().splitlines()[0])["id"]
     lines = (tmp_path / "labels" / LABELS_FILE).read_text().splitlines(keepends=True)
     (tmp_path / "labels" / LABELS_FILE).write_text("".join(lines[1:]))
@@ -95,7 +95,7 @@ def test_second_iteration_learns_the_labels_it_is_given(
     assert not Path(given.output).exists()
     (tmp_path / "labels" / LABELS_FILE).write_text("".join(lines))
 
-    # Held-out recordings of their own are labelled by the same k-means.
+    # A separate folder of held-out recordings is labelled with the same k-means.
     held_out = tmp_path / "held_out"
     write_recording(held_out / "00.wav", 2.0, seed=70)
     short = TrainerConfig(**dataclasses.asdict(hubert.trainer) | {"max_steps": 4})
@@ -126,7 +126,7 @@ def test_recordings_without_labels_are_named_and_the_others_used(
         data = dataclasses.replace(hubert.data, labels=str(folder), max_bad_fraction=max_bad_fraction)
         return dataclasses.replace(hubert, data=data, trainer=dataclasses.replace(hubert.trainer, max_steps=1))
 
-    # One of fourteen, though it is one of the three that are held out.
+    # Missing labels for one recording of fourteen are tolerated, even though it is one of only three held out.
     pretrain(given(held_out[:1], 0.1))
     log = (Path(hubert.output) / "logs" / "pretrain.log").read_text()
     assert f"left out: {recordings / held_out[0]} has no labels in {folder}" in log

@@ -1,4 +1,4 @@
-"""Learning rate, temperature, settings that make no sense, and the files of metrics."""
+"""Schedules of learning rate and temperature, refused settings, and the metrics file."""
 
 from pathlib import Path
 

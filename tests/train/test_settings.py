@@ -1,4 +1,4 @@
-"""What is refused, or said, before a run begins."""
+"""Errors and warnings before a run starts."""
 
 import logging
 import shutil
@@ -26,7 +26,7 @@ def _files(data: PretrainDataModule, name: str) -> set[str]:
 def test_what_is_scored_is_not_trained_on(
     make_config: MakeConfig, recordings: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    # The same files by another name.
+    # The same files under another name.
     (tmp_path / "link").symlink_to(recordings / "speaker0")
     changes = {"data.valid": str(tmp_path / "link"), "trainer.max_steps": 1}
     data = _open(make_config(**changes))

@@ -1,4 +1,4 @@
-"""Runs of BEST-RQ: what they report and leave, and that they resume."""
+"""Runs of BEST-RQ: reports, resuming and quality measurements; and mismatched weights of every system."""
 
 import dataclasses
 from pathlib import Path
@@ -32,7 +32,7 @@ def test_best_rq_learns_reports_and_resumes(make_config: MakeConfig, make_system
     encoder = fastssl.load_encoder(run)
     assert isinstance(encoder, ConformerEncoder)
 
-    # The second half again.
+    # Repeat the second half.
     halves = dataclasses.replace(config, output=str(tmp_path / "halves"))
     run.rename(halves.output)
     checkpoints = Path(halves.output) / "checkpoints"
@@ -43,7 +43,7 @@ def test_best_rq_learns_reports_and_resumes(make_config: MakeConfig, make_system
     assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
     assert found.keys() == expected.keys()
 
-    # Quantiser and classifier come along; an encoder alone leaves them fresh.
+    # A run gives its quantiser and classifier too; with an encoder alone, they are newly initialised.
     assert isinstance(config.model, BestRqConfig)
     model = BestRqForPreTraining(config.model)
     assert initialise(model, halves.output)
@@ -84,11 +84,11 @@ def test_quality_shows_everywhere_and_changes_nothing(
     board.Reload()
     assert [event.step for event in board.Scalars("quality_davies_bouldin_1")] == [3, 6, 8]
     assert "% of the training time" in (run / "logs" / "pretrain.log").read_text()
-    # Four more panels.
+    # Four more panels double the figure's height.
     heights = [imread(Path(config.output) / "report.png").shape[0] for config in (plain, watched)]
     assert heights[1] == 2 * heights[0]
 
-    # Measured no more, the run goes on with the rows that are there.
+    # A run resumed without measurements keeps its earlier rows of quality.
     more = dataclasses.replace(watched.trainer, max_steps=10)
     pretrain(dataclasses.replace(watched, trainer=more, quality=QualityConfig()), resume=True)
     rows = read_metrics(run / "metrics.csv")
