@@ -39,7 +39,8 @@ class AudioBatch:
         noise: Noise to mix into each utterance, (M, 1) in B sequences, of length 0 for utterances without; None if the
             dataset reads no noise.
         teacher: A teacher's stored outputs for these utterances; None if the dataset reads none.
-        checksums: B CRC-32 values, one over the samples of each utterance before normalisation.
+        checksums: B CRC-32 values, one over the samples of each utterance before normalisation; empty if the dataset
+            computes none.
     """
 
     waveforms: Packed
@@ -280,6 +281,7 @@ class WaveformDataset(Dataset[AudioBatch]):
         noise: Recordings of noise, and the fraction of utterances that get one; None returns none.
         teacher: Stored outputs of a teacher to return; requires fixed crops. None returns none.
         teacher_keys: Prefix of the keys of `teacher`, in front of the cut's id.
+        checksums: Whether to compute `AudioBatch.checksums`.
     """
 
     def __init__(
@@ -292,9 +294,10 @@ class WaveformDataset(Dataset[AudioBatch]):
         noise: NoiseRecordings | None = None,
         teacher: TeacherTable | None = None,
         teacher_keys: str = "",
+        checksums: bool = False,
     ) -> None:
         self.normalize, self.channel, self.labels, self.segments = normalize, channel, labels, segments
-        self.noise, self.teacher, self.teacher_keys = noise, teacher, teacher_keys
+        self.noise, self.teacher, self.teacher_keys, self.checksums = noise, teacher, teacher_keys, checksums
 
     def __getitem__(self, spec: BatchSpec) -> AudioBatch:
         """Decode a micro-batch; an utterance that cannot be used is listed in `problems` and raises no exception."""
@@ -323,7 +326,7 @@ class WaveformDataset(Dataset[AudioBatch]):
             noise, unread = self.noise.read([cut.id for cut in used], seed=spec.seed, update=spec.update)
         teacher = None if self.teacher is None else self.teacher.of([self.teacher_keys + cut.id for cut in used])
         batch = waveform_batch(waveforms, normalize=self.normalize)
-        checksums = tuple(map(checksum, waveforms))
+        checksums = tuple(map(checksum, waveforms)) if self.checksums else ()
         return AudioBatch(
             batch, ids, names, spec.update, problems + unread, labels, segments, noise, teacher, checksums
         )

@@ -234,7 +234,9 @@ class Encoder(SpeechEncoder):
         Other arguments and errors as of `forward`.
         """
         normalised = Packed(self.feature_projection.normalise(frames.values), frames.layout)
-        normalised, compressed = self.compress(normalised, rate=rate, frame_period_ms=frame_period_ms)
+        compressed = None
+        if self.compressor is not None or rate is not None or frame_period_ms is not None:
+            normalised, compressed = self.compress(normalised, rate=rate, frame_period_ms=frame_period_ms)
         projected = self.feature_projection.project(normalised.values)
         return Projected(Packed(projected, normalised.layout), normalised.values, compressed)
 

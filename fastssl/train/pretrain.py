@@ -74,14 +74,16 @@ def pretrain(config: PretrainConfig, *, resume: bool = False) -> None:
         accumulation=config.trainer.accumulation,
         noise_share=cast(NoisyConfig, config.model).noise_share if SYSTEMS[config.system].needs.noise else 0.0,
     )
-    given = attach_given(config, data)
+    takes_labels = SYSTEMS[config.system].needs.labels or config.data.segments is not None
+    given = attach_given(config, data) if takes_labels else {}
     torch.manual_seed(config.seed)
     model = build_model(config.model)
     resume_from = checkpoint if resume and checkpoint.is_file() else None
     complete = initialise(model, config.init) if config.init is not None and resume_from is None else True
     if teacher is not None and config.init is None and resume_from is None:
         model.start_from_teacher(teacher.encoder)
-    data.beside.append(RunLabels(run, config, data, given))
+    if takes_labels:
+        data.beside.append(RunLabels(run, config, data, given))
     if teacher is not None and config.data.teacher_cache is not None:
         cache = TeacherCache(config, data, teacher)
         data.beside.append(cache)

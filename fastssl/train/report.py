@@ -80,7 +80,8 @@ def draw_report(run: Path, system: type[PretrainingModel]) -> None:
     height = 4 if measured else 2
     figure = new_figure(3.5 * height)
     loss, accuracy, perplexity, throughput, *others = figure.subplots(height, 2).flat
-    draw_quality(iter(others), measured)
+    if measured:
+        draw_quality(iter(others), measured)
 
     def plot(axes: object, source: _Rows, key: str, label: str, factor: float = 1.0, style: str = "-") -> None:
         points = [(row["audio_hours"], factor * row[key]) for row in source if key in row]

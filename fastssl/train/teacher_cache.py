@@ -104,7 +104,7 @@ def _fill(shards: Shards, data: PretrainDataModule, teacher: Teacher) -> dict[st
     todo = {key: cut for key, cut in data.crops() if key not in shards.entries}
     if shards.entries:
         logger.info("the teacher's frames of %d crops are there already", len(shards.entries))
-    dataset = WaveformDataset(normalize=data.normalize, channel=data.config.channel)
+    dataset = WaveformDataset(normalize=data.normalize, channel=data.config.channel, checksums=True)
     device = choose_device("auto")
     # Apart, because ids are those of files in two folders.
     for held_out in (False, True):
