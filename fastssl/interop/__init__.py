@@ -1,4 +1,4 @@
-"""Other people's models: run by our kernels, and read from their checkpoints."""
+"""Other libraries' models: accelerated by fastssl's kernels, or loaded from their checkpoints."""
 
 from fastssl.interop.attention import register_attention as register_attention
 from fastssl.interop.in_place import accelerate as accelerate

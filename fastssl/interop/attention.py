@@ -1,4 +1,4 @@
-"""Our attention in Transformers' own encoders: `attn_implementation="fastssl"`."""
+"""fastssl's attention inside Transformers' own encoders: `attn_implementation="fastssl"`."""
 
 import warnings
 from typing import Any
@@ -12,11 +12,11 @@ NAME = "fastssl"
 
 
 def register_attention() -> None:
-    """Let Transformers' models be made with `attn_implementation="fastssl"`: `varlen_attention` over the valid frames.
+    """Register `attn_implementation="fastssl"` with Transformers: `ops.varlen_attention` over the valid frames only.
 
-    For every bidirectional encoder whose attention can be chosen, speech or not; WavLM's cannot. The rest of the model
-    runs as it did, padding included; `accelerate` is what takes that away. Padding frames get zeros, attention weights
-    are not returned, and a mask may have holes.
+    Any bidirectional encoder that lets the user choose its attention can use it, for speech or not; WavLM cannot. The
+    rest of the model still computes the padding; use `accelerate` to avoid that. The attention's output is zero at
+    padding frames. The padding mask (B, T) may have gaps. Attention weights are not returned.
 
     Raises:
         ImportError: Transformers is not installed.
@@ -36,11 +36,16 @@ def _mask(
     attention_mask: Tensor | None = None,  # (B, T)
     **options: Any,
 ) -> PaddedRows | None:
-    """Which rows are valid, once per forward pass: the host waits for the device here and nowhere else."""
+    """Return the valid rows, or None without a mask; called once per forward pass.
+
+    Only here does the host wait for the device.
+    """
     from transformers.masking_utils import bidirectional_mask_function
 
     if mask_function is not bidirectional_mask_function or q_length != kv_length:
-        raise ValueError(f"attn_implementation: {NAME!r} serves self-attention in both directions only")
+        raise ValueError(
+            f"attn_implementation: {NAME!r} supports only self-attention in both directions; choose 'sdpa' instead"
+        )
     if attention_mask is None:
         return None
     return PaddedRows.from_mask(attention_mask.bool())
@@ -59,11 +64,16 @@ def _attend(
     **options: Any,
 ) -> tuple[Tensor, None]:  # (B, T, H, E)
     if is_causal or getattr(module, "is_causal", False) or not query.shape == key.shape == value.shape:
-        raise ValueError(f"attn_implementation: {NAME!r} serves self-attention in both directions only")
+        raise ValueError(
+            f"attn_implementation: {NAME!r} supports only self-attention in both directions; choose 'sdpa' instead"
+        )
     if isinstance(attention_mask, Tensor) or options.get("position_bias") is not None:
-        raise ValueError(f"attn_implementation: {NAME!r} takes (B, T) masks, neither dense ones nor biases")
+        raise ValueError(
+            f"attn_implementation: {NAME!r} supports padding masks (B, T), but neither dense masks nor a position "
+            "bias; choose 'sdpa' instead"
+        )
     if options.get("output_attentions"):
-        warnings.warn(f"attn_implementation={NAME!r} returns no attention weights", stacklevel=2)
+        warnings.warn(f"attn_implementation={NAME!r} returns no attention weights; use 'eager' for them", stacklevel=2)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     if attention_mask is None:
         B, T = q.shape[:2]

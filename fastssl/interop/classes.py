@@ -1,4 +1,7 @@
-"""An accelerated module is of a subclass of its class with the same name and other methods: made, found and undone."""
+"""Subclasses that accelerate another library's modules: create them, recognise them, and undo them.
+
+An accelerated module belongs to a subclass of its original class, with the same name and some other methods.
+"""
 
 import importlib
 from collections.abc import Callable, Mapping
@@ -8,19 +11,19 @@ from torch import nn
 
 from fastssl.models.folder import ACCELERATED_COMPRESSOR
 
-#: What an accelerated module has of its own: how group norms treat padding.
+#: Attribute that only accelerated modules have: how group norms treat padding, "valid" or "padded".
 NORM = "_fastssl_norm"
 
 
 class AcceleratedClasses:
-    """Subclasses of another library's classes, which `isinstance`, pickling and copying take for the original.
+    """Accelerated subclasses of another library's classes; `isinstance`, pickling and copying still work on them.
 
     Args:
-        home: The Python module where pickle finds them; its `__getattr__` has to be `by_name`.
-        sources: Name of a class -> the Python module that it is from.
-        methods: Class -> what is other in its subclass.
-        check: Raises ValueError if a module has a part that is not served.
-        width: Of an encoder's frames, D; None if the classes are not encoders.
+        home: Name of the Python module where pickle finds the subclasses; its `__getattr__` must be `by_name`.
+        sources: For each original class, its name -> the name of the Python module that defines it.
+        methods: Function from an original class to the attributes that its subclass replaces.
+        check: Function that raises ValueError if a module has an unsupported part; None accepts every module.
+        width: Function from an encoder to the width D of its frames; None if the classes are not encoders.
     """
 
     def __init__(
@@ -40,8 +43,8 @@ class AcceleratedClasses:
         self._made: dict[type[nn.Module], type[nn.Module]] = {}
 
     def original(self, module: nn.Module) -> Any:
-        """The class that a module is of, accelerated or not; None for one that is not known."""
-        # A subclass of somebody else has a forward of its own, perhaps; ours are marked.
+        """Return the original class of a module, accelerated or not, or None if the class is not in `sources`."""
+        # A user's subclass may have its own forward, so only subclasses with our mark are traced back to their base.
         candidates = type(module).__mro__ if hasattr(type(module), NORM) else (type(module),)
         for cls in candidates:
             if self.sources.get(cls.__name__) == cls.__module__:
@@ -49,12 +52,17 @@ class AcceleratedClasses:
         return None
 
     def put_on(self, module: nn.Module, norm: str) -> None:
-        """Give a module of one of the classes our methods."""
+        """Accelerate a module in place by changing its class.
+
+        Args:
+            module: Instance of one of the classes, accelerated or not.
+            norm: "valid" or "padded", as in `accelerate`.
+        """
         module.__class__ = self._subclass(self.original(module))
         setattr(module, NORM, norm)
 
     def take_off(self, module: nn.Module) -> None:
-        """Give a module its own methods back, if it has ours."""
+        """Restore the original class of a module in place and drop its compressor; leaves other modules unchanged."""
         original = self.original(module)
         if original is not None and hasattr(type(module), NORM):
             module.__class__ = original
@@ -63,7 +71,11 @@ class AcceleratedClasses:
                 delattr(module, ACCELERATED_COMPRESSOR)
 
     def by_name(self, name: str) -> type[nn.Module]:
-        """The accelerated class of this name."""
+        """Return the accelerated class with this name; imports the library that defines the original.
+
+        Raises:
+            AttributeError: The name is not in `sources`.
+        """
         if name not in self.sources:
             raise AttributeError(f"module {self.home!r} has no attribute {name!r}")
         return self._subclass(getattr(importlib.import_module(self.sources[name]), name))
@@ -72,7 +84,7 @@ class AcceleratedClasses:
         if original not in self._made:
             name = original.__name__
             namespace = {"__module__": self.home, "__qualname__": name, "__doc__": original.__doc__}
-            # An instance that the class itself makes, as `from_pretrained` does, has it too.
+            # A class attribute, so that instances that the class itself creates, as in `from_pretrained`, have it too.
             namespace[NORM] = "valid"
             self._made[original] = type(name, (original,), self.methods(original) | namespace)
         return self._made[original]

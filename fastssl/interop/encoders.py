@@ -1,7 +1,7 @@
-"""What accelerated encoders share, whatever their library: when they run, and how padding is removed and put back.
+"""Code shared by accelerated encoders of all libraries: when they run, and how they remove and restore padding.
 
-Linear layers, norms and dropouts that are not PyTorch's own are called (see `nn.functional`). If any other module is
-not as its library made it, the original code runs: `original_runs`.
+Linear layers, norms and dropouts that are not plain PyTorch modules are called as they are (see `nn.functional`). If
+any other module has a hook or a class from elsewhere, the original code runs instead; see `original_runs`.
 """
 
 import warnings
@@ -21,23 +21,26 @@ _LIBRARIES = ("transformers.", "torchaudio.", "torch.nn.", "fastssl.")
 
 
 def original_runs(model: nn.Module, modules: Iterable[nn.Module], reason: str | None = None) -> bool:
-    """Whether the original `forward` has to run, after a warning that says why.
+    """Return whether the original `forward` must run instead of ours, after a warning that gives the reason.
 
     Args:
         model: The accelerated encoder.
-        modules: Those that our forward reads without calling them. A hook on one of them, or somebody else's class in
-            its place, would be left out without a word.
-        reason: Another reason, if there is one.
+        modules: Modules whose parameters our forward reads without calling them. A hook on one of them, or a foreign
+            class in its place, would be ignored silently, so it makes the original run.
+        reason: Another reason to run the original, found by the caller; None if there is no other.
 
     Raises:
-        ValueError: It has to, but the model has a compressor.
+        ValueError: The original must run, but the model has a compressor, which the original cannot apply.
     """
     reason = reason or _foreign_code(modules)
     if reason is None:
         return False
     if hasattr(model, ACCELERATED_COMPRESSOR):
-        raise ValueError(f"{reason}, which has no place for the compressor")
-    warnings.warn(f"{reason}, so the original code runs, padded", stacklevel=4)
+        raise ValueError(
+            f"{reason}, but the original code cannot apply the compressor; undo this, or remove the compressor with "
+            "`fastssl.restore`"
+        )
+    warnings.warn(f"{reason}, so the original code runs, on padded batches and without acceleration", stacklevel=4)
     return True
 
 
@@ -45,14 +48,19 @@ def _foreign_code(modules: Iterable[nn.Module]) -> str | None:
     for module in modules:
         kind = type(module)
         if not kind.__module__.startswith(_LIBRARIES):
-            return f"a {kind.__module__}.{kind.__name__} is in the place of a module of the original"
+            return f"a {kind.__module__}.{kind.__name__} replaces a module of the original"
         if F.is_watched(module):
-            return f"a {kind.__name__} has a hook or a forward of its own"
+            return f"a {kind.__name__} has a hook or its own forward"
     return None
 
 
 def modules_not_called(model: Any, stack: Any) -> Iterator[nn.Module]:
-    """The modules of a front end and a stack that the original calls and our forward only reads."""
+    """Yield the modules that the original forward calls, but ours only reads.
+
+    Args:
+        model: The encoder, with `feature_extractor`.
+        stack: Its transformer, with `pos_conv_embed` and `layers`.
+    """
     blocks = [*getattr(stack.pos_conv_embed, "layers", [stack.pos_conv_embed])]
     if getattr(model, NORM) == "valid":
         yield model.feature_extractor
@@ -74,14 +82,17 @@ def front_end(
     convolutions: Iterable[tuple[int, int]],
     padded: Callable[[Tensor], Tensor],
 ) -> tuple[Packed, int]:
-    """The frames of an encoder's convolutions, (N, C), and how many frames a row of the padded batch has.
+    """Run an encoder's convolutions on a padded batch and pack the valid frames.
 
     Args:
         model: The encoder.
-        waveforms: (B, T).
-        lengths: Valid samples of each.
-        convolutions: Kernel and stride of each convolution.
-        padded: The original front end, (B, T) to (B, F, C), which runs if the encoder's norm is "padded".
+        waveforms: (B, T) samples.
+        lengths: B numbers of valid samples.
+        convolutions: Kernel and stride of each convolution, in samples of its input.
+        padded: The original front end, (B, T) to (B, F, C). It runs if the encoder's norm is "padded".
+
+    Returns:
+        The valid frames (N, C), and the number of frames F per row of the padded batch.
     """
     layout = Layout.from_lengths([*lengths, waveforms.shape[1]])
     for kernel, stride in convolutions:
@@ -94,11 +105,15 @@ def front_end(
 
 
 def compress(model: nn.Module, frames: Packed) -> tuple[Packed, Callable[[Tensor], Tensor]]:
-    """The frames that an accelerated encoder's transformer takes, and what brings its rows back to all of them.
+    """Apply an accelerated encoder's compressor to the input of its transformer, if it has one.
 
     Args:
         model: The encoder.
-        frames: (N, D), projected.
+        frames: (N, D), the projected frames.
+
+    Returns:
+        The frames (M, D) for the transformer layers, and a function that repeats rows (M, D) of their outputs to
+        (N, D). Without a compressor, M = N and both are unchanged.
     """
     compressor = getattr(model, ACCELERATED_COMPRESSOR, None)
     if compressor is None:
@@ -108,14 +123,31 @@ def compress(model: nn.Module, frames: Packed) -> tuple[Packed, Callable[[Tensor
 
 
 def run_layer(layer: Any, x: Tensor, attention: Callable[[Tensor], Tensor], *, pre_norm: bool) -> Tensor:
-    """One layer, (N, D) to (N, D), around its attention."""
+    """Run one transformer layer on packed frames.
+
+    Args:
+        layer: Layer of the original model, with its norms, dropout and `feed_forward`.
+        x: (N, D).
+        attention: Function from (N, D) to (N, D).
+        pre_norm: Whether the norms come before attention and feed-forward instead of after them.
+
+    Returns:
+        (N, D).
+    """
     feed_forward, dropout = partial(F.feed_forward, layer.feed_forward), layer.feed_forward.output_dropout
     return F.transformer_layer(layer, x, attention, feed_forward, dropout, pre_norm=pre_norm)[0]
 
 
 def distance_bias(attention: Any) -> Tensor:
-    """WavLM's relative position bias (arXiv 2110.13900, section 2.2) by distance, (H, 2R + 1): constant beyond R."""
-    # The buckets are found on the host, as the originals do: a logarithm elsewhere may round to another one.
+    """Compute WavLM's relative position bias for each distance between two frames (arXiv 2110.13900, section 2.2).
+
+    Args:
+        attention: WavLM's attention module, with `rel_attn_embed` and `max_distance` R.
+
+    Returns:
+        (H, 2R + 1) for distances -R to R; the bias is constant beyond them.
+    """
+    # Like the originals, compute the buckets on the CPU: a GPU's logarithm may round to a neighbouring bucket.
     distances = torch.arange(-attention.max_distance, attention.max_distance + 1)
     embedding = attention.rel_attn_embed
     bias: Tensor = embedding(attention._relative_positions_bucket(distances).to(embedding.weight.device))
@@ -123,9 +155,17 @@ def distance_bias(attention: Any) -> Tensor:
 
 
 def padded_by_last(x: Packed, length: int) -> Tensor:  # (N, D) -> (B, length, D)
-    """A padded batch with each utterance's last frame repeated after it, or zeros where it has no frame.
+    """Pad packed frames by repeating each utterance's last frame, or with zeros if the utterance has no frame.
 
-    Greedy CTC decoding of a whole row then gives the text of the utterance. The padding passes no gradient.
+    Greedy CTC decoding of a whole row, padding included, then gives the text of the utterance. The padding passes no
+    gradient back.
+
+    Args:
+        x: Packed frames (N, D) of B utterances.
+        length: Number of frames per row of the result, at least that of the longest utterance.
+
+    Returns:
+        (B, length, D).
     """
     padded = x.to_padded(length=length)
     if not x.layout.total or min(x.layout.lengths) == length:

@@ -1,7 +1,8 @@
-"""Checkpoints of fairseq (wav2vec 2.0, HuBERT, data2vec audio) and of Microsoft's WavLM.
+"""Read checkpoints of fairseq (wav2vec 2.0, HuBERT, data2vec audio) and of Microsoft's WavLM.
 
-Such a file is a pickle that names classes of fairseq and omegaconf. Nothing of them is imported or run: PyTorch's
-restricted unpickler reads it, an inert object stands in the place of each of theirs, and any other name is refused.
+Such a file is a pickle that names classes of fairseq and omegaconf. This module neither imports nor runs them:
+PyTorch's restricted unpickler reads the file, an inert object replaces each of their objects, and any other name is
+refused.
 """
 
 import argparse
@@ -18,17 +19,17 @@ from torch import Tensor
 from fastssl.interop import names
 from fastssl.models.encoder import EncoderConfig
 
-#: Packages, and data types of Python's own, whose objects are replaced by inert ones. Their code never runs, so that
-#: the list says what belongs into such a file, not what could be trusted.
+#: Packages and built-in types whose objects are replaced by inert ones. Their code never runs, so this list says what
+#: such a file normally contains, not what is trusted.
 _EXPECTED = re.compile(
     r"(argparse|fairseq|hydra|numpy|omegaconf|typing)\..+|builtins\.(bool|dict|float|getattr|int|list|str|tuple)"
 )
-#: Where the encoder is in a checkpoint: fine-tuned models hold it.
+#: Possible prefixes of the encoder's weights in a checkpoint; fine-tuned models contain the encoder as a submodule.
 _PREFIXES = ("w2v_encoder.w2v_model.", "encoder.w2v_model.", "w2v_encoder.", "w2v_model.", "")
 _FIRST_WEIGHT = "feature_extractor.conv_layers.0.0.weight"
 _TRIPLE = r"\(([1-9]\d{0,4}),([1-9]\d{0,4}),([1-9]\d{0,4})\)"
 _CONV_LAYERS = "[(512, 10, 5)] + [(512, 3, 2)] * 4 + [(512, 2, 2)] * 2"
-#: Settings that change the numbers, with the only value that is served, which is also fairseq's default.
+#: Settings that change the encoder's output, each with its only supported value, which is also fairseq's default.
 _SERVED: dict[str, Any] = {
     "activation_fn": "gelu",
     "layer_type": "transformer",
@@ -41,7 +42,7 @@ _SERVED: dict[str, Any] = {
 
 
 class _Inert:
-    """An object of somebody's class: takes what the pickle gives it, and does nothing."""
+    """Stands in for an object of another package's class: stores what the pickle contains and does nothing."""
 
     def __new__(cls, *args: Any) -> "_Inert":
         made = super().__new__(cls)
@@ -57,27 +58,31 @@ class _Inert:
 
 
 def read_checkpoint(path: Path) -> tuple[EncoderConfig, dict[str, Tensor]]:
-    """The config and the weights of the encoder in a checkpoint, by Transformers' names; heads may be among them.
+    """Read the config and the weights of the encoder in a checkpoint of fairseq or WavLM, without running any of it.
 
     Args:
-        path: A file that fairseq or WavLM's authors wrote, pre-trained or fine-tuned.
+        path: File written by fairseq or by WavLM's authors, pre-trained or fine-tuned.
+
+    Returns:
+        The config, and the weights on the CPU by Transformers' names; weights of heads may be among them.
 
     Raises:
-        ValueError: It is no such file, it names something to run, or the model has a part that is not served.
+        ValueError: The file is not such a checkpoint, names code outside the expected packages, or contains a model
+            with an unsupported part.
     """
     try:
         checkpoint = _load(path)
         cfg = next((cfg for key in ("cfg", "args") if (cfg := _plain(checkpoint.get(key)))), None)
-    except Exception as error:  # a file that may hold anything can fail in any way
+    except Exception as error:  # the file may contain anything, so reading it may fail in any way
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))
         reason = f"it names {refused[1]}, which is not run" if refused else str(error).partition("\n")[0]
-        raise ValueError(f"{path}: no checkpoint of fairseq that can be read: {reason}") from error
+        raise ValueError(f"{path}: cannot be read as a checkpoint of fairseq: {reason}") from error
     weights = checkpoint.get("model")
     if not isinstance(weights, dict) or not isinstance(cfg, dict):
-        raise ValueError(f"{path}: no checkpoint of fairseq: looked for 'model', and for 'cfg' or 'args', in it")
+        raise ValueError(f"{path}: not a checkpoint of fairseq; expected the entry 'model', and 'cfg' or 'args'")
     prefix = next((prefix for prefix in _PREFIXES if prefix + _FIRST_WEIGHT in weights), None)
     if prefix is None:
-        raise ValueError(f"{path}: no speech encoder in it; looked for a weight ...{_FIRST_WEIGHT}")
+        raise ValueError(f"{path}: contains no speech encoder; looked for a weight named ...{_FIRST_WEIGHT}")
     weights = {
         name.removeprefix(prefix): tensor
         for name, tensor in weights.items()
@@ -95,12 +100,12 @@ def _load(path: Path) -> dict[str, Any]:
     with torch.serialization.safe_globals(expected):  # type: ignore[arg-type]
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     if not isinstance(loaded, dict):
-        raise ValueError(f"it holds a {type(loaded).__name__}, not a dictionary")
+        raise ValueError(f"it contains a {type(loaded).__name__}, expected a dictionary")
     return loaded
 
 
 def _globals_in(path: Path) -> set[str]:
-    """The classes and functions that a file names; reads the operations of its pickles, without doing them."""
+    """Return the classes and functions that a file's pickles name; reads their opcodes without executing them."""
     found = set()
     for stream in _pickles_of(path):
         for operation, argument, _ in pickletools.genops(stream):
@@ -118,16 +123,16 @@ def _pickles_of(path: Path) -> Iterator[IO[bytes]]:
                         yield stream
         return
     with path.open("rb") as stream:
-        for _ in range(4):  # before PyTorch 1.6: a magic number, a version, the system, the object; then raw numbers
+        for _ in range(4):  # files from before PyTorch 1.6: magic number, version, system and object, then raw data
             yield stream
 
 
 def _plain(value: Any) -> Any:
-    """Dictionaries, lists and values in the place of namespaces, omegaconf's nodes and enumerations."""
+    """Convert namespaces, omegaconf's nodes and enumerations to dictionaries, lists and plain values, recursively."""
     if isinstance(value, (_Inert, argparse.Namespace)):
         state = dict(vars(value))
         given = state.pop("_given", ())
-        for key in ("_content", "_val"):  # of omegaconf's containers and values
+        for key in ("_content", "_val"):  # attributes of omegaconf's containers and values
             if key in state:
                 return _plain(state[key])
         return _plain(state) if state or not given else _plain(given[-1])
@@ -137,18 +142,18 @@ def _plain(value: Any) -> Any:
 
 
 def _config(cfg: dict[str, Any], weights: Mapping[str, Tensor]) -> EncoderConfig:
-    """What a checkpoint says of its encoder; fairseq's defaults for what it does not say."""
-    levels = [cfg]  # a fine-tuned model's own, then that of the model it was made from
+    """Build the encoder's config from a checkpoint's settings; missing settings get fairseq's defaults."""
+    levels = [cfg]  # the settings of a fine-tuned model, then those of the model it was fine-tuned from
     while isinstance(nested := _model_of(levels[-1]).get("w2v_args"), dict):
         levels.append(nested)
     model = {name: value for name, value in _model_of(levels[-1]).items() if value is not None}
     for name, served in _SERVED.items():
         if model.get(name, served) != served:
-            raise ValueError(f"{name}={model[name]!r} is not served, only {served!r}")
+            raise ValueError(f"{name}={model[name]!r} is not supported, only {served!r}")
     modes = {"default": "group", "layer_norm": "layer"}
     mode = model.get("extractor_mode", "default")
     if mode not in modes:
-        raise ValueError(f"extractor_mode={mode!r} is not served, only {' and '.join(modes)}")
+        raise ValueError(f"extractor_mode={mode!r} is not supported, only {' and '.join(modes)}")
     layers = _parse_layers(model.get("conv_feature_layers", _CONV_LAYERS))
     values = {
         "model_type": "wav2vec2",
@@ -176,10 +181,10 @@ def _config(cfg: dict[str, Any], weights: Mapping[str, Tensor]) -> EncoderConfig
 
 
 def _own_settings(model: Mapping[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The settings of the one architecture that a model is of."""
+    """Return the config values that only this model's architecture has; an empty dictionary means wav2vec 2.0."""
     if "relative_position_embedding" in model:
         if not (model["relative_position_embedding"] and model.get("gru_rel_pos")):
-            raise ValueError("WavLM without relative_position_embedding and gru_rel_pos is not served")
+            raise ValueError("WavLM is supported only with relative_position_embedding and gru_rel_pos set to True")
         return {
             "model_type": "wavlm",
             "num_buckets": _setting(model, "num_buckets", 320),
@@ -194,32 +199,32 @@ def _own_settings(model: Mapping[str, Any], weights: Mapping[str, Tensor]) -> di
 
 
 def _setting(model: Mapping[str, Any], name: str, default: Any) -> Any:
-    """A setting, which must be of its default's type."""
+    """Return a setting or its default; raises ValueError if the setting has another type than its default."""
     value = model.get(name, default)
     number = isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool)
     if type(value) is not type(default) and not number:
-        raise ValueError(f"{name}={value!r} is no {type(default).__name__}")
+        raise ValueError(f"{name}={value!r} is not of type {type(default).__name__}")
     return value
 
 
 def _model_of(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """The part that is the model's; before hydra, and in WavLM, everything lies on one level."""
+    """Return the model's part of the settings; files of WavLM and of fairseq before hydra have only one level."""
     model = cfg.get("model")
     return dict(model if isinstance(model, Mapping) else cfg)
 
 
 def _normalises(levels: list[dict[str, Any]]) -> bool:
-    """Whether waveforms are normalised: the task says so, or before hydra, the arguments."""
+    """Return whether the model expects normalised waveforms, which the task or (before hydra) the arguments set."""
     for cfg in levels:
         for part in (cfg.get("task"), cfg, _model_of(cfg)):
-            # In a model's part it may be a reference to the task's, which is text.
+            # The model's part may hold a text reference to the task's setting instead of a bool.
             if isinstance(part, Mapping) and isinstance(part.get("normalize"), bool):
                 return bool(part["normalize"])
     return False
 
 
 def _parse_layers(text: Any) -> list[tuple[int, int, int]]:
-    """Channels, kernel and stride of each convolution, from text such as "[(512, 10, 5)] + [(512, 3, 2)] * 4"."""
+    """Parse the (channels, kernel, stride) of each convolution from text like "[(512, 10, 5)] + [(512, 3, 2)] * 4"."""
     layers: list[tuple[int, int, int]] = []
     for term in re.sub(r"\s", "", str(text)).split("+"):
         match = re.fullmatch(r"\[([\d,()]*)\](?:\*([1-9]\d?))?", term)

@@ -1,4 +1,4 @@
-"""Models of the Hugging Face Hub: which files are needed, and their download."""
+"""Download a model's config and weights from the Hugging Face Hub."""
 
 import re
 from pathlib import Path
@@ -10,22 +10,30 @@ _PICKLES = ["pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-
 
 
 def may_be_id(name: str) -> bool:
-    """Whether it looks like the name of a model on the Hub, as "facebook/hubert-base-ls960"."""
+    """Return whether a name has the form of a model's name on the Hub, such as "facebook/hubert-base-ls960"."""
     return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) is not None
 
 
 def download(name: str) -> Path:
-    """The folder of a model of the Hub: its configs and weights alone, from the cache where they are there.
+    """Download the configs and weights of a model on the Hub, or find them in the local cache.
+
+    Pickled weights are downloaded only if the model has none in safetensors.
+
+    Args:
+        name: Name of the model, such as "facebook/hubert-base-ls960".
+
+    Returns:
+        The folder with the files, in the cache of huggingface_hub.
 
     Raises:
-        ValueError: huggingface_hub is not installed, the Hub cannot be reached, or it has no such model; or the model
-            is gated.
+        ValueError: huggingface_hub is not installed, the Hub cannot be reached, it has no such model, or the model is
+            gated.
     """
-    missing = f"{name}: there is no such file or folder here"
+    missing = f"{name}: no such file or folder here"
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        raise ValueError(f"{missing}; to look for it on the Hub: pip install huggingface_hub") from None
+        raise ValueError(f"{missing}; to load it from the Hub, run `pip install huggingface_hub`") from None
     try:
         folder = Path(
             snapshot_download(name, allow_patterns=["config.json", "preprocessor_config.json", *_SAFETENSORS])
@@ -34,5 +42,5 @@ def download(name: str) -> Path:
             folder = Path(snapshot_download(name, allow_patterns=_PICKLES))
     except (OSError, ValueError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), "")
-        raise ValueError(f"{missing}, and the Hub did not give it: {type(error).__name__}: {reason}") from error
+        raise ValueError(f"{missing}, and loading from the Hub failed: {type(error).__name__}: {reason}") from error
     return folder

@@ -1,4 +1,4 @@
-"""`accelerate` and `restore`: which encoders a model has, and whose code runs them."""
+"""`accelerate` and `restore`: switch the encoders in a model between fastssl's code and their original code."""
 
 import sys
 from typing import Literal, TypeVar
@@ -14,27 +14,30 @@ Norm = Literal["valid", "padded"]
 
 
 def accelerate(model: Model, *, norm: Norm = "valid", compressor: SequenceCompressor | None = None) -> Model:
-    """Run the speech encoders in a model packed and fused, in place: parameters, state dict and calls stay the same.
+    """Make the speech encoders in a model run packed and fused, in place; parameters and calls stay the same.
 
-    With a compressor the transformer layers see fewer frames, which costs less, and their outputs are repeated for the
-    frames that went into each, so that heads and what counts frames work as before. It takes the projected frames,
-    becomes a submodule of the encoder (`fastssl_compressor`), learns with it, and is in its state dict, but in no
-    folder that Transformers opens again: keep `compressor.state_dict()` beside it. `compressor.rate` and
-    `compressor.frame_period_ms` say how much. An encoder that never met fewer frames in training serves them badly.
+    A compressor shortens the projected frames, so the transformer layers process fewer frames at less cost. Each output
+    is then repeated for the frames that were merged into it, so heads and code that counts frames work as before. The
+    compressor becomes a submodule of the encoder (`fastssl_compressor`), is trained with it and appears in its state
+    dict. Transformers does not load it again, so save `compressor.state_dict()` separately. Set the amount of
+    compression with `compressor.rate` or `compressor.frame_period_ms`. An encoder that was not trained on compressed
+    frames performs poorly on them.
 
     Args:
-        model: A Transformers or torchaudio encoder, or any module that holds one: a head, a pipeline's wrapper, a
-            PEFT model, your own.
-        norm: What the group norm of a padded batch is over: "valid", the samples of each utterance, so that batch mates
-            do not matter; or "padded", the padding too, as the original does it.
-        compressor: Of as many channels as the encoder is wide; None leaves the one that it may have.
+        model: A Transformers or torchaudio encoder, or any module that contains one: a model with a head, a pipeline's
+            wrapper, a PEFT model, your own module.
+        norm: What the statistics of a group norm in the convolutions cover. "valid" takes only the samples of each
+            utterance, so results do not depend on the rest of the batch. "padded" includes the padding, as the
+            original does.
+        compressor: Compressor whose `channels` equal the encoder's width; None keeps the compressor that the encoder
+            has, if any.
 
     Returns:
-        The model itself. Accelerating it again only sets `norm` and, where given, the compressor.
+        The same model. Accelerating it again only sets `norm` and, if given, the compressor.
 
     Raises:
-        ValueError: There is no encoder in it that is known here, or one has a part that is not served, or the
-            compressor does not fit, or there are several for one; nothing is changed then.
+        ValueError: `norm` is unknown, the model contains no supported encoder, an encoder has an unsupported part, the
+            compressor has another width, or the model contains several encoders for it. The model is then unchanged.
     """
     if norm not in ("valid", "padded"):
         raise ValueError(f"norm: must be 'valid' or 'padded', got {norm!r}")
@@ -42,17 +45,22 @@ def accelerate(model: Model, *, norm: Norm = "valid", compressor: SequenceCompre
     if not found:
         sources = [source for classes in _served() if classes.width for source in classes.sources.items()]
         known = ", ".join(f"{module.partition('.')[0]}.{name}" for name, module in sources)
-        raise ValueError(f"model: {type(model).__name__} has no encoder that can be accelerated; known: {known}")
+        raise ValueError(
+            f"model: {type(model).__name__} has no encoder that can be accelerated; expected one of {known}"
+        )
     for module, classes in found:
         if classes.check:
             classes.check(module)
     if compressor is not None:
         encoders = [(module, classes.width(module)) for module, classes in found if classes.width]
         if len(encoders) != 1:
-            raise ValueError(f"compressor: is for one encoder, and {type(model).__name__} has {len(encoders)}")
+            raise ValueError(
+                f"compressor: expected a model with one encoder, but {type(model).__name__} has {len(encoders)}; "
+                "accelerate each with a compressor of its own"
+            )
         ((encoder, width),) = encoders
         if compressor.channels != width:
-            raise ValueError(f"compressor: is of {compressor.channels} channels, and the encoder {width} wide")
+            raise ValueError(f"compressor: has {compressor.channels} channels, but the encoder's width is {width}")
         like = next(encoder.parameters())
         compressor.to(device=like.device, dtype=like.dtype).train(encoder.training)
         setattr(encoder, ACCELERATED_COMPRESSOR, compressor)
@@ -62,10 +70,15 @@ def accelerate(model: Model, *, norm: Norm = "valid", compressor: SequenceCompre
 
 
 def restore(model: Model) -> Model:
-    """Give a model its own code back; its parameters are what they have become.
+    """Undo `accelerate` in place: the encoders run their original code again, and compressors are removed.
+
+    Parameters keep their current values.
+
+    Args:
+        model: Any module; parts that were never accelerated do not change.
 
     Returns:
-        The model itself; one that was never accelerated is left as it is.
+        The same model.
     """
     for module in model.modules():
         for classes in _in_use():
@@ -80,6 +93,6 @@ def _served() -> list[AcceleratedClasses]:
 
 
 def _in_use() -> list[AcceleratedClasses]:
-    """Those of libraries that somebody has imported: a model of another one cannot exist."""
-    # torchaudio does not import beside every torch, so whether it does is left to whoever has a model of it.
+    """Return the classes whose library has been imported; a model of any other library cannot exist yet."""
+    # Importing torchaudio here could fail, because it does not work with every version of torch.
     return [classes for classes in _served() if any(source in sys.modules for source in classes.sources.values())]

@@ -1,4 +1,4 @@
-"""`load_encoder`: a run, a folder, a checkpoint, a model of the Hub or a model in memory becomes an encoder."""
+"""`load_encoder`: load an encoder from a run, a folder, a checkpoint, the Hugging Face Hub or a model in memory."""
 
 from pathlib import Path
 from typing import Any
@@ -13,45 +13,46 @@ from fastssl.models.folder import ACCELERATED_COMPRESSOR, CONFORMER, MODEL_CLASS
 from fastssl.models.speech_encoder import SpeechEncoder
 
 _CAN_BE_OPENED = (
-    "a run of `fastssl pretrain`; a folder of its encoder or in Transformers' layout, or its name on the Hub; a "
-    "checkpoint (.pt) of fairseq's wav2vec 2.0, HuBERT or data2vec audio, or of WavLM; a Transformers model, with or "
-    "without a head; a torchaudio Wav2Vec2Model or HuBERTPretrainModel"
+    "a run of `fastssl pretrain`; a folder with its encoder or in Transformers' layout; the name of a model on the "
+    "Hub; a checkpoint (.pt) of fairseq's wav2vec 2.0, HuBERT or data2vec audio, or of WavLM; a Transformers model, "
+    "with or without a head; or a torchaudio Wav2Vec2Model or HuBERTPretrainModel"
 )
 
 
 def load_encoder(path_or_model: str | Path | nn.Module) -> SpeechEncoder:
-    """Open an encoder, in evaluation mode.
+    """Load a speech encoder and put it in evaluation mode.
 
-    Architectures: wav2vec 2.0, HuBERT, WavLM, data2vec audio, UniSpeech, UniSpeech-SAT; and BEST-RQ, from a run or a
-    folder of fastssl's. Heads are left aside. What is read from a file is in fp32 on the CPU, whatever it was; what is
-    copied from a model has its dtype and device.
+    Supports wav2vec 2.0, HuBERT, WavLM, data2vec audio, UniSpeech and UniSpeech-SAT, and BEST-RQ from a run or a folder
+    of fastssl. Heads are ignored. Weights from a file are converted to fp32 on the CPU. Weights copied from a model get
+    the dtype and device of its first parameter.
 
     Args:
         path_or_model: One of:
 
             - a run of `fastssl pretrain`;
-            - a folder that `save_pretrained` wrote, or another in Transformers' layout, its weights in safetensors or
-              not, whole or in shards;
-            - a model of the Hub ("facebook/hubert-base-ls960"), where there is no such path; needs huggingface_hub;
-            - a checkpoint of fairseq or WavLM (.pt), pre-trained or fine-tuned; nothing in it is run;
-            - a Transformers model, accelerated or not, whose weights are copied. Whether waveforms should be normalised
-              only its preprocessor knows: `config.do_normalize` is True, unless the model's config has it;
-            - a torchaudio model, whose weights are copied. `config.do_normalize` says whether it normalises waveforms
-              itself, as those of some bundles do.
+            - a folder that `save_pretrained` wrote, or any folder in Transformers' layout, with weights in safetensors
+              or pickled, in one file or in shards;
+            - the name of a model on the Hub ("facebook/hubert-base-ls960"), if no such path exists; requires
+              huggingface_hub;
+            - a checkpoint of fairseq or WavLM (.pt), pre-trained or fine-tuned; no code in it is run;
+            - a Transformers model, accelerated or not; its weights are copied. Usually only its preprocessor knows
+              whether waveforms should be normalised, so `config.do_normalize` is True unless the model's config has it;
+            - a torchaudio model; its weights are copied. `config.do_normalize` says whether the model itself normalises
+              waveforms, as the models of some bundles do.
 
     Returns:
-        An encoder: a `ConformerEncoder` for BEST-RQ, else an `Encoder`. An encoder of ours is returned as it is.
+        A `ConformerEncoder` for BEST-RQ, else an `Encoder`. If the argument is one of these, it is returned itself.
 
     Raises:
-        ValueError: It is none of these, has a part that is not served, or its weights do not fit its config; says what
-            was looked for.
+        ValueError: The argument is none of these, has an unsupported part, or its weights do not fit its config. The
+            message says what was looked for.
     """
     if isinstance(path_or_model, SpeechEncoder):
         return path_or_model.eval()
     if isinstance(path_or_model, nn.Module):
         return _from_model(path_or_model).eval()
     if not isinstance(path_or_model, (str, Path)):
-        raise ValueError(f"path_or_model: {type(path_or_model).__name__} is not known. Can be opened: {_CAN_BE_OPENED}")
+        raise ValueError(f"path_or_model: {type(path_or_model).__name__} cannot be loaded; expected {_CAN_BE_OPENED}")
     return _from_path(path_or_model).eval()
 
 
@@ -64,7 +65,7 @@ def _from_path(name: str | Path) -> SpeechEncoder:
         return encoder
     if not path.exists():
         if not hub.may_be_id(str(name)):
-            raise ValueError(f"{name}: there is no such file or folder. Can be opened: {_CAN_BE_OPENED}")
+            raise ValueError(f"{name}: no such file or folder; expected {_CAN_BE_OPENED}")
         path = hub.download(str(name))
     elif (path / "encoder" / "config.json").exists():
         path = path / "encoder"
@@ -75,8 +76,8 @@ def _from_path(name: str | Path) -> SpeechEncoder:
 def _from_model(model: nn.Module) -> Encoder:
     if any(hasattr(module, ACCELERATED_COMPRESSOR) for module in model.modules()):
         raise ValueError(
-            f"path_or_model: {type(model).__name__} has a compressor that `fastssl.accelerate` put on, for which an "
-            "encoder of fastssl's has no place; `fastssl.restore` takes it off the model"
+            f"path_or_model: {type(model).__name__} has a compressor that `fastssl.accelerate` added, which cannot be "
+            "copied; remove it from the model with `fastssl.restore` first"
         )
     classes = {f"{cls.__module__}.{cls.__qualname__}" for cls in type(model).__mro__}  # without importing torchaudio
     source: Any = model
@@ -90,9 +91,9 @@ def _from_model(model: nn.Module) -> Encoder:
     model_type = getattr(config, "model_type", None)
     if model_type not in MODEL_CLASSES:
         what = type(model).__name__ + ("" if model_type is None else f" (model_type {model_type!r})")
-        raise ValueError(f"path_or_model: {what} is not known. Can be opened: {_CAN_BE_OPENED}")
+        raise ValueError(f"path_or_model: {what} cannot be loaded; expected {_CAN_BE_OPENED}")
     try:
-        # A folder of ours may name a compressor, which Transformers does not build.
+        # The config may come from a folder of fastssl and name a compressor, but Transformers did not build one.
         values = config.to_dict() | {"compressor": "none", "compressor_factor": 1}
         own_config = EncoderConfig.from_dict(values)
     except ValueError as error:
@@ -113,18 +114,26 @@ def _from_torchaudio(model: Any, *, normalizes: bool = False, model_type: str = 
 
 
 def torchaudio_config(model: Any, *, normalizes: bool = False, model_type: str = "wav2vec2") -> EncoderConfig:
-    """What the modules of a torchaudio `Wav2Vec2Model` say of its shape; it keeps no config.
+    """Derive an encoder config from the modules of a torchaudio `Wav2Vec2Model`, which has no config of its own.
+
+    Its modules show whether a model is WavLM, but cannot tell wav2vec 2.0 from HuBERT.
 
     Args:
-        model: Which has only the modules to tell wav2vec 2.0 from WavLM, and nothing to tell it from HuBERT.
-        normalizes: Whether what holds the model normalises waveforms.
-        model_type: Of a model that is no WavLM.
+        model: A torchaudio `Wav2Vec2Model`.
+        normalizes: Whether the wrapper around the model normalises waveforms.
+        model_type: Architecture of the model if it is not WavLM, "wav2vec2" or "hubert".
+
+    Raises:
+        ValueError: The model has no transformer layers, or the config is invalid.
     """
     transformer = model.encoder.transformer
     convolutions = [layer.conv for layer in model.feature_extractor.conv_layers]
     position = transformer.pos_conv_embed.conv
     if len(transformer.layers) == 0:
-        raise ValueError("path_or_model: a torchaudio model without layers, whose heads are not known")
+        raise ValueError(
+            "path_or_model: the torchaudio model has no transformer layers, so its number of heads is unknown; "
+            "expected at least one layer"
+        )
     layer = transformer.layers[0]
     last_norm = model.feature_extractor.conv_layers[-1].layer_norm
     values = {

@@ -1,8 +1,8 @@
-"""What other libraries call the weights of an encoder, and what Transformers calls them.
+"""Rename the weights of other libraries' encoders to Transformers' names.
 
-A table is a list of rules: a pattern that a whole name must match, and what it becomes. The first rule that fits
-counts; a name that fits none stays as it is. (`weight_g` and `weight_v` of weight norm are names that Transformers
-itself once gave; `Encoder.load_weights` reads them.)
+A table is a list of rules, each a pattern that a whole name must match and its replacement. The first matching rule
+applies; a name that matches no rule stays unchanged. (The names `weight_g` and `weight_v` of weight norm need no rule:
+older versions of Transformers used them too, and `Encoder.load_weights` reads them.)
 """
 
 import re
@@ -12,15 +12,15 @@ from torch import Tensor
 
 Rules = Sequence[tuple[str, str]]
 
-#: fairseq's wav2vec 2.0, HuBERT and data2vec audio, and Microsoft's WavLM, which was made from them.
+#: fairseq's wav2vec 2.0, HuBERT and data2vec audio, and Microsoft's WavLM, whose code is derived from fairseq.
 FAIRSEQ: Rules = (
     (r"mask_emb", r"masked_spec_embed"),
-    # A block is convolution, dropout, norm, GELU; a layer norm stands between two transpositions.
+    # A block is convolution (0), dropout, norm (2), GELU. A layer norm sits between two transpositions, so it is 2.1.
     (r"feature_extractor\.conv_layers\.(\d+)\.0\.(\w+)", r"feature_extractor.conv_layers.\1.conv.\2"),
     (r"feature_extractor\.conv_layers\.(\d+)\.2(?:\.1)?\.(\w+)", r"feature_extractor.conv_layers.\1.layer_norm.\2"),
     (r"layer_norm\.(\w+)", r"feature_projection.layer_norm.\1"),
     (r"post_extract_proj\.(\w+)", r"feature_projection.projection.\1"),
-    # data2vec's stack comes first: its names have a number more.
+    # data2vec's stack of convolutions comes first, because its names contain one more number.
     (r"encoder\.pos_conv\.(\d+)\.0\.(\w+)", r"encoder.pos_conv_embed.layers.\1.conv.\2"),
     (r"encoder\.pos_conv\.0\.(.+)", r"encoder.pos_conv_embed.conv.\1"),
     (
@@ -44,7 +44,15 @@ TORCHAUDIO: Rules = (
 
 
 def renamed(weights: Mapping[str, Tensor], rules: Rules) -> dict[str, Tensor]:
-    """The same weights by the names that a table gives them; q, k and v that lie in one tensor are taken apart."""
+    """Rename weights by a table, and split attention's `in_proj` tensors into those of `q_proj`, `k_proj` and `v_proj`.
+
+    Args:
+        weights: Tensors by their names in the other library.
+        rules: The table, such as `FAIRSEQ`.
+
+    Returns:
+        The same tensors by Transformers' names; the parts of a split tensor are views (D, D) or (D,) of it.
+    """
     compiled = [(re.compile(pattern), name) for pattern, name in rules]
     found = {}
     for old, tensor in weights.items():

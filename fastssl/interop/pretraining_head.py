@@ -1,6 +1,6 @@
-"""Transformers' `Wav2Vec2ForPreTraining`: quantiser and contrastive loss by our ops, from and to padded batches.
+"""Accelerate Transformers' `Wav2Vec2ForPreTraining`: its quantiser and contrastive loss run our ops on padded batches.
 
-The original gathers every negative of every frame, padding included, and multiplies every code with every frame.
+The original gathers the negatives of every frame, padding included, and multiplies every code with every frame.
 """
 
 from typing import Any
@@ -20,12 +20,12 @@ def _quantize(
     hidden_states: Tensor,  # (B, F, C)
     mask_time_indices: Tensor | None = None,  # (B, F)
 ) -> tuple[Tensor, Tensor]:  # (B, F, D), ()
-    """The vectors of every frame, and the perplexity over the masked ones, or over all."""
+    """Quantise every frame; returns the vectors, and the codes' perplexity over masked frames (all without a mask)."""
     shape = (self.num_groups, self.num_vars)
     logits = self.weight_proj(hidden_states).flatten(0, 1).unflatten(1, shape)
     noise = None
     if self.training:
-        # The draws of `torch.nn.functional.gumbel_softmax`, in its order.
+        # The same random draws as `torch.nn.functional.gumbel_softmax`, in the same order.
         noise = -torch.empty_like(logits, dtype=torch.float32).exponential_().log()
     else:
         logits = logits.detach()
@@ -52,12 +52,24 @@ def _quantize(
 
 
 def _losses(config: Any, output: Any, mask: Tensor | None, negatives: Tensor) -> dict[str, Tensor]:
-    """What the original adds where it is given negatives: frames (B, F, K) of the flattened batch."""
+    """Compute the losses that the original adds to its output if it is given negatives.
+
+    Args:
+        config: Config of the model.
+        output: Output of the original forward without losses.
+        mask: (B, F), the masked frames.
+        negatives: (B, F, K) indices into the flattened B * F frames.
+
+    Raises:
+        ValueError: `mask` is None.
+    """
     if mask is None:
-        raise ValueError("mask_time_indices: missing, but sampled_negative_indices are there; there is no loss without")
+        raise ValueError(
+            "mask_time_indices: missing, but sampled_negative_indices was given; pass both to get the loss, or neither"
+        )
     mask = mask.bool()
     context, targets = output.projected_states, output.projected_quantized_states
-    # A frame without negatives costs nothing.
+    # Index -1 marks "no negative"; a frame without negatives contributes no loss.
     chosen = torch.where(mask.unsqueeze(2), negatives.long(), -1).flatten(0, 1)
     losses, _ = ops.contrastive_loss(
         context.flatten(0, 1),
@@ -86,7 +98,7 @@ def _methods(original: type[nn.Module]) -> dict[str, Any]:
         return_dict = kwargs.pop("return_dict", None)
         if return_dict is None:
             return_dict = getattr(self.config, "return_dict", True)
-        # Without negatives the original computes everything but the losses.
+        # Without negatives, the original computes everything except the losses.
         output = original.forward(self, input_values, attention_mask, mask_time_indices, return_dict=True, **kwargs)
         if sampled_negative_indices is not None:
             output = type(output)(**output | _losses(self.config, output, mask_time_indices, sampled_negative_indices))

@@ -1,15 +1,15 @@
-"""torchaudio's speech encoders, run packed: wav2vec 2.0, HuBERT, XLS-R and WavLM, which all are its `Wav2Vec2Model`.
+"""Run torchaudio's speech encoders packed: wav2vec 2.0, HuBERT, XLS-R and WavLM, all of class `Wav2Vec2Model`.
 
-An accelerated encoder is of a subclass of its class, with the same name and another `forward` and `extract_features`:
-`isinstance`, pickling, `copy.deepcopy` and the pipelines' wrappers see the model they know. Each utterance is computed
-as if it were alone. Behind it `forward` repeats its last frame or logits, and `extract_features` has zeros. An
-auxiliary head that is not a plain linear layer gets the padded batch, as the original gives it.
+An accelerated encoder belongs to a subclass of its class, with the same name and another `forward` and
+`extract_features`. `isinstance`, pickling, `copy.deepcopy` and the wrappers of pipelines therefore work as before. Each
+utterance is computed as if it were alone in the batch. In the padding after an utterance, `forward` repeats its last
+frame or logits, and `extract_features` returns zeros. An auxiliary head that is not a plain linear layer is called on
+the padded batch, as in the original.
 
-What stays as it is: hooks on linear layers, norms and dropouts are called, but where somebody has hooked a module that
-this code does not call (the feature extractor, a convolution, the encoder, one of its layers), the original code runs,
-with a warning. The wrapper of a pipeline that normalises waveforms does so over all of a batch, its padding and
-its batch mates. A `HuBERTPretrainModel` calls the parts of its encoder by itself: accelerated or not, it computes what
-it did, in the same time.
+Limits: hooks on linear layers, norms and dropouts are called. If any other module has a hook (the feature extractor, a
+convolution, the encoder, one of its layers), the original code runs, with a warning. A pipeline's wrapper that
+normalises waveforms still does so over the whole batch, padding included. A `HuBERTPretrainModel` calls the parts of
+its encoder directly, so acceleration changes neither its results nor its speed.
 """
 
 import re
@@ -27,7 +27,7 @@ from fastssl.nn import functional as F
 from fastssl.nn.linear import packed_linear
 from fastssl.packing import Layout, Packed
 
-#: Parts that an encoder must have from torchaudio itself: a pattern of the name, and the classes that are served.
+#: Parts of an encoder that must be torchaudio's own: a pattern for the part's name, and the supported classes.
 _PARTS = (
     (r"feature_extractor", "FeatureExtractor"),
     (r"feature_extractor\.conv_layers\.\d+", "ConvLayerBlock"),
@@ -42,18 +42,18 @@ _PARTS = (
 
 
 def _check(module: nn.Module) -> None:
-    """Raise ValueError if an encoder has a part that is not torchaudio's own: its class takes any."""
+    """Raise ValueError if an encoder has an unsupported part; `Wav2Vec2Model` can be built from any modules."""
     for name, part in module.named_modules():
         cls = type(part)
         for pattern, served in _PARTS:
             known = cls.__name__ in served.split(" or ") and cls.__module__.startswith("torchaudio.models.wav2vec2.")
             if re.fullmatch(pattern, name) and not known:
                 found = f"{cls.__module__}.{cls.__name__}"
-                raise ValueError(f"model: {name} is a {found}; only torchaudio's {served} is served")
+                raise ValueError(f"model: {name} is a {found}; only torchaudio's {served} is supported")
         grouped = isinstance(part, nn.GroupNorm) and part.num_groups != part.num_channels
         if grouped and name.startswith("feature_extractor."):
             groups = f"{part.num_groups} groups for {part.num_channels} channels"
-            raise ValueError(f"model: {name} has {groups}; only as many groups as channels are served")
+            raise ValueError(f"model: {name} has {groups}; only one group per channel is supported")
 
 
 def _forward(
@@ -61,12 +61,12 @@ def _forward(
     waveforms: Tensor,  # (B, T)
     lengths: Tensor | None = None,  # (B,)
 ) -> tuple[Tensor, Tensor | None]:  # (B, F, D) or (B, F, labels), (B,)
-    """The last layer's frames, or the auxiliary head's logits, and how many of each row are valid."""
+    """Return the last layer's frames, or the auxiliary head's logits, and the number of valid frames of each row."""
     if encoders.original_runs(self, _modules_not_called(self)):
         return CLASSES.original(self).forward(self, waveforms, lengths)  # type: ignore[no-any-return]
     frames, padded_frames, frame_lengths = _front_end(self, waveforms, lengths)
     stack = self.encoder.transformer
-    # Layer drop, by the same draws as the original's, which draws even if nothing is ever dropped.
+    # Layer drop with the same random draws as the original, which draws even if the probability is 0.
     layers = (layer for layer in stack.layers if not (stack.training and torch.rand(1).item() <= stack.layer_drop))
     states, upsample = _transformer(self, frames, layers)
     (x,) = deque(states, maxlen=1)
@@ -83,7 +83,7 @@ def _extract_features(
     lengths: Tensor | None = None,  # (B,)
     num_layers: int | None = None,
 ) -> tuple[list[Tensor], Tensor | None]:  # of (B, F, D), (B,)
-    """The frames of every layer, or of the first `num_layers`, and how many of each row are valid."""
+    """Return the frames of every layer, or of the first `num_layers`, and the number of valid frames of each row."""
     if encoders.original_runs(self, _modules_not_called(self)):
         original = CLASSES.original(self)
         return original.extract_features(self, waveforms, lengths, num_layers)  # type: ignore[no-any-return]
@@ -97,7 +97,7 @@ def _extract_features(
 
 
 def _modules_not_called(model: Any) -> Iterator[nn.Module]:
-    """The modules that the original calls and our forward only reads."""
+    """Yield the modules that the original forward calls, but ours only reads."""
     yield from (model.encoder, model.encoder.feature_projection)
     yield from encoders.modules_not_called(model, model.encoder.transformer)
     for layer in model.encoder.transformer.layers:
@@ -106,7 +106,12 @@ def _modules_not_called(model: Any) -> Iterator[nn.Module]:
 
 
 def _front_end(model: Any, waveforms: Tensor, lengths: Tensor | None) -> tuple[Packed, int, Tensor | None]:
-    """The convolutions' frames, how many a padded row has, and how many of each are valid if `lengths` are given."""
+    """Run the convolutions.
+
+    Returns:
+        The packed frames (N, C), the number of frames per padded row, and the number of valid frames (B,) of each row,
+        which is None if `lengths` is None.
+    """
     if waveforms.dim() != 2:
         raise ValueError(f"waveforms: expected (B, T) samples, got {tuple(waveforms.shape)}")
     batch, samples = waveforms.shape
@@ -122,20 +127,25 @@ def _front_end(model: Any, waveforms: Tensor, lengths: Tensor | None) -> tuple[P
 
 def _valid_lengths(lengths: Tensor, batch: int, samples: int) -> list[int]:
     if lengths.shape != (batch,):
-        raise ValueError(f"lengths: expected ({batch},), one for each waveform, got {tuple(lengths.shape)}")
+        raise ValueError(f"lengths: expected the shape ({batch},), one per waveform, got {tuple(lengths.shape)}")
     if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
         raise ValueError(f"lengths: must be integers, got {lengths.dtype}")
     host: list[int] = lengths.tolist()
     for row, length in enumerate(host):
         if not 0 <= length <= samples:
-            raise ValueError(f"lengths: row {row} has {length} samples, but the waveforms are {(batch, samples)}")
+            raise ValueError(f"lengths: {length} in row {row}, expected 0 to {samples}, the length of the waveforms")
     return host
 
 
 def _transformer(
     model: Any, frames: Packed, layers: Iterable[Any]
 ) -> tuple[Iterator[Tensor], Callable[[Tensor], Tensor]]:
-    """The input of the first layer, then the output of each, and what brings their rows back to all frames."""
+    """Run transformer layers on packed frames.
+
+    Returns:
+        An iterator over the input (M, D) of the first layer and the output (M, D) of each layer, and a function that
+        expands such rows to all frames (N, D). Without a compressor, M = N.
+    """
     projection, stack = model.encoder.feature_projection, model.encoder.transformer
     projected = F.project(projection, F.normalise(projection, frames.values))
     fewer, upsample = encoders.compress(model, Packed(projected, frames.layout))
@@ -143,7 +153,7 @@ def _transformer(
 
     def run(layer: Any, x: Tensor) -> Tensor:
         nonlocal bias
-        # Only the first layer has a bias. If layer drop skips that layer, the original goes without, and so do we.
+        # Only the first layer holds the bias. If layer drop skips it, the original runs without a bias, and so do we.
         if bias is None and getattr(layer.attention, "rel_attn_embed", None) is not None:
             bias = encoders.distance_bias(layer.attention)
         attention = partial(_attention, layer.attention, layout=fewer.layout, bias=bias)
@@ -164,8 +174,8 @@ def _attention(module: Any, x: Tensor, layout: Layout, bias: Tensor | None) -> T
 
 
 def _methods(original: type[nn.Module]) -> dict[str, Any]:
-    # Traced, every new set of lengths would be compiled anew, and the ops are fused already.
-    untraced = partial(torch.compiler.disable, reason="an accelerated encoder runs as it is")
+    # Under torch.compile every new set of lengths would trigger a recompilation, and the ops are fused already.
+    untraced = partial(torch.compiler.disable, reason="an accelerated encoder is not compiled")
     return {"forward": untraced(_forward), "extract_features": untraced(_extract_features)}
 
 

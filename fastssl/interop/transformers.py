@@ -1,7 +1,7 @@
-"""Transformers' speech encoders, run packed.
+"""Run Transformers' speech encoders packed.
 
-An accelerated encoder is of a subclass of its class, with the same name and another `forward`: `isinstance`, pickling,
-`save_pretrained`, `copy.deepcopy` and every head see the model they know.
+An accelerated encoder belongs to a subclass of its class, with the same name and another `forward`. `isinstance`,
+pickling, `save_pretrained`, `copy.deepcopy` and every head therefore work as before.
 """
 
 import importlib
@@ -31,18 +31,23 @@ _SOURCES = {
 
 
 def _check(module: Any) -> None:
-    """Raise ValueError if an encoder has a part that is not served."""
+    """Raise ValueError if an encoder has an unsupported part."""
     name, config = type(module).__name__, module.config
     for key, served in {"hidden_act": "gelu", "feat_extract_activation": "gelu"}.items():
         if getattr(config, key, served) != served:
-            raise ValueError(f"model: {name} with config.{key}={getattr(config, key)!r} is not served, only {served!r}")
+            raise ValueError(
+                f"model: {name} with config.{key}={getattr(config, key)!r} is not supported, only {served!r}"
+            )
     if getattr(config, "conv_pos_batch_norm", False):
-        raise ValueError(f"model: {name} with config.conv_pos_batch_norm is not served: it takes batch mates in")
+        raise ValueError(
+            f"model: {name} with config.conv_pos_batch_norm=True is not supported, because its results depend on the "
+            "rest of the batch; use a model without it"
+        )
 
 
 def _methods(original: type[nn.Module]) -> dict[str, Any]:
-    # Traced, every new set of lengths would be compiled anew, and the ops are fused already.
-    run = torch.compiler.disable(_forward, reason="an accelerated encoder runs as it is")
+    # Under torch.compile every new set of lengths would trigger a recompilation, and the ops are fused already.
+    run = torch.compiler.disable(_forward, reason="an accelerated encoder is not compiled")
 
     def forward(
         self: Any,
@@ -52,7 +57,7 @@ def _methods(original: type[nn.Module]) -> dict[str, Any]:
         **kwargs: Any,
     ) -> Any:
         weights = _option(self, kwargs, "output_attentions")
-        reason = "attention weights exist in the original code only" if weights else None
+        reason = "only the original code computes attention weights" if weights else None
         if encoders.original_runs(self, _modules_not_called(self), reason):
             return _as_original(self, original).forward(input_values, attention_mask, mask_time_indices, **kwargs)
         return run(self, input_values, attention_mask, mask_time_indices, kwargs)
@@ -67,14 +72,17 @@ __getattr__ = CLASSES.by_name  # for pickle
 
 
 def _as_original(model: nn.Module, original: type[nn.Module]) -> Any:
-    """The same model, of its own class, by which Transformers records outputs; other threads see no change."""
+    """Return a view of the model with its original class, which Transformers needs to record outputs.
+
+    The view shares all attributes with the model. The model's own class stays, so other threads see no change.
+    """
     view = original.__new__(original)
     object.__setattr__(view, "__dict__", vars(model))
     return view
 
 
 def _modules_not_called(model: Any) -> Iterator[nn.Module]:
-    """The modules that the original calls and our forward only reads."""
+    """Yield the modules that the original forward calls, but ours only reads."""
     yield model.feature_projection
     yield from encoders.modules_not_called(model, model.encoder)
     if getattr(model, "adapter", None) is not None:
@@ -95,7 +103,7 @@ def _forward(
     mask_time_indices: Tensor | None,  # (B, F)
     options: dict[str, Any],
 ) -> Any:
-    """What the original returns, from packed frames."""
+    """Compute on packed frames what the original forward returns."""
     if input_values.dim() != 2:
         raise ValueError(f"input_values: expected (B, T) samples, got {tuple(input_values.shape)}")
     batch, samples = input_values.shape
@@ -129,7 +137,11 @@ def _forward(
 
 @cache
 def _output_class(name: str) -> Any:
-    """What an encoder returns: its own class, or the one with `extract_features`, or the one without."""
+    """Return the class of an encoder's output.
+
+    It is the model's own output class if it defines one, else Transformers' common class, with `extract_features`
+    except for HuBERT.
+    """
     modeling = importlib.import_module(_SOURCES[name])
     outputs = importlib.import_module("transformers.modeling_outputs")
     own = getattr(modeling, name.replace("Model", "BaseModelOutput"), None)
@@ -137,7 +149,7 @@ def _output_class(name: str) -> Any:
 
 
 def _wanted(hidden_states: bool | int | list[int] | None, count: int) -> set[int]:
-    """Which of so many hidden states are asked for, by a flag or by indices."""
+    """Return the indices of the requested hidden states, out of `count`; the request is a flag, an index or a list."""
     if hidden_states is None or isinstance(hidden_states, bool):
         return set(range(count)) if hidden_states else set()
     indices = [hidden_states] if isinstance(hidden_states, int) else hidden_states
@@ -145,31 +157,37 @@ def _wanted(hidden_states: bool | int | list[int] | None, count: int) -> set[int
 
 
 def _valid_lengths(mask: Tensor, batch: int, samples: int) -> list[int]:
-    """How many samples of each row are valid, from a mask (B, T) of any dtype with ones before zeros."""
+    """Return the number of valid samples of each row of a mask (B, T) of any dtype, with ones before zeros.
+
+    Raises:
+        ValueError: The mask has another shape, other values than 0 and 1, or padding before or between samples.
+    """
     if mask.shape != (batch, samples):
-        raise ValueError(f"attention_mask: expected {(batch, samples)} as the waveforms, got {tuple(mask.shape)}")
+        raise ValueError(
+            f"attention_mask: expected {(batch, samples)}, the shape of the waveforms, got {tuple(mask.shape)}"
+        )
     lengths = (mask != 0).sum(1)
     expected = torch.arange(samples, device=mask.device) < lengths.unsqueeze(1)
     fits = (mask == expected).all().long().unsqueeze(0)
-    host: list[int] = torch.cat([lengths, fits]).tolist()  # the only time that the host waits for the device
+    host: list[int] = torch.cat([lengths, fits]).tolist()  # the only place where the host waits for the device
     if not host.pop():
         if not bool(((mask == 0) | (mask == 1)).all()):
-            raise ValueError("attention_mask: must be 1 (a sample) or 0 (padding)")
+            raise ValueError("attention_mask: must be 1 (a sample) or 0 (padding), got other values")
         row = int((mask != expected).any(1).nonzero()[0])
         raise ValueError(
-            f"attention_mask: row {row} has padding before or between samples; only padding at the end is served"
+            f"attention_mask: row {row} has padding before or between samples; only padding at the end is supported"
         )
     return host
 
 
 def _mask(model: Any, x: Packed, mask_time_indices: Tensor | None, padded_frames: int, *, has_padding: bool) -> Packed:
-    """SpecAugment by the model's own function, which takes a padded batch."""
+    """Mask frames with the model's own SpecAugment function, which needs a padded batch."""
     config = model.config
     augments = model.training and (config.mask_time_prob > 0 or config.mask_feature_prob > 0)
     if not getattr(config, "apply_spec_augment", True) or (mask_time_indices is None and not augments):
         return x
     valid = None
-    if has_padding and CLASSES.original(model).__name__ != "HubertModel":  # whose masks may lie on padding
+    if has_padding and CLASSES.original(model).__name__ != "HubertModel":  # HuBERT may mask padding frames too
         valid = x.layout.valid(padded_frames)
     padded = x.to_padded(length=padded_frames)
     masked = model._mask_hidden_states(padded, mask_time_indices=mask_time_indices, attention_mask=valid)
@@ -177,7 +195,7 @@ def _mask(model: Any, x: Packed, mask_time_indices: Tensor | None, padded_frames
 
 
 def _encode(encoder: Any, x: Packed) -> tuple[Tensor, list[Tensor]]:
-    """The last hidden state, and the hidden states as Transformers has them, before a last norm."""
+    """Run the transformer; returns the last hidden state after the final norm, and all hidden states before it."""
     pre_norm = "StableLayerNorm" in type(encoder).__name__
     first = encoder.layers[0].attention if len(encoder.layers) else None
     bias = encoders.distance_bias(first) if hasattr(first, "rel_attn_embed") else None
@@ -189,14 +207,14 @@ def _encode(encoder: Any, x: Packed) -> tuple[Tensor, list[Tensor]]:
             return output
         return _layer(*arguments)
 
-    first_skippable = 0 if bias is None else 1  # WavLM never skips the first layer, which has the bias
+    first_skippable = 0 if bias is None else 1  # WavLM never skips the first layer, which holds the bias
     layers = (layer for index, layer in enumerate(encoder.layers) if index < first_skippable or not _skips(encoder))
     hidden_states = list(F.hidden_states(encoder, x, layers, run, pre_norm=pre_norm))
     return (encoder.layer_norm(hidden_states[-1]) if pre_norm else hidden_states[-1]), hidden_states
 
 
 def _skips(encoder: Any) -> bool:
-    """Layer drop, by the same draws as the original's."""
+    """Return whether layer drop skips the next layer; draws random numbers in the same order as the original."""
     return encoder.training and encoder.config.layerdrop > 0 and bool(torch.rand([]) < encoder.config.layerdrop)
 
 
@@ -207,14 +225,18 @@ def _layer(layer: Any, x: Tensor, layout: Layout, bias: Tensor | None, pre_norm:
 
 
 def _attention(module: Any, x: Tensor, layout: Layout, bias: Tensor | None) -> Tensor:  # (N, D) -> (N, D)
-    # Before the projections, as in the original: the gradients that meet in `x` are added in this order.
+    # The gate comes before the projections, as in the original, because this fixes the order in which the gradients
+    # with respect to `x` are added.
     gate = None if bias is None else F.gate(module, x)
     projected = F.queries_keys_values(module, x)
     return F.linear(module.out_proj, F.attend(module, projected, layout, distance_bias=bias, gate=gate))
 
 
 def _adapt(model: Any, x: Packed, padded_frames: int) -> Tensor:
-    """The convolutional adapter, if there is one, on each utterance alone; else the frames, padded."""
+    """Return the frames as a padded batch (B, F, D), after the convolutional adapter if the model has one.
+
+    The adapter is applied to each utterance alone, without the padding.
+    """
     adapter = getattr(model, "adapter", None)
     if adapter is None:
         return encoders.padded_by_last(x, padded_frames)
@@ -223,7 +245,7 @@ def _adapt(model: Any, x: Packed, padded_frames: int) -> Tensor:
         values = adapter.proj_layer_norm(F.linear(adapter.proj, values))
     x, padded = Packed(values, x.layout), padded_frames
     for layer in adapter.layers:
-        drawn = np.random.random()  # noqa: NPY002 (the generator that the original draws from)
+        drawn = np.random.random()  # noqa: NPY002 (the original draws from this generator)
         if not adapter.training or drawn > adapter.layerdrop:
             x = _adapter_layer(layer.conv, x)
             padded = _adapter_frames(layer.conv, padded)
@@ -231,7 +253,7 @@ def _adapt(model: Any, x: Packed, padded_frames: int) -> Tensor:
 
 
 def _adapter_layer(conv: nn.Conv1d, x: Packed) -> Packed:
-    """A strided convolution with a gated linear unit; around each utterance lies the frame of zeros that pads it."""
+    """Apply a strided convolution and a gated linear unit; zero frames pad each utterance on both sides."""
     padding = int(conv.padding[0])
     framed = x.layout.map_lengths(
         lambda length: length + 2 * padding if length else 0, lambda lengths: (lengths + 2 * padding) * (lengths > 0)

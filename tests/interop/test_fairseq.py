@@ -280,7 +280,7 @@ def test_nothing_is_run(place: str, zipped: bool, tmp_path: Path) -> None:
         (_Evil(eval, f"open({str(mark)!r}, 'w')"), "eval"),
     ):
         torch.save(checkpoint | {place: call}, tmp_path / "evil.pt", _use_new_zipfile_serialization=zipped)
-        with pytest.raises(ValueError, match=rf"evil\.pt: no checkpoint of fairseq that can be read: it names {name},"):
+        with pytest.raises(ValueError, match=rf"evil\.pt: cannot be read as a checkpoint of fairseq: it names {name},"):
             fastssl.load_encoder(tmp_path / "evil.pt")
         assert not mark.exists()
 
@@ -311,12 +311,12 @@ def test_not_even_what_is_expected_there_is_run(monkeypatch: pytest.MonkeyPatch,
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"activation_fn": "relu"}, "activation_fn='relu' is not served, only 'gelu'"),
-        ({"layer_type": "conformer"}, "layer_type='conformer' is not served"),
-        ({"quantize_input": True}, "quantize_input=True is not served"),
-        ({"crop_seq_to_multiple": 4}, "crop_seq_to_multiple=4 is not served"),
-        ({"extractor_mode": "raw"}, "extractor_mode='raw' is not served, only default and layer_norm"),
-        ({"relative_position_embedding": True}, "without relative_position_embedding and gru_rel_pos"),
+        ({"activation_fn": "relu"}, "activation_fn='relu' is not supported, only 'gelu'"),
+        ({"layer_type": "conformer"}, "layer_type='conformer' is not supported"),
+        ({"quantize_input": True}, "quantize_input=True is not supported"),
+        ({"crop_seq_to_multiple": 4}, "crop_seq_to_multiple=4 is not supported"),
+        ({"extractor_mode": "raw"}, "extractor_mode='raw' is not supported, only default and layer_norm"),
+        ({"relative_position_embedding": True}, "only with relative_position_embedding and gru_rel_pos"),
         ({"pos_conv_depth": 2}, "feat_extract_norm: must be 'layer' for data2vec-audio"),
         ({"conv_feature_layers": "__import__('os').system('true')"}, "is not a sum of lists"),
         ({"conv_feature_layers": "[(512, 10)]"}, "is not a list of"),
@@ -327,8 +327,8 @@ def test_not_even_what_is_expected_there_is_run(monkeypatch: pytest.MonkeyPatch,
         ({"encoder_embed_dim": 64}, r"has shape \(48,\), expected \(64,\)"),
         ({"encoder_layers": 2}, r"no place for: encoder\.layers\.2"),
         ({"encoder_layers": 4}, r"weights are missing: encoder\.layers\.3"),
-        ({"encoder_embed_dim": "many"}, "encoder_embed_dim='many' is no int"),
-        ({"conv_bias": 1}, "conv_bias=1 is no bool"),
+        ({"encoder_embed_dim": "many"}, "encoder_embed_dim='many' is not of type int"),
+        ({"conv_bias": 1}, "conv_bias=1 is not of type bool"),
     ],
 )
 def test_what_is_not_served_is_named(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -342,16 +342,16 @@ def test_other_files_are_named(tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
     args = argparse.Namespace(**SETTINGS)
     for content, message in (
-        ({"state_dict": {}}, "looked for 'model', and for 'cfg' or 'args', in it"),
-        ({"model": {}}, "looked for 'model', and for 'cfg' or 'args', in it"),
-        ({"args": args, "model": {3: torch.ones(1)}}, "no speech encoder in it; looked for"),
-        ([1], "it holds a list, not a dictionary"),
-        ({"args": args, "model": {"encoder.embed.weight": torch.ones(1)}}, "no speech encoder in it; looked for"),
+        ({"state_dict": {}}, "expected the entry 'model', and 'cfg' or 'args'"),
+        ({"model": {}}, "expected the entry 'model', and 'cfg' or 'args'"),
+        ({"args": args, "model": {3: torch.ones(1)}}, "contains no speech encoder; looked for"),
+        ([1], "it contains a list, expected a dictionary"),
+        ({"args": args, "model": {"encoder.embed.weight": torch.ones(1)}}, "contains no speech encoder; looked for"),
     ):
         torch.save(content, path)
         with pytest.raises(ValueError, match=rf"model\.pt: .*{re.escape(message)}"):
             fastssl.load_encoder(path)
     for data in (b"", b"not a pickle", b"PK\x03\x04 no archive"):
         path.write_bytes(data)
-        with pytest.raises(ValueError, match=r"model\.pt: no checkpoint of fairseq that can be read"):
+        with pytest.raises(ValueError, match=r"model\.pt: cannot be read as a checkpoint of fairseq"):
             fastssl.load_encoder(path)

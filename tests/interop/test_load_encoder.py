@@ -156,12 +156,12 @@ def test_damaged_folders_are_named(tmp_path: Path) -> None:
 
 
 def test_what_is_not_known_is_told_what_is(tmp_path: Path) -> None:
-    opened = "Can be opened: a run of .*fairseq.*Transformers model.*torchaudio"
-    with pytest.raises(ValueError, match=f"Linear is not known. {opened}"):
+    opened = "expected a run of .*fairseq.*Transformers model.*torchaudio"
+    with pytest.raises(ValueError, match=f"Linear cannot be loaded; {opened}"):
         fastssl.load_encoder(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match=f"int is not known. {opened}"):
+    with pytest.raises(ValueError, match=f"int cannot be loaded; {opened}"):
         fastssl.load_encoder(3)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=rf"{tmp_path}/nothing: there is no such file or folder. {opened}"):
+    with pytest.raises(ValueError, match=rf"{tmp_path}/nothing: no such file or folder; {opened}"):
         fastssl.load_encoder(tmp_path / "nothing")
     with pytest.raises(ValueError, match=r"no model there; looked for .*config\.json and .*encoder"):
         fastssl.load_encoder(tmp_path)
@@ -171,7 +171,7 @@ def test_what_is_not_known_is_told_what_is(tmp_path: Path) -> None:
             hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=5
         )
     )
-    with pytest.raises(ValueError, match=r"BertModel \(model_type 'bert'\) is not known"):
+    with pytest.raises(ValueError, match=r"BertModel \(model_type 'bert'\) cannot be loaded"):
         fastssl.load_encoder(bert)
 
 
@@ -227,10 +227,10 @@ def test_why_the_hub_did_not_help(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for error in (LocalEntryNotFoundError("no\nconnection"), HFValidationError("no"), OSError("no")):
         monkeypatch.setattr(huggingface_hub, "snapshot_download", Hub(None, error))
         kind = type(error).__name__
-        with pytest.raises(ValueError, match=f"runs/demo: there is no such .*the Hub did not give it: {kind}: no$"):
+        with pytest.raises(ValueError, match=f"runs/demo: no such .*loading from the Hub failed: {kind}: no$"):
             fastssl.load_encoder("runs/demo")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ValueError, match=r"runs/demo: there is no such .*pip install huggingface_hub"):
+    with pytest.raises(ValueError, match=r"runs/demo: no such .*pip install huggingface_hub"):
         fastssl.load_encoder("runs/demo")
 
 

@@ -215,12 +215,12 @@ def test_bad_arguments_are_named() -> None:
     model = fastssl.accelerate(make("wav2vec2 base"))
     waveforms, lengths = batch_of([5000, 900])
     cases = {
-        r"lengths: expected \(2,\).* got \(3,\)": torch.tensor([1, 2, 3]),
-        r"lengths: expected \(2,\).* got \(2, 1\)": lengths.unsqueeze(1),
+        r"lengths: expected the shape \(2,\).* got \(3,\)": torch.tensor([1, 2, 3]),
+        r"lengths: expected the shape \(2,\).* got \(2, 1\)": lengths.unsqueeze(1),
         r"lengths: must be integers, got torch.float32": lengths.float(),
         r"lengths: must be integers, got torch.bool": lengths > 0,
-        r"lengths: row 0 has 5001 samples, but the waveforms are \(2, 5000\)": lengths + 1,
-        r"lengths: row 1 has -100 samples": lengths - 1000,
+        r"lengths: 5001 in row 0, expected 0 to 5000": lengths + 1,
+        r"lengths: -100 in row 1": lengths - 1000,
     }
     for message, bad in cases.items():
         for call in (model, model.extract_features):

@@ -377,5 +377,5 @@ def test_layers_of_somebody_else_are_called() -> None:
     block.conv = doubling
     model = fastssl.accelerate(copy.deepcopy(original))
     waveforms, _ = padded_batch([5000])
-    with torch.no_grad(), pytest.warns(UserWarning, match=r"Doubling is in the place of .* the original code runs"):
+    with torch.no_grad(), pytest.warns(UserWarning, match=r"Doubling replaces a module of .* the original code runs"):
         assert torch.equal(model(waveforms).last_hidden_state, original(waveforms).last_hidden_state)
