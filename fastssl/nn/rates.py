@@ -1,4 +1,4 @@
-"""Rates of sequence compression (lambda of Once-for-All, arXiv 2211.02332): for a frame period, random, or learned."""
+"""Rates of sequence compression (lambda of Once-for-All, arXiv 2211.02332): solved, drawn or learned."""
 
 import torch
 from torch import Tensor, nn

@@ -192,7 +192,7 @@ def bias_gelu_dropout_bwd(
 
 
 def ahead_of_time_cases() -> dict[str, Callable[[], object]]:
-    """Label -> a call whose kernel launches tests/ops/ahead_of_time.py records and compiles."""
+    """Calls by label. tests/ops/ahead_of_time.py compiles the kernels that each of them would launch."""
 
     def call(width: int, dtype: torch.dtype, *, dropout: bool, with_bias: bool) -> None:
         x = torch.empty(1000, width, dtype=dtype)

@@ -333,7 +333,7 @@ def contrastive_loss_bwd(
 
 
 def ahead_of_time_cases() -> dict[str, Callable[[], object]]:
-    """Label -> a call whose kernel launches tests/ops/ahead_of_time.py records and compiles."""
+    """Calls by label. tests/ops/ahead_of_time.py compiles the kernels that each of them would launch."""
     return {
         f"{dtype}, D={width}".replace("torch.", ""): partial(_forward_and_backward, width, dtype)
         for dtype in (torch.bfloat16, torch.float32, torch.float16)

@@ -247,7 +247,7 @@ def dropout_add_layer_norm_bwd(
 
 
 def ahead_of_time_cases() -> dict[str, Callable[[], object]]:
-    """Label -> a call whose kernel launches tests/ops/ahead_of_time.py records and compiles."""
+    """Calls by label. tests/ops/ahead_of_time.py compiles the kernels that each of them would launch."""
 
     def call(width: int, dtype: torch.dtype, *, dropout: bool, prenorm: bool) -> None:
         x = torch.empty(1000, width, dtype=dtype)

@@ -325,7 +325,7 @@ def gumbel_quantize_bwd(
 
 
 def ahead_of_time_cases() -> dict[str, Callable[[], object]]:
-    """Label -> a call whose kernel launches tests/ops/ahead_of_time.py records and compiles."""
+    """Calls by label. tests/ops/ahead_of_time.py compiles the kernels that each of them would launch."""
     return {
         f"{dtype}, {source}, V={codes}, E={width}".replace("torch.", ""): partial(
             _forward_and_backward, dtype, source, codes, width

@@ -64,7 +64,7 @@ _OP = Op(
 
 
 class _Settings(NamedTuple):
-    """Arguments of the kernels that are not tensors. The five lists are the end of the schema, in this order."""
+    """Arguments of the kernels that are not tensors. The schema ends with the five lists, in this order."""
 
     backend: str
     save: bool

@@ -487,7 +487,7 @@ def _backward(
 
 
 def ahead_of_time_cases() -> dict[str, Callable[[], object]]:
-    """Label -> a call whose kernel launches tests/ops/ahead_of_time.py records and compiles."""
+    """Calls by label. tests/ops/ahead_of_time.py compiles the kernels that each of them would launch."""
     cases: dict[str, Callable[[], object]] = {}
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for norm in ("group", "layer"):

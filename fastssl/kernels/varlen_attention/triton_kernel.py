@@ -71,7 +71,7 @@ def _block_of(tile, cu_seqlens_ptr, batch, BLOCK: tl.constexpr):
 
 @triton.jit
 def _load_rows(ptr, rows, length, stride, E: tl.constexpr, BLOCK_E: tl.constexpr):
-    """Load (rows, BLOCK_E) of one sequence and head; zero after the end of the sequence, where others begin."""
+    """Load (rows, BLOCK_E) of one sequence and head; zero for rows after its end, which belong to other sequences."""
     columns = tl.arange(0, BLOCK_E)
     mask = (rows < length)[:, None]
     if E < BLOCK_E:
@@ -447,7 +447,7 @@ def _launches(width: int, dtype: torch.dtype, biased: bool, max_length: int) -> 
     """Launch settings, chosen so that the kernels compile without spills for sm_90, see README.md.
 
     Settings that change the order of a sum must not depend on the lengths, or the bits of a sequence would depend on
-    its batch. The forward computes each query on its own, so its `block_m` may: short sequences get smaller blocks.
+    its batch. The forward computes each query on its own, so its `block_m` may: it is smaller for short sequences.
     """
     if dtype == torch.float32:  # no tensor cores
         return _Launches(*[_Launch(32, 32, 8, 1)] * 4)
@@ -585,7 +585,7 @@ def varlen_attention_bwd(
 
 
 def ahead_of_time_cases() -> dict[str, Callable[[], object]]:
-    """Label -> a call whose kernel launches tests/ops/ahead_of_time.py records and compiles."""
+    """Calls by label. tests/ops/ahead_of_time.py compiles the kernels that each of them would launch."""
     plain, everything = _forward_and_backward, partial(_forward_and_backward, dropout_p=0.1, biased=True)
     return {
         "bfloat16, E=64, dropout and gated bias": partial(everything, 64, torch.bfloat16),
