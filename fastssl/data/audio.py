@@ -37,7 +37,7 @@ class AudioError(Exception):
 
 
 def read_waveform(cut: Cut, *, channel: int | None = None) -> NDArray[np.float32]:
-    """Decode a cut as a mono waveform at 16 kHz, together with only the margin that the resampling filter needs.
+    """Decode a cut as a mono waveform at 16 kHz; reads only the cut and the margin that the resampling filter needs.
 
     Args:
         cut: A Lhotse cut of one recording, at any sampling rate.
@@ -65,8 +65,8 @@ def read_samples(cut: Cut, *, first: int, length: int, channel: int | None) -> N
         channel: As in `read_waveform`.
 
     Returns:
-        (length,) float32 at 16 kHz, or fewer samples if the recording ends before. The values equal a slice of the
-        whole recording resampled on a grid that contains source sample `first`.
+        (length,) float32 at 16 kHz, or fewer samples if the recording ends earlier. The values equal a slice of the
+        whole recording, resampled on a grid that contains source sample `first`.
 
     Raises:
         AudioError: As in `read_waveform`.
@@ -105,8 +105,8 @@ def read_samples(cut: Cut, *, first: int, length: int, channel: int | None) -> N
 def resampling_ratio(rate_hz: int) -> tuple[int, int]:
     """Return the ratio of a sampling rate to 16 kHz in lowest terms, for example (441, 160) for 44,100 Hz.
 
-    The resampling filter has one row for each of the second number. To keep it small, a rate whose greatest common
-    divisor with 16,000 is below 10 (such as 44,101 Hz) is rounded to a multiple of 10 Hz.
+    The resampling filter has as many rows as the second number. To keep it small, a rate whose greatest common divisor
+    with 16,000 is below 10 (such as 44,101 Hz) is rounded to the nearest multiple of 10 Hz.
 
     Args:
         rate_hz: Sampling rate of the recording in Hz.

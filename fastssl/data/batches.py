@@ -33,7 +33,7 @@ class AudioBatch:
         ids: (B,) int64, `utterance_id` of each cut id.
         names: B paths for messages; "@12.0s" is appended if the part begins 12 s into its recording.
         update: Optimiser update that the batch belongs to, counted from 0.
-        problems: Planned utterances that could not be used. If none could, B is 0.
+        problems: Planned utterances that cannot be used, and why. If none can be used, B is 0.
         labels: (T,) int64, one class for each of the encoder's T frames; None if the dataset reads no labels.
         segments: Segment of each of these T frames; None if the dataset reads no segments.
         noise: Noise to mix into each utterance, (M, 1) in B sequences, of length 0 for utterances without; None if the
@@ -145,7 +145,7 @@ class UpdateSampler(Sampler[BatchSpec]):
 
     Args:
         cuts: Utterances from `open_corpus`. They are read once, and the plan depends on their order.
-        max_duration_s: Most seconds of audio in one micro-batch, after cropping; a longer utterance forms its own.
+        max_duration_s: Most seconds of audio in one micro-batch, after cropping; a longer utterance is alone in one.
         crop_s: Length of the random crops in seconds; None keeps whole utterances.
         seed: Seed of the run.
         rank: Index of this process, from 0 to `world_size` - 1.
@@ -235,7 +235,7 @@ def fixed_batches(cuts: Iterable[Cut], *, max_duration_s: float, crop_s: float |
 
     Args:
         cuts: Utterances to validate on; the plan does not depend on their order.
-        max_duration_s: Most seconds of audio in one micro-batch, after cropping; a longer utterance forms its own.
+        max_duration_s: Most seconds of audio in one micro-batch, after cropping; a longer utterance is alone in one.
         crop_s: Length of the crops in seconds; None keeps whole utterances.
         seed: Seed of the crops; a crop's start depends only on this and on the cut's id.
 

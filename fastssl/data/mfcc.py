@@ -1,4 +1,4 @@
-"""MFCC with their first and second differences, computed by Lhotse: the features of HuBERT's first k-means targets."""
+"""MFCC with their first and second differences, computed by Lhotse: features for HuBERT's first k-means targets."""
 
 from functools import lru_cache
 from typing import Any

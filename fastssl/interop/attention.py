@@ -36,15 +36,15 @@ def _mask(
     attention_mask: Tensor | None = None,  # (B, T)
     **options: Any,
 ) -> PaddedRows | None:
-    """Return the valid rows, or None without a mask; called once per forward pass.
+    """Find the valid rows of a padding mask, once per forward pass; None without a mask.
 
-    Only here does the host wait for the device.
+    This is the only place where the host waits for the device.
     """
     from transformers.masking_utils import bidirectional_mask_function
 
     if mask_function is not bidirectional_mask_function or q_length != kv_length:
         raise ValueError(
-            f"attn_implementation: {NAME!r} supports only self-attention in both directions; choose 'sdpa' instead"
+            f"attn_implementation: {NAME!r} supports only self-attention in both directions; choose 'eager' instead"
         )
     if attention_mask is None:
         return None
@@ -65,12 +65,12 @@ def _attend(
 ) -> tuple[Tensor, None]:  # (B, T, H, E)
     if is_causal or getattr(module, "is_causal", False) or not query.shape == key.shape == value.shape:
         raise ValueError(
-            f"attn_implementation: {NAME!r} supports only self-attention in both directions; choose 'sdpa' instead"
+            f"attn_implementation: {NAME!r} supports only self-attention in both directions; choose 'eager' instead"
         )
     if isinstance(attention_mask, Tensor) or options.get("position_bias") is not None:
         raise ValueError(
             f"attn_implementation: {NAME!r} supports padding masks (B, T), but neither dense masks nor a position "
-            "bias; choose 'sdpa' instead"
+            "bias; choose 'eager' instead"
         )
     if options.get("output_attentions"):
         warnings.warn(f"attn_implementation={NAME!r} returns no attention weights; use 'eager' for them", stacklevel=2)

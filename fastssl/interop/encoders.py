@@ -27,7 +27,7 @@ def original_runs(model: nn.Module, modules: Iterable[nn.Module], reason: str | 
         model: The accelerated encoder.
         modules: Modules whose parameters our forward reads without calling them. A hook on one of them, or a foreign
             class in its place, would be ignored silently, so it makes the original run.
-        reason: Another reason to run the original, found by the caller; None if there is no other.
+        reason: Another reason to run the original, found by the caller, or None.
 
     Raises:
         ValueError: The original must run, but the model has a compressor, which the original cannot apply.
@@ -50,7 +50,7 @@ def _foreign_code(modules: Iterable[nn.Module]) -> str | None:
         if not kind.__module__.startswith(_LIBRARIES):
             return f"a {kind.__module__}.{kind.__name__} replaces a module of the original"
         if F.is_watched(module):
-            return f"a {kind.__name__} has a hook or its own forward"
+            return f"a {kind.__name__} has a hook or a replaced `forward`"
     return None
 
 
@@ -88,7 +88,7 @@ def front_end(
         model: The encoder.
         waveforms: (B, T) samples.
         lengths: B numbers of valid samples.
-        convolutions: Kernel and stride of each convolution, in samples of its input.
+        convolutions: Kernel size and stride of each convolution, from first to last.
         padded: The original front end, (B, T) to (B, F, C). It runs if the encoder's norm is "padded".
 
     Returns:

@@ -199,7 +199,11 @@ def _own_settings(model: Mapping[str, Any], weights: Mapping[str, Tensor]) -> di
 
 
 def _setting(model: Mapping[str, Any], name: str, default: Any) -> Any:
-    """Return a setting or its default; raises ValueError if the setting has another type than its default."""
+    """Return a setting or its default.
+
+    Raises:
+        ValueError: The setting has another type than its default; an int is accepted in place of a float.
+    """
     value = model.get(name, default)
     number = isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool)
     if type(value) is not type(default) and not number:
@@ -208,7 +212,7 @@ def _setting(model: Mapping[str, Any], name: str, default: Any) -> Any:
 
 
 def _model_of(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the model's part of the settings; files of WavLM and of fairseq before hydra have only one level."""
+    """Return the model's part of the settings; WavLM, and fairseq before hydra, keep all settings on one level."""
     model = cfg.get("model")
     return dict(model if isinstance(model, Mapping) else cfg)
 

@@ -44,7 +44,7 @@ def load_encoder(path_or_model: str | Path | nn.Module) -> SpeechEncoder:
         A `ConformerEncoder` for BEST-RQ, else an `Encoder`. If the argument is one of these, it is returned itself.
 
     Raises:
-        ValueError: The argument is none of these, has an unsupported part, or its weights do not fit its config. The
+        ValueError: The argument is not one of these, has an unsupported part, or its weights do not fit its config. The
             message says what was looked for.
     """
     if isinstance(path_or_model, SpeechEncoder):
