@@ -1,9 +1,9 @@
-"""Run a command and write what it took, also when whoever asked for it is gone meanwhile.
+"""Run a command and record its processor time and peak memory, even if the study that started it has ended meanwhile.
 
     python -m benchmarks.studies.accounted USED.json COMMAND...
 
-Adds processor seconds to those in USED.json, and keeps the highest resident memory. A process inherits the peak of the
-one that starts it, so a study that has gigabytes of features in memory cannot start the command itself.
+Adds the processor seconds to those in USED.json, and keeps the higher peak of resident memory. A study cannot start the
+command directly: a process inherits the peak of its parent, and a study may hold gigabytes of features.
 """
 
 import json
@@ -14,9 +14,9 @@ from pathlib import Path
 
 
 def main() -> None:
-    """Run it; ends with its status."""
+    """Run the command, write USED.json, and exit with the status of the command."""
     used, *command = sys.argv[1:]
-    # A lock that was inherited is handed on.
+    # Pass inherited file descriptors on: one of them holds the lock of the run's folder.
     process = subprocess.Popen(command, close_fds=False)
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)

@@ -1,12 +1,17 @@
-"""The tiny recipes of all systems on one corpus: quality without labels, and what probes read, beside the baselines.
+"""Compare the tiny recipes of all systems on one corpus, by quality without labels and by probes.
 
     python -m benchmarks.studies.compare_systems CORPORA --runs RUNS --output compare_systems.json
 
-wav2vec2-tiny, hubert-tiny (two iterations, the second on classes of the first's third layer) and best-rq-tiny are
-pre-trained on train, and probed, frozen, beside log-mel and both architectures with random weights: digits and phones
-by CTC on speakers that the head has learned from and, six times over, on the one it has not; thirty voices in 1 s;
-verification between speakers that the layer was not chosen on, two at a time. With --curve the checkpoints of each
-quarter of a run are probed too, for digits on held-out speakers: what more updates do.
+wav2vec2-tiny, hubert-tiny (two iterations; the second learns classes of the first one's third layer) and best-rq-tiny
+are pre-trained on the corpus `train`. Frozen, they are compared with log-mel features and with both architectures with
+random weights, on these probes:
+
+- digits and phones by CTC, on speakers that the head was trained on, and in six folds on the speaker held out;
+- thirty voices in 1 s of audio;
+- verification between two held-out speakers at a time, which the layer was not chosen on.
+
+With --curve, the checkpoints at each quarter of a run are also probed for digits on held-out speakers, to show the
+effect of more updates.
 """
 
 import argparse
@@ -41,9 +46,9 @@ PROBES = {
     "voice error, 1 s": Probe("voices_test", "voice", segment_s=1.0),
     "equal error rate, 1 s": Probe("test", "speaker", segment_s=1.0, task="verification", folds="speaker", fold_size=2),
 }
-#: The rows of random weights, by the system whose architecture they are of; HuBERT has that of wav2vec 2.0.
+#: Rows with random weights, by the system whose architecture they have; HuBERT's is that of wav2vec 2.0.
 UNTRAINED = {"wav2vec 2.0": "untrained wav2vec 2.0 and HuBERT", "BEST-RQ": "untrained BEST-RQ"}
-#: The rows, in the order of the tables.
+#: All rows, in the order of the tables.
 NAMES = (
     "wav2vec 2.0",
     "HuBERT, iteration 1",
@@ -53,18 +58,19 @@ NAMES = (
     UNTRAINED["BEST-RQ"],
     LOG_MEL,
 )
-#: The task of checkpoints on the way.
+#: Task for the intermediate checkpoints of --curve.
 CURVE = "digit error, held-out speakers"
-#: Whose turn it is to have log-mel probed.
+#: The system with which log-mel is probed, once.
 WITH_LOG_MEL = "wav2vec 2.0"
-#: For clusters, and so for their number: as many as the encoder with the fewest frames a second has in 8 minutes.
+#: Frames for k-means of every encoder: the number that the encoder with the longest frames has in 8 minutes. It also
+#: determines the number of clusters.
 QUALITY_FRAMES = 12_000
-#: Of hubert-tiny, from which the classes of the second iteration are made.
+#: Layer of hubert-tiny whose classes the second iteration learns.
 LABEL_LAYER = 3
 
 
 def runs(corpora: Path, folder: Path, updates: int, *, precision: str) -> list[Iterator[tuple[str, Trained]]]:
-    """The runs by name, in groups that need nothing of each other; each is done when it is asked for."""
+    """Return groups of runs that do not depend on each other; each group yields names and runs, training on demand."""
     audio, options = corpora / "train", _options(corpora, updates, precision)
 
     def alone(name: str, job: Job) -> Iterator[tuple[str, Trained]]:
@@ -76,7 +82,7 @@ def runs(corpora: Path, folder: Path, updates: int, *, precision: str) -> list[I
         yield "HuBERT, iteration 1", first
         labels = folder / "hubert-labels"
         settings = LabelSettings(model=str(first.run.absolute()), layer=LABEL_LAYER, clusters=100)
-        # In this process: others cannot be forked safely while threads compute.
+        # Without worker processes: forking is not safe while other threads compute.
         label(audio, labels, settings, num_workers=0)
         given = options | {"data.labels": str(labels.absolute())}
         yield "HuBERT, iteration 2", train(Job("hubert-2", audio, "hubert-tiny", given), folder)
@@ -101,12 +107,12 @@ def _options(corpora: Path, updates: int, precision: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Do what is not done yet, and print the tables."""
+    """Do the missing runs and probes, write the tables and print them."""
     parser = corpora_parser(__doc__ or "")
-    parser.add_argument("--updates", type=int, default=3000, help="of each run; of HuBERT's first iteration a third")
-    parser.add_argument("--seeds", type=int, default=3, help="of the heads on seen speakers; each other fold has one")
-    parser.add_argument("--probe_steps", type=int, default=600, help="of each head")
-    parser.add_argument("--curve", action="store_true", help="probe the checkpoints of each quarter too")
+    parser.add_argument("--updates", type=int, default=3000, help="per run; HuBERT's first iteration takes a third")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds per head of tasks without folds; others have one")
+    parser.add_argument("--probe_steps", type=int, default=600, help="number of optimiser steps of each probe head")
+    parser.add_argument("--curve", action="store_true", help="also probe the checkpoints at each quarter of a run")
     arguments = parser.parse_args()
     decides = what_decides(arguments.corpora, ["train", "dev", "test", "voices_train", "voices_dev", "voices_test"])
     settings = {name: getattr(arguments, name) for name in ("updates", "probe_steps", "seeds", "precision")}
@@ -121,7 +127,7 @@ def main() -> None:
 
 
 def _assess(study: StudyFile, group: Iterator[tuple[str, Trained]], arguments: argparse.Namespace) -> None:
-    """Quality and probes of the encoders of these runs, and of those without training that belong to them."""
+    """Measure and probe the encoders of these runs, and the untrained encoders of the same architecture."""
     for name, trained in group:
         models = {name: fastssl.load_encoder(trained.run)}
         if name in UNTRAINED:
@@ -138,7 +144,7 @@ def _assess(study: StudyFile, group: Iterator[tuple[str, Trained]], arguments: a
 
 
 def _probe_checkpoints(study: StudyFile, name: str, trained: Trained, arguments: argparse.Namespace) -> None:
-    """Probe the checkpoints that a run kept on its way, for `CURVE` alone."""
+    """Probe the intermediate checkpoints of a run, for `CURVE` only."""
     task = PROBES[CURVE]
     settings = task.settings(steps=arguments.probe_steps, seeds=1)
     for update in sorted(int(kept.stem) for kept in (trained.run / "checkpoints").glob("[0-9]*.ckpt")):
@@ -158,7 +164,7 @@ def _probe(
     steps: int,
     seeds: int,
 ) -> None:
-    """Probe encoders and baselines where that is not done."""
+    """Run the probes of encoders and baselines that the study does not have yet."""
     features = FeatureStore()
     for task_name, task in PROBES.items():
         left = {name: model for name, model in models.items() if f"probe/{name}/{task_name}" not in study.results}
@@ -166,7 +172,7 @@ def _probe(
         if not left and not beside:
             continue
         settings = task.settings(steps=steps, seeds=seeds if task.folds is None else 1)
-        # A baseline that alone is left takes its device from an encoder.
+        # If only a baseline is left, still pass an encoder: `run_probe` takes the device from it.
         results = run_probe(left or models, *task.tables(corpora), settings, features=features, baselines=beside)
         for result in results:
             study.add(f"probe/{result.encoder}/{task_name}", _summary(result))
@@ -190,7 +196,7 @@ def _encoders(results: Mapping[str, Any]) -> list[str]:
 
 
 def table(results: Mapping[str, Any]) -> list[str]:
-    """Tables as Markdown: errors in per cent, mean and deviation over folds or seeds of heads; quality; the curve."""
+    """Return Markdown tables: errors in % (mean and deviation over folds or seeds), quality, and the curve."""
     lines = ["| encoder | " + " | ".join(PROBES) + " |", "|" + "---|" * (len(PROBES) + 1)]
     for name in _encoders(results):
         cells = [_cell(results[f"probe/{name}/{task}"]) for task in PROBES]
@@ -217,7 +223,7 @@ def _cell(result: Mapping[str, Any]) -> str:
     return f"{100 * result['mean']:.1f}{spread}"
 
 
-#: Of a last layer; and what keeps them from being compared between encoders where it differs.
+#: Measures of a last layer; they can be compared between encoders only if the last three numbers agree.
 QUALITY = {
     "effective rank": "effective_rank",
     "RankMe": "rankme",
@@ -234,7 +240,7 @@ def _quality(run: Mapping[str, Any]) -> dict[str, float]:
 
 
 def write_csv(results: Mapping[str, Any], path: Path) -> None:
-    """A row per encoder: errors, then the quality of its last layer."""
+    """Write a CSV file with a row per encoder: errors, then the quality of its last layer."""
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         deviations = [f"{task}, deviation" for task in PROBES]

@@ -1,19 +1,23 @@
-"""Match to Win (arXiv:2209.15575): how short may the sequences be that an encoder is pre-trained on?
+"""Study of Match to Win (arXiv:2209.15575): how short may the sequences be that an encoder is pre-trained on?
 
     python -m benchmarks.studies.crop_length CORPORA --sounds ESC10 --runs RUNS --output crop_length.json [--full]
 
-wav2vec2-tiny learns from crops of 1, 2 and 5 s and from whole utterances, by `--data.crop_s`. Protocol A: 48 s of audio
-in an update on average, so all see about the same audio and shorter crops mean more utterances; because batches are
-full to the last utterance that fits, and the last of an epoch is what is left, `--data.max_duration_s` is for each crop
-the one that comes nearest. Protocol B: four utterances in every update (fewer in the last of an epoch), so audio grows
-with the crop; what that saves is what the paper claims. Utterances shorter than the crop are taken whole. Updates are
-equal in both. Every encoder is scored on the same held-out crops, and probed, frozen: digits by CTC on whole
-utterances, and the voice in 1 s, in 5 s and in whole utterances. With --sounds the same for environmental sounds: crops
-of 1 and 2 s and whole sounds (5 s), probed for their class in 1 s and in whole sounds.
+wav2vec2-tiny learns from crops of 1, 2 and 5 s (`--data.crop_s`) and from whole utterances; an utterance shorter than
+the crop is taken whole. The number of updates is the same everywhere. Two protocols differ in the size of an update:
 
-ESC10 is a folder of `{class}_{fold}-{clip}-{take}.ogg`: folds 1 to 3 are pre-trained on; the probe learns from folds
-1 and 2, is tuned on 3 and tested on 4. Clips that were filled up to 5 s with digital silence are taken without it, but
-for what makes a second.
+- Protocol A: about 48 s of audio per update, so that all runs see about the same audio, and shorter crops mean more
+  utterances. Batches are filled only with utterances that fit, and the last one of an epoch is smaller; for each crop,
+  `--data.max_duration_s` is therefore set so that the mean comes nearest to 48 s.
+- Protocol B: four utterances per update (fewer in the last one of an epoch), so that audio and cost grow with the crop.
+  The savings that the paper reports are of this kind.
+
+Every encoder is scored on the same held-out crops and probed, frozen: for digits by CTC on whole utterances, and for
+the voice in 1 s, in 5 s and in whole utterances. With --sounds, the study is repeated on environmental sounds, with
+crops of 1 and 2 s and whole sounds (5 s), probed for their class in 1 s and in whole sounds.
+
+ESC10 is a folder of files `{class}_{fold}-{clip}-{take}.ogg`. Folds 1 to 3 serve for pre-training; the probe is trained
+on folds 1 and 2, tuned on fold 3 and tested on fold 4. Digital silence that pads clips to 5 s is removed, but at least
+1 s of each clip is kept.
 """
 
 import csv
@@ -45,7 +49,7 @@ from fastssl.data.batches import UpdateSampler
 from fastssl.data.corpus import open_corpus
 
 COSTS = ("updates", "audio_hours", "training_s", "cpu_s", "peak_mb", "mean_crop_s")
-#: Seconds of audio per update of protocol A on average, and utterances of protocol B.
+#: Mean seconds of audio per update in protocol A, and utterances per update in protocol B.
 AUDIO_S, UTTERANCES = 48.0, 4
 SPEECH_PROBES = {
     "digit error": Probe("test", "digits"),
@@ -60,7 +64,7 @@ SOUND_PROBES = {
 
 
 class Size(NamedTuple):
-    """How much of the study is done."""
+    """Scale of the study."""
 
     updates: int
     seeds: int
@@ -71,14 +75,14 @@ DEFAULT, FULL = Size(updates=250, seeds=1, probe_steps=300), Size(updates=800, s
 
 
 class Domain(NamedTuple):
-    """What is pre-trained on, scored and probed.
+    """The recordings and probes of one part of the study: speech, or environmental sounds.
 
     Args:
-        audio: To pre-train on.
-        held_out: To score.
-        corpora: Of the probes.
-        probes: By name.
-        crops: Lengths in seconds; None is whole utterances.
+        audio: Folder of recordings for pre-training.
+        held_out: Folder of recordings for scoring.
+        corpora: Folder of the probes' corpora.
+        probes: Probes by name.
+        crops: Crop lengths in seconds; None for whole utterances.
     """
 
     audio: Path
@@ -89,9 +93,16 @@ class Domain(NamedTuple):
 
 
 def audio_limits(domain: Domain, *, updates: int) -> dict[float | None, float]:
-    """By crop, the whole seconds of `data.max_duration_s` with which an update has `AUDIO_S` most nearly on average.
+    """Find for each crop the `data.max_duration_s` with which the mean audio per update is nearest to `AUDIO_S`.
 
-    A limit of 48 s gives 40 s of whole utterances and 46 s of crops of 2 s.
+    For example, a limit of 48 s gives a mean of 40 s with whole utterances, and of 46 s with crops of 2 s.
+
+    Args:
+        domain: Domain with audio and crops.
+        updates: Number of updates to average over.
+
+    Returns:
+        Limits in whole seconds, by crop.
     """
     cuts = open_corpus(domain.audio, min_duration_s=1.0).cuts
 
@@ -106,7 +117,7 @@ def audio_limits(domain: Domain, *, updates: int) -> dict[float | None, float]:
 def jobs(
     name: str, domain: Domain, size: Size, limits: Mapping[float | None, float], *, precision: str
 ) -> dict[str, Job]:
-    """The runs by key, `domain/protocol/crop/seed`; `limits` are those of `audio_limits`."""
+    """Return the runs by their key `domain/protocol/crop/seed`, with limits from `audio_limits`."""
     found = {}
     for seed in range(size.seeds):
         for crop_s in domain.crops:
@@ -117,7 +128,7 @@ def jobs(
                     "data.crop_s": crop_s,
                     "data.max_duration_s": limits[crop_s],
                     "data.min_duration_s": 1.0,
-                    # Scored once, afterwards, on crops that all share.
+                    # Hold out nothing: the study scores all runs afterwards on the same crops.
                     "data.valid": 0,
                     "trainer.max_steps": size.updates,
                     "trainer.precision": precision,
@@ -134,7 +145,7 @@ def _crop_name(crop_s: float | None) -> str:
 
 
 def evaluate(domain: Domain, size: Size, key: str, trained: Trained) -> dict[str, Any]:
-    """What a finished run took, and how good its encoder is."""
+    """Score and probe a finished run, and return its costs, scores and errors."""
     scores = probe(trained.run, domain.corpora, domain.probes, steps=size.probe_steps)
     held_out = held_out_scores(open_checkpoint(trained.run), domain.held_out, crop_s=5.0, draws=4)
     costs = {cost: getattr(trained, cost) for cost in COSTS}
@@ -142,10 +153,10 @@ def evaluate(domain: Domain, size: Size, key: str, trained: Trained) -> dict[str
 
 
 def main() -> None:
-    """Do the runs that are not there yet, probe them, and write what follows."""
+    """Do the missing runs, probe them, and write findings, a table and a figure."""
     parser = corpora_parser(__doc__ or "")
-    parser.add_argument("--sounds", type=Path, metavar="ESC10", help="folder of environmental sounds; none without it")
-    parser.add_argument("--full", action="store_true", help=f"{FULL.seeds} seeds of {FULL.updates} updates: hours")
+    parser.add_argument("--sounds", type=Path, metavar="ESC10", help="folder of environmental sounds to study as well")
+    parser.add_argument("--full", action="store_true", help=f"{FULL.seeds} seeds of {FULL.updates} updates (hours)")
     arguments = parser.parse_args()
     size = FULL if arguments.full else DEFAULT
     decides = what_decides(arguments.corpora, ["train", "dev", "test", "voices_train", "voices_dev", "voices_test"])
@@ -171,14 +182,17 @@ def main() -> None:
 
 
 def parts_of_sounds(folder: Path, output: Path) -> Path:
-    """Divide ESC-10 by its folds into `pretrain` (1 to 3), and `train` (1, 2), `dev` (3) and `test` (4) with tables.
+    """Divide ESC-10 by its folds into `pretrain` (1 to 3), `train` (1 and 2), `dev` (3) and `test` (4), with tables.
 
     Args:
-        folder: With files `{class}_{fold}-{clip}-{take}.ogg`.
-        output: Gets these sounds without the digital silence before and after them.
+        folder: Folder with files `{class}_{fold}-{clip}-{take}.ogg`.
+        output: Folder to write the parts to, without the digital silence at the start and end of the sounds.
+
+    Returns:
+        `output`.
 
     Raises:
-        ValueError: There are no such files, or none of some fold.
+        ValueError: A part has no files.
     """
     parts: dict[str, tuple[str, ...]] = {
         "pretrain": ("1", "2", "3"),
@@ -190,7 +204,9 @@ def parts_of_sounds(folder: Path, output: Path) -> Path:
     for part, folds in parts.items():
         chosen = {path: name for path, (name, _, rest) in sounds.items() if rest.partition("-")[0] in folds}
         if not chosen:
-            raise ValueError(f"--sounds: {folder} has no sound of fold {' or '.join(folds)}")
+            raise ValueError(
+                f"--sounds: {folder} has no sound of fold {' or '.join(folds)}; expected files CLASS_FOLD-CLIP-TAKE.ogg"
+            )
         (output / part).mkdir(parents=True, exist_ok=True)
         for path in chosen:
             sound = output / part / f"{path.stem}.flac"
@@ -205,7 +221,7 @@ def parts_of_sounds(folder: Path, output: Path) -> Path:
 
 
 def _without_silence(samples: NDArray[np.float32], *, least: int) -> NDArray[np.float32]:
-    """From the first to the last sample that is not silent (ESC-50 fills up with zeros), at least so many samples."""
+    """Cut silence at both ends (ESC-50 pads clips with zeros), but keep at least `least` samples."""
     loud = np.flatnonzero(np.abs(samples.reshape(len(samples), -1)).max(1) > 1e-4)
     if not len(loud):
         return samples[:least]
@@ -214,9 +230,9 @@ def _without_silence(samples: NDArray[np.float32], *, least: int) -> NDArray[np.
 
 
 def groups(results: Mapping[str, Any]) -> dict[tuple[str, str, str], list[Any]]:
-    """Results of all seeds, by domain, protocol and crop, the shortest crop first."""
+    """Group the results of all seeds by domain, protocol and crop, with the shortest crop first."""
     grouped: dict[tuple[str, str, str], list[Any]] = {}
-    # Runs that were under way at a time end in any order.
+    # Sort the results: parallel runs end in any order.
     for key, result in sorted(results.items(), key=lambda item: (item[1]["mean_crop_s"], item[0])):
         domain, protocol, crop, _ = key.split("/")
         grouped.setdefault((domain, protocol, crop), []).append(result)
@@ -224,13 +240,13 @@ def groups(results: Mapping[str, Any]) -> dict[tuple[str, str, str], list[Any]]:
 
 
 def findings(results: Mapping[str, Any]) -> list[str]:
-    """What the numbers say: every crop beside whole ones in each protocol and probe, and what it saves."""
+    """Compare every crop with whole utterances, in each protocol and probe, and say what it saves."""
     grouped = groups(results)
     lines: list[str] = []
     tests = 0
     for domain, protocol in sorted({key[:2] for key in grouped}):
         if (domain, protocol, "whole") not in grouped:
-            lines.append(f"{domain}, protocol {protocol}: no run on whole ones to compare with")
+            lines.append(f"{domain}, protocol {protocol}: no run on whole recordings to compare with")
             continue
         whole = grouped[domain, protocol, "whole"]
         for name in whole[0]["probes"]:
@@ -252,11 +268,11 @@ def findings(results: Mapping[str, Any]) -> list[str]:
                 f"{_share(grouped[domain, protocol, crop], whole, cost)} of the {text}"
                 for cost, (text, _) in _COSTS.items()
             )
-            lines.append(f"{domain}, protocol {protocol}: crops of {crop} take {shares} that whole ones take")
+            lines.append(f"{domain}, protocol {protocol}: crops of {crop} take {shares} of whole recordings")
     return lines if tests == 0 else [*lines, chance(tests)]
 
 
-#: In findings, and in the figure.
+#: Names of the costs in findings and in the figure.
 _COSTS = {
     "audio_hours": ("audio", "hours of audio"),
     "training_s": ("time in updates", "s in updates"),
@@ -266,7 +282,7 @@ _COSTS = {
 
 
 def _share(results: Sequence[Mapping[str, float]], whole: Sequence[Mapping[str, float]], cost: str) -> str:
-    """Ratio of the means, with the least and the most that single runs could make of it: times hang on other load."""
+    """Return the ratio of mean costs, with the range over pairs of single runs, because times depend on other load."""
     of = [result[cost] for result in results], [result[cost] for result in whole]
     ratio = statistics.fmean(of[0]) / statistics.fmean(of[1])
     return f"{ratio:.2f} ({min(of[0]) / max(of[1]):.2f} to {max(of[0]) / min(of[1]):.2f})"
@@ -277,7 +293,7 @@ def _mean(results: Iterable[Mapping[str, float]], name: str) -> float:
 
 
 def write_csv(results: Mapping[str, Any], path: Path) -> None:
-    """A row per run."""
+    """Write a CSV file with costs, scores and errors of each run in a row."""
     names = sorted({name for result in results.values() for name in result["probes"]})
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
@@ -290,7 +306,7 @@ def write_csv(results: Mapping[str, Any], path: Path) -> None:
 
 
 def draw(results: Mapping[str, Any], path: Path) -> None:
-    """Errors over audio hours, training time and peak memory; a line per protocol, a mark per crop."""
+    """Plot errors over audio hours, times and peak memory, with a line per protocol and a mark per crop."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,11 +1,12 @@
-"""Deep versus Wide (arXiv:2207.06867): students of about as many parameters, from one wide layer to six narrow ones.
+"""Study of Deep versus Wide (arXiv:2207.06867): students of equal size, from one wide layer to six narrow ones.
 
     python -m benchmarks.studies.deep_or_wide CORPORA --teacher RUN --runs RUNS --output deep_or_wide.json [--full]
 
-1 x 192, 3 x 128 and 6 x 96 (765,504, 743,168 and 757,824 parameters behind the convolutions) learn from TEACHER by
-prediction heads and layer to layer, on whole utterances, its frames kept on disk and its convolutions frozen; one
-student with convolutions of its own is the control. Content is digits by CTC, with --full phones too; speaker is thirty
-voices in 1 s. The paper finds that content takes depth, and speakers width.
+The students have 1 layer of width 192, 3 of 128 and 6 of 96, with 765,504, 743,168 and 757,824 parameters after the
+convolutions. They learn from RUN, the teacher, on whole utterances, with prediction heads and layer to layer. The
+teacher's frames are kept on disk, and the students use its convolutions, frozen; one student with trained convolutions
+is the control. Content is probed by digits with CTC (with --full, by phones too), speakers by thirty voices in 1 s of
+audio. The paper finds that content needs depth, and speakers need width.
 """
 
 import csv
@@ -28,15 +29,15 @@ from benchmarks.studies.pretraining_runs import (
 from benchmarks.studies.probes import Probe, probe
 from benchmarks.studies.students import probes_at, student_options
 
-#: Layers, width, heads.
+#: For each shape, number of layers, width, number of attention heads.
 SHAPES = {"1 x 192": (1, 192, 4), "3 x 128": (3, 128, 4), "6 x 96": (6, 96, 4)}
 LOSSES = ("pred", "l2l")
-#: With trainable convolutions, once.
+#: Shape and loss of the control, which has trained convolutions and only one seed.
 CONTROL = ("3 x 128", "pred")
 
 
 class Size(NamedTuple):
-    """How much of the study is done."""
+    """Scale of the study."""
 
     updates: int
     seeds: int
@@ -45,7 +46,7 @@ class Size(NamedTuple):
 
     @property
     def probes(self) -> dict[str, Probe]:
-        """By name; no student is compressed."""
+        """Probes by name, for frames of 20 ms, because no student compresses."""
         return probes_at(20.0, phones=self.phones)
 
 
@@ -54,7 +55,7 @@ FULL = Size(updates=1000, seeds=3, probe_steps=1000, phones=True)
 
 
 def jobs(corpora: Path, teacher: Path, runs: Path, size: Size, *, precision: str) -> dict[str, Job]:
-    """The runs by key, `shape/loss/front end/seed`."""
+    """Return the runs by their key `shape/loss/front end/seed`."""
     found = {}
     for seed in range(size.seeds):
         for name, (layers, width, heads) in SHAPES.items():
@@ -78,13 +79,13 @@ def jobs(corpora: Path, teacher: Path, runs: Path, size: Size, *, precision: str
 
 
 def evaluate(corpora: Path, size: Size, key: str, trained: Trained) -> dict[str, Any]:
-    """What a finished student took, and what is read from it."""
+    """Probe a finished student, and return its costs and errors."""
     errors = probe(trained.run, corpora, size.probes, steps=size.probe_steps)
     return {"training_s": trained.training_s, "cpu_s": trained.cpu_s, "updates": trained.updates, "probes": errors}
 
 
 def findings(results: Mapping[str, Any]) -> list[str]:
-    """Deep beside wide by loss and probe, and whether the paper's order shows."""
+    """Compare deep with wide students for each loss and probe, and the control with its frozen counterpart."""
     lines, tests = [], 0
     wide, middle, deep = SHAPES
     pairs = ((deep, wide), (middle, wide), (deep, middle))
@@ -105,7 +106,7 @@ def findings(results: Mapping[str, Any]) -> list[str]:
 
 
 def spreads_of(results: Mapping[str, Any], loss: str, *, front_end: str = "frozen") -> dict[str, dict[str, Spread]]:
-    """Errors over seeds, by probe and shape, of what was learned with a loss."""
+    """Return the errors over seeds by probe and shape, for students with this loss and front end."""
     found: dict[str, dict[str, list[float]]] = {}
     for key, result in results.items():
         shape, of_loss, of_front_end, _ = key.split("/")
@@ -120,7 +121,7 @@ def _resolvable(one: Spread, other: Spread) -> bool:
 
 
 def write_csv(results: Mapping[str, Any], path: Path) -> None:
-    """A row per run."""
+    """Write a CSV file with the costs and errors of each run in a row."""
     names = sorted({name for result in results.values() for name in result["probes"]})
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
@@ -131,7 +132,7 @@ def write_csv(results: Mapping[str, Any], path: Path) -> None:
 
 
 def draw(results: Mapping[str, Any], path: Path) -> None:
-    """Each probe's error from wide to deep, a line per loss."""
+    """Plot each probe's error from wide to deep, with a line per loss."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -155,10 +156,10 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
 
 
 def main() -> None:
-    """Do the runs that are not there yet, probe them, and write what follows."""
+    """Do the missing runs, probe them, and write findings, a table and a figure."""
     parser = corpora_parser(__doc__ or "")
-    parser.add_argument("--teacher", type=Path, required=True, help="a run of make_teacher")
-    parser.add_argument("--full", action="store_true", help=f"{FULL.seeds} seeds of {FULL.updates} updates: hours")
+    parser.add_argument("--teacher", type=Path, required=True, help="run folder of the teacher, from make_teacher")
+    parser.add_argument("--full", action="store_true", help=f"{FULL.seeds} seeds of {FULL.updates} updates (hours)")
     arguments = parser.parse_args()
     size = FULL if arguments.full else DEFAULT
     decides = what_decides(arguments.corpora, ["train", "dev", "test", "voices_train", "voices_dev", "voices_test"])

@@ -1,15 +1,17 @@
-"""Early prediction (arXiv:2501.05966): do measures without labels, early in training, tell how good an encoder will be?
+"""Study of early prediction (arXiv:2501.05966): do measures without labels, early in training, predict final quality?
 
     python -m benchmarks.studies.early_prediction CORPORA --runs RUNS --output early_prediction.json [--full]
 
-best-rq-tiny is trained with four ways of masking and three learning rates, bad ones among them, and the middle of the
-grid from two more seeds, which is the noise floor. At a quarter of the updates the checkpoint's loss on held-out
-recordings, the rank of its embeddings and the quality of their clusters are measured; at the end it is probed: digits
-by CTC, and the voice in 1 s. Which layer is looked at was chosen beforehand: the last for digits, the middle one for
-voices. Spearman's and Pearson's coefficients are between the measures at a quarter and the errors at the end, over the
-twelve cells of the grid: seeds of a cell are averaged first, because they are no independent trials of its settings,
-and the interval is by resampling cells. The loss is each run's own, with its own masking. A learning rate that is bad
-enough moves everything at once, so the same is told of what is left when the mean of each learning rate is taken out.
+best-rq-tiny is trained with four kinds of masking and three learning rates, some deliberately bad. The centre of this
+grid is repeated with two more seeds, to measure the noise. After a quarter of the updates, the study measures the
+checkpoint's held-out loss, the rank of its embeddings and the quality of their clusters. At the end it probes the
+encoder for digits by CTC and for the voice in 1 s of audio. The layers were chosen in advance: the last one for digits,
+the middle one for voices.
+
+The study reports Spearman's and Pearson's correlation between the measures at a quarter and the errors at the end, over
+the twelve cells of the grid. Seeds of a cell are averaged first, because they are not independent trials, and intervals
+are bootstrapped over cells. The held-out loss of each run uses the run's own masking. A very bad learning rate shifts
+all values at once; the study therefore also reports correlations after subtracting the mean of each learning rate.
 """
 
 import csv
@@ -33,12 +35,14 @@ from benchmarks.studies.pretraining_runs import (
 )
 from benchmarks.studies.probes import Probe, probe
 
-#: Share of frames that would be masked if spans did not overlap, and frames of a span (40 ms each). In connected digits
-#: they mask 5 % (next to nothing to predict), 35, 34 and 64 % of all frames; the last is what BEST-RQ does.
+#: For each kind of masking, the share of frames that would be masked if spans did not overlap, and the length of a span
+#: in frames of 40 ms. On connected digits they mask 5 % (almost nothing to predict), 35, 34 and 64 % of all frames; the
+#: last is BEST-RQ's masking.
 MASKS = {"sparse": (0.05, 2), "short": (0.4, 2), "long": (0.4, 6), "dense": (1.0, 12)}
 LEARNING_RATES = (1e-4, 1e-3, 8e-3)
 CENTRE = ("long", 1e-3)
-#: Chosen before the first run: digits need what is said, which late layers know; voices need the middle.
+#: Layer to measure for each probe, chosen before the first run: late layers encode what is said, middle layers the
+#: voice.
 LAYER_OF = {"digit error": "last", "voice error": "middle"}
 PROBES = {
     "digit error": Probe("test", "digits"),
@@ -48,7 +52,7 @@ MEASURES = ("held_out_loss", "effective_rank", "rankme", "log_inertia_per_frame"
 
 
 class Size(NamedTuple):
-    """How much of the study is done."""
+    """Scale of the study."""
 
     updates: int
     seeds: int
@@ -61,7 +65,7 @@ FULL = Size(updates=800, seeds=3, quality_minutes=8.0, probe_steps=500)
 
 
 def jobs(corpora: Path, size: Size, *, precision: str) -> dict[str, Job]:
-    """The runs by key, `mask/rate/seed`; the centre has two more seeds."""
+    """Return the runs by their key `mask/rate/seed`; the centre of the grid has at least three seeds."""
     grid = [(mask, rate, seed) for seed in range(size.seeds) for mask in MASKS for rate in LEARNING_RATES]
     repeats = [(*CENTRE, seed) for seed in range(max(3, size.seeds)) if (*CENTRE, seed) not in grid]
     return {
@@ -73,7 +77,7 @@ def jobs(corpora: Path, size: Size, *, precision: str) -> dict[str, Job]:
                 "model.mask_time_prob": MASKS[mask][0],
                 "model.mask_time_length": MASKS[mask][1],
                 "optimizer.lr": rate,
-                # Warm-up ends before the checkpoint that is measured.
+                # The warm-up must end before the checkpoint that is measured, at a quarter.
                 "optimizer.warmup_updates": size.updates // 10,
                 "data.valid": str(corpora / "dev"),
                 "data.min_duration_s": 1.0,
@@ -92,7 +96,7 @@ def jobs(corpora: Path, size: Size, *, precision: str) -> dict[str, Job]:
 
 
 def evaluate(corpora: Path, size: Size, key: str, trained: Trained) -> dict[str, Any]:
-    """Measures at a quarter and at the end, and probes at the end."""
+    """Measure a finished run at a quarter and at the end of its updates, and probe it at the end."""
     at = {"quarter": size.updates // 4, "end": size.updates}
     measures = {
         when: quality_at(trained.run, update, corpora / "dev", minutes=size.quality_minutes)
@@ -106,9 +110,9 @@ def evaluate(corpora: Path, size: Size, key: str, trained: Trained) -> dict[str,
 
 
 def main() -> None:
-    """Do the runs that are not there yet, measure and probe them, and write what follows."""
+    """Do the missing runs, measure and probe them, and write findings, a table and a figure."""
     parser = corpora_parser(__doc__ or "")
-    parser.add_argument("--full", action="store_true", help=f"{FULL.seeds} seeds of {FULL.updates} updates: hours")
+    parser.add_argument("--full", action="store_true", help=f"{FULL.seeds} seeds of {FULL.updates} updates (hours)")
     arguments = parser.parse_args()
     size = FULL if arguments.full else DEFAULT
     decides = what_decides(arguments.corpora, ["train", "dev", "test", "voices_train", "voices_dev", "voices_test"])
@@ -126,7 +130,17 @@ def main() -> None:
 
 
 def measure(result: Mapping[str, Any], name: str, layer: str, *, when: str = "quarter") -> float:
-    """A measure of a checkpoint, of the last or of the middle layer; the loss has none."""
+    """Return a measure of a run's checkpoint.
+
+    Args:
+        result: Result of the run.
+        name: One of `MEASURES`.
+        layer: "last" or "middle"; the held-out loss has no layer.
+        when: "quarter" or "end".
+
+    Returns:
+        The value, or NaN if it was not finite.
+    """
     there = result[when]
     if name == "held_out_loss":
         return _number(there[name])
@@ -139,7 +153,7 @@ def _number(value: float | None) -> float:
 
 
 def findings(results: Mapping[str, Any]) -> list[str]:
-    """The noise floor, and how each measure goes with each error."""
+    """Say how much errors vary over seeds, and how each measure correlates with each error."""
     lines = []
     centre = [result for key, result in results.items() if key.rpartition("/")[0] == f"{CENTRE[0]}/{CENTRE[1]:g}"]
     cells: dict[str, list[Any]] = {}
@@ -169,14 +183,21 @@ def findings(results: Mapping[str, Any]) -> list[str]:
 
 
 def _balanced(results: Mapping[str, Any]) -> dict[str, Any]:
-    """The runs of those seeds that every cell has: another seed has other targets, and with them another loss."""
+    """Keep the runs of seeds that every cell has: the seed determines the targets, and with them the size of the loss.
+
+    Raises:
+        ValueError: No seed was finished in all cells.
+    """
     seeds: dict[str, set[str]] = {}
     for key in results:
         cell, _, seed = key.rpartition("/")
         seeds.setdefault(cell, set()).add(seed)
     common = set.intersection(*seeds.values())
     if not common:
-        raise ValueError(f"--output: no seed was finished in all of {', '.join(seeds)}")
+        raise ValueError(
+            f"--output: no seed was finished in all cells ({', '.join(seeds)}), so that they cannot be compared; "
+            "remove the failed results from the file and run the study again"
+        )
     return {key: result for key, result in results.items() if key.rpartition("/")[2] in common}
 
 
@@ -187,7 +208,7 @@ def _verdict(found: Correlation, error: str) -> str:
 
 
 def _less_group_means(values: Sequence[float], groups: Sequence[str]) -> list[float]:
-    """What is left when the means of the finite values of each group are taken out; NaN if a group has but one."""
+    """Subtract from each value the mean of its group's finite values; NaN if the group has only one finite value."""
     left = []
     for value, group in zip(values, groups, strict=True):
         others = [other for other, its in zip(values, groups, strict=True) if its == group and math.isfinite(other)]
@@ -196,7 +217,7 @@ def _less_group_means(values: Sequence[float], groups: Sequence[str]) -> list[fl
 
 
 def write_csv(results: Mapping[str, Any], path: Path) -> None:
-    """A row per run."""
+    """Write a CSV file with the measures and errors of each run in a row."""
     columns = {
         **{f"{what}, {layer}": (what, layer) for what in MEASURES[1:] for layer in ("middle", "last")},
         "held_out_loss": ("held_out_loss", "last"),
@@ -211,7 +232,7 @@ def write_csv(results: Mapping[str, Any], path: Path) -> None:
 
 
 def draw(results: Mapping[str, Any], path: Path) -> None:
-    """Errors at the end over measures at a quarter; a colour per way of masking, a marker per learning rate."""
+    """Plot errors at the end over measures at a quarter, with a colour per masking and a marker per learning rate."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

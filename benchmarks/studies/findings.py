@@ -1,4 +1,4 @@
-"""What may be said of a difference, and how well one measure predicts another."""
+"""Statistics of the studies: significance of differences, and correlations between measures."""
 
 import math
 import statistics
@@ -11,10 +11,10 @@ from scipy import stats
 
 
 class Spread:
-    """Values of several seeds.
+    """Mean and standard deviation of a measure over seeds.
 
     Args:
-        values: One per seed.
+        values: One value per seed, as shares (0 to 1); printed in per cent.
     """
 
     def __init__(self, values: Sequence[float]) -> None:
@@ -23,7 +23,7 @@ class Spread:
 
     @property
     def deviation(self) -> float:
-        """Of the sample; 0 for a single value."""
+        """Sample standard deviation; 0 for a single value."""
         return statistics.stdev(self.values) if len(self.values) > 1 else 0.0
 
     def __str__(self) -> str:
@@ -32,16 +32,22 @@ class Spread:
 
 
 def compare(name: str, found: Spread, other_name: str, other: Spread) -> str:
-    """Which of two errors is lower, where the difference is above the spread over seeds.
+    """Say in words which of two errors is lower, if the difference is significant over seeds.
 
-    A difference counts where Welch's t test rejects its absence at 5 %. One seed has no spread, so its difference never
-    counts, nor does one between values that are the same for all seeds.
+    A difference is significant if Welch's t test rejects equality at the 5 % level. It is never significant if one of
+    the two has a single seed, or if neither varies over seeds.
+
+    Args:
+        name: Name of the first contender.
+        found: Its errors.
+        other_name: Name of the second contender.
+        other: Its errors.
     """
     sizes = f"{name} {found}, {other_name} {other}"
     if len(found.values) < 2 or len(other.values) < 2:
         return f"{sizes}: not resolved, one seed"
     difference = found.mean - other.mean
-    # Two counts of few examples often agree over all seeds: no spread is no evidence of one below the difference.
+    # Error counts of few examples are often equal for all seeds; zero spread is then no evidence of precision.
     spread = max(found.deviation, other.deviation) > 0
     if not spread or stats.ttest_ind(found.values, other.values, equal_var=False).pvalue >= 0.05:
         return f"{sizes}: not resolved at this scale"
@@ -49,12 +55,12 @@ def compare(name: str, found: Spread, other_name: str, other: Spread) -> str:
 
 
 def chance(comparisons: int) -> str:
-    """How many of so many differences tests at 5 % call resolved where there are none."""
-    return f"{comparisons} comparisons, each at 5 %: were there no differences, {comparisons / 20:.1f} would be claimed"
+    """Say how many of these comparisons would be significant by chance at the 5 % level without real differences."""
+    return f"{comparisons} comparisons at the 5 % level: {comparisons / 20:.1f} would be significant by chance alone"
 
 
 class Correlation(NamedTuple):
-    """A coefficient with the interval in which 95 % of the resampled ones lie."""
+    """A correlation coefficient with its 95 % bootstrap interval."""
 
     value: float
     low: float
@@ -65,17 +71,17 @@ class Correlation(NamedTuple):
 
 
 def correlate(x: Sequence[float], y: Sequence[float], *, rank: bool, draws: int = 2000, seed: int = 0) -> Correlation:
-    """A coefficient with its bootstrap interval (percentiles, pairs drawn with replacement).
+    """Correlate two measures, with a percentile bootstrap interval (pairs drawn with replacement).
 
     Args:
-        x: A measure, of runs that are independent: no two of the same settings.
-        y: Another.
-        rank: Spearman's, else Pearson's.
-        draws: Resamplings.
-        seed: Of these.
+        x: First measure, one value per run; the runs must be independent, with no two of the same settings.
+        y: Second measure of the same runs.
+        rank: Whether to compute Spearman's coefficient instead of Pearson's.
+        draws: Number of resamplings.
+        seed: Seed of the resampling.
 
     Returns:
-        NaN where one of them is constant, or fewer than three pairs are finite.
+        The coefficient and its interval; NaN if a measure is constant or fewer than three pairs are finite.
     """
     a, b = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
     finite = np.isfinite(a) & np.isfinite(b)
@@ -84,16 +90,16 @@ def correlate(x: Sequence[float], y: Sequence[float], *, rank: bool, draws: int 
         return Correlation(math.nan, math.nan, math.nan)
     rows = np.random.default_rng(seed).integers(0, len(a), (draws, len(a)))
     found = _coefficients(a[rows], b[rows], rank=rank)
-    # A resample of one pair alone has no coefficient.
+    # Resamples in which a measure is constant have no coefficient (NaN) and are ignored.
     low, high = np.nanpercentile(found, [2.5, 97.5])
     return Correlation(float(_coefficients(a[None], b[None], rank=rank)[0]), float(low), float(high))
 
 
 def _coefficients(a: NDArray[np.float64], b: NDArray[np.float64], *, rank: bool) -> NDArray[np.float64]:
-    """Of each row; NaN where one of them is constant."""
+    """Return the correlation coefficient of each row, (draws,); NaN if the row of `a` or `b` is constant."""
     if rank:
         a, b = stats.rankdata(a, axis=1), stats.rankdata(b, axis=1)
-    # Whether a row is constant must not hang on how its mean was rounded.
+    # Test for constant rows before subtracting the mean, whose rounding could hide them.
     constant = (np.ptp(a, axis=1) == 0) | (np.ptp(b, axis=1) == 0)
     a, b = a - a.mean(1, keepdims=True), b - b.mean(1, keepdims=True)
     a[constant] = np.nan

@@ -1,11 +1,11 @@
-"""Fine-tune Wav2Vec2ForCTC as it is and accelerated, from the same weights on the same batches: loss, errors, time.
+"""Fine-tune Transformers' Wav2Vec2ForCTC, original and accelerated, and compare loss, errors and time.
 
     python -m benchmarks.studies.finetune_ctc TRAIN DEVELOPMENT --label digits --model RUN/encoder --output result.json
 
-TRAIN and DEVELOPMENT are folders of recordings with an `utterances.tsv`, whose column `--label` is spelled character by
-character. Both models run the same script, `Learner.step`; one of them went through `fastssl.accelerate` before. Steps
-alternate, in turns, so that both see the same machine; SpecAugment draws the same masks for both. Decoding audio and
-padding batches are not timed.
+TRAIN and DEVELOPMENT are folders of recordings with an `utterances.tsv`; the characters in its column `--label` are the
+CTC targets. Both models start from the same weights, see the same batches and run the same code, `Learner.step`; one of
+them has been passed to `fastssl.accelerate`. Their steps alternate, so that both see the machine in the same state.
+SpecAugment draws the same masks for both. Decoding audio and padding batches are not timed.
 """
 
 import argparse
@@ -33,25 +33,29 @@ SAMPLE_RATE_HZ, BLANK, IGNORED = 16_000, 0, -100
 
 
 class Utterance(NamedTuple):
-    """A recording and what is said in it."""
+    """A recording with its transcript."""
 
-    samples: NDArray[np.float32]  # at 16 kHz
+    samples: NDArray[np.float32]  # (T,) at 16 kHz
     label: str
 
 
 def read_utterances(folder: Path, label: str) -> list[Utterance]:
-    """Decode the recordings of a folder.
+    """Decode the recordings of a folder and resample them to 16 kHz.
+
+    Args:
+        folder: Folder with recordings and their table `utterances.tsv`.
+        label: Column with the transcripts.
 
     Raises:
-        ValueError: There is no table, or it has no such column.
+        ValueError: The table does not exist, or it lacks the column.
     """
     table = folder / "utterances.tsv"
     if not table.exists():
-        raise ValueError(f"{table}: not there; it lists the recordings, with columns path and {label}")
+        raise ValueError(f"{table}: does not exist; expected a table of the recordings with columns path and {label}")
     with table.open(newline="", encoding="utf-8") as lines:
         rows = list(csv.DictReader(lines, delimiter="\t"))
     if rows and label not in rows[0]:
-        raise ValueError(f"{table}: no column {label!r}; there are {', '.join(rows[0])}")
+        raise ValueError(f"{table}: no column {label!r}; choose one of {', '.join(rows[0])}")
     utterances = []
     for row in rows:
         samples, rate_hz = soundfile.read(folder / row["path"], dtype="float32")
@@ -60,18 +64,18 @@ def read_utterances(folder: Path, label: str) -> list[Utterance]:
 
 
 class Batch(NamedTuple):
-    """What a data collator gives."""
+    """A padded batch, as Transformers' models take it."""
 
-    input_values: Tensor  # (B, T)
-    attention_mask: Tensor  # (B, T)
-    labels: Tensor  # (B, L)
+    input_values: Tensor  # (B, T) fp32
+    attention_mask: Tensor  # (B, T), 1 for audio and 0 for padding
+    labels: Tensor  # (B, L) int64, padded with -100
 
 
 class Collator:
-    """Padded batches, by Transformers' feature extractor.
+    """Makes padded batches with Transformers' feature extractor.
 
     Args:
-        utterances: Of which the alphabet is taken.
+        utterances: Training utterances, whose characters make up the alphabet.
     """
 
     def __init__(self, utterances: Sequence[Utterance]) -> None:
@@ -93,7 +97,10 @@ class Collator:
 
 
 def batches(utterances: Sequence[Utterance], size: int, *, seed: int) -> Iterator[list[Utterance]]:
-    """Endless batches in a shuffled order, not sorted by length; a rest of each pass is dropped."""
+    """Yield batches of `size` utterances without end, shuffled in each pass and not sorted by length.
+
+    Utterances that fill no whole batch at the end of a pass are dropped.
+    """
     draw = np.random.default_rng(seed)
     while True:
         order = draw.permutation(len(utterances))
@@ -102,12 +109,12 @@ def batches(utterances: Sequence[Utterance], size: int, *, seed: int) -> Iterato
 
 
 class Learner:
-    """A model with its optimiser; the same code for the model as it is and for the accelerated one.
+    """A model with its optimiser and schedule; the same code trains the original and the accelerated model.
 
     Args:
-        model: `Wav2Vec2ForCTC`.
-        rate: Learning rate after the warm-up of a tenth of the steps, from where it falls to 0.
-        steps: In all.
+        model: A `Wav2Vec2ForCTC`; its convolutions are frozen.
+        rate: Highest learning rate, reached after a tenth of the steps; it then falls linearly to 0.
+        steps: Total number of steps.
     """
 
     def __init__(self, model: Any, *, rate: float, steps: int) -> None:
@@ -121,7 +128,7 @@ class Learner:
         )
 
     def step(self, batch: Batch) -> tuple[float, float]:
-        """The loss and the seconds of a step."""
+        """Take one optimiser step, and return its loss and its time in seconds."""
         began = time.perf_counter()
         output = self.model(batch.input_values, attention_mask=batch.attention_mask, labels=batch.labels)
         self.optimizer.zero_grad()
@@ -133,7 +140,7 @@ class Learner:
 
     @torch.no_grad()
     def error_rate(self, utterances: Sequence[Utterance], collate: Collator) -> float:
-        """Edits over characters, of the likeliest path of each utterance on its own."""
+        """Return the character error rate (edits per character) of the likeliest path; utterances are not batched."""
         self.model.eval()
         edits = 0
         for utterance in utterances:
@@ -146,7 +153,7 @@ class Learner:
 
 
 def edit_distance(found: str, expected: str) -> int:
-    """Insertions, deletions and substitutions from one to the other."""
+    """Return the Levenshtein distance: the least number of insertions, deletions and substitutions."""
     row = list(range(len(expected) + 1))
     for i, one in enumerate(found, 1):
         previous, row = row, [i]
@@ -156,7 +163,13 @@ def edit_distance(found: str, expected: str) -> int:
 
 
 def make_model(folder: Path | None, characters: int, seed: int) -> Any:
-    """`Wav2Vec2ForCTC` on a pre-trained encoder, or of the tiny size with random weights."""
+    """Build a `Wav2Vec2ForCTC`.
+
+    Args:
+        folder: Pre-trained encoder in Transformers' layout; None for a tiny model with random weights.
+        characters: Size of the alphabet.
+        seed: Seed of the new weights.
+    """
     torch.manual_seed(seed)
     options: dict[str, Any] = {"vocab_size": characters + 1, "pad_token_id": BLANK, "ctc_loss_reduction": "mean"}
     options |= {"ctc_zero_infinity": True, "mask_time_length": 5}
@@ -167,7 +180,7 @@ def make_model(folder: Path | None, characters: int, seed: int) -> Any:
         if folder is None
         else transformers.Wav2Vec2ForCTC.from_pretrained(folder, **options)
     )
-    # Most frames are blank: a head that has to learn that first does so by gradients that ruin the encoder.
+    # Most frames are blank. A head that must first learn this sends back gradients that ruin the encoder.
     with torch.no_grad():
         model.lm_head.bias[BLANK] = 3.0
     return model
@@ -176,13 +189,13 @@ def make_model(folder: Path | None, characters: int, seed: int) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("train", type=Path, help="folder of recordings with utterances.tsv")
-    parser.add_argument("development", type=Path, help="another one, of which error rates are reported")
-    parser.add_argument("--label", default="text", help="column with what is said")
-    parser.add_argument("--model", type=Path, help="folder in Transformers' layout (default: random weights)")
+    parser.add_argument("development", type=Path, help="folder of the same kind, on which error rates are measured")
+    parser.add_argument("--label", default="text", help="column with the transcripts")
+    parser.add_argument("--model", type=Path, help="encoder in Transformers' layout (default: random weights)")
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--batch", type=int, default=4, help="utterances of a step")
+    parser.add_argument("--batch", type=int, default=4, help="number of utterances per step")
     parser.add_argument("--learning-rate", type=float, default=3e-4)
-    parser.add_argument("--every", type=int, default=50, help="steps between error rates")
+    parser.add_argument("--every", type=int, default=50, help="number of steps between measurements of error rates")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, required=True)
@@ -207,7 +220,7 @@ def main() -> None:
         audio_s += float(batch.attention_mask.sum()) / SAMPLE_RATE_HZ
         padded_s += batch.attention_mask.numel() / SAMPLE_RATE_HZ
         for name in sorted(learners, reverse=step % 2 == 1):
-            np.random.seed(step)  # noqa: NPY002 (what Transformers draws SpecAugment's masks from)
+            np.random.seed(step)  # noqa: NPY002 (Transformers draws SpecAugment's masks from the global generator)
             torch.manual_seed(step)
             loss, step_s = learners[name].step(batch)
             losses[name].append(loss)
@@ -236,7 +249,7 @@ def main() -> None:
         "steps_per_second_ratio": sum(seconds["original"]) / sum(seconds["accelerated"]),
     }
     args.output.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"steps per second: {result['steps_per_second_ratio']:.2f} times the original's")
+    print(f"accelerated: {result['steps_per_second_ratio']:.2f} times as many steps per second as the original")
 
 
 def _line(point: dict[str, Any]) -> str:

@@ -1,12 +1,13 @@
-"""The teacher of the studies on distillation: pre-trained once, and better than log-mel before anybody learns from it.
+"""Pre-train the teacher of the distillation studies, and check that it is better than log-mel features.
 
     python -m benchmarks.studies.make_teacher CORPORA --runs RUNS --output teacher.json [--labels_of RUN]
 
-A wav2vec 2.0 encoder of six layers of 192, 3,000 updates, probed frozen for phones and for digits by CTC on speakers
-that the head has not learned from, six times over, beside log-mel. With --labels_of it is a HuBERT that learns the
-classes of a layer of that run, of BEST-RQ for example. The run is RUNS/teacher; `teacher.json` in it says what was
-found. The studies refuse a teacher without, or one that makes no fewer errors than log-mel in phones, or more in digits
-by more than six speakers resolve.
+The teacher is a wav2vec 2.0 encoder with six layers of width 192, trained for 3,000 updates. Frozen, it is probed for
+phones and digits by CTC in six folds, each tested on a speaker that the head has not seen, and compared with log-mel
+features. With --labels_of, the teacher is a HuBERT that learns the classes of a layer of another run, for example of
+BEST-RQ. The run is written to RUNS/teacher, and its errors to `teacher.json` there. The studies refuse a teacher
+without this file, one whose phone error is not lower than that of log-mel, and one whose digit error is significantly
+higher over the six folds.
 """
 
 import json
@@ -24,28 +25,28 @@ from fastssl.eval.probe.features import FeatureStore
 from fastssl.eval.probe.run import LOG_MEL, run_probe
 
 TEACHER_FILE = "teacher.json"
-#: Tasks of `compare_systems`; at this size digits tell encoders and log-mel apart least.
+#: Tasks of `compare_systems`. For encoders of this size, digits separate them from log-mel least.
 PHONES, DIGITS = "phone error, held-out speakers", "digit error, held-out speakers"
 _NAME = "teacher"
 
 
 def check_teacher(run: Path) -> dict[str, Any]:
-    """What was found of a teacher.
+    """Return the errors and settings of a teacher's run from its `teacher.json`.
 
     Raises:
-        ValueError: Nothing, or that it is no better than log-mel.
+        ValueError: The file does not exist, or the teacher is not better than log-mel.
     """
     path = run / TEACHER_FILE
     if not path.is_file():
-        raise ValueError(f"--teacher: there is no {path}; `python -m benchmarks.studies.make_teacher` makes it")
+        raise ValueError(f"--teacher: {path} does not exist; `python -m benchmarks.studies.make_teacher` writes it")
     found: dict[str, Any] = json.loads(path.read_text())
     if reason := refused(found["errors"]):
-        raise ValueError(f"--teacher: {run} is no better than log-mel: {reason}")
+        raise ValueError(f"--teacher: {run} is not better than log-mel ({reason}); train a better teacher")
     return found
 
 
 def refused(errors: Mapping[str, Mapping[str, Sequence[float]]]) -> str | None:
-    """Why such errors, by task, encoder and speaker, are no better than log-mel's; None if they are."""
+    """Say why a teacher must be refused, given errors by task, encoder and held-out speaker; None if it is good."""
     for task, of_task in errors.items():
         found, baseline = Spread(of_task[_NAME]), Spread(of_task[LOG_MEL])
         comparison = compare(_NAME, found, LOG_MEL, baseline)
@@ -55,14 +56,14 @@ def refused(errors: Mapping[str, Mapping[str, Sequence[float]]]) -> str | None:
 
 
 def main() -> None:
-    """Train and probe, or what is left of it."""
+    """Train and probe the teacher, continuing from where an earlier call stopped."""
     parser = corpora_parser(__doc__ or "")
     parser.add_argument("--updates", type=int, default=3000)
     parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--probe_steps", type=int, default=600, help="of each head")
-    parser.add_argument("--audio", default="train", help="the folder of CORPORA that it learns from")
-    parser.add_argument("--labels_of", type=Path, metavar="RUN", help="a run whose classes a HuBERT is to learn")
-    parser.add_argument("--label_layer", type=int, default=3, help="of that run")
+    parser.add_argument("--probe_steps", type=int, default=600, help="number of optimiser steps of each probe head")
+    parser.add_argument("--audio", default="train", help="folder within CORPORA to train on")
+    parser.add_argument("--labels_of", type=Path, metavar="RUN", help="train a HuBERT on classes of this run's frames")
+    parser.add_argument("--label_layer", type=int, default=3, help="layer of that run to take frames from")
     arguments = parser.parse_args()
     corpora: Path = arguments.corpora
     names = ("updates", "layers", "probe_steps", "audio", "precision")
@@ -71,7 +72,7 @@ def main() -> None:
     if arguments.labels_of is not None:
         recipe, labels = "hubert-tiny", arguments.runs / "labels"
         of = LabelSettings(model=str(arguments.labels_of.absolute()), layer=arguments.label_layer, clusters=100)
-        # In this process: others cannot be forked safely while threads compute.
+        # Without worker processes: forking is not safe while other threads compute.
         label(corpora / arguments.audio, labels, of, num_workers=0)
         settings |= {"labels": read_settings(labels)["weights"], "label_layer": arguments.label_layer}
     study = StudyFile(

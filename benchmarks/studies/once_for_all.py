@@ -1,14 +1,19 @@
-"""Once-for-all sequence compression (arXiv:2211.02332): one student for every frame period, or one for each?
+"""Study of once-for-all compression (arXiv:2211.02332): one student for all frame periods, or one for each?
 
     python -m benchmarks.studies.once_for_all CORPORA --teacher RUN --runs RUNS --output once_for_all.json [--full]
 
-Students of two layers learn from TEACHER by prediction heads, on whole utterances, its frames kept on disk and its
-convolutions frozen. One learns at periods from 20 to 90 ms, drawn for each utterance; others at one of them, by the
-same integrate-and-fire, and others by average pooling. What integrate-and-fire learns of boundaries comes from segments
-of the teacher's middle layer, 90 ms long on average. Each is probed at its periods with heads of that period: digits by
-CTC (with --full phones too), and thirty voices in 1 s. One once-for-all student with convolutions of its own is the
-control. Then the rate is learned with a head on digits, at several prices and from several starts, and what it comes to
-is probed like the others. At last all encoders are timed, alternately, in this process.
+Students with two layers learn from RUN, the teacher, with prediction heads on whole utterances. The teacher's frames
+are kept on disk, and the students use its convolutions, frozen. The kinds of students are:
+
+- once-for-all: integrate-and-fire at periods from 20 to 90 ms, drawn for each utterance;
+- one period: integrate-and-fire at one of these periods;
+- pooling: average pooling by a fixed factor;
+- the control: a once-for-all student with trained convolutions.
+
+Integrate-and-fire learns its boundaries from segments of the teacher's middle layer, with a mean length of 90 ms. Each
+student is probed at its periods, with heads trained at that period: for digits by CTC (with --full, for phones too) and
+for thirty voices in 1 s of audio. The study then learns the rate together with a head on digits, at several prices and
+from several starts, and probes the student at the learned rate. Finally it times all encoders in turns.
 """
 
 import csv
@@ -47,21 +52,21 @@ from fastssl.eval.probe.run import run_probe
 from fastssl.models.encoder import Encoder
 from fastssl.packing import Packed
 
-#: Of integrate-and-fire, and of pooling by a factor.
+#: Frame periods of integrate-and-fire in ms; and for pooling, the factor of each frame period.
 PERIODS_MS = (20.0, 30.0, 45.0, 60.0, 90.0)
 POOLED = {40.0: 2, 60.0: 3, 80.0: 4}
 ONE_FOR_ALL, FIXED, POOLING, CONTROL = "once-for-all", "one period", "pooling", "once-for-all, trained convolutions"
-#: On which rates are learned.
+#: Task with which rates are learned.
 ADAPTED = DIGITS
-#: Of all frames, in nats per digit; and rates to begin with.
+#: Prices of keeping all frames, in nats per digit; and initial rates.
 PRICES, STARTS = (0.0, 0.1, 1.0), (0.2, 0.5, 0.8)
-#: Among the results, beside those of runs.
+#: Key of the times in the results; all other keys are of runs.
 TIMES = "times"
 _TIMED_S, _TURNS = 60.0, 9
 
 
 class Size(NamedTuple):
-    """How much of the study is done."""
+    """Scale of the study."""
 
     updates: int
     seeds: int
@@ -74,16 +79,25 @@ FULL = Size(updates=1000, seeds=3, probe_steps=1000, phones=True)
 
 
 def segments_of(teacher: Path, audio: Path, folder: Path) -> Path:
-    """Segments of the teacher's middle layer as long as the longest period is, made where they are not there."""
+    """Label segments of the teacher's middle layer with the longest period as mean length, unless this is done already.
+
+    Args:
+        teacher: Folder of the teacher's run.
+        audio: Recordings to label.
+        folder: Folder for the labels.
+
+    Returns:
+        `folder`.
+    """
     layers = fastssl.load_encoder(teacher).config.num_hidden_layers
     settings = LabelSettings(model=str(teacher.absolute()), layer=layers // 2, segment_ms=PERIODS_MS[-1])
-    # In this process: others cannot be forked safely while threads compute.
+    # Without worker processes: forking is not safe while other threads compute.
     label(audio, folder, settings, num_workers=0)
     return folder
 
 
 def jobs(corpora: Path, teacher: Path, segments: Path, runs: Path, size: Size, *, precision: str) -> dict[str, Job]:
-    """The runs by key, `kind/period/seed`; the period is 0 where there are several."""
+    """Return the runs by their key `kind/period/seed`; the period is 0 for students with several periods."""
     found = {}
     for seed in range(size.seeds):
         kinds = [(ONE_FOR_ALL, 0.0), *((FIXED, period) for period in PERIODS_MS), *((POOLING, one) for one in POOLED)]
@@ -106,7 +120,7 @@ def jobs(corpora: Path, teacher: Path, segments: Path, runs: Path, size: Size, *
 
 
 def periods_of(key: str) -> list[float | None]:
-    """At which a run is probed; None is that of its pooling."""
+    """Return the frame periods in ms at which a run is probed; None means the fixed period of pooling."""
     kind, period, _ = key.split("/")
     if kind == POOLING:
         return [None]
@@ -114,7 +128,7 @@ def periods_of(key: str) -> list[float | None]:
 
 
 def evaluate(corpora: Path, size: Size, key: str, trained: Trained) -> dict[str, Any]:
-    """What a student's run took, and what is read from it at each of its periods and at the rates that are learned."""
+    """Probe a finished student at each of its periods and at learned rates, and return its costs and results."""
     encoder = _open(trained.run)
     remember_front_end(encoder)
     pooled = float(key.split("/")[1])
@@ -136,7 +150,7 @@ def _open(run: Path) -> Encoder:
 def _point(
     encoder: Encoder, period_ms: float | None, corpora: Path, probes: Mapping[str, Probe], size: Size
 ) -> dict[str, Any]:
-    """Error and loss of each probe, and the period obtained on what digits are tested on."""
+    """Probe an encoder at a frame period, and return errors, losses and the period obtained on the test part."""
     compressor = encoder.compressor
     assert compressor is not None
     if period_ms is not None:
@@ -158,8 +172,8 @@ def _probed(encoder: Encoder, corpora: Path, probes: Mapping[str, Probe], *, ste
 
 
 def _adapt(encoder: Encoder, corpora: Path, size: Size) -> dict[str, Any]:
-    """By price: the rates that are learned from each start, and what is read at the one from the middle."""
-    # As careful as at the shortest frames, of which a head for all of them has some.
+    """For each price, learn rates from all starts, and probe the encoder at the rate learned from the middle start."""
+    # Learning rates as for the shortest frames, because the head sees those too.
     probe = probes_at(PERIODS_MS[0], phones=False)[ADAPTED]._replace(share_of_steps=1.0)
     settings = probe.settings(steps=size.probe_steps, seeds=1)
     trials = [Trial(price, start) for price in PRICES for start in STARTS]
@@ -177,14 +191,15 @@ def _adapt(encoder: Encoder, corpora: Path, size: Size) -> dict[str, Any]:
 
 
 def measure_times(runs: Mapping[str, Path], audio: Path) -> dict[str, dict[str, float]]:
-    """Seconds per hour of audio, by run and period: `whole`, and `transformer`, behind the convolutions.
+    """Time the encoders of runs at each of their periods; all contenders take turns.
 
     Args:
         runs: Folders of runs by key.
-        audio: Recordings, of which a minute is encoded as one batch.
+        audio: Recordings, of which about a minute is encoded as one batch.
 
     Returns:
-        Medians; all contenders take turns.
+        By run and period, the median seconds per hour of audio of the "whole" encoder and of the "transformer" alone,
+        which is everything after the convolutions.
     """
     batch, seconds = _minute(audio)
     calls: dict[str, dict[str, Any]] = {}
@@ -204,7 +219,7 @@ def measure_times(runs: Mapping[str, Path], audio: Path) -> dict[str, dict[str, 
             for name, parts in calls.items():
                 for part, call in parts.items():
                     times[name][part].append(seconds_of(call, torch.device("cpu")))
-    # The first turn warms up.
+    # Leave out the first turn, which warms up.
     return {
         name: {part: 3600 * statistics.median(found[1:]) / seconds for part, found in parts.items()}
         for name, parts in times.items()
@@ -227,16 +242,16 @@ def _minute(audio: Path) -> tuple[Packed, float]:
 
 
 class Curve(NamedTuple):
-    """A kind of student at one of its periods, over seeds."""
+    """Results of one kind of student at one period."""
 
     kind: str
-    period: str  # as asked for
-    points: list[dict[str, Any]]
-    times: dict[str, float] | None  # of the first seed
+    period: str  # the requested one, in ms
+    points: list[dict[str, Any]]  # one per seed
+    times: dict[str, float] | None  # times of the first seed
 
 
 def curves(results: Mapping[str, Any]) -> list[Curve]:
-    """By kind, then period."""
+    """Group the results by kind and period, in rising order."""
     found: dict[tuple[str, float], Curve] = {}
     for key, result in results.items():
         if "points" not in result:
@@ -252,7 +267,7 @@ def curves(results: Mapping[str, Any]) -> list[Curve]:
 
 
 def findings(results: Mapping[str, Any]) -> list[str]:
-    """One student for all beside one for each period, its times, and what rates were learned."""
+    """Compare once-for-all students with all others, and report times and learned rates."""
     by_name = {(curve.kind, curve.period): curve for curve in curves(results)}
     lines, tests = [], 0
     for kind in (FIXED, POOLING, CONTROL):
@@ -288,7 +303,7 @@ def _of_times(of_all: Sequence[Curve]) -> list[str]:
 
 
 def _of_rates(results: Mapping[str, Any], of_all: Sequence[Curve]) -> list[str]:
-    """Per price: the periods that the starts come to, and loss and price beside the best point of the curve."""
+    """For each price, report the learned periods, and compare loss plus price with the best point of the curve."""
     adapted = [result["adapted"] for result in results.values() if result.get("adapted")]
     lines = []
     for price in adapted[0] if adapted else ():
@@ -301,8 +316,8 @@ def _of_rates(results: Mapping[str, Any], of_all: Sequence[Curve]) -> list[str]:
         mean = statistics.fmean(found)
         within = "one seed" if spread is None else "within" if mean <= best + spread else "not within"
         lines.append(
-            f"price {price}: {statistics.fmean(map(statistics.fmean, periods)):.1f} ms is learned, starts at most "
-            f"{apart:.1f} ms apart; loss and price {mean:.3f}, the best of the curve {best:.3f} at {name} ms"
+            f"price {price}: learned {statistics.fmean(map(statistics.fmean, periods)):.1f} ms, at most {apart:.1f} ms "
+            f"apart between starts; loss plus price {mean:.3f}, the best of the curve {best:.3f} at {name} ms"
             + (f" ({within} one deviation, {spread:.3f})" if spread is not None else f" ({within})")
         )
     return lines
@@ -314,13 +329,13 @@ def _with_price(point: Mapping[str, Any], price: float) -> float:
 
 def _curve_with_price(of_all: Sequence[Curve], price: float) -> Iterator[tuple[str, list[float]]]:
     for curve in of_all:
-        # What CTC cannot emit is no part of a loss.
+        # Leave out points with targets that CTC cannot emit, because their loss does not include these.
         if not any(point["infeasible"][ADAPTED] for point in curve.points):
             yield curve.period, [_with_price(point, price) for point in curve.points]
 
 
 def write_csv(results: Mapping[str, Any], path: Path) -> None:
-    """A row per run and period."""
+    """Write a CSV file with a row per run and period."""
     found = curves(results)
     names = sorted({name for curve in found for point in curve.points for name in point["errors"]})
     with path.open("w", newline="") as file:
@@ -340,7 +355,7 @@ def write_csv(results: Mapping[str, Any], path: Path) -> None:
 
 
 def draw(results: Mapping[str, Any], path: Path) -> None:
-    """Each probe's error over the period obtained, and over measured time; and the periods that were learned."""
+    """Plot each probe's error over the period obtained and over measured time, and mark the learned periods."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -372,7 +387,7 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
 
 
 def _learned(results: Mapping[str, Any]) -> Iterator[tuple[str, float, float]]:
-    """Price, period and error, mean over seeds."""
+    """Yield each price with the learned period in ms and the error, means over seeds."""
     adapted = [result["adapted"] for result in results.values() if result.get("adapted")]
     for price in adapted[0] if adapted else ():
         points = [one[price]["point"] for one in adapted]
@@ -384,10 +399,10 @@ def _learned(results: Mapping[str, Any]) -> Iterator[tuple[str, float, float]]:
 
 
 def main() -> None:
-    """Do the runs that are not there yet, probe and time them, and write what follows."""
+    """Do the missing runs, probe and time them, and write findings, a table and a figure."""
     parser = corpora_parser(__doc__ or "")
-    parser.add_argument("--teacher", type=Path, required=True, help="a run of make_teacher")
-    parser.add_argument("--full", action="store_true", help=f"{FULL.seeds} seeds of {FULL.updates} updates: hours")
+    parser.add_argument("--teacher", type=Path, required=True, help="run folder of the teacher, from make_teacher")
+    parser.add_argument("--full", action="store_true", help=f"{FULL.seeds} seeds of {FULL.updates} updates (hours)")
     arguments = parser.parse_args()
     size = FULL if arguments.full else DEFAULT
     corpora: Path = arguments.corpora

@@ -1,12 +1,12 @@
-"""Pre-train wav2vec2-tiny here and in Transformers on the same crops, side by side: loss, accuracy, time per update.
+"""Pre-train wav2vec2-tiny with fastssl and with Transformers, and compare loss, accuracy and time per update.
 
     python -m benchmarks.studies.pretrain_against_transformers AUDIO --updates 800 --output result.json
 
-Both models have the same size, the same initial weights, optimiser, schedule and batches; masks and negatives are each
-library's own. Updates alternate, so that both see the same machine. Time covers masks, negatives, forward, backward
-and step; decoding is not counted. The accuracy of Transformers is computed outside its time, as it does not report one.
-At the end the weights of both are scored by the same code on held-out recordings, with the same masks and negatives and
-without noise.
+Both models have the same size, initial weights, optimiser, schedule and batches; each library draws its own masks and
+negatives. Updates alternate, so that both see the machine in the same state. The time covers masks, negatives, forward,
+backward and optimiser step, but not the decoding of audio. Transformers does not report its accuracy, which is
+therefore computed outside of the timed part. At the end, the same code scores the weights of both on held-out
+recordings, with the same masks and negatives and without Gumbel noise.
 """
 
 import argparse
@@ -38,8 +38,8 @@ class Learner:
     """A model with its optimiser and schedule.
 
     Args:
-        model: What learns.
-        updates: At which the learning rate is back at 0.
+        model: Model to train.
+        updates: Total number of updates; the learning rate rises for 100 of them, then falls linearly to 0.
     """
 
     def __init__(self, model: torch.nn.Module, updates: int) -> None:
@@ -52,6 +52,7 @@ class Learner:
         )
 
     def step(self, loss: torch.Tensor) -> None:
+        """Take one optimiser step down the gradient of a loss, ()."""
         self.optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP_NORM)
@@ -60,10 +61,12 @@ class Learner:
 
 
 def temperature_at(update: int) -> float:
+    """Return the Gumbel temperature of an update: 2 times 0.999 per update, at least 0.5."""
     return max(0.5, 2.0 * 0.999**update)
 
 
 def step_here(learner: Learner, batch: AudioBatch, update: int, seed: int) -> dict[str, float]:
+    """Do one update with fastssl; return loss and accuracy per masked frame, code perplexity and seconds."""
     began = time.perf_counter()
     output = learner.model(
         batch.waveforms, keys=utterance_keys(seed, update, batch.ids), gumbel_temperature=temperature_at(update)
@@ -80,6 +83,14 @@ def step_here(learner: Learner, batch: AudioBatch, update: int, seed: int) -> di
 
 
 def step_there(learner: Learner, padded: torch.Tensor, lengths: list[int], update: int) -> dict[str, float]:
+    """Do one update with Transformers; return loss and accuracy per masked frame, code perplexity and seconds.
+
+    Args:
+        learner: Learner of a `transformers.Wav2Vec2ForPreTraining`.
+        padded: (B, T) padded waveforms.
+        lengths: Number of samples of each.
+        update: Number of the update, from 0.
+    """
     model: Any = learner.model
     began = time.perf_counter()
     frames = model._get_feat_extract_output_lengths(torch.tensor(lengths))
@@ -111,8 +122,9 @@ def step_there(learner: Learner, padded: torch.Tensor, lengths: list[int], updat
 
 
 def make_learners(updates: int, seed: int) -> tuple[Learner, Learner]:
+    """Return a learner of fastssl and one of Transformers, with the same initial weights."""
     torch.manual_seed(seed)
-    config = recipe_model("wav2vec2-tiny")  # without the features penalty, which Transformers does not have
+    config = recipe_model("wav2vec2-tiny")  # its features penalty has weight 0; Transformers has none
     ours = Wav2Vec2ForPreTraining(config)
     values: dict[str, Any] = {
         name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()
@@ -125,6 +137,17 @@ def make_learners(updates: int, seed: int) -> tuple[Learner, Learner]:
 def score(
     weights: dict[str, torch.Tensor], corpus: Corpus, *, crop_s: float, max_duration_s: float
 ) -> dict[str, float]:
+    """Score weights on held-out recordings with fixed masks and negatives and without Gumbel noise.
+
+    Args:
+        weights: State dict of a `Wav2Vec2ForPreTraining` of size wav2vec2-tiny.
+        corpus: Held-out recordings.
+        crop_s: Length of the crop of each recording, in seconds.
+        max_duration_s: Largest total duration of a batch, in seconds.
+
+    Returns:
+        Contrastive loss and accuracy per masked frame, and the number of masked frames.
+    """
     model = Wav2Vec2ForPreTraining(recipe_model("wav2vec2-tiny")).eval()
     model.load_state_dict(weights)
     dataset = WaveformDataset(normalize=True)
@@ -145,7 +168,7 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=800)
     parser.add_argument("--crop-s", type=float, default=4.0)
     parser.add_argument("--max-duration-s", type=float, default=48.0)
-    parser.add_argument("--held-out", type=float, default=0.1, help="fraction of the recordings")
+    parser.add_argument("--held-out", type=float, default=0.1, help="fraction of the recordings to hold out")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
@@ -157,7 +180,7 @@ def main() -> None:
     batches = iter(DataLoader(WaveformDataset(normalize=True), sampler=sampler, batch_size=None))
     ours, theirs = make_learners(args.updates, args.seed)
     rows: list[dict[str, Any]] = []
-    np.random.seed(args.seed)  # noqa: NPY002, which is what Transformers draws from
+    np.random.seed(args.seed)  # noqa: NPY002 (Transformers draws from the global generator)
     for update in range(args.updates):
         batch = next(batches)
         padded = batch.waveforms.to_padded().squeeze(-1)

@@ -1,4 +1,4 @@
-"""Pre-training runs for the studies: each a process of its own, done once, resumed where it was interrupted."""
+"""Runs of the studies: each is trained once in its own process, and resumed if it was interrupted."""
 
 import argparse
 import fcntl
@@ -36,26 +36,27 @@ from fastssl.train.config import renamed
 from fastssl.train.metrics_file import read_metrics
 from fastssl.train.systems import SYSTEMS, build_model
 
-#: How the corpora that the studies take are made; takes are divided before they are strung together.
+#: Description of the corpora that the studies need, shown by --help.
 CORPORA = """
-CORPORA is a folder with six of connected digits, each with its `utterances.tsv` (path, speaker, voice, digits,
-seconds): train, dev, test, and voices_train, voices_dev, voices_test, where each utterance is at one of five speeds and
-through a channel of its own, so that thirty voices come of six speakers. Recordings are divided between train (takes 5
-to 34), dev (35 to 39) and test (40 to 49) before they are strung together.
+CORPORA is a folder with six corpora of connected digits, each with a table `utterances.tsv` (path, speaker, voice,
+digits, seconds): train, dev, test, voices_train, voices_dev and voices_test. In the last three, each utterance is
+played at one of five speeds and through its own channel, which makes thirty voices of six speakers. The recordings of
+single digits are divided between train (takes 5 to 34), dev (35 to 39) and test (40 to 49) before they are joined to
+utterances.
 """
 
 
 @dataclass(frozen=True)
 class Job:
-    """A run.
+    """A run to train.
 
     Args:
-        name: Of its folder.
-        audio: What it trains on.
-        recipe: By which.
-        options: As on the command line, without the dashes before them.
-        seed: Of the run.
-        command: `fastssl pretrain`, or distill.
+        name: Name of its folder.
+        audio: Recordings to train on.
+        recipe: Recipe to train with.
+        options: Command-line options, without the leading dashes.
+        seed: Seed of the run.
+        command: Command of fastssl: "pretrain" or "distill".
     """
 
     name: str
@@ -68,16 +69,16 @@ class Job:
 
 @dataclass(frozen=True)
 class Trained:
-    """What a finished run took.
+    """Costs of a finished run.
 
     Args:
-        run: Its folder.
-        updates: Optimiser updates.
-        audio_hours: Audio that went through the model, every draw counted.
-        training_s: Seconds in updates: no scoring, no checkpoint, no start.
-        cpu_s: Processor seconds of the training process, all of it, which a machine's other work changes little.
-        peak_mb: Resident memory of the training process at its highest, decoding workers apart; on a GPU of the host.
-        mean_crop_s: Audio per utterance and draw.
+        run: Folder of the run.
+        updates: Number of optimiser updates.
+        audio_hours: Hours of audio that the model has seen, counting repetitions.
+        training_s: Seconds spent in updates, without start, scoring and checkpoints.
+        cpu_s: Processor seconds of the whole training process; they depend little on other load of the machine.
+        peak_mb: Peak resident memory of the training process in MiB, without decoding workers and without GPU memory.
+        mean_crop_s: Mean seconds of audio per utterance of a batch.
     """
 
     run: Path
@@ -90,36 +91,44 @@ class Trained:
 
 
 class DivergedError(RuntimeError):
-    """A run whose loss or gradient became NaN or infinite: a result of its settings, and no fault of the study."""
+    """The loss or gradient of a run became NaN or infinite, which is a result of its settings, not an error."""
 
 
 def train(job: Job, folder: Path) -> Trained:
-    """Do a run, or what is left of it.
+    """Train a run, or resume or reuse the run that is in its folder.
+
+    Args:
+        job: The run.
+        folder: Folder that contains the folders of all runs.
 
     Raises:
-        DivergedError: Its loss or a gradient was not finite.
-        RuntimeError: It failed otherwise; the message says where its log is.
-        ValueError: There is a run of other settings in its folder.
+        DivergedError: The loss or a gradient became NaN or infinite.
+        RuntimeError: The run failed otherwise; the message names its log.
+        ValueError: The folder contains a run with other settings.
     """
     run = folder / job.name
     _check_settings(job, run)
     done = run / "trained.json"
     if not done.is_file():
         with _locked(run) as lock:
-            # Another study may have done it meanwhile.
+            # Check again: another study may have finished the run while this one waited for the lock.
             if not done.is_file():
                 _write_json(done, _train(job, run, lock) | _account(run))
     return Trained(run, **json.loads(done.read_text()))
 
 
-#: Settings of which the weights are no function.
+#: Settings that do not influence the weights.
 _NO_MATTER = {
     f"trainer.{name}" for name in ("progress", "log_every", "val_check_interval", "checkpoint_every", "keep_every")
 }
 
 
 def _check_settings(job: Job, run: Path) -> None:
-    """Refuse a finished or interrupted run that another study, or another size of this one, left in the folder."""
+    """Refuse a run with other settings in the folder, left by another study or by another scale of this one.
+
+    Raises:
+        ValueError: A setting differs.
+    """
     if not (run / "config.yaml").is_file():
         return
     settings = yaml.safe_load((run / "config.yaml").read_text())
@@ -130,30 +139,30 @@ def _check_settings(job: Job, run: Path) -> None:
         there: Any = settings
         for part in name.split("."):
             there = there.get(part) if isinstance(there, dict) else None
-        # 48 and 48.0, "false" and False are the same setting; paths were relative to somewhere.
+        # Treat 48 and 48.0, "false" and False as equal; compare paths after resolving them.
         texts = _as_text(value), _as_text(there)
         if yaml.safe_load(texts[0]) != yaml.safe_load(texts[1]) and len({os.path.realpath(text) for text in texts}) > 1:
             other.append(f"{name} is {there}, not {value}")
     if other:
-        raise ValueError(f"--runs: {run} is a run of other settings: {', '.join(other)}; name another folder")
+        raise ValueError(f"--runs: {run} is a run with other settings: {', '.join(other)}; choose another folder")
 
 
 @contextmanager
 def _locked(run: Path) -> Iterator[int]:
-    """Wait for the lock of a run's folder, whose file descriptor this is."""
+    """Wait for the lock of a run's folder, hold it, and yield its file descriptor."""
     run.parent.mkdir(parents=True, exist_ok=True)
-    # The process inherits the lock and has it until it ends, also where the study is killed and begun anew meanwhile.
+    # The training process inherits the lock and holds it until it ends, even if the study is killed and restarted.
     with (run.parent / f"{run.name}.lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"{run.name} is under way in a process of an earlier study, or of another; waiting", flush=True)
+            print(f"{run.name} is being trained for an earlier or another study; waiting for it to end", flush=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield lock.fileno()
 
 
 def _train(job: Job, run: Path, lock: int) -> dict[str, float]:
-    """Run `fastssl pretrain`; returns peak memory and processor time, of interrupted attempts too if they are known."""
+    """Run `fastssl pretrain` or `distill`; return peak memory and processor time, including interrupted attempts."""
     options = [f"--{name}={_as_text(value)}" for name, value in job.options.items()]
     log, used = run.parent / f"{run.name}.log", run.parent / f"{run.name}.used.json"
     command = [sys.executable, "-m", "benchmarks.studies.accounted", str(used)]
@@ -169,14 +178,14 @@ def _train(job: Job, run: Path, lock: int) -> dict[str, float]:
     if ended.returncode != 0:
         if found := _NOT_FINITE.search(log.read_bytes()[before_it:].decode(errors="replace")):
             raise DivergedError(f"{job.name} diverged: {found[0]}")
-        raise RuntimeError(f"{job.name} failed with status {ended.returncode}; see {log}")
+        raise RuntimeError(f"{job.name} failed with status {ended.returncode}; see its output in {log}")
     account: dict[str, float] = json.loads(used.read_text())
     return account
 
 
-#: As `fastssl pretrain` says it.
+#: The message of `fastssl pretrain` for a run that diverged.
 _NOT_FINITE = re.compile(r"the (loss|gradient norm) is (nan|-?inf) in update \d+")
-#: As `measure_quality` and `run_probe` say what an encoder with such weights does.
+#: Messages of `measure_quality` and `run_probe` for an encoder with unusable weights.
 _OF_BAD_WEIGHTS = re.compile(r"not finite|NaN or infinite|all are 0|the loss at learning rate \S+ is (nan|-?inf)")
 
 
@@ -200,13 +209,16 @@ def _account(run: Path) -> dict[str, float]:
 
 
 def quality_at(run: Path, update: int, audio: Path, *, minutes: float) -> dict[str, Any]:
-    """A checkpoint's loss on held-out recordings, and the quality of each of its layers.
+    """Measure a checkpoint's loss on held-out recordings, and the quality of each of its layers.
 
     Args:
-        run: Folder of a finished run; not of HuBERT, which needs labels.
-        update: The checkpoint's; it was kept, or is the last one.
+        run: Folder of a finished run; not of HuBERT, which would need labels.
+        update: Update of the checkpoint, which must have been kept or be the last one.
         audio: Held-out recordings.
-        minutes: Of these.
+        minutes: Minutes of these recordings to use for the quality of layers.
+
+    Returns:
+        "held_out_loss", "accuracy", and "layers" with the fields of `LayerQuality`; None replaces NaN and infinity.
     """
     model = open_checkpoint(run, update)
     scores = held_out_scores(model, audio)
@@ -217,7 +229,17 @@ def quality_at(run: Path, update: int, audio: Path, *, minutes: float) -> dict[s
 def layer_quality(
     encoder: SpeechEncoder, audio: Path, *, minutes: float, max_frames: int = MAX_FRAMES
 ) -> list[dict[str, Any]]:
-    """The quality of each layer, on so many minutes of held-out recordings; clusters of at most so many frames."""
+    """Measure the quality of each layer without labels.
+
+    Args:
+        encoder: Encoder to measure.
+        audio: Held-out recordings.
+        minutes: Minutes of these recordings to use.
+        max_frames: Maximal number of frames for k-means.
+
+    Returns:
+        Fields of `LayerQuality` for each layer; None replaces NaN and infinity.
+    """
     cuts = first_minutes(open_corpus(audio, min_duration_s=1.0).cuts, minutes)
     batches = quality_loader(cuts, normalize=encoder.config.do_normalize)
     layers = measure_quality(encoder, (batch.waveforms for batch in batches), max_frames=max_frames)
@@ -225,18 +247,26 @@ def layer_quality(
 
 
 def _finite(value: Any) -> Any:
-    # NaN is no JSON.
+    # JSON has no NaN.
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def open_checkpoint(run: Path, update: int | None = None) -> PretrainingModel:
-    """The model of a checkpoint that was kept, or of the last one, in evaluation mode."""
+    """Load the model of a run's checkpoint, in evaluation mode.
+
+    Args:
+        run: Folder of the run.
+        update: Update of a checkpoint that was kept; None for the last checkpoint.
+
+    Raises:
+        ValueError: The run kept no checkpoint of this update.
+    """
     settings = renamed(yaml.safe_load((run / "config.yaml").read_text()))
     model = build_model(SYSTEMS[settings["system"]].config_class.from_dict(settings["model"])).eval()
     kept = run / "checkpoints" / f"{update or 0:07d}.ckpt"
     state = torch.load(kept if kept.is_file() else run / "checkpoints" / "last.ckpt", weights_only=True)
     if update is not None and state["global_step"] != update:
-        raise ValueError(f"{run}: kept no checkpoint of update {update}")
+        raise ValueError(f"{run}: kept no checkpoint of update {update}; its last one is of {state['global_step']}")
     model.load_state_dict({key.removeprefix("model."): tensor for key, tensor in state["state_dict"].items()})
     return model
 
@@ -245,16 +275,19 @@ def open_checkpoint(run: Path, update: int | None = None) -> PretrainingModel:
 def held_out_scores(
     model: PretrainingModel, audio: Path, *, crop_s: float | None = None, draws: int = 8
 ) -> dict[str, float]:
-    """Loss and accuracy on the same audio, whatever the model was trained on.
+    """Compute loss and accuracy of a model on held-out recordings.
 
-    Spans are masked as the model's own settings say, the same for models of the same masking, whatever their seed.
-    Where they are few, so are the frames that a loss is the mean of; hence several draws of them.
+    Spans are masked by the model's own settings; models with the same masking see the same spans, whatever their seed.
+    With few masked frames the loss would be a mean over few values, so several masks are drawn per recording.
 
     Args:
-        model: Of a run.
+        model: Model of a run.
         audio: Held-out recordings.
-        crop_s: Score a crop of this length of each; None scores them whole.
-        draws: Of masks.
+        crop_s: Length in seconds of the crop to score of each recording; None scores whole recordings.
+        draws: Number of masks per recording.
+
+    Returns:
+        The model's scores by name, per masked frame.
     """
     cuts = open_corpus(audio, min_duration_s=1.0, window_s=60.0).cuts
     dataset = WaveformDataset(normalize=model.config.do_normalize)
@@ -274,14 +307,14 @@ def held_out_scores(
 
 
 class StudyFile:
-    """The JSON of a study: settings, machine, and a result per key, on the disk as soon as it is there.
+    """JSON file of a study, with settings, machine and results by key; each result is written as soon as it is known.
 
     Args:
-        path: Where; results in it are taken over if the settings are the same.
-        settings: What decides the results.
+        path: Path of the file; if it exists with the same settings, its results are kept.
+        settings: Settings that determine the results.
 
     Raises:
-        ValueError: The file is of other settings.
+        ValueError: The file exists with other settings.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
@@ -292,23 +325,25 @@ class StudyFile:
         if path.is_file():
             there = json.loads(path.read_text())
             if there.get("settings") != plain:
-                raise ValueError(f"--output: {path} is of other settings: {there.get('settings')}, not {plain}")
+                raise ValueError(
+                    f"--output: {path} has other settings: {there.get('settings')}, not {plain}; choose another file"
+                )
             self.content["results"] = there["results"]
 
     @property
     def results(self) -> dict[str, Any]:
-        """By key."""
+        """Results by key."""
         results: dict[str, Any] = self.content["results"]
         return results
 
     def add(self, key: str, result: Any) -> None:
-        """Keep a result; several threads may."""
+        """Add a result and write the file; safe to call from several threads."""
         with self._lock:
             self.results[key] = result
             _write_json(self.path, self.content)
 
     def conclude(self, findings: Any) -> None:
-        """Keep what follows from all of them."""
+        """Set the findings that follow from all results, and write the file."""
         self.content["findings"] = findings
         _write_json(self.path, self.content)
 
@@ -321,20 +356,21 @@ def do_all(
     *,
     parallel: int,
 ) -> None:
-    """Do the runs whose results the study does not have yet, and evaluate each.
+    """Train and evaluate all runs whose results the study does not have yet.
 
-    A run that diverged, or whose frames are not finite or all zero, is no reason to stop: its result is
-    `{"failed": why}`, which `finished` leaves out.
+    A run that diverged, or whose frames are NaN, infinite or all zero, does not stop the study: its result is
+    `{"failed": reason}`, which `finished` leaves out.
 
     Args:
-        study: Takes the results.
-        jobs: By key.
-        folder: Of the runs.
-        evaluate: Makes a result of a key and its finished run; in a process of its own, which must find it by name.
-        parallel: Runs at a time, of which each is trained, then evaluated.
+        study: File to add the results to.
+        jobs: Runs by key.
+        folder: Folder that contains the folders of all runs.
+        evaluate: Computes the result of a key and its finished run. It is called in a new process, so it must be a
+            module-level function, or a partial of one.
+        parallel: Number of runs to train and evaluate at the same time.
 
     Raises:
-        RuntimeError: One failed otherwise; those that were under way are finished first.
+        RuntimeError: A run failed for another reason; runs in progress are finished first.
     """
 
     def do(key: str) -> None:
@@ -359,14 +395,14 @@ def do_all(
 
 
 def _apart(evaluate: Callable[[str, Trained], Any], key: str, trained: Trained) -> Any:
-    """In a process of its own: threads of one would share a core in turns, and what features took would not go back."""
+    """Evaluate a run in a new process: threads would share one core, and would not free the features' memory."""
     options: dict[str, Any] = {"initializer": _end_with, "initargs": (os.getpid(),)}
     with ProcessPoolExecutor(1, mp_context=get_context("spawn"), **options) as pool:
         return pool.submit(evaluate, key, trained).result()
 
 
 def _end_with(parent: int) -> None:
-    """End this process soon after its parent, which may have been killed; its result would go nowhere."""
+    """End this process soon after its parent, even if that is killed: nobody would receive the result."""
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -377,51 +413,55 @@ def _end_with(parent: int) -> None:
 
 
 def finished(results: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The results of runs that did not diverge, and a line that names those that did, if any."""
+    """Return the results of runs that did not fail, and a line of text that names those that did, if any."""
     failed = [key for key, result in results.items() if "failed" in result]
-    line = f"{len(failed)} of {len(results)} runs diverged, or collapsed, and are left out: {', '.join(failed)}"
+    line = f"{len(failed)} of {len(results)} runs diverged or collapsed and are left out: {', '.join(failed)}"
     return {key: result for key, result in results.items() if key not in failed}, [line] if failed else []
 
 
 def corpora_parser(description: str) -> argparse.ArgumentParser:
-    """The arguments that the studies share."""
+    """Return a parser with the arguments that all studies share."""
     parser = argparse.ArgumentParser(
         description=description, epilog=CORPORA, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("corpora", type=Path, metavar="CORPORA", help="see below")
+    parser.add_argument("corpora", type=Path, metavar="CORPORA", help="folder of the corpora; see below")
     parser.add_argument(
-        "--runs", type=Path, required=True, help="folder for the pre-training runs; kept, and gone on with"
+        "--runs", type=Path, required=True, help="folder for the runs; an interrupted study continues from it"
     )
     parser.add_argument(
         "--parallel",
         type=int,
         default=1,
-        help="runs (compare_systems: systems) at a time; give each its share of the cores (OMP_NUM_THREADS), and "
-        "expect no clean times",
+        help="number of runs (in compare_systems, of systems) at the same time; give each its share of the cores with "
+        "OMP_NUM_THREADS, and do not trust measured times",
     )
     parser.add_argument(
         "--precision",
         default="32-true",
         choices=("32-true", "bf16-mixed"),
-        help="of all pre-training runs; bf16-mixed is faster on processors that multiply bf16 (AVX512-BF16, AMX)",
+        help="precision of all runs; bf16-mixed is faster on processors that multiply bf16 (AVX512-BF16, AMX)",
     )
     parser.add_argument(
-        "--output", type=Path, required=True, metavar="FILE.json", help="results; .csv and .png beside it"
+        "--output", type=Path, required=True, metavar="FILE.json", help="file for results; .csv and .png go beside it"
     )
     return parser
 
 
 def what_decides(folder: Path, names: Sequence[str]) -> dict[str, Any]:
-    """Of a study's settings those that are not the study's own: the corpora, and how heads learn.
+    """Return the settings shared by all studies: hashes of the corpora's tables, and how probe heads learn.
+
+    Args:
+        folder: Folder of the corpora.
+        names: Names of the corpora that the study needs.
 
     Raises:
-        ValueError: A corpus is not there; told before hours of training.
+        ValueError: A corpus does not exist; better to fail here than after hours of training.
     """
     digests = {}
     for name in names:
         path = folder / name / "utterances.tsv"
         if not path.is_file():
-            raise ValueError(f"CORPORA: there is no {path}")
+            raise ValueError(f"CORPORA: {path} does not exist; --help describes the corpora that the study needs")
         digests[name] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
     rates = {task: rates for task, rates in LEARNING_RATES.items() if rates}
     return {"tables": digests, "heads": {"learning_rates": rates, "shrinkage": SHRINKAGE}}

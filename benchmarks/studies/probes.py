@@ -1,4 +1,4 @@
-"""What the studies ask of a finished run: `fastssl probe`'s tasks, each by corpus and label."""
+"""Probes of finished runs in the studies: tasks of `fastssl probe`, each with its corpus and label."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,19 +11,20 @@ from fastssl.eval.probe.tables import Table, read_table
 
 
 class Probe(NamedTuple):
-    """A task.
+    """A probing task on a corpus.
 
     Args:
-        test: Folder of the corpus to test on, whose name ends in "test"; those to train and develop on are named alike.
+        test: Folder of the test corpus. Its name ends in "test"; with "train" and "dev" instead, it names the folders
+            of the training and development corpora.
         target: Column with the label.
-        segment_s: Length of the segments; None for whole utterances.
-        task: As in `ProbeSettings`.
-        folds: Column whose values are held out in turn.
-        fold_size: Values of a fold.
-        batch_s: Audio for a step of a head.
-        context_s: What a frame's head sees on either side; ctc only.
-        learning_rates: To choose from; None for those of the task.
-        share_of_steps: That its heads take of those that a study has for one.
+        segment_s: Length of the segments in seconds; None for whole utterances.
+        task: Kind of task, as in `ProbeSettings`; None chooses it by the target.
+        folds: Column whose values are held out in turn; None for no folds.
+        fold_size: Number of values that are held out together.
+        batch_s: Audio per step of a head, in seconds.
+        context_s: Audio that the head of a frame sees on either side, in seconds; ctc only.
+        learning_rates: Learning rates to choose from; None for the defaults of the task.
+        share_of_steps: Number of steps of a head, as a multiple of the study's number of steps.
     """
 
     test: str
@@ -38,14 +39,14 @@ class Probe(NamedTuple):
     share_of_steps: float = 1.0
 
     def tables(self, corpora: Path) -> tuple[Table, Table, Table]:
-        """To train, develop and test on."""
+        """Read the tables of the training, development and test corpus in a folder of corpora."""
         prefix = self.test.removesuffix("test")
         names = [f"{prefix}{part}" for part in ("train", "dev", "test")]
         train, dev, test = (read_table(corpora / name / "utterances.tsv") for name in names)
         return train, dev, test
 
     def settings(self, *, steps: int, seeds: int) -> ProbeSettings:
-        """Of `run_probe`."""
+        """Return the settings for `run_probe`, with the study's number of steps and of seeds per fold."""
         return ProbeSettings(
             self.target,
             task=self.task,
@@ -61,7 +62,18 @@ class Probe(NamedTuple):
 
 
 def probe(run: Path, corpora: Path, probes: Mapping[str, Probe], *, steps: int, seeds: int = 1) -> dict[str, float]:
-    """Errors of a run's encoder by probe, the mean over folds and seeds of the heads."""
+    """Probe the encoder of a run.
+
+    Args:
+        run: Folder of the run.
+        corpora: Folder of the corpora.
+        probes: Tasks by name.
+        steps: Number of steps of each head, before each task's `share_of_steps`.
+        seeds: Number of heads per fold.
+
+    Returns:
+        For each task, the mean error over folds and seeds, as a share.
+    """
     encoder = fastssl.load_encoder(run)
     features = FeatureStore()
     errors = {}

@@ -1,4 +1,4 @@
-"""Students of the studies on distillation: what their runs share."""
+"""Options and probes that the students of all distillation studies share."""
 
 import hashlib
 from pathlib import Path
@@ -12,22 +12,22 @@ from fastssl.models.encoder import Encoder
 from fastssl.packing import Layout, Packed
 
 DIGITS, PHONES, VOICES = "digit error", "phone error", "voice error, 1 s"
-#: Frames shorter than these are many in a head's window: Adam's steps must be smaller, and then more.
+#: Frame periods in ms below which a head needs a smaller learning rate, or more steps: its window has many frames.
 _SMALL_STEPS_MS, _MANY_STEPS_MS = 35.0, 25.0
 
 
 def probes_at(period_ms: float, *, phones: bool) -> dict[str, Probe]:
-    """What is read from a student, by name, with heads for frames of about this period.
+    """Return the probes of a student by name, with heads suited to frames of about this period.
 
-    Heads of CTC see 0.2 s on either side. Where they see 0.1 s, that is 220 ms in all at 20 ms a frame and 300 ms at 60
-    ms, and errors follow it rather than the student. Windows of many frames want smaller steps of Adam: where 16
-    thousandths are best at 60 ms, they are several times too large at 20 ms, where a head needs twice as many steps
-    too. Small batches, and many of them, leave less to the order of the examples; phones, of which there are more in a
-    batch, need half as many as digits.
+    CTC heads see 0.2 s on either side. With 0.1 s, a window would cover 220 ms at 20 ms per frame but 300 ms at 60 ms,
+    and errors would depend on that more than on the student. Windows of many frames need smaller steps of Adam: a
+    learning rate of 0.016 is best at 60 ms, but several times too large at 20 ms, where a head also needs twice as many
+    steps. Many small batches reduce the influence of the order of examples. Phones need half as many steps as digits,
+    because a batch contains more of them.
 
     Args:
-        period_ms: Of a frame.
-        phones: Read these too.
+        period_ms: Frame period in milliseconds.
+        phones: Whether to probe for phones as well as for digits and voices.
     """
     rates = (4e-3, 8e-3) if period_ms < _SMALL_STEPS_MS else (8e-3, 16e-3)
     share = 2.0 if period_ms < _MANY_STEPS_MS else 1.0
@@ -37,13 +37,14 @@ def probes_at(period_ms: float, *, phones: bool) -> dict[str, Probe]:
 
 
 def student_options(teacher: Path, *, updates: int, precision: str, frames: Path | None) -> dict[str, Any]:
-    """Options of `fastssl distill` for whole utterances.
+    """Return options of `fastssl distill` for training on whole utterances.
 
     Args:
-        teacher: A run of `make_teacher`, whose convolutions the student has.
-        updates: Of the optimiser.
-        precision: Of the trainer.
-        frames: Folder for the teacher's frames, where the convolutions are frozen; None trains them.
+        teacher: A run of `make_teacher`; the student has convolutions of the same shape.
+        updates: Number of optimiser updates.
+        precision: Precision of the trainer, such as "32-true".
+        frames: Folder in which the teacher's frames are kept; the student's convolutions are then frozen. None keeps no
+            frames and trains the convolutions.
     """
     shape = yaml.safe_load((teacher / "config.yaml").read_text())["model"]
     options = {
@@ -52,7 +53,7 @@ def student_options(teacher: Path, *, updates: int, precision: str, frames: Path
         "model.feature_grad_mult": 0.1 if frames is None else 0.0,
         "data.crop_s": None,
         "data.min_duration_s": 1.0,
-        # Probes judge a student; its loss on held-out recordings says how well it copies.
+        # Hold out nothing: probes judge the student, and its held-out loss would only show how well it copies.
         "data.valid": 0,
         "trainer.max_steps": updates,
         "trainer.precision": precision,
@@ -62,9 +63,10 @@ def student_options(teacher: Path, *, updates: int, precision: str, frames: Path
 
 
 def remember_front_end(encoder: Encoder) -> None:
-    """Have an encoder that is not trained any more keep what its convolutions make of each batch.
+    """Make an encoder store the output of its convolutions for each batch, and reuse it when the batch comes again.
 
-    They are most of a shallow encoder's work, and the same at every rate.
+    Convolutions are most of a shallow encoder's work, and their output is the same at every rate. Use it only for
+    encoders whose weights no longer change.
     """
     encoder.register_module("feature_extractor", _Remembering(encoder.feature_extractor))
 
