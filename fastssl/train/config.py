@@ -181,18 +181,22 @@ class PretrainConfig:
     """Everything that decides a run; `RUN/config.yaml` holds it, but for its own place.
 
     Args:
-        audio: Folder of recordings, Lhotse manifest, or shar directory.
-        output: Folder of the run.
-        seed: All randomness of the run derives from it.
-        init: Folder with the weights to start from: a Transformers model or an earlier run; null starts from noise.
-        recipe: Where the settings started from, for the model card.
-        system: Which objective: a name in `SYSTEMS`.
-        teacher: What is distilled, as `load_encoder` opens it; of the other systems there is none.
+        audio: Folder of recordings (WAV, FLAC, OGG, MP3; any sample rate, any number of channels; subfolders too),
+            Lhotse manifest (.jsonl.gz), or Lhotse shar directory.
+        output: Folder of the run; it must be new or empty, except with --resume.
+        seed: Seed of all randomness in the run.
+        init: Start from the weights of this Transformers folder or earlier run, with a new optimiser; by default from
+            random weights.
+        recipe: Recipe that the settings started from, for the model card.
+        system: Name of the objective, such as wav2vec2 or hubert; the recipe sets it.
+        teacher: Encoder to distil: a run of `fastssl pretrain`, a Transformers folder, a model name on the Hub, or a
+            checkpoint of fairseq; of the other systems there is none.
         model: The encoder and its objective.
-        data: What is trained on.
-        optimizer: Adam.
-        trainer: How long, and on what.
-        quality: Whether and how the encoder is measured without labels meanwhile.
+        data: What to train on, and in which portions.
+        optimizer: Adam with decoupled weight decay; the learning rate rises linearly, then falls linearly to 0 at
+            max_steps.
+        trainer: How long to train, on what, and how often to report.
+        quality: How often to measure the encoder without labels on the held-out recordings, and how thoroughly.
 
     Raises:
         ValueError: The settings of `model` are not those of the system, or there are labels for one that takes none.
