@@ -271,6 +271,22 @@ def test_command_line_wins_over_config_and_config_over_recipe(
     assert started[2][0].recipe == "wav2vec2-base"
 
 
+def test_paths_are_kept_absolute(
+    started: list[tuple[PretrainConfig, bool]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("teacher").mkdir()
+    data = ("--data.valid", "valid", "--data.labels", "labels")
+    assert cli.main(["pretrain", "audio", "--output", "run", "--recipe", "hubert-tiny", "--init", "init", *data]) == 0
+    assert cli.main(["distill", "audio", "--output", "run", "--teacher", "teacher"]) == 0
+    assert cli.main(["distill", "audio", "--output", "run", "--teacher", "name/on-the-hub"]) == 0
+    first, second, third = (config for config, _ in started)
+    paths = (first.audio, first.init, first.data.valid, first.data.labels)
+    assert paths == tuple(str(tmp_path / name) for name in ("audio", "init", "valid", "labels"))
+    assert (first.output, first.teacher, first.data.segments) == ("run", None, None)
+    assert (second.teacher, third.teacher) == (str(tmp_path / "teacher"), "name/on-the-hub")
+
+
 @pytest.mark.parametrize("recipe", ["wav2vec2-large", "hubert-tiny"])
 def test_config_file_reproduces_the_run(
     recipe: str, started: list[tuple[PretrainConfig, bool]], tmp_path: Path
