@@ -42,20 +42,9 @@ _TRAIN_EXTRA = ("jsonargparse", "lhotse", "lightning", "matplotlib", "rich", "sk
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status."""
-    width = max(len(name) for name in _COMMANDS)
-    parser = argparse.ArgumentParser(
-        prog="fastssl",
-        description="Self-supervised speech encoders that never compute padding.",
-        epilog="commands:\n"
-        + "".join(f"  {name:{width}}  {command.summary}\n" for name, command in _COMMANDS.items())
-        + "\n`fastssl COMMAND --help` explains a command. To begin:\n"
-        "  fastssl pretrain FOLDER --recipe wav2vec2-tiny --output runs/first",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--version", action="version", version=f"fastssl {__version__}")
-    parser.add_argument("command", choices=_COMMANDS, metavar="COMMAND", help=", ".join(_COMMANDS))
     given = list(sys.argv[1:] if arguments is None else arguments)
-    name = parser.parse_args(given[:1]).command
+    name = _parser().parse_args(given[:1]).command
+    command = _COMMANDS[name]
     missing = [] if name == "info" else [package for package in _TRAIN_EXTRA if util.find_spec(package) is None]
     if missing:
         print(
@@ -67,7 +56,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(warning, file=sys.stderr)
         return 1
     try:
-        _run(name, given[1:])
+        function = getattr(importlib.import_module(f"fastssl.{command.module}"), name)
+        if command.positionals is None:
+            function(given[1:])
+        else:
+            from fastssl.cli.signature import call
+
+            call(name, function, command.positionals, given[1:])
     except ValueError as error:
         if not _is_for_the_user(error):
             raise
@@ -83,15 +78,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _run(name: str, arguments: Sequence[str]) -> None:
-    command = _COMMANDS[name]
-    function = getattr(importlib.import_module(f"fastssl.{command.module}"), name)
-    if command.positionals is None:
-        function(arguments)
-    else:
-        from fastssl.cli.signature import call
-
-        call(name, function, command.positionals, arguments)
+def _parser() -> argparse.ArgumentParser:
+    """The parser of the first argument, which names the command."""
+    width = max(len(name) for name in _COMMANDS)
+    parser = argparse.ArgumentParser(
+        prog="fastssl",
+        description="Self-supervised speech encoders that never compute padding.",
+        epilog="commands:\n"
+        + "".join(f"  {name:{width}}  {command.summary}\n" for name, command in _COMMANDS.items())
+        + "\n`fastssl COMMAND --help` explains a command. To begin:\n"
+        "  fastssl pretrain FOLDER --recipe wav2vec2-tiny --output runs/first",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"fastssl {__version__}")
+    parser.add_argument("command", choices=_COMMANDS, metavar="COMMAND", help=", ".join(_COMMANDS))
+    return parser
 
 
 def _is_for_the_user(error: ValueError) -> bool:

@@ -18,17 +18,18 @@ _RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 _DEFAULT_RECIPES = {"pretrain": "wav2vec2-base", "distill": "distilhubert"}
 
 
-def pretrain(arguments: Sequence[str]) -> None:
-    """Parse the options and train."""
-    _train("pretrain", arguments)
-
-
 def distill(arguments: Sequence[str]) -> None:
     """Parse the options, which are those of `fastssl pretrain` and a teacher, and train."""
-    _train("distill", arguments)
+    pretrain(arguments, command="distill")
 
 
-def _train(command: str, arguments: Sequence[str]) -> None:
+def pretrain(arguments: Sequence[str], *, command: str = "pretrain") -> None:
+    """Parse the options and train.
+
+    Args:
+        arguments: The command's arguments, as typed.
+        command: "pretrain" or "distill"; each has its own systems.
+    """
     from fastssl.models.config import CompressorConfig
     from fastssl.models.wav2vec2 import GumbelTemperature
     from fastssl.train.config import PretrainConfig
@@ -51,10 +52,10 @@ def _train(command: str, arguments: Sequence[str]) -> None:
         )
     config = PretrainConfig(**_absolute_paths(values))
     # Lightning takes seconds to import, which a wrong option should not.
-    from fastssl.train.pretrain import is_first_process, pretrain
+    from fastssl.train import pretrain as training
 
-    log_to_console(logging.INFO if is_first_process() else logging.WARNING)
-    pretrain(config, resume=resume)
+    log_to_console(logging.INFO if training.is_first_process() else logging.WARNING)
+    training.pretrain(config, resume=resume)
 
 
 def _make_model_config(config: type[Any], **values: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The options of a command, taken from the signature and the docstring of the function behind it."""
+"""The options of a command, taken from the signature and the docstring of its function."""
 
 import dataclasses
 import inspect
