@@ -276,13 +276,13 @@ def test_paths_are_kept_absolute(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("teacher").mkdir()
-    data = ("--data.valid", "valid", "--data.labels", "labels")
-    assert cli.main(["pretrain", "audio", "--output", "run", "--recipe", "hubert-tiny", "--init", "init", *data]) == 0
+    data = ("--data.valid", "valid", "--data.labels", "labels", "--data.noise", "noise")
+    assert cli.main(["pretrain", "audio", "--output", "run", "--recipe", "wavlm-tiny", "--init", "init", *data]) == 0
     assert cli.main(["distill", "audio", "--output", "run", "--teacher", "teacher"]) == 0
     assert cli.main(["distill", "audio", "--output", "run", "--teacher", "name/on-the-hub"]) == 0
     first, second, third = (config for config, _ in started)
-    paths = (first.audio, first.init, first.data.valid, first.data.labels)
-    assert paths == tuple(str(tmp_path / name) for name in ("audio", "init", "valid", "labels"))
+    paths = (first.audio, first.init, first.data.valid, first.data.labels, first.data.noise)
+    assert paths == tuple(str(tmp_path / name) for name in ("audio", "init", "valid", "labels", "noise"))
     assert (first.output, first.teacher, first.data.segments) == ("run", None, None)
     assert (second.teacher, third.teacher) == (str(tmp_path / "teacher"), "name/on-the-hub")
 

@@ -52,7 +52,8 @@ class DataConfig:
         valid: Recordings to hold out and score: a fraction of AUDIO, or a folder or manifest, whose recordings are not
             trained on even if AUDIO has them too; 0 holds out nothing.
         channel: Channel to read; null averages all channels.
-        labels: Folder that `fastssl label` wrote for AUDIO, for HuBERT to predict; null makes labels from MFCC first.
+        labels: Folder that `fastssl label` wrote for AUDIO, for HuBERT or WavLM to predict; null makes labels from MFCC
+            first.
         segments: Folder that `fastssl label --segment_ms` wrote for AUDIO, from whose segments a compressor learns
             where to fire; null leaves that to the objective.
         noise: Folder, manifest or shar directory with recordings of noise, which a system that mixes noise into its
