@@ -5,7 +5,7 @@ import logging
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import metadata, util
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import fastssl
 from benchmarks.recipes import recipe_model
 from fastssl import cli
 from fastssl.cli import pretrain
+from fastssl.eval.probe.run import ProbeSettings
 from fastssl.kernels import dispatch
 from fastssl.models.encoder import EncoderConfig
 from fastssl.models.wav2vec2 import GumbelTemperature, Wav2Vec2Config
@@ -53,6 +54,67 @@ def test_help_lists_the_commands_and_explains_them(capsys: pytest.CaptureFixture
         with pytest.raises(SystemExit, match="0"):
             cli.main([command, "--help"])
         assert f"fastssl {command}" in capsys.readouterr().out
+
+
+def test_help_imports_nothing_that_takes_seconds() -> None:
+    program = """if True:
+        import contextlib, io, sys
+        from fastssl import cli
+        for command in sys.argv[1:]:
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+                cli.main([command, "--help"])
+            print(command, *{"lightning", "transformers", "sklearn", "lhotse"}.intersection(sys.modules))
+    """
+    # The signatures of the last four are in modules that read audio; after torch, Lhotse adds a tenth of a second.
+    without, with_lhotse = ("info", "prepare", "pretrain", "distill"), ("extract", "label", "quality", "probe")
+    command = [sys.executable, "-c", program, *without, *with_lhotse]
+    outcome = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert outcome.returncode == 0, outcome.stderr
+    assert outcome.stdout.splitlines() == [*without, *(f"{name} lhotse" for name in with_lhotse)]
+
+
+def test_options_come_from_signature_and_docstring(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls: list[Any] = []
+
+    def probe(
+        model: str,
+        settings: ProbeSettings,
+        *,
+        table: str | Path,
+        compare: Sequence[str] = (),
+        rate: float | None = None,
+    ) -> None:
+        """Try it.
+
+        For a test.
+
+        Args:
+            model: Which: one
+                of several lines.
+            settings: Not shown.
+            table: A table.
+            compare: More.
+            rate: A rate.
+
+        Raises:
+            ValueError: Never.
+        """
+        calls.append((model, settings, table, compare, rate))
+
+    monkeypatch.setattr("fastssl.eval.probe.command.probe", probe)
+    given = ["m", "12", "--target", "text", "--compare", "a", "b", "--seeds", "2"]
+    monkeypatch.setitem(cli._COMMANDS, "probe", cli._COMMANDS["probe"]._replace(positionals=("model", "table")))
+    assert cli.main(["probe", *given]) == 0
+    assert calls == [("m", ProbeSettings("text", seeds=2), "12", ["a", "b"], None)]
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["probe", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "MODEL TABLE Try it. For a test. positional arguments:" in text
+    assert "MODEL Which: one of several lines. (required)" in text
+    assert "--rate RATE A rate. (type: float | null, default: null)" in text
+    assert "Not shown" not in text
 
 
 def test_help_shows_the_values_of_the_recipe(capsys: pytest.CaptureFixture[str]) -> None:
@@ -207,6 +269,22 @@ def test_command_line_wins_over_config_and_config_over_recipe(
     assert (first.recipe, second.recipe) == ("wav2vec2-tiny", None)
     cli.main(["pretrain", "elsewhere", "--output", "run"])
     assert started[2][0].recipe == "wav2vec2-base"
+
+
+def test_paths_are_kept_absolute(
+    started: list[tuple[PretrainConfig, bool]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("teacher").mkdir()
+    data = ("--data.valid", "valid", "--data.labels", "labels", "--data.noise", "noise")
+    assert cli.main(["pretrain", "audio", "--output", "run", "--recipe", "wavlm-tiny", "--init", "init", *data]) == 0
+    assert cli.main(["distill", "audio", "--output", "run", "--teacher", "teacher"]) == 0
+    assert cli.main(["distill", "audio", "--output", "run", "--teacher", "name/on-the-hub"]) == 0
+    first, second, third = (config for config, _ in started)
+    paths = (first.audio, first.init, first.data.valid, first.data.labels, first.data.noise)
+    assert paths == tuple(str(tmp_path / name) for name in ("audio", "init", "valid", "labels", "noise"))
+    assert (first.output, first.teacher, first.data.segments) == ("run", None, None)
+    assert (second.teacher, third.teacher) == (str(tmp_path / "teacher"), "name/on-the-hub")
 
 
 @pytest.mark.parametrize("recipe", ["wav2vec2-large", "hubert-tiny"])

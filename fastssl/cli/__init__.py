@@ -1,6 +1,6 @@
-"""The command line; a module per command.
+"""The command line: a table of commands, each the function of that name in a module.
 
-Each command imports what it needs when it runs, so that `--help` and `info` answer at once.
+A module is imported only for its own command, so that `info` and the help of a command answer at once.
 """
 
 import argparse
@@ -10,19 +10,31 @@ import traceback
 from collections.abc import Sequence
 from importlib import util
 from pathlib import Path
+from typing import NamedTuple
 
 from fastssl import __version__
 from fastssl.cli.installation import stranger_of_the_same_name
 
+
+class _Command(NamedTuple):
+    summary: str
+    module: str
+    positionals: tuple[str, ...] | None = None  # parameters; without them, the function parses the arguments itself
+
+
 _COMMANDS = {
-    "pretrain": "train an encoder on a folder of audio",
-    "distill": "train a small encoder to be like a large one",
-    "extract": "write the features of every recording",
-    "label": "cluster the frames of every recording, for HuBERT or a compressor to learn from",
-    "quality": "measure how good each layer of an encoder is, without labels",
-    "probe": "compare what linear heads read from frozen encoders",
-    "prepare": "look through a folder once and write a manifest (optional)",
-    "info": "show the kernels of each op, and why one is missing",
+    "pretrain": _Command("train an encoder on a folder of audio", "cli.pretrain"),
+    "distill": _Command("train a small encoder to be like a large one", "cli.pretrain"),
+    "extract": _Command("write the features of every recording", "eval.extract", ("model", "audio")),
+    "label": _Command(
+        "cluster the frames of every recording, for HuBERT or a compressor to learn from", "eval.label", ("audio",)
+    ),
+    "quality": _Command(
+        "measure how good each layer of an encoder is, without labels", "eval.quality.command", ("model", "audio")
+    ),
+    "probe": _Command("compare what linear heads read from frozen encoders", "eval.probe.command", ("model", "table")),
+    "prepare": _Command("look through a folder once and write a manifest (optional)", "cli.prepare", ("audio",)),
+    "info": _Command("show the kernels of each op, and why one is missing", "cli.info"),
 }
 #: What the commands other than `info` import.
 _TRAIN_EXTRA = ("jsonargparse", "lhotse", "lightning", "matplotlib", "rich", "sklearn", "soundfile", "tensorboard")
@@ -30,37 +42,31 @@ _TRAIN_EXTRA = ("jsonargparse", "lhotse", "lightning", "matplotlib", "rich", "sk
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status."""
-    width = max(len(name) for name in _COMMANDS)
-    parser = argparse.ArgumentParser(
-        prog="fastssl",
-        description="Self-supervised speech encoders that never compute padding.",
-        epilog="commands:\n"
-        + "".join(f"  {name:{width}}  {summary}\n" for name, summary in _COMMANDS.items())
-        + "\n`fastssl COMMAND --help` explains a command. To begin:\n"
-        "  fastssl pretrain FOLDER --recipe wav2vec2-tiny --output runs/first",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--version", action="version", version=f"fastssl {__version__}")
-    parser.add_argument("command", choices=_COMMANDS, metavar="COMMAND", help=", ".join(_COMMANDS))
     given = list(sys.argv[1:] if arguments is None else arguments)
-    command = parser.parse_args(given[:1]).command
-    if command != "info":
-        missing = [name for name in _TRAIN_EXTRA if util.find_spec(name) is None]
-        if missing:
-            print(
-                f"fastssl {command} needs {', '.join(missing)}: run `pip install '.[train]'` in a clone of the "
-                "project, or install its wheel with [train] after the file name",
-                file=sys.stderr,
-            )
-            if (warning := stranger_of_the_same_name()) is not None:
-                print(warning, file=sys.stderr)
-            return 1
+    name = _parser().parse_args(given[:1]).command
+    command = _COMMANDS[name]
+    missing = [] if name == "info" else [package for package in _TRAIN_EXTRA if util.find_spec(package) is None]
+    if missing:
+        print(
+            f"fastssl {name} needs {', '.join(missing)}: run `pip install '.[train]'` in a clone of the project, or "
+            "install its wheel with [train] after the file name",
+            file=sys.stderr,
+        )
+        if (warning := stranger_of_the_same_name()) is not None:
+            print(warning, file=sys.stderr)
+        return 1
     try:
-        importlib.import_module(f"fastssl.cli.{command}").run(given[1:])
+        function = getattr(importlib.import_module(f"fastssl.{command.module}"), name)
+        if command.positionals is None:
+            function(given[1:])
+        else:
+            from fastssl.cli.signature import call
+
+            call(name, function, command.positionals, given[1:])
     except ValueError as error:
         if not _is_for_the_user(error):
             raise
-        print(f"fastssl {command}: {error}", file=sys.stderr)
+        print(f"fastssl {name}: {error}", file=sys.stderr)
         return 1
     except RuntimeError as error:
         from fastssl.train.module import TrainingError
@@ -70,6 +76,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The log has said it, once for all processes.
         return 1
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    """The parser of the first argument, which names the command."""
+    width = max(len(name) for name in _COMMANDS)
+    parser = argparse.ArgumentParser(
+        prog="fastssl",
+        description="Self-supervised speech encoders that never compute padding.",
+        epilog="commands:\n"
+        + "".join(f"  {name:{width}}  {command.summary}\n" for name, command in _COMMANDS.items())
+        + "\n`fastssl COMMAND --help` explains a command. To begin:\n"
+        "  fastssl pretrain FOLDER --recipe wav2vec2-tiny --output runs/first",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"fastssl {__version__}")
+    parser.add_argument("command", choices=_COMMANDS, metavar="COMMAND", help=", ".join(_COMMANDS))
+    return parser
 
 
 def _is_for_the_user(error: ValueError) -> bool:

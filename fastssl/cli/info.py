@@ -11,7 +11,7 @@ from fastssl.cli.installation import stranger_of_the_same_name
 from fastssl.kernels import dispatch
 
 
-def run(arguments: Sequence[str]) -> None:
+def info(arguments: Sequence[str]) -> None:
     """Print what there is; nothing but the core dependencies is needed."""
     argparse.ArgumentParser(
         prog="fastssl info", description="Show the kernels of each op per device, and why one is missing."

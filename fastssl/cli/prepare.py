@@ -1,39 +1,37 @@
 """`fastssl prepare`: look through a folder once and write a manifest."""
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
-from fastssl.cli.options import AUDIO_HELP, command_parser
 
+def prepare(
+    audio: str,
+    *,
+    output: str,
+    min_duration_s: float = 2.0,
+    window_s: float = 60.0,
+    max_bad_fraction: float = 0.05,
+) -> None:
+    """Read the headers of all recordings once and write a Lhotse manifest.
 
-def run(arguments: Sequence[str]) -> None:
-    """Parse the options and write the manifest."""
+    The other commands take the manifest in place of the folder. This saves time for large folders on slow disks.
+
+    Args:
+        audio: Folder of recordings (WAV, FLAC, OGG, MP3; any sample rate, any number of channels; subfolders too),
+            Lhotse manifest (.jsonl.gz), or Lhotse shar directory.
+        output: Manifest to write, NAME.jsonl.gz.
+        min_duration_s: Shortest recording to use, seconds; shorter ones are left out.
+        window_s: Longest recording to keep whole, seconds; longer ones become windows of equal length, at most this.
+        max_bad_fraction: Largest fraction of recordings that may be unusable; more is an error.
+
+    Raises:
+        ValueError: `audio` is not usable, too many of its recordings are not, or `output` has another ending.
+    """
     from fastssl.data.corpus import open_corpus, write_manifest
 
-    parser = command_parser(
-        "prepare",
-        "Read the headers of all recordings once and write a Lhotse manifest, which pretrain and extract take in "
-        "place of the folder. Worth it for large folders on slow disks.",
-    )
-    parser.add_argument("audio", metavar="AUDIO", help=AUDIO_HELP)
-    parser.add_argument("--output", required=True, metavar="MANIFEST", help="File to write, NAME.jsonl.gz.")
-    parser.add_argument("--min_duration_s", type=float, default=2.0, help="Shorter recordings are left out.")
-    parser.add_argument("--window_s", type=float, default=60.0, help="Longer recordings become windows of this length.")
-    parser.add_argument(
-        "--max_bad_fraction", type=float, default=0.05, help="It is an error when more than this fraction is unusable."
-    )
-    settings = parser.parse_args(list(arguments))
-    corpus = open_corpus(
-        settings.audio,
-        min_duration_s=settings.min_duration_s,
-        window_s=settings.window_s,
-        max_bad_fraction=settings.max_bad_fraction,
-    )
-    write_manifest(corpus, Path(settings.output))
+    corpus = open_corpus(audio, min_duration_s=min_duration_s, window_s=window_s, max_bad_fraction=max_bad_fraction)
+    write_manifest(corpus, Path(output))
     for problem in corpus.problems:
         print(f"left out: {problem}", file=sys.stderr)
-    print(
-        f"{settings.output}: {corpus.num_recordings} recordings, {corpus.duration_s / 3600:.2f} hours, "
-        f"{len(corpus.problems)} left out"
-    )
+    hours = corpus.duration_s / 3600
+    print(f"{output}: {corpus.num_recordings} recordings, {hours:.2f} hours, {len(corpus.problems)} left out")

@@ -1,4 +1,4 @@
-"""`fastssl pretrain`: train an encoder on a folder of audio."""
+"""`fastssl pretrain` and `fastssl distill`: train an encoder on a folder of audio."""
 
 import argparse
 import dataclasses
@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastssl.cli.console import log_to_console
-from fastssl.cli.options import AUDIO_HELP, MODEL_HELP, command_parser
-from fastssl.cli.settings_file import check_arguments, check_settings
+from fastssl.cli.settings_file import check_arguments, check_settings, groups_inside
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -19,12 +18,17 @@ _RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 _DEFAULT_RECIPES = {"pretrain": "wav2vec2-base", "distill": "distilhubert"}
 
 
-def run(arguments: Sequence[str], *, command: str = "pretrain") -> None:
+def distill(arguments: Sequence[str]) -> None:
+    """Parse the options, which are those of `fastssl pretrain` and a teacher, and train."""
+    pretrain(arguments, command="distill")
+
+
+def pretrain(arguments: Sequence[str], *, command: str = "pretrain") -> None:
     """Parse the options and train.
 
     Args:
-        arguments: Behind the command.
-        command: "pretrain" or "distill", which have systems of their own.
+        arguments: The command's arguments, as typed.
+        command: "pretrain" or "distill"; each has its own systems.
     """
     from fastssl.models.config import CompressorConfig
     from fastssl.models.wav2vec2 import GumbelTemperature
@@ -33,50 +37,29 @@ def run(arguments: Sequence[str], *, command: str = "pretrain") -> None:
     parser = _parser_of(arguments, command)
     kinds = (CompressorConfig, GumbelTemperature)
     given = parser.parse_args(list(arguments))
-    settings = parser.instantiate(given, instantiators=[(_make_model_config, kind, True) for kind in kinds])
-    if settings.get("audio") is None:
+    values = vars(parser.instantiate(given, instantiators=[(_make_model_config, kind, True) for kind in kinds]))
+    if values.get("audio") is None:
         parser.error("AUDIO is missing: the folder, manifest or shar directory to train on")
-    # Relative paths in RUN/config.yaml would mean something else elsewhere.
-    data = settings.data
-    if isinstance(data.valid, str):
-        data = dataclasses.replace(data, valid=str(Path(data.valid).absolute()))
-    folders = {name: getattr(data, name) for name in ("labels", "segments", "teacher_cache")}
-    absolute = {name: str(Path(folder).absolute()) for name, folder in folders.items() if folder is not None}
-    data = dataclasses.replace(data, **absolute)
-    teacher = settings.get("teacher")
-    if teacher is not None and Path(teacher).exists():
-        teacher = str(Path(teacher).absolute())
-    elif teacher is not None and not any(argument.partition("=")[0] == "--teacher" for argument in arguments):
+    config_file, resume = values.pop("config"), values.pop("resume")
+    if values["recipe"] is None and config_file is None and not resume:
+        values["recipe"] = _DEFAULT_RECIPES[command]
+    teacher = values.get("teacher")
+    typed = any(argument.partition("=")[0] == "--teacher" for argument in arguments)
+    if teacher is not None and not Path(teacher).exists() and not typed:
         raise ValueError(
             f"teacher: there is no {teacher}, and a name in a file of settings is not downloaded; if it is a model of "
             f"the Hub that you trust, add --teacher {teacher}"
         )
-    recipe = settings.recipe
-    if recipe is None and not settings.resume and settings.config is None:
-        recipe = _DEFAULT_RECIPES[command]
-    config = PretrainConfig(
-        audio=str(Path(settings.audio).absolute()),
-        output=settings.output,
-        seed=settings.seed,
-        init=None if settings.init is None else str(Path(settings.init).absolute()),
-        recipe=recipe,
-        system=settings.system,
-        teacher=teacher,
-        model=settings.model,
-        data=data,
-        optimizer=settings.optimizer,
-        trainer=settings.trainer,
-        quality=settings.quality,
-    )
+    config = PretrainConfig(**_absolute_paths(values))
     # Lightning takes seconds to import, which a wrong option should not.
-    from fastssl.train.pretrain import is_first_process, pretrain
+    from fastssl.train import pretrain as training
 
-    log_to_console(logging.INFO if is_first_process() else logging.WARNING)
-    pretrain(config, resume=settings.resume)
+    log_to_console(logging.INFO if training.is_first_process() else logging.WARNING)
+    training.pretrain(config, resume=resume)
 
 
 def _make_model_config(config: type[Any], **values: Any) -> Any:
-    """The settings of a model, which does not know by which name its options go on the command line.
+    """The settings of a model, which does not know the names of its options on the command line.
 
     Raises:
         ValueError: They make no sense; names the option.
@@ -87,64 +70,66 @@ def _make_model_config(config: type[Any], **values: Any) -> Any:
         raise ValueError(f"model.{error}") from None
 
 
+def _absolute_paths(values: dict[str, Any]) -> dict[str, Any]:
+    """The settings with absolute paths, because RUN/config.yaml keeps them and may be read in another folder."""
+
+    def absolute(path: str) -> str:
+        return str(Path(path).absolute())
+
+    data, teacher = values["data"], values.get("teacher")
+    paths = {name: getattr(data, name) for name in ("valid", "labels", "segments", "noise", "teacher_cache")}
+    paths = {name: absolute(path) for name, path in paths.items() if isinstance(path, str)}
+    changed = {"data": dataclasses.replace(data, **paths)}
+    changed |= {name: absolute(values[name]) for name in ("audio", "init") if values[name] is not None}
+    if teacher is not None and Path(teacher).exists():  # else a name on the Hub
+        changed["teacher"] = absolute(teacher)
+    return values | changed
+
+
 def _parser_of(arguments: Sequence[str], command: str) -> "ArgumentParser":
     """The parser, its defaults already those of recipe, config, or the run to resume, so that `--help` shows them.
 
     What stands on the command line then wins, wherever it stands.
     """
-    from fastssl.train.config import DataConfig, OptimizerConfig, QualityConfig, TrainerConfig
+    from fastssl.cli.signature import documented, new_parser
+    from fastssl.train.config import PretrainConfig
     from fastssl.train.systems import SYSTEMS
 
     defaults = _defaults_of(arguments, command)
-    system = _system_of(defaults)
-    groups: dict[str, type[Any]] = {
-        "model": SYSTEMS[system].config_class,
-        "data": DataConfig,
-        "optimizer": OptimizerConfig,
-        "trainer": TrainerConfig,
-        "quality": QualityConfig,
-    }
+    system = SYSTEMS[_system_of(defaults)]
+    model = system.config_class
+    groups = groups_inside(PretrainConfig) | {"model": model}
     check_arguments(arguments, groups)
     for path, values in defaults.items():
         check_settings(path, values, groups)
     what = "Train a small encoder to predict the layers of a large one"
     if command == "pretrain":
-        what = f"Train an encoder by {SYSTEMS[system].title}'s objective"
-    parser = command_parser(
+        what = f"Train an encoder by {system.title}'s objective"
+    parser = new_parser(
         command,
-        f"{what}. RUN gets config.yaml, checkpoints/, logs/ "
-        "(TensorBoard), metrics.csv, report.png and encoder/, which load_encoder and, where it has such models, "
-        "Transformers open. "
+        f"{what}. The run's folder gets config.yaml, checkpoints/, logs/ (TensorBoard), metrics.csv, report.png and "
+        "encoder/, which load_encoder opens, and Transformers too if it has such models. "
         "`--config RUN/config.yaml --output OTHER` repeats a run.",
     )
+    helps = documented(PretrainConfig)[1]
     # A default of None would replace what --config says.
-    parser.add_argument("audio", nargs="?", default=argparse.SUPPRESS, metavar="AUDIO", help=AUDIO_HELP)
+    parser.add_argument("audio", nargs="?", default=argparse.SUPPRESS, metavar="AUDIO", help=helps["audio"])
     parser.add_argument(
         "--recipe",
         metavar="NAME",
         type=str | None,
-        help=f"Where the settings below start from: {', '.join(recipes(command))}, or a YAML file; if not given, "
+        help=f"Where the settings below start from: {', '.join(recipes(command))}, or a YAML file; by default "
         f"{_DEFAULT_RECIPES[command]}.",
     )
     parser.add_argument("--config", metavar="FILE", help="More settings from a YAML file, such as RUN/config.yaml.")
-    parser.add_argument("--output", required=True, metavar="RUN", help="Folder of the run; must not exist yet.")
     parser.add_argument(
-        "--resume", action="store_true", help="Continue the run in RUN, with its settings, as if it had never stopped."
+        "--resume",
+        action="store_true",
+        help="Continue the run in the folder of --output, with its settings, as if it had never stopped.",
     )
-    parser.add_argument(
-        "--init",
-        type=str | None,
-        metavar="MODEL",
-        help="Start from these weights, with a new optimiser: a Transformers folder, or an earlier run.",
-    )
-    if command == "distill":
-        parser.add_argument("--teacher", type=str | None, help=f"What to distil. {MODEL_HELP}")
-    parser.add_argument("--seed", type=int, default=0, help="All randomness of the run derives from it.")
-    parser.add_argument(
-        "--system", default="wav2vec2", help=f"The objective, which the recipe decides: {', '.join(SYSTEMS)}."
-    )
-    for name, config in groups.items():
-        parser.add_argument(f"--{name}", type=config, default=config())
+    parser.add_argument("--model", type=model, default=model())
+    others = {"audio", "recipe", "model"} | ({"teacher"} if command == "pretrain" else set())
+    parser.add_class_arguments(PretrainConfig, as_group=False, skip=others)
     for values in defaults.values():
         parser.parse_object(values | {"output": ""})  # refuses what `set_defaults` would take
         parser.set_defaults(values)
@@ -157,15 +142,13 @@ def _defaults_of(arguments: Sequence[str], command: str) -> dict[Path, dict[str,
     Raises:
         ValueError: There is no such recipe, file or run, or they are of several systems.
     """
-    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    peek.add_argument("--recipe")
-    peek.add_argument("--config")
-    peek.add_argument("--output")
-    peek.add_argument("--system")
-    peek.add_argument("--resume", action="store_true")
-    peeked, _ = peek.parse_known_args(list(arguments))
     from fastssl.train.systems import SYSTEMS
 
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for option in ("--recipe", "--config", "--output", "--system"):
+        peek.add_argument(option)
+    peek.add_argument("--resume", action="store_true")
+    peeked, _ = peek.parse_known_args(list(arguments))
     config_file = None if peeked.config is None else Path(peeked.config)
     if config_file is not None and not config_file.is_file():
         raise ValueError(f"--config: there is no file {config_file}")
@@ -211,12 +194,12 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _system_of(files: Mapping[Path, Mapping[str, Any]]) -> str:
-    """The system that settings are of, wav2vec 2.0 where none of them says so; the settings of `model` follow from it.
+    """The system that settings are of, the default one if no file names one; the settings of `model` follow from it.
 
     Raises:
         ValueError: A file names a system that does not exist, or another one than the file before it.
     """
-    from fastssl.train.systems import SYSTEMS
+    from fastssl.train.systems import DEFAULT_SYSTEM, SYSTEMS
 
     found: dict[str, Path] = {}
     for path, values in files.items():
@@ -228,7 +211,7 @@ def _system_of(files: Mapping[Path, Mapping[str, Any]]) -> str:
         found.setdefault(system, path)
         if len(found) > 1:
             raise ValueError("; ".join(f"{file} has settings of {name}" for name, file in found.items()))
-    return next(iter(found), "wav2vec2")
+    return next(iter(found), DEFAULT_SYSTEM)
 
 
 def _recipe_path(name: str) -> Path:

@@ -36,14 +36,14 @@ def check_arguments(arguments: Sequence[str], groups: Mapping[str, type[Any]]) -
     Raises:
         ValueError: An argument is `--GROUP` without an option of it.
     """
-    inside = {f"{name}.{option}" for name, config in groups.items() for option in _groups_inside(config)}
+    inside = {f"{name}.{option}" for name, config in groups.items() for option in groups_inside(config)}
     for argument in arguments:
         name = argument.partition("=")[0].removeprefix("--")
         if argument.startswith("--") and name in groups.keys() | inside:
             raise ValueError(f"--{name}: is a group of options; set one (--{name}.OPTION), or use --config FILE")
 
 
-def _groups_inside(config: type[Any]) -> dict[str, type[Any]]:
+def groups_inside(config: type[Any]) -> dict[str, type[Any]]:
     """The options of a group that are groups themselves."""
     kinds = {field.name: field.type for field in dataclasses.fields(config)}
     return {name: kind for name, kind in kinds.items() if isinstance(kind, type) and dataclasses.is_dataclass(kind)}
@@ -53,7 +53,7 @@ def _check_group(path: Path, name: str, values: object, config: type[Any]) -> No
     if not isinstance(values, dict):
         raise ValueError(f"{path}: {name}: expected options by name, got {values!r}")
     known = [field.name for field in dataclasses.fields(config)]
-    inside = _groups_inside(config)
+    inside = groups_inside(config)
     for option, value in values.items():
         if option not in known:
             raise ValueError(f"{path}: {name} has no option {option!r}; choose from {', '.join(known)}")

@@ -31,27 +31,31 @@ def extract(
 ) -> list[Problem]:
     """Write the features of every recording.
 
-    `output` gets shards `features-00000.safetensors`, ..., of tensors (frames, width) fp32, and `index.jsonl`, a line
-    per recording: `file`, `shard`, `key` of the tensor in it, `layer`, `frames`, `frame_period_s`. A run that was
-    stopped goes on where it was.
+    `output` gets shards `features-00000.safetensors`, ... of fp32 tensors (frames, width), and `index.jsonl` with one
+    line per recording: `file`, `shard`, `key` (the tensor's name in the shard), `layer`, `frames` and `frame_period_s`.
+    Running it again with the same arguments continues after an interruption.
 
-    Recordings longer than a chunk are encoded in chunks; a frame of theirs has at least half the overlap as context on
-    either side. An encoder with group norm (the base model) normalises over a whole chunk, so the features of such
-    recordings depend a little on `chunk_s` everywhere; one with layer norm (large) only through the lost context.
+    Recordings longer than `chunk_s` are encoded in overlapping chunks; each of their frames has at least half the
+    overlap as context on either side. An encoder with group norm (the base model) normalises over a whole chunk, so the
+    features of such recordings depend slightly on `chunk_s` everywhere; with layer norm (large), only through the lost
+    context.
 
     Args:
-        model: What `load_encoder` opens: a run, a Transformers folder, a name on the Hub, a checkpoint of fairseq.
-        audio: Folder, Lhotse manifest or shar directory.
-        output: Folder for shards and index.
-        layer: 0 is the input of the first layer, L the output of the last; None is the last.
-        rate: Of a model with a sequence compressor.
-        frame_period_ms: The mean period that its frames should have instead, in each chunk; the index says what each
-            recording got.
-        chunk_s: Longer recordings are cut into chunks of this length.
-        overlap_s: What neighbouring chunks share.
-        channel: The channel to read; None averages all of them.
-        shard_mb: A shard is closed when it has this much.
-        device: Where to encode; "auto" takes a GPU where there is one.
+        model: Encoder to use: a run of `fastssl pretrain`, a Transformers folder, a model name on the Hub, or a
+            checkpoint of fairseq.
+        audio: Folder of recordings (WAV, FLAC, OGG, MP3; any sample rate, any number of channels; subfolders too),
+            Lhotse manifest (.jsonl.gz), or Lhotse shar directory.
+        output: Folder for the shards and the index.
+        layer: Layer to write: 0 is the input of the first layer, L the output of layer L; by default the last.
+        rate: Rate of a model with a sequence compressor: 0 keeps every frame, 1 gives the learned segments; by default
+            the model's own, which is 1 unless it was trained for one rate alone.
+        frame_period_ms: Mean frame period to compress to, milliseconds, instead of a rate; it holds in each chunk, and
+            the index gives the period of each recording.
+        chunk_s: Longest stretch of audio to encode at once, seconds; longer recordings are cut into chunks.
+        overlap_s: Overlap of neighbouring chunks, seconds.
+        channel: Channel to read; by default all channels are averaged.
+        shard_mb: Size at which a shard is closed and the next one begun, megabytes.
+        device: Device to encode on: cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.
 
     Returns:
         The recordings that could not be used.

@@ -4,7 +4,7 @@ import json
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,18 +43,20 @@ class LabelSettings:
     """How labels are made.
 
     Args:
-        model: A run of `fastssl pretrain`, a Transformers folder, a name on the Hub, or a checkpoint of fairseq; null
-            clusters MFCC, as HuBERT's first iteration.
-        layer: Of the model: 0 is the input of the first layer, L the output of the last; null is the last.
-        clusters: Classes.
-        fit_frames: Frames that k-means is fitted to, of recordings drawn by a hash of their ids.
-        seed: Of k-means, and of the draw.
-        channel: The channel to read; null averages all of them.
-        segment_price: Labels are the same over whole segments, for the least sum of squared distances to the classes
-            and of this price for each segment; sequence compression learns from the segments. How long a price makes
-            them hangs on the features' scale, and is said at the end. null gives each frame its nearest class.
-        segment_ms: Take the price at which segments last so long on average, in the recordings that k-means is fitted
-            to, instead of one that is given.
+        model: Encoder whose frames are clustered: a run of `fastssl pretrain`, a Transformers folder, a model name on
+            the Hub, or a checkpoint of fairseq; by default MFCC are clustered, as in HuBERT's first iteration.
+        layer: Layer of the model to cluster: 0 is the input of the first layer, L the output of layer L; by default the
+            last.
+        clusters: Number of classes.
+        fit_frames: Number of frames to fit k-means to, from recordings chosen by a hash of their ids.
+        seed: Seed of k-means and of the choice of recordings.
+        channel: Channel to read; by default all channels are averaged.
+        segment_price: Give whole segments one class: the labels minimise the sum of squared distances to the classes
+            plus this price for each segment. A compressor learns from the segments. How long a price makes them depends
+            on the scale of the features; their mean length is printed at the end. By default each frame gets its
+            nearest class.
+        segment_ms: Mean length of a segment, milliseconds, instead of a price: finds the price that gives this length
+            on the recordings that k-means is fitted to.
     """
 
     model: str | None = None
@@ -95,20 +97,25 @@ def label(
     num_workers: int | None = None,
     device: str = "auto",
 ) -> list[Problem]:
-    """Label the frames of every recording; `fastssl.data.labels` says what the folder then holds.
+    """Cluster the frames of every recording by k-means and write the class of each frame.
 
-    Recordings that the folder has labels for already are left alone, so that a run which was stopped goes on where it
-    was, and recordings that have come to AUDIO since are added. One that was replaced is labelled again where duration
-    or sampling rate tell.
+    The labels are a table that Lhotse reads too; `fastssl.data.labels` describes the files. `fastssl pretrain AUDIO
+    --recipe hubert-base --data.labels OUTPUT` trains on them. With a segment length or price the labels have segments,
+    from which a compressor learns where to fire (`--data.segments OUTPUT`).
+
+    Running it again with the same arguments continues after an interruption, and labels recordings that were added
+    since. Recordings that have labels are skipped; one that was replaced is labelled again if its duration or sampling
+    rate changed.
 
     Args:
-        audio: Folder, Lhotse manifest or shar directory.
+        audio: Folder of recordings (WAV, FLAC, OGG, MP3; any sample rate, any number of channels; subfolders too),
+            Lhotse manifest (.jsonl.gz), or Lhotse shar directory.
         output: Folder for the labels.
-        settings: From what they are made.
-        kmeans: Labels whose k-means model and features are taken instead: those of held-out audio must be the same
-            classes. `settings` then is of no account but for `channel`.
-        num_workers: Processes that decode, and compute MFCC; None chooses by the number of cores.
-        device: Where to encode; "auto" takes a GPU where there is one.
+        settings: How labels are made.
+        kmeans: Folder of earlier labels whose k-means model and features are used again, so that held-out audio gets
+            the same classes; the only other setting that then counts is the channel.
+        num_workers: Number of processes that decode audio and compute MFCC; by default chosen by the number of cores.
+        device: Device to encode on: cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.
 
     Returns:
         The recordings that could not be used.
@@ -118,6 +125,8 @@ def label(
             there are fewer frames than clusters.
     """
     output = Path(output)
+    if settings.model is not None and Path(settings.model).exists():
+        settings = replace(settings, model=str(Path(settings.model).absolute()))
     donor = None if kmeans is None else Path(kmeans)
     if donor is not None:
         settings = _settings_of(donor, channel=settings.channel)

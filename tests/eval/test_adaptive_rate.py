@@ -262,11 +262,11 @@ def test_command(
 
     monkeypatch.setattr(command, "learn_rates", noted)
     caplog.set_level("INFO")
-    settings = ProbeSettings("digits", steps=20, learning_rates=(1e-3,))
+    settings = ProbeSettings("digits", seeds=1, steps=20, learning_rates=(1e-3,))
 
     def run(name: str, **rate: float) -> Any:
-        models, output = [str(tmp_path / "model")], tmp_path / f"{name}.json"
-        probe(models, table.name, settings, dev=short.name, test=table.name, output=output, **rate)  # type: ignore[arg-type]
+        model, output = str(tmp_path / "model"), tmp_path / f"{name}.json"
+        probe(model, table.name, settings, dev=short.name, test=table.name, output=output, **rate)  # type: ignore[arg-type]
         return json.loads(output.read_text())
 
     found = run("found", rate=0.3, rate_price=100.0)
@@ -282,8 +282,7 @@ def test_command(
         run("none", rate_price=0.1, frame_period_ms=40.0)
     with pytest.raises(ValueError, match=r"--rate_bounds: must rise .* include --rate, got 0 to 0\.5 and .* 0\.9"):
         probe(
-            [str(tmp_path / "model")],
-            *(table.name, settings),
+            *(str(tmp_path / "model"), table.name, settings),
             dev=table.name,
             test=table.name,
             rate=0.9,

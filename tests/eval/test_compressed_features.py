@@ -160,9 +160,9 @@ def test_probes_have_the_same_context_at_every_frame_period(
 
 def test_probe_command_says_the_rate(encoder: Encoder, recordings: Path, tmp_path: Path) -> None:
     _table(tmp_path, recordings)
-    settings = ProbeSettings("speaker", steps=2, learning_rates=(1e-3,))
+    settings = ProbeSettings("speaker", seeds=1, steps=2, learning_rates=(1e-3,))
     table = tmp_path / "table.tsv"
-    probe([str(tmp_path / "model")], table, settings, dev=table, test=table, output=tmp_path / "p.json", rate=0.5)
+    probe(str(tmp_path / "model"), table, settings, dev=table, test=table, output=tmp_path / "p.json", rate=0.5)
     found = json.loads((tmp_path / "p.json").read_text())
     assert found["settings"]["rate"] == 0.5
     assert found["settings"]["rate_bounds"] == [0.0, 1.0]

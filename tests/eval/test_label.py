@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from fastssl.data.audio import read_waveform
 from fastssl.data.corpus import open_corpus
-from fastssl.data.labels import LABELS_FILE, LabelTable, read_lines
+from fastssl.data.labels import LABELS_FILE, LabelTable, read_lines, read_settings
 from fastssl.data.mfcc import mfcc
 from fastssl.eval.label import LabelSettings, label
 from fastssl.interop import load_encoder
@@ -167,11 +167,15 @@ def test_other_settings_and_other_folders_are_refused(recordings: Path, tmp_path
         LabelSettings(layer=3)
 
 
-def test_layer_of_a_model_and_a_kmeans_model_that_is_there(recordings: Path, tmp_path: Path) -> None:
+def test_layer_of_a_model_and_a_kmeans_model_that_is_there(
+    recordings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     Encoder(_ENCODER).save_pretrained(tmp_path / "model")
-    settings = LabelSettings(model=str(tmp_path / "model"), layer=1, clusters=5)
+    settings = LabelSettings(model="model", layer=1, clusters=5)
     label(recordings, tmp_path / "train", settings, num_workers=1)
+    assert read_settings(tmp_path / "train")["model"] == str(tmp_path / "model")
     encoder = load_encoder(tmp_path / "model")
     centres = load_file(tmp_path / "train" / "kmeans.safetensors")["centres"]
 

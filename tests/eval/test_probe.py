@@ -145,7 +145,7 @@ def test_held_out_speakers(tables: dict[str, Table], encoder: Encoder, store: Fe
 
 
 def test_classification_of_segments(tables: dict[str, Table], encoder: Encoder, store: FeatureStore) -> None:
-    settings = ProbeSettings("speaker", segment_s=0.3, steps=50, batch_s=3)
+    settings = ProbeSettings("speaker", segment_s=0.3, seeds=1, steps=50, batch_s=3)
     results = _run(encoder, tables, settings, store)
     assert results[1].mean < 0.1
     assert results[1].std is None
@@ -312,7 +312,7 @@ def test_command(
     written = json.loads(output.read_text())
     names = [result["encoder"] for result in written["results"]]
     assert names == [str(tmp_path / "a"), str(tmp_path / "b"), LOG_MEL, RANDOM]
-    assert written["settings"]["task"] == "ctc"
+    assert (written["settings"]["task"], written["settings"]["seeds"]) == ("ctc", 3)
     assert written["settings"]["learning_rates"] == [1e-3, 1e-2]
     assert written["results"][0]["runs"][2]["parts"]["train"]["examples"] == 24
     assert written["results"][0]["mean"] == written["results"][1]["mean"]

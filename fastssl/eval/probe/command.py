@@ -26,10 +26,11 @@ _METRICS = {
 
 
 def probe(
-    models: Sequence[str],
-    train: str | Path,
+    model: str,
+    table: str | Path,
     settings: ProbeSettings,
     *,
+    compare: Sequence[str] = (),
     dev: str | Path | None = None,
     test: str | Path | None = None,
     output: str | Path | None = None,
@@ -39,45 +40,55 @@ def probe(
     rate_bounds: tuple[float, float] = (0.0, 1.0),
     device: str = "auto",
 ) -> list[ProbeResult]:
-    """Probe encoders, print a table, and write everything that was found out as JSON.
+    """Train linear heads on the frozen, weighted layers of encoders: a miniature of SUPERB's protocol.
+
+    Log-mel features and a randomly initialised encoder are always probed too. Prints a table of the results.
+
+    A table of recordings is tab-separated (.csv: comma-separated) and has a header. Its column `path` names recordings
+    relative to the table's folder; the other columns are labels.
 
     Args:
-        models: What `load_encoder` opens.
-        train: Table of the training part; without the others it is divided into all three.
-        settings: The task.
-        dev: Table of the development part.
-        test: Table of the test part.
-        output: JSON file to write, at once or not at all.
-        rate: Of the first model, which has a sequence compressor.
-        frame_period_ms: The mean period that its frames should have instead.
-        rate_price: Learn its rate first with such a price of all frames, from `rate` (or the middle of the bounds) on,
-            and probe it at that rate; see `learn_rates`.
-        rate_bounds: Least and most rate that is learned.
-        device: "auto" takes a GPU where there is one.
+        model: Encoder to probe: a run of `fastssl pretrain`, a Transformers folder, a model name on the Hub, or a
+            checkpoint of fairseq.
+        table: Table of the training part; without `dev` and `test` it is divided 70:15:15.
+        settings: The task, and how it is probed.
+        compare: More encoders to probe.
+        dev: Table of the development part, which chooses the learning rate (verification: the layer) and on which the
+            rate of a compressor is learned.
+        test: Table of the test part, which is used once.
+        output: JSON file to write everything to that was measured.
+        rate: Rate of MODEL's sequence compressor: 0 keeps every frame, 1 gives the learned segments; by default the
+            model's own, which is 1 unless it was trained for one rate alone.
+        frame_period_ms: Mean frame period to compress MODEL's frames to, milliseconds, instead of a rate.
+        rate_price: Learn MODEL's rate first, then probe at it. The loss is the task's, in nats per label, plus this
+            price times the share of frames that is left (see `learn_rates`). It starts from the rate given, or else
+            from the middle of the bounds.
+        rate_bounds: Lowest and highest rate that may be learned.
+        device: Device to encode on: cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.
 
     Raises:
         ValueError: As `run_probe`, `read_table` and `load_encoder`; or one of `dev` and `test` is given alone.
     """
     if (dev is None) != (test is None):
         raise ValueError("--dev and --test: give both of them, or neither to have TABLE divided into three parts")
+    models = [model, *compare]
     if len(set(models)) < len(models):
         raise ValueError(f"MODEL and --compare: give each model only once, got {', '.join(models)}")
     if dev is None or test is None:
-        tables = split_table(read_table(train))
+        tables = split_table(read_table(table))
         logger.warning(
             "%s is divided 70:15:15 by a hash of the file names. If pieces of one recording end up in different parts, "
             "every encoder looks better than it is; give --dev and --test to prevent this",
-            train,
+            table,
         )
     else:
-        tables = (read_table(train), read_table(dev), read_table(test))
-    first, *others = models
+        tables = (read_table(table), read_table(dev), read_table(test))
     if rate_price is not None and frame_period_ms is not None:
         raise ValueError(
             "--rate_price and --frame_period_ms: give only one of them; --rate_price learns the rate and so the period"
         )
-    encoders = {first: open_encoder_at(first, device=device, rate=rate, frame_period_ms=frame_period_ms)}
-    encoders |= {name: open_encoder_at(name, device=device) for name in others}
+    encoders = {model: open_encoder_at(model, device=device, rate=rate, frame_period_ms=frame_period_ms)}
+    encoders |= {name: open_encoder_at(name, device=device) for name in compare}
     if output is not None:
         Path(output).parent.mkdir(parents=True, exist_ok=True)
     learned = None
@@ -89,20 +100,20 @@ def probe(
                 f"{rate_bounds[1]:g} and a rate of {start:g}"
             )
         trials = [Trial(rate_price, start)]
-        (learned,) = learn_rates(encoders[first], *tables[:2], settings, trials, bounds=rate_bounds)
-        compressor = encoders[first].compressor
+        (learned,) = learn_rates(encoders[model], *tables[:2], settings, trials, bounds=rate_bounds)
+        compressor = encoders[model].compressor
         assert compressor is not None
         compressor.rate, compressor.frame_period_ms = learned.rate, None
         logger.info(
             "%s: learned a rate of %.3f, starting from %.3f, at a price of %g: mean frame period %.1f ms",
-            *(first, learned.rate, start, rate_price, learned.frame_period_ms),
+            *(model, learned.rate, start, rate_price, learned.frame_period_ms),
         )
     results = run_probe(encoders, *tables, settings)
     for problem in dict.fromkeys(problem for result in results for problem in result.problems):
         logger.warning("left out: %s", problem)
-    if encoders[first].compressor is not None:
+    if encoders[model].compressor is not None:
         asked = "" if frame_period_ms is None else f" ({frame_period_ms:g} ms requested)"
-        logger.info("%s: mean frame period of the test part: %.1f ms%s", first, results[0].frame_period_ms, asked)
+        logger.info("%s: mean frame period of the test part: %.1f ms%s", model, results[0].frame_period_ms, asked)
     get_console().print(as_table(results, settings))
     for line in _sizes(results[0]):
         logger.info("%s", line)
@@ -120,12 +131,12 @@ def probe(
             Path(output),
             {
                 "settings": dataclasses.asdict(settings)
-                | {"task": settings.resolved_task, "learning_rates": settings.rates}
+                | {"task": settings.resolved_task, "learning_rates": settings.rates, "seeds": settings.resolved_seeds}
                 | {"rate": rate, "frame_period_ms": frame_period_ms, "rate_price": rate_price}
                 | {"rate_bounds": rate_bounds}
                 | {"learned_rate": None if learned is None else learned._asdict()},
                 "metric": _METRICS[settings.resolved_task],
-                "tables": [table.name for table in tables],
+                "tables": [part.name for part in tables],
                 "versions": versions,
                 "results": [dataclasses.asdict(result) for result in results],
             },

@@ -56,39 +56,42 @@ class ProbeSettings:
     """Task and hyperparameters of a probe.
 
     Args:
-        target: Column that contains the labels. "phones" is derived from "digits" if the table has no such column.
-        task: "classification" (one class per example), "ctc" (a string per recording; symbol error rate of the
-            likeliest path) or "verification" (equal error rate over pairs of recordings). None chooses "ctc" for the
-            targets digits, phones, phonemes and text, and "classification" for all others.
-        segment_s: Cut recordings into examples of this length in seconds and encode each alone; a shorter rest is
-            dropped. None makes each recording one example, which ctc requires.
+        target: Column that contains the labels; phones are derived from digits if the table has no such column.
+        task: classification (one class per example), ctc (a string per recording; symbol error rate of the likeliest
+            path) or verification (equal error rate over pairs of recordings). By default ctc for digits, phones,
+            phonemes and text, classification for all others. The symbols of ctc are separated by blanks if any label
+            has one, and are characters otherwise; those of text are always characters.
+        segment_s: Length of an example, seconds: recordings are cut into such segments, each is encoded alone, and a
+            shorter rest is dropped. By default each recording is one example, which ctc requires.
         folds: Column for cross-validation: its values are held out in turn, so that training and development parts
-            lose the rows with these values, and the test part keeps only those. None uses the three parts as they are.
-        fold_size: Number of values that are held out together.
-        seeds: Number of runs per fold, each with another order of examples. Verification trains nothing and has one.
+            lose the rows with these values, and the test part keeps only those. By default the parts stay as they are.
+        fold_size: Number of values held out together; verification needs two.
+        seeds: Number of runs, each with another order of the examples; by default 3, or 1 for each fold. Verification
+            trains nothing and has one.
         learning_rates: Learning rates of the head to try; each encoder and run uses the one with the lowest error on
-            the development part. None tries `LEARNING_RATES` of the task.
-        steps: Number of optimiser steps of each head.
-        batch_s: Audio per batch, in seconds.
-        context_s: Audio that the head of a frame sees on either side, in seconds; used by ctc only.
+            the development part. By default 0.004, 0.008 and 0.016 for ctc, 0.003, 0.01 and 0.03 for classification.
+        steps: Number of training steps of each head; the head that learns a compressor's rate takes three times as
+            many.
+        batch_s: Audio per batch, seconds.
+        context_s: Audio that the head of a frame sees on either side, seconds; used by ctc only.
 
     Raises:
         ValueError: A value is out of range.
     """
 
     target: str
-    task: Task | None = None
+    task: str | None = None  # a Task
     segment_s: float | None = None
     folds: str | None = None
     fold_size: int = 1
-    seeds: int = 1
+    seeds: int | None = None
     learning_rates: tuple[float, ...] | None = None
     steps: int = 500
     batch_s: float = 50.0
     context_s: float = 0.1
 
     def __post_init__(self) -> None:
-        if self.task not in (None, "classification", "ctc", "verification"):
+        if self.task not in (None, *LEARNING_RATES):
             raise ValueError(f"task: must be classification, ctc or verification, got {self.task!r}")
         if self.resolved_task == "ctc" and self.segment_s is not None:
             raise ValueError("segment_s: ctc needs whole recordings, because labels are not aligned; leave it out")
@@ -96,9 +99,9 @@ class ProbeSettings:
             raise ValueError(f"segment_s: must be at least 0.1 seconds, got {self.segment_s}")
         if self.learning_rates == () or any(not rate > 0 for rate in self.rates):
             raise ValueError(f"learning_rates: must be positive, got {self.learning_rates}")
-        for name in ("fold_size", "seeds", "steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
+        for name, value in {"fold_size": self.fold_size, "seeds": self.resolved_seeds, "steps": self.steps}.items():
+            if value < 1:
+                raise ValueError(f"{name}: must be at least 1, got {value}")
         if not self.batch_s > 0 or not self.context_s >= 0:
             raise ValueError(
                 "batch_s must be positive and context_s must not be negative, "
@@ -108,9 +111,17 @@ class ProbeSettings:
     @property
     def resolved_task(self) -> Task:
         """Return `task`, or if it is None the default task of `target`."""
-        if self.task is not None:
-            return self.task
+        for task in LEARNING_RATES:
+            if task == self.task:
+                return task
         return "ctc" if self.target in CTC_TARGETS else "classification"
+
+    @property
+    def resolved_seeds(self) -> int:
+        """Return `seeds`, or if it is None 3 without folds and 1 with them."""
+        if self.seeds is not None:
+            return self.seeds
+        return 3 if self.folds is None else 1
 
     @property
     def rates(self) -> tuple[float, ...]:
@@ -343,7 +354,7 @@ class _Probe:
         standard = Standard.of(train.features, train.chosen, whiten=self.task == "ctc").to(self.device)
         if self.task == "verification":
             return [self._verify(examples, standard, fold)]
-        return [self._train(examples, standard, fold, seed) for seed in range(self.settings.seeds)]
+        return [self._train(examples, standard, fold, seed) for seed in range(self.settings.resolved_seeds)]
 
     def _examples(self, part: str, fold: tuple[str, ...]) -> Examples:
         features = self.features[part]

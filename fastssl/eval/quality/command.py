@@ -47,20 +47,27 @@ def quality(
     frame_period_ms: float | None = None,
     device: str = "auto",
 ) -> list[LayerQuality]:
-    """Measure an encoder, print a table, and write `output` and, beside it, a plot of the same name.
+    """Measure how good each layer of an encoder is, on audio without labels.
+
+    The measures are the effective rank of all frames, RankMe, the inertia of k-means and the Davies-Bouldin index.
+    Prints a table, writes it as JSON, and draws a plot of the same name beside it. Compare only what was measured on
+    the same audio with the same settings, layer by layer.
 
     Args:
-        model: What `load_encoder` opens.
-        audio: Folder, Lhotse manifest or shar directory; it needs no labels.
-        output: JSON file; replaced if it is there.
-        minutes: Of AUDIO, in an order that is fixed by the recordings' ids (`first_minutes`).
-        layers: Which; None measures all.
-        max_frames: Frames for k-means.
-        seed: Of the frames drawn, and of k-means.
-        channel: The channel to read; None averages all of them.
-        rate: Of a model with a sequence compressor.
-        frame_period_ms: The mean period that its frames should have instead.
-        device: Where to encode; "auto" takes a GPU where there is one.
+        model: Encoder to measure: a run of `fastssl pretrain`, a Transformers folder, a model name on the Hub, or a
+            checkpoint of fairseq.
+        audio: Folder of recordings (WAV, FLAC, OGG, MP3; any sample rate, any number of channels; subfolders too),
+            Lhotse manifest (.jsonl.gz), or Lhotse shar directory.
+        output: JSON file to write, NAME.json; an existing file is replaced.
+        minutes: Minutes of audio to measure on: always the same recordings, whatever their order.
+        layers: Layers to measure, such as [0,6,12]; by default all.
+        max_frames: Number of frames for k-means, drawn at random from all.
+        seed: Seed of the draw and of k-means.
+        channel: Channel to read; by default all channels are averaged.
+        rate: Rate of a model with a sequence compressor: 0 keeps every frame, 1 gives the learned segments; by default
+            the model's own, which is 1 unless it was trained for one rate alone.
+        frame_period_ms: Mean frame period to compress to, milliseconds, instead of a rate.
+        device: Device to encode on: cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.
 
     Raises:
         ValueError: MODEL, AUDIO, the layers or the output does not serve; there is too little audio; frames are NaN.
