@@ -43,7 +43,7 @@ class BestRqConfig(MaskedConfig, ConformerConfig):
 
     Args:
         mask_noise_std: Standard deviation of the noise that takes the place of masked log-mel frames.
-        codebook_size: Codes.
+        codebook_size: Number of codes.
         codebook_dim: Width of the codes.
     """
 

@@ -29,13 +29,13 @@ class CompressorConfig:
     """Whether an encoder has a compressor, and of which kind.
 
     Args:
-        compressor: How the front end's frames become fewer, a kind of `nn.SequenceCompressor`; "none" keeps all of
-            them. Transformers has no compressor and opens such an encoder without it.
-        compressor_factor: Frames that become one; for "average" and "strided".
+        compressor: Kind of `nn.SequenceCompressor` that shortens the front end's output; "none" keeps every frame.
+            Transformers has no compressor and opens such an encoder without it.
+        compressor_factor: Number of frames that become one, for "average" and "strided".
         compression_draw: What integrate-and-fire draws for each utterance in training: the "rate" (lambda), or the
             frame "period", from which the utterance's own rate follows.
-        compression_range: The two numbers between which it is drawn, uniformly: a rate within 0 and 2, or a period in
-            milliseconds. Twice the same number trains for this one alone, and the encoder then opens at it.
+        compression_range: The two numbers between which rate or period is drawn uniformly: rates from 0 to 2, or
+            periods in milliseconds. Twice the same number trains for this one alone, and the encoder then opens at it.
     """
 
     compressor: str = bounded("none", choices=("none", *KINDS))

@@ -35,7 +35,7 @@ class DistillationConfig(CompressedConfig, EncoderConfig):
     Args:
         distillation: "pred", where heads on the last layer predict some of the teacher's (DistilHuBERT, arXiv
             2110.01900), or "l2l", where each layer has one of the teacher's to be like (arXiv 2207.06867).
-        teacher_layers: Which are predicted, 0 being the input of the teacher's first. If none are given, "pred" takes
+        teacher_layers: Layers of the teacher to predict; 0 is the input of its first. If none are given, "pred" takes
             those at a third, two thirds and all of its depth L, and "l2l" for layer i of S the one nearest to i L / S.
         teacher_hidden_size: Width of the teacher, which decides it.
         teacher_num_hidden_layers: L, which the teacher decides.

@@ -45,8 +45,9 @@ class EncoderConfig(SpeechEncoderConfig):
         conv_kernel: Kernel of each convolution.
         conv_stride: Stride of each convolution.
         conv_bias: Whether convolutions have a bias.
-        num_conv_pos_embeddings: Kernel of the positional convolution, in frames; of data2vec-audio, how many there are.
-        num_conv_pos_embedding_groups: Its groups.
+        num_conv_pos_embeddings: Kernel of the positional convolution, in frames; for data2vec-audio, the number of
+            positional convolutions.
+        num_conv_pos_embedding_groups: Groups of the positional convolution.
         do_stable_layer_norm: Norm before each block instead of after it.
         initializer_range: Standard deviation of initial linear weights.
         feature_grad_mult: Factor on the gradient that reaches the front end.
@@ -54,7 +55,7 @@ class EncoderConfig(SpeechEncoderConfig):
             unispeech-sat.
         feat_proj_layer_norm: Whether the front end's frames are normalised before the projection (hubert).
         num_buckets: Buckets of the relative position bias (wavlm).
-        max_bucket_distance: The distance in frames from which on all share a bucket (wavlm).
+        max_bucket_distance: Distance, in frames, beyond which all positions share a bucket (wavlm).
         conv_pos_kernel_size: Kernel of each positional convolution, in frames (data2vec-audio).
     """
 

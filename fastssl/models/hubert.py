@@ -35,9 +35,9 @@ class HubertConfig(MaskedConfig, EncoderConfig):
     """An encoder with its pre-training head and objective; the values of fairseq's hubert_base_librispeech.yaml.
 
     Args:
-        num_clusters: Classes to predict, which are those of the labels.
+        num_clusters: Number of classes to predict, that of the labels.
         final_dim: Width in which frames and classes are compared.
-        logit_temperature: What the cosines are divided by.
+        logit_temperature: Temperature, by which the cosines are divided.
         features_penalty_weight: Weight of the mean square of the front end's frames.
     """
 

@@ -64,12 +64,12 @@ class Wav2Vec2Config(MaskedConfig, EncoderConfig):
 
     Args:
         num_negatives: Distractors per masked frame.
-        contrastive_logits_temperature: Of the contrastive loss.
+        contrastive_logits_temperature: Temperature of the contrastive loss.
         num_codevector_groups: Groups of the quantiser.
         num_codevectors_per_group: Codes in each group.
         codevector_dim: Width of the quantised vector.
         proj_codevector_dim: Width in which context and target are compared.
-        feat_quantizer_dropout: On the frames that the quantiser takes.
+        feat_quantizer_dropout: Dropout on the frames that the quantiser takes.
         diversity_loss_weight: Weight of the diversity loss.
         features_penalty_weight: Weight of the mean square of the front end's frames (fairseq: 10).
         gumbel_temperature: Schedule of the quantiser's temperature in training, which `config.json` does not keep.

@@ -45,22 +45,22 @@ class DataConfig:
 
     Args:
         max_duration_s: Seconds of audio per batch and process, counted after cropping.
-        max_utterances: Most utterances per batch and process; null for as many as there is time for.
-        crop_s: Recordings are cropped to this many seconds, at a random place on every draw; null trains on whole ones.
-        min_duration_s: Recordings shorter than this, or than a crop, are left out.
-        window_s: Longer recordings are read in windows of this many seconds, drawn in proportion to their duration.
-        valid: Held-out recordings to score: a folder or manifest, whose recordings are then not trained on where AUDIO
-            has them too, or a fraction of AUDIO; 0 scores nothing.
-        channel: The channel to read; null averages all of them.
-        labels: Folder that `fastssl label` wrote for AUDIO, of which HuBERT learns; null makes labels from MFCC first.
-        segments: Folder that `fastssl label --segment_ms` wrote for AUDIO, whose segments show a compressor where to
-            fire; null leaves that to the objective.
+        max_utterances: Most utterances per batch and process; null sets no limit.
+        crop_s: Crop recordings to this many seconds, at a random place on every draw; null trains on whole ones.
+        min_duration_s: Leave out recordings shorter than this many seconds, or shorter than a crop.
+        window_s: Read longer recordings in windows of this many seconds, drawn in proportion to their duration.
+        valid: Recordings to hold out and score: a fraction of AUDIO, or a folder or manifest, whose recordings are not
+            trained on even if AUDIO has them too; 0 holds out nothing.
+        channel: Channel to read; null averages all channels.
+        labels: Folder that `fastssl label` wrote for AUDIO, for HuBERT to predict; null makes labels from MFCC first.
+        segments: Folder that `fastssl label --segment_ms` wrote for AUDIO, from whose segments a compressor learns
+            where to fire; null leaves that to the objective.
         noise: Folder, manifest or shar directory with recordings of noise, which a system that mixes noise into its
             input draws from; null mixes without noise.
         fixed_crops: Crop a recording at the same place in every epoch.
-        teacher_cache: Folder for a teacher's frames of the crops, made once and then read; needs fixed_crops, or
+        teacher_cache: Folder for the teacher's frames of the crops, computed once and then read; needs fixed_crops, or
             whole recordings (crop_s null).
-        max_bad_fraction: Training stops when more than this fraction of the recordings cannot be used.
+        max_bad_fraction: Stop training when more than this fraction of the recordings cannot be used.
         num_workers: Processes that decode audio, per training process; null chooses by the number of cores.
     """
 
@@ -92,12 +92,12 @@ class OptimizerConfig:
     """Adam with decoupled weight decay; the learning rate rises linearly, then falls linearly to 0 at max_steps.
 
     Args:
-        lr: The highest learning rate.
-        betas: Decay of the averages of the gradient and of its square.
-        eps: Added to the denominator.
-        weight_decay: Decoupled, on all parameters.
-        warmup_updates: Updates until the highest learning rate.
-        clip_norm: Gradients are scaled down to this norm where they exceed it; null does not clip.
+        lr: Peak learning rate.
+        betas: Decay rates of Adam's averages of the gradient and of its square.
+        eps: Number added to the denominator of the update.
+        weight_decay: Decoupled weight decay, on all parameters.
+        warmup_updates: Updates until the learning rate peaks.
+        clip_norm: Largest norm of the gradient, to which a larger one is scaled down; null does not clip.
     """
 
     lr: float = bounded(5e-4, above=0)
@@ -122,16 +122,16 @@ class TrainerConfig:
     """How long, on what, and how often to report.
 
     Args:
-        max_steps: Optimiser updates in all.
+        max_steps: Number of optimiser updates.
         accumulation: Batches per process and update.
         precision: bf16-mixed and 16-mixed keep weights and loss in fp32.
-        accelerator: Where to train.
+        accelerator: Where to train; auto takes GPUs if there are any.
         devices: Processes on this machine, one per device.
-        num_nodes: Machines.
+        num_nodes: Number of machines.
         log_every: Updates between two rows of metrics.csv.
         val_check_interval: Updates between two scores of the held-out recordings.
         checkpoint_every: Updates between two checkpoints; the last one is kept.
-        keep_every: Updates between checkpoints that are kept for good; null keeps the last one alone.
+        keep_every: Updates between checkpoints that are kept for good; null keeps only the last one.
         progress: Show a progress bar on a terminal.
     """
 
@@ -162,9 +162,9 @@ class QualityConfig:
 
     Args:
         every: Updates between two measurements; null measures nothing.
-        minutes: Of the held-out recordings, always the same ones.
-        layers: Which; null measures all.
-        max_frames: Frames for k-means, drawn from all.
+        minutes: Minutes of held-out audio to measure on, always the same recordings.
+        layers: Layers to measure; null measures all.
+        max_frames: Number of frames for k-means, drawn at random from all.
     """
 
     every: int | None = bounded(None, least=1)
@@ -181,18 +181,22 @@ class PretrainConfig:
     """Everything that decides a run; `RUN/config.yaml` holds it, but for its own place.
 
     Args:
-        audio: Folder of recordings, Lhotse manifest, or shar directory.
-        output: Folder of the run.
-        seed: All randomness of the run derives from it.
-        init: Folder with the weights to start from: a Transformers model or an earlier run; null starts from noise.
-        recipe: Where the settings started from, for the model card.
-        system: Which objective: a name in `SYSTEMS`.
-        teacher: What is distilled, as `load_encoder` opens it; of the other systems there is none.
+        audio: Folder of recordings (WAV, FLAC, OGG, MP3; any sample rate, any number of channels; subfolders too),
+            Lhotse manifest (.jsonl.gz), or Lhotse shar directory.
+        output: Folder of the run; it must be new or empty, except with --resume.
+        seed: Seed of all randomness in the run.
+        init: Start from the weights of this Transformers folder or earlier run, with a new optimiser; by default from
+            random weights.
+        recipe: Recipe that the settings started from, for the model card.
+        system: Name of the objective, such as wav2vec2 or hubert; the recipe sets it.
+        teacher: Encoder to distil: a run of `fastssl pretrain`, a Transformers folder, a model name on the Hub, or a
+            checkpoint of fairseq; of the other systems there is none.
         model: The encoder and its objective.
-        data: What is trained on.
-        optimizer: Adam.
-        trainer: How long, and on what.
-        quality: Whether and how the encoder is measured without labels meanwhile.
+        data: What to train on, and in which portions.
+        optimizer: Adam with decoupled weight decay; the learning rate rises linearly, then falls linearly to 0 at
+            max_steps.
+        trainer: How long to train, on what, and how often to report.
+        quality: How often to measure the encoder without labels on the held-out recordings, and how thoroughly.
 
     Raises:
         ValueError: The settings of `model` are not those of the system, or there are labels for one that takes none.
