@@ -1,1 +1,1 @@
-"""One file per system: an encoder and its pre-training objective."""
+"""Encoders and pre-training systems, with one file for each system: its config, its model and its objective."""

@@ -39,16 +39,19 @@ _STREAM_NOISE = 4
 
 @dataclass(frozen=True)
 class BestRqConfig(MaskedConfig, ConformerConfig):
-    """An encoder with its objective; the defaults are SpeechBrain's recipe.
+    """Encoder and objective of BEST-RQ; the defaults are those of SpeechBrain's recipe.
 
     Args:
-        mask_noise_std: Standard deviation of the noise that takes the place of masked log-mel frames.
+        mask_noise_std: Standard deviation of the noise that replaces masked log-mel frames.
         codebook_size: Number of codes.
         codebook_dim: Width of the codes.
+
+    Raises:
+        ValueError: A value is out of bounds, or values do not fit together.
     """
 
-    # SpeechBrain masks blocks of four mel frames, aligned to the frames of 40 ms: its mask_prob 0.15 per mel frame and
-    # mask_length 4 are 60 % of our frames, one at a time.
+    # SpeechBrain masks blocks of four mel frames that are aligned to the frames of 40 ms. Its mask_prob of 0.15 per mel
+    # frame and mask_length of 4 mask 60 % of these frames, each drawn on its own.
     mask_time_prob: float = 0.6
     mask_time_length: int = 1
     mask_time_min_masks: int = 1
@@ -58,10 +61,10 @@ class BestRqConfig(MaskedConfig, ConformerConfig):
 
 
 class BestRqForPreTraining(PretrainingModel):
-    """Encoder, quantiser and classifier of codes.
+    """Encoder, frozen random-projection quantiser that makes the targets, and classifier that predicts them.
 
     Args:
-        config: Shape and objective.
+        config: Shape of the encoder, and settings of the objective.
     """
 
     title = "BEST-RQ"
@@ -82,11 +85,11 @@ class BestRqForPreTraining(PretrainingModel):
 
     @property
     def score_names(self) -> tuple[str, ...]:
-        """As in `PredictionOutput.scores`."""
+        """Names of the values in `PredictionOutput.scores`, in the order of metrics.csv."""
         return prediction_scores(self.config)
 
     def step(self, batch: "AudioBatch", context: StepContext) -> PredictionOutput:
-        """`forward` of the batch."""
+        """Run `forward` on a batch."""
         output: PredictionOutput = self(
             batch.waveforms, keys=context.keys, layer_drop=context.layer_drop, segments=batch.segments
         )
@@ -100,23 +103,23 @@ class BestRqForPreTraining(PretrainingModel):
         layer_drop: torch.Generator | None = None,
         segments: FrameSegments | None = None,
     ) -> PredictionOutput:
-        """Mask, encode, and predict the codes of what was masked.
+        """Replace masked frames by noise, encode, and predict the codes of the masked frames.
 
-        With a compressor what becomes of a frame predicts its code, and those of the frames that it is made of too.
+        If the encoder has a compressor, each compressed frame predicts the codes of the masked frames in it.
 
         Args:
-            waveforms: (N, 1) samples at 16 kHz; a batch of no utterances is legal and contributes nothing.
-            keys: (B,) int64 from `nn.random.utterance_keys` or `draw_keys`, on the device of the waveforms; rate,
-                mask and noise of an utterance follow from its key.
-            layer_drop: CPU generator for the layers to skip; None takes torch's own.
-            segments: Segments of the N frames of 40 ms that a compressor should learn; None for no guidance.
+            waveforms: (N, 1) samples at 16 kHz. A batch without utterances is allowed and adds nothing to the sums.
+            keys: (B,) int64 from `nn.random.utterance_keys` or `draw_keys`, on the device of the waveforms. They
+                determine the compression rate, mask and noise of each utterance.
+            layer_drop: CPU generator that decides which layers to skip; None uses PyTorch's global generator.
+            segments: Segments of the frames of 40 ms, from which a compressor learns where to fire, or None.
         """
         config = self.config
         mel = self.best_rq.extract_features(waveforms)
         layout = subsampled_layout(mel.layout)
         targets = self.targets(mel)
         mask = draw_mask(config, layout, keys)
-        rows = mask.nonzero().squeeze(1)  # the host waits for the device, once: it must know M
+        rows = mask.nonzero().squeeze(1)  # the host waits for the device here, because it needs M
         masked_input = self._put_noise(mel, layout, keys, rows)
         features, _, compressed = self.best_rq.encode(
             masked_input, layer_drop=layer_drop, **self.draw_compression(keys)
@@ -143,7 +146,14 @@ class BestRqForPreTraining(PretrainingModel):
         )
 
     def targets(self, mel: Packed) -> Tensor:  # (N_mel, bands) -> (N,)
-        """The code of each of the encoder's frames: of mel frames 4t to 4t + 3 of `extract_features` for frame t."""
+        """Compute the target code of each encoder frame: frame t is quantised from mel frames 4t to 4t + 3.
+
+        Args:
+            mel: (N_mel, bands) log-mel frames from `extract_features`, before masking.
+
+        Returns:
+            (N,) int64 codes, one per encoder frame (40 ms).
+        """
         layout = subsampled_layout(mel.layout)
         every = torch.arange(layout.total, device=mel.values.device)
         stacked = mel.values.index_select(0, _mel_rows(every, layout, mel.layout).flatten())
@@ -151,7 +161,7 @@ class BestRqForPreTraining(PretrainingModel):
         return codes
 
     def _put_noise(self, mel: Packed, layout: Layout, keys: Tensor, rows: Tensor) -> Packed:
-        """Noise in the place of the mel frames 4t to 4t + 3 of each masked frame t, from key and position alone."""
+        """Replace mel frames 4t to 4t + 3 of each masked frame t by noise that depends on key and position only."""
         mel_rows = _mel_rows(rows, layout, mel.layout)  # (M, 4)
         bands = mel.values.shape[1]
         first = layout.positions[rows] * MEL_FRAMES_PER_FRAME * bands
@@ -164,6 +174,6 @@ class BestRqForPreTraining(PretrainingModel):
 
 
 def _mel_rows(rows: Tensor, layout: Layout, mel_layout: Layout) -> Tensor:  # (M,) -> (M, 4)
-    """Where the mel frames 4t to 4t + 3 of frames t are, that are in these rows of the encoder's layout."""
+    """Rows of the mel frames 4t to 4t + 3 in `mel_layout`, for each row of an encoder frame t in `layout`."""
     first = mel_layout.rows(layout.sequence_ids[rows], MEL_FRAMES_PER_FRAME * layout.positions[rows])
     return first.unsqueeze(1) + torch.arange(MEL_FRAMES_PER_FRAME, device=rows.device)

@@ -1,4 +1,4 @@
-"""Bounds on the fields of a config: declared on the field, and checked when the config is made."""
+"""Bounds on the fields of config dataclasses: `bounded` declares them, and `check_bounds` checks a config."""
 
 import math
 import operator
@@ -18,11 +18,18 @@ _HOLDS: dict[str, Callable[[Any, Any], bool]] = {
 
 
 class Declared(NamedTuple):
-    """A field of a config as its class declares it."""
+    """A field of a config dataclass.
+
+    Attributes:
+        name: Name of the field.
+        hint: Type of the field.
+        bounds: Each limit by its kind: "at least", "above", "at most" or "below" with a number, "one of" with the
+            allowed strings. Empty if the field has no bounds.
+    """
 
     name: str
     hint: Any
-    bounds: Mapping[str, Any]  # "at least", "above", "at most", "below" or "one of" -> the limit, or the choices
+    bounds: Mapping[str, Any]
 
 
 def bounded(
@@ -34,22 +41,34 @@ def bounded(
     below: float | None = None,
     choices: Sequence[str] | None = None,
 ) -> T:
-    """A field of a config dataclass with bounds, which `check_bounds` checks.
+    """Declare a field of a config dataclass with bounds, which `check_bounds` checks.
+
+    If the value is a list, the bounds apply to each entry.
 
     Args:
-        default: The field's default.
-        least: The smallest value allowed; of a list, for every entry.
-        above: Values must be greater than this one.
-        most: The largest value allowed.
-        below: Values must be less than this one.
-        choices: The texts allowed.
+        default: Default of the field.
+        least: Smallest value allowed.
+        above: The value must be greater than this.
+        most: Largest value allowed.
+        below: The value must be less than this.
+        choices: Allowed strings.
+
+    Returns:
+        The result of `dataclasses.field`, which type checkers see as a value of the type of `default`.
     """
     bounds = {"at least": least, "above": above, "at most": most, "below": below, "one of": choices}
     return field(default=default, metadata={word: limit for word, limit in bounds.items() if limit is not None})
 
 
 def declared(config: type[Any]) -> tuple[Declared, ...]:
-    """The fields of a config class; a field that is declared again with a new default keeps its bounds."""
+    """List the fields of a config class. A subclass that only changes a field's default keeps the field's bounds.
+
+    Args:
+        config: A dataclass whose fields may be declared with `bounded`.
+
+    Returns:
+        The fields in the order of `dataclasses.fields`.
+    """
     hints = get_type_hints(config)
     found = []
     for name in (each.name for each in fields(config)):
@@ -60,14 +79,14 @@ def declared(config: type[Any]) -> tuple[Declared, ...]:
 
 
 def check_bounds(config: Any, prefix: str = "") -> None:
-    """Check the type and the bounds of every field; floats must be finite.
+    """Check the type and the bounds of every field, and that floats are finite.
 
     Args:
-        config: The config to check.
-        prefix: Goes before the names of fields in errors, such as "data.".
+        config: The config to check, an instance of a dataclass.
+        prefix: Text before the field's name in error messages, such as "data.".
 
     Raises:
-        ValueError: A value is not of its field's type, or out of its bounds; names the field.
+        ValueError: A value has the wrong type, is out of bounds, or is NaN or infinite. The message names the field.
     """
     for name, hint, bounds in declared(type(config)):
         value = getattr(config, name)
@@ -94,7 +113,7 @@ def _is_of(value: object, hint: Any) -> bool:
         return all(_is_of(entry, arguments[0]) for entry in value)
     if is_dataclass(hint):
         return isinstance(value, hint)  # type: ignore[arg-type]
-    if arguments:  # of a union
+    if arguments:  # a union, such as `int | None`
         return any(_is_of(value, argument) for argument in arguments)
     return type(value) in ((int, float) if hint is float else (hint,))
 

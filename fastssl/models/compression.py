@@ -1,4 +1,4 @@
-"""Once-for-all sequence compression in training (arXiv 2211.02332): rates to draw, boundaries to learn."""
+"""Training of sequence compressors (Once-for-All, arXiv 2211.02332): draw rates, and add the compressor's losses."""
 
 from typing import NamedTuple, cast
 
@@ -13,7 +13,14 @@ from fastssl.nn.segmentation import quantity_loss, segmentation_losses
 
 
 def make_compressor(config: CompressorConfig, channels: int) -> SequenceCompressor:
-    """The compressor of frames of so many channels, at the rate or period that it is trained for alone, if any."""
+    """Make the compressor that a config describes.
+
+    If the config trains it for a single rate or period, the compressor is set to run at this one.
+
+    Args:
+        config: Kind of compressor, factor, and range of rates or periods; `config.compressor` must not be "none".
+        channels: C, the number of channels of the frames to compress.
+    """
     compressor = SequenceCompressor(
         channels,
         kind=cast(Kind, config.compressor),
@@ -30,14 +37,15 @@ def make_compressor(config: CompressorConfig, channels: int) -> SequenceCompress
 
 
 def draw_compression(config: CompressedConfig, keys: Tensor) -> dict[str, Tensor]:
-    """How much a batch is compressed in training.
+    """Draw how strongly to compress each utterance of a training batch.
 
     Args:
-        config: The range to draw from.
-        keys: (B,) of the utterances.
+        config: The range to draw from, and whether to draw a rate or a frame period.
+        keys: (B,) int64 from `nn.random.utterance_keys` or `draw_keys`; equal keys give equal draws.
 
     Returns:
-        What the encoder is called with: (B,) `rate` or `frame_period_ms`; nothing if its factor is fixed.
+        Keyword arguments for the encoder: `rate` or `frame_period_ms` (in milliseconds), (B,) fp32. Empty if the kind
+        of compressor has a fixed factor.
     """
     if not config.draws_rates:
         return {}
@@ -46,7 +54,14 @@ def draw_compression(config: CompressedConfig, keys: Tensor) -> dict[str, Tensor
 
 
 class CompressionScores(NamedTuple):
-    """Sums over utterances, each counted as often as it has masked frames; () fp32."""
+    """Losses and frame period of a compressor, summed over utterances that are weighted by their masked frames.
+
+    Attributes:
+        segment_loss: () fp32, segment loss (`nn.segmentation.segmentation_losses`); 0 without segments.
+        frame_loss: () fp32, frame loss of the same function; 0 without segments.
+        quantity_loss: () fp32, distance of the share of frames that are kept from `config.quantity_share`.
+        frame_period_ms: () fp32, mean frame period after compression, in milliseconds.
+    """
 
     segment_loss: Tensor
     frame_loss: Tensor
@@ -61,14 +76,19 @@ def with_compression_loss(
     masked: Tensor,
     segments: FrameSegments | None,
 ) -> tuple[Tensor, CompressionScores | None]:
-    """The loss and those of a compressor, each by its weight; and what is reported of it, if it has rates.
+    """Add the weighted losses of an integrate-and-fire compressor to a loss.
 
     Args:
-        loss: () fp32.
-        config: Has the weights, and says which share of frames is wanted.
-        compressed: What the compressor made.
-        masked: (B,) how often each utterance counts.
-        segments: Segments of the N frames that the compressor should learn; None trains it by the objective alone.
+        loss: () fp32, the loss of the objective, summed over masked frames.
+        config: Weights of the compressor's losses, and the share of frames to keep.
+        compressed: Result of the compressor.
+        masked: (B,) weight of each utterance in the sums: its number of masked frames (distillation: all its frames).
+        segments: Segments of the N input frames, from which the compressor learns where to fire; None leaves the
+            segment and frame losses at 0.
+
+    Returns:
+        The total loss, and the compressor's scores without gradient. For a compressor with a fixed factor, `loss`
+        unchanged and None.
     """
     if compressed.weights is None or compressed.learned_weights is None:  # a fixed factor
         return loss, None

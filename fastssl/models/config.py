@@ -1,4 +1,4 @@
-"""Settings that every encoder has, and those that train a compressor."""
+"""Settings shared by all encoders, and the settings for training a compressor and for masking."""
 
 import math
 from collections.abc import Mapping
@@ -16,17 +16,25 @@ T = TypeVar("T")
 
 
 class Parts(NamedTuple):
-    """Multiply-accumulates of one utterance, before sequence compression saves any."""
+    """Multiply-accumulates for one utterance, by part of the encoder, without sequence compression.
 
-    frames: int  # frames of the front end
+    Attributes:
+        frames: Number of front-end frames.
+        front_end: Multiply-accumulates of the front end.
+        c_in: Number of channels of the frames that a compressor would receive.
+        per_frame: Multiply-accumulates per frame after the front end. Attention's products between frames, which grow
+            with the square of the number of frames, are not included.
+    """
+
+    frames: int
     front_end: int
-    c_in: int  # channels of these frames, where a compressor takes them
-    per_frame: int  # after the front end, for each frame, without attention's products of frames with frames
+    c_in: int
+    per_frame: int
 
 
 @dataclass(frozen=True)
 class CompressorConfig:
-    """Whether an encoder has a compressor, and of which kind.
+    """Whether an encoder compresses its sequence of frames, how, and at which rates it is trained.
 
     Args:
         compressor: Kind of `nn.SequenceCompressor` that shortens the front end's output; "none" keeps every frame.
@@ -36,6 +44,9 @@ class CompressorConfig:
             frame "period", from which the utterance's own rate follows.
         compression_range: The two numbers between which rate or period is drawn uniformly: rates from 0 to 2, or
             periods in milliseconds. Twice the same number trains for this one alone, and the encoder then opens at it.
+
+    Raises:
+        ValueError: A value is out of bounds, or values do not fit together.
     """
 
     compressor: str = bounded("none", choices=("none", *KINDS))
@@ -46,39 +57,42 @@ class CompressorConfig:
     def __post_init__(self) -> None:
         check_bounds(self)
         if self.compressor_factor != 1 and self.compressor not in ("average", "strided"):
-            raise ValueError(f"compressor_factor: is of 'average' and 'strided', got one for {self.compressor!r}")
+            raise ValueError(
+                f"compressor_factor: must be 1 unless compressor is 'average' or 'strided', "
+                f"got {self.compressor_factor} with compressor={self.compressor!r}"
+            )
         limits = (0.0, 2.0) if self.compression_draw == "rate" else (self.frame_period_ms, math.inf)
         numbers = self.compression_range
         if len(numbers) != 2 or not limits[0] <= numbers[0] <= numbers[1] <= limits[1]:
             raise ValueError(
-                f"compression_range: must be two rising numbers from {limits[0]:g} to {limits[1]:g} "
+                f"compression_range: must be two numbers from {limits[0]:g} to {limits[1]:g}, the smaller one first "
                 f"(compression_draw is {self.compression_draw}), got {list(numbers)}"
             )
 
     @property
     def draws_rates(self) -> bool:
-        """Whether the compressor serves any rate, and training draws one for each utterance."""
+        """Whether the compressor can run at any rate (integrate-and-fire), so that training draws rates at random."""
         return self.compressor == "integrate-and-fire"
 
     @property
     def meets_all_frames(self) -> bool:
-        """Whether training sees every frame of the front end, always or at times."""
+        """Whether training includes the uncompressed case, in which every front-end frame reaches the layers."""
         if self.draws_rates:
             return self.compression_range[0] <= (0.0 if self.compression_draw == "rate" else self.frame_period_ms)
         return self.compressor_factor == 1
 
     @property
     def samples_per_frame(self) -> int:
-        """Samples from one frame of the front end to the next."""
+        """Number of samples, at 16 kHz, from one front-end frame to the next."""
         raise NotImplementedError
 
     @property
     def frame_period_ms(self) -> float:
-        """Milliseconds from one frame of the front end to the next."""
+        """Time from one front-end frame to the next, in milliseconds."""
         return 1000 * self.samples_per_frame / SAMPLE_RATE_HZ
 
 
-#: What a plain encoder does not have.
+#: Names of the compressor's settings, which the config.json of an `Encoder` without a compressor leaves out.
 COMPRESSOR_FIELDS = tuple(field.name for field in fields(CompressorConfig))
 
 
@@ -95,24 +109,24 @@ def _from_dict(config: type[T], values: Mapping[str, Any]) -> T:
 
 @dataclass(frozen=True)
 class SpeechEncoderConfig(CompressorConfig):
-    """The settings shared by `EncoderConfig` and `ConformerConfig`; names and defaults of Transformers' base models.
+    """The settings shared by `EncoderConfig` and `ConformerConfig`, named as in Transformers' configs.
 
     Args:
         hidden_size: Width of the layers.
         num_hidden_layers: Number of layers.
-        num_attention_heads: Heads of each layer.
-        intermediate_size: Width of the feed-forward layers.
+        num_attention_heads: Attention heads per layer.
+        intermediate_size: Inner width of the feed-forward blocks.
         hidden_dropout: Dropout on the output of each block and on the input of the first layer.
         attention_dropout: Dropout on attention probabilities.
-        activation_dropout: Dropout inside the feed-forward layers.
+        activation_dropout: Dropout inside the feed-forward blocks.
         layerdrop: Probability of skipping a layer in training.
-        conv_dim: Channels of each convolution of the front end.
-        layer_norm_eps: Added to the variance in layer norms.
-        do_normalize: Whether waveforms are brought to zero mean and unit variance before the encoder.
-        model_type: The architecture.
+        conv_dim: Output channels of each front-end convolution.
+        layer_norm_eps: Number added to the variance in layer norms.
+        do_normalize: Scale each waveform to zero mean and unit variance before the encoder.
+        model_type: Name of the architecture in `config.json`.
 
     Raises:
-        ValueError: Values that no encoder has, or that do not fit together.
+        ValueError: A value is out of bounds, or values do not fit together.
     """
 
     hidden_size: int = bounded(768, least=1)
@@ -130,35 +144,49 @@ class SpeechEncoderConfig(CompressorConfig):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Self":
-        """Read the values of a `config.json`, or of `model` in a `config.yaml`.
+        """Make a config from a `config.json`, or from the `model` section of a run's `config.yaml`.
 
-        Unknown keys are ignored, and missing ones take their defaults.
+        Unknown keys are ignored, and missing keys take their defaults.
+
+        Args:
+            values: Settings by name, as parsed from JSON or YAML.
 
         Raises:
-            ValueError: A value is not supported.
+            ValueError: A value is out of bounds or not supported.
         """
         return _from_dict(cls, values)
 
     @property
     def receptive_field_samples(self) -> int:
-        """Samples that one frame of the front end sees."""
+        """Number of samples, at 16 kHz, that one front-end frame depends on."""
         raise NotImplementedError
 
     def count_parts(self, samples: int) -> Parts:
-        """Count the multiplications for an utterance of so many samples, had the encoder no compressor."""
+        """Count the multiply-accumulates for one utterance, as if the encoder had no compressor.
+
+        Args:
+            samples: Length of the utterance, in samples at 16 kHz.
+        """
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class CompressedConfig(CompressorConfig):
-    """How an encoder's compressor is trained, if it has one; a system's config inherits it beside its encoder's.
+    """How to train an encoder's compressor, if it has one (Once-for-All Sequence Compression, arXiv 2211.02332).
+
+    A system's config inherits from this class and from the config of its encoder.
 
     Args:
-        compression_per_batch: One draw for all utterances of a batch, as the authors' code has it.
-        segment_loss_weight: Weight of the loss that wants frames to fire where segments end (`data.segments`).
-        frame_loss_weight: Weight of the loss that wants a frame's weight to be one over the length of its segment.
-        quantity_loss_weight: Weight of the distance from `quantity_share`.
-        quantity_share: Share of frames that is wanted.
+        compression_per_batch: Draw one rate or period for the whole batch, as the code of the paper's authors does,
+            instead of one for each utterance.
+        segment_loss_weight: Weight of the loss that makes frames fire where segments end (needs data.segments).
+        frame_loss_weight: Weight of the loss that pulls the weight of each frame towards 1 / (number of frames in its
+            segment) (needs data.segments).
+        quantity_loss_weight: Weight of the loss that pulls the share of frames that are kept towards quantity_share.
+        quantity_share: Share of frames to keep, from 0 to 1; used by the quantity loss only.
+
+    Raises:
+        ValueError: A value is out of bounds, or `model_type` is not that of the system's encoder.
     """
 
     compression_per_batch: bool = False
@@ -176,12 +204,12 @@ class CompressedConfig(CompressorConfig):
 
 @dataclass(frozen=True)
 class MaskedConfig(CompressedConfig):
-    """How spans of frames are masked.
+    """How to mask spans of frames (`nn.masking.sample_span_mask`; wav2vec 2.0, arXiv 2006.11477, section 3.1).
 
     Args:
         mask_time_prob: Share of frames that would be masked if spans did not overlap.
-        mask_time_length: Frames of a masked span.
-        mask_time_min_masks: Least number of spans per utterance.
+        mask_time_length: Length of a masked span, in frames.
+        mask_time_min_masks: Smallest number of spans per utterance.
     """
 
     mask_time_prob: float = bounded(0.65, least=0, most=1)

@@ -1,4 +1,4 @@
-"""The encoder of BEST-RQ: log-mel frames, subsampled to 25 Hz, and a Conformer."""
+"""The encoder of BEST-RQ: log-mel frames, subsampled to 25 Hz, and a Conformer (arXiv 2202.01855)."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -20,27 +20,30 @@ from fastssl.nn.linear import PackedLinear
 from fastssl.nn.log_mel import HOP_SAMPLES, WINDOW_SAMPLES, LogMel, normalize_over_time
 from fastssl.packing import Layout, Packed
 
-#: Of both convolutions that subsample.
+#: Kernel size and stride, in frames, of both subsampling convolutions.
 _KERNEL, _STRIDE = 3, 2
-#: Mel frames from one frame of the encoder to the next, and mel frames that one sees.
+#: Mel frames from one encoder frame to the next, and mel frames that one encoder frame depends on.
 MEL_FRAMES_PER_FRAME, _MEL_FRAMES_SEEN = _STRIDE**2, _KERNEL + _STRIDE * (_KERNEL - 1)
 
 
 @dataclass(frozen=True)
 class ConformerConfig(SpeechEncoderConfig):
-    """Shape of a Conformer encoder; the defaults are the base size.
+    """Shape of a Conformer encoder; the defaults give the base size.
 
-    A compressor comes after the subsampling.
+    The compressor, if any, sits between the subsampling and the Conformer layers.
 
     Args:
-        num_attention_heads: Heads of each layer; their width must be even.
-        intermediate_size: Width of the feed-forward layers, of which each layer has two.
-        conv_dim: Channels of the two convolutions that subsample.
-        do_normalize: Whether waveforms are brought to zero mean and unit variance before the encoder. It normalises its
-            log-mel frames by itself, so that the level of a recording matters little.
-        model_type: "best-rq".
-        num_mel_bins: Mel bands of the front end.
-        conv_depthwise_kernel_size: Frames of the depthwise convolutions, odd.
+        num_attention_heads: Attention heads per layer; hidden_size / num_attention_heads must be an even integer.
+        intermediate_size: Inner width of the feed-forward blocks, of which each layer has two.
+        conv_dim: Output channels of the two subsampling convolutions.
+        do_normalize: Scale each waveform to zero mean and unit variance before the encoder. This matters little,
+            because the encoder normalises its log-mel frames over each utterance.
+        model_type: Name of the architecture in `config.json`; must be "best-rq".
+        num_mel_bins: Number of mel bands.
+        conv_depthwise_kernel_size: Kernel size of the depthwise convolutions, in frames; must be odd.
+
+    Raises:
+        ValueError: A value is out of bounds, or values do not fit together.
     """
 
     hidden_size: int = bounded(576, least=2)
@@ -59,26 +62,33 @@ class ConformerConfig(SpeechEncoderConfig):
             raise ValueError(f"model_type: must be {CONFORMER!r} for a Conformer, got {self.model_type!r}")
         if self.hidden_size % (2 * self.num_attention_heads):
             raise ValueError(
-                f"num_attention_heads: {self.num_attention_heads} do not divide a hidden_size of {self.hidden_size} "
-                "into even widths"
+                f"num_attention_heads: must divide hidden_size={self.hidden_size} into even widths, "
+                f"got {self.num_attention_heads}"
             )
         if len(self.conv_dim) != 2:
-            raise ValueError(f"conv_dim: must have two entries, got {self.conv_dim}")
+            raise ValueError(f"conv_dim: must have two entries, one per convolution, got {self.conv_dim}")
         if self.conv_depthwise_kernel_size % 2 == 0:
             raise ValueError(f"conv_depthwise_kernel_size: must be odd, got {self.conv_depthwise_kernel_size}")
 
     @property
     def samples_per_frame(self) -> int:
-        """Samples from one frame to the next (640: 40 ms)."""
+        """Number of samples, at 16 kHz, from one frame to the next: 640 (40 ms)."""
         return HOP_SAMPLES * MEL_FRAMES_PER_FRAME
 
     @property
     def receptive_field_samples(self) -> int:
-        """Samples that one frame of the front end sees (1360: 85 ms), but for the normalisation over the utterance."""
+        """Number of samples, at 16 kHz, that one frame is computed from: 1360 (85 ms).
+
+        In addition, the normalisation of the log-mel frames makes every frame depend on the whole utterance.
+        """
         return WINDOW_SAMPLES + (_MEL_FRAMES_SEEN - 1) * HOP_SAMPLES
 
     def count_parts(self, samples: int) -> Parts:
-        """Count the multiplications for an utterance of so many samples, had the encoder no compressor."""
+        """Count the multiply-accumulates for one utterance, as if the encoder had no compressor.
+
+        Args:
+            samples: Length of the utterance, in samples at 16 kHz.
+        """
         mel = max(0, (samples - WINDOW_SAMPLES) // HOP_SAMPLES + 1)
         frames, front_end = convolve(mel, self.num_mel_bins, self.conv_dim, (_KERNEL,) * 2, (_STRIDE,) * 2)
         width, inner = self.hidden_size, self.intermediate_size
@@ -89,13 +99,13 @@ class ConformerConfig(SpeechEncoderConfig):
 
 
 class Subsampling(nn.Module):
-    """Two convolutions that leave one frame of four, and a linear map to the model's width.
+    """Two strided convolutions that keep one frame in four, and a linear map to the width of the layers.
 
     Args:
-        bands: Channels in.
-        channels: Of the two convolutions.
-        width: D, channels out.
-        dropout: After the linear map.
+        bands: Number of mel bands of the input frames.
+        channels: Output channels of the two convolutions.
+        width: D, the number of channels of the output.
+        dropout: Probability of dropout after the linear map.
     """
 
     def __init__(self, bands: int, channels: tuple[int, ...], width: int, *, dropout: float) -> None:
@@ -108,22 +118,29 @@ class Subsampling(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, mel: Packed) -> Packed:
-        """Frame t of (N_out, D) is made of mel frames 4t to 4t + 6 of (N, bands)."""
+        """Subsample mel frames. Output frame t of an utterance depends on its mel frames 4t to 4t + 6.
+
+        Args:
+            mel: (N, bands) mel frames, one every 10 ms.
+
+        Returns:
+            (N_out, D) frames, one every 40 ms.
+        """
         frames = Packed(mel.values.to(next(self.conv_layers.parameters()).dtype), mel.layout)
         values, layout = functional.front_end(self.conv_layers, frames)
         return Packed(functional.project(self, values), layout)
 
 
 def subsampled_layout(layout: Layout) -> Layout:
-    """Of the encoder's frames, from that of its mel frames."""
+    """Compute the layout of the encoder's frames from the layout of its mel frames."""
     return layout.after_conv(_KERNEL, _STRIDE).after_conv(_KERNEL, _STRIDE)
 
 
 class ConformerEncoder(SpeechEncoder):
-    """A speech encoder over packed waveforms, with the interface of `Encoder`.
+    """The Conformer encoder of BEST-RQ for packed waveforms, with the same interface as `Encoder`.
 
     Args:
-        config: Its shape.
+        config: Shape of the encoder.
     """
 
     config_class = ConformerConfig
@@ -160,7 +177,17 @@ class ConformerEncoder(SpeechEncoder):
                     nn.init.zeros_(module.bias)
 
     def extract_features(self, waveforms: Packed) -> Packed:
-        """Log-mel frames every 10 ms, (N, num_mel_bins), of zero mean and unit variance over each utterance."""
+        """Compute log-mel frames, each band normalised to zero mean and unit variance over the utterance.
+
+        Args:
+            waveforms: (N, 1) samples at 16 kHz.
+
+        Returns:
+            (N_mel, num_mel_bins) frames, one every 10 ms.
+
+        Raises:
+            ValueError: `waveforms` does not have shape (N, 1).
+        """
         if waveforms.values.dim() != 2 or waveforms.values.shape[1] != 1:
             raise ValueError(f"waveforms: expected (N, 1) samples, got {tuple(waveforms.values.shape)}")
         return normalize_over_time(self.log_mel(waveforms))
@@ -173,20 +200,31 @@ class ConformerEncoder(SpeechEncoder):
         frame_period_ms: float | Tensor | None = None,
         layer_drop: torch.Generator | None = None,
     ) -> EncoderOutput:
-        """Encode what `extract_features` returns; `layer_drop` is a CPU generator for the layers to skip.
+        """Encode the result of `extract_features`; the errors are those of `forward`.
 
-        Other arguments and errors as of `forward`.
+        Args:
+            mel: (N_mel, num_mel_bins) normalised log-mel frames.
+            rate: As in `forward`.
+            frame_period_ms: As in `forward`.
+            layer_drop: CPU generator that decides which layers training skips; None uses PyTorch's global generator.
         """
         frames, compressed = self.compress(self.subsampling(mel), rate=rate, frame_period_ms=frame_period_ms)
         hidden_states = self.encoder(frames, layer_drop=layer_drop)
         return EncoderOutput(hidden_states[-1], hidden_states, compressed)
 
     def json_files(self) -> dict[str, dict[str, Any]]:
-        """A config of fastssl's own."""
+        """Content of config.json, in a format of fastssl's own."""
         return {"config.json": asdict(self.config) | {"library": "fastssl"}}
 
     def own_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The encoder's weights; without the prefix of a model with a head, all of them."""
+        """Pick the encoder's weights: those with the prefix `best_rq.`, or all weights if none has this prefix.
+
+        Args:
+            weights: Tensors of an encoder, or of a model with a head, by name.
+
+        Returns:
+            The encoder's tensors by the names of this module's state dict.
+        """
         prefix = head_prefix(CONFORMER)
         if not any(key.startswith(prefix) for key in weights):
             return dict(weights)

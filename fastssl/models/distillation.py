@@ -1,4 +1,4 @@
-"""Distillation of an encoder into a smaller one: prediction heads (DistilHuBERT) or layer to layer (deep or wide)."""
+"""Distil an encoder into a smaller one: with prediction heads (arXiv 2110.01900), or by layer (arXiv 2207.06867)."""
 
 import logging
 from collections.abc import Sequence
@@ -30,17 +30,20 @@ _SCORES = ("distillation_loss", "l1_loss", "cosine_similarity")
 
 @dataclass(frozen=True)
 class DistillationConfig(CompressedConfig, EncoderConfig):
-    """A student, and what it learns of a teacher; the defaults are DistilHuBERT's.
+    """The student's encoder, and what it learns from a teacher; the defaults are those of DistilHuBERT.
 
     Args:
-        distillation: "pred", where heads on the last layer predict some of the teacher's (DistilHuBERT, arXiv
-            2110.01900), or "l2l", where each layer has one of the teacher's to be like (arXiv 2207.06867).
+        distillation: "pred" to predict several layers of the teacher with heads on the student's last layer
+            (DistilHuBERT, arXiv 2110.01900), or "l2l" to predict one from each layer of the student (2207.06867).
         teacher_layers: Layers of the teacher to predict; 0 is the input of its first. If none are given, "pred" takes
-            those at a third, two thirds and all of its depth L, and "l2l" for layer i of S the one nearest to i L / S.
-        teacher_hidden_size: Width of the teacher, which decides it.
-        teacher_num_hidden_layers: L, which the teacher decides.
-        cosine_loss_weight: Weight of -log sigmoid(cosine) beside the mean absolute difference.
-        initialise_from_teacher: Begin with all weights of the teacher whose names and shapes the student has too.
+            those at L/3, 2L/3 and L of its L layers, and "l2l" takes the one nearest to i L / S for layer i of S.
+        teacher_hidden_size: Width of the teacher's layers; set from the teacher when training begins.
+        teacher_num_hidden_layers: L, the teacher's number of layers; set from the teacher when training begins.
+        cosine_loss_weight: Weight of -log sigmoid(cosine similarity), relative to the mean absolute difference.
+        initialise_from_teacher: Start from the teacher's weights wherever name and shape agree; the rest is random.
+
+    Raises:
+        ValueError: A value is out of bounds, or "l2l" does not get one layer of the teacher for each of the student's.
     """
 
     model_type: str = "hubert"
@@ -59,33 +62,38 @@ class DistillationConfig(CompressedConfig, EncoderConfig):
         super().__post_init__()
         if self.distillation == "l2l" and self.teacher_layers and len(self.teacher_layers) != self.num_hidden_layers:
             raise ValueError(
-                f"teacher_layers: l2l takes one for each of {self.num_hidden_layers}, got {len(self.teacher_layers)}"
+                f"teacher_layers: l2l needs one for each of the {self.num_hidden_layers} layers of the student, "
+                f"got {len(self.teacher_layers)}"
             )
         if self.distillation == "l2l" and self.num_hidden_layers == 0:
-            raise ValueError("num_hidden_layers: l2l takes at least one")
+            raise ValueError("num_hidden_layers: l2l needs at least one layer, got 0")
 
     @property
     def targets(self) -> tuple[int, ...]:
-        """The teacher's layers that are predicted."""
+        """Layers of the teacher that the student predicts; 0 is the input of the first layer."""
         if self.teacher_layers:
             return self.teacher_layers
         layers, students = self.teacher_num_hidden_layers, self.num_hidden_layers
         parts = 3 if self.distillation == "pred" else students
-        # A half is rounded up.
+        # Halves are rounded up.
         found = [max(1, (2 * layers * part + parts) // (2 * parts)) for part in range(1, parts + 1)]
         return tuple(dict.fromkeys(found)) if self.distillation == "pred" else tuple(found)
 
     def of_teacher(self, teacher: EncoderConfig) -> "DistillationConfig":
-        """The same student of this teacher, whose input it takes.
+        """Return a copy of this config with the teacher's width, number of layers and `do_normalize`.
+
+        Args:
+            teacher: Config of the teacher's encoder.
 
         Raises:
-            ValueError: Their frames would not agree, or the teacher has not the layers that are asked for.
+            ValueError: Student and teacher have frames of different length or period, or the teacher does not have the
+                layers in `teacher_layers`.
         """
         for name in ("conv_kernel", "conv_stride"):
             if getattr(self, name) != getattr(teacher, name):
                 raise ValueError(
                     f"{name}: the teacher has {list(getattr(teacher, name))}, the student {list(getattr(self, name))}; "
-                    "their frames must agree"
+                    "they must be equal, so that each frame of the student has a target"
                 )
         layers = teacher.num_hidden_layers
         if layers < 1 or any(layer > layers for layer in self.teacher_layers):
@@ -98,10 +106,13 @@ class DistillationConfig(CompressedConfig, EncoderConfig):
         )
 
     def keeps_front_end(self, teacher: EncoderConfig) -> bool:
-        """Whether the student's convolutions start as the teacher's and stay frozen.
+        """Whether the student's front end starts as a copy of the teacher's and stays frozen.
+
+        Args:
+            teacher: Config of the teacher's encoder.
 
         Raises:
-            ValueError: They are frozen and would not start as the teacher's.
+            ValueError: `feature_grad_mult` freezes the student's front end, but it would not start as the teacher's.
         """
         if self.feature_grad_mult != 0:
             return False
@@ -109,42 +120,52 @@ class DistillationConfig(CompressedConfig, EncoderConfig):
         if other or not self.initialise_from_teacher:
             why = f"they differ in {', '.join(other)}" if other else "model.initialise_from_teacher is false"
             raise ValueError(
-                f"feature_grad_mult: 0 freezes the convolutions, and these do not begin as the teacher's: {why}"
+                f"feature_grad_mult: 0 freezes the convolutions, which must then start as the teacher's, but {why}"
             )
         return True
 
 
 @dataclass(frozen=True)
 class DistillationOutput:
-    """Loss and statistics of one batch; sums over its N frames."""
+    """Loss and statistics of distillation for one batch; sums over its N frames.
 
-    loss: Tensor  # () fp32, over layers and frames: mean absolute difference and weighted -log sigmoid(cosine)
-    l1_loss: Tensor  # () fp32, mean over layers
-    cosine_similarity: Tensor  # () fp32, mean over layers
-    distillation_loss: Tensor  # () fp32, the loss without those of a compressor
-    masked_frames: int  # N: all of the teacher's frames count
-    features: Packed  # of the student, (N_out, D)
+    Attributes:
+        loss: () fp32, the value to minimise: `distillation_loss` and the compressor's losses.
+        l1_loss: () fp32, mean absolute difference, averaged over the target layers.
+        cosine_similarity: () fp32, averaged over the target layers.
+        distillation_loss: () fp32, mean absolute difference and weighted -log sigmoid(cosine), summed over the layers.
+        masked_frames: N. Nothing is masked; the training loop divides sums by this number.
+        features: (N_out, D) last hidden state of the student.
+        compression: Scores of an integrate-and-fire compressor, or None.
+    """
+
+    loss: Tensor  # ()
+    l1_loss: Tensor  # ()
+    cosine_similarity: Tensor  # ()
+    distillation_loss: Tensor  # ()
+    masked_frames: int
+    features: Packed  # (N_out, D)
     compression: CompressionScores | None = None
 
     @property
     def code_counts(self) -> None:
-        """There are no codes."""
+        """None, because distillation has no codes."""
         return None
 
     def scores(self) -> dict[str, Tensor]:
-        """Sums by the names of `DistillationModel.score_names`."""
+        """Sums over the frames, each (), by the names in `DistillationModel.score_names`."""
         own = {"distillation_loss": self.distillation_loss, "l1_loss": self.l1_loss}
         own |= {"cosine_similarity": self.cosine_similarity}
         return own | ({} if self.compression is None else self.compression._asdict())
 
 
 class PredictionHeads(nn.Module):
-    """DistilHuBERT's heads on one layer: a linear map for all, GELU, and a linear map for each.
+    """DistilHuBERT's prediction heads (arXiv 2110.01900): a shared linear map, GELU, and one linear map per layer.
 
     Args:
-        width: Of the student.
-        teacher_width: Of what is predicted.
-        number: Layers that are predicted.
+        width: D, the width of the student's layers.
+        teacher_width: Width of the teacher's layers.
+        number: Number of layers to predict.
     """
 
     def __init__(self, width: int, teacher_width: int, number: int) -> None:
@@ -153,17 +174,24 @@ class PredictionHeads(nn.Module):
         self.hidden = PackedLinear(width, number * teacher_width)
         self.outputs = nn.ModuleList(PackedLinear(teacher_width, teacher_width) for _ in range(number))
 
-    def forward(self, x: Tensor) -> list[Tensor]:  # (N, D) -> of (N, teacher_width)
-        """A prediction for each layer."""
+    def forward(self, x: Tensor) -> list[Tensor]:  # (N, D) -> each (N, teacher_width)
+        """Predict the teacher's layers.
+
+        Args:
+            x: (N, D) last hidden state of the student.
+
+        Returns:
+            One prediction per layer, each (N, teacher_width).
+        """
         hidden = F.gelu(self.hidden(x)).split(self.teacher_width, dim=1)
         return [output(part) for output, part in zip(self.outputs, hidden, strict=True)]
 
 
 class DistillationModel(PretrainingModel):
-    """A student with the heads that its objective needs; the student's names are those of Transformers' `HubertModel`.
+    """A student encoder and its prediction heads; the encoder has the parameter names of Transformers' `HubertModel`.
 
     Args:
-        config: Shape and objective.
+        config: Shape of the student, and settings of the objective.
     """
 
     title = "distillation"
@@ -181,7 +209,7 @@ class DistillationModel(PretrainingModel):
     def __init__(self, config: DistillationConfig) -> None:
         super().__init__(config)
         self.hubert = Encoder(config)
-        # Nothing is masked.
+        # Nothing is masked, so the mask vector is not trained.
         self.hubert.masked_spec_embed.requires_grad = False
         width, teacher_width, number = config.hidden_size, config.teacher_hidden_size, len(config.targets)
         self.heads: PredictionHeads | nn.ModuleList
@@ -192,20 +220,24 @@ class DistillationModel(PretrainingModel):
 
     @property
     def score_names(self) -> tuple[str, ...]:
-        """As in `DistillationOutput.scores`."""
+        """Names of the values in `DistillationOutput.scores`, in the order of metrics.csv."""
         return (*_SCORES, *(CompressionScores._fields if self.config.draws_rates else ()))
 
     def start_from_teacher(self, teacher: SpeechEncoder) -> None:
-        """Copy the teacher's weights that the student has too, if the config asks for it."""
+        """Copy the teacher's weights into the student if `config.initialise_from_teacher` is true.
+
+        Args:
+            teacher: The teacher's encoder; only weights with the same name and shape are copied.
+        """
         if not self.config.initialise_from_teacher:
             return
         student = self.hubert.state_dict()
         copied = initialise_from_teacher(self.hubert, teacher)
         numel, total = (sum(student[name].numel() for name in names) for names in (copied, student))
-        logger.info("from the teacher: %d of %d weights (%.0f %%)", numel, total, 100 * numel / total)
+        logger.info("initialised from the teacher: %d of %d weights (%.0f %%)", numel, total, 100 * numel / total)
 
     def step(self, batch: "AudioBatch", context: StepContext) -> DistillationOutput:
-        """`forward` with the teacher's layers of the batch."""
+        """Run `forward` on a batch, with the teacher's layers as targets."""
         assert context.teacher is not None
         frames, targets = context.teacher.of(batch)
         output: DistillationOutput = self(
@@ -228,28 +260,29 @@ class DistillationModel(PretrainingModel):
         layer_drop: torch.Generator | None = None,
         segments: FrameSegments | None = None,
     ) -> DistillationOutput:
-        """Encode, predict the teacher's layers frame by frame, and compare; nothing is computed on padding.
+        """Encode waveforms, predict the teacher's layers frame by frame, and compare.
 
-        With a compressor the predictions are repeated for the frames that went into each, so that there is one for each
-        of the teacher's.
+        If the student has a compressor, each prediction is repeated for all frames that went into it, so that each
+        frame of the teacher has a prediction.
 
         Args:
-            waveforms: (N, 1) samples at 16 kHz; a batch of no utterances is legal and contributes nothing.
-            keys: (B,) int64 from `nn.random.utterance_keys` or `draw_keys`; a compressor's rates follow from them.
-            targets: Of each layer in `config.targets` the teacher's frames (N, teacher_hidden_size).
-            frames: (N, C) of the front end, where it is frozen and the teacher's; None computes them.
-            layer_drop: CPU generator for the layers to skip; None takes torch's own.
-            segments: Segments of the N frames that a compressor should learn; None for no guidance.
+            waveforms: (N, 1) samples at 16 kHz. A batch without utterances is allowed and adds nothing to the sums.
+            keys: (B,) int64 from `nn.random.utterance_keys` or `draw_keys`; they determine a compressor's rates.
+            targets: The teacher's frames (N, teacher_hidden_size) for each layer in `config.targets`.
+            frames: (N, C) front-end frames, if the student's front end is frozen and equal to the teacher's; None
+                computes them.
+            layer_drop: CPU generator that decides which layers to skip; None uses PyTorch's global generator.
+            segments: Segments of the N frames, from which a compressor learns where to fire, or None.
 
         Raises:
-            ValueError: The targets are not as many as the layers, or have other frames or another width.
+            ValueError: `targets` is not one tensor (N, teacher_hidden_size) for each layer in `config.targets`.
         """
         config = self.config
         frames = self.hubert.extract_features(waveforms) if frames is None else frames
         expected = (frames.layout.total, config.teacher_hidden_size)
         if len(targets) != len(config.targets) or any(target.shape != expected for target in targets):
             shapes = [tuple(target.shape) for target in targets]
-            raise ValueError(f"targets: expected {len(config.targets)} of {expected}, got {shapes}")
+            raise ValueError(f"targets: expected {len(config.targets)} of shape {expected}, got {shapes}")
         projected = self.hubert.project(frames, **self.draw_compression(keys))
         hidden_states = self.hubert.encoder(projected.frames, layer_drop=layer_drop)
         if isinstance(self.heads, PredictionHeads):
@@ -284,7 +317,7 @@ class DistillationModel(PretrainingModel):
 
 
 def _compare(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:  # (N, D), (N, D) -> (N,), (N,) fp32
-    """Mean absolute difference, and cosine; bf16 has too few digits for them."""
+    """Mean absolute difference and cosine similarity, in fp32 because bf16 is not precise enough."""
     with torch.autocast(prediction.device.type, enabled=False):
         prediction, target = prediction.float(), target.float()
         return (prediction - target).abs().mean(1), F.cosine_similarity(prediction, target, dim=1)
@@ -292,10 +325,16 @@ def _compare(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:  # (N
 
 @torch.no_grad()
 def initialise_from_teacher(student: SpeechEncoder, teacher: SpeechEncoder) -> list[str]:
-    """Copy the teacher's weights whose names and shapes the student has too: of its first layers, where it is as wide.
+    """Copy the teacher's weights into the student wherever name and shape agree.
+
+    A student of the same width gets the teacher's first layers.
+
+    Args:
+        student: Encoder to change in place.
+        teacher: Encoder to copy from.
 
     Returns:
-        The names of those that were copied.
+        Names of the weights that were copied.
     """
     theirs = teacher.state_dict()
     copied = []

@@ -1,4 +1,4 @@
-"""The encoder of wav2vec 2.0 and its relatives: parameter names and folder layout of Transformers' encoders."""
+"""The encoder of wav2vec 2.0 and related models, with the parameter names and folder layout of Transformers."""
 
 import math
 from collections.abc import Mapping
@@ -22,41 +22,44 @@ from fastssl.packing import Layout, Packed
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-#: Fields that one `model_type` alone has.
+#: Fields that only one `model_type` has, and that type.
 _OWN_FIELDS = {
     "feat_proj_layer_norm": "hubert",
     "num_buckets": "wavlm",
     "max_bucket_distance": "wavlm",
     "conv_pos_kernel_size": "data2vec-audio",
 }
-#: What data2vec-audio always has, so that its config does not say so.
+#: Values that are the same in every data2vec-audio model, so that its config.json does not list them.
 _DATA2VEC: dict[str, Any] = {"feat_extract_norm": "layer", "do_stable_layer_norm": False}
 
 
 @dataclass(frozen=True)
 class EncoderConfig(SpeechEncoderConfig):
-    """Shape of an encoder; names and defaults of Transformers' configs (the base models).
+    """Shape of an encoder, with the names and defaults of Transformers' configs (base models).
 
-    A compressor comes before the projection.
+    The compressor, if any, sits between the front end and the projection to the width of the layers.
 
     Args:
         feat_proj_dropout: Dropout after the projection of the front end's frames.
-        feat_extract_norm: "group" (first convolution only) or "layer" (every convolution).
-        conv_kernel: Kernel of each convolution.
-        conv_stride: Stride of each convolution.
-        conv_bias: Whether convolutions have a bias.
+        feat_extract_norm: Norm of the front end: "group" after the first convolution only, or "layer" after each one.
+        conv_kernel: Kernel size of each front-end convolution.
+        conv_stride: Stride of each front-end convolution.
+        conv_bias: Give the front-end convolutions a bias.
         num_conv_pos_embeddings: Kernel of the positional convolution, in frames; for data2vec-audio, the number of
             positional convolutions.
         num_conv_pos_embedding_groups: Groups of the positional convolution.
-        do_stable_layer_norm: Norm before each block instead of after it.
-        initializer_range: Standard deviation of initial linear weights.
+        do_stable_layer_norm: Apply layer norm before each block instead of after it.
+        initializer_range: Standard deviation of the initial weights of linear layers and embeddings.
         feature_grad_mult: Factor on the gradient that reaches the front end.
-        model_type: The architecture, by Transformers' name: wav2vec2, hubert, wavlm, data2vec-audio, unispeech or
+        model_type: Architecture, by its name in Transformers: wav2vec2, hubert, wavlm, data2vec-audio, unispeech or
             unispeech-sat.
-        feat_proj_layer_norm: Whether the front end's frames are normalised before the projection (hubert).
-        num_buckets: Buckets of the relative position bias (wavlm).
+        feat_proj_layer_norm: Apply layer norm to the front end's frames before the projection (hubert).
+        num_buckets: Number of buckets of the relative position bias (wavlm).
         max_bucket_distance: Distance, in frames, beyond which all positions share a bucket (wavlm).
         conv_pos_kernel_size: Kernel of each positional convolution, in frames (data2vec-audio).
+
+    Raises:
+        ValueError: A value is out of bounds, not possible for this `model_type`, or does not fit the other values.
     """
 
     feat_proj_dropout: float = bounded(0.0, least=0, below=1)
@@ -77,7 +80,7 @@ class EncoderConfig(SpeechEncoderConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.model_type not in MODEL_CLASSES:
-            raise ValueError(f"model_type: {self.model_type!r} is none of {', '.join(MODEL_CLASSES)}")
+            raise ValueError(f"model_type: must be one of {', '.join(MODEL_CLASSES)}, got {self.model_type!r}")
         foreign = [field for field in fields(self) if _OWN_FIELDS.get(field.name, self.model_type) != self.model_type]
         fixed = {field.name: field.default for field in foreign}
         if self.model_type == "data2vec-audio":
@@ -87,12 +90,12 @@ class EncoderConfig(SpeechEncoderConfig):
                 raise ValueError(f"{name}: must be {value!r} for {self.model_type}, got {getattr(self, name)!r}")
         if not 0 < len(self.conv_dim) == len(self.conv_kernel) == len(self.conv_stride):
             raise ValueError(
-                f"conv_dim, conv_kernel, conv_stride: {len(self.conv_dim)}, {len(self.conv_kernel)} and "
-                f"{len(self.conv_stride)} layers; they must agree"
+                "conv_dim, conv_kernel, conv_stride: must be lists of the same length, one entry per convolution, got "
+                f"lengths {len(self.conv_dim)}, {len(self.conv_kernel)} and {len(self.conv_stride)}"
             )
         for name in ("num_attention_heads", "num_conv_pos_embedding_groups"):
             if self.hidden_size % getattr(self, name):
-                raise ValueError(f"{name}: {getattr(self, name)} do not divide a hidden_size of {self.hidden_size}")
+                raise ValueError(f"{name}: must divide hidden_size={self.hidden_size}, got {getattr(self, name)}")
         if self.max_bucket_distance <= self.num_buckets // 4:
             raise ValueError(
                 f"max_bucket_distance: must be above a quarter of num_buckets={self.num_buckets}, "
@@ -101,12 +104,15 @@ class EncoderConfig(SpeechEncoderConfig):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Self":
-        """Read a Transformers `config.json`, whose other keys are ignored.
+        """Make a config from the values of a Transformers `config.json`; keys that are unknown here are ignored.
 
-        What it leaves out of an encoder has Transformers' default, which need not be that of a system's recipe.
+        Missing encoder settings take Transformers' defaults, even if `cls` is the config of a system with other ones.
+
+        Args:
+            values: Settings by name, as parsed from JSON.
 
         Raises:
-            ValueError: The model has a part that is not built here.
+            ValueError: The model has a part that is not supported here, or a value is out of bounds.
         """
         model_type = values.get("model_type", "wav2vec2")
         for key, served in {
@@ -114,10 +120,10 @@ class EncoderConfig(SpeechEncoderConfig):
             "feat_extract_activation": "gelu",
             "add_adapter": False,
             "adapter_attn_dim": None,
-            "conv_pos_batch_norm": False,  # would take batch mates in
+            "conv_pos_batch_norm": False,  # batch norm would make features depend on the rest of the batch
         }.items():
             if values.get(key, served) != served:
-                raise ValueError(f"{key}={values[key]!r} is not supported, only {served!r}")
+                raise ValueError(f"{key}={values[key]!r} is not supported, expected {served!r}")
         known = {field.name: field.default for field in fields(EncoderConfig) if field.name != "model_type"}
         known |= {name: value for name, value in values.items() if _OWN_FIELDS.get(name, model_type) == model_type}
         if model_type == "data2vec-audio":
@@ -126,22 +132,26 @@ class EncoderConfig(SpeechEncoderConfig):
 
     @property
     def samples_per_frame(self) -> int:
-        """Samples from one frame to the next (320: 20 ms)."""
+        """Number of samples, at 16 kHz, from one frame to the next; by default 320 (20 ms)."""
         return math.prod(self.conv_stride)
 
     @property
     def receptive_field_samples(self) -> int:
-        """Samples that one frame of the front end sees (400: 25 ms)."""
+        """Number of samples, at 16 kHz, that one front-end frame depends on; by default 400 (25 ms)."""
         samples = 1
         for kernel, stride in zip(reversed(self.conv_kernel), reversed(self.conv_stride), strict=True):
             samples = (samples - 1) * stride + kernel
         return samples
 
     def count_parts(self, samples: int) -> Parts:
-        """Count the multiplications for an utterance of so many samples, had the encoder no compressor."""
+        """Count the multiply-accumulates for one utterance, as if the encoder had no compressor.
+
+        Args:
+            samples: Length of the utterance, in samples at 16 kHz.
+        """
         frames, front_end = convolve(samples, 1, self.conv_dim, self.conv_kernel, self.conv_stride)
         c_in, width, inner = self.conv_dim[-1], self.hidden_size, self.intermediate_size
-        kernel = self.num_conv_pos_embeddings  # of data2vec-audio, how many there are
+        kernel = self.num_conv_pos_embeddings  # for data2vec-audio, the number of positional convolutions
         if self.model_type == "data2vec-audio":
             kernel *= self.conv_pos_kernel_size
         positions = width * width // self.num_conv_pos_embedding_groups * kernel
@@ -150,18 +160,24 @@ class EncoderConfig(SpeechEncoderConfig):
 
 
 class Projected(NamedTuple):
-    """The frames of the front end, made ready for the transformer."""
+    """Result of `Encoder.project`: front-end frames that are ready for the transformer.
+
+    Attributes:
+        frames: (N, D) projected frames, the input of the transformer.
+        normalised: (N, C) the same frames before the projection, the input of wav2vec 2.0's quantiser.
+        compressed: Result of the compressor; None if the encoder has no compressor.
+    """
 
     frames: Packed  # (N, D)
-    normalised: Tensor  # (N, C), before the projection: what the quantiser takes
+    normalised: Tensor  # (N, C)
     compressed: Compressed | None
 
 
 class Encoder(SpeechEncoder):
-    """A speech encoder over packed waveforms; its state dict is that of Transformers' base model of its type.
+    """A speech encoder for packed waveforms, with the state dict of Transformers' base model for the same `model_type`.
 
     Args:
-        config: Its shape.
+        config: Shape of the encoder.
     """
 
     config_class = EncoderConfig
@@ -218,7 +234,13 @@ class Encoder(SpeechEncoder):
         rate: float | Tensor | None = None,
         frame_period_ms: float | Tensor | None = None,
     ) -> EncoderOutput:
-        """Encode what `extract_features` returns; other arguments and errors as of `forward`."""
+        """Encode the result of `extract_features`; the errors are those of `forward`.
+
+        Args:
+            frames: (N, C) front-end frames.
+            rate: As in `forward`.
+            frame_period_ms: As in `forward`.
+        """
         projected = self.project(frames, rate=rate, frame_period_ms=frame_period_ms)
         hidden_states = self.encoder(projected.frames)
         return EncoderOutput(hidden_states[-1], hidden_states, projected.compressed)
@@ -230,9 +252,14 @@ class Encoder(SpeechEncoder):
         rate: float | Tensor | None = None,
         frame_period_ms: float | Tensor | None = None,
     ) -> Projected:
-        """Normalise the front end's frames (N, C), compress them where there is a compressor, and project them.
+        """Normalise front-end frames, compress them if there is a compressor, and project them to the layers' width D.
 
-        Other arguments and errors as of `forward`.
+        The errors are those of `forward`.
+
+        Args:
+            frames: (N, C) front-end frames.
+            rate: As in `forward`.
+            frame_period_ms: As in `forward`.
         """
         normalised = Packed(self.feature_projection.normalise(frames.values), frames.layout)
         compressed = None
@@ -242,20 +269,30 @@ class Encoder(SpeechEncoder):
         return Projected(Packed(projected, normalised.layout), normalised.values, compressed)
 
     def extract_features(self, waveforms: Packed) -> Packed:
-        """Frames of the front end, (N, conv_dim[-1]), their gradient scaled by `feature_grad_mult`."""
+        """Compute the front end's frames; `config.feature_grad_mult` scales the gradient that they pass back.
+
+        Args:
+            waveforms: (N, 1) samples at 16 kHz.
+
+        Returns:
+            (N_out, conv_dim[-1]) frames.
+
+        Raises:
+            ValueError: `waveforms` does not have shape (N, 1).
+        """
         if waveforms.values.dim() != 2 or waveforms.values.shape[1] != 1:
             raise ValueError(f"waveforms: expected (N, 1) samples, got {tuple(waveforms.values.shape)}")
         values, layout = self.feature_extractor(waveforms)
         return Packed(scale_gradient(values, self.config.feature_grad_mult), layout)
 
     def frame_layout(self, layout: Layout) -> Layout:
-        """Of the front end's frames, from that of the samples."""
+        """Compute the layout of the front end's frames from the layout of the samples."""
         for kernel, stride in zip(self.config.conv_kernel, self.config.conv_stride, strict=True):
             layout = layout.after_conv(kernel, stride)
         return layout
 
     def json_files(self) -> dict[str, dict[str, Any]]:
-        """The two configs that Transformers reads."""
+        """Contents of the two files that Transformers reads: config.json and preprocessor_config.json."""
         config = self.config
         values = {
             "model_type": config.model_type,
@@ -273,7 +310,14 @@ class Encoder(SpeechEncoder):
         return {"config.json": values | _as_transformers(config), "preprocessor_config.json": preprocessor}
 
     def own_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The encoder's weights under any of the names that Transformers has given them."""
+        """Pick the encoder's weights, under any of the names that versions of Transformers have given them.
+
+        Args:
+            weights: Tensors of an encoder, or of a model with a head, by name.
+
+        Returns:
+            The encoder's tensors by the names of this module's state dict.
+        """
         prefix = head_prefix(self.config.model_type)
         if not any(key.startswith(prefix) for key in weights):
             prefix = ""
@@ -296,7 +340,7 @@ def _as_transformers(config: EncoderConfig) -> dict[str, Any]:
         if _OWN_FIELDS.get(name, config.model_type) == config.model_type
         and not (config.model_type == "data2vec-audio" and name in _DATA2VEC)
         and not (config.compressor == "none" and name in COMPRESSOR_FIELDS)
-        and not isinstance(value, dict)  # a group of settings of the training
+        and not isinstance(value, dict)  # a group of training settings, such as gumbel_temperature
     }
     values |= {"num_feat_extract_layers": len(config.conv_dim), "hidden_act": "gelu", "feat_extract_activation": "gelu"}
     return values

@@ -1,4 +1,4 @@
-"""Folders of models: config.json, preprocessor_config.json and weights, as Transformers has them."""
+"""Read and write folders of models: config.json, preprocessor_config.json and weights, laid out as in Transformers."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-#: The `model_type`s of Transformers that are served, and its class for each.
+#: Each supported `model_type` of Transformers, and its model class there.
 MODEL_CLASSES = {
     "wav2vec2": "Wav2Vec2Model",
     "hubert": "HubertModel",
@@ -18,75 +18,89 @@ MODEL_CLASSES = {
     "unispeech": "UniSpeechModel",
     "unispeech-sat": "UniSpeechSatModel",
 }
-#: The `model_type` of our Conformer encoder, which Transformers does not have.
+#: The `model_type` of `ConformerEncoder`, which Transformers does not know.
 CONFORMER = "best-rq"
 SAMPLE_RATE_HZ = 16_000
-#: Files of weights, in the order in which they are looked for; an index names the files that it is divided into.
+#: Files of weights, in order of preference. An index lists the files over which the weights are divided.
 WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-#: A compressor's weights, beside those that Transformers reads, and how their names begin in the encoder's state dict.
+#: File of a compressor's weights, which Transformers ignores, and prefix of their names in the encoder's state dict.
 COMPRESSOR_FILE, COMPRESSOR_PREFIX = "compressor.safetensors", "compressor."
-#: The submodule that `fastssl.accelerate` makes of a compressor, in a model of somebody else's.
+#: Name of the submodule that `fastssl.accelerate` adds to a model of another library for a compressor.
 ACCELERATED_COMPRESSOR = "fastssl_compressor"
 
 
 def head_prefix(model_type: str) -> str:
-    """What the names of an encoder's weights begin with in a model that has a head."""
+    """Return the prefix of the encoder's weights in a model with a head, such as "wav2vec2.".
+
+    Args:
+        model_type: Name of the architecture in config.json.
+    """
     return model_type.replace("-", "_") + "."
 
 
 def read_config(folder: Path, *, model_types: Iterable[str] = tuple(MODEL_CLASSES)) -> dict[str, Any]:
-    """The config of a folder, with `do_normalize` of its preprocessor.
+    """Read config.json, and add `do_normalize` from preprocessor_config.json if that file exists.
 
     Args:
-        folder: Holds config.json.
-        model_types: Those that the caller serves.
+        folder: Folder with config.json.
+        model_types: Values of `model_type` that the caller can open.
+
+    Returns:
+        Settings by name.
 
     Raises:
-        ValueError: There is no config, or that of a model that is not served.
+        ValueError: config.json is missing or damaged, the caller cannot open its `model_type`, or the model expects
+            another sample rate than 16 kHz.
     """
     path = folder / "config.json"
     if not path.exists():
-        raise ValueError(f"{folder}: no model there; looked for {path} and {folder / 'encoder' / 'config.json'}")
+        raise ValueError(f"{folder}: contains no model (looked for {path} and {folder / 'encoder' / 'config.json'})")
     values = _read_json(path)
     model_types = list(model_types)
-    if values.get("model_type") not in model_types:  # compared, because JSON may hold what has no hash
+    if values.get("model_type") not in model_types:  # compared with a list, because JSON values may be unhashable
         served = ", ".join(model_types)
-        raise ValueError(f"{path}: model_type is {values.get('model_type')!r}, served are: {served}")
+        raise ValueError(f"{path}: model_type is {values.get('model_type')!r}, expected one of {served}")
     preprocessor = folder / "preprocessor_config.json"
     if preprocessor.exists():
         of_audio = _read_json(preprocessor)
         rate_hz = of_audio.get("sampling_rate", SAMPLE_RATE_HZ)
         if rate_hz != SAMPLE_RATE_HZ:
-            raise ValueError(f"{preprocessor}: sampling_rate is {rate_hz}, served is {SAMPLE_RATE_HZ}")
+            raise ValueError(f"{preprocessor}: sampling_rate is {rate_hz}, expected {SAMPLE_RATE_HZ}")
         values["do_normalize"] = of_audio.get("do_normalize", True)
     return values
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """The weights of a folder, of the encoder, its compressor, and of whatever else is in the model.
+    """Read all weights in a folder: those of the encoder, of its compressor, and of a head.
+
+    Args:
+        folder: Folder with one of `WEIGHT_FILES`, and optionally `COMPRESSOR_FILE`.
+
+    Returns:
+        Tensors by name.
 
     Raises:
-        ValueError: There are none, or a file that the index names is missing or is damaged.
+        ValueError: The folder contains no weights, or a file is damaged, or a file that the index lists is missing.
     """
     path = next((folder / name for name in WEIGHT_FILES if (folder / name).exists()), None)
     if path is None:
-        raise ValueError(f"{folder}: no weights there; looked for {', '.join(WEIGHT_FILES)}")
+        raise ValueError(f"{folder}: contains no weights (looked for {', '.join(WEIGHT_FILES)})")
     if path.suffix != ".json":
         return _read_tensors(path) | _read_compressor(folder)
     files = _read_json(path).get("weight_map")
     if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
-        raise ValueError(f"{path}: weight_map does not say which file has which weight")
+        raise ValueError(f"{path}: weight_map must give a file name for each weight; restore the file")
     weights: dict[str, Tensor] = {}
     for name in sorted(set(files.values())):
         if Path(name).name != name:
-            raise ValueError(f"{path}: names {name!r}, which is no file of its own folder")
+            raise ValueError(f"{path}: lists {name!r}, expected the name of a file in the same folder")
         if not (folder / name).exists():
-            raise ValueError(f"{folder / name}: is missing; {path.name} names it")
+            raise ValueError(f"{folder / name}: is missing, but {path.name} lists it; restore the file")
         weights |= _read_tensors(folder / name)
     return weights | _read_compressor(folder)
 
@@ -98,11 +112,14 @@ def _read_compressor(folder: Path) -> dict[str, Tensor]:
 
 
 def write_encoder_weights(folder: Path, state: Mapping[str, Tensor]) -> None:
-    """Write an encoder's weights, and its compressor's beside them, where it has one; neither before both are written.
+    """Write an encoder's weights, with those of a compressor in a file of their own.
+
+    Both files are written completely under temporary names before the first one is renamed. If the encoder has no
+    compressor, an old compressor file is deleted.
 
     Args:
-        folder: Holds the encoder.
-        state: Its state dict.
+        folder: Existing folder to write to.
+        state: State dict of the encoder.
     """
     parts: dict[Path, dict[str, Tensor]] = {folder / "model.safetensors": {}}
     for key, tensor in state.items():
@@ -121,35 +138,35 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         weights = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of safetensors, zipfile or pickle, which share no class
+    except Exception as error:  # errors of safetensors, zipfile and pickle have no common class
         raise ValueError(f"{path}: cannot be read: {str(error).partition(chr(10))[0]}") from error
     if not is_state_dict(weights):
-        raise ValueError(f"{path}: holds no state dict, tensors by name")
+        raise ValueError(f"{path}: must contain a state dict, that is, a dictionary of tensors by name")
     return weights
 
 
 def is_state_dict(weights: object) -> TypeGuard[dict[str, Tensor]]:
-    """Whether it is a dictionary of tensors by name."""
+    """Whether an object, such as one read with `torch.load`, is a dictionary of tensors by name."""
     return isinstance(weights, dict) and all(
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in weights.items()
     )
 
 
 def load_matching(module: nn.Module, weights: Mapping[str, Tensor], *, name: str) -> None:
-    """Load weights that are exactly those of a module.
+    """Load weights into a module, after a check that names and shapes agree and that all are floating point.
 
     Args:
-        module: Takes the weights.
-        weights: By name.
-        name: Of the file or model, for errors.
+        module: Module to load into.
+        weights: Tensors by name.
+        name: Name of the file or model, for error messages.
 
     Raises:
-        ValueError: A weight is missing or of another shape, or the module has no place for one.
+        ValueError: A weight is missing, is unknown to the module, has the wrong shape, or is not floating point.
     """
     own = module.state_dict()
     for problem, keys in {
         "weights are missing": own.keys() - weights.keys(),
-        "weights that the encoder has no place for": weights.keys() - own.keys(),
+        "weights are unknown to the encoder": weights.keys() - own.keys(),
     }.items():
         if keys:
             some = ", ".join(sorted(keys)[:5])
@@ -158,7 +175,7 @@ def load_matching(module: nn.Module, weights: Mapping[str, Tensor], *, name: str
         if tensor.shape != own[key].shape:
             raise ValueError(f"{name}: {key} has shape {tuple(tensor.shape)}, expected {tuple(own[key].shape)}")
         if not tensor.is_floating_point():
-            raise ValueError(f"{name}: {key} is of {tensor.dtype}, which is no floating point")
+            raise ValueError(f"{name}: {key} has dtype {tensor.dtype}, expected a floating-point dtype")
     module.load_state_dict(weights)
 
 
@@ -166,38 +183,56 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: is no JSON: {error}") from None
+        raise ValueError(f"{path}: is not valid JSON: {error}") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{path}: is a {type(values).__name__}, not an object with names")
+        raise ValueError(f"{path}: must contain a JSON object, got a {type(values).__name__}")
     return values
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write a JSON file that is there, whole, or is not."""
+    """Write a JSON file atomically: readers see the old content or the new one, never a part.
+
+    Args:
+        path: File to write.
+        values: Content, serialisable as JSON.
+    """
     write_text(path, json.dumps(values, indent=2) + "\n")
 
 
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any], *, there: str = "there") -> str:
-    """Which settings are not what they were, in words; empty where all are.
+    """Describe the settings that differ from those of an existing folder, for an error message.
 
     Args:
-        before: Settings of a folder that is to be gone on with.
-        now: Those that must be the same.
-        there: Where the former ones are.
+        before: Settings with which the folder was made.
+        now: Settings that must be the same.
+        there: Words after an old value that say where it was found, such as "in the run".
+
+    Returns:
+        The differences, such as "seed: 3 in the run, 4 now"; an empty text if there are none.
     """
     changed = [name for name, value in now.items() if before.get(name) != value]
     return "; ".join(f"{name}: {before.get(name)} {there}, {now[name]} now" for name in changed)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file that is there, whole, or is not."""
+    """Write a text file in UTF-8 atomically: readers see the old content or the new one, never a part.
+
+    Args:
+        path: File to write; for a moment, `<path>.partial` exists next to it.
+        text: Content.
+    """
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
 
 
 def write_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file that is there, whole, or is not."""
+    """Write a safetensors file atomically: readers see the old content or the new one, never a part.
+
+    Args:
+        path: File to write; until it is complete, it is called `<path>.partial`.
+        weights: Tensors by name, on any device.
+    """
     _write_partial(path, weights).replace(path)
 
 

@@ -32,13 +32,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class HubertConfig(MaskedConfig, EncoderConfig):
-    """An encoder with its pre-training head and objective; the values of fairseq's hubert_base_librispeech.yaml.
+    """Encoder, pre-training head and objective of HuBERT.
+
+    The defaults are the values of fairseq's hubert_base_librispeech.yaml.
 
     Args:
         num_clusters: Number of classes to predict, that of the labels.
-        final_dim: Width in which frames and classes are compared.
+        final_dim: Width of the projection in which frames are compared with the embeddings of the classes.
         logit_temperature: Temperature, by which the cosines are divided.
         features_penalty_weight: Weight of the mean square of the front end's frames.
+
+    Raises:
+        ValueError: A value is out of bounds, or values do not fit together.
     """
 
     model_type: str = "hubert"
@@ -55,10 +60,10 @@ class HubertConfig(MaskedConfig, EncoderConfig):
 
 
 class HubertForPreTraining(PretrainingModel):
-    """Encoder, projection and an embedding for each class; the encoder's names are those of Transformers.
+    """Encoder, projection and one embedding per class; the encoder has the parameter names of Transformers.
 
     Args:
-        config: Shape and objective.
+        config: Shape of the encoder, and settings of the objective.
     """
 
     title = "HuBERT"
@@ -77,18 +82,18 @@ class HubertForPreTraining(PretrainingModel):
 
     @property
     def score_names(self) -> tuple[str, ...]:
-        """As in `PredictionOutput.scores`."""
+        """Names of the values in `PredictionOutput.scores`, in the order of metrics.csv."""
         return prediction_scores(self.config)
 
     @property
     def speech_encoder(self) -> Encoder:
-        """The encoder."""
+        """The encoder, without the head."""
         encoder = getattr(self, self.encoder_name)
         assert isinstance(encoder, Encoder)
         return encoder
 
     def step(self, batch: "AudioBatch", context: StepContext) -> PredictionOutput:
-        """`forward` with the labels of the batch."""
+        """Run `forward` on a batch, with the labels of the batch as targets."""
         assert batch.labels is not None
         output: PredictionOutput = self(
             batch.waveforms,
@@ -108,27 +113,28 @@ class HubertForPreTraining(PretrainingModel):
         layer_drop: torch.Generator | None = None,
         segments: FrameSegments | None = None,
     ) -> PredictionOutput:
-        """Compress where there is a compressor, mask, encode and predict the class of every masked frame.
+        """Mask spans of frames, encode, and predict the class of every masked frame.
 
-        With a compressor spans of what it leaves are masked, and with them the frames that went into it.
+        If the encoder has a compressor, spans of compressed frames are masked. All front-end frames that went into
+        them count as masked, and each has its class predicted.
 
         Args:
-            waveforms: (N, 1) samples at 16 kHz; a batch of no utterances is legal and contributes nothing.
-            keys: (B,) int64 from `nn.random.utterance_keys` or `draw_keys`, on the device of the waveforms; rate and
-                mask of an utterance follow from its key.
-            labels: (T,) int64, the class of each of the T frames of the front end.
-            layer_drop: CPU generator for the layers to skip; None takes torch's own.
-            segments: Segments of the front end's T frames that a compressor should learn; None for no guidance.
+            waveforms: (N, 1) samples at 16 kHz. A batch without utterances is allowed and adds nothing to the sums.
+            keys: (B,) int64 from `nn.random.utterance_keys` or `draw_keys`, on the device of the waveforms. They
+                determine the compression rate and the mask of each utterance.
+            labels: (T,) int64, the class of each front-end frame, from 0 to num_clusters - 1.
+            layer_drop: CPU generator that decides which layers to skip; None uses PyTorch's global generator.
+            segments: Segments of the front end's T frames, from which a compressor learns where to fire, or None.
 
         Raises:
-            ValueError: There is not one label for each frame.
+            ValueError: `labels` does not have shape (T,).
         """
         config = self.config
         encoder = self.speech_encoder
         frames = encoder.extract_features(waveforms)
         if labels.shape != (frames.layout.total,):
             raise ValueError(
-                f"labels: expected one for each of {frames.layout.total} frames, got {tuple(labels.shape)}"
+                f"labels: expected one for each frame, shape ({frames.layout.total},), got {tuple(labels.shape)}"
             )
         projected = encoder.project(frames, **self.draw_compression(keys))
         mask = draw_mask(config, projected.frames.layout, keys)
@@ -151,14 +157,14 @@ class HubertForPreTraining(PretrainingModel):
         projected: Projected | None = None,
         segments: FrameSegments | None = None,
     ) -> PredictionOutput:
-        """The objective (arXiv 2106.07447, equations 1 and 3, masked frames alone) with the mask already drawn.
+        """Compute the objective (arXiv 2106.07447, equations 1 and 3, for masked frames only) for a given mask.
 
         Args:
-            frames: (T, C) of the front end.
-            mask: (N,) bool, True where masked; of the frames that the transformer takes.
-            labels: (T,) int64 classes.
+            frames: (T, C) front-end frames.
+            mask: (N,) bool, True where masked, of the frames that enter the transformer.
+            labels: (T,) int64, the class of each front-end frame.
             layer_drop: As in `forward`.
-            projected: `speech_encoder.project(frames)`, from a caller who has it.
+            projected: `speech_encoder.project(frames)`, if the caller has it; None computes it.
             segments: As in `forward`.
         """
         config = self.config
@@ -170,7 +176,7 @@ class HubertForPreTraining(PretrainingModel):
         states = features.values
         if compressed is not None:
             mask, states = compressed.upsample(mask), compressed.upsample(states)
-        rows = mask.nonzero().squeeze(1)  # the host waits for the device, once: it must know M
+        rows = mask.nonzero().squeeze(1)  # the host waits for the device here, because it needs M
         targets = labels.index_select(0, rows)
         logits = self._logits(self.final_proj(states.index_select(0, rows)))
         prediction_loss = F.cross_entropy(logits, targets, reduction="sum")
@@ -194,7 +200,7 @@ class HubertForPreTraining(PretrainingModel):
         )
 
     def _logits(self, x: Tensor) -> Tensor:  # (M, final_dim) -> (M, num_clusters) fp32
-        """Cosines over the temperature; bf16 has too few digits for them."""
+        """Cosine similarities divided by the temperature, in fp32 because bf16 is not precise enough."""
         with torch.autocast(x.device.type, enabled=False):
             x = F.normalize(x.float(), dim=1)
             return x @ F.normalize(self.label_embeddings.float(), dim=1).t() / self.config.logit_temperature

@@ -1,4 +1,4 @@
-"""The model card of an encoder: README.md, as the Hub reads it."""
+"""The model card of an encoder: a README.md with the front matter that the Hugging Face Hub reads."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -28,10 +28,10 @@ model = AutoModel.from_pretrained("...")  # this folder, or its name on the Hub
 ```
 
 """
-_WITHOUT_COMPRESSOR = """It has no compressor there: every frame is left, {how}.
+_WITHOUT_COMPRESSOR = """Transformers ignores the compressor and keeps every frame, {how}.
 
 """
-_WITH_FASTSSL = """With fastssl, which computes no padding:
+_WITH_FASTSSL = """With fastssl, which does no work on padding:
 
 ```python
 import fastssl
@@ -40,21 +40,21 @@ import torch
 encoder = fastssl.load_encoder("...")  # this folder, or its name on the Hub
 waveforms = fastssl.Packed.pack([torch.randn(16_000, 1), torch.randn(52_000, 1)])  # 16 kHz
 with torch.no_grad():
-    features = encoder(waveforms).features.unpack()  # of each: (frames, {width}){period}
+    features = encoder(waveforms).features.unpack()  # each (frames, {width}){period}
 ```
 """
 
 
 @dataclass(frozen=True)
 class ModelCard:
-    """What is known of how an encoder came about; what is not known (None) is left out of the card.
+    """Facts about the training of an encoder. The card leaves out those that are None.
 
     Args:
-        recipe: By which it was trained.
-        data_hours: Hours of audio that it was trained on.
-        updates: Optimiser updates behind it.
-        version: Of fastssl.
-        commit: Of fastssl.
+        recipe: Name of the training recipe.
+        data_hours: Hours of audio in the training data.
+        updates: Number of optimiser updates.
+        version: Version of fastssl.
+        commit: Git commit of fastssl.
         quality: Scores by name.
     """
 
@@ -66,11 +66,11 @@ class ModelCard:
     quality: Mapping[str, float] = field(default_factory=dict)
 
     def as_markdown(self, config: SpeechEncoderConfig, *, parameters: int) -> str:
-        """The text of README.md, with the front matter of the Hub.
+        """Write the text of README.md, with the front matter for the Hub.
 
         Args:
-            config: Of the encoder.
-            parameters: How many it has.
+            config: Shape of the encoder.
+            parameters: Number of parameters of the encoder.
         """
         in_transformers = config.model_type in MODEL_CLASSES
         normalised = "brought to zero mean and unit variance" if config.do_normalize else "as it is"
@@ -106,15 +106,18 @@ class ModelCard:
     def _with_transformers(config: SpeechEncoderConfig) -> str:
         if config.compressor == "none":
             return _WITH_TRANSFORMERS
-        how = "as at rate 0" if config.meets_all_frames else "which this encoder has not met in training"
+        how = "as at rate 0" if config.meets_all_frames else "for which this encoder was not trained"
         return _WITH_TRANSFORMERS + _WITHOUT_COMPRESSOR.format(how=how)
 
 
 def checked_out_commit(folder: Path = _CLONE) -> str | None:
-    """The commit that a clone of a repository is at, by git's own files; None for a folder that is no clone.
+    """Read the commit that a clone of a git repository is at, from the files in `.git`, without running git.
 
     Args:
-        folder: Has `.git` in it, a folder, or in a worktree a file; by default the one that this package is in.
+        folder: Top folder of the clone, or of a worktree of it; by default the folder that contains this package.
+
+    Returns:
+        The commit's hash; None if the folder is not a clone.
     """
     git = folder / ".git"
     try:
@@ -124,7 +127,7 @@ def checked_out_commit(folder: Path = _CLONE) -> str | None:
         if not head.startswith("ref: "):
             return head
         name = head.removeprefix("ref: ")
-        # Branches lie where a worktree's own files do not.
+        # A worktree has its own HEAD, but its branches are in the folder that `commondir` names.
         common = git / "commondir"
         shared = git / common.read_text().strip() if common.exists() else git
         if (shared / name).exists():

@@ -1,4 +1,4 @@
-"""How many multiplications an encoder takes, and how many of them sequence compression can spare."""
+"""Count the multiplications of an encoder, and those that sequence compression saves."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,27 +11,32 @@ _EXAMPLE_S = 10.0
 
 
 class Multiplications(NamedTuple):
-    """Multiply-accumulates of one utterance, forward; spectra, norms, activations and softmax are left out."""
+    """Multiply-accumulates for one utterance in a forward pass, without spectra, norms, activations and softmax.
 
-    front_end: int  # convolutions, and what weighs frames for compression: at the full frame rate
-    transformer: int  # projection, positional convolution and layers: at the rate that is left
+    Attributes:
+        front_end: Everything that runs at the full frame rate: the front end, and the compressor's own network.
+        transformer: Everything after the compressor, which runs on the frames that are left.
+    """
+
+    front_end: int
+    transformer: int
 
     @property
     def total(self) -> int:
-        """Of both."""
+        """Sum of both parts."""
         return self.front_end + self.transformer
 
 
 def count_multiplications(
     config: SpeechEncoderConfig, *, seconds: float, frame_period_ms: float | None = None
 ) -> Multiplications:
-    """Multiply-accumulates of an utterance.
+    """Count the multiply-accumulates of an encoder for one utterance.
 
     Args:
-        config: Of the encoder.
-        seconds: Length of the utterance.
-        frame_period_ms: Mean period of the frames that are left; None is that of the front end, or of the factor of its
-            compressor.
+        config: Shape of the encoder.
+        seconds: Length of the utterance, in seconds.
+        frame_period_ms: Mean frame period after compression, in milliseconds; None takes the front end's period times
+            `config.compressor_factor`.
     """
     frames, front_end, c_in, per_frame = config.count_parts(int(seconds * SAMPLE_RATE_HZ))
     if config.compressor == "integrate-and-fire":
@@ -48,7 +53,18 @@ def count_multiplications(
 def convolve(
     frames: int, c_in: int, channels: Sequence[int], kernels: Sequence[int], strides: Sequence[int]
 ) -> tuple[int, int]:
-    """Frames that convolutions leave of so many with `c_in` channels, and the multiply-accumulates that they take."""
+    """Count the output frames and the multiply-accumulates of a stack of convolutions without padding.
+
+    Args:
+        frames: Number of input frames.
+        c_in: Number of input channels.
+        channels: Output channels of each convolution.
+        kernels: Kernel size of each convolution.
+        strides: Stride of each convolution.
+
+    Returns:
+        Number of output frames, and number of multiply-accumulates.
+    """
     total = 0
     for c_out, kernel, stride in zip(channels, kernels, strides, strict=True):
         frames = max(0, (frames - kernel) // stride + 1)
@@ -58,10 +74,10 @@ def convolve(
 
 
 def describe_compression(config: SpeechEncoderConfig) -> str:
-    """How frames become fewer, and what that spares of the multiplications for ten seconds, for a model card.
+    """Describe an encoder's compressor, and what it saves of the multiplications for 10 s of audio, for a model card.
 
     Args:
-        config: Of an encoder with a compressor.
+        config: Shape of an encoder with a compressor.
     """
     plain = count_multiplications(replace(config, compressor="none", compressor_factor=1), seconds=_EXAMPLE_S)
 
@@ -70,16 +86,18 @@ def describe_compression(config: SpeechEncoderConfig) -> str:
         return f"{100 * (1 - found.total / plain.total):.0f} %"
 
     fixed = 100 * plain.front_end / plain.total
-    what = f"Of the multiplications for {_EXAMPLE_S:g} s the convolutions take {fixed:.0f} %, which nothing here spares"
+    what = (
+        f"Compression cannot reduce the front end's {fixed:.0f} % of the multiplications for {_EXAMPLE_S:g} s of audio"
+    )
     if config.compressor != "integrate-and-fire":
-        return f"{config.compressor}, {config.compressor_factor} frames to one. {what}; this spares {spared(None)}"
+        return f"{config.compressor}, {config.compressor_factor} frames to one. {what}; it saves {spared(None)}"
     low, high = config.compression_range
     unit = "a rate" if config.compression_draw == "rate" else "a frame period in ms"
     trained = f"trained at {unit} of {low:g}" + (
-        ", at which it is without them" if low == high else f" to {high:g}; without them the rate is 1"
+        ", which is the default" if low == high else f" to {high:g}; the default is rate 1"
     )
     twice, four_times = 2 * config.frame_period_ms, 4 * config.frame_period_ms
     return (
         f"integrate-and-fire, at a rate or frame period given at run time (`rate=`, `frame_period_ms=`), {trained}. "
-        f"{what}; a frame every {twice:g} ms spares {spared(twice)}, every {four_times:g} ms {spared(four_times)}"
+        f"{what}; a frame every {twice:g} ms saves {spared(twice)}, every {four_times:g} ms {spared(four_times)}"
     )

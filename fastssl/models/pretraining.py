@@ -1,6 +1,6 @@
-"""What every pre-training system has: its interface to the training loop, an encoder, and a head.
+"""Base class of the pre-training systems, their interface to the training loop, and code that several systems share.
 
-A system is one file of this folder: a config, a `PretrainingModel` that declares what it needs, its `step`, its scores.
+Each system is one file in this folder: a config, and a `PretrainingModel` with its needs, its `step` and its scores.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,56 +27,70 @@ if TYPE_CHECKING:
 
 
 class Needs(NamedTuple):
-    """What a system's step needs in addition to waveforms. The training loop supplies it.
+    """What the step of a system needs besides waveforms; the training loop supplies it.
 
-    Segments are not declared: every system with a trained compressor takes them, and trains without them too.
+    Segments are not listed, because any system with an integrate-and-fire compressor can use them or do without them.
     """
 
     labels: bool = False  # `batch.labels`, one of `config.num_clusters` classes for each frame
-    teacher: bool = False  # `context.teacher`; the config is a `StudentConfig`
-    noise: bool = False  # `batch.noise` if the user names recordings of noise; the config is a `NoisyConfig`
+    teacher: bool = False  # `context.teacher`; the system's config must be a `StudentConfig`
+    noise: bool = False  # `batch.noise`, if the user names recordings; the system's config must be a `NoisyConfig`
 
 
 class StudentConfig(Protocol):
-    """What the config of a system that needs a teacher has in addition."""
+    """Additional interface of the config of a system that needs a teacher."""
 
     @property
     def targets(self) -> tuple[int, ...]:
         """Layers of the teacher that the student predicts; 0 is the input of the first layer."""
 
     def of_teacher(self, teacher: Any) -> Any:
-        """The same student with the settings that the teacher's config decides.
+        """Return a copy of this config with the settings that the teacher decides, such as the teacher's width.
+
+        Args:
+            teacher: Config of the teacher's encoder.
 
         Raises:
             ValueError: This teacher cannot teach this student.
         """
 
     def keeps_front_end(self, teacher: Any) -> bool:
-        """Whether the student's convolutions start as the teacher's and stay frozen."""
+        """Whether the student's front end starts as a copy of the teacher's and stays frozen.
+
+        Args:
+            teacher: Config of the teacher's encoder.
+        """
 
 
 class NoisyConfig(Protocol):
-    """What the config of a system that takes noise has in addition."""
+    """Additional interface of the config of a system that mixes noise into its input."""
 
     @property
     def noise_share(self) -> float:
-        """The fraction of training utterances to read a recording of noise for."""
+        """Fraction of the training utterances for which a recording of noise is read, from 0 to 1."""
 
 
 class TeacherOutput(Protocol):
     """The source of a student's targets."""
 
     def of(self, batch: "AudioBatch") -> tuple[Packed | None, Sequence[Tensor]]:
-        """Front-end frames (N, C) if the student shares them, and the target layers, each (N, D)."""
+        """Return the teacher's frames and layers for a batch.
+
+        Args:
+            batch: The batch that the student is trained on.
+
+        Returns:
+            Front-end frames (N, C) if the student uses them as its own, else None; and the target layers, each (N, D).
+        """
 
 
 class StepContext(NamedTuple):
     """What a training step depends on besides the batch."""
 
-    keys: Tensor  # (B,) int64, `nn.random.utterance_keys`: masks, negatives and noise of an utterance follow from it
+    keys: Tensor  # (B,) int64 from `nn.random.utterance_keys`; they determine all random choices for each utterance
     update: int  # number of finished updates, for schedules
     layer_drop: torch.Generator | None = None  # CPU generator that decides which layers to skip
-    teacher: TeacherOutput | None = None
+    teacher: TeacherOutput | None = None  # source of the targets, for systems that need a teacher
 
 
 class StepOutput(Protocol):
@@ -84,27 +98,27 @@ class StepOutput(Protocol):
 
     @property
     def loss(self) -> Tensor:
-        """() fp32, summed over the masked frames."""
+        """() fp32 loss, summed over the masked frames."""
 
     @property
     def masked_frames(self) -> int:
-        """Number of frames that the loss is summed over."""
+        """Number of frames over which the loss is summed."""
 
     @property
     def code_counts(self) -> Tensor | None:
-        """(V,) int64, how often each code is the target; None if the system reports perplexities itself."""
+        """(V,) int64 number of times each code is the target; None if the system reports perplexities as scores."""
 
     def scores(self) -> dict[str, Tensor]:
-        """() sums over masked frames by the names in `PretrainingModel.score_names`; averages are reported."""
+        """Sums over the masked frames, each (), by the names in `PretrainingModel.score_names`; means are reported."""
 
 
 class Score(NamedTuple):
-    """How a score is shown at the end of a run."""
+    """How to show a score at the end of a run."""
 
-    label: str  # in the table and the figure
-    card: str | None = None  # in the model card; None leaves the score out
-    factor: float = 1.0  # from the score to what is shown
-    digits: int = 3
+    label: str  # name in the table and in the figure
+    card: str | None = None  # name in the model card; None leaves the score out of the card
+    factor: float = 1.0  # the score is multiplied by this before it is shown, such as 100 for per cent
+    digits: int = 3  # decimal places in the table
 
 
 ACCURACY = {
@@ -115,24 +129,24 @@ _FRAME_PERIOD = {"frame_period_ms": Score("frame period, ms", digits=1)}
 
 
 class PretrainingModel(nn.Module):
-    """An encoder with the head that its objective needs.
+    """Base class of the pre-training systems: an encoder, and the head that the objective needs.
 
     Args:
-        config: Shape and objective.
+        config: Shape of the encoder, and settings of the objective.
     """
 
-    #: The system's name in print, and the command that trains it.
+    #: Name of the system for readers, and the `fastssl` command that trains it.
     title: ClassVar[str]
     command: ClassVar[str] = "pretrain"
-    #: Name of the attribute that is the encoder.
+    #: Name of the attribute that contains the encoder.
     encoder_name: ClassVar[str]
     config_class: ClassVar[type[SpeechEncoderConfig]]
     needs: ClassVar[Needs] = Needs()
-    #: How the scores are shown: first what is minimised, then what tells most about success.
+    #: How to show the scores. The first is the loss that is minimised, the second the best measure of success.
     main_scores: ClassVar[Mapping[str, Score]]
-    #: What the loss is averaged over, in print.
+    #: What the loss is averaged over, for the axis of the figure.
     averaged_over: ClassVar[str] = "masked frame"
-    #: Also a `CompressedConfig`.
+    #: Always a `CompressedConfig` too.
     config: SpeechEncoderConfig
 
     def __init__(self, config: SpeechEncoderConfig) -> None:
@@ -140,40 +154,58 @@ class PretrainingModel(nn.Module):
         self.config = config
 
     def step(self, batch: "AudioBatch", context: StepContext) -> StepOutput:
-        """The objective on one batch.
+        """Compute the objective for one batch.
 
         Args:
-            batch: With what `needs` declares.
-            context: Keys, schedules and the teacher.
+            batch: Waveforms, and the labels or noise that `needs` declares.
+            context: Keys, number of finished updates, layer drop and teacher.
+
+        Returns:
+            The loss with gradient, and the scores.
         """
         raise NotImplementedError
 
     @property
     def speech_encoder(self) -> SpeechEncoder:
-        """The encoder."""
+        """The encoder, without the head."""
         encoder = getattr(self, self.encoder_name)
         assert isinstance(encoder, SpeechEncoder)
         return encoder
 
     @property
     def score_names(self) -> tuple[str, ...]:
-        """Names of the scores that `StepOutput.scores` returns, the most telling one first."""
+        """Names of the values in `StepOutput.scores`, in the order of metrics.csv; the first is the main loss."""
         raise NotImplementedError
 
     @classmethod
     def shown_scores(cls) -> dict[str, Score]:
-        """How the scores are shown, the compressor's too."""
+        """How to show each score by name: `main_scores`, and the frame period of a compressor."""
         return {**cls.main_scores, **_FRAME_PERIOD}
 
     def schedules(self, update: int) -> dict[str, float]:
-        """Values by name that the model changes from update to update, for metrics.csv."""
+        """Return the scheduled values of an update by name, such as a temperature, for metrics.csv.
+
+        Args:
+            update: Number of finished updates.
+        """
         return {}
 
     def start_from_teacher(self, teacher: SpeechEncoder) -> None:
-        """Initialise the model from its teacher, before the first update; does nothing if it has no teacher."""
+        """Initialise the model from its teacher, before the first update. Systems without a teacher do nothing.
+
+        Args:
+            teacher: The teacher's encoder.
+        """
 
     def draw_compression(self, keys: Tensor) -> dict[str, Tensor]:  # (B,)
-        """Arguments for the encoder in training (`compression.draw_compression`)."""
+        """Draw how strongly to compress each utterance in training.
+
+        Args:
+            keys: (B,) int64 keys of the utterances.
+
+        Returns:
+            Keyword arguments for the encoder, from `compression.draw_compression`; empty without a compressor.
+        """
         return {} if self.config.compressor == "none" else draw_compression(cast(CompressedConfig, self.config), keys)
 
     def with_compression_loss(
@@ -183,17 +215,30 @@ class PretrainingModel(nn.Module):
         masked: Tensor,  # (B,)
         segments: FrameSegments | None,
     ) -> tuple[Tensor, CompressionScores | None]:
-        """Add the compressor's losses (`compression.with_compression_loss`), if there is a compressor."""
+        """Add the compressor's losses to a loss (`compression.with_compression_loss`), if there is a compressor.
+
+        Args:
+            loss: () fp32 loss, summed over masked frames.
+            compressed: Result of the compressor; None if the encoder has none.
+            masked: (B,) fp32 number of masked frames of each utterance.
+            segments: Segments of the input frames, from which the compressor learns where to fire, or None.
+
+        Returns:
+            The total loss, and the compressor's scores; without a compressor, `loss` unchanged and None.
+        """
         if compressed is None:
             return loss, None
         return with_compression_loss(loss, cast(CompressedConfig, self.config), compressed, masked, segments)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "Self":
-        """Open a folder of such a model; one that holds an encoder alone gets a fresh head.
+        """Open a model from a folder. If the folder contains only an encoder, the head is initialised randomly.
+
+        Args:
+            folder: Folder with config.json and weights.
 
         Raises:
-            ValueError: The folder holds no model of this system, or its weights do not fit its config.
+            ValueError: The folder contains no model for this system, or its weights do not fit its config.
         """
         folder = Path(folder)
         values = read_config(folder, model_types=[cls.config_class().model_type])
@@ -205,20 +250,20 @@ class PretrainingModel(nn.Module):
         return model
 
     def head_state(self) -> dict[str, Tensor]:
-        """The weights that are not the encoder's."""
+        """Return the weights of the head: all tensors of the state dict that do not belong to the encoder."""
         prefix = f"{self.encoder_name}."
         return {key: tensor for key, tensor in self.state_dict().items() if not key.startswith(prefix)}
 
     def load_weights(self, weights: Mapping[str, Tensor], *, name: str, fresh_compressor: bool = False) -> None:
-        """Load an encoder's weights, and the head's where they are all there too.
+        """Load the weights of the encoder, and those of the head if all of them are given.
 
         Args:
-            weights: By name.
-            name: Of the folder or file, for errors.
-            fresh_compressor: Whether the compressor may stay as it is where the weights have none.
+            weights: Tensors by name.
+            name: Name of the folder or file, for error messages.
+            fresh_compressor: Allow `weights` to contain no compressor; the encoder's compressor then stays unchanged.
 
         Raises:
-            ValueError: A weight of the encoder is missing, or one has another shape.
+            ValueError: A weight of the encoder is missing, or a weight has the wrong shape.
         """
         self.speech_encoder.load_weights(weights, name=name, fresh_compressor=fresh_compressor)
         own = self.head_state()
@@ -228,7 +273,7 @@ class PretrainingModel(nn.Module):
             if weights[key].shape != tensor.shape:
                 raise ValueError(
                     f"{name}: {key} has shape {tuple(weights[key].shape)}, expected {tuple(tensor.shape)}; "
-                    "the encoder alone, RUN/encoder, goes with any head"
+                    "to load only the encoder of a run, use RUN/encoder"
                 )
         self.load_state_dict({key: weights[key] for key in own}, strict=False)
 
@@ -242,19 +287,19 @@ PREDICTION_SCORES = ("prediction_loss", "accuracy", "chance", "features_penalty"
 
 @dataclass(frozen=True)
 class PredictionOutput:
-    """Masked prediction of discrete targets, one batch; sums over its M masked frames unless a line says otherwise."""
+    """Loss and statistics of masked prediction for one batch; sums over its M masked frames unless stated otherwise."""
 
-    loss: Tensor  # () fp32, what is minimised: prediction + weighted features penalty
-    prediction_loss: Tensor  # () fp32, cross-entropy of the targets, nats
-    features_penalty: Tensor  # () fp32, unweighted; 0 where the system has none
-    correct: Tensor  # () int64, masked frames whose own target scores highest
+    loss: Tensor  # () fp32, the value to minimise: all losses, weighted
+    prediction_loss: Tensor  # () fp32, cross-entropy of the targets, in nats
+    features_penalty: Tensor  # () fp32, before weighting; 0 if the system has no such penalty
+    correct: Tensor  # () int64, number of masked frames whose target has the highest score
     masked_frames: int  # M
-    code_counts: Tensor  # (V,) int64, how often each code is the target, over all frames, masked or not
-    features: Packed  # (N, D) of the masked input
-    compression: CompressionScores | None = None
+    code_counts: Tensor  # (V,) int64, number of times each code is the target, over all frames, masked or not
+    features: Packed  # (N, D) last hidden state of the encoder for the masked input
+    compression: CompressionScores | None = None  # scores of an integrate-and-fire compressor
 
     def scores(self) -> dict[str, Tensor]:
-        """Sums by the names of `prediction_scores`."""
+        """Sums over the masked frames, each (), by the names from `prediction_scores`."""
         chance = torch.full_like(self.prediction_loss, self.masked_frames / len(self.code_counts))
         values = (self.prediction_loss, self.correct, chance, self.features_penalty)
         own = dict(zip(PREDICTION_SCORES, values, strict=True))
@@ -262,17 +307,38 @@ class PredictionOutput:
 
 
 def prediction_scores(config: CompressedConfig) -> tuple[str, ...]:
-    """Names of the scores of masked prediction."""
+    """List the names of the scores of masked prediction.
+
+    Args:
+        config: Config of the system; an integrate-and-fire compressor adds its scores.
+    """
     return (*PREDICTION_SCORES, *(CompressionScores._fields if config.draws_rates else ()))
 
 
 def count_codes(codes: Tensor, *, size: int) -> Tensor:  # (N,) int64 -> (size,) int64
-    """How often each code occurs; `torch.bincount`, for which the host would wait."""
+    """Count how often each code occurs, like `torch.bincount`, but without making the host wait for the device.
+
+    Args:
+        codes: (N,) int64 codes, from 0 to size - 1.
+        size: V, the number of different codes.
+
+    Returns:
+        (V,) int64 counts.
+    """
     return codes.new_zeros(size).scatter_add(0, codes, torch.ones_like(codes))
 
 
 def draw_mask(config: MaskedConfig, layout: Layout, keys: Tensor) -> Tensor:  # (B,) -> (N,) bool
-    """Spans of frames to mask, which follow from the key of their utterance."""
+    """Draw the spans of frames to mask (`nn.masking.sample_span_mask`).
+
+    Args:
+        config: Probability, length and smallest number of spans.
+        layout: Where each utterance begins.
+        keys: (B,) int64 keys; the mask of an utterance depends on its key and its length only.
+
+    Returns:
+        (N,) bool, True where a frame is masked.
+    """
     return sample_span_mask(
         layout,
         keys,
@@ -283,17 +349,27 @@ def draw_mask(config: MaskedConfig, layout: Layout, keys: Tensor) -> Tensor:  # 
 
 
 def masked_by_utterance(mask: Tensor, layout: Layout) -> Tensor:  # (N,) bool -> (B,) fp32
-    """How many frames of each utterance are masked: what is averaged over its frames counts so often in a sum."""
+    """Count the masked frames of each utterance; values averaged over an utterance are weighted by this count.
+
+    Args:
+        mask: (N,) bool, True where a frame is masked.
+        layout: Where each utterance begins.
+
+    Returns:
+        (B,) fp32 counts.
+    """
     none = torch.zeros(len(layout.lengths), device=mask.device)
     return none.index_add(0, layout.sequence_ids, mask.float())
 
 
 def features_penalty(frames: Packed, masked: Tensor) -> Tensor:
-    """Sum over utterances of the mean square of its frames, times its masked frames, so that batches add up.
+    """Sum the mean square of each utterance's frames over utterances, each weighted by its number of masked frames.
+
+    With these weights, the sum over batches divided by the number of all masked frames is a mean, as for other losses.
 
     Args:
-        frames: (N, C) of the front end.
-        masked: (B,) of `masked_by_utterance`.
+        frames: (N, C) front-end frames.
+        masked: (B,) fp32 masked frames of each utterance, from `masked_by_utterance`.
 
     Returns:
         () fp32.
@@ -305,5 +381,12 @@ def features_penalty(frames: Packed, masked: Tensor) -> Tensor:
 
 
 def perplexity(probabilities: Tensor) -> Tensor:  # (..., V) -> (...)
-    """The exponential of the entropy."""
+    """Compute the perplexity, the exponential of the entropy in nats, of distributions over V codes.
+
+    Args:
+        probabilities: (..., V) probabilities.
+
+    Returns:
+        (...) perplexities, from 1 to V.
+    """
     return torch.exp(-(probabilities * torch.log(probabilities + 1e-7)).sum(-1))

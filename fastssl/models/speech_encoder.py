@@ -27,24 +27,32 @@ if TYPE_CHECKING:
 
 
 class EncoderOutput(NamedTuple):
-    """What an encoder returns."""
+    """Output of an encoder for a packed batch.
 
-    features: Packed  # (N, D), the last hidden state
-    hidden_states: list[Packed]  # the input of each layer, then the features (after the final norm, where there is one)
-    compressed: Compressed | None = None  # what the compressor made of the front end's frames; None where there is none
+    Attributes:
+        features: (N, D) last hidden state.
+        hidden_states: The (N, D) input of each layer in order, and at the end `features`, which include the final norm
+            if the encoder has one.
+        compressed: Result of the compressor on the front end's frames; None if the encoder has no compressor.
+    """
+
+    features: Packed  # (N, D)
+    hidden_states: list[Packed]  # each (N, D)
+    compressed: Compressed | None = None
 
 
 class SpeechEncoder(nn.Module):
-    """An encoder of packed waveforms.
+    """Base class of encoders for packed waveforms.
 
-    With a compressor the layers see fewer frames. The rate or the frame period of each call decides how many, else
-    `compressor.rate` or `compressor.frame_period_ms` (see `nn.SequenceCompressor`).
+    If the encoder has a compressor, its layers process fewer frames. The rate or frame period that is passed to a call
+    decides how many; without either, `compressor.rate` or `compressor.frame_period_ms` does (see
+    `nn.SequenceCompressor`).
 
     Args:
-        config: Its shape.
+        config: Shape of the encoder.
     """
 
-    #: The class of `config`, and the `model_type`s that it serves.
+    #: Class of `config`, and the values of `model_type` that the encoder can open.
     config_class: ClassVar[type[SpeechEncoderConfig]]
     model_types: ClassVar[Iterable[str]]
     config: SpeechEncoderConfig
@@ -65,19 +73,30 @@ class SpeechEncoder(nn.Module):
         """Encode waveforms.
 
         Args:
-            waveforms: (N, 1) samples at 16 kHz, normalised if the config says `do_normalize`. An utterance shorter
-                than `config.receptive_field_samples` has no frame.
-            rate: The compressor's rate, 0 for all frames: a number, or (B,).
-            frame_period_ms: The mean period that frames should have instead: a number, or (B,).
+            waveforms: (N, 1) samples at 16 kHz, already scaled to zero mean and unit variance if `config.do_normalize`
+                is true. An utterance shorter than `config.receptive_field_samples` gets no frames.
+            rate: Rate of the compressor, one number or (B,); 0 keeps every frame. None uses the compressor's setting.
+            frame_period_ms: Mean frame period to compress to, in milliseconds, one number or (B,); give this or `rate`,
+                not both.
+
+        Returns:
+            Features and hidden states, and the compressor's result.
 
         Raises:
-            ValueError: The waveforms have another shape; a rate or a period is out of range, or the encoder has no
-                compressor that takes one.
+            ValueError: `waveforms` does not have shape (N, 1); a rate or period is out of range; or one is given, but
+                the encoder has no compressor or one with a fixed factor.
         """
         return self.encode(self.extract_features(waveforms), rate=rate, frame_period_ms=frame_period_ms)
 
     def extract_features(self, waveforms: Packed) -> Packed:
-        """Frames of the front end, before the compressor."""
+        """Compute the front end's output, which is the input of `encode`; nothing is compressed yet.
+
+        Args:
+            waveforms: (N, 1) samples at 16 kHz.
+
+        Raises:
+            ValueError: `waveforms` does not have shape (N, 1).
+        """
         raise NotImplementedError
 
     def encode(
@@ -87,30 +106,41 @@ class SpeechEncoder(nn.Module):
         rate: float | Tensor | None = None,
         frame_period_ms: float | Tensor | None = None,
     ) -> EncoderOutput:
-        """Encode what `extract_features` returns; other arguments and errors as of `forward`."""
+        """Encode the result of `extract_features`; the other arguments and the errors are those of `forward`."""
         raise NotImplementedError
 
     def compress(
         self, frames: Packed, *, rate: float | Tensor | None, frame_period_ms: float | Tensor | None
     ) -> tuple[Packed, Compressed | None]:
-        """The frames (N, C) that continue to the layers; other arguments and errors as of `forward`."""
+        """Compress frames if the encoder has a compressor.
+
+        The errors are those of `forward`.
+
+        Args:
+            frames: (N, C) packed frames.
+            rate: As in `forward`.
+            frame_period_ms: As in `forward`.
+
+        Returns:
+            The frames for the layers, and the compressor's result; without a compressor, `frames` and None.
+        """
         if self.compressor is None:
             if rate is not None or frame_period_ms is not None:
-                raise ValueError("rate and frame_period_ms: this encoder has no compressor")
+                raise ValueError("rate and frame_period_ms: this encoder has no compressor; call it without them")
             return frames, None
         compressed = self.compressor(frames, rate=rate, frame_period_ms=frame_period_ms)
         return compressed.frames, compressed
 
     def json_files(self) -> dict[str, dict[str, Any]]:
-        """What `save_pretrained` writes beside the weights, by file name."""
+        """Contents of the JSON files that `save_pretrained` writes next to the weights, by file name."""
         raise NotImplementedError
 
     def save_pretrained(self, folder: str | Path, *, card: ModelCard | None = None) -> None:
-        """Write configs, weights and README.md: an `Encoder` as Transformers and the Hub read it.
+        """Write configs, weights and README.md to a folder. Transformers and the Hub can read that of an `Encoder`.
 
         Args:
-            folder: Created if it does not exist.
-            card: How the encoder came about, for README.md; without one, an existing README.md is kept.
+            folder: Folder to write to; created if missing.
+            card: Facts about the encoder's training, for README.md; without a card, an existing README.md is kept.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -123,10 +153,13 @@ class SpeechEncoder(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "Self":
-        """Open a folder that `save_pretrained` wrote, or one of a model with a head, of which the encoder is taken.
+        """Open an encoder that `save_pretrained` wrote, or the encoder inside a saved model with a head.
+
+        Args:
+            folder: Folder with config.json and weights.
 
         Raises:
-            ValueError: The folder does not contain such a model, or its weights do not fit its config.
+            ValueError: The folder contains no model of one of the `model_types`, or its weights do not fit its config.
         """
         folder = Path(folder)
         values = read_config(folder, model_types=cls.model_types)
@@ -138,32 +171,39 @@ class SpeechEncoder(nn.Module):
         return encoder
 
     def own_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Of the weights of an encoder, or of a model with a head, the encoder's, by the names that they have here."""
+        """Pick the encoder's weights from those of an encoder, or of a model with a head.
+
+        Args:
+            weights: Tensors by name, as read from a file.
+
+        Returns:
+            The encoder's tensors by the names of this module's state dict.
+        """
         raise NotImplementedError
 
     def load_weights(self, weights: Mapping[str, Tensor], *, name: str, fresh_compressor: bool = False) -> None:
-        """Load the weights of an encoder, or of a model with a head, whose other weights are ignored.
+        """Load the weights of an encoder, or the encoder's part of the weights of a model with a head.
 
         Args:
-            weights: By name.
-            name: Name of the file or model, for errors.
-            fresh_compressor: Whether the compressor may stay as it is if the weights have none.
+            weights: Tensors by name.
+            name: Name of the file or model, for error messages.
+            fresh_compressor: Allow `weights` to contain no compressor; the encoder's compressor then stays unchanged.
 
         Raises:
-            ValueError: A weight is missing or has another shape, or the encoder has no place for one, as for the
-                compressor of an accelerated model.
+            ValueError: A weight is missing, has the wrong shape, or has no counterpart in this encoder; an example of
+                the last is a compressor that `fastssl.accelerate` added to a Transformers model.
         """
         own, found = self.state_dict(), self.own_weights(weights)
         if fresh_compressor and not any(key.startswith(COMPRESSOR_PREFIX) for key in found):
             found |= {key: tensor for key, tensor in own.items() if key.startswith(COMPRESSOR_PREFIX)}
         if any(key.startswith(COMPRESSOR_PREFIX) for key in own.keys() - found.keys()):
             raise ValueError(
-                f"{name}: weights are missing: those of {COMPRESSOR_FILE}, which Transformers does not write; copy it "
-                "from where the encoder was saved by fastssl"
+                f"{name}: weights are missing: those of {COMPRESSOR_FILE}, which Transformers does not write; copy "
+                "this file from the folder in which fastssl saved the encoder"
             )
         if put_on := [key for key in weights if f"{ACCELERATED_COMPRESSOR}." in key]:
             raise ValueError(
-                f"{name}: has a compressor that `fastssl.accelerate` put on ({put_on[0]}, ...), for which an encoder "
-                "of fastssl's has no place; `fastssl.restore` takes it off the model"
+                f"{name}: contains a compressor that `fastssl.accelerate` added ({put_on[0]}, ...) and that a fastssl "
+                "encoder cannot load; remove it with `fastssl.restore(model)` and save the model again"
             )
         load_matching(self, found, name=name)

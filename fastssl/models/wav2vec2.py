@@ -36,12 +36,12 @@ _STREAM_GUMBEL = 3
 
 @dataclass(frozen=True)
 class GumbelTemperature:
-    """Temperature of the Gumbel softmax that chooses codes: start * decay^update, never below end.
+    """Temperature of the Gumbel softmax that chooses codes: max(end, start * decay^update).
 
     Args:
         start: Temperature of the first update.
-        end: The lowest temperature.
-        decay: Factor per update.
+        end: Lowest temperature.
+        decay: Factor by which the temperature falls per update.
     """
 
     start: float = bounded(2.0, above=0)
@@ -52,27 +52,34 @@ class GumbelTemperature:
         check_bounds(self, "gumbel_temperature.")
 
     def at(self, update: int) -> float:
-        """The temperature of an update, counted from 0."""
+        """Return the temperature of an update.
+
+        Args:
+            update: Number of the update, from 0.
+        """
         return float(max(self.end, self.start * self.decay**update))
 
 
 @dataclass(frozen=True)
 class Wav2Vec2Config(MaskedConfig, EncoderConfig):
-    """An encoder with its pre-training head and objective; names of Transformers' `Wav2Vec2Config`.
+    """Encoder, pre-training head and objective of wav2vec 2.0, named as in Transformers' `Wav2Vec2Config`.
 
     The defaults are the values of fairseq's wav2vec2_base_librispeech.yaml.
 
     Args:
-        num_negatives: Distractors per masked frame.
+        num_negatives: Number of negatives (distractors) per masked frame.
         contrastive_logits_temperature: Temperature of the contrastive loss.
-        num_codevector_groups: Groups of the quantiser.
-        num_codevectors_per_group: Codes in each group.
-        codevector_dim: Width of the quantised vector.
-        proj_codevector_dim: Width in which context and target are compared.
+        num_codevector_groups: Number of groups of the quantiser.
+        num_codevectors_per_group: Number of codes in each group.
+        codevector_dim: Width of the quantised vector; must be divisible by num_codevector_groups.
+        proj_codevector_dim: Width of the projections in which the encoder's output is compared with its targets.
         feat_quantizer_dropout: Dropout on the frames that the quantiser takes.
         diversity_loss_weight: Weight of the diversity loss.
-        features_penalty_weight: Weight of the mean square of the front end's frames (fairseq: 10).
-        gumbel_temperature: Schedule of the quantiser's temperature in training, which `config.json` does not keep.
+        features_penalty_weight: Weight of the mean square of the front end's frames.
+        gumbel_temperature: Schedule of the quantiser's temperature in training; not written to `config.json`.
+
+    Raises:
+        ValueError: A value is out of bounds, or values do not fit together.
     """
 
     activation_dropout: float = 0.0
@@ -95,34 +102,49 @@ class Wav2Vec2Config(MaskedConfig, EncoderConfig):
         super().__post_init__()
         if self.codevector_dim % self.num_codevector_groups:
             raise ValueError(
-                f"codevector_dim: {self.codevector_dim} is not divisible by num_codevector_groups="
-                f"{self.num_codevector_groups}"
+                f"codevector_dim: must be divisible by num_codevector_groups={self.num_codevector_groups}, "
+                f"got {self.codevector_dim}"
             )
 
 
 @dataclass(frozen=True)
 class PretrainingOutput:
-    """Loss and statistics of one batch; sums over its M masked frames unless a line says otherwise."""
+    """Loss and statistics of wav2vec 2.0 for one batch; sums over its M masked frames unless stated otherwise.
 
-    loss: Tensor  # () fp32, contrastive + weighted diversity and features penalty
-    contrastive_loss: Tensor  # () fp32, nats
-    diversity_loss: Tensor  # () fp32 in [0, 1), of the batches of all processes; not a sum
-    features_penalty: Tensor  # () fp32, over utterances: mean square of its frames x its masked frames
-    correct: Tensor  # () int64, masked frames whose own target scores highest
-    chance: Tensor  # () fp32, of 1 / (1 + negatives)
-    masked_frames: int  # M
-    code_perplexity: Tensor  # (G,) fp32, of the chosen codes; not a sum
-    prob_perplexity: Tensor  # (G,) fp32, of the mean probabilities of all processes; not a sum
-    features: Packed  # (N, D) of the masked input
+    Attributes:
+        loss: () fp32, the value to minimise: contrastive loss, weighted diversity loss and features penalty, and the
+            compressor's losses.
+        contrastive_loss: () fp32, in nats.
+        diversity_loss: () fp32 in [0, 1), not a sum; computed from the batches of all processes.
+        features_penalty: () fp32, before weighting, from `pretraining.features_penalty`.
+        correct: () int64, number of masked frames whose own target scores highest.
+        chance: () fp32, sum of 1 / (1 + number of negatives), the accuracy of guessing.
+        masked_frames: M, the number of masked frames.
+        code_perplexity: (G,) fp32, not a sum; perplexity of the chosen codes of each group.
+        prob_perplexity: (G,) fp32, not a sum; perplexity of the mean code probabilities over all processes.
+        features: (N, D) last hidden state of the encoder for the masked input.
+        compression: Scores of an integrate-and-fire compressor, or None.
+    """
+
+    loss: Tensor  # ()
+    contrastive_loss: Tensor  # ()
+    diversity_loss: Tensor  # ()
+    features_penalty: Tensor  # ()
+    correct: Tensor  # ()
+    chance: Tensor  # ()
+    masked_frames: int
+    code_perplexity: Tensor  # (G,)
+    prob_perplexity: Tensor  # (G,)
+    features: Packed  # (N, D)
     compression: CompressionScores | None = None
 
     @property
     def code_counts(self) -> None:
-        """Of several groups there is no one distribution; the perplexities are among the scores."""
+        """None: the quantiser has several groups of codes, so perplexities are reported per group, as scores."""
         return None
 
     def scores(self) -> dict[str, Tensor]:
-        """Sums by the names of `Wav2Vec2ForPreTraining.score_names`."""
+        """Sums over the masked frames, each (), by the names in `Wav2Vec2ForPreTraining.score_names`."""
         frames = self.masked_frames
         groups = range(len(self.code_perplexity))
         return {
@@ -131,7 +153,7 @@ class PretrainingOutput:
             "chance": self.chance,
             "diversity_loss": self.diversity_loss * frames,
             "features_penalty": self.features_penalty,
-            # No sum over batches gives the perplexity of their union: an average by masked frames stands for it.
+            # The perplexity of several batches is not a sum; their mean, weighted by masked frames, approximates it.
             **{f"code_perplexity_{group}": self.code_perplexity[group] * frames for group in groups},
             **{f"prob_perplexity_{group}": self.prob_perplexity[group] * frames for group in groups},
             **({} if self.compression is None else self.compression._asdict()),
@@ -139,10 +161,10 @@ class PretrainingOutput:
 
 
 class Wav2Vec2ForPreTraining(PretrainingModel):
-    """Encoder, quantiser and projections; the state dict is that of Transformers' class of this name.
+    """Encoder, quantiser and projections of wav2vec 2.0, with the state dict of Transformers' class of the same name.
 
     Args:
-        config: Shape and objective.
+        config: Shape of the encoder, and settings of the objective.
     """
 
     title = "wav2vec 2.0"
@@ -166,7 +188,7 @@ class Wav2Vec2ForPreTraining(PretrainingModel):
 
     @property
     def score_names(self) -> tuple[str, ...]:
-        """As in `PretrainingOutput.scores`."""
+        """Names of the values in `PretrainingOutput.scores`, in the order of metrics.csv."""
         groups = range(self.config.num_codevector_groups)
         perplexities = [f"{kind}_perplexity_{group}" for kind in ("code", "prob") for group in groups]
         compression = CompressionScores._fields if self.config.draws_rates else ()
@@ -174,11 +196,11 @@ class Wav2Vec2ForPreTraining(PretrainingModel):
         return (*names, *perplexities, *compression)
 
     def schedules(self, update: int) -> dict[str, float]:
-        """The Gumbel softmax's temperature."""
+        """Return the temperature of the Gumbel softmax at an update, by the name `temperature`."""
         return {"temperature": self.config.gumbel_temperature.at(update)}
 
     def step(self, batch: "AudioBatch", context: StepContext) -> PretrainingOutput:
-        """`forward` at the temperature of the update."""
+        """Run `forward` on a batch, at the Gumbel temperature of the update."""
         output: PretrainingOutput = self(
             batch.waveforms,
             keys=context.keys,
@@ -197,22 +219,24 @@ class Wav2Vec2ForPreTraining(PretrainingModel):
         layer_drop: torch.Generator | None = None,
         segments: FrameSegments | None = None,
     ) -> PretrainingOutput:
-        """Compress where there is a compressor, mask, encode, quantise and compare.
+        """Encode masked waveforms, quantise the masked frames, and compare both (arXiv 2006.11477, equations 2 to 4).
+
+        If the encoder has a compressor, its output is masked and encoded.
 
         Args:
-            waveforms: (N, 1) samples at 16 kHz; a batch of no utterances is legal and contributes nothing.
-            keys: (B,) int64 from `nn.random.utterance_keys` or `draw_keys`, on the device of the waveforms; rate, mask,
-                negatives and Gumbel noise of an utterance follow from its key.
-            gumbel_temperature: Of the quantiser's softmax.
-            layer_drop: CPU generator for the layers to skip; None takes torch's own.
-            segments: Segments of the front end's T frames that a compressor should learn; None for no guidance.
+            waveforms: (N, 1) samples at 16 kHz. A batch without utterances is allowed and adds nothing to the sums.
+            keys: (B,) int64 from `nn.random.utterance_keys` or `draw_keys`, on the device of the waveforms. They
+                determine the compression rate, mask, negatives and Gumbel noise of each utterance.
+            gumbel_temperature: Temperature of the quantiser's softmax.
+            layer_drop: CPU generator that decides which layers to skip; None uses PyTorch's global generator.
+            segments: Segments of the front end's T frames, from which a compressor learns where to fire, or None.
         """
         config = self.config
         frames = self.wav2vec2.extract_features(waveforms)
         projected = self.wav2vec2.project(frames, **self.draw_compression(keys))
         layout = projected.frames.layout
         mask = draw_mask(config, layout, keys)
-        rows = mask.nonzero().squeeze(1)  # the host waits for the device, once: it must know M
+        rows = mask.nonzero().squeeze(1)  # the host waits for the device here, because it needs M
         negatives = sample_negatives(mask, layout, keys, count=config.num_negatives, rows=rows)
         seeds = self._gumbel_seeds(rows, layout, keys) if self.training else None
         return self.compare(
@@ -245,18 +269,18 @@ class Wav2Vec2ForPreTraining(PretrainingModel):
         projected: Projected | None = None,
         segments: FrameSegments | None = None,
     ) -> PretrainingOutput:
-        """The objective (arXiv 2006.11477, equations 2 to 4) with everything random already drawn.
+        """Compute the objective (arXiv 2006.11477, equations 2 to 4) with all random choices given by the caller.
 
         Args:
-            frames: (T, C) of the front end.
-            mask: (N,) bool, True where masked; of the frames that the transformer takes.
-            negatives: (M, K) rows of masked frames, -1 for none.
-            gumbel_temperature: Of the quantiser's softmax.
-            gumbel_noise: (M, G * V) for the quantiser.
-            gumbel_seeds: (M,) int64 from which it is drawn instead; neither for no noise.
+            frames: (T, C) front-end frames.
+            mask: (N,) bool, True at the M masked frames, of the frames that enter the transformer.
+            negatives: (M, K) int64 indices into the masked frames; -1 for no negative.
+            gumbel_temperature: Temperature of the quantiser's softmax.
+            gumbel_noise: (M, G * V) Gumbel noise for the quantiser.
+            gumbel_seeds: (M,) int64 seeds from which to draw the noise instead. If neither is given, no noise is added.
             layer_drop: As in `forward`.
-            rows: (M,) int64, `mask.nonzero()`, from a caller who has it.
-            projected: `wav2vec2.project(frames)`, from a caller who has it.
+            rows: (M,) int64, `mask.nonzero()`, if the caller has it; None computes it.
+            projected: `wav2vec2.project(frames)`, if the caller has it; None computes it.
             segments: As in `forward`.
         """
         config = self.config
@@ -298,7 +322,7 @@ class Wav2Vec2ForPreTraining(PretrainingModel):
 
 
 class _SumOverProcesses(torch.autograd.Function):
-    """All-reduce whose backward is one too: every process's loss depends on every process's summand."""
+    """All-reduce in forward and backward, because the loss of each process depends on the summands of all processes."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -314,7 +338,7 @@ class _SumOverProcesses(torch.autograd.Function):
 
 
 def _mean_over_processes(total: Tensor, frames: int) -> Tensor:  # (G, V) -> (G, V)
-    """Mean over the masked frames of all processes, with gradient, from the sum over this one's."""
+    """Mean over the masked frames of all processes, with gradient; `total` is the sum over this process's `frames`."""
     count = torch.full((), frames, dtype=total.dtype, device=total.device)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         total = _SumOverProcesses.apply(total)

@@ -1,7 +1,7 @@
 """WavLM pre-training (Chen et al. 2021, arXiv 2110.13900), on packed batches: HuBERT's objective on mixed utterances.
 
-Targets stay those of the clean utterance, so the model learns to denoise. Because an utterance may be mixed with
-another of its batch, batch-mates change the training input; the features of given audio still depend on it alone.
+The targets are those of the clean utterance, so the model learns to denoise. In training, an utterance may be mixed
+with another one of its batch, so its input depends on the batch. The features of a given waveform do not.
 """
 
 from dataclasses import dataclass, replace
@@ -22,19 +22,23 @@ if TYPE_CHECKING:
     from fastssl.data.batches import AudioBatch
 
 _STREAM_MIXING, _STREAM_PARTNERS = 5, 6
-#: Energy of the utterance over that of what is mixed into it, dB: lowest, highest with speech, highest with noise.
+#: Energy of the utterance relative to that of the signal mixed into it, in dB: lowest, highest if that signal is
+#: speech, and highest if it is noise.
 _LOWEST_DB, _HIGHEST_SPEECH_DB, _HIGHEST_NOISE_DB = -5.0, 5.0, 20.0
-_EPS = 1e-7  # of the variance, as `data.waveforms.pack_waveforms` has it
+_EPS = 1e-7  # added to the variance, as in `data.waveforms.pack_waveforms`
 
 
 @dataclass(frozen=True)
 class WavLMConfig(HubertConfig):
-    """HuBERT's objective, an encoder with gated relative position bias, and how utterances are mixed.
+    """HuBERT's settings, for an encoder with gated relative position bias, and how to mix utterances.
 
     Args:
-        mixing_prob: Fraction of the training utterances that something is mixed into.
-        mixing_noise_prob: Fraction of these that a recording of `data.noise` is mixed into; the others, and all if
-            `data.noise` is not given, are mixed with another utterance of their batch.
+        mixing_prob: Fraction of the training utterances into which speech or noise is mixed.
+        mixing_noise_prob: Fraction of these that are mixed with a recording of data.noise. The others are mixed with
+            another utterance of their batch, as are all of them if data.noise is not given.
+
+    Raises:
+        ValueError: A value is out of bounds, or values do not fit together.
     """
 
     model_type: str = "wavlm"
@@ -43,15 +47,15 @@ class WavLMConfig(HubertConfig):
 
     @property
     def noise_share(self) -> float:
-        """The fraction of training utterances to read a recording of noise for."""
+        """Fraction of the training utterances for which a recording of noise is read, from 0 to 1."""
         return self.mixing_prob * self.mixing_noise_prob
 
 
 class WavLMForPreTraining(HubertForPreTraining):
-    """`HubertForPreTraining` with WavLM's encoder and input; the encoder's names are those of Transformers.
+    """`HubertForPreTraining` with WavLM's encoder and mixed input; the encoder has the parameter names of Transformers.
 
     Args:
-        config: Shape, objective and mixing.
+        config: Shape of the encoder, and settings of the objective and of the mixing.
     """
 
     title = "WavLM"
@@ -62,7 +66,7 @@ class WavLMForPreTraining(HubertForPreTraining):
     wavlm: Encoder
 
     def step(self, batch: "AudioBatch", context: StepContext) -> PredictionOutput:
-        """HuBERT's step; in training mode on the mixture, in evaluation mode on the clean utterances."""
+        """Run HuBERT's step: on mixed utterances in training mode, on clean ones in evaluation mode."""
         if self.training:
             waveforms = mix_utterances(batch.waveforms, context.keys, self.config, noise=batch.noise)
             batch = replace(batch, waveforms=waveforms)
@@ -70,23 +74,25 @@ class WavLMForPreTraining(HubertForPreTraining):
 
 
 def mix_utterances(waveforms: Packed, keys: Tensor, config: WavLMConfig, *, noise: Packed | None = None) -> Packed:
-    """Mix part of another utterance, or of a noise, into some of the utterances of a batch.
+    """Mix a part of another utterance, or of a recording of noise, into some of the utterances of a batch.
 
-    The part is at most half as long as the utterance and as long as its source, and its place in both is random. The
-    energy ratio is that of the whole clean signals (public code: microsoft/UniSpeech, `mixing_collated_audios`, which
-    mixes in place, so that there later utterances get mixtures of mixtures). Nothing is mixed into or from silence.
+    The part is at most half as long as the utterance and at most as long as its source. Its positions in both are
+    random. It is scaled so that the energies of the whole clean signals have a random ratio from -5 dB to 5 dB (speech)
+    or 20 dB (noise). Silent signals are neither mixed nor mixed into. The public code (microsoft/UniSpeech,
+    `mixing_collated_audios`) differs in one point: it mixes in place, so that later utterances of a batch can receive
+    parts of mixtures.
 
     Args:
         waveforms: (N, 1) samples of B utterances.
-        keys: (B,) int64 on the device of the waveforms. The mixture is a function of the utterance's key and of the
-            set of keys in the batch, whatever their order.
-        config: Probabilities, and whether mixtures are normalised to zero mean and unit variance.
-        noise: (M, 1) samples in B sequences; an utterance is mixed with its own sequence here if that is not empty.
+        keys: (B,) int64 on the device of the waveforms. The mixture of an utterance depends on its key and on the other
+            keys of the batch, but not on their order.
+        config: Probabilities of mixing, and whether to scale mixtures to zero mean and unit variance.
+        noise: (M, 1) samples of noise in B sequences. An utterance whose sequence is not empty is mixed with it.
 
     Returns:
-        (N, 1), the mixtures; the samples of utterances without one are unchanged.
+        (N, 1) samples; utterances that are not mixed are unchanged.
     """
-    layout = replace(waveforms.layout)  # a copy, because the layout keeps the indices that are computed from it
+    layout = replace(waveforms.layout)  # a copy, because a layout caches the indices that are computed from it
     batch, device = len(layout.lengths), waveforms.values.device
     if batch == 0:
         return waveforms
@@ -102,7 +108,7 @@ def mix_utterances(waveforms: Packed, keys: Tensor, config: WavLMConfig, *, nois
         source_powers = torch.cat((powers, _powers(noise)))
         is_noise = noise.layout.device_lengths > 0
         partner = torch.where(is_noise, batch + index, partner)
-        # The noise of some utterances is drawn already; this is the share of speech among the others.
+        # Utterances with noise have been drawn already; this is the probability of speech for the others.
         probability = (config.mixing_prob - config.noise_share) / max(1 - config.noise_share, 1e-9)
 
     drawn = uniform(keys.unsqueeze(1), torch.arange(5, device=device), stream=_STREAM_MIXING).double()
@@ -129,7 +135,7 @@ def mix_utterances(waveforms: Packed, keys: Tensor, config: WavLMConfig, *, nois
 
 
 def _partners(keys: Tensor) -> Tensor:  # (B,) -> (B,)
-    """Another utterance of the batch for each, whatever their order; itself where there is no other."""
+    """Index of a random other utterance for each one, or its own in a batch of one; the order has no influence."""
     seeds = noise_seeds(keys, torch.zeros_like(keys), stream=_STREAM_PARTNERS)
     ranks = splitmix.mix(seeds.unsqueeze(1) ^ keys)
     ranks.fill_diagonal_(torch.iinfo(ranks.dtype).max)
@@ -137,7 +143,7 @@ def _partners(keys: Tensor) -> Tensor:  # (B,) -> (B,)
 
 
 def _powers(signals: Packed) -> Tensor:  # (B,)
-    """Mean square of each signal, fp64, 0 for an empty one; each is summed alone, so batch-mates change no bit."""
+    """Mean square of each signal in fp64, 0 if empty; summed one by one, so that its bits are those of any batch."""
     squares = torch.stack([signal.double().square().sum() for signal in signals.unpack()])
     return squares / signals.layout.device_lengths.clamp(min=1)
 

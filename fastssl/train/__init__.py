@@ -1,1 +1,1 @@
-"""Training: Lightning modules and data modules, what they report, and the runs they leave."""
+"""Pre-training and distillation: settings, data, training loop, checkpoints and reports of a run."""

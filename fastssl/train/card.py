@@ -1,4 +1,4 @@
-"""What the model card of a run's encoder says."""
+"""The model card of the encoder that a run trains."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,15 +17,15 @@ def make_card(
     scored_at: int,
     shown: Mapping[str, Score],
 ) -> ModelCard:
-    """The card of a run after so many updates, with the last scores of its held-out recordings.
+    """Make the model card of a run, with the last scores of its held-out recordings.
 
     Args:
-        recipe: Its name, or the path of its file.
+        recipe: Name of the recipe, or path of its file.
         data_hours: Hours of audio in the training data.
         updates: Number of updates so far.
-        scores: By column of metrics.csv; empty if nothing has been scored.
-        scored_at: The update after which they were measured.
-        shown: How scores are shown, by name (`PretrainingModel.shown_scores`).
+        scores: Scores by column of metrics.csv; empty if nothing has been scored yet.
+        scored_at: Number of updates after which the scores were measured.
+        shown: How to show each score by name (`PretrainingModel.shown_scores`).
     """
     after = f"on held-out recordings, after {scored_at} updates"
     held_out = {score.card: scores.get(f"valid_{name}") for name, score in shown.items() if score.card is not None}

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there, and weights to start from."""
+"""Write checkpoints and encoders atomically, and initialise a model from earlier weights."""
 
 import dataclasses
 import json
@@ -21,8 +21,8 @@ from fastssl.models.pretraining import PretrainingModel
 from fastssl.models.speech_encoder import SpeechEncoder
 from fastssl.train.systems import DEFAULT_SYSTEM, SYSTEMS, system_of
 
-#: Settings of the encoder that may differ from those of the weights it starts from; the others decide the shapes, or
-#: what the weights compute.
+#: Settings of the encoder that need not agree with those of the weights it starts from. All others change the shapes of
+#: the weights, or what the encoder computes with them.
 _FREE_FIELDS = frozenset(
     {
         "hidden_dropout",
@@ -37,14 +37,20 @@ _FREE_FIELDS = frozenset(
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside the target, then renames.
+    """Writes checkpoints to a temporary file in the same folder, then renames it.
 
-    Lightning's own writer puts its temporary file in the system's temporary folder, and moving it from there to
-    another file system is a copy that a kill leaves half done.
+    Lightning's own writer uses the system's temporary folder. From there to another file system, a move is a copy, of
+    which a killed process leaves only a part.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        """Write a checkpoint that is on the disk, whole, when it has its name."""
+        """Write a checkpoint; it gets its name only when it is complete on the disk.
+
+        Args:
+            checkpoint: Content, as Lightning collected it.
+            path: File to write; its folder is created if missing.
+            storage_options: Lightning's argument; ignored.
+        """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp")
@@ -56,10 +62,18 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class PeriodicCheckpoint(Checkpoint):
-    """Saves `last.ckpt` and the encoder every `every` updates and at the end, and `<update>.ckpt` every `keep_every`.
+    """Lightning callback that saves `checkpoints/last.ckpt` and the encoder at regular intervals and at the end.
 
-    Where held-out recordings are scored after the same update, the checkpoint waits for the scores: a run that
-    resumes from it would not score them again.
+    If held-out recordings are scored after the same update, the checkpoint is saved after the scoring and includes the
+    scores, because a run that resumes from it does not score them again.
+
+    Args:
+        run: Folder of the run.
+        encoder: Encoder to write to `encoder/`.
+        card: Function that makes the encoder's model card from the number of updates.
+        every: Updates between two checkpoints.
+        keep_every: Updates between checkpoints that are also saved as `checkpoints/<update>.ckpt`; None for never.
+        scores_every: Updates between two scores of the held-out recordings; None if none are scored.
     """
 
     def __init__(
@@ -81,18 +95,18 @@ class PeriodicCheckpoint(Checkpoint):
         self._saved = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A resumed run has its checkpoint already."""
+        """Note the update at which a resumed run starts, whose checkpoint exists already."""
         self._saved = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save, unless scores are due."""
+        """Save if a checkpoint is due, unless the held-out recordings will be scored first."""
         if self.scores_every is None or trainer.global_step % self.scores_every:
             self._save_where_due(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save with the scores."""
+        """Save if a checkpoint is due; it includes the new scores."""
         self._save_where_due(trainer)
 
     def _save_where_due(self, trainer: Trainer) -> None:
@@ -109,12 +123,12 @@ class PeriodicCheckpoint(Checkpoint):
 
 
 def save_encoder(encoder: SpeechEncoder, folder: Path, *, card: ModelCard) -> None:
-    """Write an encoder in Transformers' layout, so that at every moment the folder is not there, or is whole.
+    """Write an encoder in Transformers' layout, so that at every moment the folder is either missing or complete.
 
     Args:
-        encoder: What to write.
-        folder: Where; an encoder that is there has the same config.
-        card: What its README.md says.
+        encoder: Encoder to write.
+        folder: Folder to write to. An encoder that it already contains must have the same config.
+        card: Facts for its README.md.
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -122,14 +136,18 @@ def save_encoder(encoder: SpeechEncoder, folder: Path, *, card: ModelCard) -> No
     if not folder.exists():
         temporary.replace(folder)
         return
-    # A folder cannot replace another at once, but a file can, and only the weights and the card differ.
+    # A folder cannot replace another one atomically, but a file can; only the weights and the card change.
     for path in temporary.iterdir():
         path.replace(folder / path.name)
     temporary.rmdir()
 
 
 def saved_update(checkpoint: Path) -> int:
-    """How many updates a checkpoint has behind it."""
+    """Read the number of finished updates from a checkpoint.
+
+    Args:
+        checkpoint: A `.ckpt` file of a run.
+    """
     return int(torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"])
 
 
@@ -137,15 +155,16 @@ def initialise(model: PretrainingModel, source: str) -> bool:
     """Copy the weights of a Transformers folder or an earlier run into a model.
 
     Args:
-        model: Takes the weights.
-        source: A folder with config.json and weights, or a run: its last checkpoint, else its `encoder/`.
+        model: Model to initialise.
+        source: Folder with config.json and weights, or folder of a run, of which the last checkpoint is used, or
+            `encoder/` if there is no checkpoint.
 
     Returns:
-        Whether all came from there; an encoder alone leaves the head of the objective fresh, and a plain one the
-        compressor.
+        Whether all weights came from `source`. False if the head or the compressor is missing there and keeps its
+        random initial weights.
 
     Raises:
-        ValueError: The folder holds no weights, or those of another architecture.
+        ValueError: The folder contains no weights, or those of another system or architecture.
     """
     folder = Path(source)
     checkpoint = folder / "checkpoints" / "last.ckpt"
@@ -154,7 +173,7 @@ def initialise(model: PretrainingModel, source: str) -> bool:
         settings = yaml.safe_load((folder / "config.yaml").read_text())
         system = settings.get("system", DEFAULT_SYSTEM)
         if system != (wanted := system_of(model.config)):
-            raise ValueError(f"{name}: is a run of {system}, and this is to be one of {wanted}")
+            raise ValueError(f"{name}: is a run of {system}, expected a run of {wanted}; choose another folder")
         config = SYSTEMS[system].config_class.from_dict(settings["model"])
         state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
         weights = {key.removeprefix("model."): tensor for key, tensor in state.items()}
@@ -165,25 +184,25 @@ def initialise(model: PretrainingModel, source: str) -> bool:
             config = type(model.config).from_dict(read_config(folder, model_types=[*MODEL_CLASSES, CONFORMER]))
             weights = read_weights(folder)
         except ValueError as error:
-            raise ValueError(f"{name}: no run (there is no {checkpoint}) and no model: {error}") from None
+            raise ValueError(f"{name}: is neither a run (no {checkpoint}) nor a model: {error}") from None
     names = [field.name for field in dataclasses.fields(model.speech_encoder.config_class)]
     there, here = (
         {name: getattr(one, name) for name in names if name not in _FREE_FIELDS} for one in (config, model.config)
     )
     fresh_compressor = there.get("compressor") == "none" != here["compressor"]
-    if fresh_compressor:  # a plain encoder learns to compress
+    if fresh_compressor:  # the source has no compressor, so a new one is trained
         there |= {key: here[key] for key in ("compressor", "compressor_factor")}
     different = [key for key in there if there[key] != here[key]]
     if different:
         differences = "; ".join(f"model.{key} is {there[key]} there and {here[key]} here" for key in different)
         options = " ".join(f"--model.{key} {_as_argument(there[key])}" for key in different)
         raise ValueError(
-            f"{name}: another architecture: {differences}. Take the --recipe of that architecture, or add: {options}"
+            f"{name}: the architecture differs: {differences}. Use the --recipe of that architecture, or add: {options}"
         )
     model.load_weights(weights, name=name, fresh_compressor=fresh_compressor)
     return model.head_state().keys() <= weights.keys() and not fresh_compressor
 
 
 def _as_argument(value: Any) -> str:
-    """A setting as it is typed on the command line."""
+    """Quote a setting as it would be typed on the command line."""
     return shlex.quote(value if isinstance(value, str) else json.dumps(value, separators=(",", ":")))

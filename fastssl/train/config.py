@@ -1,4 +1,4 @@
-"""The settings of a pre-training run: what `--help` shows, what a recipe sets, what RUN/config.yaml keeps."""
+"""The settings of a pre-training run, as shown by `--help`, set by a recipe and kept in RUN/config.yaml."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -12,8 +12,8 @@ from fastssl.models.config import SpeechEncoderConfig
 from fastssl.models.folder import changed_settings
 from fastssl.train.systems import DEFAULT_SYSTEM, SYSTEMS
 
-#: Settings that `--resume` may change, because they change neither weights nor batches of the updates still to come
-#: (`max_steps` moves the end of the learning rate's decay; whoever sets it asks for that).
+#: Settings that may change with `--resume`, because they do not change the batches or the arithmetic of later updates.
+#: The exception is `max_steps`: changing it moves the end of the learning rate's decay, which is its purpose.
 RESUMABLE = (
     "audio",
     "output",
@@ -24,7 +24,7 @@ RESUMABLE = (
     "quality.layers",
     "quality.max_frames",
     "quality.minutes",
-    # Another place; a checkpoint knows the weights.
+    # The teacher may have moved; the checkpoint has a hash of its weights.
     "teacher",
     "trainer.accelerator",
     "trainer.accumulation",
@@ -41,7 +41,7 @@ RESUMABLE = (
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What is trained on, and in which portions.
+    """What to train on, and in which portions.
 
     Args:
         max_duration_s: Seconds of audio per batch and process, counted after cropping.
@@ -83,9 +83,11 @@ class DataConfig:
     def __post_init__(self) -> None:
         check_bounds(self, "data.")
         if self.crop_s is not None and self.crop_s > self.max_duration_s:
-            raise ValueError(f"data.crop_s: {self.crop_s} s is more than data.max_duration_s={self.max_duration_s}")
+            raise ValueError(
+                f"data.crop_s: must be at most data.max_duration_s={self.max_duration_s}, got {self.crop_s}"
+            )
         if self.teacher_cache is not None and self.crop_s is not None and not self.fixed_crops:
-            raise ValueError("data.teacher_cache: add --data.fixed_crops true; crops that change cannot be kept")
+            raise ValueError("data.teacher_cache: crops that change cannot be cached; add --data.fixed_crops true")
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,12 @@ class OptimizerConfig:
         check_bounds(self, "optimizer.")
 
     def lr_factor(self, update: int, max_steps: int) -> float:
-        """What the learning rate of an update (from 0) is multiplied by: never 0 before `max_steps`."""
+        """Return the factor on the peak learning rate for an update. It is not 0 before `max_steps`.
+
+        Args:
+            update: Number of the update, from 0.
+            max_steps: The update at which the factor reaches 0.
+        """
         if update < self.warmup_updates:
             return (update + 1) / self.warmup_updates
         return max(0.0, (max_steps - update) / max(1, max_steps - self.warmup_updates))
@@ -120,7 +127,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class TrainerConfig:
-    """How long, on what, and how often to report.
+    """How long to train, on which devices, and how often to report.
 
     Args:
         max_steps: Number of optimiser updates.
@@ -159,7 +166,7 @@ class TrainerConfig:
 
 @dataclass(frozen=True)
 class QualityConfig:
-    """How often the encoder's quality is measured without labels on the held-out recordings, and how thoroughly.
+    """How often to measure the encoder without labels on the held-out recordings, and how thoroughly.
 
     Args:
         every: Updates between two measurements; null measures nothing.
@@ -179,7 +186,7 @@ class QualityConfig:
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """Everything that decides a run; `RUN/config.yaml` holds it, but for its own place.
+    """All settings of a run; `RUN/config.yaml` contains them, except `output`.
 
     Args:
         audio: Folder of recordings (WAV, FLAC, OGG, MP3; any sample rate, any number of channels; subfolders too),
@@ -200,7 +207,8 @@ class PretrainConfig:
         quality: How often to measure the encoder without labels on the held-out recordings, and how thoroughly.
 
     Raises:
-        ValueError: The settings of `model` are not those of the system, or there are labels for one that takes none.
+        ValueError: A value is out of bounds, `model` is the config of another system, or a setting is given that the
+            system does not use, such as labels or a teacher.
     """
 
     audio: str
@@ -220,29 +228,36 @@ class PretrainConfig:
         check_bounds(self)
         needs, expected = SYSTEMS[self.system].needs, SYSTEMS[self.system].config_class
         if type(self.model) is not expected:
-            raise ValueError(f"model: {self.system} has a {expected.__name__}, got a {type(self.model).__name__}")
+            raise ValueError(
+                f"model: must be a {expected.__name__} for {self.system}, got a {type(self.model).__name__}"
+            )
         if self.teacher is not None and not needs.teacher:
-            raise ValueError(f"teacher: {self.system} learns from audio, without one")
+            raise ValueError(f"teacher: {self.system} learns from audio without a teacher; leave it out")
         if self.data.teacher_cache is not None and not needs.teacher:
-            raise ValueError(f"data.teacher_cache: {self.system} has no teacher")
+            raise ValueError(f"data.teacher_cache: {self.system} has no teacher; leave it out")
         if self.data.labels is not None and not needs.labels:
-            raise ValueError(f"data.labels: {self.system} learns from audio alone")
+            raise ValueError(f"data.labels: {self.system} learns from audio alone; leave it out")
         if self.data.noise is not None and not needs.noise:
-            raise ValueError(f"data.noise: {self.system} does not mix noise into its input")
+            raise ValueError(f"data.noise: {self.system} does not mix noise into its input; leave it out")
         if self.data.segments is not None and not self.model.draws_rates:
-            raise ValueError("data.segments: are for a model whose compressor is integrate-and-fire")
+            raise ValueError("data.segments: only --model.compressor integrate-and-fire learns from segments")
         layers = self.model.num_hidden_layers
         wrong = [layer for layer in self.quality.layers or () if layer > layers]
         if wrong:
             raise ValueError(f"quality.layers: the model has layers 0 to {layers}, got {wrong[0]}")
         if self.quality.every is not None and self.data.valid == 0:
-            raise ValueError("quality.every: measures held-out recordings, and data.valid holds out none")
+            raise ValueError("quality.every: measures held-out recordings, but data.valid=0 holds out none")
 
 
 def write_config(config: PretrainConfig, path: Path) -> None:
-    """Write the settings as YAML, atomically; `fastssl pretrain --config` reads them back."""
+    """Write the settings of a run as YAML, atomically; `fastssl pretrain --config` reads them.
+
+    Args:
+        config: The settings; `output` is left out.
+        path: File to write; its folder must exist.
+    """
     values = _values(config)
-    # A copy of the run must not write into the run.
+    # Otherwise a second run with these settings would write into the folder of the first.
     del values["output"]
     temporary = path.with_suffix(".tmp")
     temporary.write_text(yaml.safe_dump(values, sort_keys=False))
@@ -250,7 +265,14 @@ def write_config(config: PretrainConfig, path: Path) -> None:
 
 
 def renamed(values: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a file of an earlier version, which had `temperature` for `model.gumbel_temperature`."""
+    """Rename settings from an earlier version, which called `model.gumbel_temperature` just `temperature`.
+
+    Args:
+        values: Settings as parsed from a config.yaml.
+
+    Returns:
+        The settings under their present names.
+    """
     model = values.get("model", {})
     if "temperature" not in values or not isinstance(model, dict):
         return values
@@ -259,27 +281,30 @@ def renamed(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_resumable(config: PretrainConfig, path: Path) -> None:
-    """Refuse to continue a run with settings that would make it another run.
+    """Check that a run can continue with given settings: only those in `RESUMABLE` may have changed.
 
     Args:
         config: The settings to continue with.
-        path: `RUN/config.yaml`.
+        path: `RUN/config.yaml`, with the settings of the run so far.
 
     Raises:
-        ValueError: A setting differs that `--resume` cannot change; the message lists all of them.
+        ValueError: Settings differ that must not change; the message lists all of them.
     """
-    # A run of an earlier version knows nothing of a later one's settings, and was made with what is now their default.
+    # Settings that the run's version did not have yet behaved as their defaults do now.
     model = SYSTEMS[config.system].config_class()
     defaults = PretrainConfig(audio="", output="", system=config.system, model=model)
     before = _flatten(_values(defaults)) | _flatten(renamed(yaml.safe_load(path.read_text())))
     after = _flatten(_values(config))
     fixed = {name: value for name, value in after.items() if name not in RESUMABLE}
     if changed := changed_settings(before, fixed, there="in the run"):
-        raise ValueError(f"--resume: these cannot change in mid-run: {changed}; begin a new run with --init")
+        raise ValueError(
+            f"--resume: these settings cannot change during a run: {changed}; "
+            "restore them, or start a new run with --init"
+        )
 
 
 def _values(config: PretrainConfig) -> dict[str, Any]:
-    """The settings that count, as YAML has them."""
+    """The settings as YAML values, without `teacher` for a system that has none."""
     values: dict[str, Any] = _plain(dataclasses.asdict(config))
     if not SYSTEMS[config.system].needs.teacher:
         del values["teacher"]
@@ -287,7 +312,7 @@ def _values(config: PretrainConfig) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Tuples as lists, the way YAML gives them back."""
+    """Turn tuples into lists, as YAML does."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, (tuple, list)) else value

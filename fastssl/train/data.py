@@ -1,4 +1,4 @@
-"""Corpora and loaders of a run, and the account of the recordings that cannot be used."""
+"""Recordings and data loaders of a run, and a count of the recordings that cannot be used."""
 
 import hashlib
 import os
@@ -21,24 +21,23 @@ from fastssl.eval.encode import default_workers
 from fastssl.train.config import DataConfig
 from fastssl.train.module import TrainingError
 
-#: What the keys of a teacher's frames of held-out crops begin with: their ids are those of another folder.
+#: Prefix of the keys of a teacher's frames for held-out crops, whose ids may also occur in the training data.
 HELD_OUT = "held out/"
-#: What labels are attached as: for a model to predict them, or for the segments that equal ones make.
+#: How labels are used: as classes to predict, or as segments, which are runs of equal labels.
 Use = Literal["labels", "segments"]
 
-#: Below this many unusable recordings, or draws, the fraction of the draws says nothing about the corpus.
+#: With fewer unusable recordings, or fewer draws, the unusable fraction of the draws says little about the corpus.
 _FEW_RECORDINGS, _FEW_DRAWS = 3, 200
 _SHORTEST_NOISE_S = 0.1
 
 
 class Account:
-    """Recordings drawn so far, and by name those that could not be used.
+    """Count of the recordings drawn so far, and the names of those that could not be used.
 
     Args:
-        total: Recordings of the corpus, or windows of long ones.
-        max_bad_fraction: Of all recordings, how many may fail; of those drawn so far too, once they are many.
-        left_out: Problems found before the first draw, in the headers; they do not count against `max_bad_fraction`
-            here, because `open_corpus` has judged them.
+        total: Number of recordings in the corpus; each window of a long recording counts.
+        max_bad_fraction: Largest unusable fraction: of the corpus or, once three have failed, of those drawn so far.
+        left_out: Problems found in the files' headers before the first draw; `open_corpus` has counted these already.
     """
 
     def __init__(self, total: int, max_bad_fraction: float, left_out: list[Problem]) -> None:
@@ -49,15 +48,19 @@ class Account:
         self.unusable: dict[str, str] = {}
 
     def note(self, draws: int, problems: list[Problem]) -> list[Problem]:
-        """Add what an update drew, over all processes; returns the problems that are new.
+        """Add the recordings that all processes drew for an update; returns problems with recordings not seen before.
+
+        Args:
+            draws: Number of recordings drawn, including those that could not be used.
+            problems: Problems with the recordings that could not be used.
 
         Raises:
-            TrainingError: More than `max_bad_fraction` of the corpus failed, or will at this rate.
+            TrainingError: The unusable fraction exceeds `max_bad_fraction`.
         """
         self.draws += draws
         fresh = list({problem.name: problem for problem in problems if problem.name not in self.unusable}.values())
         self.unusable |= {problem.name: problem.reason for problem in fresh}
-        # One pass over the corpus draws everything, so more draws than recordings are no new recordings.
+        # The first pass over the corpus draws every recording, so later draws bring no new recordings.
         drawn = min(self.draws, self.total)
         few = min(_FEW_DRAWS, self.total)
         failed = len(self.unusable)
@@ -66,41 +69,38 @@ class Account:
             examples = "; ".join(f"{name} {reason}" for name, reason in list(self.unusable.items())[:5])
             raise TrainingError(
                 f"{failed} of the {drawn} recordings drawn so far cannot be used, more than "
-                f"data.max_bad_fraction={self.max_bad_fraction:g} allows, among them: {examples}"
+                f"data.max_bad_fraction={self.max_bad_fraction:g} allows; repair or remove them, or raise the limit. "
+                f"Among them: {examples}"
             )
         return fresh
 
 
 class Beside(Protocol):
-    """Labels, or a teacher's frames, that a run reads beside the audio."""
+    """Interface of data that a run reads in addition to the audio: labels, or a teacher's frames."""
 
     def make(self) -> list[Problem]:
-        """Make what is missing, in one process while the others wait; returns why some of it cannot be made."""
+        """Make missing data, in one process while the others wait; returns problems with recordings that failed."""
 
     def attach(self, problems: list[Problem]) -> None:
-        """Give it to the data of this process.
-
-        Args:
-            problems: What `make` returned.
-        """
+        """Attach the data to the data module of this process; `problems` are those that `make` returned."""
 
 
 class PretrainDataModule(LightningDataModule):
-    """Loaders of a pre-training run.
+    """Data loaders of a pre-training run.
 
-    The training loader never ends, and its batches are a function of seed and position alone. The position that is
-    saved counts batches that have been stepped on: with workers, the sampler itself is ahead of the model.
+    The training loader never ends, and its batches depend only on the seed and the position. A checkpoint saves the
+    number of batches that the model was trained on, because the sampler runs ahead of the model if there are workers.
 
     Args:
-        audio: Folder, manifest or shar directory.
-        config: How it is read and cut into batches.
-        normalize: Whether waveforms are brought to zero mean and unit variance.
-        seed: Of the order and the crops.
+        audio: Folder of recordings, Lhotse manifest, or shar directory.
+        config: How to read the audio and divide it into batches.
+        normalize: Scale each waveform to zero mean and unit variance.
+        seed: Seed of the order of the recordings and of the crops.
         accumulation: Batches per process and update.
-        noise_share: The fraction of training utterances to read a recording of `data.noise` for.
+        noise_share: Fraction of the training utterances for which a recording of `data.noise` is read, from 0 to 1.
 
     Raises:
-        ValueError: There is nothing to train on, or too much of it is unusable, or all of it is held out.
+        ValueError: There are no recordings to train on, too many of them are unusable, or all of them are held out.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class PretrainDataModule(LightningDataModule):
         noise_share: float = 0.0,
     ) -> None:
         super().__init__()
-        # The folder of a run is shared by its machines.
+        # All machines of a run share its folder, so only one process of all prepares data.
         self.prepare_data_per_node = False
         self.config = config
         self.normalize = normalize
@@ -122,7 +122,7 @@ class PretrainDataModule(LightningDataModule):
         self.accumulation = accumulation
         self.train_corpus = self._open(audio)
         self.valid_corpus: Corpus | None = None
-        #: Cuts of AUDIO that are not trained on, because `data.valid` names a place with the same recordings.
+        #: Number of cuts of AUDIO that are not trained on, because `data.valid` names the same recordings.
         self.num_overlapping = 0
         if isinstance(config.valid, str):
             self.valid_corpus = self._open(config.valid)
@@ -133,7 +133,7 @@ class PretrainDataModule(LightningDataModule):
             self.valid_corpus = None
         left_out = self.train_corpus.problems + (self.valid_corpus.problems if self.valid_corpus is not None else [])
         self.account = Account(len(self.train_corpus.cuts), config.max_bad_fraction, left_out)
-        #: What is made before the run, where it is missing.
+        #: Labels and teacher's frames to make before training, if they are missing.
         self.beside: list[Beside] = []
         self._made: list[list[Problem]] = []
         self._failure: Exception | None = None
@@ -151,18 +151,18 @@ class PretrainDataModule(LightningDataModule):
         self._digest = ""
 
     def prepare_data(self) -> None:
-        """Make what is missing of that which is read beside the audio; Lightning calls this in one process."""
+        """Make labels or teacher's frames that are missing; Lightning calls this in one process."""
         try:
             self._made = [one.make() for one in self.beside]
         except Exception as error:
-            # Lightning has the others wait behind this. `setup` fails in all of them.
+            # The other processes wait for this one, so the error is raised later, by `setup` in all processes.
             self._failure = error
 
     def setup(self, stage: str) -> None:
-        """Attach what is read beside the audio.
+        """Attach labels and teacher's frames in every process; Lightning calls this after `prepare_data`.
 
         Raises:
-            ValueError: The process that was to make it failed; or too many recordings cannot be used without.
+            ValueError: The first process could not make them, or too many recordings have none.
         """
         assert self.trainer is not None
         failure = None if self._failure is None else str(self._failure) or type(self._failure).__name__
@@ -177,18 +177,16 @@ class PretrainDataModule(LightningDataModule):
     def attach_labels(
         self, source: Literal["audio", "valid"], table: LabelTable, *, grid: FrameGrid, use: Use = "labels"
     ) -> None:
-        """Read labels with the audio, and leave out recordings that they do not fit; the account names them.
+        """Read labels together with the audio; recordings without labels that fit go to `account.left_out`.
 
         Args:
-            source: Whether they are the labels of AUDIO, also of the fraction of it that is held out, or those of the
-                place that `data.valid` names.
+            source: "audio" for labels of AUDIO, with a fraction that is held out; "valid" for those of `data.valid`.
             table: The labels.
-            grid: The frames of the encoder.
-            use: Whether a batch gets the labels themselves, or the segments that equal ones make.
+            grid: Length and position of the encoder's frames.
+            use: "labels" to put the labels into the batches, or "segments" to put runs of equal labels into them.
 
         Raises:
-            ValueError: More than `data.max_bad_fraction` of the cuts of AUDIO have no labels that fit, or all that are
-                to be trained on, or all held-out ones.
+            ValueError: Labels are missing for more than `data.max_bad_fraction` of AUDIO, all training or all held-out cuts.
         """
         labels = FrameLabels(table, grid)
         train = self.train_corpus if source == "audio" else None
@@ -212,7 +210,7 @@ class PretrainDataModule(LightningDataModule):
     def _leave_out(
         self, problems: Sequence[Problem], *, train: set[str], valid: set[str], emptied: Callable[[str], str]
     ) -> None:
-        """Go on without cuts of these ids; `emptied` says of a part that nothing is left of it."""
+        """Remove the cuts with these ids; `emptied` gives the error message if no cut of a part remains."""
         self.train_corpus = _without(self.train_corpus, train)
         self.account.total = len(self.train_corpus.cuts)
         if self.valid_corpus is not None:
@@ -223,40 +221,43 @@ class PretrainDataModule(LightningDataModule):
         self.account.left_out += problems
 
     def crops(self) -> list[tuple[str, Cut]]:
-        """All that is drawn in an epoch, or scored, by the keys of a teacher's frames."""
+        """List the crops of an epoch, and the held-out ones, each with the key of its teacher's frames."""
         crops = [(cut.id, cut) for cut in self._sampler(rank=0, world_size=1, consumed=0).drawn_cuts()]
         held_out = [] if self.valid_corpus is None else self.valid_corpus.cuts
         return crops + [(HELD_OUT + cut.id, cut) for cut in held_out]
 
     def batches_of(self, crops: Sequence[Cut]) -> list[BatchSpec]:
-        """Batches of crops that never change."""
+        """Plan batches of crops from `crops`, as for validation; their order has no influence."""
         config = self.config
         return fixed_batches(crops, max_duration_s=config.max_duration_s, crop_s=config.crop_s, seed=self.seed)
 
     def attach_teacher(self, table: TeacherTable, problems: Sequence[Problem]) -> None:
-        """Read a teacher's frames with the audio, and leave out recordings of which there are none.
+        """Read a teacher's frames together with the audio, and leave out recordings without frames.
 
         Args:
             table: The frames.
-            problems: Why there are none.
+            problems: Problems with the recordings for which the teacher made no frames.
 
         Raises:
-            ValueError: They are more than `data.max_bad_fraction` of all, or all that are trained on or held out.
+            ValueError: Frames are missing for more than `data.max_bad_fraction` of all, all training or all held-out crops.
         """
         crops = self.crops()
         missing = {key for key, _ in crops if key not in table.entries}
         if len(missing) > self.config.max_bad_fraction * len(crops):
             raise ValueError(
-                f"data.teacher_cache: of {len(missing)} of {len(crops)} crops the teacher has no frames, more than "
-                f"data.max_bad_fraction={self.config.max_bad_fraction:g} allows:\n{list_some(list(problems))}"
+                f"data.teacher_cache: the teacher has no frames for {len(missing)} of {len(crops)} crops, more than "
+                f"data.max_bad_fraction={self.config.max_bad_fraction:g} allows; repair or remove the recordings, or "
+                f"raise the limit:\n{list_some(list(problems))}"
             )
-        missing |= {key.rpartition("#")[0] for key in missing}  # one of several draws of a long recording
+        missing |= {key.rpartition("#")[0] for key in missing}  # a long recording is left out if any of its draws is
         self._teacher = table
         self._leave_out(
             problems,
             train=missing,
             valid={key.removeprefix(HELD_OUT) for key in missing if key.startswith(HELD_OUT)},
-            emptied=lambda part: f"data.teacher_cache: nothing is left that is {part}:\n{list_some(list(problems))}",
+            emptied=lambda part: (
+                f"data.teacher_cache: the teacher has no frames for any crop {part}:\n{list_some(list(problems))}"
+            ),
         )
 
     def _open(self, source: str, *, min_duration_s: float | None = None) -> Corpus:
@@ -268,21 +269,23 @@ class PretrainDataModule(LightningDataModule):
         )
 
     def _leave_out_held_out(self, audio: str, valid: str) -> None:
-        """Never train on a recording that is scored, wherever the two corpora name it."""
+        """Remove held-out recordings from the training data, by the real paths of their files."""
         assert self.valid_corpus is not None
         held_out = {path for cut in self.valid_corpus.cuts for path in _paths(cut)}
         cuts = [cut for cut in self.train_corpus.cuts if held_out.isdisjoint(_paths(cut))]
         self.num_overlapping = len(self.train_corpus.cuts) - len(cuts)
         if not cuts:
-            raise ValueError(f"data.valid: {valid} holds out all recordings of {audio}; nothing is left to train on")
+            raise ValueError(
+                f"data.valid: {valid} holds out all recordings of {audio}, so nothing is left to train on; name others"
+            )
         self.train_corpus = Corpus(CutSet.from_cuts(cuts), self.train_corpus.problems)
 
     def transfer_batch_to_device(self, batch: AudioBatch, device: torch.device, dataloader_idx: int) -> AudioBatch:
-        """Copy without waiting; the batch is in page-locked memory where the device is a GPU."""
+        """Copy a batch to the device without waiting; for a GPU, the batch is in page-locked memory."""
         return batch.to(device, non_blocking=True)
 
     def train_dataloader(self) -> DataLoader[AudioBatch]:
-        """Batches without end, from where the run stands."""
+        """Return an endless loader of training batches for this process, from the position that the run has reached."""
         assert self.trainer is not None
         rank, world_size = self.trainer.global_rank, self.trainer.world_size
         return self._loader(self._sampler(rank=rank, world_size=world_size, consumed=self._consumed), "train")
@@ -302,9 +305,10 @@ class PretrainDataModule(LightningDataModule):
         )
 
     def val_dataloader(self) -> DataLoader[AudioBatch] | list[Any]:
-        """This process's share of the held-out batches.
+        """Return a loader of this process's share of the held-out batches; an empty list if none are held out.
 
-        The diversity loss talks to the other processes in every batch, so all have the same number: empty ones fill up.
+        All processes get the same number of batches, if necessary with empty ones, because wav2vec 2.0's diversity loss
+        communicates between processes in every batch.
         """
         assert self.trainer is not None
         if self.valid_corpus is None:
@@ -337,7 +341,7 @@ class PretrainDataModule(LightningDataModule):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Batches stepped on, and the account; plain values only, so that a checkpoint loads without pickle."""
+        """Return the position and the counts, as plain values, so that a checkpoint loads without pickle."""
         assert self.trainer is not None
         return {
             "updates": self.trainer.global_step,
@@ -348,28 +352,29 @@ class PretrainDataModule(LightningDataModule):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue behind the batches that were stepped on.
+        """Continue after the batches on which the model of the checkpoint was trained.
 
         Raises:
-            ValueError: The recordings, or the number of batches in an update, are no longer those of the run.
+            ValueError: The recordings have changed, or the number of batches per update has.
         """
         assert self.trainer is not None
         per_update = self.accumulation * self.trainer.world_size
         if state_dict["batches_per_update"] != per_update:
             raise ValueError(
                 f"--resume: the run has {state_dict['batches_per_update']} batches in an update (devices x nodes x "
-                f"accumulation), and these settings make {per_update}"
+                f"accumulation), but these settings make {per_update}; choose settings with the same product"
             )
         if state_dict["corpus"] != self._fingerprint():
             raise ValueError(
-                "--resume: AUDIO or data.noise no longer has the recordings that the run began with; try --init"
+                "--resume: AUDIO or data.noise no longer has the recordings that the run began with; restore them, or "
+                "start a new run with --init"
             )
         self._consumed = state_dict["updates"] * self.accumulation
         self.account.draws = state_dict["draws"]
         self.account.unusable = dict(state_dict["unusable"])
 
     def _fingerprint(self) -> str:
-        """Changes with the recordings to train on, of which the plan of batches is a function."""
+        """A hash of the recordings to train on and of the noise, which determine the batches."""
         if not self._digest:
             digest = hashlib.blake2b(digest_size=16)
             for cut in (*self.train_corpus.cuts, *(() if self._noise is None else self._noise.cuts)):
@@ -387,6 +392,6 @@ def _describe_unfit(use: Use, problems: list[Problem], total: int, what: str) ->
 
 
 def _paths(cut: Cut) -> set[str]:
-    """Where the audio of a cut is, links followed; nothing for audio in memory."""
+    """Real paths of a cut's audio files, with links resolved; empty for audio in memory."""
     sources = [source.source for source in cut.recording.sources]
     return {os.path.realpath(source) for source in sources if isinstance(source, str)}

@@ -1,4 +1,4 @@
-"""metrics.csv: one row per report, appended as it happens, and continued by a resumed run."""
+"""metrics.csv of a run: each report appends a row at once, and a resumed run continues the file."""
 
 import csv
 from collections.abc import Sequence
@@ -6,14 +6,15 @@ from pathlib import Path
 
 
 class MetricsFile:
-    """A CSV file with fixed columns, the first of which is the update.
+    """A CSV file with fixed columns, the first of which is `update`.
 
-    Lightning's CSV logger deletes the file of the run that it resumes.
+    Lightning's CSV logger cannot be used, because it deletes the file of a run that is resumed.
 
     Args:
-        path: The file.
-        columns: Names; a value that a row does not have is left empty. A file that is continued keeps others.
-        resume_at: Rows of later updates are dropped: the run will write them again. None begins a new file.
+        path: File to write; its folder must exist.
+        columns: Names of the columns. If an existing file is continued, its other columns are kept.
+        resume_at: Continue an existing file after this update, and drop the rows of later updates, which the run will
+            write again. None begins a new file.
     """
 
     def __init__(self, path: Path, columns: Sequence[str], *, resume_at: int | None = None) -> None:
@@ -28,7 +29,11 @@ class MetricsFile:
         temporary.replace(path)
 
     def append(self, row: dict[str, float]) -> None:
-        """Write a row, on the disk when this returns."""
+        """Append a row; the file is closed again when this returns.
+
+        Args:
+            row: Values by column, with at least `update`; other columns may be missing and stay empty.
+        """
         self._write(self.path, "a", [row], header=False)
 
     def _write(self, path: Path, mode: str, rows: list[dict[str, float]], *, header: bool) -> None:
@@ -41,7 +46,13 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The rows of metrics.csv; empty cells, and a last row that a kill cut short, are left out."""
+    """Read the rows of metrics.csv, each with its values by column.
+
+    Empty cells are left out, and so is a last row that is incomplete because the run was killed.
+
+    Args:
+        path: The file.
+    """
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     complete = [row for row in rows if None not in row.values()]

@@ -1,4 +1,4 @@
-"""The training step of every system: losses summed, gradients scaled once by the masked frames of an update."""
+"""The training step of all systems: sum the losses, then scale the gradient once by the masked frames of an update."""
 
 import hashlib
 import math
@@ -15,31 +15,32 @@ from fastssl.nn.random import utterance_keys
 from fastssl.train.config import OptimizerConfig
 from fastssl.train.teacher import Teacher
 
-#: Crops, masks and negatives of held-out recordings are those of this update, every time.
+#: Held-out recordings get the crops, masks and negatives of this update number every time.
 VALIDATION_UPDATE = -1
-#: Updates in a row that fp16 may skip: its scale is halved each time, and by then it is no longer to blame.
+#: Number of updates in a row that fp16 may skip. Each one halves the loss scale, so after this many the scale is no
+#: longer the cause.
 _MAX_SKIPPED_UPDATES = 20
-#: What every system counts over the batches and processes of an update; its loss, scores and code counts follow.
+#: First entries of the sums over the batches and processes of an update; loss, scores and code counts come after them.
 _COUNTS = ("masked_frames", "audio_s", "utterances", "drawn", "unusable")
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on; the message says why, in words for the user."""
+    """Training cannot continue; the message tells the user why."""
 
 
 class PretrainModule(LightningModule):
-    """Pre-training of packed batches.
+    """Lightning module that pre-trains any system on packed batches.
 
-    Every random number is a function of the seed, the update and the utterance, or of the seed and the number of the
-    batch, so nothing random has to be saved: crops, masks, negatives and Gumbel noise do not depend on how
-    utterances are spread over batches and processes, and a resumed run repeats an unbroken one.
+    Each random number depends only on the seed, the update, and either the utterance or the number of the batch. So no
+    state of a random generator has to be saved, and a resumed run gives the same result as one without a break. Crops,
+    masks, negatives and Gumbel noise depend on the utterance, whatever batch and process it is in.
 
     Args:
-        model: What is trained.
-        optimizer: Adam and its schedule.
-        max_steps: The update at which the learning rate is 0.
-        seed: Of masks, negatives, noise, dropout and layer drop.
-        teacher: Of a student.
+        model: The system to train.
+        optimizer: Settings of Adam and of the learning rate's schedule.
+        max_steps: Number of updates, after which the learning rate is 0.
+        seed: Seed of masks, negatives, noise, dropout and layer drop.
+        teacher: The teacher, if the system needs one.
     """
 
     def __init__(
@@ -57,11 +58,11 @@ class PretrainModule(LightningModule):
         self.optimizer_config = optimizer
         self.max_steps = max_steps
         self.seed = seed
-        #: Of the last finished update, over all processes: counts, averages of loss and scores, norm, learning rate.
+        #: Results of the last update over all processes: counts, mean loss and scores, gradient norm, learning rate.
         self.last_update: dict[str, float] = {}
-        #: (V,) how often each code was the target in it; empty where the system reports perplexities itself.
+        #: (V,) number of times each code was the target in that update; empty if the system has no code counts.
         self.last_code_counts = torch.empty(0, dtype=torch.float64)
-        #: Averages of the last scoring of the held-out recordings.
+        #: Mean loss and scores of the held-out recordings, when they were last scored.
         self.last_validation: dict[str, float] = {}
         self._pending: list[tuple[Tensor, tuple[str, ...]]] = []
         self._reduced = torch.empty(0)
@@ -70,7 +71,7 @@ class PretrainModule(LightningModule):
         self._names = model.score_names
 
     def configure_optimizers(self) -> Any:
-        """AdamW over all parameters, as fairseq's adam does it, and the schedule by update."""
+        """Make AdamW for all parameters, equivalent to fairseq's `adam`, and a schedule that steps once per update."""
         config = self.optimizer_config
         optimizer = torch.optim.AdamW(
             self.parameters(), lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
@@ -79,24 +80,29 @@ class PretrainModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say which teacher a student has learned from."""
+        """Add the hash of the teacher's weights to a checkpoint, if there is a teacher."""
         if self.teacher is not None:
             checkpoint["teacher"] = self.teacher.digest
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on with that teacher alone, wherever it lies now.
+        """Check that the teacher has the same weights as the one that the run began with; its path may change.
+
+        Checkpoints of earlier versions have no hash of the teacher and are not checked.
 
         Raises:
-            ValueError: It has other weights. Checkpoints of earlier versions do not tell.
+            ValueError: The teacher has other weights.
         """
         if self.teacher is not None and checkpoint.get("teacher", self.teacher.digest) != self.teacher.digest:
-            raise ValueError("--resume: --teacher no longer has the weights that the run has learned from; try --init")
+            raise ValueError(
+                "--resume: --teacher no longer has the weights that the run began with; restore them, "
+                "or start a new run with --init"
+            )
 
     def training_step(self, batch: AudioBatch, batch_idx: int) -> Tensor:
-        """The summed loss () of one batch of an update."""
+        """Compute the loss () of one batch, summed over its masked frames."""
         accumulation = self.trainer.accumulate_grad_batches
         position = (batch_idx % accumulation) * self.trainer.world_size + self.trainer.global_rank
-        # The global generator serves dropout alone.
+        # Only dropout uses the global generator.
         torch.manual_seed(_seed_of("dropout", self.seed, batch.update, position))
         layer_drop = None
         if self.model.config.layerdrop > 0:
@@ -108,10 +114,10 @@ class PretrainModule(LightningModule):
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Turn the gradient of the summed loss into that of the mean over the masked frames of the update.
+        """Scale the gradient of the summed loss to that of the mean over the masked frames of the update.
 
-        Lightning has divided by the accumulation steps and DDP by the processes. It runs after fp16's unscaling
-        and before clipping.
+        Lightning has divided the loss by the number of accumulated batches, and DDP the gradient by the number of
+        processes; both are undone. Lightning calls this after it has unscaled fp16 gradients and before clipping.
         """
         self._reduced = self._reduce(torch.stack([sums for sums, _ in self._pending]).sum(0))
         masked_frames = self._reduced[_COUNTS.index("masked_frames")].clamp(min=1)
@@ -125,11 +131,11 @@ class PretrainModule(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip, then look at loss and norm, together, so that the host waits for the device once for both.
+        """Clip the gradient, then check loss and norm together, so that the host waits for the device only once.
 
         Raises:
-            TrainingError: The loss or a gradient is NaN or infinite, with fp16 a gradient of many updates in a row; the
-                weights have not been touched.
+            TrainingError: The loss is NaN or infinite, or the gradient is (with fp16, in 20 updates in a row). The
+                update has not been applied to the weights.
         """
         norm = torch.nn.utils.clip_grad_norm_(self.parameters(), self.optimizer_config.clip_norm or math.inf)
         values = torch.cat((self._reduced, norm.detach().to(self._reduced)[None])).cpu()
@@ -138,7 +144,7 @@ class PretrainModule(LightningModule):
         self.last_update["grad_norm"] = norm_value
         self.last_update["learning_rate"] = optimizer.param_groups[0]["lr"]
         self.last_update |= self.model.schedules(self.global_step)
-        # fp16's scaler skips a step whose gradients overflowed, and lowers the scale.
+        # If gradients overflow, fp16's scaler skips the update and lowers the scale.
         plugin = self.trainer.precision_plugin
         scaled = isinstance(plugin, MixedPrecision) and plugin.scaler is not None
         self._skipped = 0 if math.isfinite(norm_value) else self._skipped + 1
@@ -148,21 +154,21 @@ class PretrainModule(LightningModule):
         self._pending.clear()
 
     def validation_step(self, batch: AudioBatch, batch_idx: int) -> None:
-        """Score a batch of held-out recordings."""
-        # Masks are those of one update, every time; schedules are at the update that the run has reached.
+        """Compute loss and scores for a batch of held-out recordings."""
+        # Masks are the same every time, but scheduled values are those of the update that the run has reached.
         keys = utterance_keys(self.seed, VALIDATION_UPDATE, batch.ids)
         output = self.model.step(batch, StepContext(keys, self.global_step, teacher=self.teacher))
         self._validation.append(self._sums(output, batch))
 
     def on_validation_epoch_end(self) -> None:
-        """Average the scores over all batches and processes."""
+        """Average loss and scores over all held-out batches and all processes."""
         sums = self._reduce(torch.stack(self._validation).sum(0)).cpu()
         self.last_validation, counts = self._averages(sums)
         self.last_validation |= code_usage(counts)
         self._validation.clear()
 
     def _sums(self, output: StepOutput, batch: AudioBatch) -> Tensor:
-        """What a batch adds to the sums of its update, float64: counts, loss, scores, how often each code occurs."""
+        """Values of a batch to be summed over its update, in fp64: counts, loss, scores, counts of the codes."""
         utterances, problems = len(batch.names), len(batch.problems)
         counts = (output.masked_frames, batch.duration_s, utterances, utterances + problems, problems)
         scores = output.scores()
@@ -171,21 +177,21 @@ class PretrainModule(LightningModule):
         return torch.cat((summed.new_tensor(counts), summed, codes))
 
     def _averages(self, sums: Tensor) -> tuple[dict[str, float], Tensor]:
-        """Counts, and averages over masked frames of loss and scores, by name; and the counts of the codes."""
+        """Split sums into counts and mean loss and scores per masked frame, by name, and the counts of the codes."""
         first, last = len(_COUNTS), len(_COUNTS) + 1 + len(self._names)
         counts = dict(zip(_COUNTS, sums[:first].tolist(), strict=True))
         averages = (sums[first:last] / max(1.0, counts["masked_frames"])).tolist()
         return dict(zip(("loss", *self._names), averages, strict=True)) | counts, sums[last:]
 
     def _reduce(self, sums: Tensor) -> Tensor:
-        """The sum over the processes."""
+        """Sum a tensor over the processes, in place."""
         if self.trainer.world_size > 1:
             torch.distributed.all_reduce(sums)
         return sums
 
     def _describe_non_finite(self, loss: float, norm: float) -> str:
-        """Name the recordings, wherever they are: every process stops with the same words."""
-        at = len(_COUNTS)  # of the loss
+        """Error message with the recordings of all processes, so that all processes stop with the same message."""
+        at = len(_COUNTS)  # index of the loss
         guilty = [name for sums, names in self._pending if not math.isfinite(sums[at].item()) for name in names]
         if math.isfinite(loss):
             guilty = [name for _, names in self._pending for name in names]
@@ -196,22 +202,25 @@ class PretrainModule(LightningModule):
         what = f"the gradient norm is {norm}" if math.isfinite(loss) else f"the loss is {loss}"
         often = f", the last of {self._skipped} in a row" if self._skipped > 1 else ""
         return (
-            f"{what} in update {self.global_step + 1}{often}; the weights are those before it, and the last checkpoint "
-            f"too. Recordings of the batch: {', '.join(guilty)}"
+            f"{what} in update {self.global_step + 1}{often}. The update was not applied, and the last checkpoint is "
+            f"from before it. Lower optimizer.lr, or check the recordings of the batch: {', '.join(guilty)}"
         )
 
 
 def _seed_of(purpose: str, *numbers: int) -> int:
-    """A seed for torch's generators that differs wherever purpose or numbers differ."""
+    """Hash a purpose and numbers to a seed for a generator of PyTorch."""
     text = f"{purpose} {numbers}".encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
 
 
 def code_usage(counts: Tensor) -> dict[str, float]:
-    """Perplexity of the distribution of the codes, and the share of them that occurs; nothing where there are none.
+    """Compute how evenly codes are used: the perplexity of their distribution, and the share of codes that occur.
 
     Args:
-        counts: (V,) float64, how often each occurs.
+        counts: (V,) float64, number of times each code occurs; empty if the system has no code counts.
+
+    Returns:
+        `code_perplexity` (1 to V) and `code_utilisation` (0 to 1) by name; nothing if `counts` is empty.
     """
     if len(counts) == 0:
         return {}

@@ -1,4 +1,4 @@
-"""What a user sees of a run while it trains: progress bar, metrics.csv, TensorBoard, and warnings in words."""
+"""What a user sees of a run while it trains: progress bar, metrics.csv, TensorBoard and warnings."""
 
 import logging
 import time
@@ -23,18 +23,18 @@ from fastssl.train.module import PretrainModule, TrainingError, code_usage
 
 logger = logging.getLogger(__name__)
 
-#: Updates in a row that look collapsed before it is said.
+#: Number of updates in a row that must look collapsed before a warning is logged.
 _COLLAPSED_UPDATES = 100
-#: Where a system reports how often each code is the target.
+#: Columns for systems that report how often each code is the target.
 _CODE_USAGE = ("code_perplexity", "code_utilisation")
 
 
 def metric_columns(score_names: Sequence[str], *, extra: Sequence[str] = ()) -> list[str]:
-    """Columns of metrics.csv for a system with such scores.
+    """List the columns of metrics.csv.
 
     Args:
-        score_names: `PretrainingModel.score_names`.
-        extra: Of callbacks.
+        score_names: `PretrainingModel.score_names` of the system.
+        extra: Columns that callbacks add at the end.
     """
     usage = list(_CODE_USAGE) if "prediction_loss" in score_names else []
     scores = ["loss", *score_names, *usage]
@@ -55,15 +55,17 @@ def metric_columns(score_names: Sequence[str], *, extra: Sequence[str] = ()) -> 
 
 
 class Monitor(Callback):
-    """Reports what the module measured, on the first process; keeps the account of unusable recordings, on all.
+    """Lightning callback that reports what the module measured, and counts the recordings that cannot be used.
+
+    The first process writes the reports. All processes keep the same count, so that all stop at the same update.
 
     Args:
         run: Folder of the run.
-        account: Of the recordings drawn.
-        score_names: What the system reports, `PretrainingModel.score_names`.
-        columns: Of callbacks that `write` too.
-        log_every: Updates between two rows.
-        resume_at: The update that a resumed run continues behind; None for a new run.
+        account: Count of the recordings drawn, which is updated here.
+        score_names: `PretrainingModel.score_names` of the system.
+        columns: Further columns of metrics.csv, for callbacks that use `write`.
+        log_every: Updates between two rows of metrics.csv.
+        resume_at: Number of finished updates from which a resumed run continues; None for a new run.
     """
 
     def __init__(
@@ -83,9 +85,9 @@ class Monitor(Callback):
         self.log_every = log_every
         self.resume_at = resume_at
         self.audio_s = 0.0
-        #: What the progress bar shows: of the last update, and of the last row.
+        #: Values for the progress bar, from the last update and the last row of metrics.csv.
         self.shown: dict[str, float] = {}
-        #: The last scores of the held-out recordings, by column, and the update after which they were measured.
+        #: Last scores of the held-out recordings by column, and the number of updates before they were measured.
         self.scores: dict[str, float] = {}
         self.scored_at = 0
         self._window: dict[str, float] = {}
@@ -99,7 +101,7 @@ class Monitor(Callback):
         self._board: SummaryWriter | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Audio seen, the last scores, the open interval, and how long the codes look collapsed."""
+        """Return the audio seen, the last scores, the sums since the last row, and the count of collapsed updates."""
         return {
             "audio_s": self.audio_s,
             "scores": self.scores,
@@ -110,7 +112,7 @@ class Monitor(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue where the checkpoint was written."""
+        """Continue from the state of a checkpoint, as `state_dict` returned it."""
         self.audio_s = state_dict["audio_s"]
         self.scores, self.scored_at = state_dict.get("scores", {}), state_dict.get("scored_at", 0)
         self._window = dict(state_dict["window"])
@@ -118,7 +120,7 @@ class Monitor(Callback):
         self._collapsed = state_dict["collapsed"]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Open the files."""
+        """Open metrics.csv and the TensorBoard file, on the first process."""
         if not trainer.is_global_zero or self._file is not None:
             return
         self._file = MetricsFile(
@@ -128,27 +130,27 @@ class Monitor(Callback):
         self._board = SummaryWriter(self.run / "logs", purge_step=purge)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock of the throughput."""
+        """Start measuring the throughput."""
         self._clock = time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: AudioBatch, batch_idx: int
     ) -> None:
-        """Take in a batch, and after the last one of an update, the update."""
+        """Collect the problems of each batch; after the last batch of an update, report the update."""
         assert isinstance(pl_module, PretrainModule)
         self._problems += batch.problems
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         update = pl_module.last_update
         problems, self._problems = self._problems, []
-        # All processes know from the sums whether any of them has something to tell.
+        # The sums tell every process whether any process has problems to report, so all agree whether to gather them.
         if update["unusable"] and trainer.world_size > 1:
             everywhere: list[list[Problem]] = [[] for _ in range(trainer.world_size)]
             torch.distributed.all_gather_object(everywhere, problems)
             problems = [problem for part in everywhere for problem in part]
         self._report_problems(trainer, self.account.note(round(update["drawn"]), problems))
         if not update["masked_frames"] and trainer.is_global_zero:
-            logger.warning("update %d has no masked frame: nothing of its batch could be used", trainer.global_step)
+            logger.warning("update %d has no masked frames: none of its recordings could be used", trainer.global_step)
         self.audio_s += update["audio_s"]
         self._timed_audio_s += update["audio_s"]
         for name in ("masked_frames", "utterances"):
@@ -172,7 +174,7 @@ class Monitor(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Name held-out recordings that cannot be used; they do not count against the limit."""
+        """Log each held-out recording that cannot be used, once. They do not count towards `data.max_bad_fraction`."""
         for problem in batch.problems:
             if problem.name not in self._named_held_out:
                 logger.warning("unusable, held out: %s", problem)
@@ -180,17 +182,17 @@ class Monitor(Callback):
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What is done here is not counted in the throughput."""
+        """Context manager that leaves the time spent inside out of the throughput."""
         self._clock -= time.perf_counter()
         yield
         self._clock += time.perf_counter()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Scoring is not counted in the throughput."""
+        """Stop the clock of the throughput while the held-out recordings are scored."""
         self._clock -= time.perf_counter()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Report the scores."""
+        """Report the scores of the held-out recordings, and restart the clock of the throughput."""
         assert isinstance(pl_module, PretrainModule)
         self._clock += time.perf_counter()
         scores = {f"valid_{name}": value for name, value in pl_module.last_validation.items()}
@@ -204,21 +206,21 @@ class Monitor(Callback):
             logger.info("held-out recordings after %d updates: %s", trainer.global_step, described)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Log why training cannot go on, before anything is torn down: all processes have the same reason."""
+        """Log why training stops, on the first process only, because all processes have the same reason."""
         if not trainer.is_global_zero:
             return
         if isinstance(exception, TrainingError):
             logger.error("%s", exception)
         elif isinstance(exception, (KeyboardInterrupt, SystemExit)):
-            logger.info("stopped after %d updates; --resume continues behind the last checkpoint", trainer.global_step)
+            logger.info("stopped after %d updates; --resume continues from the last checkpoint", trainer.global_step)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Close TensorBoard's file."""
+        """Close the TensorBoard file."""
         if self._board is not None:
             self._board.close()
 
     def _close_window(self, trainer: Trainer, update: dict[str, float]) -> None:
-        """Write the averages over the updates since the last row."""
+        """Write a row with the averages over the updates since the last row."""
         now = time.perf_counter()
         frames = max(1.0, self._window["masked_frames"])
         rates = ("learning_rate", "temperature", "grad_norm")
@@ -236,11 +238,13 @@ class Monitor(Callback):
         self.write(trainer, row)
 
     def write(self, trainer: Trainer, row: dict[str, float]) -> None:
-        """Write what was found after the update that has just ended, to metrics.csv and TensorBoard.
+        """Write values to metrics.csv and TensorBoard, under the number of updates so far.
+
+        Processes other than the first do nothing.
 
         Args:
-            trainer: Knows the update.
-            row: Values by column.
+            trainer: Lightning's trainer, which counts the updates.
+            row: Values by column of metrics.csv.
         """
         if self._file is None or self._board is None:
             return
@@ -254,9 +258,9 @@ class Monitor(Callback):
                 logger.warning("unusable: %s", problem)
 
     def _watch_for_collapse(self, trainer: Trainer, update: dict[str, float]) -> None:
-        """Say it once when all codes have become one and the model guesses."""
+        """Warn once if, for many updates in a row, nearly all frames had the same code and accuracy was at chance."""
         perplexities = [value for name, value in update.items() if name.startswith("code_perplexity_")]
-        if not perplexities:  # targets that are given do not collapse
+        if not perplexities:  # systems with given targets cannot collapse
             return
         perplexity = max(perplexities)
         collapsed = update["masked_frames"] > 0 and perplexity < 2 and update["accuracy"] < update["chance"] + 0.02
@@ -264,8 +268,8 @@ class Monitor(Callback):
         if self._collapsed == _COLLAPSED_UPDATES and trainer.is_global_zero:
             logger.warning(
                 "the codes have collapsed: for %d updates nearly all frames had the same code (perplexity %.2f) and "
-                "the accuracy was that of guessing (%.1f %%). More training rarely mends this; a lower optimizer.lr, "
-                "more audio per update, a higher model.gumbel_temperature.end or model.diversity_loss_weight may",
+                "the accuracy was that of guessing (%.1f %%). More training rarely helps. Try a lower optimizer.lr, "
+                "more audio per update, or a higher model.gumbel_temperature.end or model.diversity_loss_weight",
                 self._collapsed,
                 perplexity,
                 100 * update["accuracy"],
@@ -273,7 +277,7 @@ class Monitor(Callback):
 
 
 class _TwoLines(Progress):
-    """The bar, and below it the numbers, for which a terminal of 80 columns has no room beside it."""
+    """A progress bar with the numbers below it, because a terminal of 80 columns has no room for both in one line."""
 
     def get_renderables(self) -> Iterable[RenderableType]:
         yield from super().get_renderables()
@@ -282,11 +286,11 @@ class _TwoLines(Progress):
 
 
 class RunProgress(Callback):
-    """A progress bar on a terminal; one line per row of metrics.csv elsewhere.
+    """Lightning callback that shows a progress bar on a terminal, or else logs a line for each row of metrics.csv.
 
     Args:
-        monitor: Has the numbers.
-        enabled: Whether to show a bar on a terminal.
+        monitor: Callback with the values to show; it must come before this one.
+        enabled: Show a progress bar on a terminal; false logs lines there too.
     """
 
     def __init__(self, monitor: Monitor, *, enabled: bool) -> None:
@@ -295,7 +299,7 @@ class RunProgress(Callback):
         self._progress: Progress | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Show the bar."""
+        """Show the progress bar if it is enabled and the output is a terminal."""
         if not (trainer.is_global_zero and self.enabled and get_console().is_terminal):
             return
         columns = (TextColumn("update"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn())
@@ -306,7 +310,7 @@ class RunProgress(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: AudioBatch, batch_idx: int
     ) -> None:
-        """Move the bar after each update, or log a line with each row."""
+        """Advance the bar after each update, or log a line for each row of metrics.csv."""
         if (batch_idx + 1) % trainer.accumulate_grad_batches or not trainer.is_global_zero:
             return
         shown = self.monitor.shown
@@ -324,7 +328,7 @@ class RunProgress(Callback):
             )
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave the terminal as it was."""
+        """Stop the progress bar, which restores the terminal."""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None

@@ -1,4 +1,4 @@
-"""`fastssl pretrain` and `fastssl distill`: a folder of audio becomes a run with an encoder in it."""
+"""`fastssl pretrain` and `fastssl distill`: train an encoder on a folder of audio."""
 
 import logging
 import os
@@ -37,24 +37,24 @@ logger = logging.getLogger(__name__)
 
 
 def is_first_process() -> bool:
-    """Whether this process speaks for the run and makes its folder; Lightning, torchrun or SLURM start the others."""
+    """Whether this is the process that writes the run's folder, by the variables of Lightning, torchrun and SLURM."""
     ranks = [os.environ[name] for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID") if name in os.environ]
     return int(ranks[0] if ranks else 0) == 0 and os.environ.get("NODE_RANK", "0") == "0"
 
 
 def pretrain(config: PretrainConfig, *, resume: bool = False) -> None:
-    """Train an encoder and leave it, with everything about the run, in `config.output`.
+    """Train an encoder, and write it to the folder `config.output`, with everything about the run.
 
-    The folder gets config.yaml, checkpoints/, logs/ (TensorBoard, and what was said), metrics.csv, report.png, and
-    encoder/ in Transformers' layout, which is that of the last checkpoint until the run ends.
+    The folder gets config.yaml, checkpoints/, logs/ (TensorBoard files, and the log), metrics.csv, report.png, and
+    encoder/ in Transformers' layout. During training, encoder/ is updated with each checkpoint.
 
     Args:
-        config: The settings.
-        resume: Continue the run in `config.output` behind its last checkpoint, as if it had never stopped.
+        config: Settings of the run.
+        resume: Continue the run in `config.output` from its last checkpoint, as if it had not stopped.
 
     Raises:
-        ValueError: A setting, AUDIO, MODEL or this machine does not serve; the folder holds another run, or none to
-            resume.
+        ValueError: A setting is wrong, the audio or the teacher cannot be used, this machine lacks the devices, or the
+            folder is not empty (without `resume`) or contains no such run (with `resume`).
         TrainingError: The loss became NaN or infinite, or too many recordings cannot be used.
     """
     run = Path(config.output)
@@ -88,7 +88,7 @@ def pretrain(config: PretrainConfig, *, resume: bool = False) -> None:
         cache = TeacherCache(config, data, teacher)
         data.beside.append(cache)
         if first:
-            cache.open()  # one that does not serve is refused before anything is written
+            cache.open()  # refuses a cache that does not fit, before anything is written
     if first:
         (run / "logs").mkdir(parents=True, exist_ok=True)
         write_config(config, run / "config.yaml")
@@ -158,12 +158,12 @@ def _fit(
         max_steps=settings.max_steps,
         max_epochs=-1,
         accumulate_grad_batches=settings.accumulation,
-        # Lightning counts batches; without an end, one epoch is all there is.
+        # Lightning counts batches here. The training data never ends, so the whole run is one epoch.
         val_check_interval=scores_every * settings.accumulation,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
-        # Checkpoints last: a run that resumes from one has what was measured after the same update.
+        # Checkpoints come last, so that they include what was measured after the same update.
         callbacks=[
             monitor,
             RunProgress(monitor, enabled=settings.progress),
@@ -187,13 +187,13 @@ def _fit(
 def _quality_monitor(
     config: PretrainConfig, data: PretrainDataModule, model: PretrainingModel, monitor: Monitor
 ) -> list[QualityMonitor]:
-    """The callback that measures the encoder on held-out recordings, where that is asked for."""
+    """Make the callback that measures the encoder on held-out recordings; no callback if `quality.every` is null."""
     settings = config.quality
     if settings.every is None or data.valid_corpus is None:
         return []
 
     def held_out() -> DataLoader[AudioBatch]:
-        # Recordings without labels are left out by now.
+        # At this point, recordings without labels have been left out.
         assert data.valid_corpus is not None
         cuts = first_minutes(data.valid_corpus.cuts, settings.minutes)
         return quality_loader(cuts, normalize=config.model.do_normalize, channel=config.data.channel)
@@ -212,15 +212,17 @@ def _quality_monitor(
 
 
 def _check_folder(run: Path, config: PretrainConfig, *, resume: bool) -> None:
-    """Neither overwrite a run nor continue what is none."""
+    """Check that the folder is empty or missing, or with `resume` that it contains a run that can continue."""
     if resume:
         if not (run / "config.yaml").is_file():
             raise ValueError(f"--resume: there is no run in {run} (looked for {run / 'config.yaml'})")
-        # Without a checkpoint nothing has been trained that other settings could spoil.
+        # Without a checkpoint, nothing has been trained yet, and all settings may change.
         if (run / "checkpoints" / "last.ckpt").is_file():
             check_resumable(config, run / "config.yaml")
     elif run.exists() and (not run.is_dir() or any(run.iterdir())):
-        raise ValueError(f"--output: {run} exists and is not empty; continue it with --resume, or name another folder")
+        raise ValueError(
+            f"--output: {run} exists and is not empty; continue the run with --resume, or choose another folder"
+        )
 
 
 def _describe(
@@ -231,7 +233,7 @@ def _describe(
     complete: bool,
     resume_from: Path | None,
 ) -> None:
-    """Say what is about to happen, and what was left out of it."""
+    """Log the data, the model and the initial weights, and what was left out of the data."""
     for problem in data.account.left_out:
         logger.warning("left out: %s", problem)
     corpora = [("training", data.train_corpus)]
@@ -247,28 +249,28 @@ def _describe(
         share = held_out_s / (held_out_s + data.train_corpus.duration_s)
         if share > 3 * config.data.valid:
             logger.warning(
-                "%.1f %% of the audio is held out, where data.valid asks for %.1f %%: a recording is never divided",
+                "%.1f %% of the audio is held out, more than data.valid (%.1f %%): recordings are not divided",
                 100 * share,
                 100 * config.data.valid,
             )
     parameters = sum(parameter.numel() for parameter in model.parameters())
     logger.info("model: %.2f M parameters, %d updates", parameters / 1e6, config.trainer.max_steps)
     if config.init is not None and resume_from is None:
-        logger.info("weights from %s%s", config.init, "" if complete else "; what is not there starts fresh")
+        logger.info("weights from %s%s", config.init, "" if complete else "; missing weights are initialised randomly")
     if resume_from is not None:
-        logger.info("continuing behind update %d", saved_update(resume_from))
+        logger.info("continuing after update %d", saved_update(resume_from))
     if config.quality.every is not None and data.valid_corpus is None:
-        logger.warning("quality is not measured: of so few recordings none is held out")
+        logger.warning("quality is not measured, because no recording is held out: there are too few")
     if config.optimizer.warmup_updates >= config.trainer.max_steps:
         logger.warning(
-            "the learning rate rises for %d updates (optimizer.warmup_updates), and the run ends after %d",
+            "the learning rate rises for %d updates (optimizer.warmup_updates), but the run ends after %d",
             config.optimizer.warmup_updates,
             config.trainer.max_steps,
         )
 
 
 def _devices(settings: TrainerConfig) -> tuple[int, int]:
-    """Processes per machine, and machines; under torchrun its own numbers."""
+    """Number of processes per machine, and of machines; under torchrun, the numbers that it was started with."""
     if torch.distributed.is_torchelastic_launched():
         local = int(os.environ["LOCAL_WORLD_SIZE"])
         return local, int(os.environ["WORLD_SIZE"]) // local
@@ -276,16 +278,18 @@ def _devices(settings: TrainerConfig) -> tuple[int, int]:
 
 
 def _check_devices(settings: TrainerConfig) -> None:
-    """Refuse what Lightning would refuse after the folder is written, or change without a word."""
+    """Check devices and precision before the folder is written; Lightning checks later, or changes them silently."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if settings.accelerator == "gpu" and gpus == 0:
-        raise ValueError("trainer.accelerator: gpu, but torch can use none here (`fastssl info` shows what there is)")
+        raise ValueError(
+            "trainer.accelerator: gpu needs a GPU, but PyTorch finds none; see `fastssl info`, or choose cpu"
+        )
     on_gpu = settings.accelerator != "cpu" and gpus > 0
     devices, _ = _devices(settings)
     if on_gpu and devices > gpus:
-        raise ValueError(f"trainer.devices: {devices}, but there are {gpus} GPUs here")
+        raise ValueError(f"trainer.devices: must be at most the number of GPUs ({gpus}), got {devices}")
     if settings.precision == "16-mixed" and not on_gpu:
-        raise ValueError("trainer.precision: 16-mixed needs a GPU; on the CPU take 32-true or bf16-mixed")
+        raise ValueError("trainer.precision: 16-mixed needs a GPU; choose 32-true or bf16-mixed on the CPU")
 
 
 def _is_front_end_frozen(config: SpeechEncoderConfig) -> bool:
@@ -298,7 +302,7 @@ def _strategy(world_size: int, *, unused_parameters: bool) -> Strategy | str:
 
 @contextmanager
 def _log_to(path: Path, *, enabled: bool) -> Iterator[None]:
-    """Append what the package says to a file."""
+    """Append the log messages of the package to a file."""
     if not enabled:
         yield
         return
@@ -318,7 +322,7 @@ def _log_to(path: Path, *, enabled: bool) -> Iterator[None]:
 
 @contextmanager
 def _quiet_lightning() -> Iterator[None]:
-    """Keep back Lightning's remarks about itself; its errors come through."""
+    """Silence Lightning's messages and warnings, except errors."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [lightning.level for lightning in loggers]
     for lightning in loggers:

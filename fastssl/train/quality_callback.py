@@ -1,4 +1,4 @@
-"""Quality of the encoder while it is pre-trained: measured on fixed held-out audio, without a trace in the training."""
+"""Measure the quality of the encoder during pre-training, on fixed held-out audio, without an effect on training."""
 
 import logging
 import math
@@ -19,37 +19,42 @@ from fastssl.packing import Packed
 
 logger = logging.getLogger(__name__)
 
-#: Measure in the name of a column: field of a `LayerQuality`, and what it is on an axis.
+#: Name of each measure in columns of metrics.csv: its field in `LayerQuality`, and its label on an axis.
 _MEASURES = {
     "effective_rank": ("effective_rank", "effective rank of all frames"),
     "rankme": ("rankme", "RankMe"),
     "inertia": ("inertia_per_frame", "k-means inertia per frame"),
     "davies_bouldin": ("davies_bouldin", "Davies-Bouldin"),
 }
-#: Axes that `draw_quality` takes.
+#: Number of axes that `draw_quality` draws on.
 QUALITY_PANELS = len(_MEASURES)
 
 
 def quality_columns(num_layers: int) -> list[str]:
-    """Columns of metrics.csv for an encoder of so many layers: `quality_rankme_0` to `quality_rankme_<layers>`, ..."""
+    """List the columns of metrics.csv for the quality of an encoder, such as `quality_rankme_0`.
+
+    Args:
+        num_layers: Number of layers of the encoder. Each measure has num_layers + 1 columns, from 0, the input of the
+            first layer, to the output of the last.
+    """
     return [f"quality_{name}_{layer}" for name in _MEASURES for layer in range(num_layers + 1)]
 
 
 class QualityMonitor(Callback):
-    """Measures the encoder every so many updates, on the first process, while the others wait.
+    """Lightning callback that measures the encoder at regular intervals, on the first process, while the others wait.
 
-    Weights, gradients, modes of the modules and random numbers of the training are as if it were not there. A
-    measurement that fails is a warning with the reason, and training goes on.
+    It leaves weights, gradients, training modes and random generators as they were. If a measurement fails, it logs a
+    warning with the reason, and training continues.
 
     Args:
-        encoder: Whose frames are measured; a plain module, not wrapped for several processes.
-        batches: Gives the held-out audio, the same every time it is called (`quality_loader`).
-        write: Takes the trainer and a row of `quality_columns`; a value that is not finite is left out.
-        every: Updates between two measurements; there is one after the last update too. None or 0 measures nothing.
-        layers: Which; None measures all.
-        max_frames: Frames for k-means at most.
-        seed: Of the frames drawn, and of k-means.
-        paused: A context in which the clock of the throughput stands still.
+        encoder: Encoder to measure; the module itself, not a wrapper for several processes.
+        batches: Function that returns the held-out batches, the same ones on every call (`quality_loader`).
+        write: Function that receives the trainer and a row of `quality_columns`, without NaN and infinite values.
+        every: Updates between two measurements; the last update is always followed by one. None or 0 measures nothing.
+        layers: Layers to measure, 0 being the input of the first; None measures all.
+        max_frames: Largest number of frames for k-means.
+        seed: Seed of the choice of frames and of k-means.
+        paused: Context manager in which the clock of the throughput is stopped.
     """
 
     def __init__(
@@ -77,13 +82,13 @@ class QualityMonitor(Callback):
         self._measured = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock that the cost is a share of."""
+        """Start measuring the training time, with which the cost of the measurements is compared."""
         self._begin, self._spent_s, self._measured = time.perf_counter(), 0.0, 0
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: AudioBatch, batch_idx: int
     ) -> None:
-        """Measure, where an update has ended that it is time after."""
+        """Measure the encoder if an update has ended and a measurement is due."""
         if not self.every or (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         if trainer.global_step % self.every and trainer.global_step != trainer.max_steps:
@@ -96,7 +101,7 @@ class QualityMonitor(Callback):
             self._spent_s += time.perf_counter() - begin
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say what it cost."""
+        """Log how much time the measurements took."""
         if self._measured and trainer.is_global_zero:
             total_s = time.perf_counter() - self._begin
             logger.info(
@@ -115,7 +120,7 @@ class QualityMonitor(Callback):
                     self.encoder, self._waveforms(), layers=self.layers, max_frames=self.max_frames, seed=self.seed
                 )
         except Exception as error:
-            # Whatever it is, hours of training are worth more than this row.
+            # Any error is caught, because hours of training are worth more than this row.
             logger.warning("quality was not measured after %d updates: %s", trainer.global_step, error)
             return
         self.write(trainer, _row(results))
@@ -127,15 +132,15 @@ class QualityMonitor(Callback):
 
 
 def draw_quality(axes: Iterator[Any], rows: Iterable[dict[str, float]]) -> bool:
-    """Draw how each layer's quality went, a line per layer, from pale (layer 0) to dark (the last).
+    """Draw the quality of each layer over the course of a run, one line per layer, from pale (layer 0) to dark (last).
 
     Args:
-        axes: Matplotlib's; `QUALITY_PANELS` of them are taken, and none where there is nothing to draw.
-        rows: Of metrics.csv; they are drawn over `audio_hours` where all that have quality have that too, else over
+        axes: Matplotlib axes; `QUALITY_PANELS` of them are used, or none if no row has quality.
+        rows: Rows of metrics.csv. The horizontal axis is `audio_hours` if all rows with quality have this column, else
             `update`.
 
     Returns:
-        Whether there was something to draw.
+        Whether any row had quality to draw.
     """
     from matplotlib import colormaps
 
@@ -156,9 +161,9 @@ def draw_quality(axes: Iterator[Any], rows: Iterable[dict[str, float]]) -> bool:
         panel.set_ylabel(title)
         panel.grid(alpha=0.3)
         if name == "inertia":
-            panel.set_yscale("log")  # layers differ by the square of their norms
+            panel.set_yscale("log")  # inertia grows with the square of the norm, which differs between layers
         if name == "effective_rank":
-            panel.legend(fontsize="x-small", ncols=-(-len(layers) // 7))  # for all panels
+            panel.legend(fontsize="x-small", ncols=-(-len(layers) // 7))  # one legend for all panels
     return True
 
 
@@ -173,8 +178,8 @@ def _row(results: Sequence[LayerQuality]) -> dict[str, float]:
 
 @contextmanager
 def _random_numbers_kept(device: torch.device) -> Iterator[None]:
-    """Give every generator that training may draw from its state back."""
-    python, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 - the global one is meant
+    """Restore the state of Python's, NumPy's and PyTorch's global random generators on exit."""
+    python, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 - the global generator is meant
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             yield

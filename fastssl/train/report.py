@@ -1,4 +1,4 @@
-"""The end of a run: a short table, and RUN/report.png."""
+"""Report at the end of a run: a table of scores, and the figure RUN/report.png."""
 
 import math
 from collections.abc import Mapping
@@ -16,16 +16,16 @@ _Rows = list[dict[str, float]]
 
 
 def summarise(run: Path, system: type[PretrainingModel], account: Account) -> Table:
-    """A table of the first and the last scores of a run.
+    """Make a table of the first and the last scores of a run.
 
     Args:
-        run: The run's folder, with metrics.csv.
-        system: The class of its model, which says how scores are shown.
-        account: Recordings that were left out or could not be used.
+        run: Folder of the run, with metrics.csv.
+        system: Class of the run's model, which defines how to show scores.
+        account: Count of the recordings that were left out or could not be used.
     """
     rows = read_metrics(run / "metrics.csv")
     shown = system.shown_scores()
-    loss = next(iter(shown))  # only rows of training have this column; its held-out values are in "valid_..."
+    loss = next(iter(shown))  # only training rows have this column; held-out rows have "valid_..." instead
     training = [row for row in rows if loss in row]
     valid = [row for row in rows if f"valid_{loss}" in row]
     table = Table("", "begin", "end")
@@ -60,11 +60,13 @@ def _add_scores(
 
 
 def draw_report(run: Path, system: type[PretrainingModel]) -> None:
-    """Draw loss, accuracy, perplexity and throughput over hours of audio into RUN/report.png.
+    """Draw loss, main score, perplexity and throughput over hours of audio, and save the figure as RUN/report.png.
+
+    Four more panels show the encoder's quality if it was measured. Without training rows, nothing is drawn.
 
     Args:
-        run: The run's folder, with metrics.csv.
-        system: The class of its model, which says how scores are shown.
+        run: Folder of the run, with metrics.csv.
+        system: Class of the run's model, which defines how to show scores.
     """
     rows = read_metrics(run / "metrics.csv")
     shown = system.shown_scores()
@@ -72,11 +74,11 @@ def draw_report(run: Path, system: type[PretrainingModel]) -> None:
     training = [row for row in rows if loss_column in row]
     if not training:
         return
-    # An earlier version left the hours out of the rows with scores; the row of the same update has them.
+    # Earlier versions wrote no hours in rows with scores; the training row of the same update has them.
     hours = {row["update"]: row["audio_hours"] for row in training}
     valid = [{"audio_hours": hours.get(row["update"], math.nan), **row} for row in rows if "valid_loss" in row]
     measured = [row for row in rows if any(name.startswith("quality_") for name in row)]
-    # Four panels of the training, and four more where quality was measured.
+    # Four panels for the training, and four more if quality was measured.
     height = 4 if measured else 2
     figure = new_figure(3.5 * height)
     loss, accuracy, perplexity, throughput, *others = figure.subplots(height, 2).flat
@@ -111,7 +113,7 @@ def draw_report(run: Path, system: type[PretrainingModel]) -> None:
 
 
 def _perplexities(row: dict[str, float], prefix: str) -> dict[str, str]:
-    """Columns without their prefix, and what they are called."""
+    """Names for readers of the columns with code perplexities, by column without the prefix."""
     names = [name.removeprefix(prefix) for name in row if name.startswith(f"{prefix}code_perplexity")]
     groups = {name: name.removeprefix("code_perplexity").removeprefix("_") for name in names}
     return {name: "code perplexity" + (f", group {group}" if group else "") for name, group in groups.items()}

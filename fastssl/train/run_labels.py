@@ -1,4 +1,4 @@
-"""The labels that a pre-training run learns from: those it is given, and those it makes itself."""
+"""Labels and segments that a pre-training run learns from: given ones, and those that the run makes itself."""
 
 import logging
 from collections.abc import Mapping
@@ -17,18 +17,18 @@ logger = logging.getLogger(__name__)
 
 
 def attach_given(config: PretrainConfig, data: PretrainDataModule) -> dict[Use, LabelTable]:
-    """Give the data of a run the labels and segments that the settings name, before anything is written.
+    """Attach the labels and segments that the settings name to the data of a run, before anything is written.
 
     Args:
-        config: The settings.
-        data: Takes them.
+        config: Settings of the run.
+        data: Data module to which labels and segments are attached.
 
     Returns:
-        Those that are given.
+        The tables that were attached, by use.
 
     Raises:
-        ValueError: There are none in that folder, or of another number of classes than the model has; they do not fit
-            too many recordings.
+        ValueError: A folder contains no labels or no segments, the labels have another number of classes than the
+            model, or too many recordings have none that fit.
     """
     given: dict[Use, LabelTable] = {}
     if config.data.labels is not None:
@@ -38,7 +38,7 @@ def attach_given(config: PretrainConfig, data: PretrainDataModule) -> dict[Use, 
         given["segments"] = table = LabelTable(config.data.segments)
         if table.settings.get("price") is None:
             raise ValueError(
-                f"data.segments: {table.folder} has no segments; it was made without --segment_ms or --segment_price"
+                f"data.segments: {table.folder} has no segments; make it with `fastssl label --segment_ms`"
             )
     for use, table in given.items():
         _attach("audio", table, use, config, data)
@@ -46,13 +46,13 @@ def attach_given(config: PretrainConfig, data: PretrainDataModule) -> dict[Use, 
 
 
 class RunLabels:
-    """Labels that a run makes, where they are missing: RUN/labels, RUN/labels-valid and RUN/segments-valid.
+    """Labels that a run makes if they are not given, in RUN/labels, RUN/labels-valid and RUN/segments-valid.
 
     Args:
-        run: Its folder.
-        config: Its settings.
-        data: Takes the labels.
-        given: What `attach_given` attached.
+        run: Folder of the run.
+        config: Settings of the run.
+        data: Data module to which the labels are attached.
+        given: Tables from `attach_given`.
     """
 
     def __init__(
@@ -60,13 +60,17 @@ class RunLabels:
     ) -> None:
         self.run, self.config, self.data, self.given = run, config, data, given
         self._makes_labels = SYSTEMS[config.system].needs.labels and "labels" not in given
-        #: Whose classes held-out recordings have.
+        #: Folder whose k-means model labels the held-out recordings, by use.
         self._donors: dict[Use, Path] = {use: table.folder for use, table in given.items()}
         if self._makes_labels:
             self._donors["labels"] = run / "labels"
 
     def make(self) -> list[Problem]:
-        """Label AUDIO and the held-out recordings, and say which of them have no labels."""
+        """Label the training and the held-out recordings, as far as labels are missing.
+
+        Returns:
+            An empty list: `attach` finds the recordings without labels.
+        """
         config = self.config
         channel, workers = config.data.channel, config.data.num_workers
         for use, table in self.given.items():
@@ -74,7 +78,7 @@ class RunLabels:
                 channels = [
                     "all channels" if one is None else f"channel {one}" for one in (table.settings["channel"], channel)
                 ]
-                logger.warning("data.%s: %s were made from %s, and the run reads %s", use, table.folder, *channels)
+                logger.warning("data.%s: %s were made from %s, but the run reads %s", use, table.folder, *channels)
         if self._makes_labels:
             settings = LabelSettings(clusters=_clusters(config), seed=config.seed, channel=channel)
             label(config.audio, self.run / "labels", settings, num_workers=workers)
@@ -85,7 +89,10 @@ class RunLabels:
         return []
 
     def attach(self, problems: list[Problem]) -> None:
-        """Give the labels to the data.
+        """Attach the labels that `make` made to the data module.
+
+        Args:
+            problems: The problems that `make` returned; ignored.
 
         Raises:
             ValueError: Too many recordings have no labels that fit.
@@ -114,5 +121,6 @@ def _clusters(config: PretrainConfig) -> int:
 def _check_classes(table: LabelTable, config: PretrainConfig) -> None:
     if table.classes != _clusters(config):
         raise ValueError(
-            f"data.labels: {table.folder} has {table.classes} classes; add --model.num_clusters {table.classes}"
+            f"data.labels: {table.folder} has {table.classes} classes, but the model has {_clusters(config)}; "
+            f"add --model.num_clusters {table.classes}"
         )

@@ -1,4 +1,4 @@
-"""The systems that `fastssl pretrain` and `fastssl distill` train; no other module of `train/` names one."""
+"""The systems that `fastssl pretrain` and `fastssl distill` can train. Other modules of `train/` do not name any."""
 
 from fastssl.models.best_rq import BestRqForPreTraining
 from fastssl.models.config import SpeechEncoderConfig
@@ -15,17 +15,25 @@ SYSTEMS: dict[str, type[PretrainingModel]] = {
     "best-rq": BestRqForPreTraining,
     "distillation": DistillationModel,
 }
-#: The system of settings that name none.
+#: System of settings that do not name one.
 DEFAULT_SYSTEM = next(iter(SYSTEMS))
 
 
 def system_of(config: SpeechEncoderConfig) -> str:
-    """The name of the system that this is a config of."""
+    """Return the name of the system that a config belongs to.
+
+    Args:
+        config: An instance of a system's `config_class`.
+    """
     return next(name for name, model in SYSTEMS.items() if type(config) is model.config_class)
 
 
 def build_model(config: SpeechEncoderConfig) -> PretrainingModel:
-    """A model of the config's system; the initial weights come from torch's global generator."""
+    """Make a model of the system that a config belongs to, with random weights from PyTorch's global generator.
+
+    Args:
+        config: An instance of a system's `config_class`.
+    """
     model: type = SYSTEMS[system_of(config)]
     built = model(config)
     assert isinstance(built, PretrainingModel)

@@ -1,4 +1,4 @@
-"""The encoder that a student learns from: frozen, packed, and run once for each batch."""
+"""The frozen encoder that a student learns from in distillation."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -19,12 +19,12 @@ from fastssl.train.config import PretrainConfig
 
 
 class Teacher:
-    """An encoder in evaluation mode, without gradient. It is not part of what is trained, saved or wrapped.
+    """A frozen encoder in evaluation mode. It is not a submodule of the module that is trained and saved.
 
     Args:
-        encoder: The teacher; a compressor in it, if any, must keep all frames.
+        encoder: The teacher; if it has a compressor, this must be set to keep all frames.
         layers: Hidden states that the student predicts; 0 is the input of the first layer.
-        gives_frames: Whether the student's front end is the teacher's and stays so.
+        gives_frames: Whether the student's front end is a frozen copy of the teacher's and can take over its frames.
     """
 
     def __init__(self, encoder: Encoder, layers: Sequence[int], *, gives_frames: bool) -> None:
@@ -34,15 +34,21 @@ class Teacher:
 
     @cached_property
     def digest(self) -> str:
-        """A hash of the teacher's weights."""
+        """Hash of the teacher's weights, by which caches and checkpoints recognise it."""
         return weights_digest(self.encoder)
 
     @torch.no_grad()
     def encode(self, waveforms: Packed) -> tuple[Packed, list[Tensor]]:
-        """Frames (N, C) of the front end, and the layers, each (N, D).
+        """Run the teacher on waveforms, without gradient.
 
-        On a GPU the layers are in bf16 whatever the run's precision, because they are only targets. Frames, which a
-        student may use as its own, have the run's precision.
+        On a GPU, the layers are computed under bf16 autocast whatever the precision of the run, because they are only
+        targets. The front end has the precision of the run, because a student may use its frames as its own.
+
+        Args:
+            waveforms: (N, 1) samples at 16 kHz; the teacher is moved to their device.
+
+        Returns:
+            Front-end frames (N_out, C), and the hidden states in `layers`, each (N_out, D).
         """
         device = waveforms.values.device
         self.encoder.to(device)
@@ -53,7 +59,14 @@ class Teacher:
         return frames, [states[layer].values for layer in self.layers]
 
     def of(self, batch: AudioBatch) -> tuple[Packed | None, Sequence[Tensor]]:
-        """Frames (N, C), if the student uses them, and the layers: those in the batch, or else computed."""
+        """Return the teacher's outputs for a batch: stored ones if the batch has them, else newly computed ones.
+
+        Args:
+            batch: The batch that the student is trained on.
+
+        Returns:
+            Front-end frames (N, C) if the student uses them as its own, else None; and the target layers, each (N, D).
+        """
         kept = batch.teacher
         if kept is None:
             frames, layers = self.encode(batch.waveforms)
@@ -67,20 +80,28 @@ class Teacher:
 def open_teacher(config: PretrainConfig) -> tuple[PretrainConfig, Teacher]:
     """Open the teacher of a run.
 
+    Args:
+        config: Settings of the run.
+
     Returns:
-        The run's settings with those that the teacher decides, and the teacher.
+        A copy of the settings with the values that the teacher decides, and the teacher.
 
     Raises:
-        ValueError: No teacher is named, or it cannot teach this student.
+        ValueError: `config.teacher` is None, cannot be opened, or cannot teach this student.
     """
     if config.teacher is None:
-        raise ValueError("--teacher: is missing: the model to learn from")
+        raise ValueError("--teacher: is missing; name the model to learn from")
     encoder = load_encoder(config.teacher)
     if not isinstance(encoder, Encoder):
-        raise ValueError(f"--teacher: {config.teacher} has other frames than a student (25 Hz, of log-mel)")
+        raise ValueError(
+            f"--teacher: {config.teacher} has log-mel frames at 25 Hz; choose a teacher with a waveform front end"
+        )
     if encoder.compressor is not None:
         if encoder.compressor.factor is not None:
-            raise ValueError(f"--teacher: {config.teacher} leaves fewer frames than a student has to predict")
+            raise ValueError(
+                f"--teacher: {config.teacher} has a compressor with a fixed factor, which leaves fewer frames than a "
+                "student has to predict; choose a teacher without one"
+            )
         encoder.compressor.rate, encoder.compressor.frame_period_ms = 0.0, None
     try:
         config = replace(config, model=cast(StudentConfig, config.model).of_teacher(encoder.config))

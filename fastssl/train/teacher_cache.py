@@ -1,4 +1,4 @@
-"""The frames of a teacher, made once for crops that never change, and kept in a folder."""
+"""Compute a teacher's frames once, for crops that are the same in every epoch, and store them in a folder."""
 
 import fcntl
 import logging
@@ -26,12 +26,12 @@ _LOCK_FILE = "lock"
 
 
 class TeacherCache:
-    """The folder `data.teacher_cache`.
+    """The teacher's frames in the folder `data.teacher_cache`; several runs may share it.
 
     Args:
-        config: The settings.
-        data: Whose crops are kept, and who takes the frames.
-        teacher: Makes them.
+        config: Settings of the run; `config.data.teacher_cache` must not be None.
+        data: Data module with the crops, to which the frames are attached.
+        teacher: Teacher that computes the frames.
     """
 
     def __init__(self, config: PretrainConfig, data: PretrainDataModule, teacher: Teacher) -> None:
@@ -50,10 +50,14 @@ class TeacherCache:
         }
 
     def open(self) -> Shards:
-        """Begin the folder, or go on with it; done before a run is written.
+        """Create the folder, or open an existing one and check it.
+
+        Returns:
+            The shards of the folder, to which frames can be added.
 
         Raises:
-            ValueError: It is of another teacher or other crops, or a recording has changed since.
+            ValueError: The folder belongs to another teacher or to other crops, a file in it is missing or damaged, or
+                a recording has changed since its frames were computed.
         """
         shards = Shards(
             self.folder, settings=self.settings, name="teacher", option="data.teacher_cache", shard_bytes=_SHARD_BYTES
@@ -61,7 +65,9 @@ class TeacherCache:
         files = {entry["shard"] for entry in shards.entries.values()}
         missing = sorted(file for file in files if not (self.folder / file).is_file())
         if missing:
-            raise ValueError(f"data.teacher_cache: {self.folder} has lost {', '.join(missing)}; begin it anew")
+            raise ValueError(
+                f"data.teacher_cache: {self.folder} lacks {', '.join(missing)}; delete the folder to make it again"
+            )
         table = self._table(shards.entries)
         table.check_shards()
         for key, cut in self.data.crops():
@@ -70,24 +76,31 @@ class TeacherCache:
         return shards
 
     def make(self) -> list[Problem]:
-        """Make the frames that are missing; other runs with this cache wait. Returns why some cannot be made."""
+        """Compute the frames that are missing; other runs with the same cache wait.
+
+        Returns:
+            Problems with the recordings for which frames cannot be computed.
+        """
         with (self.folder / _LOCK_FILE).open("w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                logger.info("another run makes frames in %s; waiting for it", self.folder)
+                logger.info("another run is writing frames to %s; waiting for it", self.folder)
                 fcntl.flock(lock, fcntl.LOCK_EX)
-            # What another run has made meanwhile is there now.
+            # Opened under the lock, so that frames written by another run meanwhile are found.
             problems = list(_fill(self.open(), self.data, self.teacher).values())
         for problem in problems:
             logger.warning("left out: %s", problem)
         return problems
 
     def attach(self, problems: list[Problem]) -> None:
-        """Give the frames to the data, which leaves out recordings that have none.
+        """Attach the frames to the data module, which leaves out recordings without frames.
+
+        Args:
+            problems: The problems that `make` returned.
 
         Raises:
-            ValueError: They are too many.
+            ValueError: Too many recordings have no frames.
         """
         self.data.attach_teacher(self._table(read_index(self.folder)), problems)
 
@@ -99,14 +112,14 @@ class TeacherCache:
 
 @torch.no_grad()
 def _fill(shards: Shards, data: PretrainDataModule, teacher: Teacher) -> dict[str, Problem]:
-    """Make what is not there; returns by key why some cannot be."""
+    """Compute the frames that are missing; returns, by key, the problems with crops that have none."""
     problems: dict[str, Problem] = {}
     todo = {key: cut for key, cut in data.crops() if key not in shards.entries}
     if shards.entries:
-        logger.info("the teacher's frames of %d crops are there already", len(shards.entries))
+        logger.info("the teacher's frames exist already for %d crops", len(shards.entries))
     dataset = WaveformDataset(normalize=data.normalize, channel=data.config.channel, checksums=True)
     device = choose_device("auto")
-    # Apart, because ids are those of files in two folders.
+    # Training and held-out crops are encoded separately, because the same id can occur in both.
     for held_out in (False, True):
         keys = {cut.id: key for key, cut in todo.items() if key.startswith(HELD_OUT) == held_out}
         specs = data.batches_of([todo[key] for key in keys.values()]) if keys else []
@@ -127,7 +140,9 @@ def _fill(shards: Shards, data: PretrainDataModule, teacher: Teacher) -> dict[st
                 key = keys[cut.id]
                 tensors = {f"{key}/{name}": part[row].half().cpu() for name, part in parts.items()}
                 if not all(tensor.isfinite().all() for tensor in tensors.values()):
-                    problems[key] = Problem(cut_name(cut), "has frames, by the teacher, that are not finite in fp16")
+                    problems[key] = Problem(
+                        cut_name(cut), "gets frames from the teacher that are NaN or infinite in fp16"
+                    )
                     continue
                 entry = {"file": cut_name(cut), "duration_s": cut.duration, "rate_hz": cut.recording.sampling_rate}
                 entry |= {"checksum": batch.checksums[row], "frames": frames.layout.lengths[row]}

@@ -191,7 +191,7 @@ def test_a_run_is_done_once_and_resumed(tmp_path: Path) -> None:
     (trained.run / "checkpoints" / "last.ckpt").unlink()
     shutil.copy(trained.run / "checkpoints" / "0000002.ckpt", trained.run / "checkpoints" / "last.ckpt")
     again = train(job, tmp_path / "runs")
-    assert "continuing behind update 2" in log.read_text()
+    assert "continuing after update 2" in log.read_text()
     assert (again.updates, again.audio_hours) == (3, trained.audio_hours)
     assert again.cpu_s > trained.cpu_s + 1
     with pytest.raises(RuntimeError, match=r"bad failed with status 1; see .*bad\.log"):

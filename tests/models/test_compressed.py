@@ -177,18 +177,18 @@ def test_what_is_trained_at_one_rate_or_period_is_opened_at_it(draw: str, number
     assert not torch.equal(encoder(waveforms, rate=1.0).features.values, asked.values)
     card = (tmp_path / "README.md").read_text()
     unit = "a rate" if draw == "rate" else "a frame period in ms"
-    assert f"trained at {unit} of {number:g}, at which it is without them" in card
-    assert "It has no compressor there: every frame is left, which this encoder has not met in training" in card
+    assert f"trained at {unit} of {number:g}, which is the default" in card
+    assert "Transformers ignores the compressor and keeps every frame, for which this encoder was not trained" in card
 
 
 @torch.no_grad()
 def test_the_card_says_what_transformers_opens(tmp_path: Path) -> None:
     make_encoder("average").save_pretrained(tmp_path / "average")
-    assert "every frame is left, which this encoder has not met" in (tmp_path / "average" / "README.md").read_text()
+    assert "every frame, for which this encoder was not trained" in (tmp_path / "average" / "README.md").read_text()
     make_model().wav2vec2.save_pretrained(tmp_path / "any")
     card = (tmp_path / "any" / "README.md").read_text()
-    assert "every frame is left, as at rate 0." in card
-    assert "trained at a rate of 0 to 1; without them the rate is 1" in card
+    assert "keeps every frame, as at rate 0." in card
+    assert "trained at a rate of 0 to 1; the default is rate 1" in card
     Encoder(EncoderConfig(**SHAPE)).save_pretrained(tmp_path / "plain")
     assert "compressor" not in (tmp_path / "plain" / "README.md").read_text()
 
@@ -303,8 +303,8 @@ def test_rejects_bad_input() -> None:
         make_encoder("integrate-and-fire")(waveforms, rate=3.0)
     of_encoders: dict[str, dict[str, Any]] = {
         "compressor: must be one of none, average.* got 'median'": {"compressor": "median"},
-        "compressor_factor: is of": {"compressor_factor": 2},
-        "compressor_factor: is of 'average' and 'strided', got one for 'int": {
+        "compressor_factor: must be 1 unless": {"compressor_factor": 2},
+        "compressor_factor: must be 1 unless .* got 2 with compressor='int": {
             "compressor": "integrate-and-fire",
             "compressor_factor": 2,
         },

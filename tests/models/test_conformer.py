@@ -142,9 +142,9 @@ def test_models_of_half_precision() -> None:
     [
         ({"hidden_size": "48"}, "hidden_size: must be of type int, got '48'"),
         ({"num_hidden_layers": -1}, "num_hidden_layers: must be at least 0, got -1"),
-        ({"num_attention_heads": 8}, "num_attention_heads: 8 do not divide a hidden_size of 24 into even widths"),
+        ({"num_attention_heads": 8}, "num_attention_heads: must divide hidden_size=24 into even widths, got 8"),
         ({"hidden_dropout": 1.0}, "hidden_dropout: must be at least 0 and below 1, got 1.0"),
-        ({"conv_dim": [16]}, r"conv_dim: must have two entries, got \(16,\)"),
+        ({"conv_dim": [16]}, r"conv_dim: must have two entries, one per convolution, got \(16,\)"),
         ({"conv_depthwise_kernel_size": 4}, "conv_depthwise_kernel_size: must be odd, got 4"),
         ({"num_mel_bins": 0}, "num_mel_bins: must be at least 1, got 0"),
     ],
@@ -161,7 +161,7 @@ def test_what_is_no_conformer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="model_type: must be 'best-rq' for a Conformer, got 'hubert'"):
         ConformerConfig(model_type="hubert")
     make_encoder().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="model_type is 'best-rq', served are: wav2vec2"):
+    with pytest.raises(ValueError, match="model_type is 'best-rq', expected one of wav2vec2"):
         Encoder.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"waveforms: expected \(N, 1\)"):
         make_encoder()(waveforms_of(400)._replace(values=torch.zeros(400, 2)))
@@ -173,5 +173,5 @@ def test_what_is_no_conformer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"weights are missing: encoder\.layers\.2"):
         fastssl.load_encoder(tmp_path)
     (tmp_path / "config.json").write_text(config.replace("best-rq", "whisper"))
-    with pytest.raises(ValueError, match=r"model_type is 'whisper', served are: .*, best-rq"):
+    with pytest.raises(ValueError, match=r"model_type is 'whisper', expected one of .*, best-rq"):
         fastssl.load_encoder(tmp_path)

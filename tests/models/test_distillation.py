@@ -231,24 +231,24 @@ def test_rejects_bad_input() -> None:
     waveforms = waveforms_of(9_000)
     targets = targets_of(model, waveforms)
     for wrong in (targets[:2], [target[:-1] for target in targets], [target[:, :-1] for target in targets]):
-        with pytest.raises(ValueError, match=r"targets: expected 3 of \(27, 48\)"):
+        with pytest.raises(ValueError, match=r"targets: expected 3 of shape \(27, 48\)"):
             model(waveforms, keys=draw_keys(1), targets=wrong)
     cases: dict[str, dict[str, Any]] = {
         "model_type: this system trains a hubert encoder, got 'wav2vec2'": {"model_type": "wav2vec2"},
         "distillation: must be one of pred, l2l": {"distillation": "both"},
         "teacher_layers: must be at least 0, got -1": {"teacher_layers": (-1, 4)},
-        "teacher_layers: l2l takes one for each of 12, got 2": {
+        "teacher_layers: l2l needs one for each of the 12 layers of the student, got 2": {
             **{"distillation": "l2l", "num_hidden_layers": 12},
             "teacher_layers": (4, 12),
         },
-        "num_hidden_layers: l2l takes at least one": {"distillation": "l2l", "num_hidden_layers": 0},
+        "num_hidden_layers: l2l needs at least one layer, got 0": {"distillation": "l2l", "num_hidden_layers": 0},
         "cosine_loss_weight": {"cosine_loss_weight": -1.0},
     }
     for message, options in cases.items():
         with pytest.raises(ValueError, match=message):
             DistillationConfig(**options)
     strides = EncoderConfig(conv_stride=(5, 2, 2, 2, 2, 2, 1))
-    with pytest.raises(ValueError, match=r"conv_stride: the teacher has .*their frames must agree"):
+    with pytest.raises(ValueError, match=r"conv_stride: the teacher has .*they must be equal"):
         DistillationConfig().of_teacher(strides)
     with pytest.raises(ValueError, match=r"teacher_layers: the teacher has layers 0 to 6, got \[4, 8\]"):
         DistillationConfig(teacher_layers=(4, 8)).of_teacher(TEACHER)

@@ -125,7 +125,7 @@ def test_every_type_is_tried() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"model_type": "whisper"}, "model_type: 'whisper' is none of wav2vec2, hubert"),
+        ({"model_type": "whisper"}, "model_type: must be one of wav2vec2, hubert, .*got 'whisper'"),
         ({"model_type": "hubert", "conv_pos_batch_norm": True}, "conv_pos_batch_norm=True is not supported"),
         ({"model_type": "wavlm", "add_adapter": True}, "add_adapter=True is not supported"),
         ({"adapter_attn_dim": 16}, "adapter_attn_dim=16 is not supported"),

@@ -14,7 +14,7 @@ from tests.interop.tiny_models import TINY
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"model_type": ["wav2vec2"]}, "model_type is .* served are"),
+        ({"model_type": ["wav2vec2"]}, "model_type is .* expected one of"),
         ({"hidden_size": "48"}, "hidden_size: must be of type int, got '48'"),
         ({"hidden_size": None}, "hidden_size: must be of type int, got None"),
         ({"num_attention_heads": 0}, "num_attention_heads: must be at least 1, got 0"),
@@ -22,7 +22,7 @@ from tests.interop.tiny_models import TINY
         ({"conv_dim": 32}, "conv_dim: must be a list"),
         ({"conv_stride": [0] * 7}, "conv_stride: must be at least 1, got 0"),
         ({"layer_norm_eps": None}, "layer_norm_eps: must be of type float, got None"),
-        ({"num_conv_pos_embedding_groups": 7}, "num_conv_pos_embedding_groups: 7 do not divide a hidden_size of"),
+        ({"num_conv_pos_embedding_groups": 7}, "num_conv_pos_embedding_groups: must divide hidden_size=.*, got 7"),
     ],
 )
 def test_values_that_no_config_has_are_named(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -38,10 +38,10 @@ def test_files_that_hold_something_else_are_named(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").unlink()
     index = tmp_path / "model.safetensors.index.json"
     for content, message in {
-        "[]": "is a list, not an object",
-        "{}": "weight_map does not say",
-        '{"weight_map": {"a": 3}}': "weight_map does not say",
-        '{"weight_map": {"a": "../model.safetensors"}}': "is no file of its own folder",
+        "[]": "must contain a JSON object, got a list",
+        "{}": "weight_map must give a file name",
+        '{"weight_map": {"a": 3}}': "weight_map must give a file name",
+        '{"weight_map": {"a": "../model.safetensors"}}': "expected the name of a file in the same folder",
     }.items():
         index.write_text(content)
         with pytest.raises(ValueError, match=rf"index\.json: .*{message}"):
@@ -49,12 +49,12 @@ def test_files_that_hold_something_else_are_named(tmp_path: Path) -> None:
     index.unlink()
     for weights in ([1], {3: torch.ones(1)}, {"masked_spec_embed": "x"}):
         torch.save(weights, tmp_path / "pytorch_model.bin")
-        with pytest.raises(ValueError, match=r"pytorch_model\.bin: holds no state dict"):
+        with pytest.raises(ValueError, match=r"pytorch_model\.bin: must contain a state dict"):
             Encoder.from_pretrained(tmp_path)
     whole = {name: tensor.long() for name, tensor in Encoder(EncoderConfig.from_dict(TINY)).state_dict().items()}
     torch.save(whole, tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"is of torch\.int64, which is no floating point"):
+    with pytest.raises(ValueError, match=r"has dtype torch\.int64, expected a floating-point dtype"):
         Encoder.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("null")
-    with pytest.raises(ValueError, match=r"config\.json: is a NoneType, not an object"):
+    with pytest.raises(ValueError, match=r"config\.json: must contain a JSON object, got a NoneType"):
         Encoder.from_pretrained(tmp_path)

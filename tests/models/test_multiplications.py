@@ -64,8 +64,8 @@ def test_model_cards_say_it() -> None:
         replace(_TWO_LAYERS, compressor="integrate-and-fire"),
     )
     assert describe_compression(fixed) == (
-        "average, 4 frames to one. Of the multiplications for 10 s the convolutions take 70 %, which nothing here "
-        "spares; this spares 23 %"
+        "average, 4 frames to one. Compression cannot reduce the front end's 70 % of the multiplications for 10 s of "
+        "audio; it saves 23 %"
     )
     assert "every 80 ms" in describe_compression(free)
     for config, said in ((fixed, True), (free, True), (_TWO_LAYERS, False)):

@@ -268,7 +268,7 @@ def test_the_schedule_of_the_temperature_stays_out_of_the_folder(tmp_path: Path)
 
 
 def test_rejects_bad_input(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no model there; looked for .*config\.json"):
+    with pytest.raises(ValueError, match=r"contains no model \(looked for .*config\.json"):
         load_encoder(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "whisper"}')
     with pytest.raises(ValueError, match="model_type is 'whisper'"):

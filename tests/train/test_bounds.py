@@ -199,10 +199,10 @@ def test_a_field_declared_again_keeps_its_bounds() -> None:
     [
         ("model.layerdrop", "-3", "must be at least 0 and below 1, got -3.0"),
         ("model.hidden_dropout", "1.5", "must be at least 0 and below 1, got 1.5"),
-        ("model.codevector_dim", "65", "65 is not divisible by num_codevector_groups=2"),
+        ("model.codevector_dim", "65", "must be divisible by num_codevector_groups=2, got 65"),
         ("model.contrastive_logits_temperature", "0", "must be above 0, got 0.0"),
-        ("model.num_attention_heads", "5", "5 do not divide a hidden_size of 768"),
-        ("model.num_conv_pos_embedding_groups", "7", "7 do not divide a hidden_size of 768"),
+        ("model.num_attention_heads", "5", "must divide hidden_size=768, got 5"),
+        ("model.num_conv_pos_embedding_groups", "7", "must divide hidden_size=768, got 7"),
         ("model.compressor", "median", "must be one of none, average, strided, integrate-and-fire, got 'median'"),
         ("model.model_type", "hubert", "this system trains a wav2vec2 encoder, got 'hubert'"),
         ("data.max_utterances", "0", "must be at least 1, or null, got 0"),

@@ -113,14 +113,16 @@ def test_held_out_folders_get_segments_of_the_same_classes(
 def test_segments_that_do_not_serve(
     make_config: MakeConfig, make_system: MakeSystem, segments: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match=r"data\.segments: are for a model whose compressor is integrate-and-fire"):
+    with pytest.raises(
+        ValueError, match=r"data\.segments: only --model\.compressor integrate-and-fire learns from segments"
+    ):
         make_config(**{"data.segments": str(segments)})
     with pytest.raises(ValueError, match=r"data\.segments: are for"):
         make_system(_compressed(make_config(), segments), "best-rq")
     with pytest.raises(ValueError, match="no labels there"):
         pretrain(_compressed(make_config(), tmp_path / "nowhere"))
     label(Path(make_config().audio), tmp_path / "plain", LabelSettings(clusters=7), num_workers=0)
-    with pytest.raises(ValueError, match=r"has no segments; it was made without --segment_ms"):
+    with pytest.raises(ValueError, match=r"has no segments; make it with `fastssl label --segment_ms`"):
         pretrain(_compressed(make_config(), tmp_path / "plain"))
     lines = (segments / "labels.jsonl").read_text().splitlines(keepends=True)
     (segments / "labels.jsonl").write_text("".join(lines[:7]))

@@ -54,7 +54,7 @@ def test_other_architectures_and_other_folders_are_refused(make_config: MakeConf
         initialise(build_model(make_config(**{"model.do_stable_layer_norm": True}).model), str(tmp_path))
     with pytest.raises(ValueError, match=r"add: --model\.conv_dim '\[16,16,16,16,16,16,16\]'$"):
         initialise(build_model(make_config(**{"model.conv_dim": (8,) * 7}).model), str(tmp_path))
-    with pytest.raises(ValueError, match=r"no run \(there is no .*last\.ckpt\) and no model"):
+    with pytest.raises(ValueError, match=r"neither a run \(no .*last\.ckpt\) nor a model"):
         initialise(build_model(config), str(tmp_path / "nowhere"))
     refused = make_config("refused", init=str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match="--init"):

@@ -58,7 +58,7 @@ def test_weights_of_another_system_are_refused(
     other = "wav2vec2" if system != "wav2vec2" else "best-rq"
     config = make_system(make_config(**{"trainer.max_steps": 1}), other)
     pretrain(config)
-    with pytest.raises(ValueError, match=f"is a run of {other}, and this is to be one of {system}"):
+    with pytest.raises(ValueError, match=f"is a run of {other}, expected a run of {system}"):
         initialise(build_model(model_of(system)), config.output)
     assert system_of(model_of(system)) == system
 
@@ -101,7 +101,7 @@ def test_quality_of_a_single_recording_is_left_out_with_a_word(make_config: Make
     config = make_config(audio=tmp_path / "audio", **{"trainer.max_steps": 1})
     pretrain(dataclasses.replace(config, quality=QualityConfig(every=1)))
     log = (Path(config.output) / "logs" / "pretrain.log").read_text()
-    assert "quality is not measured: of so few recordings none is held out" in log
+    assert "quality is not measured, because no recording is held out" in log
 
 
 def test_quality_needs_held_out_recordings_and_layers_that_exist(make_config: MakeConfig) -> None:
