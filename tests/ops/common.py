@@ -1,6 +1,7 @@
 """Helpers for the op tests: lists of implementations, inputs, and the tolerance of comparisons."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -73,6 +74,17 @@ def cast(tensors: dict[str, Tensor], dtype: torch.dtype, device: str = "cpu") ->
     }
 
 
+class _Expected(NamedTuple):
+    """What the reference returns for inputs of a dtype, computed in fp64 and in the dtype itself."""
+
+    exact: list[Tensor]  # the output, then gradients
+    plain: list[Tensor]
+
+
+#: Results of the reference, shared by the tests of several backends.
+_EXPECTED: dict[Hashable, _Expected] = {}
+
+
 def check_against_reference(
     run: Callable[[dict[str, Tensor], str], Tensor],
     inputs: dict[str, Tensor],
@@ -82,25 +94,36 @@ def check_against_reference(
     dtype: torch.dtype,
     backward: bool,
     constants: Collection[str] = (),
+    case: Hashable = None,
 ) -> None:
     """Compare `run(inputs, backend)` with the reference in fp64; twice the reference's error in `dtype` is allowed.
 
-    With `backward`, compare the gradients too, for all floating inputs except those named in `constants`.
+    With `backward`, compare the gradients too, for all floating inputs except those named in `constants`. Calls with
+    the same `case`, which must identify `run`, compute the reference once for equal inputs.
     """
-    exact, plain, ours = cast(inputs, torch.float64), cast(inputs, dtype, device), cast(inputs, dtype, device)
-    for name in exact:  # start from the rounded inputs: their rounding is not the op's error
-        exact[name] = plain[name].detach().to("cpu", exact[name].dtype).requires_grad_(exact[name].requires_grad)
-    results = [run(exact, "reference"), run(plain, "reference"), run(ours, backend)]
-    assert_as_good_as(results[2].cpu(), results[1].cpu(), results[0], "output")
-    if not backward:
-        return
-    names = [name for name in inputs if inputs[name].is_floating_point() and name not in constants]
-    found = [
-        gradients(out, [tensors[name] for name in names])
-        for out, tensors in zip(results, (exact, plain, ours), strict=True)
-    ]
-    for name, exact_grad, plain_grad, grad in zip(names, *found, strict=True):
-        assert_as_good_as(grad.cpu(), plain_grad.cpu(), exact_grad, f"grad_{name}")
+    names = [name for name in inputs if inputs[name].is_floating_point() and name not in constants] if backward else []
+
+    def results(tensors: dict[str, Tensor], name: str) -> list[Tensor]:
+        out = run(tensors, name)
+        grads = gradients(out, [tensors[name] for name in names]) if backward else []
+        return [x.detach().cpu() for x in (out, *grads)]
+
+    def reference() -> _Expected:
+        exact, plain = cast(inputs, torch.float64), cast(inputs, dtype, device)
+        for name in exact:  # start from the rounded inputs: their rounding is not the op's error
+            exact[name] = plain[name].detach().to("cpu", exact[name].dtype).requires_grad_(exact[name].requires_grad)
+        return _Expected(results(exact, "reference"), results(plain, "reference"))
+
+    if case is None:
+        expected = reference()
+    else:
+        digest = tuple((name, x.shape, x.dtype, x.detach().cpu().numpy().tobytes()) for name, x in inputs.items())
+        key = (case, device, dtype, backward, hash(digest))
+        expected = _EXPECTED[key] if key in _EXPECTED else _EXPECTED.setdefault(key, reference())
+    found = results(cast(inputs, dtype, device), backend)
+    what = ["output", *(f"grad_{name}" for name in names)]
+    for name, x, plain, exact in zip(what, found, expected.plain, expected.exact, strict=True):
+        assert_as_good_as(x, plain, exact, name)
 
 
 def compiler_for(backend: str) -> str:

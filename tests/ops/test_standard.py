@@ -32,6 +32,7 @@ def test_forward(standard: Standard, case: str, dtype: torch.dtype, backend: str
         device=device,
         dtype=dtype,
         backward=False,
+        case=(standard.op, case),
     )
     if standard.exact is not None:
         ours = cast(inputs, dtype, device)
@@ -59,6 +60,7 @@ def test_backward(standard: Standard, case: str, output: str, dtype: torch.dtype
         dtype=dtype,
         backward=True,
         constants=standard.constants,
+        case=(standard.op, case, output),
     )
 
 

@@ -251,6 +251,7 @@ def test_stack(case: str, backend: str, device: str, dtype: torch.dtype, wavefor
         device=device,
         dtype=dtype,
         backward=True,
+        case=("strided_conv_stack", case),
     )
 
 

@@ -27,6 +27,9 @@ from tests.tiny import TINY_MODEL
 MakeConfig = Callable[..., PretrainConfig]
 MakeSystem = Callable[[PretrainConfig, str], PretrainConfig]
 
+#: For runs that must read audio in another process. Such a process takes longer to start than a short run to read.
+WORKER = {"data.num_workers": 1}
+
 WITHOUT_DROPOUT = {
     f"model.{name}": 0.0
     for name in ("hidden_dropout", "attention_dropout", "activation_dropout", "feat_quantizer_dropout", "layerdrop")
@@ -83,6 +86,18 @@ def _one_thread(one_thread: None) -> None:
 
 
 @pytest.fixture
+def rendered() -> None:
+    """Request this fixture in tests that look at RUN/report.png."""
+
+
+@pytest.fixture(autouse=True)
+def _unrendered(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw reports without rendering them to pixels, which takes matplotlib as long as a short run trains."""
+    if "rendered" not in request.fixturenames:
+        monkeypatch.setattr("fastssl.train.report.write_figure", lambda figure, path: path.touch())
+
+
+@pytest.fixture
 def make_system() -> MakeSystem:
     """`make_system(config, "hubert")` returns the same run with another system's model, without dropout."""
 
@@ -105,7 +120,7 @@ def make_config(recordings: Path, tmp_path: Path) -> MakeConfig:
             seed=3,
             init=init,
             model=TINY_MODEL,
-            data=DataConfig(max_duration_s=6, crop_s=2, min_duration_s=1, valid=0.2, num_workers=1),
+            data=DataConfig(max_duration_s=6, crop_s=2, min_duration_s=1, valid=0.2, num_workers=0),
             optimizer=OptimizerConfig(lr=2e-3, warmup_updates=3, clip_norm=5.0),
             trainer=TrainerConfig(
                 max_steps=8, log_every=1, checkpoint_every=2, val_check_interval=4, accelerator="cpu", progress=False

@@ -18,7 +18,7 @@ from fastssl.train.pretrain import pretrain
 from fastssl.train.run_labels import attach_given
 from fastssl.train.systems import build_model
 from tests.tiny import write_recording
-from tests.train.conftest import MakeConfig, MakeSystem, rewound
+from tests.train.conftest import WORKER, MakeConfig, MakeSystem, rewound
 
 
 def _compressed(config: PretrainConfig, segments: Path | None = None) -> PretrainConfig:
@@ -40,7 +40,7 @@ def segments(recordings: Path, tmp_path: Path) -> Path:
 def test_a_run_learns_boundaries_and_resumes_to_the_bit(
     system: str, make_config: MakeConfig, make_system: MakeSystem, segments: Path
 ) -> None:
-    whole = _compressed(make_system(make_config("whole", **{"trainer.keep_every": 4}), system), segments)
+    whole = _compressed(make_system(make_config("whole", **WORKER, **{"trainer.keep_every": 4}), system), segments)
     pretrain(whole)
     rows = read_metrics(Path(whole.output) / "metrics.csv")
     for row in rows:

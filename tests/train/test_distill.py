@@ -28,7 +28,7 @@ from fastssl.train.module import TrainingError
 from fastssl.train.pretrain import pretrain
 from fastssl.train.teacher import Teacher
 from tests.tiny import write_recording
-from tests.train.conftest import MakeConfig, model_of, rewound
+from tests.train.conftest import WORKER, MakeConfig, model_of, rewound
 
 _SHAPE = {field.name: getattr(model_of("wav2vec2"), field.name) for field in dataclasses.fields(EncoderConfig)}
 _TEACHER = EncoderConfig(**_SHAPE | {"num_hidden_layers": 3, "do_normalize": False})
@@ -51,6 +51,7 @@ def _distil(config: PretrainConfig, teacher: Path, **changes: Any) -> PretrainCo
     return dataclasses.replace(config, system="distillation", model=model, teacher=str(teacher))
 
 
+@pytest.mark.usefixtures("rendered")
 @pytest.mark.parametrize("distillation", ["pred", "l2l"])
 def test_a_student_learns(make_config: MakeConfig, teacher: Path, distillation: str) -> None:
     changes = {"trainer.max_steps": 40, "trainer.checkpoint_every": 40, "trainer.val_check_interval": 20}
@@ -152,7 +153,7 @@ def test_a_resumed_run_ends_as_an_unbroken_one(
     make_config: MakeConfig, teacher: Path, recordings: Path, tmp_path: Path
 ) -> None:
     label(recordings, tmp_path / "segments", LabelSettings(clusters=7, segment_price=500.0), num_workers=0)
-    changes = {"trainer.keep_every": 4, "data.segments": None}
+    changes = {**WORKER, "trainer.keep_every": 4, "data.segments": None}
     config = _distil(make_config("whole", **changes), teacher, compressor="integrate-and-fire")
     whole = dataclasses.replace(config, data=dataclasses.replace(config.data, segments=str(tmp_path / "segments")))
     pretrain(whole)
@@ -197,7 +198,7 @@ def test_kept_frames_teach_as_the_teacher_does(
     changes = {"data.fixed_crops": True}
     beside = _distil(make_config("beside", **changes), teacher)
     pretrain(beside)
-    kept = _cached(_distil(make_config("kept"), teacher), tmp_path / "cache")
+    kept = _cached(_distil(make_config("kept", **WORKER), teacher), tmp_path / "cache")
     pretrain(kept)
     expected, found = (
         [

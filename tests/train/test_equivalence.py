@@ -17,7 +17,7 @@ from fastssl.train.config import PretrainConfig
 from fastssl.train.data import PretrainDataModule
 from fastssl.train.metrics_file import read_metrics
 from fastssl.train.pretrain import pretrain
-from tests.train.conftest import WITHOUT_DROPOUT, MakeConfig, as_yaml_file
+from tests.train.conftest import WITHOUT_DROPOUT, WORKER, MakeConfig, as_yaml_file
 
 _UPDATES = 6
 _SETTINGS = {**WITHOUT_DROPOUT, "trainer.max_steps": _UPDATES, "optimizer.clip_norm": 1.0}
@@ -76,7 +76,7 @@ def test_two_processes_equal_one_on_the_joint_batch(
 ) -> None:
     joint = make_config("joint", **_SETTINGS)
     pretrain(joint)
-    double = make_config("double", **_SETTINGS, **{"trainer.devices": 2})
+    double = make_config("double", **_SETTINGS, **WORKER, **{"trainer.devices": 2})
     command = [sys.executable, "-m", "fastssl", "pretrain", "--config", str(as_yaml_file(double, tmp_path))]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     outcome = subprocess.run(
@@ -91,7 +91,7 @@ def test_two_accumulation_steps_equal_the_joint_batch(
 ) -> None:
     # Without the diversity loss, which is computed per batch and so depends on how an update is divided.
     settings: dict[str, Any] = {**_SETTINGS, "model.diversity_loss_weight": 0.0}
-    double = make_config("double", **settings, **{"trainer.accumulation": 2})
+    double = make_config("double", **settings, **WORKER, **{"trainer.accumulation": 2})
     pretrain(double)
     request.getfixturevalue("joint_batches")
     joint = make_config("joint", **settings)

@@ -22,7 +22,7 @@ from fastssl.train.monitors import Monitor
 from fastssl.train.pretrain import pretrain
 from fastssl.train.systems import build_model
 from tests.tiny import write_recording
-from tests.train.conftest import MakeConfig
+from tests.train.conftest import WORKER, MakeConfig
 
 
 def _damage(path: Path) -> None:
@@ -68,7 +68,7 @@ def test_damaged_recordings_are_named_once_and_survive_resume(
     paths = _flac_folder(tmp_path / "audio", 20)
     _damage(paths[3])
     (tmp_path / "audio" / "empty.wav").touch()
-    config = make_config(audio=tmp_path / "audio", **{"data.valid": 0.0, "trainer.max_steps": 16})
+    config = make_config(audio=tmp_path / "audio", **WORKER, **{"data.valid": 0.0, "trainer.max_steps": 16})
     with caplog.at_level(logging.INFO, logger="fastssl"):
         pretrain(config)
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
@@ -86,7 +86,8 @@ def test_damaged_recordings_are_named_once_and_survive_resume(
     assert [Path(name).name for name in state["unusable"]] == ["03.flac"]
     assert state["draws"] > sum(row["utterances"] for row in rows)
     caplog.clear()
-    pretrain(make_config(audio=tmp_path / "audio", **{"data.valid": 0.0, "trainer.max_steps": 30}), resume=True)
+    longer = {**WORKER, "data.valid": 0.0, "trainer.max_steps": 30}
+    pretrain(make_config(audio=tmp_path / "audio", **longer), resume=True)
     assert "03.flac" not in caplog.text
     assert read_metrics(Path(config.output) / "metrics.csv")[-1]["unusable"] == 1
 

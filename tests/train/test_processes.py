@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,15 @@ from fastssl.models.wav2vec2 import Wav2Vec2Config
 from fastssl.train.config import PretrainConfig
 from fastssl.train.metrics_file import read_metrics
 from fastssl.train.systems import SYSTEMS
-from tests.train.conftest import MakeConfig, MakeSystem, as_yaml_file
+from tests.train.conftest import WORKER, MakeConfig, MakeSystem, as_yaml_file
 
 pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def make_config(make_config: MakeConfig) -> MakeConfig:
+    """Settings with which every process starts a worker of its own."""
+    return partial(make_config, **WORKER)
 
 
 def _run(config: PretrainConfig, folder: Path, *options: str, launcher: tuple[str, ...] = ()) -> Any:

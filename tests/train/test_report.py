@@ -2,11 +2,14 @@
 
 from pathlib import Path
 
+import pytest
+
 from fastssl.models.wav2vec2 import Wav2Vec2ForPreTraining
 from fastssl.train.metrics_file import MetricsFile
 from fastssl.train.report import draw_report
 
 
+@pytest.mark.usefixtures("rendered")
 def test_scores_of_an_earlier_version_are_drawn(tmp_path: Path) -> None:
     columns = ["update", "audio_hours", "contrastive_loss", "accuracy", "chance", "audio_s_per_s", "valid_loss"]
     file = MetricsFile(tmp_path / "metrics.csv", [*columns, "valid_contrastive_loss", "valid_accuracy"])

@@ -20,10 +20,11 @@ from fastssl.train.config import PretrainConfig, write_config
 from fastssl.train.metrics_file import read_metrics
 from fastssl.train.module import PretrainModule
 from fastssl.train.pretrain import pretrain
-from tests.train.conftest import MakeConfig, as_yaml_file
+from tests.train.conftest import WORKER, MakeConfig, as_yaml_file
 
 _LONG = {
-    "trainer.max_steps": 30,
+    **WORKER,
+    "trainer.max_steps": 18,
     "trainer.accumulation": 2,
     "trainer.checkpoint_every": 3,
     "trainer.val_check_interval": 6,
@@ -34,11 +35,11 @@ def test_killed_run_ends_with_the_weights_of_an_unbroken_run(make_config: MakeCo
     unbroken, killed = make_config("unbroken", **_LONG), make_config("killed", **_LONG)
     pretrain(unbroken)
     _kill_in_the_middle(killed, tmp_path)
-    assert 3 <= saved_update(Path(killed.output) / "checkpoints" / "last.ckpt") < 30
+    assert 3 <= saved_update(Path(killed.output) / "checkpoints" / "last.ckpt") < 18
     pretrain(killed, resume=True)
 
     expected, found = _checkpoint(unbroken), _checkpoint(killed)
-    assert found["global_step"] == expected["global_step"] == 30
+    assert found["global_step"] == expected["global_step"] == 18
     _assert_same(found["state_dict"], expected["state_dict"])
     _assert_same(found["optimizer_states"], expected["optimizer_states"])
     _assert_same(found["lr_schedulers"], expected["lr_schedulers"])

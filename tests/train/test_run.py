@@ -13,11 +13,12 @@ from fastssl.train.data import PretrainDataModule
 from fastssl.train.metrics_file import read_metrics
 from fastssl.train.module import VALIDATION_UPDATE
 from fastssl.train.pretrain import pretrain
-from tests.train.conftest import MakeConfig
+from tests.train.conftest import WORKER, MakeConfig
 
 
+@pytest.mark.usefixtures("rendered")
 def test_run_folder(make_config: MakeConfig) -> None:
-    config = make_config()
+    config = make_config(**WORKER)
     pretrain(config)
     run = Path(config.output)
     assert sorted(path.name for path in run.iterdir()) == [

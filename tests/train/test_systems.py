@@ -17,11 +17,11 @@ from fastssl.train.metrics_file import read_metrics
 from fastssl.train.pretrain import pretrain
 from fastssl.train.systems import SYSTEMS, build_model, system_of
 from tests.tiny import write_recording
-from tests.train.conftest import MakeConfig, MakeSystem, model_of
+from tests.train.conftest import WORKER, MakeConfig, MakeSystem, model_of
 
 
 def test_best_rq_learns_reports_and_resumes(make_config: MakeConfig, make_system: MakeSystem, tmp_path: Path) -> None:
-    config = make_system(make_config(**{"trainer.max_steps": 16, "trainer.keep_every": 8}), "best-rq")
+    config = make_system(make_config(**WORKER, **{"trainer.max_steps": 16, "trainer.keep_every": 8}), "best-rq")
     pretrain(config)
     run = Path(config.output)
     rows = [row for row in read_metrics(run / "metrics.csv") if "prediction_loss" in row]
@@ -63,6 +63,7 @@ def test_weights_of_another_system_are_refused(
     assert system_of(model_of(system)) == system
 
 
+@pytest.mark.usefixtures("rendered")
 def test_quality_shows_everywhere_and_changes_nothing(
     make_config: MakeConfig, make_system: MakeSystem, tmp_path: Path
 ) -> None:
