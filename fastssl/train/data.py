@@ -186,7 +186,8 @@ class PretrainDataModule(LightningDataModule):
             use: "labels" to put the labels into the batches, or "segments" to put runs of equal labels into them.
 
         Raises:
-            ValueError: Labels are missing for more than `data.max_bad_fraction` of AUDIO, all training or all held-out cuts.
+            ValueError: Labels are missing for more than `data.max_bad_fraction` of AUDIO, or for all training or all
+                held-out cuts.
         """
         labels = FrameLabels(table, grid)
         train = self.train_corpus if source == "audio" else None
@@ -239,7 +240,8 @@ class PretrainDataModule(LightningDataModule):
             problems: Problems with the recordings for which the teacher made no frames.
 
         Raises:
-            ValueError: Frames are missing for more than `data.max_bad_fraction` of all, all training or all held-out crops.
+            ValueError: Frames are missing for more than `data.max_bad_fraction` of the crops, or for all training or
+                all held-out ones.
         """
         crops = self.crops()
         missing = {key for key, _ in crops if key not in table.entries}
