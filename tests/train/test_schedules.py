@@ -29,7 +29,7 @@ def test_temperature_falls_to_its_end() -> None:
     ("make", "message"),
     [
         (lambda: DataConfig(crop_s=0), r"data\.crop_s"),
-        (lambda: DataConfig(crop_s=90), r"data\.crop_s: 90 s is more than data\.max_duration_s=87\.5"),
+        (lambda: DataConfig(crop_s=90), r"data\.crop_s: must be at most data\.max_duration_s=87\.5, got 90"),
         (lambda: DataConfig(valid=1.0), r"data\.valid"),
         (lambda: OptimizerConfig(lr=0), r"optimizer\.lr"),
         (lambda: OptimizerConfig(clip_norm=-1), r"optimizer\.clip_norm"),
