@@ -40,7 +40,7 @@ def run(arguments: Sequence[str], *, command: str = "pretrain") -> None:
     data = settings.data
     if isinstance(data.valid, str):
         data = dataclasses.replace(data, valid=str(Path(data.valid).absolute()))
-    folders = {name: getattr(data, name) for name in ("labels", "segments", "teacher_cache")}
+    folders = {name: getattr(data, name) for name in ("labels", "segments", "noise", "teacher_cache")}
     absolute = {name: str(Path(folder).absolute()) for name, folder in folders.items() if folder is not None}
     data = dataclasses.replace(data, **absolute)
     teacher = settings.get("teacher")
