@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, Sampler
 from fastssl.data.audio import SAMPLE_RATE_HZ, AudioError, read_waveform
 from fastssl.data.corpus import Problem, cut_name
 from fastssl.data.labels import LabelTable, Segments
-from fastssl.data.noise import NoiseRecordings
+from fastssl.data.noise import NoiseProblem, NoiseRecordings
 from fastssl.data.recordings import FrameGrid
 from fastssl.data.segments import FrameSegments
 from fastssl.data.teacher_frames import TeacherFrames, TeacherTable, checksum
@@ -33,7 +33,8 @@ class AudioBatch:
         ids: (B,) int64, stable hash of each utterance's id.
         names: B paths for messages, with "@12.0s" for a part of a recording.
         update: The optimiser update the batch belongs to, from 0.
-        problems: Utterances of the plan that could not be used; B is 0 where that is all of them.
+        problems: Utterances of the plan that could not be used, B is 0 where that is all of them; then recordings of
+            noise that could not be used (`NoiseProblem`).
         labels: (T,) int64, one for each of the T frames that an encoder makes of the waveforms; None where there are
             none.
         segments: In which these frames lie; None where there are none.
@@ -319,7 +320,7 @@ class WaveformDataset(Dataset[AudioBatch]):
                 torch.from_numpy(np.concatenate([np.empty(0, np.bool_), *(part.ends for part in lain_in)])),
             )
         noise: Packed | None = None
-        unread: tuple[Problem, ...] = ()
+        unread: tuple[NoiseProblem, ...] = ()
         if self.noise is not None:
             noise, unread = self.noise.read([cut.id for cut in used], seed=spec.seed, update=spec.update)
         teacher = None if self.teacher is None else self.teacher.of([self.teacher_keys + cut.id for cut in used])
