@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, Sampler
 from fastssl.data.audio import SAMPLE_RATE_HZ, AudioError, read_waveform
 from fastssl.data.corpus import Problem, cut_name
 from fastssl.data.labels import LabelTable, Segments
-from fastssl.data.noise import NoiseRecordings
+from fastssl.data.noise import NoiseProblem, NoiseRecordings
 from fastssl.data.recordings import FrameGrid
 from fastssl.data.segments import FrameSegments
 from fastssl.data.teacher_frames import TeacherFrames, TeacherTable, checksum
@@ -33,7 +33,8 @@ class AudioBatch:
         ids: (B,) int64, `utterance_id` of each cut id.
         names: B paths for messages; "@12.0s" is appended if the part begins 12 s into its recording.
         update: Optimiser update that the batch belongs to, counted from 0.
-        problems: Planned utterances that cannot be used, and why. If none can be used, B is 0.
+        problems: Planned utterances that cannot be used, and why (if none can be used, B is 0); then recordings of
+            noise that cannot be used (`NoiseProblem`).
         labels: (T,) int64, one class for each of the encoder's T frames; None if the dataset reads no labels.
         segments: Segment of each of these T frames; None if the dataset reads no segments.
         noise: Noise to mix into each utterance, (M, 1) in B sequences, of length 0 for utterances without; None if the
@@ -321,7 +322,7 @@ class WaveformDataset(Dataset[AudioBatch]):
                 torch.from_numpy(np.concatenate([np.empty(0, np.bool_), *(part.ends for part in lain_in)])),
             )
         noise: Packed | None = None
-        unread: tuple[Problem, ...] = ()
+        unread: tuple[NoiseProblem, ...] = ()
         if self.noise is not None:
             noise, unread = self.noise.read([cut.id for cut in used], seed=spec.seed, update=spec.update)
         teacher = None if self.teacher is None else self.teacher.of([self.teacher_keys + cut.id for cut in used])

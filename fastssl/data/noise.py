@@ -13,6 +13,10 @@ from fastssl.data.waveforms import waveform_batch
 from fastssl.packing import Packed
 
 
+class NoiseProblem(Problem):
+    """A recording of noise that cannot be used; the utterance it was drawn for is used without it."""
+
+
 @dataclass(frozen=True)
 class NoiseRecordings:
     """A corpus of noise.
@@ -35,7 +39,7 @@ class NoiseRecordings:
             return None
         return self.cuts[(drawn >> 32) % len(self.cuts)]
 
-    def read(self, utterances: Sequence[str], *, seed: int, update: int) -> tuple[Packed, tuple[Problem, ...]]:
+    def read(self, utterances: Sequence[str], *, seed: int, update: int) -> tuple[Packed, tuple[NoiseProblem, ...]]:
         """Draw and decode the noise of a batch.
 
         Args:
@@ -55,6 +59,6 @@ class NoiseRecordings:
                 try:
                     waveform = read_waveform(cut, channel=self.channel)
                 except AudioError as error:
-                    problems.append(Problem(f"noise {cut_name(cut)}", str(error)))
+                    problems.append(NoiseProblem(f"noise {cut_name(cut)}", str(error)))
             waveforms.append(waveform)
         return waveform_batch(waveforms, normalize=False), tuple(problems)

@@ -119,8 +119,10 @@ def mix_utterances(waveforms: Packed, keys: Tensor, config: WavLMConfig, *, nois
     highest = torch.where(is_noise, _HIGHEST_NOISE_DB, _HIGHEST_SPEECH_DB)
     ratio = 10 ** ((_LOWEST_DB + (highest - _LOWEST_DB) * loud) / 10)
     mixes = is_noise | ((whether < probability) & (partner != index))
-    mixes &= (length > 0) & (powers > 0) & (source_powers[partner] > 0)
-    scale = torch.where(mixes, (powers / (source_powers[partner] * ratio)).sqrt(), 0.0).to(clean.dtype)
+    # Positive and finite: not from silence, nor from samples so small or so large that fp32 has no factor for them.
+    factor = (powers / (source_powers[partner] * ratio)).sqrt().to(clean.dtype)
+    mixes &= (length > 0) & (factor > 0) & (factor < torch.inf)
+    scale = torch.where(mixes, factor, 0.0)
 
     ids = layout.sequence_ids
     offset = layout.positions - start[ids]

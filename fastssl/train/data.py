@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from fastssl.data.batches import AudioBatch, BatchSpec, FrameLabels, UpdateSampler, WaveformDataset, fixed_batches
 from fastssl.data.corpus import Corpus, Problem, list_some, open_corpus, split_corpus
 from fastssl.data.labels import LabelTable
-from fastssl.data.noise import NoiseRecordings
+from fastssl.data.noise import NoiseProblem, NoiseRecordings
 from fastssl.data.recordings import FrameGrid
 from fastssl.data.teacher_frames import TeacherTable
 from fastssl.eval.encode import default_workers
@@ -38,14 +38,16 @@ class Account:
         total: Number of recordings in the corpus; each window of a long recording counts.
         max_bad_fraction: Largest unusable fraction: of the corpus or, once three have failed, of those drawn so far.
         left_out: Problems found in the files' headers before the first draw; `open_corpus` has counted these already.
+        total_noise: Number of recordings of noise, which have a limit of their own.
     """
 
-    def __init__(self, total: int, max_bad_fraction: float, left_out: list[Problem]) -> None:
-        self.total = total
+    def __init__(self, total: int, max_bad_fraction: float, left_out: list[Problem], total_noise: int = 0) -> None:
+        self.total, self.total_noise = total, total_noise
         self.max_bad_fraction = max_bad_fraction
         self.left_out = left_out
         self.draws = 0
         self.unusable: dict[str, str] = {}
+        self.unusable_noise: dict[str, str] = {}
 
     def note(self, draws: int, problems: list[Problem]) -> list[Problem]:
         """Add the recordings that all processes drew for an update; returns problems with recordings not seen before.
@@ -55,24 +57,30 @@ class Account:
             problems: Problems with the recordings that could not be used.
 
         Raises:
-            TrainingError: The unusable fraction exceeds `max_bad_fraction`.
+            TrainingError: The unusable fraction exceeds `max_bad_fraction`, among the recordings of the corpus or among
+                those of noise.
         """
         self.draws += draws
-        fresh = list({problem.name: problem for problem in problems if problem.name not in self.unusable}.values())
-        self.unusable |= {problem.name: problem.reason for problem in fresh}
+        known = self.unusable | self.unusable_noise
+        fresh = list({problem.name: problem for problem in problems if problem.name not in known}.values())
+        for problem in fresh:
+            of_noise = isinstance(problem, NoiseProblem)
+            (self.unusable_noise if of_noise else self.unusable)[problem.name] = problem.reason
         # The first pass over the corpus draws every recording, so later draws bring no new recordings.
         drawn = min(self.draws, self.total)
-        few = min(_FEW_DRAWS, self.total)
-        failed = len(self.unusable)
-        judged = self.total if failed < _FEW_RECORDINGS else max(drawn, few)
-        if fresh and failed > self.max_bad_fraction * judged:
-            examples = "; ".join(f"{name} {reason}" for name, reason in list(self.unusable.items())[:5])
+        judged = self.total if len(self.unusable) < _FEW_RECORDINGS else max(drawn, min(_FEW_DRAWS, self.total))
+        self._judge(self.unusable, known, judged, f"{drawn} recordings drawn so far")
+        self._judge(self.unusable_noise, known, self.total_noise, f"{self.total_noise} recordings of data.noise")
+        return fresh
+
+    def _judge(self, unusable: dict[str, str], known: dict[str, str], judged: int, what: str) -> None:
+        if unusable.keys() - known and len(unusable) > self.max_bad_fraction * judged:
+            examples = "; ".join(f"{name} {reason}" for name, reason in list(unusable.items())[:5])
             raise TrainingError(
-                f"{failed} of the {drawn} recordings drawn so far cannot be used, more than "
+                f"{len(unusable)} of the {what} cannot be used, more than "
                 f"data.max_bad_fraction={self.max_bad_fraction:g} allows; repair or remove them, or raise the limit. "
                 f"Among them: {examples}"
             )
-        return fresh
 
 
 class Beside(Protocol):
@@ -116,10 +124,7 @@ class PretrainDataModule(LightningDataModule):
         super().__init__()
         # All machines of a run share its folder, so only one process of all prepares data.
         self.prepare_data_per_node = False
-        self.config = config
-        self.normalize = normalize
-        self.seed = seed
-        self.accumulation = accumulation
+        self.config, self.normalize, self.seed, self.accumulation = config, normalize, seed, accumulation
         self.train_corpus = self._open(audio)
         self.valid_corpus: Corpus | None = None
         #: Number of cuts of AUDIO that are not trained on, because `data.valid` names the same recordings.
@@ -146,6 +151,7 @@ class PretrainDataModule(LightningDataModule):
                 raise ValueError(f"data.noise: {error}") from None
             self._noise = NoiseRecordings(tuple(recordings.cuts), noise_share, config.channel)
             self.account.left_out += recordings.problems
+            self.account.total_noise = len(self._noise.cuts)
         self._teacher: TeacherTable | None = None
         self._consumed = 0
         self._digest = ""
@@ -351,6 +357,7 @@ class PretrainDataModule(LightningDataModule):
             "corpus": self._fingerprint(),
             "draws": self.account.draws,
             "unusable": dict(self.account.unusable),
+            "unusable_noise": dict(self.account.unusable_noise),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -374,6 +381,7 @@ class PretrainDataModule(LightningDataModule):
         self._consumed = state_dict["updates"] * self.accumulation
         self.account.draws = state_dict["draws"]
         self.account.unusable = dict(state_dict["unusable"])
+        self.account.unusable_noise = dict(state_dict.get("unusable_noise", {}))
 
     def _fingerprint(self) -> str:
         """A hash of the recordings to train on and of the noise, which determine the batches."""

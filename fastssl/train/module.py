@@ -10,6 +10,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 
 from fastssl.data.batches import AudioBatch
+from fastssl.data.noise import NoiseProblem
 from fastssl.models.pretraining import PretrainingModel, StepContext, StepOutput, perplexity
 from fastssl.nn.random import utterance_keys
 from fastssl.train.config import OptimizerConfig
@@ -170,7 +171,8 @@ class PretrainModule(LightningModule):
     def _sums(self, output: StepOutput, batch: AudioBatch) -> Tensor:
         """Values of a batch to be summed over its update, in fp64: counts, loss, scores, counts of the codes."""
         utterances, problems = len(batch.names), len(batch.problems)
-        counts = (output.masked_frames, batch.duration_s, utterances, utterances + problems, problems)
+        drawn = utterances + sum(not isinstance(problem, NoiseProblem) for problem in batch.problems)
+        counts = (output.masked_frames, batch.duration_s, utterances, drawn, problems)
         scores = output.scores()
         summed = torch.stack([output.loss.detach().double(), *(scores[name].detach().double() for name in self._names)])
         codes = summed.new_empty(0) if output.code_counts is None else output.code_counts.to(summed)

@@ -228,7 +228,7 @@ class Monitor(Callback):
         row |= {name: self._window[name] / frames for name in ("loss", *self.score_names)}
         row |= {name: self._window[name] for name in ("masked_frames", "utterances")}
         row |= code_usage(self._code_counts)
-        row["unusable"] = len(self.account.unusable)
+        row["unusable"] = len(self.account.unusable) + len(self.account.unusable_noise)
         row["audio_hours"] = self.audio_s / 3600
         row["audio_s_per_s"] = self._timed_audio_s / max(1e-9, now - self._clock)
         self.shown |= row

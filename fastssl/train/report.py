@@ -38,7 +38,7 @@ def summarise(run: Path, system: type[PretrainingModel], account: Account) -> Ta
     if valid:
         _add_scores(table, "valid_", shown, valid[0], valid[-1])
     table.add_row("recordings left out", "", str(len(account.left_out)))
-    table.add_row("recordings unusable", "", str(len(account.unusable)))
+    table.add_row("recordings unusable", "", str(len(account.unusable) + len(account.unusable_noise)))
     return table
 
 

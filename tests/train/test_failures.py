@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
 
 from fastssl.data.corpus import Problem
+from fastssl.data.noise import NoiseProblem
 from fastssl.interop import load_encoder
 from fastssl.train.data import Account
 from fastssl.train.metrics_file import read_metrics
@@ -126,6 +127,21 @@ def test_account_judges_fractions_of_what_was_drawn() -> None:
     account.note(1, problems(1))
     with pytest.raises(TrainingError, match="3 of the 3"):
         account.note(1, problems(2))
+
+
+def test_noise_is_judged_apart_from_the_audio() -> None:
+    def problems(*numbers: int) -> list[Problem]:
+        return [NoiseProblem(f"noise {number}.wav", "does not decode") for number in numbers]
+
+    account = Account(40, 0.05, [], total_noise=1000)
+    for number in range(50):
+        assert account.note(1, problems(number, 0)) == problems(number)
+    account.note(1, [Problem("0.wav", "does not decode")])
+    with pytest.raises(TrainingError, match=r"51 of the 1000 recordings of data\.noise cannot be used"):
+        account.note(1, problems(50))
+    account = Account(1000, 0.05, [], total_noise=2)
+    with pytest.raises(TrainingError, match=r"1 of the 2 recordings of data\.noise"):
+        account.note(1, problems(0))
 
 
 def test_fp16_does_not_skip_updates_for_ever(make_config: MakeConfig) -> None:

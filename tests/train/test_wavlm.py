@@ -7,9 +7,11 @@ from typing import cast
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
 import fastssl
+from fastssl import cli
 from fastssl.data.batches import AudioBatch, WaveformDataset, fixed_batches
 from fastssl.data.corpus import open_corpus
 from fastssl.data.noise import NoiseRecordings
@@ -18,6 +20,7 @@ from fastssl.models.pretraining import StepContext
 from fastssl.models.wavlm import WavLMConfig, WavLMForPreTraining, mix_utterances
 from fastssl.nn.random import utterance_keys
 from fastssl.packing import Packed
+from fastssl.train.config import write_config
 from fastssl.train.metrics_file import read_metrics
 from fastssl.train.pretrain import pretrain
 from tests.tiny import write_recording
@@ -140,6 +143,15 @@ def test_silence_adds_nothing_and_takes_nothing() -> None:
         mixed = mix_utterances(Packed.pack(clean), keys_of(update, 2), ALWAYS).unpack()
         assert torch.equal(mixed[0], clean[0])
         assert torch.equal(mixed[1], clean[1])
+
+
+@pytest.mark.parametrize("damaged", [1e-42, math.inf, math.nan])
+def test_samples_that_have_no_factor_spoil_no_other_utterance(damaged: float) -> None:
+    clean, noises = [torch.full((5000, 1), damaged), torch.ones(5000, 1)], [torch.empty(0, 1)]
+    for update in range(10):
+        for noise in (None, Packed.pack([*noises, torch.full((5000, 1), damaged)])):
+            mixed = mix_utterances(Packed.pack(clean), keys_of(update, 2), ALWAYS, noise=noise).unpack()
+            assert torch.equal(mixed[1], clean[1])
 
 
 def test_mixtures_are_normalised_and_others_stay() -> None:
@@ -281,6 +293,19 @@ def test_a_run_resumes_to_the_bit_and_opens_as_wavlm_model(
     write_recording(tmp_path / "noise" / "rain.wav", 2.0, seed=2)
     with pytest.raises(ValueError, match=r"AUDIO or data\.noise no longer has the recordings"):
         pretrain(dataclasses.replace(halves, trainer=dataclasses.replace(halves.trainer, max_steps=9)), resume=True)
+
+
+def test_folders_of_data_have_whole_paths_in_the_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        "fastssl.train.pretrain.pretrain", lambda config, **_: write_config(config, tmp_path / "a.yaml")
+    )
+    options = [option for name in ("labels", "noise", "valid") for option in (f"--data.{name}", name)]
+    assert cli.main(["pretrain", "audio", "--recipe", "wavlm-tiny", "--output", "run", *options]) == 0
+    data = yaml.safe_load((tmp_path / "a.yaml").read_text())["data"]
+    assert [data[name] for name in ("labels", "noise", "valid")] == [
+        str(tmp_path / name) for name in ("labels", "noise", "valid")
+    ]
 
 
 def test_noise_is_for_systems_that_mix(make_config: MakeConfig, tmp_path: Path) -> None:
