@@ -156,8 +156,8 @@ def initialise(model: PretrainingModel, source: str) -> bool:
 
     Args:
         model: Model to initialise.
-        source: Folder with config.json and weights, or folder of a run, of which the last checkpoint is used, or
-            `encoder/` if there is no checkpoint.
+        source: Folder with config.json and weights, or folder of a run. A run's last checkpoint is used or, without
+            one, its `encoder/`.
 
     Returns:
         Whether all weights came from `source`. False if the head or the compressor is missing there and keeps its

@@ -215,7 +215,7 @@ def _check_folder(run: Path, config: PretrainConfig, *, resume: bool) -> None:
     """Check that the folder is empty or missing, or with `resume` that it contains a run that can continue."""
     if resume:
         if not (run / "config.yaml").is_file():
-            raise ValueError(f"--resume: there is no run in {run} (looked for {run / 'config.yaml'})")
+            raise ValueError(f"--resume: {run} contains no run to continue (looked for {run / 'config.yaml'})")
         # Without a checkpoint, nothing has been trained yet, and all settings may change.
         if (run / "checkpoints" / "last.ckpt").is_file():
             check_resumable(config, run / "config.yaml")

@@ -96,7 +96,7 @@ def test_finished_run_can_be_extended_and_resumed(make_config: MakeConfig) -> No
 
 def test_resume_refuses_another_run(make_config: MakeConfig, recordings: Path) -> None:
     config = make_config(**{"trainer.max_steps": 2})
-    with pytest.raises(ValueError, match="there is no run in"):
+    with pytest.raises(ValueError, match="contains no run to continue"):
         pretrain(config, resume=True)
     pretrain(config)
     with pytest.raises(ValueError, match=r"seed: 3 in the run, 4 now"):
