@@ -42,8 +42,8 @@ class CompressorConfig:
         compressor_factor: Number of frames that become one, for "average" and "strided".
         compression_draw: What integrate-and-fire draws for each utterance in training: the "rate" (lambda), or the
             frame "period", from which the utterance's own rate follows.
-        compression_range: The two numbers between which rate or period is drawn uniformly: rates from 0 to 2, or
-            periods in milliseconds. Twice the same number trains for this one alone, and the encoder then opens at it.
+        compression_range: Range from which rates (0 to 2) or periods (milliseconds) are drawn uniformly. Two equal
+            numbers train for this one only, and the encoder then uses it by default.
 
     Raises:
         ValueError: A value is out of bounds, or values do not fit together.

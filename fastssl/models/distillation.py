@@ -35,7 +35,7 @@ class DistillationConfig(CompressedConfig, EncoderConfig):
     Args:
         distillation: "pred" to predict several layers of the teacher with heads on the student's last layer
             (DistilHuBERT, arXiv 2110.01900), or "l2l" to predict one from each layer of the student (2207.06867).
-        teacher_layers: Layers of the teacher to predict; 0 is the input of its first. If none are given, "pred" takes
+        teacher_layers: Layers of the teacher to predict; 0 is the input of its first. If empty, "pred" takes
             those at L/3, 2L/3 and L of its L layers, and "l2l" takes the one nearest to i L / S for layer i of S.
         teacher_hidden_size: Width of the teacher's layers; set from the teacher when training begins.
         teacher_num_hidden_layers: L, the teacher's number of layers; set from the teacher when training begins.

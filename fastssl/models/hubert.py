@@ -37,9 +37,9 @@ class HubertConfig(MaskedConfig, EncoderConfig):
     The defaults are the values of fairseq's hubert_base_librispeech.yaml.
 
     Args:
-        num_clusters: Number of classes to predict, that of the labels.
+        num_clusters: Number of classes to predict; must be that of the labels.
         final_dim: Width of the projection in which frames are compared with the embeddings of the classes.
-        logit_temperature: Temperature, by which the cosines are divided.
+        logit_temperature: Temperature by which the cosine similarities are divided.
         features_penalty_weight: Weight of the mean square of the front end's frames.
 
     Raises:

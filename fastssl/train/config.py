@@ -100,7 +100,7 @@ class OptimizerConfig:
         eps: Number added to the denominator of the update.
         weight_decay: Decoupled weight decay, on all parameters.
         warmup_updates: Updates until the learning rate peaks.
-        clip_norm: Largest norm of the gradient, to which a larger one is scaled down; null does not clip.
+        clip_norm: Largest gradient norm; larger gradients are scaled down to it. null does not clip.
     """
 
     lr: float = bounded(5e-4, above=0)
@@ -198,7 +198,7 @@ class PretrainConfig:
         recipe: Recipe that the settings started from, for the model card.
         system: Name of the objective, such as wav2vec2 or hubert; the recipe sets it.
         teacher: Encoder to distil: a run of `fastssl pretrain`, a Transformers folder, a model name on the Hub, or a
-            checkpoint of fairseq; of the other systems there is none.
+            checkpoint of fairseq; only for distillation.
         model: The encoder and its objective.
         data: What to train on, and in which portions.
         optimizer: Adam with decoupled weight decay; the learning rate rises linearly, then falls linearly to 0 at
