@@ -187,7 +187,7 @@ def _remark(results: Sequence[LayerQuality], seconds: float, minutes: float, *, 
         )
     if first.rankme_rows < 2 * width:
         logger.warning(
-            "RankMe has only %d %s for a width of %d: it says little until they are several times the width",
+            "RankMe is based on only %d %s, but the width is %d: it means little unless there are several times as many",
             first.rankme_rows,
             first.rankme_of,
             width,
