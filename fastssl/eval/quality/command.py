@@ -187,7 +187,7 @@ def _remark(results: Sequence[LayerQuality], seconds: float, minutes: float, *, 
         )
     if first.rankme_rows < 2 * width:
         logger.warning(
-            "RankMe is based on only %d %s, but the width is %d: it means little unless there are several times as many",
+            "RankMe is based on only %d %s, but the width is %d: it means little with fewer than several times that",
             first.rankme_rows,
             first.rankme_of,
             width,
