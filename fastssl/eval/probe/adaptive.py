@@ -102,7 +102,7 @@ def learn_rates(
         train: Table of the training part, for the head.
         dev: Table of the development part, for the rates.
         settings: Task and hyperparameters: classification or ctc, without folds.
-        trials: Prices and starts; each gets a rate of its own.
+        trials: Prices and starts; a separate rate is learned for each.
         bounds: Lowest and highest rate; use the range that the encoder was trained with.
         learning_rate: Highest learning rate of the rates; it follows the head's schedule, within the last fifth.
         spread: Mean distance from the rate at which its slope is measured; that of each utterance is drawn uniformly

@@ -221,7 +221,11 @@ class Standard(NamedTuple):
         return cls(standard.mean, standard.scale, _inverse_root(covariance))
 
     def to(self, device: torch.device | str) -> "Standard":
-        """Return a copy on another device."""
+        """Return a copy on another device.
+
+        Args:
+            device: Device for the statistics and the whitening.
+        """
         whitening = None if self.whitening is None else self.whitening.to(device)
         return Standard(self.mean.to(device), self.scale.to(device), whitening)
 

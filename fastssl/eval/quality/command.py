@@ -194,7 +194,7 @@ def _remark(results: Sequence[LayerQuality], seconds: float, minutes: float, *, 
         )
     if first.rankme_rows < 2 * width:
         logger.warning(
-            "RankMe has only %d %s for a width of %d: it says little until they are several times the width",
+            "RankMe is based on only %d %s, but the width is %d: it means little with fewer than several times that",
             first.rankme_rows,
             first.rankme_of,
             width,
