@@ -11,13 +11,10 @@ from typing import Any, get_args, get_origin
 import pytest
 
 from fastssl import cli
-from fastssl.models.best_rq import BestRqConfig
 from fastssl.models.bounds import bounded, check_bounds, declared
 from fastssl.models.conformer import ConformerConfig
-from fastssl.models.distillation import DistillationConfig
 from fastssl.models.encoder import EncoderConfig
-from fastssl.models.hubert import HubertConfig
-from fastssl.models.wav2vec2 import GumbelTemperature, Wav2Vec2Config
+from fastssl.models.wav2vec2 import GumbelTemperature
 from fastssl.train.config import (
     DataConfig,
     OptimizerConfig,
@@ -25,11 +22,12 @@ from fastssl.train.config import (
     QualityConfig,
     TrainerConfig,
 )
+from fastssl.train.systems import SYSTEMS
 
 #: Config -> prefix of its fields' names in errors.
 CONFIGS: dict[type[Any], str] = {
     **dict.fromkeys((EncoderConfig, ConformerConfig), ""),
-    **dict.fromkeys((Wav2Vec2Config, HubertConfig, BestRqConfig, DistillationConfig, PretrainConfig), ""),
+    **dict.fromkeys((*(model.config_class for model in SYSTEMS.values()), PretrainConfig), ""),
     DataConfig: "data.",
     OptimizerConfig: "optimizer.",
     GumbelTemperature: "gumbel_temperature.",
@@ -42,7 +40,7 @@ BOUNDS = {
         *("hidden_dropout", "attention_dropout", "activation_dropout", "feat_proj_dropout", "feat_quantizer_dropout"),
         *("layerdrop", "valid", "betas"),
     ),
-    "at least 0 and at most 1": ("mask_time_prob", "max_bad_fraction"),
+    "at least 0 and at most 1": ("mask_time_prob", "max_bad_fraction", "mixing_prob", "mixing_noise_prob"),
     "above 0 and at most 1": ("quantity_share", "decay"),
     "at least 0 and below 4294967296": ("seed",),
     "above 0": (
