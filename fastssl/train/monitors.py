@@ -34,11 +34,11 @@ def metric_columns(score_names: Sequence[str], *, extra: Sequence[str] = ()) -> 
 
     Args:
         score_names: `PretrainingModel.score_names`.
-        extra: Of callbacks.
+        extra: Of schedules and callbacks.
     """
     usage = list(_CODE_USAGE) if "prediction_loss" in score_names else []
     scores = ["loss", *score_names, *usage]
-    return [
+    columns = [
         "update",
         "audio_hours",
         *scores,
@@ -52,6 +52,7 @@ def metric_columns(score_names: Sequence[str], *, extra: Sequence[str] = ()) -> 
         *(f"valid_{name}" for name in scores),
         *extra,
     ]
+    return list(dict.fromkeys(columns))
 
 
 class Monitor(Callback):
@@ -61,7 +62,7 @@ class Monitor(Callback):
         run: Folder of the run.
         account: Of the recordings drawn.
         score_names: What the system reports, `PretrainingModel.score_names`.
-        columns: Of callbacks that `write` too.
+        columns: Of `PretrainingModel.schedules`, and of callbacks that `write` too.
         log_every: Updates between two rows.
         resume_at: The update that a resumed run continues behind; None for a new run.
     """
@@ -221,7 +222,7 @@ class Monitor(Callback):
         """Write the averages over the updates since the last row."""
         now = time.perf_counter()
         frames = max(1.0, self._window["masked_frames"])
-        rates = ("learning_rate", "temperature", "grad_norm")
+        rates = ("learning_rate", "grad_norm", *self.columns)
         row: dict[str, float] = {name: update[name] for name in rates if name in update}
         row |= {name: self._window[name] / frames for name in ("loss", *self.score_names)}
         row |= {name: self._window[name] for name in ("masked_frames", "utterances")}

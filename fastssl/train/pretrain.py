@@ -117,7 +117,10 @@ def _fit(
         run,
         data.account,
         score_names=model.score_names,
-        columns=quality_columns(config.model.num_hidden_layers) if config.quality.every else (),
+        columns=(
+            *model.schedules(0),
+            *(quality_columns(config.model.num_hidden_layers) if config.quality.every else ()),
+        ),
         log_every=settings.log_every,
         resume_at=None if resume_from is None else saved_update(resume_from),
     )
