@@ -71,6 +71,7 @@ class BestRqForPreTraining(PretrainingModel):
     encoder_name = "best_rq"
     config_class = BestRqConfig
     main_scores = PREDICTION
+    counts_codes = True
     config: BestRqConfig
 
     def __init__(self, config: BestRqConfig) -> None:

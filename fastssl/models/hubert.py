@@ -71,6 +71,7 @@ class HubertForPreTraining(PretrainingModel):
     config_class = HubertConfig
     needs = Needs(labels=True)
     main_scores = PREDICTION
+    counts_codes = True
     config: HubertConfig
     hubert: Encoder
 

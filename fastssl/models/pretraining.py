@@ -144,6 +144,8 @@ class PretrainingModel(nn.Module):
     needs: ClassVar[Needs] = Needs()
     #: How to show the scores. The first is the loss that is minimised, the second the best measure of success.
     main_scores: ClassVar[Mapping[str, Score]]
+    #: Whether the outputs have `code_counts`, whose perplexity and share of codes in use are reported.
+    counts_codes: ClassVar[bool] = False
     #: What the loss is averaged over, for the axis of the figure.
     averaged_over: ClassVar[str] = "masked frame"
     #: Always a `CompressedConfig` too.

@@ -29,16 +29,17 @@ _COLLAPSED_UPDATES = 100
 _CODE_USAGE = ("code_perplexity", "code_utilisation")
 
 
-def metric_columns(score_names: Sequence[str], *, extra: Sequence[str] = ()) -> list[str]:
+def metric_columns(score_names: Sequence[str], *, counts_codes: bool, extra: Sequence[str] = ()) -> list[str]:
     """List the columns of metrics.csv.
 
     Args:
         score_names: `PretrainingModel.score_names` of the system.
-        extra: Columns that callbacks add at the end.
+        counts_codes: `PretrainingModel.counts_codes` of the system.
+        extra: Columns of schedules and callbacks.
     """
-    usage = list(_CODE_USAGE) if "prediction_loss" in score_names else []
+    usage = _CODE_USAGE if counts_codes else ()
     scores = ["loss", *score_names, *usage]
-    return [
+    columns = [
         "update",
         "audio_hours",
         *scores,
@@ -52,6 +53,7 @@ def metric_columns(score_names: Sequence[str], *, extra: Sequence[str] = ()) -> 
         *(f"valid_{name}" for name in scores),
         *extra,
     ]
+    return list(dict.fromkeys(columns))
 
 
 class Monitor(Callback):
@@ -63,7 +65,8 @@ class Monitor(Callback):
         run: Folder of the run.
         account: Count of the recordings drawn, which is updated here.
         score_names: `PretrainingModel.score_names` of the system.
-        columns: Further columns of metrics.csv, for callbacks that use `write`.
+        counts_codes: `PretrainingModel.counts_codes` of the system.
+        columns: Further columns of metrics.csv: schedules, and those of callbacks that use `write`.
         log_every: Updates between two rows of metrics.csv.
         resume_at: Number of finished updates from which a resumed run continues; None for a new run.
     """
@@ -74,13 +77,14 @@ class Monitor(Callback):
         account: Account,
         *,
         score_names: Sequence[str],
+        counts_codes: bool = False,
         columns: Sequence[str] = (),
         log_every: int,
         resume_at: int | None,
     ) -> None:
         self.run = run
         self.account = account
-        self.score_names = tuple(score_names)
+        self.score_names, self.counts_codes = tuple(score_names), counts_codes
         self.columns = tuple(columns)
         self.log_every = log_every
         self.resume_at = resume_at
@@ -123,9 +127,8 @@ class Monitor(Callback):
         """Open metrics.csv and the TensorBoard file, on the first process."""
         if not trainer.is_global_zero or self._file is not None:
             return
-        self._file = MetricsFile(
-            self.run / "metrics.csv", metric_columns(self.score_names, extra=self.columns), resume_at=self.resume_at
-        )
+        columns = metric_columns(self.score_names, counts_codes=self.counts_codes, extra=self.columns)
+        self._file = MetricsFile(self.run / "metrics.csv", columns, resume_at=self.resume_at)
         purge = None if self.resume_at is None else self.resume_at + 1
         self._board = SummaryWriter(self.run / "logs", purge_step=purge)
 
@@ -196,7 +199,8 @@ class Monitor(Callback):
         assert isinstance(pl_module, PretrainModule)
         self._clock += time.perf_counter()
         scores = {f"valid_{name}": value for name, value in pl_module.last_validation.items()}
-        scores = {name: value for name, value in scores.items() if name in metric_columns(self.score_names)}
+        columns = metric_columns(self.score_names, counts_codes=self.counts_codes)
+        scores = {name: value for name, value in scores.items() if name in columns}
         self.shown |= scores
         self.scores, self.scored_at = scores, trainer.global_step
         self.write(trainer, scores)
@@ -223,7 +227,7 @@ class Monitor(Callback):
         """Write a row with the averages over the updates since the last row."""
         now = time.perf_counter()
         frames = max(1.0, self._window["masked_frames"])
-        rates = ("learning_rate", "temperature", "grad_norm")
+        rates = ("learning_rate", "grad_norm", *self.columns)
         row: dict[str, float] = {name: update[name] for name in rates if name in update}
         row |= {name: self._window[name] / frames for name in ("loss", *self.score_names)}
         row |= {name: self._window[name] for name in ("masked_frames", "utterances")}

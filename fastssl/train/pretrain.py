@@ -119,7 +119,11 @@ def _fit(
         run,
         data.account,
         score_names=model.score_names,
-        columns=quality_columns(config.model.num_hidden_layers) if config.quality.every else (),
+        counts_codes=model.counts_codes,
+        columns=(
+            *model.schedules(0),
+            *(quality_columns(config.model.num_hidden_layers) if config.quality.every else ()),
+        ),
         log_every=settings.log_every,
         resume_at=None if resume_from is None else saved_update(resume_from),
     )

@@ -1,12 +1,16 @@
 """Schedules of learning rate and temperature, refused settings, and the metrics file."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from fastssl.models.wav2vec2 import GumbelTemperature
 from fastssl.train.config import DataConfig, OptimizerConfig, TrainerConfig
+from fastssl.train.data import Account
 from fastssl.train.metrics_file import MetricsFile, read_metrics
+from fastssl.train.monitors import Monitor
 
 
 def test_learning_rate_rises_and_falls_linearly() -> None:
@@ -58,3 +62,22 @@ def test_metrics_file_drops_what_will_be_written_again(tmp_path: Path) -> None:
     assert read_metrics(path)[-1] == {"update": 4, "loss": 7.0}
     MetricsFile(path, ["update", "loss", "valid_loss"])
     assert read_metrics(path) == []
+
+
+def test_values_of_schedules_are_in_the_metrics(tmp_path: Path) -> None:
+    monitor = Monitor(
+        tmp_path,
+        Account(1, 0.05, []),
+        score_names=("prediction_loss",),
+        counts_codes=True,
+        columns=("temperature", "mixing"),
+        log_every=1,
+        resume_at=None,
+    )
+    trainer: Any = SimpleNamespace(is_global_zero=True, global_step=1)
+    monitor.setup(trainer, cast(Any, None), "fit")
+    monitor._window = {"masked_frames": 2.0, "utterances": 1.0, "loss": 2.0, "prediction_loss": 2.0}
+    monitor._close_window(trainer, {"temperature": 2.0, "mixing": 0.25, "grad_norm": 1.0})
+    monitor.teardown(trainer, cast(Any, None), "fit")
+    (row,) = read_metrics(tmp_path / "metrics.csv")
+    assert (row["temperature"], row["mixing"], row["grad_norm"], row["loss"]) == (2.0, 0.25, 1.0, 1.0)
