@@ -80,7 +80,7 @@ def test_chunks_of_compressed_recordings_neither_overlap_nor_leave_gaps(encoder:
     [
         ({"rate": 2.5}, r"--rate: must be from 0 to 2, got 2\.5"),
         ({"frame_period_ms": 10.0}, "--frame_period_ms: must be from 20 to inf, got 10"),
-        ({"rate": 0.5, "frame_period_ms": 40.0}, "--rate and frame_period_ms: one of them"),
+        ({"rate": 0.5, "frame_period_ms": 40.0}, "--rate and frame_period_ms: give one of the two, got"),
     ],
 )
 def test_rates_out_of_range(
