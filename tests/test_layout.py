@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -31,10 +32,16 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 HEAVY = {"torch._dynamo", "torch._inductor", "sympy", "lightning", "lhotse", "transformers", "torchaudio", "triton"}
 
 
+@cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+@cache
 def imported_names(path: Path) -> set[str]:
     """All names that a file imports, anywhere in the file. Imports must be absolute."""
     names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -70,7 +77,7 @@ def test_imports_have_no_circle() -> None:
     modules = {module_of(path): path for path in SOURCES}
     imports: dict[str, set[str]] = {module: set() for module in modules}
     for module, path in modules.items():
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(parsed(path)):
             if isinstance(node, ast.Import):
                 imports[module] |= {alias.name for alias in node.names} & modules.keys()
             elif isinstance(node, ast.ImportFrom):
@@ -136,7 +143,7 @@ def test_no_function_hides_a_module() -> None:
 def _imported_from_elsewhere(path: Path) -> set[str]:
     """Names that a package's `__init__.py` imports from modules other than the package itself."""
     package = ".".join(path.parent.relative_to(PACKAGE.parent).parts)
-    imports = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ImportFrom)]
+    imports = [node for node in parsed(path).body if isinstance(node, ast.ImportFrom)]
     return {alias.asname or alias.name for node in imports if node.module != package for alias in node.names}
 
 

@@ -17,7 +17,7 @@ def noise(seconds: float, *, rate: int = 16000, channels: int = 1, seed: int = 0
 
 
 def tone(seconds: float, *, rate: int = 16000, hz: float = 1000.0) -> NDArray[np.float32]:
-    """A sine, (T,)."""
+    """A sine wave, (T,)."""
     return np.sin(2 * np.pi * hz * np.arange(round(seconds * rate)) / rate).astype(np.float32)
 
 

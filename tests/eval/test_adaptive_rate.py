@@ -172,7 +172,7 @@ def test_the_same_seed_learns_the_same_rate(encoder: Encoder, table: Table) -> N
 
 @pytest.mark.parametrize(("length", "reach"), [(1.0, 4), (2.5, 2), (4.0, 1)])
 def test_a_head_for_all_rates_is_a_function_of_time(length: float, reach: int) -> None:
-    """Compares it with the probe's head, given weights interpolated for one frame length."""
+    """It equals the probe's head with weights interpolated for one frame length."""
     torch.manual_seed(0)
     window = Window(reach, 1)
     of_all, of_one = RateHead(2, 5, torch.full((3,), 1 / 3), reach=5), Head(2, 5, torch.full((3,), 1 / 3), window)

@@ -65,7 +65,7 @@ def plain_loop(x: Tensor, weights: Tensor, beta: float) -> Tensor:
 
 
 def trace(case: str, inputs: Inputs, backend: str) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
-    """The part that can be traced: everything after the output length, which depends on data, is computed."""
+    """The traceable part of the op: all that follows once the output length, which depends on data, is known."""
     lengths, _, _, threshold = CASES[case]
     x, weights = inputs.values()
     layout = layout_of(lengths, x.device.type)

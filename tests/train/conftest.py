@@ -27,8 +27,8 @@ from tests.tiny import TINY_MODEL
 MakeConfig = Callable[..., PretrainConfig]
 MakeSystem = Callable[[PretrainConfig, str], PretrainConfig]
 
-#: For runs that must read audio in another process. Such a process takes longer to start than a short run to read.
-WORKER = {"data.num_workers": 1}
+#: Makes a run read audio in a worker process. Starting one takes longer than a short run needs to read its audio.
+WORKER: dict[str, Any] = {"data.num_workers": 1}
 
 WITHOUT_DROPOUT = {
     f"model.{name}": 0.0

@@ -1,4 +1,4 @@
-"""Training in several processes, started by torchrun or Lightning, stopped together, and resumed. Slow (minutes)."""
+"""Training in several processes: started by torchrun or Lightning, stopped together, resumed. Takes minutes."""
 
 import dataclasses
 import os
