@@ -178,7 +178,7 @@ def _why_not_triton(x: Tensor) -> str | None:
     if x.dtype == torch.float64:
         return "its kernels compute in float32"
     if x.shape[1] > _TRITON_MAX_WIDTH:
-        return f"its kernels support at most {_TRITON_MAX_WIDTH} channels, got {x.shape[1]}"
+        return f"its kernels support at most {_TRITON_MAX_WIDTH} channels, not {x.shape[1]}"
     return None
 
 

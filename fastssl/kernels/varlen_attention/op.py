@@ -158,7 +158,7 @@ def _why_not_torch(
         return "PyTorch's kernel has no dropout with a reproducible mask"
     if q.device.type == "cuda":
         if q.dtype not in (torch.float16, torch.bfloat16):
-            return f"varlen_attn supports float16 and bfloat16, got {q.dtype}"
+            return f"varlen_attn supports float16 and bfloat16, not {q.dtype}"
         if q.shape[2] % 8 or q.shape[2] > 256:
             return f"varlen_attn needs E to be a multiple of 8 up to 256, got {q.shape[2]}"
         if scale is not None:
@@ -173,8 +173,8 @@ def _why_not_torch(
 def _why_not_triton(q: Tensor) -> str | None:
     """Return why the Triton kernels cannot run this call, or None if they can."""
     if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"its kernels support float32, float16 and bfloat16, got {q.dtype}"
-    return f"its kernels support E up to 128, got {q.shape[2]}" if q.shape[2] > 128 else None
+        return f"its kernels support float32, float16 and bfloat16, not {q.dtype}"
+    return f"its kernels support E up to 128, not {q.shape[2]}" if q.shape[2] > 128 else None
 
 
 def _check(
