@@ -67,7 +67,7 @@ def contrastive_loss(
     temperature: float = 0.1,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:  # (N,), (N,)
-    """Contrast each masked frame's target with K negatives (the loss of wav2vec 2.0, arXiv 2006.11477, equation 3).
+    """Compute each masked frame's contrastive loss against K negatives (wav2vec 2.0, arXiv 2006.11477, equation 3).
 
     The logits of frame n are the cosine similarities of context[n] with targets[n] and with targets[negatives[n]],
     divided by the temperature. Its loss is the logsumexp of the logits minus the first logit. A negative is ignored if
