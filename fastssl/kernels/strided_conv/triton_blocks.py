@@ -74,8 +74,8 @@ def gelu_derivative(x, below, bell):
 def block_of(tile, cu_ptr, batch, BLOCK: tl.constexpr):
     """Locate block `tile`: return its sequence, its first frame there, and the number of frames from it to the end.
 
-    The blocks of sequence b start at number cu[b] // BLOCK + b. They are enough for its frames, and at most one more,
-    which has no frames. So N // BLOCK + B programs cover all sequences, and the host need not know the lengths.
+    The blocks of sequence b start at number cu[b] // BLOCK + b. They cover its frames, and at most one of them has
+    no frames. So N // BLOCK + B programs cover all sequences, and the host need not know the lengths.
     """
     sequence = -1
     for start in range(0, batch, 128):

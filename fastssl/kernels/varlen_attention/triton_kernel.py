@@ -56,9 +56,8 @@ def _biases(bias_ptr, distances, reach):
 def _block_of(tile, cu_seqlens_ptr, batch, BLOCK: tl.constexpr):
     """Locate block `tile`: return the first row and the length of its sequence, and its first row in the sequence.
 
-    The blocks of sequence b start at number cu_seqlens[b] // BLOCK + b. They are enough for its rows, and at most one
-    more, which starts after its end. So N // BLOCK + B programs cover all sequences, and the host need not know the
-    lengths.
+    The blocks of sequence b start at number cu_seqlens[b] // BLOCK + b. They cover its rows, and at most one of them
+    starts after its end. So N // BLOCK + B programs cover all sequences, and the host need not know the lengths.
     """
     sequence = -1
     for start in range(0, batch, 128):
