@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def _kept(compute: Callable[["Layout"], Tensor]) -> Callable[["Layout"], Tensor]:
-    """Decorator: compute a tensor of a layout once and cache it on the layout.
+    """Decorate a method: compute its tensor once and cache it on the layout.
 
     Inside `torch.compile` nothing is cached, because the compiler merges equal expressions anyway.
     """

@@ -25,7 +25,7 @@ _BLOCK_M = 16
 
 @triton.jit
 def _log(x):
-    """Natural logarithm of a positive normal number; the GPU's is too coarse near 1, where large noise comes from."""
+    """Compute log(x) of positive normal numbers; the GPU's own is too coarse near 1, which gives the largest noise."""
     bits = x.to(tl.int32, bitcast=True)
     exponent = (bits - 0x3F3504F3) >> 23
     r = (bits - (exponent << 23)).to(tl.float32, bitcast=True) - 1.0

@@ -162,7 +162,7 @@ def _grad_weight(grad_out: Tensor, x: Tensor, weight: Tensor, layout: Layout) ->
 
 
 def _grad_depthwise_weight(grad_out: Tensor, x: Tensor, weight: Tensor, layout: Layout) -> Tensor:
-    """`_grad_weight` for groups of one channel, where an FFT would cost more than the sums themselves."""
+    """Compute `_grad_weight` for groups of one channel, where an FFT would cost more than the sums themselves."""
     kernel = weight.shape[2]
     padding = kernel // 2
     x, grad_out = (_with_gaps(frames.float(), layout, gap=padding)[0] for frames in (x, grad_out))

@@ -54,7 +54,7 @@ def _biases(bias_ptr, distances, reach):
 
 @triton.jit
 def _block_of(tile, cu_seqlens_ptr, batch, BLOCK: tl.constexpr):
-    """Locate block `tile`: return the first row and the length of its sequence, and its first row in the sequence.
+    """Locate block `tile`: return the first row and length of its sequence, and the block's first row in it.
 
     The blocks of sequence b start at number cu_seqlens[b] // BLOCK + b. They cover its rows, and at most one of them
     starts after its end. So N // BLOCK + B programs cover all sequences, and the host need not know the lengths.
