@@ -146,8 +146,8 @@ class UpdateSampler(Sampler[BatchSpec]):
 
     Args:
         cuts: Utterances from `open_corpus`. They are read once, and the plan depends on their order.
-        max_duration_s: Limit on the audio in one micro-batch, in seconds after cropping; a longer utterance is alone
-            in one.
+        max_duration_s: Limit on the audio in one micro-batch, in seconds after cropping; a longer utterance gets its
+            own micro-batch.
         crop_s: Length of the random crops in seconds; None keeps whole utterances.
         seed: Seed of the run.
         rank: Index of this process, from 0 to `world_size` - 1.
@@ -238,8 +238,8 @@ def fixed_batches(cuts: Iterable[Cut], *, max_duration_s: float, crop_s: float |
 
     Args:
         cuts: Utterances to validate on; the plan does not depend on their order.
-        max_duration_s: Limit on the audio in one micro-batch, in seconds after cropping; a longer utterance is alone
-            in one.
+        max_duration_s: Limit on the audio in one micro-batch, in seconds after cropping; a longer utterance gets its
+            own micro-batch.
         crop_s: Length of the crops in seconds; None keeps whole utterances.
         seed: Seed of the crops; a crop's start depends only on this and on the cut's id.
 

@@ -76,7 +76,7 @@ def open_corpus(
     max_bad_fraction: float = 0.05,
     jobs: int = 8,
 ) -> Corpus:
-    """Find the usable recordings of a corpus, reading headers, and audio only where a header gives no length.
+    """Find the usable recordings of a corpus. Reads headers, and audio only where a header gives no length.
 
     Args:
         source: A folder (searched recursively, without hidden files), one audio file, a Lhotse manifest of cuts or
@@ -91,8 +91,8 @@ def open_corpus(
         The usable cuts, and the recordings that were left out.
 
     Raises:
-        ValueError: The source does not exist, is none of these, contains no audio, has too many unusable recordings, or
-            contains two cuts with the same id.
+        ValueError: The source does not exist, is not of a kind named above, contains no audio, has too many unusable
+            recordings, or contains two cuts with the same id.
     """
     path = Path(source)
     if not path.exists():

@@ -1,8 +1,8 @@
 """Read Lhotse manifests without running or fetching anything that they name.
 
 A Lhotse audio source may be a shell command or a URL, and a manifest may be an untrusted file. So every source must
-be a file or bytes, wherever it occurs: among a recording's sources, in the impulse response of a transform,
-in a custom field or in a track of a mixed cut.
+be a file or bytes, wherever it occurs: among a recording's sources, in the impulse response of a transform, in a custom
+field or in a track of a mixed cut.
 """
 
 from collections.abc import Iterator

@@ -1,7 +1,7 @@
 """Activations that give a frame the same bits at any place in a batch.
 
-On a CPU, PyTorch computes the last elements of each thread's share with a different exponential function.
-Computing in fp64 and rounding the result hides the difference.
+On a CPU, PyTorch computes the last elements of each thread's share with a different exponential function. Computing in
+fp64 and rounding the result hides the difference.
 """
 
 from collections.abc import Callable
@@ -42,7 +42,7 @@ def glu(x: Tensor) -> Tensor:
 
 
 def _rounded(function: Callable[[Tensor], Tensor], gradient: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> Tensor:
-    """Apply `function`; on the CPU, in fp64 and then round. `gradient` maps (grad_out, x) to the gradient of x."""
+    """Apply `function`; on the CPU, compute in fp64 and round. `gradient` maps (grad_out, x) to the gradient of x."""
     if x.device.type != "cpu" or x.dtype == torch.float64:
         return function(x)
     if torch.compiler.is_compiling():

@@ -181,7 +181,7 @@ class SequenceCompressor(nn.Module):
                 wait.
             frame_period_ms: Target mean frame period in milliseconds, at least `input_period_ms`: a number, or a () or
                 (B,) tensor. The rate of each utterance is solved from the mean of its learned weights. The target is
-                met only approximately, because the number of frames is whole.
+                met only approximately, because the number of frames is an integer.
 
         Returns:
             The compressed frames, in the dtype of `frames`, with the weights and sources that they were made from.
