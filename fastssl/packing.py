@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def _kept(compute: Callable[["Layout"], Tensor]) -> Callable[["Layout"], Tensor]:
-    """Decorator: compute a tensor of a layout once and cache it on the layout.
+    """Decorate a method: compute its tensor once and cache it on the layout.
 
     Inside `torch.compile` nothing is cached, because the compiler merges equal expressions anyway.
     """
@@ -57,7 +57,7 @@ class Layout:
 
     @classmethod
     def from_lengths(cls, lengths: Sequence[int], *, device: torch.device | str | None = None) -> "Layout":
-        """Layout of sequences with the given lengths.
+        """Create the layout of sequences with the given lengths.
 
         Args:
             lengths: Number of frames of each sequence; zero is allowed.
@@ -75,7 +75,7 @@ class Layout:
 
     @classmethod
     def from_device(cls, lengths: tuple[int, ...], device_lengths: Tensor) -> "Layout":
-        """Layout of lengths that are already on both the host and the device, without a copy that the host waits for.
+        """Create a layout from lengths that are on both the host and the device, so the host waits for no copy.
 
         The lengths are not checked.
 
@@ -87,7 +87,7 @@ class Layout:
         return cls(lengths, cu_seqlens, max(lengths, default=0), sum(lengths))
 
     def __getstate__(self) -> dict[str, Any]:
-        """State for copies and pickles: the fields without the cached tensors, which the copy computes again."""
+        """Return the fields for copies and pickles, without the cached tensors: a copy computes those again."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @property
@@ -114,7 +114,7 @@ class Layout:
         return torch.arange(self.total, device=self.cu_seqlens.device) - self.cu_seqlens[self.sequence_ids]
 
     def rows(self, sequences: Tensor, positions: Tensor) -> Tensor:
-        """Row numbers in the packed tensor, from sequence numbers and positions within the sequences.
+        """Compute row numbers in the packed tensor from sequence numbers and positions within the sequences.
 
         Args:
             sequences: int64 sequence numbers, from 0 to B - 1.
@@ -126,15 +126,15 @@ class Layout:
         return self.cu_seqlens[sequences] + positions
 
     def padded_rows(self, length: int) -> "PaddedRows":
-        """The place of each packed row in a batch that is padded to `length`, at least `max_length`."""
+        """Return the place of each packed row in a batch padded to `length`, which must be at least `max_length`."""
         return PaddedRows(self.sequence_ids * length + self.positions, self, length)
 
     def valid(self, length: int) -> Tensor:
-        """(B, length) bool on the device: True where a batch padded to `length` contains a frame, not padding."""
+        """Return (B, length) bool on the device: True where a batch padded to `length` has a frame, not padding."""
         return torch.arange(length, device=self.cu_seqlens.device) < self.device_lengths.unsqueeze(1)
 
     def sums(self, x: Tensor) -> Tensor:  # (N, ...) -> (B, ...)
-        """Sum of the rows of each sequence, in fp64.
+        """Sum the rows of each sequence in fp64.
 
         Rows are added in order on every device, so the bits of a sum do not depend on the rest of the batch.
 
@@ -150,7 +150,7 @@ class Layout:
         return torch.segment_reduce(by_row, "sum", offsets=self.cu_seqlens, axis=0, unsafe=True).squeeze(1)
 
     def map_lengths(self, host: Callable[[int], int], device: Callable[[Tensor], Tensor]) -> "Layout":
-        """Layout of the same number of sequences with new lengths, computed on host and device so that neither waits.
+        """Create a layout with new lengths, computed on both host and device so that neither waits for the other.
 
         Args:
             host: Maps the length of one sequence to its new length.
@@ -159,7 +159,7 @@ class Layout:
         return Layout.from_device(tuple(map(host, self.lengths)), device(self.device_lengths))
 
     def after_conv(self, kernel: int, stride: int) -> "Layout":
-        """Layout after a convolution without padding: floor((length - kernel) / stride) + 1 frames, at least 0.
+        """Return the layout after an unpadded convolution: floor((length - kernel) / stride) + 1 frames, at least 0.
 
         Args:
             kernel: Kernel width in frames.
@@ -176,12 +176,12 @@ class Layout:
         )
 
     def with_gaps(self, before: int, after: int) -> "Layout":
-        """Layout with `before` extra rows in front of each sequence and `after` extra rows after it."""
+        """Return a layout with `before` extra rows in front of each sequence and `after` extra rows after it."""
         gap = before + after
         return self.map_lengths(lambda length: length + gap, lambda lengths: lengths + gap)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Layout":
-        """The same layout with `cu_seqlens` on another device.
+        """Return the same layout with `cu_seqlens` on another device.
 
         Args:
             device: Target device.
@@ -190,7 +190,7 @@ class Layout:
         return replace(self, cu_seqlens=self.cu_seqlens.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "Layout":
-        """The same layout with `cu_seqlens` in page-locked memory, for an asynchronous copy to a GPU."""
+        """Return the same layout with `cu_seqlens` in page-locked memory, for an asynchronous copy to a GPU."""
         return replace(self, cu_seqlens=self.cu_seqlens.pin_memory())
 
 
@@ -227,7 +227,7 @@ class Packed(NamedTuple):
         return cls(torch.cat(tuple(sequences)), Layout.from_lengths(lengths, device=sequences[0].device))
 
     def unpack(self) -> list[Tensor]:
-        """The B sequences, each a view (T_b, ...) of `values`."""
+        """Return the B sequences, each a view (T_b, ...) of `values`."""
         return list(self.values.split(self.layout.lengths)) if self.layout.lengths else []
 
     @classmethod
@@ -251,16 +251,16 @@ class Packed(NamedTuple):
         if x.dim() < 2 or len(layout.lengths) != x.shape[0]:
             raise ValueError(f"lengths: got {len(layout.lengths)}, expected one per sequence of x {tuple(x.shape)}")
         if layout.max_length > x.shape[1]:
-            raise ValueError(f"lengths: longest is {layout.max_length}, which does not fit x of shape {tuple(x.shape)}")
-        # Return a copy of the layout without cached indices: for waveforms they take four times the memory of the
-        # samples.
+            raise ValueError(f"lengths: longest is {layout.max_length}, must fit in dimension 1 of x {tuple(x.shape)}")
+        # Return a copy of the layout without the cached indices, which for waveforms take four times as much memory as
+        # the samples.
         return cls(layout.padded_rows(x.shape[1]).pack(x), replace(layout))
 
     def to_padded(self, value: float = 0.0, *, length: int | None = None) -> Tensor:
         """Pad each sequence at its end.
 
         Args:
-            value: What the padding is filled with.
+            value: Value of the padding.
             length: T, the padded length; None pads to the longest sequence.
 
         Returns:
@@ -291,11 +291,11 @@ class Packed(NamedTuple):
         return Packed(zeros.index_copy(0, rows, self.values), layout)
 
     def with_gaps(self, before: int, after: int) -> "Packed":
-        """The same batch with `before` zero rows in front of each sequence and `after` zero rows after it."""
+        """Return the batch with `before` zero rows in front of each sequence and `after` zero rows after it."""
         return self.spread(self.layout.with_gaps(before, after), before=before)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Packed":
-        """The same batch on another device.
+        """Return the same batch on another device.
 
         Args:
             device: Target device.
@@ -305,14 +305,14 @@ class Packed(NamedTuple):
         return Packed(values, self.layout.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "Packed":
-        """The same batch in page-locked memory, for an asynchronous copy to a GPU."""
+        """Return the same batch in page-locked memory, for an asynchronous copy to a GPU."""
         return Packed(self.values.pin_memory(), self.layout.pin_memory())
 
 
 class PaddedRows(NamedTuple):
     """The place of each row of a packed tensor in a padded batch (B, T, ...).
 
-    `Layout.padded_rows` builds one for sequences that are padded at their end, `from_mask` for frames anywhere.
+    `Layout.padded_rows` builds one for sequences padded at their end; `from_mask` builds one for frames anywhere.
 
     Attributes:
         rows: (N,) int64 row numbers in the flattened batch (B * T, ...).
@@ -326,7 +326,7 @@ class PaddedRows(NamedTuple):
 
     @classmethod
     def from_mask(cls, mask: Tensor) -> "PaddedRows":
-        """The places where a mask is True. The host waits for the device.
+        """Find the places where a mask is True. The host waits for the device.
 
         Args:
             mask: (B, T) bool, True at the frames to keep.
@@ -335,7 +335,7 @@ class PaddedRows(NamedTuple):
         return cls(mask.flatten().nonzero().squeeze(1), layout, mask.shape[1])
 
     def pack(self, x: Tensor) -> Tensor:  # (B, T, ...) -> (N, ...)
-        """Keep only these rows of a padded batch.
+        """Gather the packed rows from a padded batch.
 
         Args:
             x: (B, T, ...) padded batch.
@@ -350,7 +350,7 @@ class PaddedRows(NamedTuple):
 
         Args:
             x: (N, ...) packed rows.
-            value: What all other places are filled with.
+            value: Value of all other places.
 
         Returns:
             (B, T, ...) padded batch.

@@ -18,7 +18,7 @@ struct Call {
   const scalar_t* grad_out;  // backward only
   const scalar_t* x;
   const acc_t* bias;  // zeros if the op has no bias
-  scalar_t* out;  // backward: the gradient of x
+  scalar_t* out;  // in the backward: the gradient of x
   int64_t width;
   Dropout dropout;
 };
@@ -48,7 +48,7 @@ FASTSSL_INLINE void forward_rows_body(
 }
 FASTSSL_ISA_VARIANTS(forward_rows)
 
-// The backward of the rows of one chunk. `grad_bias` belongs to the chunk and must start at zero.
+// Runs the backward for the rows of one chunk. `grad_bias` belongs to the chunk and must start at zero.
 template <Isa isa, typename scalar_t, typename acc_t>
 FASTSSL_INLINE void backward_rows_body(
     const Call<scalar_t, acc_t>* call,

@@ -2,14 +2,14 @@
 // Operands are row-major; the code is vectorised along the columns of B and C. Each call selects an instruction set
 // (isa.h).
 //
-// A tile of 6 rows by up to 4 vectors is kept in registers (AVX-512: 24 sums, 4 vectors of B, 1 element of A), so that
-// an element of A is loaded once per 4 vector products and a vector of B once per 6. Products are summed in order of
+// A tile of 6 rows by up to 4 vectors stays in registers (AVX-512: 24 sums, 4 vectors of B, 1 element of A), so each
+// element of A is loaded once per 4 vector products, and each vector of B once per 6. Products are summed in order of
 // `depth`, in chains of at most `kLongestChain` that start at zero and are then added to C: rounding errors grow with
 // the length of a chain. The bits of an element depend neither on its neighbours nor on how the caller cuts rows and
 // columns into blocks.
 //
 // Operands are float, double, or pairs of bfloat16 that are neighbours along `depth`, the first in the low half. Pairs
-// are summed in float and need a processor that multiplies them (`multiplies_bfloat16`).
+// are summed in float and need a processor with an instruction that multiplies them (`multiplies_bfloat16`).
 #pragma once
 
 #include <algorithm>
@@ -40,12 +40,12 @@ inline bool multiplies_bfloat16() {
 #endif
 }
 
-// How many products are summed before the sum is added to C. Fewer without fused multiply-add, where each product is
-// rounded as well.
+// Number of products to sum before the sum is added to C. It is lower without fused multiply-add, where each product
+// is rounded as well.
 template <Isa isa>
 constexpr int64_t kLongestChain = isa == Isa::kDefault ? 16 : 32;
 
-// Vectors in a row of the widest tile.
+// Number of vectors in a row of the widest tile.
 template <Isa isa>
 constexpr int kTileVectors = isa == Isa::kAvx512 ? 4 : 2;
 
@@ -150,7 +150,7 @@ FASTSSL_INLINE void multiply_blocks_body(
   constexpr int kLanes = Simd<isa, Sum>::kLanes;
   constexpr int kMost = kTileVectors<isa>;
   for (int64_t vectors = round_up(columns, kTileColumns) / kLanes; vectors > 0;) {
-    // Make the panels as equal as possible: five vectors become 3 + 2, because a panel of one cannot keep the
+    // Make the panels as equal as possible: five vectors become 3 + 2, because a panel of one vector cannot keep the
     // multipliers busy.
     const int64_t width = divide_up(vectors, divide_up(vectors, kMost));
     if constexpr (kMost == 4) {
@@ -172,8 +172,8 @@ FASTSSL_INLINE void multiply_blocks_body(
 }
 FASTSSL_ISA_VARIANTS(multiply_blocks)
 
-// C = A B, or C += A B, with A (rows, depth) and B (depth, columns). ld*: elements from one row in memory to the next.
-// If the operands are pairs, depth and ld* count pairs.
+// C = A B, or C += A B, with A (rows, depth) and B (depth, columns). ld* is the number of elements from one row in
+// memory to the next. If the operands are pairs, depth and ld* count pairs.
 template <typename Transposed, typename Adding, typename Operand, typename Sum>
 void multiply(
     Transposed transposed,

@@ -7,7 +7,7 @@
 
 namespace fastssl {
 
-// `size` elements, uninitialised and aligned to a cache line, which is also the widest vector.
+// `size` uninitialised elements, aligned to a cache line, which is also the size of the widest vector.
 template <typename T>
 class Buffer {
  public:

@@ -1,5 +1,5 @@
-// Random bits as a function of a seed and a counter, so that masks are recomputed where they are needed and never
-// stored. `fastssl/kernels/philox.py` and `varlen_attention/reference.py` specify the same functions in Python.
+// Random bits as a function of a seed and a counter, so that masks are recomputed when needed and never stored.
+// `fastssl/kernels/philox.py` and `varlen_attention/reference.py` specify the same functions in Python.
 #pragma once
 
 #include <cstdint>
@@ -39,7 +39,7 @@ FASTSSL_INLINE PhiloxBlock philox(uint64_t seed, uint64_t counter) {
   return {{c0, c1, c2, c3}};
 }
 
-// The finaliser of MurmurHash3. Attention hashes the coordinates of a weight with it, one after another.
+// The finaliser of MurmurHash3. Attention uses it to hash the coordinates of a weight, one after another.
 FASTSSL_INLINE uint32_t murmur_mix(uint32_t x) {
   x ^= x >> 16;
   x *= 0x85EBCA6Bu;

@@ -11,20 +11,20 @@
 namespace fastssl {
 
 // Sorts entries by a key from 0 to keys - 1. Each item contributes any number of entries; entries with the same key
-// keep the order of their items. Every worker processes a share of the items and has a table with one number per key.
+// keep the order of their items. Each worker processes a share of the items and has a table with one number per key.
 // Usage:
 //
 //   sort.for_each_worker([&](int64_t* counts, int64_t first, int64_t last) { ... ++counts[key]; });
 //   sort.finish_counting();
 //   sort.for_each_worker([&](int64_t* next, int64_t first, int64_t last) { ... sorted[next[key]++] = entry; });
 //
-// Afterwards the entries of a key lie at begins()[key] to begins()[key + 1] - 1.
+// Afterwards the entries of a key are at begins()[key] to begins()[key + 1] - 1.
 class CountingSort {
  public:
   CountingSort(int64_t items, int64_t keys, int64_t workers)
       : items_(items), keys_(keys), workers_(workers), tables_(workers * keys), begins_(keys + 1) {}
 
-  // Calls `function(table, first_item, last_item)` for every worker, in parallel.
+  // Calls `function(table, first_item, last_item)` for each worker, in parallel.
   template <typename Function>
   void for_each_worker(const Function& function) {
     torch::stable::parallel_for(0, workers_, 1, [&](int64_t first, int64_t last) {
@@ -53,7 +53,7 @@ class CountingSort {
     return begins_.data();
   }
 
-  // How many entries were counted.
+  // Number of entries that were counted.
   int64_t size() const {
     return begins_[keys_];
   }

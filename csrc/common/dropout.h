@@ -19,7 +19,7 @@
 
 namespace fastssl {
 
-// Determines which elements are kept. If it is not active, no random number is drawn.
+// Determines which elements dropout keeps. If inactive, it draws no random numbers.
 struct Dropout {
   bool active;
   uint64_t seed;
@@ -54,8 +54,8 @@ inline void keep_words_default(uint8_t* out, uint64_t seed, uint32_t threshold, 
 }
 
 #if FASTSSL_HAS_ISA_VARIANTS
-// Written with intrinsics: the processor's 32 by 32 bit product reads the low halves of 64-bit lanes, but the compiler
-// shuffles lanes back and forth instead, which is 2.5 times slower. The high halves may hold anything.
+// Written with intrinsics, because the compiler would shuffle lanes back and forth, which is 2.5 times slower. The
+// processor's 32 by 32 bit product reads the low halves of 64-bit lanes; the high halves may hold anything.
 __attribute__((target("arch=x86-64-v4,prefer-vector-width=512"), noinline)) inline void keep_words_avx512(
     uint8_t* out, uint64_t seed, uint32_t threshold, uint64_t counter, int64_t blocks) {
   const __m512i factor_0 = _mm512_set1_epi64(0xD2511F53);
@@ -135,13 +135,13 @@ __attribute__((target("arch=x86-64-v3"), noinline)) inline void keep_words_avx2(
 }
 #endif
 
-// Bytes of scratch memory that `keep_bytes` needs for `count` elements.
+// Size of the scratch memory (bytes) that `keep_bytes` needs for `count` elements.
 inline int64_t keep_scratch_size(int64_t count) {
   return count + 8 + 28;
 }
 
-// One byte for each of the elements first to first + count - 1: 1 if it is kept, 0 if not. The result points into
-// `scratch`.
+// Returns a pointer into `scratch`, to one byte for each of the elements first to first + count - 1: 1 if it is kept,
+// 0 if not.
 template <Isa isa>
 FASTSSL_INLINE const uint8_t* keep_bytes(uint8_t* scratch, const Dropout& dropout, int64_t first, int64_t count) {
   const int64_t blocks = (first + count + 3) / 4 - first / 4;

@@ -1,5 +1,5 @@
 // One source for several instruction sets: FASTSSL_ISA_VARIANTS(name) turns the template `name_body` into a function
-// `name` that runs the widest version the machine supports. A wheel runs on any machine, wherever it was built.
+// `name` that runs the widest version the machine supports. So a wheel runs on any machine, wherever it was built.
 //
 //   template <Isa isa, typename scalar_t>
 //   FASTSSL_INLINE void scale_body(scalar_t* x, float factor, int64_t n) { for (...) x[i] *= factor; }
@@ -7,7 +7,7 @@
 //   ... scale(x, 2.0f, n);
 //
 // Everything that a body calls must be FASTSSL_INLINE (or a template small enough to be inlined): functions that remain
-// calls are compiled for the baseline. So are lambdas: put a loop inside `parallel_for` into a body of its own.
+// calls are compiled for the baseline. Lambdas are too, so move a loop inside `parallel_for` to a body of its own.
 // FASTSSL_CPU_CAPABILITY=default|avx2|avx512, read once, selects one version.
 #pragma once
 

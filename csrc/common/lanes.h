@@ -1,5 +1,5 @@
-// Sums over a fixed number of partial sums, called lanes, because the compiler may not reorder a floating-point sum by
-// itself. Term i goes to lane i % kLanes. The order of additions is the same for every instruction set.
+// Sums that use a fixed number of partial sums, called lanes, because the compiler may not reorder a floating-point sum
+// by itself. Term i goes to lane i % kLanes. The order of additions is the same for every instruction set.
 #pragma once
 
 #include <cstdint>
@@ -20,7 +20,7 @@ FASTSSL_INLINE T add_halves(T* lanes) {
   return lanes[0];
 }
 
-// The sum of term(0) to term(count - 1): the lanes are added by halves.
+// The sum of term(0) to term(count - 1), adding the lanes by halves.
 template <int64_t kLanes, typename T, typename Term>
 FASTSSL_INLINE T sum_by_halves(int64_t count, const Term& term) {
   T lanes[kLanes] = {};
@@ -36,7 +36,8 @@ FASTSSL_INLINE T sum_by_halves(int64_t count, const Term& term) {
   return add_halves<kLanes>(lanes);
 }
 
-// The sum of term(0) to term(count - 1): first the terms after the last multiple of kLanes, then the lanes, in order.
+// The sum of term(0) to term(count - 1), adding first the terms after the last multiple of kLanes, then the lanes in
+// order.
 template <int64_t kLanes, typename T, typename Term>
 FASTSSL_INLINE T sum_in_order(int64_t count, const Term& term) {
   T lanes[kLanes] = {};

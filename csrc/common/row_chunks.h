@@ -1,5 +1,5 @@
 // Sums over rows, such as the gradient of a bias: each chunk of rows has its own partial sums, and a second pass adds
-// the chunks in order. The chunks do not depend on the number of threads, so neither do the bits.
+// the chunks in order. The chunks do not depend on the number of threads, and so the bits do not either.
 #pragma once
 
 #include <algorithm>

@@ -15,8 +15,8 @@ struct Simd {
   typedef T Vector __attribute__((vector_size(kBytes)));
 };
 
-// The largest of `count` elements, a multiple of kWidth. Written with vector types because GCC does not vectorise a
-// plain loop over kWidth partial maxima, which takes four times as long.
+// The largest of `count` elements; `count` is a multiple of kWidth. Written with vector types, because GCC does not
+// vectorise a plain loop over kWidth partial maxima, which would take four times as long.
 template <Isa isa, int kWidth, typename T>
 FASTSSL_INLINE T largest(const T* x, int64_t count) {
   using Vector = typename Simd<isa, T>::Vector;

@@ -23,7 +23,7 @@ inline void check_tensor(const Tensor& tensor, const char* name, int64_t dim, Sc
   STD_TORCH_CHECK(tensor.is_contiguous(), name, ": must be contiguous");
 }
 
-// The same for an optional tensor, if it is given.
+// The same check for an optional tensor, if it is given.
 inline void check_tensor(const std::optional<Tensor>& tensor, const char* name, int64_t dim, ScalarType dtype) {
   if (tensor.has_value()) {
     check_tensor(*tensor, name, dim, dtype);
@@ -45,7 +45,7 @@ struct Accumulator<double> {
   using type = double;
 };
 
-// The same as a dtype.
+// The same type, as a dtype.
 inline ScalarType accumulator_dtype(ScalarType dtype) {
   return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }

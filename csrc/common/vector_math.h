@@ -1,7 +1,7 @@
-// Elementary functions that the compiler vectorises in a plain loop, for any instruction set of isa.h: no branches, no
-// calls, no tables. Errors in float: at most 2 units in the last place for exp and log, 2e-7 absolute for the normal
-// distribution and GELU (a tenth of that where they are small). double, which serves gradient checks, calls the C
-// library.
+// Elementary functions that the compiler vectorises in a plain loop, for any instruction set of isa.h: they have no
+// branches, calls or tables. Errors in float are at most 2 units in the last place for exp and log, and 2e-7 absolute
+// for the normal distribution and GELU (a tenth of that where they are small). The double versions, for gradient
+// checks, call the C library.
 #pragma once
 
 #include <cmath>
@@ -28,7 +28,7 @@ FASTSSL_INLINE float vector_exp(float x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = (p * r) * r + r + 1.0f;
-  // 2^n in two factors, because 2^128 is not a float.
+  // Compute 2^n in two factors, because 2^128 is not a float.
   const int32_t exponent = __builtin_bit_cast(int32_t, shifted) - __builtin_bit_cast(int32_t, kRound);
   const int32_t half = exponent >> 1;
   const float scale_1 = __builtin_bit_cast(float, (half + 127) << 23);

@@ -1,9 +1,10 @@
 // The contrastive loss on the CPU. Derivation and conventions: fastssl/kernels/contrastive_loss/README.md.
 //
-// The work is dot products with, and weighted sums of, rows of a table; the rows that an utterance needs stay in the
-// second-level cache. The table is the tensor itself, or a copy in the accumulation type with rows padded to whole
-// vectors. Rows are not normalised: their lengths go into the results and the weights. Each frame, and in the backward
-// each target, is written by one thread in a fixed order of additions, whatever the batch and the number of threads.
+// The kernels compute dot products with rows of a table and weighted sums of them; the rows that an utterance needs
+// stay in the second-level cache. The table is the tensor itself, or a copy in the accumulation type with rows padded
+// to whole vectors. Rows are not normalised: the results and the weights are scaled by their lengths instead. One
+// thread writes each frame, and in the backward each target, and adds in an order that depends neither on the batch nor
+// on the number of threads.
 
 #include <algorithm>
 #include <atomic>
@@ -33,8 +34,8 @@ FASTSSL_INLINE int64_t padded_to_lanes(int64_t n) {
   return round_up(n, kLanes);
 }
 
-// For several groups of kLanes sums side by side. The pragma keeps the loop: once GCC has unrolled it, GCC vectorises
-// the loop around it instead, with shuffles.
+// For several groups of kLanes sums side by side. The pragma keeps the loop: if GCC unrolled it, it would vectorise the
+// loop around it instead, with shuffles.
 #define FASTSSL_FOR_LANES(lane) _Pragma("GCC unroll 1") for (int64_t lane = 0; lane < kLanes; ++lane)
 
 FASTSSL_INLINE uint32_t bits_of(float x) {
@@ -51,7 +52,7 @@ FASTSSL_INLINE acc_t dot_of(const acc_t* a, const acc_t* b, int64_t padded) {
   return sum_by_halves<kLanes, acc_t>(padded, [=](int64_t d) { return a[d] * b[d]; });
 }
 
-// Writes x, padded with zeros.
+// Copies x and pads it with zeros.
 template <Isa isa, typename scalar_t, typename acc_t>
 FASTSSL_INLINE void widen_body(acc_t* wide, const scalar_t* x, int64_t width) {
   convert(wide, x, width);
@@ -182,7 +183,7 @@ FASTSSL_INLINE void softmax_body(acc_t* weights, const acc_t* logits, acc_t log_
 }
 FASTSSL_ISA_VARIANTS(softmax)
 
-// From the gradient of x * scale, where scale = 1 / max(|x|, eps), to the gradient of x.
+// Turns the gradient of x * scale, where scale = 1 / max(|x|, eps), into the gradient of x.
 template <Isa isa, typename scalar_t, typename acc_t>
 FASTSSL_INLINE void store_gradient_body(
     scalar_t* grad, const acc_t* grad_unit, const acc_t* x, acc_t scale, int64_t width) {
@@ -260,7 +261,7 @@ void check_inputs(const Tensor& context, const Tensor& targets, const Tensor& ne
 }
 
 template <typename acc_t>
-constexpr acc_t kNone = -std::numeric_limits<acc_t>::infinity();  // the logit of a negative that is left out
+constexpr acc_t kNone = -std::numeric_limits<acc_t>::infinity();  // the logit of an ignored negative
 
 // Pointers to the arguments and results of the forward; index_t is the type of the negatives.
 template <typename scalar_t, typename index_t>
@@ -285,7 +286,7 @@ struct Forward {
   }
 };
 
-// The logits of one frame without the negatives that are left out, the positive first.
+// The logits of one frame without those of ignored negatives, the positive first.
 template <typename acc_t>
 struct Candidates {
   explicit Candidates(int64_t count) : rows(count + 1), places(count + 1), logits(padded_to_lanes(count + 1)) {}

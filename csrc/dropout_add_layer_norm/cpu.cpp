@@ -78,7 +78,7 @@ FASTSSL_INLINE void forward_rows_body(
     const uint8_t* keep = call->dropout.active ? keep_bytes<isa>(keep_scratch, call->dropout, begin, width) : nullptr;
     add_branch(sum, call->x + begin, call->residual + begin, keep, call->dropout, width);
     if (call->sum != nullptr) {
-      // Normalise the sum as it is returned, rounded, because that is what the backward reads.
+      // Normalise the rounded sum, which is returned, because the backward reads that one.
       scalar_t* __restrict stored = call->sum + begin;
       for (int64_t c = 0; c < width; ++c) {
         stored[c] = static_cast<scalar_t>(sum[c]);
@@ -116,7 +116,8 @@ struct Backward {
   Dropout dropout;
 };
 
-// The backward of the rows of one chunk. `grad_weight` and `grad_bias` belong to the chunk and must start at zero.
+// Runs the backward for the rows of one chunk. `grad_weight` and `grad_bias` belong to the chunk and must start at
+// zero.
 template <Isa isa, typename scalar_t, typename acc_t>
 FASTSSL_INLINE void backward_rows_body(
     const Backward<scalar_t, acc_t>* call,

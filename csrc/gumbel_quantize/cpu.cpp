@@ -31,7 +31,7 @@ constexpr int kLanes = 16;  // partial results, as in lanes.h
 constexpr int64_t kPadding = 32;  // rows in buffers are padded to a multiple of this
 constexpr int64_t kFramesPerTask = 16;
 
-// Elements of a tensor whose type is only known at run time.
+// The elements of a tensor whose type is known only at run time.
 struct Elements {
   const void* data;
   ScalarType dtype;
@@ -112,8 +112,8 @@ FASTSSL_INLINE void multiply_by(Vector& product, const T* factor) {
   product *= value;
 }
 
-// The sum over x, or over x times the factors. Same order as `sum_in_order` of lanes.h, for whole vectors; with vector
-// types, because in double the plain loop makes the op 5% slower.
+// The sum over x, or over x times the factors, for whole vectors, in the same order as `sum_in_order` of lanes.h.
+// Written with vector types, because in double the plain loop makes the op 5 % slower.
 template <Isa isa, typename T, typename... Factors>
 FASTSSL_INLINE T sum_of(int64_t count, const T* x, const Factors*... factors) {
   using Vector = typename Simd<isa, T>::Vector;
@@ -220,7 +220,7 @@ FASTSSL_INLINE void forward_tasks_body(const Forward<acc_t>* forward, int64_t fi
 }
 FASTSSL_ISA_VARIANTS(forward_tasks)
 
-// The largest tile of a matrix product whose sums fit the registers of an instruction set.
+// The largest tile of a matrix product whose sums fit in the registers of an instruction set.
 template <Isa isa, typename acc_t>
 struct Tile {
   using Vector = typename Simd<isa, acc_t>::Vector;
@@ -265,7 +265,7 @@ FASTSSL_INLINE void multiply(const acc_t* rows, const acc_t* panels, int64_t wid
   }
 }
 
-// Replaces `plain` by grad_logits of one row, the sum of the gradients through both softmaxes. `grad_soft` is the
+// Replaces `plain` by one row of grad_logits, the sum of the gradients through both softmaxes. `grad_soft` is the
 // gradient of the softmax with noise.
 template <Isa isa, typename acc_t>
 FASTSSL_INLINE void jacobian_row(
@@ -323,7 +323,8 @@ FASTSSL_INLINE void backward_frames_body(const Backward<acc_t>* backward, int64_
 }
 FASTSSL_ISA_VARIANTS(backward_frames)
 
-// Codevectors as `multiply` reads them: transposed, in panels as wide as a tile, with zeros after the last code.
+// Returns the codevectors as `multiply` reads them: transposed, in panels as wide as a tile, with zeros after the last
+// code.
 template <Isa isa, typename acc_t>
 FASTSSL_INLINE void pack_panels_body(
     acc_t* panels, Elements codevectors, int64_t groups, int64_t codes, int64_t width) {
@@ -479,7 +480,7 @@ std::tuple<Tensor, Tensor> backward(
   Tensor grad_logits = torch::stable::empty_like(logits);
   Tensor grad_codevectors = torch::stable::empty_like(codevectors);
 
-  // Sort the rows of grad_values by the code they chose. There are few, so one worker is enough.
+  // Sort the rows of grad_values by the code they chose. The rows are few, so one worker is enough.
   const int64_t* code = codes.const_data_ptr<int64_t>();
   CountingSort sort(frames * groups, groups * code_count, 1);
   sort.for_each_worker([&](int64_t* counts, int64_t first, int64_t last) {

@@ -1,5 +1,5 @@
-// Work that data workers do on every utterance, on numpy arrays, with the GIL released. It does not use torch, so
-// workers need not load it.
+// Work that data workers do for each utterance, on NumPy arrays, with the GIL released. This module does not use torch,
+// so workers need not load torch.
 
 #include <algorithm>
 #include <cmath>
@@ -31,7 +31,7 @@ double sum_over(const Span& span, const Function& f) {
   return fastssl::sum_in_order<8, double>(span.size, [&](int64_t i) { return f(static_cast<double>(span.data[i])); });
 }
 
-// Concatenate waveforms. `normalize` brings each to zero mean and unit variance first.
+// Concatenates waveforms. `normalize` first scales each to zero mean and unit variance.
 py::array_t<float> pack_waveforms(const std::vector<Waveform>& waveforms, bool normalize, double eps) {
   std::vector<Span> spans;
   int64_t total = 0;
@@ -67,9 +67,9 @@ py::array_t<float> pack_waveforms(const std::vector<Waveform>& waveforms, bool n
 
 using Costs = py::array_t<float, py::array::c_style | py::array::forcecast>;
 
-// The sequence of classes with the least total cost: the cost of each frame's class, plus `price` for every run of
-// equal classes. For each frame and class, `changes` records whether the best path enters the class from another one;
-// that other class, the cheapest so far, is the same for all classes of the frame.
+// Finds the sequence of classes with the lowest total cost: the cost of each frame's class, plus `price` for each run
+// of equal classes. For each frame and class, `changes` records whether the best path enters the class from another
+// one. That other class is the cheapest so far, and is the same for all classes of the frame.
 py::array_t<int64_t> smooth_classes(const Costs& costs, double price) {
   if (costs.ndim() != 2 || costs.shape(1) < 1) {
     throw std::invalid_argument("costs: expected (frames, classes)");

@@ -20,7 +20,7 @@ namespace {
 
 constexpr int64_t kRowsAtOnce = 4;
 
-// Rows per task, so that a task moves about 64 KiB: smaller tasks do not pay for their overhead.
+// Rows per task. A task moves about 64 KiB, because smaller tasks do not pay for their overhead.
 int64_t rows_per_task(int64_t channels, int64_t element_size) {
   return std::max<int64_t>(1, 65536 / std::max<int64_t>(1, channels * element_size));
 }
@@ -30,7 +30,7 @@ FASTSSL_INLINE int64_t sequence_of(int64_t row, const int32_t* begins, int64_t s
   return std::upper_bound(begins, begins + sequences, row) - begins - 1;
 }
 
-// to = the weighted sum of ROWS neighbouring rows, plus the old `to` if ADD.
+// Sets `to` to the weighted sum of ROWS neighbouring rows, plus the old `to` if ADD.
 template <int ROWS, bool ADD, typename to_t, typename scalar_t, typename acc_t>
 FASTSSL_INLINE void combine(to_t* to, const scalar_t* rows, const acc_t* weights, int64_t channels) {
   for (int64_t c = 0; c < channels; ++c) {
@@ -91,7 +91,7 @@ struct Geometry {
   double threshold;
 };
 
-// The weight of the part of `slot` that lies between two positions.
+// The weight of the part of `slot` between two positions.
 FASTSSL_INLINE double overlap(const Geometry& geometry, double previous, double reached, double slot) {
   return (std::min(reached, slot + 1) - std::max(previous, slot)) * geometry.threshold;
 }
@@ -167,8 +167,8 @@ FASTSSL_INLINE void backward_rows_body(
 }
 FASTSSL_ISA_VARIANTS(backward_rows)
 
-// The position where each frame ends, and the number of output frames of each sequence, NaN if one of its weights is
-// invalid.
+// Returns the position where each frame ends, and the number of output frames of each sequence, which is NaN if one of
+// its weights is invalid.
 std::tuple<Tensor, Tensor> scan(
     const Tensor& weights,  // (N,)
     const Tensor& cu_seqlens,  // (B + 1,)
@@ -260,8 +260,7 @@ std::tuple<Tensor, Tensor> backward(
           backward_rows(&geometry, grad_out_data, x_data, grad_x_data, grad_weights_data, first_row, last_row);
         });
   });
-  // A weight moves the end of its own frame and of all later ones, so its gradient is the sum from its frame to the
-  // last.
+  // A weight moves the end of its own frame and of all later frames, so its gradient is the sum over these frames.
   torch::stable::parallel_for(0, geometry.sequences, 4, [&](int64_t first_sequence, int64_t last_sequence) {
     for (int64_t sequence = first_sequence; sequence < last_sequence; ++sequence) {
       double sum = 0;

@@ -1,7 +1,7 @@
 // Integrate-and-fire on the GPU. Derivation and conventions: fastssl/kernels/integrate_and_fire/README.md.
 //
-// Each output row gathers its frames, and in the backward each frame gathers its slots. There are no atomics, so the
-// same inputs give the same bits, and the order of additions does not depend on the batch.
+// Each output row gathers its frames, and in the backward each frame gathers its slots. The kernels use no atomics, so
+// the same inputs give the same bits, and the order of additions does not depend on the batch.
 
 #include <algorithm>
 #include <cstdint>
@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock) forward_kernel(
   }
 }
 
-// One warp per input frame: its row of grad_x, and the gradient of the position where the frame ends.
+// One warp per input frame: computes its row of grad_x, and the gradient of the position where the frame ends.
 template <typename scalar_t, typename acc_t, int WIDTH>
 __global__ void __launch_bounds__(kWarp* kWarpsPerBlock) backward_kernel(
     const scalar_t* __restrict__ grad_out_ptr,  // (N_out, C)
@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock) backward_kernel(
   acc_t dot = 0;
   for (int c = threadIdx.x * WIDTH; c < channels; c += kWarp * WIDTH) {
     acc_t sum[WIDTH] = {};
-    // Slots that the frame extends beyond; most frames end in the slot they start in.
+    // Slots that the frame extends beyond; most frames end in the slot where they start.
     for (int slot = first_slot; slot < last_slot && slot < fired; ++slot) {
       const acc_t weight =
           static_cast<acc_t>((slot + 1.0 - fmax(previous, static_cast<double>(slot))) * threshold);
@@ -175,7 +175,7 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock) backward_kernel(
   }
 }
 
-// The sum over this lane of the warp and all lanes before it.
+// The sum over this lane of the warp and all earlier lanes.
 __device__ double warp_scan(double value) {
 #pragma unroll
   for (int distance = 1; distance < kWarp; distance *= 2) {
@@ -187,9 +187,9 @@ __device__ double warp_scan(double value) {
   return value;
 }
 
-// One block per sequence: the running sum of the weights divided by the threshold, and the number of output frames, NaN
-// if a weight is invalid. A single thread adds, so that the sums never decrease and equal those of the CPU to the last
-// bit; the other threads load and divide.
+// One block per sequence: computes the running sum of the weights divided by the threshold, and the number of output
+// frames (NaN if a weight is invalid). A single thread adds, so that the sums never decrease and equal those of the CPU
+// to the last bit; the other threads load and divide.
 template <typename scalar_t>
 __global__ void __launch_bounds__(kScanThreads) scan_kernel(
     const scalar_t* __restrict__ weights,  // (N,)
@@ -236,8 +236,8 @@ __global__ void __launch_bounds__(kScanThreads) scan_kernel(
   }
 }
 
-// One block per sequence: replaces each element by the sum from it to the end of its sequence. Pieces are cut from the
-// end of the sequence, so the order of additions depends on the sequence alone.
+// One block per sequence: replaces each element by the sum from it to the end of its sequence. The sequence is split
+// into pieces from its end, so the order of additions depends on the sequence alone.
 __global__ void __launch_bounds__(kScanThreads) reverse_scan_kernel(
     double* __restrict__ values,  // (N,)
     const int32_t* __restrict__ begins) {  // (B + 1,)

@@ -1,10 +1,9 @@
 // The parts of a strided convolution on the CPU that are not matrix products: the first layer, whose single input
-// channel is too narrow for one, and norm and activation after every layer. Derivation:
-// fastssl/kernels/strided_conv/README.md; fastssl/kernels/strided_conv/blocks.py computes the products and calls the
-// functions here.
+// channel is too narrow for one, and norm and activation after each layer. fastssl/kernels/strided_conv/blocks.py
+// computes the matrix products and calls these functions. Derivation: fastssl/kernels/strided_conv/README.md.
 //
 // Rows are addressed through a grid: sequence b has rows grid[b] to grid[b + 1] - 1, at least as many as it has frames;
-// the remaining rows count as zero. A call works on a block of grid rows. A tensor holds either that block or all
+// the remaining rows count as zeros. A call works on a block of grid rows. A tensor holds either that block or all
 // frames, packed.
 
 #include <algorithm>
@@ -94,7 +93,7 @@ FASTSSL_INLINE void forward_segment_body(
     const Segment* segment,
     const Windows<scalar_t>* out,
     int64_t first_row,  // first row of the result
-    int64_t rows,  // rows after the frames become zero
+    int64_t rows,  // rows after the last frame become zero
     acc_t* scratch) {
   const int64_t channels = layer->channels;
   acc_t* standard = scratch;
@@ -168,7 +167,7 @@ void epilogue_forward(
   });
 }
 
-// The backward of one segment. Writes the gradient of the convolution to `grad_conv` and sums over the segment to
+// Runs the backward of one segment. Writes the gradient of the convolution to `grad_conv`, and sums over the segment to
 // `sums` (K + 3, C), each unless it is nullptr. The sums are K rows of gradient times window, then the gradients of the
 // bias and of the norm's weight and bias. For group norm, whose backward needs these sums first, the gradient is that
 // of the activation's input.
@@ -228,8 +227,8 @@ FASTSSL_INLINE void add_to_body(double* total, const acc_t* part, int64_t count)
 }
 FASTSSL_ISA_VARIANTS(add_to)
 
-// Adds the sums of each segment to those of its sequence, or to one total. The segments are added in order, so that the
-// bits do not depend on the number of threads.
+// Adds the sums of each segment to those of its sequence, or to one total. Segments are added in order, so the bits do
+// not depend on the number of threads.
 template <typename acc_t>
 void add_segment_sums(
     double* total,  // (B or 1, width)
@@ -253,8 +252,9 @@ void add_segment_sums(
   });
 }
 
-// The gradient of a layer's convolution for the rows of a block, and the sums over rows that give the gradients of its
-// parameters. Handles group norm only if `source` is a waveform; `epilogue_group_backward` does the rest.
+// Computes the gradient of a layer's convolution for the rows of a block, and the sums over rows that give the
+// gradients of its parameters. Handles group norm only if `source` is a waveform; `epilogue_group_backward` does the
+// rest.
 void epilogue_backward(
     const Tensor& grad_first,  // (U, first_phases * C), or packed (N, C)
     const Tensor& grad_second,  // (U, second_phases * C)
@@ -324,10 +324,10 @@ void epilogue_backward(
   });
 }
 
-// The transposition works in squares of this size.
+// Side of the squares that are transposed at a time.
 constexpr int64_t kSquare = 16;
 
-// out = x.T, which products over frames need. PyTorch transposes on a single thread.
+// out = x.T, which products over frames need. PyTorch would transpose on a single thread.
 void transpose(const Tensor& x, Tensor out) {
   check_tensor(x, "x", 2, x.scalar_type());
   check_tensor(out, "out", 2, x.scalar_type());
@@ -354,7 +354,7 @@ void transpose(const Tensor& x, Tensor out) {
   });
 }
 
-// Backward of activation and group norm for one tile: one pass for the sums, one for the result.
+// Runs the backward of activation and group norm for one tile: one pass for the sums, one for the result.
 template <Isa isa, typename scalar_t, typename acc_t>
 FASTSSL_INLINE void group_norm_backward_body(
     const Layer<acc_t>* layer,

@@ -72,10 +72,10 @@ Tensor compute_group_statistics(
   return statistics;
 }
 
-// Windows per task of the first layer's statistics.
+// Number of windows per task for the first layer's statistics.
 constexpr int64_t kMomentFrames = 1024;
 
-// Adds the windows of a few frames to `out` (K,), or, if `mean` is given, their centred products to `out` (K, K).
+// Adds the windows of a few frames to `out` (K,); if `mean` is given, adds their centred products to `out` (K, K).
 template <Isa isa, typename scalar_t>
 FASTSSL_INLINE void window_moments_body(
     const scalar_t* samples,
@@ -105,7 +105,7 @@ FASTSSL_INLINE void window_moments_body(
 }
 FASTSSL_ISA_VARIANTS(window_moments)
 
-// The mean (K,) of the windows of one sequence, or, if `mean` is given, their covariance (K, K).
+// The mean (K,) of the windows of one sequence; if `mean` is given, their covariance (K, K).
 template <typename scalar_t>
 void average_windows(
     const scalar_t* samples, int64_t frames, int64_t kernel, int64_t stride, const double* mean, double* out) {

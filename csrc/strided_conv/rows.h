@@ -14,7 +14,7 @@
 
 namespace fastssl::strided_conv {
 
-// Rows per task: enough to pay for the overhead of a task, few enough to sum in fp32.
+// Rows per task: enough to justify the overhead of a task, few enough to sum in fp32.
 constexpr int64_t kSegmentRows = 64;
 constexpr int64_t kLanes = 16;
 // Channels per task of the group norms, whose sums run over time.
@@ -24,14 +24,14 @@ constexpr int64_t kGroupChannels = 32;
 struct Segment {
   int64_t sequence;
   int64_t first_frame;
-  int64_t frames;  // the first rows, which hold a frame; the others are zero
+  int64_t frames;  // number of leading rows that hold a frame; the others are zero
   int64_t rows;
   int64_t block_row;  // row of the first frame within the block
 };
 
 enum class Norm { kNone, kGroup, kLayer };
 
-// What a layer does to the output of its convolution. Missing parameters are 0 (biases) or 1 (norm_weight).
+// What a layer does with the output of its convolution. Missing parameters are 0 (biases) or 1 (norm_weight).
 template <typename acc_t>
 struct Layer {
   int64_t channels;
@@ -108,8 +108,8 @@ FASTSSL_INLINE void activate_backward(
   }
 }
 
-// Replaces the gradient of the activation's input by that of the convolution's output. Adds the gradients of the norm's
-// weight and bias to the last two rows of `sums` (3, C); the first row belongs to the convolution's bias.
+// Replaces the gradient of the activation's input by the gradient of the convolution's output. Adds the gradients of
+// the norm's weight and bias to the last two rows of `sums` (3, C); the first row belongs to the convolution's bias.
 template <typename acc_t>
 FASTSSL_INLINE void layer_norm_backward(
     const Layer<acc_t>& layer, const acc_t* standard, acc_t rstd, acc_t* grad, acc_t* sums) {
@@ -262,9 +262,9 @@ struct Windows {
   int64_t stride;
 };
 
-// Gradients of a block's rows as the next layer's products leave them. The gradient of row u * phases + p is in `first`
-// if p < first_phases, in `second` if p < first_phases + second_phases, and else zero, because no window contains the
-// row.
+// Gradients of a block's rows in the order in which the next layer's products write them. The gradient of row
+// u * phases + p is in `first` if p < first_phases, else in `second` if p < first_phases + second_phases. Other rows
+// have a gradient of zero, because no window contains them.
 template <typename scalar_t>
 struct Gradients {
   const scalar_t* first;

@@ -1,9 +1,9 @@
 // Attention of packed sequences on the CPU. Derivation and conventions: fastssl/kernels/varlen_attention/README.md.
 //
 // A task is one head of one sequence, or a part of it if one sequence would keep a thread busy while others wait. It
-// works in blocks of queries and keys: matrix products of blocks in cache (common/block_gemm.h) and, between them, the
-// softmax (rows.h). Operands are copied once per task (operands.h). Each element is written by one task and summed in
-// order of the blocks, so bits depend neither on the batch nor on the number of threads.
+// works on blocks of queries and keys: it multiplies blocks that stay in cache (common/block_gemm.h) and computes the
+// softmax between the products (rows.h). Operands are copied once per task (operands.h). Each element is written by one
+// task and summed in order of the blocks, so its bits depend neither on the batch nor on the number of threads.
 
 #include <algorithm>
 #include <optional>
@@ -17,7 +17,7 @@
 namespace fastssl {
 namespace {
 
-// Rows of values that stay in the first-level cache while all queries of a block use them.
+// Number of rows of values that stay in the first-level cache while all queries of a block use them.
 constexpr int64_t kValueBlock = 96;
 // Gradients of the distance bias are summed over the queries of a chunk, then over the chunks in order.
 constexpr int64_t kQueryChunk = 8 * kQueryBlock;
@@ -222,7 +222,7 @@ struct BackwardScratch {
   Buffer<T> delta, grad_query, grad_key, grad_value, grad_gate, bias, weights, grads_with_gap;
 };
 
-// Sums of the gradients of the logits along diagonals: one row for each sequence, head and chunk of queries.
+// Sums of the logits' gradients along diagonals: one row for each sequence, head and chunk of queries.
 struct Diagonals {
   template <typename scalar_t>
   explicit Diagonals(const Problem<scalar_t>& problem) {
@@ -372,7 +372,7 @@ void attend_backward(
       rows.keys = keys;
       block_gradients(problem, rows, row, logsumexp, scratch);
       if (place.length == 1) {
-        scratch.grads()[0] = 0;  // the softmax of one logit is constant: no gradient, not even the rounding of one
+        scratch.grads()[0] = 0;  // the softmax of one logit is constant, so the gradient is exactly zero
       }
       if (task.for_keys) {
         add_key_gradients(rows, row, padded_width, scratch);
@@ -398,7 +398,7 @@ void attend_backward(
   }
 }
 
-// Adds up the rows of all sequences and chunks, in this order. Distances beyond R count towards the ends of the bias.
+// Adds the rows of all sequences and chunks, in this order. Distances beyond R count towards the ends of the bias.
 template <typename scalar_t>
 std::vector<double> sum_diagonals(const Problem<scalar_t>& problem, Diagonals& diagonals) {
   std::vector<double> grad_bias(problem.bias.size());
@@ -420,7 +420,8 @@ std::vector<double> sum_diagonals(const Problem<scalar_t>& problem, Diagonals& d
   return grad_bias;
 }
 
-// The values in the dtype of `argument`; an empty tensor if it was not given, because a schema cannot return None.
+// Returns the values in the dtype of `argument`; an empty tensor if it was not given, because a schema cannot return
+// None.
 template <typename T>
 Tensor narrowed(const std::vector<T>& values, const Tensor& q, const std::optional<Tensor>& argument) {
   if (!argument.has_value()) {
@@ -436,8 +437,8 @@ Tensor narrowed(const std::vector<T>& values, const Tensor& q, const std::option
   return tensor;
 }
 
-// One task per head of a sequence, which computes its logits once. If one sequence dominates the batch, its heads are
-// cut into parts with separate tasks for keys and for queries, which compute the logits twice.
+// Each head of a sequence is one task, which computes its logits once. If one sequence dominates the batch, its heads
+// are split into parts with separate tasks for keys and for queries, which compute the logits twice.
 template <typename scalar_t>
 std::vector<Task> backward_tasks(const Problem<scalar_t>& problem) {
   std::vector<Task> tasks;

@@ -1,6 +1,6 @@
 // Rows of one head as operands of common/block_gemm.h: widened to the type of the sums, or pairs of bfloat16. A pair
-// holds two numbers that are neighbours along the sum, so a matrix that is summed over its columns in one product and
-// over its rows in another needs two copies. Other operands serve both.
+// holds two numbers that are neighbours along the sum. So a matrix that is summed over its columns in one product and
+// over its rows in another needs two copies in pairs; otherwise one copy is enough.
 #pragma once
 
 #include <cstdint>
@@ -51,7 +51,7 @@ FASTSSL_INLINE void widen_rows_body(
 }
 FASTSSL_ISA_VARIANTS(widen_rows)
 
-// The same, in pairs along the columns.
+// The same copy, in pairs along the columns.
 template <Isa isa>
 FASTSSL_INLINE void pair_columns_body(
     const torch::headeronly::BFloat16* x,
@@ -93,7 +93,7 @@ FASTSSL_INLINE void pair_rows_body(
 }
 FASTSSL_ISA_VARIANTS(pair_rows)
 
-// For a sum over the columns: rows of round_up(depth_of(columns), 16) operands.
+// Layout for a sum over the columns: rows of round_up(depth_of(columns), 16) operands.
 template <typename scalar_t, typename Operand>
 void load_along_columns(
     const scalar_t* x, int64_t ldx, int64_t rows, int64_t row_multiple, int64_t columns, Operand* out) {
@@ -104,7 +104,7 @@ void load_along_columns(
   }
 }
 
-// For a sum over the rows: depth_of(rows) rows of round_up(columns, 16) operands.
+// Layout for a sum over the rows: depth_of(rows) rows of round_up(columns, 16) operands.
 template <typename scalar_t, typename Operand>
 void load_along_rows(const scalar_t* x, int64_t ldx, int64_t rows, int64_t columns, Operand* out) {
   if constexpr (kIsPair<Operand>) {
@@ -150,8 +150,8 @@ FASTSSL_INLINE void round_rows_body(const float* x, int64_t ld, int64_t rows, in
 }
 FASTSSL_ISA_VARIANTS(round_rows)
 
-// A computed block as an operand that is summed over its columns. Pairs are written to `pairs`, in rows of ld / 2; an
-// odd last column is paired with zeros.
+// Returns a computed block as an operand that is summed over its columns. Pairs are written to `pairs`, in rows of
+// ld / 2; an odd last column is paired with zeros.
 template <typename Operand, typename T>
 const Operand* along_columns(const T* x, int64_t ld, int64_t rows, int64_t columns, Operand* pairs) {
   if constexpr (kIsPair<Operand>) {
@@ -162,7 +162,7 @@ const Operand* along_columns(const T* x, int64_t ld, int64_t rows, int64_t colum
   }
 }
 
-// A computed block as an operand that is summed over its rows. Pairs are written to `pairs`, in rows of ld.
+// Returns a computed block as an operand that is summed over its rows. Pairs are written to `pairs`, in rows of ld.
 template <typename Operand, typename T>
 const Operand* along_rows(const T* x, int64_t ld, int64_t rows, int64_t columns, Operand* pairs) {
   if constexpr (kIsPair<Operand>) {

@@ -1,4 +1,4 @@
-// The arguments of attention on the CPU, the tasks that it is divided into, and the threads that run them.
+// The arguments of attention on the CPU, the tasks that the work is divided into, and the threads that run them.
 #pragma once
 
 #include <algorithm>
@@ -147,7 +147,7 @@ void run_tasks(std::vector<Task> tasks, const Problem& problem, const Work& work
   });
 }
 
-// The number of parts that a head of a sequence is cut into, so that no thread works alone while the others wait.
+// The number of parts to split a head of a sequence into, so that no thread works alone while the others wait.
 template <typename scalar_t>
 int64_t parts_of(const Problem<scalar_t>& problem, int64_t length) {
   double all = 0;
@@ -160,7 +160,7 @@ int64_t parts_of(const Problem<scalar_t>& problem, int64_t length) {
   return cost > share ? static_cast<int64_t>(2 * cost / share) + 1 : 1;
 }
 
-// Writes the distance bias of one head for every distance within a sequence; returns a pointer to distance 0.
+// Writes the bias of one head for each distance within a sequence; returns a pointer to distance 0.
 template <typename scalar_t, typename T>
 const T* spread_bias(const Problem<scalar_t>& problem, int64_t head, int64_t length, T* spread) {
   if (problem.bias.empty()) {

@@ -1,4 +1,4 @@
-// The work of attention on rows of logits between its matrix products: bias, softmax and dropout, and their
+// What attention does with rows of logits between its matrix products: bias, softmax and dropout, and their
 // derivatives. fastssl/kernels/varlen_attention/README.md has the formulas.
 #pragma once
 
@@ -15,10 +15,10 @@
 
 namespace fastssl {
 
-// Rows are processed in whole vectors: each has room for this many columns after its last.
+// Rows are processed in whole vectors, so each row has room for this many columns after its last.
 constexpr int64_t kPadding = kTileColumns;
-// A block of the backward is stored in rows of kBlockStride elements, of which the first kKeyBlock are used. Sums along
-// diagonals may run past the borders of the block into the gap, which holds zeros.
+// The backward stores a block in rows of kBlockStride elements, and uses the first kKeyBlock of each. Sums along
+// diagonals may run past the edges of the block into the gap, which holds zeros.
 constexpr int64_t kQueryBlock = 48;
 constexpr int64_t kKeyBlock = 192;
 constexpr int64_t kGap = 64;
@@ -26,12 +26,12 @@ constexpr int64_t kBlockStride = kKeyBlock + kGap;
 static_assert(kQueryBlock % kTileRows == 0 && kKeyBlock % kTileRows == 0 && kKeyBlock % kTileColumns == 0);
 static_assert(kGap >= kQueryBlock + kTileColumns);
 
-// exp(x) is computed as 2^(x / ln 2), with 1 / ln 2 multiplied into the factor of the logits: half the work.
+// exp(x) is computed as 2^(x / ln 2), and 1 / ln 2 is part of the factor of the logits: this is half the work.
 constexpr double kLog2OfE = 1.44269504088896340736;
 constexpr double kLnOf2 = 0.69314718055994530942;
 
-// 2^x for x up to 127, and 2^-125 for x below -125: too small to change a sum that contains 1. The fraction of x goes
-// through a polynomial, within 1e-7, and the integer part is added to the exponent. NaN for NaN.
+// 2^x for x up to 127, and 2^-125 for x below -125: too small to change a sum that contains 1. The result is a
+// polynomial of the fraction of x, accurate to 1e-7, with the integer part added to its exponent. NaN for NaN.
 FASTSSL_INLINE float power_of_two(float x) {
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which ends up in the low bits
   const float clamped = x < -125.0f ? -125.0f : x;
@@ -51,7 +51,7 @@ FASTSSL_INLINE double power_of_two(double x) {
   return std::exp2(x);
 }
 
-// What the rows of a block share, and values per query; a pointer is null if the argument was not given.
+// Values that the rows of a block share, and values per query; a pointer is null if the argument was not given.
 template <typename T>
 struct Rows {
   int64_t queries;
@@ -59,7 +59,7 @@ struct Rows {
   int64_t first_query;  // positions within the sequence
   int64_t first_key;
   T scale;  // factor of the products of queries and keys
-  T scale_log2;  // the same in units of ln 2
+  T scale_log2;  // the same factor in units of ln 2
   const T* bias;  // points to the bias of distance 0
   const T* gate;
   const uint32_t* dropout_states;
@@ -91,8 +91,8 @@ FASTSSL_INLINE T dot(const T* x, const T* y, int64_t n) {
   return sum;
 }
 
-// sums[row] = x[row] . y[row], in double, which costs little next to the matrix products. The dot is subtracted from
-// numbers of its own size, and the gradients of biases and gates sum the small differences.
+// sums[row] = x[row] . y[row], in double, which costs little compared with the matrix products. The dot product is
+// subtracted from numbers of its own size, and the gradients of biases and gates sum the small differences.
 template <Isa isa, typename scalar_t, typename T>
 FASTSSL_INLINE void row_dots_body(
     const scalar_t* x, const scalar_t* y, int64_t rows, int64_t ld, int64_t columns, T* sums) {
@@ -161,12 +161,12 @@ FASTSSL_INLINE T fold_row(const T* x, T factor, int64_t n, T identity, Fold fold
   return lanes[0];
 }
 
-// How many elements of a row one `fold_row` sums: 16 additions per lane, so that rounding errors do not grow with the
-// row.
+// Number of elements of a row that one `fold_row` sums: 16 additions per lane, so that rounding errors do not grow with
+// the length of the row.
 template <Isa isa, typename T>
 constexpr int64_t kSumBlock = 64 * Simd<isa, T>::kLanes;
 
-// If there is a bias, turns products of queries and keys into logits. Returns the factor that brings the result to
+// If there is a bias, turns products of queries and keys into logits. Returns the factor that converts the result to
 // units of ln 2.
 template <typename T>
 FASTSSL_INLINE T add_bias(const Rows<T>& rows, int64_t row, int64_t columns, T* __restrict logits) {
@@ -251,11 +251,11 @@ FASTSSL_INLINE void softmax_backward_body(Rows<T> rows, const T* logsumexp, cons
 }
 FASTSSL_ISA_VARIANTS(softmax_backward)
 
-// How many gradients on a diagonal are summed before they are added to others: they have both signs and a small sum.
+// Number of gradients on a diagonal to sum before adding the sum to others: they have both signs and a small sum.
 constexpr int64_t kDiagonalChain = 12;
 
 // From the gradients of the logits of a block: adds the sums along its diagonals, times the gate, to `diagonals`, which
-// points to distance 0. If there is a gate, adds the dot of each row with the bias to `grad_gate`.
+// points to distance 0. If there is a gate, adds the dot product of each row with the bias to `grad_gate`.
 template <Isa isa, typename T>
 FASTSSL_INLINE void bias_backward_body(Rows<T> rows, const T* grads, double* diagonals, T* grad_gate) {
   using Vector = typename Simd<isa, T>::Vector;

@@ -1,4 +1,4 @@
-"""Read part of a recording as a mono waveform at 16 kHz: seek, decode, average the channels, resample."""
+"""Read part of a recording as a mono waveform at 16 kHz: seek, decode, average the channels and resample."""
 
 import math
 from fractions import Fraction
@@ -32,12 +32,12 @@ _LHOTSE_BACKEND = Lock()
 class AudioError(Exception):
     """A recording, or part of one, cannot be used.
 
-    The message is a predicate without the file name ("does not decode: ..."); callers put the name in front of it.
+    The message is a predicate without a subject ("does not decode: ..."); callers put the file name in front of it.
     """
 
 
 def read_waveform(cut: Cut, *, channel: int | None = None) -> NDArray[np.float32]:
-    """Decode a cut as a mono waveform at 16 kHz; reads only the cut and the margin that the resampling filter needs.
+    """Decode a cut as a mono waveform at 16 kHz, reading only the cut and the margin that the resampling filter needs.
 
     Args:
         cut: A Lhotse cut of one recording, at any sampling rate.
@@ -59,14 +59,14 @@ def read_samples(cut: Cut, *, first: int, length: int, channel: int | None) -> N
 
     Args:
         cut: Names the recording and the channels to read. Its start and duration are ignored.
-        first: Source sample that becomes sample 0 of the result, counted from the beginning of the recording at the
-            recording's own rate.
+        first: Source sample that becomes sample 0 of the result, counted from the start of the recording at its own
+            sampling rate.
         length: Number of samples to return, at 16 kHz.
         channel: As in `read_waveform`.
 
     Returns:
-        (length,) float32 at 16 kHz, or fewer samples if the recording ends earlier. The values equal a slice of the
-        whole recording, resampled on a grid that contains source sample `first`.
+        (length,) float32 at 16 kHz, or fewer samples if the recording ends earlier. The values are those of the whole
+        recording, resampled on a grid that contains source sample `first`.
 
     Raises:
         AudioError: As in `read_waveform`.
@@ -93,7 +93,7 @@ def read_samples(cut: Cut, *, first: int, length: int, channel: int | None) -> N
     mono = samples[:, columns[0]] if len(columns) == 1 else samples[:, columns].mean(axis=1)
     if not np.isfinite(mono).all():
         raise AudioError("has samples that are not finite (NaN or infinite)")
-    # Rounded up: keep every output sample that begins before the end of the last source sample.
+    # Round up to keep every output sample that begins before the end of the last source sample.
     length = max(0, min(length, -((first - end) * steps // period)))
     padded: NDArray[np.float32] = np.zeros(lead + math.ceil(length / steps) * period + margin, dtype=np.float32)
     offset = lead - (first - start)
@@ -124,7 +124,7 @@ def resample(samples: NDArray[np.float32], from_hz: int, to_hz: int) -> NDArray[
     """Resample a waveform with a windowed sinc filter; samples beyond its ends count as zeros.
 
     Args:
-        samples: (T,) float32.
+        samples: (T,) float32 waveform.
         from_hz: Sampling rate of `samples` in Hz.
         to_hz: Sampling rate of the result in Hz.
 
@@ -158,10 +158,10 @@ def _columns(cut: Cut, channel: int | None) -> list[int]:
 
 
 def _decode(cut: Cut, first: int, count: int) -> NDArray[np.float32]:
-    """Decode at most `count` samples from source sample `first` on: (samples, channels) float32 at the source rate."""
+    """Decode up to `count` samples, beginning with source sample `first`: (samples, channels) at the source rate."""
     recording: Recording = cut.recording
     source = recording.sources[0]
-    # Decoders raise exceptions of any type. All of them mean that the file is bad, and none should end the run.
+    # Decoders raise exceptions of any type. They all mean that the file is bad, and none should end the run.
     try:
         if len(recording.sources) > 1 or recording.transforms or source.type not in ("file", "memory"):
             return _decode_by_lhotse(recording, first, count)
@@ -177,14 +177,14 @@ def _decode(cut: Cut, first: int, count: int) -> NDArray[np.float32]:
 
 
 def _decode_by_lhotse(recording: Recording, first: int, count: int) -> NDArray[np.float32]:
-    """Do what `_decode` does, for recordings with several sources or with transforms."""
+    """Do the same as `_decode` for recordings with several sources or with transforms."""
     try:
         check_sources(recording.to_dict())
     except ForbiddenSourceError as error:
         raise AudioError(str(error)) from None
     rate = recording.sampling_rate
     # Lhotse's other backends insert some file names into a shell command. The backend is a setting of the whole
-    # process, hence the lock.
+    # process, so take a lock.
     with _LHOTSE_BACKEND:
         before = get_current_audio_backend()
         set_current_audio_backend("LibsndfileBackend")

@@ -30,18 +30,18 @@ class AudioBatch:
 
     Args:
         waveforms: Packed values (N, 1) float32 at 16 kHz; the layout holds each utterance's length in samples.
-        ids: (B,) int64, `utterance_id` of each cut id.
+        ids: (B,) int64, the `utterance_id` of each cut id.
         names: B paths for messages; "@12.0s" is appended if the part begins 12 s into its recording.
         update: Optimiser update that the batch belongs to, counted from 0.
-        problems: Planned utterances that cannot be used, and why (if none can be used, B is 0); then recordings of
-            noise that cannot be used (`NoiseProblem`).
-        labels: (T,) int64, one class for each of the encoder's T frames; None if the dataset reads no labels.
+        problems: Planned utterances that cannot be used, with the reason, then recordings of noise that cannot be used
+            (`NoiseProblem`). If no utterance can be used, B is 0.
+        labels: (T,) int64 class of each of the encoder's T frames; None if the dataset reads no labels.
         segments: Segment of each of these T frames; None if the dataset reads no segments.
-        noise: Noise to mix into each utterance, (M, 1) in B sequences, of length 0 for utterances without; None if the
-            dataset reads no noise.
+        noise: Noise to mix into each utterance, (M, 1) in B sequences (of length 0 for utterances without noise); None
+            if the dataset reads no noise.
         teacher: A teacher's stored outputs for these utterances; None if the dataset reads none.
-        checksums: B CRC-32 values, one over the samples of each utterance before normalisation; empty if the dataset
-            computes none.
+        checksums: CRC-32 of the samples of each of the B utterances before normalisation; empty if the dataset computes
+            none.
     """
 
     waveforms: Packed
@@ -57,7 +57,7 @@ class AudioBatch:
 
     @property
     def duration_s(self) -> float:
-        """Seconds of audio in the batch."""
+        """Duration of the audio in the batch, in seconds."""
         return self.waveforms.layout.total / SAMPLE_RATE_HZ
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "AudioBatch":
@@ -83,7 +83,7 @@ class BatchSpec:
         cuts: Utterances to decode, not yet cropped.
         crop_s: Length of the crops in seconds; None keeps whole utterances.
         seed: Seed of the crops; each crop's start depends on this, on `update` and on the cut's id.
-        fixed_crops: Give a cut the same crop in every update.
+        fixed_crops: Whether to give a cut the same crop in every update.
     """
 
     update: int
@@ -94,7 +94,7 @@ class BatchSpec:
 
     @property
     def duration_s(self) -> float:
-        """Seconds of audio in the micro-batch, after cropping."""
+        """Duration of the audio in the micro-batch after cropping, in seconds."""
         return float(sum(cropped_length(cut, self.crop_s) for cut in self.cuts) / SAMPLE_RATE_HZ)
 
 
@@ -114,7 +114,7 @@ def crop(cut: Cut, *, crop_s: float | None, seed: int, update: int) -> Cut:
 
     Args:
         cut: The utterance.
-        crop_s: Length of the crop in seconds; None, or at least the cut's duration, keeps the cut whole.
+        crop_s: Length of the crop in seconds. The cut stays whole if this is None or not below its duration.
         seed: Seed of the run.
         update: Optimiser update, counted from 0.
     """
@@ -128,14 +128,14 @@ def crop(cut: Cut, *, crop_s: float | None, seed: int, update: int) -> Cut:
 
 
 class UpdateSampler(Sampler[BatchSpec]):
-    """Yield an endless sequence of micro-batch plans, each with its update; reads metadata only, no audio.
+    """Yield an endless sequence of micro-batch plans, each with its update; read only metadata, no audio.
 
     Micro-batch m, counted over all epochs, belongs to update m // (world_size * accumulation) and goes to rank
     m % world_size. The plan of an epoch is a function of the seed, the epoch, the cuts, `max_duration_s`, `crop_s`,
     `max_utterances` and `num_buckets`. All ranks and accumulation steps therefore share the same micro-batches, an
     epoch may end in the middle of an update, and no rank runs out of data before the others.
 
-    An epoch draws every cut once, except windows of long recordings: a window is drawn once per `crop_s` of its length
+    An epoch draws each cut once, except windows of long recordings: a window is drawn once per `crop_s` of its length
     (with ids `...#1`, `...#2` from the second draw on), so that long recordings count by duration. Cuts of similar
     length after cropping are batched together, in a new order every epoch. If an update contains the same draw twice
     (where two epochs meet, or in a corpus smaller than an update), both have the same crop.
@@ -146,16 +146,18 @@ class UpdateSampler(Sampler[BatchSpec]):
 
     Args:
         cuts: Utterances from `open_corpus`. They are read once, and the plan depends on their order.
-        max_duration_s: Most seconds of audio in one micro-batch, after cropping; a longer utterance is alone in one.
+        max_duration_s: Limit on the audio in one micro-batch, in seconds after cropping; a longer utterance gets its
+            own micro-batch.
         crop_s: Length of the random crops in seconds; None keeps whole utterances.
         seed: Seed of the run.
         rank: Index of this process, from 0 to `world_size` - 1.
         world_size: Number of processes.
         accumulation: Number of micro-batches that each process contributes to an update.
-        max_utterances: Most utterances in one micro-batch; None sets no limit.
+        max_utterances: Largest number of utterances in one micro-batch; None sets no limit.
         consumed: Number of micro-batches of this process to skip when resuming.
-        fixed_crops: Give a cut the same crop in every update.
-        num_buckets: Most groups of similar length; a small corpus gets fewer, so that each fills several batches.
+        fixed_crops: Whether to give a cut the same crop in every update.
+        num_buckets: Largest number of groups of similar length; a small corpus gets fewer, so that each group fills
+            several batches.
 
     Raises:
         ValueError: `cuts` is empty, or a number is out of range.
@@ -194,7 +196,7 @@ class UpdateSampler(Sampler[BatchSpec]):
         self._draws: NDArray[np.int64] = np.array(draws, dtype=np.int64)
         lengths = np.array([cropped_length(cut, crop_s) for cut in self.cuts], dtype=np.int64)
         self._lengths = lengths[self._draws[:, 0]]
-        # A group must fill several batches, or the same utterances would share a batch in every epoch.
+        # A group must fill several batches, otherwise the same utterances would share a batch in every epoch.
         batches = int(self._lengths.sum()) / self._budget
         if max_utterances is not None:
             batches = max(batches, len(self._lengths) / max_utterances)
@@ -214,7 +216,7 @@ class UpdateSampler(Sampler[BatchSpec]):
             epoch, first = epoch + 1, first + len(plan)
 
     def drawn_cuts(self) -> list[Cut]:
-        """Return the cuts that one epoch draws, with the ids that they are drawn under."""
+        """Return the cuts that one epoch draws, with the ids of the draws."""
         return [self._drawn(draw) for draw in range(len(self._draws))]
 
     def _drawn(self, draw: int) -> Cut:
@@ -236,7 +238,8 @@ def fixed_batches(cuts: Iterable[Cut], *, max_duration_s: float, crop_s: float |
 
     Args:
         cuts: Utterances to validate on; the plan does not depend on their order.
-        max_duration_s: Most seconds of audio in one micro-batch, after cropping; a longer utterance is alone in one.
+        max_duration_s: Limit on the audio in one micro-batch, in seconds after cropping; a longer utterance gets its
+            own micro-batch.
         crop_s: Length of the crops in seconds; None keeps whole utterances.
         seed: Seed of the crops; a crop's start depends only on this and on the cut's id.
 
@@ -275,13 +278,14 @@ class WaveformDataset(Dataset[AudioBatch]):
     """Decode each `BatchSpec` in a data loader worker: `DataLoader(dataset, sampler=sampler, batch_size=None)`.
 
     Args:
-        normalize: Scale each crop to zero mean and unit variance, as Transformers' `Wav2Vec2FeatureExtractor` does.
+        normalize: Whether to scale each crop to zero mean and unit variance, as Transformers'
+            `Wav2Vec2FeatureExtractor` does.
         channel: Channel to read from recordings with several; None averages them.
         labels: Labels to return for the encoder's frames; None returns none.
         segments: Labels whose runs of equal classes are the segments to return; None returns none.
-        noise: Recordings of noise, and the fraction of utterances that get one; None returns none.
+        noise: Recordings of noise to draw from; None returns no noise.
         teacher: Stored outputs of a teacher to return; requires fixed crops. None returns none.
-        teacher_keys: Prefix of the keys of `teacher`, in front of the cut's id.
+        teacher_keys: Prefix of each key of `teacher`; the cut's id follows it.
         checksums: Whether to compute `AudioBatch.checksums`.
     """
 
@@ -360,7 +364,7 @@ def _check_durations(cuts: Sequence[Cut], max_duration_s: float, crop_s: float |
 
 
 def _draws(cut: Cut, crop_s: float | None) -> int:
-    """Return how often an epoch draws a cut."""
+    """Return how many times an epoch draws a cut."""
     if crop_s is None or "window_of" not in (cut.custom or {}):
         return 1
     return max(1, round(float(cut.duration) / crop_s))

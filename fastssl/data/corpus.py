@@ -28,7 +28,7 @@ class Problem:
     """A recording that cannot be used.
 
     Args:
-        name: Path of the recording; "@12.0s" is appended if only the part from 12 s on is meant.
+        name: Path of the recording; "@12.0s" is appended for the part that begins 12 s into it.
         reason: What is wrong, as a predicate that follows the name: "is empty", "does not decode: ...".
     """
 
@@ -76,12 +76,12 @@ def open_corpus(
     max_bad_fraction: float = 0.05,
     jobs: int = 8,
 ) -> Corpus:
-    """Find the usable recordings of a corpus; reads headers, and audio only where a header gives no length.
+    """Find the usable recordings of a corpus. Reads headers, and audio only where a header gives no length.
 
     Args:
         source: A folder (searched recursively, without hidden files), one audio file, a Lhotse manifest of cuts or
             recordings (`.jsonl.gz` or `.jsonl`), or a Lhotse shar directory.
-        min_duration_s: Shortest usable recording in seconds; a shorter one is listed as a problem.
+        min_duration_s: Shortest usable recording in seconds; shorter recordings are listed as problems.
         window_s: Longest cut in seconds; a longer recording is split into windows of equal length. None keeps
             recordings whole and joins the windows of a prepared manifest.
         max_bad_fraction: Largest share of the recordings that may be unusable; a larger share is an error.
@@ -91,8 +91,8 @@ def open_corpus(
         The usable cuts, and the recordings that were left out.
 
     Raises:
-        ValueError: The source does not exist, is of another kind, contains no audio, has too many unusable recordings,
-            or contains two cuts with the same id.
+        ValueError: The source does not exist, is not of a kind named above, contains no audio, has too many unusable
+            recordings, or contains two cuts with the same id.
     """
     path = Path(source)
     if not path.exists():
@@ -139,7 +139,7 @@ def cut_name(cut: Cut) -> str:
 def window_parent(cut: Cut) -> dict[str, Any] | None:
     """Return the `id`, `start` and `duration` of the cut that this cut is a window of, or None if it is not a window.
 
-    Start and duration are in seconds. A window that was exported to shar counts as a whole recording, so None.
+    Start and duration are in seconds. A window that was exported to shar counts as a whole recording.
     """
     parent: dict[str, Any] | None = (cut.custom or {}).get("window_of")
     if parent is None or parent["start"] + parent["duration"] > cut.recording.duration + 1e-3:
@@ -173,14 +173,14 @@ def write_manifest(corpus: Corpus, output: Path) -> None:
 def split_corpus(corpus: Corpus, *, fraction: float, seed: int) -> tuple[Corpus, Corpus]:
     """Split a corpus into training and validation by recording: all windows of a recording stay on one side.
 
-    The recordings with the lowest hash of (seed, id) form the validation side. The split therefore does not depend on
+    The recordings with the lowest hashes of (seed, id) form the validation side. The split therefore does not depend on
     the order of the corpus and hardly changes when recordings are added.
 
     Args:
         corpus: Corpus to split; its problems are kept with the training side.
         fraction: Share of the recordings that go to validation, above 0 and below 1. Given two recordings or more,
             each side gets at least one; a single recording goes to training.
-        seed: Seed of the hash; another seed gives another split.
+        seed: Seed of the hash; a different seed gives a different split.
 
     Returns:
         (training, validation).
@@ -215,7 +215,7 @@ def _judge(path: Path, num_usable: int, problems: list[Problem], max_bad_fractio
 
 
 def _audio_files(folder: Path) -> list[Path]:
-    """Return the audio files below a folder, sorted; follows links to folders, but enters no folder twice."""
+    """Return the audio files below a folder, sorted; follow links to folders, but enter no folder twice."""
     files, entered = [], set()
     for place, folders, names in os.walk(folder, followlinks=True):
         if (real := os.path.realpath(place)) in entered:
@@ -239,8 +239,8 @@ def scan_file(path: Path, *, recording_id: str) -> Cut | Problem:
     """Read the header of an audio file.
 
     Args:
-        path: The audio file.
-        recording_id: Id to give to the recording and its cut.
+        path: Path of the audio file.
+        recording_id: Id for the recording and its cut.
 
     Returns:
         A cut of the whole file, or a `Problem` if the file is empty or does not open as audio.
@@ -278,7 +278,7 @@ def _read_manifest(path: Path) -> Iterator[Cut | Problem]:
 
 
 def _from_cuts(cuts: Iterable[Cut | Problem], jobs: int) -> Iterator[Cut | Problem]:
-    """Check that each cut has one recording whose files exist; everything else in a manifest is trusted."""
+    """Check that each cut has one recording whose files exist; trust everything else in a manifest."""
 
     def check(cut: Cut | Problem) -> Cut | Problem:
         if isinstance(cut, Problem):
@@ -287,7 +287,7 @@ def _from_cuts(cuts: Iterable[Cut | Problem], jobs: int) -> Iterator[Cut | Probl
             return Problem(str(getattr(cut, "id", cut)), "is not a cut of exactly one recording")
         for source in cut.recording.sources:
             if source.type == "shar":
-                return Problem(cut.id, "lacks its audio in the shard")
+                return Problem(cut.id, "has no audio in its shard")
             in_tar = "tar_member" in (cut.custom or {})
             if source.type == "file" and not in_tar and not Path(source.source).exists():
                 return Problem(source.source, "does not exist")

@@ -1,10 +1,10 @@
-"""Frame labels for HuBERT and sequence compression, stored in a folder of their own that Lhotse can read.
+"""Frame labels for HuBERT and sequence compression, stored in a separate folder that Lhotse can read.
 
 A folder of labels contains
 
 - `labels.jsonl`: one Lhotse supervision per recording (`SupervisionSet.from_file` reads it). Its custom field `labels`
   is a list of classes, one every `frame_shift` seconds; the first frame is centred at `first_centre` seconds;
-- `settings.json`: the features and settings that the labels were made from;
+- `settings.json`: the features and settings that produced the labels;
 - `kmeans.safetensors`: the tensor `centres` (classes, width) of the k-means that assigned the classes.
 """
 
@@ -44,7 +44,7 @@ class Segments(NamedTuple):
 
 
 class LabelTable:
-    """The labels of a corpus, kept in memory: 2 bytes per label with at most 32,767 classes, else 4.
+    """The labels of a corpus, kept in memory: 2 bytes per label for at most 32,767 classes, otherwise 4.
 
     Args:
         folder: Folder that `fastssl label` wrote.
@@ -87,8 +87,8 @@ class LabelTable:
             cut: A cut from `open_corpus`.
 
         Returns:
-            None if the labels fit. Otherwise what is wrong: no labels, another sampling rate or duration than when it
-            was labelled, or another number of labels than its duration requires.
+            None if the labels fit. Otherwise what is wrong: it has no labels, its sampling rate or duration has changed
+            since it was labelled, or the number of labels does not match its duration.
         """
         key, _, duration_s = labelled_part(cut)
         entry = self._entries.get(key)
@@ -134,7 +134,7 @@ class LabelTable:
         A segment that reaches beyond the part keeps its whole length, so the weights of its frames then sum to less
         than 1.
         """
-        # One frame more, to see whether a segment ends with the last frame.
+        # Read one frame more, to see whether a segment ends with the last frame.
         entry, nearest = self._nearest(cut, start_s, frames + 1, grid)
         rows = np.clip(nearest, entry.begin, entry.end - 1)
         if self._segment_ends is None:
@@ -162,9 +162,9 @@ class LabelTable:
 
 
 def labelled_part(cut: Cut) -> tuple[str, float, float]:
-    """Return the id that a cut is labelled under, and the start and duration in seconds of the part with that id.
+    """Return the id under which a cut is labelled, and the start and duration (s) of the part that has this id.
 
-    Windows share the labels of the cut that they are windows of, so that the window length may change after labelling.
+    Windows share the labels of the cut that they are windows of, so the window length may change after labelling.
     """
     parent = window_parent(cut)
     if parent is None:
@@ -173,13 +173,13 @@ def labelled_part(cut: Cut) -> tuple[str, float, float]:
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """Read `settings.json` of a folder of labels: the features and settings that the labels were made from.
+    """Read `settings.json` of a folder of labels: the features and settings that produced the labels.
 
     Args:
         folder: Folder that `fastssl label` wrote.
 
     Returns:
-        The settings; `clusters`, `frame_shift_s` and `first_centre_s` are always there, as positive numbers.
+        The settings; they always include `clusters`, `frame_shift_s` and `first_centre_s`, as positive numbers.
 
     Raises:
         ValueError: The folder contains no labels, or its settings are damaged.
@@ -201,10 +201,10 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the supervisions of `labels.jsonl`; ignores an unfinished last line, as left by an interrupted process.
+    """Yield the supervisions of `labels.jsonl`; ignore an unfinished last line, which an interrupted process leaves.
 
     Args:
-        path: The file; a missing file yields nothing.
+        path: Path of `labels.jsonl`; a missing file yields nothing.
 
     Raises:
         ValueError: A line is not a supervision with labels, a duration and a sampling rate.
@@ -245,7 +245,7 @@ def as_line(cut: Cut, labels: Iterable[int], *, frame_shift_s: float, first_cent
     Args:
         cut: Cut that the labels belong to; not a window.
         labels: Class of each frame, in order.
-        frame_shift_s: Seconds from one frame to the next.
+        frame_shift_s: Time from one frame to the next, in seconds.
         first_centre_s: Centre of the first frame, in seconds from the start of the cut.
     """
     custom: Mapping[str, Any] = {

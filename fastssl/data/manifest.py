@@ -1,8 +1,8 @@
 """Read Lhotse manifests without running or fetching anything that they name.
 
-A Lhotse audio source may be a shell command or a URL, and a manifest may come from a stranger. Every source must
-therefore be a file or bytes, wherever it occurs: among a recording's sources, in the impulse response of a transform,
-in a custom field or in a track of a mixed cut.
+A Lhotse audio source may be a shell command or a URL, and a manifest may be an untrusted file. So every source must
+be a file or bytes, wherever it occurs: among a recording's sources, in the impulse response of a transform, in a custom
+field or in a track of a mixed cut.
 """
 
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from lhotse import Recording
 from lhotse.cut import Cut
 from lhotse.serialization import deserialize_item, load_jsonl
 
-#: "shar" is a placeholder for audio in the tar file of the same shard; Lhotse cannot read it on its own.
+#: "shar" is a placeholder for audio in the tar file of the same shard; Lhotse cannot read it by itself.
 _SOURCE_TYPES = ("file", "memory", "shar")
 
 

@@ -1,4 +1,4 @@
-"""MFCC with their first and second differences, computed by Lhotse: features for HuBERT's first k-means targets."""
+"""MFCCs with their first and second differences, computed by Lhotse: features for HuBERT's first k-means targets."""
 
 from functools import lru_cache
 from typing import Any
@@ -12,14 +12,14 @@ from torch import Tensor
 from fastssl.data.audio import SAMPLE_RATE_HZ
 
 MFCC_SHIFT_S = 0.01
-#: Frame j covers 25 ms, centred at this plus j shifts.
+#: Centre of frame 0; each frame covers 25 ms, and frame j is centred j shifts later.
 MFCC_FIRST_CENTRE_S = MFCC_SHIFT_S / 2
-#: Frames computed at a time, and frames added on each side of a block, which the windows at its edges overlap.
+#: Number of frames computed at a time, and number of frames added on each side for the windows at a block's edges.
 _BLOCK_FRAMES, _MARGIN_FRAMES = 6000, 2
 
 
 def mfcc(waveform: NDArray[np.float32]) -> Tensor:
-    """Compute 13 MFCC with their first and second differences (HuBERT, arXiv 2106.07447, section IV-B).
+    """Compute 13 MFCCs with their first and second differences (HuBERT, arXiv 2106.07447, section IV-B).
 
     The audio is mirrored beyond its ends, as in Kaldi with `snip_edges=False`.
 
@@ -33,7 +33,7 @@ def mfcc(waveform: NDArray[np.float32]) -> Tensor:
     shift = round(MFCC_SHIFT_S * SAMPLE_RATE_HZ)
     frames = (len(waveform) + shift // 2) // shift
     parts = []
-    # Computed in blocks, because the overlapping windows of a long recording take several times its memory.
+    # Compute in blocks, because the overlapping windows of a long recording take several times its memory.
     for first in range(0, frames, _BLOCK_FRAMES):
         last = min(frames, first + _BLOCK_FRAMES)
         before = min(first, _MARGIN_FRAMES)
@@ -52,11 +52,11 @@ def differences(x: Tensor, *, reach: int = 2) -> Tensor:
     The first and last frames are repeated beyond the ends.
 
     Args:
-        x: (frames, width), floating point.
+        x: (frames, width) floating-point features.
         reach: Number of frames on either side that a slope covers.
 
     Returns:
-        (frames, width) of the dtype of `x`: sum_n n (x[t + n] - x[t - n]) / (2 sum_n n²), for n from 1 to `reach`.
+        (frames, width) in the dtype of `x`: sum_n n (x[t + n] - x[t - n]) / (2 sum_n n²), for n from 1 to `reach`.
     """
     if len(x) == 0:
         return x

@@ -1,4 +1,4 @@
-"""Recordings of noise that a system mixes into the utterances it trains on."""
+"""Recordings of noise that a system mixes into its training utterances."""
 
 import hashlib
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from fastssl.packing import Packed
 
 
 class NoiseProblem(Problem):
-    """A recording of noise that cannot be used; the utterance it was drawn for is used without it."""
+    """A recording of noise that cannot be used; its utterance is then used without noise."""
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,9 @@ class NoiseRecordings:
     """A corpus of noise.
 
     Args:
-        cuts: The recordings, at least one.
-        share: The fraction of utterances that get one.
-        channel: The channel to read; None averages all of them.
+        cuts: Recordings of noise, at least one.
+        share: Fraction of utterances that get noise.
+        channel: Channel to read from recordings with several; None averages them.
     """
 
     cuts: tuple[Cut, ...]
@@ -32,7 +32,7 @@ class NoiseRecordings:
     channel: int | None = None
 
     def draw(self, utterance: str, *, seed: int, update: int) -> Cut | None:
-        """The noise of an utterance in one update, a function of the arguments alone; None for utterances without."""
+        """Draw an utterance's noise for one update, as a function of the arguments alone; None if it gets no noise."""
         name = f"noise/{seed}/{update}/{utterance}"
         drawn = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
         if drawn % (1 << 32) >= self.share * (1 << 32):
@@ -43,13 +43,13 @@ class NoiseRecordings:
         """Draw and decode the noise of a batch.
 
         Args:
-            utterances: B ids.
-            seed: The run's seed.
-            update: The optimiser update.
+            utterances: Ids of the B utterances.
+            seed: Seed of the run.
+            update: Number of the optimiser update.
 
         Returns:
-            (M, 1) samples at 16 kHz in B sequences, of length 0 for utterances without noise; and the recordings that
-            cannot be decoded, whose utterances go without.
+            The noise, (M, 1) samples at 16 kHz in B sequences (of length 0 for utterances without noise), and the
+            recordings that cannot be decoded. Their utterances get no noise.
         """
         waveforms, problems = [], []
         for utterance in utterances:

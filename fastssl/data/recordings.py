@@ -70,7 +70,7 @@ def chunk_hop(rate_hz: int, *, chunk_s: float, overlap_s: float, grid: FrameGrid
     Args:
         rate_hz: Sampling rate of the recording in Hz.
         chunk_s: Length of a chunk in seconds.
-        overlap_s: Least length that neighbouring chunks share, in seconds.
+        overlap_s: Shortest overlap of neighbouring chunks, in seconds.
         grid: Frames of the encoder.
 
     Raises:
@@ -105,9 +105,9 @@ def read_chunks(
     Args:
         cut: A whole recording, from `open_corpus(..., window_s=None)`.
         chunk_s: Length of a chunk in seconds; a shorter recording is one chunk.
-        overlap_s: Least length that neighbouring chunks share, in seconds; alignment may add up to 0.1 s.
-        normalize: Scale to zero mean and unit variance over the whole recording. A recording of several chunks is
-            then decoded twice.
+        overlap_s: Shortest overlap of neighbouring chunks, in seconds; alignment may add up to 0.1 s.
+        normalize: Whether to scale to zero mean and unit variance over the whole recording. A recording of several
+            chunks is then decoded twice.
         channel: Channel to read if the cut has several; None averages them.
         grid: Frames of the encoder.
 

@@ -10,22 +10,22 @@ from torch import Tensor
 
 
 class FrameSegments(NamedTuple):
-    """The segments of the T frames of a batch, from which a compressor learns where to fire."""
+    """The segments of the T frames of a batch, which teach a compressor where to fire."""
 
     weights: Tensor  # (T,) fp32, 1 / frames of the segment
     ends: Tensor  # (T,) bool, whether the segment ends with this frame
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "FrameSegments":
-        """The same segments on another device."""
+        """Return the same segments on another device."""
         return FrameSegments(*(tensor.to(device, non_blocking=non_blocking) for tensor in self))
 
     def pin_memory(self) -> "FrameSegments":
-        """The same segments in page-locked memory."""
+        """Return the same segments in page-locked memory."""
         return FrameSegments(*(tensor.pin_memory() for tensor in self))
 
 
 def smooth_classes(costs: npt.NDArray[np.float32], *, price: float) -> npt.NDArray[np.int64]:
-    """Choose one class per frame that minimises the sum of the frames' costs plus a price for every segment.
+    """Choose one class per frame that minimises the sum of the frames' costs plus a price for each segment.
 
     A segment is a run of equal classes. The result is the optimum over all segmentations. With squared distances to
     k-means centres it is the duration-penalised segmentation of arXiv 2012.07551 (section 3): its reward of
@@ -34,12 +34,12 @@ def smooth_classes(costs: npt.NDArray[np.float32], *, price: float) -> npt.NDArr
     the same optimum in O(T K) steps, because merging neighbouring segments of the same class never raises the cost.
 
     Args:
-        costs: (T, K) float32, finite: cost of giving frame t class k. A term that all classes of a frame share, such
-            as the frame's own norm in a squared distance, may be left out.
+        costs: (T, K) float32, all finite: the cost of giving class k to frame t. A term that all classes of a frame
+            share, such as the frame's own norm in a squared distance, may be left out.
         price: Cost of each segment, in the unit of `costs`; 0 gives each frame its cheapest class.
 
     Returns:
-        (T,) int64, the class of each frame.
+        (T,) int64 class of each frame.
 
     Raises:
         ValueError: `costs` has the wrong shape or dtype or is not finite, or `price` is negative or not finite.

@@ -1,9 +1,9 @@
 """Random access to Lhotse shar directories, through the position of each recording in its tar file.
 
-Lhotse reads shar as a stream, with the audio inside the cuts. Our batch plan depends only on seed and epoch and skips
-a million utterances in a second, so it needs cuts without audio. This module therefore reads the headers of the tar
-files once. Each cut then holds its position: the source `SHARD.tar/NAME`, which Lhotse can open too, and
-`custom["tar_member"]` = [offset, size] in bytes.
+Lhotse reads shar as a stream, with the audio inside the cuts. The batch plan of `batches.py` depends only on seed and
+epoch and skips a million utterances in a second, so it needs cuts without audio. This module therefore reads the
+headers of the tar files once. Each cut then holds its position: the source `SHARD.tar/NAME`, which Lhotse can open
+too, and `custom["tar_member"]` = [offset, size] in bytes.
 """
 
 import json

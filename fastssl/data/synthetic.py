@@ -2,8 +2,8 @@
 
     python -m fastssl.data.synthetic OUT --minutes 10 --seed 0 --speakers 16
 
-The voices are formant synthesis. They suffice to watch an encoder learn, to tell speakers and phonemes apart, and for
-tests, but they do not replace recordings.
+The voices are made by formant synthesis. They are good enough for tests, for watching an encoder learn, and for telling
+speakers and phonemes apart, but they do not replace recordings.
 """
 
 import argparse
@@ -35,7 +35,7 @@ class Voice(NamedTuple):
     """A synthetic speaker: the settings of espeak-ng that define its voice.
 
     Args:
-        name: espeak-ng's name of the accent and the timbre, such as "en-us+m1".
+        name: espeak-ng's name for the accent and timbre, such as "en-us+m1".
         rate: Speaking rate in words per minute.
         pitch: Pitch of the voice, from 0 to 99.
         pitch_range: Range of the intonation, from 0 (monotone) to 99.
@@ -62,14 +62,14 @@ def voice(number: int) -> Voice:
 def speak_corpus(output: Path, *, minutes: float, seed: int = 0, speakers: int = 16) -> Path:
     """Write a corpus of synthetic read speech in a temporary folder, and rename it to `output` once it is complete.
 
-    The files are mono at 16 kHz, four in five FLAC and the others WAV. They last 1 to 20 s: many are near 14 s, and the
+    The files are mono at 16 kHz, four in five FLAC and the rest WAV. They last 1 to 20 s: many are near 14 s, and the
     rest are shorter. The columns of `utterances.tsv` are path, speaker, text, phonemes and seconds; phonemes are in IPA
     with stress marks, a space between phonemes and ` | ` between words. The same arguments give the same bytes, and
     more minutes with the same seed only add utterances.
 
     Args:
         output: Folder to write; it must be empty or not exist yet.
-        minutes: Total duration of the utterances in minutes; the last utterance may exceed it.
+        minutes: Total duration of the utterances in minutes; the last utterance may end after it.
         seed: Seed of the sentences and of how each is spoken.
         speakers: Number of voices, which take turns.
 
@@ -183,7 +183,7 @@ class _Synthesizer:
         return 0
 
     def speak(self, text: str, voice: Voice) -> NDArray[np.float32]:
-        """Speak a text with a voice; returns the waveform (T,) float32 in [-1, 1) at `rate_hz`."""
+        """Speak a text with a voice; return the waveform (T,) float32 in [-1, 1) at `rate_hz`."""
         self._select(voice)
         self._pieces.clear()
         data = text.encode()
@@ -221,7 +221,7 @@ class _Synthesizer:
 
 
 def main() -> None:
-    """Run `python -m fastssl.data.synthetic`; exits with status 1 and a message if an argument is invalid."""
+    """Run `python -m fastssl.data.synthetic`; exit with status 1 and a message if an argument is invalid."""
     parser = argparse.ArgumentParser(description="Speak a demo corpus with espeak-ng.")
     parser.add_argument("output", type=Path, help="folder to write; must be empty or not exist yet")
     parser.add_argument("--minutes", type=float, default=10.0, help="total duration in minutes (default: 10)")

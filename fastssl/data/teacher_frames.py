@@ -51,7 +51,7 @@ class TeacherTable:
         entries: Lines of the folder's `index.jsonl`, by their `key`.
         layers: Layers to read.
         width: Width D of the layers.
-        channels: Channels C of the front end, which is then read too; None reads the layers only.
+        channels: Number of channels C of the front end, which is then read as well; None reads only the layers.
     """
 
     def __init__(

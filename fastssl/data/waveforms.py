@@ -19,11 +19,11 @@ def pack_waveforms(waveforms: Sequence[Waveform], *, normalize: bool, eps: float
 
     Args:
         waveforms: B arrays (T_b,) float32, which may be empty. NaN or infinity in one does not affect the others.
-        normalize: Scale every waveform to zero mean and unit variance.
+        normalize: Whether to scale each waveform to zero mean and unit variance.
         eps: Value added to the variance, so that digital silence becomes zeros instead of NaN.
 
     Returns:
-        (N,) float32, a new array with the waveforms one after another; N is the sum of all T_b.
+        A new (N,) float32 array with the waveforms one after another; N is the sum of all T_b.
 
     Raises:
         ValueError: A waveform is not one-dimensional or not float32.

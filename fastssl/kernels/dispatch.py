@@ -30,7 +30,7 @@ MISSING: dict[str, dict[tuple[str, str], str]] = {}
 
 
 def _load_compiled_modules() -> dict[str, str]:
-    """Load `_C_cpu` and `_C_cuda`; returns device type -> reason why the module is missing, "" if it is loaded."""
+    """Load `_C_cpu` and `_C_cuda`. Return, by device type, why its module is missing ("" if it is loaded)."""
     report = _PACKAGE / "_build_report.json"  # modules that the installation left out, with the reasons
     left_out = json.loads(report.read_text()) if report.exists() else {}
     reasons = {}
@@ -55,7 +55,7 @@ COMPILED_MODULES = _load_compiled_modules()
 
 
 def _why_no_triton() -> dict[str, str]:
-    """Device type -> reason why Triton kernels cannot run on it, "" if they can."""
+    """Return, by device type, why Triton kernels cannot run on it ("" if they can)."""
     if importlib.util.find_spec("triton") is None:
         return dict.fromkeys(("cpu", "cuda"), "triton is not installed")
     interprets = os.environ.get("TRITON_INTERPRET") == "1"
@@ -72,7 +72,7 @@ class Op:
     """One op: its operators, their available implementations, and the choice of a backend for a call.
 
     Attributes:
-        name: Name of the op, from which the names of its operators are formed.
+        name: Name of the op, and prefix of the names of its operators.
         forward: Backend -> operator `<name>_fwd`; empty if the op has no operators of its own.
         backward: Backend -> operator `<name>_bwd`; empty if the op has no operators of its own.
     """
@@ -91,15 +91,15 @@ class Op:
         """Define the operators, register their fake and Triton kernels, and record the available backends.
 
         Args:
-            name: Name of the op, from which the names of its operators are formed.
-            fake_forward: Returns empty results of `<name>_fwd`, for tracing; the schema is inferred from its type
-                annotations. None if the op needs no operators.
+            name: Name of the op, and prefix of the names of its operators.
+            fake_forward: Function that returns empty results of `<name>_fwd`, for tracing. Its type annotations give
+                the schema of the operator. None if the op needs no operators.
             fake_backward: The same for `<name>_bwd`.
-            schemas: Schemas of `<name>_fwd` and `<name>_bwd` that annotations cannot express.
+            schemas: Schemas of `<name>_fwd` and `<name>_bwd`; None takes the schema from the type annotations.
             torch_devices: Device types on which PyTorch's own kernel supports the op and is faster than the reference.
             triton_kernels: Module with `<name>_fwd` and `<name>_bwd`; imported only if Triton can run.
-            native_cpu: For a native CPU implementation in Python that calls compiled parts: the module with
-                `<name>_fwd` and `<name>_bwd`, and the signatures of the parts by name.
+            native_cpu: For an op whose native CPU implementation is Python code that calls compiled functions: the
+                module with `<name>_fwd` and `<name>_bwd`, and the signatures of the compiled functions by name.
         """
         self.name = name
         self.forward, self.backward = (
@@ -146,7 +146,7 @@ class Op:
 
         Args:
             x: A tensor of the call; its device decides which backends are available.
-            backend: Backend that the caller asks for. None uses FASTSSL_BACKEND if it is set, otherwise the first
+            backend: Backend that the caller requests. None uses FASTSSL_BACKEND if it is set, otherwise the first
                 available backend that supports the arguments.
             unsupported: Backend -> reason why it does not support the arguments of this call, None if it does.
 
@@ -180,11 +180,11 @@ def define_operator(
     Args:
         library: `NATIVE` or `TRITON`.
         name: Name of the operator.
-        fake: Returns empty results of the right shapes and dtypes, for tracing.
+        fake: Function that returns empty results of the right shapes and dtypes, for tracing.
         schema: Schema such as "(Tensor x) -> Tensor"; None infers it from the annotations of `fake`.
 
     Returns:
-        The operator, which can be called.
+        The operator, as a callable.
     """
     library.define(name + (schema or torch.library.infer_schema(fake, mutates_args=())))
     torch.library.register_fake(f"{library.ns}::{name}", fake)

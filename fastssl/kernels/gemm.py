@@ -1,7 +1,7 @@
-"""Matrix products of packed frames on the CPU, by the faster of PyTorch's two libraries, MKL and oneDNN.
+"""Matrix products of packed frames on the CPU, with the faster of PyTorch's two libraries, MKL and oneDNN.
 
 In fp32, `aten::mm` calls MKL, which uses AVX-512 on Intel processors only: on an AMD Zen 5 it is half as fast as
-oneDNN. In bf16, `aten::mm` calls oneDNN already, but a direct call is 3 to 14 % faster and applies GELU at no cost.
+oneDNN. In bf16, `aten::mm` already calls oneDNN, but a direct call is 3 to 14 % faster and applies GELU at no cost.
 
 Autograd cannot differentiate the direct call. Use these functions inside a `torch.autograd.Function` or without
 gradients.
@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# A product with fewer rows than this gives a row other bits than a larger product does (measured, see the tests).
+# With fewer rows than this, a product gives a row different bits than a larger product does (measured, see the tests).
 STABLE_ROWS = 12
 _STABLE_ROWS_ONEDNN = 2
 
 
 def _onednn_is_faster() -> bool:
-    """Whether oneDNN is faster than MKL here: on AMD processors with AVX-512."""
+    """Return whether oneDNN is faster than MKL on this machine, as on AMD processors with AVX-512."""
     if not torch.backends.mkldnn.is_available() or torch.backends.cpu.get_cpu_capability() != "AVX512":
         return False
     processors = Path("/proc/cpuinfo")
@@ -36,12 +36,12 @@ def nt(
     *,
     gelu: bool = False,
 ) -> Tensor:  # (M, N)
-    """The product x @ weight.T + bias, then GELU if asked for; the bits of a row do not depend on the other rows.
+    """Compute x @ weight.T + bias, then GELU if `gelu`; the bits of a row do not depend on the other rows.
 
     Args:
         x: (M, K) rows.
-        weight: (N, K).
-        bias: (N,) or None.
+        weight: (N, K) weight.
+        bias: (N,) bias, or None.
         gelu: Whether to apply the exact GELU to the result.
 
     Returns:
@@ -62,7 +62,7 @@ def nn(
     x: Tensor,  # (M, N)
     weight: Tensor,  # (N, K)
 ) -> Tensor:  # (M, K)
-    """The product x @ weight, (M, K); the bits of a row do not depend on the other rows."""
+    """Compute x @ weight; the bits of a row do not depend on the other rows."""
     return nt(x, weight.t())
 
 
@@ -70,7 +70,7 @@ def tn(
     x: Tensor,  # (M, N)
     y: Tensor,  # (M, K)
 ) -> Tensor:  # (N, K)
-    """The product x.T @ y, (N, K): a sum over rows, such as the gradient of a weight."""
+    """Compute x.T @ y: a sum over rows, such as the gradient of a weight."""
     # In bf16, PyTorch transposes the operands faster than oneDNN does.
     if takes_onednn(x) and x.dtype == torch.float32 and min(*x.shape, y.shape[1]) > 0:
         return _onednn(x.t(), y.t(), None)
@@ -78,12 +78,12 @@ def tn(
 
 
 def takes_onednn(x: Tensor) -> bool:
-    """Whether products with `x` are computed by a direct call of oneDNN."""
+    """Return whether products with `x` call oneDNN directly."""
     return ONEDNN_IS_FASTER and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none") -> Tensor:
-    """activation(x @ weight.T + bias) by oneDNN, also inside `torch.compile`."""
+    """Compute activation(x @ weight.T + bias) with oneDNN, also inside `torch.compile`."""
     # For a weight that is neither row-major nor column-major, oneDNN uses a kernel that is a thousand times slower.
     if not (weight.is_contiguous() or weight.t().is_contiguous()):
         weight = weight.contiguous()
@@ -99,8 +99,8 @@ def _onednn_kernel(x: Tensor, weight: Tensor, bias: Tensor | None, activation: s
     return out
 
 
-# Inductor can compile oneDNN's product only if the weight is a constant. It calls a custom operator as it is, so the
-# product is wrapped in one.
+# Inductor can compile oneDNN's product only if the weight is a constant. It does not look inside a custom operator, so
+# the product is wrapped in one.
 _LIBRARY = torch.library.Library("fastssl_gemm", "DEF")
 _LIBRARY.define("onednn(Tensor x, Tensor weight, Tensor? bias, str activation) -> Tensor")
 _LIBRARY.impl("onednn", _onednn_kernel, "CPU")

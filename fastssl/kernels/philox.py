@@ -18,7 +18,7 @@ def keep_mask(
     dropout_p: float,
     offset: int = 0,
 ) -> Tensor:
-    """Which elements dropout keeps.
+    """Return which elements dropout keeps.
 
     Args:
         seed: () int64 seed.
@@ -42,20 +42,20 @@ def philox(
     seed: Tensor,  # ()
     counters: Tensor,  # (n,)
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # 4 x (n,)
-    """The four words of each Philox block.
+    """Compute the four words of each Philox block.
 
     Args:
         seed: () int64 seed.
         counters: (n,) int64 block numbers.
 
     Returns:
-        Four tensors (n,) int64, the words, from 0 to 2^32 - 1.
+        Four (n,) int64 tensors, one for each word, with values from 0 to 2^32 - 1.
     """
     c0, c1 = counters & _LOW, (counters >> 32) & _LOW
     c2, c3 = torch.zeros_like(c0), torch.zeros_like(c0)
     k0, k1 = seed & _LOW, (seed >> 32) & _LOW
     for _ in range(10):
-        # The products are unsigned 64-bit numbers. int64 wraps to the same bits; the mask removes the extended sign.
+        # The products are unsigned 64-bit numbers. int64 has the same bits; the mask removes copies of the sign bit.
         product_0, product_1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
         c0, c1, c2, c3 = (
             ((product_1 >> 32) & _LOW) ^ c1 ^ k0,
@@ -89,7 +89,7 @@ def resolve_seed(
         () int64 on `device`; None if `dropout_p` is 0.
 
     Raises:
-        ValueError: `dropout_p` is not in [0, 1), `offset` is negative, or `seed` has a wrong shape, dtype or device.
+        ValueError: `dropout_p` is not in [0, 1), `offset` is negative, or `seed` has the wrong shape, dtype or device.
     """
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p: must be at least 0 and less than 1, got {dropout_p}")
@@ -111,7 +111,7 @@ def dropout(
     seed: Tensor | None,  # ()
     offset: int = 0,
 ) -> Tensor:
-    """Dropout of `x` with the mask of `keep_mask`.
+    """Apply dropout to `x` with the mask of `keep_mask`.
 
     Args:
         x: Tensor of any shape.

@@ -6,10 +6,10 @@ import triton.language as tl
 
 @triton.jit
 def keep_mask(seed_ptr, offset, first, threshold, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
-    """Which elements dropout keeps: (n, BLOCK) bool, row i for the elements first[i] to first[i] + BLOCK - 1.
+    """Return which elements dropout keeps: (n, BLOCK) bool, row i for elements first[i] to first[i] + BLOCK - 1.
 
-    `first` (n,) are element numbers. ALIGNED means that all of them are multiples of 4: then each Philox block is
-    computed once, and its four words go to neighbouring elements. Otherwise every element computes its own block.
+    `first` (n,) contains element numbers. ALIGNED means that they are all multiples of 4: then each Philox block is
+    computed once, and its four words go to neighbouring elements. Otherwise each element computes its own block.
     """
     seed = tl.load(seed_ptr)
     if ALIGNED:
@@ -29,6 +29,6 @@ def keep_mask(seed_ptr, offset, first, threshold, BLOCK: tl.constexpr, ALIGNED: 
 
 @triton.jit
 def _philox(seed, counters):
-    """The four words of the Philox blocks with these int64 numbers."""
+    """Return the four words of the Philox blocks whose int64 numbers are `counters`."""
     low, high = counters.to(tl.uint32), (counters >> 32).to(tl.uint32)
     return tl.philox(seed, low, high, low * 0, low * 0)

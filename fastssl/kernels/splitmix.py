@@ -1,7 +1,7 @@
 """SplitMix64 in plain PyTorch: the specification of random numbers that depend only on a seed and a counter.
 
-From Steele, Lea and Flood (OOPSLA 2014). Number i of a seed is made from mix(seed + i * GOLDEN). So seed + c * GOLDEN
-is a seed as well: its number i is number c + i of the original seed.
+From Steele, Lea and Flood (OOPSLA 2014). Number i of a seed is computed from mix(seed + i * GOLDEN). So
+seed + c * GOLDEN is also a seed: its number i is number c + i of the original seed.
 """
 
 import torch
@@ -24,33 +24,34 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
 
 
 def mix(x: Tensor) -> Tensor:
-    """SplitMix64's finaliser: maps int64 numbers of any shape to int64 hashes, one to one."""
+    """Apply SplitMix64's finaliser, which maps int64 numbers of any shape to int64 hashes, one to one."""
     x = (x ^ _shift_right(x, 30)) * _MIX_1
     x = (x ^ _shift_right(x, 27)) * _MIX_2
     return x ^ _shift_right(x, 31)
 
 
 def uniform(seeds: Tensor, counters: Tensor) -> Tensor:
-    """Uniform random numbers in (0, 1).
+    """Draw uniform random numbers in (0, 1).
 
     Args:
         seeds: int64 seeds, broadcast against `counters`.
-        counters: int64, index of each number.
+        counters: int64 index of each number.
 
     Returns:
         fp32 in the broadcast shape, odd multiples of 2^-24.
     """
-    # The exclusive or hides an arange from Inductor (2.14), which would treat the product as an index and overflow.
+    # The exclusive or hides an arange from Inductor (PyTorch 2.14), which would treat the product as an index and
+    # overflow.
     bits = mix(seeds + (counters ^ 0) * GOLDEN)
     return _shift_right(bits, 41).to(torch.float32) * 2.0**-23 + 2.0**-24
 
 
 def gumbel(seeds: Tensor, counters: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Standard Gumbel noise, -log(-log(u)) with u from `uniform`.
+    """Draw standard Gumbel noise: -log(-log(u)) with u from `uniform`.
 
     Args:
         seeds: int64 seeds, broadcast against `counters`.
-        counters: int64, index of each number.
+        counters: int64 index of each number.
         dtype: Dtype of the logarithms and the result; u is the same for every dtype.
 
     Returns:

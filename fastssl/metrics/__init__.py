@@ -1,4 +1,4 @@
-"""Measures of an encoder's quality that need no labels: the effective rank of its frames, and how well they cluster."""
+"""Measures of an encoder's quality without labels: the effective rank of its frames, and how well they cluster."""
 
 from fastssl.metrics.clusters import (
     ClusterScores,

@@ -5,12 +5,12 @@ from torch import Tensor
 
 
 def effective_rank(singular_values: Tensor) -> float:
-    """Compute exp(-Σ p ln p) with p = σ / Σ σ (Roy and Vetterli, 2007; RankMe, arXiv:2210.02885, without its epsilon).
+    """Compute exp(-Σ p ln p) with p = σ / Σ σ (Roy and Vetterli, 2007; RankMe, arXiv 2210.02885, without its epsilon).
 
     The singular values σ are not squared, and zeros contribute nothing. For n equal values the result is n.
 
     Args:
-        singular_values: (D,), all finite and at least 0, in any order.
+        singular_values: (D,) values in any order, all finite and at least 0.
 
     Returns:
         The effective rank, from 1 to D.
@@ -29,7 +29,7 @@ def effective_rank(singular_values: Tensor) -> float:
 
 
 class GramMatrix:
-    """Compute the singular values of a matrix whose rows arrive in portions; keeps one (D, D) fp64 matrix in memory.
+    """Computes the singular values of a matrix whose rows arrive in portions; keeps one (D, D) fp64 matrix in memory.
 
     The rows are not centred. The singular values are the square roots of the Gram matrix's eigenvalues, so those below
     about sqrt(D * 2.2e-16) times the largest are lost in rounding and are returned as 0.
@@ -48,7 +48,7 @@ class GramMatrix:
         """Add rows of the matrix to the Gram matrix.
 
         Args:
-            rows: (n, D), floating point, on any device.
+            rows: (n, D) floating-point rows, on any device.
 
         Raises:
             ValueError: `rows` does not have the shape (n, D).

@@ -1,7 +1,7 @@
 """Activations that give a frame the same bits at any place in a batch.
 
-On a CPU, PyTorch computes the last elements of each thread's share with another exponential function than the rest.
-Computing in fp64 and rounding the result hides the difference.
+On a CPU, PyTorch computes the last elements of each thread's share with a different exponential function. Computing in
+fp64 and rounding the result hides the difference.
 """
 
 from collections.abc import Callable
@@ -13,24 +13,24 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-#: Elements per block. A block in fp64 fits the processor's cache, so the detour through fp64 costs no memory traffic.
+#: Elements per block. A block in fp64 fits in the processor's cache, so computing in fp64 costs no memory traffic.
 _BLOCK = 1 << 15
 
 
 def sigmoid(x: Tensor) -> Tensor:
-    """`torch.sigmoid` of a tensor of any shape, in its dtype; computed in fp64 on the CPU."""
+    """Compute `torch.sigmoid` of a tensor of any shape, in its dtype; on the CPU, compute in fp64."""
     if x.device.type != "cpu" or x.dtype == torch.float64:
         return torch.sigmoid(x)
     return torch.sigmoid(x.double()).to(x.dtype)
 
 
 def silu(x: Tensor) -> Tensor:
-    """`torch.nn.functional.silu`, x * sigmoid(x): (N, C) to (N, C) in the dtype of `x`."""
+    """Compute `torch.nn.functional.silu`, x * sigmoid(x): (N, C) to (N, C) in the dtype of `x`."""
     return _rounded(F.silu, torch.ops.aten.silu_backward, x)
 
 
 def glu(x: Tensor) -> Tensor:
-    """`torch.nn.functional.glu`, the first half of the channels times the sigmoid of the second half.
+    """Compute `torch.nn.functional.glu`, the first half of the channels times the sigmoid of the second half.
 
     Args:
         x: (N, 2C) frames.
@@ -42,7 +42,7 @@ def glu(x: Tensor) -> Tensor:
 
 
 def _rounded(function: Callable[[Tensor], Tensor], gradient: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> Tensor:
-    """Apply `function`, on the CPU in fp64 and then rounded; `gradient` maps (grad_out, x) to the gradient of x."""
+    """Apply `function`; on the CPU, compute in fp64 and round. `gradient` maps (grad_out, x) to the gradient of x."""
     if x.device.type != "cpu" or x.dtype == torch.float64:
         return function(x)
     if torch.compiler.is_compiling():

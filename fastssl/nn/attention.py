@@ -11,7 +11,7 @@ from fastssl.packing import Layout
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention within each sequence (arXiv 1706.03762, section 3.2), by `ops.varlen_attention`.
+    """Multi-head self-attention within each sequence (arXiv 1706.03762, section 3.2), with `ops.varlen_attention`.
 
     Example:
         >>> import torch
@@ -25,7 +25,7 @@ class SelfAttention(nn.Module):
     Args:
         width: D, the number of channels of a frame, split evenly over the heads.
         heads: H, the number of heads.
-        dropout: Dropout probability of the attention probabilities, in training.
+        dropout: Dropout probability of the attention weights in training.
 
     Raises:
         ValueError: `heads` does not divide `width`.
@@ -43,7 +43,7 @@ class SelfAttention(nn.Module):
         self.out_proj = PackedLinear(width, width)
 
     def forward(self, x: Tensor, layout: Layout, distance_bias: Tensor | None = None) -> Tensor:
-        """Let every frame attend to all frames of its own sequence.
+        """Let each frame attend to all frames of its own sequence.
 
         Args:
             x: (N, D) packed frames.
@@ -60,7 +60,7 @@ class SelfAttention(nn.Module):
         return functional.linear(self.out_proj, attended)
 
     def gate(self, x: Tensor) -> Tensor | None:  # (N, D) -> (N, H)
-        """The factor by which the distance bias of each query and head is multiplied; None stands for 1."""
+        """Return the factor of the distance bias for each query and head; None means 1."""
         return None
 
 
@@ -70,7 +70,7 @@ class GatedSelfAttention(SelfAttention):
     Args:
         width: D, the number of channels of a frame, split evenly over the heads.
         heads: H, the number of heads.
-        dropout: Dropout probability of the attention probabilities, in training.
+        dropout: Dropout probability of the attention weights in training.
         embedding: The table of biases by distance. A stack of layers shares one table, which its first layer owns; the
             other layers get None and receive the biases as `distance_bias`.
     """
@@ -85,7 +85,7 @@ class GatedSelfAttention(SelfAttention):
             self.rel_attn_embed = embedding
 
     def gate(self, x: Tensor) -> Tensor:  # (N, D) -> (N, H)
-        """The factor for each query and head, computed from the query's own frame; see `functional.gate`."""
+        """Compute the factor of each query and head from the query's own frame; see `functional.gate`."""
         return functional.gate(self, x)
 
 
@@ -98,7 +98,7 @@ class RelativePositionEmbedding(nn.Embedding):
         buckets: Number of buckets, at least 4. Half of them are for keys after the query, the other half for the query
             itself and keys before it.
         heads: H, the number of heads.
-        max_distance: R. All distances of R frames and more share a bucket. Must be above `buckets` / 4.
+        max_distance: R. All distances of R frames or more share a bucket. Must be above `buckets` / 4.
     """
 
     def __init__(self, buckets: int, heads: int, *, max_distance: int) -> None:
@@ -107,13 +107,13 @@ class RelativePositionEmbedding(nn.Embedding):
         exact = half // 2
         distances = torch.arange(-max_distance, max_distance + 1, device="cpu")
         size = distances.abs()
-        # Compute in fp32, on the host and in this order, because rounding decides the bucket of a distance at a border.
+        # Compute in fp32, on the host and in this order: rounding decides the bucket of a distance at a boundary.
         shares = torch.log(size.float() / exact) / math.log(max_distance / exact) * (half - exact)
         logarithmic = (exact + shares.clamp(min=0)).long().clamp(max=half - 1)
         bucket = torch.where(size < exact, size, logarithmic) + (distances > 0) * half
         self.register_buffer("_bucket_by_distance", bucket, persistent=False)
 
     def by_distance(self) -> Tensor:  # (H, 2R + 1)
-        """The bias of every distance (key position minus query position) from -R to R, per head."""
+        """Return the bias of each head for each distance (key position minus query position) from -R to R."""
         bias: Tensor = self(self._bucket_by_distance)
         return bias.t()

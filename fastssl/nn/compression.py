@@ -18,7 +18,7 @@ from fastssl.packing import Layout, Packed
 
 Kind = Literal["average", "strided", "integrate-and-fire"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-_LEAST_FRAMES = 2  # fewest frames left of an utterance that has as many: the contrastive loss needs two
+_LEAST_FRAMES = 2  # fewest frames to leave (one if the utterance has one): the contrastive loss needs two
 _MARGIN = 1e-4  # sums are raised this far above a whole number, so that rounding does not lose a frame
 _LARGEST_RATE = 2 - 1e-5  # at 2 all weights are zero and cannot be scaled up
 _REACH = 2  # frames on each side from which the weight network computes a weight
@@ -31,11 +31,11 @@ class Compressed(NamedTuple):
         frames: (N_out, C) compressed frames.
         frame_period_ms: (B,) float64 on the CPU, the mean period that each utterance has after compression; NaN for an
             utterance without frames.
-        weights: (N,) alpha', the weights that were integrated: mixed by the rate, and scaled up where needed to leave
-            enough frames. None unless the kind is integrate-and-fire.
+        weights: (N,) alpha', the weights that were integrated: mixed by the rate, and scaled up if too few frames would
+            be left. None unless the kind is integrate-and-fire.
         learned_weights: (N,) alpha in (0, 1), the weights before mixing, for losses that guide the boundaries. None
             unless the kind is integrate-and-fire.
-        sources: (N,) int64, the row of `frames` that received each input frame, or most of it; never decreases.
+        sources: (N,) int64, the row of `frames` that received each input frame, or most of it. Rows never decrease.
         layout: Layout of the N input frames.
     """
 
@@ -47,10 +47,10 @@ class Compressed(NamedTuple):
     layout: Layout
 
     def upsample(self, values: Tensor) -> Tensor:  # (N_out, ...) -> (N, ...)
-        """Repeat the row of each compressed frame for every input frame that went into it.
+        """Repeat the row of each compressed frame for each input frame that it was made from.
 
         Args:
-            values: (N_out, ...) one row per row of `frames`, such as the output of a model on `frames`.
+            values: (N_out, ...) one row per compressed frame, such as the output of a model on `frames`.
 
         Returns:
             (N, ...) one row per input frame, in the dtype of `values`.
@@ -66,7 +66,7 @@ class Compressed(NamedTuple):
 
 
 class _Repeat(torch.autograd.Function):
-    """`x.index_select(0, rows)` for sorted `rows`; the gradient is summed without atomics, so its bits are fixed."""
+    """`x.index_select(0, rows)` for sorted `rows`. The gradient is summed without atomics, so it is deterministic."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, rows: Tensor) -> Tensor:
@@ -93,19 +93,19 @@ class SequenceCompressor(nn.Module):
         "integrate-and-fire": a network gives each frame a weight. Each time the weights add up to 1, the weighted sum
             of the frames becomes one output frame (`ops.integrate_and_fire`). A rate lambda in [0, 2] mixes the learned
             weights alpha (arXiv 2211.02332): lambda alpha + 1 - lambda for lambda up to 1, (2 - lambda) alpha above.
-            0 keeps every frame, 1 gives the learned segmentation, 2 leaves the fewest frames. At the end of an
-            utterance, a remainder below one frame is left over. Training drops it; evaluation keeps it as a weighted
-            mean if it is at least half a frame.
+            0 keeps every frame, 1 gives the learned segmentation, 2 leaves the fewest frames. The weights left at the
+            end of an utterance add up to less than 1. Training drops that remainder; evaluation keeps it as a weighted
+            mean if its weights add up to at least 0.5.
 
-    One model can run at every rate that it was trained with. For that, pass one rate per utterance in training, for
+    One model can run at every rate that it was trained with. To train for many rates, pass one rate per utterance, for
     example `nn.rates.draw_rates(keys, 0.0, 1.0)`; `nn.AdaptiveRate` learns a rate together with a task. Use
     `Compressed.learned_weights` for losses that guide where frames end (`nn.segmentation`), and `Compressed.weights`
     for losses on the number of frames.
 
     Every kind leaves at least two frames of an utterance with two or more, and one frame of an utterance with one. To
-    do so, weights with a smaller sum are scaled up, windows of the average shrink, and the strided convolution gets
-    zeros after the utterance. An utterance's frames do not depend on the rest of the batch. Gradients flow to the
-    frames, the parameters and the rate.
+    do so, integrate-and-fire scales up weights with a smaller sum, the average shrinks its windows, and the strided
+    convolution reads zeros after the utterance. An utterance's frames do not depend on the rest of the batch. Gradients
+    flow to the frames, the parameters and the rate.
 
     Example:
         >>> import torch
@@ -138,7 +138,7 @@ class SequenceCompressor(nn.Module):
         if kind not in KINDS:
             raise ValueError(f"kind: must be 'average', 'strided' or 'integrate-and-fire', got {kind!r}")
         if (factor is None) != (kind == "integrate-and-fire"):
-            raise ValueError(f"factor: 'average' and 'strided' need one, other kinds none; got {factor} for {kind!r}")
+            raise ValueError(f"factor: 'average' and 'strided' need one, others take none; got {factor} for {kind!r}")
         if factor is not None and (type(factor) is not int or factor < 1):
             raise ValueError(f"factor: must be a whole number of at least 1, got {factor!r}")
         if not 0 < input_period_ms < math.inf:
@@ -171,23 +171,24 @@ class SequenceCompressor(nn.Module):
     ) -> Compressed:
         """Shorten each sequence.
 
-        `rate` and `frame_period_ms` are for integrate-and-fire only, and exclude each other. If neither is given, the
-        attributes of the same names are used; if those are None too, the rate is 1.
+        `rate` and `frame_period_ms` are for integrate-and-fire only; give at most one. If both are None, the attributes
+        of the same names apply; if those are None too, the rate is 1.
 
         Args:
             frames: (N, C) packed frames.
-            rate: lambda in [0, 2], one number or a tensor () or (B,) with one per utterance. A tensor can receive a
-                gradient. It is clamped to [0, 2] rather than checked, because checking would make the host wait.
-            frame_period_ms: Target for the mean frame period in milliseconds, at least `input_period_ms`: one number or
-                a tensor () or (B,). The rate of each utterance is solved from the mean of its learned weights. Whole
-                frames limit how closely the target is met.
+            rate: lambda in [0, 2]: a number, a () tensor, or a (B,) tensor with one rate per utterance. A tensor can
+                receive a gradient. It is clamped to [0, 2] rather than checked, because a check would make the host
+                wait.
+            frame_period_ms: Target mean frame period in milliseconds, at least `input_period_ms`: a number, or a () or
+                (B,) tensor. The rate of each utterance is solved from the mean of its learned weights. The target is
+                met only approximately, because the number of frames is an integer.
 
         Returns:
             The compressed frames, in the dtype of `frames`, with the weights and sources that they were made from.
 
         Raises:
-            ValueError: `frames` does not have C channels; `rate` or `frame_period_ms` has a wrong shape or is out of
-                range; both are given; or the kind has a fixed factor.
+            ValueError: `frames` does not have C channels; `rate` or `frame_period_ms` has the wrong shape, is out of
+                range, or is given for a kind with a fixed factor; or both are given.
         """
         x, layout = frames
         if x.shape != (layout.total, self.channels):
@@ -215,7 +216,7 @@ class SequenceCompressor(nn.Module):
             frame_period_ms: As in `forward`.
 
         Raises:
-            ValueError: A number is out of range, both are given, or the kind has a fixed factor.
+            ValueError: A number is out of range or given for a kind with a fixed factor, or both are given.
         """
         if rate is None and frame_period_ms is None:
             return
@@ -229,8 +230,8 @@ class SequenceCompressor(nn.Module):
             raise ValueError(f"{name}: must be from {low:g} to {high:g}, got {value:g}")
 
     def _average(self, x: Tensor, layout: Layout) -> Packed:
-        """Mean of each window; the windows of short utterances are smaller and divide the utterance evenly."""
-        out_layout = layout.map_lengths(  # whole windows, but at least as many as must be left
+        """Average each window; the windows of short utterances are smaller and divide the utterance evenly."""
+        out_layout = layout.map_lengths(  # whole windows, but at least the fewest frames allowed
             lambda frames: max(frames // self._window, min(frames, _LEAST_FRAMES)),
             lambda frames: torch.maximum(frames // self._window, frames.clamp(max=_LEAST_FRAMES)),
         )
@@ -248,8 +249,8 @@ class SequenceCompressor(nn.Module):
         return Packed((total / (end - first).unsqueeze(1)).to(x.dtype), out_layout)
 
     def _strided(self, x: Tensor, layout: Layout) -> Packed:
-        """Convolution with one output frame per window."""
-        # Add zeros after utterances that are too short for the least number of whole windows.
+        """Convolve with one output frame per window."""
+        # Add zeros after utterances that are too short for the fewest frames allowed.
         if any(frames < self._window * min(frames, _LEAST_FRAMES) for frames in layout.lengths):
             longer = layout.map_lengths(
                 lambda frames: max(frames, self._window * min(frames, _LEAST_FRAMES)),
@@ -262,7 +263,7 @@ class SequenceCompressor(nn.Module):
     def _rates(
         self, learned: Tensor, layout: Layout, rate: float | Tensor | None, frame_period_ms: float | Tensor | None
     ) -> Tensor:  # (B,)
-        """The rate of each utterance, as given or solved for the frame period."""
+        """Return the rate of each utterance, as given or solved for the frame period."""
         if frame_period_ms is None:
             rate = 1.0 if rate is None else rate
             return _per_utterance("rate", rate, layout, learned).clamp(0.0, _LARGEST_RATE)
@@ -275,7 +276,7 @@ class SequenceCompressor(nn.Module):
 class WeightNetwork(nn.Module):
     """Gives each frame a weight in (0, 1), computed from the frame and two frames on each side (arXiv 2211.02332).
 
-    A convolution with kernel 5, layer norm, ReLU, and a linear layer with one output and a sigmoid.
+    The network is a convolution with kernel 5, layer norm, ReLU, and a linear layer with one output and a sigmoid.
 
     Args:
         channels: C, the number of channels of a frame.
@@ -289,14 +290,14 @@ class WeightNetwork(nn.Module):
         self.projection = nn.Linear(channels, 1)
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:  # (N, C)
-        """Weight of each frame.
+        """Compute the weight of each frame.
 
         Args:
             x: (N, C) packed frames. The convolution sees zeros beyond the ends of each sequence.
             layout: Where each sequence begins.
 
         Returns:
-            (N,) in at least fp32.
+            (N,) weights in at least fp32.
         """
         values, longer = Packed(x, layout).with_gaps(_REACH, _REACH)
         hidden, _ = ops.strided_conv(
@@ -312,15 +313,15 @@ class WeightNetwork(nn.Module):
             activation="none",
         )
         accumulator = torch.promote_types(hidden.dtype, torch.float32)
-        # Multiply and sum each row: the bits of a matrix product with one column depend on the place of the row.
+        # Multiply and sum each row, because the bits of a matrix product with one column depend on where the row is.
         direction, bias = self.projection.weight, self.projection.bias
         logits = (torch.relu(hidden).to(accumulator) * direction.to(accumulator)).sum(1) + bias.to(accumulator)
         weights = sigmoid(logits)
-        return weights.clamp(min=LEAST_WEIGHT)  # `_protect` cannot scale up a sum of zero
+        return weights.clamp(min=LEAST_WEIGHT)  # because `_protect` cannot scale up a sum of zero
 
 
 def _per_utterance(name: str, value: float | Tensor, layout: Layout, like: Tensor) -> Tensor:  # (B,)
-    """Expand a number, () or (B,) to (B,) in the dtype and on the device of `like`."""
+    """Expand a number or a () or (B,) tensor to (B,), in the dtype and on the device of `like`."""
     batch = len(layout.lengths)
     if isinstance(value, Tensor):
         if value.shape not in ((), (batch,)):
@@ -332,7 +333,7 @@ def _per_utterance(name: str, value: float | Tensor, layout: Layout, like: Tenso
 
 
 def _window_of_frames(layout: Layout, windows: Layout, factor: int, *, shrinks: bool) -> Tensor:
-    """(N,) the row of the window that contains each frame; frames after the last window count towards it.
+    """Return the row of the window that contains each frame, (N,); frames after the last window count towards it.
 
     Args:
         layout: Layout of the frames.
@@ -349,7 +350,7 @@ def _window_of_frames(layout: Layout, windows: Layout, factor: int, *, shrinks: 
 
 
 def _slot_of_frames(weights: Tensor, layout: Layout, fired: Layout) -> Tensor:
-    """(N,) the output row that received the middle of each frame's weight; a dropped remainder counts as the last."""
+    """Return the row that received the middle of each frame's weight, (N,); a dropped remainder counts as the last."""
     sequence = layout.sequence_ids
     ends = fire_positions(weights, layout, 1.0)
     slot = (ends - weights.double() / 2).floor().long()
@@ -364,11 +365,11 @@ def _protect(weights: Tensor, layout: Layout) -> Tensor:
 
 
 def _fire_all(x: Tensor, weights: Tensor, layout: Layout) -> Packed:
-    """Integrate-and-fire that also keeps a remainder of at least half a frame, as the weighted mean of its frames."""
+    """Integrate and fire, but keep a remainder of at least half a frame, as the weighted mean of its frames."""
     sums = layout.sums(weights)  # bit for bit the sums that `integrate_and_fire` computes
     rest = sums - sums.detach().floor()
     kept = rest.detach() >= 0.5
-    # Append a frame of zeros to each utterance. Its weight completes the last slot, its values add nothing.
+    # Append a frame of zeros to each utterance. Its weight completes the last slot; its values add nothing.
     missing = torch.where(kept, 1 + _MARGIN - rest.detach(), 0.0).to(weights.dtype)
     padded, longer = Packed(x, layout).with_gaps(0, 1)
     all_weights = Packed(weights, layout).spread(longer).values.index_copy(0, longer.cu_seqlens[1:].long() - 1, missing)
@@ -380,7 +381,7 @@ def _fire_all(x: Tensor, weights: Tensor, layout: Layout) -> Packed:
 
 
 def _period(before: Layout, after: Layout, input_period_ms: float) -> Tensor:  # (B,)
-    """Mean frame period of each utterance after compression, in milliseconds."""
+    """Return the mean frame period (ms) of each utterance after compression."""
     pairs = zip(before.lengths, after.lengths, strict=True)
     periods = [input_period_ms * frames / fewer if fewer else math.nan for frames, fewer in pairs]
     return torch.tensor(periods, dtype=torch.float64)

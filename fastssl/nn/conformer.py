@@ -16,12 +16,12 @@ from fastssl.packing import Layout, Packed
 class RotarySelfAttention(nn.Module):
     """Self-attention within each sequence with rotary positions (RoFormer, arXiv 2104.09864).
 
-    Queries and keys are rotated by their positions, so a logit depends on the distance between two frames.
+    Queries and keys are rotated by their positions, so the logit of two frames depends on their distance.
 
     Args:
         width: D, the number of channels of a frame, split evenly over the heads.
         heads: H, the number of heads; D / H must be even.
-        dropout: Dropout probability of the attention probabilities, in training.
+        dropout: Dropout probability of the attention weights in training.
 
     Raises:
         ValueError: `width` is not a multiple of 2 * `heads`.
@@ -37,7 +37,7 @@ class RotarySelfAttention(nn.Module):
         self.out_proj = PackedLinear(width, width)
 
     def forward(self, x: Tensor, layout: Layout, turn: Rotation) -> Tensor:
-        """Let every frame attend to all frames of its own sequence.
+        """Let each frame attend to all frames of its own sequence.
 
         Args:
             x: (N, D) packed frames.
@@ -55,8 +55,8 @@ class RotarySelfAttention(nn.Module):
 class ConvolutionModule(nn.Module):
     """The convolution module of the Conformer (arXiv 2005.08100, section 2.2), with layer norm in place of batch norm.
 
-    A pointwise convolution with a gate, a depthwise convolution, layer norm, SiLU and a pointwise convolution. The
-    depthwise convolution sees zeros beyond the ends of each utterance.
+    It consists of a pointwise convolution with a gate, a depthwise convolution, layer norm, SiLU and a pointwise
+    convolution. The depthwise convolution sees zeros beyond the ends of each utterance.
 
     Args:
         width: D, the number of channels of a frame.
@@ -67,7 +67,7 @@ class ConvolutionModule(nn.Module):
     def __init__(self, width: int, *, kernel: int, eps: float) -> None:
         super().__init__()
         self.gated_proj = PackedLinear(width, 2 * width)
-        # This module only holds parameters; `forward` computes with an op.
+        # This module only holds parameters; `forward` calls an op.
         self.depthwise_conv = nn.Conv1d(width, width, kernel, padding=kernel // 2, groups=width)
         self.layer_norm = nn.LayerNorm(width, eps=eps)
         self.out_proj = PackedLinear(width, width)
@@ -124,7 +124,7 @@ class ConformerLayer(nn.Module):
         heads: H, the number of heads; D / H must be even.
         kernel: Kernel width of the depthwise convolution in frames, odd.
         dropout: Dropout probability after each block.
-        attention_dropout: Dropout probability of the attention probabilities.
+        attention_dropout: Dropout probability of the attention weights.
         activation_dropout: Dropout probability inside the feed-forward blocks.
         eps: Added to the variance in the layer norms.
 
@@ -168,7 +168,7 @@ class ConformerLayer(nn.Module):
                 layers with `nn.rotary.rotation`.
 
         Returns:
-            (N, D), in the dtype of `x` without autocast.
+            (N, D); without autocast, in the dtype of `x`.
         """
         turn = rotation(layout, x.shape[1] // self.attention.num_heads) if turn is None else turn
         join = functional.sum_and_norm
@@ -201,7 +201,7 @@ class Conformer(nn.Module):
             layer_drop: CPU generator that decides which layers are skipped in training; None uses PyTorch's global one.
 
         Returns:
-            The input of each layer, then the output of the last: one (N, D) per layer and one more.
+            The input of each layer, then the output of the last layer: one more than there are layers, (N, D) each.
         """
         x, layout = frames
         turn = rotation(layout, self.head_width)

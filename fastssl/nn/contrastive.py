@@ -1,4 +1,4 @@
-"""The contrastive loss of wav2vec 2.0, with sampling of negatives, over the masked frames of a packed batch."""
+"""The contrastive loss of wav2vec 2.0 over the masked frames of a packed batch, with sampled negatives."""
 
 import math
 
@@ -31,7 +31,7 @@ class ContrastiveLoss(nn.Module):
 
     Args:
         negatives: K, the number of negatives of each masked frame.
-        temperature: The cosine similarities are divided by this.
+        temperature: Divisor of the cosine similarities.
 
     Raises:
         ValueError: `negatives` is not a whole number of at least 1, or `temperature` is not positive and finite.
@@ -60,15 +60,15 @@ class ContrastiveLoss(nn.Module):
         Args:
             context: (M, D) encoder outputs at the masked frames, in packed order.
             targets: (M, D) targets of the same frames, in the dtype of `context`.
-            layout: Number of masked frames of each utterance; with `mask`, number of all frames of each utterance.
-            mask: (N,) bool, True at the M masked frames among the N frames of `layout`; None if `layout` counts masked
-                frames.
-            keys: (B,) int64 from `nn.random.utterance_keys` or `draw_keys`, which decide the negatives. None draws keys
-                from PyTorch's generator.
+            layout: Layout of the masked frames; with `mask`, layout of all frames.
+            mask: (N,) bool, True at the M masked frames among the N frames of `layout`; None if `layout` counts only
+                masked frames.
+            keys: (B,) int64 keys from `nn.random.utterance_keys` or `draw_keys`, which determine the negatives. None
+                draws keys from PyTorch's generator.
 
         Returns:
-            The loss of each masked frame, (M,) in at least fp32, 0 for the only masked frame of an utterance; and
-            whether its own target scored highest, (M,) bool, see `ops.contrastive_loss`.
+            The loss of each masked frame, (M,) in at least fp32, and whether its own target scored highest, (M,) bool,
+            as in `ops.contrastive_loss`. The loss is 0 for the only masked frame of an utterance.
 
         Raises:
             ValueError: The shape or dtype of an argument is wrong, or the number of masked frames is not M.

@@ -11,7 +11,7 @@ from fastssl.packing import Packed
 
 
 class ConvLayer(nn.Module):
-    """The parameters of one strided convolution and its norm. It has no `forward`: `FeatureExtractor` runs all layers.
+    """The parameters of one strided convolution and its norm. It has no `forward`; `FeatureExtractor` runs all layers.
 
     Args:
         c_in: Number of input channels.
@@ -37,7 +37,7 @@ class ConvLayer(nn.Module):
 
 
 class FeatureExtractor(nn.Module):
-    """The convolution stack of wav2vec 2.0 (arXiv 2006.11477, section 2): 16 kHz samples to frames of 20 ms.
+    """The convolution stack of wav2vec 2.0 (arXiv 2006.11477, section 2): turns 16 kHz samples into frames of 20 ms.
 
     Example:
         >>> import torch
@@ -88,7 +88,7 @@ class FeatureExtractor(nn.Module):
             waveforms: (N samples, 1) packed 16 kHz waveforms.
 
         Returns:
-            (N frames, C), C channels as in the last layer. An utterance shorter than the receptive field has no frame.
+            (N frames, C), C being the width of the last layer. Utterances shorter than the receptive field have none.
         """
         return functional.front_end(self.conv_layers, waveforms)
 
@@ -126,7 +126,7 @@ class FeatureProjection(nn.Module):
         return self.project(normalised), normalised
 
     def normalise(self, features: Tensor) -> Tensor:  # (N, C) -> (N, C)
-        """Apply the layer norm; returns `features` unchanged if the module has none."""
+        """Apply the layer norm; return `features` unchanged if the module has none."""
         return functional.normalise(self, features)
 
     def project(self, normalised: Tensor) -> Tensor:  # (N, C) -> (N, D)

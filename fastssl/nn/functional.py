@@ -1,4 +1,4 @@
-"""The forward pass of a speech encoder over packed frames, as functions that take modules and find parts by name.
+"""The forward pass of a speech encoder over packed frames: functions that take modules and find parts by name.
 
 The modules of this package, of Transformers and of torchaudio use the same attribute names (`q_proj`, `layer_norm`,
 ...), so one forward pass serves all three. If a part is plain PyTorch, the fused ops of this package compute with its
@@ -19,26 +19,26 @@ from fastssl.nn.activation import sigmoid
 from fastssl.nn.linear import PackedLinear, packed_linear
 from fastssl.packing import Layout, Packed
 
-#: Classes with the forward of `torch.nn.Linear`; the second is the output layer of `torch.nn.MultiheadAttention`.
+#: Classes whose forward is that of `torch.nn.Linear`; the second is the output layer of `torch.nn.MultiheadAttention`.
 _LINEAR = (nn.Linear, NonDynamicallyQuantizableLinear)
 _PLAIN_WEIGHTS = (nn.Parameter, Tensor, type(None))  # not quantised, not sharded
-#: Transformers leaves hooks of this module on every model that once returned hidden states or attention weights. They
+#: A Transformers model that once returned hidden states or attention weights keeps hooks from this Python module. They
 #: change nothing.
 _RECORDER = "transformers.utils.output_capturing"
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Whether calling `module` does more than its class's `forward`, because it has hooks or a replaced `forward`."""
+    """Return whether calling `module` does more than its class's `forward`: it has hooks or a replaced `forward`."""
     if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks or "forward" in vars(module):
         return True
     return any(getattr(hook, "__module__", None) != _RECORDER for hook in module._forward_hooks.values())
 
 
 def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
-    """Whether ops may compute in place of `module`.
+    """Return whether ops may compute in place of `module`.
 
     Args:
-        module: The module.
+        module: Module to check.
         kinds: Classes whose computation the op reproduces; a subclass does not count.
 
     Returns:
@@ -57,7 +57,7 @@ def linear(module: Any, x: Tensor) -> Tensor:
 
 
 def dropout(module: Any, x: Tensor) -> Tensor:
-    """Apply a dropout module; a plain one is skipped while it drops nothing."""
+    """Apply a dropout module; skip a plain one that drops nothing."""
     if is_plain(module, nn.Dropout) and _probability(module) == 0:
         return x
     out: Tensor = module(x)
@@ -65,12 +65,12 @@ def dropout(module: Any, x: Tensor) -> Tensor:
 
 
 def _probability(dropout: Any) -> float:
-    """Dropout probability of a module in its current mode: 0 in evaluation."""
+    """Return the dropout probability of a module in its current mode: 0 in evaluation."""
     return float(dropout.p) if dropout.training else 0.0
 
 
 def add_and_norm(branch: Tensor, residual: Tensor, norm: Any, dropout: Any = None) -> Tensor:
-    """`norm(residual + dropout(branch))`, fused if both modules are plain.
+    """Compute `norm(residual + dropout(branch))`, fused if both modules are plain.
 
     Args:
         branch: (N, D) frames.
@@ -91,7 +91,7 @@ def add_and_norm(branch: Tensor, residual: Tensor, norm: Any, dropout: Any = Non
 
 
 def sum_and_norm(branch: Tensor, residual: Tensor, norm: Any, dropout: Any) -> tuple[Tensor, Tensor]:
-    """The sum `residual + dropout(branch)` and its norm, both (N, D); fused if both modules are plain."""
+    """Return the sum `residual + dropout(branch)` and its norm, both (N, D); fused if both modules are plain."""
     if is_plain(norm, nn.LayerNorm) and is_plain(dropout, nn.Dropout):
         dropout_p = _probability(dropout)
         normalised, total = ops.dropout_add_layer_norm(
@@ -103,11 +103,11 @@ def sum_and_norm(branch: Tensor, residual: Tensor, norm: Any, dropout: Any) -> t
 
 
 def feed_forward(module: Any, x: Tensor) -> Tensor:
-    """Two linear layers with GELU and dropout between them.
+    """Apply two linear layers with GELU and dropout between them.
 
     Args:
-        module: Has `intermediate_dense`, `intermediate_dropout` and `output_dense`. A dropout of its output is not
-            applied here.
+        module: Module with `intermediate_dense`, `intermediate_dropout` and `output_dense`. The caller applies any
+            dropout of the output.
         x: (N, D) frames.
 
     Returns:
@@ -132,17 +132,17 @@ def attend(
     distance_bias: Tensor | None = None,
     gate: Tensor | None = None,
 ) -> Tensor:
-    """Self-attention within each sequence, without the output layer.
+    """Apply self-attention within each sequence, without the output layer.
 
     Args:
-        module: Has `dropout`, the dropout probability of the attention probabilities, used in training only.
+        module: Module with `dropout`, the dropout probability of the attention weights, used in training only.
         projected: Queries, keys and values, (N, H, E) each.
         layout: Where each sequence begins.
         distance_bias: (H, 2R + 1) bias of the logits by distance, see `ops.varlen_attention`.
         gate: (N, H) factor of the bias for each query and head.
 
     Returns:
-        (N, D), the heads side by side.
+        (N, D) frames, with the heads side by side.
     """
     q, k, v = projected
     dropout_p = module.dropout if module.training else 0.0
@@ -150,23 +150,24 @@ def attend(
 
 
 def queries_keys_values(module: Any, x: Tensor) -> list[Tensor]:  # (N, D) -> three of (N, H, E)
-    """Queries, keys and values: the outputs of `q_proj`, `k_proj` and `v_proj`, split over the heads."""
+    """Return queries, keys and values: the outputs of `q_proj`, `k_proj` and `v_proj`, split over the heads."""
     projections = (module.q_proj, module.k_proj, module.v_proj)
     return [linear(projection, x).unflatten(1, (module.num_heads, -1)) for projection in projections]
 
 
 def gate(module: Any, x: Tensor) -> Tensor:  # (N, D) -> (N, H)
-    """Gate of each query and head, computed from the query's own frame (WavLM, arXiv 2110.13900, section III-B).
+    """Compute the gate of each query and head from the query's own frame (WavLM, arXiv 2110.13900, section III-B).
 
     Args:
-        module: Has `num_heads`, `gru_rel_pos_linear` (E to 8) and `gru_rel_pos_const`, named as in WavLM's checkpoints.
+        module: Module with `num_heads`, `gru_rel_pos_linear` (E to 8) and `gru_rel_pos_const`, the names in
+            WavLM's checkpoints.
         x: (N, D) frames.
 
     Returns:
         (N, H) factor of the distance bias.
     """
     heads = x.unflatten(1, (module.num_heads, -1)).flatten(0, 1)  # (N * H, E)
-    # WavLM's projection has eight outputs, four for each of two gates, which are summed.
+    # WavLM's projection has eight outputs: each of two gates is the sum of four.
     logits = linear(module.gru_rel_pos_linear, heads).unflatten(1, (2, 4)).sum(-1)
     first, second = sigmoid(logits).view(len(x), module.num_heads, 2).unbind(-1)
     gate: Tensor = first * (second * module.gru_rel_pos_const.view(-1) - 1.0) + 2.0
@@ -184,20 +185,21 @@ def transformer_layer(
     normalised: Tensor | None = None,
     following: Any = None,
 ) -> tuple[Tensor, Tensor]:
-    """A transformer layer: attention and feed-forward, each with dropout, a residual and a layer norm.
+    """Run a transformer layer: attention and feed-forward, each with dropout, a residual and a layer norm.
 
     Args:
-        layer: Has `layer_norm` and `dropout` for the attention, and `final_layer_norm` for the feed-forward block.
+        layer: Module with `layer_norm` and `dropout` for the attention block, and `final_layer_norm` for the
+            feed-forward block.
         x: (N, D) packed frames.
         attention: Function (N, D) to (N, D), the attention block.
         feed_forward: Function (N, D) to (N, D), the feed-forward block.
         output_dropout: Dropout module for the output of the feed-forward block.
-        pre_norm: Normalise the input of each block, instead of the sum of block and residual.
-        normalised: (N, D) result of the layer's first norm on `x`, if the caller has it already; needs `pre_norm`.
-        following: The norm that is applied next, to be fused with the last residual sum; needs `pre_norm`.
+        pre_norm: Whether to normalise the input of each block, instead of the sum of block and residual.
+        normalised: (N, D) result of the layer's first norm on `x`, if the caller has it already; requires `pre_norm`.
+        following: The norm that comes next, to fuse with the last residual sum; requires `pre_norm`.
 
     Returns:
-        The output (N, D), and the result of `following` on it (the output again if there is none).
+        The output (N, D), and the result of `following` on it (the output again if `following` is None).
     """
     if not pre_norm:
         x = add_and_norm(attention(x), x, layer.layer_norm, layer.dropout)
@@ -226,10 +228,11 @@ def front_end(conv_layers: Iterable[Any], x: Packed) -> Packed:
 
 
 def conv_layer(module: Any) -> ops.StridedConvLayer:
-    """Description of a module's convolution and norm for `ops.strided_conv_stack`.
+    """Describe a module's convolution and norm for `ops.strided_conv_stack`.
 
     Args:
-        module: Has `conv`, and perhaps `layer_norm`: a layer norm, or a group norm with one group per channel.
+        module: Module with `conv`, and optionally `layer_norm`: a layer norm, or a group norm with one group per
+            channel.
     """
     conv, norm = module.conv, getattr(module, "layer_norm", None)
     if norm is None:
@@ -239,7 +242,7 @@ def conv_layer(module: Any) -> ops.StridedConvLayer:
 
 
 def normalise(module: Any, frames: Tensor) -> Tensor:  # (N, C) -> (N, C)
-    """Apply the module's `layer_norm`; returns the frames unchanged if it has none."""
+    """Apply the module's `layer_norm`; return the frames unchanged if it has none."""
     norm = getattr(module, "layer_norm", None)
     normalised: Tensor = frames if norm is None else norm(frames)
     return normalised
@@ -251,10 +254,11 @@ def project(projection: Any, normalised: Tensor) -> Tensor:  # (N, C) -> (N, D)
 
 
 def positional_embedding(module: Any, x: Tensor, layout: Layout) -> Tensor:  # (N, D) -> (N, D)
-    """Positional embedding: a grouped convolution that keeps the length, then GELU.
+    """Compute a positional embedding: a grouped convolution that keeps the length, then GELU.
 
     Args:
-        module: Has `conv`; or `layers`, a sequence of such modules with a `layer_norm` before each GELU (data2vec).
+        module: Module with `conv`; or with `layers`, a sequence of such modules, each with a `layer_norm` before GELU
+            (data2vec).
         x: (N, D) frames.
         layout: Where each sequence begins.
 
@@ -270,17 +274,17 @@ def positional_embedding(module: Any, x: Tensor, layout: Layout) -> Tensor:  # (
 def hidden_states(
     stack: Any, frames: Packed, layers: Iterable[Any], run: Callable[[Any, Tensor], Tensor], *, pre_norm: bool
 ) -> Iterator[Tensor]:
-    """Hidden states (N, D) of a stack of layers that belongs to another library, one at a time.
+    """Yield the hidden states (N, D) of another library's stack of layers.
 
-    `nn.transformer.Transformer` also fuses the residual sums with the norms that follow them. In the model of another
-    library, this would change roundings, and which elements dropout drops.
+    `nn.transformer.Transformer` also fuses the residual sums with the norms that follow them. In a model of another
+    library, this would change the rounding and the elements that dropout drops.
 
     Args:
-        stack: Has `pos_conv_embed`, `layer_norm` and `dropout`.
+        stack: Module with `pos_conv_embed`, `layer_norm` and `dropout`.
         frames: (N, D) packed frames.
         layers: The layers to run. If it is an iterator, the next layer is requested after the previous one has run, so
             that draws for layer drop and for dropout keep their order.
-        run: Calls a layer on (N, D).
+        run: Function that calls a layer on frames (N, D).
         pre_norm: Whether the layers normalise their inputs; the caller then applies `layer_norm` to the last output.
 
     Yields:
@@ -296,7 +300,7 @@ def kept_layers(stack: Any, generator: torch.Generator | None) -> list[bool]:
     """Draw which layers of a stack run: in training, each is skipped with probability `layer_drop`.
 
     Args:
-        stack: Has `layers` and `layer_drop`.
+        stack: Module with `layers` and `layer_drop`.
         generator: CPU generator of the draws; None uses PyTorch's global one.
 
     Returns:

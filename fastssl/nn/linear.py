@@ -12,7 +12,7 @@ from fastssl.kernels import gemm
 
 
 class _Linear(torch.autograd.Function):
-    """A linear layer with autograd whose three matrix products are those of `kernels.gemm`."""
+    """A linear layer with autograd that uses `kernels.gemm` for its three matrix products."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -32,12 +32,12 @@ class _Linear(torch.autograd.Function):
 
 
 def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`torch.nn.functional.linear` over packed frames; on the CPU a frame gets the same bits in any batch.
+    """Apply `torch.nn.functional.linear` to packed frames; on the CPU, a frame gets the same bits in any batch.
 
     Args:
         x: (N, C_in) packed frames.
-        weight: (C_out, C_in).
-        bias: (C_out,) or None.
+        weight: (C_out, C_in) weight.
+        bias: (C_out,) bias, or None.
 
     Returns:
         (N, C_out) in the dtype of `x`, or in autocast's dtype under autocast.
@@ -53,22 +53,22 @@ def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _by_onednn(x: Tensor, weight: Tensor) -> bool:
-    """Whether the products of a layer are computed by direct calls of oneDNN."""
+    """Return whether the products of a layer call oneDNN directly."""
     return weight.dtype == x.dtype and not torch.is_autocast_enabled("cpu") and gemm.takes_onednn(x)
 
 
 class PackedLinear(nn.Linear):
-    """`torch.nn.Linear` over packed frames; on the CPU a frame gets the same bits in any batch."""
+    """`torch.nn.Linear` over packed frames; on the CPU, a frame gets the same bits in any batch."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the layer: (N, in_features) to (N, out_features)."""
         return packed_linear(input, self.weight, self.bias)
 
     def with_gelu(self, input: Tensor) -> Tensor:
-        """GELU of the layer's output, (N, in_features) to (N, out_features).
+        """Apply the layer, then GELU: (N, in_features) to (N, out_features).
 
-        If oneDNN computes the product and neither autograd nor a hook needs the value before GELU, the product applies
-        GELU itself.
+        If oneDNN computes the product and neither autograd nor a hook needs the value before GELU, oneDNN applies GELU
+        as part of the product.
         """
         watched = torch.is_grad_enabled() or self._forward_pre_hooks or self._forward_hooks
         if _by_onednn(input, self.weight) and not watched:

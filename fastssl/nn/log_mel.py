@@ -10,7 +10,7 @@ from fastssl.nn.linear import packed_linear
 from fastssl.packing import Packed
 
 _SAMPLE_RATE_HZ = 16000
-#: Length of a window (25 ms) and distance from one window to the next (10 ms), in samples.
+#: Length of a window (25 ms) and step from one window to the next (10 ms), in samples.
 WINDOW_SAMPLES, HOP_SAMPLES = 400, 160
 #: Lower limit of the power of a mel band, about the rounding noise of 16-bit audio. It keeps digital silence from
 #: becoming an outlier.
@@ -50,7 +50,7 @@ class LogMel(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LogMel":
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.fourier.dtype in (torch.float16, torch.bfloat16):
-            # Half precision is too coarse for a spectrum, so compute the buffers again in fp32.
+            # Half precision is too coarse for a spectrum, so recompute the buffers in fp32.
             self.fourier = _windowed_fourier().to(self.fourier.device)
             self.bands = mel_bands(len(self.bands)).t().repeat(1, 2).contiguous().to(self.bands.device)
         return self
@@ -74,7 +74,7 @@ class LogMel(nn.Module):
 
 
 def _windows(waveforms: Packed) -> Packed:  # (N samples, 1) -> (N frames, 400)
-    """The samples of every window."""
+    """Return the samples of each window."""
     layout = waveforms.layout.after_conv(WINDOW_SAMPLES, HOP_SAMPLES)
     begin = waveforms.layout.rows(layout.sequence_ids, HOP_SAMPLES * layout.positions)
     samples = begin.unsqueeze(1) + torch.arange(WINDOW_SAMPLES, device=begin.device)
@@ -82,7 +82,7 @@ def _windows(waveforms: Packed) -> Packed:  # (N samples, 1) -> (N frames, 400)
 
 
 def normalize_over_time(frames: Packed) -> Packed:
-    """Normalise each channel to zero mean and unit variance over each utterance.
+    """Normalise each channel of each utterance to zero mean and unit variance.
 
     Args:
         frames: (N, C) packed frames.
@@ -100,7 +100,7 @@ def normalize_over_time(frames: Packed) -> Packed:
 
 
 def _windowed_fourier() -> Tensor:  # (2F, 400)
-    """Matrix of the Hann window and the discrete Fourier transform: F rows of real parts, then F of imaginary parts."""
+    """Return the matrix of the Hann window and Fourier transform: F rows of real parts, then F of imaginary parts."""
     sample = torch.arange(WINDOW_SAMPLES, device="cpu")
     window = 0.5 - 0.5 * torch.cos(2 * math.pi * sample.double() / WINDOW_SAMPLES)
     frequency = torch.arange(WINDOW_SAMPLES // 2 + 1, device="cpu")
@@ -109,7 +109,7 @@ def _windowed_fourier() -> Tensor:  # (2F, 400)
 
 
 def mel_bands(bands: int) -> Tensor:  # (F, bands)
-    """Triangular filters of equal width on HTK's mel scale, 2595 log10(1 + f / 700).
+    """Compute triangular filters of equal width on HTK's mel scale, 2595 log10(1 + f / 700).
 
     Each filter rises from the peak of the previous one to its own peak and falls to the peak of the next.
 

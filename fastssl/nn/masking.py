@@ -1,4 +1,4 @@
-"""Random choice of masked frames, and of the negatives of each masked frame, in a packed batch."""
+"""Random masks over a packed batch, and random negatives for each masked frame."""
 
 import torch
 from torch import Tensor
@@ -6,7 +6,7 @@ from torch import Tensor
 from fastssl.nn.random import uniform
 from fastssl.packing import Layout
 
-# Streams of random numbers of an utterance's key. models/wav2vec2.py uses stream 3, models/best_rq.py stream 4.
+# Numbers of the random streams of an utterance's key. models/wav2vec2.py uses stream 3, models/best_rq.py stream 4.
 _STREAM_COUNT, _STREAM_STARTS, _STREAM_NEGATIVES = range(3)
 
 
@@ -21,13 +21,13 @@ def sample_span_mask(
     """Mask spans of frames as wav2vec 2.0 does (arXiv 2006.11477, section 3.1).
 
     An utterance of T frames gets floor(p T / L + u) spans with u uniform in (0, 1); spans may overlap. As in fairseq,
-    their first frames are drawn without replacement from the first T - L frames. All utterances are computed at once on
-    the device of `keys`, and the host does not wait.
+    their first frames are drawn without replacement from the first T - L frames. All masks are computed at once on the
+    device of `keys`, and the host does not wait.
 
     Args:
         layout: Where each utterance begins.
-        keys: (B,) int64 from `nn.random.utterance_keys` or `draw_keys`. The mask of an utterance depends on its key and
-            its length only.
+        keys: (B,) int64 keys from `nn.random.utterance_keys` or `draw_keys`. The mask of an utterance depends only on
+            its key and its length.
         probability: p, the share of frames that would be masked if spans did not overlap.
         length: L, the number of frames in a span.
         min_spans: Smallest number of spans per utterance; an utterance with fewer frames gets fewer.
@@ -50,7 +50,7 @@ def sample_span_mask(
     sequence, position = layout.sequence_ids, layout.positions
     score = uniform(keys[sequence], position, stream=_STREAM_STARTS)
     score = torch.where(position < candidates[sequence], score, 1.0)
-    # Sort by sequence, then by score: every sequence stays in its own rows, with the lowest scores first.
+    # Sort by sequence, then by score: each sequence stays in its own rows, with the lowest scores first.
     order = torch.argsort(sequence + score.to(torch.float64) * 0.5, stable=True)
     starts = torch.zeros_like(score, dtype=torch.int32)
     starts[order] = (position < torch.minimum(spans, candidates)[sequence]).to(torch.int32)
@@ -73,11 +73,11 @@ def sample_negatives(
     Args:
         mask: (N,) bool, True at the M masked frames.
         layout: Where each utterance begins.
-        keys: (B,) int64 from `nn.random.utterance_keys` or `draw_keys`. The draws of an utterance depend on its key and
-            the number of its masked frames only.
+        keys: (B,) int64 keys from `nn.random.utterance_keys` or `draw_keys`. The draws of an utterance depend only on
+            its key and the number of its masked frames.
         count: K, the number of negatives per masked frame.
-        rows: (M,) int64, the row numbers of the masked frames, if the caller has them. None computes them from `mask`,
-            for which the host waits for the device.
+        rows: (M,) int64 row numbers of the masked frames, if the caller has them. None computes them from `mask`, and
+            then the host waits for the device.
 
     Returns:
         (M, K) int64 indices into the M masked frames; -1 if the frame is the only masked one of its utterance.

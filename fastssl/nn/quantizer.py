@@ -43,7 +43,7 @@ class GumbelQuantizer(nn.Module):
             x: (M, c_in) frames.
             temperature: Temperature of the softmax that the gradient passes through; does not affect the choice.
             noise: (M, G * V) Gumbel noise that is added to the logits.
-            seeds: (M,) int64 seeds from which the noise is drawn, instead of `noise`; see `ops.gumbel_quantize`.
+            seeds: (M,) int64 seeds of the noise, instead of `noise`; see `ops.gumbel_quantize`.
 
         Returns:
             The quantised vectors (M, width), the codes (M, G) and their statistics.

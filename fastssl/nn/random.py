@@ -1,6 +1,6 @@
 """Random numbers that depend on an utterance and not on its place in a batch.
 
-Each number is a hash of the utterance's key and a counter. It is the same on any rank, at any batch position, on any
+Each number is a hash of the utterance's key and a counter. So it is the same on any rank, at any batch position, on any
 device and after a restart. The hash is SplitMix64 (`kernels.splitmix`), which the kernels implement too.
 """
 
@@ -13,12 +13,12 @@ from fastssl.kernels import splitmix
 
 
 def utterance_keys(seed: int, update: int, ids: Tensor) -> Tensor:
-    """Keys of utterances in one update, from which all their random numbers derive.
+    """Compute the keys of utterances in one update; all their random numbers derive from these.
 
     Args:
         seed: Seed of the training run.
         update: Number of the optimiser update, from 0; -1 for validation, whose random numbers never change.
-        ids: (B,) int64, a number that identifies each utterance.
+        ids: (B,) int64 numbers, each of which identifies an utterance.
 
     Returns:
         (B,) int64 keys on the device of `ids`.
@@ -44,7 +44,7 @@ def draw_keys(batch: int, *, generator: torch.Generator | None = None, device: t
 
 
 def noise_seeds(keys: Tensor, counters: Tensor, *, stream: int) -> Tensor:
-    """Seeds for kernels that draw random numbers themselves, such as `ops.gumbel_quantize`.
+    """Compute seeds for kernels that draw random numbers themselves, such as `ops.gumbel_quantize`.
 
     Number i of a seed is number counter + i of the key's stream.
 
@@ -60,7 +60,7 @@ def noise_seeds(keys: Tensor, counters: Tensor, *, stream: int) -> Tensor:
 
 
 def uniform(keys: Tensor, counters: Tensor, *, stream: int) -> Tensor:
-    """Uniform random numbers in (0, 1).
+    """Draw uniform random numbers in (0, 1).
 
     Args:
         keys: int64 keys, broadcast against `counters`.
@@ -74,16 +74,16 @@ def uniform(keys: Tensor, counters: Tensor, *, stream: int) -> Tensor:
 
 
 def gumbel(keys: Tensor, counters: Tensor, *, stream: int) -> Tensor:
-    """Standard Gumbel noise, -log(-log(u)) with u from `uniform`; arguments and shape as there, fp32."""
+    """Draw standard Gumbel noise in fp32: -log(-log(u)) with u from `uniform`, which has the same arguments."""
     return -torch.log(-torch.log(uniform(keys, counters, stream=stream)))
 
 
 def normal(keys: Tensor, counters: Tensor, *, stream: int) -> Tensor:
-    """Standard normal random numbers by the Box-Muller transform, from two numbers of the stream each.
+    """Draw standard normal random numbers by the Box-Muller transform, each from two numbers of the stream.
 
     Args:
         keys: int64 keys, broadcast against `counters`.
-        counters: int64, at least 0: index of each normal number; it uses numbers 2 i and 2 i + 1 of the stream.
+        counters: int64, at least 0: index of each normal number; number i uses numbers 2i and 2i + 1 of the stream.
         stream: Number of the stream, as in `uniform`.
 
     Returns:

@@ -6,15 +6,15 @@ from torch import Tensor, nn
 
 from fastssl.nn.linear import packed_linear
 
-#: Size of a block of dot products between frames and codes, in numbers (16 MB in fp32).
+#: Number of dot products between frames and codes in a block (16 MB in fp32).
 _BLOCK = 1 << 22
 
 
 class RandomProjectionQuantizer(nn.Module):
     """Finds the code nearest to each frame's projection (BEST-RQ, arXiv 2202.01855, equation 1).
 
-    Projections and codes are scaled to unit length, where the nearest code is the one with the largest dot product. So
-    a matrix product and an argmax find it, in blocks of frames, in fp32 even under autocast. The projection (Xavier
+    Projections and codes are scaled to unit length, so the nearest code is the one with the largest dot product. A
+    matrix product and an argmax find it, in blocks of frames, in fp32 even under autocast. The projection (Xavier
     initialisation) and the codebook (normal) are frozen buffers. They are saved with the model, because new ones would
     change the targets.
 

@@ -18,16 +18,16 @@ def mix_weights(learned: Tensor, rate: Tensor) -> Tensor:
         rate: lambda in [0, 2], broadcast against `learned`.
 
     Returns:
-        alpha', in the broadcast shape: rate alpha + 1 - rate for rates up to 1, (2 - rate) alpha above.
+        alpha', in the broadcast shape: rate * alpha + 1 - rate for rates up to 1, (2 - rate) * alpha above.
     """
     return torch.where(rate <= 1, rate * learned + (1 - rate), (2 - rate) * learned)
 
 
 def rate_for_period(period_ms: Tensor, mean_weight: Tensor, input_period_ms: float) -> Tensor:
-    """The rate that gives a mean frame period: at it, the mean of `mix_weights` is input_period_ms / period_ms.
+    """Solve for the rate that gives a mean frame period: `mix_weights` then has mean input_period_ms / period_ms.
 
     Args:
-        period_ms: (B,) wanted mean periods in milliseconds, at least `input_period_ms`.
+        period_ms: (B,) target mean frame periods in milliseconds, at least `input_period_ms`.
         mean_weight: (B,) mean learned weight of each utterance, in (0, 1).
         input_period_ms: Time from one input frame to the next, in milliseconds.
 
@@ -44,7 +44,7 @@ def draw_rates(keys: Tensor, low: float, high: float) -> Tensor:  # (B,) -> (B,)
     """Draw a uniform random number for each utterance, to train one model for a range of rates or frame periods.
 
     Args:
-        keys: (B,) int64 from `nn.random.utterance_keys` or `draw_keys`; equal keys give equal numbers.
+        keys: (B,) int64 keys from `nn.random.utterance_keys` or `draw_keys`; equal keys give equal numbers.
         low: Lower bound; equal to `high` for a fixed number.
         high: Upper bound.
 
@@ -55,11 +55,11 @@ def draw_rates(keys: Tensor, low: float, high: float) -> Tensor:  # (B,) -> (B,)
 
 
 class AdaptiveRate(nn.Module):
-    """A compression rate that is learned together with a task, so that it need not be searched (arXiv 2211.02332).
+    """A compression rate that is learned together with a task, so that no search is needed (arXiv 2211.02332).
 
     The loss of a task alone rarely favours fewer frames. Add a price w * mean(alpha') to it
-    (`w * Compressed.weights.mean()`), which is w times the share of frames that are left. The rate is a single number
-    among thousands of weights: give it its own learning rate, about a hundred times larger.
+    (`w * Compressed.weights.mean()`), which is w times the share of frames that are left. The rate is a single
+    parameter among thousands of weights: give it its own learning rate, about a hundred times larger.
 
     The gradient from one batch is noisy, because a change of one weight moves all later boundaries. Average it over
     many batches, or use the slope between two rates (`fastssl.eval.probe.adaptive.learn_rates`).
@@ -81,8 +81,8 @@ class AdaptiveRate(nn.Module):
 
     Args:
         start: Initial rate.
-        low: Smallest rate, at least 0. Rate 0 keeps every frame.
-        high: Largest rate, at most 2. Rate 1 leaves one frame per learned segment, higher rates leave fewer.
+        low: Lower bound of the rate, at least 0. Rate 0 keeps every frame.
+        high: Upper bound of the rate, at most 2. Rate 1 leaves one frame per learned segment, higher rates fewer.
 
     Raises:
         ValueError: 0 <= `low` <= `start` <= `high` <= 2 does not hold.
@@ -96,7 +96,7 @@ class AdaptiveRate(nn.Module):
         self.rate = nn.Parameter(torch.tensor(float(start)))
 
     def forward(self) -> Tensor:
-        """The rate, clamped to its bounds: () fp32 with gradient."""
+        """Return the rate, clamped to its bounds: a () fp32 tensor with gradient."""
         # Clamp through `.data`: autograd would otherwise refuse the backward pass of an earlier call.
         self.rate.data.clamp_(self.low, self.high)
         return self.rate.view(())

@@ -11,14 +11,14 @@ _BASE = 10000.0
 
 
 class Rotation(NamedTuple):
-    """Cosine and sine of the angles by which the channel pairs of each frame are rotated."""
+    """Cosine and sine of the rotation angle of each channel pair of each frame."""
 
     cos: Tensor  # (N, 1, E / 2) fp32
     sin: Tensor  # (N, 1, E / 2) fp32
 
 
 def rotation(layout: Layout, width: int) -> Rotation:
-    """Rotation of every frame: pair i is rotated by position * 10000 ** (-2i / E) (arXiv 2104.09864, equation 15).
+    """Compute the rotation of each frame: pair i turns by position * 10000 ** (-2i / E) (arXiv 2104.09864, eq. 15).
 
     Args:
         layout: Layout of the frames; positions count from 0 in each sequence.
@@ -38,7 +38,7 @@ def rotation(layout: Layout, width: int) -> Rotation:
 
 
 def rotate(x: Tensor, turn: Rotation) -> Tensor:
-    """Rotate queries or keys, so that the position part of their dot products depends on the distance of frames only.
+    """Rotate queries or keys, so that positions affect their dot products only through the distance of two frames.
 
     Args:
         x: (N, H, E) queries or keys. Channel i of the first half and channel i of the second half form a pair.

@@ -28,10 +28,10 @@ def segmentation_losses(
     weights: Tensor,  # (N,)
     ends: Tensor,  # (N,)
 ) -> SegmentationLosses:
-    """Segment loss and frame loss, as in the code of the paper's authors (arXiv 2211.02332), on unmixed weights.
+    """Compute segment and frame loss of unmixed weights, as in the code of the paper's authors (arXiv 2211.02332).
 
-    The segment loss asks the weights to add up to j at the end of the j-th segment, so that a frame fires there. If a
-    crop begins inside a segment, all targets are lower by the share of that segment before the crop.
+    The segment loss pulls the sum of the weights towards j at the end of the j-th segment, so that a frame fires there.
+    If a crop begins inside a segment, all targets are lower by the share of that segment before the crop.
 
     Args:
         learned: (N,) learned weight alpha of each frame, `Compressed.learned_weights`.
@@ -59,14 +59,14 @@ def segmentation_losses(
 
 
 def quantity_loss(weights: Tensor, layout: Layout, *, share: float) -> Tensor:  # (N,) -> (B,)
-    """Absolute difference between the share of frames that an utterance keeps and the wanted share.
+    """Compute the absolute difference between the share of frames that an utterance keeps and the target share.
 
     The authors of arXiv 2211.02332 call it `card` in their code.
 
     Args:
         weights: (N,) mixed weight alpha' of each frame, `Compressed.weights`.
         layout: Where each utterance begins.
-        share: Wanted share of frames; 0.25 keeps one frame of four, a period of 80 ms for input frames of 20 ms.
+        share: Target share of frames; 0.25 keeps one frame in four, a period of 80 ms for input frames of 20 ms.
 
     Returns:
         (B,) fp32; 0 for an utterance without frames.

@@ -59,7 +59,8 @@ class StackedPositionalEmbedding(nn.Module):
     Args:
         width: D, the number of input and output channels.
         depth: Number of convolutions.
-        kernel: Kernel width of each in frames. With an even kernel, the extra output frame at the end is dropped.
+        kernel: Kernel width of each convolution in frames. With an even kernel, the extra output frame at the end is
+            dropped.
         groups: Number of channel groups; must divide `width`.
     """
 
@@ -81,7 +82,7 @@ class StackedPositionalEmbedding(nn.Module):
 
 
 class PositionalConvLayer(nn.Module):
-    """The parameters of one convolution of `StackedPositionalEmbedding`, which runs it. The layer norm has none.
+    """The parameters of one convolution of `StackedPositionalEmbedding`, which runs it. Its layer norm has none.
 
     Args:
         width: D, the number of input and output channels.
@@ -102,7 +103,7 @@ class RelativePositions(NamedTuple):
 
     Attributes:
         buckets: Number of distance buckets.
-        max_distance: R, in frames. All distances from R on share a bucket.
+        max_distance: R, in frames. All distances of R or more share a bucket.
     """
 
     buckets: int
@@ -110,7 +111,7 @@ class RelativePositions(NamedTuple):
 
 
 class FeedForward(nn.Module):
-    """Two linear layers with GELU and dropout between them (arXiv 1706.03762, section 3.3, with GELU for ReLU).
+    """Two linear layers with GELU and dropout between them (arXiv 1706.03762, section 3.3; GELU replaces ReLU).
 
     Args:
         width: D, the number of input and output channels.
@@ -136,8 +137,8 @@ class TransformerLayer(nn.Module):
         attention: Self-attention module for frames of width D.
         width: D, the number of channels of a frame.
         inner_width: Number of channels between the two linear layers of the feed-forward block.
-        pre_norm: Normalise the input of each block ("stable layer norm" in Transformers), instead of the sum of block
-            and residual.
+        pre_norm: Whether to normalise the input of each block ("stable layer norm" in Transformers), instead of the sum
+            of block and residual.
         dropout: Dropout probability after each block.
         activation_dropout: Dropout probability inside the feed-forward block.
         eps: Added to the variance in the layer norms.
@@ -183,13 +184,13 @@ class TransformerLayer(nn.Module):
         following: nn.LayerNorm,
         normalised: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Run the layer within a `pre_norm` stack, with the last residual sum and the next layer's norm fused.
+        """Run the layer within a `pre_norm` stack, and fuse the last residual sum with the norm that follows.
 
         Args:
             x: (N, D) packed frames.
             layout: Where each sequence begins.
             distance_bias: (H, 2R + 1) bias of the attention logits by distance, or None.
-            following: The norm that is applied next, such as the first norm of the next layer.
+            following: The norm that comes next, such as the first norm of the next layer.
             normalised: (N, D) result of this layer's first norm on `x`; None computes it.
 
         Returns:
@@ -210,7 +211,7 @@ class TransformerLayer(nn.Module):
 def _attention(
     width: int, heads: int, dropout: float, positions: RelativePositions | None, *, first: bool
 ) -> SelfAttention:
-    """The attention of one layer: gated if `positions` is given, and with the table of biases if it is the `first`."""
+    """Create one layer's attention: gated if `positions` is given, with the table of biases if it is the `first`."""
     if positions is None:
         return SelfAttention(width, heads, dropout=dropout)
     embedding = None
@@ -229,17 +230,17 @@ class Transformer(nn.Module):
         heads: H, the number of attention heads; must divide `width`.
         positional_kernel: Kernel width of the positional convolution, in frames.
         positional_groups: Number of channel groups of the positional convolution.
-        pre_norm: Normalise the input of each block and the output of the last layer ("stable layer norm" in
+        pre_norm: Whether to normalise the input of each block and the output of the last layer ("stable layer norm" in
             Transformers), instead of the sum of block and residual.
         dropout: Dropout probability after each block and after the positional embedding.
-        attention_dropout: Dropout probability of the attention probabilities.
+        attention_dropout: Dropout probability of the attention weights.
         activation_dropout: Dropout probability inside the feed-forward blocks.
         layer_drop: Probability of skipping a layer in training (LayerDrop, arXiv 1909.11556).
         eps: Added to the variance in the layer norms.
         positional_depth: Number of positional convolutions, each with a layer norm, as in data2vec. None uses one
             convolution with weight norm, as in wav2vec 2.0.
         relative_positions: Settings of WavLM's gated attention with a bias by distance; None uses ordinary attention.
-            The first layer holds the bias table of all layers and is never skipped.
+            The first layer owns the bias table of all layers and is never skipped.
 
     Raises:
         ValueError: `heads` does not divide `width`.
@@ -298,8 +299,8 @@ class Transformer(nn.Module):
             layer_drop: CPU generator that decides which layers are skipped in training; None uses PyTorch's global one.
 
         Returns:
-            The input of each layer, then the output of the last, like the hidden states of Transformers: `depth` + 1
-            times (N, D).
+            The input of each layer, then the output of the last layer, like the hidden states of Transformers: `depth`
+            + 1 packed batches (N, D).
         """
         x, layout = frames
         position = self.pos_conv_embed(x, layout)

@@ -62,18 +62,18 @@ def bias_gelu_dropout(
     offset: int = 0,
     backend: str | None = None,
 ) -> Tensor:  # (N, D)
-    """Dropout of GELU(x + bias), with the exact GELU (arXiv 1606.08415), the middle of a feed-forward block.
+    """Apply dropout to GELU(x + bias), the middle of a feed-forward block. The GELU (arXiv 1606.08415) is exact.
 
-    `fastssl.kernels.philox` defines the dropout mask as a function of the seed, the offset and the place of an element
-    in `x`.
+    `fastssl.kernels.philox` defines the dropout mask as a function of the seed, the offset and the position of an
+    element in `x`.
 
     Args:
         x: (N, D) frames.
-        bias: (D,) of any floating dtype, or None. Pass the bias of the preceding linear layer here: the backward pass
-            of this op gets its gradient without another pass over memory.
+        bias: (D,) bias of any floating dtype, or None. Pass the bias of the preceding linear layer here: this op's
+            backward pass computes its gradient without another pass over memory.
         dropout_p: Probability of dropping an element; the kept ones are multiplied by 1 / (1 - dropout_p).
         seed: () int64 on the device of `x`; the same seed drops the same elements. None draws a seed from PyTorch's
-            generator of that device, which activation checkpointing repeats. The host does not wait for it.
+            generator of that device, whose state activation checkpointing restores. The host does not wait for it.
         offset: Number of the first Philox block of the mask. A mask uses ceil(N D / 4) blocks, so several masks can
             share a seed.
         backend: Implementation to run, see `fastssl.ops`; None picks the fastest available.

@@ -15,7 +15,7 @@ def bias_gelu_dropout(
     seed: Tensor | None,  # ()
     offset: int,
 ) -> Tensor:  # (N, D)
-    """Dropout of GELU(x + bias). Arguments as in `op.py`, but `seed` is None without dropout."""
+    """Apply dropout to GELU(x + bias). Arguments as in `op.py`, but `seed` is None without dropout."""
     accumulator = torch.promote_types(x.dtype, torch.float32)
     total = x.to(accumulator)
     if bias is not None:

@@ -13,19 +13,19 @@ from fastssl.kernels.philox_triton import keep_mask
 
 #: Arguments that change from call to call. Triton must not specialise on them, or it would recompile for new values.
 _CHANGING = ["rows", "rows_per_program", "offset", "threshold"]
-#: Largest number of shares into which the backward cuts the rows; each has a partial sum of the bias's gradient.
+#: The backward pass splits the rows into at most this many shares, each with a partial sum of the bias's gradient.
 _MAX_SHARES = 128
 
 
 @triton.jit
 def _normal_below(x):
-    """Distribution function of the standard normal distribution: the probability of a number below x."""
+    """Return the probability that a standard normal number is below x."""
     return 0.5 * (1 + tl.erf(x * 0.7071067811865476))
 
 
 @triton.jit
 def _load_bias(bias_ptr, columns, in_width, HAS_BIAS: tl.constexpr):
-    """Load (1, columns) of the bias; zeros if there is none."""
+    """Load some columns of the bias as (1, columns); zeros if there is no bias."""
     if HAS_BIAS:
         return tl.load(bias_ptr + columns, mask=in_width, other=0)[None, :]
     return tl.zeros_like(columns).to(tl.float32)[None, :]
@@ -47,7 +47,7 @@ def _forward_kernel(
     HAS_BIAS: tl.constexpr,
     DROPOUT: tl.constexpr,
 ):
-    """One tile of dropout(GELU(x + bias))."""
+    """Compute one tile of dropout(GELU(x + bias))."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     first_column = tl.program_id(1) * BLOCK_D
     columns = first_column + tl.arange(0, BLOCK_D)
@@ -82,7 +82,7 @@ def _backward_kernel(
     HAS_BIAS: tl.constexpr,
     DROPOUT: tl.constexpr,
 ):
-    """Gradient of x for one share of the rows and BLOCK_D columns, and its sum over the rows for the bias."""
+    """Compute the gradient of x for a share of the rows and BLOCK_D columns, and its sum over the rows for the bias."""
     share = tl.program_id(0)
     first_column = tl.program_id(1) * BLOCK_D
     columns = first_column + tl.arange(0, BLOCK_D)
@@ -117,7 +117,7 @@ class _Blocks(NamedTuple):
 
 
 def _blocks(width: int) -> _Blocks:
-    """Tile of 2048 elements, 16 per thread."""
+    """Return a tile of 2048 elements, 16 per thread."""
     block_d = min(max(triton.next_power_of_2(width), 16), 256)
     return _Blocks(2048 // block_d, block_d, 4)
 
@@ -129,7 +129,7 @@ def bias_gelu_dropout_fwd(
     seed: Tensor | None,  # ()
     offset: int,
 ) -> Tensor:
-    """Kernel of `fastssl_triton::bias_gelu_dropout_fwd`: (N, D) in the dtype of `x`. Arguments are contiguous."""
+    """Return dropout(GELU(x + bias)), (N, D) in the dtype of `x`. Arguments are contiguous."""
     rows, width = x.shape
     out = torch.empty_like(x)
     blocks = _blocks(width)
@@ -160,7 +160,7 @@ def bias_gelu_dropout_bwd(
     seed: Tensor | None,  # ()
     offset: int,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `x` and of `bias` (empty if it is None). Arguments are contiguous."""
+    """Return the gradients of `x` and `bias` (empty if it is None). Arguments are contiguous."""
     rows, width = x.shape
     grad_x = torch.empty_like(x)
     blocks = _blocks(width)
@@ -192,7 +192,7 @@ def bias_gelu_dropout_bwd(
 
 
 def ahead_of_time_cases() -> dict[str, Callable[[], object]]:
-    """Calls by label. tests/ops/ahead_of_time.py compiles the kernels that each of them would launch."""
+    """Return calls by label; tests/ops/ahead_of_time.py compiles the kernels that each call would launch."""
 
     def call(width: int, dtype: torch.dtype, *, dropout: bool, with_bias: bool) -> None:
         x = torch.empty(1000, width, dtype=dtype)

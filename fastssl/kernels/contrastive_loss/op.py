@@ -67,7 +67,7 @@ def contrastive_loss(
     temperature: float = 0.1,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:  # (N,), (N,)
-    """Contrastive loss between each masked frame's target and K negatives (wav2vec 2.0, arXiv 2006.11477, equation 3).
+    """Compute each masked frame's contrastive loss against K negatives (wav2vec 2.0, arXiv 2006.11477, equation 3).
 
     The logits of frame n are the cosine similarities of context[n] with targets[n] and with targets[negatives[n]],
     divided by the temperature. Its loss is the logsumexp of the logits minus the first logit. A negative is ignored if
@@ -76,15 +76,15 @@ def contrastive_loss(
     Args:
         context: (N, D) encoder outputs at the masked frames.
         targets: (N, D) quantised features of the same frames, in the dtype of `context`.
-        negatives: (N, K) int32 or int64 row numbers in `targets`; they may repeat, and -1 stands for no negative. The
+        negatives: (N, K) int32 or int64 row numbers in `targets`; they may repeat, and -1 means no negative. Their
             range is checked on the CPU only, because on a GPU the check would make the host wait.
-        temperature: The cosine similarities are divided by this; above 0.
+        temperature: Divisor of the cosine similarities, above 0.
         backend: Implementation to run, see `fastssl.ops`; None picks the fastest available.
 
     Returns:
-        The loss of each frame, (N,) in fp32 (fp64 for fp64 input); and whether its own target scored highest, (N,)
-        bool: no lower than any negative that is not ignored, and higher than at least one. Without such negatives the
-        loss is 0 and the bool is False. Autocast does not change this op.
+        The loss of each frame, (N,) fp32 (fp64 for fp64 input), and whether its own target scored highest, (N,) bool.
+        Highest means no lower than any negative that is not ignored, and higher than at least one. Without such
+        negatives the loss is 0 and the bool is False. Autocast does not change this op.
 
     Raises:
         ValueError: A shape, dtype or option is invalid, or `backend` cannot run this call.
@@ -100,7 +100,7 @@ def contrastive_loss(
         try:
             loss, correct = _ContrastiveLoss.apply(chosen, context, targets, negatives, temperature)
         except RuntimeError:
-            _check_rows(negatives)  # if the compiled kernel found an invalid row number, raise a message with the range
+            _check_rows(negatives)  # if a row number was invalid, raise an error that gives the range
             raise
     return loss, correct
 
@@ -123,7 +123,7 @@ def _check(context: Tensor, targets: Tensor, negatives: Tensor, temperature: flo
 
 
 def _check_rows(negatives: Tensor) -> None:
-    """Raise if a row number is out of range; does nothing on a GPU or inside `torch.compile`."""
+    """Raise if a row number is out of range; do nothing on a GPU or inside `torch.compile`."""
     # Reading the values would break a graph in `torch.compile`, and make the host wait for a GPU.
     if negatives.device.type == "cpu" and negatives.numel() > 0 and not torch.compiler.is_compiling():
         lowest, highest = (int(bound) for bound in negatives.aminmax())

@@ -15,7 +15,7 @@ def contrastive_loss(
     *,
     temperature: float,
 ) -> tuple[Tensor, Tensor]:  # (N,), (N,)
-    """Compute all N x N cosines by one matrix product, then gather K + 1 per frame. Arguments as in `op.py`."""
+    """Compute all N x N cosines in one matrix product, then gather K + 1 per frame. Arguments as in `op.py`."""
     accumulation = torch.promote_types(context.dtype, torch.float32)
     frames = torch.arange(len(context), device=context.device).unsqueeze(1)
     # Replace -1 by the frame itself, which is then ignored because its target equals the frame's own target.
@@ -42,10 +42,10 @@ def _groups_of_equal_rows(
     """Number the rows so that two rows have the same number if and only if they are equal.
 
     Rows are sorted by a 64-bit hash, which brings equal rows together, and then compared with their neighbours. The
-    result can be wrong only if two different rows have the same hash: a chance below 1e-9 for each pair of rows.
+    result can be wrong only if two different rows have the same hash: the probability is below 1e-9 per pair of rows.
 
     Args:
-        rows: (N, D) in fp32 or fp64.
+        rows: (N, D) rows in fp32 or fp64.
 
     Returns:
         (N,) int64 numbers.

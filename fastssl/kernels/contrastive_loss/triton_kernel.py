@@ -1,8 +1,8 @@
 """Triton kernels of `contrastive_loss`, which gather rows by number. README.md has the formulas.
 
-A program computes one frame (in the last kernel, one target) and is the only one to write its results. So the kernels
-need no atomics, and the bits of a frame do not depend on its batch. The candidates of a frame are its own target, in
-column 0, and its negatives; all go through the same arithmetic.
+Each program computes one frame (in the last kernel, one target), and no other program writes its results. So the
+kernels need no atomics, and the bits of a frame do not depend on its batch. The candidates of a frame are its own
+target, in column 0, and its negatives; the kernels treat them all alike.
 """
 
 from collections.abc import Callable
@@ -29,7 +29,7 @@ def _measure_rows_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """1 / norm of BLOCK_N rows of context and targets, and hashes of the target rows."""
+    """Compute 1 / norm of BLOCK_N rows of context and targets, and hashes of the target rows."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     begin = rows.to(tl.int64)[:, None] * D
     context_squares = tl.zeros((BLOCK_N,), tl.float32)
@@ -51,7 +51,7 @@ def _measure_rows_kernel(
 
 @triton.jit
 def _candidates(negatives_ptr, frame, places, K: tl.constexpr):
-    """Row numbers in targets at some places of a frame's candidates: itself, then its negatives; -1 for none."""
+    """Load a frame's candidates at some places, as row numbers in targets: itself, then its negatives; -1 for none."""
     rows = tl.load(negatives_ptr + frame.to(tl.int64) * K + places - 1, mask=(places > 0) & (places <= K), other=-1)
     return tl.where(places == 0, frame, rows.to(tl.int32))
 
@@ -73,7 +73,7 @@ def _forward_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Logits, loss and correctness of one frame, with a running logsumexp over blocks of candidates."""
+    """Compute logits, loss and correctness of one frame, with a running logsumexp over blocks of candidates."""
     frame = tl.program_id(0)
     own_begin = frame.to(tl.int64) * D
     own_scale = tl.load(scale_ptr + frame) * inverse_temperature
@@ -141,7 +141,7 @@ def _backward_context_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Gradients of one frame's cosines and of BLOCK_D channels of its context row."""
+    """Compute the gradients of one frame's cosines and of BLOCK_D channels of its context row."""
     frame = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     logits_ptr += frame.to(tl.int64) * (K + 1)
@@ -185,7 +185,7 @@ def _backward_targets_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Gradient of BLOCK_D channels of one target row: a sum over the frames that have it as a candidate."""
+    """Compute the gradient of BLOCK_D channels of a target row: a sum over the frames that have it as a candidate."""
     target = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     end = tl.load(begins_ptr + target + 1)
@@ -208,7 +208,7 @@ def _backward_targets_kernel(
 
 @triton.jit
 def _store_gradient(grad_ptr, x_ptr, scale, grad_unit, along, row, columns, D: tl.constexpr):
-    """Store the gradient of x, from that of u = x / max(norm, eps); `along` is the dot product of the latter with u."""
+    """Store the gradient of x from that of u = x / max(norm, eps); `along` is the dot product of u and its gradient."""
     place = row.to(tl.int64) * D + columns
     unit = tl.load(x_ptr + place, mask=columns < D, other=0).to(tl.float32) * scale
     along = tl.where(scale < 1 / _EPS, along, 0.0)
@@ -217,13 +217,13 @@ def _store_gradient(grad_ptr, x_ptr, scale, grad_unit, along, row, columns, D: t
 
 
 def _blocks(width: int) -> tuple[int, int]:
-    """BLOCK_K and BLOCK_D of a tile of at most 4096 numbers, 32 per thread."""
+    """Return BLOCK_K and BLOCK_D of a tile of at most 4096 numbers, 32 per thread."""
     block_d = min(256, max(16, triton.next_power_of_2(width)))
     return min(32, 4096 // block_d), block_d
 
 
 def _measure_rows(context: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:  # (2, N), (N,)
-    """1 / norm of the rows of both tensors, and hashes of the targets."""
+    """Return 1 / norm of the rows of both tensors, and hashes of the targets."""
     frames, width = context.shape
     scale = context.new_empty((2, frames), dtype=torch.float32)
     hashes = context.new_empty(frames, dtype=torch.int32)
@@ -240,7 +240,7 @@ def contrastive_loss_fwd(
     negatives: Tensor,  # (N, K)
     temperature: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # (N,), (N,), (N, K + 1)
-    """Loss, whether the target scored highest, and the logits (-inf where ignored). Arguments are contiguous."""
+    """Return the loss, whether the target scored highest, and logits (-inf if ignored). Arguments are contiguous."""
     frames, count = negatives.shape
     loss = context.new_empty(frames, dtype=torch.float32)
     correct = context.new_empty(frames, dtype=torch.bool)
@@ -279,7 +279,7 @@ def contrastive_loss_bwd(
     logits: Tensor,  # (N, K + 1)
     temperature: float,
 ) -> tuple[Tensor, Tensor]:  # (N, D), (N, D)
-    """Gradients of `context` and `targets`. Arguments are contiguous."""
+    """Return the gradients of `context` and `targets`. Arguments are contiguous."""
     frames, count = negatives.shape
     grad_context, grad_targets = torch.empty_like(context), torch.empty_like(targets)
     if context.numel() == 0:
@@ -307,7 +307,7 @@ def contrastive_loss_bwd(
             BLOCK_K=block_k,
             BLOCK_D=block_d,
         )
-        # Sort the pairs of a frame and a candidate by candidate. The sort is stable, so frames keep their order.
+        # Sort the pairs (frame, candidate) by candidate. The sort is stable, so frames keep their order.
         numbers = torch.arange(frames + 1, device=context.device, dtype=torch.int32)
         negatives = torch.where(logits[:, 1:] > -torch.inf, negatives.to(torch.int32), frames)
         candidates = torch.cat((numbers[:-1].unsqueeze(1), negatives), 1)
@@ -333,7 +333,7 @@ def contrastive_loss_bwd(
 
 
 def ahead_of_time_cases() -> dict[str, Callable[[], object]]:
-    """Calls by label. tests/ops/ahead_of_time.py compiles the kernels that each of them would launch."""
+    """Return calls by label; tests/ops/ahead_of_time.py compiles the kernels that each call would launch."""
     return {
         f"{dtype}, D={width}".replace("torch.", ""): partial(_forward_and_backward, width, dtype)
         for dtype in (torch.bfloat16, torch.float32, torch.float16)

@@ -33,7 +33,7 @@ def _fake_forward(
 def _fake_backward(
     grad_out: Tensor,  # (N, D)
     grad_sum: Tensor | None,  # (N, D)
-    x: Tensor,  # with `prenorm` the sum, and then `residual` is None
+    x: Tensor,  # with `prenorm`, the sum; `residual` is then None
     residual: Tensor | None,
     weight: Tensor,
     mean: Tensor,  # (N,)
@@ -120,24 +120,24 @@ def dropout_add_layer_norm(
     prenorm: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:  # (N, D), with `prenorm` twice
-    """Layer norm (arXiv 1607.06450, equation 3) of residual + dropout(x), the end of a block of a transformer layer.
+    """Apply layer norm (arXiv 1607.06450, equation 3) to residual + dropout(x), as at the end of a transformer block.
 
-    `fastssl.kernels.philox` defines the dropout mask as a function of the seed, the offset and the place of an element
-    in `x`.
+    `fastssl.kernels.philox` defines the dropout mask as a function of the seed, the offset and the position of an
+    element in `x`.
 
     Args:
-        x: (N, D) output of the block, which dropout is applied to.
+        x: (N, D) output of the block; dropout is applied to it.
         residual: (N, D) input of the block, in the dtype of `x`.
         weight: (D,) scale of the norm, of any floating dtype.
         bias: (D,) shift of the norm, of any floating dtype.
         eps: Added to the variance.
         dropout_p: Probability of dropping an element of `x`; the kept ones are multiplied by 1 / (1 - dropout_p).
         seed: () int64 on the device of `x`; the same seed drops the same elements. None draws a seed from PyTorch's
-            generator of that device, which activation checkpointing repeats. The host does not wait for it.
+            generator of that device, whose state activation checkpointing restores. The host does not wait for it.
         offset: Number of the first Philox block of the mask. A mask uses ceil(N D / 4) blocks, so several masks can
             share a seed.
-        prenorm: Also return the sum, which a layer that normalises the inputs of its blocks needs as the next
-            residual. The sum is then rounded to its dtype before it is normalised.
+        prenorm: Whether to also return the sum: a layer that normalises the inputs of its blocks needs it as the next
+            residual. The sum is then rounded to the dtype of `x` before it is normalised.
         backend: Implementation to run, see `fastssl.ops`; None picks the fastest available.
 
     Returns:
@@ -174,11 +174,11 @@ def dropout_add_layer_norm(
 
 
 def _why_not_triton(x: Tensor) -> str | None:
-    """The reason why the Triton kernels cannot run this call, None if they can."""
+    """Return why the Triton kernels cannot run this call, or None if they can."""
     if x.dtype == torch.float64:
         return "its kernels compute in float32"
     if x.shape[1] > _TRITON_MAX_WIDTH:
-        return f"its kernels take at most {_TRITON_MAX_WIDTH} channels, not {x.shape[1]}"
+        return f"its kernels support at most {_TRITON_MAX_WIDTH} channels, not {x.shape[1]}"
     return None
 
 

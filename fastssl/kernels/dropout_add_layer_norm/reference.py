@@ -19,7 +19,7 @@ def dropout_add_layer_norm(
     offset: int,
     prenorm: bool,
 ) -> tuple[Tensor, Tensor]:  # (N, D), (N, D)
-    """The normalised sum and the sum. Arguments as in `op.py`, but `seed` is None without dropout."""
+    """Return the normalised sum and the sum. Arguments as in `op.py`, but `seed` is None without dropout."""
     accumulator = torch.promote_types(x.dtype, torch.float32)
     branch = philox.dropout(x.to(accumulator), dropout_p=dropout_p, seed=seed, offset=offset)
     total = residual.to(accumulator) + branch

@@ -13,7 +13,7 @@ from fastssl.kernels.philox_triton import keep_mask
 
 #: Arguments that change from call to call. Triton must not specialise on them, or it would recompile for new values.
 _CHANGING = ["rows", "rows_per_program", "offset", "threshold"]
-#: Largest number of programs of the backward; each has a partial sum of the parameters' gradients.
+#: Largest number of programs in the backward pass; each computes a partial sum of the parameters' gradients.
 _MAX_PROGRAMS = 1024
 
 
@@ -52,7 +52,7 @@ def _forward_kernel(
     PRENORM: tl.constexpr,
     DROPOUT: tl.constexpr,
 ):
-    """Sum, statistics and normalised sum of BLOCK_N rows."""
+    """Compute the sum, its mean and 1 / standard deviation, and the normalised sum for BLOCK_N rows."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = tl.arange(0, BLOCK_D)
     in_width = columns < WIDTH
@@ -102,7 +102,7 @@ def _backward_kernel(
     PRENORM: tl.constexpr,
     DROPOUT: tl.constexpr,
 ):
-    """Gradients of x and residual for a range of rows, and the sums over them for the gradients of the parameters."""
+    """Compute the gradients of x and residual for a range of rows, and its part of the parameters' gradients."""
     program = tl.program_id(0)
     columns = tl.arange(0, BLOCK_D)
     in_width = columns < WIDTH
@@ -149,7 +149,7 @@ class _Blocks(NamedTuple):
 
 
 def _blocks(width: int) -> _Blocks:
-    """Tile of whole rows, about 2048 elements, 16 per thread."""
+    """Return a tile of whole rows with about 2048 elements, 16 per thread."""
     block_d = max(triton.next_power_of_2(width), 16)
     return _Blocks(max(1, 2048 // block_d), block_d, min(max(block_d // 512, 4), 16))
 
@@ -165,7 +165,7 @@ def dropout_add_layer_norm_fwd(
     offset: int,
     prenorm: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The normalised sum, the sum (empty without `prenorm`), and mean and 1 / standard deviation of each row."""
+    """Return the normalised sum, the sum (empty without `prenorm`), and each row's mean and 1 / standard deviation."""
     rows, width = x.shape
     out = torch.empty_like(x)
     total = x.new_empty(x.shape if prenorm else 0)
@@ -208,7 +208,7 @@ def dropout_add_layer_norm_bwd(
     seed: Tensor | None,  # ()
     offset: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `x` (empty without dropout), `residual`, `weight` and `bias`. Arguments are contiguous."""
+    """Return gradients of `x` (empty without dropout), `residual`, `weight` and `bias`. Arguments are contiguous."""
     rows, width = x.shape
     grad_residual = torch.empty_like(x)
     grad_x = x.new_empty(x.shape if seed is not None else 0)
@@ -247,7 +247,7 @@ def dropout_add_layer_norm_bwd(
 
 
 def ahead_of_time_cases() -> dict[str, Callable[[], object]]:
-    """Calls by label. tests/ops/ahead_of_time.py compiles the kernels that each of them would launch."""
+    """Return calls by label; tests/ops/ahead_of_time.py compiles the kernels that each call would launch."""
 
     def call(width: int, dtype: torch.dtype, *, dropout: bool, prenorm: bool) -> None:
         x = torch.empty(1000, width, dtype=dtype)

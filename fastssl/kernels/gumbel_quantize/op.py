@@ -14,10 +14,10 @@ class GumbelQuantized(NamedTuple):
     """Result of `gumbel_quantize` for M frames and G groups of V codes with E channels each.
 
     Attributes:
-        values: (M, G * E) chosen codevectors, in the dtype of the codevectors.
+        values: (M, G * E) the chosen codevectors, in their own dtype.
         codes: (M, G) int64, the chosen code of each group.
-        probability_sums: (G, V) softmax of the logits without noise, summed over the frames; in fp32, or in fp64 if an
-            argument is.
+        probability_sums: (G, V) softmax of the logits without noise, summed over the frames: fp32, or fp64 if an
+            argument is fp64.
         counts: (G, V) int64, the number of frames that chose each code.
     """
 
@@ -28,7 +28,7 @@ class GumbelQuantized(NamedTuple):
 
 
 def _accumulator(logits: Tensor, codevectors: Tensor) -> torch.dtype:
-    """Dtype of the sums: fp32, or fp64 if an argument is."""
+    """Return the dtype of the sums: fp32, or fp64 if an argument is fp64."""
     return torch.promote_types(torch.promote_types(logits.dtype, codevectors.dtype), torch.float32)
 
 
@@ -97,24 +97,24 @@ def gumbel_quantize(
     temperature: float = 1.0,
     backend: str | None = None,
 ) -> GumbelQuantized:
-    """Straight-through Gumbel softmax over G codebooks (wav2vec 2.0, arXiv 2006.11477, section 2, equation 1).
+    """Quantise by a straight-through Gumbel softmax over G codebooks (wav2vec 2.0, arXiv 2006.11477, equation 1).
 
-    In each group, the code with the largest sum of logit and noise is chosen (the lowest one if several are equal), and
-    a copy of its vector is the output. The gradient is computed as if the output were the mean of all vectors, weighted
-    by softmax((logits + noise) / temperature). Without `noise` and `seeds` there is no noise.
+    Each group chooses the code with the largest sum of logit and noise (the lowest code if several are equal), and
+    outputs a copy of its vector. The gradient is computed as if the output were the mean of all vectors, weighted by
+    softmax((logits + noise) / temperature). Without `noise` and `seeds` there is no noise.
 
     Args:
-        logits: (M, G, V) of any floating dtype.
-        codevectors: (G, V, E) of any floating dtype.
-        noise: (M, G, V) of any floating dtype, added to the logits; it receives no gradient.
-        seeds: (M,) int64 seeds from which the kernel draws standard Gumbel noise, instead of `noise`. Code v of group g
-            gets number g * V + v of SplitMix64 for the seed of its frame (`nn.random.noise_seeds`).
+        logits: (M, G, V) logits of any floating dtype.
+        codevectors: (G, V, E) vectors of any floating dtype.
+        noise: (M, G, V) noise of any floating dtype, added to the logits; it receives no gradient.
+        seeds: (M,) int64 seeds of standard Gumbel noise, which the kernel draws instead of reading `noise`. Code v of
+            group g gets number g * V + v of SplitMix64 for the seed of its frame (`nn.random.noise_seeds`).
         temperature: Temperature of the softmax that the gradient passes through, above 0.
         backend: Implementation to run, see `fastssl.ops`; None picks the fastest available.
 
     Returns:
         The chosen vectors and codes, and two sums over the frames: softmax(logits), which has a gradient, and how often
-        each code was chosen. Sums are computed in fp32 (fp64 if an argument is). Autocast does not change this op.
+        each code was chosen. Sums are computed in fp32 (fp64 if an argument is fp64). Autocast does not change this op.
 
     Raises:
         ValueError: A shape, dtype or option is invalid, or `backend` cannot run this call.

@@ -13,10 +13,10 @@ def gumbel_noise(
     codes: int,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:  # (M, G, V)
-    """Standard Gumbel noise from a seed per frame: code v of group g gets number g * V + v of its frame's seed.
+    """Draw standard Gumbel noise from one seed per frame: code v of group g gets number g * V + v of its frame's seed.
 
     Args:
-        seeds: (M,) int64.
+        seeds: (M,) int64 seeds.
         groups: G, the number of groups.
         codes: V, the number of codes per group.
         dtype: Dtype of the noise.
@@ -37,7 +37,7 @@ def gumbel_quantize(
     *,
     temperature: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # (M, G * E), (M, G), (G, V), (G, V)
-    """The fields of `GumbelQuantized`. Arguments as in `op.py`, without checks."""
+    """Return the fields of `GumbelQuantized`. Arguments as in `op.py`, without checks."""
     accumulator = torch.promote_types(torch.promote_types(logits.dtype, codevectors.dtype), torch.float32)
     logits = logits.to(accumulator)
     if seeds is not None:

@@ -25,7 +25,7 @@ _BLOCK_M = 16
 
 @triton.jit
 def _log(x):
-    """Natural logarithm of a positive normal number; the GPU's own is too coarse near 1, where rare large noise is."""
+    """Compute log(x) of positive normal numbers; the GPU's own is too coarse near 1, which gives the largest noise."""
     bits = x.to(tl.int32, bitcast=True)
     exponent = (bits - 0x3F3504F3) >> 23
     r = (bits - (exponent << 23)).to(tl.float32, bitcast=True) - 1.0
@@ -44,7 +44,7 @@ def _log(x):
 
 @triton.jit
 def _gumbel(seeds, counters):
-    """Standard Gumbel noise from SplitMix64, as specified by `kernels/splitmix.py`."""
+    """Draw standard Gumbel noise from SplitMix64, as specified by `kernels/splitmix.py`."""
     x = seeds.to(tl.uint64, bitcast=True) + counters.to(tl.uint64) * _GOLDEN
     x = (x ^ (x >> 30)) * _MIX_1
     x = (x ^ (x >> 27)) * _MIX_2
@@ -66,7 +66,7 @@ def _load_logits(
     BLOCK_V: tl.constexpr,
     SOURCE: tl.constexpr,
 ):
-    """Logits of one group without and with noise, (rows, BLOCK_V) each; minus infinity after the last code."""
+    """Load one group's logits without and with noise: (rows, BLOCK_V) each, minus infinity after the last code."""
     codes = tl.arange(0, BLOCK_V)
     there = (rows < frames)[:, None] & (codes < V)[None, :]
     offsets = (rows.to(tl.int64) * G + group)[:, None] * V + codes[None, :]
@@ -101,7 +101,7 @@ def _forward_kernel(
     BLOCK_E: tl.constexpr,
     SOURCE: tl.constexpr,
 ):
-    """Codes and vectors of one share of the frames in one group, and the share's sums of probabilities and counts."""
+    """Compute codes and vectors of a share of the frames in one group, and its sums of probabilities and of counts."""
     share, group = tl.program_id(0), tl.program_id(1)
     codes = tl.arange(0, BLOCK_V)
     sums = tl.zeros((BLOCK_V,), tl.float32)
@@ -146,7 +146,7 @@ def _backward_logits_kernel(
     BLOCK_K: tl.constexpr,
     SOURCE: tl.constexpr,
 ):
-    """Gradient of the logits of BLOCK_M frames in one group, through the softmax with noise and the one without."""
+    """Compute the gradient of one group's logits for BLOCK_M frames, through the softmax with and without noise."""
     group = tl.program_id(1)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     codes = tl.arange(0, BLOCK_V)
@@ -193,7 +193,7 @@ def _backward_vectors_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """Partial sums of the codevectors' gradient: a product with the one-hot matrix of the codes, built in registers."""
+    """Sum a share of the codevectors' gradient: a product with the one-hot matrix of the codes, built in registers."""
     share, group = tl.program_id(0), tl.program_id(2)
     codes = tl.program_id(1) // tl.cdiv(E, BLOCK_E) * BLOCK_V + tl.arange(0, BLOCK_V)
     width = tl.program_id(1) % tl.cdiv(E, BLOCK_E) * BLOCK_E + tl.arange(0, BLOCK_E)
@@ -218,14 +218,14 @@ def _backward_vectors_kernel(
 
 
 def _source(noise: Tensor | None, seeds: Tensor | None) -> int:
-    """The value of SOURCE for the arguments of a call."""
+    """Return the value of SOURCE for the arguments of a call."""
     source = _SEEDS if seeds is not None else _NOISE if noise is not None else _NO_NOISE
     value: int = source.value
     return value
 
 
 def _shares(frames: int, block: int) -> int:
-    """Number of programs per group that share a sum over frames."""
+    """Return the number of programs per group that share a sum over frames."""
     shares: int = max(1, min(_MAX_SHARES, triton.cdiv(frames, block)))
     return shares
 
@@ -236,7 +236,7 @@ def gumbel_quantize_fwd(
     noise: Tensor | None,  # (M, G, V)
     seeds: Tensor | None,  # (M,)
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # (M, G * E), (M, G), (G, V), (G, V)
-    """The fields of `GumbelQuantized`. Arguments are contiguous."""
+    """Return the fields of `GumbelQuantized`. Arguments are contiguous."""
     frames, groups, codes = logits.shape
     width = codevectors.shape[2]
     values = codevectors.new_empty((frames, groups * width))
@@ -278,7 +278,7 @@ def gumbel_quantize_bwd(
     codes: Tensor,  # (M, G)
     temperature: float,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `logits` and `codevectors`. Arguments are contiguous."""
+    """Return the gradients of `logits` and `codevectors`. Arguments are contiguous."""
     frames, groups, code_count = logits.shape
     width = codevectors.shape[2]
     grad_logits = torch.empty_like(logits)
@@ -325,7 +325,7 @@ def gumbel_quantize_bwd(
 
 
 def ahead_of_time_cases() -> dict[str, Callable[[], object]]:
-    """Calls by label. tests/ops/ahead_of_time.py compiles the kernels that each of them would launch."""
+    """Return calls by label; tests/ops/ahead_of_time.py compiles the kernels that each call would launch."""
     return {
         f"{dtype}, {source}, V={codes}, E={width}".replace("torch.", ""): partial(
             _forward_and_backward, dtype, source, codes, width

@@ -1,1 +1,1 @@
-"""Continuous integrate-and-fire over packed sequences: merges frames into fewer frames by their weights."""
+"""Continuous integrate-and-fire over packed sequences: sums weighted frames into fewer frames."""

@@ -13,7 +13,7 @@ from fastssl.packing import Layout
 
 
 def _fake_scan(weights: Tensor, cu_seqlens: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    """Empty results of the scan: positions (N,), and the number of output frames of each utterance (B,)."""
+    """Return empty results of the scan: positions (N,), and the number of output frames of each utterance (B,)."""
     sequences = cu_seqlens.shape[0] - 1
     return weights.new_empty(weights.shape, dtype=torch.float64), weights.new_empty(sequences, dtype=torch.float64)
 
@@ -63,9 +63,9 @@ def integrate_and_fire(
     threshold: float = 1.0,
     backend: str | None = None,
 ) -> tuple[Tensor, Layout]:  # (N_out, C)
-    """Continuous integrate-and-fire (CIF, arXiv 1905.11235, section 3; for sequence compression arXiv 2211.02332).
+    """Apply continuous integrate-and-fire (CIF, arXiv 1905.11235, section 3; to compress sequences: arXiv 2211.02332).
 
-    Let S_t be the sum of an utterance's weights up to frame t. Frame t occupies the interval [S_{t-1}, S_t), output
+    Let S_t be the sum of an utterance's weights up to frame t. Frame t occupies the interval [S_{t-1}, S_t), and output
     frame j the interval [j * threshold, (j + 1) * threshold). Output frame j is the sum over t of x_t times the overlap
     of the two intervals, so the weights within each output frame add up to `threshold`. A remainder below `threshold`
     at the end of an utterance is dropped, and utterances never mix. If S_t is exactly on a border between two output
@@ -77,11 +77,11 @@ def integrate_and_fire(
         x: (N, C) packed frames.
         weights: (N,) weights of any floating dtype, finite and at least 0. One weight can fill several output frames.
         layout: Where each utterance of `x` begins.
-        threshold: Sum of weights that makes one output frame, above 0.
+        threshold: Sum of the weights in one output frame, above 0.
         backend: Implementation to run, see `fastssl.ops`; None picks the fastest available.
 
     Returns:
-        (N_out, C) in the dtype of `x`, and its layout: floor(S_T / threshold) frames of each utterance, possibly none.
+        (N_out, C) in the dtype of `x`, and its layout: floor(S_T / threshold) frames per utterance, possibly none.
         Sums over frames are computed in fp32 (fp64 for fp64 input), S in fp64. Autocast does not change this op.
 
     Raises:
@@ -110,7 +110,7 @@ def fire(
     *,
     threshold: float,
 ) -> Tensor:  # (N_out, C)
-    """Run the compiled kernels with autograd, when the layout of the output is known already.
+    """Run the compiled kernels with autograd, once the layout of the output is known.
 
     Args:
         x: (N, C) packed frames.
@@ -118,7 +118,7 @@ def fire(
         positions: (N,) float64 without gradient, from `reference.fire_positions`.
         layout: Where each utterance of `x` begins.
         layout_out: Where each utterance of the output begins.
-        threshold: Sum of weights that makes one output frame.
+        threshold: Sum of the weights in one output frame.
 
     Returns:
         (N_out, C) in the dtype of `x`.
@@ -130,7 +130,7 @@ def fire(
 
 
 def _layout_after_firing(fired: Tensor) -> Layout:
-    """Layout of the output from the number of frames of each utterance (B,); reading them waits for the device."""
+    """Create the output's layout from the number of frames per utterance (B,), which the host waits for."""
     counts = fired.tolist()
     if any(math.isnan(count) for count in counts):
         raise ValueError("weights: must be finite and not negative")

@@ -7,7 +7,7 @@ from fastssl.packing import Layout, Packed
 
 
 def fire_positions(weights: Tensor, layout: Layout, threshold: float) -> Tensor:
-    """Where each frame ends, in units of output frames: the running sum of its utterance's weights over `threshold`.
+    """Compute where each frame ends, in output frames: the running sum of its utterance's weights over `threshold`.
 
     Sums are in fp64, along the first dimension of a padded batch, where PyTorch adds one element after another on every
     device. So the bits do not depend on the rest of the batch.
@@ -15,10 +15,10 @@ def fire_positions(weights: Tensor, layout: Layout, threshold: float) -> Tensor:
     Args:
         weights: (N,) packed weights of any floating dtype.
         layout: Where each utterance begins.
-        threshold: Sum of weights that makes one output frame.
+        threshold: Sum of the weights in one output frame.
 
     Returns:
-        (N,) float64, never decreasing within an utterance.
+        (N,) float64 positions, which never decrease within an utterance.
     """
     padded = Packed(weights.to(torch.float64), layout).to_padded()
     sums = padded.t().cumsum(0).t()
@@ -26,15 +26,15 @@ def fire_positions(weights: Tensor, layout: Layout, threshold: float) -> Tensor:
 
 
 def fired(positions: Tensor, weights: Tensor, layout: Layout) -> Tensor:
-    """The number of output frames of each utterance.
+    """Count the output frames of each utterance.
 
     Args:
-        positions: (N,) float64, from `fire_positions`.
+        positions: (N,) float64 positions from `fire_positions`.
         weights: (N,) the weights that the positions were computed from.
         layout: Where each utterance begins.
 
     Returns:
-        (B,) float64; NaN if a weight of the utterance is negative or not finite.
+        (B,) float64 counts; NaN if a weight of the utterance is negative or not finite.
     """
     weights, positions = weights.detach(), positions.detach()
     valid = (weights >= 0) & (weights < torch.inf)
@@ -51,11 +51,11 @@ def integrate_and_fire(
     *,
     threshold: float,
 ) -> Tensor:  # (N_out, C)
-    """Sum over all pairs of a frame and an output frame that its interval overlaps. Arguments as in `op.fire`."""
+    """Sum over all pairs of a frame and an output frame whose intervals overlap. Arguments as in `op.fire`."""
     previous = torch.where(layout.positions == 0, 0.0, positions.roll(1))
     first_slot, last_slot = previous.detach().floor().long(), positions.detach().floor().long()
     reached = last_slot - first_slot + 1
-    # An utterance has as many pairs as input and output frames together, so the host knows their number.
+    # The number of pairs of an utterance is the sum of its input and output frames, so the host knows it.
     pairs = layout.total + layout_out.total
     frame = torch.arange(layout.total, device=x.device).repeat_interleave(reached, output_size=pairs)
     slot = first_slot[frame] + torch.arange(pairs, device=x.device) - (reached.cumsum(0) - reached)[frame]

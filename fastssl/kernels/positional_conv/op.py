@@ -1,8 +1,8 @@
-"""The public function of `positional_conv` and its checks, over PyTorch's convolutions called in the fastest way.
+"""The public function of `positional_conv` and its checks. PyTorch's own convolutions do the work.
 
 On the CPU, frames are in channels-last order, which makes oneDNN's forward convolution twice as fast; the gradient of
 the input is a forward convolution too. The gradient of the weight is a correlation over time at K lags. It is computed
-by FFT over blocks of frames, or lag by lag if each group is one channel. On a GPU, the batch is convolved as one
+by FFT over blocks of frames, or lag by lag if each group has one channel. On a GPU, the batch is convolved as one
 sequence with zeros between the utterances.
 """
 
@@ -29,24 +29,24 @@ def positional_conv(
     bias: Tensor | None = None,  # (D,)
     backend: str | None = None,
 ) -> Tensor:  # (N, D)
-    """Grouped convolution over the frames of each sequence that keeps its length (arXiv 2006.11477, section 2).
+    """Apply a grouped convolution over the frames of each sequence, keeping its length (arXiv 2006.11477, section 2).
 
     Output frame t is the sum over k of weight[:, :, k] times input frame t + k - K // 2, with zeros beyond the ends of
-    the sequence. This is the convolution of Transformers and fairseq with padding K // 2, where for an even kernel the
-    extra frame at the end is dropped.
+    the sequence. Transformers and fairseq compute the same with padding K // 2, and drop the extra frame at the end if
+    K is even.
 
     Args:
         x: (N, D) packed frames.
-        weight: (D, D/G, K), as `torch.nn.Conv1d` with G groups stores it, in the dtype of `x`.
+        weight: (D, D/G, K) weight as `torch.nn.Conv1d` with G groups stores it, in the dtype of `x`.
         layout: Where each sequence begins.
-        bias: (D,) in the dtype of `x`, or None.
+        bias: (D,) bias in the dtype of `x`, or None.
         backend: Implementation to run, see `fastssl.ops`; None picks the fastest available.
 
     Returns:
         (N, D) in the dtype of `x`. Under autocast, `x`, `weight` and `bias` are cast to autocast's dtype first.
 
     Raises:
-        ValueError: Shapes or dtypes do not fit, or `backend` cannot serve the call.
+        ValueError: A shape or dtype is invalid, or `backend` cannot run this call.
     """
     x, weight, bias = to_autocast_dtype(x, weight, bias)
     _check(x, weight, layout, bias)
@@ -84,7 +84,7 @@ def _torch_conv(
     *,
     bias: Tensor | None,  # (D,)
 ) -> Tensor:  # (N, D)
-    """The backend "torch": fp32, bf16 or (on a GPU) fp16. Arguments as in `positional_conv`."""
+    """Run the backend "torch" in fp32, bf16 or (on a GPU) fp16. Arguments as in `positional_conv`."""
     if x.device.type == "cpu":
         out: Tensor = _ChannelsLastConv.apply(x, weight, bias, layout)
         return out
@@ -110,7 +110,7 @@ class _ChannelsLastConv(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             turned = weight.view(-1, group_channels, group_channels, kernel).transpose(1, 2).flip(3)
             turned = turned.reshape(channels, group_channels, kernel)
-            # The taps are reversed, so an even kernel reaches one frame further forwards than backwards.
+            # The taps are reversed, so an even kernel reaches one frame further forward than back.
             grad_x = _convolve(grad_out, turned, None, ctx.layout, first=1 - kernel % 2)
         if ctx.needs_input_grad[1]:
             correlate = _grad_depthwise_weight if group_channels == 1 else _grad_weight
@@ -134,9 +134,9 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout, *,
 
 
 def _grad_weight(grad_out: Tensor, x: Tensor, weight: Tensor, layout: Layout) -> Tensor:
-    """The sum over frames t of grad_out[t, o] x[t + k - K // 2, i], for K lags k and each pair of channels of a group.
+    """Sum grad_out[t, o] x[t + k - K // 2, i] over frames t, for K lags k and each pair of channels in a group.
 
-    Computed by FFT over blocks of frames. A block is K - 1 frames shorter than the transform, so no lag wraps around.
+    This uses FFTs over blocks of frames. A block is K - 1 frames shorter than the transform, so no lag wraps around.
     One matrix product per frequency sums over the blocks, and one more transforms the frequencies back to the K lags.
     """
     channels, group_channels, kernel = weight.shape
@@ -162,7 +162,7 @@ def _grad_weight(grad_out: Tensor, x: Tensor, weight: Tensor, layout: Layout) ->
 
 
 def _grad_depthwise_weight(grad_out: Tensor, x: Tensor, weight: Tensor, layout: Layout) -> Tensor:
-    """`_grad_weight` for groups of one channel, where an FFT would cost more than the sums themselves."""
+    """Compute `_grad_weight` for groups of one channel, where an FFT would cost more than the sums themselves."""
     kernel = weight.shape[2]
     padding = kernel // 2
     x, grad_out = (_with_gaps(frames.float(), layout, gap=padding)[0] for frames in (x, grad_out))
@@ -174,7 +174,7 @@ def _grad_depthwise_weight(grad_out: Tensor, x: Tensor, weight: Tensor, layout: 
 
 
 def _inverse_transform(transform: int, kernel: int) -> Tensor:  # (K, 2 * frequencies)
-    """Matrix of the first K rows of an inverse real FFT, with columns for all real and then all imaginary parts."""
+    """Return the first K rows of an inverse real FFT's matrix: columns for all real, then all imaginary parts."""
     frequency = torch.arange(transform // 2 + 1)
     angles = (torch.arange(kernel).unsqueeze(1) * frequency % transform).double() * (2 * math.pi / transform)
     twice = torch.where((frequency == 0) | (frequency == transform // 2), 1.0, 2.0).double() / transform
@@ -182,6 +182,6 @@ def _inverse_transform(transform: int, kernel: int) -> Tensor:  # (K, 2 * freque
 
 
 def _with_gaps(x: Tensor, layout: Layout, *, gap: int) -> tuple[Tensor, Layout]:
-    """The batch as one sequence with `gap` rows of zeros between utterances, and the layout of utterances with gaps."""
+    """Return the batch as one sequence, `gap` zero rows between utterances, and the layout of utterances with gaps."""
     gapped, longer = Packed(x, layout).with_gaps(0, gap)
     return gapped[: longer.total - gap], longer

@@ -46,7 +46,7 @@ PARTS = {
     ),
 }
 
-# Size of a block's windows, in numbers (measured: larger blocks do not fit the cache, smaller ones need more calls).
+# Size of a block's windows, in values (measured: larger blocks do not fit in cache, smaller ones need more calls).
 _BLOCK_NUMBERS = 3 << 19
 _FEWEST_ROWS = 16  # lower limit of the rows of a block
 
@@ -58,7 +58,7 @@ _NO_EPILOGUE = (1, "none", 0.0, "none")
 class _Gradients(NamedTuple):
     """Gradients of a layer's output, split by phase: row u * phases + p has phase p.
 
-    Row u of `first` contains the gradients of the low phases side by side, row u of `second` those of the others.
+    Row u of `first` contains the gradients of the low phases side by side, and row u of `second` the other phases.
     """
 
     first: Tensor  # (U, phases_first * C)
@@ -114,7 +114,7 @@ class _Layer:
 
     @property
     def from_waveform(self) -> bool:
-        """Whether the kernels compute the convolution themselves, each time they need its output."""
+        """Whether the kernels compute the convolution themselves each time they need its output."""
         return self.taps.shape[0] > 0
 
     @property
@@ -129,11 +129,11 @@ class _Layer:
         return self.plan.stride, self.plan.norm, self.plan.eps, self.plan.activation
 
     def has(self, rows: int) -> bool:
-        """Whether the epilogue of the first `rows` grid rows can run. Group norm needs statistics, and so all rows."""
+        """Return whether the epilogue of the first `rows` grid rows can run; group norm needs all rows first."""
         return self.done >= (self.rows if self.plan.norm == "group" else min(rows, self.rows))
 
     def store(self, product: Tensor, start: int) -> None:  # (rows, C_out)
-        """Store the convolution's output of the grid rows from `start`, packed; compute statistics after the last."""
+        """Store the convolution's output for grid rows from `start`, packed; compute statistics after the last row."""
         identity = _identity(self.plan.channels, self.parameters.dtype)
         operands = product, None, self.taps, identity, identity, self.plan.cu_out, self.grid
         torch.ops.fastssl_native.strided_conv_epilogue_fwd(
@@ -162,14 +162,14 @@ class _Layer:
             stop: Grid row after the last.
             out: Receives the gradient of the convolution's output; None if it is not needed.
             packed: Whether `out` is packed, rather than the rows of the block.
-            sums: Sums over frames for the gradients of the parameters, added to; None if they are not needed.
+            sums: Sums over frames for the gradients of the parameters; this block is added. None if not needed.
         """
         torch.ops.fastssl_native.strided_conv_epilogue_bwd(
             *grads, *self.operands, start, stop - start, out, packed, sums, *self.epilogue
         )
 
     def first_statistics(self) -> tuple[Tensor, Tensor, Tensor]:  # (2, B, C), (B, K), (B, K, K)
-        """Group norm statistics of a layer computed from the waveform.
+        """Compute group norm statistics of a layer that is computed from the waveform.
 
         Returns:
             Mean and 1 / standard deviation of the layer's output, and mean and covariance of the waveform's windows.
@@ -180,7 +180,7 @@ class _Layer:
         return found
 
     def phases(self, first: int, count: int, taps: int) -> Tensor:  # (count * C_in, taps * C_out)
-        """The matrix that turns `taps` successive output gradients into input gradients of some phases.
+        """Return the matrix that turns `taps` successive output gradients into input gradients of some phases.
 
         Args:
             first: First phase.
@@ -193,7 +193,7 @@ class _Layer:
 
 
 def _identity(channels: int, dtype: torch.dtype) -> Tensor:  # (3, C)
-    """Bias, norm weight and norm bias that change nothing."""
+    """Return a bias, norm weight and norm bias that change nothing."""
     parameters = torch.zeros(3, channels, dtype=dtype)
     parameters[1] = 1
     return parameters
@@ -237,11 +237,11 @@ class _Stack:
                 index -= 1
 
     def below(self, index: int) -> _Layer:
-        """The layer that layer `index` reads its input from."""
+        """Return the layer that layer `index` reads its input from."""
         return self.layers[index - 1] if index > 0 else self.input
 
     def windows(self, index: int, start: int, stop: int) -> Tensor:  # (stop - start, K * C_in)
-        """The windows of the input for output rows `start` to `stop` - 1 of a layer; valid until the next call."""
+        """Return the input's windows for output rows `start` to `stop` - 1 of a layer; valid until the next call."""
         below, plan = self.below(index), self.layers[index].plan
         out = self.room[: (stop - start) * plan.window].view(stop - start, -1)
         first_row, rows = start * plan.stride, (stop - start - 1) * plan.stride + plan.kernel
@@ -252,7 +252,7 @@ class _Stack:
 
 
 def _grids(plans: Sequence[LayerPlan]) -> list[Tensor]:
-    """Where each sequence begins on the grid of the input and of each layer's output: L + 1 tensors (B + 1,).
+    """Return where sequences begin on the grids of the input and of each layer's output: L + 1 tensors (B + 1,).
 
     A sequence has rows for its frames and at least `halo` more rows, which hold zeros. The gradient of the input needs
     these zeros as gradients of output frames after the last one.
@@ -280,7 +280,7 @@ class _LayerGradients:
         plan = layer.plan
         self.layer = layer
         self.matrix = torch.zeros_like(layer.matrix, dtype=layer.parameters.dtype)
-        # Sums over frames from which the gradients of the parameters are computed: (B or 1, K + 3, C), see the kernels.
+        # Sums over frames that give the gradients of the parameters: (B or 1, K + 3, C), see the kernels.
         self.sums: Tensor | None = None
         if layer.from_waveform or plan.norm != "none" or plan.bias is not None:
             shape = plan.batch if plan.norm == "group" else 1, layer.taps.shape[0] + 3, plan.channels
@@ -288,8 +288,8 @@ class _LayerGradients:
         # The gradient: `halo` rows before `start`, then rows `start` to `stop` - 1. `descend` continues at row `next`.
         self.grad = layer.source.new_zeros(0 if layer.from_waveform else plan.halo + rows, plan.channels)
         self.start = self.next = self.stop = 0
-        # Input frame u * stride + p has phase p and is in the windows of output frames u, u - 1, ...: of `taps` + 1
-        # frames if p < low, otherwise of `taps` frames.
+        # Input frame u * stride + p has phase p. It is in the windows of output frames u, u - 1, ...: `taps` + 1 frames
+        # if p < low, otherwise `taps` frames.
         taps, low = divmod(plan.kernel, plan.stride)
         self.low = layer.phases(0, low if goes_below else 0, taps + 1)
         self.high = layer.phases(low, plan.stride - low if goes_below else 0, taps)
@@ -312,7 +312,7 @@ class _LayerGradients:
             layer.backward(grads, start, stop, grad, False, self.sums)
 
     def parameters(self) -> list[Tensor]:
-        """Gradients of weight, bias, norm weight and norm bias; (0,) for a parameter that is None."""
+        """Return the gradients of weight, bias, norm weight and norm bias; (0,) for a parameter that is None."""
         weight, *vectors = self.layer.plan.parameters
         c_out, c_in, kernel = weight.shape
         grad_weight = self.matrix.to(weight.dtype).view(c_out, kernel, c_in).permute(0, 2, 1).contiguous()
@@ -354,7 +354,7 @@ class _Backward:
                     index += 1
 
     def descend(self, index: int) -> None:
-        """Multiply the next block of a layer's gradient into the gradients of its weight and of its input."""
+        """Compute what the next block of a layer's gradient contributes to the gradients of its weight and input."""
         here = self.layers[index]
         plan, first, last = here.layer.plan, here.next, min(here.next + here.layer.block, here.stop)
         here.next, rows, position = last, last - first, plan.halo + first - here.start
@@ -371,7 +371,7 @@ class _Backward:
             self.stack.input.backward(grads, start, stop, self.grad_x, True, None)
 
     def product(self, grad: Tensor, position: int, rows: int, phases: Tensor) -> Tensor:
-        """Gradients of the input for some phases: windows of successive rows of the gradient times `phases`.
+        """Return gradients of the input for some phases: windows of successive rows of the gradient times `phases`.
 
         Args:
             grad: (rows, C) gradient of the convolution's output, with `halo` rows in front.
@@ -384,12 +384,12 @@ class _Backward:
             return grad.new_empty(0, 0)
         first = (position + 1) * channels - width
         windows = grad.as_strided((rows, width), (channels, 1), first)
-        if width > channels:  # overlapping rows: copy them here, or the library allocates memory to do it
+        if width > channels:  # rows overlap: copy them here, because the library would allocate memory to do so
             windows = self.overlapping[: rows * width].view(rows, width).copy_(windows)
         return nt(windows, phases)
 
     def first_grad_matrix(self) -> Tensor:  # (C, K)
-        """Gradient of the first layer's weight; for group norm, also replaces the sums by the other gradients."""
+        """Return the first layer's weight gradient; for group norm, also replace the sums by the other gradients."""
         layer, sums = self.layers[0].layer, self.layers[0].sums
         kernel = layer.plan.kernel
         assert sums is not None
@@ -410,7 +410,7 @@ def strided_conv_fwd(
     save: bool,
     *lists: Any,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # (N_out, C_out)
-    """`fastssl_native::strided_conv_fwd` on the CPU: output, kept convolution outputs, group norm statistics."""
+    """Return the output, the kept convolution outputs and the group norm statistics."""
     plans = plan_layers(*lists)
     nothing = [x.new_empty(0, plan.channels) for plan in plans]
     stack = _Stack(x, plans, nothing, [plan.new_statistics(x) for plan in plans], from_waveform=True)
@@ -433,9 +433,9 @@ def strided_conv_bwd(
     needs_grad_x: bool,
     *lists: Any,
 ) -> tuple[Tensor | list[Tensor], ...]:
-    """`fastssl_native::strided_conv_bwd` on the CPU: gradients of `x` and of each kind of parameter."""
+    """Return the gradients of `x` and of each kind of parameter."""
     stack = _Stack(x, plan_layers(*lists), conv_outs, statistics, from_waveform=not needs_grad_x)
-    stack.convolve()  # the forward keeps no output of a first layer that it computes from the waveform
+    stack.convolve()  # the forward pass keeps no output of a first layer that it computes from the waveform
     backward = _Backward(stack, needs_grad_x=needs_grad_x)
     backward.run(grad_out)
     if stack.layers[0].from_waveform:

@@ -19,8 +19,8 @@ _LAYERS = (
     "Tensor[] cu_seqlens, Tensor[] weights, Tensor?[] biases, Tensor?[] norm_weights, Tensor?[] norm_biases,"
     " SymInt[] totals, int[] strides, str[] norms, float[] eps, str[] activations"
 )
-# `conv_outs` are the convolutions' outputs before bias, norm and activation, which the forward saves for the backward:
-# (0, C) for a layer that need not be saved. `statistics` are mean and 1 / standard deviation for group norm, (2, B, C).
+# `conv_outs` contains the convolutions' outputs before bias, norm and activation, saved for the backward pass: (0, C)
+# for a layer that need not be saved. `statistics` contains mean and 1 / standard deviation for group norm, (2, B, C).
 _FORWARD = f"(Tensor x, bool save, {_LAYERS}) -> (Tensor out, Tensor[] conv_outs, Tensor[] statistics)"
 _BACKWARD = (
     f"(Tensor grad_out, Tensor x, Tensor[] conv_outs, Tensor[] statistics, bool needs_grad_x, {_LAYERS})"
@@ -76,7 +76,7 @@ class _Settings(NamedTuple):
 
 
 def _lists(settings: _Settings, tensors: Sequence[Tensor | None]) -> list[Any]:
-    """All lists of the schema, from `tensors`: `cu_seqlens` and the four lists of parameters in one sequence."""
+    """Return all lists of the schema. `tensors` contains `cu_seqlens`, then the four lists of parameters."""
     _, _, *rest = settings
     depth = len(settings.strides)
     split = [list(tensors[first : first + depth]) for first in range(depth + 1, len(tensors), depth)]
@@ -124,7 +124,7 @@ def strided_conv(
     activation: Literal["gelu", "none"] = "gelu",
     backend: str | None = None,
 ) -> tuple[Tensor, Layout]:  # (N_out, C_out)
-    """Strided convolution of packed sequences, then norm, then activation (wav2vec 2.0, arXiv 2006.11477, section 2).
+    """Apply a strided convolution to packed sequences, then norm and activation (wav2vec 2.0, arXiv 2006.11477).
 
     The convolution has no padding: T input frames give floor((T - K) / stride) + 1 output frames, and none if T < K.
     Sequences never mix. The norm "group" normalises each channel over the frames of its sequence (`torch.nn.GroupNorm`
@@ -132,13 +132,13 @@ def strided_conv(
 
     Args:
         x: (N, C_in) packed frames, channels last.
-        weight: (C_out, C_in, K), as `torch.nn.Conv1d` stores it, in the dtype of `x`.
+        weight: (C_out, C_in, K) weight as `torch.nn.Conv1d` stores it, in the dtype of `x`.
         layout: Where each sequence of `x` begins.
         stride: Number of input frames from one output frame to the next.
-        bias: (C_out,) bias, added before the norm.
+        bias: (C_out,) bias, added before the norm; None adds none.
         norm: "none", "group" (over time, per utterance and channel) or "layer" (over channels, per frame).
-        norm_weight: (C_out,) scale after the norm.
-        norm_bias: (C_out,) shift after the norm.
+        norm_weight: (C_out,) scale after the norm; None uses 1.
+        norm_bias: (C_out,) shift after the norm; None uses 0.
         eps: Added to the variance.
         activation: "gelu" (with erf, not the tanh approximation) or "none".
         backend: Implementation to run, see `fastssl.ops`; None picks the fastest available.
@@ -174,10 +174,10 @@ def strided_conv_stack(
         backend: Implementation to run, see `fastssl.ops`; None picks the fastest available.
 
     Returns:
-        Output of the last layer (N_out, C_out) in the dtype of `x`, and its layout. Under autocast, as `strided_conv`.
+        Output of the last layer, (N_out, C_out) in the dtype of `x`, and its layout. Autocast as in `strided_conv`.
 
     Raises:
-        ValueError: `layers` is empty, or as for `strided_conv`; the message names the layer.
+        ValueError: `layers` is empty, or `strided_conv` would raise for a layer; the message names the layer.
     """
     if not layers:
         raise ValueError("layers: expected at least one layer, got none")
@@ -187,7 +187,7 @@ def strided_conv_stack(
 def _run_stack(
     x: Tensor, layers: Sequence[StridedConvLayer], layout: Layout, backend: str | None, names: list[str]
 ) -> tuple[Tensor, Layout]:
-    """Check and run the layers; `names` are their prefixes in error messages."""
+    """Check and run the layers; error messages about a layer start with its entry of `names`."""
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, layers = x.to(dtype), [layer._replace(weight=layer.weight.to(dtype)) for layer in layers]

@@ -15,8 +15,8 @@ class StridedConvLayer(NamedTuple):
         stride: Number of input frames from one output frame to the next.
         bias: (C_out,) bias, added before the norm; None adds none.
         norm: "none", "group" (over time, per sequence and channel) or "layer" (over channels, per frame).
-        norm_weight: (C_out,) scale after the norm; None is 1.
-        norm_bias: (C_out,) shift after the norm; None is 0.
+        norm_weight: (C_out,) scale after the norm; None uses 1.
+        norm_bias: (C_out,) shift after the norm; None uses 0.
         eps: Added to the variance.
         activation: "gelu" (exact) or "none".
     """
@@ -32,7 +32,7 @@ class StridedConvLayer(NamedTuple):
 
 
 class LayerPlan(NamedTuple):
-    """One layer of one call. The fields after `cu_out` are in the order of the lists in the schema."""
+    """One layer in one call. The fields after `cu_out` are in the order of the lists in the schema."""
 
     is_kept: bool  # whether the forward pass keeps the convolution's output for the backward pass
     cu_in: Tensor  # (B + 1,) where each sequence of the input begins
@@ -78,7 +78,7 @@ class LayerPlan(NamedTuple):
         return self.cu_out.shape[0] - 1
 
     def new_statistics(self, x: Tensor) -> Tensor:  # (2, B, C_out)
-        """Zeros for mean and 1 / standard deviation of group norm, in at least fp32; (0,) without group norm."""
+        """Return zeros for group norm's mean and 1 / standard deviation, in at least fp32; (0,) without group norm."""
         shape = (2, self.batch, self.channels) if self.norm == "group" else (0,)
         return x.new_zeros(shape, dtype=torch.promote_types(x.dtype, torch.float32))
 
@@ -88,7 +88,7 @@ def plan_layers(cu_seqlens: Sequence[Tensor], weights: Sequence[Tensor], *lists:
 
     Args:
         cu_seqlens: L + 1 tensors (B + 1,): where each sequence of the input and of each layer's output begins.
-        weights: L tensors (C_out, C_in, K).
+        weights: L weights (C_out, C_in, K).
         lists: One list of L entries for each field of `LayerPlan` from `bias` on.
 
     Returns:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastssl.kernels.strided_conv.plan import LayerPlan
 
-#: Longest window, in samples, whose product is recomputed rather than stored: with a column of ones it fits 32 columns.
+#: Longest window (samples) whose product is recomputed rather than stored: with a column of ones, it fits 32 columns.
 _LONGEST_WINDOW = 31
 #: Largest number of channels for which the kernels that compute frames from windows support layer norm.
 _WIDEST_LAYER_NORM = 1024
@@ -23,7 +23,7 @@ WINDOW_CHUNK, FRAME_CHUNK = 2048, 256
 class RowGradients(NamedTuple):
     """Gradients that the backward of norm and activation computes."""
 
-    conv_out: Tensor | None = None  # (N_out, C_out); None for a layer computed from windows, which has `weight` instead
+    conv_out: Tensor | None = None  # (N_out, C_out); None if computed from windows; `weight` is then set
     activated: Tensor | None = None  # (N_out, C_out) the layer's output, recomputed on request
     weight: Tensor | None = None  # (C_out, C_in, K)
     bias: Tensor | None = None  # (C_out,)
@@ -38,7 +38,7 @@ class RowGradients(NamedTuple):
 
 @triton.jit
 def normal_at(x, EXACT: tl.constexpr):
-    """Standard normal distribution: the probability below x, and the density at x times sqrt(2 pi).
+    """Return the standard normal distribution's probability below x, and its density at x times sqrt(2 pi).
 
     If not EXACT, the absolute error is up to 2e-7. This uses the polynomial of csrc/common/vector_math.h with halved
     coefficients, rsqrt squared as the reciprocal, and one exponential for both results: half as many instructions as
@@ -66,15 +66,15 @@ def normal_at(x, EXACT: tl.constexpr):
 
 @triton.jit
 def gelu_derivative(x, below, bell):
-    """The derivative of GELU at x, from the two results of `normal_at`."""
+    """Return the derivative of GELU at x, from the two results of `normal_at`."""
     return below + x * bell * 0.3989422804
 
 
 @triton.jit
 def block_of(tile, cu_ptr, batch, BLOCK: tl.constexpr):
-    """Where block number `tile` is: its sequence, its first frame there, and the number of frames from it to the end.
+    """Locate block `tile`: return its sequence, its first frame there, and the number of frames from it to the end.
 
-    Sequence b owns the blocks from number cu[b] // BLOCK + b on: enough for its frames, and at most one more, which has
+    The blocks of sequence b start at number cu[b] // BLOCK + b. They cover its frames, and at most one of them has
     no frames. So N // BLOCK + B programs cover all sequences, and the host need not know the lengths.
     """
     sequence = -1
@@ -89,7 +89,7 @@ def block_of(tile, cu_ptr, batch, BLOCK: tl.constexpr):
 
 @triton.jit
 def chunks_of(sequence, cu_ptr, CHUNK: tl.constexpr):
-    """First block of a sequence, the number of its blocks that have frames, and the number of its frames."""
+    """Return a sequence's first block, the number of its blocks that have frames, and the number of its frames."""
     begin = tl.load(cu_ptr + sequence)
     frames = tl.load(cu_ptr + sequence + 1) - begin
     return begin // CHUNK + sequence, (frames + CHUNK - 1) // CHUNK, frames
@@ -97,7 +97,7 @@ def chunks_of(sequence, cu_ptr, CHUNK: tl.constexpr):
 
 @triton.jit
 def load_windows(x_ptr, rows, valid, STEP: tl.constexpr, WINDOW: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Load (rows, BLOCK_K): in each row the window of a frame, then a one, then zeros."""
+    """Load (rows, BLOCK_K): each row has the window of a frame, then a one, then zeros."""
     k = tl.arange(0, BLOCK_K)[None, :]
     windows = tl.load(x_ptr + rows[:, None] * STEP + k, mask=valid[:, None] & (k < WINDOW), other=0.0)
     return tl.where((k == WINDOW) & valid[:, None], 1.0, windows.to(tl.float32)).to(windows.dtype)
@@ -105,7 +105,7 @@ def load_windows(x_ptr, rows, valid, STEP: tl.constexpr, WINDOW: tl.constexpr, B
 
 @triton.jit
 def per_channel(ptr, channels, C, default: tl.constexpr):
-    """Load (1, channels) of a vector in fp32; filled with `default` if the pointer is None."""
+    """Load some channels of a vector as (1, channels) fp32; all `default` if the pointer is None."""
     if ptr is None:
         values = tl.full(channels.shape, default, tl.float32)
     else:
@@ -114,26 +114,26 @@ def per_channel(ptr, channels, C, default: tl.constexpr):
 
 
 def block_for(size: int, largest: int) -> int:
-    """Side of a tile: the smallest power of two that is at least `size`, limited to the range 16 to `largest`."""
+    """Return the side of a tile: the smallest power of two that is at least `size`, clamped to 16 to `largest`."""
     return min(largest, max(16, 1 << max(size - 1, 0).bit_length()))
 
 
 def has_windows(layer: LayerPlan) -> bool:
-    """Whether the kernels can compute the frames of a layer from windows of the input, so that none are stored."""
+    """Return whether the kernels can compute a layer's frames from windows of the input, so that none are stored."""
     wide = layer.norm == "layer" and layer.channels > _WIDEST_LAYER_NORM
     return not layer.is_kept and layer.window <= _LONGEST_WINDOW and not wide
 
 
 def window_block(layer: LayerPlan) -> int:
-    """Side of a tile that has room for a window and a one."""
+    """Return the side of a tile that has room for a window and a one."""
     return block_for(layer.window + 1, 32)
 
 
 def chunk_programs(layer: LayerPlan, chunk: int) -> int:
-    """Number of programs if each gets one chunk, as `block_of` numbers them."""
+    """Return the number of programs if each gets one of the chunks that `block_of` numbers."""
     return layer.total // chunk + layer.batch
 
 
 def precision_of(dtype: torch.dtype) -> str:
-    """Precision of fp32 products in `tl.dot`: "tf32" if PyTorch's settings allow it, otherwise "ieee" (exact)."""
+    """Return the precision of fp32 products in `tl.dot`: "tf32" if PyTorch allows it, otherwise "ieee" (exact)."""
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"

@@ -30,7 +30,7 @@ from fastssl.kernels.strided_conv.triton_blocks import (
 from fastssl.kernels.strided_conv.triton_rows import activate, activate_backward
 from fastssl.kernels.strided_conv.triton_statistics import group_statistics
 
-#: Approximate number of programs for the weight gradient: two for each of the 132 multiprocessors of an H200.
+#: Approximate number of programs for the weight gradient: two for each of the 132 multiprocessors of an H200 GPU.
 _PROGRAMS = 264
 
 
@@ -54,7 +54,7 @@ def _forward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Product of windows and `weight_ptr` (C_OUT, WINDOW), stored as it is and after bias and GELU, where asked for."""
+    """Multiply windows by `weight_ptr` (C_OUT, WINDOW). Store the product, its activation after the bias, or both."""
     TILES_N: tl.constexpr = (C_OUT + BLOCK_N - 1) // BLOCK_N
     EVEN: tl.constexpr = WINDOW % BLOCK_K == 0 and C_OUT % BLOCK_N == 0
     program = tl.program_id(0)
@@ -64,7 +64,7 @@ def _forward_kernel(
     rows = tl.arange(0, BLOCK_M)
     columns = (program % TILES_N) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
-    # Rows after the end read the last frame again, instead of memory that may not belong to x.
+    # Rows after the end read the last frame again, because the memory after it may not belong to x.
     frames = tl.minimum(rows, left - 1)
     x_ptr += (tl.load(cu_in_ptr + sequence).to(tl.int64) + first.to(tl.int64) * STRIDE) * C_IN
     x_ptrs = x_ptr + frames[:, None] * (STRIDE * C_IN) + k[None, :]
@@ -83,7 +83,7 @@ def _forward_kernel(
         weight_ptrs += BLOCK_K
     mask = (rows < left)[:, None] & (columns < C_OUT)[None, :]
     positions = (tl.load(cu_out_ptr + sequence) + first).to(tl.int64) * C_OUT + rows[:, None] * C_OUT + columns[None, :]
-    # Activate the rounded product, because the backward only has that one.
+    # Activate the rounded product, because the backward pass has only that one.
     conv_out = acc.to(x_ptr.dtype.element_ty)
     if conv_out_ptr is not None:
         tl.store(conv_out_ptr + positions, conv_out, mask=mask)
@@ -117,7 +117,7 @@ def _input_grad_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Gradient of the input: each input frame gathers from the output frames whose windows contain it.
+    """Compute the gradient of the input: each input frame gathers from output frames whose windows contain it.
 
     A tile contains the input frames q * STRIDE + phase of one phase. They enter output frames q, q - 1, ... through
     taps phase, phase + STRIDE, ..., which are contiguous numbers. If the layer below has no bias and no norm,
@@ -159,7 +159,7 @@ def _input_grad_kernel(
     positions = offset + rows * (STRIDE * C_IN)
     inside = rows * STRIDE + phase < left
     pointers = lower_conv_out_ptr, lower_out_ptr, grad_x_ptr
-    # Store in two halves, so that the registers that the GELU needs fit beside one half at a time.
+    # Store in two halves: the GELU needs registers, and there are enough for one half at a time.
     halves = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
     column = (program // STRIDE % TILES_N) * BLOCK_N + tl.arange(0, BLOCK_N // 2)
     _store_input_grad(halves[0], pointers, positions, inside, column, C_IN, GELU)
@@ -184,7 +184,7 @@ def _store_input_grad(grad, pointers, positions, inside, columns, C_IN: tl.const
 
 @triton.jit
 def _sequence_of(row, cu_ptr, batch):
-    """Number of the sequence that contains a packed row."""
+    """Return the number of the sequence that contains a packed row."""
     sequence = 0
     for start in range(0, batch, 128):
         index = start + tl.arange(0, 128)
@@ -212,7 +212,7 @@ def _weight_grad_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Sums of gradient times window over `share` output frames, fp32: `partial_ptr` is (shares, C_OUT, WINDOW)."""
+    """Sum gradient times window over `share` output frames, in fp32: `partial_ptr` is (shares, C_OUT, WINDOW)."""
     TILES_N: tl.constexpr = (WINDOW + BLOCK_N - 1) // BLOCK_N
     EVEN: tl.constexpr = C_OUT % BLOCK_M == 0 and WINDOW % BLOCK_N == 0
     tile, part = tl.program_id(0), tl.program_id(1)
@@ -255,9 +255,9 @@ class _Blocks(NamedTuple):
 
 
 def _blocks(dtype: torch.dtype, *, columns: int, depth: int) -> _Blocks:
-    """Tile for (many, columns) = (many, depth) @ (depth, columns)."""
+    """Return the tile for (many, columns) = (many, depth) @ (depth, columns)."""
     if dtype != torch.float32:
-        # 96 KiB and 128 registers: two blocks share a multiprocessor, so one multiplies while the other computes GELU.
+        # With 96 KiB and 128 registers, two blocks share a multiprocessor: one multiplies, the other computes GELU.
         return _Blocks(128, block_for(columns, 128), block_for(depth, 64), 8, 3)
     if precision_of(dtype) == "tf32":
         return _Blocks(128, block_for(columns, 128), block_for(depth, 32), 8, 3)
@@ -265,7 +265,7 @@ def _blocks(dtype: torch.dtype, *, columns: int, depth: int) -> _Blocks:
 
 
 def _weight_grad_blocks(dtype: torch.dtype, *, channels: int, window: int) -> _Blocks:
-    """Tile for (channels, window) = (channels, many) @ (many, window)."""
+    """Return the tile for (channels, window) = (channels, many) @ (many, window)."""
     if dtype != torch.float32:
         return _Blocks(block_for(channels, 128), block_for(window, 256), 64, 8, 3)
     if precision_of(dtype) == "tf32":
@@ -285,7 +285,7 @@ def _convolve(
     keep: bool,
     activate: bool,
 ) -> tuple[Tensor, Tensor]:  # (N_out, C_out), (N_out, C_out)
-    """The convolution's output (if `keep`) and its activation after the bias (if `activate`); otherwise (0, C_out)."""
+    """Return the convolution's output (if `keep`) and the activated one (if `activate`); otherwise (0, C_out)."""
     conv_out, out = (x.new_empty((layer.total if made else 0, layer.channels)) for made in (keep, activate))
     blocks = _blocks(x.dtype, columns=layer.channels, depth=layer.window)
     tiles = (layer.total // blocks.m + layer.batch) * triton.cdiv(layer.channels, blocks.n)
@@ -314,7 +314,7 @@ def _convolve(
 
 
 def _forward(layer: LayerPlan, x: Tensor, *, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, convolution output and statistics of one layer; a convolution output that is not kept is empty."""
+    """Return the output, convolution output (empty unless `keep`) and statistics of one layer."""
     nothing = x.new_empty((0, layer.channels))
     statistics = layer.new_statistics(x)
     if layer.total == 0:
@@ -338,9 +338,9 @@ def _input_grad(
     lower: LayerPlan | None = None,
     conv_out: Tensor | None = None,  # (N, C_in)
 ) -> tuple[Tensor, Tensor | None]:  # (N, C_in), (N, C_in)
-    """Gradient of the layer's input, and None.
+    """Return the gradient of the layer's input, and None.
 
-    If `conv_out` of the `lower` layer is given: the gradient of `conv_out`, and the layer's input, recomputed from it.
+    If `conv_out` of the `lower` layer is given, return the gradient of `conv_out`, and the layer's recomputed input.
     """
     c_in = layer.weight.shape[1]
     grad_x = grad_conv.new_empty((rows, c_in))
@@ -376,7 +376,7 @@ def _weight_grad(
     x: Tensor,  # (N, C_in)
     grad_conv: Tensor,  # (N_out, C_out)
 ) -> Tensor:  # (C_out, C_in, K)
-    """Gradient of the weight: one kernel sums shares of the frames, another adds the shares in a fixed order."""
+    """Return the weight's gradient: one kernel sums shares of the frames, another adds the shares in a fixed order."""
     blocks = _weight_grad_blocks(x.dtype, channels=layer.channels, window=layer.window)
     tiles = triton.cdiv(layer.channels, blocks.m) * triton.cdiv(layer.window, blocks.n)
     share = max(8 * blocks.k, triton.cdiv(layer.total, max(1, _PROGRAMS // tiles)))
@@ -411,7 +411,7 @@ def strided_conv_fwd(
     save: bool,
     *lists: Any,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # (N_out, C_out)
-    """Output of the stack, and for the backward each layer's convolution output (if kept) and group norm statistics."""
+    """Return the stack's output, and each layer's convolution output (if kept) and group norm statistics."""
     conv_outs, statistics = [], []
     with torch.cuda.device_of(x):
         for layer in plan_layers(*lists):
@@ -429,7 +429,7 @@ def strided_conv_bwd(
     needs_grad_x: bool,
     *lists: Any,
 ) -> tuple[Tensor | list[Tensor], ...]:
-    """Gradients of `x`, weights, biases, norm weights and norm biases; (0,) for a parameter that is None."""
+    """Return the gradients of `x`, weights, biases, norm weights and norm biases; (0,) for a parameter that is None."""
     layers = plan_layers(*lists)
     grad_x, grads = x.new_zeros((len(x) if needs_grad_x else 0, x.shape[1])), [RowGradients() for _ in layers]
     if layers[-1].total > 0:
@@ -443,7 +443,7 @@ def strided_conv_bwd(
 
 
 def _like(x: Tensor, parameter: Tensor | None, grad: Tensor | None) -> Tensor:
-    """A copy of the gradient like the parameter: zeros if `grad` is None, (0,) if `parameter` is None."""
+    """Copy a gradient in the form of its parameter: zeros if `grad` is None, (0,) if `parameter` is None."""
     if parameter is None:
         return x.new_empty(0)
     out = torch.zeros_like(parameter)
@@ -459,10 +459,10 @@ def _backward(
     *,
     windows: bool,
 ) -> list[RowGradients]:
-    """Gradients of each layer's parameters, and of the first layer's convolution output unless it uses windows."""
+    """Return the gradients of each layer's parameters, and of the first convolution's output unless it uses windows."""
 
     def through(i: int, grad: Tensor) -> RowGradients:
-        """Backward of layer i from its output to its convolution's output."""
+        """Run the backward of layer i from its output to its convolution's output."""
         layer, last = layers[i], i + 1 == len(layers)
         if windows and has_windows(layer):
             return activate_backward(layer, x, statistics[i], grad, windows=True, keep_activated=not last)
@@ -487,7 +487,7 @@ def _backward(
 
 
 def ahead_of_time_cases() -> dict[str, Callable[[], object]]:
-    """Calls by label. tests/ops/ahead_of_time.py compiles the kernels that each of them would launch."""
+    """Return calls by label; tests/ops/ahead_of_time.py compiles the kernels that each call would launch."""
     cases: dict[str, Callable[[], object]] = {}
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for norm in ("group", "layer"):

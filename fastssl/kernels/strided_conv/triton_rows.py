@@ -32,7 +32,7 @@ from fastssl.kernels.strided_conv.triton_statistics import sum_chunks, window_gr
 
 @triton.jit
 def _multiply_windows(windows, weight_ptr, channels, C, WINDOW: tl.constexpr, PRECISION: tl.constexpr):
-    """The first layer's convolution, (rows, channels), from windows and `weight_ptr` (C, WINDOW)."""
+    """Compute the first layer's convolution, (rows, channels), from windows and `weight_ptr` (C, WINDOW)."""
     BLOCK_K: tl.constexpr = windows.shape[1]
     k = tl.arange(0, BLOCK_K)[:, None]
     mask = (k < WINDOW) & (channels < C)[None, :]
@@ -42,7 +42,7 @@ def _multiply_windows(windows, weight_ptr, channels, C, WINDOW: tl.constexpr, PR
 
 @triton.jit
 def _standardise(frames, statistics_ptr, sequence, batch, channels, eps, C, NORM: tl.constexpr):
-    """Frames with their mean subtracted and divided by their standard deviation; also returns 1 / deviation."""
+    """Subtract the mean of frames and divide by their standard deviation; also return 1 / deviation."""
     rstd = 1.0
     if NORM == "group":
         mean = per_channel(statistics_ptr + sequence * C, channels, C, 0.0)
@@ -79,7 +79,7 @@ def _activate_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Norm and GELU of the frames at `x_ptr`; if `weight_ptr` is given, of frames computed from windows at `x_ptr`."""
+    """Apply norm and GELU to the frames at `x_ptr`, or if `weight_ptr` is given, to those of the windows at `x_ptr`."""
     sequence, first, left = block_of(tl.program_id(0), cu_out_ptr, batch, BLOCK_T)
     if left <= 0:
         return
@@ -138,7 +138,7 @@ def _activate_backward_kernel(
     BLOCK_K: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Backward of norm and GELU over a chunk of one sequence.
+    """Compute the backward of norm and GELU over a chunk of one sequence.
 
     Let g be the gradient of the norm's output. `sums_ptr` (programs, 3, C) receives the chunk's sums of g, of g times
     the standardised frames, and of the gradient of the convolution's output (a sum that is not needed may be zero).
@@ -215,7 +215,7 @@ def _activate_backward_kernel(
 
 
 def _row_blocks(layer: LayerPlan, *, windows: bool) -> tuple[int, int]:
-    """Frames and channels of a tile: 16 numbers per thread of 8 warps, or 32 if a product needs at least 16 frames."""
+    """Return a tile's frames and channels: 16 numbers per thread of 8 warps, or 32 if a product needs 16 frames."""
     if layer.norm != "layer":
         return 32, block_for(layer.channels, 128)
     channels = block_for(layer.channels, 1 << 16)  # layer norm needs all channels of a frame
@@ -223,7 +223,7 @@ def _row_blocks(layer: LayerPlan, *, windows: bool) -> tuple[int, int]:
 
 
 def _settings(layer: LayerPlan, dtype: torch.dtype, *, windows: bool) -> dict[str, Any]:
-    """Arguments that the forward and backward kernels of norm and activation share."""
+    """Return the arguments that the forward and backward kernels of norm and activation share."""
     block_t, block_c = _row_blocks(layer, windows=windows)
     return {
         "cu_in_ptr": layer.cu_in,
@@ -251,7 +251,7 @@ def activate(
     *,
     windows: bool,
 ) -> Tensor:  # (N_out, C_out)
-    """Norm and activation of the convolution's output.
+    """Apply norm and activation to the convolution's output.
 
     Args:
         layer: Description of the layer.
@@ -286,7 +286,7 @@ def activate_backward(
     windows: bool,
     keep_activated: bool,
 ) -> RowGradients:
-    """Backward of `activate`: gradients of the convolution's output, or with `windows` of the weight.
+    """Run the backward of `activate`: compute gradients of the convolution's output, or with `windows`, of the weight.
 
     Args:
         layer: Description of the layer.
@@ -294,7 +294,7 @@ def activate_backward(
         statistics: (2, B, C_out) mean and 1 / standard deviation for group norm.
         grad_out: (N_out, C_out) gradient of the layer's output.
         windows: As in `activate`.
-        keep_activated: Whether to return the layer's output too.
+        keep_activated: Whether to also return the layer's output.
     """
     settings = _settings(layer, x.dtype, windows=windows)
     chunk = WINDOW_CHUNK if windows else FRAME_CHUNK
@@ -309,7 +309,7 @@ def activate_backward(
         _activate_backward_kernel[grid](*inputs, None, grad_conv, activated, sums, products, **settings, CHUNK=chunk)
         if layer.norm == "group":
             weight, norm_weight, norm_bias = window_group_norm_backward(layer, x, statistics, sums, products)
-            # The norm subtracts the mean and the bias with it, so the gradient of the bias is zero.
+            # The norm subtracts the mean, and with it the bias, so the gradient of the bias is zero.
             return RowGradients(None, activated, weight, torch.zeros_like(norm_bias), norm_weight, norm_bias)
         totals = sums.sum(0)
     else:

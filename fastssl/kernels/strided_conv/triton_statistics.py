@@ -35,7 +35,7 @@ def _window_moments_kernel(
     BLOCK_K: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Sums over a chunk of window^T window in fp64, where a window is extended by a one: (programs, BLOCK_K, BLOCK_K).
+    """Sum window^T window over a chunk in fp64, each window extended by a one: (programs, BLOCK_K, BLOCK_K).
 
     The first sample of the sequence is subtracted from all samples, so that a constant offset costs no precision.
     """
@@ -67,7 +67,7 @@ def _window_covariance(
     BLOCK_K: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Mean (BLOCK_K,) and covariance (BLOCK_K, BLOCK_K) of a sequence's windows; zero at indices from WINDOW on."""
+    """Return mean (BLOCK_K,) and covariance (BLOCK_K, BLOCK_K) of a sequence's windows; zero from index WINDOW on."""
     chunk, chunks, frames = chunks_of(sequence, cu_out_ptr, CHUNK)
     k = tl.arange(0, BLOCK_K)
     positions = k[:, None] * BLOCK_K + k[None, :]
@@ -104,7 +104,7 @@ def _window_statistics_kernel(
     BLOCK_K: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Mean (w . mean) and 1 / deviation (variance w . covariance w) of each channel from those of the windows."""
+    """Compute mean (w . mean) and 1 / deviation (variance w . covariance w) of each channel from the windows' own."""
     sequence = tl.program_id(0)
     mean, covariance = _window_covariance(x_ptr, moments_ptr, cu_in_ptr, cu_out_ptr, sequence, WINDOW, BLOCK_K, CHUNK)
     channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -132,7 +132,7 @@ def _frame_moments_kernel(
     BLOCK_C: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Mean of a chunk of frames and the sum of squared differences from it, per channel: (programs, 2, C)."""
+    """Compute the mean of a chunk of frames and the sum of squared differences, per channel: (programs, 2, C)."""
     program = tl.program_id(0)
     sequence, first, left = block_of(program, cu_out_ptr, batch, CHUNK)
     channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -218,7 +218,7 @@ def _window_group_norm_backward_kernel(
     BLOCK_K: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Contribution of one sequence to the gradients of the first layer's parameters under group norm.
+    """Compute one sequence's contribution to the gradients of the first layer's parameters under group norm.
 
     `grads_ptr` is (B, BLOCK_K + 1, C): the first WINDOW rows are for the weight, row WINDOW is for norm_weight, and row
     BLOCK_K for norm_bias.
@@ -238,7 +238,7 @@ def _window_group_norm_backward_kernel(
         shift += tl.load(sums_ptr + channels, mask=in_range, other=0.0)
         products_ptr += BLOCK_K * C
         sums_ptr += 3 * C
-    # Centre on the mean window. The product with the one is the sum of the same rounded gradients.
+    # Centre the windows on their mean. The product with the one is the sum of the same rounded gradients.
     ones = tl.sum(tl.where((k == WINDOW)[:, None], products, 0.0), 0)
     products = tl.where((k < WINDOW)[:, None], products - mean[:, None] * ones[None, :], 0.0)
     mask = (k < WINDOW)[:, None] & in_range[None, :]
@@ -255,7 +255,7 @@ def _window_group_norm_backward_kernel(
 
 
 def _window_moments(layer: LayerPlan, x: Tensor) -> Tensor:
-    """Results of `_window_moments_kernel` for all chunks, (programs, BLOCK_K, BLOCK_K) fp64."""
+    """Run `_window_moments_kernel` on all chunks; return (programs, BLOCK_K, BLOCK_K) fp64."""
     programs, block = chunk_programs(layer, WINDOW_CHUNK), window_block(layer)
     moments = x.new_empty((programs, block, block), dtype=torch.float64)
     _window_moments_kernel[(programs,)](
@@ -279,7 +279,7 @@ def group_statistics(
     *,
     windows: bool,
 ) -> Tensor:  # (2, B, C_out)
-    """Mean and 1 / standard deviation of convolution output plus bias, per sequence and channel.
+    """Compute mean and 1 / standard deviation of convolution output plus bias, per sequence and channel.
 
     Args:
         layer: Description of the layer.
@@ -335,7 +335,7 @@ def window_group_norm_backward(
     sums: Tensor,  # (programs, 3, C)
     products: Tensor | None,  # (programs, BLOCK_K, C)
 ) -> tuple[Tensor, Tensor, Tensor]:  # (C, 1, K), (C,), (C,)
-    """Gradients of weight, norm_weight and norm_bias, from the sums that `_activate_backward_kernel` stored."""
+    """Return gradients of weight, norm_weight and norm_bias, from the sums that `_activate_backward_kernel` stored."""
     block = window_block(layer)
     grads = sums.new_empty((layer.batch, block + 1, layer.channels))
     _window_group_norm_backward_kernel[layer.batch, triton.cdiv(layer.channels, 16)](
@@ -365,7 +365,7 @@ def sum_chunks(
     layer: LayerPlan,
     sums: Tensor,  # (programs, 3, C)
 ) -> Tensor:  # (B, 3, C)
-    """Sums over whole sequences, from the sums over their chunks of FRAME_CHUNK frames."""
+    """Return sums over whole sequences, from the sums over their chunks of FRAME_CHUNK frames."""
     totals, block = sums.new_empty((layer.batch, 3, layer.channels)), block_for(layer.channels, 128)
     _sum_chunks_kernel[layer.batch, 3, triton.cdiv(layer.channels, block)](
         sums, totals, layer.cu_out, C=layer.channels, BLOCK_C=block, CHUNK=FRAME_CHUNK

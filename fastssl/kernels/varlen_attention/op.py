@@ -91,7 +91,7 @@ def varlen_attention(
     gate: Tensor | None = None,  # (N, H)
     backend: str | None = None,
 ) -> Tensor:  # (N, H, E)
-    """Attention of every frame to all frames of its own sequence (arXiv 1706.03762, equation 1), not causal.
+    """Let each frame attend to all frames of its own sequence (arXiv 1706.03762, equation 1); not causal.
 
     With `distance_bias`, gate[i, h] * distance_bias[h, clamp(j - i, -R, R) + R] is added to the logit of query i and
     key j in head h (WavLM, arXiv 2110.13900, section III-B). The README of the op specifies the dropout mask.
@@ -101,13 +101,14 @@ def varlen_attention(
         k: (N, H, E) keys, in the dtype of `q`.
         v: (N, H, E) values, in the dtype of `q`.
         layout: Where each sequence begins.
-        scale: Factor of the dot products of queries and keys; None is E ** -0.5.
+        scale: Factor of the dot products of queries and keys; None uses E ** -0.5.
         dropout_p: Probability of dropping an attention weight; the kept ones are multiplied by 1 / (1 - dropout_p).
         seed: () int64 on the device of `q`; the same seed and layout drop the same weights. None draws a seed from
-            PyTorch's generator of that device, which activation checkpointing repeats. The host does not wait for it.
+            PyTorch's generator of that device, whose state activation checkpointing restores. The host does not wait
+            for it.
         distance_bias: (H, 2R + 1) bias of any floating dtype, indexed by key position minus query position plus R. The
-            first and last entry also apply to all larger distances.
-        gate: (N, H) factor of the bias for each query and head; None is 1. Needs `distance_bias`.
+            first and last entries also apply to all larger distances.
+        gate: (N, H) factor of the bias for each query and head; None uses 1. Requires `distance_bias`.
         backend: Implementation to run, see `fastssl.ops`; None picks the fastest available. "torch" exists on CUDA
             only; it supports neither bias nor dropout, and needs fp16 or bf16, the default scale, and E a multiple of 8
             up to 256. "triton" supports fp32, fp16 and bf16, and E up to 128.
@@ -138,7 +139,7 @@ def varlen_attention(
 
 
 def _torch_kernel(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
-    """Attention by PyTorch's `varlen_attn`, with the default scale."""
+    """Compute attention with PyTorch's `varlen_attn` and the default scale."""
     from torch.nn.attention.varlen import varlen_attn
 
     longest = layout.max_length
@@ -150,14 +151,14 @@ def _torch_kernel(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
 def _why_not_torch(
     q: Tensor, layout: Layout, scale: float | None, dropout_p: float, distance_bias: Tensor | None
 ) -> str | None:
-    """The reason why PyTorch's `varlen_attn` cannot run this call, None if it can."""
+    """Return why PyTorch's `varlen_attn` cannot run this call, or None if it can."""
     if distance_bias is not None:
         return "PyTorch's kernel has no distance bias"
     if dropout_p > 0:
         return "PyTorch's kernel has no dropout with a reproducible mask"
     if q.device.type == "cuda":
         if q.dtype not in (torch.float16, torch.bfloat16):
-            return f"varlen_attn takes float16 and bfloat16, not {q.dtype}"
+            return f"varlen_attn supports float16 and bfloat16, not {q.dtype}"
         if q.shape[2] % 8 or q.shape[2] > 256:
             return f"varlen_attn needs E to be a multiple of 8 up to 256, got {q.shape[2]}"
         if scale is not None:
@@ -170,10 +171,10 @@ def _why_not_torch(
 
 
 def _why_not_triton(q: Tensor) -> str | None:
-    """The reason why the Triton kernels cannot run this call, None if they can."""
+    """Return why the Triton kernels cannot run this call, or None if they can."""
     if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"its kernels take float32, float16 and bfloat16, not {q.dtype}"
-    return f"its kernels take E up to 128, not {q.shape[2]}" if q.shape[2] > 128 else None
+        return f"its kernels support float32, float16 and bfloat16, not {q.dtype}"
+    return f"its kernels support E up to 128, not {q.shape[2]}" if q.shape[2] > 128 else None
 
 
 def _check(
@@ -194,7 +195,7 @@ def _check(
     heads = q.shape[1]
     if distance_bias is None:
         if gate is not None:
-            raise ValueError("gate: given, but distance_bias is None; pass both or neither")
+            raise ValueError("gate: given, but distance_bias is None; pass distance_bias as well, or no gate")
         return
     if distance_bias.dim() != 2 or distance_bias.shape[0] != heads or distance_bias.shape[1] % 2 == 0:
         raise ValueError(f"distance_bias: expected ({heads}, 2R+1), got {tuple(distance_bias.shape)}")

@@ -49,7 +49,7 @@ def _biases(
     distance_bias: Tensor,  # (H, 2R+1)
     length: int,
 ) -> Tensor:  # (H, T, T)
-    """The bias of every query and key of a sequence of `length` T frames."""
+    """Return the bias of each pair of a query and a key in a sequence of T = `length` frames."""
     reach = distance_bias.shape[1] // 2
     positions = torch.arange(length, device=distance_bias.device)
     distances = positions - positions.unsqueeze(1)  # key minus query
@@ -64,14 +64,14 @@ def dropout_mask(
     keys: int,
     dropout_p: float,
 ) -> Tensor:  # (H, T, keys)
-    """Which attention probabilities dropout keeps: decided by a hash of seed, query row, head and key, see README.md.
+    """Return which attention weights dropout keeps, from a hash of seed, query row, head and key (see README.md).
 
     The hash uses unsigned 32-bit arithmetic, done here in int32. Products wrap to the same bits, so only shifts and
     comparisons need to handle the sign.
 
     Args:
         seed: () int64 seed.
-        rows: (T,) packed rows of the queries.
+        rows: (T,) row numbers of the queries in the packed batch.
         heads: H, the number of heads.
         keys: Number of keys, numbered from 0 within their sequence.
         dropout_p: Probability of dropping a weight.
@@ -84,12 +84,12 @@ def dropout_mask(
     state = _mix(state ^ rows.to(torch.int32))
     state = _mix(state ^ torch.arange(heads, dtype=torch.int32, device=rows.device).unsqueeze(1))
     state = _mix(state.unsqueeze(2) ^ torch.arange(keys, dtype=torch.int32, device=rows.device))
-    # Flipping the highest bit maps uint32 to int32 in the same order.
+    # Flipping the highest bit maps uint32 to int32 and preserves the order.
     return (state ^ -(2**31)) >= int(dropout_p * 2**32) - 2**31
 
 
 def _mix(x: Tensor) -> Tensor:
-    """The finaliser of MurmurHash3 (32-bit), on int32."""
+    """Apply the finaliser of 32-bit MurmurHash3 to int32 numbers."""
     x = x ^ ((x >> 16) & 0xFFFF)
     x = x * (0x85EBCA6B - 2**32)
     x = x ^ ((x >> 13) & 0x7FFFF)

@@ -23,7 +23,7 @@ _SIZES = ["total", "batch", "reach", "threshold"]
 
 @triton.jit
 def _mix(x):
-    """The finaliser of MurmurHash3 (32-bit), on uint32."""
+    """Apply the finaliser of 32-bit MurmurHash3 to uint32 numbers."""
     x ^= x >> 16
     x *= 0x85EBCA6B
     x ^= x >> 13
@@ -33,7 +33,7 @@ def _mix(x):
 
 @triton.jit
 def _row_states(seed_ptr, rows, head):
-    """State of the dropout hash after seed, packed row and head; only the key is still missing."""
+    """Return the state of the dropout hash after seed, packed row and head; only the key is missing."""
     seed = tl.load(seed_ptr)
     state = _mix(seed.to(tl.uint32) ^ 0x9E3779B9)
     state = _mix(state ^ (seed >> 32).to(tl.uint32))
@@ -42,22 +42,22 @@ def _row_states(seed_ptr, rows, head):
 
 @triton.jit
 def _kept(states, keys, threshold):
-    """Whether dropout keeps the weights of some keys, from the results of `_row_states`."""
+    """Return whether dropout keeps the weights of some keys, from the results of `_row_states`."""
     return _mix(states ^ keys.to(tl.uint32)) >= threshold.to(tl.uint32)
 
 
 @triton.jit
 def _biases(bias_ptr, distances, reach):
-    """Load the bias of one head at some distances, clamped to the table, in fp32."""
+    """Load the bias of one head in fp32 at some distances, which are clamped to the table."""
     return tl.load(bias_ptr + tl.minimum(tl.maximum(distances, -reach), reach) + reach).to(tl.float32)
 
 
 @triton.jit
 def _block_of(tile, cu_seqlens_ptr, batch, BLOCK: tl.constexpr):
-    """Where block number `tile` is: first row and length of its sequence, and the block's first row in the sequence.
+    """Locate block `tile`: return the first row and length of its sequence, and the block's first row in it.
 
-    Sequence b owns the blocks from number cu_seqlens[b] // BLOCK + b on: enough for its rows, and at most one more,
-    which starts after its end. So N // BLOCK + B programs cover all sequences, and the host need not know the lengths.
+    The blocks of sequence b start at number cu_seqlens[b] // BLOCK + b. They cover its rows, and at most one of them
+    starts after its end. So N // BLOCK + B programs cover all sequences, and the host need not know the lengths.
     """
     sequence = -1
     for start in range(0, batch, 128):
@@ -71,7 +71,7 @@ def _block_of(tile, cu_seqlens_ptr, batch, BLOCK: tl.constexpr):
 
 @triton.jit
 def _load_rows(ptr, rows, length, stride, E: tl.constexpr, BLOCK_E: tl.constexpr):
-    """Load (rows, BLOCK_E) of one sequence and head; zero for rows after its end, which belong to other sequences."""
+    """Load (rows, BLOCK_E) of one sequence and head; zeros for rows after its end, which belong to other sequences."""
     columns = tl.arange(0, BLOCK_E)
     mask = (rows < length)[:, None]
     if E < BLOCK_E:
@@ -111,7 +111,7 @@ def _forward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Output of one block of queries, in a loop over blocks of keys with a running softmax in powers of two."""
+    """Compute the output of a block of queries in a loop over blocks of keys, with a running softmax in base 2."""
     begin, length, first = _block_of(tl.program_id(0), cu_seqlens_ptr, batch, BLOCK_M)
     if first >= length:
         return
@@ -182,7 +182,7 @@ def _backward_q_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """grad_q and grad_gate of one block of queries, in a loop over keys; also D (H, N), which later kernels read."""
+    """Compute grad_q and grad_gate of a block of queries in a loop over keys; also D (H, N), for later kernels."""
     begin, length, first = _block_of(tl.program_id(0), cu_seqlens_ptr, batch, BLOCK_M)
     if first >= length:
         return
@@ -258,7 +258,7 @@ def _backward_kv_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """grad_k and grad_v of one block of keys, in a loop over queries, with transposed tiles (keys by queries)."""
+    """Compute grad_k and grad_v of a block of keys in a loop over queries; tiles are transposed, keys by queries."""
     begin, length, first = _block_of(tl.program_id(0), cu_seqlens_ptr, batch, BLOCK_N)
     if first >= length:
         return
@@ -277,7 +277,7 @@ def _backward_kv_kernel(
     for start in range(0, length, BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
         q = _load_rows(q_ptr + offset, rows, length, stride, E, BLOCK_E)
-        # Infinite after the last query, so that the weights there are zero.
+        # Infinity after the last query makes the weights there zero.
         logsumexp = tl.load(logsumexp_ptr + per_row + rows, mask=rows < length, other=float("inf")) * _LOG2E
         logits = tl.dot(k, tl.trans(q), input_precision="ieee") * (scale * _LOG2E)
         if bias_ptr is not None:
@@ -328,10 +328,10 @@ def _backward_bias_kernel(
     BLOCK_E: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Sums of grad_logits by distance, for one head and one band of square tiles along a diagonal.
+    """Sum grad_logits by distance, for one head and one band of square tiles along a diagonal.
 
-    A program handles every shares-th sequence. All tiles of a band contain the same distances at the same places, so
-    they are added element by element, and only their total is summed along diagonals.
+    Each program handles one sequence in every `shares`. All tiles of a band contain the same distances at the same
+    places, so they are added element by element, and only their total is summed along diagonals.
     """
     bands, shares = tl.num_programs(0), tl.num_programs(2)
     head = tl.program_id(1)
@@ -385,7 +385,7 @@ def _backward_bias_kernel(
 
 @triton.jit
 def _at_distance(partial_ptr, distances, head, heads, shares, bands, BLOCK: tl.constexpr):
-    """Sums at some distances over all shares and over the two bands that contain a distance."""
+    """Sum the partial results at some distances, over all shares and the two bands that contain each distance."""
     slots = distances + (bands // 2 + 1) * BLOCK
     acc = tl.zeros(distances.shape, tl.float32)
     for share in range(shares):
@@ -398,7 +398,7 @@ def _at_distance(partial_ptr, distances, head, heads, shares, bands, BLOCK: tl.c
 
 @triton.jit(do_not_specialize=["reach", "shares", "bands"])
 def _reduce_bias_kernel(partial_ptr, grad_bias_ptr, reach, shares, bands, heads, BLOCK: tl.constexpr):
-    """grad_distance_bias from the sums by distance; all distances beyond R are added to its first and last entry."""
+    """Compute grad_distance_bias from sums by distance; its first and last entries include all distances beyond R."""
     head = tl.program_id(1)
     places = tl.arange(0, BLOCK)
     bins = tl.program_id(0) * BLOCK + places
@@ -432,7 +432,7 @@ class _Launch(NamedTuple):
 
     @staticmethod
     def grid(block: int, arguments: dict[str, Any]) -> tuple[int, int]:
-        """Number of programs: one for each block that `_block_of` numbers, and each head."""
+        """Return the grid: one program for each block that `_block_of` numbers and each head."""
         return arguments["total"] // block + arguments["batch"], arguments["heads"]
 
 
@@ -444,7 +444,7 @@ class _Launches(NamedTuple):
 
 
 def _launches(width: int, dtype: torch.dtype, biased: bool, max_length: int) -> _Launches:
-    """Launch settings, chosen so that the kernels compile without spills for sm_90, see README.md.
+    """Return launch settings that let the kernels compile without spills for sm_90 (see README.md).
 
     Settings that change the order of a sum must not depend on the lengths, or the bits of a sequence would depend on
     its batch. The forward computes each query on its own, so its `block_m` may: it is smaller for short sequences.
@@ -467,7 +467,7 @@ def _arguments(
     distance_bias: Tensor | None,
     gate: Tensor | None,
 ) -> dict[str, Any]:
-    """Arguments that all kernels share, by name."""
+    """Return the arguments that all kernels share, by name."""
     total, heads, width = q.shape
     threshold = int(dropout_p * 2**32)
     return {
@@ -499,7 +499,7 @@ def varlen_attention_fwd(
     distance_bias: Tensor | None,  # (H, 2R+1)
     gate: Tensor | None,  # (N, H)
 ) -> tuple[Tensor, Tensor]:  # (N, H, E), (H, N)
-    """Attention output, and the natural logarithm of each query's sum of exp(logit). Arguments are contiguous."""
+    """Return the attention output and each query's logsumexp of the logits. Arguments are contiguous."""
     total, heads, width = q.shape
     out, logsumexp = torch.empty_like(q), q.new_empty((heads, total), dtype=torch.float32)
     if q.numel() == 0:
@@ -528,7 +528,7 @@ def varlen_attention_bwd(
     distance_bias: Tensor | None,  # (H, 2R+1)
     gate: Tensor | None,  # (N, H)
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `q`, `k`, `v`, `distance_bias` and `gate` (empty for None). Arguments are contiguous."""
+    """Return the gradients of `q`, `k`, `v`, `distance_bias` and `gate` (empty for None). Arguments are contiguous."""
     width, heads = q.shape[2], q.shape[1]
     grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     grad_bias, grad_gate = (q.new_empty(0) if x is None else torch.zeros_like(x) for x in (distance_bias, gate))
@@ -585,7 +585,7 @@ def varlen_attention_bwd(
 
 
 def ahead_of_time_cases() -> dict[str, Callable[[], object]]:
-    """Calls by label. tests/ops/ahead_of_time.py compiles the kernels that each of them would launch."""
+    """Return calls by label; tests/ops/ahead_of_time.py compiles the kernels that each call would launch."""
     plain, everything = _forward_and_backward, partial(_forward_and_backward, dropout_p=0.1, biased=True)
     return {
         "bfloat16, E=64, dropout and gated bias": partial(everything, 64, torch.bfloat16),
