@@ -23,10 +23,10 @@ from fastssl.nn.functional import conv_layer
 from fastssl.packing import Packed
 
 _PERIODS_MS = (20.0, 30.0, 40.0, 60.0, 80.0)
-# Seconds that give 48 and 44 frames. At no period is half a frame left over, which rounding might keep or drop.
+# Durations (s) that give 48 and 44 frames. No period leaves half a frame over, which rounding could keep or drop.
 _GATE_S = [0.98, 0.9]
 _TOLERANCES = {torch.float32: 2e-3, torch.bfloat16: 0.1}
-#: Number of convolutions before the pooling; two more follow, after which frames are 40 ms apart.
+#: Number of convolutions before the pooling. Two more follow, and their frames are 40 ms apart.
 _POOLED_AFTER = 5
 _POOLED = "fastssl, pooled by 2 between convolutions 5 and 6"
 
@@ -52,7 +52,7 @@ def _operations(config: EncoderConfig, lengths_s: list[float], period_ms: float)
 
 
 def _operations_pooled(config: EncoderConfig, lengths_s: list[float]) -> int:
-    """Count the multiplications with pooling: earlier convolutions, half of the later ones, transformer at 40 ms."""
+    """Count the multiplications: all of the earlier convolutions, half of the later ones, the transformer at 40 ms."""
     plain = replace(config, compressor="none")
     early = replace(
         plain,
@@ -111,7 +111,9 @@ def periods(title: str, layers: int, device: torch.device) -> Row:
     for name, count in counts.items():
         time = row.measurements[name].seconds / row.measurements[full].seconds
         share = count / counts[full]
-        row.notes.append(f"{name}: {time:.3f} of the time, {share:.3f} of the multiplications; {time / share:.2f}")
+        row.notes.append(
+            f"{name}: {time:.3f} of the time, {share:.3f} of the multiplications; ratio {time / share:.2f}"
+        )
     return row
 
 

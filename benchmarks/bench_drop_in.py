@@ -1,8 +1,8 @@
 """Time other libraries' models before and after `accelerate`: `python -m benchmarks.bench_drop_in --device cpu|cuda`.
 
-Covers forward pass and training step of every architecture, on the lengths `read-speech` and `equal` (which needs no
-padding). The weights are random. Layer drop and SpecAugment are off, so that every step does the same work; dropout is
-on.
+Covers the forward pass and the training step of every architecture, on the workloads `read-speech` and `equal` (the
+latter needs no padding). The weights are random. Layer drop and SpecAugment are off, so that every step does the same
+work; dropout is on.
 """
 
 import copy
@@ -44,17 +44,17 @@ _FIELDS = (
     "conv_bias",
     "do_stable_layer_norm",
 )
-# data2vec has five positional convolutions of 19 taps, which take as many products as one of 95 taps.
+# data2vec has five positional convolutions of 19 taps, which take as many multiplications as one of 95 taps.
 _DATA2VEC = EncoderConfig(feat_extract_norm="layer", num_conv_pos_embeddings=95)
 
 
 class Architecture(NamedTuple):
-    """A model of another library.
+    """Model of another library.
 
     Args:
         make: Builds the model with random weights.
         encode: Runs it: (model, (B, T) samples, (B,) lengths or None) -> (B, F, D) features.
-        shape: Config of ours with the same matrix products, for the limits.
+        shape: A fastssl config with the same matrix products; the limits are computed from it.
         takes_lengths: Whether the original takes lengths; torchaudio's WavLM treats padding as audio.
     """
 
@@ -113,7 +113,7 @@ ARCHITECTURES = {
 
 
 def _lengths_s(name: str, workload: str, device: torch.device) -> list[float]:
-    """Return lengths of utterances in seconds: about 15 to 40 s of audio on a CPU, 400 s on a GPU."""
+    """Return the lengths of the utterances in seconds: about 15 to 40 s of audio on a CPU, 400 s on a GPU."""
     large = ARCHITECTURES[name].shape is _LARGE
     if device.type == "cpu":
         return workloads.equal(1) if workload == "equal" else workloads.read_speech(2 if large else 3)
@@ -121,7 +121,7 @@ def _lengths_s(name: str, workload: str, device: torch.device) -> list[float]:
 
 
 def drop_in(name: str, work: str, workload: str, device: torch.device) -> Row:
-    """Compare an original with its accelerated copy, in fp32 on the CPU, on a GPU in bf16 or under bf16 autocast.
+    """Compare a model with its accelerated copy: in fp32 on the CPU, in bf16 or under bf16 autocast on a GPU.
 
     Args:
         name: Key of `ARCHITECTURES`.
@@ -185,9 +185,9 @@ def _step(
 def _gate_outputs(
     model: nn.Module, architecture: Architecture, device: torch.device, *, together: bool, training: bool
 ) -> Outputs:
-    """Compute features of two utterances, and for training the gradients of a weighted sum of them.
+    """Compute the features of two utterances and, for training, the gradients of a weighted sum of the features.
 
-    With `together` the utterances are in one padded batch, else each is encoded alone.
+    With `together`, the utterances form one padded batch; otherwise each is encoded alone.
     """
     model.eval()
     dtype = next(model.parameters()).dtype
@@ -206,7 +206,7 @@ def _gate_outputs(
         return outputs
     weights = [torch.sin(torch.arange(x.numel(), device=device)).view_as(x) for x in features]
     torch.stack([(x * weight).sum() for x, weight in zip(features, weights, strict=True)]).sum().backward()
-    # Leave out the bias of the keys: the softmax is invariant to it, so that its gradient is only rounding error.
+    # Leave out the keys' bias: the softmax is invariant to it, so its gradient is only rounding error.
     grads = {f"gradient of {n}": p.grad for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
     return outputs | {n: grad for n, grad in grads.items() if not n.endswith("k_proj.bias")}

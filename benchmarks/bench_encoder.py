@@ -14,7 +14,7 @@ from benchmarks.report import Rows, main
 from fastssl.models.encoder import Encoder
 from fastssl.packing import Packed
 
-# Seconds of the gate's utterances: two different lengths, so that the gate covers uneven batches.
+# Lengths (s) of the gate's utterances. They differ, so that the gate covers uneven batches.
 _GATE_S = [1.0, 0.7]
 _TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 
@@ -72,7 +72,7 @@ def forward(title: str, lengths_s: Sequence[float], device: torch.device) -> Row
 
 
 def bf16_against_fp32(device: torch.device) -> Row:
-    """Compare our forward pass in bf16 with our own in fp32 and with Transformers in bf16."""
+    """Compare our forward pass in bf16 with the same in fp32 and with Transformers in bf16."""
     torch.manual_seed(0)
     lengths_s = workloads.read_speech(8)
     encoder = Encoder(recipe_model("wav2vec2-base")).to(device).eval()

@@ -68,7 +68,7 @@ def pretraining(title: str, config: HubertConfig, lengths_s: Sequence[float], de
     contenders.add("fastssl", Step(model, our_loss, device), partial(gate.ours, model))
     contenders.invite("torchaudio", torchaudio)
     gemms = limits.encoder(config, workloads.samples_of(lengths_s), backward=True)
-    masked = round(0.56 * sum(frames))  # share of frames in spans of 10 that start at 8 % of the frames
+    masked = round(0.56 * sum(frames))  # share of frames masked when spans of 10 start at 8 % of them
     gemms += limits.linear(masked, config.hidden_size, config.final_dim, backward=True)
     gemms += limits.linear(masked, config.final_dim, config.num_clusters, backward=True)
     return compare(
@@ -84,7 +84,7 @@ def pretraining(title: str, config: HubertConfig, lengths_s: Sequence[float], de
 
 
 class _Gate:
-    """Utterances of equal length, with the same classes and mask for both libraries."""
+    """Inputs of the gate: utterances of equal length, with the same classes and mask for both libraries."""
 
     def __init__(self, model: HubertForPreTraining, device: torch.device) -> None:
         self.batch = workloads.waveforms(_GATE_S, device)
@@ -114,7 +114,7 @@ class _Gate:
 
 
 def _equal_work(preset: str, **changes: Any) -> HubertConfig:
-    """Return a recipe's config without layer drop, features penalty and gradient scaling of the front end."""
+    """Return a recipe's config without layer drop, features penalty or front-end gradient scaling."""
     config: HubertConfig = recipe_model(preset)
     return replace(config, layerdrop=0.0, features_penalty_weight=0.0, feature_grad_mult=1.0, **changes)
 

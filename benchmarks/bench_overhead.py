@@ -1,9 +1,9 @@
 """Measure the overhead of Python in an encoder's training step on the CPU: `python -m benchmarks.bench_overhead`.
 
 Times a narrow model with the same layers, calls and number of utterances as the real one, but with few channels and
-0.1 s of audio per utterance. Nearly all of its time is Python, dispatch and autograd, so that its time divided by that
-of the real step is an upper bound of their share. The growth per utterance is the cost of loops over utterances; the
-positional convolution has one.
+only 0.1 s of audio per utterance. Nearly all of its time is Python, dispatch and autograd, so its time divided by that
+of the real step is an upper bound on their share. The extra time per additional utterance is the cost of Python loops
+over utterances, such as the one in the positional convolution.
 """
 
 import argparse
@@ -36,13 +36,13 @@ NARROW = replace(
 
 
 def encoder_step(config: Any, lengths_s: Sequence[float]) -> Callable[[], None]:
-    """Return a function that runs forward and backward of an encoder on noise of these lengths in seconds."""
+    """Return a function that runs an encoder forward and backward on noise of these lengths in seconds."""
     encoder, batch = Encoder(config).train(), workloads.waveforms(lengths_s, CPU)
     return lambda: encoder(batch).features.values.square().mean().backward()
 
 
 def positional_step(lengths: Sequence[int], width: int, taps: int, groups: int) -> Callable[[], None]:
-    """Return a function that runs forward and backward of `ops.positional_conv`.
+    """Return a function that runs `ops.positional_conv` forward and backward.
 
     Args:
         lengths: Number of frames of each utterance.
@@ -57,7 +57,7 @@ def positional_step(lengths: Sequence[int], width: int, taps: int, groups: int) 
 
 
 def milliseconds(step: Callable[[], None], repeats: int) -> float:
-    """Return the median time of a step in milliseconds, over `repeats` calls after a first one."""
+    """Return the median time of a step in milliseconds, over `repeats` calls after one warm-up call."""
     step()
     return 1e3 * statistics.median(undisturbed(lambda: [seconds_of(step, CPU) for _ in range(repeats)]))
 
@@ -84,7 +84,7 @@ def main() -> None:
             print(f"{part:24s} {batch:24s} {whole_ms:9.1f} {overhead_ms:13.2f} {overhead_ms / whole_ms:7.2%}")
     for part, by_count in overheads.items():
         (few, few_ms), (many, many_ms) = by_count.items()
-        print(f"{part}: {(many_ms - few_ms) / (many - few):.3f} ms more for every utterance")
+        print(f"{part}: {(many_ms - few_ms) / (many - few):.3f} ms per additional utterance")
 
 
 if __name__ == "__main__":

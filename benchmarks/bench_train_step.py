@@ -34,7 +34,7 @@ _TOLERANCE, _BF16_TOLERANCE = 1e-3, 0.1
 def pretraining(title: str, config: Wav2Vec2Config, lengths_s: Sequence[float], device: torch.device) -> Row:
     """Compare whole wav2vec 2.0 pre-training steps with Transformers', in fp32 on the CPU, bf16 autocast on a GPU.
 
-    The gate is in fp32 on every device: rounding the logits to bf16 would make the quantiser choose other codes.
+    The gate uses fp32 on every device: rounding the logits to bf16 would make the quantiser choose other codes.
 
     Args:
         title: Title of the row.
@@ -90,7 +90,7 @@ def pretraining(title: str, config: Wav2Vec2Config, lengths_s: Sequence[float], 
 
 
 def encoder_training(device: torch.device) -> Row:
-    """Compare forward and backward of the encoder with dropout 0.1, without masks, losses and optimiser."""
+    """Compare the encoder's forward and backward passes with dropout 0.1, without masks, losses or optimiser."""
     torch.manual_seed(0)
     lengths_s = workloads.read_speech(4)
     config = replace(recipe_model("wav2vec2-base"), layerdrop=0.0, feature_grad_mult=1.0)
@@ -166,7 +166,7 @@ class Step:
 
 
 class _GateInputs:
-    """Utterances of equal length, with the same mask, negatives and Gumbel noise for both libraries."""
+    """Inputs of the gate: equal lengths, and the same mask, negatives and Gumbel noise for both libraries."""
 
     def __init__(self, model: Wav2Vec2ForPreTraining, device: torch.device) -> None:
         config = model.config
@@ -220,7 +220,7 @@ def _encoder_gradients(
     device: torch.device,
     rename: Callable[[str], str] = lambda name: name,
 ) -> Outputs:
-    """Compute the features of two utterances of different lengths, and the gradients of a weighted sum of them."""
+    """Compute the features of two utterances of different lengths, and the gradients of the features' weighted sum."""
     model.eval()
     with autocast(device):
         features = encode(workloads.waveforms([1.0, 0.7], device).unpack())
@@ -233,15 +233,15 @@ def _encoder_gradients(
 def gradients(model: nn.Module, loss: Tensor, rename: Callable[[str], str] = lambda name: name) -> dict[str, Tensor]:
     """Compute the gradients of all parameters, and leave the model in training mode without gradients.
 
-    The bias of the keys is left out: the softmax is invariant to it, so that its gradient is only rounding error.
+    The keys' bias is left out: the softmax is invariant to it, so its gradient is only rounding error.
 
     Args:
-        model: Model to differentiate.
-        loss: Loss, ().
-        rename: Translates a parameter's name into ours.
+        model: Model that the loss depends on.
+        loss: Loss to differentiate, a () tensor.
+        rename: Translates a parameter's name into the one that fastssl uses.
 
     Returns:
-        Gradients by our name.
+        Gradients by fastssl's parameter names.
     """
     loss.backward()
     grads = {f"gradient of {rename(name)}": p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -251,7 +251,7 @@ def gradients(model: nn.Module, loss: Tensor, rename: Callable[[str], str] = lam
 
 
 def _compiling(run: Callable[[], Any], check: Callable[[], Outputs]) -> Entry:
-    """Make the gate compile a contender too, by a call after its check that is neither timed nor compared.
+    """Make the gate compile a contender too, with a call after its check that is neither timed nor compared.
 
     That call may take minutes, and it changes the weights.
     """
@@ -265,17 +265,17 @@ def _compiling(run: Callable[[], Any], check: Callable[[], Outputs]) -> Entry:
 
 
 def autocast(device: torch.device) -> torch.autocast:
-    """Return a context with bf16 autocast on a GPU, and without effect on the CPU."""
+    """Return a context manager: bf16 autocast on a GPU, no effect on the CPU."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
 def dtype_of(device: torch.device) -> torch.dtype:
-    """Return the dtype that products are computed in under `autocast`: bf16 on a GPU, fp32 on the CPU."""
+    """Return the dtype of matrix products under `autocast`: bf16 on a GPU, fp32 on the CPU."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def _equal_work(preset: str) -> Wav2Vec2Config:
-    """Return a recipe's config without layer drop, features penalty and gradient scaling of the front end."""
+    """Return a recipe's config without layer drop, features penalty or front-end gradient scaling."""
     config: Wav2Vec2Config = recipe_model(preset)
     return replace(config, layerdrop=0.0, features_penalty_weight=0.0, feature_grad_mult=1.0)
 

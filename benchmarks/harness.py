@@ -21,7 +21,7 @@ from benchmarks.machine import seconds_of, undisturbed, wait_until_quiet, with_p
 Outputs = Mapping[str, Tensor]
 #: The call to time, and the call that returns the outputs for the gate.
 Entry = tuple[Callable[[], Any], Callable[[], Outputs]]
-# In a call this long, in seconds, a cold start is negligible, so that even the first call counts.
+# A cold start is negligible in a call of at least this many seconds, so even the first call counts.
 _SLOW_S = 5.0
 _MOST_ROUNDS = 40
 _COPY = "copy"
@@ -29,7 +29,7 @@ _SHORT_S, _IN_A_ROW = 0.02, 5
 
 
 class GateError(AssertionError):
-    """A contender's outputs differ from the reference, so that its time must not be reported."""
+    """A contender's outputs differ from the reference, so its time must not be reported."""
 
 
 class Contender(NamedTuple):
@@ -64,7 +64,7 @@ class Measurement:
 
 @dataclass
 class Row:
-    """One row of a benchmark: the same work done by every contender, and the limits of its time."""
+    """One row of a benchmark: the same work done by every contender, and lower limits on its time."""
 
     title: str
     tolerance: float
@@ -135,16 +135,16 @@ def compare(
     budget_s: float = 12.0,
     notes: Sequence[str] = (),
 ) -> Row:
-    """Check the outputs of every contender, then time the contenders in turns.
+    """Check the outputs of every contender, then time the contenders, which take turns.
 
     Args:
         title: Title of the row.
-        contenders: Contenders to compare; the first of ours is the one that users get by default.
+        contenders: Contenders to compare; the first whose name begins with "fastssl" is what users get by default.
         reference: Computes the outputs and gradients that every contender must match.
         tolerance: Largest deviation allowed in any element of a tensor, relative to the reference's largest value.
         device: Device that the work runs on.
-        limits: Measures the limits, in seconds by name; called after the contenders.
-        copy_limit: A limit by memory bandwidth, which is measured in turn with the contenders.
+        limits: Measures the limits and returns them in seconds by name; called after the contenders are timed.
+        copy_limit: Limit set by memory bandwidth; its copy takes turns with the contenders.
         audio_s: Seconds of valid audio in the work.
         budget_s: Time for the timed rounds, in seconds; slow work may take longer, because at least one round is timed.
         notes: Lines to print below the row.
@@ -176,7 +176,7 @@ def gate(
 ) -> tuple[list[Contender], dict[str, float]]:
     """Compare the outputs of every contender with the reference.
 
-    A rival that fails is noted in `skipped`, and so is a backend of ours that rejects the case with a ValueError.
+    A rival that fails is noted in `skipped`, as is a fastssl backend that rejects the case with a ValueError.
 
     Returns:
         The contenders that run, and the worst error of each.
@@ -199,7 +199,7 @@ def gate(
         errors[contender.name] = worst_error(contender.name, outputs, reference, tolerance)
         running.append(contender)
     if not any(contender.ours for contender in running):
-        raise GateError(f"none of ours runs, so that nothing can be compared: {skipped}")
+        raise GateError(f"no fastssl contender runs, so nothing can be compared: {skipped}")
     return running, errors
 
 
@@ -216,12 +216,12 @@ def worst_error(name: str, outputs: Outputs, reference: Outputs, tolerance: floa
     for what, expected in reference.items():
         found = outputs[what].detach()
         if found.shape != expected.shape:
-            raise GateError(f"{name}: {what} is {tuple(found.shape)}, expected {tuple(expected.shape)}")
+            raise GateError(f"{name}: {what} has shape {tuple(found.shape)}, expected {tuple(expected.shape)}")
         expected = expected.detach().to(torch.float64)
         scale = expected.abs().max().clamp(min=torch.finfo(torch.float64).tiny)
         error = float((found.to(expected.device, torch.float64) - expected).abs().max() / scale)
         if not error <= tolerance:  # also true for NaN
-            raise GateError(f"{name}: {what} is off by {error:.2g} of its largest value, allowed {tolerance:g}")
+            raise GateError(f"{name}: {what} is off by {error:.2g} of its largest value; allowed: {tolerance:g}")
         worst = max(worst, error)
     return worst
 
@@ -229,7 +229,7 @@ def worst_error(name: str, outputs: Outputs, reference: Outputs, tolerance: floa
 def _measure(
     contenders: Sequence[Contender], device: torch.device, budget_s: float, skipped: dict[str, str]
 ) -> tuple[dict[str, list[float]], dict[str, int]]:
-    """Measure the seconds of every round and the peak bytes of each contender.
+    """Measure each contender's time (s) in every round, and its peak memory (bytes).
 
     A rival that runs out of memory is noted in `skipped`.
     """
@@ -260,7 +260,7 @@ def _measure(
 
 
 def _rounds(runs: Mapping[str, Callable[[], Any]], device: torch.device, wanted: int) -> list[dict[str, float]]:
-    """Time every contender once per round, each round in another order."""
+    """Time every contender once per round, in a different order each round."""
     kept: list[dict[str, float]] = []
     while len(kept) < wanted:
         kept += undisturbed(partial(_block, runs, device, first=len(kept), wanted=wanted))
@@ -281,9 +281,9 @@ def _block(
 
 
 def _settled_seconds(call: Callable[[], Any], device: torch.device) -> float:
-    """Return the seconds of one call, or if it is short the median of five calls in a row.
+    """Return the time of one call in seconds; for a short call, the median of five in a row.
 
-    The first call after another contender finds cold caches, for Python's own data too. That costs about half a
+    The first call after another contender finds the caches cold, even for Python's own data. That costs about half a
     millisecond whatever the work is; a training loop, which repeats the same ops, does not pay it.
     """
     first_s = seconds_of(call, device)

@@ -1,4 +1,4 @@
-"""Lower limits of the time of a piece of work: the time of its GEMMs, or of a copy of the bytes it moves.
+"""Lower limits on the time that work takes: the time of its GEMMs, or of a copy of the bytes it moves.
 
 The GEMM limit is the sum of the times that the GEMMs of the valid audio take alone, each measured at its own shape in
 the same run. Everything else (norms, activations, softmax, dropout, losses, the optimiser) counts as free, so the limit
@@ -19,8 +19,8 @@ from fastssl.models.encoder import EncoderConfig
 from fastssl.models.wav2vec2 import Wav2Vec2Config
 from fastssl.packing import Layout
 
-# Products with more rows, or a larger inner dimension, than this are measured at this size and their time is scaled:
-# the rate no longer changes with size.
+# Matrix products with more rows or a larger inner dimension than this are measured at this size, and their time is
+# scaled up: beyond it, the rate no longer changes with size.
 _TALLEST = 8192
 _SECONDS_PER_SHAPE = 0.15
 _REPEATS = 9
@@ -101,7 +101,7 @@ def encoder(config: EncoderConfig, samples: Sequence[int], *, backward: bool) ->
 def quantizer(frames: int, c_in: int, groups: int, codes: int, width: int) -> list[Gemm]:
     """Return the GEMMs of a Gumbel quantiser: the logits, and the straight-through gradient of the codes.
 
-    Looking up the chosen code takes no product.
+    Looking up the chosen code takes no matrix product.
     """
     return [*linear(frames, c_in, groups * codes, backward=True), Gemm(frames, width // groups, codes, times=groups)]
 
@@ -125,7 +125,7 @@ def pretraining(config: Wav2Vec2Config, samples: Sequence[int], masked: Sequence
 
 
 def gemm_limits(gemms: Sequence[Gemm], dtype: torch.dtype, device: torch.device) -> dict[str, float]:
-    """Measure the limit in seconds with `aten::mm`, and in fp32 on a CPU also with the faster of it and oneDNN."""
+    """Measure the limit in seconds with `aten::mm`, and in fp32 on a CPU also with the faster of `mm` and oneDNN."""
     by_aten, fastest = 0.0, 0.0
     for gemm in gemms:
         if gemm.flops:
@@ -142,15 +142,15 @@ def gemm_limits(gemms: Sequence[Gemm], dtype: torch.dtype, device: torch.device)
 
 
 class CopyLimit(NamedTuple):
-    """A limit by memory bandwidth: the time to move bytes at the rate of a copy.
+    """A limit set by memory bandwidth: the time to move bytes at the rate of a copy.
 
-    The copy touches as much memory as the work. A comparison times it in turn with the contenders, so that it finds the
-    caches in the same state.
+    The copy touches as much memory as the work. It takes turns with the contenders, so that it finds the caches in the
+    same state.
 
     Args:
         run: Makes the copy.
-        moved_bytes: Bytes that the work must at least read and write.
-        footprint_bytes: Bytes that the copy reads and writes, which is the memory that the work touches.
+        moved_bytes: Smallest number of bytes that the work can read and write.
+        footprint_bytes: Number of bytes that the copy reads and writes: as much memory as the work touches.
     """
 
     run: Callable[[], Any]
@@ -158,7 +158,7 @@ class CopyLimit(NamedTuple):
     footprint_bytes: int
 
     def named_seconds(self, copy_s: float) -> tuple[str, float]:
-        """Return name and seconds of the limit, computed from the seconds of one copy."""
+        """Return the limit's name and its time in seconds, computed from the time of one copy."""
         rate = self.footprint_bytes / copy_s
         return f"copy, {self.footprint_bytes / 1e6:.3g} MB at {rate / 1e9:.3g} GB/s", self.moved_bytes / rate
 
@@ -186,7 +186,7 @@ def _gemm_seconds(gemm: Gemm, dtype: torch.dtype, device: torch.device) -> dict[
 
 
 def _has_onednn(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether oneDNN offers a product other than that of `aten::mm`; in bf16 they are the same."""
+    """Return whether oneDNN offers a matrix product other than that of `aten::mm`; in bf16 they are the same."""
     return device.type == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available()
 
 
@@ -196,7 +196,7 @@ def _onednn(x: Tensor, weight: Tensor) -> Tensor:  # (M, K), (N, K) -> (M, N)
 
 
 def _median_seconds(calls: dict[str, Callable[[], Any]], device: torch.device) -> dict[str, float]:
-    """Return the median seconds of each call, over a few interleaved repetitions."""
+    """Return each call's median time in seconds over a few interleaved repetitions."""
     for call in calls.values():
         call()
     return undisturbed(lambda: _interleaved_medians(calls, device))

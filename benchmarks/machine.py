@@ -1,4 +1,4 @@
-"""The machine that measures: load by other processes, time and memory of a call, description of the hardware."""
+"""Observe the machine: load from other processes, time and memory of a call, hardware and versions."""
 
 import ctypes
 import gc
@@ -23,7 +23,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # constants from glibc's malloc.h
 
 
 class BusyMachineError(RuntimeError):
-    """Other processes use the machine, so that measured times would be wrong."""
+    """Other processes use the machine, so measured times would be wrong."""
 
 
 class ForeignLoad:
@@ -38,14 +38,14 @@ class ForeignLoad:
         return time.monotonic() - self._began_s
 
     def cpu_s(self) -> float:
-        """Return the CPU seconds that other processes have used since then, summed over all cores."""
+        """Return the CPU seconds that other processes have used since the object was created, over all cores."""
         return _others_cpu_s() - self._others_s
 
     def too_much(self) -> bool:
         """Whether other processes used too much CPU time to trust a measurement.
 
-        Allowed are a twentieth of a core, half of each core that torch leaves idle, and 0.05 s for the coarse ticks of
-        /proc/stat.
+        They may use a twentieth of a core, half of each core that torch leaves idle, and 0.05 s more, because the ticks
+        of /proc/stat are coarse.
         """
         idle_cores = max(0, (os.cpu_count() or 1) - torch.get_num_threads())
         return self.cpu_s() > 0.05 + (0.05 + idle_cores / 2) * self.elapsed_s()
@@ -104,7 +104,7 @@ def keep_freed_memory() -> None:
     """Make glibc keep up to 2 GB of freed memory for the next tensor, for the rest of the process.
 
     By default, glibc returns every tensor above 32 MB to the system at once, and later gets the same pages back with a
-    page fault for each. On some machines this takes longer than the work itself, the more so the more memory it uses.
+    page fault for each. On some machines this takes longer than the work itself, and it grows with the memory used.
 
     Raises:
         RuntimeError: The C library is not glibc.
@@ -112,15 +112,17 @@ def keep_freed_memory() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     most = 2**31 - 1
     if mallopt is None or not (mallopt(_M_MMAP_THRESHOLD, most) and mallopt(_M_TRIM_THRESHOLD, most)):
-        raise RuntimeError("--keep-freed-memory: needs glibc, but the C library is another one; leave the option out")
+        raise RuntimeError(
+            "--keep-freed-memory: needs glibc, but this system has another C library; leave the option out"
+        )
 
 
 def with_peak_memory(call: Callable[[], Any], device: torch.device) -> tuple[float, int]:
-    """Return the seconds of a call, and its peak memory in bytes less the memory in use before it.
+    """Return a call's time in seconds, and its peak memory in bytes less the memory in use before it.
 
     On the CPU this is resident memory. The free heap is first returned to the system, so that a call cannot reuse pages
     of an earlier one; a page counts once it is touched. Linux updates its memory counters in batches per processor, so
-    that the peak may be some hundred kilobytes too low.
+    the peak may be some hundred kilobytes too low.
     """
     gc.collect()
     if device.type == "cuda":
@@ -131,7 +133,7 @@ def with_peak_memory(call: Callable[[], Any], device: torch.device) -> tuple[flo
         seconds = seconds_of(call, device)
         return seconds, torch.cuda.max_memory_allocated() - before
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # reset the peak to the present value
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak to the current value
     before = _status_bytes("VmRSS")
     seconds = seconds_of(call, device)
     return seconds, max(0, _status_bytes("VmHWM") - before)
@@ -145,7 +147,7 @@ def _status_bytes(name: str) -> int:
 
 
 def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
-    """Return the seconds of one call: wall time on the CPU, the time between two CUDA events on a GPU."""
+    """Return the time of one call in seconds: wall time on the CPU, the time between two CUDA events on a GPU."""
     if device.type == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
@@ -162,7 +164,7 @@ def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """Describe where a result comes from: hardware, versions of libraries, commit and command."""
+    """Describe where a result comes from: hardware, library versions, commit and command."""
     return {
         "machine": {
             "device": torch.cuda.get_device_name() if device.type == "cuda" else _processor(),

@@ -1,8 +1,8 @@
 """Write the README's tables from the newest committed results: `python -m benchmarks.readme_table [--check]`.
 
-Each block from `<!-- all cpu -->` (or `drop-in` for `all`, or `cuda` for `cpu`) to `<!-- end -->` is replaced by the
-table of the newest file `benchmarks/results/*-all-cpu.json` (or the other name). With `--check`, nothing is written,
-and the command fails if a table is not up to date.
+A block from `<!-- all cpu -->` to `<!-- end -->` is replaced by the table of the newest file
+`benchmarks/results/*-all-cpu.json`. In both names, `drop-in` may stand for `all`, and `cuda` for `cpu`. With `--check`,
+nothing is written, and the command fails if a table is not up to date.
 """
 
 import argparse
@@ -27,7 +27,7 @@ def updated(text: str, results: Path) -> str:
 
 
 def newest(results: Path, kind: str, device: str) -> tuple[str, dict[str, Any]] | None:
-    """Return name and content of the newest result of a kind and device; file names begin with their date."""
+    """Return the name and content of the newest result of a kind and device; file names begin with their date."""
     files = sorted(results.glob(f"*-{kind}-{device}.json"))
     return (files[-1].name, json.loads(files[-1].read_text())) if files else None
 
@@ -46,7 +46,7 @@ def table(name: str, content: dict[str, Any]) -> str:
 
 
 def drop_in_table(name: str, content: dict[str, Any]) -> str:
-    """Return a table with a line per architecture: time and memory of the original and ours, for each kind of work."""
+    """Return a table with a line per architecture: time and memory before and after `accelerate`, by kind of work."""
     works = list(dict.fromkeys(row["title"].partition(", ")[2] for row in content["rows"].values()))
     rows = {row["title"]: row for row in content["rows"].values()}
     lines = [
@@ -112,7 +112,7 @@ def main() -> None:
     new = updated(text, ROOT / "benchmarks" / "results")
     if args.check and new != text:
         raise SystemExit(
-            "README.md: its tables are not those of the newest results; run `python -m benchmarks.readme_table`"
+            "README.md: the tables do not match the newest results; run `python -m benchmarks.readme_table`"
         )
     if not args.check:
         readme.write_text(new)

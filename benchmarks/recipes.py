@@ -1,4 +1,4 @@
-"""Models of the recipes that the package ships."""
+"""Model configs of the recipes that the package ships."""
 
 from typing import Any
 

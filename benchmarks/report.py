@@ -140,7 +140,7 @@ def main(
     """Parse the command line, measure rows, print them with their targets, and write JSON.
 
     Args:
-        rows: For each key of a row, the function that measures it on a given device.
+        rows: By the row's key, the function that measures the row on a given device.
         description: Text for `--help`.
         by_default: For each device, the rows to measure without `--only`; None means all rows.
         targets: For each device, the targets to judge.
@@ -151,7 +151,7 @@ def main(
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
     parser.add_argument("--output", type=Path, help="JSON file for the results, written after every row")
     parser.add_argument(
-        "--resume", action="store_true", help="skip rows that OUTPUT already has; it must be of the same commit"
+        "--resume", action="store_true", help="skip rows that OUTPUT already contains; it must be from the same commit"
     )
     parser.add_argument("--compiled", action="store_true", help="include torch.compile in every row (takes long)")
     parser.add_argument(

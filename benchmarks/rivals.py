@@ -1,4 +1,4 @@
-"""The best other implementations, called as their users call them: on padded batches, with attention masks and SDPA."""
+"""Build the best other implementations, and call them as users do: on padded batches, with attention masks and SDPA."""
 
 import copy
 import importlib
@@ -43,7 +43,7 @@ def _transformers_config(config: EncoderConfig, *, apply_spec_augment: bool) -> 
 
 
 def transformers_masks(model: Any, attention_mask: Tensor) -> tuple[Tensor, Tensor]:  # (B, T) -> (B, F), (B, F, K)
-    """Draw time mask and negatives of a batch with the functions that Transformers' pre-training example calls."""
+    """Draw a batch's time mask and negatives with the functions that Transformers' pre-training example calls."""
     modeling = _transformers("models.wav2vec2.modeling_wav2vec2")
     config = model.config
     shape = (len(attention_mask), int(model._get_feat_extract_output_lengths(attention_mask.shape[1])))
@@ -106,7 +106,7 @@ def _torchaudio_models() -> Any:
         import torchaudio.models
     except (ImportError, OSError) as error:  # OSError: its library does not load with this torch
         raise ImportError(
-            f"torchaudio cannot be imported with torch {torch.__version__} ({error}); install the version that matches"
+            f"torchaudio cannot be imported with torch {torch.__version__} ({error}); install the matching version"
         ) from error
     return torchaudio.models
 
@@ -133,7 +133,7 @@ def _torchaudio_shape(config: EncoderConfig) -> dict[str, Any]:
 
 
 def from_torchaudio(name: str) -> str:
-    """Translate the name of a parameter of torchaudio's encoder into ours, which is also that of Transformers."""
+    """Translate a parameter name in torchaudio's encoder into fastssl's, which Transformers uses too."""
     name = name.replace("encoder.transformer.", "encoder.").replace(
         "encoder.feature_projection.", "feature_projection."
     )
@@ -142,7 +142,7 @@ def from_torchaudio(name: str) -> str:
 
 
 def from_torchaudio_hubert(name: str) -> str:
-    """Translate the name of a parameter of torchaudio's HuBERT for pre-training into ours."""
+    """Translate a parameter name in torchaudio's HuBERT for pre-training into fastssl's."""
     if name.startswith("wav2vec2."):
         return "hubert." + from_torchaudio(name.removeprefix("wav2vec2."))
     return "hubert.masked_spec_embed" if name == "mask_generator.mask_embedding" else name.partition(".")[2]
@@ -186,7 +186,7 @@ def transformers_quantizer(ours: GumbelQuantizer) -> Any:
 
 
 def gumbel_softmax_with(noise: Tensor) -> Callable[..., Tensor]:
-    """Return a replacement for `F.gumbel_softmax` with given noise, so that all contenders see the same in the gate."""
+    """Return a replacement for `F.gumbel_softmax` that uses this noise, the same for all contenders in the gate."""
 
     def gumbel_softmax(logits: Tensor, tau: float, hard: bool) -> Tensor:
         noisy = logits + noise.view_as(logits)
@@ -220,7 +220,7 @@ def integrate_and_fire_two_sums(x: Tensor, weights: Tensor, slots: int) -> Tenso
 
 
 def integrate_and_fire_product(x: Tensor, weights: Tensor, slots: int) -> Tensor:  # (B, T, C), (B, T) -> (B, S, C)
-    """Integrate and fire as a product with the dense matrix of contributions of frames to slots, (B, S, T)."""
+    """Integrate and fire as a matrix product: a dense (B, S, T) matrix says how much each frame adds to each slot."""
     after = weights.double().cumsum(1)
     before = F.pad(after[:, :-1], (1, 0))
     slot = torch.arange(slots, device=x.device, dtype=after.dtype).unsqueeze(1)
@@ -235,7 +235,7 @@ def compile_everywhere() -> None:
 
 
 def add_compiled(contenders: Contenders, device: torch.device, make: Callable[[], Entry], *, quick: bool) -> None:
-    """Add Transformers under `torch.compile` on a GPU or if it compiles quickly, else note it as skipped.
+    """Add Transformers under `torch.compile` on a GPU or if it compiles quickly; otherwise note it as skipped.
 
     Args:
         contenders: Contenders to add it to.

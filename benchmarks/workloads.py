@@ -30,17 +30,17 @@ def _read_speech_sample() -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
 
 
 def short(utterances: int) -> list[float]:
-    """Return lengths in seconds spread evenly from 1 to 5 s, like commands and turns of a conversation."""
+    """Return lengths in seconds spread evenly from 1 to 5 s, like voice commands and turns of a conversation."""
     return _in_any_order([1 + 4 * q for q in _middles(utterances)])
 
 
 def equal(utterances: int) -> list[float]:
-    """Return lengths in seconds that are all 15.6 s, so that a batch needs no padding."""
+    """Return equal lengths of 15.6 s, so that a batch needs no padding."""
     return [15.6] * utterances
 
 
 def long(utterances: int) -> list[float]:
-    """Return lengths in seconds that are all 60 s."""
+    """Return equal lengths of 60 s."""
     return [60.0] * utterances
 
 
@@ -66,7 +66,7 @@ def utterances_for(audio_s: float) -> int:
 
 
 def frames(lengths_s: Sequence[float]) -> list[int]:
-    """Return the number of frames of an encoder with 50 frames per second, for lengths in seconds."""
+    """Return how many frames an encoder with 50 frames per second makes of each length in seconds."""
     return [max(1, (samples - 80) // 320) for samples in samples_of(lengths_s)]
 
 

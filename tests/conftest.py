@@ -1,4 +1,4 @@
-"""Options, markers and fixtures shared by all tests."""
+"""Define the options, markers and fixtures that all tests share."""
 
 import os
 from collections.abc import Iterator
@@ -32,14 +32,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(scope="session")
 def speech_folder(request: pytest.FixtureRequest) -> Path:
-    """A folder of speech recordings: the one given with `--speech`, or else the spoken corpus."""
+    """Return a folder of speech recordings: the one given with `--speech`, otherwise the spoken corpus."""
     folder: Path | None = request.config.getoption("--speech")
     return folder or request.getfixturevalue("spoken_corpus")
 
 
 @pytest.fixture(scope="session")
 def spoken_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two minutes of synthetic speech by four speakers, with `utterances.tsv`. All tests share it: do not change it."""
+    """Make two minutes of synthetic speech by four speakers, with `utterances.tsv`; shared, so do not change it."""
     pytest.importorskip("espeakng_loader", reason="espeakng_loader is not installed")
     from fastssl.data.synthetic import speak_corpus
 
@@ -48,7 +48,7 @@ def spoken_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def recordings(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Fourteen recordings of 1 to 4 seconds."""
+    """Make fourteen recordings of 1 to 4 s."""
     from tests.tiny import write_recording
 
     folder = tmp_path_factory.mktemp("recordings")

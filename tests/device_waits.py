@@ -1,4 +1,4 @@
-"""Counting how often the host waits for a GPU."""
+"""Count how often the host waits for a GPU."""
 
 import warnings
 from collections.abc import Callable
@@ -7,7 +7,7 @@ import torch
 
 
 def device_waits(step: Callable[[], object]) -> list[str]:
-    """PyTorch's warnings about waits during a second call; the first call compiles and loads everything."""
+    """Return PyTorch's warnings about waits in a second call; the first call compiles and loads everything."""
     step()
     torch.cuda.synchronize()
     with warnings.catch_warnings(record=True) as caught:

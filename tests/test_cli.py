@@ -1,4 +1,4 @@
-"""The command line: its output, its settings, and the errors for bad arguments."""
+"""Test the command line: its output, its settings, and the errors for bad arguments."""
 
 import dataclasses
 import logging
@@ -37,7 +37,7 @@ def _logging() -> Iterator[None]:
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[PretrainConfig, bool]]:
-    """Replaces `pretrain`, and records the arguments of each call."""
+    """Replace `pretrain`, and record the arguments of each call."""
     calls: list[tuple[PretrainConfig, bool]] = []
     monkeypatch.setattr(
         "fastssl.train.pretrain.pretrain", lambda config, *, resume: calls.append((config, resume)), raising=True

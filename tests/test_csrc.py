@@ -1,4 +1,4 @@
-"""C++ and CUDA functions stay below a maximum length."""
+"""Test that no C++ or CUDA function is longer than a maximum."""
 
 import re
 from pathlib import Path

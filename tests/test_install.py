@@ -1,4 +1,4 @@
-"""Installs the package in the five supported ways, each in a real virtual environment.
+"""Install the package in the five supported ways, each in a real virtual environment.
 
 These tests download torch, so they are marked slow: run `pytest -m slow tests/test_install.py`.
 """
@@ -47,7 +47,7 @@ print(json.dumps({
 
 
 class Environment:
-    """A fresh virtual environment."""
+    """Fresh virtual environment."""
 
     def __init__(self, folder: Path) -> None:
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
@@ -81,7 +81,7 @@ class Environment:
 
 
 def installed(log: str) -> set[str]:
-    """Names of all packages that pip installed, including those in isolated build environments."""
+    """Return the names of all packages that pip installed, including those in isolated build environments."""
     found = re.findall(r"Successfully installed (.+)", log)
     return {package.rpartition("-")[0] for line in found for package in line.split()}
 

@@ -1,4 +1,4 @@
-"""The package's layers ("floors" in ARCHITECTURE.md): a module may import only from lower floors."""
+"""Test the package's layers ("floors" in ARCHITECTURE.md): a module may import only from lower floors."""
 
 import ast
 import os
@@ -39,7 +39,7 @@ def parsed(path: Path) -> ast.Module:
 
 @cache
 def imported_names(path: Path) -> set[str]:
-    """All names that a file imports, anywhere in the file. Imports must be absolute."""
+    """Return all names that a file imports, anywhere in the file. Imports must be absolute."""
     names: set[str] = set()
     for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
@@ -141,7 +141,7 @@ def test_no_function_hides_a_module() -> None:
 
 
 def _imported_from_elsewhere(path: Path) -> set[str]:
-    """Names that a package's `__init__.py` imports from modules other than the package itself."""
+    """Return the names that a package's `__init__.py` imports from modules other than the package itself."""
     package = ".".join(path.parent.relative_to(PACKAGE.parent).parts)
     imports = [node for node in parsed(path).body if isinstance(node, ast.ImportFrom)]
     return {alias.asname or alias.name for node in imports if node.module != package for alias in node.names}
@@ -162,7 +162,7 @@ def test_training_knows_systems_only_from_their_table() -> None:
 
 
 def words_of(source: str) -> set[str]:
-    """Names and words of texts in a source, but for docstrings and comments."""
+    """Return the names and the words of strings in a source, except those of docstrings and comments."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:

@@ -1,4 +1,4 @@
-"""The README's examples run, recipes contain only changed settings, and the README names every recipe and folder."""
+"""Test that the README's examples run and that it names every recipe and folder; recipes contain only changes."""
 
 import dataclasses
 import json

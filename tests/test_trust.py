@@ -1,4 +1,4 @@
-"""A list of all calls that could import, run, unpickle or download something, with the reason why each is safe."""
+"""List all calls that could import, run, unpickle or download something, with the reason why each is safe."""
 
 import ast
 from collections import Counter

@@ -1,4 +1,4 @@
-"""A model of a few thousand parameters, and short recordings to train it on."""
+"""Define a model of a few thousand parameters, and make short recordings to train it on."""
 
 from pathlib import Path
 

@@ -10,7 +10,8 @@ from benchmarks.bits.record import Results
 #: Biases to which the following softmax or group norm is invariant: their exact gradient is 0, the computed one is
 #: only rounding error.
 _ZERO_GRADIENTS = ("k_proj.bias", "conv_layers.0.conv.bias")
-#: If such a gradient is smaller than this share of the largest one of its case, its error is relative to that one.
+#: If such a gradient is smaller than this share of the largest one of its case, its error is measured relative to that
+#: one.
 _NEGLIGIBLE = 1e-4
 
 
@@ -64,7 +65,7 @@ def compare(before: Results, after: Results, *, tolerance_eps: float = 0.0) -> d
 
 
 def table(title: str, groups: dict[str, Group], *, examples: int = 20) -> str:
-    """Format groups as a Markdown table, followed by up to `examples` names of differing and of close results each."""
+    """Format groups as a Markdown table, and name up to `examples` differing and as many close results."""
     lines = [
         f"| {title} | results | equal | of these refused | within tolerance | differ | worst, eps |",
         "|---|---|---|---|---|---|---|",
@@ -87,7 +88,7 @@ def table(title: str, groups: dict[str, Group], *, examples: int = 20) -> str:
 
 
 def _difference(old: Tensor | str, new: Tensor | str, scale: float) -> tuple[str, float]:
-    """Describe the difference between two results in words (empty if they are equal), and return it in eps."""
+    """Return the difference between two results, in words (empty if they are equal) and in eps."""
     if isinstance(old, str) or isinstance(new, str):
         words = [x if isinstance(x, str) else f"a tensor {tuple(x.shape)}" for x in (old, new)]
         return ("" if words[0] == words[1] else f"{words[0][:200]} before, {words[1][:200]} after"), 0.0

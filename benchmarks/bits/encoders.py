@@ -85,7 +85,7 @@ def make(name: str, **changes: Any) -> Any:
 
     Args:
         name: Key of `VARIANTS` or `CONFORMERS`.
-        changes: Further fields of its config.
+        changes: Other fields of its config to set.
     """
     torch.manual_seed(0)
     if name in CONFORMERS:

@@ -24,7 +24,7 @@ class Record:
         self.results: Results = {}
 
     def add(self, name: str, value: Any) -> None:
-        """Add a value; items of containers get longer names, and None is left out."""
+        """Add a value; an item of a container is named after the container and its own key, and None is left out."""
         if value is None:
             return
         if isinstance(value, Tensor):
@@ -42,7 +42,7 @@ class Record:
             self.results[name] = str(value)
 
     def attempt(self, name: str, call: Callable[[], Any]) -> None:
-        """Add the result of a call, or the type of the error it raises; the error's message does not count."""
+        """Add the result of a call, or the type of the error it raises; the error's message is ignored."""
         if self.match not in name:
             return
         try:
@@ -64,7 +64,7 @@ def load(path: Path) -> Results:
 
 
 def score(value: Any) -> Tensor:
-    """Return a weighted sum, () fp64, of all tensors in a result that require gradients.
+    """Return a weighted sum of all tensors in a result that require gradients, as a () fp64 tensor.
 
     The weights are irregular, so that no direction of the gradient cancels by symmetry.
     """

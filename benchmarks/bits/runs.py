@@ -1,4 +1,4 @@
-"""Short runs with each tree's command line; runs of tiny recipes that one tree begins are finished by the other too."""
+"""Train briefly with each tree's command line, and let one tree also finish what the other began."""
 
 import csv
 import json
@@ -188,7 +188,7 @@ def _failure_is_a_result(record: Record, name: str) -> Iterator[None]:
 
 
 def rewind(run: Path, copy: Path, updates: int) -> None:
-    """Copy a finished run and set the copy back to half of its updates, with the checkpoint of that time as the last.
+    """Copy a finished run and set the copy back to half of its updates, so that its last checkpoint is from then.
 
     Args:
         run: Folder of the finished run, with checkpoints of updates `updates // 2` and `updates`.

@@ -43,7 +43,7 @@ class Tree:
             )
 
     def run(self, *arguments: str | Path, log: Path) -> None:
-        """Run `python -m ARGUMENTS` to its end, and write its output to the file `log`.
+        """Run `python -m ARGUMENTS`, wait for it to end, and write its output to the file `log`.
 
         Raises:
             RuntimeError: The program fails; the message ends with the last 3000 characters of its output.
@@ -74,7 +74,8 @@ def finish(process: subprocess.Popen[bytes], what: str, log: Path) -> None:
 def check_out(commit: str, folder: Path, *, modules: Path | None) -> None:
     """Write a commit's files and its compiled modules into a folder.
 
-    The compiled modules are copied from `modules`, else from this checkout if its sources are the same, else built.
+    The compiled modules are copied from `modules` if given, or from this checkout if its sources are the same.
+    Otherwise they are built.
 
     Args:
         commit: Commit to write.

@@ -34,7 +34,7 @@ Function = tuple[str, str]  # (path of the module, qualified name)
 
 
 class Walk:
-    """Profile function for one thread: records the package's functions that run, and its stack at certain moments."""
+    """Profile function for one thread: records which package functions run, and its stack at certain moments."""
 
     def __init__(self) -> None:
         #: Functions called in total, and between `training_step` and clipping.

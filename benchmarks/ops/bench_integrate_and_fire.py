@@ -16,7 +16,7 @@ from fastssl.packing import Layout, Packed
 def forward_and_backward(device: torch.device) -> Row:
     """Measure the op on sequences of equal length, in fp32 on the CPU and in bf16 on a GPU.
 
-    Equal lengths are the best case of plain PyTorch, because it needs no padding.
+    Equal lengths are the best case for plain PyTorch, which then needs no padding.
     """
     B, T, C = (8, 750, 512) if device.type == "cpu" else (64, 750, 512)
     dtype, tolerance = (torch.float32, 1e-4) if device.type == "cpu" else (torch.bfloat16, 0.05)

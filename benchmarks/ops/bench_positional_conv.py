@@ -17,7 +17,7 @@ D, K, GROUPS = 768, 128, 16
 
 
 def forward_and_backward(title: str, lengths_s: Sequence[float], device: torch.device) -> Row:
-    """Measure the op with width, taps and groups of a base model, in fp32 on the CPU and in bf16 on a GPU.
+    """Measure the op with a base model's width, taps and groups, in fp32 on the CPU and in bf16 on a GPU.
 
     Args:
         title: Name of the lengths, for the title of the row.

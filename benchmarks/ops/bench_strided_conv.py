@@ -22,7 +22,7 @@ _GATE_S = [0.5, 0.3]
 
 
 def front_end(title: str, lengths_s: Sequence[float], device: torch.device) -> Row:
-    """Compare every backend of ours with Transformers' front end, eager and under torch.compile.
+    """Compare every fastssl backend with Transformers' front end, eager and under torch.compile.
 
     Args:
         title: Title of the row.

@@ -3,12 +3,12 @@
     python -m benchmarks.studies.compare_systems CORPORA --runs RUNS --output compare_systems.json
 
 wav2vec2-tiny, hubert-tiny (two iterations; the second learns classes of the first one's third layer) and best-rq-tiny
-are pre-trained on the corpus `train`. Frozen, they are compared with log-mel features and with both architectures with
-random weights, on these probes:
+are pre-trained on the corpus `train`. The frozen encoders are compared with log-mel features, and with both
+architectures at random weights, on these probes:
 
 - digits and phones by CTC, on speakers that the head was trained on, and in six folds on the speaker held out;
 - thirty voices in 1 s of audio;
-- verification between two held-out speakers at a time, which the layer was not chosen on.
+- verification of two held-out speakers at a time, whose recordings played no part in choosing the layer.
 
 With --curve, the checkpoints at each quarter of a run are also probed for digits on held-out speakers, to show the
 effect of more updates.
@@ -46,7 +46,7 @@ PROBES = {
     "voice error, 1 s": Probe("voices_test", "voice", segment_s=1.0),
     "equal error rate, 1 s": Probe("test", "speaker", segment_s=1.0, task="verification", folds="speaker", fold_size=2),
 }
-#: Rows with random weights, by the system whose architecture they have; HuBERT's is that of wav2vec 2.0.
+#: Rows with random weights, by the system whose architecture they have; HuBERT shares that of wav2vec 2.0.
 UNTRAINED = {"wav2vec 2.0": "untrained wav2vec 2.0 and HuBERT", "BEST-RQ": "untrained BEST-RQ"}
 #: All rows, in the order of the tables.
 NAMES = (
@@ -60,10 +60,10 @@ NAMES = (
 )
 #: Task for the intermediate checkpoints of --curve.
 CURVE = "digit error, held-out speakers"
-#: The system with which log-mel is probed, once.
+#: Log-mel is probed only once, together with this system.
 WITH_LOG_MEL = "wav2vec 2.0"
-#: Frames for k-means of every encoder: the number that the encoder with the longest frames has in 8 minutes. It also
-#: determines the number of clusters.
+#: Number of frames for k-means, the same for every encoder: as many as the one with the longest frames makes of 8
+#: minutes. It also determines the number of clusters.
 QUALITY_FRAMES = 12_000
 #: Layer of hubert-tiny whose classes the second iteration learns.
 LABEL_LAYER = 3
@@ -109,8 +109,8 @@ def _options(corpora: Path, updates: int, precision: str) -> dict[str, Any]:
 def main() -> None:
     """Do the missing runs and probes, write the tables and print them."""
     parser = corpora_parser(__doc__ or "")
-    parser.add_argument("--updates", type=int, default=3000, help="per run; HuBERT's first iteration takes a third")
-    parser.add_argument("--seeds", type=int, default=3, help="seeds per head of tasks without folds; others have one")
+    parser.add_argument("--updates", type=int, default=3000, help="updates per run (HuBERT's first iteration: a third)")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds per head in tasks without folds (with folds: one)")
     parser.add_argument("--probe_steps", type=int, default=600, help="number of optimiser steps of each probe head")
     parser.add_argument("--curve", action="store_true", help="also probe the checkpoints at each quarter of a run")
     arguments = parser.parse_args()

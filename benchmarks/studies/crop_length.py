@@ -1,4 +1,4 @@
-"""Study of Match to Win (arXiv:2209.15575): how short may the sequences be that an encoder is pre-trained on?
+"""Study of Match to Win (arXiv:2209.15575): how short may the sequences for pre-training be?
 
     python -m benchmarks.studies.crop_length CORPORA --sounds ESC10 --runs RUNS --output crop_length.json [--full]
 
@@ -9,15 +9,15 @@ the crop is taken whole. The number of updates is the same everywhere. Two proto
   utterances. Batches are filled only with utterances that fit, and the last one of an epoch is smaller; for each crop,
   `--data.max_duration_s` is therefore set so that the mean comes nearest to 48 s.
 - Protocol B: four utterances per update (fewer in the last one of an epoch), so that audio and cost grow with the crop.
-  The savings that the paper reports are of this kind.
+  The paper reports savings of this kind.
 
-Every encoder is scored on the same held-out crops and probed, frozen: for digits by CTC on whole utterances, and for
-the voice in 1 s, in 5 s and in whole utterances. With --sounds, the study is repeated on environmental sounds, with
+Every encoder is scored on the same held-out crops. Frozen, it is then probed for digits by CTC on whole utterances, and
+for the voice in 1 s, in 5 s and in whole utterances. With --sounds, the study is repeated on environmental sounds, with
 crops of 1 and 2 s and whole sounds (5 s), probed for their class in 1 s and in whole sounds.
 
-ESC10 is a folder of files `{class}_{fold}-{clip}-{take}.ogg`. Folds 1 to 3 serve for pre-training; the probe is trained
-on folds 1 and 2, tuned on fold 3 and tested on fold 4. Digital silence that pads clips to 5 s is removed, but at least
-1 s of each clip is kept.
+ESC10 is a folder of files `{class}_{fold}-{clip}-{take}.ogg`. Folds 1 to 3 are used for pre-training; the probe is
+trained on folds 1 and 2, tuned on fold 3 and tested on fold 4. Digital silence that pads clips to 5 s is removed, but
+at least 1 s of each clip is kept.
 """
 
 import csv
@@ -49,7 +49,7 @@ from fastssl.data.batches import UpdateSampler
 from fastssl.data.corpus import open_corpus
 
 COSTS = ("updates", "audio_hours", "training_s", "cpu_s", "peak_mb", "mean_crop_s")
-#: Mean seconds of audio per update in protocol A, and utterances per update in protocol B.
+#: Mean audio per update in protocol A (s), and number of utterances per update in protocol B.
 AUDIO_S, UTTERANCES = 48.0, 4
 SPEECH_PROBES = {
     "digit error": Probe("test", "digits"),
@@ -93,7 +93,7 @@ class Domain(NamedTuple):
 
 
 def audio_limits(domain: Domain, *, updates: int) -> dict[float | None, float]:
-    """Find for each crop the `data.max_duration_s` with which the mean audio per update is nearest to `AUDIO_S`.
+    """Find, for each crop, the `data.max_duration_s` that brings the mean audio per update nearest to `AUDIO_S`.
 
     For example, a limit of 48 s gives a mean of 40 s with whole utterances, and of 46 s with crops of 2 s.
 
@@ -282,7 +282,7 @@ _COSTS = {
 
 
 def _share(results: Sequence[Mapping[str, float]], whole: Sequence[Mapping[str, float]], cost: str) -> str:
-    """Return the ratio of mean costs, with the range over pairs of single runs, because times depend on other load."""
+    """Return the ratio of mean costs, and its range over pairs of runs, because times depend on other load."""
     of = [result[cost] for result in results], [result[cost] for result in whole]
     ratio = statistics.fmean(of[0]) / statistics.fmean(of[1])
     return f"{ratio:.2f} ({min(of[0]) / max(of[1]):.2f} to {max(of[0]) / min(of[1]):.2f})"

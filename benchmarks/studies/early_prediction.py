@@ -1,4 +1,4 @@
-"""Study of early prediction (arXiv:2501.05966): do measures without labels, early in training, predict final quality?
+"""Study of early prediction (arXiv:2501.05966): do label-free measures early in training predict final quality?
 
     python -m benchmarks.studies.early_prediction CORPORA --runs RUNS --output early_prediction.json [--full]
 
@@ -183,7 +183,7 @@ def findings(results: Mapping[str, Any]) -> list[str]:
 
 
 def _balanced(results: Mapping[str, Any]) -> dict[str, Any]:
-    """Keep the runs of seeds that every cell has: the seed determines the targets, and with them the size of the loss.
+    """Keep the runs of seeds that every cell has: the seed determines the targets, and so the size of the loss.
 
     Raises:
         ValueError: No seed was finished in all cells.
@@ -195,7 +195,7 @@ def _balanced(results: Mapping[str, Any]) -> dict[str, Any]:
     common = set.intersection(*seeds.values())
     if not common:
         raise ValueError(
-            f"--output: no seed was finished in all cells ({', '.join(seeds)}), so that they cannot be compared; "
+            f"--output: no seed was finished in all cells ({', '.join(seeds)}), so the cells cannot be compared; "
             "remove the failed results from the file and run the study again"
         )
     return {key: result for key, result in results.items() if key.rpartition("/")[2] in common}

@@ -55,7 +55,7 @@ def compare(name: str, found: Spread, other_name: str, other: Spread) -> str:
 
 
 def chance(comparisons: int) -> str:
-    """Say how many of these comparisons would be significant by chance at the 5 % level without real differences."""
+    """Say how many of these comparisons would be significant by chance at the 5 % level if nothing really differed."""
     return f"{comparisons} comparisons at the 5 % level: {comparisons / 20:.1f} would be significant by chance alone"
 
 

@@ -99,7 +99,7 @@ class Collator:
 def batches(utterances: Sequence[Utterance], size: int, *, seed: int) -> Iterator[list[Utterance]]:
     """Yield batches of `size` utterances without end, shuffled in each pass and not sorted by length.
 
-    Utterances that fill no whole batch at the end of a pass are dropped.
+    At the end of a pass, utterances that do not fill a whole batch are dropped.
     """
     draw = np.random.default_rng(seed)
     while True:
@@ -189,7 +189,7 @@ def make_model(folder: Path | None, characters: int, seed: int) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("train", type=Path, help="folder of recordings with utterances.tsv")
-    parser.add_argument("development", type=Path, help="folder of the same kind, on which error rates are measured")
+    parser.add_argument("development", type=Path, help="folder of the same kind, for measuring error rates")
     parser.add_argument("--label", default="text", help="column with the transcripts")
     parser.add_argument("--model", type=Path, help="encoder in Transformers' layout (default: random weights)")
     parser.add_argument("--steps", type=int, default=300)

@@ -4,7 +4,7 @@
 
 The teacher is a wav2vec 2.0 encoder with six layers of width 192, trained for 3,000 updates. Frozen, it is probed for
 phones and digits by CTC in six folds, each tested on a speaker that the head has not seen, and compared with log-mel
-features. With --labels_of, the teacher is a HuBERT that learns the classes of a layer of another run, for example of
+features. With --labels_of, the teacher is a HuBERT that learns classes from one layer of another run, for example of
 BEST-RQ. The run is written to RUNS/teacher, and its errors to `teacher.json` there. The studies refuse a teacher
 without this file, one whose phone error is not lower than that of log-mel, and one whose digit error is significantly
 higher over the six folds.
@@ -25,7 +25,7 @@ from fastssl.eval.probe.features import FeatureStore
 from fastssl.eval.probe.run import LOG_MEL, run_probe
 
 TEACHER_FILE = "teacher.json"
-#: Tasks of `compare_systems`. For encoders of this size, digits separate them from log-mel least.
+#: Tasks of `compare_systems`. For encoders of this size, digits show the smallest gain over log-mel.
 PHONES, DIGITS = "phone error, held-out speakers", "digit error, held-out speakers"
 _NAME = "teacher"
 

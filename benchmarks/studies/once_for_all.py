@@ -13,7 +13,7 @@ are kept on disk, and the students use its convolutions, frozen. The kinds of st
 Integrate-and-fire learns its boundaries from segments of the teacher's middle layer, with a mean length of 90 ms. Each
 student is probed at its periods, with heads trained at that period: for digits by CTC (with --full, for phones too) and
 for thirty voices in 1 s of audio. The study then learns the rate together with a head on digits, at several prices and
-from several starts, and probes the student at the learned rate. Finally it times all encoders in turns.
+from several starts, and probes the student at the learned rate. Finally it times all encoders, which take turns.
 """
 
 import csv
@@ -52,13 +52,13 @@ from fastssl.eval.probe.run import run_probe
 from fastssl.models.encoder import Encoder
 from fastssl.packing import Packed
 
-#: Frame periods of integrate-and-fire in ms; and for pooling, the factor of each frame period.
+#: Frame periods of integrate-and-fire in ms, and the pooling factor for each frame period in ms.
 PERIODS_MS = (20.0, 30.0, 45.0, 60.0, 90.0)
 POOLED = {40.0: 2, 60.0: 3, 80.0: 4}
 ONE_FOR_ALL, FIXED, POOLING, CONTROL = "once-for-all", "one period", "pooling", "once-for-all, trained convolutions"
-#: Task with which rates are learned.
+#: Task on which rates are learned.
 ADAPTED = DIGITS
-#: Prices of keeping all frames, in nats per digit; and initial rates.
+#: Prices of keeping all frames, in nats per digit. Initial rates, from which rates are learned.
 PRICES, STARTS = (0.0, 0.1, 1.0), (0.2, 0.5, 0.8)
 #: Key of the times in the results; all other keys are of runs.
 TIMES = "times"
@@ -79,7 +79,7 @@ FULL = Size(updates=1000, seeds=3, probe_steps=1000, phones=True)
 
 
 def segments_of(teacher: Path, audio: Path, folder: Path) -> Path:
-    """Label segments of the teacher's middle layer with the longest period as mean length, unless this is done already.
+    """Label segments of the teacher's middle layer, on average as long as the longest period, unless they exist.
 
     Args:
         teacher: Folder of the teacher's run.
@@ -195,11 +195,11 @@ def measure_times(runs: Mapping[str, Path], audio: Path) -> dict[str, dict[str, 
 
     Args:
         runs: Folders of runs by key.
-        audio: Recordings, of which about a minute is encoded as one batch.
+        audio: Recordings; about a minute of them is encoded as one batch.
 
     Returns:
-        By run and period, the median seconds per hour of audio of the "whole" encoder and of the "transformer" alone,
-        which is everything after the convolutions.
+        For each run and period, the median time in seconds per hour of audio: "whole" for the whole encoder,
+        "transformer" for everything after its convolutions.
     """
     batch, seconds = _minute(audio)
     calls: dict[str, dict[str, Any]] = {}
@@ -251,7 +251,7 @@ class Curve(NamedTuple):
 
 
 def curves(results: Mapping[str, Any]) -> list[Curve]:
-    """Group the results by kind and period, in rising order."""
+    """Group the results by kind and period, sorted by both."""
     found: dict[tuple[str, float], Curve] = {}
     for key, result in results.items():
         if "points" not in result:
@@ -387,7 +387,7 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
 
 
 def _learned(results: Mapping[str, Any]) -> Iterator[tuple[str, float, float]]:
-    """Yield each price with the learned period in ms and the error, means over seeds."""
+    """Yield each price with the learned period in ms and the error, both averaged over seeds."""
     adapted = [result["adapted"] for result in results.values() if result.get("adapted")]
     for price in adapted[0] if adapted else ():
         points = [one[price]["point"] for one in adapted]

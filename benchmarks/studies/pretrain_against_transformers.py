@@ -4,9 +4,9 @@
 
 Both models have the same size, initial weights, optimiser, schedule and batches; each library draws its own masks and
 negatives. Updates alternate, so that both see the machine in the same state. The time covers masks, negatives, forward,
-backward and optimiser step, but not the decoding of audio. Transformers does not report its accuracy, which is
-therefore computed outside of the timed part. At the end, the same code scores the weights of both on held-out
-recordings, with the same masks and negatives and without Gumbel noise.
+backward and optimiser step, but not the decoding of audio. Transformers does not report its accuracy, so it is computed
+outside the timed part. At the end, the same code scores the weights of both on held-out recordings, with the same masks
+and negatives and without Gumbel noise.
 """
 
 import argparse
@@ -52,7 +52,7 @@ class Learner:
         )
 
     def step(self, loss: torch.Tensor) -> None:
-        """Take one optimiser step down the gradient of a loss, ()."""
+        """Take one optimiser step down the gradient of a loss, a () tensor."""
         self.optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP_NORM)
@@ -61,7 +61,7 @@ class Learner:
 
 
 def temperature_at(update: int) -> float:
-    """Return the Gumbel temperature of an update: 2 times 0.999 per update, at least 0.5."""
+    """Return the Gumbel temperature of an update: 2 times 0.999 ** update, but at least 0.5."""
     return max(0.5, 2.0 * 0.999**update)
 
 
@@ -88,7 +88,7 @@ def step_there(learner: Learner, padded: torch.Tensor, lengths: list[int], updat
     Args:
         learner: Learner of a `transformers.Wav2Vec2ForPreTraining`.
         padded: (B, T) padded waveforms.
-        lengths: Number of samples of each.
+        lengths: Number of samples of each waveform.
         update: Number of the update, from 0.
     """
     model: Any = learner.model

@@ -40,8 +40,8 @@ from fastssl.train.systems import SYSTEMS, build_model
 CORPORA = """
 CORPORA is a folder with six corpora of connected digits, each with a table `utterances.tsv` (path, speaker, voice,
 digits, seconds): train, dev, test, voices_train, voices_dev and voices_test. In the last three, each utterance is
-played at one of five speeds and through its own channel, which makes thirty voices of six speakers. The recordings of
-single digits are divided between train (takes 5 to 34), dev (35 to 39) and test (40 to 49) before they are joined to
+played at one of five speeds and through its own channel, which makes thirty voices from six speakers. The recordings of
+single digits are divided between train (takes 5 to 34), dev (35 to 39) and test (40 to 49) before they are joined into
 utterances.
 """
 
@@ -156,7 +156,7 @@ def _locked(run: Path) -> Iterator[int]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"{run.name} is being trained for an earlier or another study; waiting for it to end", flush=True)
+            print(f"{run.name} is being trained by another or an earlier study; waiting for it to end", flush=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield lock.fileno()
 
@@ -235,7 +235,7 @@ def layer_quality(
         encoder: Encoder to measure.
         audio: Held-out recordings.
         minutes: Minutes of these recordings to use.
-        max_frames: Maximal number of frames for k-means.
+        max_frames: Largest number of frames for k-means.
 
     Returns:
         Fields of `LayerQuality` for each layer; None replaces NaN and infinity.
@@ -266,7 +266,7 @@ def open_checkpoint(run: Path, update: int | None = None) -> PretrainingModel:
     kept = run / "checkpoints" / f"{update or 0:07d}.ckpt"
     state = torch.load(kept if kept.is_file() else run / "checkpoints" / "last.ckpt", weights_only=True)
     if update is not None and state["global_step"] != update:
-        raise ValueError(f"{run}: kept no checkpoint of update {update}; its last one is of {state['global_step']}")
+        raise ValueError(f"{run}: kept no checkpoint of update {update}; its last is of update {state['global_step']}")
     model.load_state_dict({key.removeprefix("model."): tensor for key, tensor in state["state_dict"].items()})
     return model
 
@@ -343,7 +343,7 @@ class StudyFile:
             _write_json(self.path, self.content)
 
     def conclude(self, findings: Any) -> None:
-        """Set the findings that follow from all results, and write the file."""
+        """Store the findings that follow from all results, and write the file."""
         self.content["findings"] = findings
         _write_json(self.path, self.content)
 
@@ -402,7 +402,7 @@ def _apart(evaluate: Callable[[str, Trained], Any], key: str, trained: Trained) 
 
 
 def _end_with(parent: int) -> None:
-    """End this process soon after its parent, even if that is killed: nobody would receive the result."""
+    """End this process soon after its parent, even if the parent is killed: nobody would receive the result."""
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -432,7 +432,7 @@ def corpora_parser(description: str) -> argparse.ArgumentParser:
         "--parallel",
         type=int,
         default=1,
-        help="number of runs (in compare_systems, of systems) at the same time; give each its share of the cores with "
+        help="how many runs (compare_systems: systems) to do at the same time; give each its share of the cores with "
         "OMP_NUM_THREADS, and do not trust measured times",
     )
     parser.add_argument(
@@ -442,7 +442,11 @@ def corpora_parser(description: str) -> argparse.ArgumentParser:
         help="precision of all runs; bf16-mixed is faster on processors that multiply bf16 (AVX512-BF16, AMX)",
     )
     parser.add_argument(
-        "--output", type=Path, required=True, metavar="FILE.json", help="file for results; .csv and .png go beside it"
+        "--output",
+        type=Path,
+        required=True,
+        metavar="FILE.json",
+        help="file for results; a .csv and a .png file are written beside it",
     )
     return parser
 

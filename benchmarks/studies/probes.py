@@ -68,7 +68,7 @@ def probe(run: Path, corpora: Path, probes: Mapping[str, Probe], *, steps: int, 
         run: Folder of the run.
         corpora: Folder of the corpora.
         probes: Tasks by name.
-        steps: Number of steps of each head, before each task's `share_of_steps`.
+        steps: Number of steps of each head, before multiplying by the task's `share_of_steps`.
         seeds: Number of heads per fold.
 
     Returns:

@@ -12,7 +12,7 @@ from fastssl.models.encoder import Encoder
 from fastssl.packing import Layout, Packed
 
 DIGITS, PHONES, VOICES = "digit error", "phone error", "voice error, 1 s"
-#: Frame periods in ms below which a head needs a smaller learning rate, or more steps: its window has many frames.
+#: Below these frame periods in ms, a head needs a smaller learning rate, or more steps: its window has many frames.
 _SMALL_STEPS_MS, _MANY_STEPS_MS = 35.0, 25.0
 
 

@@ -1,4 +1,4 @@
-"""Counting lines of code: what counts as one, in a folder and in a commit."""
+"""Test which lines count as code, in a folder and at a commit."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The studies on distillation and sequence compression: the jobs that they run and the findings that they print."""
+"""Test the distillation and compression studies: which jobs they run, and which findings they print."""
 
 import copy
 import csv
@@ -53,7 +53,7 @@ def test_a_teacher_must_be_better_than_log_mel(tmp_path: Path) -> None:
 def test_deep_or_wide_tells_what_it_found(tmp_path: Path) -> None:
     teacher = _teacher(tmp_path / "teacher", teacher=0.3, log_mel=0.4)
     jobs = deep_or_wide.jobs(tmp_path, teacher, tmp_path / "runs", deep_or_wide.FULL, precision="32-true")
-    # Three shapes, two losses and three seeds, and one control.
+    # Three shapes with two losses and three seeds each, plus one control.
     assert len(jobs) == 3 * 2 * 3 + 1
     for key, job in jobs.items():
         assert job.command == "distill"
@@ -104,7 +104,7 @@ def _jobs(folder: Path, size: once_for_all.Size) -> dict[str, Job]:
 
 def test_once_for_all_has_a_student_for_all_periods_and_one_for_each(tmp_path: Path) -> None:
     jobs = _jobs(tmp_path, once_for_all.FULL)
-    # Three seeds of one student for all periods, five for one period each and three with pooling; and one control.
+    # Three seeds each of one student for all periods, five for one period and three with pooling, plus one control.
     assert len(jobs) == 3 * (1 + 5 + 3) + 1
     assert len({job.name for job in jobs.values()}) == len(jobs)
     periods, pooled = set(), set()
@@ -160,7 +160,7 @@ def test_once_for_all_tells_what_it_found(tmp_path: Path) -> None:
     lines = once_for_all.findings(results)
     assert any(line.startswith("60 ms, digit error: once-for-all") and "higher by 5.0 points" in line for line in lines)
     assert any(line.startswith("45 ms, digit error: once-for-all") and "not resolved" in line for line in lines)
-    assert sum("pooling" in line for line in lines) == 2  # at 60 ms, the one period that pooling by 3 gives too
+    assert sum("pooling" in line for line in lines) == 2  # at 60 ms, the only period that pooling (by 3) has too
     assert (
         "once-for-all, time of all: 20 ms 1.00, 30 ms 0.88, 45 ms 0.69, 60 ms 0.50, 90 ms 0.12; falls with the period"
         in lines

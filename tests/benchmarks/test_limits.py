@@ -1,4 +1,4 @@
-"""The speed limit counts the multiplications that a model needs on valid audio, and no others."""
+"""Test that the limit counts exactly the multiplications that a model needs on valid audio."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""The module walk: which functions count as executed, and how a walk is reported."""
+"""Test the module walk: which functions count as executed, and how the report shows a walk."""
 
 import sys
 from pathlib import Path

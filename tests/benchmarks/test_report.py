@@ -1,4 +1,4 @@
-"""The benchmarks' report: targets, the JSON file, and the README's tables."""
+"""Test the benchmarks' report: targets, the JSON file, and the README's tables."""
 
 import json
 import os
@@ -107,7 +107,7 @@ def test_only_takes_known_rows(
     assert "front-end" not in capsys.readouterr().out
     with pytest.raises(SystemExit):
         run_main(monkeypatch, "--only", "frontend")
-    assert "no row frontend" in capsys.readouterr().err
+    assert "unknown row frontend" in capsys.readouterr().err
 
 
 def test_the_newest_result_counts(tmp_path: Path) -> None:

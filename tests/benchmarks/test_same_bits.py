@@ -1,4 +1,4 @@
-"""Comparing results with those of another commit: what counts as equal, and that a changed bit is caught."""
+"""Test the comparison with another commit: what counts as equal, and that it catches a changed bit."""
 
 import shutil
 import subprocess
@@ -101,7 +101,7 @@ def test_gradients_are_of_every_floating_output() -> None:
 
 
 def test_a_changed_package_is_caught(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Compares this checkout with a copy in which an op is off by one bit at one of its two thresholds."""
+    """Compare this checkout with a copy whose op is off by one bit, at one of two thresholds only."""
     # Copy the .pyc files too, to save compilation, but not those that another process is still writing.
     shutil.copytree(trees.ROOT / "fastssl", tmp_path / "fastssl", ignore=shutil.ignore_patterns("*.pyc.*"))
     with (tmp_path / "fastssl" / "__init__.py").open("a") as package:

@@ -1,4 +1,4 @@
-"""Training runs compared with those of another commit: which runs, which results, and where they resume."""
+"""Test the comparison of training runs with those of another commit: which runs and results, and where runs resume."""
 
 import json
 from pathlib import Path

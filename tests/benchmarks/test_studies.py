@@ -1,4 +1,4 @@
-"""The studies: the conclusions that they may draw, how they split corpora, and how they resume."""
+"""Test the studies: the conclusions that they draw, how they split corpora, and how they resume."""
 
 import csv
 import fcntl
@@ -89,7 +89,7 @@ def test_sounds_are_divided_by_fold(tmp_path: Path) -> None:
     }
     assert {part: len(rows) - 1 for part, rows in lines.items()} == {"pretrain": 3, "train": 2, "dev": 1, "test": 1}
     assert lines["test"] == ["path\tclass", "crackling_fire_4-104-A.flac\tcrackling_fire"]
-    # The corpus pads sounds with silence, which says nothing about the class: it is cut off, down to one second.
+    # The corpus pads sounds with silence, which says nothing about the class. It is cut off, but one second is kept.
     for part, name, samples_left in (("test", "4-104-A", 24000), ("dev", "3-103-A", 18000), ("train", "1-101-A", 8000)):
         sound, rate_hz = soundfile.read(parts / part / f"crackling_fire_{name}.flac")
         assert rate_hz == 8000
@@ -211,7 +211,7 @@ def test_a_run_that_diverges_is_a_result_and_the_study_goes_on(tmp_path: Path, m
     assert there == {"y/0": {"error": 0.5}}
     assert lines == ["1 of 2 runs diverged or collapsed and are left out: x/0"]
     assert finished(there)[1] == []
-    # The log's lines from an earlier attempt do not count.
+    # Lines that an earlier attempt wrote to the log do not count.
     program.write_text("#!/bin/sh\nexit 1\n")
     with pytest.raises(RuntimeError, match="bad failed with status 1"):
         train(Job("bad", tmp_path, ""), tmp_path / "runs")

@@ -1,4 +1,4 @@
-"""The lengths of the utterances in the benchmarks' batches."""
+"""Test the lengths of the utterances in the benchmarks' batches."""
 
 import pytest
 import torch

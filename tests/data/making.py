@@ -1,4 +1,4 @@
-"""Audio files and cuts for the tests of `fastssl.data`."""
+"""Make audio files and cuts for the tests of `fastssl.data`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 
 
 def noise(seconds: float, *, rate: int = 16000, channels: int = 1, seed: int = 0) -> NDArray[np.float32]:
-    """Quiet noise, (T, channels)."""
+    """Return quiet noise of shape (T, channels)."""
     samples = 0.1 * np.random.default_rng(seed).standard_normal((round(seconds * rate), channels))
     return samples.astype(np.float32)
 
 
 def tone(seconds: float, *, rate: int = 16000, hz: float = 1000.0) -> NDArray[np.float32]:
-    """A sine wave, (T,)."""
+    """Return a sine wave of shape (T,)."""
     return np.sin(2 * np.pi * hz * np.arange(round(seconds * rate)) / rate).astype(np.float32)
 
 
@@ -28,7 +28,7 @@ def write(path: Path, samples: NDArray[np.float32], *, rate: int = 16000, subtyp
 
 
 def cuts_of(durations_s: Sequence[float], *, windows: bool = False) -> list[Cut]:
-    """Cuts whose audio files do not exist, for code that reads only metadata."""
+    """Return cuts whose audio files do not exist, for code that reads only metadata."""
     cuts = []
     for index, duration in enumerate(durations_s):
         source = AudioSource(type="file", channels=[0], source=f"/nowhere/{index}.wav")

@@ -45,7 +45,7 @@ def ids(spec: BatchSpec) -> tuple[str, ...]:
 
 
 def epoch(sampler: UpdateSampler, number: int = 0) -> list[tuple[str, ...]]:
-    """Ids in each micro-batch of one epoch; an epoch ends when it has drawn as many utterances as the corpus has."""
+    """Return the ids in each micro-batch of an epoch, which draws as many utterances as the corpus has."""
     draws = len(sampler._lengths)
     batches = []
     for spec in sampler:
@@ -314,7 +314,7 @@ def test_a_channel_can_be_chosen(cuts: list[Cut]) -> None:
 
 
 def broken(folder: Path) -> list[Cut]:
-    """Cuts whose headers were fine at scanning time; the files have been damaged since."""
+    """Return cuts whose files were damaged after their headers had been scanned."""
     paths = [write(folder / name, noise(4.0), subtype="FLOAT") for name in ("gone.wav", "nan.wav")]
     paths.append(write(folder / "cut-off.flac", noise(4.0)))
     cuts = list(open_corpus(folder, window_s=2.0).cuts)

@@ -14,7 +14,7 @@ from tests.data.making import noise, write
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder of recordings of 3 to 6 s, with various formats, rates and channel counts."""
+    """Make a folder of recordings of 3 to 6 s with various formats, rates and channel counts."""
     root = tmp_path / "audio"
     write(root / "b" / "first.wav", noise(3.0))
     write(root / "b" / "SECOND.WAV", noise(3.5, rate=8000), rate=8000)
@@ -59,7 +59,7 @@ def test_one_file(folder: Path) -> None:
 
 def test_what_cannot_be_used_is_named(folder: Path) -> None:
     (folder / "empty.wav").touch()
-    (folder / "text.flac").write_text("this is no audio")
+    (folder / "text.flac").write_text("this is not audio")
     write(folder / "nothing.wav", noise(0.0))
     write(folder / "short.wav", noise(1.5))
     corpus = open_corpus(folder, max_bad_fraction=0.5)

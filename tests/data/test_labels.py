@@ -1,4 +1,4 @@
-"""Frame labels: which label each frame of a crop gets, and the errors for labels that do not fit the audio."""
+"""Test frame labels: which label each frame of a crop gets, and the errors for labels that do not fit the audio."""
 
 import dataclasses
 import json
@@ -36,7 +36,7 @@ def _write(
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> list[Cut]:
-    """Two short recordings, at 16 and 8 kHz, and a longer one in two windows."""
+    """Return two short recordings, at 16 and 8 kHz, and a longer one in two windows."""
     folder = tmp_path / "audio"
     write(folder / "a.wav", noise(2.0, rate=16000), rate=16000)
     write(folder / "b.wav", noise(1.5, rate=8000), rate=8000)
@@ -164,7 +164,7 @@ def test_lhotse_reads_the_table(corpus: list[Cut], tmp_path: Path) -> None:
     supervisions = {item.id: item for item in SupervisionSet.from_file(tmp_path / "labels" / LABELS_FILE)}
     assert supervisions["b.wav"].labels == list(range(150))
     assert supervisions["b.wav"].duration == 1.5
-    # A cut that starts inside one channel of a recording.
+    # A cut of one channel that starts within the recording.
     write(tmp_path / "stereo.wav", noise(3.0, channels=2))
     (recording,) = [cut.recording for cut in open_corpus(tmp_path / "stereo.wav").cuts]
     _write(tmp_path / "labels", [MonoCut("u", start=1.0, duration=1.2, channel=1, recording=recording)])

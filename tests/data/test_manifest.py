@@ -1,4 +1,4 @@
-"""A manifest is only data: the package never executes, downloads or passes to a shell anything that it names."""
+"""Test that a manifest is only data: nothing that it names is executed, downloaded or passed to a shell."""
 
 import json
 from collections.abc import Callable
@@ -21,7 +21,7 @@ Item = dict[str, Any]
 
 @pytest.fixture
 def recording(tmp_path: Path) -> Item:
-    """The serialised entry of a recording of 3 s."""
+    """Return the serialised manifest entry of a recording of 3 s."""
     return dict(Recording.from_file(write(tmp_path / "audio" / "plain.wav", noise(3.0))).to_dict())
 
 

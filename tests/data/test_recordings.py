@@ -19,19 +19,19 @@ RATES = (8000, 11025, 16000, 22050, 44100, 44101)
 
 @pytest.fixture(scope="module")
 def recordings(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Cut]:
-    """A cut of 6 s at each sampling rate."""
+    """Return a cut of 6 s for each sampling rate."""
     root = tmp_path_factory.mktemp("recordings")
     paths = {rate: write(root / f"{rate}.wav", noise(6.0, rate=rate), rate=rate, subtype="FLOAT") for rate in RATES}
     return {rate: next(iter(open_corpus(path, window_s=None).cuts)) for rate, path in paths.items()}
 
 
 def encode(waveform: Tensor) -> Tensor:
-    """A stand-in for an encoder, (T, 1) -> (frames, 400): each frame is the 400 samples that it covers."""
+    """Encode (T, 1) samples as (frames, 400) without a model: each frame is the 400 samples that it covers."""
     return waveform[:, 0].unfold(0, 400, 320)
 
 
 def stitch(chunks: list[Chunk], frames: int) -> Tensor:
-    """Join the chunks' frames to those of the whole recording; fail if a frame is missing or written twice."""
+    """Join the chunks' frames into those of the whole recording; fail if a frame is missing or written twice."""
     whole = torch.full((frames, 400), torch.nan)
     for chunk in chunks:
         kept = encode(chunk.waveform)[chunk.keep]

@@ -1,4 +1,4 @@
-"""Segmentation: the least cost, found by trying every division of short sequences, and the promised properties."""
+"""Test segmentation: short sequences get the least cost of all possible divisions; other properties hold."""
 
 import itertools
 from typing import Any
@@ -18,13 +18,13 @@ def random_costs(frames: int, classes: int, seed: int = 0) -> NDArray[np.float32
 
 
 def total(costs: NDArray[np.float32], classes: NDArray[np.int64], price: float) -> float:
-    """The cost of frames and segments when each frame has the given class."""
+    """Return the cost of frames and segments when each frame has the given class."""
     segments = 1 + np.count_nonzero(np.diff(classes))
     return float(costs[np.arange(len(costs)), classes].astype(np.float64).sum() + price * segments)
 
 
 def least_by_trying_all(costs: NDArray[np.float32], price: float) -> float:
-    """The paper's formula, minimised over every division into segments with the best class for each."""
+    """Minimise the paper's formula over every division into segments, with the best class for each segment."""
     frames = len(costs)
     best = np.inf
     for cuts in itertools.product([False, True], repeat=frames - 1):

@@ -65,7 +65,7 @@ def test_phonemes_follow_the_accent(spoken_corpus: Path) -> None:
 
 
 def test_bytes_are_a_function_of_the_seed(spoken_corpus: Path, tmp_path: Path) -> None:
-    """Checks this process, where espeak-ng has already spoken, and a new one."""
+    """Check this process, where espeak-ng has already spoken, and a new one."""
     expected = contents(spoken_corpus)
     assert contents(speak_corpus(tmp_path / "again", minutes=2, seed=0, speakers=4)) == expected
     command = [sys.executable, "-m", "fastssl.data.synthetic", "elsewhere", "--minutes", "2", "--speakers", "4"]

@@ -1,4 +1,4 @@
-"""Learning the rate of a compressor together with a task's head."""
+"""Test learning a compressor's rate together with a task's head."""
 
 import json
 from collections.abc import Sequence
@@ -49,7 +49,7 @@ def learn_rate(
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory: pytest.TempPathFactory) -> Table:
-    """Recordings of ten tones, each 0.15 s long and standing for a digit."""
+    """Make recordings of ten tones; each tone lasts 0.15 s and stands for a digit."""
     folder = tmp_path_factory.mktemp("tones")
     random = np.random.default_rng(0)
     rows = []
@@ -65,7 +65,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Table:
 
 @pytest.fixture
 def short(table: Table, tmp_path: Path) -> Table:
-    """The same recordings, labelled with one digit each."""
+    """Label the same recordings with one digit each."""
     rows = (f"{row.path}\t1\t{speaker}\n" for row, speaker in zip(table.rows, table.column("speaker"), strict=True))
     (tmp_path / "short.tsv").write_text("path\tdigits\tspeaker\n" + "".join(rows))
     return read_table(tmp_path / "short.tsv")
@@ -145,7 +145,7 @@ def test_rates_learn_from_the_development_part(encoder: Encoder, table: Table, s
 def test_the_head_learns_from_the_training_part_alone_and_first(
     encoder: Encoder, table: Table, short: Table, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    steps: list[tuple[bool, set[int]]] = []  # whether the head learns, and the utterances' numbers of symbols
+    steps: list[tuple[bool, set[int]]] = []  # whether the head learns, and the number of symbols in each utterance
 
     def noted(kind: Kind, logits: Packed, targets: Sequence[Sequence[int]]) -> torch.Tensor:
         steps.append((torch.is_grad_enabled(), {len(target) for target in targets}))

@@ -1,4 +1,4 @@
-"""Features, quality, probes and labels of a compressed encoder, at a rate or frame period given on the command line."""
+"""Test features, quality, probes and labels of a compressed encoder at a rate or period from the command line."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,7 @@ _CONFIG = EncoderConfig(**SHAPE, compressor="integrate-and-fire")
 
 @pytest.fixture
 def encoder(tmp_path: Path) -> Encoder:
-    """A small encoder with a compressor, saved in `tmp_path / "model"`."""
+    """Save a small encoder with a compressor in `tmp_path / "model"`."""
     torch.manual_seed(0)
     encoder = Encoder(_CONFIG).eval()
     encoder.save_pretrained(tmp_path / "model")
@@ -190,7 +190,7 @@ def test_labels_are_of_every_frame(encoder: Encoder, recordings: Path, tmp_path:
 
 
 def test_the_average_weight_is_what_periods_are_solved_from(encoder: Encoder) -> None:
-    """The rate for a requested frame period follows from each utterance's own mean weight."""
+    """Check that the rate for a requested frame period follows from each utterance's own mean weight."""
     assert encoder.compressor is not None
     waveforms = Packed.pack([torch.randn(32_000, 1), torch.randn(50_000, 1)])
     with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""`fastssl extract`: the files contain the right features of every recording, exactly once."""
+"""Test that `fastssl extract` writes the right features of every recording, exactly once."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ from tests.tiny import TINY_MODEL, write_recording
 
 @pytest.fixture
 def encoder(tmp_path: Path) -> Encoder:
-    """A layer-norm encoder, whose front end computes no statistics over time; saved in `tmp_path / "model"`."""
+    """Save an encoder with layer norm, whose front end computes no statistics over time, in `tmp_path / "model"`."""
     model = TINY_MODEL
     values = {field.name: getattr(model, field.name) for field in dataclasses.fields(EncoderConfig)}
     values |= {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "do_normalize": False}

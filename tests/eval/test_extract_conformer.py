@@ -1,4 +1,4 @@
-"""`fastssl extract` with an encoder whose architecture is not wav2vec 2.0's."""
+"""Test `fastssl extract` with an encoder whose architecture is not wav2vec 2.0's."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""`fastssl label`: k-means labels and segments of recordings, interrupted runs, and refused settings."""
+"""Test `fastssl label`: k-means labels and segments of recordings, interrupted runs, and refused settings."""
 
 import dataclasses
 import re

@@ -1,4 +1,4 @@
-"""`fastssl probe` on small encoders, with tones in the place of digits."""
+"""Test `fastssl probe` on small encoders, with tones in place of digits."""
 
 import dataclasses
 import json
@@ -44,7 +44,7 @@ def _write(path: Path, digits: str, speaker: int, random: np.random.Generator) -
 
 @pytest.fixture(scope="module")
 def tables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Table]:
-    """Train, dev and test tables with the same four speakers."""
+    """Make train, dev and test tables with the same four speakers."""
     parts = {}
     random = np.random.default_rng(0)
     for part, number in {"train": 24, "dev": 8, "test": 8}.items():
@@ -83,7 +83,7 @@ def _run(
 
 
 def _changed(table: Table, number: int, **labels: str) -> Table:
-    """The table with other labels in one row."""
+    """Return the table with other labels in one row."""
     rows = list(table.rows)
     rows[number] = dataclasses.replace(rows[number], labels={**rows[number].labels, **labels})
     return dataclasses.replace(table, rows=tuple(rows))

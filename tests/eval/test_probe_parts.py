@@ -1,4 +1,4 @@
-"""Parts of the probe: scores worked out by hand and by brute force, tables, and heads against plain convolutions."""
+"""Test parts of the probe: scores against hand and brute-force results, tables, heads against plain convolutions."""
 
 from itertools import pairwise
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Quality measures without labels: correct and reproducible for every layer."""
+"""Test that the quality measures without labels are correct and reproducible for every layer."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ from tests.tiny import TINY_MODEL, write_recording
 
 @pytest.fixture
 def encoder(tmp_path: Path) -> Encoder:
-    """An encoder with two layers of width 32 and dropout, saved in `tmp_path / "model"`."""
+    """Save an encoder with two layers of width 32 and dropout in `tmp_path / "model"`."""
     model = TINY_MODEL
     torch.manual_seed(1)
     encoder = Encoder(EncoderConfig(**{field.name: getattr(model, field.name) for field in _FIELDS}))
@@ -52,7 +52,7 @@ class _Samples(nn.Module):
 
 
 def _noise(frames: list[int], seed: int = 0) -> Packed:
-    """Noise for which `_Samples` returns these numbers of frames."""
+    """Return noise from which `_Samples` makes these numbers of frames."""
     random = torch.Generator().manual_seed(seed)
     layout = Layout.from_lengths([640 * number for number in frames])
     return Packed(torch.randn(layout.total, 1, generator=random), layout)

@@ -1,4 +1,4 @@
-"""A folder of shards that two processes create at the same time, or that contains something else."""
+"""Test a folder of shards that two processes create at the same time, or that contains something else."""
 
 import json
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Fixtures shared by the tests of other libraries' models."""
+"""Define the fixtures that the tests of other libraries' models share."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def speech(speech_folder: Path) -> list[Any]:
-    """The two shortest and the three longest recordings, as samples at 16 kHz."""
+    """Return the two shortest and the three longest recordings, as samples at 16 kHz."""
     soundfile = pytest.importorskip("soundfile")
     from fastssl.data.audio import resample
 

@@ -1,4 +1,4 @@
-"""`attn_implementation="fastssl"`: equal to Transformers' own attention on every frame that is not padding."""
+"""Test that `attn_implementation="fastssl"` equals Transformers' own attention on every frame that is not padding."""
 
 import copy
 from typing import Any
@@ -32,7 +32,7 @@ def registered() -> None:
 
 
 def pair(family: str, **options: Any) -> tuple[Any, Any]:
-    """A model with our attention, and the same model with Transformers' eager attention."""
+    """Return a model with our attention, and the same model with Transformers' eager attention."""
     torch.manual_seed(0)
     model = getattr(transformers, f"{family}Model")
     config = getattr(transformers, f"{family}Config")(**TINY | options)

@@ -1,4 +1,4 @@
-"""Another library's encoder with our compressor: its layers see fewer frames, its heads the original number."""
+"""Test other libraries' encoders with our compressor: layers see fewer frames, heads the original number."""
 
 import copy
 import warnings

@@ -1,4 +1,4 @@
-"""Opening checkpoints in the formats of fairseq and WavLM, without running any code in them."""
+"""Test that checkpoints in fairseq's and WavLM's formats open without running any code in them."""
 
 import argparse
 import enum
@@ -21,7 +21,7 @@ from fastssl.models.encoder import Encoder, EncoderConfig
 from tests.interop.tiny_models import LARGE, TINY, assert_same_weights, disturb
 
 CONV = "[(32, 10, 5)] + [(32, 3, 2)] * 4 + [(32,2,2)] + [(32,2,2)]"
-#: fairseq's settings of the tiny model; `OURS` are ours for the same model.
+#: fairseq's settings of the tiny model; `OURS` has fastssl's settings of the same model.
 SETTINGS: dict[str, Any] = {
     "extractor_mode": "default",
     "encoder_layers": 3,
@@ -69,7 +69,7 @@ def make_encoder(**options: Any) -> Encoder:
 
 
 def fairseq_name(name: str, encoder: Encoder) -> str:
-    """fairseq's name for one of our weights, derived from its module classes independently of the package's table."""
+    """Return fairseq's name for one of our weights, derived from its module classes, not from the package's table."""
     parts = name.split(".")
     if name == "masked_spec_embed":
         return "mask_emb"
@@ -108,7 +108,7 @@ def fairseq_weights(encoder: Encoder, prefix: str = "") -> dict[str, Tensor]:
 
 @pytest.fixture
 def theirs() -> Iterator[Callable[..., Any]]:
-    """Makes classes of packages that are not installed. Tests remove them again before they read a checkpoint."""
+    """Make classes of packages that are not installed. Tests remove them again before they read a checkpoint."""
     added = []
 
     def make(path: str) -> Any:
@@ -286,7 +286,7 @@ def test_nothing_is_run(place: str, zipped: bool, tmp_path: Path) -> None:
 
 
 def test_not_even_what_is_expected_there_is_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Checks a function of an installed fairseq, and `getattr`, which Python uses to pickle enumerations."""
+    """Check a function of an installed fairseq, and `getattr`, which Python uses to pickle enumerations."""
     ran = []
     module = ModuleType("fairseq.tasks")
 

@@ -1,4 +1,4 @@
-"""`load_encoder`: opened encoders compute what the original does, and errors name whatever it cannot open."""
+"""Test `load_encoder`: opened encoders compute what the original does, and errors name what it cannot open."""
 
 import copy
 import json
@@ -39,7 +39,7 @@ def assert_opens(source: Any, theirs: Any) -> None:
 
 
 def old_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights with the names that Transformers gave to weight norm under PyTorch 1."""
+    """Return the weights under the names that Transformers gave to weight norm with PyTorch 1."""
     names = {name: name.replace("parametrizations.weight.original", "weight_") for name in weights}
     return {
         name.replace("weight_0", "weight_g").replace("weight_1", "weight_v"): weights[old]
@@ -191,7 +191,7 @@ def test_parts_that_are_not_served_are_named_with_their_place(tmp_path: Path) ->
 
 
 class Hub:
-    """Replaces huggingface_hub's download, and records the calls."""
+    """Replacement for huggingface_hub's download that records the calls."""
 
     def __init__(self, folder: Path | None, error: Exception | None = None) -> None:
         self.folder, self.error = folder, error

@@ -1,4 +1,4 @@
-"""Accelerated `Wav2Vec2ForPreTraining`: with the same random draws, the original's losses, outputs and gradients."""
+"""Test that accelerated `Wav2Vec2ForPreTraining` has the original's losses, outputs and gradients for equal draws."""
 
 import copy
 from typing import Any
@@ -22,7 +22,7 @@ def pair(variant: str, **options: Any) -> tuple[Any, Any]:
 
 
 def batch(lengths: list[int]) -> dict[str, Tensor]:
-    """A batch with a mask and negatives, drawn the way Transformers' example script does."""
+    """Return a batch with a mask and negatives, drawn the way Transformers' example script does."""
     waveforms, mask = padded_batch(lengths)
     frames = [(length - 400) // 320 + 1 for length in lengths]
     shape = (len(lengths), max(frames))

@@ -1,4 +1,4 @@
-"""Accelerated torchaudio encoders: the same calls return what the original returns for each utterance alone."""
+"""Test that accelerated torchaudio encoders return what the original returns for each utterance alone."""
 
 import copy
 import pickle
@@ -248,7 +248,7 @@ def test_norm_over_padding_is_that_of_torchaudio() -> None:
 
 @pytest.mark.parametrize("variant", ["wav2vec2 base", "wavlm large"])
 def test_layer_drop_draws_as_the_original(variant: str) -> None:
-    """In WavLM too, where the first layer computes the position bias that all layers need."""
+    """Includes WavLM, whose first layer computes the position bias that all layers need."""
     original = make(variant, encoder_layer_drop=0.4).train()
     model = fastssl.accelerate(copy.deepcopy(original))
     waveforms, _ = batch_of([9000, 9000])

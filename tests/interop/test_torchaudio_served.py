@@ -1,4 +1,4 @@
-"""Which torchaudio models are accelerated, and that models which contain them still work."""
+"""Test which torchaudio models are accelerated, and that models which contain them still work."""
 
 import copy
 import subprocess
@@ -54,7 +54,7 @@ def test_every_pipeline_is_served() -> None:
 
 
 def test_hubert_pretraining_computes_what_it_did() -> None:
-    """The pre-training model calls the parts of its encoder directly, so they must still run the original code."""
+    """The pre-training model calls the parts of its encoder directly, so these must still run the original code."""
     options = {key: value for key, value in TINY.items() if key != "aux_num_out"}
     heads = {"mask_prob": 0.8, "mask_selection": "static", "mask_other": 0.0, "mask_length": 3, "final_dim": 16}
     spaces = {"no_mask_overlap": False, "mask_min_space": 1, "skip_masked": False, "skip_nomask": False}

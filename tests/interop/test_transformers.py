@@ -1,4 +1,4 @@
-"""Accelerated Transformers encoders: the same calls return what the original returns for each utterance alone."""
+"""Test that accelerated Transformers encoders return what the original returns for each utterance alone."""
 
 import copy
 import pickle
@@ -112,7 +112,7 @@ def test_every_head_gives_the_same(variant: str, head: str, weighted: bool) -> N
 
 
 def test_greedy_decoding_of_a_padded_batch_gives_the_text_of_each_utterance_alone() -> None:
-    """Scripts decode whole padded rows, so padding must not add letters. It must not receive gradients either."""
+    """Scripts decode whole padded rows, so padding must not add letters, and it must not receive gradients."""
     model = fastssl.accelerate(transformers_model("wav2vec2 large", "ForCTC"))
     waveforms, mask = padded_batch([9000, 900, 3300])
     logits = model(waveforms, attention_mask=mask).logits

@@ -1,4 +1,4 @@
-"""Accelerated Transformers encoders in typical scripts: speech, CTC, autocast, torch.compile, DDP and PEFT."""
+"""Test accelerated Transformers encoders in typical scripts: speech, CTC, autocast, torch.compile, DDP and PEFT."""
 
 import copy
 import multiprocessing
@@ -32,7 +32,7 @@ def test_batch_mates_do_not_matter_to_speech(variant: str, speech: list[Any]) ->
 
 
 def ctc_script(model: Any, speech: list[Any]) -> tuple[float, list[Tensor]]:
-    """A typical fine-tuning step: feature extraction, forward, CTC loss, backward."""
+    """Run a typical fine-tuning step: feature extraction, forward, CTC loss, backward."""
     extractor = transformers.Wav2Vec2FeatureExtractor(return_attention_mask=True)
     inputs = extractor(speech, sampling_rate=16_000, padding=True, return_tensors="pt")
     labels = torch.tensor([[1, 2, 3, 4], [5, 6, 7, -100], [8, 9, -100, -100], [1, 1, 2, -100], [10, -100, -100, -100]])
@@ -46,7 +46,7 @@ def ctc_script(model: Any, speech: list[Any]) -> tuple[float, list[Tensor]]:
 
 @pytest.mark.parametrize("variant", ["wav2vec2 large", "hubert large", "wavlm large", "unispeech large"])
 def test_the_same_script_before_and_after(variant: str, speech: list[Any]) -> None:
-    """Same values where the original keeps utterances apart (layer norm, one positional convolution)."""
+    """Values are the same where the original keeps utterances apart (layer norm, one positional convolution)."""
     model = transformers_model(variant, "ForCTC", apply_spec_augment=False)
     loss, grads = ctc_script(model, speech)
     grads = [grad.clone() for grad in grads]

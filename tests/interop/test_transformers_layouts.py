@@ -1,4 +1,4 @@
-"""Accelerated encoders with all kinds of batches, masks and memory formats."""
+"""Test accelerated encoders with all kinds of batches, masks and memory formats."""
 
 from functools import cache
 from typing import Any
@@ -25,7 +25,7 @@ def accelerated(variant: str) -> Any:
 
 
 def features_alone(model: Any, waveform: Tensor) -> Tensor:
-    """Features of one utterance without padding, (F, D)."""
+    """Return the (F, D) features of one utterance without padding."""
     out: Tensor = model(waveform.unsqueeze(0)).last_hidden_state[0]
     return out
 
@@ -68,7 +68,7 @@ def test_any_layout_gives_every_utterance_as_if_it_were_alone(
 def test_masks_with_holes_are_refused(
     lengths: list[int], kind: torch.dtype, place: float, row: int, padded: int
 ) -> None:
-    """Flips one place of a row's mask: padding before the last sample, or a sample after the first padding."""
+    """Flip one element of a row's mask: padding before the last sample, or a sample after the first padding."""
     row, samples = row % len(lengths), max(lengths) + padded + 1
     mask = torch.arange(samples) < torch.tensor(lengths).unsqueeze(1)
     position = int(place * (lengths[row] - 1)) if lengths[row] > 1 else lengths[row] + 1

@@ -1,4 +1,4 @@
-"""Tiny randomly initialised models of other libraries, batches for them, and comparisons."""
+"""Make tiny, randomly initialised models of other libraries and batches for them, and compare results."""
 
 from typing import Any
 
@@ -37,7 +37,7 @@ TINY: dict[str, Any] = {
 }
 LARGE = {"feat_extract_norm": "layer", "conv_bias": True, "do_stable_layer_norm": True}
 BUCKETS = {"num_buckets": 20, "max_bucket_distance": 25}
-#: Name of a variant -> prefix of Transformers' class names, and changes of TINY.
+#: Name of a variant -> prefix of Transformers' class names, and changes to TINY.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "wav2vec2 base": ("Wav2Vec2", {}),
     "wav2vec2 large": ("Wav2Vec2", LARGE),
@@ -63,7 +63,7 @@ WITH_ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
     "wav2vec2 base, adapter": ("Wav2Vec2", ADAPTER),
     "wav2vec2 large, adapters": ("Wav2Vec2", LARGE | ADAPTER | {"adapter_attn_dim": 8, "output_hidden_size": 48}),
 }
-#: torchaudio's factories of the published architectures.
+#: torchaudio's factories for the published architectures.
 TORCHAUDIO_FACTORIES = [
     "wav2vec2_base",
     "wav2vec2_large",
@@ -86,7 +86,7 @@ EVERY_FAMILY = pytest.mark.parametrize("variant", FAMILIES)
 
 
 def transformers_model(variant: str, head: str = "Model", **options: Any) -> Any:
-    """A tiny model in evaluation mode. Every parameter is moved off initial values, such as 0, that hide errors."""
+    """Return a tiny model in evaluation mode; no parameter keeps an initial value, such as 0, that hides errors."""
     transformers = pytest.importorskip("transformers")
     family, settings = (VARIANTS | WITH_ADAPTERS)[variant]
     torch.manual_seed(0)
@@ -105,7 +105,7 @@ def disturb(model: torch.nn.Module) -> None:
 
 
 class Adapted(torch.nn.Module):
-    """A linear layer with a low-rank adapter, as LoRA makes it."""
+    """Linear layer with a low-rank adapter, as LoRA makes it."""
 
     def __init__(self, base: torch.nn.Linear) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ class Adapted(torch.nn.Module):
 
 
 def padded_batch(lengths: list[int]) -> tuple[Tensor, Tensor]:  # (B, T), (B, T)
-    """Waveforms padded with zeros at the end, and their attention mask."""
+    """Return waveforms padded with zeros at the end, and their attention mask."""
     generator = torch.Generator().manual_seed(len(lengths))
     waveforms = torch.randn(len(lengths), max(lengths), generator=generator)
     mask = (torch.arange(max(lengths)) < torch.tensor(lengths).unsqueeze(1)).long()

@@ -1,4 +1,4 @@
-"""Tiny torchaudio encoders and batches. Importing this module skips a test file if torchaudio does not work."""
+"""Make tiny torchaudio encoders and batches. Importing this module skips a test file if torchaudio does not work."""
 
 from typing import Any
 
@@ -50,6 +50,6 @@ def make(variant: str, **options: Any) -> Any:
 
 
 def batch_of(lengths: list[int]) -> tuple[Tensor, Tensor]:
-    """Waveforms padded with noise, which must not affect any output, and their lengths."""
+    """Return waveforms padded with noise, which must not affect any output, and their lengths."""
     generator = torch.Generator().manual_seed(len(lengths))
     return torch.randn(len(lengths), max(lengths), generator=generator), torch.tensor(lengths)

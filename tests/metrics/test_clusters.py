@@ -1,4 +1,4 @@
-"""Cluster scores computed from a stream equal scikit-learn's."""
+"""Test that cluster scores computed from a stream equal scikit-learn's."""
 
 import math
 
@@ -14,7 +14,7 @@ from fastssl.metrics import fit_kmeans, nearest_centres, num_clusters, score_clu
 
 @pytest.fixture(scope="module")
 def frames() -> Tensor:
-    """Frames scattered around 20 points far from the origin, (900, 12) fp64."""
+    """Return (900, 12) fp64 frames scattered around 20 points far from the origin."""
     random = torch.Generator().manual_seed(0)
     points = 3 * torch.randn(20, 12, dtype=torch.float64, generator=random)
     which = torch.randint(20, (900,), generator=random)
@@ -42,7 +42,7 @@ def test_stream_equals_all_at_once(frames: Tensor) -> None:
 
 
 def test_single_precision_far_from_the_origin(frames: Tensor) -> None:
-    # Products of these numbers lose, in fp32, all digits that tell one centre from another.
+    # In fp32, products of these numbers lose all digits that tell one centre from another.
     far = (frames + 5000).float()
     centres = far[:40]
     exact, single = score_clusters([far.double()], centres.double()), score_clusters([far], centres)

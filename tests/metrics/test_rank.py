@@ -1,4 +1,4 @@
-"""Effective rank: the formula, and the same value computed from a stream."""
+"""Test the effective rank: its formula, and that a stream gives the same value."""
 
 import math
 
@@ -10,7 +10,7 @@ from fastssl.metrics import GramMatrix, effective_rank
 
 
 def matrix_with(singular_values: Tensor, rows: int, seed: int = 0) -> Tensor:
-    """A matrix with these singular values, (rows, D) fp64."""
+    """Return a (rows, D) fp64 matrix with these singular values."""
     random = torch.Generator().manual_seed(seed)
     width = len(singular_values)
     left = torch.linalg.qr(torch.randn(rows, width, dtype=torch.float64, generator=random)).Q

@@ -1,4 +1,4 @@
-"""BEST-RQ's objective: its loss against plain code, independence of batch mates, and the noise that masking inserts."""
+"""Test BEST-RQ's objective: its loss against plain code, independence of batch mates, and the masking noise."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -191,7 +191,7 @@ def test_it_learns() -> None:
         optimizer.step()
         losses.append(output.loss.item() / output.masked_frames)
     shares = output.code_counts / output.code_counts.sum()
-    # The loss of a model that knows only the codes' frequencies.
+    # This is the loss of a model that knows only the codes' frequencies.
     entropy = -(shares * shares.clamp(min=1e-9).log()).sum().item()
     assert sum(losses[-10:]) / 10 < 0.85 * entropy
 
@@ -250,7 +250,7 @@ def test_values_that_no_objective_has_are_named(changes: dict[str, Any], message
 
 @pytest.mark.gpu
 def test_the_host_waits_for_the_device_once() -> None:
-    """The one wait reads the number of masked frames."""
+    """That wait reads the number of masked frames."""
     torch.manual_seed(0)
     config = replace(SMALL, hidden_dropout=0.1, attention_dropout=0.1, activation_dropout=0.1)
     model = BestRqForPreTraining(config).cuda().train()

@@ -1,4 +1,4 @@
-"""Encoders with a compressor: a rate per call, equality with Transformers at rate 0, and training."""
+"""Test encoders with a compressor: a rate per call, equality with Transformers at rate 0, and training."""
 
 import dataclasses
 from pathlib import Path
@@ -221,7 +221,7 @@ def test_training_draws_a_rate_for_each_utterance() -> None:
 
 
 def segments_of(total: int) -> tuple[Tensor, Tensor]:
-    """Weights and ends of segments of five frames each."""
+    """Return target weights and ends for segments of five frames each."""
     return torch.full((total,), 0.2), torch.arange(total) % 5 == 4
 
 

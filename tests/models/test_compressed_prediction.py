@@ -1,4 +1,4 @@
-"""HuBERT and BEST-RQ with a compressor: the predicted targets, and Conformers at various rates."""
+"""Test HuBERT and BEST-RQ with a compressor: the predicted targets, and Conformers at various rates."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -153,7 +153,7 @@ def test_a_folder_gives_a_conformer_and_its_compressor_back(kind: str, factor: i
     assert expected.compressed is not None
     wanted = 100.0 if kind == "integrate-and-fire" else 40.0 * factor
     assert expected.compressed.frame_period_ms[-1].item() == pytest.approx(wanted, rel=0.1)
-    # A plain encoder, from which a compressor can be trained, has no weights of a compressor.
+    # A plain encoder has no compressor weights, but it can start the training of a compressor.
     plain = ConformerEncoder(ConformerConfig(**CONFORMER))
     plain.save_pretrained(tmp_path / "plain")
     assert not any("compressor" in key for key in read_weights(tmp_path / "plain"))

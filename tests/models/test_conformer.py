@@ -1,4 +1,4 @@
-"""The Conformer encoder: batch mates, short utterances, saved folders, and configs that are refused."""
+"""Test the Conformer encoder: batch mates, short utterances, saved folders, and refused configs."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""A small model learns the same with kernels as with references: both loss curves coincide."""
+"""Test that a small model learns the same with kernels as with references: both loss curves coincide."""
 
 import math
 
@@ -39,7 +39,7 @@ UPDATES = 150
 
 
 def waveform(index: int, samples: int) -> Tensor:
-    """Tones that change every 80 ms, so that masked frames can be predicted from their surroundings."""
+    """Return tones that change every 80 ms, so that masked frames can be predicted from their surroundings."""
     generator = torch.Generator().manual_seed(index)
     pitch = 200 * 2 ** torch.randint(0, 5, (samples // 1280 + 1,), generator=generator)
     phase = (2 * math.pi * pitch.repeat_interleave(1280)[:samples] / 16000).cumsum(0)

@@ -1,4 +1,4 @@
-"""Students: the loss against its formula, published sizes, initial weights, and frames that match the teacher's."""
+"""Test students: loss against formula, published sizes, initial weights, and frames that match the teacher's."""
 
 import dataclasses
 import re
@@ -51,7 +51,7 @@ def loss_by_loop(predictions: list[Tensor], targets: list[Tensor]) -> float:
 
 
 def test_prediction_heads_and_their_loss_equal_the_formula() -> None:
-    """The formula of s3prl's distiller: a linear map and GELU, then one linear map per layer, each on its own part."""
+    """Compare with s3prl's formula: a linear map and GELU, then one linear map per layer, each on its own part."""
     model = make()
     waveforms = waveforms_of(16_000, 9_000)
     targets = targets_of(model, waveforms)
@@ -168,7 +168,7 @@ def test_a_student_begins_with_the_teachers_first_layers_where_they_fit() -> Non
 
 @pytest.mark.parametrize("samples", [400, 719, 720, 96_480, 96_719, 96_800])
 def test_frames_of_teacher_and_student_always_agree(samples: int) -> None:
-    """Includes lengths of 301 and 302 frames, at which s3prl fails."""
+    """Includes 301 and 302 frames, lengths at which s3prl fails."""
     model = make()
     waveforms = waveforms_of(samples, 5_000)
     output = model(waveforms, keys=draw_keys(2), targets=targets_of(model, waveforms))

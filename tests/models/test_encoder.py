@@ -1,4 +1,4 @@
-"""Every architecture: equal to Transformers' base model in outputs, weight names and saved folders; model cards."""
+"""Test that every architecture equals Transformers' in outputs, weight names and saved folders; test model cards."""
 
 import itertools
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Encoder folders with wrong contents: errors name the file, and files outside the folder are never opened."""
+"""Test encoder folders with wrong contents: errors name the file, and files outside the folder are never opened."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""HuBERT's objective: equal to a plain implementation, and independent of the rest of the batch."""
+"""Test that HuBERT's objective equals a plain implementation, and does not depend on the rest of the batch."""
 
 import dataclasses
 
@@ -43,7 +43,7 @@ def model() -> HubertForPreTraining:
 
 
 def _batch(lengths: tuple[int, ...] = _LENGTHS) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """Waveforms, a label for each of their frames, and a key for each waveform."""
+    """Return waveforms, a label for each of their frames, and a key for each waveform."""
     generator = torch.Generator().manual_seed(1)
     waveforms = [torch.randn(length, 1, generator=generator) for length in lengths]
     frames = [max(0, (length - 400) // 320 + 1) for length in lengths]
@@ -142,7 +142,7 @@ def test_loss_and_gradients_equal_those_of_torchaudio(model: HubertForPreTrainin
 
 @pytest.mark.gpu
 def test_the_host_waits_for_the_device_once() -> None:
-    """The one wait reads the number of masked frames."""
+    """That wait reads the number of masked frames."""
     torch.manual_seed(0)
     model = HubertForPreTraining(_TINY).cuda().train()
     waveforms, labels, keys = _batch()

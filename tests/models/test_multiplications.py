@@ -1,4 +1,4 @@
-"""Counts of multiplications, compared with published figures and with PyTorch's counter."""
+"""Compare counts of multiplications with published figures and with PyTorch's counter."""
 
 from dataclasses import replace
 
@@ -41,7 +41,7 @@ def test_equal_what_torch_counts(seconds: float) -> None:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         theirs(torch.randn(1, int(16_000 * seconds)))
     counted = counter.get_total_flops() / 2
-    # PyTorch also counts the products with a convolution's padding, hence the tolerance.
+    # PyTorch also counts multiplications with a convolution's padding, so the comparison needs a tolerance.
     assert count_multiplications(config, seconds=seconds).total == pytest.approx(counted, rel=0.02)
 
 

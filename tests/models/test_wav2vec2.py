@@ -1,4 +1,4 @@
-"""wav2vec 2.0: equality with Transformers, independence of batch mates, and the pre-training objective."""
+"""Test wav2vec 2.0: equality with Transformers, independence of batch mates, and the pre-training objective."""
 
 import json
 from dataclasses import asdict, replace
@@ -292,7 +292,7 @@ def test_rejects_bad_input(tmp_path: Path) -> None:
 @pytest.mark.gpu
 @EVERY_VARIANT
 def test_the_host_waits_for_the_device_once(variant: str) -> None:
-    """The one wait reads the number of masked frames."""
+    """That wait reads the number of masked frames."""
     torch.manual_seed(0)
     config = replace(VARIANTS[variant], hidden_dropout=0.1, attention_dropout=0.1, activation_dropout=0.1)
     model = Wav2Vec2ForPreTraining(config).cuda().train()

@@ -1,4 +1,4 @@
-"""Activations return the same bits for a frame wherever it lies in the batch."""
+"""Test that activations return the same bits for a frame wherever it is in the batch."""
 
 from collections.abc import Iterator
 

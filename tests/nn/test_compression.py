@@ -1,4 +1,4 @@
-"""The sequence compressor: equal to loops over frames, and its promises about rates and short utterances."""
+"""Test the sequence compressor against loops over frames, and its promises about rates and short utterances."""
 
 import itertools
 import math
@@ -100,7 +100,7 @@ def test_weight_network_equals_its_modules_on_each_utterance_alone() -> None:
         if len(x):
             hidden = network.layer_norm(F.conv1d(x.t(), network.conv.weight, network.conv.bias, padding=2).t())
             torch.testing.assert_close(weights, network.projection(hidden.relu()).sigmoid().squeeze(1))
-    # The number of the paper's code.
+    # This is the number in the paper's code.
     assert sum(parameter.numel() for parameter in WeightNetwork(512).parameters()) == 1_312_769
 
 
@@ -169,7 +169,7 @@ def test_two_frames_survive_weights_of_zero() -> None:
 
 
 def slots_by_loop(weights: Tensor, frames: int) -> list[int]:
-    """For each frame, the output frame that gets the largest share of its weight."""
+    """Return, for each frame, the output frame that gets the largest share of its weight."""
     slots, begin = [], 0.0
     for weight in weights.tolist():
         end = begin + weight
@@ -256,7 +256,7 @@ def test_a_period_is_solved_for_each_utterance_alone() -> None:
 @pytest.mark.parametrize("training", [True, False])
 @EVERY_KIND
 def test_gradcheck(kind: str, training: bool) -> None:
-    """With respect to frames, parameters and rate. Covers the kept rest in evaluation, and raised sums of weights."""
+    """Check gradients of frames, parameters and rate, even if evaluation keeps a rest or sums of weights are raised."""
     compressor = make(kind, channels=4).double().train(training)
     frames = frames_of([13, 3, 0, 6], channels=4, dtype=torch.float64)
     names = [name for name, _ in compressor.named_parameters()]

@@ -1,4 +1,4 @@
-"""Rotary positions and the Conformer: equal to the definition, with nothing crossing borders of utterances."""
+"""Test that rotary positions and the Conformer equal the definition, and that nothing crosses utterances' borders."""
 
 import itertools
 

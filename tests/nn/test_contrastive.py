@@ -1,4 +1,4 @@
-"""The contrastive loss module: equal to the op, with negatives that depend only on the utterance's key."""
+"""Test that the contrastive loss module equals the op, and that its negatives depend only on the utterance's key."""
 
 from typing import Any
 
@@ -32,7 +32,7 @@ def test_is_the_loss_with_negatives_of_the_same_utterance() -> None:
         context[:, None], targets[torch.cat([torch.arange(48)[:, None], negatives], 1)], -1
     )
     expected = torch.logsumexp(logits / 0.2, 1) - logits[:, 0] / 0.2
-    expected[30] = 0  # this utterance has one masked frame, hence no negatives
+    expected[30] = 0  # this utterance has one masked frame, so no negatives
     torch.testing.assert_close(loss, expected)
     assert torch.equal(correct[:30], logits[:30, 0] >= logits[:30].amax(1))
     assert not correct[30]

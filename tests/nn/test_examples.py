@@ -1,4 +1,4 @@
-"""Docstring examples of the modules that users may want without the rest of the package."""
+"""Run the docstring examples of the modules that users may want without the rest of the package."""
 
 import doctest
 import importlib

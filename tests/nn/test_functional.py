@@ -1,4 +1,4 @@
-"""The functional layer fuses plain modules, and calls replaced or hooked ones, within our own modules too."""
+"""Test that the functional layer fuses plain modules and calls replaced or hooked ones, in our own modules too."""
 
 from collections.abc import Callable
 

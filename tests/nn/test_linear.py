@@ -1,4 +1,4 @@
-"""The linear layer: equal to PyTorch's, with rows independent of each other, and with GELU fused into the product."""
+"""Test the linear layer: it equals PyTorch's, its rows are independent of each other, and it can include a GELU."""
 
 import pytest
 import torch

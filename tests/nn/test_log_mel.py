@@ -1,4 +1,4 @@
-"""Log-mel frames: equal to a short-time Fourier transform with a mel filter bank, and independent of batch mates."""
+"""Test that log-mel frames equal a short-time Fourier transform with mel filters, whatever the batch mates."""
 
 import math
 
@@ -16,7 +16,7 @@ def waveforms_of(*lengths: int) -> Packed:
 
 
 def triangles(bands: int) -> Tensor:  # (201, bands)
-    """HTK's mel filter bank, computed one weight at a time."""
+    """Compute HTK's mel filter bank, one weight at a time."""
 
     def mel(frequency: float) -> float:
         return 2595 * math.log10(1 + frequency / 700)

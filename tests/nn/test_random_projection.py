@@ -1,4 +1,4 @@
-"""BEST-RQ's quantiser equals the paper's definition, and its temporary memory is limited to one block."""
+"""Test that BEST-RQ's quantiser equals the paper's definition, and needs temporary memory for only one block."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from fastssl.nn.random_projection import RandomProjectionQuantizer
 
 
 def nearest(quantizer: RandomProjectionQuantizer, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Equation 1 of the paper, computed directly: the code whose difference has the smallest norm."""
+    """Compute equation 1 of the paper directly: the code whose difference has the smallest norm."""
     projected = F.normalize(x.to(dtype) @ quantizer.projection.to(dtype).t())
     codebook = F.normalize(quantizer.codebook.to(dtype))
     differences = projected.unsqueeze(1) - codebook  # (N, V, code_width)

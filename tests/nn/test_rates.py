@@ -1,4 +1,4 @@
-"""Rates of sequence compression: the paper's figures, random rates for training, and a learned rate."""
+"""Test rates of sequence compression: the paper's figures, random rates for training, and a learned rate."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from fastssl.packing import Packed
 
 
 def test_periods_of_rates_are_those_of_the_paper() -> None:
-    """The paper's table is for a mean weight of 2/9: a frame period of 90 ms at rate 1."""
+    """The paper's table assumes a mean weight of 2/9, so the frame period is 90 ms at rate 1."""
     table = {0.0: 20.0, 0.25: 24.83, 0.5: 32.73, 0.7: 43.9, 0.75: 48.0, 1.0: 90.0}
     learned = torch.full((1,), 2 / 9, dtype=torch.float64)
     for rate, period in table.items():

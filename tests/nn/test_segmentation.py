@@ -1,4 +1,4 @@
-"""Losses that guide a compressor's boundaries: equal to loops over frames, zero for the right weights."""
+"""Test the losses that guide a compressor's boundaries: they equal loops over frames, and right weights give zero."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from fastssl.packing import Layout, Packed
 
 
 def of_segments(lengths: list[int]) -> tuple[Tensor, Tensor]:
-    """Target weights and ends of segments with these lengths."""
+    """Return target weights and ends of segments with these lengths."""
     weights = torch.cat([torch.full((length,), 1 / length) for length in lengths])
     ends = torch.zeros(len(weights), dtype=torch.bool)
     ends[torch.tensor(lengths).cumsum(0) - 1] = True

@@ -107,7 +107,7 @@ def _compile(launch: _Launch, architecture: int) -> dict[str, int]:
 
 
 def _resource_usage(cubin: bytes) -> dict[str, int]:
-    """Registers and spills, which Triton's metadata contains only on a machine with a GPU."""
+    """Return registers and spills, which Triton's metadata contains only on a machine with a GPU."""
     import tempfile
 
     from triton import knobs

@@ -1,4 +1,4 @@
-"""Helpers for the op tests: lists of implementations, inputs, and the tolerance of comparisons."""
+"""Help the op tests: list implementations, make inputs, and compare results within a tolerance."""
 
 from collections.abc import Callable, Collection, Hashable, Sequence
 from typing import NamedTuple
@@ -22,7 +22,7 @@ LENGTHS = {
 
 
 def implementations(op: str, *, compiled_only: bool = False) -> list[ParameterSet]:
-    """Pytest parameters (backend, device) for every implementation of an op that this machine has."""
+    """Return pytest parameters (backend, device) for every implementation of an op that this machine has."""
     return [
         pytest.param(backend, device, marks=[pytest.mark.gpu] if device == "cuda" else [], id=f"{backend}-{device}")
         for device, backends in BACKENDS[op].items()
@@ -36,18 +36,18 @@ def layout_of(lengths: Sequence[int], device: str = "cpu") -> Layout:
 
 
 def randn(*shape: int) -> Tensor:
-    """Normally distributed numbers in fp64; equal shapes give equal numbers."""
+    """Return normally distributed numbers in fp64; equal shapes give equal numbers."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64)
 
 
 def normal(**shapes: tuple[int, ...]) -> dict[str, Tensor]:
-    """Normally distributed tensors by name; each name gets different numbers."""
+    """Return normally distributed tensors by name; each name gets different numbers."""
     generator = torch.Generator().manual_seed(0)
     return {name: torch.randn(*shape, generator=generator) for name, shape in shapes.items()}
 
 
 def assert_as_good_as(x: Tensor, plain: Tensor, exact: Tensor, what: str) -> None:
-    """The tolerance of all op tests, in max norm: twice plain PyTorch's error in the same dtype, plus 4 eps."""
+    """Assert that the error is at most twice plain PyTorch's in the same dtype, plus 4 eps (in max norm)."""
     assert x.shape == exact.shape, f"{what}: shape {tuple(x.shape)}, expected {tuple(exact.shape)}"
     if exact.numel() == 0:
         return
@@ -58,14 +58,14 @@ def assert_as_good_as(x: Tensor, plain: Tensor, exact: Tensor, what: str) -> Non
 
 
 def gradients(outputs: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """Gradients of a weighted sum of `outputs`, with fixed weights that break symmetries which could hide errors."""
+    """Return gradients of a weighted sum of `outputs`; fixed weights break symmetries that could hide errors."""
     weights = torch.sin(torch.arange(outputs.numel(), device=outputs.device, dtype=torch.float64) + 1)
     loss = (outputs.to(torch.float64) * weights.reshape(outputs.shape)).sum()
     return list(torch.autograd.grad(loss, list(inputs)))
 
 
 def cast(tensors: dict[str, Tensor], dtype: torch.dtype, device: str = "cpu") -> dict[str, Tensor]:
-    """Copies of the tensors as fresh leaves; floating-point tensors get the dtype and require gradients."""
+    """Copy the tensors as fresh leaves; floating-point tensors get the dtype and require gradients."""
     return {
         name: tensor.detach()
         .to(device, dtype if tensor.is_floating_point() else None)
@@ -75,7 +75,7 @@ def cast(tensors: dict[str, Tensor], dtype: torch.dtype, device: str = "cpu") ->
 
 
 class _Expected(NamedTuple):
-    """What the reference returns for inputs of a dtype, computed in fp64 and in the dtype itself."""
+    """Results of the reference for inputs of a dtype, computed in fp64 and in the dtype itself."""
 
     exact: list[Tensor]  # the output, then gradients
     plain: list[Tensor]
@@ -127,5 +127,5 @@ def check_against_reference(
 
 
 def compiler_for(backend: str) -> str:
-    """The `torch.compile` backend for an op's backend. Plain PyTorch code skips Inductor, which takes seconds."""
+    """Return the `torch.compile` backend for an op's backend. Plain PyTorch skips Inductor, which takes seconds."""
     return "aot_eager" if backend in ("reference", "torch") else "inductor"

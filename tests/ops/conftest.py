@@ -1,4 +1,4 @@
-"""Fixtures for every op test: several threads, and uninitialised memory filled with NaN to expose missing writes."""
+"""Run every op test with several threads, and fill uninitialised memory with NaN to expose missing writes."""
 
 import importlib.util
 import os

@@ -1,4 +1,4 @@
-"""The declaration that each `tests/ops/test_<op>.py` makes, as `STANDARD`, for the tests that all ops share."""
+"""Define what each `tests/ops/test_<op>.py` declares, as `STANDARD`, for the tests that all ops share."""
 
 import importlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -22,7 +22,7 @@ Run = Callable[[str, Inputs, str | None], Tensor]
 
 
 def interpreted(backend: str, device: str) -> bool:
-    """Whether Triton's interpreter runs the op. It is slow, so some ops give it smaller inputs."""
+    """Return whether Triton's interpreter runs the op. It is slow, so some ops give it smaller inputs."""
     return (backend, device) == ("triton", "cpu")
 
 
@@ -32,12 +32,12 @@ def all_but_triton_in_double(case: str, backend: str, device: str, dtype: torch.
 
 @dataclass(frozen=True, kw_only=True)
 class Mates:
-    """Batches in which every sequence must give the same result as alone.
+    """Batches whose sequences must each give the same result as alone.
 
     Attributes:
         make: Makes inputs from the lengths and the values of `drawn`; tensors have one row per frame, unless `shared`.
         call: Returns the packed results to compare: outputs, and gradients if the op promises them too.
-        lengths: Strategy for the lengths of a batch.
+        lengths: Hypothesis strategy for the lengths of a batch.
         drawn: Strategies for the other arguments of `make`.
         shared: Names of inputs without a row per frame.
         examples: Number of batches to draw.
@@ -70,7 +70,7 @@ class Standard:
         cases: Names of the cases of the forward and backward tests.
         make_inputs: Makes the inputs of a case in a dtype, on the CPU.
         run: Runs the op on a case.
-        mates: Name -> batches in which every sequence must give the same result as alone.
+        mates: Name -> batches whose sequences must each give the same result as alone.
         good: Arguments that the op accepts.
         bad: Pattern of an error message -> change of `good` that must raise it.
         frames: Makes inputs with a number of frames, which `call` can split into sequences of any lengths.
@@ -135,7 +135,7 @@ class Standard:
         if not self.serves(case, backend, device, dtype):
             with pytest.raises(ValueError, match=f"backend='{backend}': not available for {self.op}"):
                 self.run(case, self.inputs(case, backend, device, dtype), backend)
-            pytest.skip(f"{backend} does not serve this case")
+            pytest.skip(f"{backend} does not support this case")
 
     def skip_slow(self, case: str, backend: str, device: str) -> None:
         """Skip a case that is too slow in Triton's interpreter."""
@@ -144,7 +144,7 @@ class Standard:
 
 
 def standard_of(op: str) -> Standard:
-    """The declaration in an op's test file."""
+    """Return what an op's test file declares."""
     declared: Standard = importlib.import_module(f"tests.ops.test_{op}").STANDARD
     return declared
 
@@ -155,7 +155,7 @@ def every(
     compiled_only: bool = False,
     where: Callable[..., bool] = lambda standard, implementation, *values: True,
 ) -> list[ParameterSet]:
-    """Pytest parameters (standard, *values, backend, device): all implementations of all ops, times their `axes`."""
+    """Return pytest parameters (standard, *values, backend, device): each implementation of each op, times its axes."""
     assert BACKENDS.keys() <= {*dir(ops)}
     return [
         pytest.param(

@@ -1,4 +1,4 @@
-"""Triton kernels compiled for three GPUs, without needing one: shared memory must fit, registers must not spill."""
+"""Test Triton kernels compiled for three GPUs (none is needed): shared memory must fit, registers must not spill."""
 
 from pathlib import Path
 from typing import NamedTuple

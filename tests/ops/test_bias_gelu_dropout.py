@@ -63,7 +63,7 @@ def make_batch(lengths: tuple[int, ...]) -> Inputs:
 
 
 def without_dropout(inputs: Inputs, layout: Layout, backend: str) -> list[Packed]:
-    """Runs without dropout, whose mask depends on the place in the packed tensor and hence on batch mates."""
+    """Run without dropout, whose mask depends on the place in the packed tensor and so on batch mates."""
     out = bias_gelu_dropout(inputs["x"].requires_grad_(), inputs["bias"], backend=backend)
     (grad,) = torch.autograd.grad(out, inputs["x"], inputs["grad"])
     return [Packed(out, layout), Packed(grad, layout)]
@@ -118,7 +118,7 @@ def test_drops_what_the_specification_says(backend: str, device: str, width: int
 
 @EVERY_IMPLEMENTATION
 def test_is_gelu_everywhere(backend: str, device: str) -> None:
-    """Includes huge inputs, for which a kernel's exp or erf might overflow."""
+    """Includes huge inputs, where a kernel's exp or erf might overflow."""
     values = torch.cat((torch.linspace(-12, 12, 4001), torch.tensor([-1e30, -50.0, -0.0, 0.0, 50.0, 1e30])))
     x = values.to(device)[None].requires_grad_()
     out = bias_gelu_dropout(x, None, backend=backend)

@@ -39,7 +39,7 @@ def make_inputs(case: str, dtype: torch.dtype = torch.float32) -> Inputs:
 
 
 def few_frames(case: str, dtype: torch.dtype = torch.float32) -> Inputs:
-    """The case with an eighth of the frames, because Triton's interpreter takes 15 ms per frame."""
+    """Make the case with an eighth of the frames, because Triton's interpreter takes 15 ms per frame."""
     lengths, width, count, missing, codes = (SMALL | CASES)[case]
     return draw(tuple(-(-length // 8) for length in lengths), width, count, missing, codes, dtype)
 
@@ -85,7 +85,7 @@ def run(inputs: Inputs, backend: str | None = None) -> Tensor:
 
 
 def run_with_constant_codes(case: str, inputs: Inputs, backend: str | None) -> Tensor:
-    """Keeps shared targets fixed: gradcheck's step would make equal targets differ, and the loss would jump."""
+    """Keep shared targets fixed: gradcheck's step would make equal targets differ, and the loss would jump."""
     if "codes" in case:
         inputs = inputs | {"targets": make_inputs(case, torch.float64)["targets"]}
     return run(inputs, backend)
@@ -104,7 +104,7 @@ def frames(count: int) -> Inputs:
 
 
 def make_batch(lengths: Sequence[int], width: int, count: int, dtype: torch.dtype) -> Inputs:
-    """Inputs whose negatives are numbered from the start of their sequence."""
+    """Make inputs whose negatives are numbered from the start of their sequence."""
     inputs = draw(lengths, width, count, 0.1, sum(lengths) // 2 + 1, dtype)
     return inputs | {"negatives": moved(inputs["negatives"], layout_of(lengths), -1)}
 

@@ -68,7 +68,7 @@ def make_batch(lengths: tuple[int, ...]) -> Inputs:
 
 
 def without_dropout(inputs: Inputs, layout: Layout, backend: str) -> list[Packed]:
-    """Runs without dropout, whose mask depends on the place in the packed tensor and hence on batch mates."""
+    """Run without dropout, whose mask depends on the place in the packed tensor and so on batch mates."""
     x, residual, grad, weight, bias = inputs.values()
     leaves = x.requires_grad_(), residual.requires_grad_()
     outs = dropout_add_layer_norm(*leaves, weight=weight, bias=bias, prenorm=True, backend=backend)

@@ -1,4 +1,4 @@
-"""Tests of every op: extreme batches, equal bits on every run, strided arguments, and no waiting for a GPU."""
+"""Test every op: extreme batches, equal bits on every run, strided arguments, and no waiting for a GPU."""
 
 import inspect
 from collections.abc import Callable
@@ -80,7 +80,7 @@ EVERY_TENSOR: list[tuple[str, Inputs, dict[str, Any]]] = [
 
 
 def every_implementation(*, on: str | None = None) -> list[ParameterSet]:
-    """Pytest parameters (standard, backend, device) for all backends except the reference."""
+    """Return pytest parameters (standard, backend, device) for all backends except the reference."""
     return [found for found in every() if found.values[1] != "reference" and on in (None, found.values[2])]
 
 
@@ -98,7 +98,7 @@ def test_no_tensor_argument_is_forgotten() -> None:
 
 
 def every_second(x: Tensor) -> Tensor:
-    """A strided view of the same numbers with zeros in between, which a kernel that ignores strides would read."""
+    """Return a strided view of the same numbers; a kernel that ignores strides would read the zeros in between."""
     return torch.stack([x, torch.zeros_like(x)], -1)[..., 0]
 
 

@@ -62,7 +62,7 @@ def skip_float64_in_triton(backend: str) -> None:
 
 
 def values(case: str, inputs: Inputs, backend: str | None) -> Tensor:
-    """The op's values, after checking that they are the chosen code vectors bit for bit."""
+    """Return the op's values, after checking that they are the chosen code vectors bit for bit."""
     found, vectors = call(inputs, backend), inputs["codevectors"]
     chosen = torch.stack([vectors[g, found.codes[:, g]] for g in range(len(vectors))], 1).flatten(1)
     assert torch.equal(found.values, chosen)
@@ -83,7 +83,7 @@ def codes_and_counts(case: str, inputs: Inputs, backend: str | None) -> Tensor:
 
 
 def smooth(case: str, inputs: Inputs, backend: str | None) -> Tensor:
-    """Outputs with logits held fixed for the values, which jump with the logits and have no numeric gradient."""
+    """Return both outputs; for the values, which jump with the logits, hold the logits fixed."""
     logits = make_inputs(case, torch.float64)["logits"]
     return torch.cat(
         [call(inputs, backend).probability_sums.flatten(), values(case, inputs | {"logits": logits}, backend).flatten()]
@@ -177,7 +177,7 @@ STANDARD = Standard(
 @pytest.mark.parametrize("case", SMALL)
 @EVERY_IMPLEMENTATION
 def test_the_gradient_of_values_is_that_of_a_softmax(case: str, backend: str, device: str) -> None:
-    """Straight-through: the choice of a code has no gradient, so the softmax's gradient is used instead."""
+    """The choice of a code has no gradient, so the softmax's gradient is used instead (straight-through)."""
     skip_float64_in_triton(backend)
     inputs = {name: x.to(device) for name, x in make_inputs(case, torch.float64).items()}
     (logits, codevectors), noise = differentiable(inputs), torch.zeros(()).double()
@@ -192,7 +192,7 @@ def test_the_gradient_of_values_is_that_of_a_softmax(case: str, backend: str, de
 
 @EVERY_IMPLEMENTATION
 def test_noise_is_a_function_of_key_position_and_code(backend: str, device: str) -> None:
-    """Recovers the noise from the gradient of the logits, and compares it with the noise of key, position and code."""
+    """Recover the noise from the gradient of the logits, and compare it with the noise for key, position and code."""
     frames, groups, codes = 50, 2, 16
     keys, positions = torch.arange(frames) % 7 - 3, torch.arange(frames) * 31
     seeds = noise_seeds(keys, positions * groups * codes, stream=3)

@@ -1,4 +1,4 @@
-"""Compiled CPU kernels with the narrower instruction sets that they are built for; other tests use the widest."""
+"""Test compiled CPU kernels with the narrower instruction sets that they are built for; other tests use the widest."""
 
 import os
 import subprocess

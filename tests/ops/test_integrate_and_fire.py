@@ -46,7 +46,7 @@ def run(case: str, inputs: Inputs, backend: str | None = None) -> Tensor:
 
 
 def plain_loop(x: Tensor, weights: Tensor, beta: float) -> Tensor:
-    """One utterance, frame by frame, with the left weight, right weight and extra fires of the authors' code."""
+    """Process one utterance frame by frame, with the left weight, right weight and extra fires of the authors' code."""
     total = weights.double().cumsum(0)
     fired = math.floor(float(total[-1]) / beta)
     out = x.new_zeros(fired + 1, x.shape[1])
@@ -65,7 +65,7 @@ def plain_loop(x: Tensor, weights: Tensor, beta: float) -> Tensor:
 
 
 def trace(case: str, inputs: Inputs, backend: str) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
-    """The traceable part of the op: all that follows once the output length, which depends on data, is known."""
+    """Return the traceable part of the op: all that follows once the output length, which depends on data, is known."""
     lengths, _, _, threshold = CASES[case]
     x, weights = inputs.values()
     layout = layout_of(lengths, x.device.type)
@@ -174,7 +174,7 @@ def test_weights_of_one_change_nothing(backend: str, device: str) -> None:
 
 @EVERY_IMPLEMENTATION
 def test_ties_and_zero_weights(backend: str, device: str) -> None:
-    """Frames that end exactly on a slot's border, or have no weight: values, and gradients (from the later slot)."""
+    """Check frames that end exactly on a slot's border or have no weight; they get gradients from the later slot."""
     x = torch.arange(1.0, 7, device=device)[:, None].requires_grad_()
     weights = torch.tensor([0.5, 0.5, 0.0, 2.0, 0.0, 0.75], device=device, requires_grad=True)
     out, layout_out = integrate_and_fire(x, weights, layout_of((6,), device), backend=backend)

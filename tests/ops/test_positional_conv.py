@@ -105,7 +105,7 @@ def test_reference_is_the_convolution_of_transformers() -> None:
 
 
 def test_long_sequences_have_an_exact_weight_gradient() -> None:
-    """Tests the weight gradient over many blocks of the Fourier transform, with groups as large as the base model's."""
+    """Test the weight gradient over many blocks of the Fourier transform, with groups as large as the base model's."""
     generator = torch.Generator().manual_seed(0)
     layout = layout_of((700, 3, 450))
     inputs = {

@@ -1,4 +1,4 @@
-"""The seven standard tests of every op, on the cases that each `tests/ops/test_<op>.py` declares."""
+"""Run the seven standard tests of every op, on the cases that each `tests/ops/test_<op>.py` declares."""
 
 from collections.abc import Callable
 from itertools import product
@@ -107,7 +107,7 @@ class Recorder(TorchDispatchMode):
     ),
 )
 def test_opcheck(standard: Standard, case: str, dtype: torch.dtype, backend: str, device: str) -> None:
-    """Checks the backend's operators with the arguments that the op itself passes to them."""
+    """Check the backend's operators with the arguments that the op itself passes to them."""
     standard.skip_slow(case, backend, device)
     inputs = cast(standard.inputs(case, backend, device), dtype, device)
     with Recorder(backend) as recorder:
@@ -164,7 +164,7 @@ def check_batch_mates(mates: Mates, lengths: list[int], drawn: tuple[Any, ...], 
     inputs = {name: x.to(device) for name, x in mates.make(lengths, *drawn).items()}
 
     def call(tensors: Inputs, lengths: list[int]) -> list[list[Tensor]]:
-        # Clone, because a slice of the batch is aligned differently, and products can depend on alignment.
+        # Clone, because a slice of the batch is aligned differently, and matrix products can depend on alignment.
         own = {name: x.clone() for name, x in tensors.items()}
         return [packed.unpack() for packed in mates.call(own, layout_of(lengths, device), backend)]
 

@@ -1,4 +1,4 @@
-"""Tests of `strided_conv` with larger inputs than the shared tests: chunks, tiles, long batches, races, waiting."""
+"""Test `strided_conv` with larger inputs than the shared tests: chunks, tiles, long batches, races, waiting."""
 
 import random
 from typing import Literal, NamedTuple

@@ -34,8 +34,8 @@ CASES: dict[str, tuple[tuple[int, ...], int, int, dict[str, Any]]] = {
     "gated": (LENGTHS["with_empty"], 3, 8, {"reach": 4, "gated": True}),
     "dropout": (LENGTHS["one_long"], 2, 8, {"dropout_p": 0.3}),
     "everything": ((9, 14), 3, 8, {"scale": 0.5, "reach": 4, "gated": True, "dropout_p": 0.3}),
-    # Two heads: with one, the bias has only 81 gradients, and plain PyTorch's error in them, which sets the tolerance,
-    # is too often small by luck.
+    # Two heads: with one, the bias has only 81 gradients. Plain PyTorch's error in them sets the tolerance, and would
+    # too often be small by luck.
     "many_blocks": ((150, 3, 70), 2, 20, {"reach": 40, "gated": True, "dropout_p": 0.2}),
     "everything_empty": (LENGTHS["empty_batch"], 3, 8, {"reach": 4, "gated": True, "dropout_p": 0.3}),
 }
@@ -292,7 +292,7 @@ def test_gated_distance_bias_is_that_of_wavlm() -> None:
 
 
 def kept(lengths: tuple[int, ...], heads: int, dropout_p: float, seed: Tensor | None) -> list[Tensor]:
-    """The dropout mask of each sequence, (T, H, T), recovered with equal logits and with unit vectors as values."""
+    """Return each sequence's (T, H, T) dropout mask, recovered with equal logits and with unit vectors as values."""
     zeros = torch.zeros(sum(lengths), heads, max(lengths))
     values = torch.cat([torch.eye(length, max(lengths)) for length in lengths]).unsqueeze(1).expand_as(zeros)
     out = varlen_attention(zeros, zeros, values, layout_of(lengths), dropout_p=dropout_p, seed=seed)
@@ -305,7 +305,7 @@ def kept(lengths: tuple[int, ...], heads: int, dropout_p: float, seed: Tensor | 
 
 
 def keeps(seed: int, row: int, head: int, key: int, dropout_p: float) -> bool:
-    """The hash that the op's README.md specifies, in Python integers."""
+    """Compute the hash that the op's README.md specifies, in Python integers."""
 
     def mix(x: int) -> int:
         x = (x ^ x >> 16) * 0x85EBCA6B % 2**32

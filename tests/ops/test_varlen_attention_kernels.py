@@ -1,4 +1,4 @@
-"""Tests of `varlen_attention` with larger inputs than the shared tests: blocks, widths, long batches, races, waits."""
+"""Test `varlen_attention` with larger inputs than the shared tests: blocks, widths, long batches, races, waiting."""
 
 import random
 from typing import Any

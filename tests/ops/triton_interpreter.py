@@ -1,4 +1,4 @@
-"""Fixes for Triton's interpreter (3.8), which multiplies bfloat16 matrices as integers, and truncates to bfloat16."""
+"""Fix Triton's interpreter (3.8), which multiplies bfloat16 matrices as integers, and truncates to bfloat16."""
 
 from typing import Any
 

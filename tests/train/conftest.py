@@ -1,4 +1,4 @@
-"""Fixtures for training tests: settings of short runs with tiny models on a few seconds of audio."""
+"""Define fixtures for training tests: settings of short runs with tiny models on a few seconds of audio."""
 
 import dataclasses
 import shutil
@@ -37,7 +37,7 @@ WITHOUT_DROPOUT = {
 
 
 def model_of(system: str) -> SpeechEncoderConfig:
-    """The settings of a tiny model without dropout."""
+    """Return the settings of a tiny model without dropout."""
     if system == "best-rq":
         return BestRqConfig(
             hidden_size=32,
@@ -99,7 +99,7 @@ def _unrendered(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.fixture
 def make_system() -> MakeSystem:
-    """`make_system(config, "hubert")` returns the same run with another system's model, without dropout."""
+    """Let `make_system(config, "hubert")` return the same run with another system's model, without dropout."""
 
     def make(config: PretrainConfig, system: str) -> PretrainConfig:
         return dataclasses.replace(config, system=system, model=model_of(system))
@@ -109,7 +109,7 @@ def make_system() -> MakeSystem:
 
 @pytest.fixture
 def make_config(recordings: Path, tmp_path: Path) -> MakeConfig:
-    """`make_config("run", **{"trainer.max_steps": 4})` returns the settings of a small run in the test's folder."""
+    """Let `make_config("run", **{"trainer.max_steps": 4})` return the settings of a small run in the test's folder."""
 
     def make(
         output: str = "run", *, audio: Path = recordings, init: str | None = None, **changes: Any

@@ -1,4 +1,4 @@
-"""Bounds of every setting: values on both sides of each bound, and the option names in the errors."""
+"""Test the bounds of every setting: values on both sides of each bound, and the option names in the errors."""
 
 import dataclasses
 import itertools
@@ -89,7 +89,7 @@ def _numbers(hint: Any) -> set[type]:
 
 
 def _fields(config: type[Any]) -> list[tuple[str, type]]:
-    """The numeric fields of a config, each with its type, int or float."""
+    """Return the numeric fields of a config, each with its type, int or float."""
     found = [
         (field.name, _numbers(field.hint)) for field in declared(config) if not dataclasses.is_dataclass(field.hint)
     ]

@@ -1,4 +1,4 @@
-"""The model card of a run, and the commit that it names."""
+"""Test a run's model card, and the commit that it names."""
 
 import dataclasses
 import subprocess

@@ -1,4 +1,4 @@
-"""Pre-training with a compressor: started from a plain encoder, guided by segments, and resumed."""
+"""Test pre-training with a compressor: started from a plain encoder, guided by segments, and resumed."""
 
 import dataclasses
 from pathlib import Path
@@ -30,7 +30,7 @@ def _compressed(config: PretrainConfig, segments: Path | None = None) -> Pretrai
 
 @pytest.fixture
 def segments(recordings: Path, tmp_path: Path) -> Path:
-    """A folder of MFCC segments for the recordings."""
+    """Make a folder of MFCC segments for the recordings."""
     folder = tmp_path / "segments"
     label(recordings, folder, LabelSettings(clusters=7, segment_price=500.0), num_workers=0)
     return folder

@@ -1,4 +1,4 @@
-"""`fastssl distill`: runs with a teacher, resuming and exporting them, and teachers that are refused."""
+"""Test `fastssl distill`: training with a teacher, resuming and exporting runs, and refused teachers."""
 
 import dataclasses
 import json
@@ -37,7 +37,7 @@ _STUDENT: dict[str, Any] = _SHAPE | {"model_type": "hubert", "num_hidden_layers"
 
 @pytest.fixture
 def teacher(tmp_path: Path) -> Path:
-    """A teacher with random weights, large enough that its layers differ."""
+    """Make a teacher with random weights, large enough that its layers differ."""
     torch.manual_seed(7)
     encoder = Encoder(_TEACHER)
     for parameter in encoder.encoder.parameters():

@@ -1,4 +1,4 @@
-"""Processes or accumulation steps that share an update give the loss curve of one process on the joint batch."""
+"""Test that processes or accumulation steps that share an update have one process's loss curve on the joint batch."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Failures that stop a run, and their messages."""
+"""Test failures that stop a run, and their messages."""
 
 import logging
 import math

@@ -1,4 +1,4 @@
-"""Training that starts from given weights (`--init`)."""
+"""Test training that starts from given weights (`--init`)."""
 
 from pathlib import Path
 
@@ -36,7 +36,7 @@ def test_folder_of_an_encoder_leaves_the_quantiser_fresh(make_config: MakeConfig
     source, model, untouched = (build_model(config) for _ in range(3))
     source.speech_encoder.save_pretrained(tmp_path / "encoder")
     untouched.load_state_dict(model.state_dict())
-    # A folder that Transformers can open, and a run of which only the encoder is left.
+    # A folder that Transformers can open, and a run with only its encoder left.
     for folder in (tmp_path / "encoder", tmp_path):
         assert not initialise(model, str(folder))
         for name, tensor in model.state_dict().items():

@@ -1,4 +1,4 @@
-"""Training in several processes: started by torchrun or Lightning, stopped together, resumed. Takes minutes."""
+"""Test training in several processes: started by torchrun or Lightning, stopped together, resumed. Takes minutes."""
 
 import dataclasses
 import os
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def make_config(make_config: MakeConfig) -> MakeConfig:
-    """Settings with which every process starts a worker of its own."""
+    """Make settings that let every process start a worker of its own."""
     return partial(make_config, **WORKER)
 
 

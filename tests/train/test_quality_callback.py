@@ -1,4 +1,4 @@
-"""Quality measurements during training: their rows in the metrics, and no effect on the training."""
+"""Test quality measurements during training: they write rows to the metrics, and do not affect training."""
 
 import copy
 import logging

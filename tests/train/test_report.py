@@ -1,4 +1,4 @@
-"""The report, RUN/report.png, of a run that an earlier version started."""
+"""Test the report, RUN/report.png, of a run that an earlier version started."""
 
 from pathlib import Path
 

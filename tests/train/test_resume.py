@@ -1,4 +1,4 @@
-"""Resuming: a killed run ends with the same results as an unbroken one."""
+"""Test resuming: a killed run ends with the same results as an unbroken one."""
 
 import dataclasses
 import os
@@ -110,7 +110,7 @@ def test_resume_refuses_another_run(make_config: MakeConfig, recordings: Path) -
 
 
 def test_runs_of_earlier_versions_go_on(make_config: MakeConfig) -> None:
-    """Their config.yaml lacks settings that did not exist yet."""
+    """The config.yaml of such a run lacks settings that did not exist yet."""
     config = make_config(**{"trainer.max_steps": 2, "trainer.val_check_interval": 2})
     pretrain(config)
     path = Path(config.output) / "config.yaml"
@@ -177,6 +177,6 @@ def _assert_same(found: Any, expected: Any) -> None:
 
 
 def _metrics(config: PretrainConfig) -> list[dict[str, float]]:
-    """The rows of metrics.csv without the column that depends on the clock."""
+    """Return the rows of metrics.csv without the column that depends on the clock."""
     rows = read_metrics(Path(config.output) / "metrics.csv")
     return [{name: value for name, value in row.items() if name != "audio_s_per_s"} for row in rows]

@@ -1,4 +1,4 @@
-"""The files and scores of a finished run."""
+"""Test the files and scores of a finished run."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""HuBERT runs that learn from given labels, or from labels that the run makes itself."""
+"""Test HuBERT runs that learn from given labels, or from labels that the run makes itself."""
 
 import dataclasses
 import json
@@ -29,7 +29,7 @@ _SETTINGS = LabelSettings(clusters=7)
 
 @pytest.fixture
 def hubert(make_config: MakeConfig, make_system: MakeSystem) -> PretrainConfig:
-    """The settings of a small HuBERT run."""
+    """Return the settings of a small HuBERT run."""
     return make_system(make_config(), "hubert")
 
 

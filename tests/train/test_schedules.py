@@ -1,4 +1,4 @@
-"""Schedules of learning rate and temperature, refused settings, and the metrics file."""
+"""Test the schedules of learning rate and temperature, refused settings, and the metrics file."""
 
 from pathlib import Path
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""Errors and warnings before a run starts."""
+"""Test errors and warnings before a run starts."""
 
 import logging
 import shutil

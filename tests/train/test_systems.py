@@ -1,4 +1,4 @@
-"""Runs of BEST-RQ: reports, resuming and quality measurements; and mismatched weights of every system."""
+"""Test BEST-RQ runs (reports, resuming, quality measurements), and mismatched weights of every system."""
 
 import dataclasses
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""WavLM pre-training: how utterances are mixed, that the rest is HuBERT's objective, and runs."""
+"""Test WavLM pre-training: how it mixes utterances, that the rest is HuBERT's objective, and whole runs."""
 
 import dataclasses
 import math
@@ -32,7 +32,7 @@ LENGTHS = (9000, 5001, 6000, 7400, 9345)  # none shorter than half of another
 
 
 def signals(lengths: tuple[int, ...], *, seed: int = 0) -> list[Tensor]:
-    """Noise of several levels, none of its samples 0."""
+    """Return noise of several levels; no sample is 0."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(length, 1, generator=generator) * 10 ** (index % 3 - 1) for index, length in enumerate(lengths)]
 
@@ -42,20 +42,20 @@ def keys_of(update: int, count: int) -> Tensor:
 
 
 def parts(update: int, config: WavLMConfig = ALWAYS, noise: Packed | None = None) -> list[tuple[Tensor, Tensor]]:
-    """Each utterance of an update, and what was added to it."""
+    """Return each utterance of an update, and what was added to it."""
     clean = signals(LENGTHS)
     mixed = mix_utterances(Packed.pack(clean), keys_of(update, len(clean)), config, noise=noise)
     return [(x, y - x) for x, y in zip(clean, mixed.unpack(), strict=True)]
 
 
 def span(added: Tensor) -> tuple[int, int]:
-    """First and last changed sample, and one more."""
+    """Return the index of the first changed sample, and one more than that of the last."""
     changed = added.flatten().nonzero().flatten()
     return (int(changed[0]), int(changed[-1]) + 1) if len(changed) else (0, 0)
 
 
 def source_of(added: Tensor, sources: list[Tensor]) -> tuple[int, float]:
-    """Which source a part comes from, and its factor: the part is looked up in each, at every place."""
+    """Return which source a part comes from, and its factor; search every place in every source."""
     start, stop = span(added)
     part = added[start:stop, 0]
     for index, source in enumerate(sources):
