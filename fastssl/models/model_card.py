@@ -47,7 +47,7 @@ with torch.no_grad():
 
 @dataclass(frozen=True)
 class ModelCard:
-    """Facts about the training of an encoder. The card leaves out those that are None.
+    """Facts about an encoder's training. The card leaves out facts that are None.
 
     Args:
         recipe: Name of the training recipe.
@@ -111,7 +111,7 @@ class ModelCard:
 
 
 def checked_out_commit(folder: Path = _CLONE) -> str | None:
-    """Read the commit that a clone of a git repository is at, from the files in `.git`, without running git.
+    """Read the commit that is checked out in a git clone, from the files in `.git`, without running git.
 
     Args:
         folder: Top folder of the clone, or of a worktree of it; by default the folder that contains this package.
