@@ -41,7 +41,7 @@ class CompressorConfig:
             Transformers has no compressor and opens such an encoder without it.
         compressor_factor: Number of frames merged into one, for "average" and "strided".
         compression_draw: What integrate-and-fire draws for each utterance in training: the "rate" (lambda), or the
-            frame "period", from which the utterance's own rate follows.
+            frame "period", which determines the utterance's rate.
         compression_range: Lowest and highest rate (0 to 2) or period (in milliseconds); training draws uniformly
             between them. Two equal numbers train at that value only, and the encoder then uses it by default.
 
@@ -76,7 +76,7 @@ class CompressorConfig:
 
     @property
     def meets_all_frames(self) -> bool:
-        """Whether training includes the uncompressed case, in which every front-end frame reaches the layers."""
+        """Whether training includes the uncompressed case, where every front-end frame reaches the layers."""
         if self.draws_rates:
             return self.compression_range[0] <= (0.0 if self.compression_draw == "rate" else self.frame_period_ms)
         return self.compressor_factor == 1

@@ -103,7 +103,7 @@ class StepOutput(Protocol):
 
     @property
     def masked_frames(self) -> int:
-        """Number of frames over which the loss is summed."""
+        """Number of frames that the loss is summed over."""
 
     @property
     def code_counts(self) -> Tensor | None:

@@ -33,7 +33,7 @@ class WavLMConfig(HubertConfig):
     """HuBERT's settings, for an encoder with gated relative position bias, and how to mix utterances.
 
     Args:
-        mixing_prob: Fraction of the training utterances into which speech or noise is mixed.
+        mixing_prob: Fraction of the training utterances that speech or noise is mixed into.
         mixing_noise_prob: Fraction of these that are mixed with a recording from data.noise; the rest are mixed with
             another utterance of their batch. Without data.noise, all are mixed with another utterance.
 
