@@ -154,7 +154,7 @@ class PretrainingOutput:
             "chance": self.chance,
             "diversity_loss": self.diversity_loss * frames,
             "features_penalty": self.features_penalty,
-            # Perplexities of batches do not add up to that of all; their mean, weighted by masked frames, is near it.
+            # Perplexities cannot be summed over batches; the mean, weighted by masked frames, is an approximation.
             **{f"code_perplexity_{group}": self.code_perplexity[group] * frames for group in groups},
             **{f"prob_perplexity_{group}": self.prob_perplexity[group] * frames for group in groups},
             **({} if self.compression is None else self.compression._asdict()),

@@ -137,7 +137,7 @@ def mix_utterances(waveforms: Packed, keys: Tensor, config: WavLMConfig, *, nois
 
 
 def _partners(keys: Tensor) -> Tensor:  # (B,) -> (B,)
-    """Return the index of a random partner for each utterance, whatever their order; in a batch of one, its own."""
+    """Return the index of a random partner for each utterance (its own in a batch of one); their order has no effect."""
     seeds = noise_seeds(keys, torch.zeros_like(keys), stream=_STREAM_PARTNERS)
     ranks = splitmix.mix(seeds.unsqueeze(1) ^ keys)
     ranks.fill_diagonal_(torch.iinfo(ranks.dtype).max)
@@ -145,7 +145,10 @@ def _partners(keys: Tensor) -> Tensor:  # (B,) -> (B,)
 
 
 def _powers(signals: Packed) -> Tensor:  # (B,)
-    """Return the mean square of each signal in fp64, 0 if empty; each is summed alone, so its bits fit any batch."""
+    """Return the mean square of each signal in fp64, 0 if empty.
+
+    Each signal is summed on its own, so that its bits do not depend on the batch.
+    """
     squares = torch.stack([signal.double().square().sum() for signal in signals.unpack()])
     return squares / signals.layout.device_lengths.clamp(min=1)
 
