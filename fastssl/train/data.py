@@ -298,7 +298,7 @@ class PretrainDataModule(LightningDataModule):
         return batch.to(device, non_blocking=True)
 
     def train_dataloader(self) -> DataLoader[AudioBatch]:
-        """Return an endless loader of this process's training batches, starting where the run has got to."""
+        """Return an endless loader of this process's training batches, starting at the run's current position."""
         assert self.trainer is not None
         rank, world_size = self.trainer.global_rank, self.trainer.world_size
         return self._loader(self._sampler(rank=rank, world_size=world_size, consumed=self._consumed), "train")

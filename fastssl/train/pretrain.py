@@ -274,7 +274,7 @@ def _describe(
 
 
 def _devices(settings: TrainerConfig) -> tuple[int, int]:
-    """Return the numbers of processes per machine and of machines; torchrun's own numbers if it started this."""
+    """Return the numbers of processes per machine and of machines; under torchrun, those that it was started with."""
     if torch.distributed.is_torchelastic_launched():
         local = int(os.environ["LOCAL_WORLD_SIZE"])
         return local, int(os.environ["WORLD_SIZE"]) // local
