@@ -117,7 +117,7 @@ def test_segments_that_do_not_serve(
         ValueError, match=r"data\.segments: only --model\.compressor integrate-and-fire learns from segments"
     ):
         make_config(**{"data.segments": str(segments)})
-    with pytest.raises(ValueError, match=r"data\.segments: are for"):
+    with pytest.raises(ValueError, match=r"data\.segments: only --model\.compressor"):
         make_system(_compressed(make_config(), segments), "best-rq")
     with pytest.raises(ValueError, match="no labels there"):
         pretrain(_compressed(make_config(), tmp_path / "nowhere"))
