@@ -137,7 +137,7 @@ def mix_utterances(waveforms: Packed, keys: Tensor, config: WavLMConfig, *, nois
 
 
 def _partners(keys: Tensor) -> Tensor:  # (B,) -> (B,)
-    """Return the index of a random partner for each utterance (its own in a batch of one); their order has no effect."""
+    """Return the index of a random partner for each utterance (its own in a batch of one), whatever their order."""
     seeds = noise_seeds(keys, torch.zeros_like(keys), stream=_STREAM_PARTNERS)
     ranks = splitmix.mix(seeds.unsqueeze(1) ^ keys)
     ranks.fill_diagonal_(torch.iinfo(ranks.dtype).max)
