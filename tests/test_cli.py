@@ -121,7 +121,7 @@ def test_help_shows_the_values_of_the_recipe(capsys: pytest.CaptureFixture[str])
     with pytest.raises(SystemExit, match="0"):
         cli.main(["pretrain", "--recipe", "wav2vec2-tiny", "--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "random place on every draw; null trains on whole ones. (type: float | null, default: 4.0)" in text
+    assert "random place on every draw; null trains on whole recordings. (type: float | null, default: 4.0)" in text
     assert "WAV, FLAC, OGG, MP3" in text
 
 
@@ -130,9 +130,9 @@ def test_settings_of_two_systems_are_refused(tmp_path: Path, capsys: pytest.Capt
     config.write_text("system: hubert\nmodel:\n  num_clusters: 7\n")
     begin = ["pretrain", str(tmp_path), "--output", str(tmp_path / "run")]
     for options, expected in (
-        (["--recipe", "best-rq-tiny", "--system", "hubert"], "best-rq-tiny.yaml has settings of best-rq; the recipe"),
-        (["--system", "hubbert"], "--system: hubbert, but "),
-        (["--recipe", "wav2vec2-tiny", "--config", str(config)], f"of wav2vec2; {config} has settings of hubert"),
+        (["--recipe", "best-rq-tiny", "--system", "hubert"], "best-rq-tiny.yaml has settings for best-rq; choose"),
+        (["--system", "hubbert"], "--system: got hubbert, but "),
+        (["--recipe", "wav2vec2-tiny", "--config", str(config)], f"for wav2vec2; {config} has settings for hubert"),
     ):
         assert cli.main([*begin, *options]) == 1
         assert expected in capsys.readouterr().err
@@ -205,7 +205,10 @@ def test_a_teacher_named_in_a_file_is_not_downloaded(
     (tmp_path / "stranger.yaml").write_text("system: distillation\nteacher: strangers/model\n")
     arguments = ["distill", str(tmp_path), "--output", "run", "--config", str(tmp_path / "stranger.yaml")]
     assert cli.main(arguments) == 1
-    assert "teacher: there is no strangers/model, and a name in a file of settings is not" in capsys.readouterr().err
+    assert (
+        "teacher: no such file or folder: strangers/model; a model that a settings file names is not"
+        in capsys.readouterr().err
+    )
     assert cli.main([*arguments, "--teacher", "mine/model"]) == 0
     assert started[0][0].teacher == "mine/model"
 
@@ -390,7 +393,7 @@ def test_a_stranger_of_the_same_name_is_told(
             raise metadata.PackageNotFoundError(name) from None
 
     monkeypatch.setattr(metadata, "version", version)
-    told = "the distribution fastssl 0.0.9 is installed too, and is not this project (fastssl-speech)"
+    told = "the distribution fastssl 0.0.9 is also installed, but it is not this project (fastssl-speech)"
     assert cli.main(["info"]) == 0
     assert told in capsys.readouterr().out
     monkeypatch.setattr(util, "find_spec", lambda name: None)

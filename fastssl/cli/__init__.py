@@ -1,6 +1,6 @@
-"""The command line: a table of commands, each the function of that name in a module.
+"""The `fastssl` command line: a table of commands, each the function of the same name in a module.
 
-A module is imported only for its own command, so that `info` and the help of a command answer at once.
+A command imports only its own module, so `info` and `--help` answer at once.
 """
 
 import argparse
@@ -19,12 +19,12 @@ from fastssl.cli.installation import stranger_of_the_same_name
 class _Command(NamedTuple):
     summary: str
     module: str
-    positionals: tuple[str, ...] | None = None  # parameters; without them, the function parses the arguments itself
+    positionals: tuple[str, ...] | None = None  # parameters given by position; if None, the function parses everything
 
 
 _COMMANDS = {
     "pretrain": _Command("train an encoder on a folder of audio", "cli.pretrain"),
-    "distill": _Command("train a small encoder to be like a large one", "cli.pretrain"),
+    "distill": _Command("train a small encoder to imitate a large one", "cli.pretrain"),
     "extract": _Command("write the features of every recording", "eval.extract", ("model", "audio")),
     "label": _Command(
         "cluster the frames of every recording, for HuBERT or a compressor to learn from", "eval.label", ("audio",)
@@ -32,16 +32,23 @@ _COMMANDS = {
     "quality": _Command(
         "measure how good each layer of an encoder is, without labels", "eval.quality.command", ("model", "audio")
     ),
-    "probe": _Command("compare what linear heads read from frozen encoders", "eval.probe.command", ("model", "table")),
-    "prepare": _Command("look through a folder once and write a manifest (optional)", "cli.prepare", ("audio",)),
-    "info": _Command("show the kernels of each op, and why one is missing", "cli.info"),
+    "probe": _Command("compare frozen encoders by training linear heads", "eval.probe.command", ("model", "table")),
+    "prepare": _Command("scan a folder once and write a manifest (optional)", "cli.prepare", ("audio",)),
+    "info": _Command("show which kernels each op has, and why any is missing", "cli.info"),
 }
-#: What the commands other than `info` import.
+#: Packages that all commands but `info` need.
 _TRAIN_EXTRA = ("jsonargparse", "lhotse", "lightning", "matplotlib", "rich", "sklearn", "soundfile", "tensorboard")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status."""
+    """Run a command.
+
+    Args:
+        arguments: The command and its arguments; None takes those of this process.
+
+    Returns:
+        The exit status: 0, or 1 after an error.
+    """
     given = list(sys.argv[1:] if arguments is None else arguments)
     name = _parser().parse_args(given[:1]).command
     command = _COMMANDS[name]
@@ -73,13 +80,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         if not isinstance(error, TrainingError):
             raise
-        # The log has said it, once for all processes.
+        # The message is already in the log, once for all processes.
         return 1
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    """The parser of the first argument, which names the command."""
+    """Make the parser of the first argument, which names the command."""
     width = max(len(name) for name in _COMMANDS)
     parser = argparse.ArgumentParser(
         prog="fastssl",
@@ -96,6 +103,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _is_for_the_user(error: ValueError) -> bool:
-    """Whether the package itself refused something; what other packages raise is a defect, and keeps its traceback."""
+    """Return whether fastssl itself raised the error; one from another package is a bug and keeps its traceback."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     return Path(frame.f_code.co_filename).is_relative_to(Path(__file__).parent.parent)

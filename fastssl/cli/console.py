@@ -1,11 +1,11 @@
-"""What a command prints while it works."""
+"""Print a command's log messages on the console."""
 
 import logging
 import sys
 
 
 class _ConsoleHandler(logging.Handler):
-    """Prints above the progress bar; errors go to the error output."""
+    """Prints messages above the progress bar, and errors to standard error."""
 
     def emit(self, record: logging.LogRecord) -> None:
         from rich import get_console
@@ -17,7 +17,11 @@ class _ConsoleHandler(logging.Handler):
 
 
 def log_to_console(level: int = logging.INFO) -> None:
-    """Print what the package logs."""
+    """Print the package's log messages.
+
+    Args:
+        level: Lowest level to print, as in `logging`.
+    """
     package = logging.getLogger("fastssl")
     package.handlers = [_ConsoleHandler()]
     package.setLevel(level)

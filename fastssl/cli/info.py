@@ -1,4 +1,4 @@
-"""`fastssl info`: the kernels of each op, and why one is missing."""
+"""`fastssl info`: show which kernels each op has, and why any is missing."""
 
 import argparse
 import importlib
@@ -12,9 +12,13 @@ from fastssl.kernels import dispatch
 
 
 def info(arguments: Sequence[str]) -> None:
-    """Print what there is; nothing but the core dependencies is needed."""
+    """Print versions, devices and the kernels of each op; only the core dependencies are needed.
+
+    Args:
+        arguments: The command's arguments, as typed: none, or --help.
+    """
     argparse.ArgumentParser(
-        prog="fastssl info", description="Show the kernels of each op per device, and why one is missing."
+        prog="fastssl info", description="Show which kernels each op has on each device, and why any is missing."
     ).parse_args(list(arguments))
     import platform
 
@@ -47,7 +51,7 @@ def info(arguments: Sequence[str]) -> None:
 
 
 def _why_no_host_module() -> str:
-    """Why numpy does what `fastssl._host` would do; empty where it is loaded."""
+    """Return why NumPy does the work of `fastssl._host`; an empty text if that module is loaded."""
     try:
         importlib.import_module("fastssl._host")
     except ModuleNotFoundError:
@@ -57,7 +61,7 @@ def _why_no_host_module() -> str:
         left_out = json.loads(report.read_text()) if report.exists() else {}
         return f"compiled module _host was not built: {left_out.get('host', dispatch.BUILD_IT)}"
     except ImportError as error:
-        return f"_host does not load: {error}"
+        return f"_host cannot be loaded: {error}"
     return ""
 
 

@@ -1,4 +1,4 @@
-"""`fastssl prepare`: look through a folder once and write a manifest."""
+"""`fastssl prepare`: scan a folder once and write a manifest."""
 
 import sys
 from pathlib import Path
@@ -14,18 +14,19 @@ def prepare(
 ) -> None:
     """Read the headers of all recordings once and write a Lhotse manifest.
 
-    The other commands take the manifest in place of the folder. This saves time for large folders on slow disks.
+    The other commands accept the manifest in place of the folder. This saves time for large folders on slow disks.
 
     Args:
         audio: Folder of recordings (WAV, FLAC, OGG, MP3; any sample rate, any number of channels; subfolders too),
             Lhotse manifest (.jsonl.gz), or Lhotse shar directory.
         output: Manifest to write, NAME.jsonl.gz.
-        min_duration_s: Shortest recording to use, seconds; shorter ones are left out.
-        window_s: Longest recording to keep whole, seconds; longer ones become windows of equal length, at most this.
-        max_bad_fraction: Largest fraction of recordings that may be unusable; more is an error.
+        min_duration_s: Leave out recordings shorter than this many seconds.
+        window_s: Divide recordings longer than this many seconds into windows of equal length, at most this long.
+        max_bad_fraction: Largest fraction of recordings that may be unusable; a larger one is an error.
 
     Raises:
-        ValueError: `audio` is not usable, too many of its recordings are not, or `output` has another ending.
+        ValueError: `audio` cannot be used, too many of its recordings are unusable, or `output` does not end with
+            .jsonl.gz.
     """
     from fastssl.data.corpus import open_corpus, write_manifest
 

@@ -14,12 +14,16 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
 _RECIPES = Path(__file__).resolve().parent.parent / "recipes"
-#: By command.
+#: Recipe that each command starts from by default.
 _DEFAULT_RECIPES = {"pretrain": "wav2vec2-base", "distill": "distilhubert"}
 
 
 def distill(arguments: Sequence[str]) -> None:
-    """Parse the options, which are those of `fastssl pretrain` and a teacher, and train."""
+    """Parse the options (those of `fastssl pretrain`, and a teacher) and train.
+
+    Args:
+        arguments: The command's arguments, as typed.
+    """
     pretrain(arguments, command="distill")
 
 
@@ -39,7 +43,7 @@ def pretrain(arguments: Sequence[str], *, command: str = "pretrain") -> None:
     given = parser.parse_args(list(arguments))
     values = vars(parser.instantiate(given, instantiators=[(_make_model_config, kind, True) for kind in kinds]))
     if values.get("audio") is None:
-        parser.error("AUDIO is missing: the folder, manifest or shar directory to train on")
+        parser.error("AUDIO: is missing; give the folder, manifest or shar directory to train on")
     config_file, resume = values.pop("config"), values.pop("resume")
     if values["recipe"] is None and config_file is None and not resume:
         values["recipe"] = _DEFAULT_RECIPES[command]
@@ -47,11 +51,11 @@ def pretrain(arguments: Sequence[str], *, command: str = "pretrain") -> None:
     typed = any(argument.partition("=")[0] == "--teacher" for argument in arguments)
     if teacher is not None and not Path(teacher).exists() and not typed:
         raise ValueError(
-            f"teacher: there is no {teacher}, and a name in a file of settings is not downloaded; if it is a model of "
-            f"the Hub that you trust, add --teacher {teacher}"
+            f"teacher: no such file or folder: {teacher}; a model that a settings file names is not downloaded; if it "
+            f"is a model on the Hub that you trust, add --teacher {teacher}"
         )
     config = PretrainConfig(**_absolute_paths(values))
-    # Lightning takes seconds to import, which a wrong option should not.
+    # Imported only now: Lightning takes seconds to import, and a wrong option should be reported at once.
     from fastssl.train import pretrain as training
 
     log_to_console(logging.INFO if training.is_first_process() else logging.WARNING)
@@ -59,10 +63,10 @@ def pretrain(arguments: Sequence[str], *, command: str = "pretrain") -> None:
 
 
 def _make_model_config(config: type[Any], **values: Any) -> Any:
-    """The settings of a model, which does not know the names of its options on the command line.
+    """Make a part of the model's config; error messages get the prefix that options have on the command line.
 
     Raises:
-        ValueError: They make no sense; names the option.
+        ValueError: A value is invalid; the message names the option.
     """
     try:
         return config(**values)
@@ -71,7 +75,7 @@ def _make_model_config(config: type[Any], **values: Any) -> Any:
 
 
 def _absolute_paths(values: dict[str, Any]) -> dict[str, Any]:
-    """The settings with absolute paths, because RUN/config.yaml keeps them and may be read in another folder."""
+    """Return the settings with absolute paths, because RUN/config.yaml stores them and may be read from elsewhere."""
 
     def absolute(path: str) -> str:
         return str(Path(path).absolute())
@@ -81,15 +85,15 @@ def _absolute_paths(values: dict[str, Any]) -> dict[str, Any]:
     paths = {name: absolute(path) for name, path in paths.items() if isinstance(path, str)}
     changed = {"data": dataclasses.replace(data, **paths)}
     changed |= {name: absolute(values[name]) for name in ("audio", "init") if values[name] is not None}
-    if teacher is not None and Path(teacher).exists():  # else a name on the Hub
+    if teacher is not None and Path(teacher).exists():  # otherwise, it is a name on the Hub
         changed["teacher"] = absolute(teacher)
     return values | changed
 
 
 def _parser_of(arguments: Sequence[str], command: str) -> "ArgumentParser":
-    """The parser, its defaults already those of recipe, config, or the run to resume, so that `--help` shows them.
+    """Make the parser, with the defaults of the recipe, of --config, or of the run to resume, so `--help` shows them.
 
-    What stands on the command line then wins, wherever it stands.
+    Options on the command line override these defaults, whatever their order.
     """
     from fastssl.cli.signature import documented, new_parser
     from fastssl.train.config import PretrainConfig
@@ -104,24 +108,24 @@ def _parser_of(arguments: Sequence[str], command: str) -> "ArgumentParser":
         check_settings(path, values, groups)
     what = "Train a small encoder to predict the layers of a large one"
     if command == "pretrain":
-        what = f"Train an encoder by {system.title}'s objective"
+        what = f"Train an encoder with {system.title}'s objective"
     parser = new_parser(
         command,
         f"{what}. The run's folder gets config.yaml, checkpoints/, logs/ (TensorBoard), metrics.csv, report.png and "
-        "encoder/, which load_encoder opens, and Transformers too if it has such models. "
+        "encoder/, which load_encoder opens, as does Transformers if it has this architecture. "
         "`--config RUN/config.yaml --output OTHER` repeats a run.",
     )
     helps = documented(PretrainConfig)[1]
-    # A default of None would replace what --config says.
+    # A default of None would override --config.
     parser.add_argument("audio", nargs="?", default=argparse.SUPPRESS, metavar="AUDIO", help=helps["audio"])
     parser.add_argument(
         "--recipe",
         metavar="NAME",
         type=str | None,
-        help=f"Where the settings below start from: {', '.join(recipes(command))}, or a YAML file; by default "
-        f"{_DEFAULT_RECIPES[command]}.",
+        help=f"Recipe that gives the options below their defaults: {', '.join(recipes(command))}, or a YAML file; by "
+        f"default {_DEFAULT_RECIPES[command]}.",
     )
-    parser.add_argument("--config", metavar="FILE", help="More settings from a YAML file, such as RUN/config.yaml.")
+    parser.add_argument("--config", metavar="FILE", help="YAML file with further settings, such as RUN/config.yaml.")
     parser.add_argument(
         "--resume",
         action="store_true",
@@ -131,16 +135,16 @@ def _parser_of(arguments: Sequence[str], command: str) -> "ArgumentParser":
     others = {"audio", "recipe", "model"} | ({"teacher"} if command == "pretrain" else set())
     parser.add_class_arguments(PretrainConfig, as_group=False, skip=others)
     for values in defaults.values():
-        parser.parse_object(values | {"output": ""})  # refuses what `set_defaults` would take
+        parser.parse_object(values | {"output": ""})  # raises an error for values that `set_defaults` would accept
         parser.set_defaults(values)
     return parser
 
 
 def _defaults_of(arguments: Sequence[str], command: str) -> dict[Path, dict[str, Any]]:
-    """The settings to start from, by file, later ones over earlier ones: a recipe or the run to resume, and --config.
+    """Return the settings to start from, by file: a recipe or the run to resume, then --config, which overrides it.
 
     Raises:
-        ValueError: There is no such recipe, file or run, or they are of several systems.
+        ValueError: The recipe, file or run does not exist, or the files are for different systems.
     """
     from fastssl.train.systems import SYSTEMS
 
@@ -151,7 +155,7 @@ def _defaults_of(arguments: Sequence[str], command: str) -> dict[Path, dict[str,
     peeked, _ = peek.parse_known_args(list(arguments))
     config_file = None if peeked.config is None else Path(peeked.config)
     if config_file is not None and not config_file.is_file():
-        raise ValueError(f"--config: there is no file {config_file}")
+        raise ValueError(f"--config: no such file: {config_file}")
     given = {} if config_file is None else {config_file: _read_yaml(config_file)}
     recipe = peeked.recipe
     if recipe is None:
@@ -163,22 +167,22 @@ def _defaults_of(arguments: Sequence[str], command: str) -> dict[Path, dict[str,
     if peeked.resume and peeked.output is not None:
         begin = Path(peeked.output) / "config.yaml"
         if not begin.is_file():
-            raise ValueError(f"--resume: there is no run in {peeked.output} (looked for {begin})")
+            raise ValueError(f"--resume: {peeked.output} contains no run to continue (looked for {begin})")
     defaults = given if begin in given else {begin: _read_yaml(begin)} | given
 
     system, last = _system_of(defaults), list(defaults)[-1]
     if peeked.system not in (None, system):
         raise ValueError(
-            f"--system: {peeked.system}, but {last} has settings of {system}; "
-            f"the recipe decides: {', '.join(recipes(command))}"
+            f"--system: got {peeked.system}, but {last} has settings for {system}; "
+            f"choose the system with --recipe: {', '.join(recipes(command))}"
         )
     if (wanted := SYSTEMS[system].command) != command:
-        raise ValueError(f"{last.stem} is for `fastssl {wanted}`; {command} takes {', '.join(recipes(command))}")
+        raise ValueError(f"{last.stem} is for `fastssl {wanted}`; {command} accepts {', '.join(recipes(command))}")
     return defaults
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    """The settings of a file, its numbers read as the command line reads them ("1e-5" is one)."""
+    """Read the settings of a file; numbers are parsed as on the command line ("1e-5" is a number)."""
     import yaml
     from jsonargparse import get_loader
 
@@ -189,15 +193,15 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: is not valid YAML: {error}") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected settings by name, got a {type(values).__name__}")
+        raise ValueError(f"{path}: must contain settings by name, got a {type(values).__name__}")
     return renamed(values)
 
 
 def _system_of(files: Mapping[Path, Mapping[str, Any]]) -> str:
-    """The system that settings are of, the default one if no file names one; the settings of `model` follow from it.
+    """Return the system that settings are for, by default `DEFAULT_SYSTEM`; it determines the options of `model`.
 
     Raises:
-        ValueError: A file names a system that does not exist, or another one than the file before it.
+        ValueError: A file names an unknown system, or two files name different ones.
     """
     from fastssl.train.systems import DEFAULT_SYSTEM, SYSTEMS
 
@@ -207,10 +211,10 @@ def _system_of(files: Mapping[Path, Mapping[str, Any]]) -> str:
         if system is None:
             continue
         if system not in list(SYSTEMS):
-            raise ValueError(f"{path}: system is {system!r}, and there are {', '.join(SYSTEMS)}")
+            raise ValueError(f"{path}: unknown system {system!r}; choose one of {', '.join(SYSTEMS)}")
         found.setdefault(system, path)
         if len(found) > 1:
-            raise ValueError("; ".join(f"{file} has settings of {name}" for name, file in found.items()))
+            raise ValueError("; ".join(f"{file} has settings for {name}" for name, file in found.items()))
     return next(iter(found), DEFAULT_SYSTEM)
 
 
@@ -220,11 +224,15 @@ def _recipe_path(name: str) -> Path:
         return known[name]
     if name.endswith((".yaml", ".yml")) and Path(name).is_file():
         return Path(name)
-    raise ValueError(f"--recipe: there is no {name!r}; there are {', '.join(known)}, and any YAML file")
+    raise ValueError(f"--recipe: unknown recipe {name!r}; choose one of {', '.join(known)}, or give a YAML file")
 
 
 def recipes(command: str | None = None) -> dict[str, Path]:
-    """The recipes of the package by name: all, or those of a command."""
+    """Return the files of the package's recipes, by name.
+
+    Args:
+        command: Command whose recipes to return; None returns all.
+    """
     found = {path.stem: path for path in sorted(_RECIPES.glob("*.yaml"))}
     commands = {name: "distill" if name.startswith("distil") else "pretrain" for name in found}
     return {name: path for name, path in found.items() if command in (None, commands[name])}

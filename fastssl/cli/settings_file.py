@@ -1,4 +1,4 @@
-"""Checks that a file of settings, which a stranger may have written, holds only plain values of known options."""
+"""Check that a settings file, which may be untrusted, contains only plain values of known options."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -7,15 +7,15 @@ from typing import Any
 
 
 def check_settings(path: Path, values: Mapping[str, Any], groups: Mapping[str, type[Any]]) -> None:
-    """Refuse everything but plain values of known options.
+    """Check that all settings are plain values of known options.
 
-    The command line's parser would otherwise import the module that a `class_path` names. It would also take a string
-    in place of a group for a class to import or for another file to open.
+    Otherwise, the command line's parser would import the module that a `class_path` names. It would also treat a string
+    in place of a group as a class to import or another file to open.
 
     Args:
-        path: The file, for messages.
+        path: The file, for error messages.
         values: Its settings.
-        groups: Group of options -> the dataclass whose fields are the options.
+        groups: For each group of options, its name -> the dataclass whose fields are the options.
 
     Raises:
         ValueError: A group is not a mapping or has an unknown option, or a value is neither a scalar nor a list of
@@ -31,10 +31,14 @@ def check_settings(path: Path, values: Mapping[str, Any], groups: Mapping[str, t
 
 
 def check_arguments(arguments: Sequence[str], groups: Mapping[str, type[Any]]) -> None:
-    """Refuse a whole group of options as one argument: the parser would take it for a file or a class.
+    """Check that no argument sets a whole group of options, because the parser would treat it as a file or a class.
+
+    Args:
+        arguments: The command's arguments, as typed.
+        groups: As in `check_settings`.
 
     Raises:
-        ValueError: An argument is `--GROUP` without an option of it.
+        ValueError: An argument is `--GROUP` without an option of the group.
     """
     inside = {f"{name}.{option}" for name, config in groups.items() for option in groups_inside(config)}
     for argument in arguments:
@@ -44,7 +48,11 @@ def check_arguments(arguments: Sequence[str], groups: Mapping[str, type[Any]]) -
 
 
 def groups_inside(config: type[Any]) -> dict[str, type[Any]]:
-    """The options of a group that are groups themselves."""
+    """Return the options of a group that are groups themselves, with their dataclasses.
+
+    Args:
+        config: Dataclass of the group.
+    """
     kinds = {field.name: field.type for field in dataclasses.fields(config)}
     return {name: kind for name, kind in kinds.items() if isinstance(kind, type) and dataclasses.is_dataclass(kind)}
 

@@ -1,4 +1,4 @@
-"""The options of a command, taken from the signature and the docstring of its function."""
+"""Derive a command's options from the signature and the docstring of its function."""
 
 import dataclasses
 import inspect
@@ -14,13 +14,13 @@ from fastssl.cli.console import log_to_console
 def call(command: str, function: Callable[..., Any], positionals: Sequence[str], arguments: Sequence[str]) -> None:
     """Parse the arguments of a command and call its function with them.
 
-    Every parameter becomes an option of the same name, type and default. A parameter `settings` is a dataclass, whose
-    fields become options in its place. Each parameter's help text is its entry in the docstring.
+    Every parameter becomes an option with the same name, type and default. The exception is a parameter `settings`: it
+    must be a dataclass, and each of its fields becomes an option. The help texts are the entries in the docstring.
 
     Args:
         command: Name of the command.
         function: The function to call.
-        positionals: The parameters that are given by position instead of as options.
+        positionals: Parameters that are given by position instead of as options.
         arguments: The command's arguments, as typed.
     """
     parameters = inspect.signature(function).parameters
@@ -43,12 +43,21 @@ def call(command: str, function: Callable[..., Any], positionals: Sequence[str],
 
 
 def new_parser(command: str, description: str) -> ArgumentParser:
-    """The parser of a command, without options."""
+    """Return a parser for a command, without options.
+
+    Args:
+        command: Name of the command.
+        description: Text at the top of its help.
+    """
     return ArgumentParser(prog=f"fastssl {command}", description=description, allow_abbrev=False)
 
 
 def documented(source: Callable[..., Any]) -> tuple[str, dict[str, str]]:
-    """The description in a docstring, and the entries of its arguments by name."""
+    """Return the description in a docstring, and the entries of its arguments by name.
+
+    Args:
+        source: Function or class whose docstring to read.
+    """
     description, _, rest = (inspect.getdoc(source) or "").partition("\n\nArgs:\n")
     entries = re.findall(r"^    (\w+): (.*(?:\n     .*)*)", rest.partition("\n\n")[0], re.MULTILINE)
     return description, dict(entries)

@@ -1,4 +1,4 @@
-"""Encode recordings chunk by chunk; one batch may hold chunks of several recordings."""
+"""Encode recordings chunk by chunk; one batch may contain chunks of several recordings."""
 
 import os
 from collections.abc import Iterator, Sequence

@@ -42,27 +42,27 @@ def extract(
 
     Args:
         model: Encoder to use: a run of `fastssl pretrain`, a Transformers folder, a model name on the Hub, or a
-            checkpoint of fairseq.
+            fairseq checkpoint.
         audio: Folder of recordings (WAV, FLAC, OGG, MP3; any sample rate, any number of channels; subfolders too),
             Lhotse manifest (.jsonl.gz), or Lhotse shar directory.
         output: Folder for the shards and the index.
         layer: Layer to write: 0 is the input of the first layer, L the output of layer L; by default the last.
         rate: Rate of a model with a sequence compressor: 0 keeps every frame, 1 gives the learned segments; by default
-            the model's own, which is 1 unless it was trained for one rate alone.
-        frame_period_ms: Mean frame period to compress to, milliseconds, instead of a rate; it holds in each chunk, and
+            the model's own, which is 1 unless it was trained at a single rate.
+        frame_period_ms: Mean frame period to compress to, in milliseconds, instead of a rate. It applies to each chunk;
             the index gives the period of each recording.
-        chunk_s: Longest stretch of audio to encode at once, seconds; longer recordings are cut into chunks.
-        overlap_s: Overlap of neighbouring chunks, seconds.
+        chunk_s: Cut recordings longer than this many seconds into overlapping chunks of at most this length.
+        overlap_s: Overlap of neighbouring chunks, in seconds.
         channel: Channel to read; by default all channels are averaged.
-        shard_mb: Size at which a shard is closed and the next one begun, megabytes.
-        device: Device to encode on: cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.
+        shard_mb: Size of a shard, in megabytes; once a shard has reached it, the next one begins.
+        device: Device to encode on: cpu, cuda, cuda:1, ...; auto uses a GPU if there is one.
 
     Returns:
         The recordings that could not be used.
 
     Raises:
-        ValueError: MODEL, AUDIO, the layer, the chunks or the folder does not serve; the folder was begun with other
-            settings.
+        ValueError: MODEL, AUDIO, the layer, the chunk length or the output folder is invalid, or the folder was begun
+            with other settings.
     """
     encoder = open_encoder_at(model, device=device, rate=rate, frame_period_ms=frame_period_ms)
     layers = encoder.config.num_hidden_layers

@@ -40,23 +40,23 @@ _PRICE_FRAMES, _HALVINGS = 50_000, 30
 
 @dataclass(frozen=True)
 class LabelSettings:
-    """How labels are made.
+    """How to make labels.
 
     Args:
         model: Encoder whose frames are clustered: a run of `fastssl pretrain`, a Transformers folder, a model name on
-            the Hub, or a checkpoint of fairseq; by default MFCC are clustered, as in HuBERT's first iteration.
+            the Hub, or a fairseq checkpoint; by default MFCC are clustered, as in HuBERT's first iteration.
         layer: Layer of the model to cluster: 0 is the input of the first layer, L the output of layer L; by default the
             last.
         clusters: Number of classes.
         fit_frames: Number of frames to fit k-means to, from recordings chosen by a hash of their ids.
         seed: Seed of k-means and of the choice of recordings.
         channel: Channel to read; by default all channels are averaged.
-        segment_price: Give whole segments one class: the labels minimise the sum of squared distances to the classes
-            plus this price for each segment. A compressor learns from the segments. How long a price makes them depends
-            on the scale of the features; their mean length is printed at the end. By default each frame gets its
-            nearest class.
-        segment_ms: Mean length of a segment, milliseconds, instead of a price: finds the price that gives this length
-            on the recordings that k-means is fitted to.
+        segment_price: Price of a segment. All frames of a segment get the same class: the labels minimise the sum of
+            squared distances to the class centres, plus this price for each segment. A compressor can learn from the
+            segments. Their length depends on the price and on the scale of the features; the mean length is printed at
+            the end. By default there are no segments, and each frame gets its nearest class.
+        segment_ms: Mean length of a segment, in milliseconds, instead of a price: the price is chosen to give this
+            length on the recordings that k-means is fitted to.
     """
 
     model: str | None = None
@@ -99,30 +99,30 @@ def label(
 ) -> list[Problem]:
     """Cluster the frames of every recording by k-means and write the class of each frame.
 
-    The labels are a table that Lhotse reads too; `fastssl.data.labels` describes the files. `fastssl pretrain AUDIO
-    --recipe hubert-base --data.labels OUTPUT` trains on them. With a segment length or price the labels have segments,
-    from which a compressor learns where to fire (`--data.segments OUTPUT`).
+    The labels are a table that Lhotse can read too; `fastssl.data.labels` describes the files. `fastssl pretrain AUDIO
+    --recipe hubert-base --data.labels OUTPUT` trains on them. With a segment length or price, the labels form segments,
+    which teach a compressor where to fire (`--data.segments OUTPUT`).
 
     Running it again with the same arguments continues after an interruption, and labels recordings that were added
-    since. Recordings that have labels are skipped; one that was replaced is labelled again if its duration or sampling
-    rate changed.
+    since. Recordings that already have labels are skipped. A recording that was replaced is labelled again if its
+    duration or sampling rate changed.
 
     Args:
         audio: Folder of recordings (WAV, FLAC, OGG, MP3; any sample rate, any number of channels; subfolders too),
             Lhotse manifest (.jsonl.gz), or Lhotse shar directory.
         output: Folder for the labels.
-        settings: How labels are made.
+        settings: How to make labels.
         kmeans: Folder of earlier labels whose k-means model and features are used again, so that held-out audio gets
-            the same classes; the only other setting that then counts is the channel.
+            the same classes; of the other settings, only the channel is then used.
         num_workers: Number of processes that decode audio and compute MFCC; by default chosen by the number of cores.
-        device: Device to encode on: cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.
+        device: Device to encode on: cpu, cuda, cuda:1, ...; auto uses a GPU if there is one.
 
     Returns:
         The recordings that could not be used.
 
     Raises:
-        ValueError: AUDIO, the model, the layer or the folder does not serve; the folder was begun with other settings;
-            there are fewer frames than clusters.
+        ValueError: AUDIO, the model, the layer or the output folder is invalid, the folder was begun with other
+            settings, or there are fewer frames than clusters.
     """
     output = Path(output)
     if settings.model is not None and Path(settings.model).exists():
@@ -149,7 +149,7 @@ def label(
     # Label a recording again if another of the same name has replaced it.
     todo = [cut for cut in cuts if done.get(cut.id) != (cut.duration, cut.recording.sampling_rate)]
     if done:
-        logger.info("%d of %d recordings are labelled already", len(cuts) - len(todo), len(cuts))
+        logger.info("%d of %d recordings are already labelled", len(cuts) - len(todo), len(cuts))
     if todo:
         _drop_lines(output / LABELS_FILE, {cut.id for cut in todo})
     problems = corpus.problems + _append_lines(output / LABELS_FILE, features, todo, classes)
@@ -205,7 +205,7 @@ class _Features:
             if encoder.compressor.factor is not None:
                 raise ValueError(
                     f"--model: {settings.model} has a compressor with a fixed factor, which leaves fewer frames than "
-                    "labels need; choose a model without one"
+                    "labels need; choose a model without such a compressor"
                 )
             encoder.compressor.rate, encoder.compressor.frame_period_ms = 0.0, None
         layers = encoder.config.num_hidden_layers
@@ -278,7 +278,7 @@ def _labelled(frames: Tensor, classes: _Classes | None) -> Tensor:  # (N, D) -> 
         AudioError: A frame is not finite: NaN has no nearest centre, and a single one spoils k-means.
     """
     if not frames.isfinite().all():
-        raise AudioError("has NaN or infinite features; check the size of its samples and the weights of the model")
+        raise AudioError("has NaN or infinite features; check its sample values and the model's weights")
     return frames if classes is None else classes.of(frames.float())
 
 

@@ -1,4 +1,4 @@
-"""Store tensors by key in safetensors shards with an index; a stopped run can continue where it was."""
+"""Store tensors by key in safetensors shards with an index; a stopped run can continue where it left off."""
 
 import json
 import os
@@ -26,7 +26,7 @@ class Shards:
             existing folder is opened.
         name: First part of the shards' file names, such as "features".
         option: Command-line option that gave the folder; error messages begin with it.
-        shard_bytes: Size in bytes at which a shard is closed and the next one begun.
+        shard_bytes: Size of a shard in bytes; once a shard has reached it, the next one begins.
 
     Raises:
         ValueError: The folder was begun with other settings, or it contains other files and no shards.
@@ -129,5 +129,5 @@ def read_index(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _is_foreign(path: Path) -> bool:
-    """Whether a file is something else than the temporary file of another run that is beginning the same folder."""
+    """Return whether a file is not the temporary file of another run that is beginning the same folder."""
     return path.suffix != ".partial"

@@ -46,7 +46,7 @@ def new_figure(height_in: float) -> "Figure":
 
 
 def write_figure(figure: "Figure", path: Path) -> None:
-    """Write a figure as a PNG file with 120 dots per inch, atomically: a reader never sees half a file.
+    """Write a figure as a PNG file with 120 dots per inch, atomically: readers never see an incomplete file.
 
     Args:
         figure: Figure from `new_figure`.

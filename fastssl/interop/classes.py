@@ -1,6 +1,6 @@
 """Subclasses that accelerate another library's modules: create them, recognise them, and undo them.
 
-An accelerated module belongs to a subclass of its original class, with the same name and some other methods.
+An accelerated module belongs to a subclass of its original class, with the same name and some methods replaced.
 """
 
 import importlib
@@ -44,7 +44,7 @@ class AcceleratedClasses:
 
     def original(self, module: nn.Module) -> Any:
         """Return the original class of a module, accelerated or not, or None if the class is not in `sources`."""
-        # A user's subclass may have its own forward, so only subclasses with our mark are traced back to their base.
+        # A user's subclass may have its own forward, so only accelerated subclasses are traced back to their base.
         candidates = type(module).__mro__ if hasattr(type(module), NORM) else (type(module),)
         for cls in candidates:
             if self.sources.get(cls.__name__) == cls.__module__:

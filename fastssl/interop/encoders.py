@@ -1,7 +1,7 @@
 """Code shared by accelerated encoders of all libraries: when they run, and how they remove and restore padding.
 
 Linear layers, norms and dropouts that are not plain PyTorch modules are called as they are (see `nn.functional`). If
-any other module has a hook or a class from elsewhere, the original code runs instead; see `original_runs`.
+any other module has a hook or a foreign class, the original code runs instead; see `original_runs`.
 """
 
 import warnings
@@ -21,12 +21,12 @@ _LIBRARIES = ("transformers.", "torchaudio.", "torch.nn.", "fastssl.")
 
 
 def original_runs(model: nn.Module, modules: Iterable[nn.Module], reason: str | None = None) -> bool:
-    """Return whether the original `forward` must run instead of ours, after a warning that gives the reason.
+    """Return whether the original `forward` must run instead of fastssl's; if so, warn why.
 
     Args:
         model: The accelerated encoder.
-        modules: Modules whose parameters our forward reads without calling them. A hook on one of them, or a foreign
-            class in its place, would be ignored silently, so it makes the original run.
+        modules: Modules whose parameters fastssl's forward reads without calling them. It would silently ignore a hook
+            on one of them, or a foreign class in its place, so in these cases the original must run.
         reason: Another reason to run the original, found by the caller, or None.
 
     Raises:
@@ -55,7 +55,7 @@ def _foreign_code(modules: Iterable[nn.Module]) -> str | None:
 
 
 def modules_not_called(model: Any, stack: Any) -> Iterator[nn.Module]:
-    """Yield the modules that the original forward calls, but ours only reads.
+    """Yield the modules that the original forward calls and fastssl's only reads.
 
     Args:
         model: The encoder, with `feature_extractor`.
@@ -132,7 +132,7 @@ def run_layer(layer: Any, x: Tensor, attention: Callable[[Tensor], Tensor], *, p
         pre_norm: Whether the norms come before attention and feed-forward instead of after them.
 
     Returns:
-        (N, D).
+        The layer's output, (N, D).
     """
     feed_forward, dropout = partial(F.feed_forward, layer.feed_forward), layer.feed_forward.output_dropout
     return F.transformer_layer(layer, x, attention, feed_forward, dropout, pre_norm=pre_norm)[0]
@@ -165,7 +165,7 @@ def padded_by_last(x: Packed, length: int) -> Tensor:  # (N, D) -> (B, length, D
         length: Number of frames per row of the result, at least that of the longest utterance.
 
     Returns:
-        (B, length, D).
+        The padded batch, (B, length, D).
     """
     padded = x.to_padded(length=length)
     if not x.layout.total or min(x.layout.lengths) == length:

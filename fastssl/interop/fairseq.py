@@ -1,8 +1,8 @@
 """Read checkpoints of fairseq (wav2vec 2.0, HuBERT, data2vec audio) and of Microsoft's WavLM.
 
 Such a file is a pickle that names classes of fairseq and omegaconf. This module neither imports nor runs them:
-PyTorch's restricted unpickler reads the file, an inert object replaces each of their objects, and any other name is
-refused.
+PyTorch's restricted unpickler reads the file, replaces objects of these classes with inert ones, and refuses any other
+name.
 """
 
 import argparse
@@ -58,7 +58,7 @@ class _Inert:
 
 
 def read_checkpoint(path: Path) -> tuple[EncoderConfig, dict[str, Tensor]]:
-    """Read the config and the weights of the encoder in a checkpoint of fairseq or WavLM, without running any of it.
+    """Read the config and weights of the encoder in a fairseq or WavLM checkpoint, without running any code in it.
 
     Args:
         path: File written by fairseq or by WavLM's authors, pre-trained or fine-tuned.
@@ -76,10 +76,10 @@ def read_checkpoint(path: Path) -> tuple[EncoderConfig, dict[str, Tensor]]:
     except Exception as error:  # the file may contain anything, so reading it may fail in any way
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))
         reason = f"it names {refused[1]}, which is not run" if refused else str(error).partition("\n")[0]
-        raise ValueError(f"{path}: cannot be read as a checkpoint of fairseq: {reason}") from error
+        raise ValueError(f"{path}: cannot be read as a fairseq checkpoint: {reason}") from error
     weights = checkpoint.get("model")
     if not isinstance(weights, dict) or not isinstance(cfg, dict):
-        raise ValueError(f"{path}: not a checkpoint of fairseq; expected the entry 'model', and 'cfg' or 'args'")
+        raise ValueError(f"{path}: is not a fairseq checkpoint; expected the entry 'model', and 'cfg' or 'args'")
     prefix = next((prefix for prefix in _PREFIXES if prefix + _FIRST_WEIGHT in weights), None)
     if prefix is None:
         raise ValueError(f"{path}: contains no speech encoder; looked for a weight named ...{_FIRST_WEIGHT}")
@@ -202,7 +202,7 @@ def _setting(model: Mapping[str, Any], name: str, default: Any) -> Any:
     """Return a setting or its default.
 
     Raises:
-        ValueError: The setting has another type than its default; an int is accepted in place of a float.
+        ValueError: The setting does not have the type of its default; an int is accepted in place of a float.
     """
     value = model.get(name, default)
     number = isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool)

@@ -37,7 +37,8 @@ def accelerate(model: Model, *, norm: Norm = "valid", compressor: SequenceCompre
 
     Raises:
         ValueError: `norm` is unknown, the model contains no supported encoder, an encoder has an unsupported part, the
-            compressor has another width, or the model contains several encoders for it. The model is then unchanged.
+            compressor's width is not the encoder's, or a compressor is given for a model with several encoders. The
+            model is then unchanged.
     """
     if norm not in ("valid", "padded"):
         raise ValueError(f"norm: must be 'valid' or 'padded', got {norm!r}")
@@ -56,7 +57,7 @@ def accelerate(model: Model, *, norm: Norm = "valid", compressor: SequenceCompre
         if len(encoders) != 1:
             raise ValueError(
                 f"compressor: expected a model with one encoder, but {type(model).__name__} has {len(encoders)}; "
-                "accelerate each with a compressor of its own"
+                "accelerate each encoder with its own compressor"
             )
         ((encoder, width),) = encoders
         if compressor.channels != width:

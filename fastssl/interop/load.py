@@ -34,7 +34,7 @@ def load_encoder(path_or_model: str | Path | nn.Module) -> SpeechEncoder:
               or pickled, in one file or in shards;
             - the name of a model on the Hub ("facebook/hubert-base-ls960"), if no such path exists; requires
               huggingface_hub;
-            - a checkpoint of fairseq or WavLM (.pt), pre-trained or fine-tuned; no code in it is run;
+            - a fairseq or WavLM checkpoint (.pt), pre-trained or fine-tuned; no code in it is run;
             - a Transformers model, accelerated or not; its weights are copied. Usually only its preprocessor knows
               whether waveforms should be normalised, so `config.do_normalize` is True unless the model's config has it;
             - a torchaudio model; its weights are copied. `config.do_normalize` says whether the model itself normalises

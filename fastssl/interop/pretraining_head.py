@@ -1,4 +1,4 @@
-"""Accelerate Transformers' `Wav2Vec2ForPreTraining`: its quantiser and contrastive loss run our ops on padded batches.
+"""Accelerate the quantiser and the contrastive loss of Transformers' `Wav2Vec2ForPreTraining`, on padded batches.
 
 The original gathers the negatives of every frame, padding included, and multiplies every code with every frame.
 """
@@ -20,7 +20,7 @@ def _quantize(
     hidden_states: Tensor,  # (B, F, C)
     mask_time_indices: Tensor | None = None,  # (B, F)
 ) -> tuple[Tensor, Tensor]:  # (B, F, D), ()
-    """Quantise every frame; returns the vectors, and the codes' perplexity over masked frames (all without a mask)."""
+    """Quantise every frame; return the vectors, and the codes' perplexity over masked frames (all without a mask)."""
     shape = (self.num_groups, self.num_vars)
     logits = self.weight_proj(hidden_states).flatten(0, 1).unflatten(1, shape)
     noise = None

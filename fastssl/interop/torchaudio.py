@@ -1,6 +1,6 @@
 """Run torchaudio's speech encoders packed: wav2vec 2.0, HuBERT, XLS-R and WavLM, all of class `Wav2Vec2Model`.
 
-An accelerated encoder belongs to a subclass of its class, with the same name and another `forward` and
+An accelerated encoder belongs to a subclass of its class, with the same name and its own `forward` and
 `extract_features`. `isinstance`, pickling, `copy.deepcopy` and the wrappers of pipelines therefore work as before. Each
 utterance is computed as if it were alone in the batch. In the padding after an utterance, `forward` repeats its last
 frame or logits, and `extract_features` returns zeros. An auxiliary head that is not a plain linear layer is called on
@@ -97,7 +97,7 @@ def _extract_features(
 
 
 def _modules_not_called(model: Any) -> Iterator[nn.Module]:
-    """Yield the modules that the original forward calls, but ours only reads."""
+    """Yield the modules that the original forward calls and fastssl's only reads."""
     yield from (model.encoder, model.encoder.feature_projection)
     yield from encoders.modules_not_called(model, model.encoder.transformer)
     for layer in model.encoder.transformer.layers:

@@ -1,6 +1,6 @@
 """Run Transformers' speech encoders packed.
 
-An accelerated encoder belongs to a subclass of its class, with the same name and another `forward`. `isinstance`,
+An accelerated encoder belongs to a subclass of its class, with the same name and its own `forward`. `isinstance`,
 pickling, `save_pretrained`, `copy.deepcopy` and every head therefore work as before.
 """
 
@@ -82,7 +82,7 @@ def _as_original(model: nn.Module, original: type[nn.Module]) -> Any:
 
 
 def _modules_not_called(model: Any) -> Iterator[nn.Module]:
-    """Yield the modules that the original forward calls, but ours only reads."""
+    """Yield the modules that the original forward calls and fastssl's only reads."""
     yield model.feature_projection
     yield from encoders.modules_not_called(model, model.encoder)
     if getattr(model, "adapter", None) is not None:
@@ -160,7 +160,7 @@ def _valid_lengths(mask: Tensor, batch: int, samples: int) -> list[int]:
     """Return the number of valid samples of each row of a mask (B, T) of any dtype, with ones before zeros.
 
     Raises:
-        ValueError: The mask has another shape, other values than 0 and 1, or padding before or between samples.
+        ValueError: The mask has the wrong shape, values other than 0 and 1, or padding before or between samples.
     """
     if mask.shape != (batch, samples):
         raise ValueError(
@@ -195,7 +195,7 @@ def _mask(model: Any, x: Packed, mask_time_indices: Tensor | None, padded_frames
 
 
 def _encode(encoder: Any, x: Packed) -> tuple[Tensor, list[Tensor]]:
-    """Run the transformer; returns the last hidden state after the final norm, and all hidden states before it."""
+    """Run the transformer; return the last hidden state after the final norm, and all hidden states before it."""
     pre_norm = "StableLayerNorm" in type(encoder).__name__
     first = encoder.layers[0].attention if len(encoder.layers) else None
     bias = encoders.distance_bias(first) if hasattr(first, "rel_attn_embed") else None

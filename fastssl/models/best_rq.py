@@ -50,8 +50,8 @@ class BestRqConfig(MaskedConfig, ConformerConfig):
         ValueError: A value is out of bounds, or values do not fit together.
     """
 
-    # SpeechBrain masks blocks of four mel frames that are aligned to the frames of 40 ms. Its mask_prob of 0.15 per mel
-    # frame and mask_length of 4 mask 60 % of these frames, each drawn on its own.
+    # SpeechBrain masks blocks of four mel frames, aligned to the 40 ms frames. Its mask_prob of 0.15 per mel frame and
+    # mask_length of 4 mask 60 % of the 40 ms frames, each drawn independently.
     mask_time_prob: float = 0.6
     mask_time_length: int = 1
     mask_time_min_masks: int = 1
@@ -104,7 +104,7 @@ class BestRqForPreTraining(PretrainingModel):
         layer_drop: torch.Generator | None = None,
         segments: FrameSegments | None = None,
     ) -> PredictionOutput:
-        """Replace masked frames by noise, encode, and predict the codes of the masked frames.
+        """Replace masked frames with noise, encode, and predict the codes of the masked frames.
 
         If the encoder has a compressor, each compressed frame predicts the codes of the masked frames in it.
 
@@ -113,7 +113,7 @@ class BestRqForPreTraining(PretrainingModel):
             keys: (B,) int64 from `nn.random.utterance_keys` or `draw_keys`, on the device of the waveforms. They
                 determine the compression rate, mask and noise of each utterance.
             layer_drop: CPU generator that decides which layers to skip; None uses PyTorch's global generator.
-            segments: Segments of the frames of 40 ms, from which a compressor learns where to fire, or None.
+            segments: Segments of the 40 ms frames, which teach a compressor where to fire, or None.
         """
         config = self.config
         mel = self.best_rq.extract_features(waveforms)
@@ -162,7 +162,7 @@ class BestRqForPreTraining(PretrainingModel):
         return codes
 
     def _put_noise(self, mel: Packed, layout: Layout, keys: Tensor, rows: Tensor) -> Packed:
-        """Replace mel frames 4t to 4t + 3 of each masked frame t by noise that depends on key and position only."""
+        """Replace mel frames 4t to 4t + 3 of each masked frame t with noise that depends only on key and position."""
         mel_rows = _mel_rows(rows, layout, mel.layout)  # (M, 4)
         bands = mel.values.shape[1]
         first = layout.positions[rows] * MEL_FRAMES_PER_FRAME * bands
@@ -175,6 +175,6 @@ class BestRqForPreTraining(PretrainingModel):
 
 
 def _mel_rows(rows: Tensor, layout: Layout, mel_layout: Layout) -> Tensor:  # (M,) -> (M, 4)
-    """Rows of the mel frames 4t to 4t + 3 in `mel_layout`, for each row of an encoder frame t in `layout`."""
+    """Return the rows in `mel_layout` of mel frames 4t to 4t + 3 for each encoder frame t, given by row in `layout`."""
     first = mel_layout.rows(layout.sequence_ids[rows], MEL_FRAMES_PER_FRAME * layout.positions[rows])
     return first.unsqueeze(1) + torch.arange(MEL_FRAMES_PER_FRAME, device=rows.device)

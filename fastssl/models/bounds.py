@@ -54,7 +54,7 @@ def bounded(
         choices: Allowed strings.
 
     Returns:
-        The result of `dataclasses.field`, which type checkers see as a value of the type of `default`.
+        The result of `dataclasses.field`; type checkers see a value of the same type as `default`.
     """
     bounds = {"at least": least, "above": above, "at most": most, "below": below, "one of": choices}
     return field(default=default, metadata={word: limit for word, limit in bounds.items() if limit is not None})

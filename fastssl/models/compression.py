@@ -15,7 +15,7 @@ from fastssl.nn.segmentation import quantity_loss, segmentation_losses
 def make_compressor(config: CompressorConfig, channels: int) -> SequenceCompressor:
     """Make the compressor that a config describes.
 
-    If the config trains it for a single rate or period, the compressor is set to run at this one.
+    If the config trains for a single rate or period, the compressor is set to that value.
 
     Args:
         config: Kind of compressor, factor, and range of rates or periods; `config.compressor` must not be "none".
@@ -54,12 +54,12 @@ def draw_compression(config: CompressedConfig, keys: Tensor) -> dict[str, Tensor
 
 
 class CompressionScores(NamedTuple):
-    """Losses and frame period of a compressor, summed over utterances that are weighted by their masked frames.
+    """Losses and frame period of a compressor, summed over utterances, each weighted by its number of masked frames.
 
     Attributes:
         segment_loss: () fp32, segment loss (`nn.segmentation.segmentation_losses`); 0 without segments.
-        frame_loss: () fp32, frame loss of the same function; 0 without segments.
-        quantity_loss: () fp32, distance of the share of frames that are kept from `config.quantity_share`.
+        frame_loss: () fp32, frame loss from the same function; 0 without segments.
+        quantity_loss: () fp32, distance between the share of frames kept and `config.quantity_share`.
         frame_period_ms: () fp32, mean frame period after compression, in milliseconds.
     """
 
@@ -83,12 +83,12 @@ def with_compression_loss(
         config: Weights of the compressor's losses, and the share of frames to keep.
         compressed: Result of the compressor.
         masked: (B,) weight of each utterance in the sums: its number of masked frames (distillation: all its frames).
-        segments: Segments of the N input frames, from which the compressor learns where to fire; None leaves the
-            segment and frame losses at 0.
+        segments: Segments of the N input frames, which teach the compressor where to fire; None leaves the segment and
+            frame losses at 0.
 
     Returns:
-        The total loss, and the compressor's scores without gradient. For a compressor with a fixed factor, `loss`
-        unchanged and None.
+        The total loss, and the compressor's scores, detached. For a compressor with a fixed factor, `loss` unchanged
+        and None.
     """
     if compressed.weights is None or compressed.learned_weights is None:  # a fixed factor
         return loss, None

@@ -22,8 +22,8 @@ class Parts(NamedTuple):
         frames: Number of front-end frames.
         front_end: Multiply-accumulates of the front end.
         c_in: Number of channels of the frames that a compressor would receive.
-        per_frame: Multiply-accumulates per frame after the front end. Attention's products between frames, which grow
-            with the square of the number of frames, are not included.
+        per_frame: Multiply-accumulates per frame after the front end, without those of attention between frames, which
+            grow with the square of the number of frames.
     """
 
     frames: int
@@ -34,16 +34,16 @@ class Parts(NamedTuple):
 
 @dataclass(frozen=True)
 class CompressorConfig:
-    """Whether an encoder compresses its sequence of frames, how, and at which rates it is trained.
+    """How an encoder compresses its sequence of frames, if at all, and the rates that it is trained at.
 
     Args:
         compressor: Kind of `nn.SequenceCompressor` that shortens the front end's output; "none" keeps every frame.
             Transformers has no compressor and opens such an encoder without it.
-        compressor_factor: Number of frames that become one, for "average" and "strided".
+        compressor_factor: Number of frames merged into one, for "average" and "strided".
         compression_draw: What integrate-and-fire draws for each utterance in training: the "rate" (lambda), or the
-            frame "period", from which the utterance's own rate follows.
-        compression_range: Range from which rates (0 to 2) or periods (milliseconds) are drawn uniformly. Two equal
-            numbers train for this one only, and the encoder then uses it by default.
+            frame "period", which determines the utterance's rate.
+        compression_range: Lowest and highest rate (0 to 2) or period (in milliseconds); training draws uniformly
+            between them. Two equal numbers train at that value only, and the encoder then uses it by default.
 
     Raises:
         ValueError: A value is out of bounds, or values do not fit together.
@@ -76,7 +76,7 @@ class CompressorConfig:
 
     @property
     def meets_all_frames(self) -> bool:
-        """Whether training includes the uncompressed case, in which every front-end frame reaches the layers."""
+        """Whether training includes the uncompressed case, where every front-end frame reaches the layers."""
         if self.draws_rates:
             return self.compression_range[0] <= (0.0 if self.compression_draw == "rate" else self.frame_period_ms)
         return self.compressor_factor == 1
@@ -177,12 +177,12 @@ class CompressedConfig(CompressorConfig):
     A system's config inherits from this class and from the config of its encoder.
 
     Args:
-        compression_per_batch: Draw one rate or period for the whole batch, as the code of the paper's authors does,
-            instead of one for each utterance.
+        compression_per_batch: Draw one rate or period for the whole batch, as the authors' code does, instead of one
+            for each utterance.
         segment_loss_weight: Weight of the loss that makes frames fire where segments end (needs data.segments).
         frame_loss_weight: Weight of the loss that pulls the weight of each frame towards 1 / (number of frames in its
             segment) (needs data.segments).
-        quantity_loss_weight: Weight of the loss that pulls the share of frames that are kept towards quantity_share.
+        quantity_loss_weight: Weight of the loss that pulls the share of frames kept towards quantity_share.
         quantity_share: Share of frames to keep, from 0 to 1; used by the quantity loss only.
 
     Raises:

@@ -34,7 +34,7 @@ class ConformerConfig(SpeechEncoderConfig):
 
     Args:
         num_attention_heads: Attention heads per layer; hidden_size / num_attention_heads must be an even integer.
-        intermediate_size: Inner width of the feed-forward blocks, of which each layer has two.
+        intermediate_size: Inner width of the feed-forward blocks; each layer has two.
         conv_dim: Output channels of the two subsampling convolutions.
         do_normalize: Scale each waveform to zero mean and unit variance before the encoder. This matters little,
             because the encoder normalises its log-mel frames over each utterance.
@@ -213,7 +213,7 @@ class ConformerEncoder(SpeechEncoder):
         return EncoderOutput(hidden_states[-1], hidden_states, compressed)
 
     def json_files(self) -> dict[str, dict[str, Any]]:
-        """Content of config.json, in a format of fastssl's own."""
+        """Return the content of config.json, in fastssl's own format."""
         return {"config.json": asdict(self.config) | {"library": "fastssl"}}
 
     def own_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

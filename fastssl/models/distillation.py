@@ -1,4 +1,4 @@
-"""Distil an encoder into a smaller one: with prediction heads (arXiv 2110.01900), or by layer (arXiv 2207.06867)."""
+"""Distil an encoder into a smaller one, with prediction heads (arXiv 2110.01900) or by layer (arXiv 2207.06867)."""
 
 import logging
 from collections.abc import Sequence
@@ -34,16 +34,18 @@ class DistillationConfig(CompressedConfig, EncoderConfig):
 
     Args:
         distillation: "pred" to predict several layers of the teacher with heads on the student's last layer
-            (DistilHuBERT, arXiv 2110.01900), or "l2l" to predict one from each layer of the student (2207.06867).
-        teacher_layers: Layers of the teacher to predict; 0 is the input of its first. If empty, "pred" takes
-            those at L/3, 2L/3 and L of its L layers, and "l2l" takes the one nearest to i L / S for layer i of S.
+            (DistilHuBERT, arXiv 2110.01900), or "l2l" to predict one from each layer of the student (arXiv 2207.06867).
+        teacher_layers: Layers of the teacher to predict; 0 is the input of the first layer. If empty, "pred" predicts
+            layers L/3, 2L/3 and L of the teacher's L layers, and with "l2l", layer i of the student's S layers
+            predicts the one nearest to i L / S.
         teacher_hidden_size: Width of the teacher's layers; set from the teacher when training begins.
         teacher_num_hidden_layers: L, the teacher's number of layers; set from the teacher when training begins.
         cosine_loss_weight: Weight of -log sigmoid(cosine similarity), relative to the mean absolute difference.
         initialise_from_teacher: Start from the teacher's weights wherever name and shape agree; the rest is random.
 
     Raises:
-        ValueError: A value is out of bounds, or "l2l" does not get one layer of the teacher for each of the student's.
+        ValueError: A value is out of bounds, or `teacher_layers` does not list one layer for each of the student's
+            in "l2l".
     """
 
     model_type: str = "hubert"
@@ -62,7 +64,7 @@ class DistillationConfig(CompressedConfig, EncoderConfig):
         super().__post_init__()
         if self.distillation == "l2l" and self.teacher_layers and len(self.teacher_layers) != self.num_hidden_layers:
             raise ValueError(
-                f"teacher_layers: l2l needs one for each of the {self.num_hidden_layers} layers of the student, "
+                f"teacher_layers: l2l needs one for each of the student's {self.num_hidden_layers} layers, "
                 f"got {len(self.teacher_layers)}"
             )
         if self.distillation == "l2l" and self.num_hidden_layers == 0:
@@ -106,13 +108,14 @@ class DistillationConfig(CompressedConfig, EncoderConfig):
         )
 
     def keeps_front_end(self, teacher: EncoderConfig) -> bool:
-        """Whether the student's front end starts as a copy of the teacher's and stays frozen.
+        """Return whether the student's front end starts as a copy of the teacher's and stays frozen.
 
         Args:
             teacher: Config of the teacher's encoder.
 
         Raises:
-            ValueError: `feature_grad_mult` freezes the student's front end, but it would not start as the teacher's.
+            ValueError: `feature_grad_mult` freezes the student's front end, which would not start as a copy of the
+                teacher's.
         """
         if self.feature_grad_mult != 0:
             return False
@@ -120,7 +123,7 @@ class DistillationConfig(CompressedConfig, EncoderConfig):
         if other or not self.initialise_from_teacher:
             why = f"they differ in {', '.join(other)}" if other else "model.initialise_from_teacher is false"
             raise ValueError(
-                f"feature_grad_mult: 0 freezes the convolutions, which must then start as the teacher's, but {why}"
+                f"feature_grad_mult: 0 freezes the convolutions, which must then be copies of the teacher's, but {why}"
             )
         return True
 
@@ -130,10 +133,10 @@ class DistillationOutput:
     """Loss and statistics of distillation for one batch; sums over its N frames.
 
     Attributes:
-        loss: () fp32, the value to minimise: `distillation_loss` and the compressor's losses.
+        loss: () fp32, the value to minimise: `distillation_loss` plus the compressor's losses.
         l1_loss: () fp32, mean absolute difference, averaged over the target layers.
         cosine_similarity: () fp32, averaged over the target layers.
-        distillation_loss: () fp32, mean absolute difference and weighted -log sigmoid(cosine), summed over the layers.
+        distillation_loss: () fp32, mean absolute difference plus weighted -log sigmoid(cosine), summed over the layers.
         masked_frames: N. Nothing is masked; the training loop divides sums by this number.
         features: (N_out, D) last hidden state of the student.
         compression: Scores of an integrate-and-fire compressor, or None.
@@ -153,7 +156,7 @@ class DistillationOutput:
         return None
 
     def scores(self) -> dict[str, Tensor]:
-        """Sums over the frames, each (), by the names in `DistillationModel.score_names`."""
+        """Return the sums over the frames as () tensors, by the names in `DistillationModel.score_names`."""
         own = {"distillation_loss": self.distillation_loss, "l1_loss": self.l1_loss}
         own |= {"cosine_similarity": self.cosine_similarity}
         return own | ({} if self.compression is None else self.compression._asdict())
@@ -272,7 +275,7 @@ class DistillationModel(PretrainingModel):
             frames: (N, C) front-end frames, if the student's front end is frozen and equal to the teacher's; None
                 computes them.
             layer_drop: CPU generator that decides which layers to skip; None uses PyTorch's global generator.
-            segments: Segments of the N frames, from which a compressor learns where to fire, or None.
+            segments: Segments of the N frames, which teach a compressor where to fire, or None.
 
         Raises:
             ValueError: `targets` is not one tensor (N, teacher_hidden_size) for each layer in `config.targets`.
@@ -317,7 +320,7 @@ class DistillationModel(PretrainingModel):
 
 
 def _compare(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:  # (N, D), (N, D) -> (N,), (N,) fp32
-    """Mean absolute difference and cosine similarity, in fp32 because bf16 is not precise enough."""
+    """Return the mean absolute difference and cosine similarity, in fp32 because bf16 is not precise enough."""
     with torch.autocast(prediction.device.type, enabled=False):
         prediction, target = prediction.float(), target.float()
         return (prediction - target).abs().mean(1), F.cosine_similarity(prediction, target, dim=1)

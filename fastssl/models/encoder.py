@@ -29,7 +29,7 @@ _OWN_FIELDS = {
     "max_bucket_distance": "wavlm",
     "conv_pos_kernel_size": "data2vec-audio",
 }
-#: Values that are the same in every data2vec-audio model, so that its config.json does not list them.
+#: Values that all data2vec-audio models share; config.json does not list them.
 _DATA2VEC: dict[str, Any] = {"feat_extract_norm": "layer", "do_stable_layer_norm": False}
 
 
@@ -50,7 +50,7 @@ class EncoderConfig(SpeechEncoderConfig):
         num_conv_pos_embedding_groups: Groups of the positional convolution.
         do_stable_layer_norm: Apply layer norm before each block instead of after it.
         initializer_range: Standard deviation of the initial weights of linear layers and embeddings.
-        feature_grad_mult: Factor on the gradient that reaches the front end.
+        feature_grad_mult: Factor applied to the gradient that reaches the front end; 0 freezes the front end.
         model_type: Architecture, by its name in Transformers: wav2vec2, hubert, wavlm, data2vec-audio, unispeech or
             unispeech-sat.
         feat_proj_layer_norm: Apply layer norm to the front end's frames before the projection (hubert).
@@ -59,7 +59,7 @@ class EncoderConfig(SpeechEncoderConfig):
         conv_pos_kernel_size: Kernel of each positional convolution, in frames (data2vec-audio).
 
     Raises:
-        ValueError: A value is out of bounds, not possible for this `model_type`, or does not fit the other values.
+        ValueError: A value is out of bounds, not allowed for this `model_type`, or does not fit the other values.
     """
 
     feat_proj_dropout: float = bounded(0.0, least=0, below=1)
@@ -106,7 +106,7 @@ class EncoderConfig(SpeechEncoderConfig):
     def from_dict(cls, values: Mapping[str, Any]) -> "Self":
         """Make a config from the values of a Transformers `config.json`; keys that are unknown here are ignored.
 
-        Missing encoder settings take Transformers' defaults, even if `cls` is the config of a system with other ones.
+        Missing encoder settings take Transformers' defaults, even if `cls` is a system's config with other defaults.
 
         Args:
             values: Settings by name, as parsed from JSON.
@@ -292,7 +292,7 @@ class Encoder(SpeechEncoder):
         return layout
 
     def json_files(self) -> dict[str, dict[str, Any]]:
-        """Contents of the two files that Transformers reads: config.json and preprocessor_config.json."""
+        """Return the contents of the two files that Transformers reads: config.json and preprocessor_config.json."""
         config = self.config
         values = {
             "model_type": config.model_type,

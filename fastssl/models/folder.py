@@ -1,4 +1,4 @@
-"""Read and write folders of models: config.json, preprocessor_config.json and weights, laid out as in Transformers."""
+"""Read and write model folders: config.json, preprocessor_config.json and weights, laid out as in Transformers."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -21,14 +21,14 @@ MODEL_CLASSES = {
 #: The `model_type` of `ConformerEncoder`, which Transformers does not know.
 CONFORMER = "best-rq"
 SAMPLE_RATE_HZ = 16_000
-#: Files of weights, in order of preference. An index lists the files over which the weights are divided.
+#: Weight files, in order of preference. An index lists the files that the weights are split into.
 WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-#: File of a compressor's weights, which Transformers ignores, and prefix of their names in the encoder's state dict.
+#: File of a compressor's weights (Transformers ignores it), and prefix of their names in the encoder's state dict.
 COMPRESSOR_FILE, COMPRESSOR_PREFIX = "compressor.safetensors", "compressor."
 #: Name of the submodule that `fastssl.accelerate` adds to a model of another library for a compressor.
 ACCELERATED_COMPRESSOR = "fastssl_compressor"
@@ -54,8 +54,8 @@ def read_config(folder: Path, *, model_types: Iterable[str] = tuple(MODEL_CLASSE
         Settings by name.
 
     Raises:
-        ValueError: config.json is missing or damaged, the caller cannot open its `model_type`, or the model expects
-            another sample rate than 16 kHz.
+        ValueError: config.json is missing or damaged, the caller cannot open its `model_type`, or the model expects a
+            sample rate other than 16 kHz.
     """
     path = folder / "config.json"
     if not path.exists():
@@ -85,7 +85,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         Tensors by name.
 
     Raises:
-        ValueError: The folder contains no weights, or a file is damaged, or a file that the index lists is missing.
+        ValueError: The folder contains no weights, a file is damaged, or a file that the index lists is missing.
     """
     path = next((folder / name for name in WEIGHT_FILES if (folder / name).exists()), None)
     if path is None:
@@ -112,7 +112,7 @@ def _read_compressor(folder: Path) -> dict[str, Tensor]:
 
 
 def write_encoder_weights(folder: Path, state: Mapping[str, Tensor]) -> None:
-    """Write an encoder's weights, with those of a compressor in a file of their own.
+    """Write an encoder's weights, with those of a compressor in a separate file.
 
     Both files are written completely under temporary names before the first one is renamed. If the encoder has no
     compressor, an old compressor file is deleted.
@@ -146,14 +146,14 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def is_state_dict(weights: object) -> TypeGuard[dict[str, Tensor]]:
-    """Whether an object, such as one read with `torch.load`, is a dictionary of tensors by name."""
+    """Return whether an object, such as one read with `torch.load`, is a dictionary of tensors by name."""
     return isinstance(weights, dict) and all(
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in weights.items()
     )
 
 
 def load_matching(module: nn.Module, weights: Mapping[str, Tensor], *, name: str) -> None:
-    """Load weights into a module, after a check that names and shapes agree and that all are floating point.
+    """Load weights into a module after checking that names and shapes agree and that all are floating point.
 
     Args:
         module: Module to load into.
@@ -203,9 +203,9 @@ def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any], *, there
     """Describe the settings that differ from those of an existing folder, for an error message.
 
     Args:
-        before: Settings with which the folder was made.
-        now: Settings that must be the same.
-        there: Words after an old value that say where it was found, such as "in the run".
+        before: Settings recorded when the folder was made.
+        now: Current settings, which must be the same.
+        there: Words to put after an old value, to say where it was found, such as "in the run".
 
     Returns:
         The differences, such as "seed: 3 in the run, 4 now"; an empty text if there are none.

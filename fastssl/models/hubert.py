@@ -37,10 +37,10 @@ class HubertConfig(MaskedConfig, EncoderConfig):
     The defaults are the values of fairseq's hubert_base_librispeech.yaml.
 
     Args:
-        num_clusters: Number of classes to predict; must be that of the labels.
-        final_dim: Width of the projection in which frames are compared with the embeddings of the classes.
-        logit_temperature: Temperature by which the cosine similarities are divided.
-        features_penalty_weight: Weight of the mean square of the front end's frames.
+        num_clusters: Number of classes to predict; must match the labels.
+        final_dim: Width of the projected frames, and of the class embeddings that they are compared with.
+        logit_temperature: Temperature that divides the cosine similarities.
+        features_penalty_weight: Weight of the features penalty, the mean square of the front end's frames.
 
     Raises:
         ValueError: A value is out of bounds, or values do not fit together.
@@ -117,7 +117,7 @@ class HubertForPreTraining(PretrainingModel):
         """Mask spans of frames, encode, and predict the class of every masked frame.
 
         If the encoder has a compressor, spans of compressed frames are masked. All front-end frames that went into
-        them count as masked, and each has its class predicted.
+        them count as masked, and the class of each of these is predicted.
 
         Args:
             waveforms: (N, 1) samples at 16 kHz. A batch without utterances is allowed and adds nothing to the sums.
@@ -125,7 +125,7 @@ class HubertForPreTraining(PretrainingModel):
                 determine the compression rate and the mask of each utterance.
             labels: (T,) int64, the class of each front-end frame, from 0 to num_clusters - 1.
             layer_drop: CPU generator that decides which layers to skip; None uses PyTorch's global generator.
-            segments: Segments of the front end's T frames, from which a compressor learns where to fire, or None.
+            segments: Segments of the front end's T frames, which teach a compressor where to fire, or None.
 
         Raises:
             ValueError: `labels` does not have shape (T,).
@@ -162,7 +162,7 @@ class HubertForPreTraining(PretrainingModel):
 
         Args:
             frames: (T, C) front-end frames.
-            mask: (N,) bool, True where masked, of the frames that enter the transformer.
+            mask: (N,) bool, one entry for each frame that enters the transformer, True if it is masked.
             labels: (T,) int64, the class of each front-end frame.
             layer_drop: As in `forward`.
             projected: `speech_encoder.project(frames)`, if the caller has it; None computes it.
@@ -201,7 +201,7 @@ class HubertForPreTraining(PretrainingModel):
         )
 
     def _logits(self, x: Tensor) -> Tensor:  # (M, final_dim) -> (M, num_clusters) fp32
-        """Cosine similarities divided by the temperature, in fp32 because bf16 is not precise enough."""
+        """Return cosine similarities divided by the temperature, in fp32 because bf16 is not precise enough."""
         with torch.autocast(x.device.type, enabled=False):
             x = F.normalize(x.float(), dim=1)
             return x @ F.normalize(self.label_embeddings.float(), dim=1).t() / self.config.logit_temperature

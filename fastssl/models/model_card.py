@@ -47,7 +47,7 @@ with torch.no_grad():
 
 @dataclass(frozen=True)
 class ModelCard:
-    """Facts about the training of an encoder. The card leaves out those that are None.
+    """Facts about an encoder's training. The card leaves out facts that are None.
 
     Args:
         recipe: Name of the training recipe.
@@ -73,14 +73,14 @@ class ModelCard:
             parameters: Number of parameters of the encoder.
         """
         in_transformers = config.model_type in MODEL_CLASSES
-        normalised = "brought to zero mean and unit variance" if config.do_normalize else "as it is"
+        normalised = "scaled to zero mean and unit variance" if config.do_normalize else "unscaled"
         facts: dict[str, str | None] = {
             "architecture": config.model_type,
             "parameters": f"{parameters / 1e6:.2f} M",
             "layers, width": f"{config.num_hidden_layers}, {config.hidden_size}",
             "input": f"16 kHz, each waveform {normalised}",
             "recipe": self.recipe,
-            "audio it was trained on": None if self.data_hours is None else f"{self.data_hours:.2f} hours",
+            "training audio": None if self.data_hours is None else f"{self.data_hours:.2f} hours",
             "updates": None if self.updates is None else f"{self.updates}",
             "fastssl": _both(self.version, None if self.commit is None else f"commit {self.commit}"),
         }
@@ -91,7 +91,7 @@ class ModelCard:
             _FRONT_MATTER.format(
                 model_type=config.model_type, library="transformers" if in_transformers else "fastssl"
             ),
-            "# Speech encoder\n\nA self-supervised encoder of speech, written by fastssl.\n",
+            "# Speech encoder\n\nA self-supervised speech encoder, saved by fastssl.\n",
             _table("", "", {name: fact for name, fact in facts.items() if fact is not None}),
         ]
         if self.quality:
@@ -106,12 +106,12 @@ class ModelCard:
     def _with_transformers(config: SpeechEncoderConfig) -> str:
         if config.compressor == "none":
             return _WITH_TRANSFORMERS
-        how = "as at rate 0" if config.meets_all_frames else "for which this encoder was not trained"
+        how = "as at rate 0" if config.meets_all_frames else "which this encoder was not trained for"
         return _WITH_TRANSFORMERS + _WITHOUT_COMPRESSOR.format(how=how)
 
 
 def checked_out_commit(folder: Path = _CLONE) -> str | None:
-    """Read the commit that a clone of a git repository is at, from the files in `.git`, without running git.
+    """Read the commit that is checked out in a git clone, from the files in `.git`, without running git.
 
     Args:
         folder: Top folder of the clone, or of a worktree of it; by default the folder that contains this package.

@@ -11,7 +11,7 @@ _EXAMPLE_S = 10.0
 
 
 class Multiplications(NamedTuple):
-    """Multiply-accumulates for one utterance in a forward pass, without spectra, norms, activations and softmax.
+    """Multiply-accumulates for one utterance in a forward pass, not counting spectra, norms, activations or softmax.
 
     Attributes:
         front_end: Everything that runs at the full frame rate: the front end, and the compressor's own network.
@@ -74,7 +74,7 @@ def convolve(
 
 
 def describe_compression(config: SpeechEncoderConfig) -> str:
-    """Describe an encoder's compressor, and what it saves of the multiplications for 10 s of audio, for a model card.
+    """Describe an encoder's compressor for a model card, with the share of multiplications it saves on 10 s of audio.
 
     Args:
         config: Shape of an encoder with a compressor.

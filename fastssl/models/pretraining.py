@@ -38,7 +38,7 @@ class Needs(NamedTuple):
 
 
 class StudentConfig(Protocol):
-    """Additional interface of the config of a system that needs a teacher."""
+    """What the config of a system that needs a teacher must provide in addition."""
 
     @property
     def targets(self) -> tuple[int, ...]:
@@ -55,7 +55,7 @@ class StudentConfig(Protocol):
         """
 
     def keeps_front_end(self, teacher: Any) -> bool:
-        """Whether the student's front end starts as a copy of the teacher's and stays frozen.
+        """Return whether the student's front end starts as a copy of the teacher's and stays frozen.
 
         Args:
             teacher: Config of the teacher's encoder.
@@ -63,11 +63,11 @@ class StudentConfig(Protocol):
 
 
 class NoisyConfig(Protocol):
-    """Additional interface of the config of a system that mixes noise into its input."""
+    """What the config of a system that mixes noise into its input must provide in addition."""
 
     @property
     def noise_share(self) -> float:
-        """Fraction of the training utterances for which a recording of noise is read, from 0 to 1."""
+        """Fraction of the training utterances that need a noise recording, from 0 to 1."""
 
 
 class TeacherOutput(Protocol):
@@ -80,7 +80,8 @@ class TeacherOutput(Protocol):
             batch: The batch that the student is trained on.
 
         Returns:
-            Front-end frames (N, C) if the student uses them as its own, else None; and the target layers, each (N, D).
+            A pair: front-end frames (N, C) if the student uses them as its own, else None; the target layers, each
+            (N, D).
         """
 
 
@@ -102,14 +103,14 @@ class StepOutput(Protocol):
 
     @property
     def masked_frames(self) -> int:
-        """Number of frames over which the loss is summed."""
+        """Number of frames that the loss is summed over."""
 
     @property
     def code_counts(self) -> Tensor | None:
         """(V,) int64 number of times each code is the target; None if the system reports perplexities as scores."""
 
     def scores(self) -> dict[str, Tensor]:
-        """Sums over the masked frames, each (), by the names in `PretrainingModel.score_names`; means are reported."""
+        """Return sums over the masked frames as () tensors, by the names in `score_names`; their means are reported."""
 
 
 class Score(NamedTuple):
@@ -144,7 +145,7 @@ class PretrainingModel(nn.Module):
     needs: ClassVar[Needs] = Needs()
     #: How to show the scores. The first is the loss that is minimised, the second the best measure of success.
     main_scores: ClassVar[Mapping[str, Score]]
-    #: Whether the outputs have `code_counts`, whose perplexity and share of codes in use are reported.
+    #: Whether the outputs have `code_counts`; if so, their perplexity and the share of codes in use are reported.
     counts_codes: ClassVar[bool] = False
     #: What the loss is averaged over, for the axis of the figure.
     averaged_over: ClassVar[str] = "masked frame"
@@ -181,7 +182,7 @@ class PretrainingModel(nn.Module):
 
     @classmethod
     def shown_scores(cls) -> dict[str, Score]:
-        """How to show each score by name: `main_scores`, and the frame period of a compressor."""
+        """Return how to show each score, by name: `main_scores`, and the frame period of a compressor."""
         return {**cls.main_scores, **_FRAME_PERIOD}
 
     def schedules(self, update: int) -> dict[str, float]:
@@ -223,7 +224,7 @@ class PretrainingModel(nn.Module):
             loss: () fp32 loss, summed over masked frames.
             compressed: Result of the compressor; None if the encoder has none.
             masked: (B,) fp32 number of masked frames of each utterance.
-            segments: Segments of the input frames, from which the compressor learns where to fire, or None.
+            segments: Segments of the input frames, which teach the compressor where to fire, or None.
 
         Returns:
             The total loss, and the compressor's scores; without a compressor, `loss` unchanged and None.
@@ -301,7 +302,7 @@ class PredictionOutput:
     compression: CompressionScores | None = None  # scores of an integrate-and-fire compressor
 
     def scores(self) -> dict[str, Tensor]:
-        """Sums over the masked frames, each (), by the names from `prediction_scores`."""
+        """Return the sums over the masked frames as () tensors, by the names from `prediction_scores`."""
         chance = torch.full_like(self.prediction_loss, self.masked_frames / len(self.code_counts))
         values = (self.prediction_loss, self.correct, chance, self.features_penalty)
         own = dict(zip(PREDICTION_SCORES, values, strict=True))
@@ -374,7 +375,7 @@ def features_penalty(frames: Packed, masked: Tensor) -> Tensor:
         masked: (B,) fp32 masked frames of each utterance, from `masked_by_utterance`.
 
     Returns:
-        () fp32.
+        The sum, a () fp32 tensor.
     """
     layout = frames.layout
     squares = frames.values.float().square().mean(1)

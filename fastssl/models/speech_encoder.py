@@ -31,8 +31,8 @@ class EncoderOutput(NamedTuple):
 
     Attributes:
         features: (N, D) last hidden state.
-        hidden_states: The (N, D) input of each layer in order, and at the end `features`, which include the final norm
-            if the encoder has one.
+        hidden_states: The input of each layer in order, then `features`, each (N, D). `features` include the final
+            norm if the encoder has one.
         compressed: Result of the compressor on the front end's frames; None if the encoder has no compressor.
     """
 
@@ -132,11 +132,11 @@ class SpeechEncoder(nn.Module):
         return compressed.frames, compressed
 
     def json_files(self) -> dict[str, dict[str, Any]]:
-        """Contents of the JSON files that `save_pretrained` writes next to the weights, by file name."""
+        """Return the contents of the JSON files that `save_pretrained` writes next to the weights, by file name."""
         raise NotImplementedError
 
     def save_pretrained(self, folder: str | Path, *, card: ModelCard | None = None) -> None:
-        """Write configs, weights and README.md to a folder. Transformers and the Hub can read that of an `Encoder`.
+        """Write configs, weights and README.md to a folder. Transformers and the Hub can read an `Encoder`'s folder.
 
         Args:
             folder: Folder to write to; created if missing.
@@ -190,8 +190,8 @@ class SpeechEncoder(nn.Module):
             fresh_compressor: Allow `weights` to contain no compressor; the encoder's compressor then stays unchanged.
 
         Raises:
-            ValueError: A weight is missing, has the wrong shape, or has no counterpart in this encoder; an example of
-                the last is a compressor that `fastssl.accelerate` added to a Transformers model.
+            ValueError: A weight is missing, has the wrong shape, or has no counterpart in this encoder, such as those
+                of a compressor that `fastssl.accelerate` added to a Transformers model.
         """
         own, found = self.state_dict(), self.own_weights(weights)
         if fresh_compressor and not any(key.startswith(COMPRESSOR_PREFIX) for key in found):
@@ -199,7 +199,7 @@ class SpeechEncoder(nn.Module):
         if any(key.startswith(COMPRESSOR_PREFIX) for key in own.keys() - found.keys()):
             raise ValueError(
                 f"{name}: weights are missing: those of {COMPRESSOR_FILE}, which Transformers does not write; copy "
-                "this file from the folder in which fastssl saved the encoder"
+                "this file from the folder where fastssl saved the encoder"
             )
         if put_on := [key for key in weights if f"{ACCELERATED_COMPRESSOR}." in key]:
             raise ValueError(

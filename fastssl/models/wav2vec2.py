@@ -39,9 +39,9 @@ class GumbelTemperature:
     """Temperature of the Gumbel softmax that chooses codes: max(end, start * decay^update).
 
     Args:
-        start: Temperature of the first update.
+        start: Temperature at the first update.
         end: Lowest temperature.
-        decay: Factor by which the temperature falls per update.
+        decay: Factor that multiplies the temperature after each update.
     """
 
     start: float = bounded(2.0, above=0)
@@ -52,7 +52,7 @@ class GumbelTemperature:
         check_bounds(self, "gumbel_temperature.")
 
     def at(self, update: int) -> float:
-        """Return the temperature of an update.
+        """Return the temperature at an update.
 
         Args:
             update: Number of the update, from 0.
@@ -72,10 +72,11 @@ class Wav2Vec2Config(MaskedConfig, EncoderConfig):
         num_codevector_groups: Number of groups of the quantiser.
         num_codevectors_per_group: Number of codes in each group.
         codevector_dim: Width of the quantised vector; must be divisible by num_codevector_groups.
-        proj_codevector_dim: Width of the projections in which the encoder's output is compared with its targets.
-        feat_quantizer_dropout: Dropout on the frames that the quantiser takes.
+        proj_codevector_dim: Width of the projected encoder outputs, and of the projected targets that they are compared
+            with.
+        feat_quantizer_dropout: Dropout on the quantiser's input.
         diversity_loss_weight: Weight of the diversity loss.
-        features_penalty_weight: Weight of the mean square of the front end's frames.
+        features_penalty_weight: Weight of the features penalty, the mean square of the front end's frames.
         gumbel_temperature: Schedule of the quantiser's temperature in training; not written to `config.json`.
 
     Raises:
@@ -144,7 +145,7 @@ class PretrainingOutput:
         return None
 
     def scores(self) -> dict[str, Tensor]:
-        """Sums over the masked frames, each (), by the names in `Wav2Vec2ForPreTraining.score_names`."""
+        """Return sums over the masked frames as () tensors, by the names in `Wav2Vec2ForPreTraining.score_names`."""
         frames = self.masked_frames
         groups = range(len(self.code_perplexity))
         return {
@@ -153,7 +154,7 @@ class PretrainingOutput:
             "chance": self.chance,
             "diversity_loss": self.diversity_loss * frames,
             "features_penalty": self.features_penalty,
-            # The perplexity of several batches is not a sum; their mean, weighted by masked frames, approximates it.
+            # Perplexities cannot be summed over batches; the mean, weighted by masked frames, is an approximation.
             **{f"code_perplexity_{group}": self.code_perplexity[group] * frames for group in groups},
             **{f"prob_perplexity_{group}": self.prob_perplexity[group] * frames for group in groups},
             **({} if self.compression is None else self.compression._asdict()),
@@ -196,7 +197,7 @@ class Wav2Vec2ForPreTraining(PretrainingModel):
         return (*names, *perplexities, *compression)
 
     def schedules(self, update: int) -> dict[str, float]:
-        """Return the temperature of the Gumbel softmax at an update, by the name `temperature`."""
+        """Return the temperature of the Gumbel softmax at an update, under the name `temperature`."""
         return {"temperature": self.config.gumbel_temperature.at(update)}
 
     def step(self, batch: "AudioBatch", context: StepContext) -> PretrainingOutput:
@@ -219,9 +220,9 @@ class Wav2Vec2ForPreTraining(PretrainingModel):
         layer_drop: torch.Generator | None = None,
         segments: FrameSegments | None = None,
     ) -> PretrainingOutput:
-        """Encode masked waveforms, quantise the masked frames, and compare both (arXiv 2006.11477, equations 2 to 4).
+        """Encode masked waveforms, quantise the masked frames, and compare them (arXiv 2006.11477, equations 2 to 4).
 
-        If the encoder has a compressor, its output is masked and encoded.
+        If the encoder has a compressor, the compressed frames are masked and encoded.
 
         Args:
             waveforms: (N, 1) samples at 16 kHz. A batch without utterances is allowed and adds nothing to the sums.
@@ -229,7 +230,7 @@ class Wav2Vec2ForPreTraining(PretrainingModel):
                 determine the compression rate, mask, negatives and Gumbel noise of each utterance.
             gumbel_temperature: Temperature of the quantiser's softmax.
             layer_drop: CPU generator that decides which layers to skip; None uses PyTorch's global generator.
-            segments: Segments of the front end's T frames, from which a compressor learns where to fire, or None.
+            segments: Segments of the front end's T frames, which teach a compressor where to fire, or None.
         """
         config = self.config
         frames = self.wav2vec2.extract_features(waveforms)
@@ -273,11 +274,11 @@ class Wav2Vec2ForPreTraining(PretrainingModel):
 
         Args:
             frames: (T, C) front-end frames.
-            mask: (N,) bool, True at the M masked frames, of the frames that enter the transformer.
+            mask: (N,) bool, one entry for each frame that enters the transformer, True for the M masked ones.
             negatives: (M, K) int64 indices into the masked frames; -1 for no negative.
             gumbel_temperature: Temperature of the quantiser's softmax.
             gumbel_noise: (M, G * V) Gumbel noise for the quantiser.
-            gumbel_seeds: (M,) int64 seeds from which to draw the noise instead. If neither is given, no noise is added.
+            gumbel_seeds: (M,) int64 seeds to draw the noise from instead. If neither is given, no noise is added.
             layer_drop: As in `forward`.
             rows: (M,) int64, `mask.nonzero()`, if the caller has it; None computes it.
             projected: `wav2vec2.project(frames)`, if the caller has it; None computes it.
@@ -338,7 +339,7 @@ class _SumOverProcesses(torch.autograd.Function):
 
 
 def _mean_over_processes(total: Tensor, frames: int) -> Tensor:  # (G, V) -> (G, V)
-    """Mean over the masked frames of all processes, with gradient; `total` is the sum over this process's `frames`."""
+    """Average over all processes' masked frames, with gradient; `total` is the sum over this process's `frames`."""
     count = torch.full((), frames, dtype=total.dtype, device=total.device)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         total = _SumOverProcesses.apply(total)

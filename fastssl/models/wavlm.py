@@ -1,7 +1,7 @@
 """WavLM pre-training (Chen et al. 2021, arXiv 2110.13900), on packed batches: HuBERT's objective on mixed utterances.
 
 The targets are those of the clean utterance, so the model learns to denoise. In training, an utterance may be mixed
-with another one of its batch, so its input depends on the batch. The features of a given waveform do not.
+with another from its batch, so its input depends on the batch. The features of a given waveform do not.
 """
 
 from dataclasses import dataclass, replace
@@ -33,9 +33,9 @@ class WavLMConfig(HubertConfig):
     """HuBERT's settings, for an encoder with gated relative position bias, and how to mix utterances.
 
     Args:
-        mixing_prob: Fraction of the training utterances into which speech or noise is mixed.
-        mixing_noise_prob: Fraction of these that are mixed with a recording of data.noise. The others are mixed with
-            another utterance of their batch, as are all of them if data.noise is not given.
+        mixing_prob: Fraction of the training utterances that speech or noise is mixed into.
+        mixing_noise_prob: Fraction of these that are mixed with a recording from data.noise; the rest are mixed with
+            another utterance of their batch. Without data.noise, all are mixed with another utterance.
 
     Raises:
         ValueError: A value is out of bounds, or values do not fit together.
@@ -47,7 +47,7 @@ class WavLMConfig(HubertConfig):
 
     @property
     def noise_share(self) -> float:
-        """Fraction of the training utterances for which a recording of noise is read, from 0 to 1."""
+        """Fraction of the training utterances that need a noise recording, from 0 to 1."""
         return self.mixing_prob * self.mixing_noise_prob
 
 
@@ -78,9 +78,9 @@ def mix_utterances(waveforms: Packed, keys: Tensor, config: WavLMConfig, *, nois
 
     The part is at most half as long as the utterance and at most as long as its source. Its positions in both are
     random. It is scaled so that the energies of the whole clean signals have a random ratio from -5 dB to 5 dB (speech)
-    or 20 dB (noise). Silent signals are neither mixed nor mixed into. The public code (microsoft/UniSpeech,
-    `mixing_collated_audios`) differs in one point: it mixes in place, so that later utterances of a batch can receive
-    parts of mixtures.
+    or 20 dB (noise). Silent utterances are left unmixed, and silent sources are not used. The public code
+    (microsoft/UniSpeech, `mixing_collated_audios`) differs in one point: it mixes in place, so later utterances of a
+    batch can receive parts of mixtures.
 
     Args:
         waveforms: (N, 1) samples of B utterances.
@@ -119,7 +119,7 @@ def mix_utterances(waveforms: Packed, keys: Tensor, config: WavLMConfig, *, nois
     highest = torch.where(is_noise, _HIGHEST_NOISE_DB, _HIGHEST_SPEECH_DB)
     ratio = 10 ** ((_LOWEST_DB + (highest - _LOWEST_DB) * loud) / 10)
     mixes = is_noise | ((whether < probability) & (partner != index))
-    # Positive and finite: not from silence, nor from samples so small or so large that fp32 has no factor for them.
+    # A factor that is not positive and finite comes from silence, or from samples too small or too large for fp32.
     factor = (powers / (source_powers[partner] * ratio)).sqrt().to(clean.dtype)
     mixes &= (length > 0) & (factor > 0) & (factor < torch.inf)
     scale = torch.where(mixes, factor, 0.0)
@@ -137,7 +137,7 @@ def mix_utterances(waveforms: Packed, keys: Tensor, config: WavLMConfig, *, nois
 
 
 def _partners(keys: Tensor) -> Tensor:  # (B,) -> (B,)
-    """Index of a random other utterance for each one, or its own in a batch of one; the order has no influence."""
+    """Return the index of a random partner for each utterance (its own in a batch of one), whatever their order."""
     seeds = noise_seeds(keys, torch.zeros_like(keys), stream=_STREAM_PARTNERS)
     ranks = splitmix.mix(seeds.unsqueeze(1) ^ keys)
     ranks.fill_diagonal_(torch.iinfo(ranks.dtype).max)
@@ -145,7 +145,10 @@ def _partners(keys: Tensor) -> Tensor:  # (B,) -> (B,)
 
 
 def _powers(signals: Packed) -> Tensor:  # (B,)
-    """Mean square of each signal in fp64, 0 if empty; summed one by one, so that its bits are those of any batch."""
+    """Return the mean square of each signal in fp64, 0 if empty.
+
+    Each signal is summed on its own, so that its bits do not depend on the batch.
+    """
     squares = torch.stack([signal.double().square().sum() for signal in signals.unpack()])
     return squares / signals.layout.device_lengths.clamp(min=1)
 

@@ -1,4 +1,4 @@
-"""The model card of the encoder that a run trains."""
+"""Make the model card of a run's encoder."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +17,7 @@ def make_card(
     scored_at: int,
     shown: Mapping[str, Score],
 ) -> ModelCard:
-    """Make the model card of a run, with the last scores of its held-out recordings.
+    """Make the model card of a run, with the latest scores of its held-out recordings.
 
     Args:
         recipe: Name of the recipe, or path of its file.

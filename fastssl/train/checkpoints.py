@@ -21,8 +21,8 @@ from fastssl.models.pretraining import PretrainingModel
 from fastssl.models.speech_encoder import SpeechEncoder
 from fastssl.train.systems import DEFAULT_SYSTEM, SYSTEMS, system_of
 
-#: Settings of the encoder that need not agree with those of the weights it starts from. All others change the shapes of
-#: the weights, or what the encoder computes with them.
+#: Encoder settings that may differ from those of the weights it starts from. All others change the shapes of the
+#: weights, or what the encoder computes with them.
 _FREE_FIELDS = frozenset(
     {
         "hidden_dropout",
@@ -39,12 +39,12 @@ _FREE_FIELDS = frozenset(
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes checkpoints to a temporary file in the same folder, then renames it.
 
-    Lightning's own writer uses the system's temporary folder. From there to another file system, a move is a copy, of
-    which a killed process leaves only a part.
+    Lightning's own writer uses the system's temporary folder. Moving a file from there to another file system copies
+    it, and a killed process would leave a partial copy.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        """Write a checkpoint; it gets its name only when it is complete on the disk.
+        """Write a checkpoint; it gets its final name only when it is complete on disk.
 
         Args:
             checkpoint: Content, as Lightning collected it.
@@ -64,8 +64,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 class PeriodicCheckpoint(Checkpoint):
     """Lightning callback that saves `checkpoints/last.ckpt` and the encoder at regular intervals and at the end.
 
-    If held-out recordings are scored after the same update, the checkpoint is saved after the scoring and includes the
-    scores, because a run that resumes from it does not score them again.
+    If held-out recordings are scored after the same update, the checkpoint is saved afterwards and includes the scores,
+    because a run that resumes from it does not score them again.
 
     Args:
         run: Folder of the run.
@@ -95,7 +95,7 @@ class PeriodicCheckpoint(Checkpoint):
         self._saved = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note the update at which a resumed run starts, whose checkpoint exists already."""
+        """Note the update that a resumed run starts at, because its checkpoint already exists."""
         self._saved = trainer.global_step
 
     def on_train_batch_end(
@@ -123,7 +123,7 @@ class PeriodicCheckpoint(Checkpoint):
 
 
 def save_encoder(encoder: SpeechEncoder, folder: Path, *, card: ModelCard) -> None:
-    """Write an encoder in Transformers' layout, so that at every moment the folder is either missing or complete.
+    """Write an encoder in Transformers' layout; at every moment, the folder is either missing or complete.
 
     Args:
         encoder: Encoder to write.
@@ -156,15 +156,15 @@ def initialise(model: PretrainingModel, source: str) -> bool:
 
     Args:
         model: Model to initialise.
-        source: Folder with config.json and weights, or folder of a run. A run's last checkpoint is used or, without
-            one, its `encoder/`.
+        source: Folder with config.json and weights, or folder of a run. For a run, its last checkpoint is used; if
+            there is none, its `encoder/`.
 
     Returns:
-        Whether all weights came from `source`. False if the head or the compressor is missing there and keeps its
-        random initial weights.
+        Whether all weights came from `source`. False if it has no weights for the head or the compressor, which then
+        keeps its random initial weights.
 
     Raises:
-        ValueError: The folder contains no weights, or those of another system or architecture.
+        ValueError: The folder contains no weights, or weights of another system or architecture.
     """
     folder = Path(source)
     checkpoint = folder / "checkpoints" / "last.ckpt"

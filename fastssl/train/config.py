@@ -41,28 +41,29 @@ RESUMABLE = (
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What to train on, and in which portions.
+    """What to train on, and how to form batches.
 
     Args:
         max_duration_s: Seconds of audio per batch and process, counted after cropping.
-        max_utterances: Most utterances per batch and process; null sets no limit.
-        crop_s: Crop recordings to this many seconds, at a random place on every draw; null trains on whole ones.
+        max_utterances: Largest number of utterances per batch and process; null sets no limit.
+        crop_s: Crop recordings to this many seconds, at a random place on every draw; null trains on whole recordings.
         min_duration_s: Leave out recordings shorter than this many seconds, or shorter than a crop.
         window_s: Read longer recordings in windows of this many seconds, drawn in proportion to their duration.
-        valid: Recordings to hold out and score: a fraction of AUDIO, or a folder or manifest, whose recordings are not
-            trained on even if AUDIO has them too; 0 holds out nothing.
+        valid: Recordings to hold out and score: a fraction of AUDIO, or a folder or manifest. Its recordings are not
+            trained on even if AUDIO contains them. 0 holds out nothing.
         channel: Channel to read; null averages all channels.
         labels: Folder that `fastssl label` wrote for AUDIO, for HuBERT or WavLM to predict; null makes labels from MFCC
             first.
-        segments: Folder that `fastssl label --segment_ms` wrote for AUDIO, from whose segments a compressor learns
-            where to fire; null leaves that to the objective.
-        noise: Folder, manifest or shar directory with recordings of noise, which a system that mixes noise into its
-            input draws from; null mixes without noise.
+        segments: Folder that `fastssl label --segment_ms` wrote for AUDIO; its segments teach a compressor where to
+            fire. null leaves that to the objective.
+        noise: Folder, manifest or shar directory of noise recordings, for a system that mixes noise into its input;
+            null mixes without noise.
         fixed_crops: Crop a recording at the same place in every epoch.
-        teacher_cache: Folder for the teacher's frames of the crops, computed once and then read; needs fixed_crops, or
-            whole recordings (crop_s null).
+        teacher_cache: Folder for the teacher's frames of each crop, which are computed once and then read; needs
+            fixed_crops, or whole recordings (crop_s null).
         max_bad_fraction: Stop training when more than this fraction of the recordings cannot be used.
-        num_workers: Processes that decode audio, per training process; null chooses by the number of cores.
+        num_workers: Number of processes that decode audio for each training process; null chooses by the number of
+            cores.
     """
 
     max_duration_s: float = bounded(87.5, above=0)
@@ -114,7 +115,7 @@ class OptimizerConfig:
         check_bounds(self, "optimizer.")
 
     def lr_factor(self, update: int, max_steps: int) -> float:
-        """Return the factor on the peak learning rate for an update. It is not 0 before `max_steps`.
+        """Return the factor that multiplies the peak learning rate at an update. It is not 0 before `max_steps`.
 
         Args:
             update: Number of the update, from 0.
@@ -131,10 +132,10 @@ class TrainerConfig:
 
     Args:
         max_steps: Number of optimiser updates.
-        accumulation: Batches per process and update.
-        precision: bf16-mixed and 16-mixed keep weights and loss in fp32.
-        accelerator: Where to train; auto takes GPUs if there are any.
-        devices: Processes on this machine, one per device.
+        accumulation: Number of batches that each process accumulates per update.
+        precision: Precision of the arithmetic; bf16-mixed and 16-mixed keep weights and loss in fp32.
+        accelerator: Where to train; auto uses GPUs if there are any.
+        devices: Number of processes on this machine, one per device.
         num_nodes: Number of machines.
         log_every: Updates between two rows of metrics.csv.
         val_check_interval: Updates between two scores of the held-out recordings.
@@ -193,21 +194,21 @@ class PretrainConfig:
             Lhotse manifest (.jsonl.gz), or Lhotse shar directory.
         output: Folder of the run; it must be new or empty, except with --resume.
         seed: Seed of all randomness in the run.
-        init: Start from the weights of this Transformers folder or earlier run, with a new optimiser; by default from
-            random weights.
+        init: Transformers folder or earlier run whose weights to start from, with a new optimiser; by default, weights
+            are random.
         recipe: Recipe that the settings started from, for the model card.
         system: Name of the objective, such as wav2vec2 or hubert; the recipe sets it.
         teacher: Encoder to distil: a run of `fastssl pretrain`, a Transformers folder, a model name on the Hub, or a
-            checkpoint of fairseq; only for distillation.
+            fairseq checkpoint; only for distillation.
         model: The encoder and its objective.
-        data: What to train on, and in which portions.
+        data: What to train on, and how to form batches.
         optimizer: Adam with decoupled weight decay; the learning rate rises linearly, then falls linearly to 0 at
             max_steps.
-        trainer: How long to train, on what, and how often to report.
+        trainer: How long to train, on which devices, and how often to report.
         quality: How often to measure the encoder without labels on the held-out recordings, and how thoroughly.
 
     Raises:
-        ValueError: A value is out of bounds, `model` is the config of another system, or a setting is given that the
+        ValueError: A value is out of bounds, `model` is the config of another system, or a setting is given that this
             system does not use, such as labels or a teacher.
     """
 
@@ -265,13 +266,13 @@ def write_config(config: PretrainConfig, path: Path) -> None:
 
 
 def renamed(values: dict[str, Any]) -> dict[str, Any]:
-    """Rename settings from an earlier version, which called `model.gumbel_temperature` just `temperature`.
+    """Rename settings from an earlier version, which called `model.gumbel_temperature` simply `temperature`.
 
     Args:
         values: Settings as parsed from a config.yaml.
 
     Returns:
-        The settings under their present names.
+        The settings under their current names.
     """
     model = values.get("model", {})
     if "temperature" not in values or not isinstance(model, dict):
@@ -281,7 +282,7 @@ def renamed(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_resumable(config: PretrainConfig, path: Path) -> None:
-    """Check that a run can continue with given settings: only those in `RESUMABLE` may have changed.
+    """Check that a run can continue with these settings: only those in `RESUMABLE` may have changed.
 
     Args:
         config: The settings to continue with.
@@ -304,7 +305,7 @@ def check_resumable(config: PretrainConfig, path: Path) -> None:
 
 
 def _values(config: PretrainConfig) -> dict[str, Any]:
-    """The settings as YAML values, without `teacher` for a system that has none."""
+    """Return the settings as YAML values, without `teacher` for a system that has none."""
     values: dict[str, Any] = _plain(dataclasses.asdict(config))
     if not SYSTEMS[config.system].needs.teacher:
         del values["teacher"]

@@ -21,12 +21,12 @@ from fastssl.eval.encode import default_workers
 from fastssl.train.config import DataConfig
 from fastssl.train.module import TrainingError
 
-#: Prefix of the keys of a teacher's frames for held-out crops, whose ids may also occur in the training data.
+#: Prefix of the keys of a teacher's frames for held-out crops, because their ids may also occur in the training data.
 HELD_OUT = "held out/"
-#: How labels are used: as classes to predict, or as segments, which are runs of equal labels.
+#: How labels are used: as classes to predict, or as segments (runs of equal labels).
 Use = Literal["labels", "segments"]
 
-#: With fewer unusable recordings, or fewer draws, the unusable fraction of the draws says little about the corpus.
+#: Below these numbers of unusable recordings and of draws, the fraction of unusable draws says little about the corpus.
 _FEW_RECORDINGS, _FEW_DRAWS = 3, 200
 _SHORTEST_NOISE_S = 0.1
 
@@ -36,9 +36,10 @@ class Account:
 
     Args:
         total: Number of recordings in the corpus; each window of a long recording counts.
-        max_bad_fraction: Largest unusable fraction: of the corpus or, once three have failed, of those drawn so far.
-        left_out: Problems found in the files' headers before the first draw; `open_corpus` has counted these already.
-        total_noise: Number of recordings of noise, which have a limit of their own.
+        max_bad_fraction: Largest unusable fraction of the corpus or, once three recordings have failed, of those drawn
+            so far.
+        left_out: Problems found in the files' headers before the first draw; `open_corpus` has already counted these.
+        total_noise: Number of noise recordings, whose unusable fraction is limited separately.
     """
 
     def __init__(self, total: int, max_bad_fraction: float, left_out: list[Problem], total_noise: int = 0) -> None:
@@ -50,15 +51,17 @@ class Account:
         self.unusable_noise: dict[str, str] = {}
 
     def note(self, draws: int, problems: list[Problem]) -> list[Problem]:
-        """Add the recordings that all processes drew for an update; returns problems with recordings not seen before.
+        """Add the recordings that all processes drew for an update.
 
         Args:
             draws: Number of recordings drawn, including those that could not be used.
             problems: Problems with the recordings that could not be used.
 
+        Returns:
+            The problems with recordings that had none before.
+
         Raises:
-            TrainingError: The unusable fraction exceeds `max_bad_fraction`, among the recordings of the corpus or among
-                those of noise.
+            TrainingError: The unusable fraction of the corpus or of the noise recordings exceeds `max_bad_fraction`.
         """
         self.draws += draws
         known = self.unusable | self.unusable_noise
@@ -87,17 +90,18 @@ class Beside(Protocol):
     """Interface of data that a run reads in addition to the audio: labels, or a teacher's frames."""
 
     def make(self) -> list[Problem]:
-        """Make missing data, in one process while the others wait; returns problems with recordings that failed."""
+        """Make missing data, in one process while the others wait; return problems with recordings that failed."""
 
     def attach(self, problems: list[Problem]) -> None:
-        """Attach the data to the data module of this process; `problems` are those that `make` returned."""
+        """Attach the data to this process's data module; `problems` are those that `make` returned."""
 
 
 class PretrainDataModule(LightningDataModule):
     """Data loaders of a pre-training run.
 
-    The training loader never ends, and its batches depend only on the seed and the position. A checkpoint saves the
-    number of batches that the model was trained on, because the sampler runs ahead of the model if there are workers.
+    The training loader never ends, and its batches depend only on the seed and the position in the sequence of batches.
+    A checkpoint saves the number of batches that the model was trained on, because with workers, the sampler runs ahead
+    of the model.
 
     Args:
         audio: Folder of recordings, Lhotse manifest, or shar directory.
@@ -105,7 +109,7 @@ class PretrainDataModule(LightningDataModule):
         normalize: Scale each waveform to zero mean and unit variance.
         seed: Seed of the order of the recordings and of the crops.
         accumulation: Batches per process and update.
-        noise_share: Fraction of the training utterances for which a recording of `data.noise` is read, from 0 to 1.
+        noise_share: Fraction of the training utterances that a recording of `data.noise` is read for, from 0 to 1.
 
     Raises:
         ValueError: There are no recordings to train on, too many of them are unusable, or all of them are held out.
@@ -122,12 +126,12 @@ class PretrainDataModule(LightningDataModule):
         noise_share: float = 0.0,
     ) -> None:
         super().__init__()
-        # All machines of a run share its folder, so only one process of all prepares data.
+        # All machines of a run share its folder, so a single process prepares the data.
         self.prepare_data_per_node = False
         self.config, self.normalize, self.seed, self.accumulation = config, normalize, seed, accumulation
         self.train_corpus = self._open(audio)
         self.valid_corpus: Corpus | None = None
-        #: Number of cuts of AUDIO that are not trained on, because `data.valid` names the same recordings.
+        #: Number of cuts of AUDIO that are not trained on, because `data.valid` contains the same recordings.
         self.num_overlapping = 0
         if isinstance(config.valid, str):
             self.valid_corpus = self._open(config.valid)
@@ -138,7 +142,7 @@ class PretrainDataModule(LightningDataModule):
             self.valid_corpus = None
         left_out = self.train_corpus.problems + (self.valid_corpus.problems if self.valid_corpus is not None else [])
         self.account = Account(len(self.train_corpus.cuts), config.max_bad_fraction, left_out)
-        #: Labels and teacher's frames to make before training, if they are missing.
+        #: Labels and teacher's frames; missing ones are made before training.
         self.beside: list[Beside] = []
         self._made: list[list[Problem]] = []
         self._failure: Exception | None = None
@@ -157,7 +161,7 @@ class PretrainDataModule(LightningDataModule):
         self._digest = ""
 
     def prepare_data(self) -> None:
-        """Make labels or teacher's frames that are missing; Lightning calls this in one process."""
+        """Make missing labels or teacher's frames; Lightning calls this in one process."""
         try:
             self._made = [one.make() for one in self.beside]
         except Exception as error:
@@ -168,7 +172,7 @@ class PretrainDataModule(LightningDataModule):
         """Attach labels and teacher's frames in every process; Lightning calls this after `prepare_data`.
 
         Raises:
-            ValueError: The first process could not make them, or too many recordings have none.
+            ValueError: The first process could not make them, or too many recordings lack them.
         """
         assert self.trainer is not None
         failure = None if self._failure is None else str(self._failure) or type(self._failure).__name__
@@ -183,17 +187,17 @@ class PretrainDataModule(LightningDataModule):
     def attach_labels(
         self, source: Literal["audio", "valid"], table: LabelTable, *, grid: FrameGrid, use: Use = "labels"
     ) -> None:
-        """Read labels together with the audio; recordings without labels that fit go to `account.left_out`.
+        """Arrange for labels to be read with the audio; recordings without matching labels go to `account.left_out`.
 
         Args:
-            source: "audio" for labels of AUDIO, with a fraction that is held out; "valid" for those of `data.valid`.
+            source: "audio" for labels of AUDIO, including a held-out fraction of it; "valid" for those of `data.valid`.
             table: The labels.
             grid: Length and position of the encoder's frames.
             use: "labels" to put the labels into the batches, or "segments" to put runs of equal labels into them.
 
         Raises:
-            ValueError: Labels are missing for more than `data.max_bad_fraction` of AUDIO, or for all training or all
-                held-out cuts.
+            ValueError: Labels are missing for more than `data.max_bad_fraction` of AUDIO, for all training cuts, or for
+                all held-out cuts.
         """
         labels = FrameLabels(table, grid)
         train = self.train_corpus if source == "audio" else None
@@ -228,26 +232,26 @@ class PretrainDataModule(LightningDataModule):
         self.account.left_out += problems
 
     def crops(self) -> list[tuple[str, Cut]]:
-        """List the crops of an epoch, and the held-out ones, each with the key of its teacher's frames."""
+        """List the crops of an epoch and the held-out crops, each with the key of its teacher's frames."""
         crops = [(cut.id, cut) for cut in self._sampler(rank=0, world_size=1, consumed=0).drawn_cuts()]
         held_out = [] if self.valid_corpus is None else self.valid_corpus.cuts
         return crops + [(HELD_OUT + cut.id, cut) for cut in held_out]
 
     def batches_of(self, crops: Sequence[Cut]) -> list[BatchSpec]:
-        """Plan batches of crops from `crops`, as for validation; their order has no influence."""
+        """Plan batches of crops, as for validation; the order of the crops makes no difference."""
         config = self.config
         return fixed_batches(crops, max_duration_s=config.max_duration_s, crop_s=config.crop_s, seed=self.seed)
 
     def attach_teacher(self, table: TeacherTable, problems: Sequence[Problem]) -> None:
-        """Read a teacher's frames together with the audio, and leave out recordings without frames.
+        """Arrange for a teacher's frames to be read with the audio, and leave out recordings without frames.
 
         Args:
             table: The frames.
-            problems: Problems with the recordings for which the teacher made no frames.
+            problems: Problems with the recordings that the teacher made no frames for.
 
         Raises:
-            ValueError: Frames are missing for more than `data.max_bad_fraction` of the crops, or for all training or
-                all held-out ones.
+            ValueError: Frames are missing for more than `data.max_bad_fraction` of the crops, for all training crops,
+                or for all held-out crops.
         """
         crops = self.crops()
         missing = {key for key, _ in crops if key not in table.entries}
@@ -284,7 +288,8 @@ class PretrainDataModule(LightningDataModule):
         self.num_overlapping = len(self.train_corpus.cuts) - len(cuts)
         if not cuts:
             raise ValueError(
-                f"data.valid: {valid} holds out all recordings of {audio}, so nothing is left to train on; name others"
+                f"data.valid: {valid} holds out all recordings of {audio}, so nothing is left to train on; hold out "
+                "other recordings"
             )
         self.train_corpus = Corpus(CutSet.from_cuts(cuts), self.train_corpus.problems)
 
@@ -293,7 +298,7 @@ class PretrainDataModule(LightningDataModule):
         return batch.to(device, non_blocking=True)
 
     def train_dataloader(self) -> DataLoader[AudioBatch]:
-        """Return an endless loader of training batches for this process, from the position that the run has reached."""
+        """Return an endless loader of this process's training batches, starting at the run's current position."""
         assert self.trainer is not None
         rank, world_size = self.trainer.global_rank, self.trainer.world_size
         return self._loader(self._sampler(rank=rank, world_size=world_size, consumed=self._consumed), "train")
@@ -315,8 +320,8 @@ class PretrainDataModule(LightningDataModule):
     def val_dataloader(self) -> DataLoader[AudioBatch] | list[Any]:
         """Return a loader of this process's share of the held-out batches; an empty list if none are held out.
 
-        All processes get the same number of batches, if necessary with empty ones, because wav2vec 2.0's diversity loss
-        communicates between processes in every batch.
+        All processes get the same number of batches, padded with empty ones if necessary, because wav2vec 2.0's
+        diversity loss communicates between processes in every batch.
         """
         assert self.trainer is not None
         if self.valid_corpus is None:
@@ -361,10 +366,10 @@ class PretrainDataModule(LightningDataModule):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue after the batches on which the model of the checkpoint was trained.
+        """Continue after the batches that the checkpoint's model was trained on.
 
         Raises:
-            ValueError: The recordings have changed, or the number of batches per update has.
+            ValueError: The recordings or the number of batches per update have changed.
         """
         assert self.trainer is not None
         per_update = self.accumulation * self.trainer.world_size
@@ -384,7 +389,7 @@ class PretrainDataModule(LightningDataModule):
         self.account.unusable_noise = dict(state_dict.get("unusable_noise", {}))
 
     def _fingerprint(self) -> str:
-        """A hash of the recordings to train on and of the noise, which determine the batches."""
+        """Return a hash of the training and noise recordings, which determine the batches."""
         if not self._digest:
             digest = hashlib.blake2b(digest_size=16)
             for cut in (*self.train_corpus.cuts, *(() if self._noise is None else self._noise.cuts)):
@@ -398,10 +403,10 @@ def _without(corpus: Corpus, ids: set[str]) -> Corpus:
 
 
 def _describe_unfit(use: Use, problems: list[Problem], total: int, what: str) -> str:
-    return f"data.{use}: {len(problems)} of {total} recordings have no labels that fit, {what}:\n{list_some(problems)}"
+    return f"data.{use}: {len(problems)} of {total} recordings have no matching labels, {what}:\n{list_some(problems)}"
 
 
 def _paths(cut: Cut) -> set[str]:
-    """Real paths of a cut's audio files, with links resolved; empty for audio in memory."""
+    """Return the real paths of a cut's audio files, with links resolved; empty for audio in memory."""
     sources = [source.source for source in cut.recording.sources]
     return {os.path.realpath(source) for source in sources if isinstance(source, str)}

@@ -1,4 +1,4 @@
-"""metrics.csv of a run: each report appends a row at once, and a resumed run continues the file."""
+"""A run's metrics.csv: each report appends a row immediately, and a resumed run continues the file."""
 
 import csv
 from collections.abc import Sequence
@@ -8,11 +8,11 @@ from pathlib import Path
 class MetricsFile:
     """A CSV file with fixed columns, the first of which is `update`.
 
-    Lightning's CSV logger cannot be used, because it deletes the file of a run that is resumed.
+    Lightning's CSV logger cannot be used, because it deletes the file when a run is resumed.
 
     Args:
         path: File to write; its folder must exist.
-        columns: Names of the columns. If an existing file is continued, its other columns are kept.
+        columns: Names of the columns. If an existing file is continued, its additional columns are kept.
         resume_at: Continue an existing file after this update, and drop the rows of later updates, which the run will
             write again. None begins a new file.
     """
@@ -29,10 +29,10 @@ class MetricsFile:
         temporary.replace(path)
 
     def append(self, row: dict[str, float]) -> None:
-        """Append a row; the file is closed again when this returns.
+        """Append a row, and close the file again.
 
         Args:
-            row: Values by column, with at least `update`; other columns may be missing and stay empty.
+            row: Values by column, with at least `update`; cells of other missing columns stay empty.
         """
         self._write(self.path, "a", [row], header=False)
 
@@ -46,9 +46,9 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Read the rows of metrics.csv, each with its values by column.
+    """Read the rows of metrics.csv, each as a dictionary of values by column.
 
-    Empty cells are left out, and so is a last row that is incomplete because the run was killed.
+    Empty cells are left out. A last row that is incomplete because the run was killed is skipped.
 
     Args:
         path: The file.

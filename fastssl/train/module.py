@@ -1,4 +1,4 @@
-"""The training step of all systems: sum the losses, then scale the gradient once by the masked frames of an update."""
+"""The training step of all systems: sum losses, then divide the gradient once by the update's masked frames."""
 
 import hashlib
 import math
@@ -16,30 +16,30 @@ from fastssl.nn.random import utterance_keys
 from fastssl.train.config import OptimizerConfig
 from fastssl.train.teacher import Teacher
 
-#: Held-out recordings get the crops, masks and negatives of this update number every time.
+#: Update number that determines the crops, masks and negatives of held-out recordings, so that they never change.
 VALIDATION_UPDATE = -1
 #: Number of updates in a row that fp16 may skip. Each one halves the loss scale, so after this many the scale is no
 #: longer the cause.
 _MAX_SKIPPED_UPDATES = 20
-#: First entries of the sums over the batches and processes of an update; loss, scores and code counts come after them.
+#: First entries of the sums over an update's batches and processes; loss, scores and code counts follow.
 _COUNTS = ("masked_frames", "audio_s", "utterances", "drawn", "unusable")
 
 
 class TrainingError(RuntimeError):
-    """Training cannot continue; the message tells the user why."""
+    """Raised if training cannot continue; the message tells the user why."""
 
 
 class PretrainModule(LightningModule):
     """Lightning module that pre-trains any system on packed batches.
 
-    Each random number depends only on the seed, the update, and either the utterance or the number of the batch. So no
-    state of a random generator has to be saved, and a resumed run gives the same result as one without a break. Crops,
-    masks, negatives and Gumbel noise depend on the utterance, whatever batch and process it is in.
+    Each random number depends only on the seed, the update, and either the utterance or the batch number. So no random
+    generator's state has to be saved, and a resumed run gives the same result as an uninterrupted one. Crops, masks,
+    negatives and Gumbel noise depend on the utterance, whichever batch and process it is in.
 
     Args:
         model: The system to train.
         optimizer: Settings of Adam and of the learning rate's schedule.
-        max_steps: Number of updates, after which the learning rate is 0.
+        max_steps: Number of updates after which the learning rate is 0.
         seed: Seed of masks, negatives, noise, dropout and layer drop.
         teacher: The teacher, if the system needs one.
     """
@@ -63,7 +63,7 @@ class PretrainModule(LightningModule):
         self.last_update: dict[str, float] = {}
         #: (V,) number of times each code was the target in that update; empty if the system has no code counts.
         self.last_code_counts = torch.empty(0, dtype=torch.float64)
-        #: Mean loss and scores of the held-out recordings, when they were last scored.
+        #: Mean loss and scores of the held-out recordings from when they were last scored.
         self.last_validation: dict[str, float] = {}
         self._pending: list[tuple[Tensor, tuple[str, ...]]] = []
         self._reduced = torch.empty(0)
@@ -72,7 +72,7 @@ class PretrainModule(LightningModule):
         self._names = model.score_names
 
     def configure_optimizers(self) -> Any:
-        """Make AdamW for all parameters, equivalent to fairseq's `adam`, and a schedule that steps once per update."""
+        """Make AdamW for all parameters (equivalent to fairseq's `adam`), and a schedule that steps once per update."""
         config = self.optimizer_config
         optimizer = torch.optim.AdamW(
             self.parameters(), lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
@@ -86,12 +86,12 @@ class PretrainModule(LightningModule):
             checkpoint["teacher"] = self.teacher.digest
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that the teacher has the same weights as the one that the run began with; its path may change.
+        """Check that the teacher still has the weights that the run began with; its path may change.
 
         Checkpoints of earlier versions have no hash of the teacher and are not checked.
 
         Raises:
-            ValueError: The teacher has other weights.
+            ValueError: The teacher's weights are different.
         """
         if self.teacher is not None and checkpoint.get("teacher", self.teacher.digest) != self.teacher.digest:
             raise ValueError(
@@ -100,7 +100,7 @@ class PretrainModule(LightningModule):
             )
 
     def training_step(self, batch: AudioBatch, batch_idx: int) -> Tensor:
-        """Compute the loss () of one batch, summed over its masked frames."""
+        """Compute the loss of one batch, a () tensor summed over its masked frames."""
         accumulation = self.trainer.accumulate_grad_batches
         position = (batch_idx % accumulation) * self.trainer.world_size + self.trainer.global_rank
         # Only dropout uses the global generator.
@@ -117,8 +117,9 @@ class PretrainModule(LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Scale the gradient of the summed loss to that of the mean over the masked frames of the update.
 
-        Lightning has divided the loss by the number of accumulated batches, and DDP the gradient by the number of
-        processes; both are undone. Lightning calls this after it has unscaled fp16 gradients and before clipping.
+        This undoes two divisions: Lightning's of the loss by the number of accumulated batches, and DDP's of the
+        gradient by the number of processes. Lightning calls this after it has unscaled fp16 gradients and before
+        clipping.
         """
         self._reduced = self._reduce(torch.stack([sums for sums, _ in self._pending]).sum(0))
         masked_frames = self._reduced[_COUNTS.index("masked_frames")].clamp(min=1)
@@ -135,8 +136,8 @@ class PretrainModule(LightningModule):
         """Clip the gradient, then check loss and norm together, so that the host waits for the device only once.
 
         Raises:
-            TrainingError: The loss is NaN or infinite, or the gradient is (with fp16, in 20 updates in a row). The
-                update has not been applied to the weights.
+            TrainingError: The loss or the gradient is NaN or infinite (with fp16, the gradient in 20 updates in a row).
+                The update has not been applied to the weights.
         """
         norm = torch.nn.utils.clip_grad_norm_(self.parameters(), self.optimizer_config.clip_norm or math.inf)
         values = torch.cat((self._reduced, norm.detach().to(self._reduced)[None])).cpu()
@@ -156,7 +157,7 @@ class PretrainModule(LightningModule):
 
     def validation_step(self, batch: AudioBatch, batch_idx: int) -> None:
         """Compute loss and scores for a batch of held-out recordings."""
-        # Masks are the same every time, but scheduled values are those of the update that the run has reached.
+        # Masks are the same every time, but scheduled values are those of the run's current update.
         keys = utterance_keys(self.seed, VALIDATION_UPDATE, batch.ids)
         output = self.model.step(batch, StepContext(keys, self.global_step, teacher=self.teacher))
         self._validation.append(self._sums(output, batch))
@@ -169,7 +170,7 @@ class PretrainModule(LightningModule):
         self._validation.clear()
 
     def _sums(self, output: StepOutput, batch: AudioBatch) -> Tensor:
-        """Values of a batch to be summed over its update, in fp64: counts, loss, scores, counts of the codes."""
+        """Return the values of a batch to be summed over its update, in fp64: counts, loss, scores, code counts."""
         utterances, problems = len(batch.names), len(batch.problems)
         drawn = utterances + sum(not isinstance(problem, NoiseProblem) for problem in batch.problems)
         counts = (output.masked_frames, batch.duration_s, utterances, drawn, problems)
@@ -179,7 +180,7 @@ class PretrainModule(LightningModule):
         return torch.cat((summed.new_tensor(counts), summed, codes))
 
     def _averages(self, sums: Tensor) -> tuple[dict[str, float], Tensor]:
-        """Split sums into counts and mean loss and scores per masked frame, by name, and the counts of the codes."""
+        """Split sums into values by name (counts; loss and scores, averaged over masked frames) and code counts."""
         first, last = len(_COUNTS), len(_COUNTS) + 1 + len(self._names)
         counts = dict(zip(_COUNTS, sums[:first].tolist(), strict=True))
         averages = (sums[first:last] / max(1.0, counts["masked_frames"])).tolist()
@@ -192,7 +193,7 @@ class PretrainModule(LightningModule):
         return sums
 
     def _describe_non_finite(self, loss: float, norm: float) -> str:
-        """Error message with the recordings of all processes, so that all processes stop with the same message."""
+        """Describe the error with the recordings of all processes, so that all of them stop with the same message."""
         at = len(_COUNTS)  # index of the loss
         guilty = [name for sums, names in self._pending if not math.isfinite(sums[at].item()) for name in names]
         if math.isfinite(loss):
@@ -210,7 +211,7 @@ class PretrainModule(LightningModule):
 
 
 def _seed_of(purpose: str, *numbers: int) -> int:
-    """Hash a purpose and numbers to a seed for a generator of PyTorch."""
+    """Hash a purpose and numbers to a seed for a PyTorch generator."""
     text = f"{purpose} {numbers}".encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
 

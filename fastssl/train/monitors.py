@@ -23,7 +23,7 @@ from fastssl.train.module import PretrainModule, TrainingError, code_usage
 
 logger = logging.getLogger(__name__)
 
-#: Number of updates in a row that must look collapsed before a warning is logged.
+#: Number of consecutive updates that must look collapsed before a warning is logged.
 _COLLAPSED_UPDATES = 100
 #: Columns for systems that report how often each code is the target.
 _CODE_USAGE = ("code_perplexity", "code_utilisation")
@@ -63,12 +63,12 @@ class Monitor(Callback):
 
     Args:
         run: Folder of the run.
-        account: Count of the recordings drawn, which is updated here.
+        account: Count of the recordings drawn; this callback updates it.
         score_names: `PretrainingModel.score_names` of the system.
         counts_codes: `PretrainingModel.counts_codes` of the system.
         columns: Further columns of metrics.csv: schedules, and those of callbacks that use `write`.
         log_every: Updates between two rows of metrics.csv.
-        resume_at: Number of finished updates from which a resumed run continues; None for a new run.
+        resume_at: Number of updates already finished by a run that is resumed; None for a new run.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class Monitor(Callback):
         self.audio_s = 0.0
         #: Values for the progress bar, from the last update and the last row of metrics.csv.
         self.shown: dict[str, float] = {}
-        #: Last scores of the held-out recordings by column, and the number of updates before they were measured.
+        #: Latest scores of the held-out recordings by column, and the number of updates when they were measured.
         self.scores: dict[str, float] = {}
         self.scored_at = 0
         self._window: dict[str, float] = {}
@@ -116,7 +116,7 @@ class Monitor(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from the state of a checkpoint, as `state_dict` returned it."""
+        """Continue from a checkpoint's state, as returned by `state_dict`."""
         self.audio_s = state_dict["audio_s"]
         self.scores, self.scored_at = state_dict.get("scores", {}), state_dict.get("scored_at", 0)
         self._window = dict(state_dict["window"])
@@ -146,7 +146,7 @@ class Monitor(Callback):
             return
         update = pl_module.last_update
         problems, self._problems = self._problems, []
-        # The sums tell every process whether any process has problems to report, so all agree whether to gather them.
+        # From the sums, every process knows whether any process has problems, so all agree whether to gather them.
         if update["unusable"] and trainer.world_size > 1:
             everywhere: list[list[Problem]] = [[] for _ in range(trainer.world_size)]
             torch.distributed.all_gather_object(everywhere, problems)
@@ -185,17 +185,17 @@ class Monitor(Callback):
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Context manager that leaves the time spent inside out of the throughput."""
+        """Return a context manager that excludes the time spent inside it from the throughput."""
         self._clock -= time.perf_counter()
         yield
         self._clock += time.perf_counter()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop the clock of the throughput while the held-out recordings are scored."""
+        """Stop the throughput clock while the held-out recordings are scored."""
         self._clock -= time.perf_counter()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Report the scores of the held-out recordings, and restart the clock of the throughput."""
+        """Report the scores of the held-out recordings, and restart the throughput clock."""
         assert isinstance(pl_module, PretrainModule)
         self._clock += time.perf_counter()
         scores = {f"valid_{name}": value for name, value in pl_module.last_validation.items()}
@@ -210,7 +210,7 @@ class Monitor(Callback):
             logger.info("held-out recordings after %d updates: %s", trainer.global_step, described)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Log why training stops, on the first process only, because all processes have the same reason."""
+        """Log why training stops, on the first process only, because the reason is the same on all processes."""
         if not trainer.is_global_zero:
             return
         if isinstance(exception, TrainingError):
@@ -242,7 +242,7 @@ class Monitor(Callback):
         self.write(trainer, row)
 
     def write(self, trainer: Trainer, row: dict[str, float]) -> None:
-        """Write values to metrics.csv and TensorBoard, under the number of updates so far.
+        """Write values to metrics.csv and TensorBoard, as those of the current update.
 
         Processes other than the first do nothing.
 
@@ -271,9 +271,10 @@ class Monitor(Callback):
         self._collapsed = self._collapsed + 1 if collapsed else 0
         if self._collapsed == _COLLAPSED_UPDATES and trainer.is_global_zero:
             logger.warning(
-                "the codes have collapsed: for %d updates nearly all frames had the same code (perplexity %.2f) and "
-                "the accuracy was that of guessing (%.1f %%). More training rarely helps. Try a lower optimizer.lr, "
-                "more audio per update, or a higher model.gumbel_temperature.end or model.diversity_loss_weight",
+                "the codes have collapsed: for %d updates, nearly all frames had the same code (perplexity %.2f) and "
+                "the accuracy was no better than guessing (%.1f %%). More training rarely helps. Try a lower "
+                "optimizer.lr, more audio per update, or a higher model.gumbel_temperature.end or "
+                "model.diversity_loss_weight",
                 self._collapsed,
                 perplexity,
                 100 * update["accuracy"],
@@ -281,7 +282,7 @@ class Monitor(Callback):
 
 
 class _TwoLines(Progress):
-    """A progress bar with the numbers below it, because a terminal of 80 columns has no room for both in one line."""
+    """A progress bar with the numbers below it, because an 80-column terminal has no room for both on one line."""
 
     def get_renderables(self) -> Iterable[RenderableType]:
         yield from super().get_renderables()
@@ -290,11 +291,11 @@ class _TwoLines(Progress):
 
 
 class RunProgress(Callback):
-    """Lightning callback that shows a progress bar on a terminal, or else logs a line for each row of metrics.csv.
+    """Lightning callback that shows a progress bar on a terminal; elsewhere, it logs a line per row of metrics.csv.
 
     Args:
         monitor: Callback with the values to show; it must come before this one.
-        enabled: Show a progress bar on a terminal; false logs lines there too.
+        enabled: Show a progress bar on a terminal; false logs lines on a terminal too.
     """
 
     def __init__(self, monitor: Monitor, *, enabled: bool) -> None:

@@ -37,15 +37,15 @@ logger = logging.getLogger(__name__)
 
 
 def is_first_process() -> bool:
-    """Whether this is the process that writes the run's folder, by the variables of Lightning, torchrun and SLURM."""
+    """Return whether this process writes the run's folder, from the variables that Lightning, torchrun or SLURM set."""
     ranks = [os.environ[name] for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID") if name in os.environ]
     return int(ranks[0] if ranks else 0) == 0 and os.environ.get("NODE_RANK", "0") == "0"
 
 
 def pretrain(config: PretrainConfig, *, resume: bool = False) -> None:
-    """Train an encoder, and write it to the folder `config.output`, with everything about the run.
+    """Train an encoder, and write it and everything about the run to the folder `config.output`.
 
-    The folder gets config.yaml, checkpoints/, logs/ (TensorBoard files, and the log), metrics.csv, report.png, and
+    The folder gets config.yaml, checkpoints/, logs/ (TensorBoard files and the log), metrics.csv, report.png, and
     encoder/ in Transformers' layout. During training, encoder/ is updated with each checkpoint.
 
     Args:
@@ -54,7 +54,7 @@ def pretrain(config: PretrainConfig, *, resume: bool = False) -> None:
 
     Raises:
         ValueError: A setting is wrong, the audio or the teacher cannot be used, this machine lacks the devices, or the
-            folder is not empty (without `resume`) or contains no such run (with `resume`).
+            folder is not empty (without `resume`) or contains no run with these settings (with `resume`).
         TrainingError: The loss became NaN or infinite, or too many recordings cannot be used.
     """
     run = Path(config.output)
@@ -88,7 +88,7 @@ def pretrain(config: PretrainConfig, *, resume: bool = False) -> None:
         cache = TeacherCache(config, data, teacher)
         data.beside.append(cache)
         if first:
-            cache.open()  # refuses a cache that does not fit, before anything is written
+            cache.open()  # before anything is written, raises an error if the cache belongs to other settings
     if first:
         (run / "logs").mkdir(parents=True, exist_ok=True)
         write_config(config, run / "config.yaml")
@@ -167,7 +167,7 @@ def _fit(
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
-        # Checkpoints come last, so that they include what was measured after the same update.
+        # The checkpoint callback comes last, so that checkpoints include what was measured after the same update.
         callbacks=[
             monitor,
             RunProgress(monitor, enabled=settings.progress),
@@ -216,7 +216,7 @@ def _quality_monitor(
 
 
 def _check_folder(run: Path, config: PretrainConfig, *, resume: bool) -> None:
-    """Check that the folder is empty or missing, or with `resume` that it contains a run that can continue."""
+    """Check that the folder is empty or missing or, with `resume`, that it contains a run that can continue."""
     if resume:
         if not (run / "config.yaml").is_file():
             raise ValueError(f"--resume: {run} contains no run to continue (looked for {run / 'config.yaml'})")
@@ -253,7 +253,7 @@ def _describe(
         share = held_out_s / (held_out_s + data.train_corpus.duration_s)
         if share > 3 * config.data.valid:
             logger.warning(
-                "%.1f %% of the audio is held out, more than data.valid (%.1f %%): recordings are not divided",
+                "%.1f %% of the audio is held out, more than data.valid (%.1f %%), because recordings are not divided",
                 100 * share,
                 100 * config.data.valid,
             )
@@ -274,7 +274,7 @@ def _describe(
 
 
 def _devices(settings: TrainerConfig) -> tuple[int, int]:
-    """Number of processes per machine, and of machines; under torchrun, the numbers that it was started with."""
+    """Return the numbers of processes per machine and of machines; under torchrun, those that it was started with."""
     if torch.distributed.is_torchelastic_launched():
         local = int(os.environ["LOCAL_WORLD_SIZE"])
         return local, int(os.environ["WORLD_SIZE"]) // local
@@ -282,7 +282,7 @@ def _devices(settings: TrainerConfig) -> tuple[int, int]:
 
 
 def _check_devices(settings: TrainerConfig) -> None:
-    """Check devices and precision before the folder is written; Lightning checks later, or changes them silently."""
+    """Check devices and precision before the folder is written; Lightning checks later or changes them silently."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if settings.accelerator == "gpu" and gpus == 0:
         raise ValueError(
@@ -306,7 +306,7 @@ def _strategy(world_size: int, *, unused_parameters: bool) -> Strategy | str:
 
 @contextmanager
 def _log_to(path: Path, *, enabled: bool) -> Iterator[None]:
-    """Append the log messages of the package to a file."""
+    """Append the package's log messages to a file."""
     if not enabled:
         yield
         return

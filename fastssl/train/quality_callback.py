@@ -1,4 +1,4 @@
-"""Measure the quality of the encoder during pre-training, on fixed held-out audio, without an effect on training."""
+"""Measure the encoder's quality on fixed held-out audio during pre-training, without affecting training."""
 
 import logging
 import math
@@ -19,7 +19,7 @@ from fastssl.packing import Packed
 
 logger = logging.getLogger(__name__)
 
-#: Name of each measure in columns of metrics.csv: its field in `LayerQuality`, and its label on an axis.
+#: For each measure, by its name in columns of metrics.csv: its field in `LayerQuality`, and its axis label.
 _MEASURES = {
     "effective_rank": ("effective_rank", "effective rank of all frames"),
     "rankme": ("rankme", "RankMe"),
@@ -34,8 +34,8 @@ def quality_columns(num_layers: int) -> list[str]:
     """List the columns of metrics.csv for the quality of an encoder, such as `quality_rankme_0`.
 
     Args:
-        num_layers: Number of layers of the encoder. Each measure has num_layers + 1 columns, from 0, the input of the
-            first layer, to the output of the last.
+        num_layers: Number of layers of the encoder. Each measure has num_layers + 1 columns: 0 for the input of the
+            first layer, and one for the output of each layer.
     """
     return [f"quality_{name}_{layer}" for name in _MEASURES for layer in range(num_layers + 1)]
 
@@ -51,10 +51,10 @@ class QualityMonitor(Callback):
         batches: Function that returns the held-out batches, the same ones on every call (`quality_loader`).
         write: Function that receives the trainer and a row of `quality_columns`, without NaN and infinite values.
         every: Updates between two measurements; the last update is always followed by one. None or 0 measures nothing.
-        layers: Layers to measure, 0 being the input of the first; None measures all.
+        layers: Layers to measure; 0 is the input of the first layer. None measures all.
         max_frames: Largest number of frames for k-means.
         seed: Seed of the choice of frames and of k-means.
-        paused: Context manager in which the clock of the throughput is stopped.
+        paused: Function that returns a context manager during which the throughput clock is stopped.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class QualityMonitor(Callback):
         self._measured = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start measuring the training time, with which the cost of the measurements is compared."""
+        """Start the clock of the training time, which the time spent on measurements is compared with."""
         self._begin, self._spent_s, self._measured = time.perf_counter(), 0.0, 0
 
     def on_train_batch_end(
@@ -120,7 +120,7 @@ class QualityMonitor(Callback):
                     self.encoder, self._waveforms(), layers=self.layers, max_frames=self.max_frames, seed=self.seed
                 )
         except Exception as error:
-            # Any error is caught, because hours of training are worth more than this row.
+            # Catch any error, because hours of training are worth more than this row.
             logger.warning("quality was not measured after %d updates: %s", trainer.global_step, error)
             return
         self.write(trainer, _row(results))
@@ -135,12 +135,12 @@ def draw_quality(axes: Iterator[Any], rows: Iterable[dict[str, float]]) -> bool:
     """Draw the quality of each layer over the course of a run, one line per layer, from pale (layer 0) to dark (last).
 
     Args:
-        axes: Matplotlib axes; `QUALITY_PANELS` of them are used, or none if no row has quality.
-        rows: Rows of metrics.csv. The horizontal axis is `audio_hours` if all rows with quality have this column, else
+        axes: Matplotlib axes; `QUALITY_PANELS` of them are used, or none if no row has quality columns.
+        rows: Rows of metrics.csv. The horizontal axis is `audio_hours` if all rows with quality columns have it, else
             `update`.
 
     Returns:
-        Whether any row had quality to draw.
+        Whether any row had quality columns to draw.
     """
     from matplotlib import colormaps
 

@@ -1,4 +1,4 @@
-"""Report at the end of a run: a table of scores, and the figure RUN/report.png."""
+"""Report on a finished run: a table of scores, and the figure RUN/report.png."""
 
 import math
 from collections.abc import Mapping
@@ -74,7 +74,7 @@ def draw_report(run: Path, system: type[PretrainingModel]) -> None:
     training = [row for row in rows if loss_column in row]
     if not training:
         return
-    # Earlier versions wrote no hours in rows with scores; the training row of the same update has them.
+    # Earlier versions did not write hours in rows with scores; the training row of the same update has them.
     hours = {row["update"]: row["audio_hours"] for row in training}
     valid = [{"audio_hours": hours.get(row["update"], math.nan), **row} for row in rows if "valid_loss" in row]
     measured = [row for row in rows if any(name.startswith("quality_") for name in row)]
@@ -113,7 +113,7 @@ def draw_report(run: Path, system: type[PretrainingModel]) -> None:
 
 
 def _perplexities(row: dict[str, float], prefix: str) -> dict[str, str]:
-    """Names for readers of the columns with code perplexities, by column without the prefix."""
+    """Return readable names of the code perplexity columns, by column without the prefix."""
     names = [name.removeprefix(prefix) for name in row if name.startswith(f"{prefix}code_perplexity")]
     groups = {name: name.removeprefix("code_perplexity").removeprefix("_") for name in names}
     return {name: "code perplexity" + (f", group {group}" if group else "") for name, group in groups.items()}

@@ -1,4 +1,4 @@
-"""Labels and segments that a pre-training run learns from: given ones, and those that the run makes itself."""
+"""Attach the labels and segments that a pre-training run learns from, given ones or those that the run makes itself."""
 
 import logging
 from collections.abc import Mapping
@@ -21,14 +21,14 @@ def attach_given(config: PretrainConfig, data: PretrainDataModule) -> dict[Use, 
 
     Args:
         config: Settings of the run.
-        data: Data module to which labels and segments are attached.
+        data: Data module to attach labels and segments to.
 
     Returns:
         The tables that were attached, by use.
 
     Raises:
-        ValueError: A folder contains no labels or no segments, the labels have another number of classes than the
-            model, or too many recordings have none that fit.
+        ValueError: A folder contains no labels or no segments, the labels and the model differ in their number of
+            classes, or too many recordings have no matching labels.
     """
     given: dict[Use, LabelTable] = {}
     if config.data.labels is not None:
@@ -51,7 +51,7 @@ class RunLabels:
     Args:
         run: Folder of the run.
         config: Settings of the run.
-        data: Data module to which the labels are attached.
+        data: Data module to attach the labels to.
         given: Tables from `attach_given`.
     """
 
@@ -60,13 +60,13 @@ class RunLabels:
     ) -> None:
         self.run, self.config, self.data, self.given = run, config, data, given
         self._makes_labels = SYSTEMS[config.system].needs.labels and "labels" not in given
-        #: Folder whose k-means model labels the held-out recordings, by use.
+        #: By use, the folder whose k-means model labels the held-out recordings.
         self._donors: dict[Use, Path] = {use: table.folder for use, table in given.items()}
         if self._makes_labels:
             self._donors["labels"] = run / "labels"
 
     def make(self) -> list[Problem]:
-        """Label the training and the held-out recordings, as far as labels are missing.
+        """Label training and held-out recordings whose labels are missing.
 
         Returns:
             An empty list: `attach` finds the recordings without labels.
@@ -95,7 +95,7 @@ class RunLabels:
             problems: The problems that `make` returned; ignored.
 
         Raises:
-            ValueError: Too many recordings have no labels that fit.
+            ValueError: Too many recordings have no matching labels.
         """
         if self._makes_labels:
             table = LabelTable(self.run / "labels")

@@ -1,4 +1,4 @@
-"""The systems that `fastssl pretrain` and `fastssl distill` can train. Other modules of `train/` do not name any."""
+"""List the systems that `fastssl pretrain` and `fastssl distill` can train. No other module of `train/` names them."""
 
 from fastssl.models.best_rq import BestRqForPreTraining
 from fastssl.models.config import SpeechEncoderConfig
@@ -15,7 +15,7 @@ SYSTEMS: dict[str, type[PretrainingModel]] = {
     "best-rq": BestRqForPreTraining,
     "distillation": DistillationModel,
 }
-#: System of settings that do not name one.
+#: System to use for settings that do not name one.
 DEFAULT_SYSTEM = next(iter(SYSTEMS))
 
 

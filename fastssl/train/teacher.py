@@ -22,9 +22,10 @@ class Teacher:
     """A frozen encoder in evaluation mode. It is not a submodule of the module that is trained and saved.
 
     Args:
-        encoder: The teacher; if it has a compressor, this must be set to keep all frames.
+        encoder: The teacher; if it has a compressor, the compressor must be set to keep all frames.
         layers: Hidden states that the student predicts; 0 is the input of the first layer.
-        gives_frames: Whether the student's front end is a frozen copy of the teacher's and can take over its frames.
+        gives_frames: Whether the student's front end is a frozen copy of the teacher's, so that the student can use the
+            teacher's front-end frames.
     """
 
     def __init__(self, encoder: Encoder, layers: Sequence[int], *, gives_frames: bool) -> None:
@@ -34,7 +35,7 @@ class Teacher:
 
     @cached_property
     def digest(self) -> str:
-        """Hash of the teacher's weights, by which caches and checkpoints recognise it."""
+        """Hash of the teacher's weights, which identifies it in caches and checkpoints."""
         return weights_digest(self.encoder)
 
     @torch.no_grad()
@@ -48,7 +49,7 @@ class Teacher:
             waveforms: (N, 1) samples at 16 kHz; the teacher is moved to their device.
 
         Returns:
-            Front-end frames (N_out, C), and the hidden states in `layers`, each (N_out, D).
+            Front-end frames (N_out, C), and the hidden states of `layers`, each (N_out, D).
         """
         device = waveforms.values.device
         self.encoder.to(device)
@@ -65,7 +66,8 @@ class Teacher:
             batch: The batch that the student is trained on.
 
         Returns:
-            Front-end frames (N, C) if the student uses them as its own, else None; and the target layers, each (N, D).
+            A pair: front-end frames (N, C) if the student uses them as its own, else None; the target layers, each
+            (N, D).
         """
         kept = batch.teacher
         if kept is None:
@@ -84,13 +86,13 @@ def open_teacher(config: PretrainConfig) -> tuple[PretrainConfig, Teacher]:
         config: Settings of the run.
 
     Returns:
-        A copy of the settings with the values that the teacher decides, and the teacher.
+        A copy of the settings, with the values that the teacher determines, and the teacher.
 
     Raises:
         ValueError: `config.teacher` is None, cannot be opened, or cannot teach this student.
     """
     if config.teacher is None:
-        raise ValueError("--teacher: is missing; name the model to learn from")
+        raise ValueError("--teacher: is missing; give the model to learn from")
     encoder = load_encoder(config.teacher)
     if not isinstance(encoder, Encoder):
         raise ValueError(
@@ -99,8 +101,8 @@ def open_teacher(config: PretrainConfig) -> tuple[PretrainConfig, Teacher]:
     if encoder.compressor is not None:
         if encoder.compressor.factor is not None:
             raise ValueError(
-                f"--teacher: {config.teacher} has a compressor with a fixed factor, which leaves fewer frames than a "
-                "student has to predict; choose a teacher without one"
+                f"--teacher: {config.teacher} has a compressor with a fixed factor, which leaves fewer frames than the "
+                "student has to predict; choose a teacher without such a compressor"
             )
         encoder.compressor.rate, encoder.compressor.frame_period_ms = 0.0, None
     try:

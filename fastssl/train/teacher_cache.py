@@ -30,7 +30,7 @@ class TeacherCache:
 
     Args:
         config: Settings of the run; `config.data.teacher_cache` must not be None.
-        data: Data module with the crops, to which the frames are attached.
+        data: Data module that has the crops; the frames are attached to it.
         teacher: Teacher that computes the frames.
     """
 
@@ -53,7 +53,7 @@ class TeacherCache:
         """Create the folder, or open an existing one and check it.
 
         Returns:
-            The shards of the folder, to which frames can be added.
+            The shards of the folder, ready for frames to be added.
 
         Raises:
             ValueError: The folder belongs to another teacher or to other crops, a file in it is missing or damaged, or
@@ -66,7 +66,7 @@ class TeacherCache:
         missing = sorted(file for file in files if not (self.folder / file).is_file())
         if missing:
             raise ValueError(
-                f"data.teacher_cache: {self.folder} lacks {', '.join(missing)}; delete the folder to make it again"
+                f"data.teacher_cache: {self.folder} lacks {', '.join(missing)}; delete the folder and start again"
             )
         table = self._table(shards.entries)
         table.check_shards()
@@ -79,7 +79,7 @@ class TeacherCache:
         """Compute the frames that are missing; other runs with the same cache wait.
 
         Returns:
-            Problems with the recordings for which frames cannot be computed.
+            Problems with the recordings that frames cannot be computed for.
         """
         with (self.folder / _LOCK_FILE).open("w") as lock:
             try:
@@ -87,7 +87,7 @@ class TeacherCache:
             except BlockingIOError:
                 logger.info("another run is writing frames to %s; waiting for it", self.folder)
                 fcntl.flock(lock, fcntl.LOCK_EX)
-            # Opened under the lock, so that frames written by another run meanwhile are found.
+            # Opened while the lock is held, so that frames that another run wrote meanwhile are found.
             problems = list(_fill(self.open(), self.data, self.teacher).values())
         for problem in problems:
             logger.warning("left out: %s", problem)
@@ -112,11 +112,11 @@ class TeacherCache:
 
 @torch.no_grad()
 def _fill(shards: Shards, data: PretrainDataModule, teacher: Teacher) -> dict[str, Problem]:
-    """Compute the frames that are missing; returns, by key, the problems with crops that have none."""
+    """Compute the missing frames; return, by key, the problems with crops that have none."""
     problems: dict[str, Problem] = {}
     todo = {key: cut for key, cut in data.crops() if key not in shards.entries}
     if shards.entries:
-        logger.info("the teacher's frames exist already for %d crops", len(shards.entries))
+        logger.info("the teacher's frames already exist for %d crops", len(shards.entries))
     dataset = WaveformDataset(normalize=data.normalize, channel=data.config.channel, checksums=True)
     device = choose_device("auto")
     # Training and held-out crops are encoded separately, because the same id can occur in both.
@@ -140,9 +140,7 @@ def _fill(shards: Shards, data: PretrainDataModule, teacher: Teacher) -> dict[st
                 key = keys[cut.id]
                 tensors = {f"{key}/{name}": part[row].half().cpu() for name, part in parts.items()}
                 if not all(tensor.isfinite().all() for tensor in tensors.values()):
-                    problems[key] = Problem(
-                        cut_name(cut), "gets frames from the teacher that are NaN or infinite in fp16"
-                    )
+                    problems[key] = Problem(cut_name(cut), "makes the teacher's frames NaN or infinite in fp16")
                     continue
                 entry = {"file": cut_name(cut), "duration_s": cut.duration, "rate_hz": cut.recording.sampling_rate}
                 entry |= {"checksum": batch.checksums[row], "frames": frames.layout.lengths[row]}

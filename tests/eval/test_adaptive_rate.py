@@ -280,7 +280,7 @@ def test_command(
     assert run("again", rate=learned["rate"])["results"][0] == found["results"][0]
     with pytest.raises(ValueError, match="--rate_price and --frame_period_ms: give only one of them"):
         run("none", rate_price=0.1, frame_period_ms=40.0)
-    with pytest.raises(ValueError, match=r"--rate_bounds: must rise .* include --rate, got 0 to 0\.5 and .* 0\.9"):
+    with pytest.raises(ValueError, match=r"--rate_bounds: must be a range .* got 0 to 0\.5 and .* 0\.9"):
         probe(
             *(str(tmp_path / "model"), table.name, settings),
             dev=table.name,

@@ -280,7 +280,7 @@ def test_nothing_is_run(place: str, zipped: bool, tmp_path: Path) -> None:
         (_Evil(eval, f"open({str(mark)!r}, 'w')"), "eval"),
     ):
         torch.save(checkpoint | {place: call}, tmp_path / "evil.pt", _use_new_zipfile_serialization=zipped)
-        with pytest.raises(ValueError, match=rf"evil\.pt: cannot be read as a checkpoint of fairseq: it names {name},"):
+        with pytest.raises(ValueError, match=rf"evil\.pt: cannot be read as a fairseq checkpoint: it names {name},"):
             fastssl.load_encoder(tmp_path / "evil.pt")
         assert not mark.exists()
 
@@ -353,5 +353,5 @@ def test_other_files_are_named(tmp_path: Path) -> None:
             fastssl.load_encoder(path)
     for data in (b"", b"not a pickle", b"PK\x03\x04 no archive"):
         path.write_bytes(data)
-        with pytest.raises(ValueError, match=r"model\.pt: cannot be read as a checkpoint of fairseq"):
+        with pytest.raises(ValueError, match=r"model\.pt: cannot be read as a fairseq checkpoint"):
             fastssl.load_encoder(path)

@@ -178,13 +178,13 @@ def test_what_is_trained_at_one_rate_or_period_is_opened_at_it(draw: str, number
     card = (tmp_path / "README.md").read_text()
     unit = "a rate" if draw == "rate" else "a frame period in ms"
     assert f"trained at {unit} of {number:g}, which is the default" in card
-    assert "Transformers ignores the compressor and keeps every frame, for which this encoder was not trained" in card
+    assert "Transformers ignores the compressor and keeps every frame, which this encoder was not trained for" in card
 
 
 @torch.no_grad()
 def test_the_card_says_what_transformers_opens(tmp_path: Path) -> None:
     make_encoder("average").save_pretrained(tmp_path / "average")
-    assert "every frame, for which this encoder was not trained" in (tmp_path / "average" / "README.md").read_text()
+    assert "every frame, which this encoder was not trained for" in (tmp_path / "average" / "README.md").read_text()
     make_model().wav2vec2.save_pretrained(tmp_path / "any")
     card = (tmp_path / "any" / "README.md").read_text()
     assert "keeps every frame, as at rate 0." in card

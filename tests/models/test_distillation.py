@@ -237,7 +237,7 @@ def test_rejects_bad_input() -> None:
         "model_type: this system trains a hubert encoder, got 'wav2vec2'": {"model_type": "wav2vec2"},
         "distillation: must be one of pred, l2l": {"distillation": "both"},
         "teacher_layers: must be at least 0, got -1": {"teacher_layers": (-1, 4)},
-        "teacher_layers: l2l needs one for each of the 12 layers of the student, got 2": {
+        "teacher_layers: l2l needs one for each of the student's 12 layers, got 2": {
             **{"distillation": "l2l", "num_hidden_layers": 12},
             "teacher_layers": (4, 12),
         },

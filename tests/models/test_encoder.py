@@ -195,7 +195,7 @@ def test_model_card(tmp_path: Path) -> None:
     assert {"speech", "fastssl", "unispeech-sat"} <= set(matter["tags"])
     for fact in (
         "| recipe | wav2vec2-tiny |",
-        "| audio it was trained on | 12.35 hours |",
+        "| training audio | 12.35 hours |",
         "| updates | 800 |",
         "| fastssl | 0.1.0, commit abc123 |",
         "| accuracy \\| held out | 0.1235 |",

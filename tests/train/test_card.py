@@ -25,7 +25,7 @@ def test_a_run_leaves_a_card(make_config: MakeConfig) -> None:
     scores = next(row for row in read_metrics(run / "metrics.csv") if row["update"] == 4 and "valid_accuracy" in row)
     for fact in (
         "| recipe | mine |",
-        f"| audio it was trained on | {data.train_corpus.duration_s / 3600:.2f} hours |",
+        f"| training audio | {data.train_corpus.duration_s / 3600:.2f} hours |",
         "| updates | 6 |",
         f"| contrastive loss, on held-out recordings, after 4 updates | {scores['valid_contrastive_loss']:.4g} |",
         f"| accuracy of the masked frames, on held-out recordings, after 4 updates | {scores['valid_accuracy']:.4g} |",

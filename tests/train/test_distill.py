@@ -382,9 +382,9 @@ def test_the_command(recordings: Path, teacher: Path, tmp_path: Path, capsys: py
     assert "--teacher: is missing" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
     assert cli.main(["pretrain", str(recordings), "--recipe", "distilhubert", "--output", str(tmp_path / "none")]) == 1
-    assert "distilhubert is for `fastssl distill`; pretrain takes best-rq-base" in capsys.readouterr().err
+    assert "distilhubert is for `fastssl distill`; pretrain accepts best-rq-base" in capsys.readouterr().err
     assert cli.main(["distill", str(recordings), "--recipe", "hubert-tiny", "--output", str(tmp_path / "none")]) == 1
-    assert "hubert-tiny is for `fastssl pretrain`; distill takes distil-12l-half" in capsys.readouterr().err
+    assert "hubert-tiny is for `fastssl pretrain`; distill accepts distil-12l-half" in capsys.readouterr().err
     config = str(tmp_path / "run" / "config.yaml")
     assert cli.main(["pretrain", "--config", config, "--output", str(tmp_path / "none")]) == 1
     assert "is for `fastssl distill`" in capsys.readouterr().err
@@ -403,7 +403,7 @@ def test_teachers_that_do_not_serve(make_config: MakeConfig, make_system: Any, t
         pretrain(_distil(plain, tmp_path / "best-rq"))
     average = EncoderConfig(**_SHAPE | {"compressor": "average", "compressor_factor": 2})
     Encoder(average).save_pretrained(tmp_path / "average")
-    with pytest.raises(ValueError, match="leaves fewer frames than a student has to predict"):
+    with pytest.raises(ValueError, match="leaves fewer frames than the student has to predict"):
         pretrain(_distil(plain, tmp_path / "average"))
     config = (teacher / "preprocessor_config.json").read_text()
     (teacher / "preprocessor_config.json").write_text(config.replace("16000", "8000"))

@@ -29,13 +29,13 @@ from fastssl.nn.compression import Compressed
 from fastssl.nn.rates import AdaptiveRate
 from fastssl.packing import Layout, Packed
 
-#: Default learning rate of the compressor's rate; those of the head's weights are some thousandths.
+#: Default learning rate of the compressor's rate; the learning rates of the head's weights are some thousandths.
 LEARNING_RATE = 0.02
-#: Default distance on either side of the rate at which the loss is evaluated to obtain its slope.
+#: Default distance below and above the current rate where the loss is evaluated to estimate its slope.
 SPREAD = 0.1
 #: Ratio of the head's steps to those of a probe's head, which learns at only one rate.
 _LONGER = 3
-#: Share of the steps in which the head learns alone.
+#: Share of the steps during which only the head learns.
 _HEAD_ALONE = 0.8
 #: Number of values of the rate recorded after its start.
 _PATH = 20
@@ -56,7 +56,7 @@ class LearnedRate(NamedTuple):
 
 
 class Trial(NamedTuple):
-    """A rate to learn: its price of frames and its start.
+    """A rate to learn: the price of frames, and the value to start from.
 
     Args:
         price: Cost of keeping all frames, in nats per label; fewer frames cost proportionally less.
@@ -105,10 +105,10 @@ def learn_rates(
         trials: Prices and starts; a separate rate is learned for each.
         bounds: Lowest and highest rate; use the range that the encoder was trained with.
         learning_rate: Highest learning rate of the rates; it follows the head's schedule, within the last fifth.
-        spread: Mean distance from the rate at which its slope is measured; that of each utterance is drawn uniformly
-            from 0.5 to 1.5 times `spread`.
+        spread: Mean distance from the current rate to the two rates that its slope is measured between; the distance of
+            each utterance is drawn uniformly from 0.5 to 1.5 times `spread`.
         seed: Seed of the order of examples, the rates of batches and the distances.
-        features: Store that keeps the frames of the front end for another call; None computes them anew.
+        features: Store that keeps the front end's frames for further calls; with None, they are not kept.
 
     Returns:
         A result for each trial, in order; it does not depend on the other trials.
@@ -158,7 +158,7 @@ class _FrontEnd:
 
     @property
     def key(self) -> object:
-        """The encoder itself."""
+        """The encoder itself (modules compare by identity), marked as the source of front-end frames."""
         return ("front end", self.encoder)
 
     @torch.inference_mode()
@@ -211,7 +211,7 @@ class _Learning:
             losses = self._at(batch, drawn.expand(len(batch.chosen)), head, standard, scale).losses
             loss = losses.sum() / sum(map(len, batch.targets))
             if not loss.isfinite():
-                raise ValueError(f"rate_price: the loss is {loss.item()} in step {step}")
+                raise ValueError(f"rate_price: the loss is {loss.item()} in step {step}; choose lower learning_rates")
             loss.backward()
             torch.nn.utils.clip_grad_norm_(head.parameters(), CLIP_NORM)
             of_head.step()
@@ -263,7 +263,11 @@ class _Learning:
 
     @torch.no_grad()
     def _encode(self, batch: Examples, rate: Tensor) -> tuple[list[Packed], Compressed]:
-        """Encode a batch, each utterance at its own rate (B,) or all at one, ().
+        """Encode a batch.
+
+        Args:
+            batch: B utterances.
+            rate: (B,) rate of each utterance, or a () tensor for all.
 
         Returns:
             Packed frames (N, D) of each layer, and the output of the compressor.
@@ -322,8 +326,8 @@ class _Learning:
 def _with_impossible(losses: Tensor, logits: Packed, targets: Sequence[Sequence[int]]) -> Tensor:
     """Add the cost of guessing to the losses (B,) of targets that need more outputs than there are.
 
-    CTC gives such targets a loss of 0, so that the fewest frames would be the best. The cost, in nats, is that of
-    drawing each symbol and one blank per symbol uniformly from the C outputs: 2 log C per symbol.
+    CTC gives such targets a loss of 0, so the fewest frames would look best. The cost, in nats, is that of drawing each
+    symbol and one blank per symbol uniformly from the C outputs: 2 log C per symbol.
     """
     pairs = zip(logits.layout.lengths, targets, strict=True)
     guessed = [
@@ -358,7 +362,7 @@ class _AtRates(NamedTuple):
 
 @torch.no_grad()
 def _slope(lower: Tensor, upper: Tensor, below: _AtRates, above: _AtRates, *, labels: int, price: float) -> Tensor:
-    """Return the slope, (), of the loss per label plus the price per frame; 0 if the bounds leave no distance."""
+    """Return the slope of the loss per label plus the price of frames; 0 if the bounds leave no distance."""
     change = (above.losses - below.losses).sum() / labels + price * (above.weights - below.weights).sum() / below.frames
     distance = (upper - lower).mean()
     return torch.where(distance > 0, change / distance, 0.0).to(lower.dtype)

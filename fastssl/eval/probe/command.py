@@ -40,7 +40,7 @@ def probe(
     rate_bounds: tuple[float, float] = (0.0, 1.0),
     device: str = "auto",
 ) -> list[ProbeResult]:
-    """Train linear heads on the frozen, weighted layers of encoders: a miniature of SUPERB's protocol.
+    """Train linear heads on weighted sums of the layers of frozen encoders: SUPERB's protocol in miniature.
 
     Log-mel features and a randomly initialised encoder are always probed too. Prints a table of the results.
 
@@ -49,25 +49,25 @@ def probe(
 
     Args:
         model: Encoder to probe: a run of `fastssl pretrain`, a Transformers folder, a model name on the Hub, or a
-            checkpoint of fairseq.
-        table: Table of the training part; without `dev` and `test` it is divided 70:15:15.
-        settings: The task, and how it is probed.
-        compare: More encoders to probe.
-        dev: Table of the development part, which chooses the learning rate (verification: the layer) and on which the
-            rate of a compressor is learned.
-        test: Table of the test part, which is used once.
-        output: JSON file to write everything to that was measured.
+            fairseq checkpoint.
+        table: Table of the training part; without `dev` and `test`, it is divided 70:15:15.
+        settings: Task and hyperparameters.
+        compare: Further encoders to probe.
+        dev: Table of the development part. It is used to choose the learning rate (verification: the layer), and to
+            learn a compressor's rate.
+        test: Table of the test part. It is evaluated once, at the end.
+        output: JSON file to write all results and settings to.
         rate: Rate of MODEL's sequence compressor: 0 keeps every frame, 1 gives the learned segments; by default the
-            model's own, which is 1 unless it was trained for one rate alone.
-        frame_period_ms: Mean frame period to compress MODEL's frames to, milliseconds, instead of a rate.
-        rate_price: Learn MODEL's rate first, then probe at it. The loss is the task's, in nats per label, plus this
-            price times the share of frames that is left (see `learn_rates`). It starts from the rate given, or else
-            from the middle of the bounds.
+            model's own, which is 1 unless it was trained at a single rate.
+        frame_period_ms: Mean frame period to compress MODEL's frames to, in milliseconds, instead of a rate.
+        rate_price: Learn MODEL's rate first, then probe at that rate. The loss is the task's, in nats per label, plus
+            this price times the share of frames that are left (see `learn_rates`). Learning starts from `rate` or, if
+            it is not given, from the middle of the bounds.
         rate_bounds: Lowest and highest rate that may be learned.
-        device: Device to encode on: cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.
+        device: Device to encode on: cpu, cuda, cuda:1, ...; auto uses a GPU if there is one.
 
     Raises:
-        ValueError: As `run_probe`, `read_table` and `load_encoder`; or one of `dev` and `test` is given alone.
+        ValueError: As in `run_probe`, `read_table` and `load_encoder`, or only one of `dev` and `test` is given.
     """
     if (dev is None) != (test is None):
         raise ValueError("--dev and --test: give both of them, or neither to have TABLE divided into three parts")
@@ -85,7 +85,7 @@ def probe(
         tables = (read_table(table), read_table(dev), read_table(test))
     if rate_price is not None and frame_period_ms is not None:
         raise ValueError(
-            "--rate_price and --frame_period_ms: give only one of them; --rate_price learns the rate and so the period"
+            "--rate_price and --frame_period_ms: give only one of them, because --rate_price learns the period too"
         )
     encoders = {model: open_encoder_at(model, device=device, rate=rate, frame_period_ms=frame_period_ms)}
     encoders |= {name: open_encoder_at(name, device=device) for name in compare}
@@ -96,7 +96,7 @@ def probe(
         start = statistics.fmean(rate_bounds) if rate is None else rate
         if not 0 <= rate_bounds[0] <= start <= rate_bounds[1] <= 2:
             raise ValueError(
-                f"--rate_bounds: must rise within 0 to 2 and include --rate, got {rate_bounds[0]:g} to "
+                f"--rate_bounds: must be a range within 0 to 2 that includes --rate, got {rate_bounds[0]:g} to "
                 f"{rate_bounds[1]:g} and a rate of {start:g}"
             )
         trials = [Trial(rate_price, start)]

@@ -23,7 +23,7 @@ from fastssl.packing import Packed
 
 #: Seconds of audio per batch; on the CPU, features do not depend on it.
 _BATCH_S = 60.0
-#: Shortest recording in seconds: from a shorter one, some front ends make no frame.
+#: Shortest usable recording, in seconds: some front ends make no frame from a shorter one.
 _SHORTEST_S = 0.1
 _MELS = 80
 #: Whitening adds this to every variance (1 on average) before it divides by the square root. With a tenth of it, heads
@@ -47,7 +47,7 @@ class Source(Protocol):
         """Hashable key for caching; sources with equal keys give equal features."""
 
     def __call__(self, waveforms: Waveforms) -> list[Packed]:
-        """Compute the features of a batch: for each layer the packed frames (N, D) of all waveforms (T,)."""
+        """Compute the features of a batch: for each layer, the packed frames (N, D) of all waveforms (T,)."""
 
 
 class EncoderSource:
@@ -244,7 +244,7 @@ def _inverse_root(covariance: Tensor) -> Tensor:  # (L, D, D) in fp64 -> fp32
 
 
 class FeatureStore:
-    """Cache of features by source, table, segment length and averaging; each is computed at its first use.
+    """Cache of features by source, table, segment length and averaging; each entry is computed on first use.
 
     The weights of an encoder must not change during the lifetime of the store.
 
@@ -271,8 +271,8 @@ class FeatureStore:
             source: Source that computes the features.
             table: Recordings to read.
             name: Name of the source for error messages.
-            segment_s: Cut recordings into examples of this length in seconds and encode each alone; a shorter rest is
-                dropped. None makes each recording one example.
+            segment_s: Cut recordings into examples of this length in seconds and encode each alone; a shorter remainder
+                is dropped. None makes each recording one example.
             mean: Keep only the mean over the frames of each example, in fp32.
 
         Raises:

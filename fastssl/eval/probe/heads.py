@@ -15,10 +15,10 @@ from fastssl.packing import Layout, Packed
 
 Kind = Literal["classification", "ctc"]
 BLANK = 0
-#: Share of the steps in which the learning rate rises. Adam's first steps are as long as later ones, but follow the
+#: Share of the steps during which the learning rate rises. Adam's first steps are as long as later ones, but follow the
 #: gradient of a single batch.
 _WARM_UP = 0.05
-#: Norm to which a head's gradient is clipped. Without clipping, the CTC heads of some encoders fall back to predicting
+#: Norm that a head's gradient is clipped to. Without clipping, the CTC heads of some encoders fall back to predicting
 #: only blanks at the higher learning rates.
 CLIP_NORM = 0.3
 #: Shortest period of a head's outputs, in seconds.
@@ -160,7 +160,7 @@ class Head(nn.Module):
 
     @property
     def layer_weights(self) -> Tensor:  # (L,)
-        """Weights of the layers in the sum, (L,): positive, with a sum of 1."""
+        """(L,) weights of the layers in the sum; they are positive and add up to 1."""
         return self.layer_logits.softmax(0)
 
     def forward(self, values: Tensor, layout: Layout) -> Packed:  # (L, N, D) -> (N_out, C)
@@ -180,8 +180,8 @@ class Head(nn.Module):
 def convolve(x: Tensor, weight: Tensor, bias: Tensor, layout: Layout, *, stride: int) -> Packed:
     """Convolve each example of a packed batch on its own, without padding.
 
-    With few output channels it is cheaper to multiply each frame by the weights of all K taps and then add up the
-    products that belong to one output, than to copy windows side by side as `ops.strided_conv` does.
+    With few output channels, it is cheaper to multiply each frame by the weights of all K taps and then add up the
+    products for each output than to copy windows side by side, as `ops.strided_conv` does.
 
     Args:
         x: (N, D) frames.
@@ -219,7 +219,7 @@ class _Diagonals(torch.autograd.Function):
 
 
 def prior(kind: Kind, examples: Examples, *, outputs: int, window: Window) -> Tensor:
-    """Return the share of each class among the targets, or for CTC of the blank and each symbol among the outputs.
+    """Return the share of each class among the targets or, for CTC, of the blank and each symbol among the outputs.
 
     For CTC, each symbol is assumed to take one output, and blanks all others.
 
@@ -240,7 +240,7 @@ def prior(kind: Kind, examples: Examples, *, outputs: int, window: Window) -> Te
 
 
 def task_loss(kind: Kind, logits: Packed, targets: Sequence[Sequence[int]]) -> Tensor:
-    """Return the mean loss of a batch in nats per label, ().
+    """Return the mean loss of a batch in nats per label, as a () tensor.
 
     Args:
         kind: "classification" (cross-entropy) or "ctc".
@@ -251,7 +251,7 @@ def task_loss(kind: Kind, logits: Packed, targets: Sequence[Sequence[int]]) -> T
 
 
 def task_losses(kind: Kind, logits: Packed, targets: Sequence[Sequence[int]]) -> Tensor:
-    """Return the loss of each example in nats, (B,); arguments as in `task_loss`."""
+    """Return the (B,) losses of the examples in nats; the arguments are those of `task_loss`."""
     flat = torch.tensor([label for target in targets for label in target], device=logits.values.device)
     if kind == "classification":
         return F.cross_entropy(logits.values, flat, reduction="none")
@@ -267,7 +267,7 @@ def task_losses(kind: Kind, logits: Packed, targets: Sequence[Sequence[int]]) ->
 
 
 def schedule(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
-    """Return a schedule that raises the learning rates linearly in 5 % of the steps, then lowers them linearly to 0.
+    """Return a schedule that raises the learning rates linearly over 5 % of the steps, then lowers them linearly to 0.
 
     Args:
         optimizer: Optimiser whose learning rates are the maxima.

@@ -61,7 +61,7 @@ class FrameLengths(NamedTuple):
     Args:
         shortest: Mean length at the lower bound of the rate.
         longest: Mean length at the upper bound.
-        mean_weight: () mean of the compressor's learned weights (alpha of arXiv:2211.02332).
+        mean_weight: Mean of the compressor's learned weights (alpha of arXiv:2211.02332), a () tensor.
     """
 
     shortest: float
@@ -75,15 +75,15 @@ class FrameLengths(NamedTuple):
         Args:
             low: Lower bound of the rate.
             high: Upper bound of the rate.
-            mean_weight: () mean of the compressor's learned weights.
-            most: Upper limit of the mean length.
+            mean_weight: Mean of the compressor's learned weights, a () tensor.
+            most: Upper limit for both mean lengths.
         """
         shares = mix_weights(mean_weight, mean_weight.new_tensor([low, high])).clamp(min=1 / most)
         shortest, longest = (1 / shares).tolist()
         return cls(shortest, longest, mean_weight)
 
     def rate_at(self, share: float) -> Tensor:
-        """Return the rate, () fp32, at which frames have a given length.
+        """Return the rate at which frames have a given length, as a () fp32 tensor.
 
         Args:
             share: Position between the shortest (0) and the longest frames (1), in the logarithm of the length.

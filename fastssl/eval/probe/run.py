@@ -6,8 +6,8 @@ learned weights, and a linear head is trained on the sum. It differs from SUPERB
 - the tasks are small, and the user supplies their tables;
 - every layer is standardised on the training part, so that a layer's weight does not depend on its scale; for CTC,
   directions of large variance are scaled down too (ZCA with shrinkage), so that a head needs far fewer steps;
-- CTC uses a linear head on a window of 0.1 s on either side of a frame, where SUPERB uses two LSTM layers;
-- verification trains nothing: it scores mean-pooled features of the layer that is best on the development part, where
+- CTC uses a linear head on a window of 0.1 s on either side of a frame, whereas SUPERB uses two LSTM layers;
+- verification trains nothing: it scores mean-pooled features of the layer that is best on the development part, whereas
   SUPERB trains x-vectors;
 - the learning rate is one of three, chosen on the development part for each encoder;
 - the table always includes log-mel features and an untrained encoder.
@@ -59,21 +59,21 @@ class ProbeSettings:
         target: Column that contains the labels; phones are derived from digits if the table has no such column.
         task: classification (one class per example), ctc (a string per recording; symbol error rate of the likeliest
             path) or verification (equal error rate over pairs of recordings). By default ctc for digits, phones,
-            phonemes and text, classification for all others. The symbols of ctc are separated by blanks if any label
-            has one, and are characters otherwise; those of text are always characters.
-        segment_s: Length of an example, seconds: recordings are cut into such segments, each is encoded alone, and a
-            shorter rest is dropped. By default each recording is one example, which ctc requires.
-        folds: Column for cross-validation: its values are held out in turn, so that training and development parts
-            lose the rows with these values, and the test part keeps only those. By default the parts stay as they are.
-        fold_size: Number of values held out together; verification needs two.
-        seeds: Number of runs, each with another order of the examples; by default 3, or 1 for each fold. Verification
-            trains nothing and has one.
+            phonemes and text, classification for all others. For ctc, labels are split into symbols at spaces if any
+            label contains a space, and into characters otherwise; text is always split into characters.
+        segment_s: Length of an example, in seconds: recordings are cut into such segments, each is encoded alone, and a
+            shorter remainder is dropped. By default each recording is one example, which ctc requires.
+        folds: Column for cross-validation: its values are held out in turn. The training and development parts lose the
+            rows with these values, and the test part keeps only those rows. By default the parts stay as they are.
+        fold_size: Number of values held out together; verification needs at least two.
+        seeds: Number of runs, each with a different order of the examples; by default 3, or 1 for each fold.
+            Verification trains nothing and always runs once.
         learning_rates: Learning rates of the head to try; each encoder and run uses the one with the lowest error on
             the development part. By default 0.004, 0.008 and 0.016 for ctc, 0.003, 0.01 and 0.03 for classification.
         steps: Number of training steps of each head; the head that learns a compressor's rate takes three times as
             many.
-        batch_s: Audio per batch, seconds.
-        context_s: Audio that the head of a frame sees on either side, seconds; used by ctc only.
+        batch_s: Audio per batch, in seconds.
+        context_s: Audio that the head sees on either side of a frame, in seconds; used by ctc only.
 
     Raises:
         ValueError: A value is out of range.
@@ -110,7 +110,7 @@ class ProbeSettings:
 
     @property
     def resolved_task(self) -> Task:
-        """Return `task`, or if it is None the default task of `target`."""
+        """`task`, or the default task of `target` if it is None."""
         for task in LEARNING_RATES:
             if task == self.task:
                 return task
@@ -118,14 +118,14 @@ class ProbeSettings:
 
     @property
     def resolved_seeds(self) -> int:
-        """Return `seeds`, or if it is None 3 without folds and 1 with them."""
+        """`seeds`; if it is None, 3 without folds and 1 with folds."""
         if self.seeds is not None:
             return self.seeds
         return 3 if self.folds is None else 1
 
     @property
     def rates(self) -> tuple[float, ...]:
-        """Return `learning_rates`, or if it is None the `LEARNING_RATES` of the task; empty for verification."""
+        """`learning_rates`, or the `LEARNING_RATES` of the task if it is None; empty for verification."""
         return LEARNING_RATES[self.resolved_task] if self.learning_rates is None else self.learning_rates
 
 
@@ -154,7 +154,7 @@ class ProbeRun:
     Args:
         error: Error on the test part, as a share: of examples classified wrongly, of edits per symbol (may exceed 1),
             or the equal error rate.
-        loss: Loss on the test part in nats per label, where infeasible targets count 0; None in verification.
+        loss: Loss on the test part in nats per label, with 0 for infeasible targets; None in verification.
         parts: Sizes of the parts "train", "dev" and "test".
         held_out: Values of the fold column that were held out; empty without folds.
         seed: Seed of the order of training examples.
@@ -218,10 +218,10 @@ def run_probe(
     Args:
         models: Encoders by name, on the device to work on; their weights are not changed.
         train: Table of the training part; heads are trained and features standardised on it.
-        dev: Table of the development part, on which the learning rate (in verification, the layer) is chosen.
+        dev: Table of the development part, used to choose the learning rate (in verification, the layer).
         test: Table of the test part; each run evaluates it once, with the chosen head.
         settings: Task and hyperparameters.
-        features: Store that keeps features for other tasks on the same tables; None computes them anew.
+        features: Store that keeps features for other tasks on the same tables; with None, they are not kept.
         baselines: Baselines to add: log-mel features (`LOG_MEL`), and the first encoder's architecture with random
             weights (`RANDOM`).
 
@@ -413,9 +413,9 @@ class _Probe:
                 f"{self.parts['test'].name}: some of its {self.settings.target}s are in the training or development "
                 "part too, but verification needs unseen ones; hold them out with folds and a fold_size of at least 2"
             )
-        dev_errors = [self._equal_errors(examples["dev"], standard, layer)[0] for layer in range(self.source.layers)]
+        dev_errors = [self._equal_errors(examples, "dev", standard, layer)[0] for layer in range(self.source.layers)]
         layer = min(range(self.source.layers), key=lambda index: dev_errors[index])
-        error, trials = self._equal_errors(examples["test"], standard, layer)
+        error, trials = self._equal_errors(examples, "test", standard, layer)
         return ProbeRun(
             error=error,
             loss=None,
@@ -427,16 +427,19 @@ class _Probe:
             trials=trials,
         )
 
-    def _equal_errors(self, examples: Examples, standard: Standard, layer: int) -> tuple[float, tuple[int, int]]:
-        """Return the equal error rate of a layer, and the numbers of same-class and different-class pairs."""
+    def _equal_errors(
+        self, parts: Mapping[str, Examples], part: str, standard: Standard, layer: int
+    ) -> tuple[float, tuple[int, int]]:
+        """Return a layer's equal error rate on a part, and the numbers of same-class and different-class pairs."""
+        examples = parts[part]
         values, _ = examples.gather(standard, 0)
         rows = torch.tensor([examples.features.rows[example] for example in examples.chosen], device=self.device)
         classes = torch.tensor(examples.targets, device=self.device)[:, 0]
         same, different = pair_scores(values[layer], classes, rows)
         if not len(same) or not len(different):
             raise ValueError(
-                f"{self.settings.target}: verification needs pairs of recordings with the same {self.settings.target} "
-                f"and with different ones, but a part has {len(same)} pairs of the same and {len(different)} pairs of "
+                f"{self.parts[part].name}: verification needs pairs of recordings with the same {self.settings.target} "
+                f"and pairs with different ones, got {len(same)} pairs with the same and {len(different)} with "
                 "different ones; raise fold_size or add recordings"
             )
         return equal_error_rate(same, different), (len(same), len(different))

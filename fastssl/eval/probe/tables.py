@@ -81,8 +81,8 @@ def read_table(path: str | Path) -> Table:
         path: Path of the table, UTF-8 text.
 
     Raises:
-        ValueError: The file does not exist or is not UTF-8, it has no column `path` or no rows, a row has another
-            number of fields than the header, or a recording is listed twice.
+        ValueError: The file does not exist or is not UTF-8, it has no column `path` or no rows, a row does not have as
+            many fields as the header, or a recording is listed twice.
     """
     path = Path(path)
     if not path.is_file():
@@ -117,14 +117,14 @@ def read_table(path: str | Path) -> Table:
 def split_table(table: Table) -> tuple[Table, Table, Table]:
     """Divide a table into training, development and test parts of about 70, 15 and 15 % of its rows.
 
-    A hash of the file name decides on the part of each row. Recordings that share material (one session of a speaker,
+    A hash of the file name decides which part a row goes to. Recordings that share material (one session of a speaker,
     or overlapping cuts of the same audio) may end up in different parts.
 
     Args:
         table: Table to divide.
 
     Returns:
-        Training, development and test table; each may be empty if the table is small.
+        Training, development and test tables; any of them may be empty if the table is small.
     """
     parts: tuple[list[Row], list[Row], list[Row]] = ([], [], [])
     for row in table.rows:
@@ -142,7 +142,7 @@ def phones_of_digits(digits: str, *, where: str) -> str:
 
     Args:
         digits: Digits 0 to 9; spaces are ignored.
-        where: Table and row, with which an error message begins.
+        where: Table and row, as the prefix of an error message.
 
     Raises:
         ValueError: A character is not a digit.
@@ -157,7 +157,7 @@ class Symbols:
     """The symbols of CTC targets, numbered from 1; number 0 is CTC's blank.
 
     Args:
-        labels: Labels of the training part, from which the symbols are collected.
+        labels: Labels of the training part, whose symbols are collected.
         separated: Whether symbols are separated by spaces ("S IH K S") or are single characters ("6174"). None means
             separated if any label contains a space.
     """
@@ -173,7 +173,7 @@ class Symbols:
 
         Args:
             label: Label to encode.
-            where: Table and row, with which an error message begins.
+            where: Table and row, as the prefix of an error message.
 
         Raises:
             ValueError: A symbol does not occur in the training part.
@@ -201,8 +201,8 @@ def fold_values(values: Sequence[str], size: int) -> list[list[str]]:
     distinct = sorted(set(values))
     if size < 1 or len(distinct) < 2 * size:
         raise ValueError(
-            f"fold_size: must be from 1 to half the number of values ({len(distinct)}: {', '.join(distinct)}), to make "
-            f"two folds; got {size}"
+            f"fold_size: must be from 1 to half the number of values ({len(distinct)}: {', '.join(distinct)}), so that "
+            f"there are at least two folds; got {size}"
         )
     groups = [distinct[first : first + size] for first in range(0, len(distinct), size)]
     if len(groups[-1]) < size:

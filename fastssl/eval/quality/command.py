@@ -50,27 +50,27 @@ def quality(
     """Measure how good each layer of an encoder is, on audio without labels.
 
     The measures are the effective rank of all frames, RankMe, the inertia of k-means and the Davies-Bouldin index.
-    Prints a table, writes it as JSON, and draws a plot of the same name beside it. Compare only what was measured on
-    the same audio with the same settings, layer by layer.
+    Prints a table, writes it as JSON, and draws a plot of the same name beside it. Compare results layer by layer, and
+    only if they were measured on the same audio with the same settings.
 
     Args:
         model: Encoder to measure: a run of `fastssl pretrain`, a Transformers folder, a model name on the Hub, or a
-            checkpoint of fairseq.
+            fairseq checkpoint.
         audio: Folder of recordings (WAV, FLAC, OGG, MP3; any sample rate, any number of channels; subfolders too),
             Lhotse manifest (.jsonl.gz), or Lhotse shar directory.
         output: JSON file to write, NAME.json; an existing file is replaced.
-        minutes: Minutes of audio to measure on: always the same recordings, whatever their order.
+        minutes: Minutes of audio to measure on. The same recordings are chosen every time, whatever their order.
         layers: Layers to measure, such as [0,6,12]; by default all.
         max_frames: Number of frames for k-means, drawn at random from all.
         seed: Seed of the draw and of k-means.
         channel: Channel to read; by default all channels are averaged.
         rate: Rate of a model with a sequence compressor: 0 keeps every frame, 1 gives the learned segments; by default
-            the model's own, which is 1 unless it was trained for one rate alone.
-        frame_period_ms: Mean frame period to compress to, milliseconds, instead of a rate.
-        device: Device to encode on: cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.
+            the model's own, which is 1 unless it was trained at a single rate.
+        frame_period_ms: Mean frame period to compress to, in milliseconds, instead of a rate.
+        device: Device to encode on: cpu, cuda, cuda:1, ...; auto uses a GPU if there is one.
 
     Raises:
-        ValueError: MODEL, AUDIO, the layers or the output does not serve; there is too little audio; frames are NaN.
+        ValueError: MODEL, AUDIO, the layers or the output is invalid, there is too little audio, or frames are NaN.
     """
     output = Path(output)
     if output.suffix != ".json" or output.is_dir():
@@ -114,7 +114,7 @@ def quality(
 
 
 class _Waveforms:
-    """Batches of audio that count, while they are read, the seconds, front-end frames and unreadable recordings."""
+    """Batches of audio. Reading them counts seconds and front-end frames, and collects unreadable recordings."""
 
     def __init__(
         self, cuts: Sequence[Cut], problems: list[Problem], encoder: SpeechEncoder, *, channel: int | None

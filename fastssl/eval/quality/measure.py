@@ -68,8 +68,8 @@ class LayerQuality:
 def first_minutes(cuts: Iterable[Cut], minutes: float) -> list[Cut]:
     """Choose cuts with at least `minutes` of audio in total, by a hash of their ids.
 
-    The choice does not depend on the order in which the cuts are listed, and it changes little if cuts are added.
-    Cuts stay whole, so that the last one may exceed the time.
+    The choice does not depend on the order of the cuts, and it changes little if cuts are added.
+    Cuts stay whole, so the total may be longer than `minutes`.
 
     Args:
         cuts: Cuts to choose from.
@@ -132,7 +132,7 @@ def measure_quality(
             `hidden_size` and `samples_per_frame`. It is measured in evaluation mode; its training mode is restored.
         waveforms: Batches of waveforms, (N, 1) at 16 kHz; they are moved to the encoder's device.
         layers: Layers to measure; None measures all, 0 to L.
-        max_frames: Maximal number of frames for k-means.
+        max_frames: Largest number of frames for k-means.
         seed: Seed for drawing frames and for k-means.
 
     Returns:
@@ -182,7 +182,7 @@ def measure_quality(
 def _assess(
     layer: int, ranks: "_Ranks", frames: NDArray[np.float32], *, seed: int, device: torch.device
 ) -> LayerQuality:
-    """Compute the measures of one layer; overwrites `frames`, (n, D)."""
+    """Compute the measures of one layer; overwrites `frames` (n, D)."""
     few = ranks.utterances.rows < frames.shape[1]
     rows = ranks.segments if few else ranks.utterances
     rank, rankme = effective_rank(ranks.frames.singular_values()), effective_rank(rows.singular_values())
@@ -270,7 +270,7 @@ class _FrameFile:
         path.touch()
 
     def write(self, values: Tensor, kept: NDArray[np.int64], places: NDArray[np.int64]) -> None:
-        """Write the frames `kept` of a batch to their `places` in the sample; of two in one place the later stays."""
+        """Write the frames `kept` of a batch to their `places` in the sample; a later frame replaces an earlier one."""
         frames = values[torch.from_numpy(kept).to(values.device)].float().cpu().numpy()
         new = min(len(values), self.max_frames - self._rows)  # these frames are first, and are appended in order
         if new:
