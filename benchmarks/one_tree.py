@@ -55,7 +55,8 @@ def find_rows(modules: tuple[str, ...] = MODULES) -> dict[str, tuple[str, Build]
                 raise
             continue  # the other tree has its rows, which are then named as missing here
         found = _overhead(module) if name == OVERHEAD else {k: partial(run, _CPU) for k, run in module.ROWS.items()}
-        rows = {key: (name, build) for key, build in found.items()} | rows
+        for key, build in found.items():
+            rows.setdefault(key, (name, build))
     return rows
 
 
@@ -98,7 +99,7 @@ def foreign_files(tree: Path) -> list[str]:
     names = [name for name in sys.modules if name.partition(".")[0] in ("fastssl", "benchmarks")]
     files = {file for name in names if (file := getattr(sys.modules[name], "__file__", None))}
     maps = [line.split(maxsplit=5)[-1].strip() for line in Path("/proc/self/maps").read_text().splitlines()]
-    files += {path for path in maps if path.endswith(".so") and "/fastssl/" in path}
+    files |= {path for path in maps if path.endswith(".so") and "/fastssl/" in path}
     return [file for file in sorted(files) if not Path(file).resolve().is_relative_to(tree)]
 
 
