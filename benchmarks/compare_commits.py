@@ -7,8 +7,8 @@ interval lies above 1.03 is measured once more, with three times the pairs, each
 processes of the same code differ by a per cent or two, by where their memory lies. The exit status is 1 if a row's
 interval lies there again.
 
-Other processes disturb single turns, and the median bears that. Where they use the processor, up to twice as many pairs
-are taken, and those count during which others used it least.
+Other processes disturb single turns, and the median bears that. While they use the processor, up to twice as many pairs
+are taken, if `--seconds` allow it, and those count during which others used it least.
 """
 
 import argparse

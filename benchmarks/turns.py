@@ -16,8 +16,8 @@ from benchmarks.machine import ForeignLoad
 
 #: An interval at 95 % needs this many pairs.
 FEWEST_PAIRS = 6
-#: Pairs that are taken however long they need.
-_FEWEST_ROUNDS = 8
+# Pairs that are taken however long they need: the interval then leaves out the lowest and the highest ratio.
+_FEWEST_ROUNDS = 9
 _TURN_S = 0.15
 #: Share of a core that others may take during a pair; the system counts in ticks of 10 ms.
 _QUIET, _TICK_S = 0.05, 0.01
@@ -87,10 +87,10 @@ def quietest(pairs: Sequence[Pair], wanted: int) -> list[Pair]:
 Turn = Callable[[int], tuple[float, float, float]]
 
 
-def take_pairs(before: Turn, after: Turn, *, calls: int, wanted: int) -> list[Pair]:
-    """Turns of both sides until `wanted` pairs were quiet, at most twice as many; returns the quietest."""
+def take_pairs(before: Turn, after: Turn, *, calls: int, wanted: int, most: int) -> list[Pair]:
+    """Turns of both sides until `wanted` pairs were quiet or there are `most`; returns the `wanted` quietest."""
     pairs: list[Pair] = []
-    while len(pairs) < 2 * wanted and sum(pair.quiet for pair in pairs) < wanted:
+    while len(pairs) < most and sum(pair.quiet for pair in pairs) < wanted:
         order = (before, after) if len(pairs) % 2 == 0 else (after, before)
         turns = {side: side(calls) for side in order}
         (before_s, before_cpu_s, one), (after_s, after_cpu_s, other) = turns[before], turns[after]
@@ -189,7 +189,7 @@ class Comparison:
         Args:
             row: Its key.
             rounds: Pairs of turns that count, of every start.
-            budget_s: Fewer pairs are taken where they need longer, but at least eight.
+            budget_s: Fewer pairs are taken where they need longer, but at least nine of them.
             starts: How often the processes are started, each time with another layout of their memory.
         """
         hellos: list[dict[str, Any]] = []
@@ -205,8 +205,9 @@ class Comparison:
                 hellos += [side.hear() for side in sides]
                 call_s = max(side.warm_up() for side in sides)
                 calls = max(1, round(_TURN_S / call_s))
-                wanted = max(_FEWEST_ROUNDS, min(rounds, int(budget_s / (2 * calls * call_s))))
-                pairs += take_pairs(sides[0].turn, sides[1].turn, calls=calls, wanted=wanted)
+                fitting = max(_FEWEST_ROUNDS, int(budget_s / (2 * calls * call_s)))
+                wanted, most = min(rounds, fitting), min(2 * rounds, fitting)
+                pairs += take_pairs(sides[0].turn, sides[1].turn, calls=calls, wanted=wanted, most=most)
         said = {key: list(dict.fromkeys(h[key] for h in hellos if key in h)) for key in ("contender", "processor")}
         return Result(
             contender=" / ".join(said["contender"]),
