@@ -50,7 +50,7 @@ def choose(before: Mapping[str, str], after: Mapping[str, str], patterns: Sequen
     Args:
         before: Row -> module, of the other commit.
         after: The same of this checkout.
-        patterns: What to compare; nothing means the rows of `benchmarks.all` and `bench_overhead`.
+        patterns: What to compare, in this order; nothing means the rows of `benchmarks.all` and `bench_overhead`.
 
     Raises:
         ValueError: A pattern matches no row of either tree.
@@ -59,11 +59,9 @@ def choose(before: Mapping[str, str], after: Mapping[str, str], patterns: Sequen
     for pattern in patterns:
         if not any(fnmatch(row, pattern) for row in known):
             raise ValueError(f"--only {pattern}: no row has this name; there are {', '.join(sorted(known))}")
-    chosen = [
-        row
-        for row, module in known.items()
-        if (any(fnmatch(row, pattern) for pattern in patterns) if patterns else module in MODULES[:2])
-    ]
+    usual = [row for row, module in known.items() if module in MODULES[:2]]
+    asked = [row for pattern in patterns for row in known if fnmatch(row, pattern)]
+    chosen = list(dict.fromkeys(asked if patterns else usual))
     common = [row for row in chosen if row in before and row in after]
     lacking = [f"{row}: only {'before' if row in before else 'after'} has it" for row in chosen if row not in common]
     return common, lacking
