@@ -51,7 +51,7 @@ def find_rows(modules: tuple[str, ...] = MODULES) -> dict[str, tuple[str, Build]
         try:
             module = importlib.import_module(name)
         except ModuleNotFoundError as error:
-            if error.name != name:
+            if not f"{name}.".startswith(f"{error.name}."):
                 raise
             continue  # the other tree has its rows, which are then named as missing here
         found = _overhead(module) if name == OVERHEAD else {k: partial(run, _CPU) for k, run in module.ROWS.items()}

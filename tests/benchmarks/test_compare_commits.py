@@ -93,7 +93,7 @@ def test_arguments_are_checked(arguments: list[str], message: str, capsys: pytes
 
 
 def make_tree(folder: Path, naps_s: dict[str, float]) -> Path:
-    """A checkout whose rows sleep, and whose rivals sleep longer."""
+    """A checkout whose rows take these times by a clock of its own, and whose rivals take longer."""
     for package in ("fastssl", "benchmarks"):
         (folder / package).mkdir(parents=True)
         (folder / package / "__init__.py").touch()
@@ -103,10 +103,14 @@ def make_tree(folder: Path, naps_s: dict[str, float]) -> Path:
         "from functools import partial\n"
         "from types import SimpleNamespace\n"
         "from benchmarks.harness import compare\n"
+        "clock_s = [0.0]\n"
+        "time.perf_counter = time.process_time = lambda: clock_s[0]\n"
+        "def sleep(nap_s):\n"
+        "    clock_s[0] += nap_s\n"
         "def row(nap_s, device):\n"
         "    assert str(device) == 'cpu'\n"
         "    names = {'a rival': 9.0, 'fastssl, native': nap_s, 'fastssl, reference': 9.0}\n"
-        "    present = [(name, partial(time.sleep, s), dict) for name, s in names.items()]\n"
+        "    present = [(name, partial(sleep, s), dict) for name, s in names.items()]\n"
         "    print('not an answer')\n"
         "    return compare('title', SimpleNamespace(present=present), tolerance=0.0)\n"
         f"ROWS = {{name: partial(row, nap_s) for name, nap_s in {naps_s}.items()}}\n"
@@ -119,7 +123,6 @@ def test_a_slower_tree_is_caught(
 ) -> None:
     before = make_tree(tmp_path / "before", {"nap": 0.01, "gone": 0.01})
     monkeypatch.setattr(compare_commits, "ROOT", make_tree(tmp_path / "after", {"nap": 0.03}))
-    monkeypatch.setattr(turns, "_TURN_S", 0.01)
     output = tmp_path / "result.json"
     assert compare_commits.main([str(before), "--rounds", "6", "--output", str(output)]) == 1
     printed = capsys.readouterr().out
@@ -129,8 +132,9 @@ def test_a_slower_tree_is_caught(
     assert report["lacking"] == ["gone: only before has it"]
     row = report["rows"]["nap"]
     assert row["first"]["contender"] == "fastssl, native"
-    assert row["first"]["time"]["median"] == pytest.approx(3, rel=0.3)
-    assert (row["first"]["pairs"], row["again"]["pairs"]) == (6, 18)
+    assert row["first"]["time"]["median"] == pytest.approx(3)
+    assert row["again"]["cpu_time"]["low"] == pytest.approx(3)
+    assert (row["first"]["pairs"], row["again"]["pairs"], row["first"]["calls_per_turn"]) == (6, 18, 5)
 
 
 def test_a_process_that_fails_says_why(tmp_path: Path) -> None:
