@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import compare_commits, one_tree, turns
+from benchmarks.bits.trees import ROOT
 from benchmarks.compare_commits import choose, judge
 from benchmarks.turns import Pair, Ratio, Result, quietest, ratio, take_pairs
 
@@ -74,8 +75,8 @@ def test_the_last_measurement_judges() -> None:
 
 
 def test_files_of_another_tree_are_found(tmp_path: Path) -> None:
-    assert one_tree.foreign_files(turns.ROOT) == []
-    assert str(turns.ROOT / "benchmarks" / "one_tree.py") in one_tree.foreign_files(tmp_path)
+    assert one_tree.foreign_files(ROOT) == []
+    assert str(ROOT / "benchmarks" / "one_tree.py") in one_tree.foreign_files(tmp_path)
 
 
 @pytest.mark.parametrize(
