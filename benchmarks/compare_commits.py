@@ -4,8 +4,8 @@ Each tree runs in its own process, with its own `fastssl` and its own benchmarks
 same work, and then call it in turns, one while the other waits: before, after, after, before, ... The ratios after /
 before of adjacent turns give a median and its 95 % interval, which follows from their order alone. A row whose whole
 interval lies above 1.03 is measured once more, with three times the pairs, each third of them in new processes: two
-processes of the same code differ by a per cent or two, by where their memory lies. The exit status is 1 if a row's
-interval lies there again.
+processes of the same code differ by up to three per cent in a step of 20 ms, by where their memory lies. The exit
+status is 1 if a row's interval lies there again.
 
 Other processes disturb single turns, and the median bears that. While they use the processor, up to twice as many pairs
 are taken, if `--seconds` allow it, and those count during which others used it least.
