@@ -135,9 +135,14 @@ def checksum(waveform: NDArray[np.float32]) -> int:
     return zlib.crc32(np.ascontiguousarray(waveform).data)
 
 
-@lru_cache(maxsize=64)
 def _opened(shard: Path) -> Any:
-    """Map a shard into memory, once per process."""
+    """Map a shard into memory, once per version of the file: to read an old map of a truncated file would be fatal."""
+    status = shard.stat()
+    return _mapped(shard, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=64)
+def _mapped(shard: Path, size: int, changed_ns: int) -> Any:
     try:
         return safe_open(shard, framework="pt")
     except SafetensorError as error:

@@ -264,9 +264,7 @@ def test_making_frames_goes_on_where_it_was_stopped(
 def test_a_stale_cache_is_refused(make_config: MakeConfig, teacher: Path, recordings: Path, tmp_path: Path) -> None:
     audio = tmp_path / "audio"
     shutil.copytree(recordings, audio)
-    config = _cached(
-        _distil(make_config("run", audio=audio, **WORKER, **{"trainer.max_steps": 1}), teacher), tmp_path / "cache"
-    )
+    config = _cached(_distil(make_config("run", audio=audio, **{"trainer.max_steps": 1}), teacher), tmp_path / "cache")
     pretrain(config)
     other = dataclasses.replace(config, output=str(tmp_path / "other"))
     with pytest.raises(
