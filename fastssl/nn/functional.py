@@ -31,7 +31,8 @@ def is_watched(module: nn.Module) -> bool:
     """Return whether calling `module` does more than its class's `forward`: it has hooks or a replaced `forward`."""
     if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks or "forward" in vars(module):
         return True
-    return any(getattr(hook, "__module__", None) != _RECORDER for hook in module._forward_hooks.values())
+    hooks = module._forward_hooks
+    return bool(hooks) and any(getattr(hook, "__module__", None) != _RECORDER for hook in hooks.values())
 
 
 def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
@@ -45,7 +46,11 @@ def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
         True if the type of `module` is one of `kinds`, its weight is an ordinary tensor (not quantised, not sharded),
         and `is_watched` is False.
     """
-    return type(module) in kinds and not is_watched(module) and type(getattr(module, "weight", None)) in _PLAIN_WEIGHTS
+    if type(module) not in kinds or is_watched(module):
+        return False
+    # `getattr` is slow where a module has no weight, as a dropout: PyTorch then writes a message first.
+    places = (module._parameters, vars(module), module._buffers)
+    return all(type(place["weight"]) in _PLAIN_WEIGHTS for place in places if "weight" in place)
 
 
 def linear(module: Any, x: Tensor) -> Tensor:

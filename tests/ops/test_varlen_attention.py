@@ -402,7 +402,7 @@ def test_autocast_reaches_the_arguments_and_not_the_op(case: str) -> None:
     ("change", "message"),
     [
         ({}, None),
-        ({"dtype": torch.float32}, "takes float16 and bfloat16"),
+        ({"dtype": torch.float32}, "supports float16 and bfloat16"),
         ({"width": 20}, "multiple of 8"),
         ({"width": 264}, "multiple of 8"),
         ({"scale": 0.5}, "default scale"),
