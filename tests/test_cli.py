@@ -17,7 +17,7 @@ import fastssl
 from benchmarks.recipes import recipe_model
 from fastssl import cli
 from fastssl.cli import pretrain
-from fastssl.eval.probe.run import ProbeSettings
+from fastssl.eval.probe.settings import ProbeSettings
 from fastssl.kernels import dispatch
 from fastssl.models.encoder import EncoderConfig
 from fastssl.models.wav2vec2 import GumbelTemperature, Wav2Vec2Config

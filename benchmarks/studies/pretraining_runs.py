@@ -26,7 +26,7 @@ from benchmarks.machine import describe
 from fastssl.data.batches import WaveformDataset, fixed_batches
 from fastssl.data.corpus import open_corpus
 from fastssl.eval.probe.features import SHRINKAGE
-from fastssl.eval.probe.run import LEARNING_RATES
+from fastssl.eval.probe.settings import LEARNING_RATES
 from fastssl.eval.quality.measure import MAX_FRAMES, first_minutes, measure_quality, quality_loader
 from fastssl.models.pretraining import PretrainingModel
 from fastssl.models.speech_encoder import SpeechEncoder

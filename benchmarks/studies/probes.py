@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import fastssl
 from fastssl.eval.probe.features import FeatureStore
-from fastssl.eval.probe.run import ProbeSettings, Task, run_probe
+from fastssl.eval.probe.run import run_probe
+from fastssl.eval.probe.settings import ProbeSettings, Task
 from fastssl.eval.probe.tables import Table, read_table
 
 

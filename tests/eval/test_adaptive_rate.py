@@ -16,7 +16,7 @@ from fastssl.eval.probe.command import probe
 from fastssl.eval.probe.features import FeatureStore
 from fastssl.eval.probe.heads import Head, Kind, Window, task_losses
 from fastssl.eval.probe.rate_head import FrameLengths, RateHead
-from fastssl.eval.probe.run import ProbeSettings
+from fastssl.eval.probe.settings import ProbeSettings
 from fastssl.eval.probe.tables import Table, read_table
 from fastssl.models.conformer import ConformerConfig, ConformerEncoder
 from fastssl.models.encoder import Encoder, EncoderConfig

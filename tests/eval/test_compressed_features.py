@@ -14,7 +14,8 @@ from fastssl.eval.label import LabelSettings, label
 from fastssl.eval.probe.command import probe
 from fastssl.eval.probe.features import EncoderSource, FeatureStore
 from fastssl.eval.probe.heads import Window
-from fastssl.eval.probe.run import RANDOM, ProbeSettings, run_probe
+from fastssl.eval.probe.run import RANDOM, run_probe
+from fastssl.eval.probe.settings import ProbeSettings
 from fastssl.eval.probe.tables import Table, read_table
 from fastssl.eval.quality.command import quality
 from fastssl.models.encoder import Encoder, EncoderConfig

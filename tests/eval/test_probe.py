@@ -14,7 +14,8 @@ import torch
 from fastssl import cli
 from fastssl.eval.probe.features import EncoderSource, FeatureStore, LogMelSource, RandomSource, Standard
 from fastssl.eval.probe.heads import Examples
-from fastssl.eval.probe.run import LEARNING_RATES, LOG_MEL, RANDOM, ProbeResult, ProbeSettings, run_probe
+from fastssl.eval.probe.run import LOG_MEL, RANDOM, ProbeResult, run_probe
+from fastssl.eval.probe.settings import LEARNING_RATES, ProbeSettings
 from fastssl.eval.probe.tables import Table, read_table
 from fastssl.models.encoder import Encoder, EncoderConfig
 from fastssl.packing import Packed

@@ -22,7 +22,8 @@ from fastssl.eval.probe.heads import (
     task_losses,
 )
 from fastssl.eval.probe.rate_head import FrameLengths, RateHead
-from fastssl.eval.probe.run import ProbeSettings, Targets
+from fastssl.eval.probe.run import Targets
+from fastssl.eval.probe.settings import ProbeSettings
 from fastssl.eval.probe.tables import Table
 from fastssl.models.speech_encoder import SpeechEncoder
 from fastssl.nn.compression import Compressed

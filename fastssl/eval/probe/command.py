@@ -12,7 +12,8 @@ from rich.table import Table as RichTable
 
 from fastssl.eval.encode import open_encoder_at
 from fastssl.eval.probe.adaptive import Trial, learn_rates
-from fastssl.eval.probe.run import ProbeResult, ProbeRun, ProbeSettings, run_probe
+from fastssl.eval.probe.run import ProbeResult, ProbeRun, run_probe
+from fastssl.eval.probe.settings import ProbeSettings
 from fastssl.eval.probe.tables import read_table, split_table
 from fastssl.models.folder import write_json
 
