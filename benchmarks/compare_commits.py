@@ -1,14 +1,14 @@
 """Time of our own contenders, over that of another commit: `python -m benchmarks.compare_commits COMMIT`.
 
 Each tree runs in its own process, with its own `fastssl` and its own benchmarks. For each row both processes build the
-same work, and then call it in turns, one while the other waits: before, after, after, before, ... The ratios after /
+same work, then call it alternately, while the other process waits: before, after, after, before, ... The ratios after /
 before of adjacent turns give a median and its 95 % interval, which follows from their order alone. A row whose whole
 interval lies above 1.03 is measured once more, with three times the pairs, each third of them in new processes: two
 processes of the same code differ by up to three per cent in a step of 20 ms, by where their memory lies. The exit
 status is 1 if a row's interval lies there again.
 
-Other processes disturb single turns, and the median bears that. While they use the processor, up to twice as many pairs
-are taken, if `--seconds` allow it, and those count during which others used it least.
+Other processes disturb single turns, which the median tolerates. Under load, up to twice as many pairs are taken, if
+`--seconds` allows it, and those with the least load are kept.
 """
 
 import argparse
@@ -45,12 +45,13 @@ _HEADER = (
 
 
 def choose(before: Mapping[str, str], after: Mapping[str, str], patterns: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Rows that both trees have, and those that one of them lacks, in words.
+    """Return the rows that both trees have, and a message for each row that one of them lacks.
 
     Args:
-        before: Row -> module, of the other commit.
-        after: The same of this checkout.
-        patterns: What to compare, in this order; nothing means the rows of `benchmarks.all` and `bench_overhead`.
+        before: Module of each row of the other commit.
+        after: Module of each row of this checkout.
+        patterns: Patterns of the rows to compare, in this order; empty means the rows of `benchmarks.all` and
+            `bench_overhead`.
 
     Raises:
         ValueError: A pattern matches no row of either tree.

@@ -1,15 +1,15 @@
-"""One tree's side of `benchmarks.compare_commits`: builds the work of a row, and times it when it is told to.
+"""Time the rows of one tree, as requested on stdin: one of the two processes of `benchmarks.compare_commits`.
 
-This file runs by its path, in a process that imports `fastssl` and `benchmarks` from the tree that its first argument
-names. That tree may be an older one, so nothing of this checkout is imported, and few names of the other are used:
-the `ROWS` of its benchmarks, `benchmarks.harness.compare`, which is replaced, and four of `bench_overhead`.
+The script is run by its path, in a process that imports `fastssl` and `benchmarks` from the tree named by its first
+argument. That tree may be older, so this script imports nothing from its own checkout and relies on few names of the
+tree: the `ROWS` of its benchmarks, `benchmarks.harness.compare`, which it replaces, and four names of `bench_overhead`.
 
-It reads a JSON value per line and answers each with one:
+The protocol: each line on stdin is a JSON value, and each is answered with one line of JSON.
 
     (at the start)          {"rows": {row: module}, "processor": ...}
-    "encoder-one"           {"contender": "fastssl"}: its work is built
-    null                    {"call_s": 0.31}: it is warm
-    5                       {"wall_s": 0.312, "cpu_s": 3.11}: the median call, and the processor time of all 5
+    "encoder-one"           {"contender": "fastssl"}: the row's work has been built
+    null                    {"call_s": 0.31}: the call has been warmed up
+    5                       {"wall_s": 0.312, "cpu_s": 3.11}: median time of 5 calls, and their total processor time
 """
 
 import ctypes
@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-#: Where rows are looked for; those of the first two are compared unless others are asked for.
+#: Modules with rows. The rows of the first two are compared by default.
 OVERHEAD = "benchmarks.bench_overhead"
 MODULES = (
     "benchmarks.all",
@@ -43,9 +43,9 @@ Build = Callable[[], tuple[str, Callable[[], Any]]]
 
 
 def find_rows(modules: tuple[str, ...] = MODULES) -> dict[str, tuple[str, Build]]:
-    """Row -> its module, and what builds its work: the name of our contender, and the call that is timed."""
+    """Return for each row its module and a function that builds its work: contender name and the call to time."""
     harness: Any = importlib.import_module("benchmarks.harness")
-    harness.compare = capture  # before the modules take it from there
+    harness.compare = capture  # before the modules import it
     rows: dict[str, tuple[str, Build]] = {}
     for name in modules:
         try:
@@ -53,7 +53,7 @@ def find_rows(modules: tuple[str, ...] = MODULES) -> dict[str, tuple[str, Build]
         except ModuleNotFoundError as error:
             if not f"{name}.".startswith(f"{error.name}."):
                 raise
-            continue  # the other tree has its rows, which are then named as missing here
+            continue  # only the other tree has this module; the comparison reports its rows as missing here
         found = _overhead(module) if name == OVERHEAD else {k: partial(run, _CPU) for k, run in module.ROWS.items()}
         for key, build in found.items():
             rows.setdefault(key, (name, build))
@@ -61,12 +61,12 @@ def find_rows(modules: tuple[str, ...] = MODULES) -> dict[str, tuple[str, Build]
 
 
 def capture(_title: str, contenders: Any, **_given: Any) -> tuple[str, Callable[[], Any]]:
-    """Takes the place of `compare`: the first of our contenders, which users get, and what is timed of it."""
+    """Replace `compare`: return name and timed call of the first fastssl contender, the one that users get."""
     return next((name, run) for name, run, _ in contenders.present if name.startswith("fastssl"))
 
 
 def _overhead(module: Any) -> dict[str, Build]:
-    """The narrow steps of `bench_overhead`, nearly all of which is Python, dispatch and autograd."""
+    """Return the narrow steps of `bench_overhead`, which spend nearly all time in Python, dispatch and autograd."""
     steps: dict[str, Callable[[], Callable[[], Any]]] = {}
     for count in (4, 16):
         steps[f"overhead-encoder-{count}"] = partial(module.encoder_step, module.NARROW, [0.1] * count)
@@ -79,7 +79,7 @@ def _ours(step: Callable[[], Callable[[], Any]]) -> tuple[str, Callable[[], Any]
 
 
 def warm_up(call: Callable[[], Any]) -> float:
-    """Call until it is warm; seconds of the last call."""
+    """Call repeatedly until caches and threads are warm, and return the time of the last call in seconds."""
     began_s, calls = time.perf_counter(), 0
     while calls < _WARM_UP_CALLS or time.perf_counter() - began_s < _WARM_UP_S:
         call_s, calls = _seconds(call), calls + 1
@@ -95,7 +95,7 @@ def _seconds(call: Callable[[], Any]) -> float:
 
 
 def foreign_files(tree: Path) -> list[str]:
-    """Files of `fastssl` and `benchmarks` that this process has loaded and that are not of the tree."""
+    """Return the loaded files of `fastssl` and `benchmarks` that lie outside the tree."""
     names = [name for name in sys.modules if name.partition(".")[0] in ("fastssl", "benchmarks")]
     files = {file for name in names if (file := getattr(sys.modules[name], "__file__", None))}
     maps = [line.split(maxsplit=5)[-1].strip() for line in Path("/proc/self/maps").read_text().splitlines()]
@@ -104,7 +104,7 @@ def foreign_files(tree: Path) -> list[str]:
 
 
 def processor() -> str:
-    """Name, family and model: the name alone does not tell the generation."""
+    """Return name, family and model of the processor; the name alone does not identify its generation."""
     lines = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
     found = {key.strip(): value.strip() for key, _, value in lines}
     if "cpu family" not in found:
@@ -113,9 +113,9 @@ def processor() -> str:
 
 
 def main(folder: str, threads: str) -> None:
-    """Answer one comparison's questions about one row."""
+    """Build one row's work and time it, as requested on stdin; the module docstring describes the protocol."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a row prints is not an answer
+    os.dup2(2, 1)  # output that a row prints must not be taken for an answer
 
     def say(answer: dict[str, Any]) -> None:
         print(json.dumps(answer), file=answers, flush=True)
@@ -128,7 +128,8 @@ def main(folder: str, threads: str) -> None:
     for line in sys.stdin:
         torch.manual_seed(0)
         name, call = rows[json.loads(line)][1]()
-        gc.collect()  # the rivals, whose memory goes back to the system
+        # Free the rivals, and return their memory to the system.
+        gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
         say({"contender": name})
         next(sys.stdin)

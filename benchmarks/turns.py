@@ -1,4 +1,4 @@
-"""Two trees' processes that time the same call in turns, and the ratio of their times."""
+"""Time the same call alternately in the processes of two trees, and compute the ratio of the times."""
 
 import json
 import math
@@ -25,7 +25,7 @@ _QUIET, _TICK_S = 0.05, 0.01
 
 @dataclass(frozen=True)
 class Pair:
-    """One turn of each tree; seconds of the median call, processor time of all, and what others took meanwhile."""
+    """One turn of each tree: median time per call, total processor time, and the load of other processes."""
 
     before_s: float
     after_s: float
@@ -40,7 +40,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Ratio:
-    """After / before: the median over pairs, and the 95 % interval of that median."""
+    """The ratio after / before: its median over the pairs, and the 95 % interval of that median."""
 
     median: float
     low: float
@@ -49,7 +49,7 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Result:
-    """Of one row; times are medians over the pairs that count."""
+    """The result of one row; times are medians over the pairs that were kept."""
 
     contender: str
     processor: str
@@ -63,7 +63,7 @@ class Result:
 
 
 def ratio(values: Sequence[float]) -> Ratio:
-    """Median, and the order statistics that enclose it with a probability of at least 95 %.
+    """Return the median, and the order statistics that enclose the true median with at least 95 % probability.
 
     Raises:
         ValueError: There are fewer than six values.
@@ -80,7 +80,7 @@ def ratio(values: Sequence[float]) -> Ratio:
 
 
 def quietest(pairs: Sequence[Pair], wanted: int) -> list[Pair]:
-    """The `wanted` pairs during which others used the processor least, the earlier ones first."""
+    """Return the `wanted` pairs with the least load from other processes; earlier pairs win ties."""
     return sorted(pairs, key=lambda pair: pair.others)[:wanted]
 
 
@@ -88,7 +88,7 @@ Turn = Callable[[int], tuple[float, float, float]]
 
 
 def take_pairs(before: Turn, after: Turn, *, calls: int, wanted: int, most: int) -> list[Pair]:
-    """Turns of both sides until `wanted` pairs were quiet or there are `most`; returns the `wanted` quietest."""
+    """Measure pairs until `wanted` of them were quiet, or `most` were taken; return the `wanted` quietest."""
     pairs: list[Pair] = []
     while len(pairs) < most and sum(pair.quiet for pair in pairs) < wanted:
         order = (before, after) if len(pairs) % 2 == 0 else (after, before)
@@ -102,10 +102,10 @@ class Side:
     """The process of one tree.
 
     Args:
-        name: For messages.
-        tree: Checkout that it imports `fastssl` and `benchmarks` from.
-        log: Gets what it prints.
-        threads: CPU threads.
+        name: Name of the tree in messages.
+        tree: Checkout from which the process imports `fastssl` and `benchmarks`.
+        log: File for the output of the process.
+        threads: Number of CPU threads.
     """
 
     def __init__(self, name: str, tree: Path, log: Path, threads: int) -> None:
@@ -128,10 +128,10 @@ class Side:
             self._process.stdin.flush()
 
     def hear(self) -> dict[str, Any]:
-        """The next answer.
+        """Read the next answer of the process.
 
         Raises:
-            RuntimeError: The process has ended; has the end of what it printed.
+            RuntimeError: The process has ended; the message contains the end of its output.
         """
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
@@ -142,7 +142,7 @@ class Side:
         return answer
 
     def turn(self, calls: int) -> tuple[float, float, float]:
-        """Seconds of the median call, processor seconds of all calls, and cores that others used meanwhile."""
+        """Time calls: return median seconds, total processor seconds, and cores used by other processes."""
         load = ForeignLoad()
         self.say(calls)
         answer = self.hear()
@@ -150,7 +150,7 @@ class Side:
         return answer["wall_s"], answer["cpu_s"], max(0.0, others_s) / load.elapsed_s()
 
     def warm_up(self) -> float:
-        """Seconds of a call of the work that the process has built, once it is warm."""
+        """Warm up the work that the process has built, and return the time of one call in seconds."""
         self.say(None)
         seconds: float = self.hear()["call_s"]
         return seconds
@@ -161,20 +161,20 @@ class Side:
 
 
 class Comparison:
-    """Two trees.
+    """Compare two trees, each in its own process.
 
     Args:
         before: Checkout of the other commit.
-        after: Checkout that is compared with it.
-        folder: For what the processes print.
-        threads: CPU threads of each process, one of which runs at a time.
+        after: Checkout to compare with it.
+        folder: Folder for the output of the processes.
+        threads: CPU threads of each process; the processes never run at the same time.
     """
 
     def __init__(self, before: Path, after: Path, folder: Path, threads: int) -> None:
         self._trees, self._folder, self._threads = {"before": before, "after": after}, folder, threads
 
     def rows(self) -> tuple[dict[str, str], dict[str, str]]:
-        """Row -> module that it comes from, of either tree."""
+        """Return the module of each row, for both trees."""
         sides = self._start()
         try:
             before, after = (side.hear()["rows"] for side in sides)
@@ -187,10 +187,10 @@ class Comparison:
         """Time one row in new processes.
 
         Args:
-            row: Its key.
-            rounds: Pairs of turns that count, of every start.
-            budget_s: Fewer pairs are taken where they need longer, but at least nine of them.
-            starts: How often the processes are started, each time with another layout of their memory.
+            row: Key of the row.
+            rounds: Number of pairs to keep from each start.
+            budget_s: Time limit in seconds; a slow row gets fewer pairs, but at least nine.
+            starts: Number of times that the processes are started; each start has another memory layout.
         """
         hellos: list[dict[str, Any]] = []
         pairs: list[Pair] = []

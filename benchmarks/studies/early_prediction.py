@@ -77,7 +77,7 @@ def jobs(corpora: Path, size: Size, *, precision: str) -> dict[str, Job]:
                 "model.mask_time_prob": MASKS[mask][0],
                 "model.mask_time_length": MASKS[mask][1],
                 "optimizer.lr": rate,
-                # The warm-up must end before the checkpoint that is measured, at a quarter.
+                # The warm-up must end before the first measured checkpoint, after a quarter of the updates.
                 "optimizer.warmup_updates": size.updates // 10,
                 "data.valid": str(corpora / "dev"),
                 "data.min_duration_s": 1.0,

@@ -122,7 +122,7 @@ def step_there(learner: Learner, padded: torch.Tensor, lengths: list[int], updat
 
 
 def make_learners(updates: int, seed: int) -> tuple[Learner, Learner]:
-    """Return a learner of fastssl and one of Transformers, with the same initial weights."""
+    """Return a fastssl learner and a Transformers learner with the same initial weights."""
     torch.manual_seed(seed)
     config = recipe_model("wav2vec2-tiny")  # its features penalty has weight 0; Transformers has none
     ours = Wav2Vec2ForPreTraining(config)

@@ -141,10 +141,11 @@ def _parser_of(arguments: Sequence[str], command: str) -> "ArgumentParser":
 
 
 def _defaults_of(arguments: Sequence[str], command: str) -> dict[Path, dict[str, Any]]:
-    """Return the settings to start from, by file: a recipe or the run to resume, then --config, which overrides it.
+    """Return the initial settings by file: the recipe or the run to resume, then the --config file, which overrides it.
 
     Raises:
-        ValueError: The recipe, file or run does not exist, or the files are for different systems.
+        ValueError: The recipe, file or run does not exist; or its system is unknown, differs between the files or from
+            --system, or belongs to another command.
     """
     from fastssl.train.systems import SYSTEMS
 

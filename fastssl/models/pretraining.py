@@ -366,9 +366,10 @@ def masked_by_utterance(mask: Tensor, layout: Layout) -> Tensor:  # (N,) bool ->
 
 
 def features_penalty(frames: Packed, masked: Tensor) -> Tensor:
-    """Sum the mean square of each utterance's frames over utterances, each weighted by its number of masked frames.
+    """Return the weighted sum over utterances of the mean square of their frames.
 
-    With these weights, the sum over batches divided by the number of all masked frames is a mean, as for other losses.
+    The weight of an utterance is its number of masked frames. Summed over batches and divided by the total number of
+    masked frames, this is a weighted mean, like the other losses.
 
     Args:
         frames: (N, C) front-end frames.

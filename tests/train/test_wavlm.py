@@ -55,7 +55,7 @@ def span(added: Tensor) -> tuple[int, int]:
 
 
 def source_of(added: Tensor, sources: list[Tensor]) -> tuple[int, float]:
-    """Return which source a part comes from, and its factor; search every place in every source."""
+    """Return the index of the source that the part was cut from, and the factor that scales it."""
     start, stop = span(added)
     part = added[start:stop, 0]
     for index, source in enumerate(sources):

@@ -194,7 +194,7 @@ def _remark(results: Sequence[LayerQuality], seconds: float, minutes: float, *, 
         )
     if first.rankme_rows < 2 * width:
         logger.warning(
-            "RankMe is based on only %d %s, but the width is %d: it means little with fewer than several times that",
+            "RankMe is based on only %d %s for %d dimensions and is unreliable; measure on several times as much audio",
             first.rankme_rows,
             first.rankme_of,
             width,
