@@ -4,8 +4,8 @@ Each tree runs in its own process, with its own `fastssl` and its own benchmarks
 same work, then call it alternately, while the other process waits: before, after, after, before, ... The ratios after /
 before of adjacent turns give a median and its 95 % interval, which follows from their order alone. A row whose whole
 interval lies above 1.03 is measured once more, with three times the pairs, each third of them in new processes: two
-processes of the same code differ by up to three per cent in a step of 20 ms, by where their memory lies. The exit
-status is 1 if a row's interval lies there again.
+processes of the same code differ by up to three per cent in a step of 20 ms, because their memory layouts differ. The
+exit status is 1 if a row's interval lies there again.
 
 Other processes disturb single turns, which the median tolerates. Under load, up to twice as many pairs are taken, if
 `--seconds` allows it, and those with the least load are kept.

@@ -218,7 +218,7 @@ def test_command(encoder: Encoder, tmp_path: Path, capsys: pytest.CaptureFixture
     shown = " ".join(capsys.readouterr().out.split())
     assert "Davies-Bouldin" in shown
     assert "only 0.2 of the 60 minutes requested are available" in shown
-    assert "RankMe is based on only 4 segments, but the width is 32" in shown
+    assert "RankMe is based on only 4 segments for 32 dimensions" in shown
     report = json.loads(out.read_text())
     assert [layer["layer"] for layer in report["layers"]] == [0, 2]
     assert report["audio_hours"] == pytest.approx(12 / 3600)
