@@ -14,76 +14,19 @@ from torch.utils.data import DataLoader
 from fastssl.data.batches import AudioBatch, BatchSpec, FrameLabels, UpdateSampler, WaveformDataset, fixed_batches
 from fastssl.data.corpus import Corpus, Problem, list_some, open_corpus, split_corpus
 from fastssl.data.labels import LabelTable
-from fastssl.data.noise import NoiseProblem, NoiseRecordings
+from fastssl.data.noise import NoiseRecordings
 from fastssl.data.recordings import FrameGrid
 from fastssl.data.teacher_frames import TeacherTable
 from fastssl.eval.encode import default_workers
+from fastssl.train.account import Account
 from fastssl.train.config import DataConfig
-from fastssl.train.module import TrainingError
 
 #: Prefix of the keys of a teacher's frames for held-out crops, because their ids may also occur in the training data.
 HELD_OUT = "held out/"
 #: How labels are used: as classes to predict, or as segments (runs of equal labels).
 Use = Literal["labels", "segments"]
 
-#: Below these numbers of unusable recordings and of draws, the fraction of unusable draws says little about the corpus.
-_FEW_RECORDINGS, _FEW_DRAWS = 3, 200
 _SHORTEST_NOISE_S = 0.1
-
-
-class Account:
-    """Count of the recordings drawn so far, and the names of those that could not be used.
-
-    Args:
-        total: Number of recordings in the corpus; each window of a long recording counts.
-        max_bad_fraction: Largest unusable fraction of the corpus or, once three recordings have failed, of those drawn
-            so far.
-        left_out: Problems found in the files' headers before the first draw; `open_corpus` has already counted these.
-        total_noise: Number of noise recordings, whose unusable fraction is limited separately.
-    """
-
-    def __init__(self, total: int, max_bad_fraction: float, left_out: list[Problem], total_noise: int = 0) -> None:
-        self.total, self.total_noise = total, total_noise
-        self.max_bad_fraction = max_bad_fraction
-        self.left_out = left_out
-        self.draws = 0
-        self.unusable: dict[str, str] = {}
-        self.unusable_noise: dict[str, str] = {}
-
-    def note(self, draws: int, problems: list[Problem]) -> list[Problem]:
-        """Add the recordings that all processes drew for an update.
-
-        Args:
-            draws: Number of recordings drawn, including those that could not be used.
-            problems: Problems with the recordings that could not be used.
-
-        Returns:
-            The problems with recordings that had none before.
-
-        Raises:
-            TrainingError: The unusable fraction of the corpus or of the noise recordings exceeds `max_bad_fraction`.
-        """
-        self.draws += draws
-        known = self.unusable | self.unusable_noise
-        fresh = list({problem.name: problem for problem in problems if problem.name not in known}.values())
-        for problem in fresh:
-            of_noise = isinstance(problem, NoiseProblem)
-            (self.unusable_noise if of_noise else self.unusable)[problem.name] = problem.reason
-        # The first pass over the corpus draws every recording, so later draws bring no new recordings.
-        drawn = min(self.draws, self.total)
-        judged = self.total if len(self.unusable) < _FEW_RECORDINGS else max(drawn, min(_FEW_DRAWS, self.total))
-        self._judge(self.unusable, known, judged, f"{drawn} recordings drawn so far")
-        self._judge(self.unusable_noise, known, self.total_noise, f"{self.total_noise} recordings of data.noise")
-        return fresh
-
-    def _judge(self, unusable: dict[str, str], known: dict[str, str], judged: int, what: str) -> None:
-        if unusable.keys() - known and len(unusable) > self.max_bad_fraction * judged:
-            examples = "; ".join(f"{name} {reason}" for name, reason in list(unusable.items())[:5])
-            raise TrainingError(
-                f"{len(unusable)} of the {what} cannot be used, more than "
-                f"data.max_bad_fraction={self.max_bad_fraction:g} allows; repair or remove them, or raise the limit. "
-                f"Among them: {examples}"
-            )
 
 
 class Beside(Protocol):
@@ -147,15 +90,16 @@ class PretrainDataModule(LightningDataModule):
         self._made: list[list[Problem]] = []
         self._failure: Exception | None = None
         self._labels: dict[tuple[Use, str], FrameLabels] = {}
-        self._noise: NoiseRecordings | None = None
+        #: Recordings of noise for the training utterances; None without `data.noise`.
+        self.noise: NoiseRecordings | None = None
         if config.noise is not None:
             try:
                 recordings = self._open(config.noise, min_duration_s=_SHORTEST_NOISE_S)
             except ValueError as error:
                 raise ValueError(f"data.noise: {error}") from None
-            self._noise = NoiseRecordings(tuple(recordings.cuts), noise_share, config.channel)
+            self.noise = NoiseRecordings(tuple(recordings.cuts), noise_share, config.channel)
             self.account.left_out += recordings.problems
-            self.account.total_noise = len(self._noise.cuts)
+            self.account.total_noise = len(self.noise.cuts)
         self._teacher: TeacherTable | None = None
         self._consumed = 0
         self._digest = ""
@@ -343,7 +287,7 @@ class PretrainDataModule(LightningDataModule):
                 channel=self.config.channel,
                 labels=self._labels.get(("labels", part)),
                 segments=self._labels.get(("segments", part)),
-                noise=self._noise if part == "train" else None,
+                noise=self.noise if part == "train" else None,
                 teacher=self._teacher,
                 teacher_keys=HELD_OUT if part == "valid" else "",
             ),
@@ -392,7 +336,7 @@ class PretrainDataModule(LightningDataModule):
         """Return a hash of the training and noise recordings, which determine the batches."""
         if not self._digest:
             digest = hashlib.blake2b(digest_size=16)
-            for cut in (*self.train_corpus.cuts, *(() if self._noise is None else self._noise.cuts)):
+            for cut in (*self.train_corpus.cuts, *(() if self.noise is None else self.noise.cuts)):
                 digest.update(f"{cut.id} {cut.duration}\n".encode())
             self._digest = digest.hexdigest()
         return self._digest

@@ -17,7 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from fastssl.data.batches import AudioBatch
 from fastssl.data.corpus import Problem
-from fastssl.train.data import Account
+from fastssl.train.account import Account
 from fastssl.train.metrics_file import MetricsFile
 from fastssl.train.module import PretrainModule, TrainingError, code_usage
 

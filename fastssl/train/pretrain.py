@@ -246,6 +246,8 @@ def _describe(
     for name, corpus in corpora:
         hours = corpus.duration_s / 3600
         logger.info("%s: %d recordings, %.2f hours", name, corpus.num_recordings, hours)
+    if data.noise is not None:
+        logger.info("noise: %d recordings", len(data.noise.cuts))
     if data.num_overlapping:
         logger.info("not trained on, because data.valid holds them out: %d cuts of AUDIO", data.num_overlapping)
     if data.valid_corpus is not None and not isinstance(config.data.valid, str):

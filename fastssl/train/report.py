@@ -8,7 +8,7 @@ from rich.table import Table
 
 from fastssl.eval.showing import new_figure, write_figure
 from fastssl.models.pretraining import PretrainingModel, Score
-from fastssl.train.data import Account
+from fastssl.train.account import Account
 from fastssl.train.metrics_file import read_metrics
 from fastssl.train.quality_callback import draw_quality
 

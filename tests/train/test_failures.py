@@ -16,7 +16,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from fastssl.data.corpus import Problem
 from fastssl.data.noise import NoiseProblem
 from fastssl.interop import load_encoder
-from fastssl.train.data import Account
+from fastssl.train.account import Account
 from fastssl.train.metrics_file import read_metrics
 from fastssl.train.module import _COUNTS, PretrainModule, TrainingError
 from fastssl.train.monitors import Monitor

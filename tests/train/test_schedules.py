@@ -7,8 +7,8 @@ from typing import Any, cast
 import pytest
 
 from fastssl.models.wav2vec2 import GumbelTemperature
+from fastssl.train.account import Account
 from fastssl.train.config import DataConfig, OptimizerConfig, TrainerConfig
-from fastssl.train.data import Account
 from fastssl.train.metrics_file import MetricsFile, read_metrics
 from fastssl.train.monitors import Monitor
 
