@@ -121,8 +121,8 @@ def with_peak_memory(call: Callable[[], Any], device: torch.device) -> tuple[flo
     """Return a call's time in seconds, and its peak memory in bytes less the memory in use before it.
 
     On the CPU this is resident memory. The free heap is first returned to the system, so that a call cannot reuse pages
-    of an earlier one; a page counts once it is touched. Linux updates its memory counters in batches per processor, so
-    the peak may be some hundred kilobytes too low.
+    of an earlier one; a page counts as soon as it is touched. Linux updates its memory counters in batches per
+    processor, so the peak may be a few hundred kilobytes too low.
     """
     gc.collect()
     if device.type == "cuda":

@@ -14,7 +14,7 @@ class Spread:
     """Mean and standard deviation of a measure over seeds.
 
     Args:
-        values: One value per seed, as shares (0 to 1); printed in per cent.
+        values: One value per seed, as a fraction (0 to 1); printed as a percentage.
     """
 
     def __init__(self, values: Sequence[float]) -> None:

@@ -51,7 +51,7 @@ FASTSSL_INLINE void widen_rows_body(
 }
 FASTSSL_ISA_VARIANTS(widen_rows)
 
-// The same copy, in pairs along the columns.
+// Like `widen_rows`, but keeps bf16 and packs columns 2i and 2i + 1 into one pair; rows are padded to 16 pairs.
 template <Isa isa>
 FASTSSL_INLINE void pair_columns_body(
     const torch::headeronly::BFloat16* x,

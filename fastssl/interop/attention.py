@@ -44,7 +44,8 @@ def _mask(
 
     if mask_function is not bidirectional_mask_function or q_length != kv_length:
         raise ValueError(
-            f"attn_implementation: {NAME!r} supports only self-attention in both directions; choose 'eager' instead"
+            f"attn_implementation: {NAME!r} supports only bidirectional self-attention with q, k and v of one shape; "
+            "choose 'eager' for causal or cross-attention"
         )
     if attention_mask is None:
         return None
@@ -65,7 +66,8 @@ def _attend(
 ) -> tuple[Tensor, None]:  # (B, T, H, E)
     if is_causal or getattr(module, "is_causal", False) or not query.shape == key.shape == value.shape:
         raise ValueError(
-            f"attn_implementation: {NAME!r} supports only self-attention in both directions; choose 'eager' instead"
+            f"attn_implementation: {NAME!r} supports only bidirectional self-attention with q, k and v of one shape; "
+            "choose 'eager' for causal or cross-attention"
         )
     if isinstance(attention_mask, Tensor) or options.get("position_bias") is not None:
         raise ValueError(

@@ -253,7 +253,7 @@ def _adapt(model: Any, x: Packed, padded_frames: int) -> Tensor:
 
 
 def _adapter_layer(conv: nn.Conv1d, x: Packed) -> Packed:
-    """Apply a strided convolution and a gated linear unit; zero frames pad each utterance on both sides."""
+    """Pad each utterance with zeros at both ends, then apply a strided convolution and a gated linear unit."""
     padding = int(conv.padding[0])
     framed = x.layout.map_lengths(
         lambda length: length + 2 * padding if length else 0, lambda lengths: (lengths + 2 * padding) * (lengths > 0)

@@ -291,7 +291,7 @@ def check_resumable(config: PretrainConfig, path: Path) -> None:
     Raises:
         ValueError: Settings differ that must not change; the message lists all of them.
     """
-    # Settings that the run's version did not have yet behaved as their defaults do now.
+    # A setting that did not exist in the version that started the run counts as having its current default.
     model = SYSTEMS[config.system].config_class()
     defaults = PretrainConfig(audio="", output="", system=config.system, model=model)
     before = _flatten(_values(defaults)) | _flatten(renamed(yaml.safe_load(path.read_text())))

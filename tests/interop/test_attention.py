@@ -105,7 +105,7 @@ def test_other_encoders_and_masks_with_holes() -> None:
 def test_what_is_not_served_is_named() -> None:
     config = transformers.GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=50)
     model = transformers.GPT2Model._from_config(config, attn_implementation="fastssl").eval()
-    with pytest.raises(ValueError, match="both directions"):
+    with pytest.raises(ValueError, match="only bidirectional self-attention"):
         model(torch.randint(0, 50, (1, 5)))
 
 

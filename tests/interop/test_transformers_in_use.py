@@ -46,7 +46,7 @@ def ctc_script(model: Any, speech: list[Any]) -> tuple[float, list[Tensor]]:
 
 @pytest.mark.parametrize("variant", ["wav2vec2 large", "hubert large", "wavlm large", "unispeech large"])
 def test_the_same_script_before_and_after(variant: str, speech: list[Any]) -> None:
-    """Values are the same where the original keeps utterances apart (layer norm, one positional convolution)."""
+    """Values match for variants whose outputs ignore padding: layer norm and a single positional convolution."""
     model = transformers_model(variant, "ForCTC", apply_spec_augment=False)
     loss, grads = ctc_script(model, speech)
     grads = [grad.clone() for grad in grads]

@@ -376,7 +376,7 @@ def _weight_grad(
     x: Tensor,  # (N, C_in)
     grad_conv: Tensor,  # (N_out, C_out)
 ) -> Tensor:  # (C_out, C_in, K)
-    """Return the weight's gradient: one kernel sums shares of the frames, another adds the shares in a fixed order."""
+    """Return the weight's gradient: a kernel sums blocks of frames, then PyTorch adds these sums in a fixed order."""
     blocks = _weight_grad_blocks(x.dtype, channels=layer.channels, window=layer.window)
     tiles = triton.cdiv(layer.channels, blocks.m) * triton.cdiv(layer.window, blocks.n)
     share = max(8 * blocks.k, triton.cdiv(layer.total, max(1, _PROGRAMS // tiles)))

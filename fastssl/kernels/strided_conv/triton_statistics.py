@@ -78,7 +78,7 @@ def _window_covariance(
         moments_ptr += BLOCK_K * BLOCK_K
     moments /= tl.maximum(frames, 1)
     inside = k < WINDOW
-    # Row and column WINDOW are products with the one: the means.
+    # Row and column WINDOW come from the column of ones, so they are the means.
     row = tl.sum(tl.where((k == WINDOW)[:, None], moments, 0.0), 0)
     column = tl.sum(tl.where((k == WINDOW)[None, :], moments, 0.0), 1)
     both = inside[:, None] & inside[None, :]
@@ -238,7 +238,8 @@ def _window_group_norm_backward_kernel(
         shift += tl.load(sums_ptr + channels, mask=in_range, other=0.0)
         products_ptr += BLOCK_K * C
         sums_ptr += 3 * C
-    # Centre the windows on their mean. The product with the one is the sum of the same rounded gradients.
+    # Centre the windows on their mean. Row WINDOW of `products` comes from the column of ones, so it is the sum of the
+    # gradients, rounded in the same way.
     ones = tl.sum(tl.where((k == WINDOW)[:, None], products, 0.0), 0)
     products = tl.where((k < WINDOW)[:, None], products - mean[:, None] * ones[None, :], 0.0)
     mask = (k < WINDOW)[:, None] & in_range[None, :]
