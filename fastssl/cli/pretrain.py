@@ -35,11 +35,12 @@ def pretrain(arguments: Sequence[str], *, command: str = "pretrain") -> None:
         command: "pretrain" or "distill"; each has its own systems.
     """
     from fastssl.models.config import CompressorConfig
-    from fastssl.models.wav2vec2 import GumbelTemperature
     from fastssl.train.config import PretrainConfig
+    from fastssl.train.systems import SYSTEMS
 
     parser = _parser_of(arguments, command)
-    kinds = (CompressorConfig, GumbelTemperature)
+    # A model's config, and the groups of options inside it.
+    kinds = [CompressorConfig, *(kind for one in SYSTEMS.values() for kind in groups_inside(one.config_class).values())]
     given = parser.parse_args(list(arguments))
     values = vars(parser.instantiate(given, instantiators=[(_make_model_config, kind, True) for kind in kinds]))
     if values.get("audio") is None:
