@@ -150,7 +150,7 @@ def compare(
         notes: Lines to print below the row.
 
     Raises:
-        GateError: A contender's outputs deviate from the reference, or none of ours runs.
+        GateError: A contender's outputs deviate from the reference, or no fastssl contender runs.
         BusyMachineError: Other processes keep the machine busy.
     """
     skipped = dict(contenders.skipped)
@@ -182,7 +182,7 @@ def gate(
         The contenders that run, and the worst error of each.
 
     Raises:
-        GateError: A contender's outputs deviate from the reference, or none of ours runs.
+        GateError: A contender's outputs deviate from the reference, or no fastssl contender runs.
     """
     errors: dict[str, float] = {}
     running = []

@@ -86,7 +86,7 @@ def _differentiable(value: Any) -> list[Tensor]:
 
 
 def with_gradients(call: Callable[[], Any], leaves: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return the result of a call as "out", and the gradients of its `score` by name of the leaf as "grad"."""
+    """Return {"out": the result of a call, "grad": the gradients of its `score` by leaf name}."""
     value = call()
     wanted = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
     total = score(value)

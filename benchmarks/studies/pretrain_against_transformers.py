@@ -52,7 +52,7 @@ class Learner:
         )
 
     def step(self, loss: torch.Tensor) -> None:
-        """Take one optimiser step down the gradient of a loss, a () tensor."""
+        """Take one optimiser step on a scalar loss."""
         self.optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP_NORM)

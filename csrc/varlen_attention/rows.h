@@ -58,7 +58,7 @@ struct Rows {
   int64_t keys;
   int64_t first_query;  // positions within the sequence
   int64_t first_key;
-  T scale;  // factor of the products of queries and keys
+  T scale;  // multiplies the products of queries and keys
   T scale_log2;  // scale * log2(e), for powers of 2
   const T* bias;  // points to the bias of distance 0
   const T* gate;

@@ -82,7 +82,9 @@ class StackedPositionalEmbedding(nn.Module):
 
 
 class PositionalConvLayer(nn.Module):
-    """The parameters of one convolution of `StackedPositionalEmbedding`, which runs it. Its layer norm has none.
+    """One layer of `StackedPositionalEmbedding`: it holds the parameters, and its parent computes the output.
+
+    The layer norm has no parameters.
 
     Args:
         width: D, the number of input and output channels.

@@ -89,7 +89,7 @@ def test_sounds_are_divided_by_fold(tmp_path: Path) -> None:
     }
     assert {part: len(rows) - 1 for part, rows in lines.items()} == {"pretrain": 3, "train": 2, "dev": 1, "test": 1}
     assert lines["test"] == ["path\tclass", "crackling_fire_4-104-A.flac\tcrackling_fire"]
-    # The corpus pads sounds with silence, which says nothing about the class. It is cut off, but one second is kept.
+    # The corpus pads sounds with silence, which carries no class information. It is trimmed to no less than one second.
     for part, name, samples_left in (("test", "4-104-A", 24000), ("dev", "3-103-A", 18000), ("train", "1-101-A", 8000)):
         sound, rate_hz = soundfile.read(parts / part / f"crackling_fire_{name}.flac")
         assert rate_hz == 8000

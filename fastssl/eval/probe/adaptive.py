@@ -212,7 +212,7 @@ class _Learning:
             losses = self._at(batch, drawn.expand(len(batch.chosen)), head, standard, scale).losses
             loss = losses.sum() / sum(map(len, batch.targets))
             if not loss.isfinite():
-                raise ValueError(f"rate_price: the loss is {loss.item()} in step {step}; choose lower learning_rates")
+                raise ValueError(f"learning_rates: the loss is {loss.item()} in step {step}; choose lower ones")
             loss.backward()
             torch.nn.utils.clip_grad_norm_(head.parameters(), CLIP_NORM)
             of_head.step()
