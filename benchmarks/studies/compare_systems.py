@@ -22,13 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import fastssl
+from benchmarks.studies.checkpoint_scores import layer_quality, open_checkpoint
 from benchmarks.studies.pretraining_runs import (
     Job,
     StudyFile,
     Trained,
     corpora_parser,
-    layer_quality,
-    open_checkpoint,
     train,
     what_decides,
 )

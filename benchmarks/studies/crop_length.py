@@ -32,6 +32,7 @@ import numpy as np
 import soundfile
 from numpy.typing import NDArray
 
+from benchmarks.studies.checkpoint_scores import held_out_scores, open_checkpoint
 from benchmarks.studies.findings import Spread, chance, compare
 from benchmarks.studies.pretraining_runs import (
     Job,
@@ -40,8 +41,6 @@ from benchmarks.studies.pretraining_runs import (
     corpora_parser,
     do_all,
     finished,
-    held_out_scores,
-    open_checkpoint,
     what_decides,
 )
 from benchmarks.studies.probes import Probe, probe

@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.studies.checkpoint_scores import quality_at
 from benchmarks.studies.findings import Correlation, Spread, chance, correlate
 from benchmarks.studies.pretraining_runs import (
     Job,
@@ -30,7 +31,6 @@ from benchmarks.studies.pretraining_runs import (
     corpora_parser,
     do_all,
     finished,
-    quality_at,
     what_decides,
 )
 from benchmarks.studies.probes import Probe, probe

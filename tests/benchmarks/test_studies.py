@@ -28,6 +28,7 @@ from benchmarks.studies import (
     early_prediction,
     pretraining_runs,
 )
+from benchmarks.studies.checkpoint_scores import held_out_scores, open_checkpoint, quality_at
 from benchmarks.studies.findings import Spread, compare, correlate
 from benchmarks.studies.pretraining_runs import (
     Job,
@@ -36,9 +37,6 @@ from benchmarks.studies.pretraining_runs import (
     corpora_parser,
     do_all,
     finished,
-    held_out_scores,
-    open_checkpoint,
-    quality_at,
     train,
     what_decides,
 )
