@@ -1,8 +1,8 @@
 """Measure what sequence compression saves: `python -m benchmarks.bench_compression --device cpu|cuda [--output JSON]`.
 
-Times the forward pass of one encoder at several frame periods, and compares the savings with the count of
-multiplications. One contender compresses earlier than the papers do, by pooling between two convolutions. The weights
-are random; `benchmarks/studies` measures the quality of compressed encoders.
+Times the forward pass of one encoder at several frame periods, and compares the savings in time with those in
+multiplications. One contender compresses earlier than the papers do: it pools between two convolutions. The weights are
+random; `benchmarks/studies` measures the quality of compressed encoders.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from fastssl.nn.functional import conv_layer
 from fastssl.packing import Packed
 
 _PERIODS_MS = (20.0, 30.0, 40.0, 60.0, 80.0)
-# Durations (s) that give 48 and 44 frames. No period leaves half a frame over, which rounding could keep or drop.
+# Durations (s) that give 48 and 44 frames. No period leaves half a frame over: rounding could keep or drop it.
 _GATE_S = [0.98, 0.9]
 _TOLERANCES = {torch.float32: 2e-3, torch.bfloat16: 0.1}
 #: Number of convolutions before the pooling. Two more follow, and their frames are 40 ms apart.

@@ -1,8 +1,8 @@
 """Time other libraries' models before and after `accelerate`: `python -m benchmarks.bench_drop_in --device cpu|cuda`.
 
-Covers the forward pass and the training step of every architecture, on the workloads `read-speech` and `equal` (the
-latter needs no padding). The weights are random. Layer drop and SpecAugment are off, so that every step does the same
-work; dropout is on.
+Covers the forward pass and the training step of every architecture, on the workloads `read-speech` and `equal`; `equal`
+needs no padding. The weights are random. Layer drop and SpecAugment are off, so that every step does the same work;
+dropout is on.
 """
 
 import copy

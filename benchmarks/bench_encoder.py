@@ -20,7 +20,7 @@ _TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 
 
 def forward(title: str, lengths_s: Sequence[float], device: torch.device) -> Row:
-    """Compare our encoder with Transformers (eager and compiled) and torchaudio, in fp32 on the CPU, bf16 on a GPU.
+    """Compare our encoder with Transformers (eager, compiled) and torchaudio: fp32 on the CPU, bf16 on a GPU.
 
     Args:
         title: Title of the row.

@@ -1,9 +1,9 @@
 """Measure the overhead of Python in an encoder's training step on the CPU: `python -m benchmarks.bench_overhead`.
 
-Times a narrow model with the same layers, calls and number of utterances as the real one, but with few channels and
-only 0.1 s of audio per utterance. Nearly all of its time is Python, dispatch and autograd, so its time divided by that
-of the real step is an upper bound on their share. The extra time per additional utterance is the cost of Python loops
-over utterances, such as the one in the positional convolution.
+Times a narrow model. It has the same layers, calls and number of utterances as the real one, but few channels and only
+0.1 s of audio per utterance. Nearly all of its time is Python, dispatch and autograd. Its time divided by that of the
+real step is therefore an upper bound on their share. The extra time per additional utterance is the cost of Python
+loops over utterances, such as the one in the positional convolution.
 """
 
 import argparse

@@ -251,7 +251,7 @@ def gradients(model: nn.Module, loss: Tensor, rename: Callable[[str], str] = lam
 
 
 def _compiling(run: Callable[[], Any], check: Callable[[], Outputs]) -> Entry:
-    """Make the gate compile a contender too, with a call after its check that is neither timed nor compared.
+    """Make the gate also compile a contender: one more call follows its check, and is neither timed nor compared.
 
     That call may take minutes, and it changes the weights.
     """

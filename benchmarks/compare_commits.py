@@ -1,11 +1,13 @@
-"""Time of our own contenders, over that of another commit: `python -m benchmarks.compare_commits COMMIT`.
+"""Compare the times of our own contenders with another commit's: `python -m benchmarks.compare_commits COMMIT`.
 
-Each tree runs in its own process, with its own `fastssl` and its own benchmarks. For each row both processes build the
-same work, then call it alternately, while the other process waits: before, after, after, before, ... The ratios after /
-before of adjacent turns give a median and its 95 % interval, which follows from their order alone. A row whose whole
-interval lies above 1.03 is measured once more, with three times the pairs, each third of them in new processes: two
-processes of the same code differ by up to three per cent in a step of 20 ms, because their memory layouts differ. The
-exit status is 1 if a row's interval lies there again.
+Each tree runs in its own process, with its own `fastssl` and its own benchmarks. For each row, both processes build the
+same work. They then take turns to call it, one at a time: before, after, after, before, ... Two adjacent turns are a
+pair, and give a ratio after / before. The program reports the median of these ratios and its 95 % interval, which
+follows from the order of the ratios alone.
+
+If the whole interval of a row lies above 1.03, the row is measured once more, with three times the pairs. Each third of
+these pairs runs in new processes: two processes of the same code differ by up to three per cent in a step of 20 ms,
+because their memory layouts differ. The exit status is 1 if the interval lies above 1.03 again.
 
 Other processes disturb single turns, which the median tolerates. Under load, up to twice as many pairs are taken, if
 `--seconds` allows it, and those with the least load are kept.
@@ -69,12 +71,12 @@ def choose(before: Mapping[str, str], after: Mapping[str, str], patterns: Sequen
 
 
 def slower(result: Result) -> bool:
-    """Whether the whole interval lies above what is allowed."""
+    """Return whether the whole interval lies above the limit."""
     return result.time.low > ALLOWED
 
 
 def judge(first: Result, again: Result | None) -> str:
-    """What the intervals say: "SLOWER", "not settled", which is an interval around the limit, or nothing."""
+    """Return the verdict: "SLOWER", "not settled" if the interval contains the limit, otherwise ""."""
     last = again or first
     if slower(last):
         return "SLOWER"
@@ -82,7 +84,7 @@ def judge(first: Result, again: Result | None) -> str:
 
 
 def line(row: str, first: Result, again: Result | None) -> str:
-    """A line of the table."""
+    """Return a line of the table."""
     return _cells(
         [
             row,
@@ -107,7 +109,7 @@ def _cells(cells: Sequence[str]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit status."""
+    """Run the command line and return the exit status."""
     given, parser = _parse(arguments)
     torch.set_num_threads(given.threads)  # for the description
     with tempfile.TemporaryDirectory(prefix="compare-commits-") as name:
@@ -147,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _commit_of(name: str, checkout: Path) -> str:
-    """The whole hash of a commit, empty in a folder that git does not know."""
+    """Return the full hash of a commit, or "" in a folder that git does not know."""
     command = ["git", "rev-parse", "--verify", "--quiet", name]
     return subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=False).stdout.strip()
 

@@ -59,7 +59,7 @@ class Measurement:
     highest_s: float
     rounds: int
     peak_bytes: int  # peak memory of one call, less the memory in use before it
-    worst_error: float  # largest deviation from the reference in the gate, relative to the reference's largest value
+    worst_error: float  # largest deviation from the reference, relative to the reference's largest value
 
 
 @dataclass

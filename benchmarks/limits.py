@@ -20,7 +20,7 @@ from fastssl.models.wav2vec2 import Wav2Vec2Config
 from fastssl.packing import Layout
 
 # Matrix products with more rows or a larger inner dimension than this are measured at this size, and their time is
-# scaled up: beyond it, the rate no longer changes with size.
+# scaled up. Beyond this size, the rate no longer changes.
 _TALLEST = 8192
 _SECONDS_PER_SHAPE = 0.15
 _REPEATS = 9

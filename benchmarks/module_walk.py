@@ -1,9 +1,9 @@
 """Count how much of the package a reader must know to follow one update: `python -m benchmarks.module_walk [TREE ...]`.
 
-A TREE is a commit or the folder of a checkout; the default is this checkout. For each, the program runs `fastssl
-pretrain` for one update (no workers, no held-out recordings) and counts the modules and functions that are called, in
-total and between `training_step` and gradient clipping (backward pass included). It also reports walks, read from the
-call stack. A hop is a function of the package, counted once per walk:
+A TREE is a commit or the folder of a checkout; the default is this checkout. For each tree, the program runs
+`fastssl pretrain` for one update, without workers and held-out recordings. It counts the modules and functions that are
+called, in total and between `training_step` and gradient clipping (backward pass included). It also reports walks,
+which it reads from the call stack. A hop is a function of the package, counted once per walk. The walks are:
 
 - waveform to checkpoint: functions on the stack when a recording is read, at the first matrix product, at clipping, and
   when the checkpoint is written;

@@ -1,7 +1,7 @@
 """Time the rows of one tree, as requested on stdin: one of the two processes of `benchmarks.compare_commits`.
 
 The script is run by its path, in a process that imports `fastssl` and `benchmarks` from the tree named by its first
-argument. That tree may be older, so this script imports nothing from its own checkout and relies on few names of the
+argument. That tree may be older, so this script imports nothing from its own checkout. It relies on few names of the
 tree: the `ROWS` of its benchmarks, `benchmarks.harness.compare`, which it replaces, and four names of `bench_overhead`.
 
 The protocol: each line on stdin is a JSON value, and each is answered with one line of JSON.

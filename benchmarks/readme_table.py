@@ -1,8 +1,8 @@
 """Write the README's tables from the newest committed results: `python -m benchmarks.readme_table [--check]`.
 
 A block from `<!-- all cpu -->` to `<!-- end -->` is replaced by the table of the newest file
-`benchmarks/results/*-all-cpu.json`. In both names, `drop-in` may stand for `all`, and `cuda` for `cpu`. With `--check`,
-nothing is written, and the command fails if a table is not up to date.
+`benchmarks/results/*-all-cpu.json`. In both names, `drop-in` may replace `all`, and `cuda` may replace `cpu`. With
+`--check`, nothing is written, and the command fails if a table is not up to date.
 """
 
 import argparse

@@ -140,7 +140,7 @@ def main(
     """Parse the command line, measure rows, print them with their targets, and write JSON.
 
     Args:
-        rows: By the row's key, the function that measures the row on a given device.
+        rows: For each row's key, the function that measures the row on a given device.
         description: Text for `--help`.
         by_default: For each device, the rows to measure without `--only`; None means all rows.
         targets: For each device, the targets to judge.

@@ -104,7 +104,7 @@ def torchaudio_hubert(ours: HubertForPreTraining) -> Any:
 def _torchaudio_models() -> Any:
     try:
         import torchaudio.models
-    except (ImportError, OSError) as error:  # OSError: its library does not load with this torch
+    except (ImportError, OSError) as error:  # OSError: torchaudio's library does not load with this version of torch
         raise ImportError(
             f"torchaudio cannot be imported with torch {torch.__version__} ({error}); install the matching version"
         ) from error
@@ -197,7 +197,7 @@ def gumbel_softmax_with(noise: Tensor) -> Callable[..., Tensor]:
 
 
 def integrate_and_fire_two_sums(x: Tensor, weights: Tensor, slots: int) -> Tensor:  # (B, T, C), (B, T) -> (B, S, C)
-    """Integrate and fire as other PyTorch implementations do it: each frame contributes to one or two slots.
+    """Integrate and fire as other PyTorch implementations do: each frame contributes to one or two slots.
 
     Args:
         x: (B, T, C) frames.

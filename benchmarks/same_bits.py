@@ -1,9 +1,9 @@
 """Check that this checkout computes the same bits as another commit: `python -m benchmarks.same_bits COMMIT`.
 
 Both checkouts run the same programs on the CPU: every op with every available backend, our own encoders, other
-libraries' models after `accelerate`, and short training runs, some of which the other commit begins and this checkout
-finishes. Exit status 1 means that a result differs. Only accelerated models may differ, by at most 4 eps of their
-largest element; such results are counted separately.
+libraries' models after `accelerate`, and short training runs. Some of these runs are begun by the other commit and
+finished by this checkout. Exit status 1 means that a result differs. Results of accelerated models may differ by up to
+4 eps of their largest element; they are counted separately.
 """
 
 import argparse

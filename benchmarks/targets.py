@@ -10,7 +10,8 @@ class Target(NamedTuple):
         row: Key of the row in a benchmark's `ROWS`.
         work: Description of the work in the printed table.
         speed: Lower limit of the rival's time divided by ours.
-        against: First part of the rival's name; the rival is the fastest such contender. "" matches every rival.
+        against: Start of the rival's name. The rival is the fastest contender whose name starts so; "" matches every
+            rival.
         memory: Upper limit of our peak memory divided by the rival's.
         limit: Upper limit of our time divided by the time of the row's first limit.
         share: (other row, ratio): upper limit of our time divided by our time in the other row.

@@ -16,7 +16,7 @@ from benchmarks.machine import ForeignLoad
 
 #: An interval at 95 % needs this many pairs.
 FEWEST_PAIRS = 6
-# Pairs that are taken however long they need: the interval then leaves out the lowest and the highest ratio.
+# This many pairs are taken however long they take. The interval then leaves out the lowest and the highest ratio.
 _FEWEST_ROUNDS = 9
 _TURN_S = 0.15
 #: Share of a core that others may take during a pair; the system counts in ticks of 10 ms.
@@ -71,7 +71,7 @@ def ratio(values: Sequence[float]) -> Ratio:
     count = len(values)
     if count < FEWEST_PAIRS:
         raise ValueError(f"an interval at 95 % needs at least {FEWEST_PAIRS} ratios, got {count}")
-    # How many values may lie outside on each side: the number below the true median is binomial.
+    # Find how many values may lie outside on each side. The number of values below the true median is binomial.
     outside, below = 0, 2.0**-count
     while (more := below + math.comb(count, outside + 1) * 2.0**-count) <= 0.025:
         outside, below = outside + 1, more

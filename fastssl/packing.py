@@ -75,7 +75,7 @@ class Layout:
 
     @classmethod
     def from_device(cls, lengths: tuple[int, ...], device_lengths: Tensor) -> "Layout":
-        """Create a layout from lengths that are on both the host and the device, so the host waits for no copy.
+        """Create a layout from lengths that are on both the host and the device, so the host does not wait for a copy.
 
         The lengths are not checked.
 
@@ -87,7 +87,7 @@ class Layout:
         return cls(lengths, cu_seqlens, max(lengths, default=0), sum(lengths))
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the fields for copies and pickles, without the cached tensors: a copy computes those again."""
+        """Return the fields to copy or pickle, without the cached tensors, which a copy computes again."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @property
@@ -144,8 +144,8 @@ class Layout:
         Returns:
             (B, ...) fp64; 0 for an empty sequence.
         """
-        # PyTorch adds in order only if the tensor has a second dimension. `unsafe` skips a check that makes the host
-        # wait for the device.
+        # PyTorch adds in order only if the tensor has a second dimension. `unsafe` skips a check for which the host
+        # would wait for the device.
         by_row = x.double().unsqueeze(1)
         return torch.segment_reduce(by_row, "sum", offsets=self.cu_seqlens, axis=0, unsafe=True).squeeze(1)
 
@@ -252,7 +252,7 @@ class Packed(NamedTuple):
             raise ValueError(f"lengths: got {len(layout.lengths)}, expected one per sequence of x {tuple(x.shape)}")
         if layout.max_length > x.shape[1]:
             raise ValueError(f"lengths: longest is {layout.max_length}, must fit in dimension 1 of x {tuple(x.shape)}")
-        # Return a copy of the layout without the cached indices, which for waveforms take four times as much memory as
+        # Return a copy of the layout without the cached indices. For waveforms, these take four times as much memory as
         # the samples.
         return cls(layout.padded_rows(x.shape[1]).pack(x), replace(layout))
 

@@ -7,11 +7,11 @@ from torch import Tensor
 
 from benchmarks.bits.record import Results
 
-#: Biases to which the following softmax or group norm is invariant: their exact gradient is 0, the computed one is
+#: Biases to which the following softmax or group norm is invariant. Their exact gradient is 0, and the computed one is
 #: only rounding error.
 _ZERO_GRADIENTS = ("k_proj.bias", "conv_layers.0.conv.bias")
-#: If such a gradient is smaller than this share of the largest one of its case, its error is measured relative to that
-#: one.
+#: If such a gradient is smaller than this share of the largest gradient of its case, its error is measured relative to
+#: the largest.
 _NEGLIGIBLE = 1e-4
 
 
@@ -20,8 +20,9 @@ class Group:
     """Comparison of the results of one group.
 
     Args:
-        equal: Number of results that are equal in every bit, or calls that both trees refuse with the same error type.
-        refused: Number of calls among these that both trees refuse.
+        equal: Number of results that are equal in every bit, and of calls that both trees refuse with the same error
+            type.
+        refused: Number of calls that both trees refuse; `equal` includes them.
         close: Results that differ within the tolerance, by name, with the difference in eps.
         different: All other results, by name, with a description of the difference.
         worst: Largest difference in eps.

@@ -24,7 +24,7 @@ class Record:
         self.results: Results = {}
 
     def add(self, name: str, value: Any) -> None:
-        """Add a value; an item of a container is named after the container and its own key, and None is left out."""
+        """Add a value. An item of a container is named by the container's name and its key; None is left out."""
         if value is None:
             return
         if isinstance(value, Tensor):

@@ -68,7 +68,7 @@ VARIATIONS = {
 
 
 def runs_of(recipes: Path, match: str) -> dict[str, Run]:
-    """Return all runs whose name contains `match`: the tiny recipes in a folder, and the variations."""
+    """Return the runs whose name contains `match`, of the tiny recipes in a folder and the variations."""
     tiny = {path.stem: Run(path.stem) for path in sorted(recipes.glob("*-tiny*.yaml"))}
     return {name: run for name, run in (tiny | VARIATIONS).items() if match in name}
 
@@ -115,7 +115,7 @@ def compare_runs(before: Tree, after: Tree, folder: Path, *, match: str, updates
 
 
 def _evaluate(tree: Tree, places: dict[str, Path], folder: Path, record: Record) -> None:
-    """Record labels of MFCC (for HuBERT), segments of a teacher's layer (for compressors), features and quality."""
+    """Record labels from MFCC (for HuBERT), segments from a teacher's layer (for compressors), features and quality."""
     teacher, corpus = places["TEACHER"], places["CORPUS"]
     device = ("--device", "cpu")
     segments = ("--model", teacher, "--layer", "3", "--segment_ms", "90", "--clusters", "20")
@@ -188,7 +188,7 @@ def _failure_is_a_result(record: Record, name: str) -> Iterator[None]:
 
 
 def rewind(run: Path, copy: Path, updates: int) -> None:
-    """Copy a finished run and set the copy back to half of its updates, so that its last checkpoint is from then.
+    """Copy a finished run, and set the copy back to half of its updates, so that it continues from there.
 
     Args:
         run: Folder of the finished run, with checkpoints of updates `updates // 2` and `updates`.

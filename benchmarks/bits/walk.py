@@ -79,7 +79,7 @@ class Walk:
             self.stacks[name] = list(dict.fromkeys(function for function in reversed(active) if function))
 
     def _function(self, code: CodeType) -> Function | None:
-        """Return the function of this code; None if it is outside of the package, or a module's or class's body."""
+        """Return the function of this code; None outside of the package, and for bodies of modules and classes."""
         if code not in self._names:
             path = Path(code.co_filename).resolve()
             ours = bool(code.co_flags & inspect.CO_OPTIMIZED) and path.is_relative_to(_PACKAGE)

@@ -2,11 +2,11 @@
 
     python -m benchmarks.studies.compare_systems CORPORA --runs RUNS --output compare_systems.json
 
-wav2vec2-tiny, hubert-tiny (two iterations; the second learns classes of the first one's third layer) and best-rq-tiny
-are pre-trained on the corpus `train`. The frozen encoders are compared with log-mel features, and with both
-architectures at random weights, on these probes:
+wav2vec2-tiny, hubert-tiny and best-rq-tiny are pre-trained on the corpus `train`. hubert-tiny has two iterations; the
+second learns classes of the first one's third layer. The frozen encoders are compared with log-mel features, and with
+both architectures at random weights, on these probes:
 
-- digits and phones by CTC, on speakers that the head was trained on, and in six folds on the speaker held out;
+- digits and phones by CTC, on speakers that the head was trained on, and on held-out speakers in six folds;
 - thirty voices in 1 s of audio;
 - verification of two held-out speakers at a time, whose recordings played no part in choosing the layer.
 
@@ -61,8 +61,8 @@ NAMES = (
 CURVE = "digit error, held-out speakers"
 #: Log-mel is probed only once, together with this system.
 WITH_LOG_MEL = "wav2vec 2.0"
-#: Number of frames for k-means, the same for every encoder: as many as the one with the longest frames makes of 8
-#: minutes. It also determines the number of clusters.
+#: Number of frames for k-means, the same for every encoder. The encoder with the longest frames makes this many of 8
+#: minutes. The number also determines the number of clusters.
 QUALITY_FRAMES = 12_000
 #: Layer of hubert-tiny whose classes the second iteration learns.
 LABEL_LAYER = 3

@@ -5,15 +5,15 @@
 wav2vec2-tiny learns from crops of 1, 2 and 5 s (`--data.crop_s`) and from whole utterances; an utterance shorter than
 the crop is taken whole. The number of updates is the same everywhere. Two protocols differ in the size of an update:
 
-- Protocol A: about 48 s of audio per update, so that all runs see about the same audio, and shorter crops mean more
-  utterances. Batches are filled only with utterances that fit, and the last one of an epoch is smaller; for each crop,
-  `--data.max_duration_s` is therefore set so that the mean comes nearest to 48 s.
+- Protocol A: about 48 s of audio per update, so that all runs see about the same audio. Shorter crops then mean more
+  utterances. Batches are filled only with utterances that fit, and the last batch of an epoch is smaller. For each
+  crop, `--data.max_duration_s` is therefore set so that the mean comes nearest to 48 s.
 - Protocol B: four utterances per update (fewer in the last one of an epoch), so that audio and cost grow with the crop.
   The paper reports savings of this kind.
 
-Every encoder is scored on the same held-out crops. Frozen, it is then probed for digits by CTC on whole utterances, and
-for the voice in 1 s, in 5 s and in whole utterances. With --sounds, the study is repeated on environmental sounds, with
-crops of 1 and 2 s and whole sounds (5 s), probed for their class in 1 s and in whole sounds.
+Every encoder is scored on the same held-out crops. It is then frozen, and probed for digits by CTC on whole utterances,
+and for the voice in 1 s, in 5 s and in whole utterances. With --sounds, the study is repeated on environmental sounds,
+with crops of 1 and 2 s and whole sounds (5 s). The probe is then the class of the sound, in 1 s and in whole sounds.
 
 ESC10 is a folder of files `{class}_{fold}-{clip}-{take}.ogg`. Folds 1 to 3 are used for pre-training; the probe is
 trained on folds 1 and 2, tuned on fold 3 and tested on fold 4. Digital silence that pads clips to 5 s is removed, but

@@ -11,7 +11,7 @@ the middle one for voices.
 The study reports Spearman's and Pearson's correlation between the measures at a quarter and the errors at the end, over
 the twelve cells of the grid. Seeds of a cell are averaged first, because they are not independent trials, and intervals
 are bootstrapped over cells. The held-out loss of each run uses the run's own masking. A very bad learning rate shifts
-all values at once; the study therefore also reports correlations after subtracting the mean of each learning rate.
+all values at once. The study therefore also reports correlations after subtracting the mean of each learning rate.
 """
 
 import csv
@@ -183,7 +183,7 @@ def findings(results: Mapping[str, Any]) -> list[str]:
 
 
 def _balanced(results: Mapping[str, Any]) -> dict[str, Any]:
-    """Keep the runs of seeds that every cell has: the seed determines the targets, and so the size of the loss.
+    """Keep only the seeds that every cell has: a seed determines the targets, and so the size of the loss.
 
     Raises:
         ValueError: No seed was finished in all cells.

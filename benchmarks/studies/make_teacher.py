@@ -2,12 +2,12 @@
 
     python -m benchmarks.studies.make_teacher CORPORA --runs RUNS --output teacher.json [--labels_of RUN]
 
-The teacher is a wav2vec 2.0 encoder with six layers of width 192, trained for 3,000 updates. Frozen, it is probed for
+The teacher is a wav2vec 2.0 encoder with six layers of width 192, trained for 3,000 updates. With --labels_of, it is a
+HuBERT that learns classes from one layer of another run, for example of BEST-RQ. The frozen teacher is probed for
 phones and digits by CTC in six folds, each tested on a speaker that the head has not seen, and compared with log-mel
-features. With --labels_of, the teacher is a HuBERT that learns classes from one layer of another run, for example of
-BEST-RQ. The run is written to RUNS/teacher, and its errors to `teacher.json` there. The studies refuse a teacher
-without this file, one whose phone error is not lower than that of log-mel, and one whose digit error is significantly
-higher over the six folds.
+features. The run is written to RUNS/teacher, and its errors to `teacher.json` there. The studies refuse a teacher
+without this file. They also refuse one whose phone error is not lower than that of log-mel, or whose digit error is
+significantly higher over the six folds.
 """
 
 import json

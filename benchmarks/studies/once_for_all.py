@@ -3,7 +3,7 @@
     python -m benchmarks.studies.once_for_all CORPORA --teacher RUN --runs RUNS --output once_for_all.json [--full]
 
 Students with two layers learn from RUN, the teacher, with prediction heads on whole utterances. The teacher's frames
-are kept on disk, and the students use its convolutions, frozen. The kinds of students are:
+are kept on disk, and the students use its frozen convolutions. The kinds of students are:
 
 - once-for-all: integrate-and-fire at periods from 20 to 90 ms, drawn for each utterance;
 - one period: integrate-and-fire at one of these periods;
@@ -11,9 +11,10 @@ are kept on disk, and the students use its convolutions, frozen. The kinds of st
 - the control: a once-for-all student with trained convolutions.
 
 Integrate-and-fire learns its boundaries from segments of the teacher's middle layer, with a mean length of 90 ms. Each
-student is probed at its periods, with heads trained at that period: for digits by CTC (with --full, for phones too) and
-for thirty voices in 1 s of audio. The study then learns the rate together with a head on digits, at several prices and
-from several starts, and probes the student at the learned rate. Finally it times all encoders, which take turns.
+student is probed at each of its periods, with heads trained at that period: for digits by CTC (with --full, for phones
+too) and for thirty voices in 1 s of audio. The study then learns the rate together with a head on digits, at several
+prices and from several starts. It probes the student at the learned rate. Finally it times all encoders, which take
+turns.
 """
 
 import csv
@@ -58,7 +59,7 @@ POOLED = {40.0: 2, 60.0: 3, 80.0: 4}
 ONE_FOR_ALL, FIXED, POOLING, CONTROL = "once-for-all", "one period", "pooling", "once-for-all, trained convolutions"
 #: Task on which rates are learned.
 ADAPTED = DIGITS
-#: Prices of keeping all frames, in nats per digit. Initial rates, from which rates are learned.
+#: Prices of keeping all frames, in nats per digit, and the initial rates from which rates are learned.
 PRICES, STARTS = (0.0, 0.1, 1.0), (0.2, 0.5, 0.8)
 #: Key of the times in the results; all other keys are of runs.
 TIMES = "times"
@@ -79,7 +80,7 @@ FULL = Size(updates=1000, seeds=3, probe_steps=1000, phones=True)
 
 
 def segments_of(teacher: Path, audio: Path, folder: Path) -> Path:
-    """Label segments of the teacher's middle layer, on average as long as the longest period, unless they exist.
+    """Label segments of the teacher's middle layer, unless they exist; their mean length is the longest period.
 
     Args:
         teacher: Folder of the teacher's run.

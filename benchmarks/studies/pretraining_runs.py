@@ -66,7 +66,7 @@ class Trained:
         updates: Number of optimiser updates.
         audio_hours: Hours of audio that the model has seen, counting repetitions.
         training_s: Seconds spent in updates, without start, scoring and checkpoints.
-        cpu_s: Processor seconds of the whole training process; they depend little on other load of the machine.
+        cpu_s: Processor seconds of the whole training process, which depend little on other load of the machine.
         peak_mb: Peak resident memory of the training process in MiB, without decoding workers and without GPU memory.
         mean_crop_s: Mean seconds of audio per utterance of a batch.
     """
@@ -114,7 +114,7 @@ _NO_MATTER = {
 
 
 def _check_settings(job: Job, run: Path) -> None:
-    """Refuse a run with other settings in the folder, left by another study or by another scale of this one.
+    """Refuse a folder that contains a run with other settings, from another study or another scale of this one.
 
     Raises:
         ValueError: A setting differs.
@@ -287,14 +287,14 @@ def do_all(
 
 
 def _apart(evaluate: Callable[[str, Trained], Any], key: str, trained: Trained) -> Any:
-    """Evaluate a run in a new process: threads would share one core, and would not free the features' memory."""
+    """Evaluate a run in a new process, because threads would share one core and not free the features' memory."""
     options: dict[str, Any] = {"initializer": _end_with, "initargs": (os.getpid(),)}
     with ProcessPoolExecutor(1, mp_context=get_context("spawn"), **options) as pool:
         return pool.submit(evaluate, key, trained).result()
 
 
 def _end_with(parent: int) -> None:
-    """End this process soon after its parent, even if the parent is killed: nobody would receive the result."""
+    """End this process soon after its parent, even if the parent is killed, because nobody would receive the result."""
 
     def watch() -> None:
         while os.getppid() == parent:

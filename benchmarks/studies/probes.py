@@ -15,8 +15,8 @@ class Probe(NamedTuple):
     """A probing task on a corpus.
 
     Args:
-        test: Folder of the test corpus. Its name ends in "test"; with "train" and "dev" instead, it names the folders
-            of the training and development corpora.
+        test: Folder of the test corpus. Its name ends in "test". With "train" or "dev" in place of "test", it is the
+            name of the folder of the training or development corpus.
         target: Column with the label.
         segment_s: Length of the segments in seconds; None for whole utterances.
         task: Kind of task, as in `ProbeSettings`; None chooses it by the target.

@@ -12,7 +12,7 @@ from fastssl.models.encoder import Encoder
 from fastssl.packing import Layout, Packed
 
 DIGITS, PHONES, VOICES = "digit error", "phone error", "voice error, 1 s"
-#: Below these frame periods in ms, a head needs a smaller learning rate, or more steps: its window has many frames.
+#: Below these frame periods in ms, a head needs a smaller learning rate, or more steps, as its window has many frames.
 _SMALL_STEPS_MS, _MANY_STEPS_MS = 35.0, 25.0
 
 
@@ -20,10 +20,10 @@ def probes_at(period_ms: float, *, phones: bool) -> dict[str, Probe]:
     """Return the probes of a student by name, with heads suited to frames of about this period.
 
     CTC heads see 0.2 s on either side. With 0.1 s, a window would cover 220 ms at 20 ms per frame but 300 ms at 60 ms,
-    and errors would depend on that more than on the student. Windows of many frames need smaller steps of Adam: a
-    learning rate of 0.016 is best at 60 ms, but several times too large at 20 ms, where a head also needs twice as many
-    steps. Many small batches reduce the influence of the order of examples. Phones need half as many steps as digits,
-    because a batch contains more of them.
+    and errors would depend on that more than on the student. Windows of many frames need smaller steps of Adam. A
+    learning rate of 0.016 is best at 60 ms, but several times too large at 20 ms. At 20 ms, a head also needs twice as
+    many steps. Many small batches reduce the influence of the order of examples. Phones need half as many steps as
+    digits, because a batch contains more phones.
 
     Args:
         period_ms: Frame period in milliseconds.
@@ -63,7 +63,7 @@ def student_options(teacher: Path, *, updates: int, precision: str, frames: Path
 
 
 def remember_front_end(encoder: Encoder) -> None:
-    """Make an encoder store the output of its convolutions for each batch, and reuse it when the batch comes again.
+    """Make an encoder store the output of its convolutions for each batch, and reuse it when the same batch returns.
 
     Convolutions are most of a shallow encoder's work, and their output is the same at every rate. Use it only for
     encoders whose weights no longer change.

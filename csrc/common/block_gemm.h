@@ -8,8 +8,9 @@
 // the length of a chain. The bits of an element depend neither on its neighbours nor on how the caller cuts rows and
 // columns into blocks.
 //
-// Operands are float, double, or pairs of bfloat16 that are neighbours along `depth`, the first in the low half. Pairs
-// are summed in float and need a processor with an instruction that multiplies them (`multiplies_bfloat16`).
+// Operands are float, double, or pairs of bfloat16. A pair holds two neighbours along `depth`, the first in the low
+// half. Pairs are summed in float, and need a processor with an instruction that multiplies them
+// (`multiplies_bfloat16`).
 #pragma once
 
 #include <algorithm>
@@ -123,7 +124,7 @@ FASTSSL_INLINE void multiply_panel(
     const Operand* first = a + (Transposed::value ? row : row * lda);
     const int64_t chain = kIsPair<Operand> ? depth : std::min(depth, kLongestChain<isa>);
     multiply_tile<isa, kVectors, Transposed, Adding>(first, lda, chain, b, ldb, c + row * ldc, ldc);
-    // Pairs round more coarsely anyway, and GCC would not keep their sums in registers here.
+    // Pairs need no short chains: they round more coarsely anyway, and GCC would not keep their sums in registers here.
     if constexpr (!kIsPair<Operand>) {
       for (int64_t k = chain; k < depth; k += chain) {
         multiply_tile<isa, kVectors, Transposed, Add>(
@@ -150,8 +151,8 @@ FASTSSL_INLINE void multiply_blocks_body(
   constexpr int kLanes = Simd<isa, Sum>::kLanes;
   constexpr int kMost = kTileVectors<isa>;
   for (int64_t vectors = round_up(columns, kTileColumns) / kLanes; vectors > 0;) {
-    // Make the panels as equal as possible: five vectors become 3 + 2, because a panel of one vector cannot keep the
-    // multipliers busy.
+    // Make the panels as equal as possible, because a panel of one vector cannot keep the multipliers busy: five
+    // vectors become 3 + 2.
     const int64_t width = divide_up(vectors, divide_up(vectors, kMost));
     if constexpr (kMost == 4) {
       if (width == 4) {

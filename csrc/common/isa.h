@@ -7,7 +7,7 @@
 //   ... scale(x, 2.0f, n);
 //
 // Everything that a body calls must be FASTSSL_INLINE (or a template small enough to be inlined): functions that remain
-// calls are compiled for the baseline. Lambdas are too, so move a loop inside `parallel_for` to a body of its own.
+// calls are compiled for the baseline. So are lambdas; move a loop inside `parallel_for` to a body of its own.
 // FASTSSL_CPU_CAPABILITY=default|avx2|avx512, read once, selects one version.
 #pragma once
 

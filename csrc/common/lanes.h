@@ -20,7 +20,7 @@ FASTSSL_INLINE T add_halves(T* lanes) {
   return lanes[0];
 }
 
-// The sum of term(0) to term(count - 1), adding the lanes by halves.
+// The sum of term(0) to term(count - 1). Adds the lanes by halves.
 template <int64_t kLanes, typename T, typename Term>
 FASTSSL_INLINE T sum_by_halves(int64_t count, const Term& term) {
   T lanes[kLanes] = {};
@@ -36,7 +36,7 @@ FASTSSL_INLINE T sum_by_halves(int64_t count, const Term& term) {
   return add_halves<kLanes>(lanes);
 }
 
-// The sum of term(0) to term(count - 1), adding first the terms after the last multiple of kLanes, then the lanes in
+// The sum of term(0) to term(count - 1). First adds the terms after the last multiple of kLanes, then the lanes in
 // order.
 template <int64_t kLanes, typename T, typename Term>
 FASTSSL_INLINE T sum_in_order(int64_t count, const Term& term) {

@@ -1,10 +1,10 @@
 // The contrastive loss on the CPU. Derivation and conventions: fastssl/kernels/contrastive_loss/README.md.
 //
-// The kernels compute dot products with rows of a table and weighted sums of them; the rows that an utterance needs
-// stay in the second-level cache. The table is the tensor itself, or a copy in the accumulation type with rows padded
-// to whole vectors. Rows are not normalised: the results and the weights are scaled by their lengths instead. One
-// thread writes each frame, and in the backward each target, and adds in an order that depends neither on the batch nor
-// on the number of threads.
+// The kernels compute dot products with rows of a table, and weighted sums of its rows. The rows that an utterance
+// needs stay in the second-level cache. The table is the tensor itself, or a copy in the accumulation type with rows
+// padded to whole vectors. Rows are not normalised: the results and the weights are scaled by their lengths instead.
+// One thread writes each frame, and in the backward each target. The order of its additions depends neither on the
+// batch nor on the number of threads.
 
 #include <algorithm>
 #include <atomic>
@@ -34,8 +34,8 @@ FASTSSL_INLINE int64_t padded_to_lanes(int64_t n) {
   return round_up(n, kLanes);
 }
 
-// For several groups of kLanes sums side by side. The pragma keeps the loop: if GCC unrolled it, it would vectorise the
-// loop around it instead, with shuffles.
+// A loop over lanes, for several groups of kLanes sums side by side. The pragma keeps the loop. If GCC unrolled it, it
+// would vectorise the surrounding loop instead, with shuffles.
 #define FASTSSL_FOR_LANES(lane) _Pragma("GCC unroll 1") for (int64_t lane = 0; lane < kLanes; ++lane)
 
 FASTSSL_INLINE uint32_t bits_of(float x) {

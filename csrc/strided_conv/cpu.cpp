@@ -2,9 +2,9 @@
 // channel is too narrow for one, and norm and activation after each layer. fastssl/kernels/strided_conv/blocks.py
 // computes the matrix products and calls these functions. Derivation: fastssl/kernels/strided_conv/README.md.
 //
-// Rows are addressed through a grid: sequence b has rows grid[b] to grid[b + 1] - 1, at least as many as it has frames;
-// the remaining rows count as zeros. A call works on a block of grid rows. A tensor holds either that block or all
-// frames, packed.
+// Rows are addressed through a grid: sequence b has rows grid[b] to grid[b + 1] - 1. It has at least as many rows as
+// frames; the remaining rows count as zeros. A call works on a block of grid rows. A tensor holds either that block or
+// all frames, packed.
 
 #include <algorithm>
 #include <cmath>
@@ -168,7 +168,7 @@ void epilogue_forward(
 }
 
 // Runs the backward of one segment. Writes the gradient of the convolution to `grad_conv`, and sums over the segment to
-// `sums` (K + 3, C), each unless it is nullptr. The sums are K rows of gradient times window, then the gradients of the
+// `sums` (K + 3, C). Either may be nullptr. The sums are K rows of gradient times window, then the gradients of the
 // bias and of the norm's weight and bias. For group norm, whose backward needs these sums first, the gradient is that
 // of the activation's input.
 template <Isa isa, typename scalar_t, typename acc_t>
@@ -271,7 +271,7 @@ void epilogue_backward(
     int64_t rows,
     std::optional<Tensor> grad_conv,  // (rows, C), or packed; none if the source is a waveform
     bool grad_conv_is_packed,
-    std::optional<Tensor> sums,  // (B for group norm, else 1, K + 3, C) float64, added to; none if not needed
+    std::optional<Tensor> sums,  // (B for group norm, else 1, K + 3, C) float64 to add to; none if not needed
     int64_t stride,
     const std::string& norm,
     double eps,

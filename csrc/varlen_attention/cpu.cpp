@@ -1,7 +1,7 @@
 // Attention of packed sequences on the CPU. Derivation and conventions: fastssl/kernels/varlen_attention/README.md.
 //
-// A task is one head of one sequence, or a part of it if one sequence would keep a thread busy while others wait. It
-// works on blocks of queries and keys: it multiplies blocks that stay in cache (common/block_gemm.h) and computes the
+// A task is one head of one sequence, or a part of it if a whole head would keep a thread busy while others wait. It
+// works on blocks of queries and keys. It multiplies blocks that stay in cache (common/block_gemm.h), and computes the
 // softmax between the products (rows.h). Operands are copied once per task (operands.h). Each element is written by one
 // task and summed in order of the blocks, so its bits depend neither on the batch nor on the number of threads.
 

@@ -120,7 +120,8 @@ struct Plus {
   }
 };
 
-// Folds factor * x[i], i < n, into `identity`. x must be readable up to whole vectors.
+// Combines factor * x[0] to factor * x[n - 1] by `fold`, starting from `identity`. x must be readable up to whole
+// vectors.
 template <Isa isa, typename T, typename Fold>
 FASTSSL_INLINE T fold_row(const T* x, T factor, int64_t n, T identity, Fold fold) {
   using Vector = typename Simd<isa, T>::Vector;
@@ -212,8 +213,8 @@ FASTSSL_INLINE void softmax_body(Rows<T> rows, T* logits, int64_t ld, T* factors
 }
 FASTSSL_ISA_VARIANTS(softmax)
 
-// Replaces `weights`, products of queries and keys, by probabilities after dropout, and `grads`, the gradients of those
-// probabilities, by the gradients of the logits. Writes zeros after the last key.
+// Replaces `weights`, the products of queries and keys, by probabilities after dropout. Replaces `grads`, the gradients
+// of those probabilities, by the gradients of the logits. Writes zeros after the last key.
 template <Isa isa, typename T>
 FASTSSL_INLINE void softmax_backward_body(Rows<T> rows, const T* logsumexp, const T* delta, T* weights, T* grads) {
   const int64_t columns = round_up(rows.keys, kPadding);
@@ -251,10 +252,11 @@ FASTSSL_INLINE void softmax_backward_body(Rows<T> rows, const T* logsumexp, cons
 }
 FASTSSL_ISA_VARIANTS(softmax_backward)
 
-// Number of gradients on a diagonal to sum before adding the sum to others: they have both signs and a small sum.
+// Number of gradients on a diagonal to sum before adding the sum to others. The sum must be precise, because gradients
+// of both signs nearly cancel.
 constexpr int64_t kDiagonalChain = 12;
 
-// From the gradients of the logits of a block: adds the sums along its diagonals, times the gate, to `diagonals`, which
+// Takes the gradients of a block's logits. Adds their sums along diagonals, times the gate, to `diagonals`, which
 // points to distance 0. If there is a gate, adds the dot product of each row with the bias to `grad_gate`.
 template <Isa isa, typename T>
 FASTSSL_INLINE void bias_backward_body(Rows<T> rows, const T* grads, double* diagonals, T* grad_gate) {

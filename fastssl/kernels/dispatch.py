@@ -30,7 +30,7 @@ MISSING: dict[str, dict[tuple[str, str], str]] = {}
 
 
 def _load_compiled_modules() -> dict[str, str]:
-    """Load `_C_cpu` and `_C_cuda`. Return, by device type, why its module is missing ("" if it is loaded)."""
+    """Load `_C_cpu` and `_C_cuda`. Return for each device type why its module is missing, "" if it is loaded."""
     report = _PACKAGE / "_build_report.json"  # modules that the installation left out, with the reasons
     left_out = json.loads(report.read_text()) if report.exists() else {}
     reasons = {}
@@ -55,7 +55,7 @@ COMPILED_MODULES = _load_compiled_modules()
 
 
 def _why_no_triton() -> dict[str, str]:
-    """Return, by device type, why Triton kernels cannot run on it ("" if they can)."""
+    """Return for each device type why Triton kernels cannot run on it, "" if they can."""
     if importlib.util.find_spec("triton") is None:
         return dict.fromkeys(("cpu", "cuda"), "triton is not installed")
     interprets = os.environ.get("TRITON_INTERPRET") == "1"
@@ -98,8 +98,8 @@ class Op:
             schemas: Schemas of `<name>_fwd` and `<name>_bwd`; None takes the schema from the type annotations.
             torch_devices: Device types on which PyTorch's own kernel supports the op and is faster than the reference.
             triton_kernels: Module with `<name>_fwd` and `<name>_bwd`; imported only if Triton can run.
-            native_cpu: For an op whose native CPU implementation is Python code that calls compiled functions: the
-                module with `<name>_fwd` and `<name>_bwd`, and the signatures of the compiled functions by name.
+            native_cpu: For an op whose native CPU implementation is Python code: the module with `<name>_fwd` and
+                `<name>_bwd`, and the signatures, by name, of the compiled functions that it calls.
         """
         self.name = name
         self.forward, self.backward = (

@@ -52,7 +52,7 @@ def _rounded(function: Callable[[Tensor], Tensor], gradient: Callable[[Tensor, T
 
 
 class _Rounded(torch.autograd.Function):
-    """`_rounded` on the CPU with autograd, in blocks of rows; saves `x` instead of its fp64 copy."""
+    """The autograd function of `_rounded` on the CPU. It works on blocks of rows, and saves `x`, not an fp64 copy."""
 
     @staticmethod
     def forward(

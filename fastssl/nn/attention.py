@@ -71,8 +71,8 @@ class GatedSelfAttention(SelfAttention):
         width: D, the number of channels of a frame, split evenly over the heads.
         heads: H, the number of heads.
         dropout: Dropout probability of the attention weights in training.
-        embedding: The table of biases by distance. A stack of layers shares one table, which its first layer owns; the
-            other layers get None and receive the biases as `distance_bias`.
+        embedding: The table of biases by distance. The layers of a stack share one table. The first layer owns it; the
+            other layers get None here, and `forward` gets the biases as `distance_bias`.
     """
 
     def __init__(

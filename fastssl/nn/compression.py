@@ -31,8 +31,8 @@ class Compressed(NamedTuple):
         frames: (N_out, C) compressed frames.
         frame_period_ms: (B,) float64 on the CPU, the mean period that each utterance has after compression; NaN for an
             utterance without frames.
-        weights: (N,) alpha', the weights that were integrated: mixed by the rate, and scaled up if too few frames would
-            be left. None unless the kind is integrate-and-fire.
+        weights: (N,) alpha', the weights that were integrated. They are mixed by the rate, and scaled up if too few
+            frames would be left. None unless the kind is integrate-and-fire.
         learned_weights: (N,) alpha in (0, 1), the weights before mixing, for losses that guide the boundaries. None
             unless the kind is integrate-and-fire.
         sources: (N,) int64, the row of `frames` that received each input frame, or most of it. Rows never decrease.
@@ -333,7 +333,7 @@ def _per_utterance(name: str, value: float | Tensor, layout: Layout, like: Tenso
 
 
 def _window_of_frames(layout: Layout, windows: Layout, factor: int, *, shrinks: bool) -> Tensor:
-    """Return the row of the window that contains each frame, (N,); frames after the last window count towards it.
+    """Return the row of the window that contains each frame, (N,); frames after the last window get the last row.
 
     Args:
         layout: Layout of the frames.
@@ -350,7 +350,7 @@ def _window_of_frames(layout: Layout, windows: Layout, factor: int, *, shrinks: 
 
 
 def _slot_of_frames(weights: Tensor, layout: Layout, fired: Layout) -> Tensor:
-    """Return the row that received the middle of each frame's weight, (N,); a dropped remainder counts as the last."""
+    """Return the row that received the middle of each frame's weight, (N,); for a dropped remainder, the last row."""
     sequence = layout.sequence_ids
     ends = fire_positions(weights, layout, 1.0)
     slot = (ends - weights.double() / 2).floor().long()
@@ -365,7 +365,7 @@ def _protect(weights: Tensor, layout: Layout) -> Tensor:
 
 
 def _fire_all(x: Tensor, weights: Tensor, layout: Layout) -> Packed:
-    """Integrate and fire, but keep a remainder of at least half a frame, as the weighted mean of its frames."""
+    """Integrate and fire, but keep a remainder of weight 0.5 or more, as the weighted mean of its frames."""
     sums = layout.sums(weights)  # bit for bit the sums that `integrate_and_fire` computes
     rest = sums - sums.detach().floor()
     kept = rest.detach() >= 0.5

@@ -48,7 +48,8 @@ def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
     """
     if type(module) not in kinds or is_watched(module):
         return False
-    # `getattr` is slow where a module has no weight, as a dropout: PyTorch then writes a message first.
+    # `getattr` is slow on a module without a weight, such as a dropout, because PyTorch first composes an error
+    # message.
     places = (module._parameters, vars(module), module._buffers)
     return all(type(place["weight"]) in _PLAIN_WEIGHTS for place in places if "weight" in place)
 

@@ -24,7 +24,7 @@ def mix_weights(learned: Tensor, rate: Tensor) -> Tensor:
 
 
 def rate_for_period(period_ms: Tensor, mean_weight: Tensor, input_period_ms: float) -> Tensor:
-    """Solve for the rate that gives a mean frame period: `mix_weights` then has mean input_period_ms / period_ms.
+    """Solve for the rate of a mean frame period; mixed weights then have the mean input_period_ms / period_ms.
 
     Args:
         period_ms: (B,) target mean frame periods in milliseconds, at least `input_period_ms`.

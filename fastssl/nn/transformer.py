@@ -213,7 +213,7 @@ class TransformerLayer(nn.Module):
 def _attention(
     width: int, heads: int, dropout: float, positions: RelativePositions | None, *, first: bool
 ) -> SelfAttention:
-    """Create one layer's attention: gated if `positions` is given, with the table of biases if it is the `first`."""
+    """Create a layer's attention. With `positions` it is gated, and that of the `first` layer owns the bias table."""
     if positions is None:
         return SelfAttention(width, heads, dropout=dropout)
     embedding = None

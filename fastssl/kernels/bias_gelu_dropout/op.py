@@ -73,9 +73,10 @@ def bias_gelu_dropout(
             backward pass computes its gradient without another pass over memory.
         dropout_p: Probability of dropping an element; the kept ones are multiplied by 1 / (1 - dropout_p).
         seed: () int64 on the device of `x`; the same seed drops the same elements. None draws a seed from PyTorch's
-            generator of that device, whose state activation checkpointing restores. The host does not wait for it.
-        offset: Number of the first Philox block of the mask. A mask uses ceil(N D / 4) blocks, so several masks can
-            share a seed.
+            generator of that device; the host does not wait for the seed. Activation checkpointing restores that
+            generator.
+        offset: Number of the first Philox block of the mask. A mask uses ceil(N D / 4) blocks. Several masks can share
+            a seed if their blocks do not overlap.
         backend: Implementation to run, see `fastssl.ops`; None picks the fastest available.
 
     Returns:

@@ -13,7 +13,7 @@ from fastssl.kernels.philox_triton import keep_mask
 
 #: Arguments that change from call to call. Triton must not specialise on them, or it would recompile for new values.
 _CHANGING = ["rows", "rows_per_program", "offset", "threshold"]
-#: The backward pass splits the rows into at most this many shares, each with a partial sum of the bias's gradient.
+#: The backward pass splits the rows into at most this many shares. Each has a partial sum of the bias's gradient.
 _MAX_SHARES = 128
 
 
@@ -82,7 +82,7 @@ def _backward_kernel(
     HAS_BIAS: tl.constexpr,
     DROPOUT: tl.constexpr,
 ):
-    """Compute the gradient of x for a share of the rows and BLOCK_D columns, and its sum over the rows for the bias."""
+    """Compute the gradient of x for a share of the rows and BLOCK_D columns; sum it over these rows for the bias."""
     share = tl.program_id(0)
     first_column = tl.program_id(1) * BLOCK_D
     columns = first_column + tl.arange(0, BLOCK_D)

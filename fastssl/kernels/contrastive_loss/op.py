@@ -83,8 +83,8 @@ def contrastive_loss(
 
     Returns:
         The loss of each frame, (N,) fp32 (fp64 for fp64 input), and whether its own target scored highest, (N,) bool.
-        Highest means no lower than any negative that is not ignored, and higher than at least one. Without such
-        negatives the loss is 0 and the bool is False. Autocast does not change this op.
+        The target scored highest if no negative that is not ignored scored higher, and at least one scored lower. If
+        all negatives are ignored, the loss is 0 and the bool is False. Autocast does not change this op.
 
     Raises:
         ValueError: A shape, dtype or option is invalid, or `backend` cannot run this call.

@@ -51,7 +51,7 @@ def _measure_rows_kernel(
 
 @triton.jit
 def _candidates(negatives_ptr, frame, places, K: tl.constexpr):
-    """Load a frame's candidates at some places, as row numbers in targets: itself, then its negatives; -1 for none."""
+    """Load the rows of a frame's candidates in targets, at some places: its own, then its negatives; -1 for none."""
     rows = tl.load(negatives_ptr + frame.to(tl.int64) * K + places - 1, mask=(places > 0) & (places <= K), other=-1)
     return tl.where(places == 0, frame, rows.to(tl.int32))
 
@@ -185,7 +185,7 @@ def _backward_targets_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Compute the gradient of BLOCK_D channels of a target row: a sum over the frames that have it as a candidate."""
+    """Compute the gradient of BLOCK_D channels of a target: a sum over the frames that have it as a candidate."""
     target = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     end = tl.load(begins_ptr + target + 1)
@@ -208,7 +208,7 @@ def _backward_targets_kernel(
 
 @triton.jit
 def _store_gradient(grad_ptr, x_ptr, scale, grad_unit, along, row, columns, D: tl.constexpr):
-    """Store the gradient of x from that of u = x / max(norm, eps); `along` is the dot product of u and its gradient."""
+    """Store the gradient of x, given that of u = x / max(norm, eps); `along` is the dot product of u and that one."""
     place = row.to(tl.int64) * D + columns
     unit = tl.load(x_ptr + place, mask=columns < D, other=0).to(tl.float32) * scale
     along = tl.where(scale < 1 / _EPS, along, 0.0)

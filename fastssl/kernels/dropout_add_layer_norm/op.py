@@ -119,7 +119,7 @@ def dropout_add_layer_norm(
     offset: int = 0,
     prenorm: bool = False,
     backend: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:  # (N, D), with `prenorm` twice
+) -> Tensor | tuple[Tensor, Tensor]:  # (N, D), twice with `prenorm`
     """Apply layer norm (arXiv 1607.06450, equation 3) to residual + dropout(x), as at the end of a transformer block.
 
     `fastssl.kernels.philox` defines the dropout mask as a function of the seed, the offset and the position of an
@@ -133,11 +133,12 @@ def dropout_add_layer_norm(
         eps: Added to the variance.
         dropout_p: Probability of dropping an element of `x`; the kept ones are multiplied by 1 / (1 - dropout_p).
         seed: () int64 on the device of `x`; the same seed drops the same elements. None draws a seed from PyTorch's
-            generator of that device, whose state activation checkpointing restores. The host does not wait for it.
-        offset: Number of the first Philox block of the mask. A mask uses ceil(N D / 4) blocks, so several masks can
-            share a seed.
-        prenorm: Whether to also return the sum: a layer that normalises the inputs of its blocks needs it as the next
-            residual. The sum is then rounded to the dtype of `x` before it is normalised.
+            generator of that device; the host does not wait for the seed. Activation checkpointing restores that
+            generator.
+        offset: Number of the first Philox block of the mask. A mask uses ceil(N D / 4) blocks. Several masks can share
+            a seed if their blocks do not overlap.
+        prenorm: Whether to also return the sum, which a layer that normalises the inputs of its blocks needs as the
+            next residual. The sum is then rounded to the dtype of `x` before it is normalised.
         backend: Implementation to run, see `fastssl.ops`; None picks the fastest available.
 
     Returns:

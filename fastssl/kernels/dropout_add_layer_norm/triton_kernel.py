@@ -102,7 +102,7 @@ def _backward_kernel(
     PRENORM: tl.constexpr,
     DROPOUT: tl.constexpr,
 ):
-    """Compute the gradients of x and residual for a range of rows, and its part of the parameters' gradients."""
+    """Compute the gradients of x and residual for a range of rows, and their part of the parameters' gradients."""
     program = tl.program_id(0)
     columns = tl.arange(0, BLOCK_D)
     in_width = columns < WIDTH

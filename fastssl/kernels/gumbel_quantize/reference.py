@@ -46,7 +46,7 @@ def gumbel_quantize(
     soft = F.softmax(noisy / temperature, dim=-1)
     codes = noisy.argmax(-1)
     hard = F.one_hot(codes, logits.shape[2])
-    # Added in this order, the sum is exactly one-hot, so equal codes give equal vectors to the last bit.
+    # In this order of additions, the weights are exactly one-hot, so equal codes give equal vectors to the last bit.
     weights = hard + (soft - soft.detach())
     values = torch.einsum("mgv,gve->mge", weights, codevectors.to(accumulator)).flatten(1)
     return values.to(codevectors.dtype), codes, F.softmax(logits, dim=-1).sum(0), hard.sum(0)

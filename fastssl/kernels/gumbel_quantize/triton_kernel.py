@@ -25,7 +25,7 @@ _BLOCK_M = 16
 
 @triton.jit
 def _log(x):
-    """Compute log(x) of positive normal numbers; the GPU's own is too coarse near 1, which gives the largest noise."""
+    """Compute log(x) of positive normal numbers; the GPU's own is too coarse near 1, where the noise is largest."""
     bits = x.to(tl.int32, bitcast=True)
     exponent = (bits - 0x3F3504F3) >> 23
     r = (bits - (exponent << 23)).to(tl.float32, bitcast=True) - 1.0
@@ -101,7 +101,7 @@ def _forward_kernel(
     BLOCK_E: tl.constexpr,
     SOURCE: tl.constexpr,
 ):
-    """Compute codes and vectors of a share of the frames in one group, and its sums of probabilities and of counts."""
+    """Compute codes and vectors of a share of the frames in one group, and sum its probabilities and its counts."""
     share, group = tl.program_id(0), tl.program_id(1)
     codes = tl.arange(0, BLOCK_V)
     sums = tl.zeros((BLOCK_V,), tl.float32)
@@ -193,7 +193,7 @@ def _backward_vectors_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """Sum a share of the codevectors' gradient: a product with the one-hot matrix of the codes, built in registers."""
+    """Sum the codevectors' gradient over a share of the frames, as a product with the one-hot matrix of the codes."""
     share, group = tl.program_id(0), tl.program_id(2)
     codes = tl.program_id(1) // tl.cdiv(E, BLOCK_E) * BLOCK_V + tl.arange(0, BLOCK_V)
     width = tl.program_id(1) % tl.cdiv(E, BLOCK_E) * BLOCK_E + tl.arange(0, BLOCK_E)

@@ -9,8 +9,8 @@ from fastssl.packing import Layout, Packed
 def fire_positions(weights: Tensor, layout: Layout, threshold: float) -> Tensor:
     """Compute where each frame ends, in output frames: the running sum of its utterance's weights over `threshold`.
 
-    Sums are in fp64, along the first dimension of a padded batch, where PyTorch adds one element after another on every
-    device. So the bits do not depend on the rest of the batch.
+    Sums are in fp64, along the first dimension of a padded batch. There, PyTorch adds one element after another on
+    every device, so the bits do not depend on the rest of the batch.
 
     Args:
         weights: (N,) packed weights of any floating dtype.
@@ -55,7 +55,7 @@ def integrate_and_fire(
     previous = torch.where(layout.positions == 0, 0.0, positions.roll(1))
     first_slot, last_slot = previous.detach().floor().long(), positions.detach().floor().long()
     reached = last_slot - first_slot + 1
-    # The number of pairs of an utterance is the sum of its input and output frames, so the host knows it.
+    # An utterance has as many pairs as input and output frames together, so the host knows their number.
     pairs = layout.total + layout_out.total
     frame = torch.arange(layout.total, device=x.device).repeat_interleave(reached, output_size=pairs)
     slot = first_slot[frame] + torch.arange(pairs, device=x.device) - (reached.cumsum(0) - reached)[frame]

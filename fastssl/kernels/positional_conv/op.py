@@ -1,9 +1,9 @@
 """The public function of `positional_conv` and its checks. PyTorch's own convolutions do the work.
 
-On the CPU, frames are in channels-last order, which makes oneDNN's forward convolution twice as fast; the gradient of
-the input is a forward convolution too. The gradient of the weight is a correlation over time at K lags. It is computed
-by FFT over blocks of frames, or lag by lag if each group has one channel. On a GPU, the batch is convolved as one
-sequence with zeros between the utterances.
+On the CPU, frames are in channels-last order, which makes oneDNN's forward convolution twice as fast. The gradient of
+the input is computed as a forward convolution too. The gradient of the weight is a correlation over time at K lags. It
+is computed by FFT over blocks of frames, or lag by lag if each group has one channel. On a GPU, the batch is convolved
+as one sequence with zeros between the utterances.
 """
 
 import math
@@ -120,7 +120,7 @@ class _ChannelsLastConv(torch.autograd.Function):
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout, *, first: int) -> Tensor:
-    """Convolve each utterance on its own, so that its bits do not depend on the batch; drop `first` frames in front."""
+    """Convolve each utterance on its own, so that no bit depends on the batch; leave out its `first` output frames."""
     groups, padding = x.shape[1] // weight.shape[1], weight.shape[2] // 2
     filters = weight.unsqueeze(2).contiguous(memory_format=torch.channels_last)
     out = x.new_empty(x.shape)
@@ -174,7 +174,7 @@ def _grad_depthwise_weight(grad_out: Tensor, x: Tensor, weight: Tensor, layout: 
 
 
 def _inverse_transform(transform: int, kernel: int) -> Tensor:  # (K, 2 * frequencies)
-    """Return the first K rows of an inverse real FFT's matrix: columns for all real, then all imaginary parts."""
+    """Return the first K rows of an inverse real FFT's matrix: columns for real parts, then for imaginary parts."""
     frequency = torch.arange(transform // 2 + 1)
     angles = (torch.arange(kernel).unsqueeze(1) * frequency % transform).double() * (2 * math.pi / transform)
     twice = torch.where((frequency == 0) | (frequency == transform // 2), 1.0, 2.0).double() / transform
@@ -182,6 +182,6 @@ def _inverse_transform(transform: int, kernel: int) -> Tensor:  # (K, 2 * freque
 
 
 def _with_gaps(x: Tensor, layout: Layout, *, gap: int) -> tuple[Tensor, Layout]:
-    """Return the batch as one sequence, `gap` zero rows between utterances, and the layout of utterances with gaps."""
+    """Return the batch as one sequence with `gap` zeros between utterances, and a layout of utterances with gaps."""
     gapped, longer = Packed(x, layout).with_gaps(0, gap)
     return gapped[: longer.total - gap], longer

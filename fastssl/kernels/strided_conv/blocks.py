@@ -1,8 +1,8 @@
 """The native CPU implementation of `strided_conv`: matrix products on blocks of frames that stay in cache.
 
-The frames of a layer are stored on a *grid*: packed, with enough zero rows after each sequence that the next one begins
-at a multiple of all later strides. One product can then compute frames of many sequences, no window overlaps two
-sequences, and the time spent in Python does not depend on the number of sequences.
+The frames of a layer are stored on a *grid*: each sequence is followed by enough zero rows that the next one begins at
+a multiple of all later strides. One product can then compute frames of many sequences, and no window overlaps two of
+them. The time spent in Python does not depend on the number of sequences.
 
 Each block passes through as many layers as possible before the next block starts, so activations and gradients exist
 for one block at a time. Values for the backward pass are stored packed, without the grid's zero rows. README.md has the
@@ -58,7 +58,8 @@ _NO_EPILOGUE = (1, "none", 0.0, "none")
 class _Gradients(NamedTuple):
     """Gradients of a layer's output, split by phase: row u * phases + p has phase p.
 
-    Row u of `first` contains the gradients of the low phases side by side, and row u of `second` the other phases.
+    Row u of `first` contains the gradients of the low phases side by side, and row u of `second` those of the other
+    phases.
     """
 
     first: Tensor  # (U, phases_first * C)
@@ -288,8 +289,8 @@ class _LayerGradients:
         # The gradient: `halo` rows before `start`, then rows `start` to `stop` - 1. `descend` continues at row `next`.
         self.grad = layer.source.new_zeros(0 if layer.from_waveform else plan.halo + rows, plan.channels)
         self.start = self.next = self.stop = 0
-        # Input frame u * stride + p has phase p. It is in the windows of output frames u, u - 1, ...: `taps` + 1 frames
-        # if p < low, otherwise `taps` frames.
+        # Input frame u * stride + p has phase p. It is in the windows of output frames u, u - 1, and so on. There are
+        # `taps` + 1 of these frames if p < low, otherwise `taps`.
         taps, low = divmod(plan.kernel, plan.stride)
         self.low = layer.phases(0, low if goes_below else 0, taps + 1)
         self.high = layer.phases(low, plan.stride - low if goes_below else 0, taps)
@@ -384,12 +385,12 @@ class _Backward:
             return grad.new_empty(0, 0)
         first = (position + 1) * channels - width
         windows = grad.as_strided((rows, width), (channels, 1), first)
-        if width > channels:  # rows overlap: copy them here, because the library would allocate memory to do so
+        if width > channels:  # rows overlap, so copy them here: the library would allocate memory for a copy
             windows = self.overlapping[: rows * width].view(rows, width).copy_(windows)
         return nt(windows, phases)
 
     def first_grad_matrix(self) -> Tensor:  # (C, K)
-        """Return the first layer's weight gradient; for group norm, also replace the sums by the other gradients."""
+        """Return the first layer's weight gradient; for group norm, also write the other gradients into the sums."""
         layer, sums = self.layers[0].layer, self.layers[0].sums
         kernel = layer.plan.kernel
         assert sums is not None

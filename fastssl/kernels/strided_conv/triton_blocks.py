@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fastssl.kernels.strided_conv.plan import LayerPlan
 
-#: Longest window (samples) whose product is recomputed rather than stored: with a column of ones, it fits 32 columns.
+#: Longest window (samples) whose product is recomputed rather than stored. With a column of ones, it fits in 32
+#: columns.
 _LONGEST_WINDOW = 31
 #: Largest number of channels for which the kernels that compute frames from windows support layer norm.
 _WIDEST_LAYER_NORM = 1024
@@ -40,9 +41,9 @@ class RowGradients(NamedTuple):
 def normal_at(x, EXACT: tl.constexpr):
     """Return the standard normal distribution's probability below x, and its density at x times sqrt(2 pi).
 
-    If not EXACT, the absolute error is up to 2e-7. This uses the polynomial of csrc/common/vector_math.h with halved
-    coefficients, rsqrt squared as the reciprocal, and one exponential for both results: half as many instructions as
-    `tl.erf` and `tl.exp`.
+    If not EXACT, the absolute error is up to 2e-7, and half as many instructions run as with `tl.erf` and `tl.exp`.
+    This variant uses the polynomial of csrc/common/vector_math.h with halved coefficients. It squares an rsqrt instead
+    of dividing, and uses one exponential for both results.
     """
     bell = tl.exp2(x * x * -0.72134752044)
     if EXACT:

@@ -4,8 +4,8 @@ With channels last, the K input frames of an output frame are K * C_in contiguou
 Norm, activation and the first layer are in triton_rows.py, sums over sequences in triton_statistics.py. README.md has
 the formulas and lists what is kept for the backward.
 
-A tile contains output frames of one sequence, counted from its start. Its input addresses are computed, not looked up
-in a table, and the host need not know the lengths.
+A tile contains output frames of one sequence. Tiles are counted from the start of their sequence. Input addresses are
+computed, not looked up in a table, and the host need not know the lengths.
 """
 
 from collections.abc import Callable, Sequence
@@ -119,10 +119,10 @@ def _input_grad_kernel(
 ):
     """Compute the gradient of the input: each input frame gathers from output frames whose windows contain it.
 
-    A tile contains the input frames q * STRIDE + phase of one phase. They enter output frames q, q - 1, ... through
-    taps phase, phase + STRIDE, ..., which are contiguous numbers. If the layer below has no bias and no norm,
-    `lower_conv_out_ptr` points to its convolution's output. The gradient then continues through its activation, whose
-    output is stored again.
+    A tile contains the input frames q * STRIDE + phase of one phase, for successive q. Input frame q * STRIDE + phase
+    enters output frames q, q - 1, ... through taps phase, phase + STRIDE, ... If the layer below has no bias and no
+    norm, `lower_conv_out_ptr` points to its convolution's output. The gradient then continues through its activation,
+    and the output of that activation is stored again.
     """
     TILES_N: tl.constexpr = (C_IN + BLOCK_N - 1) // BLOCK_N
     TILES_K: tl.constexpr = (C_OUT + BLOCK_K - 1) // BLOCK_K
@@ -159,7 +159,7 @@ def _input_grad_kernel(
     positions = offset + rows * (STRIDE * C_IN)
     inside = rows * STRIDE + phase < left
     pointers = lower_conv_out_ptr, lower_out_ptr, grad_x_ptr
-    # Store in two halves: the GELU needs registers, and there are enough for one half at a time.
+    # Store one half after the other, because the GELU of both would need more registers than there are.
     halves = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
     column = (program // STRIDE % TILES_N) * BLOCK_N + tl.arange(0, BLOCK_N // 2)
     _store_input_grad(halves[0], pointers, positions, inside, column, C_IN, GELU)
@@ -257,7 +257,8 @@ class _Blocks(NamedTuple):
 def _blocks(dtype: torch.dtype, *, columns: int, depth: int) -> _Blocks:
     """Return the tile for (many, columns) = (many, depth) @ (depth, columns)."""
     if dtype != torch.float32:
-        # With 96 KiB and 128 registers, two blocks share a multiprocessor: one multiplies, the other computes GELU.
+        # With 96 KiB and 128 registers, two blocks share a multiprocessor: one multiplies while the other computes
+        # GELU.
         return _Blocks(128, block_for(columns, 128), block_for(depth, 64), 8, 3)
     if precision_of(dtype) == "tf32":
         return _Blocks(128, block_for(columns, 128), block_for(depth, 32), 8, 3)
@@ -285,7 +286,7 @@ def _convolve(
     keep: bool,
     activate: bool,
 ) -> tuple[Tensor, Tensor]:  # (N_out, C_out), (N_out, C_out)
-    """Return the convolution's output (if `keep`) and the activated one (if `activate`); otherwise (0, C_out)."""
+    """Return the convolution's output if `keep`, and its activation if `activate`; an unwanted one is (0, C_out)."""
     conv_out, out = (x.new_empty((layer.total if made else 0, layer.channels)) for made in (keep, activate))
     blocks = _blocks(x.dtype, columns=layer.channels, depth=layer.window)
     tiles = (layer.total // blocks.m + layer.batch) * triton.cdiv(layer.channels, blocks.n)
@@ -443,7 +444,7 @@ def strided_conv_bwd(
 
 
 def _like(x: Tensor, parameter: Tensor | None, grad: Tensor | None) -> Tensor:
-    """Copy a gradient in the form of its parameter: zeros if `grad` is None, (0,) if `parameter` is None."""
+    """Copy a gradient to its parameter's shape and dtype; zeros if `grad` is None, (0,) if `parameter` is None."""
     if parameter is None:
         return x.new_empty(0)
     out = torch.zeros_like(parameter)

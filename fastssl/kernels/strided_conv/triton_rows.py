@@ -42,7 +42,7 @@ def _multiply_windows(windows, weight_ptr, channels, C, WINDOW: tl.constexpr, PR
 
 @triton.jit
 def _standardise(frames, statistics_ptr, sequence, batch, channels, eps, C, NORM: tl.constexpr):
-    """Subtract the mean of frames and divide by their standard deviation; also return 1 / deviation."""
+    """Standardise frames as group norm or layer norm does; also return 1 / standard deviation, or 1 without a norm."""
     rstd = 1.0
     if NORM == "group":
         mean = per_channel(statistics_ptr + sequence * C, channels, C, 0.0)
@@ -79,7 +79,7 @@ def _activate_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Apply norm and GELU to the frames at `x_ptr`, or if `weight_ptr` is given, to those of the windows at `x_ptr`."""
+    """Apply norm and GELU to the frames at `x_ptr`; with `weight_ptr`, first compute them from windows at `x_ptr`."""
     sequence, first, left = block_of(tl.program_id(0), cu_out_ptr, batch, BLOCK_T)
     if left <= 0:
         return
@@ -143,8 +143,8 @@ def _activate_backward_kernel(
     Let g be the gradient of the norm's output. `sums_ptr` (programs, 3, C) receives the chunk's sums of g, of g times
     the standardised frames, and of the gradient of the convolution's output (a sum that is not needed may be zero).
     `products_ptr` (programs, BLOCK_K, C) receives the sums of window times that gradient. Group norm's gradient needs
-    sums over the whole sequence: they are read from `totals_ptr` (B, 3, C); with windows, the products are of g instead
-    and corrected later.
+    sums over the whole sequence, which are read from `totals_ptr` (B, 3, C). With windows they are not given: the
+    products are then sums of window times g, and are corrected later.
     """
     program = tl.program_id(0)
     sequence, first, left = block_of(program, cu_out_ptr, batch, CHUNK)

@@ -35,7 +35,7 @@ def _window_moments_kernel(
     BLOCK_K: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Sum window^T window over a chunk in fp64, each window extended by a one: (programs, BLOCK_K, BLOCK_K).
+    """Sum window^T window over a chunk in fp64, where each window ends with a one: (programs, BLOCK_K, BLOCK_K).
 
     The first sample of the sequence is subtracted from all samples, so that a constant offset costs no precision.
     """
@@ -104,7 +104,7 @@ def _window_statistics_kernel(
     BLOCK_K: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Compute mean (w . mean) and 1 / deviation (variance w . covariance w) of each channel from the windows' own."""
+    """Compute mean (w . mean) and 1 / deviation (variance w . covariance w) of each channel from those of windows."""
     sequence = tl.program_id(0)
     mean, covariance = _window_covariance(x_ptr, moments_ptr, cu_in_ptr, cu_out_ptr, sequence, WINDOW, BLOCK_K, CHUNK)
     channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)

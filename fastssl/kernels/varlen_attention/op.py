@@ -104,8 +104,8 @@ def varlen_attention(
         scale: Factor of the dot products of queries and keys; None uses E ** -0.5.
         dropout_p: Probability of dropping an attention weight; the kept ones are multiplied by 1 / (1 - dropout_p).
         seed: () int64 on the device of `q`; the same seed and layout drop the same weights. None draws a seed from
-            PyTorch's generator of that device, whose state activation checkpointing restores. The host does not wait
-            for it.
+            PyTorch's generator of that device; the host does not wait for the seed. Activation checkpointing restores
+            that generator.
         distance_bias: (H, 2R + 1) bias of any floating dtype, indexed by key position minus query position plus R. The
             first and last entries also apply to all larger distances.
         gate: (N, H) factor of the bias for each query and head; None uses 1. Requires `distance_bias`.

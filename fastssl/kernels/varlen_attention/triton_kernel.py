@@ -447,7 +447,8 @@ def _launches(width: int, dtype: torch.dtype, biased: bool, max_length: int) -> 
     """Return launch settings that let the kernels compile without spills for sm_90 (see README.md).
 
     Settings that change the order of a sum must not depend on the lengths, or the bits of a sequence would depend on
-    its batch. The forward computes each query on its own, so its `block_m` may: it is smaller for short sequences.
+    its batch. The forward computes each query on its own, so its `block_m` may depend on them: it is smaller for short
+    sequences.
     """
     if dtype == torch.float32:  # no tensor cores
         return _Launches(*[_Launch(32, 32, 8, 1)] * 4)
