@@ -26,8 +26,8 @@ from tests.models.test_compressed import SHAPE
 from tests.models.test_compressed_prediction import CONFORMER
 
 _CONFIG = EncoderConfig(**SHAPE, compressor="integrate-and-fire")
-_DIGITS = ProbeSettings("digits", steps=60, batch_s=8.0)
-_SPEAKERS = ProbeSettings("speaker", steps=60, batch_s=8.0, segment_s=0.5)
+_DIGITS = ProbeSettings("digits", steps=40, batch_s=8.0)
+_SPEAKERS = ProbeSettings("speaker", steps=40, batch_s=8.0, segment_s=0.5)
 
 
 def learn_rate(
@@ -82,21 +82,17 @@ def test_the_task_moves_the_rate_and_a_price_of_frames_raises_it(
     encoder: Encoder, table: Table, settings: ProbeSettings
 ) -> None:
     store, weights = FeatureStore(), {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
-    free = learn_rate(encoder, table, table, settings, price=0.0, start=0.4, bounds=(0.1, 0.8), features=store)
+    trials = [Trial(0.0, 0.4), Trial(100.0, 0.4), Trial(100.0, 0.8)]
+    options: dict[str, Any] = {"bounds": (0.1, 0.8), "learning_rate": 0.05}
+    free, *dear = learn_rates(encoder, table, table, settings, trials, **options, features=store)
     assert len(free.path) == 21
     assert free.path[0] == pytest.approx(0.4)
     assert free.path[-1] == free.rate
     assert free.rate != free.path[0]
-    dear = [
-        learn_rate(encoder, table, table, settings, price=100.0, start=start, bounds=(0.1, 0.8), features=store)
-        for start in (0.6, 0.8)
-    ]
     assert [one.rate for one in dear] == pytest.approx([0.8, 0.8])
     assert free.rate < 0.8
     assert free.frame_period_ms < dear[0].frame_period_ms
-    # The report describes the encoder at the learned rate. The encoder keeps that rate; its weights have not changed.
-    assert encoder.compressor is not None
-    assert encoder.compressor.rate == dear[1].rate
+    # The report describes the encoder at the learned rate, and the encoder's weights have not changed.
     assert all(torch.equal(tensor, weights[name]) for name, tensor in encoder.state_dict().items())
     trained = {name for name, parameter in encoder.named_parameters() if parameter.requires_grad}
     assert "compressor.weight_network.conv.weight" in trained
@@ -104,7 +100,7 @@ def test_the_task_moves_the_rate_and_a_price_of_frames_raises_it(
 
 
 def test_rates_that_are_learned_together_are_those_that_are_learned_alone(encoder: Encoder, table: Table) -> None:
-    settings, trials = ProbeSettings("digits", steps=24, batch_s=8.0), [Trial(0.0, 0.3), Trial(0.5), Trial(5.0, 0.3)]
+    settings, trials = ProbeSettings("digits", steps=12, batch_s=8.0), [Trial(0.0, 0.3), Trial(0.5), Trial(5.0, 0.3)]
     alone = [learn_rate(encoder, table, table, settings, price=price, start=start) for price, start in trials]
     assert encoder.compressor is not None
     encoder.compressor.rate = None
@@ -117,29 +113,23 @@ def test_rates_that_are_learned_together_are_those_that_are_learned_alone(encode
 
 def test_it_does_not_matter_where_a_rate_begins(encoder: Encoder, table: Table) -> None:
     """The head that scores a rate is trained at every rate, so the result does not depend on the start."""
-    settings = ProbeSettings("digits", steps=80, batch_s=8.0)
-    found = [
-        learn_rate(encoder, table, table, settings, price=0.5, start=start, learning_rate=0.08).rate
-        for start in (0.2, 0.8)
-    ]
+    settings, trials = ProbeSettings("digits", steps=60, batch_s=8.0), [Trial(0.5, 0.2), Trial(0.5, 0.8)]
+    found = [one.rate for one in learn_rates(encoder, table, table, settings, trials, learning_rate=0.1)]
     assert abs(found[0] - found[1]) < 0.1
 
 
-def test_fewer_frames_than_symbols_are_no_gain(encoder: Encoder, table: Table) -> None:
+def test_the_rate_falls_until_the_symbols_of_the_development_part_fit(
+    encoder: Encoder, table: Table, short: Table
+) -> None:
     """CTC reports no loss for targets that do not fit in the frames; this must not favour high rates."""
-    assert encoder.compressor is not None
-    learned = learn_rate(encoder, table, table, _DIGITS, price=0.0, start=1.7, bounds=(1.0, 1.9), learning_rate=0.1)
+    options: dict[str, Any] = {"bounds": (1.0, 1.9), "learning_rate": 0.1}
     # At rate 1.9, an utterance of 1.5 s has four frames for its ten digits.
-    assert learned.rate < 1.7, learned.path
-
-
-def test_rates_learn_from_the_development_part(encoder: Encoder, table: Table, short: Table) -> None:
-    """With one symbol per recording few frames suffice, so the rate rises; with ten symbols it falls."""
-    found = [
-        learn_rate(encoder, table, dev, _DIGITS, price=1.0, start=1.7, bounds=(1.0, 1.9), learning_rate=0.1).rate
-        for dev in (short, table)
-    ]
-    assert found[0] > 1.7 > found[1]
+    free, cheap = learn_rates(encoder, table, table, _DIGITS, [Trial(0.0, 1.7), Trial(1.0, 1.7)], **options)
+    assert free.rate < 1.7, free.path
+    assert cheap.rate < 1.7, cheap.path
+    # With one symbol per recording few frames suffice, so the rate rises.
+    few = learn_rate(encoder, table, short, _DIGITS, price=1.0, start=1.7, **options)
+    assert few.rate > 1.7, few.path
 
 
 def test_the_head_learns_from_the_training_part_alone_and_first(
@@ -160,13 +150,15 @@ def test_the_head_learns_from_the_training_part_alone_and_first(
 def test_of_a_conformer(table: Table) -> None:
     torch.manual_seed(0)
     conformer = ConformerEncoder(ConformerConfig(**CONFORMER, compressor="integrate-and-fire"))
-    learned = learn_rate(conformer, table, table, _DIGITS, price=100.0, start=0.7, bounds=(0.1, 0.9))
+    settings = ProbeSettings("digits", steps=20, batch_s=8.0)
+    learned = learn_rate(conformer, table, table, settings, price=100.0, start=0.8, bounds=(0.1, 0.9))
     assert learned.rate == pytest.approx(0.9)
     assert 50 < learned.frame_period_ms < 100  # the encoder's own frame period is 40 ms
 
 
 def test_the_same_seed_learns_the_same_rate(encoder: Encoder, table: Table) -> None:
-    found = [learn_rate(encoder, table, table, _DIGITS, price=0.1, seed=seed).path for seed in (0, 0, 1)]
+    settings = ProbeSettings("digits", steps=6, batch_s=8.0)
+    found = [learn_rate(encoder, table, table, settings, price=0.1, seed=seed).path for seed in (0, 0, 1)]
     assert found[0] == found[1] != found[2]
 
 

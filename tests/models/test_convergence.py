@@ -35,7 +35,7 @@ CONFIG = Wav2Vec2Config(
     do_normalize=True,
     feature_grad_mult=1.0,
 )
-UPDATES = 150
+UPDATES = 100  # later, rounding changes the codes of some frames, so that single updates differ
 
 
 def waveform(index: int, samples: int) -> Tensor:
@@ -72,9 +72,4 @@ def test_kernels_learn_as_references_do(device: str, dtype: torch.dtype, monkeyp
     with_references = train(device, dtype)
     assert with_references[-20:].mean() < with_references[:20].mean() - 0.15, "nothing was learned"
     apart = (with_kernels - with_references).abs()
-    if dtype == torch.float64:
-        assert apart.max() < 1e-9
-    else:
-        # Late in the run, rounding changes the codes of some frames, so single updates differ.
-        assert apart[:100].max() < 1e-3
-        assert (with_kernels - with_references).view(-1, 50).mean(1).abs().max() < 0.02
+    assert apart.max() < (1e-9 if dtype == torch.float64 else 1e-3)

@@ -6,7 +6,6 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
-from transformers.models.wav2vec2.modeling_wav2vec2 import Wav2Vec2ForPreTraining
 
 from fastssl.kernels.dispatch import BACKENDS
 from fastssl.ops import contrastive_loss
@@ -196,6 +195,9 @@ def test_fake_kernels_have_the_shapes_of_the_reference(case: str, namespace: str
 @pytest.mark.parametrize("codes", [None, 5])
 @EVERY_IMPLEMENTATION
 def test_equals_transformers(codes: int | None, backend: str, device: str) -> None:
+    # Imported here, because other tests import this module in processes that would wait seconds for Transformers.
+    from transformers.models.wav2vec2.modeling_wav2vec2 import Wav2Vec2ForPreTraining
+
     lengths, width, count, temperature = (12 if interpreted(backend, device) else 60,), 32, 20, 0.2
     inputs = {name: tensor.to(device) for name, tensor in draw(lengths, width, count, 0.0, codes).items()}
     context, targets, negatives = inputs.values()

@@ -22,7 +22,8 @@ def test_kernels_agree_with_the_reference(capability: str) -> None:
         pytest.skip("the compiled CPU module was not built")
     if capability == "avx2" and torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         pytest.skip("this machine has no AVX2")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", SELECTION, *FILES]
+    options = ["-q", "-x", "-p", "no:cacheprovider", "--assert=plain"]
+    command = [sys.executable, "-m", "pytest", *options, "-k", SELECTION, *FILES]
     environment = os.environ | {"FASTSSL_CPU_CAPABILITY": capability, "ATEN_CPU_CAPABILITY": capability}
     environment["OMP_NUM_THREADS"] = "1"
     result = subprocess.run(command, cwd=FOLDER.parent.parent, env=environment, capture_output=True, text=True)

@@ -11,7 +11,6 @@ from torch._subclasses import FakeTensorMode
 from torch.nn.attention import varlen
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
-from transformers.models.wavlm.modeling_wavlm import WavLMAttention
 
 from fastssl.kernels import dispatch
 from fastssl.kernels.varlen_attention import reference
@@ -275,6 +274,9 @@ def test_equals_sdpa_of_each_sequence(backend: str, device: str) -> None:
 
 
 def test_gated_distance_bias_is_that_of_wavlm() -> None:
+    # Imported here, because other tests import this module in processes that would wait seconds for Transformers.
+    from transformers.models.wavlm.modeling_wavlm import WavLMAttention
+
     torch.manual_seed(0)
     lengths, heads, width, reach = (90, 7, 41), 4, 8, 40
     wavlm = WavLMAttention(embed_dim=heads * width, num_heads=heads, num_buckets=16, max_distance=reach)
