@@ -28,6 +28,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--speech", type=Path, help="folder of recordings to test on, instead of synthesised speech")
+    parser.addoption("--count", type=int, help="number of cases of each soak test, instead of its default")
+    parser.addoption("--seed", type=int, default=0, help="seed of the soak tests")
 
 
 @pytest.fixture(scope="session")
