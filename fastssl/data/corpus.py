@@ -13,10 +13,13 @@ from typing import Any
 
 import soundfile
 from lhotse import AudioSource, CutSet, Recording
-from lhotse.cut import Cut, MonoCut, MultiCut
+from lhotse.cut import Cut
 from lhotse.utils import compute_num_samples, fastcopy
 
-from fastssl.data.manifest import ForbiddenSourceError, deserialize, read_lines
+from fastssl.data.audio import AudioError
+from fastssl.data.checks import check_fields, check_source
+from fastssl.data.manifest import BadLineError, ForbiddenSourceError, deserialize, read_lines
+from fastssl.data.regular import UnusableFileError, size_of
 from fastssl.data.shar import is_shar, read_shar
 
 EXTENSIONS = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3")
@@ -98,11 +101,11 @@ def open_corpus(
     if not path.exists():
         raise ValueError(f"source: {path} does not exist; give a folder, a Lhotse manifest or an audio file")
     if path.is_dir():
-        found = _from_cuts(read_shar(path), jobs) if is_shar(path) else _from_files(path, _audio_files(path), jobs)
+        found = _from_lines(read_shar(path), jobs) if is_shar(path) else _from_files(path, _audio_files(path), jobs)
     elif path.name.lower().endswith(EXTENSIONS):
         found = _from_files(path.parent, [path], jobs)
     elif path.name.endswith(MANIFEST_EXTENSIONS):
-        found = _from_cuts(_read_manifest(path), jobs)
+        found = _from_lines(_read_manifest(path), jobs)
     else:
         raise ValueError(
             f"source: {path} is neither a folder, nor a Lhotse manifest ({', '.join(MANIFEST_EXTENSIONS)}), "
@@ -229,7 +232,12 @@ def _audio_files(folder: Path) -> list[Path]:
 
 def _from_files(root: Path, files: list[Path], jobs: int) -> Iterator[Cut | Problem]:
     def scan(path: Path) -> Cut | Problem:
-        return scan_file(path, recording_id=path.relative_to(root).as_posix())
+        name = str(path.absolute())
+        try:
+            size_of(path)  # before the file is opened
+        except UnusableFileError as error:
+            return Problem(name, str(error))
+        return _checked(name, scan_file(path, recording_id=path.relative_to(root).as_posix()))
 
     with ThreadPoolExecutor(jobs) as pool:
         yield from pool.map(scan, files)
@@ -264,37 +272,52 @@ def scan_file(path: Path, *, recording_id: str) -> Cut | Problem:
     ).to_cut()
 
 
-def _read_manifest(path: Path) -> Iterator[Cut | Problem]:
-    try:
-        for number, line in enumerate(read_lines(path), 1):
-            try:
-                item = deserialize(line)
-            except ForbiddenSourceError as error:
-                yield Problem(f"{path}, line {number}", str(error))
-                continue
-            yield item.to_cut() if isinstance(item, Recording) else item
-    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"source: {path} is not a Lhotse manifest of cuts or recordings: {error}") from error
+def _read_manifest(path: Path) -> Iterator[tuple[str, Cut | BadLineError]]:
+    """Yield each line's place in the manifest, and its cut; a recording becomes a cut of all of it."""
+    first: BadLineError | None = None
+    ours = 0
+    for number, line in read_lines(path):
+        try:
+            item: Cut | BadLineError = deserialize(line) if isinstance(line, dict) else line
+        except BadLineError as error:
+            item = error
+        if isinstance(item, Cut | ForbiddenSourceError):
+            ours += 1
+        else:
+            first = first or item
+        yield f"{path}, line {number}", item
+    if first is not None and ours == 0:
+        raise ValueError(f"source: {path} is not a Lhotse manifest of cuts or recordings: its first line {first}")
 
 
-def _from_cuts(cuts: Iterable[Cut | Problem], jobs: int) -> Iterator[Cut | Problem]:
-    """Check that each cut has one recording whose files exist; trust everything else in a manifest."""
-
-    def check(cut: Cut | Problem) -> Cut | Problem:
-        if isinstance(cut, Problem):
-            return cut
-        if not isinstance(cut, MonoCut | MultiCut) or not cut.has_recording:
-            return Problem(str(getattr(cut, "id", cut)), "is not a cut of exactly one recording")
-        for source in cut.recording.sources:
-            if source.type == "shar":
-                return Problem(cut.id, "has no audio in its shard")
-            in_tar = "tar_member" in (cut.custom or {})
-            if source.type == "file" and not in_tar and not Path(source.source).exists():
-                return Problem(source.source, "does not exist")
-        return cut
+def _from_lines(lines: Iterable[tuple[str, Cut | BadLineError]], jobs: int) -> Iterator[Cut | Problem]:
+    def check(line: tuple[str, Cut | BadLineError]) -> Cut | Problem:
+        place, item = line
+        return Problem(place, str(item)) if isinstance(item, BadLineError) else _checked(place, item)
 
     with ThreadPoolExecutor(jobs) as pool:
-        yield from pool.map(check, cuts)
+        yield from pool.map(check, lines)
+
+
+def _checked(place: str, item: Cut | Problem) -> Cut | Problem:
+    """Check a recording that is about to enter the corpus: every one comes through here.
+
+    Args:
+        place: What to call the recording if its fields cannot be used: its file, or its line in a manifest.
+        item: The recording, or what is already known to be wrong with it.
+    """
+    if isinstance(item, Problem):
+        return item
+    try:
+        check_fields(item)
+    except AudioError as error:
+        return Problem(place, str(error))
+    for source in item.recording.sources:
+        try:
+            check_source(item, source)
+        except AudioError as error:
+            return Problem(source.source if source.type == "file" else item.id, str(error))
+    return item
 
 
 def _windows(cut: Cut, window_s: float) -> Iterator[Cut]:
