@@ -4,6 +4,7 @@ What comes after may rely on every field that it uses: its type, a finite value,
 and with the size of the file. Only decoding can still fail.
 """
 
+import os
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -90,8 +91,7 @@ def check_source(cut: Cut, source: AudioSource) -> None:
         raise AudioError(str(error)) from None
     if size == 0:
         raise AudioError("is empty")
-    # A transform may have lengthened the recording.
-    if not recording.transforms and recording.num_samples > _SAMPLES_PER_BYTE * size:
+    if recording.num_samples > _SAMPLES_PER_BYTE * size * _growth(recording):
         raise AudioError(f"is said to have {recording.num_samples:,} samples, more than {size:,} bytes can contain")
 
 
@@ -119,8 +119,8 @@ def _is_id(value: object) -> bool:
     if not isinstance(value, str) or not 0 < len(value) <= _LONGEST_ID:
         return False
     try:
-        value.encode()
-    except UnicodeEncodeError:  # half a surrogate pair, which JSON can contain and no file can
+        os.fsencode(value)
+    except UnicodeEncodeError:  # half of a surrogate pair: JSON can contain it, but no file name can
         return False
     return True
 
@@ -154,23 +154,33 @@ def _check_whole_numbers(name: str, values: object) -> None:
 def _check_transforms(recording: Recording) -> None:
     transforms = recording.transforms if recording.transforms is not None else []
     _check(isinstance(transforms, list), "transforms", transforms, "a list")
-    growth = 1.0
     for transform in transforms:
         _check(isinstance(transform, AudioTransform), "transform", transform, "one of Lhotse's")
         if isinstance(transform, Speed | Tempo):
             factor = transform.factor
             _check(_is_number(factor) and 0.01 <= factor <= 100, "factor of a transform", factor, "0.01 to 100")
             check_filter(round(recording.sampling_rate * factor), recording.sampling_rate)
-            growth /= factor
         elif isinstance(transform, ResampleTransform):
             before, after = transform.source_sampling_rate, transform.target_sampling_rate
             for rate in (before, after):
                 _check(_is_whole(rate, 1), "sampling rate of a transform", rate, "a whole number of Hz")
             check_filter(before, after)
-            growth *= after / before
         elif isinstance(transform, ReverbWithImpulseResponse):
             _check_impulse_response(transform.rir)
-        _check(growth <= 100, "transforms that multiply its samples by", f"{growth:g}", "at most 100")
+    if _growth(recording) > 100:
+        raise AudioError("has transforms that multiply its samples by more than 100")
+
+
+def _growth(recording: Recording) -> float:
+    """Return how many times as many samples as the file the transforms have made, at most, one after another."""
+    growth = most = 1.0
+    for transform in recording.transforms or []:
+        if isinstance(transform, Speed | Tempo):
+            growth /= transform.factor
+        elif isinstance(transform, ResampleTransform):
+            growth *= transform.target_sampling_rate / transform.source_sampling_rate
+        most = max(most, growth)
+    return most
 
 
 def _check_impulse_response(response: Recording | Cut | None) -> None:

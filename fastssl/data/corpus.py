@@ -101,11 +101,11 @@ def open_corpus(
     if not path.exists():
         raise ValueError(f"source: {path} does not exist; give a folder, a Lhotse manifest or an audio file")
     if path.is_dir():
-        found = _from_lines(read_shar(path), jobs) if is_shar(path) else _from_files(path, _audio_files(path), jobs)
+        found = _from_cuts(read_shar(path), jobs) if is_shar(path) else _from_files(path, _audio_files(path), jobs)
     elif path.name.lower().endswith(EXTENSIONS):
         found = _from_files(path.parent, [path], jobs)
     elif path.name.endswith(MANIFEST_EXTENSIONS):
-        found = _from_lines(_read_manifest(path), jobs)
+        found = _from_cuts(_read_manifest(path), jobs)
     else:
         raise ValueError(
             f"source: {path} is neither a folder, nor a Lhotse manifest ({', '.join(MANIFEST_EXTENSIONS)}), "
@@ -290,13 +290,13 @@ def _read_manifest(path: Path) -> Iterator[tuple[str, Cut | BadLineError]]:
         raise ValueError(f"source: {path} is not a Lhotse manifest of cuts or recordings: its first line {first}")
 
 
-def _from_lines(lines: Iterable[tuple[str, Cut | BadLineError]], jobs: int) -> Iterator[Cut | Problem]:
-    def check(line: tuple[str, Cut | BadLineError]) -> Cut | Problem:
-        place, item = line
+def _from_cuts(cuts: Iterable[tuple[str, Cut | BadLineError]], jobs: int) -> Iterator[Cut | Problem]:
+    def check(placed: tuple[str, Cut | BadLineError]) -> Cut | Problem:
+        place, item = placed
         return Problem(place, str(item)) if isinstance(item, BadLineError) else _checked(place, item)
 
     with ThreadPoolExecutor(jobs) as pool:
-        yield from pool.map(check, lines)
+        yield from pool.map(check, cuts)
 
 
 def _checked(place: str, item: Cut | Problem) -> Cut | Problem:
@@ -351,8 +351,8 @@ def _joined(cuts: Iterable[Cut]) -> Iterator[Cut]:
         parent = window_parent(cut)
         if parent is None:
             yield cut
-        elif parent["id"] not in entered:
-            entered.add(parent["id"])
+        elif (key := (parent["id"], cut.recording.id)) not in entered:
+            entered.add(key)
             custom = {name: value for name, value in cut.custom.items() if name != "window_of"}
             whole = {name: parent[name] for name in ("id", "start", "duration")}
             yield fastcopy(cut, **whole, custom=custom or None)
