@@ -230,19 +230,11 @@ def test_damaged_tables_are_refused(corpus: list[Cut], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="line 1 is not a supervision with labels"):
         LabelTable(tmp_path / "labels")
     path.write_text(text)
+    numbers = '"frame_shift_s": 1, "first_centre_s": 1}'
     for damaged in (
-        *(
-            "",
-            "{",
-            "[]",
-            "[" * 100_000,
-            '{"clusters": 5}',
-            '{"clusters": null, "frame_shift_s": 0, "first_centre_s": 1}',
-        ),
-        *(
-            '{"clusters": 1e400, "frame_shift_s": 1, "first_centre_s": 1}',
-            '{"clusters": true, "frame_shift_s": 1, "first_centre_s": 1}',
-        ),
+        *("", "{", "[]", "[" * 100_000, '{"clusters": 5}'),
+        *(f'{{"clusters": {value}, {numbers}' for value in ("null", "true", "0", "2.5", "1e400")),
+        '{"clusters": 5, "frame_shift_s": NaN, "first_centre_s": 1}',
     ):
         (tmp_path / "labels" / SETTINGS_FILE).write_text(damaged)
         with pytest.raises(ValueError, match=r"settings\.json: is damaged"):

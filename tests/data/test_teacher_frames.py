@@ -10,14 +10,8 @@ from torch import Tensor
 
 from fastssl.data.teacher_frames import TeacherTable
 
-ENTRY = {
-    "key": "a",
-    "shard": "teacher-00000.safetensors",
-    "duration_s": 1.0,
-    "rate_hz": 16000,
-    "checksum": 5,
-    "frames": 7,
-}
+SHARD = "teacher-00000.safetensors"
+ENTRY = {"key": "a", "shard": SHARD, "duration_s": 1.0, "rate_hz": 16000, "checksum": 5, "frames": 7}
 
 
 def table(folder: Path, **changed: Any) -> TeacherTable:
