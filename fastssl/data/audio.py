@@ -54,11 +54,8 @@ def read_waveform(cut: Cut, *, channel: int | None = None) -> NDArray[np.float32
         AudioError: The audio does not decode, ends too early, lacks the channel, is at a sampling rate that
             `check_rate` refuses, or contains NaN or infinity.
     """
-    rate = cut.recording.sampling_rate
-    check_rate(rate)
-    if cut.end > cut.recording.num_samples / rate + TOLERANCE_S:
-        raise AudioError(f"lasts {cut.recording.num_samples / rate:.2f} s, but its cut ends at {cut.end:.2f} s")
-    first = compute_num_samples(cut.start, rate)
+    check_end(cut)
+    first = compute_num_samples(cut.start, cut.recording.sampling_rate)
     return read_samples(cut, first=first, length=compute_num_samples(cut.duration, SAMPLE_RATE_HZ), channel=channel)
 
 
@@ -142,6 +139,20 @@ def check_rate(rate_hz: int) -> None:
         raise AudioError(f"is at {rate_hz} Hz, expected at least {_LEAST_RATE_HZ} Hz; its header may be damaged")
     period, steps = resampling_ratio(rate_hz)
     check_filter(period * SAMPLE_RATE_HZ // steps, SAMPLE_RATE_HZ)
+
+
+def check_end(cut: Cut) -> None:
+    """Refuse a cut that ends more than 0.1 s after its recording, of which less would be read than it promises.
+
+    Args:
+        cut: A cut of one recording.
+
+    Raises:
+        AudioError: The recording ends before the cut.
+    """
+    length_s = cut.recording.num_samples / cut.recording.sampling_rate
+    if cut.start + cut.duration > length_s + TOLERANCE_S:
+        raise AudioError(f"lasts {length_s:.2f} s, but its cut ends at {cut.start + cut.duration:.2f} s")
 
 
 def check_filter(from_hz: int, to_hz: int) -> None:

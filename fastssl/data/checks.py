@@ -14,7 +14,7 @@ from lhotse.augmentation import ReverbWithImpulseResponse, Speed, Tempo
 from lhotse.augmentation.transform import AudioTransform
 from lhotse.cut import Cut, MonoCut, MultiCut
 
-from fastssl.data.audio import TOLERANCE_S, AudioError, check_filter, check_rate
+from fastssl.data.audio import TOLERANCE_S, AudioError, check_end, check_filter, check_rate
 from fastssl.data.manifest import shortened
 from fastssl.data.regular import UnusableFileError, size_of
 
@@ -55,11 +55,7 @@ def check_fields(cut: Cut) -> None:
             f"has a recording duration of {recording.duration:.2f} s, but num_samples and sampling_rate give "
             f"{length_s:.2f} s"
         )
-    if cut.start + cut.duration > length_s + TOLERANCE_S:
-        raise AudioError(
-            f"ends at {cut.start + cut.duration:.2f} s, but its recording lasts only {length_s:.2f} s; correct start "
-            "and duration"
-        )
+    check_end(cut)
     _check_channels(cut)
     _check_transforms(recording)
     _check_custom(cut)

@@ -231,16 +231,29 @@ def _audio_files(folder: Path) -> list[Path]:
 
 
 def _from_files(root: Path, files: list[Path], jobs: int) -> Iterator[Cut | Problem]:
-    def scan(path: Path) -> Cut | Problem:
-        name = str(path.absolute())
-        try:
-            size_of(path)  # before the file is opened
-        except UnusableFileError as error:
-            return Problem(name, str(error))
-        return _checked(name, scan_file(path, recording_id=path.relative_to(root).as_posix()))
+    def enter(path: Path) -> Cut | Problem:
+        return enter_file(path, recording_id=path.relative_to(root).as_posix())
 
     with ThreadPoolExecutor(jobs) as pool:
-        yield from pool.map(scan, files)
+        yield from pool.map(enter, files)
+
+
+def enter_file(path: Path, *, recording_id: str) -> Cut | Problem:
+    """Read the header of an audio file, and check what it says.
+
+    Args:
+        path: Path of the audio file.
+        recording_id: Id for the recording and its cut.
+
+    Returns:
+        A cut of the whole file, or a `Problem` if the file cannot be used.
+    """
+    name = str(path.absolute())
+    try:
+        size_of(path)  # before the file is opened
+    except UnusableFileError as error:
+        return Problem(name, str(error))
+    return _checked(name, scan_file(path, recording_id=recording_id))
 
 
 def scan_file(path: Path, *, recording_id: str) -> Cut | Problem:

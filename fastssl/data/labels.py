@@ -192,8 +192,11 @@ def read_settings(folder: Path) -> dict[str, Any]:
     except (ValueError, RecursionError):
         settings = None
     numbers = ("clusters", "frame_shift_s", "first_centre_s")
-    is_right = isinstance(settings, dict) and all(_is_positive(settings.get(name)) for name in numbers)
-    if not is_right or not isinstance(settings["clusters"], int):
+    if (
+        not isinstance(settings, dict)
+        or not all(_is_positive(settings.get(name)) for name in numbers)
+        or not isinstance(settings["clusters"], int)
+    ):
         raise ValueError(
             f"{path}: is damaged; expected positive numbers for {', '.join(numbers)}. Make the labels again: "
             "`fastssl label`"

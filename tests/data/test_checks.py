@@ -15,6 +15,7 @@ from lhotse.utils import fastcopy
 
 from fastssl.data.audio import AudioError, check_rate, read_waveform
 from fastssl.data.corpus import open_corpus
+from fastssl.data.recordings import read_chunks
 from tests.data.damage import run_damaged
 from tests.data.making import noise, write
 
@@ -78,9 +79,9 @@ def transformed(name: str, **kwargs: object) -> Callable[[Line], None]:
         (put(duration=float("inf")), "has duration inf, expected a finite number above 0"),
         (put(duration=0), "has duration 0"),
         (put(duration=10**400), "has duration 1000"),
-        (put(duration=20.0), "ends at 20.00 s, but its recording lasts only 6.00 s"),
-        (put(start=3.2, duration=3.0), "ends at 6.20 s"),
-        (put(duration=1e9), "ends at 1000000000.00 s"),
+        (put(duration=20.0), "lasts 6.00 s, but its cut ends at 20.00 s"),
+        (put(start=3.2, duration=3.0), "its cut ends at 6.20 s"),
+        (put(duration=1e9), "its cut ends at 1000000000.00 s"),
         (put(channel=1), r"has channels [0], but its manifest asks for [1]"),
         (put(channel="0"), "has channel '0', expected"),
         (put(channel=None), "has channel"),
@@ -155,9 +156,13 @@ def test_a_cut_that_is_longer_than_its_recording_is_not_shortened(tmp_path: Path
     cut = Recording.from_file(write(tmp_path / "a.wav", noise(6.0))).to_cut()
     with pytest.raises(AudioError, match=r"lasts 6\.00 s, but its cut ends at 20\.00 s"):
         read_waveform(fastcopy(cut, duration=20.0))
+    with pytest.raises(AudioError, match=r"lasts 6\.00 s, but its cut ends at 20\.00 s"):
+        next(read_chunks(fastcopy(cut, duration=20.0), chunk_s=10.0, overlap_s=1.0, normalize=False))
     lying = fastcopy(cut.recording, num_samples=320000, duration=20.0).to_cut()
     with pytest.raises(AudioError, match=r"ends after 6\.00 s, but its header says 20\.00 s"):
         read_waveform(lying)
+    with pytest.raises(AudioError, match=r"ends after 6\.00 s|does not decode"):
+        list(read_chunks(lying, chunk_s=5.0, overlap_s=1.0, normalize=False))
 
 
 @pytest.mark.parametrize("rate", [4000, 8000, 11025, 16001, 22050, 44100, 48000, 96010, 192000, 384000])
