@@ -26,7 +26,6 @@ PLACES = {
     ("data/audio.py", "recording.load_audio"): (1, "sources checked at any depth; only libsndfile opens the files"),
     ("data/corpus.py", "corpus.cuts.to_jsonl"): (1, "an absolute path, so never a pipe"),
     ("data/manifest.py", "deserialize_item"): (1, "after the sources were checked"),
-    ("data/manifest.py", "load_jsonl"): (1, "an absolute path, so never a pipe"),
     ("data/synthetic.py", "ctypes.CDLL"): (1, "espeak-ng's library, from its installed package"),
     ("interop/classes.py", "importlib.import_module"): (1, "a module of Transformers or torchaudio, from fixed tables"),
     ("interop/fairseq.py", "torch.load"): (1, "weights_only"),

@@ -25,7 +25,10 @@ SAMPLE_RATE_HZ = 16000
 # Zero crossings of the sinc filter on each side. With 16, a 7 kHz tone passes and a 9 kHz tone is attenuated by 50 dB.
 _FILTER_WIDTH = 16
 # The decoded length may differ from the header by a frame or two (MP3). A larger shortfall means a damaged file.
-_TOLERANCE_S = 0.1
+TOLERANCE_S = 0.1
+# No speech is recorded more slowly. A lower rate comes from a damaged header, and would make hours of a few samples.
+_LEAST_RATE_HZ = 4000
+_LARGEST_FILTER_BYTES = 64 * 2**20
 _LHOTSE_BACKEND = Lock()
 
 
@@ -48,8 +51,10 @@ def read_waveform(cut: Cut, *, channel: int | None = None) -> NDArray[np.float32
         decoder returns fewer samples than the header announced.
 
     Raises:
-        AudioError: The audio does not decode, ends too early, lacks the channel, or contains NaN or infinity.
+        AudioError: The audio does not decode, ends too early, lacks the channel, is at a sampling rate that
+            `check_rate` refuses, or contains NaN or infinity.
     """
+    check_end(cut)
     first = compute_num_samples(cut.start, cut.recording.sampling_rate)
     return read_samples(cut, first=first, length=compute_num_samples(cut.duration, SAMPLE_RATE_HZ), channel=channel)
 
@@ -72,6 +77,7 @@ def read_samples(cut: Cut, *, first: int, length: int, channel: int | None) -> N
         AudioError: As in `read_waveform`.
     """
     recording = cut.recording
+    check_rate(recording.sampling_rate)
     columns = _columns(cut, channel)
     # Every `period` source samples become `steps` output samples.
     period, steps = resampling_ratio(recording.sampling_rate)
@@ -87,7 +93,7 @@ def read_samples(cut: Cut, *, first: int, length: int, channel: int | None) -> N
         raise AudioError(f"has {samples.shape[1]} channels, but its manifest says {recording.num_channels}")
     end = start + len(samples)
     wanted = first + length * period // steps
-    if end < min(stop, wanted) - _TOLERANCE_S * recording.sampling_rate:
+    if end < min(stop, wanted) - TOLERANCE_S * recording.sampling_rate:
         rate = recording.sampling_rate
         raise AudioError(f"ends after {end / rate:.2f} s, but its header says {recording.duration:.2f} s")
     mono = samples[:, columns[0]] if len(columns) == 1 else samples[:, columns].mean(axis=1)
@@ -118,6 +124,57 @@ def resampling_ratio(rate_hz: int) -> tuple[int, int]:
         rate_hz = max(10, round(rate_hz / 10) * 10)
     ratio = Fraction(rate_hz, SAMPLE_RATE_HZ)
     return ratio.numerator, ratio.denominator
+
+
+def check_rate(rate_hz: int) -> None:
+    """Refuse a sampling rate that cannot be right, or that would need too large a filter to resample to 16 kHz.
+
+    Args:
+        rate_hz: Sampling rate of a recording in Hz.
+
+    Raises:
+        AudioError: The rate is below 4 kHz, or the filter would take more than 64 MB.
+    """
+    if rate_hz < _LEAST_RATE_HZ:
+        raise AudioError(f"is at {rate_hz} Hz, expected at least {_LEAST_RATE_HZ} Hz; its header may be damaged")
+    period, steps = resampling_ratio(rate_hz)
+    check_filter(period * SAMPLE_RATE_HZ // steps, SAMPLE_RATE_HZ)
+
+
+def check_end(cut: Cut) -> None:
+    """Refuse a cut that ends more than 0.1 s after its recording, of which less would be read than it promises.
+
+    Args:
+        cut: A cut of one recording.
+
+    Raises:
+        AudioError: The recording ends before the cut.
+    """
+    length_s = cut.recording.num_samples / cut.recording.sampling_rate
+    if cut.start + cut.duration > length_s + TOLERANCE_S:
+        raise AudioError(f"lasts {length_s:.2f} s, but its cut ends at {cut.start + cut.duration:.2f} s")
+
+
+def check_filter(from_hz: int, to_hz: int) -> None:
+    """Refuse to resample between two rates if the filter would take more than 64 MB.
+
+    Args:
+        from_hz: Sampling rate before, in Hz.
+        to_hz: Sampling rate after, in Hz.
+
+    Raises:
+        AudioError: The filter would be too large.
+    """
+    divisor = math.gcd(from_hz, to_hz)
+    period, steps = from_hz // divisor, to_hz // divisor
+    # The filter has a row for each step, and a row covers a period and the zero crossings on both sides. In integers,
+    # because a number of a damaged header may exceed what fits into a float.
+    size = 4 * steps * (period + 2 * _FILTER_WIDTH * max(1, period // steps))
+    if size > _LARGEST_FILTER_BYTES:
+        raise AudioError(
+            f"needs a filter of {size // 10**6} MB to be resampled from {from_hz} to {to_hz} Hz; resample it to a "
+            "usual rate, such as 16000 Hz, first"
+        )
 
 
 def resample(samples: NDArray[np.float32], from_hz: int, to_hz: int) -> NDArray[np.float32]:

@@ -13,10 +13,13 @@ from typing import Any
 
 import soundfile
 from lhotse import AudioSource, CutSet, Recording
-from lhotse.cut import Cut, MonoCut, MultiCut
+from lhotse.cut import Cut
 from lhotse.utils import compute_num_samples, fastcopy
 
-from fastssl.data.manifest import ForbiddenSourceError, deserialize, read_lines
+from fastssl.data.audio import AudioError
+from fastssl.data.checks import check_fields, check_source
+from fastssl.data.manifest import BadLineError, ForbiddenSourceError, deserialize, read_lines
+from fastssl.data.regular import UnusableFileError, size_of
 from fastssl.data.shar import is_shar, read_shar
 
 EXTENSIONS = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3")
@@ -228,11 +231,29 @@ def _audio_files(folder: Path) -> list[Path]:
 
 
 def _from_files(root: Path, files: list[Path], jobs: int) -> Iterator[Cut | Problem]:
-    def scan(path: Path) -> Cut | Problem:
-        return scan_file(path, recording_id=path.relative_to(root).as_posix())
+    def enter(path: Path) -> Cut | Problem:
+        return enter_file(path, recording_id=path.relative_to(root).as_posix())
 
     with ThreadPoolExecutor(jobs) as pool:
-        yield from pool.map(scan, files)
+        yield from pool.map(enter, files)
+
+
+def enter_file(path: Path, *, recording_id: str) -> Cut | Problem:
+    """Read the header of an audio file, and check what it says.
+
+    Args:
+        path: Path of the audio file.
+        recording_id: Id for the recording and its cut.
+
+    Returns:
+        A cut of the whole file, or a `Problem` if the file cannot be used.
+    """
+    name = str(path.absolute())
+    try:
+        size_of(path)  # before the file is opened
+    except UnusableFileError as error:
+        return Problem(name, str(error))
+    return _checked(name, scan_file(path, recording_id=recording_id))
 
 
 def scan_file(path: Path, *, recording_id: str) -> Cut | Problem:
@@ -264,37 +285,52 @@ def scan_file(path: Path, *, recording_id: str) -> Cut | Problem:
     ).to_cut()
 
 
-def _read_manifest(path: Path) -> Iterator[Cut | Problem]:
-    try:
-        for number, line in enumerate(read_lines(path), 1):
-            try:
-                item = deserialize(line)
-            except ForbiddenSourceError as error:
-                yield Problem(f"{path}, line {number}", str(error))
-                continue
-            yield item.to_cut() if isinstance(item, Recording) else item
-    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"source: {path} is not a Lhotse manifest of cuts or recordings: {error}") from error
+def _read_manifest(path: Path) -> Iterator[tuple[str, Cut | BadLineError]]:
+    """Yield each line's place in the manifest, and its cut; a recording becomes a cut of all of it."""
+    first: BadLineError | None = None
+    ours = 0
+    for number, line in read_lines(path):
+        try:
+            item: Cut | BadLineError = deserialize(line) if isinstance(line, dict) else line
+        except BadLineError as error:
+            item = error
+        if isinstance(item, Cut | ForbiddenSourceError):
+            ours += 1
+        else:
+            first = first or item
+        yield f"{path}, line {number}", item
+    if first is not None and ours == 0:
+        raise ValueError(f"source: {path} is not a Lhotse manifest of cuts or recordings: its first line {first}")
 
 
-def _from_cuts(cuts: Iterable[Cut | Problem], jobs: int) -> Iterator[Cut | Problem]:
-    """Check that each cut has one recording whose files exist; trust everything else in a manifest."""
-
-    def check(cut: Cut | Problem) -> Cut | Problem:
-        if isinstance(cut, Problem):
-            return cut
-        if not isinstance(cut, MonoCut | MultiCut) or not cut.has_recording:
-            return Problem(str(getattr(cut, "id", cut)), "is not a cut of exactly one recording")
-        for source in cut.recording.sources:
-            if source.type == "shar":
-                return Problem(cut.id, "has no audio in its shard")
-            in_tar = "tar_member" in (cut.custom or {})
-            if source.type == "file" and not in_tar and not Path(source.source).exists():
-                return Problem(source.source, "does not exist")
-        return cut
+def _from_cuts(cuts: Iterable[tuple[str, Cut | BadLineError]], jobs: int) -> Iterator[Cut | Problem]:
+    def check(placed: tuple[str, Cut | BadLineError]) -> Cut | Problem:
+        place, item = placed
+        return Problem(place, str(item)) if isinstance(item, BadLineError) else _checked(place, item)
 
     with ThreadPoolExecutor(jobs) as pool:
         yield from pool.map(check, cuts)
+
+
+def _checked(place: str, item: Cut | Problem) -> Cut | Problem:
+    """Check a recording that is about to enter the corpus: every one comes through here.
+
+    Args:
+        place: What to call the recording if its fields cannot be used: its file, or its line in a manifest.
+        item: The recording, or what is already known to be wrong with it.
+    """
+    if isinstance(item, Problem):
+        return item
+    try:
+        check_fields(item)
+    except AudioError as error:
+        return Problem(place, str(error))
+    for source in item.recording.sources:
+        try:
+            check_source(item, source)
+        except AudioError as error:
+            return Problem(source.source if source.type == "file" else item.id, str(error))
+    return item
 
 
 def _windows(cut: Cut, window_s: float) -> Iterator[Cut]:
@@ -328,8 +364,8 @@ def _joined(cuts: Iterable[Cut]) -> Iterator[Cut]:
         parent = window_parent(cut)
         if parent is None:
             yield cut
-        elif parent["id"] not in entered:
-            entered.add(parent["id"])
+        elif (key := (parent["id"], cut.recording.id)) not in entered:
+            entered.add(key)
             custom = {name: value for name, value in cut.custom.items() if name != "window_of"}
             whole = {name: parent[name] for name in ("id", "start", "duration")}
             yield fastcopy(cut, **whole, custom=custom or None)

@@ -189,10 +189,14 @@ def read_settings(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder}: no labels there; looked for {path} and {LABELS_FILE}. Make them: `fastssl label`")
     try:
         settings = json.loads(path.read_bytes())
-    except ValueError:
+    except (ValueError, RecursionError):
         settings = None
     numbers = ("clusters", "frame_shift_s", "first_centre_s")
-    if not isinstance(settings, dict) or not all(_is_positive(settings.get(name)) for name in numbers):
+    if (
+        not isinstance(settings, dict)
+        or not all(_is_positive(settings.get(name)) for name in numbers)
+        or not isinstance(settings["clusters"], int)
+    ):
         raise ValueError(
             f"{path}: is damaged; expected positive numbers for {', '.join(numbers)}. Make the labels again: "
             "`fastssl label`"
@@ -217,7 +221,7 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
                 return
             try:
                 values = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 values = None
             if not _is_labelled(values):
                 raise ValueError(
@@ -231,12 +235,13 @@ def _is_labelled(values: Any) -> bool:
     if not isinstance(custom, dict) or not isinstance(values.get("id"), str):
         return False
     labels = custom.get("labels")
-    numbers = _is_positive(values.get("duration")) and _is_positive(custom.get("sampling_rate"))
+    rate = custom.get("sampling_rate")
+    numbers = _is_positive(values.get("duration")) and _is_positive(rate) and isinstance(rate, int)
     return numbers and isinstance(labels, list) and set(map(type, labels)) <= {int}
 
 
 def _is_positive(value: Any) -> bool:
-    return isinstance(value, (int, float)) and value > 0
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 1e15
 
 
 def as_line(cut: Cut, labels: Iterable[int], *, frame_shift_s: float, first_centre_s: float) -> str:

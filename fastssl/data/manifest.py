@@ -3,54 +3,123 @@
 A Lhotse audio source may be a shell command or a URL, and a manifest may be an untrusted file. So every source must
 be a file or bytes, wherever it occurs: among a recording's sources, in the impulse response of a transform, in a custom
 field or in a track of a mixed cut.
+
+A manifest may also be damaged. A line that cannot be used is reported by its number, and the others are still used. A
+file that breaks off is refused, because nobody knows what is missing.
 """
 
+import gzip
+import json
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from lhotse import Recording
 from lhotse.cut import Cut
-from lhotse.serialization import deserialize_item, load_jsonl
+from lhotse.serialization import deserialize_item
+
+from fastssl.data.regular import UnusableFileError, size_of
 
 #: "shar" is a placeholder for audio in the tar file of the same shard; Lhotse cannot read it by itself.
 _SOURCE_TYPES = ("file", "memory", "shar")
+_LONGEST_LINE = 2**24  # bytes
+# Lhotse's fields are nested 10 deep at most. Python could parse deeper values than it can copy or write.
+_DEEPEST = 100
 
 
-class ForbiddenSourceError(ValueError):
-    """A manifest contains an audio source that would be run or fetched.
+class BadLineError(ValueError):
+    """A line of a manifest, or the recording that it describes, cannot be used.
 
-    The message is a predicate ("has an audio source of type ..."); callers put the name of the manifest in front of it.
+    The message is a predicate ("is not valid JSON: ..."); callers put the manifest and the line number in front of it.
     """
 
 
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the lines of a `.jsonl` or `.jsonl.gz` file as dictionaries.
+class ForbiddenSourceError(BadLineError):
+    """A manifest contains an audio source that would be run or fetched."""
 
-    The path is made absolute, because Lhotse would run a name that begins with "pipe:" as a command.
+
+def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | BadLineError]]:
+    """Yield the lines of a `.jsonl` or `.jsonl.gz` file, without the blank ones.
+
+    Args:
+        path: Path of the manifest.
+
+    Yields:
+        (number of the line, from 1 on; its decoded JSON, or what is wrong with it).
 
     Raises:
-        OSError: The file cannot be read.
-        ValueError: A line is not valid JSON.
+        ValueError: The file cannot be read to its end, or is not a regular file.
     """
-    yield from load_jsonl(path.absolute())
+    not_one = f"source: {path} is not a Lhotse manifest of cuts or recordings"
+    number = 0
+    try:
+        size_of(path)
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+            while line := file.readline(_LONGEST_LINE + 1):
+                number += 1
+                if len(line) > _LONGEST_LINE:
+                    raise ValueError(f"{not_one}: line {number} is longer than {_LONGEST_LINE // 2**20} MB")
+                if line.isspace():
+                    continue
+                value = parse(line)
+                if isinstance(value, BadLineError) and number > 1 and not line.endswith(b"\n"):
+                    number -= 1
+                    raise EOFError("the next line is cut off")
+                yield number, value
+    except UnusableFileError as error:
+        raise ValueError(f"{not_one}: it {error}") from None
+    except (OSError, EOFError, zlib.error) as error:
+        if number == 0:
+            raise ValueError(f"{not_one}: {error}") from error
+        raise ValueError(
+            f"source: {path} is damaged after line {number}, and what follows is lost: {error}; copy or make it again"
+        ) from error
 
 
-def deserialize(line: dict[str, Any]) -> Cut | Recording:
-    """Build the cut or recording that a line of a manifest describes.
+def parse(line: bytes) -> dict[str, Any] | BadLineError:
+    """Decode the JSON of a line, or return what is wrong with it."""
+    try:
+        value = json.loads(line.decode())
+    # `RecursionError`: nested too deeply. `ValueError` also stands for bad UTF-8 and for an integer of 5,000 digits.
+    except (ValueError, RecursionError) as error:
+        return BadLineError(f"is not valid JSON: {shortened(error)}")
+    if not isinstance(value, dict):
+        return BadLineError("is not a cut or a recording, but JSON of another kind")
+    return value
+
+
+def deserialize(line: dict[str, Any]) -> Cut:
+    """Build the cut that a line of a manifest describes; a recording becomes a cut of all of it.
+
+    Its fields may still have any type and value: `checks.py` looks at those that are used.
 
     Args:
         line: The decoded JSON of the line.
 
     Raises:
+        BadLineError: The line describes something else, such as a supervision, or is nested more than 100 deep.
         ForbiddenSourceError: The line has an audio source that is neither a file nor bytes.
-        TypeError: The line describes something else, such as a supervision.
     """
     check_sources(line)
-    item = deserialize_item(line)
-    if not isinstance(item, Cut | Recording):
-        raise TypeError(f"expected a line with a cut or a recording, got a {type(item).__name__}")
-    return item
+    try:
+        item = deserialize_item(line)
+        cut = item.to_cut() if isinstance(item, Recording) else item
+    # Lhotse checks no types, so any exception is possible. Every one means that the line is bad.
+    except Exception as error:
+        raise BadLineError(f"is not a cut or a recording: {type(error).__name__}: {shortened(error)}") from error
+    if not isinstance(cut, Cut):
+        raise BadLineError(f"is not a cut or a recording, but a {type(cut).__name__}")
+    return cut
+
+
+def shortened(value: object) -> str:
+    """Return the text of a value from a manifest for a message, at most 100 characters of it on one line."""
+    try:
+        text = " ".join(str(value).split())
+    except ValueError:  # an integer of 5,000 digits
+        text = "a huge number"
+    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def check_sources(value: object) -> None:
@@ -61,18 +130,23 @@ def check_sources(value: object) -> None:
 
     Raises:
         ForbiddenSourceError: `value` contains such a source; the message names its type.
+        BadLineError: `value` is nested more than 100 deep.
     """
-    pending = [value]
-    while pending:
-        item = pending.pop()
-        if isinstance(item, dict):
-            # lhotse.AudioSource cannot be built without these keys.
-            is_source = item.keys() >= {"type", "channels", "source"}
-            if is_source and item["type"] not in _SOURCE_TYPES:
-                raise ForbiddenSourceError(
-                    f"has an audio source of type {item['type']!r}; expected a file or bytes, because commands are "
-                    "never run and URLs are never fetched. Save the audio as a file first"
-                )
-            pending += item.values()
-        elif isinstance(item, list | tuple):
-            pending += item
+    level, depth = [value], 0
+    while level:
+        below: list[object] = []
+        for item in level:
+            if isinstance(item, dict):
+                # lhotse.AudioSource cannot be built without these keys.
+                is_source = item.keys() >= {"type", "channels", "source"}
+                if is_source and item["type"] not in _SOURCE_TYPES:
+                    raise ForbiddenSourceError(
+                        f"has an audio source of type {shortened(item['type'])!r}; expected a file or bytes, because "
+                        "commands are never run and URLs are never fetched. Save the audio as a file first"
+                    )
+                below += item.values()
+            elif isinstance(item, list | tuple):
+                below += item
+        level, depth = below, depth + 1
+        if depth > _DEEPEST:
+            raise BadLineError(f"is nested more than {_DEEPEST} deep")

@@ -18,7 +18,7 @@ from lhotse.cut import Cut
 from lhotse.utils import compute_num_samples
 from torch import Tensor
 
-from fastssl.data.audio import SAMPLE_RATE_HZ, AudioError, read_samples, resampling_ratio
+from fastssl.data.audio import SAMPLE_RATE_HZ, AudioError, check_end, read_samples, resampling_ratio
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,6 +119,7 @@ def read_chunks(
         ValueError: As in `chunk_hop`.
         AudioError: The audio cannot be used or is shorter than one frame. May be raised after some chunks.
     """
+    check_end(cut)
     period, steps = resampling_ratio(cut.recording.sampling_rate)
     size = round(chunk_s * SAMPLE_RATE_HZ)
     hop = chunk_hop(cut.recording.sampling_rate, chunk_s=chunk_s, overlap_s=overlap_s, grid=grid)

@@ -52,6 +52,9 @@ class TeacherTable:
         layers: Layers to read.
         width: Width D of the layers.
         channels: Number of channels C of the front end, which is then read as well; None reads only the layers.
+
+    Raises:
+        ValueError: An entry lacks a field or has one of another type.
     """
 
     def __init__(
@@ -65,6 +68,13 @@ class TeacherTable:
     ) -> None:
         self.folder, self.entries = folder, dict(entries)
         self.layers, self.width, self.channels = tuple(layers), width, channels
+        for key, entry in self.entries.items():
+            names = ("duration_s", "rate_hz", "checksum", "frames")
+            if not all(isinstance(entry.get(name), int | float) for name in names):
+                raise ValueError(
+                    f"data.teacher_cache: {folder}: the entry of {key} in its index is damaged: expected numbers for "
+                    f"{', '.join(names)}; delete the folder to make it again"
+                )
 
     def check(self, key: str, cut: Cut) -> None:
         """Check that a cut still has the duration and sampling rate that it had when its frames were stored.
@@ -123,11 +133,23 @@ class TeacherTable:
         """
 
         def read(name: str, width: int) -> Tensor:
-            parts = [_opened(self.folder / self.entries[key]["shard"]).get_tensor(f"{key}/{name}") for key in keys]
+            parts = [self._tensor(key, name, width) for key in keys]
             return torch.cat([torch.empty(0, width, dtype=torch.float16), *parts])
 
         layers = tuple(read(str(layer), self.width) for layer in self.layers)
         return TeacherFrames(layers, None if self.channels is None else read(FRONT_END, self.channels))
+
+    def _tensor(self, key: str, name: str, width: int) -> Tensor:
+        entry = self.entries[key]
+        shard = self.folder / entry["shard"]
+        try:
+            tensor: Tensor = _opened(shard).get_tensor(f"{key}/{name}")
+        except SafetensorError as error:
+            raise _damage(shard, str(error)) from error
+        if tensor.shape != (entry["frames"], width) or tensor.dtype != torch.float16:
+            found, expected = f"{tensor.dtype} {tuple(tensor.shape)}", f"torch.float16 ({entry['frames']}, {width})"
+            raise _damage(shard, f"{key}/{name} is {found}, expected {expected}")
+        return tensor
 
 
 def checksum(waveform: NDArray[np.float32]) -> int:
@@ -135,9 +157,16 @@ def checksum(waveform: NDArray[np.float32]) -> int:
     return zlib.crc32(np.ascontiguousarray(waveform).data)
 
 
+def _damage(shard: Path, problem: str) -> ValueError:
+    return ValueError(f"data.teacher_cache: {shard}: cannot be read: {problem}; delete the folder to make it again")
+
+
 def _opened(shard: Path) -> Any:
     """Map a shard into memory, once per version of the file: to read an old map of a truncated file would be fatal."""
-    status = shard.stat()
+    try:
+        status = shard.stat()
+    except OSError as error:
+        raise _damage(shard, str(error.strerror)) from error
     return _mapped(shard, status.st_size, status.st_mtime_ns)
 
 
@@ -146,6 +175,4 @@ def _mapped(shard: Path, size: int, changed_ns: int) -> Any:
     try:
         return safe_open(shard, framework="pt")
     except SafetensorError as error:
-        raise ValueError(
-            f"data.teacher_cache: {shard}: cannot be read: {error}; delete the folder to make it again"
-        ) from error
+        raise _damage(shard, str(error)) from error

@@ -404,6 +404,8 @@ def _price(recordings: Sequence[NDArray[np.float32]], centres: Tensor, *, wanted
 def _settings_of(folder: Path, *, channel: int | None) -> LabelSettings:
     values: dict[str, Any] = read_settings(folder)
     names = ("model", "layer", "clusters", "fit_frames", "seed")
+    if missing := [name for name in names if name not in values]:
+        raise ValueError(f"{folder / SETTINGS_FILE}: lacks {', '.join(missing)}; restore it or make the labels again")
     return LabelSettings(**{name: values[name] for name in names}, channel=channel, segment_price=values.get("price"))
 
 

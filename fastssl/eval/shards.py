@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,8 @@ from torch import Tensor
 from fastssl.models.folder import changed_settings, write_json, write_text
 
 INDEX_FILE, SETTINGS_FILE = "index.jsonl", "settings.json"
+#: File names of shards; a damaged index must not lead out of the folder.
+_SHARD = re.compile(r"\w+-[0-9]{5,9}\.safetensors")
 
 
 class Shards:
@@ -61,9 +64,13 @@ class Shards:
         except FileExistsError:
             try:
                 before = json.loads(path.read_text())
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(
                     f"{option}: {path} is not valid JSON ({error}); restore the file or choose another folder"
+                ) from None
+            if not isinstance(before, dict):
+                raise ValueError(
+                    f"{option}: {path} does not contain settings; restore the file or choose another folder"
                 ) from None
             if changed := changed_settings(before, settings):
                 raise ValueError(
@@ -119,13 +126,31 @@ def read_index(folder: Path) -> dict[str, dict[str, Any]]:
     Returns:
         The complete lines of `index.jsonl` by key, each with `key`, `shard` and the fields given to `Shards.add`; empty
         if there is no index.
+
+    Raises:
+        ValueError: A line is damaged; the message names it.
     """
     path = folder / INDEX_FILE
     if not path.is_file():
         return {}
-    lines = path.read_text().splitlines(keepends=True)
-    entries = [json.loads(line) for line in lines if line.endswith("\n")]
+    lines = path.read_bytes().splitlines(keepends=True)
+    entries = [_entry(path, number, line) for number, line in enumerate(lines, 1) if line.endswith(b"\n")]
     return {entry["key"]: entry for entry in entries}
+
+
+def _entry(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        entry = None
+    fields = entry if isinstance(entry, dict) else {}
+    shard = fields.get("shard")
+    if not isinstance(fields.get("key"), str) or not isinstance(shard, str) or not _SHARD.fullmatch(shard):
+        raise ValueError(
+            f"{path}: line {number} is damaged; expected the key and the shard of some tensors. Restore the file, or "
+            "delete the folder to make it again"
+        )
+    return fields
 
 
 def _is_foreign(path: Path) -> bool:

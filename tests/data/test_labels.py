@@ -212,6 +212,12 @@ def test_damaged_tables_are_refused(corpus: list[Cut], tmp_path: Path) -> None:
         text.replace('"labels": [0', '"labels": ["a"', 1),
         text.replace('"labels": [0', '"labels": [0.5', 1),
         text.replace('"duration": 2.0', '"duration": null', 1),
+        text.replace('"duration": 2.0', '"duration": 1e400', 1),
+        text.replace('"duration": 2.0', f'"duration": {"9" * 4000}', 1),
+        text.replace('"duration": 2.0', f'"duration": {"9" * 5000}', 1),
+        text.replace('"duration": 2.0', '"duration": true', 1),
+        text.replace('"sampling_rate": ', '"sampling_rate": 0.5, "was": ', 1),
+        "[" * 100_000 + "\n",
         "\x00\n",
         "[]\n",
         "{\n",
@@ -224,7 +230,12 @@ def test_damaged_tables_are_refused(corpus: list[Cut], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="line 1 is not a supervision with labels"):
         LabelTable(tmp_path / "labels")
     path.write_text(text)
-    for damaged in ("", "{", "[]", '{"clusters": 5}', '{"clusters": null, "frame_shift_s": 0, "first_centre_s": 1}'):
+    numbers = '"frame_shift_s": 1, "first_centre_s": 1}'
+    for damaged in (
+        *("", "{", "[]", "[" * 100_000, '{"clusters": 5}'),
+        *(f'{{"clusters": {value}, {numbers}' for value in ("null", "true", "0", "2.5", "1e400")),
+        '{"clusters": 5, "frame_shift_s": NaN, "first_centre_s": 1}',
+    ):
         (tmp_path / "labels" / SETTINGS_FILE).write_text(damaged)
         with pytest.raises(ValueError, match=r"settings\.json: is damaged"):
             LabelTable(tmp_path / "labels")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fastssl.eval.shards import Shards
+from fastssl.eval.shards import Shards, read_index
 from fastssl.models.folder import write_json
 
 
@@ -40,3 +40,31 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"--cache: .* exists, is not empty, and contains no frames"):
             _begin(folder, 1)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *(b"{", b"\xff", b"[]", b"null", b"[" * 100_000, b'{"key": 5, "shard": "frames-00000.safetensors"}'),
+        *(
+            b'{"key": "a"}',
+            b'{"key": "a", "shard": "../frames-00000.safetensors"}',
+            b'{"key": "a", "shard": "frames-x"}',
+        ),
+    ],
+)
+def test_a_damaged_line_of_the_index_is_named(line: bytes, tmp_path: Path) -> None:
+    good = b'{"key": "a", "shard": "frames-00000.safetensors"}\n'
+    (tmp_path / "index.jsonl").write_bytes(good + line)
+    assert set(read_index(tmp_path)) == {"a"}  # a killed run may leave part of a line
+    (tmp_path / "index.jsonl").write_bytes(good + line + b"\n")
+    with pytest.raises(ValueError, match=r"index\.jsonl: line 2 is damaged"):
+        read_index(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "[" * 100_000])
+def test_damaged_settings_are_named(text: str, tmp_path: Path) -> None:
+    _begin(tmp_path / "frames", 1)
+    (tmp_path / "frames" / "settings.json").write_text(text)
+    with pytest.raises(ValueError, match=r"--cache: .*settings\.json (is not valid JSON|does not contain settings)"):
+        _begin(tmp_path / "frames", 1)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastssl.data.audio import SAMPLE_RATE_HZ, AudioError, read_waveform
-from fastssl.data.corpus import Problem, cut_name, scan_file
+from fastssl.data.corpus import Problem, cut_name, enter_file
 from fastssl.data.mfcc import differences
 from fastssl.data.waveforms import pack_waveforms, waveform_batch
 from fastssl.eval.encode import fixed_frame_period_s, frame_grid
@@ -319,7 +319,7 @@ class _Recordings:
 
     def __iter__(self) -> Iterator[tuple[int, NDArray[np.float32]]]:
         for number, row in enumerate(self.table.rows):
-            cut = scan_file(row.path, recording_id=str(row.path))
+            cut = enter_file(row.path, recording_id=str(row.path))
             if isinstance(cut, Problem):
                 self.problems.append(cut)
                 continue
