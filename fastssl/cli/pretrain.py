@@ -191,7 +191,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     from fastssl.train.config import renamed
 
     try:
-        values = get_loader("yaml")(path.read_text()) or {}
+        values = get_loader("yaml")(path.read_text(encoding="utf-8", errors="surrogateescape")) or {}
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: is not valid YAML: {error}") from None
     if not isinstance(values, dict):

@@ -3,7 +3,7 @@
 The folder contains safetensors shards, `index.jsonl` with one line per crop (`key`, `shard`, `file`, `duration_s`,
 `rate_hz`, `checksum`, `frames`), and `settings.json`, which records the teacher, its layers and the crops. For each
 crop a shard contains the tensors `KEY/LAYER` (frames, width) and, if the front end is stored too, `KEY/front_end`
-(frames, channels), all fp16.
+(frames, channels), all fp16. A name that safetensors cannot hold is there as `names.stored` returns it.
 """
 
 import zlib
@@ -21,8 +21,12 @@ from torch import Tensor
 
 from fastssl.data.audio import AudioError
 from fastssl.data.corpus import cut_name
+from fastssl.names import plain_path, shown, stored
 
 FRONT_END = "front_end"
+#: First part of the keys of held-out crops, because their ids may also occur in the training data.
+HELD_OUT = "held out/"
+_TRAINED_ON = "trained on/"
 
 
 class TeacherFrames(NamedTuple):
@@ -79,7 +83,7 @@ class TeacherTable:
         entry = self.entries[key]
         if (entry["duration_s"], entry["rate_hz"]) != (cut.duration, cut.recording.sampling_rate):
             raise ValueError(
-                f"data.teacher_cache: {self.folder} is stale: {cut_name(cut)} was {entry['duration_s']:g} s at "
+                f"data.teacher_cache: {self.folder} is stale: {shown(cut_name(cut))} was {entry['duration_s']:g} s at "
                 f"{entry['rate_hz']} Hz, and is {cut.duration:g} s at {cut.recording.sampling_rate} Hz now; "
                 "choose another folder, or delete this one"
             )
@@ -123,11 +127,25 @@ class TeacherTable:
         """
 
         def read(name: str, width: int) -> Tensor:
-            parts = [_opened(self.folder / self.entries[key]["shard"]).get_tensor(f"{key}/{name}") for key in keys]
+            parts = [
+                _opened(self.folder / self.entries[key]["shard"]).get_tensor(stored(f"{key}/{name}")) for key in keys
+            ]
             return torch.cat([torch.empty(0, width, dtype=torch.float16), *parts])
 
         layers = tuple(read(str(layer), self.width) for layer in self.layers)
         return TeacherFrames(layers, None if self.channels is None else read(FRONT_END, self.channels))
+
+
+def crop_key(crop: str, *, held_out: bool) -> str:
+    """Return the key of a crop in the index; all crops of a run have different keys, whatever their folders are called.
+
+    Args:
+        crop: Id of the crop.
+        held_out: Whether it is a crop of a held-out recording.
+    """
+    if held_out:
+        return HELD_OUT + crop
+    return _TRAINED_ON + crop if crop.startswith((HELD_OUT, _TRAINED_ON)) else crop
 
 
 def checksum(waveform: NDArray[np.float32]) -> int:
@@ -144,7 +162,8 @@ def _opened(shard: Path) -> Any:
 @lru_cache(maxsize=64)
 def _mapped(shard: Path, size: int, changed_ns: int) -> Any:
     try:
-        return safe_open(shard, framework="pt")
+        with plain_path(shard) as path:
+            return safe_open(path, framework="pt")
     except SafetensorError as error:
         raise ValueError(
             f"data.teacher_cache: {shard}: cannot be read: {error}; delete the folder to make it again"

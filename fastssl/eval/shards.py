@@ -60,7 +60,7 @@ class Shards:
             os.link(partial, path)
         except FileExistsError:
             try:
-                before = json.loads(path.read_text())
+                before = json.loads(path.read_text(encoding="utf-8"))
             except ValueError as error:
                 raise ValueError(
                     f"{option}: {path} is not valid JSON ({error}); restore the file or choose another folder"
@@ -78,7 +78,7 @@ class Shards:
 
         Args:
             key: Key of these tensors in the index.
-            tensors: CPU tensors of any shape and dtype, by their names in the shard.
+            tensors: CPU tensors of any shape and dtype, by their names in the shard (see `names.stored`).
             entry: Further fields of the key's line in the index; must be serialisable as JSON.
         """
         self._open |= {name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -99,7 +99,7 @@ class Shards:
         temporary = self.folder / f"{shard}.tmp"
         save_file(self._open, temporary)
         temporary.replace(self.folder / shard)
-        with self._index.open("a") as file:
+        with self._index.open("a", encoding="utf-8") as file:
             for entry in self._open_entries:
                 line = {"shard": shard, **entry}
                 file.write(json.dumps(line) + "\n")
@@ -123,7 +123,7 @@ def read_index(folder: Path) -> dict[str, dict[str, Any]]:
     path = folder / INDEX_FILE
     if not path.is_file():
         return {}
-    lines = path.read_text().splitlines(keepends=True)
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     entries = [json.loads(line) for line in lines if line.endswith("\n")]
     return {entry["key"]: entry for entry in entries}
 
