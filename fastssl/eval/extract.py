@@ -34,7 +34,8 @@ def extract(
 
     `output` gets shards `features-00000.safetensors`, ... of fp32 tensors (frames, width), and `index.jsonl` with one
     line per recording: `file`, `shard`, `key` (the tensor's name in the shard: the recording's id, or its JSON string
-    if the id is not UTF-8), `layer`, `frames` and `frame_period_s`. Running it again with the same arguments continues after an interruption.
+    if the id is not UTF-8), `layer`, `frames` and `frame_period_s`. Running it again with the same arguments continues
+    after an interruption.
 
     Recordings longer than `chunk_s` are encoded in overlapping chunks; each of their frames has at least half the
     overlap as context on either side. An encoder with group norm (the base model) normalises over a whole chunk, so the

@@ -96,6 +96,8 @@ def read_table(path: str | Path) -> Table:
         # A path may contain any byte; labels must be UTF-8.
         with path.open(newline="", encoding="utf-8", errors="surrogateescape") as lines:
             header, *records = [record for record in csv.reader(lines, delimiter=separator) if record]
+    except csv.Error as error:
+        raise ValueError(f"{path}: is not a table ({error}); save it as UTF-8, and put line breaks in quotes") from None
     except ValueError:
         raise ValueError(f"{path}: is empty; the first line must contain the names of the columns") from None
     paths = {header.index("path")} if "path" in header else set()
