@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +71,7 @@ def _one_thread(one_thread: None) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _restored_logging() -> object:
+def _restored_logging() -> Iterator[None]:
     """Remove the handlers of the commands."""
     package = logging.getLogger("fastssl")
     before, level = package.handlers, package.level
@@ -220,7 +221,9 @@ def test_crops_of_a_folder_named_held_out_keep_their_own_keys() -> None:
 def test_scan_and_split(audio: Path, place: Path) -> None:
     corpus = open_corpus(audio, min_duration_s=0.5, max_bad_fraction=0.2)
     assert sorted(cut.id for cut in corpus.cuts) == sorted(NAMES)
-    assert [problem.name for problem in corpus.problems] == [str(audio / BROKEN)]
+    (problem,) = corpus.problems
+    assert problem.name == str(audio / BROKEN)
+    assert "/proc" not in problem.reason
     assert all(len(read_waveform(cut)) for cut in corpus.cuts)
     train, valid = split_corpus(corpus, fraction=0.5, seed=0)
     assert sorted(cut.id for part in (train, valid) for cut in part.cuts) == sorted(NAMES)
@@ -380,13 +383,20 @@ def test_distil_from_a_cache(audio: Path, place: Path, model: Path, capsys: pyte
 
 
 def test_errors_are_shown(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["prepare", str(place / "nowhere \x1b"), "--output", "a.jsonl.gz"]) == 1
-    assert "nowhere \\x1b does not exist" in said(capsys, broken=False)
+    missing = place / "nowhere\n\x1b"
+    assert cli.main(["prepare", str(missing), "--output", "a.jsonl.gz"]) == 1
+    assert said(capsys, broken=False).startswith(f"fastssl prepare: source: {shown(missing)} does not exist")
+
+
+def test_a_settings_file_must_be_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.yaml").write_bytes(b"audio: /ma\xf1ana\n")
+    assert cli.main(["pretrain", "--config", str(tmp_path / "a.yaml"), "--output", str(tmp_path / "run")]) == 1
+    assert "a.yaml: is not UTF-8 text" in said(capsys, broken=False)
 
 
 def test_a_console_that_knows_only_ascii(audio: Path, tmp_path: Path) -> None:
     environment = os.environ | {"LANG": "C", "LC_ALL": "C", "PYTHONIOENCODING": "ascii"}
-    command = ["prepare", audio, "--output", tmp_path / "ma\u00f1ana.jsonl.gz"]
+    command = ["prepare", str(audio), "--output", str(tmp_path / "ma\u00f1ana.jsonl.gz")]
     options = ["--min_duration_s", "0.5", "--max_bad_fraction", "0.2"]
     done = subprocess.run(
         [sys.executable, "-m", "fastssl", *command, *options], env=environment, capture_output=True, text=True

@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         if not _is_for_the_user(error):
             raise
-        print_error(name, error)
+        print_error(name, error, given[1:])
         return 1
     except RuntimeError as error:
         from fastssl.train.module import TrainingError

@@ -3,8 +3,9 @@
 import io
 import logging
 import sys
+from collections.abc import Sequence
 
-from fastssl.names import ShownFormatter, shown_lines
+from fastssl.names import ShownFormatter, shown, shown_lines
 
 
 class _ConsoleHandler(logging.Handler):
@@ -36,14 +37,20 @@ def log_to_console(level: int = logging.INFO) -> None:
     package.setLevel(level)
 
 
-def print_error(command: str, error: Exception) -> None:
+def print_error(command: str, error: Exception, arguments: Sequence[str]) -> None:
     """Print why a command failed to standard error.
 
     Args:
         command: Name of the command.
         error: The exception; its message may have several lines.
+        arguments: The command's arguments, as typed; a line break in them, unlike one in the message, is an escape.
     """
-    print(f"fastssl {command}: {shown_lines(str(error))}", file=sys.stderr)
+    text = str(error)
+    for argument in arguments:
+        if "\n" in argument:
+            name = argument.partition("=")[2] if argument.startswith("--") else argument
+            text = text.replace(name, shown(name))
+    print(f"fastssl {command}: {shown_lines(text)}", file=sys.stderr)
 
 
 def accept_any_character() -> None:

@@ -248,7 +248,7 @@ def scan_file(path: Path, *, recording_id: str) -> Cut | Problem:
     Returns:
         A cut of the whole file, or a `Problem` if the file is empty or does not open as audio.
     """
-    name = str(path.absolute())
+    name = plain = str(path.absolute())
     try:
         if path.stat().st_size == 0:
             return Problem(name, "is empty")
@@ -258,7 +258,7 @@ def scan_file(path: Path, *, recording_id: str) -> Cut | Problem:
             if not 0 <= frames < 2**48:
                 frames = sum(len(block) for block in audio.blocks(blocksize=1 << 20, dtype="float32"))
     except (OSError, RuntimeError) as error:
-        return Problem(name, f"does not open as audio: {str(error).strip()}")
+        return Problem(name, f"does not open as audio: {str(error).strip().replace(plain, name)}")
     if frames == 0:
         return Problem(name, "is empty")
     sources = [AudioSource(type="file", channels=list(range(channels)), source=name)]

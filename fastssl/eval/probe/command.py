@@ -170,7 +170,7 @@ def as_table(results: Sequence[ProbeResult], settings: ProbeSettings) -> RichTab
     for result in results:
         spread = "" if result.std is None else f" ± {100 * result.std:.2f}"
         chosen = " ".join(sorted({f"{run.chosen:g}" for run in result.runs}))
-        row = [Text(shown(result.encoder)), f"{100 * result.mean:.2f}{spread}", chosen]
+        row: list[str | Text] = [Text(shown(result.encoder)), f"{100 * result.mean:.2f}{spread}", chosen]
         if task != "verification":
             row.append(" ".join(f"{100 * weight:.0f}" for weight in _mean_weights(result.runs)))
         table.add_row(*row)
