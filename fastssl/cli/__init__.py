@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fastssl import __version__
+from fastssl.cli.console import accept_any_character, print_error
 from fastssl.cli.installation import stranger_of_the_same_name
 
 
@@ -49,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, or 1 after an error.
     """
+    accept_any_character()
     given = list(sys.argv[1:] if arguments is None else arguments)
     name = _parser().parse_args(given[:1]).command
     command = _COMMANDS[name]
@@ -73,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         if not _is_for_the_user(error):
             raise
-        print(f"fastssl {name}: {error}", file=sys.stderr)
+        print_error(name, error, given[1:])
         return 1
     except RuntimeError as error:
         from fastssl.train.module import TrainingError

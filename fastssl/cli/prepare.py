@@ -29,10 +29,11 @@ def prepare(
             .jsonl.gz.
     """
     from fastssl.data.corpus import open_corpus, write_manifest
+    from fastssl.names import shown
 
     corpus = open_corpus(audio, min_duration_s=min_duration_s, window_s=window_s, max_bad_fraction=max_bad_fraction)
     write_manifest(corpus, Path(output))
     for problem in corpus.problems:
         print(f"left out: {problem}", file=sys.stderr)
     hours = corpus.duration_s / 3600
-    print(f"{output}: {corpus.num_recordings} recordings, {hours:.2f} hours, {len(corpus.problems)} left out")
+    print(f"{shown(output)}: {corpus.num_recordings} recordings, {hours:.2f} hours, {len(corpus.problems)} left out")

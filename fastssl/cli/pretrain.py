@@ -191,7 +191,12 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     from fastssl.train.config import renamed
 
     try:
-        values = get_loader("yaml")(path.read_text()) or {}
+        values = get_loader("yaml")(path.read_text(encoding="utf-8")) or {}
+    except UnicodeError as error:
+        raise ValueError(
+            f"{path}: is not UTF-8 text ({error}); save it as UTF-8. A file name that is not UTF-8 can be written as "
+            "its JSON string in single quotes, such as '\"ma\\udcf1ana\"'"
+        ) from None
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: is not valid YAML: {error}") from None
     if not isinstance(values, dict):

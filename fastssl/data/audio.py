@@ -1,6 +1,8 @@
 """Read part of a recording as a mono waveform at 16 kHz: seek, decode, average the channels and resample."""
 
 import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from fractions import Fraction
 from functools import lru_cache
 from io import BytesIO
@@ -15,10 +17,11 @@ from lhotse import Recording
 from lhotse.audio.backend import get_current_audio_backend, set_current_audio_backend
 from lhotse.augmentation.resample import Resample
 from lhotse.cut import Cut
-from lhotse.utils import compute_num_samples
+from lhotse.utils import compute_num_samples, fastcopy
 from numpy.typing import NDArray
 
 from fastssl.data.manifest import ForbiddenSourceError, check_sources
+from fastssl.names import plain_path
 
 SAMPLE_RATE_HZ = 16000
 
@@ -222,7 +225,7 @@ def _decode(cut: Cut, first: int, count: int) -> NDArray[np.float32]:
     try:
         if len(recording.sources) > 1 or recording.transforms or source.type not in ("file", "memory"):
             return _decode_by_lhotse(recording, first, count)
-        with soundfile.SoundFile(_open(cut)) as audio:
+        with _opened(cut) as file, soundfile.SoundFile(file) as audio:
             if audio.samplerate != recording.sampling_rate:
                 raise AudioError(f"is at {audio.samplerate} Hz, but its manifest says {recording.sampling_rate} Hz")
             audio.seek(first)
@@ -246,7 +249,8 @@ def _decode_by_lhotse(recording: Recording, first: int, count: int) -> NDArray[n
         before = get_current_audio_backend()
         set_current_audio_backend("LibsndfileBackend")
         try:
-            samples = recording.load_audio(offset=first / rate, duration=count / rate)
+            with _with_plain_paths(recording) as plain:
+                samples = plain.load_audio(offset=first / rate, duration=count / rate)
         except soundfile.LibsndfileError as error:  # Lhotse re-raises it in a form that cannot be printed
             raise AudioError(f"does not decode: {error.__context__}") from error
         finally:
@@ -254,15 +258,30 @@ def _decode_by_lhotse(recording: Recording, first: int, count: int) -> NDArray[n
     return np.ascontiguousarray(samples.T, dtype=np.float32)
 
 
-def _open(cut: Cut) -> str | BytesIO:
-    """Return what soundfile can open: a path, or the bytes of a recording in memory or in a tar file (`shar.py`)."""
+@contextmanager
+def _opened(cut: Cut) -> Iterator[str | BytesIO]:
+    """Yield what soundfile can open: a path, or the bytes of a recording in memory or in a tar file (`shar.py`)."""
     source = cut.recording.sources[0]
-    if source.type == "memory":
-        return BytesIO(source.source)
     member = (cut.custom or {}).get("tar_member")
-    if member is None:
-        return str(source.source)
-    offset, size = member
-    with Path(source.source.rsplit(".tar/", 1)[0] + ".tar").open("rb") as tar:
-        tar.seek(offset)
-        return BytesIO(tar.read(size))
+    if source.type == "memory":
+        yield BytesIO(source.source)
+    elif member is None:
+        with plain_path(source.source) as path:
+            yield path
+    else:
+        offset, size = member
+        with Path(source.source.rsplit(".tar/", 1)[0] + ".tar").open("rb") as tar:
+            tar.seek(offset)
+            data = tar.read(size)
+        yield BytesIO(data)
+
+
+@contextmanager
+def _with_plain_paths(recording: Recording) -> Iterator[Recording]:
+    """Yield a recording whose files libsndfile can open by the names in it."""
+    with ExitStack() as opened:
+        sources = [
+            fastcopy(one, source=opened.enter_context(plain_path(one.source))) if one.type == "file" else one
+            for one in recording.sources
+        ]
+        yield fastcopy(recording, sources=sources)

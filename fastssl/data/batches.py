@@ -19,8 +19,9 @@ from fastssl.data.labels import LabelTable, Segments
 from fastssl.data.noise import NoiseProblem, NoiseRecordings
 from fastssl.data.recordings import FrameGrid
 from fastssl.data.segments import FrameSegments
-from fastssl.data.teacher_frames import TeacherFrames, TeacherTable, checksum
+from fastssl.data.teacher_frames import TeacherFrames, TeacherTable, checksum, crop_key
 from fastssl.data.waveforms import waveform_batch
+from fastssl.names import encoded
 from fastssl.packing import Packed
 
 
@@ -100,7 +101,7 @@ class BatchSpec:
 
 def utterance_id(name: str) -> int:
     """Hash an utterance's id to an int64 that is the same in every process and on every machine."""
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little", signed=True)
+    return int.from_bytes(hashlib.blake2b(encoded(name), digest_size=8).digest(), "little", signed=True)
 
 
 def cropped_length(cut: Cut, crop_s: float | None) -> int:
@@ -285,7 +286,7 @@ class WaveformDataset(Dataset[AudioBatch]):
         segments: Labels whose runs of equal classes are the segments to return; None returns none.
         noise: Recordings of noise to draw from; None returns no noise.
         teacher: Stored outputs of a teacher to return; requires fixed crops. None returns none.
-        teacher_keys: Prefix of each key of `teacher`; the cut's id follows it.
+        held_out: Whether the crops are held out, which decides their keys in `teacher`.
         checksums: Whether to compute `AudioBatch.checksums`.
     """
 
@@ -298,11 +299,11 @@ class WaveformDataset(Dataset[AudioBatch]):
         segments: FrameLabels | None = None,
         noise: NoiseRecordings | None = None,
         teacher: TeacherTable | None = None,
-        teacher_keys: str = "",
+        held_out: bool = False,
         checksums: bool = False,
     ) -> None:
         self.normalize, self.channel, self.labels, self.segments = normalize, channel, labels, segments
-        self.noise, self.teacher, self.teacher_keys, self.checksums = noise, teacher, teacher_keys, checksums
+        self.noise, self.teacher, self.held_out, self.checksums = noise, teacher, held_out, checksums
 
     def __getitem__(self, spec: BatchSpec) -> AudioBatch:
         """Decode a micro-batch; an utterance that cannot be used is listed in `problems` and raises no exception."""
@@ -329,7 +330,7 @@ class WaveformDataset(Dataset[AudioBatch]):
         unread: tuple[NoiseProblem, ...] = ()
         if self.noise is not None:
             noise, unread = self.noise.read([cut.id for cut in used], seed=spec.seed, update=spec.update)
-        teacher = None if self.teacher is None else self.teacher.of([self.teacher_keys + cut.id for cut in used])
+        teacher = None if self.teacher is None else self.teacher.of([self._key(cut) for cut in used])
         batch = waveform_batch(waveforms, normalize=self.normalize)
         checksums = tuple(map(checksum, waveforms)) if self.checksums else ()
         return AudioBatch(
@@ -340,10 +341,13 @@ class WaveformDataset(Dataset[AudioBatch]):
         try:
             waveform = read_waveform(_part(cut, spec), channel=self.channel)
             if self.teacher is not None:
-                self.teacher.check_samples(self.teacher_keys + cut.id, waveform)
+                self.teacher.check_samples(self._key(cut), waveform)
             return waveform
         except AudioError as error:
             return Problem(cut_name(cut), str(error))
+
+    def _key(self, cut: Cut) -> str:
+        return crop_key(cut.id, held_out=self.held_out)
 
 
 def _part(cut: Cut, spec: BatchSpec) -> Cut:
@@ -351,7 +355,7 @@ def _part(cut: Cut, spec: BatchSpec) -> Cut:
 
 
 def _hash(key: str) -> int:
-    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
+    return int.from_bytes(hashlib.blake2b(encoded(key), digest_size=8).digest(), "little")
 
 
 def _check_durations(cuts: Sequence[Cut], max_duration_s: float, crop_s: float | None) -> None:

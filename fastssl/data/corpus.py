@@ -1,5 +1,6 @@
 """Open a corpus: a folder of audio, a Lhotse manifest or a shar directory, with a list of its unusable recordings."""
 
+import gzip
 import hashlib
 import math
 import os
@@ -21,6 +22,7 @@ from fastssl.data.checks import check_fields, check_source
 from fastssl.data.manifest import BadLineError, ForbiddenSourceError, deserialize, read_lines
 from fastssl.data.regular import UnusableFileError, size_of
 from fastssl.data.shar import is_shar, read_shar
+from fastssl.names import encoded, json_line, plain_path, shown
 
 EXTENSIONS = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3")
 MANIFEST_EXTENSIONS = (".jsonl.gz", ".jsonl")
@@ -39,7 +41,8 @@ class Problem:
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.name} {self.reason}"
+        """Return name and reason on one line, as `shown` shows names."""
+        return shown(f"{self.name} {self.reason}")
 
 
 def list_some(problems: Sequence[Problem]) -> str:
@@ -161,13 +164,13 @@ def write_manifest(corpus: Corpus, output: Path) -> None:
         ValueError: The name of `output` does not end with `.jsonl.gz`.
         OSError: The file cannot be written.
     """
-    output = output.absolute()  # Lhotse would run a path that begins with "pipe:" as a command
     if not output.name.endswith(".jsonl.gz"):
         raise ValueError(f"output: {output} must end with .jsonl.gz; choose another name")
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f".{output.name.removesuffix('.jsonl.gz')}.{os.getpid()}.partial.jsonl.gz")
     try:
-        corpus.cuts.to_jsonl(partial)
+        with gzip.open(partial, "wt", encoding="utf-8") as lines:  # Lhotse writes no name that is not valid UTF-8
+            lines.writelines(json_line(cut.to_dict()) for cut in corpus.cuts)
         partial.replace(output)
     finally:
         partial.unlink(missing_ok=True)
@@ -202,7 +205,7 @@ def split_corpus(corpus: Corpus, *, fraction: float, seed: int) -> tuple[Corpus,
 
 
 def _digest(seed: int, name: str) -> bytes:
-    return hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+    return hashlib.blake2b(encoded(f"{seed}/{name}"), digest_size=8).digest()
 
 
 def _judge(path: Path, num_usable: int, problems: list[Problem], max_bad_fraction: float) -> None:
@@ -266,17 +269,17 @@ def scan_file(path: Path, *, recording_id: str) -> Cut | Problem:
     Returns:
         A cut of the whole file, or a `Problem` if the file is empty or does not open as audio.
     """
-    name = str(path.absolute())
+    name = plain = str(path.absolute())
     try:
         if path.stat().st_size == 0:
             return Problem(name, "is empty")
-        with soundfile.SoundFile(name) as audio:
+        with plain_path(name) as plain, soundfile.SoundFile(plain) as audio:
             rate, channels, frames = audio.samplerate, audio.channels, audio.frames
             # The header of a stream that was never finished does not give its length: count the frames.
             if not 0 <= frames < 2**48:
                 frames = sum(len(block) for block in audio.blocks(blocksize=1 << 20, dtype="float32"))
     except (OSError, RuntimeError) as error:
-        return Problem(name, f"does not open as audio: {str(error).strip()}")
+        return Problem(name, f"does not open as audio: {str(error).strip().replace(plain, name)}")
     if frames == 0:
         return Problem(name, "is empty")
     sources = [AudioSource(type="file", channels=list(range(channels)), source=name)]

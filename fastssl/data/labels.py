@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from fastssl.data.audio import SAMPLE_RATE_HZ
 from fastssl.data.corpus import Problem, cut_name, window_parent
 from fastssl.data.recordings import FrameGrid
+from fastssl.names import shown
 
 LABELS_FILE, SETTINGS_FILE, CENTRES_FILE = "labels.jsonl", "settings.json", "kmeans.safetensors"
 #: A recording's duration may differ by this much from when it was labelled, because MP3 headers are not exact.
@@ -66,8 +67,9 @@ class LabelTable:
             labels: NDArray[Any] = np.array(line["custom"]["labels"])
             if len(labels) and not 0 <= labels.min() <= labels.max() < self.classes:
                 raise ValueError(
-                    f"{self.folder / LABELS_FILE}: {line['id']} has labels from {labels.min()} to {labels.max()}, "
-                    f"expected {self.classes} classes from 0 on; make the labels again with `fastssl label`"
+                    f"{self.folder / LABELS_FILE}: {shown(line['id'])} has labels from {labels.min()} to "
+                    f"{labels.max()}, expected {self.classes} classes from 0 on; make the labels again with "
+                    "`fastssl label`"
                 )
             rate_hz = int(line["custom"]["sampling_rate"])
             self._entries[line["id"]] = _Entry(begin, begin + len(labels), float(line["duration"]), rate_hz)

@@ -10,6 +10,7 @@ from lhotse.cut import Cut
 from fastssl.data.audio import AudioError, read_waveform
 from fastssl.data.corpus import Problem, cut_name
 from fastssl.data.waveforms import waveform_batch
+from fastssl.names import encoded
 from fastssl.packing import Packed
 
 
@@ -34,7 +35,7 @@ class NoiseRecordings:
     def draw(self, utterance: str, *, seed: int, update: int) -> Cut | None:
         """Draw an utterance's noise for one update, as a function of the arguments alone; None if it gets no noise."""
         name = f"noise/{seed}/{update}/{utterance}"
-        drawn = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
+        drawn = int.from_bytes(hashlib.blake2b(encoded(name), digest_size=8).digest(), "little")
         if drawn % (1 << 32) >= self.share * (1 << 32):
             return None
         return self.cuts[(drawn >> 32) % len(self.cuts)]

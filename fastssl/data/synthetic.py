@@ -10,6 +10,7 @@ import argparse
 import csv
 import ctypes
 import math
+import os
 import random
 import shutil
 import tempfile
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 
 from fastssl.data.audio import SAMPLE_RATE_HZ, resample
 from fastssl.data.sentences import sentence
+from fastssl.names import shown, shown_lines
 
 _ACCENTS = ("en-us", "en", "en-gb-scotland", "en-029", "en-gb-x-rp", "en-us-nyc", "en-gb-x-gbclan", "en-gb-x-gbcwmd")
 _TIMBRES = ("m1", "f2", "m3", "f4", "m5", "f1", "m7", "f3", "m2", "f5", "m4", "m6", "m8")
@@ -105,7 +107,8 @@ def _write(folder: Path, wanted_s: float, draw: random.Random, voices: list[Voic
             speaker = index % len(voices)
             text, phonemes, waveform = _utterance(synthesizer, voices[speaker], draw)
             name = f"{index:05d}.wav" if index % 5 == 4 else f"{index:05d}.flac"
-            soundfile.write(folder / name, waveform, SAMPLE_RATE_HZ, subtype="PCM_16")
+            # As bytes, because soundfile cannot encode the name of a folder that is not valid UTF-8.
+            soundfile.write(os.fsencode(folder / name), waveform, SAMPLE_RATE_HZ, subtype="PCM_16")
             seconds = len(waveform) / SAMPLE_RATE_HZ
             rows.writerow([name, f"s{speaker:02d}", text, phonemes, f"{seconds:.3f}"])
             written_s += seconds
@@ -165,11 +168,11 @@ class _Synthesizer:
         with tempfile.TemporaryDirectory() as folder:
             copy = shutil.copy(espeakng_loader.get_library_path(), folder)
             self._library: Any = ctypes.CDLL(str(copy))
-        data = str(espeakng_loader.get_data_path()).encode()
+        data = os.fsencode(espeakng_loader.get_data_path())
         self.rate_hz: int = self._library.espeak_Initialize(_RETRIEVAL_SYNCHRONOUS, 0, data, 0)
         if self.rate_hz <= 0:
             raise RuntimeError(
-                f"espeak-ng did not start with its data in {data.decode()}; reinstall the package espeakng_loader"
+                f"espeak-ng did not start with its data in {os.fsdecode(data)}; reinstall the package espeakng_loader"
             )
         self._library.espeak_TextToPhonemes.restype = ctypes.c_char_p
         self._pieces: list[bytes] = []
@@ -231,8 +234,8 @@ def main() -> None:
     try:
         speak_corpus(arguments.output, minutes=arguments.minutes, seed=arguments.seed, speakers=arguments.speakers)
     except (ValueError, ImportError) as error:
-        parser.exit(1, f"{error}\n")
-    print(f"wrote {arguments.minutes:g} minutes of {arguments.speakers} speakers to {arguments.output}")
+        parser.exit(1, f"{shown_lines(str(error))}\n")
+    print(f"wrote {arguments.minutes:g} minutes of {arguments.speakers} speakers to {shown(arguments.output)}")
 
 
 if __name__ == "__main__":

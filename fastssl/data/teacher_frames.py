@@ -3,7 +3,7 @@
 The folder contains safetensors shards, `index.jsonl` with one line per crop (`key`, `shard`, `file`, `duration_s`,
 `rate_hz`, `checksum`, `frames`), and `settings.json`, which records the teacher, its layers and the crops. For each
 crop a shard contains the tensors `KEY/LAYER` (frames, width) and, if the front end is stored too, `KEY/front_end`
-(frames, channels), all fp16.
+(frames, channels), all fp16. A name that safetensors cannot hold is there as `names.stored` returns it.
 """
 
 import zlib
@@ -21,8 +21,12 @@ from torch import Tensor
 
 from fastssl.data.audio import AudioError
 from fastssl.data.corpus import cut_name
+from fastssl.names import plain_path, shown, stored
 
 FRONT_END = "front_end"
+#: First part of the keys of held-out crops, because their ids may also occur in the training data.
+HELD_OUT = "held out/"
+_TRAINED_ON = "trained on/"
 
 
 class TeacherFrames(NamedTuple):
@@ -89,7 +93,7 @@ class TeacherTable:
         entry = self.entries[key]
         if (entry["duration_s"], entry["rate_hz"]) != (cut.duration, cut.recording.sampling_rate):
             raise ValueError(
-                f"data.teacher_cache: {self.folder} is stale: {cut_name(cut)} was {entry['duration_s']:g} s at "
+                f"data.teacher_cache: {self.folder} is stale: {shown(cut_name(cut))} was {entry['duration_s']:g} s at "
                 f"{entry['rate_hz']} Hz, and is {cut.duration:g} s at {cut.recording.sampling_rate} Hz now; "
                 "choose another folder, or delete this one"
             )
@@ -143,13 +147,25 @@ class TeacherTable:
         entry = self.entries[key]
         shard = self.folder / entry["shard"]
         try:
-            tensor: Tensor = _opened(shard).get_tensor(f"{key}/{name}")
+            tensor: Tensor = _opened(shard).get_tensor(stored(f"{key}/{name}"))
         except SafetensorError as error:
             raise _damage(shard, str(error)) from error
         if tensor.shape != (entry["frames"], width) or tensor.dtype != torch.float16:
             found, expected = f"{tensor.dtype} {tuple(tensor.shape)}", f"torch.float16 ({entry['frames']}, {width})"
             raise _damage(shard, f"{key}/{name} is {found}, expected {expected}")
         return tensor
+
+
+def crop_key(crop: str, *, held_out: bool) -> str:
+    """Return the key of a crop in the index; all crops of a run have different keys, whatever their folders are called.
+
+    Args:
+        crop: Id of the crop.
+        held_out: Whether it is a crop of a held-out recording.
+    """
+    if held_out:
+        return HELD_OUT + crop
+    return _TRAINED_ON + crop if crop.startswith((HELD_OUT, _TRAINED_ON)) else crop
 
 
 def checksum(waveform: NDArray[np.float32]) -> int:
@@ -173,6 +189,7 @@ def _opened(shard: Path) -> Any:
 @lru_cache(maxsize=64)
 def _mapped(shard: Path, size: int, changed_ns: int) -> Any:
     try:
-        return safe_open(shard, framework="pt")
+        with plain_path(shard) as path:
+            return safe_open(path, framework="pt")
     except SafetensorError as error:
         raise _damage(shard, str(error)) from error

@@ -11,6 +11,7 @@ from fastssl.eval.encode import Reading, encode_recordings, fixed_frame_period_s
 from fastssl.eval.shards import Shards
 from fastssl.eval.showing import track
 from fastssl.models.speech_encoder import SpeechEncoder
+from fastssl.names import encoded, stored
 
 logger = logging.getLogger(__name__)
 
@@ -32,8 +33,9 @@ def extract(
     """Write the features of every recording.
 
     `output` gets shards `features-00000.safetensors`, ... of fp32 tensors (frames, width), and `index.jsonl` with one
-    line per recording: `file`, `shard`, `key` (the tensor's name in the shard), `layer`, `frames` and `frame_period_s`.
-    Running it again with the same arguments continues after an interruption.
+    line per recording: `file`, `shard`, `key` (the tensor's name in the shard: the recording's id, or its JSON string
+    if the id is not UTF-8), `layer`, `frames` and `frame_period_s`. Running it again with the same arguments continues
+    after an interruption.
 
     Recordings longer than `chunk_s` are encoded in overlapping chunks; each of their frames has at least half the
     overlap as context on either side. An encoder with group norm (the base model) normalises over a whole chunk, so the
@@ -94,7 +96,7 @@ def extract(
         logger.info("%d recordings were extracted by an earlier run and are skipped", len(shards.entries))
     problems = list(corpus.problems)
     frame_period_s = fixed_frame_period_s(encoder)
-    cuts = [cut for cut in corpus.cuts if cut.id not in shards.entries]
+    cuts = [cut for cut in corpus.cuts if stored(cut.id) not in shards.entries]
     encoded = encode_recordings(encoder, cuts, Reading(chunk_s, overlap_s, channel), layer=layer)
     for cut, features in track(encoded, "recordings", total=len(cuts)):
         if isinstance(features, AudioError):
@@ -104,7 +106,7 @@ def extract(
             if frame_period_s is None:
                 before = grid.count(round(cut.duration * SAMPLE_RATE_HZ))
                 entry["frame_period_s"] = grid.stride / SAMPLE_RATE_HZ * before / len(features)
-            shards.add(cut.id, {cut.id: features}, entry)
+            shards.add(stored(cut.id), {stored(cut.id): features}, entry)
     shards.close()
     for problem in problems:
         logger.warning("left out: %s", problem)
@@ -122,6 +124,6 @@ def weights_digest(encoder: SpeechEncoder) -> str:
     for name, tensor in encoder.state_dict().items():
         if name == "masked_spec_embed":
             continue  # features do not depend on it, and a checkpoint without one gets a random one at each load
-        digest.update(name.encode())
+        digest.update(encoded(name))
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

@@ -30,6 +30,7 @@ from fastssl.interop import load_encoder
 from fastssl.metrics import centre_costs, nearest_centres
 from fastssl.models.folder import changed_settings, write_json, write_weights
 from fastssl.models.speech_encoder import SpeechEncoder
+from fastssl.names import plain_path
 
 logger = logging.getLogger(__name__)
 
@@ -172,7 +173,7 @@ def _append_lines(path: Path, features: "_Features", cuts: Sequence[Cut], classe
             continue
         line = as_line(cut, labels.tolist(), frame_shift_s=shift_s, first_centre_s=first_s)
         try:
-            with path.open("a") as file:
+            with path.open("a", encoding="utf-8") as file:
                 file.write(line)
         except OSError as error:
             raise ValueError(
@@ -414,7 +415,8 @@ def _read_centres(folder: Path) -> Tensor:
     if not path.is_file():
         raise ValueError(f"{path}: is missing; it contains the k-means model, so restore it or make the labels again")
     try:
-        return load_file(path)["centres"]
+        with plain_path(path) as file:
+            return load_file(file)["centres"]
     except (SafetensorError, KeyError) as error:
         raise ValueError(f"{path}: is damaged ({error}); restore it or make the labels again") from None
 

@@ -63,7 +63,7 @@ class Shards:
             os.link(partial, path)
         except FileExistsError:
             try:
-                before = json.loads(path.read_text())
+                before = json.loads(path.read_text(encoding="utf-8"))
             except (ValueError, RecursionError) as error:
                 raise ValueError(
                     f"{option}: {path} is not valid JSON ({error}); restore the file or choose another folder"
@@ -85,7 +85,7 @@ class Shards:
 
         Args:
             key: Key of these tensors in the index.
-            tensors: CPU tensors of any shape and dtype, by their names in the shard.
+            tensors: CPU tensors of any shape and dtype, by their names in the shard (see `names.stored`).
             entry: Further fields of the key's line in the index; must be serialisable as JSON.
         """
         self._open |= {name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -106,7 +106,7 @@ class Shards:
         temporary = self.folder / f"{shard}.tmp"
         save_file(self._open, temporary)
         temporary.replace(self.folder / shard)
-        with self._index.open("a") as file:
+        with self._index.open("a", encoding="utf-8") as file:
             for entry in self._open_entries:
                 line = {"shard": shard, **entry}
                 file.write(json.dumps(line) + "\n")

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastssl.interop import names
 from fastssl.models.encoder import EncoderConfig
+from fastssl.names import plain_path
 
 #: Packages and built-in types whose objects are replaced by inert ones. Their code never runs, so this list says what
 #: such a file normally contains, not what is trusted.
@@ -97,8 +98,8 @@ def read_checkpoint(path: Path) -> tuple[EncoderConfig, dict[str, Tensor]]:
 
 def _load(path: Path) -> dict[str, Any]:
     expected = [(_Inert, name) for name in _globals_in(path) if _EXPECTED.fullmatch(name)]
-    with torch.serialization.safe_globals(expected):  # type: ignore[arg-type]
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    with plain_path(path) as file, torch.serialization.safe_globals(expected):  # type: ignore[arg-type]
+        loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     if not isinstance(loaded, dict):
         raise ValueError(f"it contains a {type(loaded).__name__}, expected a dictionary")
     return loaded

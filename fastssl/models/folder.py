@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from fastssl.names import plain_path
+
 #: Each supported `model_type` of Transformers, and its model class there.
 MODEL_CLASSES = {
     "wav2vec2": "Wav2Vec2Model",
@@ -135,9 +137,10 @@ def write_encoder_weights(folder: Path, state: Mapping[str, Tensor]) -> None:
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        weights = torch.load(path, map_location="cpu", weights_only=True)
+        with plain_path(path) as file:
+            if path.suffix == ".safetensors":
+                return load_file(file)
+            weights = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # errors of safetensors, zipfile and pickle have no common class
         raise ValueError(f"{path}: cannot be read: {str(error).partition(chr(10))[0]}") from error
     if not is_state_dict(weights):

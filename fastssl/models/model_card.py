@@ -7,6 +7,7 @@ from pathlib import Path
 from fastssl.models.config import SpeechEncoderConfig
 from fastssl.models.folder import MODEL_CLASSES
 from fastssl.models.multiplications import describe_compression
+from fastssl.names import shown
 
 _CLONE = Path(__file__).resolve().parents[2]
 _FRONT_MATTER = """---
@@ -122,20 +123,25 @@ def checked_out_commit(folder: Path = _CLONE) -> str | None:
     git = folder / ".git"
     try:
         if git.is_file():
-            git = folder / git.read_text().removeprefix("gitdir:").strip()
-        head = (git / "HEAD").read_text().strip()
+            git = folder / _read(git).removeprefix("gitdir:").strip()
+        head = _read(git / "HEAD").strip()
         if not head.startswith("ref: "):
             return head
         name = head.removeprefix("ref: ")
         # A worktree has its own HEAD, but its branches are in the folder that `commondir` names.
         common = git / "commondir"
-        shared = git / common.read_text().strip() if common.exists() else git
+        shared = git / _read(common).strip() if common.exists() else git
         if (shared / name).exists():
-            return (shared / name).read_text().strip()
-        packed = (line.split(" ") for line in (shared / "packed-refs").read_text().splitlines())
+            return _read(shared / name).strip()
+        packed = (line.split(" ") for line in _read(shared / "packed-refs").splitlines())
         return next((parts[0] for parts in packed if parts[1:] == [name]), None)
     except OSError:
         return None
+
+
+def _read(path: Path) -> str:
+    """Read a file of git, which may contain a path of any bytes."""
+    return path.read_text(encoding="utf-8", errors="surrogateescape")
 
 
 def _both(first: str | None, second: str | None) -> str | None:
@@ -145,6 +151,6 @@ def _both(first: str | None, second: str | None) -> str | None:
 def _table(left: str, right: str, rows: Mapping[str, str]) -> str:
     lines = [f"| {left} | {right} |", "|---|---|"]
     for row in rows.items():
-        name, value = (text.replace("|", "\\|") for text in row)
+        name, value = (shown(text).replace("|", "\\|") for text in row)
         lines.append(f"| {name} | {value} |")
     return "\n".join(lines) + "\n"

@@ -2,6 +2,7 @@
 
 from fastssl.data.corpus import Problem
 from fastssl.data.noise import NoiseProblem
+from fastssl.names import shown
 from fastssl.train.module import TrainingError
 
 #: Below these numbers of unusable recordings and of draws, the fraction of unusable draws says little about the corpus.
@@ -55,7 +56,7 @@ class Account:
 
     def _judge(self, unusable: dict[str, str], known: dict[str, str], judged: int, what: str) -> None:
         if unusable.keys() - known and len(unusable) > self.max_bad_fraction * judged:
-            examples = "; ".join(f"{name} {reason}" for name, reason in list(unusable.items())[:5])
+            examples = "; ".join(shown(f"{name} {reason}") for name, reason in list(unusable.items())[:5])
             raise TrainingError(
                 f"{len(unusable)} of the {what} cannot be used, more than "
                 f"data.max_bad_fraction={self.max_bad_fraction:g} allows; repair or remove them, or raise the limit. "

@@ -19,6 +19,7 @@ from fastssl.models.folder import CONFORMER, MODEL_CLASSES, read_config, read_we
 from fastssl.models.model_card import ModelCard
 from fastssl.models.pretraining import PretrainingModel
 from fastssl.models.speech_encoder import SpeechEncoder
+from fastssl.names import plain_path
 from fastssl.train.systems import DEFAULT_SYSTEM, SYSTEMS, system_of
 
 #: Encoder settings that may differ from those of the weights it starts from. All others change the shapes of the
@@ -148,7 +149,8 @@ def saved_update(checkpoint: Path) -> int:
     Args:
         checkpoint: A `.ckpt` file of a run.
     """
-    return int(torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"])
+    with plain_path(checkpoint) as path:
+        return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"])
 
 
 def initialise(model: PretrainingModel, source: str) -> bool:
@@ -170,12 +172,13 @@ def initialise(model: PretrainingModel, source: str) -> bool:
     checkpoint = folder / "checkpoints" / "last.ckpt"
     name = f"--init {source}"
     if checkpoint.is_file():
-        settings = yaml.safe_load((folder / "config.yaml").read_text())
+        settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
         system = settings.get("system", DEFAULT_SYSTEM)
         if system != (wanted := system_of(model.config)):
             raise ValueError(f"{name}: is a run of {system}, expected a run of {wanted}; choose another folder")
         config = SYSTEMS[system].config_class.from_dict(settings["model"])
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+        with plain_path(checkpoint) as path:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
         weights = {key.removeprefix("model."): tensor for key, tensor in state.items()}
     else:
         if (folder / "encoder" / "config.json").is_file():

@@ -1,6 +1,7 @@
 """The settings of a pre-training run, as shown by `--help`, set by a recipe and kept in RUN/config.yaml."""
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +11,7 @@ import yaml
 from fastssl.models.bounds import bounded, check_bounds
 from fastssl.models.config import SpeechEncoderConfig
 from fastssl.models.folder import changed_settings
+from fastssl.names import restored, stored
 from fastssl.train.systems import DEFAULT_SYSTEM, SYSTEMS
 
 #: Settings that may change with `--resume`, because they do not change the batches or the arithmetic of later updates.
@@ -261,12 +263,12 @@ def write_config(config: PretrainConfig, path: Path) -> None:
     # Otherwise a second run with these settings would write into the folder of the first.
     del values["output"]
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(yaml.safe_dump(values, sort_keys=False))
+    temporary.write_text(yaml.safe_dump(_each_text(values, stored), sort_keys=False), encoding="utf-8")
     temporary.replace(path)
 
 
 def renamed(values: dict[str, Any]) -> dict[str, Any]:
-    """Rename settings from an earlier version, which called `model.gumbel_temperature` simply `temperature`.
+    """Restore file names, and rename `temperature`, as earlier versions called `model.gumbel_temperature`.
 
     Args:
         values: Settings as parsed from a config.yaml.
@@ -274,6 +276,7 @@ def renamed(values: dict[str, Any]) -> dict[str, Any]:
     Returns:
         The settings under their current names.
     """
+    values = _each_text(values, restored)
     model = values.get("model", {})
     if "temperature" not in values or not isinstance(model, dict):
         return values
@@ -294,7 +297,7 @@ def check_resumable(config: PretrainConfig, path: Path) -> None:
     # A setting that did not exist in the version that started the run counts as having its current default.
     model = SYSTEMS[config.system].config_class()
     defaults = PretrainConfig(audio="", output="", system=config.system, model=model)
-    before = _flatten(_values(defaults)) | _flatten(renamed(yaml.safe_load(path.read_text())))
+    before = _flatten(_values(defaults)) | _flatten(renamed(yaml.safe_load(path.read_text(encoding="utf-8"))))
     after = _flatten(_values(config))
     fixed = {name: value for name, value in after.items() if name not in RESUMABLE}
     if changed := changed_settings(before, fixed, there="in the run"):
@@ -317,6 +320,15 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, (tuple, list)) else value
+
+
+def _each_text(value: Any, change: Callable[[str], str]) -> Any:
+    """Return settings with `change` applied to every text among the values."""
+    if isinstance(value, dict):
+        return {key: _each_text(item, change) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_each_text(item, change) for item in value]
+    return change(value) if isinstance(value, str) else value
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -16,13 +16,12 @@ from fastssl.data.corpus import Corpus, Problem, list_some, open_corpus, split_c
 from fastssl.data.labels import LabelTable
 from fastssl.data.noise import NoiseRecordings
 from fastssl.data.recordings import FrameGrid
-from fastssl.data.teacher_frames import TeacherTable
+from fastssl.data.teacher_frames import TeacherTable, crop_key
 from fastssl.eval.encode import default_workers
+from fastssl.names import encoded
 from fastssl.train.account import Account
 from fastssl.train.config import DataConfig
 
-#: Prefix of the keys of a teacher's frames for held-out crops, because their ids may also occur in the training data.
-HELD_OUT = "held out/"
 #: How labels are used: as classes to predict, or as segments (runs of equal labels).
 Use = Literal["labels", "segments"]
 
@@ -177,9 +176,12 @@ class PretrainDataModule(LightningDataModule):
 
     def crops(self) -> list[tuple[str, Cut]]:
         """List the crops of an epoch and the held-out crops, each with the key of its teacher's frames."""
-        crops = [(cut.id, cut) for cut in self._sampler(rank=0, world_size=1, consumed=0).drawn_cuts()]
         held_out = [] if self.valid_corpus is None else self.valid_corpus.cuts
-        return crops + [(HELD_OUT + cut.id, cut) for cut in held_out]
+        crops = [(crop_key(cut.id, held_out=False), cut) for cut in self._drawn_cuts()]
+        return crops + [(crop_key(cut.id, held_out=True), cut) for cut in held_out]
+
+    def _drawn_cuts(self) -> list[Cut]:
+        return self._sampler(rank=0, world_size=1, consumed=0).drawn_cuts()
 
     def batches_of(self, crops: Sequence[Cut]) -> list[BatchSpec]:
         """Plan batches of crops, as for validation; the order of the crops makes no difference."""
@@ -205,12 +207,13 @@ class PretrainDataModule(LightningDataModule):
                 f"data.max_bad_fraction={self.config.max_bad_fraction:g} allows; repair or remove the recordings, or "
                 f"raise the limit:\n{list_some(list(problems))}"
             )
-        missing |= {key.rpartition("#")[0] for key in missing}  # a long recording is left out if any of its draws is
+        train = {cut.id for cut in self._drawn_cuts() if crop_key(cut.id, held_out=False) in missing}
+        valid = [] if self.valid_corpus is None else self.valid_corpus.cuts
         self._teacher = table
         self._leave_out(
             problems,
-            train=missing,
-            valid={key.removeprefix(HELD_OUT) for key in missing if key.startswith(HELD_OUT)},
+            train=train | {crop.rpartition("#")[0] for crop in train},  # left out if any draw of it is
+            valid={cut.id for cut in valid if crop_key(cut.id, held_out=True) in missing},
             emptied=lambda part: (
                 f"data.teacher_cache: the teacher has no frames for any crop {part}:\n{list_some(list(problems))}"
             ),
@@ -289,7 +292,7 @@ class PretrainDataModule(LightningDataModule):
                 segments=self._labels.get(("segments", part)),
                 noise=self.noise if part == "train" else None,
                 teacher=self._teacher,
-                teacher_keys=HELD_OUT if part == "valid" else "",
+                held_out=part == "valid",
             ),
             sampler=sampler,
             batch_size=None,
@@ -337,7 +340,7 @@ class PretrainDataModule(LightningDataModule):
         if not self._digest:
             digest = hashlib.blake2b(digest_size=16)
             for cut in (*self.train_corpus.cuts, *(() if self.noise is None else self.noise.cuts)):
-                digest.update(f"{cut.id} {cut.duration}\n".encode())
+                digest.update(encoded(f"{cut.id} {cut.duration}\n"))
             self._digest = digest.hexdigest()
         return self._digest
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from fastssl.data.batches import AudioBatch
 from fastssl.data.noise import NoiseProblem
 from fastssl.models.pretraining import PretrainingModel, StepContext, StepOutput, perplexity
+from fastssl.names import encoded, shown
 from fastssl.nn.random import utterance_keys
 from fastssl.train.config import OptimizerConfig
 from fastssl.train.teacher import Teacher
@@ -206,14 +207,13 @@ class PretrainModule(LightningModule):
         often = f", the last of {self._skipped} in a row" if self._skipped > 1 else ""
         return (
             f"{what} in update {self.global_step + 1}{often}. The update was not applied, and the last checkpoint is "
-            f"from before it. Lower optimizer.lr, or check the recordings of the batch: {', '.join(guilty)}"
+            f"from before it. Lower optimizer.lr, or check the recordings of the batch: {', '.join(map(shown, guilty))}"
         )
 
 
 def _seed_of(purpose: str, *numbers: int) -> int:
     """Hash a purpose and numbers to a seed for a PyTorch generator."""
-    text = f"{purpose} {numbers}".encode()
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
+    return int.from_bytes(hashlib.blake2b(encoded(f"{purpose} {numbers}"), digest_size=8).digest(), "little") >> 1
 
 
 def code_usage(counts: Tensor) -> dict[str, float]:

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from fastssl.data.batches import AudioBatch
 from fastssl.data.corpus import Problem
+from fastssl.names import plain_path
 from fastssl.train.account import Account
 from fastssl.train.metrics_file import MetricsFile
 from fastssl.train.module import PretrainModule, TrainingError, code_usage
@@ -103,6 +104,7 @@ class Monitor(Callback):
         self._timed_audio_s = 0.0
         self._file: MetricsFile | None = None
         self._board: SummaryWriter | None = None
+        self._opened = ExitStack()  # what TensorBoard's path depends on
 
     def state_dict(self) -> dict[str, Any]:
         """Return the audio seen, the last scores, the sums since the last row, and the count of collapsed updates."""
@@ -130,7 +132,7 @@ class Monitor(Callback):
         columns = metric_columns(self.score_names, counts_codes=self.counts_codes, extra=self.columns)
         self._file = MetricsFile(self.run / "metrics.csv", columns, resume_at=self.resume_at)
         purge = None if self.resume_at is None else self.resume_at + 1
-        self._board = SummaryWriter(self.run / "logs", purge_step=purge)
+        self._board = SummaryWriter(self._opened.enter_context(plain_path(self.run / "logs")), purge_step=purge)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start measuring the throughput."""
@@ -222,6 +224,7 @@ class Monitor(Callback):
         """Close the TensorBoard file."""
         if self._board is not None:
             self._board.close()
+        self._opened.close()
 
     def _close_window(self, trainer: Trainer, update: dict[str, float]) -> None:
         """Write a row with the averages over the updates since the last row."""

@@ -20,6 +20,7 @@ from fastssl.models.config import SpeechEncoderConfig
 from fastssl.models.encoder import EncoderConfig
 from fastssl.models.model_card import ModelCard
 from fastssl.models.pretraining import NoisyConfig, PretrainingModel
+from fastssl.names import ShownFormatter
 from fastssl.train.card import make_card
 from fastssl.train.checkpoints import AtomicCheckpointIO, PeriodicCheckpoint, initialise, save_encoder, saved_update
 from fastssl.train.config import PretrainConfig, TrainerConfig, check_resumable, write_config
@@ -313,8 +314,8 @@ def _log_to(path: Path, *, enabled: bool) -> Iterator[None]:
         yield
         return
     package = logging.getLogger("fastssl")
-    handler = logging.FileHandler(path)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
+    handler.setFormatter(ShownFormatter("%(asctime)s %(levelname)s %(message)s"))
     level = package.level
     package.addHandler(handler)
     package.setLevel(logging.INFO)

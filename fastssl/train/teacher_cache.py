@@ -10,13 +10,14 @@ import torch
 
 from fastssl.data.batches import WaveformDataset, utterance_id
 from fastssl.data.corpus import Problem, cut_name
-from fastssl.data.teacher_frames import FRONT_END, TeacherTable
+from fastssl.data.teacher_frames import FRONT_END, HELD_OUT, TeacherTable
 from fastssl.eval.encode import choose_device
 from fastssl.eval.shards import Shards, read_index
 from fastssl.eval.showing import track
+from fastssl.names import stored
 from fastssl.packing import Packed
 from fastssl.train.config import PretrainConfig
-from fastssl.train.data import HELD_OUT, PretrainDataModule
+from fastssl.train.data import PretrainDataModule
 from fastssl.train.teacher import Teacher
 
 logger = logging.getLogger(__name__)
@@ -138,7 +139,7 @@ def _fill(shards: Shards, data: PretrainDataModule, teacher: Teacher) -> dict[st
             parts = {name: packed.unpack() for name, packed in named.items()}
             for row, cut in enumerate(cuts):
                 key = keys[cut.id]
-                tensors = {f"{key}/{name}": part[row].half().cpu() for name, part in parts.items()}
+                tensors = {stored(f"{key}/{name}"): part[row].half().cpu() for name, part in parts.items()}
                 if not all(tensor.isfinite().all() for tensor in tensors.values()):
                     problems[key] = Problem(cut_name(cut), "makes the teacher's frames NaN or infinite in fp16")
                     continue

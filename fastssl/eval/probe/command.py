@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rich import get_console
 from rich.table import Table as RichTable
+from rich.text import Text
 
 from fastssl.eval.encode import open_encoder_at
 from fastssl.eval.probe.adaptive import Trial, learn_rates
@@ -16,6 +17,7 @@ from fastssl.eval.probe.run import ProbeResult, ProbeRun, run_probe
 from fastssl.eval.probe.settings import ProbeSettings
 from fastssl.eval.probe.tables import read_table, split_table
 from fastssl.models.folder import write_json
+from fastssl.names import shown
 
 logger = logging.getLogger(__name__)
 
@@ -158,7 +160,8 @@ def as_table(results: Sequence[ProbeResult], settings: ProbeSettings) -> RichTab
     """
     task = settings.resolved_task
     runs = len(results[0].runs)
-    table = RichTable(title=f"{task}: {settings.target}", caption=f"{_METRICS[task]}, lower is better; runs: {runs}")
+    title = Text(shown(f"{task}: {settings.target}"), style="table.title")
+    table = RichTable(title=title, caption=f"{_METRICS[task]}, lower is better; runs: {runs}")
     table.add_column("encoder", overflow="fold")
     table.add_column(f"{_METRICS[task]} %", justify="right")
     table.add_column("layer" if task == "verification" else "learning rate", justify="right")
@@ -167,7 +170,7 @@ def as_table(results: Sequence[ProbeResult], settings: ProbeSettings) -> RichTab
     for result in results:
         spread = "" if result.std is None else f" ± {100 * result.std:.2f}"
         chosen = " ".join(sorted({f"{run.chosen:g}" for run in result.runs}))
-        row = [result.encoder, f"{100 * result.mean:.2f}{spread}", chosen]
+        row: list[str | Text] = [Text(shown(result.encoder)), f"{100 * result.mean:.2f}{spread}", chosen]
         if task != "verification":
             row.append(" ".join(f"{100 * weight:.0f}" for weight in _mean_weights(result.runs)))
         table.add_row(*row)

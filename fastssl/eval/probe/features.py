@@ -19,6 +19,7 @@ from fastssl.eval.encode import fixed_frame_period_s, frame_grid
 from fastssl.eval.probe.tables import Table
 from fastssl.models.config import SpeechEncoderConfig
 from fastssl.models.speech_encoder import SpeechEncoder
+from fastssl.names import shown
 from fastssl.packing import Packed
 
 #: Seconds of audio per batch; on the CPU, features do not depend on it.
@@ -297,7 +298,7 @@ class FeatureStore:
                 frames = frames.mean(1, keepdim=True) if mean else frames.half()
                 if frames.shape[1] == 0 or not frames.isfinite().all():
                     what = "no frames" if frames.shape[1] == 0 else "NaN or infinite values"
-                    raise ValueError(f"{name}: the features of {table.rows[row].path} contain {what}")
+                    raise ValueError(f"{name}: the features of {shown(table.rows[row].path)} contain {what}")
                 kept.add(frames.cpu())
                 rows.append(row)
                 seconds.append(len(waveform) / SAMPLE_RATE_HZ)

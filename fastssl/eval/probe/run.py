@@ -34,6 +34,7 @@ from fastssl.eval.probe.scores import equal_error_rate, pair_scores
 from fastssl.eval.probe.settings import ProbeSettings
 from fastssl.eval.probe.tables import Symbols, Table, fold_values
 from fastssl.models.speech_encoder import SpeechEncoder
+from fastssl.names import shown
 
 logger = logging.getLogger(__name__)
 
@@ -197,7 +198,7 @@ class Targets:
         for part, table in parts.items():
             self.numbers[part] = []
             for row, label in zip(table.rows, columns[part], strict=True):
-                where = f"{table.name}: {row.path.name}"
+                where = f"{table.name}: {shown(row.path.name)}"
                 if task == "ctc":
                     self.numbers[part].append(tuple(symbols.encode(label, where=where)))
                 elif label in classes:

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastssl.names import encoded, is_utf8, shown
+
 #: Pronunciations of the English digits in ARPAbet; they turn digit strings into phone strings.
 DIGIT_PHONES = {
     "0": "Z IH R OW",
@@ -62,11 +64,13 @@ class Table:
         for row in self.rows:
             value = row.labels.get(name)
             if value is None and name == "phones" and "digits" in row.labels:
-                value = phones_of_digits(row.labels["digits"], where=f"{self.name}: {row.path.name}")
+                value = phones_of_digits(row.labels["digits"], where=f"{self.name}: {shown(row.path.name)}")
             if value is None:
                 raise ValueError(f"{self.name}: no column {name!r}; choose one of {', '.join(row.labels)}")
             if not value.strip():
-                raise ValueError(f"{self.name}: column {name!r} of {row.path.name} is empty; fill it or remove the row")
+                raise ValueError(
+                    f"{self.name}: column {name!r} of {shown(row.path.name)} is empty; fill it or remove the row"
+                )
             values.append(value)
         return values
 
@@ -78,7 +82,7 @@ def read_table(path: str | Path) -> Table:
     are labels.
 
     Args:
-        path: Path of the table, UTF-8 text.
+        path: Path of the table, UTF-8 text; only the paths in it may contain other bytes.
 
     Raises:
         ValueError: The file does not exist or is not UTF-8, it has no column `path` or no rows, a row does not have as
@@ -89,12 +93,17 @@ def read_table(path: str | Path) -> Table:
         raise ValueError(f"table: no such file: {path}")
     separator = "," if path.suffix.lower() == ".csv" else "\t"
     try:
-        with path.open(newline="", encoding="utf-8") as lines:
+        # A path may contain any byte; labels must be UTF-8.
+        with path.open(newline="", encoding="utf-8", errors="surrogateescape") as lines:
             header, *records = [record for record in csv.reader(lines, delimiter=separator) if record]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: is not UTF-8 text ({error}); save the table as UTF-8") from None
+    except csv.Error as error:
+        raise ValueError(f"{path}: is not a table ({error}); save it as UTF-8, and put line breaks in quotes") from None
     except ValueError:
         raise ValueError(f"{path}: is empty; the first line must contain the names of the columns") from None
+    paths = {header.index("path")} if "path" in header else set()
+    for number, record in enumerate([header, *records], 1):
+        if not all(is_utf8(value) for column, value in enumerate(record) if column not in paths):
+            raise ValueError(f"{path}: row {number} is not UTF-8 text; save the table as UTF-8")
     if "path" not in header:
         separated = "commas" if separator == "," else "tabs"
         raise ValueError(
@@ -109,7 +118,7 @@ def read_table(path: str | Path) -> Table:
         labels = dict(zip(header, record, strict=True))
         file = path.parent / labels.pop("path")
         if file in rows:
-            raise ValueError(f"{path}: {file} is listed twice; remove one of its rows")
+            raise ValueError(f"{path}: {shown(file)} is listed twice; remove one of its rows")
         rows[file] = Row(file, labels)
     return Table(str(path), tuple(rows.values()))
 
@@ -128,7 +137,7 @@ def split_table(table: Table) -> tuple[Table, Table, Table]:
     """
     parts: tuple[list[Row], list[Row], list[Row]] = ([], [], [])
     for row in table.rows:
-        share = int.from_bytes(hashlib.blake2b(row.path.name.encode(), digest_size=8).digest(), "big") / 2**64
+        share = int.from_bytes(hashlib.blake2b(encoded(row.path.name), digest_size=8).digest(), "big") / 2**64
         parts[0 if share < 0.7 else 1 if share < 0.85 else 2].append(row)
     names = ("training", "development", "test")
     train, dev, test = (

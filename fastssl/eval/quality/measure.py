@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from fastssl.data.audio import SAMPLE_RATE_HZ
 from fastssl.data.batches import AudioBatch, WaveformDataset, fixed_batches
 from fastssl.metrics import GramMatrix, effective_rank, fit_kmeans, num_clusters, score_clusters
+from fastssl.names import encoded
 from fastssl.packing import Layout, Packed
 
 #: Default number of frames for k-means: enough for 1024 clusters.
@@ -80,7 +81,7 @@ def first_minutes(cuts: Iterable[Cut], minutes: float) -> list[Cut]:
     """
     if not minutes > 0:
         raise ValueError(f"minutes: must be positive, got {minutes}")
-    ordered = sorted(cuts, key=lambda cut: (hashlib.blake2b(cut.id.encode(), digest_size=8).digest(), cut.id))
+    ordered = sorted(cuts, key=lambda cut: (hashlib.blake2b(encoded(cut.id), digest_size=8).digest(), cut.id))
     taken: list[Cut] = []
     duration_s = 0.0
     for cut in ordered:
