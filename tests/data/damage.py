@@ -168,7 +168,7 @@ def _damaged_shar(shar: Path, output: Path, draw: random.Random, folder: Path) -
         if name == bad and name.endswith(".gz") and draw.random() < 0.5:
             lines = [json.loads(line) for line in gzip.decompress(data).splitlines()]
             index = draw.randrange(len(lines))
-            lines[index] = _changed(lines[index], draw, folder) if "recording" in lines[index] else {"id": 5}
+            lines[index] = _changed(lines[index], draw, folder)
             data = gzip.compress(b"".join(map(_text, lines)))
         elif name == bad:
             # Most of a tar file is audio; its headers are more fragile.
