@@ -81,7 +81,9 @@ def parse(line: bytes) -> dict[str, Any] | BadLineError:
     """Decode the JSON of a line, or return what is wrong with it."""
     try:
         value = json.loads(line.decode())
-    # `RecursionError`: nested too deeply. `ValueError` also stands for bad UTF-8 and for an integer of 5,000 digits.
+    except json.JSONDecodeError as error:
+        return BadLineError(f"is not valid JSON: {error.msg} at character {error.pos + 1}")
+    # `RecursionError`: nested too deeply. `ValueError`: not UTF-8, or an integer of 5,000 digits.
     except (ValueError, RecursionError) as error:
         return BadLineError(f"is not valid JSON: {shortened(error)}")
     if not isinstance(value, dict):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lhotse import Recording
-from lhotse.cut import Cut
+from lhotse.cut import Cut, MonoCut, MultiCut
 from lhotse.utils import fastcopy
 
 from fastssl.data.manifest import BadLineError, deserialize, parse, read_lines, shortened
@@ -71,6 +71,8 @@ def _paired(line: dict[str, Any] | BadLineError, entry: _Entry, path: Path, plac
     if isinstance(line, BadLineError):
         raise line
     cut = deserialize(line)
+    if not isinstance(cut, MonoCut | MultiCut):
+        raise BadLineError("is not a cut of exactly one recording")
     cut_id, recording, member = entry
     if cut_id is not None and cut_id != cut.id:
         raise ValueError(

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import random
+import resource
 import signal
 import time
 from collections import Counter
@@ -41,6 +42,7 @@ _WRONG: list[Json] = [
 ]
 _PATHS = ["/dev/zero", "/dev/null", "/", "/proc/self/mem", "FOLDER/fifo", "FOLDER/gone.wav", "FOLDER", "FOLDER/0.wav"]
 _SLOWEST_S = 30.0
+_MOST_MEMORY = 2 * 2**30  # bytes more than before; the largest resampling filter takes about 800 MB to compute
 
 
 def make_audio(folder: Path) -> Path:
@@ -166,7 +168,7 @@ def _damaged_shar(shar: Path, output: Path, draw: random.Random, folder: Path) -
         if name == bad and name.endswith(".gz") and draw.random() < 0.5:
             lines = [json.loads(line) for line in gzip.decompress(data).splitlines()]
             index = draw.randrange(len(lines))
-            lines[index] = _changed(lines[index], draw, folder) if "recording" in lines[index] else {"id": 5}
+            lines[index] = _changed(lines[index], draw, folder)
             data = gzip.compress(b"".join(map(_text, lines)))
         elif name == bad:
             # Most of a tar file is audio; its headers are more fragile.
@@ -223,6 +225,11 @@ def open_and_read(path: Path, *, window_s: float | None, max_bad_fraction: float
     return outcome
 
 
+def _peak_memory() -> int:
+    """Return the most memory that this process has ever used, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def run_damaged(
     folder: Path, *, count: int, seed: int, report: Callable[[int, str], None] | None = None
 ) -> Counter[str]:
@@ -238,7 +245,7 @@ def run_damaged(
         How many manifests had each outcome.
 
     Raises:
-        AssertionError: Something else than a named error came of a manifest, or it took too long.
+        AssertionError: Something else than a named error came of a manifest, or it took too much time or memory.
     """
     audio = make_audio(folder / "audio")
     lines = good_lines(audio)
@@ -249,12 +256,13 @@ def run_damaged(
         place.mkdir()
         path = damaged_manifest(audio, lines, place, draw)
         window_s = draw.choice([None, 60.0, 2.0])
-        begun = time.perf_counter()
+        begun, memory = time.perf_counter(), _peak_memory()
         try:
             with _at_most(_SLOWEST_S, "it"):
                 outcome = open_and_read(path, window_s=window_s, max_bad_fraction=draw.choice([0.05, 0.9]))
         except Exception as error:
             raise AssertionError(f"seed {seed}, manifest {index} ({path}): {type(error).__name__}: {error}") from error
+        assert _peak_memory() - memory < _MOST_MEMORY, f"seed {seed}, manifest {index} ({path}) takes too much memory"
         outcomes[outcome] += 1
         if report is not None:
             report(index, f"{outcome}, {time.perf_counter() - begun:.2f} s")

@@ -305,6 +305,16 @@ def test_a_bad_line_of_a_shard_is_a_problem(shar: Path) -> None:
         np.testing.assert_allclose(read_waveform(cut), noise(3.0, seed=seed)[:, 0], atol=1e-4)
 
 
+def test_a_mixed_cut_in_a_shard_is_a_problem(shar: Path) -> None:
+    path = shar / "cuts.000000.jsonl.gz"
+    lines = gzip.decompress(path.read_bytes()).splitlines()
+    track = {"type": "MonoCut", "cut": json.loads(lines[1]), "offset": 0}
+    mixed = json.dumps({"id": "1.wav", "type": "MixedCut", "tracks": [track]}).encode()
+    path.write_bytes(gzip.compress(b"\n".join([lines[0], mixed, *lines[2:], b""])))
+    (problem,) = open_corpus(shar, max_bad_fraction=0.5).problems
+    assert str(problem) == f"{path}, line 2 is not a cut of exactly one recording"
+
+
 def test_a_bad_recording_in_a_tar_file_is_a_problem(shar: Path) -> None:
     path = shar / "recording.000000.tar"
     path.write_bytes(path.read_bytes().replace(b'"num_samples": 48000', b'"num_samples": 48e04', 1))

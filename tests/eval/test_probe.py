@@ -240,12 +240,12 @@ def test_recordings_that_cannot_be_used_are_named(tables: dict[str, Table], enco
     settings = ProbeSettings("speaker", steps=1)
     (result,) = run_probe({"mine": encoder}, train, tables["dev"], tables["test"], settings=settings, baselines=())
     missing, text, short = result.problems
-    assert missing.startswith(f"{tmp_path / 'missing.wav'} does not open as audio")
+    assert missing.startswith(f"{tmp_path / 'missing.wav'} does not exist")
     assert text.startswith(f"{tmp_path / 'text.wav'} does not open as audio")
     assert short == f"{tmp_path / 'short.wav'} is shorter than 0.1 s"
     assert result.runs[0].parts["train"].recordings == 21
     nothing = dataclasses.replace(train, rows=train.rows[:3])
-    with pytest.raises(ValueError, match=r"no recording can be used; .*missing\.wav does not open"):
+    with pytest.raises(ValueError, match=r"no recording can be used; .*missing\.wav does not exist"):
         FeatureStore().get(LogMelSource(), nothing, name="mel")
 
 
