@@ -53,7 +53,7 @@ class Architecture(NamedTuple):
 
     Args:
         make: Builds the model with random weights.
-        encode: Runs it: (model, (B, T) samples, (B,) lengths or None) -> (B, F, D) features.
+        encode: Runs the model: (model, (B, T) samples, (B,) lengths or None) -> (B, F, D) features.
         shape: A fastssl config with the same matrix products; the limits are computed from it.
         takes_lengths: Whether the original takes lengths; torchaudio's WavLM treats padding as audio.
     """

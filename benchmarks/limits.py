@@ -53,7 +53,7 @@ def linear(
 
 
 def attention(frames: Sequence[int], heads: int, width: int, *, backward: bool, times: int = 1) -> list[Gemm]:
-    """Return the GEMMs of attention: QK' and PV of each utterance, and with `backward` dV, dP, dQ and dK.
+    """Return the GEMMs of attention: QK' and PV of each utterance, and with `backward` also dV, dP, dQ and dK.
 
     The limit assumes that the backward pass recomputes nothing.
     """

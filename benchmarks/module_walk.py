@@ -5,11 +5,11 @@ A TREE is a commit or the folder of a checkout; the default is this checkout. Fo
 called, in total and between `training_step` and gradient clipping (backward pass included). It also reports walks,
 which it reads from the call stack. A hop is a function of the package, counted once per walk. The walks are:
 
-- waveform to checkpoint: functions on the stack when a recording is read, at the first matrix product, at clipping, and
-  when the checkpoint is written;
-- `contrastive_logits_temperature`: functions on the stack when the kernel of the contrastive loss is called;
-- `accelerate`: functions that `accelerate` itself calls, and separately functions on the stack at the first matrix
-  product of an accelerated model.
+- waveform to checkpoint: the functions on the stack when a recording is read, at the first matrix product, at clipping,
+  and when the checkpoint is written;
+- `contrastive_logits_temperature`: the functions on the stack when the kernel of the contrastive loss is called;
+- `accelerate`: the functions that `accelerate` itself calls, and as a separate walk, the functions on the stack at the
+  first matrix product of an accelerated model.
 """
 
 import argparse

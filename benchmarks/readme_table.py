@@ -33,7 +33,7 @@ def newest(results: Path, kind: str, device: str) -> tuple[str, dict[str, Any]] 
 
 
 def table(name: str, content: dict[str, Any]) -> str:
-    """Return a table with a line per target: times, ratio to the rival, peak memory, ratio to the limits, verdict."""
+    """Return a table with a line per target: times, peak memory, ratios to the rival and the limits, and verdict."""
     lines = [
         f"{_provenance(name, content)} Limits: the GEMMs of the valid audio by `aten::mm` and, in fp32 on a CPU, by "
         "the fastest GEMM there is; a copy for integrate-and-fire.",

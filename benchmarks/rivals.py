@@ -220,7 +220,7 @@ def integrate_and_fire_two_sums(x: Tensor, weights: Tensor, slots: int) -> Tenso
 
 
 def integrate_and_fire_product(x: Tensor, weights: Tensor, slots: int) -> Tensor:  # (B, T, C), (B, T) -> (B, S, C)
-    """Integrate and fire as a matrix product: a dense (B, S, T) matrix says how much each frame adds to each slot."""
+    """Integrate and fire as a product with a dense (B, S, T) matrix of how much each frame adds to each slot."""
     after = weights.double().cumsum(1)
     before = F.pad(after[:, :-1], (1, 0))
     slot = torch.arange(slots, device=x.device, dtype=after.dtype).unsqueeze(1)

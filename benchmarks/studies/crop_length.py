@@ -8,8 +8,8 @@ the crop is taken whole. The number of updates is the same everywhere. Two proto
 - Protocol A: about 48 s of audio per update, so that all runs see about the same audio. Shorter crops then mean more
   utterances. Batches are filled only with utterances that fit, and the last batch of an epoch is smaller. For each
   crop, `--data.max_duration_s` is therefore set so that the mean comes nearest to 48 s.
-- Protocol B: four utterances per update (fewer in the last one of an epoch), so that audio and cost grow with the crop.
-  The paper reports savings of this kind.
+- Protocol B: four utterances per update (fewer in the last update of an epoch), so that audio and cost grow with the
+  crop. The paper reports savings of this kind.
 
 Every encoder is scored on the same held-out crops. It is then frozen, and probed for digits by CTC on whole utterances,
 and for the voice in 1 s, in 5 s and in whole utterances. With --sounds, the study is repeated on environmental sounds,
@@ -181,7 +181,7 @@ def main() -> None:
 
 
 def parts_of_sounds(folder: Path, output: Path) -> Path:
-    """Divide ESC-10 by its folds into `pretrain` (1 to 3), `train` (1 and 2), `dev` (3) and `test` (4), with tables.
+    """Divide ESC-10 into `pretrain` (folds 1 to 3), `train` (1 and 2), `dev` (3) and `test` (4), with tables.
 
     Args:
         folder: Folder with files `{class}_{fold}-{clip}-{take}.ogg`.

@@ -2,11 +2,12 @@
 
     python -m benchmarks.studies.deep_or_wide CORPORA --teacher RUN --runs RUNS --output deep_or_wide.json [--full]
 
-The students have 1 layer of width 192, 3 of 128 and 6 of 96, with 765,504, 743,168 and 757,824 parameters after the
-convolutions. They learn from RUN, the teacher, on whole utterances: once with prediction heads, once layer to layer.
-The teacher's frames are kept on disk, and the students use its frozen convolutions. One student with trained
-convolutions is the control. Content is probed by digits with CTC (with --full, by phones too), and speakers by thirty
-voices in 1 s of audio. The paper finds that content needs depth, and speakers need width.
+One student has 1 layer of width 192, one has 3 layers of width 128, and one has 6 layers of width 96. After the
+convolutions, they have 765,504, 743,168 and 757,824 parameters. They learn from RUN, the teacher, on whole utterances:
+once with prediction heads, once layer to layer. The teacher's frames are kept on disk, and the students use its frozen
+convolutions. One student with trained convolutions is the control. Content is probed by digits with CTC (with --full,
+by phones too), and speakers by thirty voices in 1 s of audio. The paper finds that content needs depth, and speakers
+need width.
 """
 
 import csv

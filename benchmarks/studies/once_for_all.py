@@ -199,7 +199,7 @@ def measure_times(runs: Mapping[str, Path], audio: Path) -> dict[str, dict[str, 
         audio: Recordings; about a minute of them is encoded as one batch.
 
     Returns:
-        For each run and period, the median time in seconds per hour of audio: "whole" for the whole encoder,
+        For each run and period, two median times in seconds per hour of audio: "whole" for the whole encoder, and
         "transformer" for everything after its convolutions.
     """
     batch, seconds = _minute(audio)

@@ -250,8 +250,8 @@ def do_all(
 ) -> None:
     """Train and evaluate all runs whose results the study does not have yet.
 
-    A run that diverged, or whose frames are NaN, infinite or all zero, does not stop the study: its result is
-    `{"failed": reason}`, which `finished` leaves out.
+    A run may diverge, or its frames may be NaN, infinite or all zero. This does not stop the study: the result of such
+    a run is `{"failed": reason}`, which `finished` leaves out.
 
     Args:
         study: File to add the results to.

@@ -73,7 +73,8 @@ struct Normal {
 };
 
 FASTSSL_INLINE Normal<float> normal_at(float x) {
-  // erfc(z) = exp(-z^2) P(t), t = 1 / (1 + 0.4 z); the coefficients are a minimax fit of P, relative error 1.3e-7.
+  // erfc(z) = exp(-z^2) P(t), t = 1 / (1 + 0.4 z). The coefficients are a minimax fit of P with a relative error of
+  // 1.3e-7.
   const float bell = vector_exp(-0.5f * x * x);
   const float t = 1.0f / (1.0f + 0.4f * 0.70710678f * (x < 0.0f ? -x : x));
   float p = 0.0502621010f;

@@ -1,6 +1,6 @@
 """Matrix products of packed frames on the CPU, with the faster of PyTorch's two libraries, MKL and oneDNN.
 
-In fp32, `aten::mm` calls MKL, which uses AVX-512 on Intel processors only: on an AMD Zen 5 it is half as fast as
+In fp32, `aten::mm` calls MKL, which uses AVX-512 on Intel processors only. On an AMD Zen 5 it is half as fast as
 oneDNN. In bf16, `aten::mm` already calls oneDNN, but a direct call is 3 to 14 % faster and applies GELU at no cost.
 
 Autograd cannot differentiate the direct call. Use these functions inside a `torch.autograd.Function` or without

@@ -29,7 +29,7 @@ class Compressed(NamedTuple):
 
     Attributes:
         frames: (N_out, C) compressed frames.
-        frame_period_ms: (B,) float64 on the CPU, the mean period that each utterance has after compression; NaN for an
+        frame_period_ms: (B,) float64 on the CPU, the mean frame period of each utterance after compression; NaN for an
             utterance without frames.
         weights: (N,) alpha', the weights that were integrated. They are mixed by the rate, and scaled up if too few
             frames would be left. None unless the kind is integrate-and-fire.
@@ -92,10 +92,10 @@ class SequenceCompressor(nn.Module):
             whole window are dropped.
         "integrate-and-fire": a network gives each frame a weight. Each time the weights add up to 1, the weighted sum
             of the frames becomes one output frame (`ops.integrate_and_fire`). A rate lambda in [0, 2] mixes the learned
-            weights alpha (arXiv 2211.02332): lambda alpha + 1 - lambda for lambda up to 1, (2 - lambda) alpha above.
-            0 keeps every frame, 1 gives the learned segmentation, 2 leaves the fewest frames. The weights left at the
-            end of an utterance add up to less than 1. Training drops that remainder; evaluation keeps it as a weighted
-            mean if its weights add up to at least 0.5.
+            weights alpha (arXiv 2211.02332). The mixed weights are lambda alpha + 1 - lambda for lambda up to 1, and
+            (2 - lambda) alpha above. Rate 0 keeps every frame, 1 gives the learned segmentation, and 2 leaves the
+            fewest frames. The weights left at the end of an utterance add up to less than 1. Training drops that
+            remainder; evaluation keeps it as a weighted mean if its weights add up to at least 0.5.
 
     One model can run at every rate that it was trained with. To train for many rates, pass one rate per utterance, for
     example `nn.rates.draw_rates(keys, 0.0, 1.0)`; `nn.AdaptiveRate` learns a rate together with a task. Use
@@ -187,8 +187,8 @@ class SequenceCompressor(nn.Module):
             The compressed frames, in the dtype of `frames`, with the weights and sources that they were made from.
 
         Raises:
-            ValueError: `frames` does not have C channels; `rate` or `frame_period_ms` has the wrong shape, is out of
-                range, or is given for a kind with a fixed factor; or both are given.
+            ValueError: `frames` does not have C channels; `rate` and `frame_period_ms` are both given; or one of them
+                has the wrong shape, is out of range, or is given for a kind with a fixed factor.
         """
         x, layout = frames
         if x.shape != (layout.total, self.channels):
@@ -274,7 +274,7 @@ class SequenceCompressor(nn.Module):
 
 
 class WeightNetwork(nn.Module):
-    """Gives each frame a weight in (0, 1), computed from the frame and two frames on each side (arXiv 2211.02332).
+    """Computes a weight in (0, 1) for each frame, from the frame and two frames on each side (arXiv 2211.02332).
 
     The network is a convolution with kernel 5, layer norm, ReLU, and a linear layer with one output and a sigmoid.
 

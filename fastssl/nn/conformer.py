@@ -104,10 +104,11 @@ class _HalfFeedForward(nn.Module):
 
 
 class ConformerLayer(nn.Module):
-    """A Conformer layer (arXiv 2005.08100, section 2.4): half feed-forward, attention, convolution, half feed-forward.
+    """A Conformer layer (arXiv 2005.08100, section 2.4).
 
-    Each block has a layer norm in front and a residual connection around it; a final layer norm follows. Layer norm
-    replaces the paper's batch norm, so that no frame depends on another utterance.
+    Its blocks are a half feed-forward, attention, a convolution, and another half feed-forward. Each block has a layer
+    norm in front and a residual connection around it; a final layer norm follows. Layer norm replaces the paper's batch
+    norm, so that no frame depends on another utterance.
 
     Example:
         >>> import torch
@@ -201,7 +202,8 @@ class Conformer(nn.Module):
             layer_drop: CPU generator that decides which layers are skipped in training; None uses PyTorch's global one.
 
         Returns:
-            The input of each layer, then the output of the last layer: one more than there are layers, (N, D) each.
+            The input of each layer, then the output of the last layer, (N, D) each. These are one more than there are
+            layers.
         """
         x, layout = frames
         turn = rotation(layout, self.head_width)

@@ -67,8 +67,8 @@ class ContrastiveLoss(nn.Module):
                 draws keys from PyTorch's generator.
 
         Returns:
-            The loss of each masked frame, (M,) in at least fp32, and whether its own target scored highest, (M,) bool,
-            as in `ops.contrastive_loss`. The loss is 0 for the only masked frame of an utterance.
+            The loss of each masked frame, (M,) in at least fp32, and (M,) bool, True if its own target scored highest,
+            as `ops.contrastive_loss` defines it. The loss is 0 for the only masked frame of an utterance.
 
         Raises:
             ValueError: The shape or dtype of an argument is wrong, or the number of masked frames is not M.

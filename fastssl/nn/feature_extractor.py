@@ -55,8 +55,8 @@ class FeatureExtractor(nn.Module):
         kernels: Kernel width of each layer, in input frames.
         strides: Stride of each layer, in input frames.
         bias: Whether the convolutions have a bias.
-        norm: "group" (first layer only, each channel over the frames of its utterance) or "layer" (every layer, each
-            frame over its channels).
+        norm: "group" normalises each channel over the frames of its utterance, in the first layer only. "layer"
+            normalises each frame over its channels, in every layer.
 
     Raises:
         ValueError: `norm` is unknown, or `channels`, `kernels` and `strides` differ in length.

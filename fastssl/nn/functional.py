@@ -43,8 +43,8 @@ def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
         kinds: Classes whose computation the op reproduces; a subclass does not count.
 
     Returns:
-        True if the type of `module` is one of `kinds`, its weight is an ordinary tensor (not quantised, not sharded),
-        and `is_watched` is False.
+        True if the type of `module` is one of `kinds`, its weight is an ordinary tensor (neither quantised nor
+        sharded), and `is_watched` returns False.
     """
     if type(module) not in kinds or is_watched(module):
         return False
@@ -263,8 +263,8 @@ def positional_embedding(module: Any, x: Tensor, layout: Layout) -> Tensor:  # (
     """Compute a positional embedding: a grouped convolution that keeps the length, then GELU.
 
     Args:
-        module: Module with `conv`; or with `layers`, a sequence of such modules, each with a `layer_norm` before GELU
-            (data2vec).
+        module: Module with `conv`. Or module with `layers`, as in data2vec: a sequence of modules with `conv`, and with
+            a `layer_norm` that comes before GELU.
         x: (N, D) frames.
         layout: Where each sequence begins.
 

@@ -301,8 +301,8 @@ class Transformer(nn.Module):
             layer_drop: CPU generator that decides which layers are skipped in training; None uses PyTorch's global one.
 
         Returns:
-            The input of each layer, then the output of the last layer, like the hidden states of Transformers: `depth`
-            + 1 packed batches (N, D).
+            `depth` + 1 packed batches (N, D): the input of each layer, then the output of the last layer, like the
+            hidden states of Transformers.
         """
         x, layout = frames
         position = self.pos_conv_embed(x, layout)

@@ -82,7 +82,7 @@ def contrastive_loss(
         backend: Implementation to run, see `fastssl.ops`; None picks the fastest available.
 
     Returns:
-        The loss of each frame, (N,) fp32 (fp64 for fp64 input), and whether its own target scored highest, (N,) bool.
+        The loss of each frame, (N,) fp32 (fp64 for fp64 input), and (N,) bool, True if its own target scored highest.
         The target scored highest if no negative that is not ignored scored higher, and at least one scored lower. If
         all negatives are ignored, the loss is 0 and the bool is False. Autocast does not change this op.
 

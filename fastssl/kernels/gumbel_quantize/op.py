@@ -113,8 +113,9 @@ def gumbel_quantize(
         backend: Implementation to run, see `fastssl.ops`; None picks the fastest available.
 
     Returns:
-        The chosen vectors and codes, and two sums over the frames: softmax(logits), which has a gradient, and how often
-        each code was chosen. Sums are computed in fp32 (fp64 if an argument is fp64). Autocast does not change this op.
+        The chosen vectors, the chosen codes, and two sums over the frames. The first sums softmax(logits) and has a
+        gradient; the second counts how often each code was chosen. Sums are computed in fp32 (fp64 if an argument is
+        fp64). Autocast does not change this op.
 
     Raises:
         ValueError: A shape, dtype or option is invalid, or `backend` cannot run this call.

@@ -140,10 +140,10 @@ def _activate_backward_kernel(
 ):
     """Compute the backward of norm and GELU over a chunk of one sequence.
 
-    Let g be the gradient of the norm's output. `sums_ptr` (programs, 3, C) receives the chunk's sums of g, of g times
-    the standardised frames, and of the gradient of the convolution's output (a sum that is not needed may be zero).
-    `products_ptr` (programs, BLOCK_K, C) receives the sums of window times that gradient. Group norm's gradient needs
-    sums over the whole sequence, which are read from `totals_ptr` (B, 3, C). With windows they are not given: the
+    Let g be the gradient of the norm's output. `sums_ptr` (programs, 3, C) receives three sums over the chunk: of g, of
+    g times the standardised frames, and of the gradient of the convolution's output. A sum that is not needed may be
+    zero. `products_ptr` (programs, BLOCK_K, C) receives the sums of window times that gradient. Group norm's gradient
+    needs sums over the whole sequence, which are read from `totals_ptr` (B, 3, C). With windows they are not given: the
     products are then sums of window times g, and are corrected later.
     """
     program = tl.program_id(0)

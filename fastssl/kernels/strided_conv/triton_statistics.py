@@ -132,7 +132,7 @@ def _frame_moments_kernel(
     BLOCK_C: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Compute the mean of a chunk of frames and the sum of squared differences, per channel: (programs, 2, C)."""
+    """Compute a chunk's mean and sum of squared differences from the mean, per channel: (programs, 2, C)."""
     program = tl.program_id(0)
     sequence, first, left = block_of(program, cu_out_ptr, batch, CHUNK)
     channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
