@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import yaml
 
+from fastssl.data.rules import OLDEST_RULES, RULES
 from fastssl.models.bounds import bounded, check_bounds
 from fastssl.models.config import SpeechEncoderConfig
 from fastssl.models.folder import changed_settings
@@ -64,6 +65,8 @@ class DataConfig:
         max_bad_fraction: Stop training when more than this fraction of the recordings cannot be used.
         num_workers: Number of processes that decode audio for each training process; null chooses by the number of
             cores.
+        rules: Version of the rules by which recordings are found and decoded. A run keeps its version; 1 repeats a run
+            from before versions were recorded.
     """
 
     max_duration_s: float = bounded(87.5, above=0)
@@ -80,6 +83,7 @@ class DataConfig:
     teacher_cache: str | None = None
     max_bad_fraction: float = bounded(0.05, least=0, most=1)
     num_workers: int | None = bounded(None, least=0)
+    rules: int = bounded(RULES, least=OLDEST_RULES, most=RULES)
 
     def __post_init__(self) -> None:
         check_bounds(self, "data.")
@@ -266,7 +270,10 @@ def write_config(config: PretrainConfig, path: Path) -> None:
 
 
 def renamed(values: dict[str, Any]) -> dict[str, Any]:
-    """Rename settings from an earlier version, which called `model.gumbel_temperature` simply `temperature`.
+    """Bring settings from an earlier version up to date.
+
+    It called `model.gumbel_temperature` simply `temperature`. And the settings of a run, which name its audio, had no
+    `data.rules`: such a run was made by the oldest rules.
 
     Args:
         values: Settings as parsed from a config.yaml.
@@ -274,6 +281,9 @@ def renamed(values: dict[str, Any]) -> dict[str, Any]:
     Returns:
         The settings under their current names.
     """
+    data = values.get("data", {})
+    if "audio" in values and isinstance(data, dict) and "rules" not in data:
+        values = values | {"data": data | {"rules": OLDEST_RULES}}
     model = values.get("model", {})
     if "temperature" not in values or not isinstance(model, dict):
         return values

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastssl.data.audio import SAMPLE_RATE_HZ, AudioError, read_waveform
-from fastssl.data.corpus import Problem, cut_name, scan_file
+from fastssl.data.corpus import Problem, cut_name
 from fastssl.data.mfcc import differences
+from fastssl.data.scan import scan_file
 from fastssl.data.waveforms import pack_waveforms, waveform_batch
 from fastssl.eval.encode import fixed_frame_period_s, frame_grid
 from fastssl.eval.probe.tables import Table
