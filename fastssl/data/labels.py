@@ -200,12 +200,13 @@ def read_settings(folder: Path) -> dict[str, Any]:
     except ValueError:
         settings = None
     numbers = ("clusters", "frame_shift_s", "first_centre_s")
-    if not isinstance(settings, dict) or not all(_is_positive(settings.get(name)) for name in numbers):
+    settings = {"rules": OLDEST_RULES} | settings if isinstance(settings, dict) else {}
+    if not all(_is_positive(settings.get(name)) for name in numbers) or not isinstance(settings["rules"], int):
         raise ValueError(
             f"{path}: is damaged; expected positive numbers for {', '.join(numbers)}. Make the labels again: "
             "`fastssl label`"
         )
-    return {"rules": OLDEST_RULES} | settings
+    return settings
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:

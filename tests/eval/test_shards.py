@@ -40,3 +40,14 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"--cache: .* exists, is not empty, and contains no frames"):
             _begin(folder, 1)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_settings_without_rules_are_those_of_the_oldest(tmp_path: Path) -> None:
+    def begin(rules: int) -> Shards:
+        settings = {"layer": 1, "rules": rules}
+        return Shards(tmp_path / "frames", settings=settings, name="frames", option="--cache", shard_bytes=100)
+
+    _begin(tmp_path / "frames", 1)
+    begin(1)
+    with pytest.raises(ValueError, match=r"rules: 1 there, 2 now"):
+        begin(2)
