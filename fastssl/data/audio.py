@@ -250,7 +250,7 @@ def _read(audio: soundfile.SoundFile, first: int, count: int, rules: int) -> NDA
         return np.asarray(audio.read(count, dtype="float32", always_2d=True), dtype=np.float32)
     count = max(0, min(count, audio.frames - first))
     if audio.seekable():
-        lead = min(first, _MP3_LEAD) if audio.format == "MP3" else 0
+        lead = min(first, _MP3_LEAD) if audio.subtype == "MPEG_LAYER_III" else 0
         audio.seek(first - lead)
         # All in one read: soundfile seeks after each, with the same loss.
         samples = audio.read(lead + count, dtype="float32", always_2d=True)[lead:]
