@@ -17,6 +17,7 @@ import fastssl
 from benchmarks.recipes import recipe_model
 from fastssl import cli
 from fastssl.cli import pretrain
+from fastssl.data.rules import RULES
 from fastssl.eval.probe.settings import ProbeSettings
 from fastssl.kernels import dispatch
 from fastssl.models.encoder import EncoderConfig
@@ -327,6 +328,35 @@ def test_the_temperature_of_earlier_versions_is_read(
     with pytest.raises(ValueError, match=r"model\.gumbel_temperature\.end: 0\.125 in the run, 0\.25 now"):
         check_resumable(started[1][0], path)
     check_resumable(dataclasses.replace(started[2][0], recipe=None), path)
+
+
+@pytest.mark.parametrize("way", ["config", "resume", "recipe"])
+def test_runs_from_before_the_rules_had_versions_keep_the_oldest(
+    way: str, started: list[tuple[PretrainConfig, bool]], tmp_path: Path
+) -> None:
+    cli.main(["pretrain", str(tmp_path), "--output", "run", "--recipe", "wav2vec2-tiny"])
+    assert started[0][0].data.rules == RULES == 2
+    path = tmp_path / "run" / "config.yaml"
+    path.parent.mkdir()
+    write_config(started[0][0], path)
+    values = yaml.safe_load(path.read_text())
+    assert values["data"].pop("rules") == 2
+    path.write_text(yaml.safe_dump(values))
+    options = ["--resume"] if way == "resume" else [f"--{way}", str(path)]
+    cli.main(["pretrain", "--output", str(path.parent), *options])
+    cli.main(["pretrain", "--output", str(path.parent), *options, "--data.rules", "2"])
+    assert [config.data.rules for config, _ in started[1:]] == [1, 2]
+    check_resumable(dataclasses.replace(started[1][0], recipe=None), path)
+    with pytest.raises(ValueError, match=r"data\.rules: 1 in the run, 2 now"):
+        check_resumable(started[2][0], path)
+
+
+def test_settings_that_are_not_those_of_a_run_get_the_newest_rules(
+    started: list[tuple[PretrainConfig, bool]], tmp_path: Path
+) -> None:
+    (tmp_path / "some.yaml").write_text("data:\n  crop_s: 3.0\n")
+    cli.main(["pretrain", str(tmp_path), "--output", "run", "--config", str(tmp_path / "some.yaml")])
+    assert (started[0][0].data.rules, started[0][0].data.crop_s) == (2, 3.0)
 
 
 @pytest.mark.parametrize("name", list(pretrain.recipes()))

@@ -1,37 +1,40 @@
 """Read part of a recording as a mono waveform at 16 kHz: seek, decode, average the channels and resample."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from fractions import Fraction
-from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
 from threading import Lock
-from typing import Any
 
 import numpy as np
 import soundfile
 import torch
 from lhotse import Recording
 from lhotse.audio.backend import get_current_audio_backend, set_current_audio_backend
-from lhotse.augmentation.resample import Resample
 from lhotse.cut import Cut
 from lhotse.utils import compute_num_samples, fastcopy
 from numpy.typing import NDArray
 
 from fastssl.data.manifest import ForbiddenSourceError, check_sources
+from fastssl.data.mp3 import whole
+from fastssl.data.resampler import FILTER_WIDTH, resample_in_blocks, resampler
+from fastssl.data.rules import OLDEST_RULES, rules_of
 from fastssl.names import plain_path
 
 SAMPLE_RATE_HZ = 16000
 
-# Zero crossings of the sinc filter on each side. With 16, a 7 kHz tone passes and a 9 kHz tone is attenuated by 50 dB.
-_FILTER_WIDTH = 16
 # The decoded length may differ from the header by a frame or two (MP3). A larger shortfall means a damaged file.
 TOLERANCE_S = 0.1
 # No speech is recorded more slowly. A lower rate comes from a damaged header, and would make hours of a few samples.
 _LEAST_RATE_HZ = 4000
 _LARGEST_FILTER_BYTES = 64 * 2**20
+# Float files may hold the values of 16-bit, 24-bit or even 32-bit integers unscaled. Larger numbers are not audio, but
+# other bytes read as floats. One of them decides the scale of its whole recording, and squares overflow from 1e16 on.
+_LARGEST_SAMPLE = 2.0**32
+# A frame of an MP3 uses data of up to 10 earlier ones (the bit reservoir), but after seeking the decoder has only 4.
+_MP3_LEAD = 10 * 1152
 _LHOTSE_BACKEND = Lock()
 
 
@@ -47,7 +50,8 @@ def read_waveform(cut: Cut, *, channel: int | None = None) -> NDArray[np.float32
 
     Args:
         cut: A Lhotse cut of one recording, at any sampling rate.
-        channel: Channel to read if the cut has several; None averages them. Ignored for a cut with one channel.
+        channel: Channel to read if the cut has several; None averages them, or reads the channel that the scan has
+            chosen because they cancel. Ignored for a cut with one channel.
 
     Returns:
         (T,) float32 at 16 kHz with T = round(16000 * cut.duration). The result may be up to 0.1 s shorter if the
@@ -55,7 +59,7 @@ def read_waveform(cut: Cut, *, channel: int | None = None) -> NDArray[np.float32
 
     Raises:
         AudioError: The audio does not decode, ends too early, lacks the channel, is at a sampling rate that
-            `check_rate` refuses, or contains NaN or infinity.
+            `check_rate` refuses, or contains NaN, infinity or absurd values.
     """
     check_end(cut)
     first = compute_num_samples(cut.start, cut.recording.sampling_rate)
@@ -84,31 +88,47 @@ def read_samples(cut: Cut, *, first: int, length: int, channel: int | None) -> N
     columns = _columns(cut, channel)
     # Every `period` source samples become `steps` output samples.
     period, steps = resampling_ratio(recording.sampling_rate)
-    margin = 0 if period == steps else _resampler(period, steps).width
+    margin = 0 if period == steps else resampler(period, steps).width
     lead = math.ceil(margin / period) * period
     stop = first + math.ceil(length / steps) * period + margin
     start, stop = max(0, first - lead), min(recording.num_samples, stop)
     if stop <= first:
         raise AudioError(f"ends before {first / recording.sampling_rate:.2f} s, where the requested part begins")
 
-    samples = _decode(cut, start, stop - start)
-    if samples.shape[1] <= max(columns):
-        raise AudioError(f"has {samples.shape[1]} channels, but its manifest says {recording.num_channels}")
+    samples = _decode(cut, start, stop - start, columns)
     end = start + len(samples)
     wanted = first + length * period // steps
     if end < min(stop, wanted) - TOLERANCE_S * recording.sampling_rate:
         rate = recording.sampling_rate
         raise AudioError(f"ends after {end / rate:.2f} s, but its header says {recording.duration:.2f} s")
     mono = samples[:, columns[0]] if len(columns) == 1 else samples[:, columns].mean(axis=1)
-    if not np.isfinite(mono).all():
-        raise AudioError("has samples that are not finite (NaN or infinite)")
+    _check_samples(mono)
     # Round up to keep every output sample that begins before the end of the last source sample.
     length = max(0, min(length, -((first - end) * steps // period)))
     padded: NDArray[np.float32] = np.zeros(lead + math.ceil(length / steps) * period + margin, dtype=np.float32)
     offset = lead - (first - start)
     padded[offset : offset + len(mono)] = mono[: len(padded) - offset]
     skip = lead // period * steps
-    return resample(padded, period, steps)[skip : skip + length]
+    return resample(padded, period, steps, rules=rules_of(cut))[skip : skip + length]
+
+
+def read_block(cut: Cut, first: int, count: int, channels: Sequence[int]) -> NDArray[np.float32]:
+    """Decode channels of a part of a cut's recording, as they are.
+
+    Args:
+        cut: Names the recording. Its start and duration are ignored.
+        first: First sample, counted from the start of the recording.
+        count: Number of samples.
+        channels: Channels to read, as the manifest names them.
+
+    Returns:
+        (T, channels) float32 at the recording's own rate; T is less than `count` at the end of the recording.
+
+    Raises:
+        AudioError: The audio does not decode or lacks a channel.
+    """
+    columns = _available(cut, channels)
+    return _decode(cut, first, count, columns)[:, columns]
 
 
 def resampling_ratio(rate_hz: int) -> tuple[int, int]:
@@ -172,7 +192,7 @@ def check_filter(from_hz: int, to_hz: int) -> None:
     period, steps = from_hz // divisor, to_hz // divisor
     # The filter has a row for each step, and a row covers a period and the zero crossings on both sides. In integers,
     # because a number of a damaged header may exceed what fits into a float.
-    size = 4 * steps * (period + 2 * _FILTER_WIDTH * max(1, period // steps))
+    size = 4 * steps * (period + 2 * FILTER_WIDTH * max(1, period // steps))
     if size > _LARGEST_FILTER_BYTES:
         raise AudioError(
             f"needs a filter of {size // 10**6} MB to be resampled from {from_hz} to {to_hz} Hz; resample it to a "
@@ -180,13 +200,16 @@ def check_filter(from_hz: int, to_hz: int) -> None:
         )
 
 
-def resample(samples: NDArray[np.float32], from_hz: int, to_hz: int) -> NDArray[np.float32]:
+def resample(
+    samples: NDArray[np.float32], from_hz: int, to_hz: int, *, rules: int = OLDEST_RULES
+) -> NDArray[np.float32]:
     """Resample a waveform with a windowed sinc filter; samples beyond its ends count as zeros.
 
     Args:
         samples: (T,) float32 waveform.
         from_hz: Sampling rate of `samples` in Hz.
         to_hz: Sampling rate of the result in Hz.
+        rules: Version of the rules (`rules.py`); 1 and 2 differ only in speed and rounding.
 
     Returns:
         (ceil(T * to_hz / from_hz),) float32; `samples` itself if the rates are equal.
@@ -194,46 +217,107 @@ def resample(samples: NDArray[np.float32], from_hz: int, to_hz: int) -> NDArray[
     divisor = math.gcd(from_hz, to_hz)
     if from_hz == to_hz:
         return samples
+    period, steps = from_hz // divisor, to_hz // divisor
     with torch.inference_mode():
-        resampled = _resampler(from_hz // divisor, to_hz // divisor)(torch.from_numpy(samples)[None])[0]
+        if rules >= 2:
+            return resample_in_blocks(samples, period, steps)
+        resampled = resampler(period, steps)(torch.from_numpy(samples)[None])[0]
     return np.asarray(resampled.numpy(), dtype=np.float32)
-
-
-@lru_cache(maxsize=16)
-def _resampler(from_hz: int, to_hz: int) -> Any:
-    return Resample(from_hz, to_hz, lowpass_filter_width=_FILTER_WIDTH)
 
 
 def _columns(cut: Cut, channel: int | None) -> list[int]:
     """Return the columns of the decoded array whose mean is the mono signal."""
-    available = [one for source in cut.recording.sources for one in source.channels]
     wanted = [cut.channel] if isinstance(cut.channel, int) else list(cut.channel)
+    if channel is None and rules_of(cut) >= 2:
+        channel = cut.custom.get("only_channel")
     if channel is not None and len(wanted) > 1:
         if channel not in wanted:
             raise AudioError(f"has channels {wanted}, but channel {channel} was requested")
         wanted = [channel]
+    return _available(cut, wanted)
+
+
+def _available(cut: Cut, wanted: Sequence[int]) -> list[int]:
+    """Return the columns of channels in the decoded array."""
+    available = [one for source in cut.recording.sources for one in source.channels]
     if not set(wanted) <= set(available):
-        raise AudioError(f"has channels {available}, but its manifest asks for {wanted}")
+        raise AudioError(f"has channels {available}, but its manifest asks for {list(wanted)}")
     return [available.index(one) for one in wanted]
 
 
-def _decode(cut: Cut, first: int, count: int) -> NDArray[np.float32]:
-    """Decode up to `count` samples, beginning with source sample `first`: (samples, channels) at the source rate."""
+def _check_samples(samples: NDArray[np.float32]) -> None:
+    """Refuse samples that are not finite, or that cannot be audio."""
+    if not len(samples):
+        return
+    largest = max(float(samples.max()), -float(samples.min()))  # NaN if any sample is
+    if not math.isfinite(largest):
+        raise AudioError("has samples that are not finite (NaN or infinite)")
+    if largest > _LARGEST_SAMPLE:
+        raise AudioError(
+            f"has samples of {largest:.0e}, expected at most 1 (or {_LARGEST_SAMPLE:.0e}, if they are not scaled); its "
+            "samples may be of another type than its header says"
+        )
+
+
+def _decode(cut: Cut, first: int, count: int, columns: Sequence[int]) -> NDArray[np.float32]:
+    """Decode up to `count` samples, beginning with source sample `first`: (samples, channels) at the source rate.
+
+    The result has all `columns`, and perhaps others.
+    """
     recording: Recording = cut.recording
     source = recording.sources[0]
     # Decoders raise exceptions of any type. They all mean that the file is bad, and none should end the run.
     try:
         if len(recording.sources) > 1 or recording.transforms or source.type not in ("file", "memory"):
-            return _decode_by_lhotse(recording, first, count)
-        with _opened(cut) as file, soundfile.SoundFile(file) as audio:
-            if audio.samplerate != recording.sampling_rate:
-                raise AudioError(f"is at {audio.samplerate} Hz, but its manifest says {recording.sampling_rate} Hz")
-            audio.seek(first)
-            return np.asarray(audio.read(count, dtype="float32", always_2d=True), dtype=np.float32)
+            samples = _decode_by_lhotse(recording, first, count)
+        else:
+            with _opened(cut) as file, _sound(file, cut) as audio:
+                if audio.samplerate != recording.sampling_rate:
+                    raise AudioError(f"is at {audio.samplerate} Hz, but its manifest says {recording.sampling_rate} Hz")
+                samples = _read(audio, first, count, rules_of(cut))
     except AudioError:
         raise
     except Exception as error:
         raise AudioError(f"does not decode: {str(error).strip() or type(error).__name__}") from error
+    if samples.shape[1] <= max(columns):
+        raise AudioError(f"has {samples.shape[1]} channels, but its manifest says {recording.num_channels}")
+    return samples
+
+
+@contextmanager
+def _sound(file: str | BytesIO, cut: Cut) -> Iterator[soundfile.SoundFile]:
+    """Open what `_opened` yields. An MP3 that is longer than libsndfile believes is opened so that it is read whole."""
+    recording = cut.recording
+    with soundfile.SoundFile(file) as audio:
+        longer = recording.num_samples > audio.frames + TOLERANCE_S * recording.sampling_rate
+        if not longer or audio.format != "MP3" or rules_of(cut) < 2:
+            yield audio
+            return
+    with (
+        Path(file).open("rb") if isinstance(file, str) else file as stream,
+        soundfile.SoundFile(whole(stream)) as audio,
+    ):
+        yield audio
+
+
+def _read(audio: soundfile.SoundFile, first: int, count: int, rules: int) -> NDArray[np.float32]:
+    """Decode up to `count` samples from sample `first` on: (samples, channels)."""
+    if rules < 2:
+        audio.seek(first)
+        return np.asarray(audio.read(count, dtype="float32", always_2d=True), dtype=np.float32)
+    count = max(0, min(count, audio.frames - first))
+    if audio.seekable():
+        lead = min(first, _MP3_LEAD) if audio.subtype == "MPEG_LAYER_III" else 0
+        audio.seek(first - lead)
+        # All in one read: soundfile seeks after each, with the same loss.
+        samples = audio.read(lead + count, dtype="float32", always_2d=True)[lead:]
+    else:
+        # Decode what comes before, and drop it.
+        dropped = 0
+        while dropped < first and len(block := audio.read(min(first - dropped, 1 << 18), dtype="float32")) > 0:
+            dropped += len(block)
+        samples = audio.read(count, dtype="float32", always_2d=True)
+    return np.asarray(samples, dtype=np.float32)
 
 
 def _decode_by_lhotse(recording: Recording, first: int, count: int) -> NDArray[np.float32]:

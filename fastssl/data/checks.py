@@ -17,6 +17,7 @@ from lhotse.cut import Cut, MonoCut, MultiCut
 from fastssl.data.audio import TOLERANCE_S, AudioError, check_end, check_filter, check_rate
 from fastssl.data.manifest import shortened
 from fastssl.data.regular import UnusableFileError, size_of
+from fastssl.data.rules import OLDEST_RULES, RULES
 
 _LONGEST_DAYS = 10
 _LONGEST_ID = 4096  # characters
@@ -194,6 +195,11 @@ def _check_impulse_response(response: Recording | Cut | None) -> None:
 def _check_custom(cut: Cut) -> None:
     custom = cut.custom if cut.custom is not None else {}
     _check(isinstance(custom, dict), "custom", custom, "an object")
+    rules = custom.get("rules", OLDEST_RULES)
+    expected = f"a whole number up to {RULES}; a larger one needs a newer fastssl"
+    _check(_is_whole(rules, OLDEST_RULES) and rules <= RULES, "rules", rules, expected)
+    if "only_channel" in custom:
+        _check(_is_whole(custom["only_channel"], 0), "only_channel", custom["only_channel"], "a whole number from 0 on")
     if "window_of" in custom:
         _check(
             _is_parent(custom["window_of"]), "window_of", custom["window_of"], "an object with id, start and duration"

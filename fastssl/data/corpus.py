@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import logging
 import math
 import os
 from collections import Counter
@@ -12,8 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import soundfile
-from lhotse import AudioSource, CutSet, Recording
+from lhotse import CutSet
 from lhotse.cut import Cut
 from lhotse.utils import compute_num_samples, fastcopy
 
@@ -21,28 +21,15 @@ from fastssl.data.audio import AudioError
 from fastssl.data.checks import check_fields, check_source
 from fastssl.data.manifest import BadLineError, ForbiddenSourceError, deserialize, read_lines
 from fastssl.data.regular import UnusableFileError, size_of
+from fastssl.data.rules import RULES, check_rules, rules_of
+from fastssl.data.scan import Problem as Problem
+from fastssl.data.scan import apply_rules, extensions, find_files, scan_file
 from fastssl.data.shar import is_shar, read_shar
-from fastssl.names import encoded, json_line, plain_path, shown
+from fastssl.names import encoded, json_line
 
-EXTENSIONS = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3")
+logger = logging.getLogger(__name__)
+
 MANIFEST_EXTENSIONS = (".jsonl.gz", ".jsonl")
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A recording that cannot be used.
-
-    Args:
-        name: Path of the recording; "@12.0s" is appended for the part that begins 12 s into it.
-        reason: What is wrong, as a predicate that follows the name: "is empty", "does not decode: ...".
-    """
-
-    name: str
-    reason: str
-
-    def __str__(self) -> str:
-        """Return name and reason on one line, as `shown` shows names."""
-        return shown(f"{self.name} {self.reason}")
 
 
 def list_some(problems: Sequence[Problem]) -> str:
@@ -58,10 +45,12 @@ class Corpus:
     Args:
         cuts: One cut per recording, or several windows if the recording is long; ids are unique.
         problems: Recordings that cannot be used, each with the reason.
+        notes: What else a user should know: files that are not read, recordings of which only one channel is read.
     """
 
     cuts: CutSet
     problems: list[Problem] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def duration_s(self) -> float:
@@ -81,8 +70,12 @@ def open_corpus(
     window_s: float | None = 60.0,
     max_bad_fraction: float = 0.05,
     jobs: int = 8,
+    rules: int = RULES,
 ) -> Corpus:
-    """Find the usable recordings of a corpus. Reads headers, and audio only where a header gives no length.
+    """Find the usable recordings of a corpus.
+
+    Reads headers, all frames where a header gives no length or a wrong one, and a few short blocks of a recording with
+    several channels.
 
     Args:
         source: A folder (searched recursively, without hidden files), one audio file, a Lhotse manifest of cuts or
@@ -92,6 +85,7 @@ def open_corpus(
             recordings whole and joins the windows of a prepared manifest.
         max_bad_fraction: Largest share of the recordings that may be unusable; a larger share is an error.
         jobs: Number of threads that read headers.
+        rules: Version of the rules by which recordings are found and decoded (`rules.py`); the cuts carry it.
 
     Returns:
         The usable cuts, and the recordings that were left out.
@@ -100,19 +94,24 @@ def open_corpus(
         ValueError: The source does not exist, is not of a kind named above, contains no audio, has too many unusable
             recordings, or contains two cuts with the same id.
     """
-    path = Path(source)
+    path, endings = Path(source), extensions(check_rules(rules))
+    note = ""
     if not path.exists():
         raise ValueError(f"source: {path} does not exist; give a folder, a Lhotse manifest or an audio file")
     if path.is_dir():
-        found = _from_cuts(read_shar(path), jobs) if is_shar(path) else _from_files(path, _audio_files(path), jobs)
-    elif path.name.lower().endswith(EXTENSIONS):
-        found = _from_files(path.parent, [path], jobs)
+        if is_shar(path):
+            found = _from_cuts(read_shar(path), jobs, rules)
+        else:
+            files, note = find_files(path, rules=rules)
+            found = _from_files(path, files, jobs, rules)
+    elif path.name.lower().endswith(endings):
+        found = _from_files(path.parent, [path], jobs, rules)
     elif path.name.endswith(MANIFEST_EXTENSIONS):
-        found = _from_cuts(_read_manifest(path), jobs)
+        found = _from_cuts(_read_manifest(path), jobs, rules)
     else:
         raise ValueError(
             f"source: {path} is neither a folder, nor a Lhotse manifest ({', '.join(MANIFEST_EXTENSIONS)}), "
-            f"nor an audio file ({', '.join(EXTENSIONS)})"
+            f"nor an audio file ({', '.join(endings)})"
         )
 
     cuts, problems = [], []
@@ -124,12 +123,31 @@ def open_corpus(
             problems.append(Problem(cut_name(item), reason))
         else:
             cuts.append(item)
-    _judge(path, len(cuts), problems, max_bad_fraction)
+    _judge(path, len(cuts), problems, max_bad_fraction, looked_for=endings, note=note)
     cuts = list(_joined(cuts)) if window_s is None else [window for cut in cuts for window in _windows(cut, window_s)]
     name, times = Counter(cut.id for cut in cuts).most_common(1)[0]
     if times > 1:
         raise ValueError(f"source: {path} has {times} cuts with id {name!r}; make the ids unique")
-    return Corpus(CutSet.from_cuts(cuts), problems)
+    return Corpus(CutSet.from_cuts(cuts), problems, _notes(path, cuts, note))
+
+
+def _notes(path: Path, cuts: Sequence[Cut], unread: str) -> list[str]:
+    """Return, and log, what a user should know of a corpus besides its unusable recordings."""
+    notes = [f"{path}: {unread}"] if unread else []
+    chosen: dict[str, Cut] = {}
+    for cut in cuts:
+        if rules_of(cut) >= 2 and "only_channel" in cut.custom:
+            chosen.setdefault(cut.recording.id, cut)
+    if chosen:
+        first = next(iter(chosen.values()))
+        notes.append(
+            f"{path}: the channels of {len(chosen)} recordings cancel when they are averaged, so one of them is read, "
+            f"unless a channel is requested; the first is {cut_name(first)}, read from channel "
+            f"{first.custom['only_channel']}"
+        )
+    for note in notes:
+        logger.warning("%s", note)
+    return notes
 
 
 def cut_name(cut: Cut) -> str:
@@ -208,11 +226,22 @@ def _digest(seed: int, name: str) -> bytes:
     return hashlib.blake2b(encoded(f"{seed}/{name}"), digest_size=8).digest()
 
 
-def _judge(path: Path, num_usable: int, problems: list[Problem], max_bad_fraction: float) -> None:
+def _judge(
+    path: Path,
+    num_usable: int,
+    problems: list[Problem],
+    max_bad_fraction: float,
+    *,
+    looked_for: Sequence[str],
+    note: str,
+) -> None:
     """Raise ValueError if no recording is usable, or more than `max_bad_fraction` of all are not."""
     total = num_usable + len(problems)
     if total == 0:
-        raise ValueError(f"source: no audio in {path} (looked for {', '.join(EXTENSIONS)}, also in its subfolders)")
+        unread = f"; {note}" if note else ""
+        raise ValueError(
+            f"source: no audio in {path} (looked for {', '.join(looked_for)}, also in its subfolders){unread}"
+        )
     if num_usable == 0 or len(problems) > max_bad_fraction * total:
         raise ValueError(
             f"source: {len(problems)} of {total} recordings in {path} cannot be used, but max_bad_fraction allows "
@@ -220,33 +249,21 @@ def _judge(path: Path, num_usable: int, problems: list[Problem], max_bad_fractio
         )
 
 
-def _audio_files(folder: Path) -> list[Path]:
-    """Return the audio files below a folder, sorted; follow links to folders, but enter no folder twice."""
-    files, entered = [], set()
-    for place, folders, names in os.walk(folder, followlinks=True):
-        if (real := os.path.realpath(place)) in entered:
-            folders.clear()
-            continue
-        entered.add(real)
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        files += [Path(place, name) for name in names if name.lower().endswith(EXTENSIONS) and not name.startswith(".")]
-    return sorted(files)
-
-
-def _from_files(root: Path, files: list[Path], jobs: int) -> Iterator[Cut | Problem]:
+def _from_files(root: Path, files: list[Path], jobs: int, rules: int) -> Iterator[Cut | Problem]:
     def enter(path: Path) -> Cut | Problem:
-        return enter_file(path, recording_id=path.relative_to(root).as_posix())
+        return enter_file(path, recording_id=path.relative_to(root).as_posix(), rules=rules)
 
     with ThreadPoolExecutor(jobs) as pool:
         yield from pool.map(enter, files)
 
 
-def enter_file(path: Path, *, recording_id: str) -> Cut | Problem:
-    """Read the header of an audio file, and check what it says.
+def enter_file(path: Path, *, recording_id: str, rules: int = RULES) -> Cut | Problem:
+    """Measure an audio file, and check what its header says.
 
     Args:
         path: Path of the audio file.
         recording_id: Id for the recording and its cut.
+        rules: Version of the rules, which the cut carries to whoever reads it.
 
     Returns:
         A cut of the whole file, or a `Problem` if the file cannot be used.
@@ -256,36 +273,7 @@ def enter_file(path: Path, *, recording_id: str) -> Cut | Problem:
         size_of(path)  # before the file is opened
     except UnusableFileError as error:
         return Problem(name, str(error))
-    return _checked(name, scan_file(path, recording_id=recording_id))
-
-
-def scan_file(path: Path, *, recording_id: str) -> Cut | Problem:
-    """Read the header of an audio file.
-
-    Args:
-        path: Path of the audio file.
-        recording_id: Id for the recording and its cut.
-
-    Returns:
-        A cut of the whole file, or a `Problem` if the file is empty or does not open as audio.
-    """
-    name = plain = str(path.absolute())
-    try:
-        if path.stat().st_size == 0:
-            return Problem(name, "is empty")
-        with plain_path(name) as plain, soundfile.SoundFile(plain) as audio:
-            rate, channels, frames = audio.samplerate, audio.channels, audio.frames
-            # The header of a stream that was never finished does not give its length: count the frames.
-            if not 0 <= frames < 2**48:
-                frames = sum(len(block) for block in audio.blocks(blocksize=1 << 20, dtype="float32"))
-    except (OSError, RuntimeError) as error:
-        return Problem(name, f"does not open as audio: {str(error).strip().replace(plain, name)}")
-    if frames == 0:
-        return Problem(name, "is empty")
-    sources = [AudioSource(type="file", channels=list(range(channels)), source=name)]
-    return Recording(
-        id=recording_id, sources=sources, sampling_rate=rate, num_samples=frames, duration=frames / rate
-    ).to_cut()
+    return _checked(name, scan_file(path, recording_id=recording_id, rules=rules), rules)
 
 
 def _read_manifest(path: Path) -> Iterator[tuple[str, Cut | BadLineError]]:
@@ -306,21 +294,22 @@ def _read_manifest(path: Path) -> Iterator[tuple[str, Cut | BadLineError]]:
         raise ValueError(f"source: {path} is not a Lhotse manifest of cuts or recordings: its first line {first}")
 
 
-def _from_cuts(cuts: Iterable[tuple[str, Cut | BadLineError]], jobs: int) -> Iterator[Cut | Problem]:
+def _from_cuts(cuts: Iterable[tuple[str, Cut | BadLineError]], jobs: int, rules: int) -> Iterator[Cut | Problem]:
     def check(placed: tuple[str, Cut | BadLineError]) -> Cut | Problem:
         place, item = placed
-        return Problem(place, str(item)) if isinstance(item, BadLineError) else _checked(place, item)
+        return Problem(place, str(item)) if isinstance(item, BadLineError) else _checked(place, item, rules)
 
     with ThreadPoolExecutor(jobs) as pool:
         yield from pool.map(check, cuts)
 
 
-def _checked(place: str, item: Cut | Problem) -> Cut | Problem:
+def _checked(place: str, item: Cut | Problem, rules: int) -> Cut | Problem:
     """Check a recording that is about to enter the corpus: every one comes through here.
 
     Args:
         place: What to call the recording if its fields cannot be used: its file, or its line in a manifest.
         item: The recording, or what is already known to be wrong with it.
+        rules: Version of the rules to apply; a manifest may have been made by another, or by other software.
     """
     if isinstance(item, Problem):
         return item
@@ -333,7 +322,7 @@ def _checked(place: str, item: Cut | Problem) -> Cut | Problem:
             check_source(item, source)
         except AudioError as error:
             return Problem(source.source if source.type == "file" else item.id, str(error))
-    return item
+    return apply_rules(item, rules)
 
 
 def _windows(cut: Cut, window_s: float) -> Iterator[Cut]:

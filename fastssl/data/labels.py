@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from fastssl.data.audio import SAMPLE_RATE_HZ
 from fastssl.data.corpus import Problem, cut_name, window_parent
 from fastssl.data.recordings import FrameGrid
+from fastssl.data.rules import OLDEST_RULES, rules_of
 from fastssl.names import shown
 
 LABELS_FILE, SETTINGS_FILE, CENTRES_FILE = "labels.jsonl", "settings.json", "kmeans.safetensors"
@@ -90,7 +91,8 @@ class LabelTable:
 
         Returns:
             None if the labels fit. Otherwise what is wrong: it has no labels, its sampling rate or duration has changed
-            since it was labelled, or the number of labels does not match its duration.
+            since it was labelled, it was labelled by rules that averaged its channels although they cancel, or the
+            number of labels does not match its duration.
         """
         key, _, duration_s = labelled_part(cut)
         entry = self._entries.get(key)
@@ -99,6 +101,11 @@ class LabelTable:
         if entry.rate_hz != cut.recording.sampling_rate:
             return Problem(
                 cut_name(cut), f"was labelled at {entry.rate_hz} Hz, but is at {cut.recording.sampling_rate} Hz now"
+            )
+        mixed = self.settings["rules"] < 2 and self.settings.get("channel") is None
+        if mixed and rules_of(cut) >= 2 and "only_channel" in cut.custom:
+            return Problem(
+                cut_name(cut), "was labelled from the mean of its channels, which cancel; make the labels again"
             )
         if abs(entry.duration_s - duration_s) > _TOLERANCE_S:
             return Problem(cut_name(cut), f"has labels for {entry.duration_s:.2f} s, but is {duration_s:.2f} s long")
@@ -181,7 +188,8 @@ def read_settings(folder: Path) -> dict[str, Any]:
         folder: Folder that `fastssl label` wrote.
 
     Returns:
-        The settings; they always include `clusters`, `frame_shift_s` and `first_centre_s`, as positive numbers.
+        The settings; they always include `clusters`, `frame_shift_s` and `first_centre_s`, as positive numbers, and the
+        version of the rules, `rules`.
 
     Raises:
         ValueError: The folder contains no labels, or its settings are damaged.
@@ -194,10 +202,11 @@ def read_settings(folder: Path) -> dict[str, Any]:
     except (ValueError, RecursionError):
         settings = None
     numbers = ("clusters", "frame_shift_s", "first_centre_s")
+    settings = {"rules": OLDEST_RULES} | settings if isinstance(settings, dict) else {}
     if (
-        not isinstance(settings, dict)
-        or not all(_is_positive(settings.get(name)) for name in numbers)
+        not all(_is_positive(settings.get(name)) for name in numbers)
         or not isinstance(settings["clusters"], int)
+        or not isinstance(settings["rules"], int)
     ):
         raise ValueError(
             f"{path}: is damaged; expected positive numbers for {', '.join(numbers)}. Make the labels again: "

@@ -7,8 +7,9 @@ from pathlib import Path
 from fastssl.data.audio import SAMPLE_RATE_HZ, AudioError
 from fastssl.data.corpus import Problem, cut_name, open_corpus
 from fastssl.data.recordings import chunk_hop
+from fastssl.data.rules import check_rules, recorded_rules
 from fastssl.eval.encode import Reading, encode_recordings, fixed_frame_period_s, frame_grid, open_encoder_at
-from fastssl.eval.shards import Shards
+from fastssl.eval.shards import SETTINGS_FILE, Shards
 from fastssl.eval.showing import track
 from fastssl.models.speech_encoder import SpeechEncoder
 from fastssl.names import encoded, stored
@@ -27,6 +28,7 @@ def extract(
     chunk_s: float = 60.0,
     overlap_s: float = 6.0,
     channel: int | None = None,
+    rules: int | None = None,
     shard_mb: float = 512.0,
     device: str = "auto",
 ) -> list[Problem]:
@@ -56,6 +58,8 @@ def extract(
         chunk_s: Cut recordings longer than this many seconds into overlapping chunks of at most this length.
         overlap_s: Overlap of neighbouring chunks, in seconds.
         channel: Channel to read; by default all channels are averaged.
+        rules: Version of the rules by which recordings are found and decoded; by default that of the output folder if
+            it exists, else the newest.
         shard_mb: Size of a shard, in megabytes; once a shard has reached it, the next one begins.
         device: Device to encode on: cpu, cuda, cuda:1, ...; auto uses a GPU if there is one.
 
@@ -72,7 +76,8 @@ def extract(
         raise ValueError(f"--layer: the model has layers 0 to {layers}, got {layer}")
     layer = layers if layer is None else layer
     grid = frame_grid(encoder.config)
-    corpus = open_corpus(audio, min_duration_s=grid.shortest_s, window_s=None, max_bad_fraction=1.0)
+    rules = recorded_rules(Path(output) / SETTINGS_FILE) if rules is None else check_rules(rules, "--rules")
+    corpus = open_corpus(audio, min_duration_s=grid.shortest_s, window_s=None, max_bad_fraction=1.0, rules=rules)
     # Check the chunks before writing anything: the folder stores its settings and then accepts no others.
     for rate_hz in sorted({cut.recording.sampling_rate for cut in corpus.cuts}):
         chunk_hop(rate_hz, chunk_s=chunk_s, overlap_s=overlap_s, grid=grid)
@@ -87,6 +92,7 @@ def extract(
             "chunk_s": chunk_s,
             "overlap_s": overlap_s,
             "channel": channel,
+            "rules": rules,
         },
         name="features",
         option="--output",

@@ -22,6 +22,7 @@ from fastssl.data.batches import utterance_id
 from fastssl.data.corpus import Problem, cut_name, open_corpus
 from fastssl.data.labels import CENTRES_FILE, LABELS_FILE, SETTINGS_FILE, as_line, read_lines, read_settings
 from fastssl.data.mfcc import MFCC_FIRST_CENTRE_S, MFCC_SHIFT_S, mfcc
+from fastssl.data.rules import check_rules, recorded_rules
 from fastssl.data.segments import smooth_classes
 from fastssl.eval.encode import Reading, choose_device, default_workers, encode_recordings
 from fastssl.eval.extract import weights_digest
@@ -52,6 +53,8 @@ class LabelSettings:
         fit_frames: Number of frames to fit k-means to, from recordings chosen by a hash of their ids.
         seed: Seed of k-means and of the choice of recordings.
         channel: Channel to read; by default all channels are averaged.
+        rules: Version of the rules by which recordings are found and decoded; by default that of the output folder if
+            it exists, else that of --kmeans, else the newest.
         segment_price: Price of a segment. All frames of a segment get the same class: the labels minimise the sum of
             squared distances to the class centres, plus this price for each segment. A compressor can learn from the
             segments. Their length depends on the price and on the scale of the features; the mean length is printed at
@@ -66,10 +69,13 @@ class LabelSettings:
     fit_frames: int = 500_000
     seed: int = 0
     channel: int | None = None
+    rules: int | None = None
     segment_price: float | None = None
     segment_ms: float | None = None
 
     def __post_init__(self) -> None:
+        if self.rules is not None:
+            check_rules(self.rules, "--rules")
         if self.segment_price is not None and self.segment_ms is not None:
             raise ValueError(
                 "--segment_ms and --segment_price: give only one of them, got "
@@ -114,7 +120,7 @@ def label(
         output: Folder for the labels.
         settings: How to make labels.
         kmeans: Folder of earlier labels whose k-means model and features are used again, so that held-out audio gets
-            the same classes; of the other settings, only the channel is then used.
+            the same classes; of the other settings, only the channel and the rules are then used.
         num_workers: Number of processes that decode audio and compute MFCC; by default chosen by the number of cores.
         device: Device to encode on: cpu, cuda, cuda:1, ...; auto uses a GPU if there is one.
 
@@ -129,8 +135,11 @@ def label(
     if settings.model is not None and Path(settings.model).exists():
         settings = replace(settings, model=str(Path(settings.model).absolute()))
     donor = None if kmeans is None else Path(kmeans)
+    if settings.rules is None and (donor is None or (output / SETTINGS_FILE).is_file()):
+        settings = replace(settings, rules=recorded_rules(output / SETTINGS_FILE))
     if donor is not None:
-        settings = _settings_of(donor, channel=settings.channel)
+        settings = _settings_of(donor, settings)
+    assert settings.rules is not None
     workers = default_workers() if num_workers is None else num_workers
     try:
         features = _Features.open(settings, num_workers=workers, device=device)
@@ -141,7 +150,9 @@ def label(
             f"--kmeans: {donor} was made from a layer of {settings.model}, which cannot be used: {error}"
         ) from None
     _check_output(output)
-    corpus = open_corpus(audio, min_duration_s=_MIN_DURATION_S, window_s=None, max_bad_fraction=1.0)
+    corpus = open_corpus(
+        audio, min_duration_s=_MIN_DURATION_S, window_s=None, max_bad_fraction=1.0, rules=settings.rules
+    )
     cuts = list(corpus.cuts)
     classes = _classes(output, settings, features, cuts, donor=donor)
     done = {
@@ -402,12 +413,19 @@ def _price(recordings: Sequence[NDArray[np.float32]], centres: Tensor, *, wanted
     return high
 
 
-def _settings_of(folder: Path, *, channel: int | None) -> LabelSettings:
+def _settings_of(folder: Path, given: LabelSettings) -> LabelSettings:
+    """Return the settings of a folder of labels, but the channel and, if it is given, the rules of `given`."""
     values: dict[str, Any] = read_settings(folder)
     names = ("model", "layer", "clusters", "fit_frames", "seed")
     if missing := [name for name in names if name not in values]:
         raise ValueError(f"{folder / SETTINGS_FILE}: lacks {', '.join(missing)}; restore it or make the labels again")
-    return LabelSettings(**{name: values[name] for name in names}, channel=channel, segment_price=values.get("price"))
+    rules = values["rules"] if given.rules is None else given.rules
+    return LabelSettings(
+        **{name: values[name] for name in names},
+        channel=given.channel,
+        rules=rules,
+        segment_price=values.get("price"),
+    )
 
 
 def _read_centres(folder: Path) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fastssl.data.rules import OLDEST_RULES
 from fastssl.models.folder import changed_settings, write_json, write_text
 
 INDEX_FILE, SETTINGS_FILE = "index.jsonl", "settings.json"
@@ -26,7 +27,7 @@ class Shards:
     Args:
         folder: Folder for shards and index; created if missing.
         settings: Settings that determine the tensors; written to `settings.json`, and compared with it when an
-            existing folder is opened.
+            existing folder is opened. One without `rules` was made by the oldest ones.
         name: First part of the shards' file names, such as "features".
         option: Command-line option that gave the folder; error messages begin with it.
         shard_bytes: Size of a shard in bytes; once a shard has reached it, the next one begins.
@@ -72,7 +73,7 @@ class Shards:
                 raise ValueError(
                     f"{option}: {path} does not contain settings; restore the file or choose another folder"
                 ) from None
-            if changed := changed_settings(before, settings):
+            if changed := changed_settings({"rules": OLDEST_RULES} | before, settings):
                 raise ValueError(
                     f"{option}: {self.folder} was begun with other settings ({changed}); "
                     "use the same settings or choose another folder"

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import yaml
 
+from fastssl.data.rules import OLDEST_RULES, RULES
 from fastssl.models.bounds import bounded, check_bounds
 from fastssl.models.config import SpeechEncoderConfig
 from fastssl.models.folder import changed_settings
@@ -66,6 +67,8 @@ class DataConfig:
         max_bad_fraction: Stop training when more than this fraction of the recordings cannot be used.
         num_workers: Number of processes that decode audio for each training process; null chooses by the number of
             cores.
+        rules: Version of the rules by which recordings are found and decoded. A run keeps its version; 1 repeats a run
+            from before versions were recorded.
     """
 
     max_duration_s: float = bounded(87.5, above=0)
@@ -82,6 +85,7 @@ class DataConfig:
     teacher_cache: str | None = None
     max_bad_fraction: float = bounded(0.05, least=0, most=1)
     num_workers: int | None = bounded(None, least=0)
+    rules: int = bounded(RULES, least=OLDEST_RULES, most=RULES)
 
     def __post_init__(self) -> None:
         check_bounds(self, "data.")
@@ -268,7 +272,10 @@ def write_config(config: PretrainConfig, path: Path) -> None:
 
 
 def renamed(values: dict[str, Any]) -> dict[str, Any]:
-    """Restore file names, and rename `temperature`, as earlier versions called `model.gumbel_temperature`.
+    """Bring settings from a file up to date, and restore file names.
+
+    An earlier version called `model.gumbel_temperature` simply `temperature`. And the settings of a run, which name its
+    audio, had no `data.rules`: such a run was made by the oldest rules.
 
     Args:
         values: Settings as parsed from a config.yaml.
@@ -277,6 +284,9 @@ def renamed(values: dict[str, Any]) -> dict[str, Any]:
         The settings under their current names.
     """
     values = _each_text(values, restored)
+    data = values.get("data", {})
+    if "audio" in values and isinstance(data, dict) and "rules" not in data:
+        values = values | {"data": data | {"rules": OLDEST_RULES}}
     model = values.get("model", {})
     if "temperature" not in values or not isinstance(model, dict):
         return values

@@ -224,7 +224,11 @@ class PretrainDataModule(LightningDataModule):
         if min_duration_s is None:
             min_duration_s = min(config.min_duration_s, config.crop_s or config.min_duration_s)
         return open_corpus(
-            source, min_duration_s=min_duration_s, window_s=config.window_s, max_bad_fraction=config.max_bad_fraction
+            source,
+            min_duration_s=min_duration_s,
+            window_s=config.window_s,
+            max_bad_fraction=config.max_bad_fraction,
+            rules=config.rules,
         )
 
     def _leave_out_held_out(self, audio: str, valid: str) -> None:

@@ -41,7 +41,16 @@ def attach_given(config: PretrainConfig, data: PretrainDataModule) -> dict[Use, 
                 f"data.segments: {table.folder} has no segments; make it with `fastssl label --segment_ms`"
             )
     for use, table in given.items():
-        _attach("audio", table, use, config, data)
+        try:
+            _attach("audio", table, use, config, data)
+        except ValueError as error:
+            made_by = table.settings["rules"]
+            if made_by == config.data.rules:
+                raise
+            raise ValueError(
+                f"{error}\n  the labels were made by version {made_by} of the rules for decoding, but the run uses "
+                f"version {config.data.rules}: make them again, or add --data.rules {made_by}"
+            ) from None
     return given
 
 
@@ -72,19 +81,25 @@ class RunLabels:
             An empty list: `attach` finds the recordings without labels.
         """
         config = self.config
-        channel, workers = config.data.channel, config.data.num_workers
+        channel, workers, rules = config.data.channel, config.data.num_workers, config.data.rules
         for use, table in self.given.items():
             if table.settings.get("channel", channel) != channel:
                 channels = [
                     "all channels" if one is None else f"channel {one}" for one in (table.settings["channel"], channel)
                 ]
                 logger.warning("data.%s: %s were made from %s, but the run reads %s", use, table.folder, *channels)
+            if table.settings["rules"] != rules:
+                logger.warning(
+                    "data.%s: %s were made by version %d of the rules for decoding, but the run uses version %d; "
+                    "recordings whose duration differs are left out",
+                    *(use, table.folder, table.settings["rules"], rules),
+                )
         if self._makes_labels:
-            settings = LabelSettings(clusters=_clusters(config), seed=config.seed, channel=channel)
+            settings = LabelSettings(clusters=_clusters(config), seed=config.seed, channel=channel, rules=rules)
             label(config.audio, self.run / "labels", settings, num_workers=workers)
         if isinstance(config.data.valid, str):
             for use, donor in self._donors.items():
-                settings, output = LabelSettings(channel=channel), self.run / f"{use}-valid"
+                settings, output = LabelSettings(channel=channel, rules=rules), self.run / f"{use}-valid"
                 label(config.data.valid, output, settings, kmeans=donor, num_workers=workers)
         return []
 

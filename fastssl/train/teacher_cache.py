@@ -48,6 +48,7 @@ class TeacherCache:
             "seed": None if config.data.crop_s is None else config.seed,
             "channel": config.data.channel,
             "normalize": data.normalize,
+            "rules": config.data.rules,
         }
 
     def open(self) -> Shards:

@@ -290,3 +290,19 @@ def _change(folder: Path, key: str, change: Any) -> None:
         if line["id"] == key:
             change(line)
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_labels_of_channels_that_cancel_are_refused(tmp_path: Path) -> None:
+    samples = noise(4.0)
+    write(tmp_path / "audio" / "a.wav", np.hstack([samples, -samples]), subtype="FLOAT")
+    (cut,) = open_corpus(tmp_path / "audio").cuts
+    _write(tmp_path / "labels", [cut])
+    path = tmp_path / "labels" / "settings.json"
+    assert "rules" not in json.loads(path.read_text())
+    problem = LabelTable(tmp_path / "labels").problem(cut)
+    assert problem is not None
+    assert "was labelled from the mean of its channels, which cancel" in problem.reason
+    (old,) = open_corpus(tmp_path / "audio", rules=1).cuts
+    assert LabelTable(tmp_path / "labels").problem(old) is None
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rules": 2}))
+    assert LabelTable(tmp_path / "labels").problem(cut) is None

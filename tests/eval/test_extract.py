@@ -159,3 +159,15 @@ def test_damaged_recordings_are_left_out(encoder: Encoder, tmp_path: Path) -> No
     problems = extract(tmp_path / "model", tmp_path / "audio", tmp_path / "out", chunk_s=1.0, overlap_s=0.2)
     assert [Path(problem.name).name for problem in problems] == ["1.flac"]
     assert [entry["key"] for entry in _read(tmp_path / "out")[0]] == ["0.wav", "1.wav", "2.wav"]
+
+
+@pytest.mark.usefixtures("encoder")
+def test_features_keep_the_rules_that_they_were_begun_with(recordings: Path, tmp_path: Path) -> None:
+    path = tmp_path / "out" / "settings.json"
+    extract(tmp_path / "model", recordings, path.parent)
+    settings = json.loads(path.read_text())
+    assert settings.pop("rules") == 2
+    path.write_text(json.dumps(settings))  # as an earlier version wrote it
+    extract(tmp_path / "model", recordings, path.parent)
+    with pytest.raises(ValueError, match=r"begun with other settings \(rules: 1 there, 2 now\)"):
+        extract(tmp_path / "model", recordings, path.parent, rules=2)

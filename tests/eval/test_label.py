@@ -1,6 +1,7 @@
 """Test `fastssl label`: k-means labels and segments of recordings, interrupted runs, and refused settings."""
 
 import dataclasses
+import json
 import re
 import resource
 import shutil
@@ -218,12 +219,12 @@ def test_recordings_that_cannot_be_labelled_are_named(recordings: Path, tmp_path
     broken, hollow = tmp_path / "audio" / "broken.wav", tmp_path / "audio" / "hollow.wav"
     broken.write_bytes(b"no audio")
     soundfile.write(hollow, np.full(16000, np.nan, np.float32), 16000, subtype="FLOAT")
-    # So loud that its frames are not finite; this must not affect k-means or the labels of the other recordings.
+    # So loud that its frames would not be finite; this must not affect k-means or the labels of the other recordings.
     loud = tmp_path / "audio" / "loud.wav"
     soundfile.write(loud, np.full(16000, 3e38, np.float32), 16000, subtype="FLOAT")
     problems = label(tmp_path / "audio", tmp_path / "labels", _SETTINGS, num_workers=0)
     assert [problem.name for problem in problems] == [str(broken), str(hollow), str(loud)]
-    assert "has NaN or infinite features" in problems[-1].reason
+    assert "has samples of 3e+38" in problems[-1].reason
     assert len(_labels(tmp_path / "labels")) == 14
     torch.manual_seed(0)
     Encoder(dataclasses.replace(_ENCODER, do_normalize=False)).save_pretrained(tmp_path / "model")
@@ -263,3 +264,26 @@ def test_full_disk_keeps_what_is_there(recordings: Path, tmp_path: Path) -> None
     label(recordings, tmp_path / "labels", _SETTINGS, num_workers=0)
     text = (tmp_path / "whole" / LABELS_FILE).read_text()
     assert (tmp_path / "labels" / LABELS_FILE).read_text() == text
+
+
+def test_labels_keep_the_rules_that_they_were_begun_with(recordings: Path, tmp_path: Path) -> None:
+    path = tmp_path / "labels" / "settings.json"
+    label(recordings, path.parent, _SETTINGS, num_workers=0)
+    settings = json.loads(path.read_text())
+    assert settings.pop("rules") == 2
+    path.write_text(json.dumps(settings))  # as an earlier version wrote it
+    shutil.copytree(recordings, tmp_path / "audio")
+    soundfile.write(tmp_path / "audio" / "new.aiff", np.zeros(16000), 16000)
+    soundfile.write(tmp_path / "audio" / "new.wav", np.zeros(16000), 16000)
+    assert label(tmp_path / "audio", path.parent, _SETTINGS, num_workers=0) == []
+    assert len(_labels(path.parent)) == 15
+    with pytest.raises(ValueError, match=r"begun with other settings \(rules: 1 there, 2 now\)"):
+        label(recordings, path.parent, dataclasses.replace(_SETTINGS, rules=2), num_workers=0)
+    # Held-out audio is read as the audio of the k-means model was, if nothing else is asked.
+    label(tmp_path / "audio", tmp_path / "valid", LabelSettings(), kmeans=path.parent, num_workers=0)
+    label(tmp_path / "audio", tmp_path / "newer", LabelSettings(rules=2), kmeans=path.parent, num_workers=0)
+    found = [(json.loads((tmp_path / name / "settings.json").read_text())["rules"]) for name in ("valid", "newer")]
+    assert found == [1, 2]
+    assert [len(_labels(tmp_path / name)) for name in ("valid", "newer")] == [15, 16]
+    with pytest.raises(ValueError, match="--rules: must be from 1 to 2, got 3"):
+        LabelSettings(rules=3)

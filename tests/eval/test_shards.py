@@ -68,3 +68,14 @@ def test_damaged_settings_are_named(text: str, tmp_path: Path) -> None:
     (tmp_path / "frames" / "settings.json").write_text(text)
     with pytest.raises(ValueError, match=r"--cache: .*settings\.json (is not valid JSON|does not contain settings)"):
         _begin(tmp_path / "frames", 1)
+
+
+def test_settings_without_rules_are_those_of_the_oldest(tmp_path: Path) -> None:
+    def begin(rules: int) -> Shards:
+        settings = {"layer": 1, "rules": rules}
+        return Shards(tmp_path / "frames", settings=settings, name="frames", option="--cache", shard_bytes=100)
+
+    _begin(tmp_path / "frames", 1)
+    begin(1)
+    with pytest.raises(ValueError, match=r"rules: 1 there, 2 now"):
+        begin(2)

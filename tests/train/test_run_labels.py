@@ -21,6 +21,7 @@ from fastssl.train.config import PretrainConfig, TrainerConfig
 from fastssl.train.data import PretrainDataModule
 from fastssl.train.metrics_file import read_metrics
 from fastssl.train.pretrain import pretrain
+from fastssl.train.run_labels import RunLabels, attach_given
 from tests.tiny import write_recording
 from tests.train.conftest import MakeConfig, MakeSystem
 
@@ -164,3 +165,19 @@ def test_held_out_recordings_that_do_not_decode_stop_nothing(hubert: PretrainCon
 def test_labels_are_refused_where_nothing_learns_from_them(make_config: MakeConfig) -> None:
     with pytest.raises(ValueError, match=r"data\.labels: wav2vec2 learns from audio alone"):
         make_config(**{"data.labels": "somewhere"})
+
+
+def test_labels_by_other_rules_are_used_where_they_fit(
+    hubert: PretrainConfig, recordings: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "labels"
+    label(recordings, folder, dataclasses.replace(_SETTINGS, rules=1), num_workers=0)
+    config = dataclasses.replace(hubert, data=dataclasses.replace(hubert.data, labels=str(folder)))
+    data = PretrainDataModule(config.audio, config.data, normalize=True, seed=config.seed, accumulation=1)
+    given = attach_given(config, data)
+    RunLabels(tmp_path / "run", config, data, given).make()
+    assert f"{folder} were made by version 1 of the rules for decoding, but the run uses version 2" in caplog.text
+    lines = (folder / LABELS_FILE).read_text().splitlines(keepends=True)
+    (folder / LABELS_FILE).write_text("".join(lines[2:]))
+    with pytest.raises(ValueError, match=r"has no labels in [^$]*make them again, or add --data\.rules 1"):
+        attach_given(config, data)

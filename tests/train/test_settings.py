@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import soundfile
 import torch
 
 from fastssl.data.batches import AudioBatch, BatchSpec, WaveformDataset
@@ -83,3 +84,17 @@ def test_batches_reach_the_device_without_waiting(make_config: MakeConfig, monke
     batch = WaveformDataset(normalize=False)[BatchSpec(0, (), None, 0)]
     _open(make_config()).transfer_batch_to_device(batch, torch.device("cpu"), 0)
     assert asked == [True]
+
+
+def test_old_rules_give_the_recordings_that_they_gave(
+    make_config: MakeConfig, recordings: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(recordings, tmp_path / "audio")
+    samples, rate = soundfile.read(next(recordings.rglob("*.wav")))
+    soundfile.write(tmp_path / "audio" / "new.aiff", samples, rate)
+    old, new = (_open(make_config(audio=tmp_path / "audio", **{"data.rules": rules})) for rules in (1, 2))
+    before, now = (_files(data, "train_corpus") | _files(data, "valid_corpus") for data in (old, new))
+    assert now - before == {"new.aiff"}
+    assert _open(make_config(**{"data.rules": 1}))._fingerprint() == old._fingerprint() != new._fingerprint()
+    assert {cut.custom is None for cut in old.train_corpus.cuts} == {True}
+    assert {cut.custom["rules"] for cut in new.train_corpus.cuts} == {2}

@@ -1,0 +1,168 @@
+import io
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from lhotse import CutSet
+from lhotse.cut import Cut
+from lhotse.utils import fastcopy
+from numpy.typing import NDArray
+
+from fastssl.data.audio import AudioError, read_waveform
+from fastssl.data.corpus import open_corpus, write_manifest
+from fastssl.data.ogg import count_chained
+from fastssl.data.scan import Problem, scan_file
+from tests.data.making import noise, write
+
+
+def scanned(path: Path, *, rules: int = 2) -> Cut:
+    cut = scan_file(path, recording_id="a", rules=rules)
+    assert not isinstance(cut, Problem), cut
+    return cut
+
+
+def encoded(samples: NDArray[np.float32], **settings: str) -> bytes:
+    file = io.BytesIO()
+    soundfile.write(file, samples, 16000, **settings)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("subtype", ["OPUS", "VORBIS"])
+def test_chained_ogg_is_reported(tmp_path: Path, subtype: str) -> None:
+    parts = [encoded(noise(seconds), format="OGG", subtype=subtype) for seconds in (3.0, 4.0)]
+    path = tmp_path / "a.ogg"
+    path.write_bytes(b"".join(parts))
+    problem = scan_file(path, recording_id="a")
+    assert isinstance(problem, Problem)
+    assert "consists of 2 Ogg streams in a row, of which only the first (3.00 s) would be read" in problem.reason
+    assert scanned(path, rules=1).duration == 3.0
+    path.write_bytes(parts[0] * 2)  # also with the same serial number
+    assert isinstance(scan_file(path, recording_id="a"), Problem)
+    path.write_bytes(parts[0])
+    assert scanned(path).duration == 3.0
+
+
+def test_streams_that_begin_together_are_no_chain(tmp_path: Path) -> None:
+    def page(flags: int, body: int) -> bytes:
+        return b"OggS\0" + bytes([flags]) + bytes(20) + bytes([1, body]) + bytes(body)
+
+    path = tmp_path / "a.ogg"
+    path.write_bytes(page(2, 30) + page(2, 40) + page(0, 255) + page(0, 0) + page(4, 10))
+    assert count_chained(path) == 1
+    path.write_bytes(path.read_bytes() * 3 + b"tail")
+    assert count_chained(path) == 3
+    path.write_bytes(b"RIFF")
+    assert count_chained(path) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "subtype"), [("a.wav", "GSM610"), ("a.w64", "GSM610"), ("a.wav", "G721_32"), ("a.au", "G723_24")]
+)
+def test_formats_that_cannot_seek_are_decoded_from_the_start(tmp_path: Path, name: str, subtype: str) -> None:
+    cut = scanned(write(tmp_path / name, noise(3.0), subtype=subtype))
+    whole = read_waveform(cut)
+    assert abs(len(whole) - 48000) < 200
+    np.testing.assert_array_equal(read_waveform(fastcopy(cut, start=1.5, duration=1.0)), whole[24000:40000])
+
+
+@pytest.mark.parametrize("rules", [1, 2])
+def test_absurd_samples_are_refused_by_name(tmp_path: Path, rules: int) -> None:
+    samples = noise(2.0)
+    samples[9000] = -1e29
+    path = write(tmp_path / "a.wav", samples, subtype="FLOAT")
+    cut = scanned(path, rules=rules)
+    with pytest.raises(AudioError, match=r"has samples of 1e\+29, expected at most 1"):
+        read_waveform(cut)
+    assert len(read_waveform(fastcopy(cut, start=1.0, duration=1.0))) == 16000
+    # Integers that nobody scaled are audio.
+    write(path, noise(2.0) * np.float32(2**31), subtype="FLOAT")
+    assert np.abs(read_waveform(scanned(path, rules=rules))).max() > 1e8
+
+
+def opposite(seconds: float = 3.0, *, likeness: float = 1.0) -> NDArray[np.float32]:
+    """Return (T, 2): the second channel is louder, and in opposite phase to the first."""
+    left = noise(seconds)
+    other = noise(seconds, seed=1)
+    return np.hstack([left, -1.2 * (likeness * left + np.sqrt(1 - likeness**2) * other)]).astype(np.float32)
+
+
+def test_channels_that_cancel_are_not_averaged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = tmp_path / "audio"
+    samples = opposite()
+    write(folder / "opposite.wav", samples, subtype="FLOAT")
+    write(folder / "stereo.wav", noise(3.0, channels=2), subtype="FLOAT")
+    write(folder / "silent.wav", np.zeros((48000, 2), np.float32), subtype="FLOAT")
+    with caplog.at_level(logging.WARNING):
+        corpus = open_corpus(folder, window_s=2.0)
+    assert "the channels of 1 recordings cancel" in caplog.text
+    assert "opposite.wav, read from channel 1" in corpus.notes[0]
+    cuts = {cut.id: cut for cut in corpus.cuts}
+    # Every part of a recording is read from the same channel, and from the one that is requested, if one is.
+    for begin, name in ((0, "opposite.wav@0.000s"), (24000, "opposite.wav@1.500s")):
+        np.testing.assert_array_equal(read_waveform(cuts[name]), samples[begin : begin + 24000, 1])
+        np.testing.assert_array_equal(read_waveform(cuts[name], channel=0), samples[begin : begin + 24000, 0])
+    expected = noise(3.0, channels=2)[:24000].mean(axis=1)
+    np.testing.assert_array_equal(read_waveform(cuts["stereo.wav@0.000s"]), expected)
+    assert "only_channel" not in cuts["silent.wav@0.000s"].custom
+
+    write_manifest(corpus, tmp_path / "cuts.jsonl.gz")
+    again = {cut.id: cut for cut in open_corpus(tmp_path / "cuts.jsonl.gz", min_duration_s=1).cuts}
+    np.testing.assert_array_equal(read_waveform(again["opposite.wav@0.000s"]), samples[:24000, 1])
+    # Old rules average, also the cuts of a newer manifest.
+    for source in (folder, tmp_path / "cuts.jsonl.gz"):
+        old = {cut.id: cut for cut in open_corpus(source, min_duration_s=1, window_s=2.0, rules=1).cuts}
+        np.testing.assert_array_equal(read_waveform(old["opposite.wav@0.000s"]), samples[:24000].mean(axis=1))
+
+
+def test_cuts_of_other_software_are_probed_too(tmp_path: Path) -> None:
+    samples = opposite()
+    recording = scanned(write(tmp_path / "a.wav", samples, subtype="FLOAT"), rules=1)
+    assert recording.custom is None
+    CutSet.from_cuts([recording]).to_file(tmp_path / "cuts.jsonl.gz")
+    (cut,) = open_corpus(tmp_path / "cuts.jsonl.gz").cuts
+    np.testing.assert_array_equal(read_waveform(cut), samples[:, 1])
+
+
+@pytest.mark.parametrize(("likeness", "averaged"), [(0.5, True), (0.8, True), (0.95, False)])
+def test_how_much_must_cancel(tmp_path: Path, likeness: float, averaged: bool) -> None:
+    cut = scanned(write(tmp_path / "a.wav", opposite(likeness=likeness), subtype="FLOAT"))
+    assert ("only_channel" not in cut.custom) == averaged
+
+
+def test_many_unrelated_channels_do_not_cancel(tmp_path: Path) -> None:
+    assert "only_channel" not in scanned(write(tmp_path / "a.wav", noise(2.0, channels=32))).custom
+
+
+@pytest.mark.parametrize("extension", ["aif", "aifc", "aiff", "au", "caf", "rf64", "snd", "sph", "w64", "wave"])
+def test_what_libsndfile_reads_is_read(tmp_path: Path, extension: str) -> None:
+    kind = {"aif": "AIFF", "aifc": "AIFF", "snd": "AU", "sph": "NIST", "wave": "WAV"}.get(extension, extension.upper())
+    path = tmp_path / f"a.{extension}"
+    path.write_bytes(encoded(noise(3.0), format=kind, subtype="PCM_16"))
+    (cut,) = open_corpus(tmp_path).cuts
+    np.testing.assert_allclose(read_waveform(cut), noise(3.0)[:, 0], atol=1e-4)
+    with pytest.raises(ValueError, match="no audio in"):
+        open_corpus(tmp_path, rules=1)
+
+
+def test_audio_that_is_not_read_is_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(tmp_path / "a.wav", noise(3.0))
+    for name in ("1.m4a", "2.M4A", "3.wma", ".hidden.m4a", "notes.txt"):
+        (tmp_path / name).write_bytes(b"content")
+    with caplog.at_level(logging.WARNING):
+        corpus = open_corpus(tmp_path)
+    assert len(corpus.cuts) == 1
+    assert corpus.problems == []
+    assert caplog.messages == corpus.notes
+    assert "not read: 2 ending in .m4a, 1 ending in .wma; convert them, for example: ffmpeg -i in.m4a" in caplog.text
+    (tmp_path / "a.wav").unlink()
+    with pytest.raises(ValueError, match=r"no audio in .*2 ending in \.m4a"):
+        open_corpus(tmp_path)
+
+
+def test_rules_that_do_not_exist(tmp_path: Path) -> None:
+    write(tmp_path / "a.wav", noise(3.0))
+    for rules in (0, 3):
+        with pytest.raises(ValueError, match=f"rules: must be from 1 to 2, got {rules}"):
+            open_corpus(tmp_path, rules=rules)
