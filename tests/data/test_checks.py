@@ -16,6 +16,7 @@ from lhotse.utils import fastcopy
 from fastssl.data.audio import AudioError, check_rate, read_waveform
 from fastssl.data.corpus import open_corpus
 from fastssl.data.recordings import read_chunks
+from fastssl.names import shown
 from tests.data.damage import run_damaged
 from tests.data.making import noise, write
 
@@ -130,7 +131,7 @@ def test_what_a_line_says_is_checked(
     problem = problem_of(line, tmp_path)
     of_file = reason.startswith(("is said to have", "is not the name of a file"))
     assert problem.startswith(
-        line["recording"]["sources"][0]["source"] if of_file else f"{tmp_path}/cuts.jsonl, line 2"
+        shown(line["recording"]["sources"][0]["source"]) if of_file else f"{tmp_path}/cuts.jsonl, line 2"
     )
     assert reason in problem
     assert "\n" not in problem
