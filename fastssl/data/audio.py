@@ -1,6 +1,7 @@
 """Read part of a recording as a mono waveform at 16 kHz: seek, decode, average the channels and resample."""
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from fractions import Fraction
@@ -31,7 +32,7 @@ TOLERANCE_S = 0.1
 _LEAST_RATE_HZ = 4000
 _LARGEST_FILTER_BYTES = 64 * 2**20
 # Float files may hold the values of 16-bit, 24-bit or even 32-bit integers unscaled. Larger numbers are not audio, but
-# other bytes read as floats. One of them decides the scale of its whole recording, and squares overflow from 1e16 on.
+# other bytes read as floats. One of them decides the scale of its recording, and its square overflows from 1e19 on.
 _LARGEST_SAMPLE = 2.0**32
 # A frame of an MP3 uses data of up to 10 earlier ones (the bit reservoir), but after seeking the decoder has only 4.
 _MP3_LEAD = 10 * 1152
@@ -288,7 +289,7 @@ def _decode(cut: Cut, first: int, count: int, columns: Sequence[int]) -> NDArray
 def _sound(file: str | BytesIO, cut: Cut) -> Iterator[soundfile.SoundFile]:
     """Open what `_opened` yields. An MP3 that is longer than libsndfile believes is opened so that it is read whole."""
     recording = cut.recording
-    with soundfile.SoundFile(file) as audio:
+    with open_sound(file, rules=rules_of(cut)) as audio:
         longer = recording.num_samples > audio.frames + TOLERANCE_S * recording.sampling_rate
         if not longer or audio.format != "MP3" or rules_of(cut) < 2:
             yield audio
@@ -298,6 +299,31 @@ def _sound(file: str | BytesIO, cut: Cut) -> Iterator[soundfile.SoundFile]:
         soundfile.SoundFile(whole(stream)) as audio,
     ):
         yield audio
+
+
+def open_sound(file: str | BytesIO, *, rules: int) -> soundfile.SoundFile:
+    """Open an audio file by libsndfile, also if macOS has left a second file beside it.
+
+    Args:
+        file: Path of the file, or its contents.
+        rules: Version of the rules.
+
+    Raises:
+        soundfile.LibsndfileError: The file is not audio.
+    """
+    try:
+        return soundfile.SoundFile(file)
+    except soundfile.LibsndfileError:
+        # Beside an MP3 without tags, libsndfile takes "._NAME" for a part of a Sound Designer file. It looks for one
+        # only if it knows the name.
+        if rules < 2 or not isinstance(file, str) or not Path(file).with_name(f"._{Path(file).name}").exists():
+            raise
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            return soundfile.SoundFile(descriptor)
+        except soundfile.LibsndfileError:
+            os.close(descriptor)
+            raise
 
 
 def _read(audio: soundfile.SoundFile, first: int, count: int, rules: int) -> NDArray[np.float32]:

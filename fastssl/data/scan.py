@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import soundfile
 from lhotse import AudioSource, Recording
 from lhotse.cut import Cut
 from numpy.typing import NDArray
 
-from fastssl.data.audio import AudioError, read_block
+from fastssl.data.audio import AudioError, open_sound, read_block
 from fastssl.data.mp3 import Mp3Error, count_samples
 from fastssl.data.ogg import count_chained
 from fastssl.data.rules import RULES, rules_of
@@ -110,7 +109,7 @@ def scan_file(path: Path, *, recording_id: str, rules: int = RULES) -> Cut | Pro
     try:
         if path.stat().st_size == 0:
             return Problem(name, "is empty")
-        with plain_path(name) as plain, soundfile.SoundFile(plain) as audio:
+        with plain_path(name) as plain, open_sound(plain, rules=rules) as audio:
             rate, channels, frames, kind = audio.samplerate, audio.channels, audio.frames, audio.format
             if rules >= 2 and kind == "MP3":
                 frames = count_samples(path, frames)

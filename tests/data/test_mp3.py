@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from lhotse import AudioSource
 from lhotse.cut import Cut
 from lhotse.utils import fastcopy
 from numpy.typing import NDArray
@@ -77,6 +78,9 @@ def test_the_counted_length_is_kept_in_a_manifest(tmp_path: Path) -> None:
     joined = np.concatenate([read_waveform(cut) for cut in cuts])
     assert len(cuts) == 4
     np.testing.assert_allclose(joined, read_waveform(scanned(path)), atol=1e-6)
+    source = AudioSource(type="memory", channels=[0], source=path.read_bytes())
+    kept = fastcopy(cuts[-1], recording=fastcopy(cuts[-1].recording, sources=[source]))
+    np.testing.assert_array_equal(read_waveform(kept), read_waveform(cuts[-1]))
     # Old rules believe libsndfile, also about a manifest that newer ones wrote.
     old = scanned(path, rules=1)
     assert old.recording.num_samples == len(soundfile.read(path)[0]) < 7 * 16000
@@ -177,6 +181,17 @@ def test_what_cannot_be_read_whole_is_reported(tmp_path: Path) -> None:
         assert isinstance(problem, Problem)
         assert reason in problem.reason
         assert isinstance(scan_file(path, recording_id="a", rules=1), Cut)
+
+
+def test_a_file_of_macos_beside_it_does_not_matter(tmp_path: Path) -> None:
+    path = tmp_path / "a.mp3"
+    encode(noise(3.0)[:, 0], path)
+    expected = read_waveform(scanned(path))
+    (tmp_path / "._a.mp3").write_bytes(b"\0\x05\x16\x07\0\x02\0\0Mac OS X        " + bytes(4000))
+    np.testing.assert_array_equal(read_waveform(scanned(path)), expected)
+    assert isinstance(scan_file(path, recording_id="a", rules=1), Problem)
+    path.write_bytes(b"no audio")
+    assert isinstance(scan_file(path, recording_id="a"), Problem)
 
 
 @pytest.mark.parametrize("mode", ["CONSTANT", "VARIABLE"])
