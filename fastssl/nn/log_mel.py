@@ -22,7 +22,7 @@ _EPS = 1e-5
 class LogMel(nn.Module):
     """Computes log-mel frames: the natural logarithm of the power in each mel band.
 
-    A frame is computed from a Hann window of 25 ms, and a window begins every 10 ms. The bands lie on HTK's mel scale,
+    A frame is computed from a Hann window of 25 ms, and a window begins every 10 ms. The bands follow HTK's mel scale,
     from 0 to 8 kHz. Waveforms are not padded: a frame depends on samples of its own utterance only, and an utterance
     shorter than one window has no frame. Computation is in fp32 (fp64 for fp64 waveforms), also under autocast and in
     half-precision models.
