@@ -20,6 +20,7 @@ from fastssl.data.teacher_frames import TeacherTable
 from fastssl.eval.encode import default_workers
 from fastssl.train.account import Account
 from fastssl.train.config import DataConfig
+from fastssl.train.stopping import leave_signals_to_the_parent
 
 #: Prefix of the keys of a teacher's frames for held-out crops, because their ids may also occur in the training data.
 HELD_OUT = "held out/"
@@ -294,6 +295,7 @@ class PretrainDataModule(LightningDataModule):
             sampler=sampler,
             batch_size=None,
             num_workers=workers,
+            worker_init_fn=leave_signals_to_the_parent,
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
         )
 

@@ -14,6 +14,7 @@ from fastssl.data.noise import NoiseProblem
 from fastssl.models.pretraining import PretrainingModel, StepContext, StepOutput, perplexity
 from fastssl.nn.random import utterance_keys
 from fastssl.train.config import OptimizerConfig
+from fastssl.train.stopping import REQUESTS, Requests
 from fastssl.train.teacher import Teacher
 
 #: Update number that determines the crops, masks and negatives of held-out recordings, so that they never change.
@@ -22,7 +23,7 @@ VALIDATION_UPDATE = -1
 #: longer the cause.
 _MAX_SKIPPED_UPDATES = 20
 #: First entries of the sums over an update's batches and processes; loss, scores and code counts follow.
-_COUNTS = ("masked_frames", "audio_s", "utterances", "drawn", "unusable")
+_COUNTS = ("masked_frames", "audio_s", "utterances", "drawn", "unusable", *REQUESTS)
 
 
 class TrainingError(RuntimeError):
@@ -59,6 +60,8 @@ class PretrainModule(LightningModule):
         self.optimizer_config = optimizer
         self.max_steps = max_steps
         self.seed = seed
+        #: What this process asks all processes to do after the current update.
+        self.requests = Requests()
         #: Results of the last update over all processes: counts, mean loss and scores, gradient norm, learning rate.
         self.last_update: dict[str, float] = {}
         #: (V,) number of times each code was the target in that update; empty if the system has no code counts.
@@ -173,7 +176,7 @@ class PretrainModule(LightningModule):
         """Return the values of a batch to be summed over its update, in fp64: counts, loss, scores, code counts."""
         utterances, problems = len(batch.names), len(batch.problems)
         drawn = utterances + sum(not isinstance(problem, NoiseProblem) for problem in batch.problems)
-        counts = (output.masked_frames, batch.duration_s, utterances, drawn, problems)
+        counts = (output.masked_frames, batch.duration_s, utterances, drawn, problems, *self.requests.counts())
         scores = output.scores()
         summed = torch.stack([output.loss.detach().double(), *(scores[name].detach().double() for name in self._names)])
         codes = summed.new_empty(0) if output.code_counts is None else output.code_counts.to(summed)
