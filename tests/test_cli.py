@@ -49,7 +49,7 @@ def test_help_lists_the_commands_and_explains_them(capsys: pytest.CaptureFixture
     with pytest.raises(SystemExit, match="0"):
         cli.main(["--help"])
     text = capsys.readouterr().out
-    for command in ("pretrain", "distill", "extract", "label", "quality", "probe", "prepare", "info"):
+    for command in ("pretrain", "distill", "report", "extract", "label", "quality", "probe", "prepare", "info"):
         assert f"  {command} " in text
         with pytest.raises(SystemExit, match="0"):
             cli.main([command, "--help"])
@@ -66,7 +66,10 @@ def test_help_imports_nothing_that_takes_seconds() -> None:
             print(command, *{"lightning", "transformers", "sklearn", "lhotse"}.intersection(sys.modules))
     """
     # The signatures of the last four are in modules that read audio; after torch, Lhotse adds a tenth of a second.
-    without, with_lhotse = ("info", "prepare", "pretrain", "distill"), ("extract", "label", "quality", "probe")
+    without, with_lhotse = (
+        ("info", "prepare", "report", "pretrain", "distill"),
+        ("extract", "label", "quality", "probe"),
+    )
     command = [sys.executable, "-c", program, *without, *with_lhotse]
     outcome = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert outcome.returncode == 0, outcome.stderr

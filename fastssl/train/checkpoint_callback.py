@@ -13,6 +13,7 @@ from fastssl.models.model_card import ModelCard
 from fastssl.models.speech_encoder import SpeechEncoder
 from fastssl.train.checkpoints import save_encoder
 from fastssl.train.module import PretrainModule
+from fastssl.train.peers import is_of_communication
 from fastssl.train.stopping import agreed_signal
 
 logger = logging.getLogger(__name__)
@@ -110,10 +111,10 @@ class PeriodicCheckpoint(Checkpoint):
         pl_module.requests.ignore()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Say what is left of the run that stops here."""
+        """Say where `--resume` continues; after an error in the communication, `Peers` says it."""
         assert isinstance(pl_module, PretrainModule)
         pl_module.requests.ignore()
-        if trainer.is_global_zero and self.saved is not None:
+        if trainer.is_global_zero and self.saved is not None and not is_of_communication(exception):
             interrupted = isinstance(exception, KeyboardInterrupt)
             logger.info("stopped%s; %s", " at once" if interrupted else "", self.continuation())
 

@@ -83,6 +83,19 @@ class PretrainModule(LightningModule):
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: config.lr_factor(update, self.max_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def on_train_start(self) -> None:
+        """Set the learning rate from the schedule, because the end of the decay may have moved.
+
+        Lightning restores the rate from the checkpoint, which is 0 at the end of a run. The first update of a longer
+        run would be lost.
+        """
+        schedule, optimizer = self.lr_schedulers(), self.optimizers()
+        assert isinstance(schedule, torch.optim.lr_scheduler.LambdaLR)
+        assert not isinstance(optimizer, list)
+        factor = self.optimizer_config.lr_factor(schedule.last_epoch, self.max_steps)
+        for group, rate in zip(optimizer.param_groups, schedule.base_lrs, strict=True):
+            group["lr"] = rate * factor
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the hash of the teacher's weights to a checkpoint, if there is a teacher."""
         if self.teacher is not None:

@@ -153,7 +153,7 @@ class Peers(Callback):
             received = b""
         if not received:
             if state[0] is not None:
-                self._lose(state[0], "has ended")
+                self._lose(state[0], "was killed or crashed")
             return False
         *lines, state[1] = (state[1] + received).split(b"\n")
         for line in lines:
