@@ -15,7 +15,7 @@ def report(run: str) -> None:
         run: Folder of a run of `fastssl pretrain` or `fastssl distill`.
 
     Raises:
-        ValueError: The folder contains no run, or a run without a single row of scores.
+        ValueError: The folder contains no run, or a run that has not reported an update yet.
     """
     # Imported only now: Lightning takes seconds to import, and `--help` should answer at once.
     from fastssl.train.metrics_file import read_metrics
@@ -28,10 +28,13 @@ def report(run: str) -> None:
             raise ValueError(f"RUN: {run} contains no run that trains or has trained (looked for {folder / needed})")
     settings = yaml.safe_load((folder / "config.yaml").read_text())
     name = settings.get("system", DEFAULT_SYSTEM) if isinstance(settings, dict) else None
-    if name not in SYSTEMS:
+    if name not in list(SYSTEMS):
         raise ValueError(f"{folder / 'config.yaml'}: unknown system {name!r}, expected one of {', '.join(SYSTEMS)}")
-    if not read_metrics(folder / "metrics.csv"):
-        raise ValueError(f"{folder / 'metrics.csv'}: has no rows yet; the first comes after trainer.log_every updates")
+    loss = next(iter(SYSTEMS[name].shown_scores()))
+    if not any(loss in row for row in read_metrics(folder / "metrics.csv")):
+        raise ValueError(
+            f"{folder / 'metrics.csv'}: has no row of the training yet; the first comes after trainer.log_every updates"
+        )
     draw_report(folder, SYSTEMS[name])
     get_console().print(summarise(folder, SYSTEMS[name], None))
     get_console().print(f"figure: {folder / 'report.png'}", soft_wrap=True)

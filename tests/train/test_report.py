@@ -38,7 +38,7 @@ def test_the_command_draws_a_run_that_still_trains(
     columns = ["update", "audio_hours", "contrastive_loss", "accuracy", "chance", "audio_s_per_s"]
     file = MetricsFile(tmp_path / "metrics.csv", columns)
     assert cli.main(["report", str(tmp_path)]) == 1
-    assert "has no rows yet" in capsys.readouterr().err
+    assert "has no row of the training yet" in capsys.readouterr().err
     for update in (1, 2):
         file.append(dict.fromkeys(columns, 0.5) | {"update": update})
     with (tmp_path / "metrics.csv").open("a") as running:
