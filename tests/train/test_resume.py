@@ -79,7 +79,7 @@ def test_resume_before_the_first_checkpoint_begins_again(make_config: MakeConfig
 
 
 def test_finished_run_can_be_extended_and_resumed(make_config: MakeConfig) -> None:
-    config = make_config(**{"trainer.max_steps": 2, "trainer.keep_every": 2})
+    config = make_config(**{"trainer.max_steps": 2, "trainer.keep_every": 2, "optimizer.warmup_updates": 1})
     pretrain(config)
     encoder = (Path(config.output) / "encoder" / "model.safetensors").read_bytes()
     pretrain(config, resume=True)
