@@ -102,13 +102,19 @@ class PretrainModule(LightningModule):
             checkpoint["teacher"] = self.teacher.digest
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that the teacher still has the weights that the run began with; its path may change.
+        """Adapt Lightning's counts of batches, and check that the teacher has the weights that the run began with.
 
-        Checkpoints of earlier versions have no hash of the teacher and are not checked.
+        Lightning counts the batches of a process, and takes an update's end from the count. With other numbers of
+        processes and accumulation steps, the updates so far would have had another number of batches per process.
+        The teacher's path may change. Checkpoints of earlier versions have no hash of the teacher and are not checked.
 
         Raises:
             ValueError: The teacher's weights are different.
         """
+        batches = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        for counts in (progress["total"], progress["current"]):
+            counts |= {name: count + batches - counts["ready"] for name, count in counts.items()}
         if self.teacher is not None and checkpoint.get("teacher", self.teacher.digest) != self.teacher.digest:
             raise ValueError(
                 "--resume: --teacher no longer has the weights that the run began with; restore them, "

@@ -200,6 +200,26 @@ def test_a_signal_does_not_end_the_workers(make_config: MakeConfig, monkeypatch:
     assert not multiprocessing.active_children()
 
 
+def test_a_checkpoint_of_two_processes_continues_in_one(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With two accumulation steps, and from an odd update, where Lightning's count of batches is odd."""
+    unbroken, stopped = make_config("unbroken", **_RUN), make_config("stopped", **_RUN)
+    pretrain(unbroken)
+    with monkeypatch.context() as patched:
+        _at_batch(5, _send(signal.SIGTERM), patched)
+        with pytest.raises(Stopped):
+            pretrain(stopped)
+    checkpoint = _checkpoint(stopped)
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    for counts in (progress["total"], progress["current"]):
+        assert counts == {"ready": 6, "started": 6, "processed": 6, "completed": 5}
+        counts |= {"ready": 3, "started": 3, "processed": 3, "completed": 2}
+    torch.save(checkpoint, Path(stopped.output) / "checkpoints" / "last.ckpt")
+    pretrain(stopped, resume=True)
+    _assert_same_end(stopped, unbroken)
+
+
 def test_requests_are_counted_and_agreed_on() -> None:
     requests = Requests()
     assert requests.counts() == (0, 0, 0)
