@@ -115,6 +115,7 @@ def _fit(
     resume_from: Path | None,
 ) -> None:
     settings = config.trainer
+    resume_at = None if resume_from is None else saved_update(resume_from)
     module = PretrainModule(
         model,
         optimizer=config.optimizer,
@@ -132,7 +133,7 @@ def _fit(
             *(quality_columns(config.model.num_hidden_layers) if config.quality.every else ()),
         ),
         log_every=settings.log_every,
-        resume_at=None if resume_from is None else saved_update(resume_from),
+        resume_at=resume_at,
     )
     scores_every = min(settings.val_check_interval, settings.max_steps)
 
@@ -157,6 +158,7 @@ def _fit(
         minutes=settings.checkpoint_minutes,
         keep_every=settings.keep_every,
         scores_every=None if data.valid_corpus is None else scores_every,
+        resume_at=resume_at,
     )
     peers = Peers(checkpoints.continuation, timeout_minutes=settings.timeout_minutes)
     devices, num_nodes = _devices(settings)

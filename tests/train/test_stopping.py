@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from fastssl.data.batches import AudioBatch
+from fastssl.models.model_card import ModelCard
 from fastssl.train.checkpoint_callback import PeriodicCheckpoint
 from fastssl.train.checkpoints import saved_update
 from fastssl.train.config import PretrainConfig
@@ -21,7 +22,8 @@ from fastssl.train.metrics_file import read_metrics
 from fastssl.train.module import PretrainModule, TrainingError
 from fastssl.train.pretrain import pretrain
 from fastssl.train.stopping import Requests, Stopped, agreed_signal
-from tests.train.conftest import WORKER, MakeConfig
+from fastssl.train.systems import build_model
+from tests.train.conftest import WORKER, MakeConfig, model_of
 
 
 def _at_batch(number: int, action: Callable[[PretrainModule], object], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,6 +98,19 @@ def test_a_signal_when_scores_are_due_waits_for_them(make_config: MakeConfig, mo
     assert "valid_loss" in read_metrics(Path(stopped.output) / "metrics.csv")[-1]
     pretrain(stopped, resume=True)
     _assert_same_end(stopped, unbroken)
+
+    def die(self: PretrainModule, batch: AudioBatch, batch_idx: int) -> None:
+        raise KeyError("killed before the scores")
+
+    killed = make_config("killed", **_RUN)
+    with monkeypatch.context() as patched:
+        _at_batch(8, _send(signal.SIGTERM), patched)
+        patched.setattr(PretrainModule, "validation_step", die)
+        with pytest.raises(KeyError):
+            pretrain(killed)
+    assert saved_update(Path(killed.output) / "checkpoints" / "last.ckpt") == 4
+    pretrain(killed, resume=True)
+    _assert_same_end(killed, unbroken)
 
 
 def test_a_signal_during_scoring_stops_after_it(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,13 +257,14 @@ def test_the_report_is_drawn_at_most_so_often_that_it_is_cheap(monkeypatch: pyte
     monkeypatch.setattr("fastssl.train.checkpoint_callback.time", SimpleNamespace(monotonic=lambda: clock[0]))
     callback = PeriodicCheckpoint(
         tmp_path,
-        None,
-        card=None,
+        build_model(model_of("wav2vec2")).speech_encoder,
+        card=lambda updates: ModelCard(),
         draw=draw,
         every=1,
         minutes=None,
         keep_every=None,
-        scores_every=None,  # type: ignore[arg-type]
+        scores_every=None,
+        resume_at=None,
     )
     for _ in range(10):
         clock[0] += 100.0
