@@ -24,7 +24,7 @@ _GRACE_S = 15.0
 _EXPLANATION_S = 5.0
 #: A machine that has lost power closes no connection; it is noticed after 20 + 3 * 10 s.
 _KEEP_ALIVE = {"TCP_KEEPIDLE": 20, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
-_LONGEST_REASON = 300
+_LONGEST_REASON, _LONGEST_LINE = 300, 4096
 
 
 class Peers(Callback):
@@ -45,7 +45,7 @@ class Peers(Callback):
         self.timeout_minutes = timeout_minutes
         #: Whether the run failed because of another process; the reason has been logged.
         self.lost = False
-        self._rank = 0
+        self._rank, self._training = 0, False
         self._listener: socket.socket | None = None
         self._token = b""
         self._links: dict[int, socket.socket] = {}
@@ -76,6 +76,10 @@ class Peers(Callback):
             launcher.procs.clear()
         threading.Thread(target=self._watch, daemon=True, name="peers").start()
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note that settings and data have been checked; from here on, an error may occur in one process only."""
+        self._training = True
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Tell the other processes why this one ends, or find out which process caused the error."""
         if trainer.world_size == 1:
@@ -85,11 +89,11 @@ class Peers(Callback):
             if not self._found.wait(_EXPLANATION_S):
                 self._explain(exception)
             self._say_goodbye()
-        elif isinstance(exception, TrainingError):  # all processes raise it
-            self._say_goodbye()
+        elif isinstance(exception, TrainingError) or (isinstance(exception, ValueError) and not self._training):
+            self._say_goodbye()  # all processes raise it
         else:
-            lines = str(exception).strip().splitlines() or [""]
-            self._tell(f"failed {type(exception).__name__}: {lines[0]}")
+            first_line = (str(exception).strip().splitlines() or ["interrupted"])[0]
+            self._tell(f"failed {type(exception).__name__}: {first_line}")
             self._ending.set()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -156,6 +160,8 @@ class Peers(Callback):
                 self._lose(state[0], "was killed or crashed")
             return False
         *lines, state[1] = (state[1] + received).split(b"\n")
+        if len(state[1]) > _LONGEST_LINE:
+            return False
         for line in lines:
             word, _, rest = line.decode(errors="replace").partition(" ")
             if state[0] is None:

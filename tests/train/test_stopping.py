@@ -140,7 +140,7 @@ def test_a_second_ctrl_c_stops_at_once(
 ) -> None:
     monkeypatch.setattr("fastssl.train.stopping._SAME_CTRL_C_S", -1.0)
 
-    def twice(_: PretrainModule) -> None:
+    def twice(module: PretrainModule) -> None:
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGINT)
 
