@@ -56,6 +56,17 @@ def test_help_lists_the_commands_and_explains_them(capsys: pytest.CaptureFixture
         assert f"fastssl {command}" in capsys.readouterr().out
 
 
+def test_ctrl_c_has_the_exit_status_of_a_signal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def info(arguments: Sequence[str]) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastssl.cli.info.info", info)
+    assert cli.main(["info"]) == 130
+    assert capsys.readouterr().err == "fastssl info: interrupted\n"
+
+
 def test_help_imports_nothing_that_takes_seconds() -> None:
     program = """if True:
         import contextlib, io, sys
@@ -143,7 +154,7 @@ def test_unknown_words_get_an_answer_that_lists_what_exists(tmp_path: Path, caps
     with pytest.raises(SystemExit, match="2"):
         cli.main(["destill"])
     assert (
-        "choose from 'pretrain', 'distill', 'extract', 'label', 'quality', 'probe', 'prepare', 'info'"
+        "choose from 'pretrain', 'distill', 'report', 'extract', 'label', 'quality', 'probe', 'prepare', 'info'"
         in capsys.readouterr().err
     )
     assert cli.main(["pretrain", str(tmp_path), "--recipe", "wav2vec3", "--output", str(tmp_path / "run")]) == 1

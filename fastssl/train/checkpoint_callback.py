@@ -178,10 +178,14 @@ class PeriodicCheckpoint(Checkpoint):
         begin = time.monotonic()
         if (begin - self._drawn_at) * _DRAWING_SHARE < self._drawing_s:
             return
+        self.try_to_draw()
+        self._drawn_at = time.monotonic()
+        self._drawing_s = self._drawn_at - begin
+
+    def try_to_draw(self) -> None:
+        """Draw the report; if that fails, log a warning."""
         try:
             self.draw()
         except Exception as error:
             # Catch any error, because the training is worth more than the figure.
             logger.warning("report.png was not drawn: %s", error)
-        self._drawn_at = time.monotonic()
-        self._drawing_s = self._drawn_at - begin

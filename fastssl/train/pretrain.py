@@ -206,11 +206,11 @@ def _fit(
     if checkpoints.stopped_by is not None:
         if trainer.is_global_zero:
             logger.info("stopped after update %d; checkpoint saved: continue with --resume", trainer.global_step)
-            draw_report(run, type(model))
+            checkpoints.try_to_draw()
         raise Stopped(checkpoints.stopped_by)
     if trainer.is_global_zero:
         save_encoder(model.speech_encoder, run / "encoder", card=card(trainer.global_step))
-        draw_report(run, type(model))
+        checkpoints.try_to_draw()
         get_console().print(summarise(run, type(model), data.account))
         logger.info("encoder: %s", run / "encoder")
 

@@ -2,9 +2,10 @@
 
 import os
 import signal
+import sys
 import threading
 import time
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any
 
 #: Signals that stop a run after the current update: Ctrl-C, and what `kill`, SLURM and torchrun send.
@@ -91,15 +92,24 @@ def agreed_signal(counts: dict[str, float]) -> int | None:
 def leave_signals_to_the_parent(worker: int) -> None:
     """Let a data loader's worker live on when all processes of a run get a signal, because the update needs its batch.
 
-    Ctrl-C in a terminal and `scancel` signal the workers too. Only the process that started the worker may end it.
+    Ctrl-C in a terminal and `scancel` signal the workers too. Only the process that started the worker may end it. If
+    that process is killed, the worker ends without a traceback.
 
     Args:
         worker: Number of the worker; ignored.
     """
+    parent, show = os.getppid(), sys.excepthook
+
+    def show_for_the_parent(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if os.getppid() != parent:
+            os._exit(1)
+        show(kind, error, trace)
+
+    sys.excepthook = show_for_the_parent
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_for_the_parent, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=_end_for_the_parent, args=(parent,), daemon=True).start()
 
 
 def _end_for_the_parent(parent: int) -> None:
