@@ -163,8 +163,11 @@ def test_a_failure_says_where_resume_continues(
     ):
         with monkeypatch.context() as patched, caplog.at_level(logging.INFO, logger="fastssl"):
             _at_batch(batch, fail, patched)
+            patched.setattr("fastssl.train.checkpoint_callback._FIRST_DRAWING_S", 0.0)
             with pytest.raises(TrainingError):
                 pretrain(make_config(f"run{batch}"))
+        # The report is drawn at checkpoints.
+        assert (Path(make_config(f"run{batch}").output) / "report.png").exists() == (batch == 4)
         assert caplog.messages[-1] == f"stopped; {expected}"
 
 
