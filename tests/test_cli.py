@@ -50,11 +50,22 @@ def test_help_lists_the_commands_and_explains_them(capsys: pytest.CaptureFixture
     with pytest.raises(SystemExit, match="0"):
         cli.main(["--help"])
     text = capsys.readouterr().out
-    for command in ("pretrain", "distill", "extract", "label", "quality", "probe", "prepare", "info"):
+    for command in ("pretrain", "distill", "report", "extract", "label", "quality", "probe", "prepare", "info"):
         assert f"  {command} " in text
         with pytest.raises(SystemExit, match="0"):
             cli.main([command, "--help"])
         assert f"fastssl {command}" in capsys.readouterr().out
+
+
+def test_ctrl_c_has_the_exit_status_of_a_signal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def info(arguments: Sequence[str]) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastssl.cli.info.info", info)
+    assert cli.main(["info"]) == 130
+    assert capsys.readouterr().err == "fastssl info: interrupted\n"
 
 
 def test_help_imports_nothing_that_takes_seconds() -> None:
@@ -67,7 +78,8 @@ def test_help_imports_nothing_that_takes_seconds() -> None:
             print(command, *{"lightning", "transformers", "sklearn", "lhotse"}.intersection(sys.modules))
     """
     # The signatures of the last four are in modules that read audio; after torch, Lhotse adds a tenth of a second.
-    without, with_lhotse = ("info", "prepare", "pretrain", "distill"), ("extract", "label", "quality", "probe")
+    without = ("info", "prepare", "report", "pretrain", "distill")
+    with_lhotse = ("extract", "label", "quality", "probe")
     command = [sys.executable, "-c", program, *without, *with_lhotse]
     outcome = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert outcome.returncode == 0, outcome.stderr
@@ -143,7 +155,7 @@ def test_unknown_words_get_an_answer_that_lists_what_exists(tmp_path: Path, caps
     with pytest.raises(SystemExit, match="2"):
         cli.main(["destill"])
     assert (
-        "choose from 'pretrain', 'distill', 'extract', 'label', 'quality', 'probe', 'prepare', 'info'"
+        "choose from 'pretrain', 'distill', 'report', 'extract', 'label', 'quality', 'probe', 'prepare', 'info'"
         in capsys.readouterr().err
     )
     assert cli.main(["pretrain", str(tmp_path), "--recipe", "wav2vec3", "--output", str(tmp_path / "run")]) == 1

@@ -109,7 +109,11 @@ def train(job: Job, folder: Path) -> Trained:
 
 #: Settings that do not influence the weights.
 _NO_MATTER = {
-    f"trainer.{name}" for name in ("progress", "log_every", "val_check_interval", "checkpoint_every", "keep_every")
+    f"trainer.{name}"
+    for name in (
+        *("progress", "log_every", "val_check_interval", "checkpoint_every", "checkpoint_minutes", "keep_every"),
+        "timeout_minutes",
+    )
 }
 
 

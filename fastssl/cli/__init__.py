@@ -26,6 +26,7 @@ class _Command(NamedTuple):
 _COMMANDS = {
     "pretrain": _Command("train an encoder on a folder of audio", "cli.pretrain"),
     "distill": _Command("train a small encoder to imitate a large one", "cli.pretrain"),
+    "report": _Command("draw the figure of a run, also while it trains", "cli.report", ("run",)),
     "extract": _Command("write the features of every recording", "eval.extract", ("model", "audio")),
     "label": _Command(
         "cluster the frames of every recording, for HuBERT or a compressor to learn from", "eval.label", ("audio",)
@@ -48,7 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The command and its arguments; None takes those of this process.
 
     Returns:
-        The exit status: 0, or 1 after an error.
+        The exit status: 0, 1 after an error, or 130 after Ctrl-C.
+
+    Raises:
+        SystemExit: A signal has ended a training run after a checkpoint, with status 130 or 143; or options are wrong.
     """
     accept_any_character()
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -84,6 +88,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         # The message is already in the log, once for all processes.
         return 1
+    except KeyboardInterrupt:
+        print(f"fastssl {name}: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -5,14 +5,11 @@ import json
 import os
 import shlex
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from fastssl.models.folder import CONFORMER, MODEL_CLASSES, read_config, read_weights
@@ -60,67 +57,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-
-
-class PeriodicCheckpoint(Checkpoint):
-    """Lightning callback that saves `checkpoints/last.ckpt` and the encoder at regular intervals and at the end.
-
-    If held-out recordings are scored after the same update, the checkpoint is saved afterwards and includes the scores,
-    because a run that resumes from it does not score them again.
-
-    Args:
-        run: Folder of the run.
-        encoder: Encoder to write to `encoder/`.
-        card: Function that makes the encoder's model card from the number of updates.
-        every: Updates between two checkpoints.
-        keep_every: Updates between checkpoints that are also saved as `checkpoints/<update>.ckpt`; None for never.
-        scores_every: Updates between two scores of the held-out recordings; None if none are scored.
-    """
-
-    def __init__(
-        self,
-        run: Path,
-        encoder: SpeechEncoder,
-        *,
-        card: Callable[[int], ModelCard],
-        every: int,
-        keep_every: int | None,
-        scores_every: int | None,
-    ) -> None:
-        self.run = run
-        self.encoder = encoder
-        self.card = card
-        self.every = every
-        self.keep_every = keep_every
-        self.scores_every = scores_every
-        self._saved = 0
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note the update that a resumed run starts at, because its checkpoint already exists."""
-        self._saved = trainer.global_step
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Save if a checkpoint is due, unless the held-out recordings will be scored first."""
-        if self.scores_every is None or trainer.global_step % self.scores_every:
-            self._save_where_due(trainer)
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save if a checkpoint is due; it includes the new scores."""
-        self._save_where_due(trainer)
-
-    def _save_where_due(self, trainer: Trainer) -> None:
-        update = trainer.global_step
-        due = update % self.every == 0 or update == trainer.max_steps
-        if not due or update == self._saved:
-            return
-        self._saved = update
-        if self.keep_every is not None and update % self.keep_every == 0:
-            trainer.save_checkpoint(self.run / "checkpoints" / f"{update:07d}.ckpt")
-        trainer.save_checkpoint(self.run / "checkpoints" / "last.ckpt")
-        if trainer.is_global_zero:
-            save_encoder(self.encoder, self.run / "encoder", card=self.card(update))
 
 
 def save_encoder(encoder: SpeechEncoder, folder: Path, *, card: ModelCard) -> None:

@@ -32,12 +32,14 @@ RESUMABLE = (
     "trainer.accelerator",
     "trainer.accumulation",
     "trainer.checkpoint_every",
+    "trainer.checkpoint_minutes",
     "trainer.devices",
     "trainer.keep_every",
     "trainer.log_every",
     "trainer.max_steps",
     "trainer.num_nodes",
     "trainer.progress",
+    "trainer.timeout_minutes",
     "trainer.val_check_interval",
 )
 
@@ -146,7 +148,11 @@ class TrainerConfig:
         log_every: Updates between two rows of metrics.csv.
         val_check_interval: Updates between two scores of the held-out recordings.
         checkpoint_every: Updates between two checkpoints; the last one is kept.
+        checkpoint_minutes: Save a checkpoint after this many minutes if checkpoint_every updates take longer; null sets
+            no limit.
         keep_every: Updates between checkpoints that are kept for good; null keeps only the last one.
+        timeout_minutes: End a run of several processes when one has waited this many minutes for another. The others
+            also wait while the first one makes labels or measures quality.
         progress: Show a progress bar on a terminal.
     """
 
@@ -159,7 +165,9 @@ class TrainerConfig:
     log_every: int = bounded(10, least=1)
     val_check_interval: int = bounded(1000, least=1)
     checkpoint_every: int = bounded(1000, least=1)
+    checkpoint_minutes: float | None = bounded(10.0, above=0)
     keep_every: int | None = bounded(None, least=1)
+    timeout_minutes: float = bounded(30.0, above=0, most=525_600)
     progress: bool = True
 
     def __post_init__(self) -> None:

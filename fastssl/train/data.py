@@ -21,6 +21,7 @@ from fastssl.eval.encode import default_workers
 from fastssl.names import encoded
 from fastssl.train.account import Account
 from fastssl.train.config import DataConfig
+from fastssl.train.stopping import leave_signals_to_the_parent
 
 #: How labels are used: as classes to predict, or as segments (runs of equal labels).
 Use = Literal["labels", "segments"]
@@ -301,6 +302,7 @@ class PretrainDataModule(LightningDataModule):
             sampler=sampler,
             batch_size=None,
             num_workers=workers,
+            worker_init_fn=leave_signals_to_the_parent,
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
         )
 

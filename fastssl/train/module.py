@@ -15,6 +15,7 @@ from fastssl.models.pretraining import PretrainingModel, StepContext, StepOutput
 from fastssl.names import encoded, shown
 from fastssl.nn.random import utterance_keys
 from fastssl.train.config import OptimizerConfig
+from fastssl.train.stopping import REQUESTS, Requests
 from fastssl.train.teacher import Teacher
 
 #: Update number that determines the crops, masks and negatives of held-out recordings, so that they never change.
@@ -23,7 +24,7 @@ VALIDATION_UPDATE = -1
 #: longer the cause.
 _MAX_SKIPPED_UPDATES = 20
 #: First entries of the sums over an update's batches and processes; loss, scores and code counts follow.
-_COUNTS = ("masked_frames", "audio_s", "utterances", "drawn", "unusable")
+_COUNTS = ("masked_frames", "audio_s", "utterances", "drawn", "unusable", *REQUESTS)
 
 
 class TrainingError(RuntimeError):
@@ -60,6 +61,8 @@ class PretrainModule(LightningModule):
         self.optimizer_config = optimizer
         self.max_steps = max_steps
         self.seed = seed
+        #: What this process asks all processes to do after the current update.
+        self.requests = Requests()
         #: Results of the last update over all processes: counts, mean loss and scores, gradient norm, learning rate.
         self.last_update: dict[str, float] = {}
         #: (V,) number of times each code was the target in that update; empty if the system has no code counts.
@@ -81,19 +84,38 @@ class PretrainModule(LightningModule):
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: config.lr_factor(update, self.max_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def on_train_start(self) -> None:
+        """Set the learning rate from the schedule, because the end of the decay may have moved.
+
+        Lightning restores the rate from the checkpoint, which is 0 at the end of a run. The first update of a longer
+        run would be lost.
+        """
+        schedule, optimizer = self.lr_schedulers(), self.optimizers()
+        assert isinstance(schedule, torch.optim.lr_scheduler.LambdaLR)
+        assert not isinstance(optimizer, list)
+        factor = self.optimizer_config.lr_factor(schedule.last_epoch, self.max_steps)
+        for group, rate in zip(optimizer.param_groups, schedule.base_lrs, strict=True):
+            group["lr"] = rate * factor
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the hash of the teacher's weights to a checkpoint, if there is a teacher."""
         if self.teacher is not None:
             checkpoint["teacher"] = self.teacher.digest
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that the teacher still has the weights that the run began with; its path may change.
+        """Adapt Lightning's counts of batches, and check that the teacher has the weights that the run began with.
 
-        Checkpoints of earlier versions have no hash of the teacher and are not checked.
+        Lightning counts the batches of a process, and takes an update's end from the count. With other numbers of
+        processes and accumulation steps, the updates so far would have had another number of batches per process.
+        The teacher's path may change. Checkpoints of earlier versions have no hash of the teacher and are not checked.
 
         Raises:
             ValueError: The teacher's weights are different.
         """
+        batches = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        for counts in (progress["total"], progress["current"]):
+            counts |= {name: count + batches - counts["ready"] for name, count in counts.items()}
         if self.teacher is not None and checkpoint.get("teacher", self.teacher.digest) != self.teacher.digest:
             raise ValueError(
                 "--resume: --teacher no longer has the weights that the run began with; restore them, "
@@ -174,7 +196,7 @@ class PretrainModule(LightningModule):
         """Return the values of a batch to be summed over its update, in fp64: counts, loss, scores, code counts."""
         utterances, problems = len(batch.names), len(batch.problems)
         drawn = utterances + sum(not isinstance(problem, NoiseProblem) for problem in batch.problems)
-        counts = (output.masked_frames, batch.duration_s, utterances, drawn, problems)
+        counts = (output.masked_frames, batch.duration_s, utterances, drawn, problems, *self.requests.counts())
         scores = output.scores()
         summed = torch.stack([output.loss.detach().double(), *(scores[name].detach().double() for name in self._names)])
         codes = summed.new_empty(0) if output.code_counts is None else output.code_counts.to(summed)

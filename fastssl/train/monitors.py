@@ -213,12 +213,9 @@ class Monitor(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Log why training stops, on the first process only, because the reason is the same on all processes."""
-        if not trainer.is_global_zero:
-            return
-        if isinstance(exception, TrainingError):
+        if isinstance(exception, TrainingError) and trainer.is_global_zero:
             logger.error("%s", exception)
-        elif isinstance(exception, (KeyboardInterrupt, SystemExit)):
-            logger.info("stopped after %d updates; --resume continues from the last checkpoint", trainer.global_step)
+        self.teardown(trainer, pl_module, "fit")  # after an exception, Lightning does not
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Close the TensorBoard file."""
@@ -340,6 +337,10 @@ class RunProgress(Callback):
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Stop the progress bar; after an exception, Lightning calls no `teardown`."""
+        self.teardown(trainer, pl_module, "fit")
 
 
 def _describe(shown: dict[str, float], *, loss: str) -> str:

@@ -5,6 +5,8 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -22,14 +24,17 @@ from fastssl.models.model_card import ModelCard
 from fastssl.models.pretraining import NoisyConfig, PretrainingModel
 from fastssl.names import ShownFormatter
 from fastssl.train.card import make_card
-from fastssl.train.checkpoints import AtomicCheckpointIO, PeriodicCheckpoint, initialise, save_encoder, saved_update
+from fastssl.train.checkpoint_callback import PeriodicCheckpoint
+from fastssl.train.checkpoints import AtomicCheckpointIO, initialise, save_encoder, saved_update
 from fastssl.train.config import PretrainConfig, TrainerConfig, check_resumable, write_config
 from fastssl.train.data import PretrainDataModule
-from fastssl.train.module import PretrainModule
+from fastssl.train.module import PretrainModule, TrainingError
 from fastssl.train.monitors import Monitor, RunProgress
+from fastssl.train.peers import Peers
 from fastssl.train.quality_callback import QualityMonitor, quality_columns
 from fastssl.train.report import draw_report, summarise
 from fastssl.train.run_labels import RunLabels, attach_given
+from fastssl.train.stopping import Stopped
 from fastssl.train.systems import SYSTEMS, build_model
 from fastssl.train.teacher import Teacher, open_teacher
 from fastssl.train.teacher_cache import TeacherCache
@@ -56,7 +61,9 @@ def pretrain(config: PretrainConfig, *, resume: bool = False) -> None:
     Raises:
         ValueError: A setting is wrong, the audio or the teacher cannot be used, this machine lacks the devices, or the
             folder is not empty (without `resume`) or contains no run with these settings (with `resume`).
-        TrainingError: The loss became NaN or infinite, or too many recordings cannot be used.
+        TrainingError: The loss became NaN or infinite, too many recordings cannot be used, or another process of the
+            run ended early.
+        Stopped: SIGINT or SIGTERM has ended the run after an update and a checkpoint.
     """
     run = Path(config.output)
     checkpoint = run / "checkpoints" / "last.ckpt"
@@ -109,6 +116,7 @@ def _fit(
     resume_from: Path | None,
 ) -> None:
     settings = config.trainer
+    resume_at = None if resume_from is None else saved_update(resume_from)
     module = PretrainModule(
         model,
         optimizer=config.optimizer,
@@ -126,7 +134,7 @@ def _fit(
             *(quality_columns(config.model.num_hidden_layers) if config.quality.every else ()),
         ),
         log_every=settings.log_every,
-        resume_at=None if resume_from is None else saved_update(resume_from),
+        resume_at=resume_at,
     )
     scores_every = min(settings.val_check_interval, settings.max_steps)
 
@@ -146,10 +154,14 @@ def _fit(
         run,
         model.speech_encoder,
         card=card,
+        draw=partial(draw_report, run, type(model)),
         every=settings.checkpoint_every,
+        minutes=settings.checkpoint_minutes,
         keep_every=settings.keep_every,
         scores_every=None if data.valid_corpus is None else scores_every,
+        resume_at=resume_at,
     )
+    peers = Peers(checkpoints.continuation, timeout_minutes=settings.timeout_minutes)
     devices, num_nodes = _devices(settings)
     trainer = Trainer(
         accelerator=settings.accelerator,
@@ -158,6 +170,7 @@ def _fit(
         strategy=_strategy(
             devices * num_nodes,
             unused_parameters=config.model.layerdrop > 0 or _is_front_end_frozen(config.model),
+            timeout_minutes=settings.timeout_minutes,
         ),
         precision=settings.precision,
         max_steps=settings.max_steps,
@@ -173,6 +186,7 @@ def _fit(
             monitor,
             RunProgress(monitor, enabled=settings.progress),
             *_quality_monitor(config, data, model, monitor),
+            peers,
             checkpoints,
         ],
         plugins=[AtomicCheckpointIO()],
@@ -181,10 +195,23 @@ def _fit(
         enable_model_summary=False,
         default_root_dir=run,
     )
-    trainer.fit(module, datamodule=data, ckpt_path=resume_from)
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=resume_from)
+    except SystemExit as error:  # how Lightning ends after a KeyboardInterrupt
+        raise KeyboardInterrupt if isinstance(error.__context__, KeyboardInterrupt) else error from None
+    except Exception as error:
+        if not peers.lost:
+            raise
+        peers.end_children()
+        raise TrainingError("another process ended or did not answer") from error
+    if checkpoints.stopped_by is not None:
+        if trainer.is_global_zero:
+            logger.info("stopped after update %d; checkpoint saved: continue with --resume", trainer.global_step)
+            checkpoints.try_to_draw()
+        raise Stopped(checkpoints.stopped_by)
     if trainer.is_global_zero:
         save_encoder(model.speech_encoder, run / "encoder", card=card(trainer.global_step))
-        draw_report(run, type(model))
+        checkpoints.try_to_draw()
         get_console().print(summarise(run, type(model), data.account))
         logger.info("encoder: %s", run / "encoder")
 
@@ -303,8 +330,10 @@ def _is_front_end_frozen(config: SpeechEncoderConfig) -> bool:
     return isinstance(config, EncoderConfig) and config.feature_grad_mult == 0
 
 
-def _strategy(world_size: int, *, unused_parameters: bool) -> Strategy | str:
-    return "auto" if world_size == 1 else DDPStrategy(find_unused_parameters=unused_parameters)
+def _strategy(world_size: int, *, unused_parameters: bool, timeout_minutes: float) -> Strategy | str:
+    if world_size == 1:
+        return "auto"
+    return DDPStrategy(find_unused_parameters=unused_parameters, timeout=timedelta(minutes=timeout_minutes))
 
 
 @contextmanager

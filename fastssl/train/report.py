@@ -1,4 +1,4 @@
-"""Report on a finished run: a table of scores, and the figure RUN/report.png."""
+"""Report on a run, finished or not: a table of scores, and the figure RUN/report.png."""
 
 import math
 from collections.abc import Mapping
@@ -15,13 +15,13 @@ from fastssl.train.quality_callback import draw_quality
 _Rows = list[dict[str, float]]
 
 
-def summarise(run: Path, system: type[PretrainingModel], account: Account) -> Table:
+def summarise(run: Path, system: type[PretrainingModel], account: Account | None) -> Table:
     """Make a table of the first and the last scores of a run.
 
     Args:
         run: Folder of the run, with metrics.csv.
         system: Class of the run's model, which defines how to show scores.
-        account: Count of the recordings that were left out or could not be used.
+        account: Count of the recordings that were left out or could not be used; None shows no counts.
     """
     rows = read_metrics(run / "metrics.csv")
     shown = system.shown_scores()
@@ -37,8 +37,9 @@ def summarise(run: Path, system: type[PretrainingModel], account: Account) -> Ta
         table.add_row("audio seconds per second", f"{first['audio_s_per_s']:.0f}", f"{last['audio_s_per_s']:.0f}")
     if valid:
         _add_scores(table, "valid_", shown, valid[0], valid[-1])
-    table.add_row("recordings left out", "", str(len(account.left_out)))
-    table.add_row("recordings unusable", "", str(len(account.unusable) + len(account.unusable_noise)))
+    if account is not None:
+        table.add_row("recordings left out", "", str(len(account.left_out)))
+        table.add_row("recordings unusable", "", str(len(account.unusable) + len(account.unusable_noise)))
     return table
 
 

@@ -42,10 +42,11 @@ BOUNDS = {
     ),
     "at least 0 and at most 1": ("mask_time_prob", "max_bad_fraction", "mixing_prob", "mixing_noise_prob"),
     "above 0 and at most 1": ("quantity_share", "decay"),
+    "above 0 and at most 525600": ("timeout_minutes",),
     "at least 0 and below 4294967296": ("seed",),
     "above 0": (
         *("layer_norm_eps", "contrastive_logits_temperature", "logit_temperature", "start", "end", "lr", "eps"),
-        *("clip_norm", "max_duration_s", "crop_s", "window_s", "minutes"),
+        *("clip_norm", "max_duration_s", "crop_s", "window_s", "minutes", "checkpoint_minutes"),
     ),
     "at least 0": (
         *("num_hidden_layers", "mask_time_min_masks", "initializer_range", "feature_grad_mult", "compression_range"),

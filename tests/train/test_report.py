@@ -1,12 +1,15 @@
-"""Test the report, RUN/report.png, of a run that an earlier version started."""
+"""Test the report, RUN/report.png: of a run that an earlier version started, and from the command line."""
 
 from pathlib import Path
 
 import pytest
 
+from fastssl import cli
 from fastssl.models.wav2vec2 import Wav2Vec2ForPreTraining
+from fastssl.train.config import write_config
 from fastssl.train.metrics_file import MetricsFile
 from fastssl.train.report import draw_report
+from tests.train.conftest import MakeConfig
 
 
 @pytest.mark.usefixtures("rendered")
@@ -22,4 +25,26 @@ def test_scores_of_an_earlier_version_are_drawn(tmp_path: Path) -> None:
     for update in (2, 3):
         file.append({"update": update, "valid_loss": 4.0, "valid_contrastive_loss": 4.0, "valid_accuracy": 0.1})
     draw_report(tmp_path, Wav2Vec2ForPreTraining)
+    assert (tmp_path / "report.png").stat().st_size > 10_000
+
+
+@pytest.mark.usefixtures("rendered")
+def test_the_command_draws_a_run_that_still_trains(
+    tmp_path: Path, make_config: MakeConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["report", str(tmp_path)]) == 1
+    assert "contains no run" in capsys.readouterr().err
+    write_config(make_config(), tmp_path / "config.yaml")
+    columns = ["update", "audio_hours", "contrastive_loss", "accuracy", "chance", "audio_s_per_s"]
+    file = MetricsFile(tmp_path / "metrics.csv", columns)
+    assert cli.main(["report", str(tmp_path)]) == 1
+    assert "has no row of the training yet" in capsys.readouterr().err
+    for update in (1, 2):
+        file.append(dict.fromkeys(columns, 0.5) | {"update": update})
+    with (tmp_path / "metrics.csv").open("a") as running:
+        running.write("3,0.1,")  # the row that the run is writing
+    assert cli.main(["report", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "updates" in shown
+    assert str(tmp_path / "report.png") in shown
     assert (tmp_path / "report.png").stat().st_size > 10_000

@@ -79,13 +79,16 @@ def test_resume_before_the_first_checkpoint_begins_again(make_config: MakeConfig
 
 
 def test_finished_run_can_be_extended_and_resumed(make_config: MakeConfig) -> None:
-    config = make_config(**{"trainer.max_steps": 2, "trainer.keep_every": 2})
+    config = make_config(**{"trainer.max_steps": 2, "trainer.keep_every": 2, "optimizer.warmup_updates": 1})
     pretrain(config)
     encoder = (Path(config.output) / "encoder" / "model.safetensors").read_bytes()
     pretrain(config, resume=True)
     assert (Path(config.output) / "encoder" / "model.safetensors").read_bytes() == encoder
     longer = dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, max_steps=4))
     pretrain(longer, resume=True)
+    rates = {row["update"]: row["learning_rate"] for row in _metrics(longer) if "loss" in row}
+    assert rates[3] == pytest.approx(config.optimizer.lr * config.optimizer.lr_factor(2, 4))
+    assert rates[3] > 0
     assert saved_update(Path(config.output) / "checkpoints" / "last.ckpt") == 4
     assert sorted(path.name for path in (Path(config.output) / "checkpoints").iterdir()) == [
         "0000002.ckpt",

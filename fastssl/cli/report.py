@@ -1,0 +1,40 @@
+"""`fastssl report`: draw the figure and print the table of a run."""
+
+from pathlib import Path
+
+import yaml
+from rich import get_console
+
+
+def report(run: str) -> None:
+    """Draw RUN/report.png and print a table of the first and the last scores, also while the run trains.
+
+    A run draws its report itself now and then, and at its end.
+
+    Args:
+        run: Folder of a run of `fastssl pretrain` or `fastssl distill`.
+
+    Raises:
+        ValueError: The folder contains no run, or a run that has not reported an update yet.
+    """
+    # Imported only now: Lightning takes seconds to import, and `--help` should answer at once.
+    from fastssl.train.metrics_file import read_metrics
+    from fastssl.train.report import draw_report, summarise
+    from fastssl.train.systems import DEFAULT_SYSTEM, SYSTEMS
+
+    folder = Path(run)
+    for needed in ("config.yaml", "metrics.csv"):
+        if not (folder / needed).is_file():
+            raise ValueError(f"RUN: {run} contains no run that trains or has trained (looked for {folder / needed})")
+    settings = yaml.safe_load((folder / "config.yaml").read_text())
+    name = settings.get("system", DEFAULT_SYSTEM) if isinstance(settings, dict) else None
+    if name not in list(SYSTEMS):
+        raise ValueError(f"{folder / 'config.yaml'}: unknown system {name!r}, expected one of {', '.join(SYSTEMS)}")
+    loss = next(iter(SYSTEMS[name].shown_scores()))
+    if not any(loss in row for row in read_metrics(folder / "metrics.csv")):
+        raise ValueError(
+            f"{folder / 'metrics.csv'}: has no row of the training yet; the first comes after trainer.log_every updates"
+        )
+    draw_report(folder, SYSTEMS[name])
+    get_console().print(summarise(folder, SYSTEMS[name], None))
+    get_console().print(f"figure: {folder / 'report.png'}", soft_wrap=True)
