@@ -410,7 +410,7 @@ def test_a_console_that_knows_only_ascii(audio: Path, tmp_path: Path) -> None:
 
 #: (file, call) -> number of calls, and why it concerns no name or every name is right in it.
 PLACES = {
-    ("data/audio.py", "soundfile.SoundFile"): (1, "an open file"),
+    ("data/audio.py", "soundfile.SoundFile"): (2, "an open file, or its descriptor"),
     ("names.py", "name.encode"): (1, "the question itself: is it UTF-8?"),
     ("names.py", "json.dumps"): (1, "only if UTF-8 can encode the line"),
     ("data/synthetic.py", "text.encode"): (2, "our own English sentences"),
