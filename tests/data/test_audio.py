@@ -35,6 +35,15 @@ def test_what_16_khz_cannot_hold_is_filtered_out() -> None:
     assert aliased < 0.01
 
 
+@pytest.mark.parametrize("rate", [6000, 8000, 11025, 22050, 24000, 44100, 44110, 48000, 96000])
+@pytest.mark.parametrize("seconds", [0.003, 0.5, 2.3])
+def test_resampling_in_blocks_is_the_same(rate: int, seconds: float) -> None:
+    samples = noise(seconds, rate=rate)[:, 0]
+    plain, blocks = (resample(samples, rate, 16000, rules=rules) for rules in (1, 2))
+    assert blocks.shape == plain.shape
+    np.testing.assert_allclose(blocks, plain, atol=3e-7)
+
+
 @pytest.mark.parametrize("rate", [8000, 16000, 22050, 44100])
 @pytest.mark.parametrize("start_s", [0.0, 0.02, 1.3, 2.98])
 def test_a_part_is_that_part_of_the_whole(tmp_path: Path, rate: int, start_s: float) -> None:
