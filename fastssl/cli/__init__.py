@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from fastssl import __version__
 from fastssl.cli.installation import stranger_of_the_same_name
+from fastssl.files import WriteError
 
 
 class _Command(NamedTuple):
@@ -74,6 +75,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not _is_for_the_user(error):
             raise
         print(f"fastssl {name}: {error}", file=sys.stderr)
+        return 1
+    except WriteError as error:
+        again = "again, with --resume if the run had begun" if name in ("pretrain", "distill") else "again"
+        print(f"fastssl {name}: {error.option or '--output'}: {error}; then run the command {again}", file=sys.stderr)
         return 1
     except RuntimeError as error:
         from fastssl.train.module import TrainingError

@@ -18,6 +18,7 @@ from lhotse.utils import compute_num_samples, fastcopy
 
 from fastssl.data.manifest import ForbiddenSourceError, deserialize, read_lines
 from fastssl.data.shar import is_shar, read_shar
+from fastssl.files import make_folder, replacing
 
 EXTENSIONS = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3")
 MANIFEST_EXTENSIONS = (".jsonl.gz", ".jsonl")
@@ -156,18 +157,14 @@ def write_manifest(corpus: Corpus, output: Path) -> None:
 
     Raises:
         ValueError: The name of `output` does not end with `.jsonl.gz`.
-        OSError: The file cannot be written.
+        WriteError: The system refused to write.
     """
     output = output.absolute()  # Lhotse would run a path that begins with "pipe:" as a command
     if not output.name.endswith(".jsonl.gz"):
         raise ValueError(f"output: {output} must end with .jsonl.gz; choose another name")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(f".{output.name.removesuffix('.jsonl.gz')}.{os.getpid()}.partial.jsonl.gz")
-    try:
+    make_folder(output.parent)
+    with replacing(output) as partial:
         corpus.cuts.to_jsonl(partial)
-        partial.replace(output)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def split_corpus(corpus: Corpus, *, fraction: float, seed: int) -> tuple[Corpus, Corpus]:
