@@ -25,6 +25,8 @@ FLOORS = {
     "metrics": 1,
     "packing": 0,
     "names": 0,
+    "folder_lock": 0.5,
+    "files": 0,
 }
 #: All that the kernels and modules need; other dependencies come with extras.
 CORE_DEPENDENCIES = {"torch", "numpy", "safetensors", "fastssl"}
@@ -116,7 +118,7 @@ def test_importing_loads_nothing_heavy() -> None:
 def test_the_core_imports_core_dependencies_only() -> None:
     standard = __import__("sys").stdlib_module_names
     for path in SOURCES:
-        if room_of(path) in ("packing", "kernels", "ops", "nn", "models"):
+        if room_of(path) in ("files", "folder_lock", "packing", "kernels", "ops", "nn", "models"):
             outside = {name.split(".")[0] for name in imported_names(path)} - CORE_DEPENDENCIES - set(standard)
             outside -= {"typing_extensions"}  # only for type checkers
             if "triton" in path.stem:

@@ -35,7 +35,8 @@ PLACES = {
     ("models/folder.py", "torch.load"): (1, "weights_only"),
     ("kernels/dispatch.py", "importlib.import_module"): (1, "a constant of one of our ops"),
     ("kernels/dispatch.py", "torch.ops.load_library"): (1, "compiled modules, from the package's folder"),
-    ("train/checkpoints.py", "torch.load"): (2, "weights_only"),
+    ("train/checkpoint_file.py", "torch.load"): (1, "weights_only"),
+    ("train/checkpoints.py", "torch.load"): (1, "weights_only"),
     ("train/pretrain.py", "trainer.fit"): (
         1,
         "opens the run's checkpoint with torch.load, whose default is weights_only",

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from fastssl import __version__
 from fastssl.cli.console import accept_any_character, print_error
 from fastssl.cli.installation import stranger_of_the_same_name
+from fastssl.files import WriteError
 
 
 class _Command(NamedTuple):
@@ -80,6 +81,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not _is_for_the_user(error):
             raise
         print_error(name, error, given[1:])
+        return 1
+    except WriteError as error:
+        again = "again, with --resume if the run had begun" if name in ("pretrain", "distill") else "again"
+        print(f"fastssl {name}: {error.option or '--output'}: {error}; then run the command {again}", file=sys.stderr)
         return 1
     except RuntimeError as error:
         from fastssl.train.module import TrainingError

@@ -4,7 +4,6 @@ import gzip
 import hashlib
 import logging
 import math
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +24,7 @@ from fastssl.data.rules import RULES, check_rules, rules_of
 from fastssl.data.scan import Problem as Problem
 from fastssl.data.scan import apply_rules, extensions, find_files, scan_file
 from fastssl.data.shar import is_shar, read_shar
+from fastssl.files import make_folder, replacing
 from fastssl.names import encoded, json_line
 
 logger = logging.getLogger(__name__)
@@ -180,18 +180,14 @@ def write_manifest(corpus: Corpus, output: Path) -> None:
 
     Raises:
         ValueError: The name of `output` does not end with `.jsonl.gz`.
-        OSError: The file cannot be written.
+        WriteError: The system refused to write.
     """
     if not output.name.endswith(".jsonl.gz"):
         raise ValueError(f"output: {output} must end with .jsonl.gz; choose another name")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(f".{output.name.removesuffix('.jsonl.gz')}.{os.getpid()}.partial.jsonl.gz")
-    try:
-        with gzip.open(partial, "wt", encoding="utf-8") as lines:  # Lhotse writes no name that is not valid UTF-8
-            lines.writelines(json_line(cut.to_dict()) for cut in corpus.cuts)
-        partial.replace(output)
-    finally:
-        partial.unlink(missing_ok=True)
+    make_folder(output.parent)
+    with replacing(output) as partial, gzip.open(partial, "wt", encoding="utf-8") as lines:
+        # Lhotse writes no name that is not valid UTF-8.
+        lines.writelines(json_line(cut.to_dict()) for cut in corpus.cuts)
 
 
 def split_corpus(corpus: Corpus, *, fraction: float, seed: int) -> tuple[Corpus, Corpus]:

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from fastssl.data.audio import SAMPLE_RATE_HZ, resample
 from fastssl.data.sentences import sentence
+from fastssl.files import make_folder, replacing
 from fastssl.names import shown, shown_lines
 
 _ACCENTS = ("en-us", "en", "en-gb-scotland", "en-029", "en-gb-x-rp", "en-us-nyc", "en-gb-x-gbclan", "en-gb-x-gbcwmd")
@@ -86,14 +87,10 @@ def speak_corpus(output: Path, *, minutes: float, seed: int = 0, speakers: int =
         raise ValueError(f"minutes and speakers: must be positive, got {minutes} and {speakers}")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"output: {output} exists and is not an empty folder; choose another or remove it")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial.", dir=output.parent))
-    try:
-        partial.chmod(0o755)
+    make_folder(output.parent)
+    with replacing(output) as partial:
+        partial.mkdir()
         _write(partial, minutes * 60, random.Random(seed), [voice(number) for number in range(speakers)])
-        partial.replace(output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return output
 
 

@@ -5,12 +5,13 @@ import logging
 from pathlib import Path
 
 from fastssl.data.audio import SAMPLE_RATE_HZ, AudioError
-from fastssl.data.corpus import Problem, cut_name, open_corpus
+from fastssl.data.corpus import Corpus, Problem, cut_name, open_corpus
 from fastssl.data.recordings import chunk_hop
 from fastssl.data.rules import check_rules, recorded_rules
 from fastssl.eval.encode import Reading, encode_recordings, fixed_frame_period_s, frame_grid, open_encoder_at
-from fastssl.eval.shards import SETTINGS_FILE, Shards
+from fastssl.eval.shards import SETTINGS_FILE, Shards, check_folder
 from fastssl.eval.showing import track
+from fastssl.folder_lock import folder_lock
 from fastssl.models.speech_encoder import SpeechEncoder
 from fastssl.names import encoded, stored
 
@@ -67,8 +68,9 @@ def extract(
         The recordings that could not be used.
 
     Raises:
-        ValueError: MODEL, AUDIO, the layer, the chunk length or the output folder is invalid, or the folder was begun
-            with other settings.
+        ValueError: MODEL, AUDIO, the layer, the chunk length or the output folder is invalid, the folder was begun
+            with other settings, or another process is writing to it.
+        WriteError: The system refused to write.
     """
     encoder = open_encoder_at(model, device=device, rate=rate, frame_period_ms=frame_period_ms)
     layers = encoder.config.num_hidden_layers
@@ -81,29 +83,35 @@ def extract(
     # Check the chunks before writing anything: the folder stores its settings and then accepts no others.
     for rate_hz in sorted({cut.recording.sampling_rate for cut in corpus.cuts}):
         chunk_hop(rate_hz, chunk_s=chunk_s, overlap_s=overlap_s, grid=grid)
-    shards = Shards(
-        Path(output),
-        settings={
-            "audio": str(Path(audio).absolute()),
-            "weights": weights_digest(encoder),
-            "layer": layer,
-            "rate": rate,
-            "frame_period_ms": frame_period_ms,
-            "chunk_s": chunk_s,
-            "overlap_s": overlap_s,
-            "channel": channel,
-            "rules": rules,
-        },
-        name="features",
-        option="--output",
-        shard_bytes=round(shard_mb * 1e6),
-    )
+    settings = {
+        "audio": str(Path(audio).absolute()),
+        "weights": weights_digest(encoder),
+        "layer": layer,
+        "rate": rate,
+        "frame_period_ms": frame_period_ms,
+        "chunk_s": chunk_s,
+        "overlap_s": overlap_s,
+        "channel": channel,
+        "rules": rules,
+    }
+    folder, option = Path(output), "--output"
+    check_folder(folder, name="features", option=option)  # before the lock writes to it
+    with folder_lock(folder, option=option):
+        shards = Shards(folder, settings=settings, name="features", option=option, shard_bytes=round(shard_mb * 1e6))
+        return _write_features(shards, encoder, corpus, Reading(chunk_s, overlap_s, channel), layer=layer)
+
+
+def _write_features(
+    shards: Shards, encoder: SpeechEncoder, corpus: Corpus, reading: Reading, *, layer: int
+) -> list[Problem]:
+    """Encode the recordings that are missing; return those that could not be used."""
+    grid = frame_grid(encoder.config)
     if shards.entries:
         logger.info("%d recordings were extracted by an earlier run and are skipped", len(shards.entries))
     problems = list(corpus.problems)
     frame_period_s = fixed_frame_period_s(encoder)
     cuts = [cut for cut in corpus.cuts if stored(cut.id) not in shards.entries]
-    encoded = encode_recordings(encoder, cuts, Reading(chunk_s, overlap_s, channel), layer=layer)
+    encoded = encode_recordings(encoder, cuts, reading, layer=layer)
     for cut, features in track(encoded, "recordings", total=len(cuts)):
         if isinstance(features, AudioError):
             problems.append(Problem(cut_name(cut), str(features)))
@@ -116,7 +124,7 @@ def extract(
     shards.close()
     for problem in problems:
         logger.warning("left out: %s", problem)
-    logger.info("%d recordings in %s, %d left out", len(shards.entries), output, len(problems))
+    logger.info("%d recordings in %s, %d left out", len(shards.entries), shards.folder, len(problems))
     return problems
 
 

@@ -13,13 +13,12 @@ import torch
 from lhotse.cut import Cut
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fastssl.data.audio import SAMPLE_RATE_HZ, AudioError, read_waveform
 from fastssl.data.batches import utterance_id
-from fastssl.data.corpus import Problem, cut_name, open_corpus
+from fastssl.data.corpus import Corpus, Problem, cut_name, open_corpus
 from fastssl.data.labels import CENTRES_FILE, LABELS_FILE, SETTINGS_FILE, as_line, read_lines, read_settings
 from fastssl.data.mfcc import MFCC_FIRST_CENTRE_S, MFCC_SHIFT_S, mfcc
 from fastssl.data.rules import check_rules, recorded_rules
@@ -27,11 +26,12 @@ from fastssl.data.segments import smooth_classes
 from fastssl.eval.encode import Reading, choose_device, default_workers, encode_recordings
 from fastssl.eval.extract import weights_digest
 from fastssl.eval.showing import track
+from fastssl.files import append_text, is_partial, replacing, write_json
+from fastssl.folder_lock import LOCK_FILE, folder_lock
 from fastssl.interop import load_encoder
 from fastssl.metrics import centre_costs, nearest_centres
-from fastssl.models.folder import changed_settings, write_json, write_weights
+from fastssl.models.folder import changed_settings, read_safetensors, write_weights
 from fastssl.models.speech_encoder import SpeechEncoder
-from fastssl.names import plain_path
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +129,8 @@ def label(
 
     Raises:
         ValueError: AUDIO, the model, the layer or the output folder is invalid, the folder was begun with other
-            settings, or there are fewer frames than clusters.
+            settings, another process is writing to it, or there are fewer frames than clusters.
+        WriteError: The system refused to write; complete labels are kept.
     """
     output = Path(output)
     if settings.model is not None and Path(settings.model).exists():
@@ -153,6 +154,14 @@ def label(
     corpus = open_corpus(
         audio, min_duration_s=_MIN_DURATION_S, window_s=None, max_bad_fraction=1.0, rules=settings.rules
     )
+    with folder_lock(output, option="--output"):
+        return _write_labels(output, settings, features, corpus, donor=donor)
+
+
+def _write_labels(
+    output: Path, settings: LabelSettings, features: "_Features", corpus: Corpus, *, donor: Path | None
+) -> list[Problem]:
+    """Label the recordings that have no labels yet; return those that could not be used."""
     cuts = list(corpus.cuts)
     classes = _classes(output, settings, features, cuts, donor=donor)
     done = {
@@ -183,13 +192,7 @@ def _append_lines(path: Path, features: "_Features", cuts: Sequence[Cut], classe
             problems.append(Problem(cut_name(cut), str(labels)))
             continue
         line = as_line(cut, labels.tolist(), frame_shift_s=shift_s, first_centre_s=first_s)
-        try:
-            with path.open("a", encoding="utf-8") as file:
-                file.write(line)
-        except OSError as error:
-            raise ValueError(
-                f"--output: {path} cannot be written: {error.strerror}; complete labels are kept: run again to continue"
-            ) from error
+        append_text(path, line)
         frames, segments = frames + len(labels), segments + len(labels.unique_consecutive())
     if segments:
         logger.info("a class lasts %.0f ms on average", 1000 * shift_s * frames / segments)
@@ -325,9 +328,8 @@ def _classes(
         classes = _Classes(_read_centres(donor), settings.segment_price)
     else:
         classes = _fit(features, cuts, settings)
-    output.mkdir(parents=True, exist_ok=True)
     write_weights(output / CENTRES_FILE, {"centres": classes.centres})
-    (output / LABELS_FILE).touch()
+    append_text(output / LABELS_FILE, "")
     write_json(output / SETTINGS_FILE, record | {"price": classes.price})
     return classes
 
@@ -433,23 +435,20 @@ def _read_centres(folder: Path) -> Tensor:
     if not path.is_file():
         raise ValueError(f"{path}: is missing; it contains the k-means model, so restore it or make the labels again")
     try:
-        with plain_path(path) as file:
-            return load_file(file)["centres"]
-    except (SafetensorError, KeyError) as error:
+        return read_safetensors(path)["centres"]
+    except (SafetensorError, KeyError, ValueError) as error:
         raise ValueError(f"{path}: is damaged ({error}); restore it or make the labels again") from None
 
 
 def _check_output(output: Path) -> None:
     if (output / SETTINGS_FILE).is_file() or not output.exists():
         return
-    ours = {CENTRES_FILE, LABELS_FILE}
-    if not output.is_dir() or any(path.name not in ours for path in output.iterdir() if path.suffix != ".partial"):
+    ours = {CENTRES_FILE, LABELS_FILE, LOCK_FILE}
+    if not output.is_dir() or any(path.name not in ours and not is_partial(path) for path in output.iterdir()):
         raise ValueError(f"--output: {output} exists, is not empty, and contains no labels; choose another folder")
 
 
 def _drop_lines(path: Path, ids: set[str]) -> None:
     """Rewrite a labels file without the recordings in `ids` and without an incomplete last line (after a kill)."""
-    partial = path.with_name(path.name + ".partial")
-    with path.open("rb") as file, partial.open("wb") as kept:
+    with replacing(path) as partial, path.open("rb") as file, partial.open("wb") as kept:
         kept.writelines(line for line in file if line.endswith(b"\n") and json.loads(line)["id"] not in ids)
-    partial.replace(path)

@@ -1,18 +1,17 @@
 """Store tensors by key in safetensors shards with an index; a stopped run can continue where it left off."""
 
 import json
-import os
 import re
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fastssl.data.rules import OLDEST_RULES
-from fastssl.models.folder import changed_settings, write_json, write_text
+from fastssl.files import append_text, is_partial, make_folder, naming, write_first, write_text
+from fastssl.folder_lock import LOCK_FILE
+from fastssl.models.folder import changed_settings, write_weights
 
 INDEX_FILE, SETTINGS_FILE = "index.jsonl", "settings.json"
 #: File names of shards; a damaged index must not lead out of the folder.
@@ -34,6 +33,7 @@ class Shards:
 
     Raises:
         ValueError: The folder was begun with other settings, or it contains other files and no shards.
+        WriteError: The system refused to write.
     """
 
     def __init__(self, folder: Path, *, settings: Mapping[str, Any], name: str, option: str, shard_bytes: int) -> None:
@@ -41,7 +41,7 @@ class Shards:
         self._open: dict[str, Tensor] = {}
         self._open_bytes = 0
         self._open_entries: list[dict[str, Any]] = []
-        self._index = folder / INDEX_FILE
+        self._index, self._option = folder / INDEX_FILE, option
         self._begin(settings, option)
         #: Entries of the index, by key.
         self.entries = read_index(folder)
@@ -51,35 +51,26 @@ class Shards:
 
     def _begin(self, settings: Mapping[str, Any], option: str) -> None:
         path = self.folder / SETTINGS_FILE
-        there = self.folder.exists() and (not self.folder.is_dir() or any(map(_is_foreign, self.folder.iterdir())))
-        if there and not path.is_file():
-            raise ValueError(
-                f"{option}: {self.folder} exists, is not empty, and contains no {self.name}; choose another folder"
-            )
-        self.folder.mkdir(parents=True, exist_ok=True)
-        partial = self.folder / f"{SETTINGS_FILE}.{uuid.uuid4().hex}.partial"
-        write_json(partial, settings)
+        check_folder(self.folder, name=self.name, option=option)
+        with naming(path, option=option):
+            make_folder(self.folder)
+            # Another run may begin the same folder at the same time; the first one decides.
+            first = write_first(path, json.dumps(settings, indent=2) + "\n")
+        if first:
+            return
         try:
-            # Another run may begin the same folder at the same time; the first link wins.
-            os.link(partial, path)
-        except FileExistsError:
-            try:
-                before = json.loads(path.read_text(encoding="utf-8"))
-            except (ValueError, RecursionError) as error:
-                raise ValueError(
-                    f"{option}: {path} is not valid JSON ({error}); restore the file or choose another folder"
-                ) from None
-            if not isinstance(before, dict):
-                raise ValueError(
-                    f"{option}: {path} does not contain settings; restore the file or choose another folder"
-                ) from None
-            if changed := changed_settings({"rules": OLDEST_RULES} | before, settings):
-                raise ValueError(
-                    f"{option}: {self.folder} was begun with other settings ({changed}); "
-                    "use the same settings or choose another folder"
-                ) from None
-        finally:
-            partial.unlink()
+            before = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(
+                f"{option}: {path} is not valid JSON ({error}); restore the file or choose another folder"
+            ) from None
+        if not isinstance(before, dict):
+            raise ValueError(f"{option}: {path} does not contain settings; restore the file or choose another folder")
+        if changed := changed_settings({"rules": OLDEST_RULES} | before, settings):
+            raise ValueError(
+                f"{option}: {self.folder} was begun with other settings ({changed}); "
+                "use the same settings or choose another folder"
+            )
 
     def add(self, key: str, tensors: Mapping[str, Tensor], entry: Mapping[str, Any]) -> None:
         """Add the tensors of one key, and write the shard to disk once it has reached `shard_bytes`.
@@ -96,7 +87,15 @@ class Shards:
             self.close()
 
     def close(self) -> None:
-        """Write the current shard to disk, then its lines of the index; call it once after the last `add`."""
+        """Write the current shard to disk, then its lines of the index; call it once after the last `add`.
+
+        Raises:
+            WriteError: The system refused to write.
+        """
+        with naming(self._index, option=self._option):
+            self._close()
+
+    def _close(self) -> None:
         if not self._begun:
             # Rewrite the index: a killed run may have left part of a line at its end.
             write_text(self._index, "".join(json.dumps(entry) + "\n" for entry in self.entries.values()))
@@ -104,18 +103,30 @@ class Shards:
         if not self._open_entries:
             return
         shard = f"{self.name}-{self._number:05d}.safetensors"
-        temporary = self.folder / f"{shard}.tmp"
-        save_file(self._open, temporary)
-        temporary.replace(self.folder / shard)
-        with self._index.open("a", encoding="utf-8") as file:
-            for entry in self._open_entries:
-                line = {"shard": shard, **entry}
-                file.write(json.dumps(line) + "\n")
-                self.entries[entry["key"]] = line
+        write_weights(self.folder / shard, self._open)
+        lines = {entry["key"]: {"shard": shard, **entry} for entry in self._open_entries}
+        append_text(self._index, "".join(json.dumps(line) + "\n" for line in lines.values()), sync=True)
+        self.entries |= lines
         self._number += 1
         self._open.clear()
         self._open_bytes = 0
         self._open_entries.clear()
+
+
+def check_folder(folder: Path, *, name: str, option: str) -> None:
+    """Check that a folder is missing or empty, or that shards were begun in it.
+
+    Args:
+        folder: Folder for shards.
+        name: First part of the shards' file names, for the error message.
+        option: Command-line option that gave the folder.
+
+    Raises:
+        ValueError: The folder contains other files and no shards, or is a file.
+    """
+    there = folder.exists() and (not folder.is_dir() or any(map(_is_foreign, folder.iterdir())))
+    if there and not (folder / SETTINGS_FILE).is_file():
+        raise ValueError(f"{option}: {folder} exists, is not empty, and contains no {name}; choose another folder")
 
 
 def read_index(folder: Path) -> dict[str, dict[str, Any]]:
@@ -155,5 +166,5 @@ def _entry(path: Path, number: int, line: bytes) -> dict[str, Any]:
 
 
 def _is_foreign(path: Path) -> bool:
-    """Return whether a file is not the temporary file of another run that is beginning the same folder."""
-    return path.suffix != ".partial"
+    """Return whether a file is neither incomplete nor the lock of a run that is beginning the same folder."""
+    return not is_partial(path) and path.name != LOCK_FILE

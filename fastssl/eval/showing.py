@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 from rich import get_console, progress
 
+from fastssl.files import replacing
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -51,7 +53,9 @@ def write_figure(figure: "Figure", path: Path) -> None:
     Args:
         figure: Figure from `new_figure`.
         path: Path of the PNG file; an existing file is replaced.
+
+    Raises:
+        WriteError: The system refused to write.
     """
-    temporary = path.with_name(f"{path.name}.tmp")
-    figure.savefig(temporary, dpi=120, format="png")
-    temporary.replace(path)
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=120, format="png")

@@ -1,14 +1,18 @@
 """Read and write model folders: config.json, preprocessor_config.json and weights, laid out as in Transformers."""
 
 import json
+import zlib
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeGuard
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from fastssl.files import remove, replacing
 from fastssl.names import plain_path
 
 #: Each supported `model_type` of Transformers, and its model class there.
@@ -32,6 +36,8 @@ WEIGHT_FILES = (
 )
 #: File of a compressor's weights (Transformers ignores it), and prefix of their names in the encoder's state dict.
 COMPRESSOR_FILE, COMPRESSOR_PREFIX = "compressor.safetensors", "compressor."
+#: Name of the checksum of the tensors in the metadata of our safetensors files; other libraries ignore it.
+CHECKSUM = "crc32"
 #: Name of the submodule that `fastssl.accelerate` adds to a model of another library for a compressor.
 ACCELERATED_COMPRESSOR = "fastssl_compressor"
 
@@ -116,30 +122,33 @@ def _read_compressor(folder: Path) -> dict[str, Tensor]:
 def write_encoder_weights(folder: Path, state: Mapping[str, Tensor]) -> None:
     """Write an encoder's weights, with those of a compressor in a separate file.
 
-    Both files are written completely under temporary names before the first one is renamed. If the encoder has no
+    Both files are written completely under temporary names before the first one gets its own. If the encoder has no
     compressor, an old compressor file is deleted.
 
     Args:
         folder: Existing folder to write to.
         state: State dict of the encoder.
+
+    Raises:
+        WriteError: The system refused to write.
     """
     parts: dict[Path, dict[str, Tensor]] = {folder / "model.safetensors": {}}
     for key, tensor in state.items():
         of_compressor = key.startswith(COMPRESSOR_PREFIX)
         part = parts.setdefault(folder / (COMPRESSOR_FILE if of_compressor else "model.safetensors"), {})
         part[key.removeprefix(COMPRESSOR_PREFIX) if of_compressor else key] = tensor
-    partials = {path: _write_partial(path, weights) for path, weights in parts.items()}
-    for path, partial in partials.items():
-        partial.replace(path)
+    with ExitStack() as files:
+        for path, weights in parts.items():
+            _save(files.enter_context(replacing(path)), weights)
     if folder / COMPRESSOR_FILE not in parts:
-        (folder / COMPRESSOR_FILE).unlink(missing_ok=True)
+        remove(folder / COMPRESSOR_FILE)
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
+        if path.suffix == ".safetensors":
+            return read_safetensors(path)
         with plain_path(path) as file:
-            if path.suffix == ".safetensors":
-                return load_file(file)
             weights = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # errors of safetensors, zipfile and pickle have no common class
         raise ValueError(f"{path}: cannot be read: {str(error).partition(chr(10))[0]}") from error
@@ -192,16 +201,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write a JSON file atomically: readers see the old content or the new one, never a part.
-
-    Args:
-        path: File to write.
-        values: Content, serialisable as JSON.
-    """
-    write_text(path, json.dumps(values, indent=2) + "\n")
-
-
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any], *, there: str = "there") -> str:
     """Describe the settings that differ from those of an existing folder, for an error message.
 
@@ -217,30 +216,61 @@ def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any], *, there
     return "; ".join(f"{name}: {before.get(name)} {there}, {now[name]} now" for name in changed)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file in UTF-8 atomically: readers see the old content or the new one, never a part.
-
-    Args:
-        path: File to write; for a moment, `<path>.partial` exists next to it.
-        text: Content.
-    """
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
-
-
 def write_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file atomically: readers see the old content or the new one, never a part.
+    """Write a safetensors file as `files.replacing` does, with a checksum that `read_safetensors` checks.
 
     Args:
-        path: File to write; until it is complete, it is called `<path>.partial`.
+        path: File to write; its folder must exist.
         weights: Tensors by name, on any device.
+
+    Raises:
+        WriteError: The system refused to write.
     """
-    _write_partial(path, weights).replace(path)
+    with replacing(path) as partial:
+        _save(partial, weights)
 
 
-def _write_partial(path: Path, weights: Mapping[str, Tensor]) -> Path:
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file, and compare it with its checksum if `write_weights` wrote it.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Tensors by name.
+
+    Raises:
+        ValueError: The file was damaged after it was written.
+        SafetensorError: It is not a safetensors file.
+    """
+    with plain_path(path) as plain:
+        weights = load_file(plain)
+        with safe_open(plain, framework="pt") as file:
+            recorded = (file.metadata() or {}).get(CHECKSUM)
+    if recorded not in (None, _checksum(weights)):
+        raise ValueError("its checksum differs, so it was damaged after it was written; restore it")
+    return weights
+
+
+def _save(path: Path, weights: Mapping[str, Tensor]) -> None:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    partial = path.with_name(path.name + ".partial")
-    save_file(tensors, partial, metadata={"format": "pt"})
-    return partial
+    metadata = {CHECKSUM: _checksum(tensors), "format": "pt"}
+    save_file(tensors, path, metadata=metadata)
+    # safetensors writes the metadata in a random order, but the same weights shall give the same file.
+    begin = '{"__metadata__":'
+    wanted = begin + json.dumps(metadata, separators=(",", ":"))
+    with path.open("r+b") as file:
+        file.seek(8)  # after the length of the header
+        found = file.read(len(wanted)).decode()
+        assert json.loads(found.removeprefix(begin)) == metadata
+        file.seek(8)
+        file.write(wanted.encode())
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    """Return the CRC-32, in hexadecimal, of the names and bytes of contiguous CPU tensors in alphabetical order."""
+    found = 0
+    for name in sorted(tensors):
+        values = tensors[name].reshape(-1).view(torch.uint8).numpy()
+        found = zlib.crc32(values.data, zlib.crc32(name.encode(), found))
+    return f"{found:08x}"

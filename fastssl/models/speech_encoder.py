@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
+from fastssl.files import make_folder, write_json, write_text
 from fastssl.models.config import SpeechEncoderConfig
 from fastssl.models.folder import (
     ACCELERATED_COMPRESSOR,
@@ -15,8 +16,6 @@ from fastssl.models.folder import (
     read_config,
     read_weights,
     write_encoder_weights,
-    write_json,
-    write_text,
 )
 from fastssl.models.model_card import ModelCard
 from fastssl.nn.compression import Compressed, SequenceCompressor
@@ -143,7 +142,7 @@ class SpeechEncoder(nn.Module):
             card: Facts about the encoder's training, for README.md; without a card, an existing README.md is kept.
         """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         for name, values in self.json_files().items():
             write_json(folder / name, values)
         if card is not None or not (folder / "README.md").exists():

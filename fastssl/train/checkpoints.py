@@ -2,9 +2,8 @@
 
 import dataclasses
 import json
-import os
+import logging
 import shlex
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,16 @@ import torch
 import yaml
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from fastssl.files import check_no_links, replacing
 from fastssl.models.folder import CONFORMER, MODEL_CLASSES, read_config, read_weights
 from fastssl.models.model_card import ModelCard
 from fastssl.models.pretraining import PretrainingModel
 from fastssl.models.speech_encoder import SpeechEncoder
 from fastssl.names import plain_path
+from fastssl.train.checkpoint_file import LAST, check_checkpoint, find_checkpoint, write_checkpoint
 from fastssl.train.systems import DEFAULT_SYSTEM, SYSTEMS, system_of
+
+logger = logging.getLogger(__name__)
 
 #: Encoder settings that may differ from those of the weights it starts from. All others change the shapes of the
 #: weights, or what the encoder computes with them.
@@ -35,7 +38,7 @@ _FREE_FIELDS = frozenset(
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes checkpoints to a temporary file in the same folder, then renames it.
+    """Writes checkpoints as `write_checkpoint` does: atomically, with a checksum, and keeping the one before.
 
     Lightning's own writer uses the system's temporary folder. Moving a file from there to another file system copies
     it, and a killed process would leave a partial copy.
@@ -48,15 +51,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             checkpoint: Content, as Lightning collected it.
             path: File to write; its folder is created if missing.
             storage_options: Lightning's argument; ignored.
+
+        Raises:
+            WriteError: The system refused to write.
         """
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        with temporary.open("wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        write_checkpoint(checkpoint, Path(path))
 
 
 def save_encoder(encoder: SpeechEncoder, folder: Path, *, card: ModelCard) -> None:
@@ -66,17 +65,14 @@ def save_encoder(encoder: SpeechEncoder, folder: Path, *, card: ModelCard) -> No
         encoder: Encoder to write.
         folder: Folder to write to. An encoder that it already contains must have the same config.
         card: Facts for its README.md.
+
+    Raises:
+        WriteError: The system refused to write.
     """
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    encoder.save_pretrained(temporary, card=card)
-    if not folder.exists():
-        temporary.replace(folder)
-        return
-    # A folder cannot replace another one atomically, but a file can; only the weights and the card change.
-    for path in temporary.iterdir():
-        path.replace(folder / path.name)
-    temporary.rmdir()
+    check_no_links(folder.parent, [folder.name])
+    # If it exists, only the weights and the card change.
+    with replacing(folder) as partial:
+        encoder.save_pretrained(partial, card=card)
 
 
 def saved_update(checkpoint: Path) -> int:
@@ -84,9 +80,11 @@ def saved_update(checkpoint: Path) -> int:
 
     Args:
         checkpoint: A `.ckpt` file of a run.
+
+    Raises:
+        ValueError: The file is damaged or incomplete.
     """
-    with plain_path(checkpoint) as path:
-        return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"])
+    return check_checkpoint(checkpoint)
 
 
 def initialise(model: PretrainingModel, source: str) -> bool:
@@ -94,26 +92,29 @@ def initialise(model: PretrainingModel, source: str) -> bool:
 
     Args:
         model: Model to initialise.
-        source: Folder with config.json and weights, or folder of a run. For a run, its last checkpoint is used; if
-            there is none, its `encoder/`.
+        source: Folder with config.json and weights, or folder of a run. For a run, its last checkpoint is used, or the
+            one before if the last is damaged; if there is none, its `encoder/`.
 
     Returns:
         Whether all weights came from `source`. False if it has no weights for the head or the compressor, which then
         keeps its random initial weights.
 
     Raises:
-        ValueError: The folder contains no weights, or weights of another system or architecture.
+        ValueError: The folder contains no weights, weights of another system or architecture, or only damaged
+            checkpoints.
     """
     folder = Path(source)
-    checkpoint = folder / "checkpoints" / "last.ckpt"
     name = f"--init {source}"
-    if checkpoint.is_file():
+    found = find_checkpoint(folder, name=name)
+    if found is not None:
+        if found.damage is not None:
+            logger.warning("%s; %s is used, after update %d", found.damage, found.path.name, found.update)
         settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
         system = settings.get("system", DEFAULT_SYSTEM)
         if system != (wanted := system_of(model.config)):
             raise ValueError(f"{name}: is a run of {system}, expected a run of {wanted}; choose another folder")
         config = SYSTEMS[system].config_class.from_dict(settings["model"])
-        with plain_path(checkpoint) as path:
+        with plain_path(found.path) as path:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
         weights = {key.removeprefix("model."): tensor for key, tensor in state.items()}
     else:
@@ -123,7 +124,9 @@ def initialise(model: PretrainingModel, source: str) -> bool:
             config = type(model.config).from_dict(read_config(folder, model_types=[*MODEL_CLASSES, CONFORMER]))
             weights = read_weights(folder)
         except ValueError as error:
-            raise ValueError(f"{name}: is neither a run (no {checkpoint}) nor a model: {error}") from None
+            raise ValueError(
+                f"{name}: is neither a run (no {source}/checkpoints/{LAST}) nor a model: {error}"
+            ) from None
     names = [field.name for field in dataclasses.fields(model.speech_encoder.config_class)]
     there, here = (
         {name: getattr(one, name) for name in names if name not in _FREE_FIELDS} for one in (config, model.config)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import yaml
 
 from fastssl.data.rules import OLDEST_RULES, RULES
+from fastssl.files import write_text
 from fastssl.models.bounds import bounded, check_bounds
 from fastssl.models.config import SpeechEncoderConfig
 from fastssl.models.folder import changed_settings
@@ -270,13 +271,14 @@ def write_config(config: PretrainConfig, path: Path) -> None:
     Args:
         config: The settings; `output` is left out.
         path: File to write; its folder must exist.
+
+    Raises:
+        WriteError: The system refused to write.
     """
     values = _values(config)
     # Otherwise a second run with these settings would write into the folder of the first.
     del values["output"]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(yaml.safe_dump(_each_text(values, stored), sort_keys=False), encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, yaml.safe_dump(_each_text(values, stored), sort_keys=False))
 
 
 def renamed(values: dict[str, Any]) -> dict[str, Any]:

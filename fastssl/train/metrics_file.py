@@ -1,8 +1,11 @@
 """A run's metrics.csv: each report appends a row immediately, and a resumed run continues the file."""
 
 import csv
+import io
 from collections.abc import Sequence
 from pathlib import Path
+
+from fastssl.files import append_text, write_text
 
 
 class MetricsFile:
@@ -24,25 +27,27 @@ class MetricsFile:
         if resume_at is not None and path.exists():
             rows = [row for row in read_metrics(path) if row["update"] <= resume_at]
             self.columns = list(dict.fromkeys([*self.columns, *(name for row in rows for name in row)]))
-        temporary = path.with_suffix(".tmp")
-        self._write(temporary, "w", rows, header=True)
-        temporary.replace(path)
+        write_text(path, self._lines([dict(zip(self.columns, self.columns, strict=True)), *map(_formatted, rows)]))
 
     def append(self, row: dict[str, float]) -> None:
         """Append a row, and close the file again.
 
         Args:
             row: Values by column, with at least `update`; cells of other missing columns stay empty.
-        """
-        self._write(self.path, "a", [row], header=False)
 
-    def _write(self, path: Path, mode: str, rows: list[dict[str, float]], *, header: bool) -> None:
-        with path.open(mode, newline="") as file:
-            writer = csv.DictWriter(file, self.columns)
-            if header:
-                writer.writeheader()
-            for row in rows:
-                writer.writerow({name: f"{value:.9g}" for name, value in row.items()})
+        Raises:
+            WriteError: The system refused to write.
+        """
+        append_text(self.path, self._lines([_formatted(row)]))
+
+    def _lines(self, rows: list[dict[str, str]]) -> str:
+        text = io.StringIO(newline="")
+        csv.DictWriter(text, self.columns).writerows(rows)
+        return text.getvalue()
+
+
+def _formatted(row: dict[str, float]) -> dict[str, str]:
+    return {name: f"{value:.9g}" for name, value in row.items()}
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,11 @@ from rich import get_console
 from rich.console import RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
-from torch.utils.tensorboard import SummaryWriter
 
 from fastssl.data.batches import AudioBatch
 from fastssl.data.corpus import Problem
-from fastssl.names import plain_path
 from fastssl.train.account import Account
+from fastssl.train.event_file import EventFile
 from fastssl.train.metrics_file import MetricsFile
 from fastssl.train.module import PretrainModule, TrainingError, code_usage
 
@@ -103,8 +102,7 @@ class Monitor(Callback):
         self._clock = 0.0
         self._timed_audio_s = 0.0
         self._file: MetricsFile | None = None
-        self._board: SummaryWriter | None = None
-        self._opened = ExitStack()  # what TensorBoard's path depends on
+        self._board: EventFile | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return the audio seen, the last scores, the sums since the last row, and the count of collapsed updates."""
@@ -131,8 +129,7 @@ class Monitor(Callback):
             return
         columns = metric_columns(self.score_names, counts_codes=self.counts_codes, extra=self.columns)
         self._file = MetricsFile(self.run / "metrics.csv", columns, resume_at=self.resume_at)
-        purge = None if self.resume_at is None else self.resume_at + 1
-        self._board = SummaryWriter(self._opened.enter_context(plain_path(self.run / "logs")), purge_step=purge)
+        self._board = EventFile(self.run / "logs", resume_at=self.resume_at)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start measuring the throughput."""
@@ -217,12 +214,6 @@ class Monitor(Callback):
             logger.error("%s", exception)
         self.teardown(trainer, pl_module, "fit")  # after an exception, Lightning does not
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Close the TensorBoard file."""
-        if self._board is not None:
-            self._board.close()
-        self._opened.close()
-
     def _close_window(self, trainer: Trainer, update: dict[str, float]) -> None:
         """Write a row with the averages over the updates since the last row."""
         now = time.perf_counter()
@@ -253,8 +244,7 @@ class Monitor(Callback):
         if self._file is None or self._board is None:
             return
         self._file.append({"update": trainer.global_step, "audio_hours": self.audio_s / 3600, **row})
-        for name, value in row.items():
-            self._board.add_scalar(name, value, trainer.global_step)
+        self._board.add(row, trainer.global_step)
 
     def _report_problems(self, trainer: Trainer, problems: list[Problem]) -> None:
         if trainer.is_global_zero:

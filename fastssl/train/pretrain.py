@@ -4,7 +4,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,8 @@ from torch.utils.data import DataLoader
 
 from fastssl.data.batches import AudioBatch
 from fastssl.eval.quality.measure import first_minutes, quality_loader
+from fastssl.files import WriteError, append_text, check_no_links, is_partial, make_folder
+from fastssl.folder_lock import LOCK_FILE, folder_lock
 from fastssl.models.config import SpeechEncoderConfig
 from fastssl.models.encoder import EncoderConfig
 from fastssl.models.model_card import ModelCard
@@ -25,7 +27,8 @@ from fastssl.models.pretraining import NoisyConfig, PretrainingModel
 from fastssl.names import ShownFormatter
 from fastssl.train.card import make_card
 from fastssl.train.checkpoint_callback import PeriodicCheckpoint
-from fastssl.train.checkpoints import AtomicCheckpointIO, initialise, save_encoder, saved_update
+from fastssl.train.checkpoint_file import LAST, Checkpoint, find_checkpoint, has_checkpoint, set_aside
+from fastssl.train.checkpoints import AtomicCheckpointIO, initialise, save_encoder
 from fastssl.train.config import PretrainConfig, TrainerConfig, check_resumable, write_config
 from fastssl.train.data import PretrainDataModule
 from fastssl.train.module import PretrainModule, TrainingError
@@ -60,15 +63,24 @@ def pretrain(config: PretrainConfig, *, resume: bool = False) -> None:
 
     Raises:
         ValueError: A setting is wrong, the audio or the teacher cannot be used, this machine lacks the devices, or the
-            folder is not empty (without `resume`) or contains no run with these settings (with `resume`).
+            folder is in use, not empty (without `resume`), or contains no run with these settings or no usable
+            checkpoint (with `resume`).
+        WriteError: The system refused to write, for example because the disk is full.
         TrainingError: The loss became NaN or infinite, too many recordings cannot be used, or another process of the
             run ended early.
         Stopped: SIGINT or SIGTERM has ended the run after an update and a checkpoint.
     """
     run = Path(config.output)
-    checkpoint = run / "checkpoints" / "last.ckpt"
-    first = is_first_process()
     _check_devices(config.trainer)
+    if not is_first_process():
+        _pretrain(config, run, resume=resume, first=False)
+        return
+    _check_begun(run, resume=resume)
+    with folder_lock(run, option="--output"):
+        _pretrain(config, run, resume=resume, first=True)
+
+
+def _pretrain(config: PretrainConfig, run: Path, *, resume: bool, first: bool) -> None:
     teacher = None
     if SYSTEMS[config.system].needs.teacher:
         config, teacher = open_teacher(config)
@@ -86,7 +98,7 @@ def pretrain(config: PretrainConfig, *, resume: bool = False) -> None:
     given = attach_given(config, data) if takes_labels else {}
     torch.manual_seed(config.seed)
     model = build_model(config.model)
-    resume_from = checkpoint if resume and checkpoint.is_file() else None
+    resume_from = find_checkpoint(run, name=f"--resume: {run}") if resume else None
     complete = initialise(model, config.init) if config.init is not None and resume_from is None else True
     if teacher is not None and config.init is None and resume_from is None:
         model.start_from_teacher(teacher.encoder)
@@ -98,8 +110,11 @@ def pretrain(config: PretrainConfig, *, resume: bool = False) -> None:
         if first:
             cache.open()  # before anything is written, raises an error if the cache belongs to other settings
     if first:
-        (run / "logs").mkdir(parents=True, exist_ok=True)
+        # Before anything else: a folder with a config.yaml can be resumed, and a folder without is as good as empty.
         write_config(config, run / "config.yaml")
+        make_folder(run / "logs")
+        if resume_from is not None and resume_from.damage is not None:
+            set_aside(run / "checkpoints" / LAST)
     with _log_to(run / "logs" / "pretrain.log", enabled=first), _quiet_lightning():
         if first:
             _describe(config, data, model, complete=complete, resume_from=resume_from)
@@ -113,10 +128,10 @@ def _fit(
     model: PretrainingModel,
     teacher: Teacher | None,
     *,
-    resume_from: Path | None,
+    resume_from: Checkpoint | None,
 ) -> None:
     settings = config.trainer
-    resume_at = None if resume_from is None else saved_update(resume_from)
+    resume_at = None if resume_from is None else resume_from.update
     module = PretrainModule(
         model,
         optimizer=config.optimizer,
@@ -196,7 +211,7 @@ def _fit(
         default_root_dir=run,
     )
     try:
-        trainer.fit(module, datamodule=data, ckpt_path=resume_from)
+        trainer.fit(module, datamodule=data, ckpt_path=None if resume_from is None else resume_from.path)
     except SystemExit as error:  # how Lightning ends after a KeyboardInterrupt
         raise KeyboardInterrupt if isinstance(error.__context__, KeyboardInterrupt) else error from None
     except Exception as error:
@@ -243,15 +258,23 @@ def _quality_monitor(
     return [callback]
 
 
+def _check_begun(run: Path, *, resume: bool) -> None:
+    """Check, before the folder is locked, that it is a folder or missing or, with `resume`, that it contains a run."""
+    if resume and not (run / "config.yaml").is_file():
+        raise ValueError(f"--resume: {run} contains no run to continue (looked for {run / 'config.yaml'})")
+    if run.exists() and not run.is_dir():
+        raise ValueError(f"--output: {run} is not a folder; choose another")
+
+
 def _check_folder(run: Path, config: PretrainConfig, *, resume: bool) -> None:
-    """Check that the folder is empty or missing or, with `resume`, that it contains a run that can continue."""
+    """Check that the folder is empty or, with `resume`, that it contains a run that can continue."""
     if resume:
-        if not (run / "config.yaml").is_file():
-            raise ValueError(f"--resume: {run} contains no run to continue (looked for {run / 'config.yaml'})")
+        # The run may come from somebody else.
+        check_no_links(run, ("checkpoints", "encoder", "labels", "labels-valid", "logs", "segments-valid"))
         # Without a checkpoint, nothing has been trained yet, and all settings may change.
-        if (run / "checkpoints" / "last.ckpt").is_file():
+        if has_checkpoint(run):
             check_resumable(config, run / "config.yaml")
-    elif run.exists() and (not run.is_dir() or any(run.iterdir())):
+    elif any(not is_partial(path) and path.name != LOCK_FILE for path in run.iterdir()):
         raise ValueError(
             f"--output: {run} exists and is not empty; continue the run with --resume, or choose another folder"
         )
@@ -263,7 +286,7 @@ def _describe(
     model: PretrainingModel,
     *,
     complete: bool,
-    resume_from: Path | None,
+    resume_from: Checkpoint | None,
 ) -> None:
     """Log the data, the model and the initial weights, and what was left out of the data."""
     for problem in data.account.left_out:
@@ -292,7 +315,13 @@ def _describe(
     if config.init is not None and resume_from is None:
         logger.info("weights from %s%s", config.init, "" if complete else "; missing weights are initialised randomly")
     if resume_from is not None:
-        logger.info("continuing after update %d", saved_update(resume_from))
+        if resume_from.damage is None:
+            logger.info("continuing after update %d", resume_from.update)
+        else:
+            logger.warning(
+                "%s; the run continues from %s, after update %d",
+                *(resume_from.damage, resume_from.path.name, resume_from.update),
+            )
     if config.quality.every is not None and data.valid_corpus is None:
         logger.warning("quality is not measured, because no recording is held out: there are too few")
     if config.optimizer.warmup_updates >= config.trainer.max_steps:
@@ -336,14 +365,32 @@ def _strategy(world_size: int, *, unused_parameters: bool, timeout_minutes: floa
     return DDPStrategy(find_unused_parameters=unused_parameters, timeout=timedelta(minutes=timeout_minutes))
 
 
+class _LogFile(logging.Handler):
+    """Handler that appends each message to a file at once, and never through a symbolic link."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+        append_text(path, "")  # raises an error if the file cannot be written
+
+    def emit(self, record: logging.LogRecord) -> None:
+        # On a full disk the message is still on the console, and the next row of metrics.csv stops the run.
+        with suppress(WriteError):
+            append_text(self.path, f"{self.format(record)}\n")
+
+
 @contextmanager
 def _log_to(path: Path, *, enabled: bool) -> Iterator[None]:
-    """Append the package's log messages to a file."""
+    """Append the package's log messages to a file.
+
+    Raises:
+        WriteError: The file cannot be written.
+    """
     if not enabled:
         yield
         return
     package = logging.getLogger("fastssl")
-    handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
+    handler = _LogFile(path)
     handler.setFormatter(ShownFormatter("%(asctime)s %(levelname)s %(message)s"))
     level = package.level
     package.addHandler(handler)

@@ -1,6 +1,5 @@
 """Compute a teacher's frames once, for crops that are the same in every epoch, and store them in a folder."""
 
-import fcntl
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from fastssl.data.teacher_frames import FRONT_END, HELD_OUT, TeacherTable
 from fastssl.eval.encode import choose_device
 from fastssl.eval.shards import Shards, read_index
 from fastssl.eval.showing import track
+from fastssl.folder_lock import folder_lock
 from fastssl.names import stored
 from fastssl.packing import Packed
 from fastssl.train.config import PretrainConfig
@@ -23,7 +23,6 @@ from fastssl.train.teacher import Teacher
 logger = logging.getLogger(__name__)
 
 _SHARD_BYTES = 256_000_000
-_LOCK_FILE = "lock"
 
 
 class TeacherCache:
@@ -83,12 +82,7 @@ class TeacherCache:
         Returns:
             Problems with the recordings that frames cannot be computed for.
         """
-        with (self.folder / _LOCK_FILE).open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                logger.info("another run is writing frames to %s; waiting for it", self.folder)
-                fcntl.flock(lock, fcntl.LOCK_EX)
+        with folder_lock(self.folder, option="data.teacher_cache", wait=True):
             # Opened while the lock is held, so that frames that another run wrote meanwhile are found.
             problems = list(_fill(self.open(), self.data, self.teacher).values())
         for problem in problems:

@@ -1,14 +1,12 @@
 """Test a folder of shards that two processes create at the same time, or that contains something else."""
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from fastssl.eval.shards import Shards, read_index
-from fastssl.models.folder import write_json
+from fastssl.files import write_first
 
 
 def _begin(folder: Path, layer: int) -> Shards:
@@ -17,12 +15,12 @@ def _begin(folder: Path, layer: int) -> Shards:
 
 @pytest.mark.parametrize(("other", "passes"), [(1, True), (2, False)])
 def test_whoever_is_first_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, other: int, passes: bool) -> None:
-    def beaten_to_it(path: Path, values: Mapping[str, Any]) -> None:
-        write_json(path, values)
+    def beaten_to_it(path: Path, text: str) -> bool:
         monkeypatch.undo()
         _begin(tmp_path / "frames", other)
+        return write_first(path, text)
 
-    monkeypatch.setattr("fastssl.eval.shards.write_json", beaten_to_it)
+    monkeypatch.setattr("fastssl.eval.shards.write_first", beaten_to_it)
     if passes:
         _begin(tmp_path / "frames", 1)
     else:

@@ -94,6 +94,7 @@ def test_finished_run_can_be_extended_and_resumed(make_config: MakeConfig) -> No
         "0000002.ckpt",
         "0000004.ckpt",
         "last.ckpt",
+        "previous.ckpt",
     ]
 
 

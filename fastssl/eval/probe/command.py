@@ -16,7 +16,7 @@ from fastssl.eval.probe.adaptive import Trial, learn_rates
 from fastssl.eval.probe.run import ProbeResult, ProbeRun, run_probe
 from fastssl.eval.probe.settings import ProbeSettings
 from fastssl.eval.probe.tables import read_table, split_table
-from fastssl.models.folder import write_json
+from fastssl.files import make_folder, write_json
 from fastssl.names import shown
 
 logger = logging.getLogger(__name__)
@@ -71,6 +71,7 @@ def probe(
 
     Raises:
         ValueError: As in `run_probe`, `read_table` and `load_encoder`, or only one of `dev` and `test` is given.
+        WriteError: The system refused to write.
     """
     if (dev is None) != (test is None):
         raise ValueError("--dev and --test: give both of them, or neither to have TABLE divided into three parts")
@@ -93,7 +94,7 @@ def probe(
     encoders = {model: open_encoder_at(model, device=device, rate=rate, frame_period_ms=frame_period_ms)}
     encoders |= {name: open_encoder_at(name, device=device) for name in compare}
     if output is not None:
-        Path(output).parent.mkdir(parents=True, exist_ok=True)
+        make_folder(Path(output).parent)
     learned = None
     if rate_price is not None:
         start = statistics.fmean(rate_bounds) if rate is None else rate

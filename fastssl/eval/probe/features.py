@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
 
 import numpy as np
@@ -17,6 +18,7 @@ from fastssl.data.mfcc import differences
 from fastssl.data.waveforms import pack_waveforms, waveform_batch
 from fastssl.eval.encode import fixed_frame_period_s, frame_grid
 from fastssl.eval.probe.tables import Table
+from fastssl.files import naming
 from fastssl.models.config import SpeechEncoderConfig
 from fastssl.models.speech_encoder import SpeechEncoder
 from fastssl.names import shown
@@ -371,14 +373,15 @@ class _Spool:
         if self._file is None and self._bytes > self._limit:
             self._file = tempfile.TemporaryFile()  # noqa: SIM115 (must stay open as long as the tensors that map it)
         if self._file is not None:
-            for held in self._held:
-                self._file.write(held.contiguous().numpy().tobytes())
+            with naming(Path(tempfile.gettempdir()), option="TMPDIR"):
+                for held in self._held:
+                    self._file.write(held.contiguous().numpy().tobytes())
+                self._file.flush()
             self._held = [tensor[:0]]  # keeps the dtype
 
     def tensors(self) -> list[Tensor]:
         if self._file is None:
             return self._held
-        self._file.flush()
         mapped: NDArray[Any] = np.memmap(self._file, dtype=self._held[0].numpy().dtype, mode="r+")
         sizes = [shape.numel() for shape in self._shapes]
         parts = torch.from_numpy(mapped).split(sizes)

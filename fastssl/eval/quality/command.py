@@ -17,7 +17,7 @@ from fastssl.data.corpus import Problem, open_corpus
 from fastssl.eval.encode import frame_grid, open_encoder_at
 from fastssl.eval.quality.measure import MAX_FRAMES, LayerQuality, first_minutes, measure_quality, quality_loader
 from fastssl.eval.showing import new_figure, track, write_figure
-from fastssl.models.folder import write_json
+from fastssl.files import make_folder, write_json
 from fastssl.models.model_card import checked_out_commit
 from fastssl.models.speech_encoder import SpeechEncoder
 from fastssl.packing import Packed
@@ -71,6 +71,7 @@ def quality(
 
     Raises:
         ValueError: MODEL, AUDIO, the layers or the output is invalid, there is too little audio, or frames are NaN.
+        WriteError: The system refused to write.
     """
     output = Path(output)
     if output.suffix != ".json" or output.is_dir():
@@ -104,10 +105,10 @@ def quality(
         "left_out": [{"name": problem.name, "reason": problem.reason} for problem in problems],
         "layers": [asdict(result) for result in results],
     }
-    output.parent.mkdir(parents=True, exist_ok=True)
+    get_console().print(_table(results))  # before writing, which may fail
+    make_folder(output.parent)
     write_json(output, _without_nan(report))
     draw_layers(results, output.with_suffix(".png"))
-    get_console().print(_table(results))
     _remark(results, waveforms.seconds, minutes, width=encoder.config.hidden_size)
     logger.info("%s, %s", output, output.with_suffix(".png").name)
     return results

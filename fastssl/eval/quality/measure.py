@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from fastssl.data.audio import SAMPLE_RATE_HZ
 from fastssl.data.batches import AudioBatch, WaveformDataset, fixed_batches
+from fastssl.files import naming
 from fastssl.metrics import GramMatrix, effective_rank, fit_kmeans, num_clusters, score_clusters
 from fastssl.names import encoded
 from fastssl.packing import Layout, Packed
@@ -275,7 +276,7 @@ class _FrameFile:
         frames = values[torch.from_numpy(kept).to(values.device)].float().cpu().numpy()
         new = min(len(values), self.max_frames - self._rows)  # these frames are first, and are appended in order
         if new:
-            with self.path.open("ab") as file:
+            with naming(self.path, option="TMPDIR"), self.path.open("ab") as file:
                 file.write(frames[:new].tobytes())
             self._rows += new
         if len(frames) > new:
