@@ -24,6 +24,7 @@ FLOORS = {
     "data": 1,
     "metrics": 1,
     "packing": 0,
+    "reading": 0,
 }
 #: All that the kernels and modules need; other dependencies come with extras.
 CORE_DEPENDENCIES = {"torch", "numpy", "safetensors", "fastssl"}

@@ -60,9 +60,7 @@ def _from_path(name: str | Path) -> SpeechEncoder:
     path = Path(name)
     if path.is_file():
         config, weights = read_checkpoint(path)
-        encoder = Encoder(config)
-        encoder.load_weights(weights, name=str(path))
-        return encoder
+        return Encoder.from_weights(config, weights, name=str(path))
     if not path.exists():
         if not hub.may_be_id(str(name)):
             raise ValueError(f"{name}: no such file or folder; expected {_CAN_BE_OPENED}")

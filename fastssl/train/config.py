@@ -11,6 +11,7 @@ from fastssl.models.bounds import bounded, check_bounds
 from fastssl.models.config import SpeechEncoderConfig
 from fastssl.models.folder import changed_settings
 from fastssl.train.systems import DEFAULT_SYSTEM, SYSTEMS
+from fastssl.train.yaml_file import read_yaml
 
 #: Settings that may change with `--resume`, because they do not change the batches or the arithmetic of later updates.
 #: The exception is `max_steps`: changing it moves the end of the learning rate's decay, which is its purpose.
@@ -294,7 +295,7 @@ def check_resumable(config: PretrainConfig, path: Path) -> None:
     # A setting that did not exist in the version that started the run counts as having its current default.
     model = SYSTEMS[config.system].config_class()
     defaults = PretrainConfig(audio="", output="", system=config.system, model=model)
-    before = _flatten(_values(defaults)) | _flatten(renamed(yaml.safe_load(path.read_text())))
+    before = _flatten(_values(defaults)) | _flatten(renamed(read_yaml(path)))
     after = _flatten(_values(config))
     fixed = {name: value for name, value in after.items() if name not in RESUMABLE}
     if changed := changed_settings(before, fixed, there="in the run"):

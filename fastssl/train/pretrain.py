@@ -21,7 +21,14 @@ from fastssl.models.encoder import EncoderConfig
 from fastssl.models.model_card import ModelCard
 from fastssl.models.pretraining import NoisyConfig, PretrainingModel
 from fastssl.train.card import make_card
-from fastssl.train.checkpoints import AtomicCheckpointIO, PeriodicCheckpoint, initialise, save_encoder, saved_update
+from fastssl.train.checkpoints import (
+    AtomicCheckpointIO,
+    PeriodicCheckpoint,
+    check_size,
+    initialise,
+    save_encoder,
+    saved_update,
+)
 from fastssl.train.config import PretrainConfig, TrainerConfig, check_resumable, write_config
 from fastssl.train.data import PretrainDataModule
 from fastssl.train.module import PretrainModule
@@ -76,9 +83,10 @@ def pretrain(config: PretrainConfig, *, resume: bool = False) -> None:
     )
     takes_labels = SYSTEMS[config.system].needs.labels or config.data.segments is not None
     given = attach_given(config, data) if takes_labels else {}
+    resume_from = checkpoint if resume and checkpoint.is_file() else None
+    check_size(config.model, resume_from)
     torch.manual_seed(config.seed)
     model = build_model(config.model)
-    resume_from = checkpoint if resume and checkpoint.is_file() else None
     complete = initialise(model, config.init) if config.init is not None and resume_from is None else True
     if teacher is not None and config.init is None and resume_from is None:
         model.start_from_teacher(teacher.encoder)
