@@ -30,7 +30,7 @@ PLACES = {
     ("data/synthetic.py", "ctypes.CDLL"): (1, "espeak-ng's library, from its installed package"),
     ("interop/classes.py", "importlib.import_module"): (1, "a module of Transformers or torchaudio, from fixed tables"),
     ("interop/hub.py", "snapshot_download"): (2, "a name that the user typed; only configs and weights"),
-    ("interop/load.py", "hub.download"): (1, "a name that the user typed"),
+    ("interop/load.py", "hub.download"): (1, "a name that the user typed; others only from the local cache"),
     ("interop/load.py", "(ConformerEncoder if is_conformer else Encoder).from_pretrained"): (1, "safetensors"),
     ("interop/transformers.py", "importlib.import_module"): (2, "a module of Transformers, from a fixed table"),
     ("models/pickled.py", "torch.load"): (1, "weights_only"),

@@ -9,6 +9,7 @@ A folder of labels contains
 """
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 from fastssl.data.audio import SAMPLE_RATE_HZ
 from fastssl.data.corpus import Problem, cut_name, window_parent
 from fastssl.data.recordings import FrameGrid
+from fastssl.reading import read_json
 
 LABELS_FILE, SETTINGS_FILE, CENTRES_FILE = "labels.jsonl", "settings.json", "kmeans.safetensors"
 #: A recording's duration may differ by this much from when it was labelled, because MP3 headers are not exact.
@@ -188,11 +190,11 @@ def read_settings(folder: Path) -> dict[str, Any]:
     if not path.is_file() or not (folder / LABELS_FILE).is_file():
         raise ValueError(f"{folder}: no labels there; looked for {path} and {LABELS_FILE}. Make them: `fastssl label`")
     try:
-        settings = json.loads(path.read_bytes())
+        settings = read_json(path)
     except ValueError:
-        settings = None
+        settings = {}
     numbers = ("clusters", "frame_shift_s", "first_centre_s")
-    if not isinstance(settings, dict) or not all(_is_positive(settings.get(name)) for name in numbers):
+    if not all(_is_positive(settings.get(name)) for name in numbers) or type(settings["clusters"]) is not int:
         raise ValueError(
             f"{path}: is damaged; expected positive numbers for {', '.join(numbers)}. Make the labels again: "
             "`fastssl label`"
@@ -217,7 +219,7 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
                 return
             try:
                 values = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 values = None
             if not _is_labelled(values):
                 raise ValueError(
@@ -236,7 +238,7 @@ def _is_labelled(values: Any) -> bool:
 
 
 def _is_positive(value: Any) -> bool:
-    return isinstance(value, (int, float)) and value > 0
+    return type(value) in (int, float) and 0 < value < math.inf
 
 
 def as_line(cut: Cut, labels: Iterable[int], *, frame_shift_s: float, first_centre_s: float) -> str:

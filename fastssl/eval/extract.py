@@ -33,7 +33,8 @@ def extract(
 
     `output` gets shards `features-00000.safetensors`, ... of fp32 tensors (frames, width), and `index.jsonl` with one
     line per recording: `file`, `shard`, `key` (the tensor's name in the shard), `layer`, `frames` and `frame_period_s`.
-    Running it again with the same arguments continues after an interruption.
+    Running it again with the same arguments continues after an interruption. Recordings whose shard is missing or
+    damaged are extracted again.
 
     Recordings longer than `chunk_s` are encoded in overlapping chunks; each of their frames has at least half the
     overlap as context on either side. An encoder with group norm (the base model) normalises over a whole chunk, so the
@@ -90,6 +91,7 @@ def extract(
         option="--output",
         shard_bytes=round(shard_mb * 1e6),
     )
+    shards.drop_damaged()
     if shards.entries:
         logger.info("%d recordings were extracted by an earlier run and are skipped", len(shards.entries))
     problems = list(corpus.problems)

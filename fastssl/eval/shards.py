@@ -1,16 +1,22 @@
 """Store tensors by key in safetensors shards with an index; a stopped run can continue where it left off."""
 
 import json
+import logging
 import os
+import re
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from fastssl.models.folder import changed_settings, write_json, write_text
+from fastssl.reading import printable, read_json
+
+logger = logging.getLogger(__name__)
 
 INDEX_FILE, SETTINGS_FILE = "index.jsonl", "settings.json"
 
@@ -29,7 +35,8 @@ class Shards:
         shard_bytes: Size of a shard in bytes; once a shard has reached it, the next one begins.
 
     Raises:
-        ValueError: The folder was begun with other settings, or it contains other files and no shards.
+        ValueError: The folder was begun with other settings, it contains other files and no shards, or its settings or
+            a line of its index are damaged.
     """
 
     def __init__(self, folder: Path, *, settings: Mapping[str, Any], name: str, option: str, shard_bytes: int) -> None:
@@ -60,11 +67,9 @@ class Shards:
             os.link(partial, path)
         except FileExistsError:
             try:
-                before = json.loads(path.read_text())
+                before = read_json(path)
             except ValueError as error:
-                raise ValueError(
-                    f"{option}: {path} is not valid JSON ({error}); restore the file or choose another folder"
-                ) from None
+                raise ValueError(f"{option}: {error}, or choose another folder") from None
             if changed := changed_settings(before, settings):
                 raise ValueError(
                     f"{option}: {self.folder} was begun with other settings ({changed}); "
@@ -72,6 +77,42 @@ class Shards:
                 ) from None
         finally:
             partial.unlink()
+
+    def damaged(self) -> dict[str, str]:
+        """Compare the shards with the index.
+
+        Returns:
+            What is wrong, by the name of each shard that is missing or damaged, or that lacks a key which the index
+            lists.
+        """
+        keys: dict[str, set[str]] = {}
+        for key, entry in self.entries.items():
+            keys.setdefault(entry["shard"], set()).add(key)
+        problems: dict[str, str] = {}
+        for shard, expected in sorted(keys.items()):
+            path = self.folder / shard
+            if not path.is_file():
+                problems[shard] = "is missing"
+                continue
+            try:
+                with safe_open(path, framework="pt") as file:
+                    names = set(file.keys())
+            except (SafetensorError, OSError) as error:
+                problems[shard] = f"cannot be read ({printable(error)})"
+                continue
+            lost = expected - names - {name.rpartition("/")[0] for name in names}
+            if lost:
+                problems[shard] = f"lacks {len(lost)} of {len(expected)} keys, such as {printable(min(lost))}"
+        return problems
+
+    def drop_damaged(self) -> None:
+        """Leave out of the index, with a warning, all keys in shards that are `damaged`, so that they are made again."""
+        problems = self.damaged()
+        for shard, problem in problems.items():
+            lost = [key for key, entry in self.entries.items() if entry["shard"] == shard]
+            logger.warning("%s: %s; its %d recordings are made again", self.folder / shard, problem, len(lost))
+            for key in lost:
+                del self.entries[key]
 
     def add(self, key: str, tensors: Mapping[str, Tensor], entry: Mapping[str, Any]) -> None:
         """Add the tensors of one key, and write the shard to disk once it has reached `shard_bytes`.
@@ -119,13 +160,36 @@ def read_index(folder: Path) -> dict[str, dict[str, Any]]:
     Returns:
         The complete lines of `index.jsonl` by key, each with `key`, `shard` and the fields given to `Shards.add`; empty
         if there is no index.
+
+    Raises:
+        ValueError: A line is not an entry.
     """
     path = folder / INDEX_FILE
     if not path.is_file():
         return {}
-    lines = path.read_text().splitlines(keepends=True)
-    entries = [json.loads(line) for line in lines if line.endswith("\n")]
-    return {entry["key"]: entry for entry in entries}
+    entries: dict[str, dict[str, Any]] = {}
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):  # an interrupted process leaves such a line
+                break
+            try:
+                entry = json.loads(line)
+            except (ValueError, RecursionError):
+                entry = None
+            if not _is_entry(entry):
+                raise ValueError(
+                    f"{path}: line {number} is damaged, expected an object with the key and the shard of a recording; "
+                    "delete the line to make the recording again"
+                )
+            entries[entry["key"]] = entry
+    return entries
+
+
+def _is_entry(entry: Any) -> bool:
+    if not isinstance(entry, dict) or not isinstance(entry.get("key"), str):
+        return False
+    shard = entry.get("shard")  # never a path, because others may have written the index
+    return isinstance(shard, str) and re.fullmatch(r"[a-z]+-\d{5,9}\.safetensors", shard) is not None
 
 
 def _is_foreign(path: Path) -> bool:

@@ -19,7 +19,7 @@ _CAN_BE_OPENED = (
 )
 
 
-def load_encoder(path_or_model: str | Path | nn.Module) -> SpeechEncoder:
+def load_encoder(path_or_model: str | Path | nn.Module, *, download: bool = True) -> SpeechEncoder:
     """Load a speech encoder and put it in evaluation mode.
 
     Supports wav2vec 2.0, HuBERT, WavLM, data2vec audio, UniSpeech and UniSpeech-SAT, and BEST-RQ from a run or a folder
@@ -40,6 +40,9 @@ def load_encoder(path_or_model: str | Path | nn.Module) -> SpeechEncoder:
             - a torchaudio model; its weights are copied. `config.do_normalize` says whether the model itself normalises
               waveforms, as the models of some bundles do.
 
+        download: Download a model on the Hub that is not in the local cache. Set this to False if the name comes from a
+            file that others may have written.
+
     Returns:
         A `ConformerEncoder` for BEST-RQ, else an `Encoder`. If the argument is one of these, it is returned itself.
 
@@ -53,10 +56,10 @@ def load_encoder(path_or_model: str | Path | nn.Module) -> SpeechEncoder:
         return _from_model(path_or_model).eval()
     if not isinstance(path_or_model, (str, Path)):
         raise ValueError(f"path_or_model: {type(path_or_model).__name__} cannot be loaded; expected {_CAN_BE_OPENED}")
-    return _from_path(path_or_model).eval()
+    return _from_path(path_or_model, download=download).eval()
 
 
-def _from_path(name: str | Path) -> SpeechEncoder:
+def _from_path(name: str | Path, *, download: bool) -> SpeechEncoder:
     path = Path(name)
     if path.is_file():
         config, weights = read_checkpoint(path)
@@ -64,7 +67,7 @@ def _from_path(name: str | Path) -> SpeechEncoder:
     if not path.exists():
         if not hub.may_be_id(str(name)):
             raise ValueError(f"{name}: no such file or folder; expected {_CAN_BE_OPENED}")
-        path = hub.download(str(name))
+        path = hub.download(str(name), cached=not download)
     elif (path / "encoder" / "config.json").exists():
         path = path / "encoder"
     is_conformer = read_config(path, model_types=[*MODEL_CLASSES, CONFORMER])["model_type"] == CONFORMER

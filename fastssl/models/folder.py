@@ -264,7 +264,7 @@ def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any], *, there
         The differences, such as "seed: 3 in the run, 4 now"; an empty text if there are none.
     """
     changed = [name for name, value in now.items() if before.get(name) != value]
-    return "; ".join(f"{name}: {before.get(name)} {there}, {now[name]} now" for name in changed)
+    return "; ".join(f"{name}: {printable(before.get(name))} {there}, {now[name]} now" for name in changed)
 
 
 def write_text(path: Path, text: str) -> None:
