@@ -114,6 +114,11 @@ def printable(text: object) -> str:
     return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in cut)
 
 
+def one_line(error: BaseException) -> str:
+    """Return the first line of another package's error, which may quote a file, as `printable` shows it."""
+    return printable(str(error).strip().partition("\n")[0] or type(error).__name__)
+
+
 _BRIEF = reprlib.Repr()
 _BRIEF.maxstring = _BRIEF.maxother = _LONGEST
 _BRIEF.maxlong = 40

@@ -452,9 +452,7 @@ def _read_centres(folder: Path) -> Tensor:
         raise ValueError(f"{path}: is damaged ({printable(error)}); restore it or make the labels again") from None
     clusters = read_settings(folder)["clusters"]
     if centres.dim() != 2 or len(centres) != clusters or centres.dtype != torch.float32:
-        raise ValueError(
-            f"{path}: is damaged (centres are not fp32 of shape ({clusters}, width)); make the labels again"
-        )
+        raise ValueError(f"{path}: is damaged (centres are not fp32, ({clusters}, width)); make the labels again")
     if not centres.isfinite().all():
         raise ValueError(f"{path}: is damaged (centres are NaN or infinite); restore it or make the labels again")
     return centres

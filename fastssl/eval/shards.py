@@ -106,7 +106,7 @@ class Shards:
         return problems
 
     def drop_damaged(self) -> None:
-        """Leave out of the index, with a warning, all keys in shards that are `damaged`, so that they are made again."""
+        """Leave the keys in shards that are `damaged` out of the index, with a warning, so that they are made again."""
         problems = self.damaged()
         for shard, problem in problems.items():
             lost = [key for key, entry in self.entries.items() if entry["shard"] == shard]

@@ -18,7 +18,7 @@ from torch import Tensor
 from fastssl.interop import names
 from fastssl.models.encoder import EncoderConfig
 from fastssl.models.pickled import globals_in, load_pickled
-from fastssl.reading import brief, printable
+from fastssl.reading import brief, one_line
 
 #: Packages and built-in types whose objects are replaced by inert ones. Their code never runs, so this list says what
 #: such a file normally contains, not what is trusted.
@@ -77,7 +77,7 @@ def read_checkpoint(path: Path) -> tuple[EncoderConfig, dict[str, Tensor]]:
         cfg = next((cfg for key in ("cfg", "args") if (cfg := _plain(checkpoint.get(key)))), None)
     except Exception as error:  # the file may contain anything, so reading it may fail in any way
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))
-        reason = f"it names {refused[1]}, which is not run" if refused else printable(str(error).partition("\n")[0])
+        reason = f"it names {refused[1]}, which is not run" if refused else one_line(error)
         raise ValueError(f"{path}: cannot be read as a fairseq checkpoint: {reason}") from error
     weights = checkpoint.get("model")
     if not isinstance(weights, dict) or not isinstance(cfg, dict):
@@ -93,7 +93,7 @@ def read_checkpoint(path: Path) -> tuple[EncoderConfig, dict[str, Tensor]]:
     try:
         return _config(cfg, weights), names.renamed(weights, names.FAIRSEQ)
     except Exception as error:  # a setting may be anything, such as a tensor that cannot be compared
-        raise ValueError(f"{path}: {printable(error)}") from error
+        raise ValueError(f"{path}: {one_line(error)}") from error
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -137,7 +137,7 @@ def _config(cfg: dict[str, Any], weights: Mapping[str, Tensor]) -> EncoderConfig
             raise ValueError(f"{name}={brief(model[name])} is not supported, only {served!r}")
     modes = {"default": "group", "layer_norm": "layer"}
     mode = model.get("extractor_mode", "default")
-    if mode not in modes:
+    if mode not in list(modes):  # compared with a list, because a pickled value may be unhashable
         raise ValueError(f"extractor_mode={brief(mode)} is not supported, only {' and '.join(modes)}")
     layers = _parse_layers(model.get("conv_feature_layers", _CONV_LAYERS))
     values = {
@@ -216,7 +216,7 @@ def _parse_layers(text: Any) -> list[tuple[int, int, int]]:
     """Parse the (channels, kernel, stride) of each convolution from text like "[(512, 10, 5)] + [(512, 3, 2)] * 4"."""
     layers: list[tuple[int, int, int]] = []
     if len(str(text)) > _LONGEST_LAYERS:
-        raise ValueError(f"conv_feature_layers: {str(text)!r:.200} is too long for a list of convolutions")
+        raise ValueError(f"conv_feature_layers: is too long for a list of convolutions: {str(text)!r:.200}")
     for term in re.sub(r"\s", "", str(text)).split("+"):
         match = re.fullmatch(r"\[([\d,()]*)\](?:\*([1-9]\d?))?", term)
         if match is None:

@@ -11,6 +11,7 @@ from fastssl.models.conformer import ConformerEncoder
 from fastssl.models.encoder import Encoder, EncoderConfig
 from fastssl.models.folder import ACCELERATED_COMPRESSOR, CONFORMER, MODEL_CLASSES, read_config
 from fastssl.models.speech_encoder import SpeechEncoder
+from fastssl.reading import printable
 
 _CAN_BE_OPENED = (
     "a run of `fastssl pretrain`; a folder with its encoder or in Transformers' layout; the name of a model on the "
@@ -56,7 +57,10 @@ def load_encoder(path_or_model: str | Path | nn.Module, *, download: bool = True
         return _from_model(path_or_model).eval()
     if not isinstance(path_or_model, (str, Path)):
         raise ValueError(f"path_or_model: {type(path_or_model).__name__} cannot be loaded; expected {_CAN_BE_OPENED}")
-    return _from_path(path_or_model, download=download).eval()
+    try:
+        return _from_path(path_or_model, download=download).eval()
+    except OSError as error:  # such as a folder without permission, or a name that no file can have
+        raise ValueError(f"{printable(path_or_model)}: cannot be read: {error.strerror}; check the path") from error
 
 
 def _from_path(name: str | Path, *, download: bool) -> SpeechEncoder:
@@ -66,7 +70,7 @@ def _from_path(name: str | Path, *, download: bool) -> SpeechEncoder:
         return Encoder.from_weights(config, weights, name=str(path))
     if not path.exists():
         if not hub.may_be_id(str(name)):
-            raise ValueError(f"{name}: no such file or folder; expected {_CAN_BE_OPENED}")
+            raise ValueError(f"{printable(name)}: no such file or folder; expected {_CAN_BE_OPENED}")
         path = hub.download(str(name), cached=not download)
     elif (path / "encoder" / "config.json").exists():
         path = path / "encoder"

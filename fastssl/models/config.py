@@ -162,6 +162,11 @@ class SpeechEncoderConfig(CompressorConfig):
         """Number of samples, at 16 kHz, that one front-end frame depends on."""
         raise NotImplementedError
 
+    @property
+    def num_modules(self) -> int:
+        """Number of layers or of convolutions, whichever is larger; a model has at least as many weights."""
+        return max(self.num_hidden_layers, len(self.conv_dim))
+
     def count_parts(self, samples: int) -> Parts:
         """Count the multiply-accumulates for one utterance, as if the encoder had no compressor.
 

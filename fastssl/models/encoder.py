@@ -144,6 +144,12 @@ class EncoderConfig(SpeechEncoderConfig):
             samples = (samples - 1) * stride + kernel
         return samples
 
+    @property
+    def num_modules(self) -> int:
+        """Number of layers or of convolutions, whichever is larger; a model has at least as many weights."""
+        stacked = self.num_conv_pos_embeddings if self.model_type == "data2vec-audio" else 0
+        return max(super().num_modules, stacked)
+
     def count_parts(self, samples: int) -> Parts:
         """Count the multiply-accumulates for one utterance, as if the encoder had no compressor.
 

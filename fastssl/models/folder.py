@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fastssl.models.pickled import load_pickled
-from fastssl.reading import MOST_BYTES, brief, check_file, printable, read_json
+from fastssl.reading import MOST_BYTES, brief, check_file, one_line, printable, read_json
 
 #: Each supported `model_type` of Transformers, and its model class there.
 MODEL_CLASSES = {
@@ -156,7 +156,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         weights = load_pickled(path)
     except Exception as error:  # errors of safetensors, zipfile and pickle have no common class
-        raise ValueError(f"{path}: cannot be read: {printable(str(error).partition(chr(10))[0])}") from error
+        raise ValueError(f"{path}: cannot be read: {one_line(error)}") from error
     if not is_state_dict(weights):
         raise ValueError(f"{path}: must contain a state dict, that is, a dictionary of tensors by name")
     return weights
@@ -205,9 +205,11 @@ def load_matching(module: nn.Module, weights: Mapping[str, Tensor], *, name: str
         ValueError: As in `check_matching`, or a weight is NaN or infinite in the module's dtype.
     """
     check_matching(module, weights, name=name)
+    own = module.state_dict()
     for key, tensor in weights.items():
+        numbers = tensor.to(own[key].dtype)
         # The sum is finite if the numbers are, but for numbers that no model has.
-        if not tensor.sum(dtype=torch.float64).isfinite() and not tensor.isfinite().all():
+        if not numbers.sum().isfinite() and not numbers.isfinite().all():
             raise ValueError(f"{name}: {printable(key)} has NaN or infinite weights; restore the model")
     module.load_state_dict(weights)
 

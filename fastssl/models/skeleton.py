@@ -12,15 +12,20 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 class _Unfilled(TorchFunctionMode):
-    """Skips what changes a tensor in place, because filling one on the meta device imports PyTorch's compiler."""
+    """Skips what would fill a tensor on the meta device, which imports PyTorch's compiler and takes seconds."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Sequence[type], args: Any = (), kwargs: Any = None
     ) -> Any:
-        name = getattr(func, "__name__", "")
-        if name.endswith("_") and not name.endswith("__") and args:
-            return args[0]
-        return func(*args, **(kwargs or {}))
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        if name.endswith("_") and not name.endswith("__"):
+            return args[0] if args else kwargs["tensor"]  # the functions of `nn.init` pass it by name
+        if func is torch.eye:  # from a strided compressor
+            return torch.empty(args[0], args[0])
+        if func is torch.norm_except_dim:  # from weight norm
+            weight, _, dim = args
+            return weight.new_empty([size if axis == dim else 1 for axis, size in enumerate(weight.shape)])
+        return func(*args, **kwargs)
 
 
 def skeleton(build: Callable[[], Model]) -> Model:

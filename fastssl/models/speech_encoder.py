@@ -187,9 +187,10 @@ class SpeechEncoder(nn.Module):
         Raises:
             ValueError: The weights do not fit the config, are not finite, or do not fit into memory.
         """
-        parts = max(config.num_hidden_layers, len(config.conv_dim))
-        if parts > len(weights):
-            raise ValueError(f"{name}: the config describes {parts} layers, but there are only {len(weights)} weights")
+        if config.num_modules > len(weights):
+            raise ValueError(
+                f"{name}: the config describes {config.num_modules} layers, but there are only {len(weights)} weights"
+            )
         try:
             shape = skeleton(lambda: cls(config))
         except ValueError as error:
@@ -197,7 +198,10 @@ class SpeechEncoder(nn.Module):
         found = shape.matching_weights(weights, name=name)
         check_matching(shape, found, name=name)
         check_stored(found, name=name)
-        encoder = cls(config)
+        try:
+            encoder = cls(config)
+        except (RuntimeError, MemoryError) as error:
+            raise ValueError(f"{name}: cannot be built: {str(error).partition(chr(10))[0]}") from error
         encoder.load_weights(weights, name=name)
         return encoder
 

@@ -22,7 +22,7 @@ from fastssl.models.pickled import load_pickled
 from fastssl.models.pretraining import PretrainingModel
 from fastssl.models.skeleton import skeleton
 from fastssl.models.speech_encoder import SpeechEncoder
-from fastssl.reading import brief, printable
+from fastssl.reading import brief, one_line
 from fastssl.train.config import renamed
 from fastssl.train.systems import DEFAULT_SYSTEM, SYSTEMS, build_model, system_of
 from fastssl.train.yaml_file import read_yaml
@@ -167,8 +167,7 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         checkpoint = load_pickled(path)
     except Exception as error:  # errors of zipfile and pickle have no common class
-        reason = printable(str(error).partition("\n")[0])
-        raise ValueError(f"{path}: cannot be read as a checkpoint: {reason}; restore the file") from error
+        raise ValueError(f"{path}: cannot be read as a checkpoint: {one_line(error)}; restore the file") from error
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path}: is not a checkpoint of a run; restore the file")
     return checkpoint
