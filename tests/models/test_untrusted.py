@@ -4,8 +4,6 @@ import io
 import json
 import os
 import struct
-import subprocess
-import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -81,27 +79,6 @@ def test_sizes_that_the_weights_do_not_have(settings: dict[str, Any], message: s
     path.write_text(json.dumps(json.loads(path.read_text()) | settings))
     with pytest.raises(ValueError, match=message):
         load_encoder(model)
-
-
-def test_checking_sizes_is_quick() -> None:
-    """Filling a tensor on the meta device would import PyTorch's compiler, which takes seconds."""
-    code = (
-        "import sys\n"
-        "from fastssl.models.conformer import ConformerConfig, ConformerEncoder\n"
-        "from fastssl.models.encoder import Encoder, EncoderConfig\n"
-        "from fastssl.models.folder import MODEL_CLASSES\n"
-        "from fastssl.models.skeleton import skeleton\n"
-        "from fastssl.nn.compression import KINDS\n"
-        "shape = {'num_hidden_layers': 1, 'conv_dim': (8, 8)}\n"
-        "encoder = shape | {'conv_kernel': (10, 8), 'conv_stride': (5, 8)}\n"
-        "for name in MODEL_CLASSES:\n"
-        "    skeleton(lambda: Encoder(EncoderConfig.from_dict(encoder | {'model_type': name})))\n"
-        "for kind in KINDS:\n"
-        "    skeleton(lambda: ConformerEncoder(ConformerConfig(**shape, compressor=kind)))\n"
-        "print('torch._dynamo' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert done.stdout.strip() == "False"
 
 
 def test_a_model_larger_than_the_memory_is_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
