@@ -104,7 +104,7 @@ def test_a_circle_is_found() -> None:
 def test_importing_loads_nothing_heavy() -> None:
     """Modules that `import torch` loads do not count. GPUs are hidden: with a GPU, fastssl imports Triton at once.
 
-    Nor does a look at the sizes of a model before it is built: filling one on the meta device would import the compiler.
+    Nor does a look at a model's sizes before it is built: filling one on the meta device would import the compiler.
     """
     code = (
         "import sys, torch; before = set(sys.modules); import fastssl\n"

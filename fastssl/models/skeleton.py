@@ -20,8 +20,6 @@ class _Unfilled(TorchFunctionMode):
         name, kwargs = getattr(func, "__name__", ""), kwargs or {}
         if name.endswith("_") and not name.endswith("__"):
             return args[0] if args else kwargs["tensor"]  # the functions of `nn.init` pass it by name
-        if func is torch.eye:  # from a strided compressor
-            return torch.empty(args[0], args[0])
         if func is torch.norm_except_dim:  # from weight norm
             weight, _, dim = args
             return weight.new_empty([size if axis == dim else 1 for axis, size in enumerate(weight.shape)])

@@ -154,7 +154,7 @@ class SequenceCompressor(nn.Module):
             self.conv = nn.Conv1d(channels, channels, self._window, stride=self._window)
             nn.init.zeros_(self.conv.bias)  # type: ignore[arg-type]
             with torch.no_grad():
-                self.conv.weight.copy_(torch.eye(channels).unsqueeze(2).expand_as(self.conv.weight) / self._window)
+                self.conv.weight.zero_().diagonal().fill_(1.0).div_(self._window)
         elif kind == "integrate-and-fire":
             self.weight_network = WeightNetwork(channels)
 
