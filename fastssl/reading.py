@@ -96,9 +96,10 @@ def brief(value: object) -> str:
         value: Any value; `repr` escapes the control characters of a text.
     """
     try:
-        return _BRIEF.repr(value)
+        shown = _BRIEF.repr(value)
+        return shown if len(shown) <= 2 * _LONGEST else shown[: 2 * _LONGEST] + "..."
     except ValueError:  # an integer of more digits than Python converts to decimal
-        return f"a {type(value).__name__} that is too long to show"
+        return "a number that is too long to show"
 
 
 def printable(text: object) -> str:

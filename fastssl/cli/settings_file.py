@@ -28,6 +28,8 @@ def check_settings(path: Path, values: Mapping[str, Any], groups: Mapping[str, t
             _check_group(path, name, value, groups[name])
         elif "." in str(name):
             raise ValueError(f"{path}: {printable(name)}: write options inside their group, not with a dot")
+        elif not str(name).isprintable():  # the parser would print it
+            raise ValueError(f"{path}: there is no option {printable(name)}; remove it")
         else:
             _check_value(path, str(name), value)
 

@@ -58,11 +58,18 @@ def globals_in(path: Path) -> set[str]:
 def _check(path: Path) -> set[str]:
     size, found = check_file(path), set()
     archive = zipfile.is_zipfile(path)
+    if not archive and _begins_an_archive(path):
+        raise ValueError("its end is missing; restore the file")
     if not archive and size > physical_memory():
         raise ValueError(f"it has {size / 1e9:.3g} GB in a format that must be read whole, more than the memory")
     for stream in _archived(path, size) if archive else _bare(path):
         found |= _globals(stream)
     return found
+
+
+def _begins_an_archive(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
 
 
 def _archived(path: Path, size: int) -> Iterator[IO[bytes]]:

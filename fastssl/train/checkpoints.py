@@ -42,6 +42,18 @@ _FREE_FIELDS = frozenset(
 )
 
 
+#: Entries of a checkpoint that Lightning reads, and their types.
+_ENTRIES = {
+    "epoch": int,
+    "pytorch-lightning_version": str,
+    "loops": dict,
+    "callbacks": dict,
+    "optimizer_states": list,
+    "lr_schedulers": list,
+    "PretrainDataModule": dict,
+}
+
+
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes checkpoints to a temporary file in the same folder, then renames it.
 
@@ -188,6 +200,10 @@ def check_size(config: SpeechEncoderConfig, checkpoint: Path | None) -> None:
     except ValueError as error:
         raise ValueError(f"model: {error}; choose smaller sizes") from None
     if checkpoint is not None:
+        loaded = _read_checkpoint(checkpoint)
+        for name, kind in _ENTRIES.items():
+            if not isinstance(loaded.get(name), kind):
+                raise ValueError(f"--resume: {checkpoint}: has no valid entry {name!r}; restore the file")
         check_matching(shape, _weights_in(checkpoint), name=f"--resume: {checkpoint}")
 
 

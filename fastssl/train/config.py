@@ -80,7 +80,7 @@ class DataConfig:
     fixed_crops: bool = False
     teacher_cache: str | None = None
     max_bad_fraction: float = bounded(0.05, least=0, most=1)
-    num_workers: int | None = bounded(None, least=0)
+    num_workers: int | None = bounded(None, least=0, ceiling=1024)
 
     def __post_init__(self) -> None:
         check_bounds(self, "data.")
@@ -149,8 +149,8 @@ class TrainerConfig:
     accumulation: int = bounded(1, least=1)
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
-    devices: int = bounded(1, least=1)
-    num_nodes: int = bounded(1, least=1)
+    devices: int = bounded(1, least=1, ceiling=1024)
+    num_nodes: int = bounded(1, least=1, ceiling=65_536)
     log_every: int = bounded(10, least=1)
     val_check_interval: int = bounded(1000, least=1)
     checkpoint_every: int = bounded(1000, least=1)

@@ -33,7 +33,7 @@ def read_yaml(path: Path, *, parse: Callable[[str], Any] = yaml.safe_load) -> di
         values = parse(text)
     except Exception as error:  # a tag such as !!timestamp may raise any error
         reason = " ".join(printable(error).replace("\\n", " ").split())
-        raise ValueError(f"{path}: is not valid YAML: {reason}; restore the file") from None
+        raise ValueError(f"{path}: is not valid YAML: {reason}; correct the file") from None
     values = {} if values is None else values
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise ValueError(f"{path}: must contain settings by name, got a {type(values).__name__}")

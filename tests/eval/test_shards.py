@@ -1,13 +1,15 @@
 """Test a folder of shards that two processes create at the same time, or that contains something else."""
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from fastssl.eval.shards import Shards
+from fastssl.eval.shards import Shards, read_index
 from fastssl.models.folder import write_json
 
 
@@ -40,3 +42,52 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"--cache: .* exists, is not empty, and contains no frames"):
             _begin(folder, 1)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_keys_in_damaged_shards_are_made_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shards = _begin(tmp_path / "frames", 1)
+    for key in "abcd":
+        shards.add(key, {key: torch.zeros(30)}, {})  # a shard of its own
+    shards.add("e", {"e/1": torch.zeros(30)}, {})
+    paths = sorted((tmp_path / "frames").glob("*.safetensors"))
+    assert len(paths) == 5
+    assert _begin(tmp_path / "frames", 1).damaged() == {}
+    paths[0].unlink()
+    paths[1].write_bytes(paths[1].read_bytes()[:-1])
+    paths[2].write_bytes(paths[3].read_bytes())
+
+    again = _begin(tmp_path / "frames", 1)
+    assert [problem.partition(" (")[0] for problem in again.damaged().values()] == [
+        "is missing",
+        "cannot be read",
+        "lacks 1 of 1 keys, such as c",
+    ]
+    with caplog.at_level(logging.WARNING):
+        again.drop_damaged()
+    assert list(again.entries) == ["d", "e"]
+    assert "frames-00001.safetensors: cannot be read" in caplog.text
+    again.add("a", {"a": torch.ones(30)}, {})
+    assert {key: entry["shard"][7:12] for key, entry in read_index(tmp_path / "frames").items()} == {
+        "d": "00003",
+        "e": "00004",
+        "a": "00005",
+    }
+
+
+def test_a_damaged_line_of_the_index_is_named(tmp_path: Path) -> None:
+    shards = _begin(tmp_path / "frames", 1)
+    shards.add("a", {"a": torch.zeros(30)}, {})
+    index = tmp_path / "frames" / "index.jsonl"
+    good = index.read_text()
+    for line in ("{", "[]", "[" * 100_000, '{"key": "b"}', '{"key": 1, "shard": "frames-00000.safetensors"}'):
+        index.write_text(good + line + "\n")
+        with pytest.raises(ValueError, match=r"index\.jsonl: line 2 is damaged"):
+            _begin(tmp_path / "frames", 1)
+    index.write_text(good + '{"key": "b", "shard": "../../frames-00000.safetensors"}\n')
+    with pytest.raises(ValueError, match=r"index\.jsonl: line 2 is damaged"):
+        _begin(tmp_path / "frames", 1)
+    index.write_text(good + '{"key": "b", "sh')  # as a killed process leaves it
+    assert list(_begin(tmp_path / "frames", 1).entries) == ["a"]
+    (tmp_path / "frames" / "settings.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"--cache: .*settings\.json: must contain a JSON object, got a list"):
+        _begin(tmp_path / "frames", 1)
