@@ -63,7 +63,7 @@ def bounded(
     Returns:
         The result of `dataclasses.field`; type checkers see a value of the same type as `default`.
     """
-    bounds = {"at least": least, "above": above, "at most": most, "below": below}
+    bounds: dict[str, Any] = {"at least": least, "above": above, "at most": most, "below": below}
     bounds |= {"ceiling": ceiling, "one of": choices}
     return field(default=default, metadata={word: limit for word, limit in bounds.items() if limit is not None})
 

@@ -44,7 +44,8 @@ def _check(text: str) -> None:
     levels = 0
     for count, event in enumerate(yaml.parse(text, Loader=yaml.SafeLoader)):
         if isinstance(event, yaml.AliasEvent):
-            raise ValueError(f"line {event.start_mark.line + 1} has an alias (*{event.anchor}); write the value there")
+            line = 1 + event.start_mark.line  # type: ignore[union-attr]
+            raise ValueError(f"line {line} has an alias (*{event.anchor}); write the value there")
         levels += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if levels > MOST_LEVELS:
             raise ValueError(f"it is nested more than {MOST_LEVELS} levels deep")

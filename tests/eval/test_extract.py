@@ -179,7 +179,7 @@ def test_recordings_without_finite_features_are_named(encoder: Encoder, tmp_path
 
 def test_a_model_of_nan_weights_is_refused(encoder: Encoder, recordings: Path, tmp_path: Path) -> None:
     with torch.no_grad():
-        encoder.encoder.layers[0].attention.q_proj.weight[0, 0] = torch.nan
+        encoder.get_parameter("encoder.layers.0.attention.q_proj.weight")[0, 0] = torch.nan
     encoder.save_pretrained(tmp_path / "model")
     with pytest.raises(ValueError, match=r"model: encoder\.layers\.0\.attention\.q_proj\.weight has NaN or infinite"):
         extract(tmp_path / "model", recordings, tmp_path / "out")

@@ -63,7 +63,7 @@ MOST_SECONDS = 20.0
 def good_models(folder: Path) -> list[Path]:
     """Write one small model of each kind of file to a folder, and return their paths."""
     torch.manual_seed(0)
-    convolutions = {"conv_kernel": (10, 8), "conv_stride": (5, 8), "num_conv_pos_embeddings": 4}
+    convolutions: dict[str, Any] = {"conv_kernel": (10, 8), "conv_stride": (5, 8), "num_conv_pos_embeddings": 4}
     convolutions |= {"num_conv_pos_embedding_groups": 2}
     plain: SpeechEncoder = Encoder(EncoderConfig(**SHAPE, **convolutions))
     encoders: dict[str, SpeechEncoder] = {

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import fastssl
 from fastssl.data.batches import AudioBatch
@@ -136,7 +136,7 @@ def test_an_utterance_that_is_not_finite_leaves_its_batch_mates_alone(compressor
 @pytest.mark.parametrize("variant", ["wav2vec2 base", "hubert large", "wavlm base", "data2vec"])
 @torch.no_grad()
 def test_rows_of_an_accelerated_model_do_not_share_nan(variant: str, compressor: Any) -> None:
-    given: nn.Module | None = None if compressor == "none" else SequenceCompressor(48, kind=compressor)
+    given = None if compressor == "none" else SequenceCompressor(48, kind=compressor)
     model = fastssl.accelerate(transformers_model(variant), compressor=given)
     samples = torch.randn(3, 6000)
     alone = model(samples[[0, 2]]).last_hidden_state

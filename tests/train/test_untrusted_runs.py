@@ -85,7 +85,8 @@ def test_a_checkpoint_is_compared_before_the_model_is_built(make_config: MakeCon
     larger = make_config(**{"model.intermediate_size": 96}).model
     with pytest.raises(ValueError, match=r"--resume: .*last\.ckpt: .*has shape .*, expected \(96"):
         check_size(larger, checkpoint)
-    for name, entry in {"optimizer_states": None, "loops": [], "pytorch-lightning_version": 2}.items():
+    wrong: dict[str, Any] = {"optimizer_states": None, "loops": [], "pytorch-lightning_version": 2}
+    for name, entry in wrong.items():
         checkpoint = saved_run(tmp_path / name, make_config, **{name: entry})
         with pytest.raises(ValueError, match=rf"--resume: .*last\.ckpt: has no valid entry '{name}'"):
             check_size(config, checkpoint)
