@@ -3,6 +3,8 @@
 import json
 import reprlib
 import stat
+from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from typing import Any
 MOST_BYTES = 1 << 22
 #: Deepest nesting of lists and objects in a file of settings; the deepest that is used is 3.
 MOST_LEVELS = 32
+_LONGEST_LINE = 1 << 26  # bytes; the labels of a recording of ten hours take about 8 MB
 _LONGEST = 200  # characters of a name in a message
 
 
@@ -79,6 +82,25 @@ def read_json(path: Path) -> dict[str, Any]:
     if too_deep(values):
         raise ValueError(f"{path}: is nested more than {MOST_LEVELS} levels deep; restore the file")
     return values
+
+
+def complete_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Yield the lines of a file with their numbers, but not an unfinished last line, which a killed process leaves.
+
+    Args:
+        path: Text file, each line at most 64 MB.
+
+    Raises:
+        ValueError: A line is longer.
+    """
+    with path.open("rb") as file:
+        for number in count(1):
+            line = file.readline(_LONGEST_LINE + 1)
+            if len(line) > _LONGEST_LINE:
+                raise ValueError(f"{path}: line {number} is longer than {_LONGEST_LINE >> 20} MB; restore the file")
+            if not line.endswith(b"\n"):
+                return
+            yield number, line
 
 
 def too_deep(value: Any, levels: int = MOST_LEVELS) -> bool:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from fastssl.data.audio import SAMPLE_RATE_HZ
 from fastssl.data.corpus import Problem, cut_name, window_parent
 from fastssl.data.recordings import FrameGrid
-from fastssl.reading import read_json
+from fastssl.reading import complete_lines, printable, read_json
 
 LABELS_FILE, SETTINGS_FILE, CENTRES_FILE = "labels.jsonl", "settings.json", "kmeans.safetensors"
 #: A recording's duration may differ by this much from when it was labelled, because MP3 headers are not exact.
@@ -68,8 +68,8 @@ class LabelTable:
             labels: NDArray[Any] = np.array(line["custom"]["labels"])
             if len(labels) and not 0 <= labels.min() <= labels.max() < self.classes:
                 raise ValueError(
-                    f"{self.folder / LABELS_FILE}: {line['id']} has labels from {labels.min()} to {labels.max()}, "
-                    f"expected {self.classes} classes from 0 on; make the labels again with `fastssl label`"
+                    f"{self.folder / LABELS_FILE}: {printable(line['id'])} has labels from {labels.min()} to "
+                    f"{labels.max()}, expected {self.classes} classes from 0 on; make the labels again with `fastssl label`"
                 )
             rate_hz = int(line["custom"]["sampling_rate"])
             self._entries[line["id"]] = _Entry(begin, begin + len(labels), float(line["duration"]), rate_hz)
@@ -213,19 +213,16 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """
     if not path.is_file():
         return
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.endswith(b"\n"):
-                return
-            try:
-                values = json.loads(line)
-            except (ValueError, RecursionError):
-                values = None
-            if not _is_labelled(values):
-                raise ValueError(
-                    f"{path}: line {number} is not a supervision with labels; delete it and run `fastssl label` again"
-                )
-            yield values
+    for number, line in complete_lines(path):
+        try:
+            values = json.loads(line)
+        except (ValueError, RecursionError):
+            values = None
+        if not _is_labelled(values):
+            raise ValueError(
+                f"{path}: line {number} is not a supervision with labels; delete it and run `fastssl label` again"
+            )
+        yield values
 
 
 def _is_labelled(values: Any) -> bool:

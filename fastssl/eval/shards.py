@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastssl.models.folder import changed_settings, write_json, write_text
-from fastssl.reading import printable, read_json
+from fastssl.reading import complete_lines, printable, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -168,20 +168,17 @@ def read_index(folder: Path) -> dict[str, dict[str, Any]]:
     if not path.is_file():
         return {}
     entries: dict[str, dict[str, Any]] = {}
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.endswith(b"\n"):  # an interrupted process leaves such a line
-                break
-            try:
-                entry = json.loads(line)
-            except (ValueError, RecursionError):
-                entry = None
-            if not _is_entry(entry):
-                raise ValueError(
-                    f"{path}: line {number} is damaged, expected an object with the key and the shard of a recording; "
-                    "delete the line to make the recording again"
-                )
-            entries[entry["key"]] = entry
+    for number, line in complete_lines(path):
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            entry = None
+        if not _is_entry(entry):
+            raise ValueError(
+                f"{path}: line {number} is damaged, expected an object with the key and the shard of a recording; "
+                "delete the line to make the recording again"
+            )
+        entries[entry["key"]] = entry
     return entries
 
 

@@ -10,7 +10,7 @@ import torch
 
 from fastssl.cli.settings_file import check_settings
 from fastssl.models.folder import write_encoder_weights
-from fastssl.reading import brief, printable, read_text
+from fastssl.reading import brief, complete_lines, printable, read_text
 from fastssl.train.checkpoints import check_size, initialise, saved_update
 from fastssl.train.systems import build_model
 from fastssl.train.yaml_file import read_yaml
@@ -44,10 +44,17 @@ def test_yaml_is_plain(text: str, message: str, tmp_path: Path) -> None:
     assert str(error.value).isprintable()
 
 
-def test_a_pipe_is_no_settings_file(tmp_path: Path) -> None:
+def test_pipes_and_giants_are_not_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "config.yaml")
     with pytest.raises(ValueError, match=r"config\.yaml: is not a regular file"):
         read_yaml(tmp_path / "config.yaml")
+    giant = tmp_path / "index.jsonl"
+    giant.write_bytes(b"{}\n")
+    os.truncate(giant, 1 << 36)
+    lines = complete_lines(giant)
+    assert next(lines) == (1, b"{}\n")
+    with pytest.raises(ValueError, match=r"index\.jsonl: line 2 is longer than 64 MB"):
+        next(lines)
     with pytest.raises(ValueError, match=r"nowhere: cannot be read: No such file"):
         read_text(tmp_path / "nowhere")
 
