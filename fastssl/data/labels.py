@@ -69,7 +69,8 @@ class LabelTable:
             if len(labels) and not 0 <= labels.min() <= labels.max() < self.classes:
                 raise ValueError(
                     f"{self.folder / LABELS_FILE}: {printable(line['id'])} has labels from {labels.min()} to "
-                    f"{labels.max()}, expected {self.classes} classes from 0 on; make the labels again with `fastssl label`"
+                    f"{labels.max()}, expected {self.classes} classes from 0 on; make the labels again with "
+                    "`fastssl label`"
                 )
             rate_hz = int(line["custom"]["sampling_rate"])
             self._entries[line["id"]] = _Entry(begin, begin + len(labels), float(line["duration"]), rate_hz)
