@@ -27,6 +27,7 @@ FLOORS = {
     "names": 0,
     "folder_lock": 0.5,
     "files": 0,
+    "reading": 0.5,
 }
 #: All that the kernels and modules need; other dependencies come with extras.
 CORE_DEPENDENCIES = {"torch", "numpy", "safetensors", "fastssl"}
@@ -104,8 +105,23 @@ def test_a_circle_is_found() -> None:
 
 
 def test_importing_loads_nothing_heavy() -> None:
-    """Modules that `import torch` loads do not count. GPUs are hidden: with a GPU, fastssl imports Triton at once."""
-    code = "import sys, torch; before = set(sys.modules); import fastssl; print(*sys.modules.keys() - before)"
+    """Modules that `import torch` loads do not count. GPUs are hidden: with a GPU, fastssl imports Triton at once.
+
+    Nor does a look at a model's sizes before it is built: filling one on the meta device would import the compiler.
+    """
+    code = (
+        "import sys, torch; before = set(sys.modules); import fastssl\n"
+        "from fastssl.models import conformer, encoder, folder, skeleton\n"
+        "shape = {'num_hidden_layers': 1, 'conv_dim': (8, 8)}\n"
+        "waves = shape | {'conv_kernel': (10, 8), 'conv_stride': (5, 8)}\n"
+        "for name in folder.MODEL_CLASSES:\n"
+        "    config = encoder.EncoderConfig.from_dict(waves | {'model_type': name})\n"
+        "    skeleton.skeleton(lambda: encoder.Encoder(config))\n"
+        "for kind in ('average', 'strided', 'integrate-and-fire'):\n"
+        "    config = conformer.ConformerConfig(**shape, compressor=kind)\n"
+        "    skeleton.skeleton(lambda: conformer.ConformerEncoder(config))\n"
+        "print(*sys.modules.keys() - before)"
+    )
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=PACKAGE.parent, env=environment, check=True, capture_output=True, text=True

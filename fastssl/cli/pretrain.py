@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastssl.cli.console import log_to_console
 from fastssl.cli.settings_file import check_arguments, check_settings, groups_inside
+from fastssl.reading import brief
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -185,23 +186,12 @@ def _defaults_of(arguments: Sequence[str], command: str) -> dict[Path, dict[str,
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     """Read the settings of a file; numbers are parsed as on the command line ("1e-5" is a number)."""
-    import yaml
     from jsonargparse import get_loader
 
     from fastssl.train.config import renamed
+    from fastssl.train.yaml_file import read_yaml
 
-    try:
-        values = get_loader("yaml")(path.read_text(encoding="utf-8")) or {}
-    except UnicodeError as error:
-        raise ValueError(
-            f"{path}: is not UTF-8 text ({error}); save it as UTF-8. A file name that is not UTF-8 can be written as "
-            "its JSON string in single quotes, such as '\"ma\\udcf1ana\"'"
-        ) from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: is not valid YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: must contain settings by name, got a {type(values).__name__}")
-    return renamed(values)
+    return renamed(read_yaml(path, parse=get_loader("yaml")))
 
 
 def _system_of(files: Mapping[Path, Mapping[str, Any]]) -> str:
@@ -218,7 +208,7 @@ def _system_of(files: Mapping[Path, Mapping[str, Any]]) -> str:
         if system is None:
             continue
         if system not in list(SYSTEMS):
-            raise ValueError(f"{path}: unknown system {system!r}; choose one of {', '.join(SYSTEMS)}")
+            raise ValueError(f"{path}: unknown system {brief(system)}; choose one of {', '.join(SYSTEMS)}")
         found.setdefault(system, path)
         if len(found) > 1:
             raise ValueError("; ".join(f"{file} has settings for {name}" for name, file in found.items()))

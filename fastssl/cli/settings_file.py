@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastssl.reading import brief, printable
+
 
 def check_settings(path: Path, values: Mapping[str, Any], groups: Mapping[str, type[Any]]) -> None:
     """Check that all settings are plain values of known options.
@@ -25,7 +27,9 @@ def check_settings(path: Path, values: Mapping[str, Any], groups: Mapping[str, t
         if name in groups:
             _check_group(path, name, value, groups[name])
         elif "." in str(name):
-            raise ValueError(f"{path}: {name}: write options inside their group, not with a dot")
+            raise ValueError(f"{path}: {printable(name)}: write options inside their group, not with a dot")
+        elif not str(name).isprintable():  # the parser would print it
+            raise ValueError(f"{path}: there is no option {printable(name)}; remove it")
         else:
             _check_value(path, str(name), value)
 
@@ -59,12 +63,12 @@ def groups_inside(config: type[Any]) -> dict[str, type[Any]]:
 
 def _check_group(path: Path, name: str, values: object, config: type[Any]) -> None:
     if not isinstance(values, dict):
-        raise ValueError(f"{path}: {name}: expected options by name, got {values!r}")
+        raise ValueError(f"{path}: {name}: expected options by name, got {brief(values)}")
     known = [field.name for field in dataclasses.fields(config)]
     inside = groups_inside(config)
     for option, value in values.items():
         if option not in known:
-            raise ValueError(f"{path}: {name} has no option {option!r}; choose from {', '.join(known)}")
+            raise ValueError(f"{path}: {name} has no option {brief(option)}; choose from {', '.join(known)}")
         if option in inside:
             _check_group(path, f"{name}.{option}", value, inside[option])
         else:
@@ -74,4 +78,7 @@ def _check_group(path: Path, name: str, values: object, config: type[Any]) -> No
 def _check_value(path: Path, name: str, value: object) -> None:
     parts = value if isinstance(value, list) else [value]
     if not all(isinstance(part, str | int | float | None) for part in parts):
-        raise ValueError(f"{path}: {name}: expected a number, text, true, false, null or a list of them, got {value!r}")
+        raise ValueError(
+            f"{path}: {printable(name)}: expected a number, text, true, false, null or a list of them, "
+            f"got {brief(value)}"
+        )

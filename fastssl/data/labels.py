@@ -24,6 +24,7 @@ from fastssl.data.corpus import Problem, cut_name, window_parent
 from fastssl.data.recordings import FrameGrid
 from fastssl.data.rules import OLDEST_RULES, rules_of
 from fastssl.names import shown
+from fastssl.reading import complete_lines, read_json
 
 LABELS_FILE, SETTINGS_FILE, CENTRES_FILE = "labels.jsonl", "settings.json", "kmeans.safetensors"
 #: A recording's duration may differ by this much from when it was labelled, because MP3 headers are not exact.
@@ -198,15 +199,14 @@ def read_settings(folder: Path) -> dict[str, Any]:
     if not path.is_file() or not (folder / LABELS_FILE).is_file():
         raise ValueError(f"{folder}: no labels there; looked for {path} and {LABELS_FILE}. Make them: `fastssl label`")
     try:
-        settings = json.loads(path.read_bytes())
-    except (ValueError, RecursionError):
-        settings = None
+        settings = {"rules": OLDEST_RULES} | read_json(path)
+    except ValueError:
+        settings = {}
     numbers = ("clusters", "frame_shift_s", "first_centre_s")
-    settings = {"rules": OLDEST_RULES} | settings if isinstance(settings, dict) else {}
     if (
         not all(_is_positive(settings.get(name)) for name in numbers)
-        or not isinstance(settings["clusters"], int)
-        or not isinstance(settings["rules"], int)
+        or type(settings["clusters"]) is not int
+        or type(settings["rules"]) is not int
     ):
         raise ValueError(
             f"{path}: is damaged; expected positive numbers for {', '.join(numbers)}. Make the labels again: "
@@ -226,19 +226,16 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """
     if not path.is_file():
         return
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.endswith(b"\n"):
-                return
-            try:
-                values = json.loads(line)
-            except (ValueError, RecursionError):
-                values = None
-            if not _is_labelled(values):
-                raise ValueError(
-                    f"{path}: line {number} is not a supervision with labels; delete it and run `fastssl label` again"
-                )
-            yield values
+    for number, line in complete_lines(path):
+        try:
+            values = json.loads(line)
+        except (ValueError, RecursionError):
+            values = None
+        if not _is_labelled(values):
+            raise ValueError(
+                f"{path}: line {number} is not a supervision with labels; delete it and run `fastssl label` again"
+            )
+        yield values
 
 
 def _is_labelled(values: Any) -> bool:
@@ -252,7 +249,7 @@ def _is_labelled(values: Any) -> bool:
 
 
 def _is_positive(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 1e15
+    return type(value) in (int, float) and 0 < value < 1e15
 
 
 def as_line(cut: Cut, labels: Iterable[int], *, frame_shift_s: float, first_centre_s: float) -> str:

@@ -98,15 +98,6 @@ class TeacherTable:
                 "choose another folder, or delete this one"
             )
 
-    def check_shards(self) -> None:
-        """Open every shard once, so that a damaged one is found before training starts.
-
-        Raises:
-            ValueError: A shard is damaged; the message names it.
-        """
-        for shard in sorted({entry["shard"] for entry in self.entries.values()}):
-            _opened(self.folder / shard)
-
     def check_samples(self, key: str, waveform: NDArray[np.float32]) -> None:
         """Check that a crop still has the samples that it had when its frames were stored.
 

@@ -110,7 +110,7 @@ def encode_recordings(
 
     Yields:
         Each cut exactly once, in approximately the given order, with its features (frames, D) on the CPU in the
-        encoder's dtype, or with an `AudioError` that says what is wrong with the recording.
+        encoder's dtype, or with an `AudioError` that says what is wrong with the recording or with its features.
 
     Raises:
         ValueError: `reading` has a chunk that is too short for its overlap, or an overlap that is too short.
@@ -130,10 +130,18 @@ def encode_recordings(
             chunks.append((index, item))
         if sum(len(chunk.waveform) for _, chunk in chunks) >= _BATCH_S * SAMPLE_RATE_HZ:
             _encode(encoder, chunks, parts, layer=layer)
-            yield from ((cuts[index], torch.cat(parts.pop(index))) for index in complete)
+            yield from ((cuts[index], _joined(parts.pop(index))) for index in complete)
             complete.clear()
     _encode(encoder, chunks, parts, layer=layer)
-    yield from ((cuts[index], torch.cat(parts.pop(index))) for index in complete)
+    yield from ((cuts[index], _joined(parts.pop(index))) for index in complete)
+
+
+def _joined(parts: list[Tensor]) -> Tensor | AudioError:
+    """Join the features of a recording's chunks; features that are not finite make the recording unusable."""
+    features = torch.cat(parts)
+    if not features.isfinite().all():
+        return AudioError("has NaN or infinite features; check its sample values and the model's weights")
+    return features
 
 
 @torch.inference_mode()

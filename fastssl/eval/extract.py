@@ -38,7 +38,7 @@ def extract(
     `output` gets shards `features-00000.safetensors`, ... of fp32 tensors (frames, width), and `index.jsonl` with one
     line per recording: `file`, `shard`, `key` (the tensor's name in the shard: the recording's id, or its JSON string
     if the id is not UTF-8), `layer`, `frames` and `frame_period_s`. Running it again with the same arguments continues
-    after an interruption.
+    after an interruption. Recordings whose shard is missing or damaged are extracted again.
 
     Recordings longer than `chunk_s` are encoded in overlapping chunks; each of their frames has at least half the
     overlap as context on either side. An encoder with group norm (the base model) normalises over a whole chunk, so the
@@ -98,6 +98,7 @@ def extract(
     check_folder(folder, name="features", option=option)  # before the lock writes to it
     with folder_lock(folder, option=option):
         shards = Shards(folder, settings=settings, name="features", option=option, shard_bytes=round(shard_mb * 1e6))
+        shards.drop_damaged()
         return _write_features(shards, encoder, corpus, Reading(chunk_s, overlap_s, channel), layer=layer)
 
 

@@ -32,6 +32,7 @@ from fastssl.interop import load_encoder
 from fastssl.metrics import centre_costs, nearest_centres
 from fastssl.models.folder import changed_settings, read_safetensors, write_weights
 from fastssl.models.speech_encoder import SpeechEncoder
+from fastssl.reading import brief, printable
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +121,8 @@ def label(
         output: Folder for the labels.
         settings: How to make labels.
         kmeans: Folder of earlier labels whose k-means model and features are used again, so that held-out audio gets
-            the same classes; of the other settings, only the channel and the rules are then used.
+            the same classes; of the other settings, only the channel and the rules are then used, and the model, which
+            must have the same weights.
         num_workers: Number of processes that decode audio and compute MFCC; by default chosen by the number of cores.
         device: Device to encode on: cpu, cuda, cuda:1, ...; auto uses a GPU if there is one.
 
@@ -138,17 +140,21 @@ def label(
     donor = None if kmeans is None else Path(kmeans)
     if settings.rules is None and (donor is None or (output / SETTINGS_FILE).is_file()):
         settings = replace(settings, rules=recorded_rules(output / SETTINGS_FILE))
+    # A model that only the file LABELS/settings.json names is not downloaded.
+    typed = donor is None or settings.model is not None
     if donor is not None:
         settings = _settings_of(donor, settings)
     assert settings.rules is not None
     workers = default_workers() if num_workers is None else num_workers
     try:
-        features = _Features.open(settings, num_workers=workers, device=device)
+        features = _Features.open(settings, num_workers=workers, device=device, download=typed)
     except ValueError as error:
-        if donor is None:
+        if typed:
             raise
+        model = printable(settings.model)
         raise ValueError(
-            f"--kmeans: {donor} was made from a layer of {settings.model}, which cannot be used: {error}"
+            f"--kmeans: {donor} was made from a layer of {model}, which cannot be used: {error}; if you have or trust "
+            f"that model, add --model {model}, or the path where it is now"
         ) from None
     _check_output(output)
     corpus = open_corpus(
@@ -212,10 +218,10 @@ class _Features:
     digest: str | None
 
     @classmethod
-    def open(cls, settings: LabelSettings, *, num_workers: int, device: str) -> "_Features":
+    def open(cls, settings: LabelSettings, *, num_workers: int, device: str, download: bool) -> "_Features":
         if settings.model is None:
             return cls(None, 0, MFCC_SHIFT_S, MFCC_FIRST_CENTRE_S, settings.channel, num_workers, None)
-        encoder = load_encoder(settings.model).to(choose_device(device))
+        encoder = load_encoder(settings.model, download=download).to(choose_device(device))
         if encoder.compressor is not None:
             if encoder.compressor.factor is not None:
                 raise ValueError(
@@ -281,6 +287,11 @@ class _Classes(NamedTuple):
 
     def of(self, frames: Tensor) -> Tensor:  # (N, D) -> (N,)
         """Return the nearest class of each frame, or with a price, the classes of the cheapest segmentation."""
+        if frames.shape[1] != self.centres.shape[1]:
+            raise ValueError(
+                f"--kmeans: {CENTRES_FILE} has centres of width {self.centres.shape[1]}, but the frames have width "
+                f"{frames.shape[1]}; restore it or make the labels again"
+            )
         if self.price is None:
             return nearest_centres(frames, self.centres)
         return torch.from_numpy(smooth_classes(centre_costs(frames, self.centres).numpy(), price=self.price))
@@ -307,7 +318,7 @@ def _classes(
         "first_centre_s": features.first_centre_s,
     }
     if (output / SETTINGS_FILE).is_file():
-        before = read_settings(output)
+        before = _checked_settings(output)
         # Compare models by their weights (the digest), not by their path.
         if changed := changed_settings(before, record | {"model": before.get("model")}):
             raise ValueError(
@@ -416,18 +427,35 @@ def _price(recordings: Sequence[NDArray[np.float32]], centres: Tensor, *, wanted
 
 
 def _settings_of(folder: Path, given: LabelSettings) -> LabelSettings:
-    """Return the settings of a folder of labels, but the channel and, if it is given, the rules of `given`."""
-    values: dict[str, Any] = read_settings(folder)
-    names = ("model", "layer", "clusters", "fit_frames", "seed")
-    if missing := [name for name in names if name not in values]:
-        raise ValueError(f"{folder / SETTINGS_FILE}: lacks {', '.join(missing)}; restore it or make the labels again")
+    """Return the settings of a folder of labels, but the channel of `given` and, if given, its model and rules."""
+    values: dict[str, Any] = _checked_settings(folder)
+    if given.model is not None and values.get("model") is None:
+        raise ValueError(f"--model: {folder} was made from MFCC, not from a model; leave --model out")
+    model = values.get("model") if given.model is None else given.model
     rules = values["rules"] if given.rules is None else given.rules
-    return LabelSettings(
-        **{name: values[name] for name in names},
-        channel=given.channel,
-        rules=rules,
-        segment_price=values.get("price"),
-    )
+    kept = {name: values.get(name) for name in ("layer", "clusters", "fit_frames", "seed")}
+    return LabelSettings(**kept, model=model, channel=given.channel, rules=rules, segment_price=values.get("price"))  # type: ignore[arg-type]
+
+
+def _checked_settings(folder: Path) -> dict[str, Any]:
+    """Read the settings of a folder of labels, and check the types of those that labels are made with."""
+    values = read_settings(folder)
+    null = type(None)
+    kinds: dict[str, tuple[type, ...]] = {
+        "model": (str, null),
+        "layer": (int, null),
+        "clusters": (int,),
+        "fit_frames": (int,),
+        "seed": (int,),
+        "price": (int, float, null),
+    }
+    for name, kind in kinds.items():
+        if type(values.get(name)) not in kind:
+            raise ValueError(
+                f"{folder / SETTINGS_FILE}: {name} is {brief(values.get(name))}, expected "
+                f"{' or '.join(one.__name__ for one in kind)}; make the labels again with `fastssl label`"
+            )
+    return values
 
 
 def _read_centres(folder: Path) -> Tensor:
@@ -435,9 +463,15 @@ def _read_centres(folder: Path) -> Tensor:
     if not path.is_file():
         raise ValueError(f"{path}: is missing; it contains the k-means model, so restore it or make the labels again")
     try:
-        return read_safetensors(path)["centres"]
+        centres = read_safetensors(path)["centres"]
     except (SafetensorError, KeyError, ValueError) as error:
-        raise ValueError(f"{path}: is damaged ({error}); restore it or make the labels again") from None
+        raise ValueError(f"{path}: is damaged ({printable(error)}); restore it or make the labels again") from None
+    clusters = read_settings(folder)["clusters"]
+    if centres.dim() != 2 or len(centres) != clusters or centres.dtype != torch.float32:
+        raise ValueError(f"{path}: is damaged (centres are not fp32, ({clusters}, width)); make the labels again")
+    if not centres.isfinite().all():
+        raise ValueError(f"{path}: is damaged (centres are NaN or infinite); restore it or make the labels again")
+    return centres
 
 
 def _check_output(output: Path) -> None:

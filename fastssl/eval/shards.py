@@ -1,17 +1,23 @@
 """Store tensors by key in safetensors shards with an index; a stopped run can continue where it left off."""
 
 import json
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fastssl.data.rules import OLDEST_RULES
 from fastssl.files import append_text, is_partial, make_folder, naming, write_first, write_text
 from fastssl.folder_lock import LOCK_FILE
 from fastssl.models.folder import changed_settings, write_weights
+from fastssl.names import plain_path
+from fastssl.reading import complete_lines, printable, read_json
+
+logger = logging.getLogger(__name__)
 
 INDEX_FILE, SETTINGS_FILE = "index.jsonl", "settings.json"
 #: File names of shards; a damaged index must not lead out of the folder.
@@ -32,7 +38,8 @@ class Shards:
         shard_bytes: Size of a shard in bytes; once a shard has reached it, the next one begins.
 
     Raises:
-        ValueError: The folder was begun with other settings, or it contains other files and no shards.
+        ValueError: The folder was begun with other settings, it contains other files and no shards, or its settings or
+            a line of its index are damaged.
         WriteError: The system refused to write.
     """
 
@@ -59,18 +66,50 @@ class Shards:
         if first:
             return
         try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(
-                f"{option}: {path} is not valid JSON ({error}); restore the file or choose another folder"
-            ) from None
-        if not isinstance(before, dict):
-            raise ValueError(f"{option}: {path} does not contain settings; restore the file or choose another folder")
+            before = read_json(path)
+        except ValueError as error:
+            raise ValueError(f"{option}: {error}, or choose another folder") from None
         if changed := changed_settings({"rules": OLDEST_RULES} | before, settings):
             raise ValueError(
                 f"{option}: {self.folder} was begun with other settings ({changed}); "
                 "use the same settings or choose another folder"
             )
+
+    def damaged(self) -> dict[str, str]:
+        """Compare the shards with the index.
+
+        Returns:
+            What is wrong, by the name of each shard that is missing or damaged, or that lacks a key which the index
+            lists.
+        """
+        keys: dict[str, set[str]] = {}
+        for key, entry in self.entries.items():
+            keys.setdefault(entry["shard"], set()).add(key)
+        problems: dict[str, str] = {}
+        for shard, expected in sorted(keys.items()):
+            path = self.folder / shard
+            if not path.is_file():
+                problems[shard] = "is missing"
+                continue
+            try:
+                with plain_path(path) as plain, safe_open(plain, framework="pt") as file:
+                    names = set(file.keys())
+            except (SafetensorError, OSError) as error:
+                problems[shard] = f"cannot be read ({printable(error)})"
+                continue
+            lost = expected - names - {name.rpartition("/")[0] for name in names}
+            if lost:
+                problems[shard] = f"lacks {len(lost)} of {len(expected)} keys, such as {printable(min(lost))}"
+        return problems
+
+    def drop_damaged(self) -> None:
+        """Leave the keys in shards that are `damaged` out of the index, with a warning, so that they are made again."""
+        problems = self.damaged()
+        for shard, problem in problems.items():
+            lost = [key for key, entry in self.entries.items() if entry["shard"] == shard]
+            logger.warning("%s: %s; its %d recordings are made again", self.folder / shard, problem, len(lost))
+            for key in lost:
+                del self.entries[key]
 
     def add(self, key: str, tensors: Mapping[str, Tensor], entry: Mapping[str, Any]) -> None:
         """Add the tensors of one key, and write the shard to disk once it has reached `shard_bytes`.
@@ -145,24 +184,26 @@ def read_index(folder: Path) -> dict[str, dict[str, Any]]:
     path = folder / INDEX_FILE
     if not path.is_file():
         return {}
-    lines = path.read_bytes().splitlines(keepends=True)
-    entries = [_entry(path, number, line) for number, line in enumerate(lines, 1) if line.endswith(b"\n")]
-    return {entry["key"]: entry for entry in entries}
+    entries: dict[str, dict[str, Any]] = {}
+    for number, line in complete_lines(path):
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            entry = None
+        if not _is_entry(entry):
+            raise ValueError(
+                f"{path}: line {number} is damaged, expected an object with the key and the shard of a recording; "
+                "delete the line to make the recording again"
+            )
+        entries[entry["key"]] = entry
+    return entries
 
 
-def _entry(path: Path, number: int, line: bytes) -> dict[str, Any]:
-    try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError):
-        entry = None
-    fields = entry if isinstance(entry, dict) else {}
-    shard = fields.get("shard")
-    if not isinstance(fields.get("key"), str) or not isinstance(shard, str) or not _SHARD.fullmatch(shard):
-        raise ValueError(
-            f"{path}: line {number} is damaged; expected the key and the shard of some tensors. Restore the file, or "
-            "delete the folder to make it again"
-        )
-    return fields
+def _is_entry(entry: Any) -> bool:
+    if not isinstance(entry, dict) or not isinstance(entry.get("key"), str):
+        return False
+    shard = entry.get("shard")
+    return isinstance(shard, str) and _SHARD.fullmatch(shard) is not None
 
 
 def _is_foreign(path: Path) -> bool:

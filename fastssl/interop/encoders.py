@@ -89,7 +89,8 @@ def front_end(
         waveforms: (B, T) samples.
         lengths: B numbers of valid samples.
         convolutions: Kernel size and stride of each convolution, from first to last.
-        padded: The original front end, (B, T) to (B, F, C). It runs if the encoder's norm is "padded".
+        padded: The original front end, (B, T) to (B, F, C). It runs if the encoder's norm is "padded" and F is not 0,
+            which the original refuses.
 
     Returns:
         The valid frames (N, C), and the number of frames F per row of the padded batch.
@@ -98,7 +99,7 @@ def front_end(
     for kernel, stride in convolutions:
         layout = layout.after_conv(kernel, stride)
     *frames, padded_frames = layout.lengths
-    if getattr(model, NORM) == "valid":
+    if getattr(model, NORM) == "valid" or padded_frames == 0:
         samples = Packed.from_padded(waveforms.unsqueeze(2), lengths)
         return F.front_end(model.feature_extractor.conv_layers, samples), padded_frames
     return Packed.from_padded(padded(waveforms), frames), padded_frames

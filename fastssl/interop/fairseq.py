@@ -6,19 +6,19 @@ name.
 """
 
 import argparse
-import pickletools
 import re
-import zipfile
 from collections.abc import Iterator, Mapping
+from itertools import count
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastssl.interop import names
 from fastssl.models.encoder import EncoderConfig
-from fastssl.names import plain_path
+from fastssl.models.pickled import globals_in, load_pickled
+from fastssl.reading import brief, one_line
 
 #: Packages and built-in types whose objects are replaced by inert ones. Their code never runs, so this list says what
 #: such a file normally contains, not what is trusted.
@@ -27,6 +27,7 @@ _EXPECTED = re.compile(
 )
 #: Possible prefixes of the encoder's weights in a checkpoint; fine-tuned models contain the encoder as a submodule.
 _PREFIXES = ("w2v_encoder.w2v_model.", "encoder.w2v_model.", "w2v_encoder.", "w2v_model.", "")
+_MOST_SETTINGS, _LONGEST_LAYERS = 100_000, 10_000
 _FIRST_WEIGHT = "feature_extractor.conv_layers.0.0.weight"
 _TRIPLE = r"\(([1-9]\d{0,4}),([1-9]\d{0,4}),([1-9]\d{0,4})\)"
 _CONV_LAYERS = "[(512, 10, 5)] + [(512, 3, 2)] * 4 + [(512, 2, 2)] * 2"
@@ -76,7 +77,7 @@ def read_checkpoint(path: Path) -> tuple[EncoderConfig, dict[str, Tensor]]:
         cfg = next((cfg for key in ("cfg", "args") if (cfg := _plain(checkpoint.get(key)))), None)
     except Exception as error:  # the file may contain anything, so reading it may fail in any way
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))
-        reason = f"it names {refused[1]}, which is not run" if refused else str(error).partition("\n")[0]
+        reason = f"it names {refused[1]}, which is not run" if refused else one_line(error)
         raise ValueError(f"{path}: cannot be read as a fairseq checkpoint: {reason}") from error
     weights = checkpoint.get("model")
     if not isinstance(weights, dict) or not isinstance(cfg, dict):
@@ -90,56 +91,39 @@ def read_checkpoint(path: Path) -> tuple[EncoderConfig, dict[str, Tensor]]:
         if isinstance(name, str) and name.startswith(prefix) and isinstance(tensor, Tensor)
     }
     try:
-        config = _config(cfg, weights)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    return config, names.renamed(weights, names.FAIRSEQ)
+        return _config(cfg, weights), names.renamed(weights, names.FAIRSEQ)
+    except Exception as error:  # a setting may be anything, such as a tensor that cannot be compared
+        raise ValueError(f"{path}: {one_line(error)}") from error
 
 
 def _load(path: Path) -> dict[str, Any]:
-    expected = [(_Inert, name) for name in _globals_in(path) if _EXPECTED.fullmatch(name)]
-    with plain_path(path) as file, torch.serialization.safe_globals(expected):  # type: ignore[arg-type]
-        loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    expected = [(_Inert, name) for name in globals_in(path) if _EXPECTED.fullmatch(name)]
+    with torch.serialization.safe_globals(expected):  # type: ignore[arg-type]
+        loaded = load_pickled(path)
     if not isinstance(loaded, dict):
         raise ValueError(f"it contains a {type(loaded).__name__}, expected a dictionary")
     return loaded
 
 
-def _globals_in(path: Path) -> set[str]:
-    """Return the classes and functions that a file's pickles name; reads their opcodes without executing them."""
-    found = set()
-    for stream in _pickles_of(path):
-        for operation, argument, _ in pickletools.genops(stream):
-            if operation.name == "GLOBAL":
-                found.add(str(argument).replace(" ", ".", 1).replace("__builtin__.", "builtins.", 1))
-    return found
+def _plain(value: Any, visits: Iterator[int] | None = None) -> Any:
+    """Convert namespaces, omegaconf's nodes and enumerations to dictionaries, lists and plain values, recursively.
 
-
-def _pickles_of(path: Path) -> Iterator[IO[bytes]]:
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            for name in archive.namelist():
-                if name.endswith("/data.pkl"):
-                    with archive.open(name) as stream:
-                        yield stream
-        return
-    with path.open("rb") as stream:
-        for _ in range(4):  # files from before PyTorch 1.6: magic number, version, system and object, then raw data
-            yield stream
-
-
-def _plain(value: Any) -> Any:
-    """Convert namespaces, omegaconf's nodes and enumerations to dictionaries, lists and plain values, recursively."""
+    Raises:
+        ValueError: The settings have too many values; a file may contain one object in another twice, and so on.
+    """
+    visits = count() if visits is None else visits
+    if next(visits) > _MOST_SETTINGS:
+        raise ValueError(f"its settings have more than {_MOST_SETTINGS} values")
     if isinstance(value, (_Inert, argparse.Namespace)):
         state = dict(vars(value))
         given = state.pop("_given", ())
         for key in ("_content", "_val"):  # attributes of omegaconf's containers and values
             if key in state:
-                return _plain(state[key])
-        return _plain(state) if state or not given else _plain(given[-1])
+                return _plain(state[key], visits)
+        return _plain(state, visits) if state or not given else _plain(given[-1], visits)
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+        return {key: _plain(item, visits) for key, item in value.items()}
+    return [_plain(item, visits) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _config(cfg: dict[str, Any], weights: Mapping[str, Tensor]) -> EncoderConfig:
@@ -150,11 +134,11 @@ def _config(cfg: dict[str, Any], weights: Mapping[str, Tensor]) -> EncoderConfig
     model = {name: value for name, value in _model_of(levels[-1]).items() if value is not None}
     for name, served in _SERVED.items():
         if model.get(name, served) != served:
-            raise ValueError(f"{name}={model[name]!r} is not supported, only {served!r}")
+            raise ValueError(f"{name}={brief(model[name])} is not supported, only {served!r}")
     modes = {"default": "group", "layer_norm": "layer"}
     mode = model.get("extractor_mode", "default")
-    if mode not in modes:
-        raise ValueError(f"extractor_mode={mode!r} is not supported, only {' and '.join(modes)}")
+    if mode not in list(modes):  # compared with a list, because a pickled value may be unhashable
+        raise ValueError(f"extractor_mode={brief(mode)} is not supported, only {' and '.join(modes)}")
     layers = _parse_layers(model.get("conv_feature_layers", _CONV_LAYERS))
     values = {
         "model_type": "wav2vec2",
@@ -208,7 +192,7 @@ def _setting(model: Mapping[str, Any], name: str, default: Any) -> Any:
     value = model.get(name, default)
     number = isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool)
     if type(value) is not type(default) and not number:
-        raise ValueError(f"{name}={value!r} is not of type {type(default).__name__}")
+        raise ValueError(f"{name}={brief(value)} is not of type {type(default).__name__}")
     return value
 
 
@@ -231,6 +215,8 @@ def _normalises(levels: list[dict[str, Any]]) -> bool:
 def _parse_layers(text: Any) -> list[tuple[int, int, int]]:
     """Parse the (channels, kernel, stride) of each convolution from text like "[(512, 10, 5)] + [(512, 3, 2)] * 4"."""
     layers: list[tuple[int, int, int]] = []
+    if len(str(text)) > _LONGEST_LAYERS:
+        raise ValueError(f"conv_feature_layers: is too long for a list of convolutions: {str(text)!r:.200}")
     for term in re.sub(r"\s", "", str(text)).split("+"):
         match = re.fullmatch(r"\[([\d,()]*)\](?:\*([1-9]\d?))?", term)
         if match is None:

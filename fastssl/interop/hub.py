@@ -14,13 +14,14 @@ def may_be_id(name: str) -> bool:
     return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) is not None
 
 
-def download(name: str) -> Path:
+def download(name: str, *, cached: bool = False) -> Path:
     """Download the configs and weights of a model on the Hub, or find them in the local cache.
 
     Pickled weights are downloaded only if the model has none in safetensors.
 
     Args:
         name: Name of the model, such as "facebook/hubert-base-ls960".
+        cached: Download nothing: the model must be in the local cache.
 
     Returns:
         The folder with the files, in the cache of huggingface_hub.
@@ -36,11 +37,17 @@ def download(name: str) -> Path:
         raise ValueError(f"{missing}; to load it from the Hub, run `pip install huggingface_hub`") from None
     try:
         folder = Path(
-            snapshot_download(name, allow_patterns=["config.json", "preprocessor_config.json", *_SAFETENSORS])
+            snapshot_download(
+                name,
+                allow_patterns=["config.json", "preprocessor_config.json", *_SAFETENSORS],
+                local_files_only=cached,
+            )
         )
         if not any(folder.glob("model*.safetensors")):
-            folder = Path(snapshot_download(name, allow_patterns=_PICKLES))
+            folder = Path(snapshot_download(name, allow_patterns=_PICKLES, local_files_only=cached))
     except (OSError, ValueError) as error:
+        if cached:
+            raise ValueError(f"{missing}, and a model that a file names is not downloaded") from None
         reason = next((line for line in str(error).splitlines() if line.strip()), "")
         raise ValueError(f"{missing}, and loading from the Hub failed: {type(error).__name__}: {reason}") from error
     return folder

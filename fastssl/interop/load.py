@@ -11,6 +11,7 @@ from fastssl.models.conformer import ConformerEncoder
 from fastssl.models.encoder import Encoder, EncoderConfig
 from fastssl.models.folder import ACCELERATED_COMPRESSOR, CONFORMER, MODEL_CLASSES, read_config
 from fastssl.models.speech_encoder import SpeechEncoder
+from fastssl.reading import printable
 
 _CAN_BE_OPENED = (
     "a run of `fastssl pretrain`; a folder with its encoder or in Transformers' layout; the name of a model on the "
@@ -19,7 +20,7 @@ _CAN_BE_OPENED = (
 )
 
 
-def load_encoder(path_or_model: str | Path | nn.Module) -> SpeechEncoder:
+def load_encoder(path_or_model: str | Path | nn.Module, *, download: bool = True) -> SpeechEncoder:
     """Load a speech encoder and put it in evaluation mode.
 
     Supports wav2vec 2.0, HuBERT, WavLM, data2vec audio, UniSpeech and UniSpeech-SAT, and BEST-RQ from a run or a folder
@@ -40,6 +41,9 @@ def load_encoder(path_or_model: str | Path | nn.Module) -> SpeechEncoder:
             - a torchaudio model; its weights are copied. `config.do_normalize` says whether the model itself normalises
               waveforms, as the models of some bundles do.
 
+        download: Download a model on the Hub that is not in the local cache. Set this to False if the name comes from a
+            file that others may have written.
+
     Returns:
         A `ConformerEncoder` for BEST-RQ, else an `Encoder`. If the argument is one of these, it is returned itself.
 
@@ -53,20 +57,21 @@ def load_encoder(path_or_model: str | Path | nn.Module) -> SpeechEncoder:
         return _from_model(path_or_model).eval()
     if not isinstance(path_or_model, (str, Path)):
         raise ValueError(f"path_or_model: {type(path_or_model).__name__} cannot be loaded; expected {_CAN_BE_OPENED}")
-    return _from_path(path_or_model).eval()
+    try:
+        return _from_path(path_or_model, download=download).eval()
+    except OSError as error:  # such as a folder without permission, or a name that no file can have
+        raise ValueError(f"{printable(path_or_model)}: cannot be read: {error.strerror}; check the path") from error
 
 
-def _from_path(name: str | Path) -> SpeechEncoder:
+def _from_path(name: str | Path, *, download: bool) -> SpeechEncoder:
     path = Path(name)
     if path.is_file():
         config, weights = read_checkpoint(path)
-        encoder = Encoder(config)
-        encoder.load_weights(weights, name=str(path))
-        return encoder
+        return Encoder.from_weights(config, weights, name=str(path))
     if not path.exists():
         if not hub.may_be_id(str(name)):
-            raise ValueError(f"{name}: no such file or folder; expected {_CAN_BE_OPENED}")
-        path = hub.download(str(name))
+            raise ValueError(f"{printable(name)}: no such file or folder; expected {_CAN_BE_OPENED}")
+        path = hub.download(str(name), cached=not download)
     elif (path / "encoder" / "config.json").exists():
         path = path / "encoder"
     is_conformer = read_config(path, model_types=[*MODEL_CLASSES, CONFORMER])["model_type"] == CONFORMER

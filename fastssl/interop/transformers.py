@@ -186,6 +186,8 @@ def _mask(model: Any, x: Packed, mask_time_indices: Tensor | None, padded_frames
     augments = model.training and (config.mask_time_prob > 0 or config.mask_feature_prob > 0)
     if not getattr(config, "apply_spec_augment", True) or (mask_time_indices is None and not augments):
         return x
+    if x.layout.total == 0:  # the model's function refuses rows without frames
+        return x
     valid = None
     if has_padding and CLASSES.original(model).__name__ != "HubertModel":  # HuBERT may mask padding frames too
         valid = x.layout.valid(padded_frames)

@@ -6,7 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field, fields, is_dataclass
 from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
+from fastssl.reading import brief
+
 T = TypeVar("T")
+
+#: Largest integer and longest list in any config. Larger ones come from damaged files, and overflow later.
+_LARGEST, _LONGEST = 1 << 32, 1024
 
 _HOLDS: dict[str, Callable[[Any, Any], bool]] = {
     "at least": operator.ge,
@@ -23,8 +28,8 @@ class Declared(NamedTuple):
     Attributes:
         name: Name of the field.
         hint: Type of the field.
-        bounds: Each limit by its kind: "at least", "above", "at most" or "below" with a number, "one of" with the
-            allowed strings. Empty if the field has no bounds.
+        bounds: Each limit by its kind: "at least", "above", "at most", "below" or "ceiling" with a number, "one of"
+            with the allowed strings. Empty if the field has no bounds.
     """
 
     name: str
@@ -39,6 +44,7 @@ def bounded(
     above: float | None = None,
     most: float | None = None,
     below: float | None = None,
+    ceiling: int | None = None,
     choices: Sequence[str] | None = None,
 ) -> T:
     """Declare a field of a config dataclass with bounds, which `check_bounds` checks.
@@ -51,12 +57,14 @@ def bounded(
         above: The value must be greater than this.
         most: Largest value allowed.
         below: The value must be less than this.
+        ceiling: A value above this comes from a damaged file, because no model has one; only errors about it name it.
         choices: Allowed strings.
 
     Returns:
         The result of `dataclasses.field`; type checkers see a value of the same type as `default`.
     """
-    bounds = {"at least": least, "above": above, "at most": most, "below": below, "one of": choices}
+    bounds: dict[str, Any] = {"at least": least, "above": above, "at most": most, "below": below}
+    bounds |= {"ceiling": ceiling, "one of": choices}
     return field(default=default, metadata={word: limit for word, limit in bounds.items() if limit is not None})
 
 
@@ -79,7 +87,7 @@ def declared(config: type[Any]) -> tuple[Declared, ...]:
 
 
 def check_bounds(config: Any, prefix: str = "") -> None:
-    """Check the type and the bounds of every field, and that floats are finite.
+    """Check the type and the bounds of every field, and that no number is infinite or larger than any config needs.
 
     Args:
         config: The config to check, an instance of a dataclass.
@@ -91,16 +99,22 @@ def check_bounds(config: Any, prefix: str = "") -> None:
     for name, hint, bounds in declared(type(config)):
         value = getattr(config, name)
         if not _is_of(value, hint):
-            raise ValueError(f"{prefix}{name}: must be {_describe(hint)}, got {value!r}")
+            raise ValueError(f"{prefix}{name}: must be {_describe(hint)}, got {brief(value)}")
+        if isinstance(value, tuple) and len(value) > _LONGEST:
+            raise ValueError(f"{prefix}{name}: must have at most {_LONGEST} entries, got {len(value)}")
         null = ", or null" if type(None) in get_args(hint) else ""
         for entry in value if isinstance(value, tuple) else (value,):
             if isinstance(entry, float) and not math.isfinite(entry):
                 raise ValueError(f"{prefix}{name}: must be finite, got {entry}")
             if entry is None or (isinstance(entry, str) and "one of" not in bounds):
                 continue
-            if not all(_HOLDS[word](entry, limit) for word, limit in bounds.items()):
-                wanted = " and ".join(f"{word} {_show(limit)}" for word, limit in bounds.items())
-                raise ValueError(f"{prefix}{name}: must be {wanted}{null}, got {entry!r}")
+            shown = {word: limit for word, limit in bounds.items() if word != "ceiling"}
+            if not all(_HOLDS[word](entry, limit) for word, limit in shown.items()):
+                wanted = " and ".join(f"{word} {_show(limit)}" for word, limit in shown.items())
+                raise ValueError(f"{prefix}{name}: must be {wanted}{null}, got {brief(entry)}")
+            ceiling = bounds.get("ceiling", _LARGEST)
+            if isinstance(entry, int) and abs(entry) > ceiling:
+                raise ValueError(f"{prefix}{name}: must be at most {ceiling}, got {brief(entry)}")
 
 
 def _is_of(value: object, hint: Any) -> bool:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from fastssl.models.bounds import bounded, check_bounds, declared
 from fastssl.models.folder import SAMPLE_RATE_HZ
 from fastssl.nn.compression import KINDS
+from fastssl.reading import brief
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -50,7 +51,7 @@ class CompressorConfig:
     """
 
     compressor: str = bounded("none", choices=("none", *KINDS))
-    compressor_factor: int = bounded(1, least=1)
+    compressor_factor: int = bounded(1, least=1, ceiling=1024)
     compression_draw: str = bounded("rate", choices=("rate", "period"))
     compression_range: tuple[float, ...] = bounded((0.0, 1.0), least=0)
 
@@ -129,15 +130,15 @@ class SpeechEncoderConfig(CompressorConfig):
         ValueError: A value is out of bounds, or values do not fit together.
     """
 
-    hidden_size: int = bounded(768, least=1)
-    num_hidden_layers: int = bounded(12, least=0)
-    num_attention_heads: int = bounded(12, least=1)
-    intermediate_size: int = bounded(3072, least=1)
+    hidden_size: int = bounded(768, least=1, ceiling=65_536)
+    num_hidden_layers: int = bounded(12, least=0, ceiling=1024)
+    num_attention_heads: int = bounded(12, least=1, ceiling=65_536)
+    intermediate_size: int = bounded(3072, least=1, ceiling=1_048_576)
     hidden_dropout: float = bounded(0.1, least=0, below=1)
     attention_dropout: float = bounded(0.1, least=0, below=1)
     activation_dropout: float = bounded(0.1, least=0, below=1)
     layerdrop: float = bounded(0.1, least=0, below=1)
-    conv_dim: tuple[int, ...] = bounded((512,) * 7, least=1)
+    conv_dim: tuple[int, ...] = bounded((512,) * 7, least=1, ceiling=65_536)
     layer_norm_eps: float = bounded(1e-5, above=0)
     do_normalize: bool = True
     model_type: str = "wav2vec2"
@@ -160,6 +161,11 @@ class SpeechEncoderConfig(CompressorConfig):
     def receptive_field_samples(self) -> int:
         """Number of samples, at 16 kHz, that one front-end frame depends on."""
         raise NotImplementedError
+
+    @property
+    def num_modules(self) -> int:
+        """Number of layers or of convolutions, whichever is larger; a model has at least as many weights."""
+        return max(self.num_hidden_layers, len(self.conv_dim))
 
     def count_parts(self, samples: int) -> Parts:
         """Count the multiply-accumulates for one utterance, as if the encoder had no compressor.
@@ -199,7 +205,7 @@ class CompressedConfig(CompressorConfig):
         super().__post_init__()
         given, own = getattr(self, "model_type", None), getattr(type(self), "model_type", None)
         if given != own:
-            raise ValueError(f"model_type: this system trains a {own} encoder, got {given!r}")
+            raise ValueError(f"model_type: this system trains a {own} encoder, got {brief(given)}")
 
 
 @dataclass(frozen=True)
@@ -213,5 +219,5 @@ class MaskedConfig(CompressedConfig):
     """
 
     mask_time_prob: float = bounded(0.65, least=0, most=1)
-    mask_time_length: int = bounded(10, least=1)
-    mask_time_min_masks: int = bounded(2, least=0)
+    mask_time_length: int = bounded(10, least=1, ceiling=1_048_576)
+    mask_time_min_masks: int = bounded(2, least=0, ceiling=65_536)

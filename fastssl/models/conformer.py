@@ -19,6 +19,7 @@ from fastssl.nn.feature_extractor import ConvLayer
 from fastssl.nn.linear import PackedLinear
 from fastssl.nn.log_mel import HOP_SAMPLES, WINDOW_SAMPLES, LogMel, normalize_over_time
 from fastssl.packing import Layout, Packed
+from fastssl.reading import brief
 
 #: Kernel size and stride, in frames, of both subsampling convolutions.
 _KERNEL, _STRIDE = 3, 2
@@ -46,20 +47,20 @@ class ConformerConfig(SpeechEncoderConfig):
         ValueError: A value is out of bounds, or values do not fit together.
     """
 
-    hidden_size: int = bounded(576, least=2)
+    hidden_size: int = bounded(576, least=2, ceiling=65_536)
     num_attention_heads: int = 8
     intermediate_size: int = 2048
     layerdrop: float = 0.0
     conv_dim: tuple[int, ...] = (512, 512)
     do_normalize: bool = False
     model_type: str = CONFORMER
-    num_mel_bins: int = bounded(80, least=1)
-    conv_depthwise_kernel_size: int = bounded(31, least=1)
+    num_mel_bins: int = bounded(80, least=1, ceiling=1024)
+    conv_depthwise_kernel_size: int = bounded(31, least=1, ceiling=65_535)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.model_type != CONFORMER:
-            raise ValueError(f"model_type: must be {CONFORMER!r} for a Conformer, got {self.model_type!r}")
+            raise ValueError(f"model_type: must be {CONFORMER!r} for a Conformer, got {brief(self.model_type)}")
         if self.hidden_size % (2 * self.num_attention_heads):
             raise ValueError(
                 f"num_attention_heads: must divide hidden_size={self.hidden_size} into even widths, "

@@ -55,8 +55,8 @@ class DistillationConfig(CompressedConfig, EncoderConfig):
     feature_grad_mult: float = 0.1
     distillation: str = bounded("pred", choices=("pred", "l2l"))
     teacher_layers: tuple[int, ...] = bounded((), least=0)
-    teacher_hidden_size: int = bounded(768, least=1)
-    teacher_num_hidden_layers: int = bounded(12, least=1)
+    teacher_hidden_size: int = bounded(768, least=1, ceiling=65_536)
+    teacher_num_hidden_layers: int = bounded(12, least=1, ceiling=1024)
     cosine_loss_weight: float = bounded(1.0, least=0)
     initialise_from_teacher: bool = True
 

@@ -18,6 +18,7 @@ from fastssl.nn.compression import Compressed
 from fastssl.nn.feature_extractor import FeatureExtractor, FeatureProjection, scale_gradient
 from fastssl.nn.transformer import RelativePositions, Transformer
 from fastssl.packing import Layout, Packed
+from fastssl.reading import brief
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -64,30 +65,30 @@ class EncoderConfig(SpeechEncoderConfig):
 
     feat_proj_dropout: float = bounded(0.0, least=0, below=1)
     feat_extract_norm: Literal["group", "layer"] = "group"
-    conv_kernel: tuple[int, ...] = bounded((10, 3, 3, 3, 3, 2, 2), least=1)
-    conv_stride: tuple[int, ...] = bounded((5, 2, 2, 2, 2, 2, 2), least=1)
+    conv_kernel: tuple[int, ...] = bounded((10, 3, 3, 3, 3, 2, 2), least=1, ceiling=65_536)
+    conv_stride: tuple[int, ...] = bounded((5, 2, 2, 2, 2, 2, 2), least=1, ceiling=65_536)
     conv_bias: bool = False
-    num_conv_pos_embeddings: int = bounded(128, least=1)
-    num_conv_pos_embedding_groups: int = bounded(16, least=1)
+    num_conv_pos_embeddings: int = bounded(128, least=1, ceiling=65_536)
+    num_conv_pos_embedding_groups: int = bounded(16, least=1, ceiling=65_536)
     do_stable_layer_norm: bool = False
     initializer_range: float = bounded(0.02, least=0)
     feature_grad_mult: float = bounded(1.0, least=0)
     feat_proj_layer_norm: bool = True
-    num_buckets: int = bounded(320, least=4)
-    max_bucket_distance: int = bounded(800, least=2)
-    conv_pos_kernel_size: int = bounded(19, least=1)
+    num_buckets: int = bounded(320, least=4, ceiling=65_536)
+    max_bucket_distance: int = bounded(800, least=2, ceiling=1_048_576)
+    conv_pos_kernel_size: int = bounded(19, least=1, ceiling=65_536)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.model_type not in MODEL_CLASSES:
-            raise ValueError(f"model_type: must be one of {', '.join(MODEL_CLASSES)}, got {self.model_type!r}")
+            raise ValueError(f"model_type: must be one of {', '.join(MODEL_CLASSES)}, got {brief(self.model_type)}")
         foreign = [field for field in fields(self) if _OWN_FIELDS.get(field.name, self.model_type) != self.model_type]
         fixed = {field.name: field.default for field in foreign}
         if self.model_type == "data2vec-audio":
             fixed |= _DATA2VEC
         for name, value in fixed.items():
             if getattr(self, name) != value:
-                raise ValueError(f"{name}: must be {value!r} for {self.model_type}, got {getattr(self, name)!r}")
+                raise ValueError(f"{name}: must be {value!r} for {self.model_type}, got {brief(getattr(self, name))}")
         if not 0 < len(self.conv_dim) == len(self.conv_kernel) == len(self.conv_stride):
             raise ValueError(
                 "conv_dim, conv_kernel, conv_stride: must be lists of the same length, one entry per convolution, got "
@@ -123,7 +124,7 @@ class EncoderConfig(SpeechEncoderConfig):
             "conv_pos_batch_norm": False,  # batch norm would make features depend on the rest of the batch
         }.items():
             if values.get(key, served) != served:
-                raise ValueError(f"{key}={values[key]!r} is not supported, expected {served!r}")
+                raise ValueError(f"{key}={brief(values[key])} is not supported, expected {served!r}")
         known = {field.name: field.default for field in fields(EncoderConfig) if field.name != "model_type"}
         known |= {name: value for name, value in values.items() if _OWN_FIELDS.get(name, model_type) == model_type}
         if model_type == "data2vec-audio":
@@ -142,6 +143,12 @@ class EncoderConfig(SpeechEncoderConfig):
         for kernel, stride in zip(reversed(self.conv_kernel), reversed(self.conv_stride), strict=True):
             samples = (samples - 1) * stride + kernel
         return samples
+
+    @property
+    def num_modules(self) -> int:
+        """Number of layers or of convolutions, whichever is larger; a model has at least as many weights."""
+        stacked = self.num_conv_pos_embeddings if self.model_type == "data2vec-audio" else 0
+        return max(super().num_modules, stacked)
 
     def count_parts(self, samples: int) -> Parts:
         """Count the multiply-accumulates for one utterance, as if the encoder had no compressor.

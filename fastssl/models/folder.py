@@ -13,7 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fastssl.files import remove, replacing
+from fastssl.models.pickled import load_pickled
 from fastssl.names import plain_path
+from fastssl.reading import MOST_BYTES, brief, check_file, one_line, printable, read_json
 
 #: Each supported `model_type` of Transformers, and its model class there.
 MODEL_CLASSES = {
@@ -34,6 +36,9 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+#: Most files that weights are split into, and the dtypes that they may have.
+_MOST_PARTS = 1000
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 #: File of a compressor's weights (Transformers ignores it), and prefix of their names in the encoder's state dict.
 COMPRESSOR_FILE, COMPRESSOR_PREFIX = "compressor.safetensors", "compressor."
 #: Name of the checksum of the tensors in the metadata of our safetensors files; other libraries ignore it.
@@ -68,23 +73,27 @@ def read_config(folder: Path, *, model_types: Iterable[str] = tuple(MODEL_CLASSE
     path = folder / "config.json"
     if not path.exists():
         raise ValueError(f"{folder}: contains no model (looked for {path} and {folder / 'encoder' / 'config.json'})")
-    values = _read_json(path)
+    values = read_json(path)
     model_types = list(model_types)
     if values.get("model_type") not in model_types:  # compared with a list, because JSON values may be unhashable
         served = ", ".join(model_types)
-        raise ValueError(f"{path}: model_type is {values.get('model_type')!r}, expected one of {served}")
+        raise ValueError(f"{path}: model_type is {brief(values.get('model_type'))}, expected one of {served}")
     preprocessor = folder / "preprocessor_config.json"
     if preprocessor.exists():
-        of_audio = _read_json(preprocessor)
+        of_audio = read_json(preprocessor)
         rate_hz = of_audio.get("sampling_rate", SAMPLE_RATE_HZ)
         if rate_hz != SAMPLE_RATE_HZ:
-            raise ValueError(f"{preprocessor}: sampling_rate is {rate_hz}, expected {SAMPLE_RATE_HZ}")
-        values["do_normalize"] = of_audio.get("do_normalize", True)
+            raise ValueError(f"{preprocessor}: sampling_rate is {brief(rate_hz)}, expected {SAMPLE_RATE_HZ}")
+        values["do_normalize"] = normalizes = of_audio.get("do_normalize", True)
+        if not isinstance(normalizes, bool):
+            raise ValueError(f"{preprocessor}: do_normalize is {brief(normalizes)}, expected true or false")
     return values
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """Read all weights in a folder: those of the encoder, of its compressor, and of a head.
+
+    Most formats are mapped into memory, so a tensor takes memory only once its numbers are used.
 
     Args:
         folder: Folder with one of `WEIGHT_FILES`, and optionally `COMPRESSOR_FILE`.
@@ -100,15 +109,20 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         raise ValueError(f"{folder}: contains no weights (looked for {', '.join(WEIGHT_FILES)})")
     if path.suffix != ".json":
         return _read_tensors(path) | _read_compressor(folder)
-    files = _read_json(path).get("weight_map")
+    files = read_json(path).get("weight_map")
     if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
         raise ValueError(f"{path}: weight_map must give a file name for each weight; restore the file")
+    parts, suffix = sorted(set(files.values())), Path(path.name.removesuffix(".index.json")).suffix
+    if len(parts) > _MOST_PARTS:
+        raise ValueError(f"{path}: lists {len(parts)} files, expected at most {_MOST_PARTS}; restore the file")
     weights: dict[str, Tensor] = {}
-    for name in sorted(set(files.values())):
+    for name in parts:
         if Path(name).name != name:
-            raise ValueError(f"{path}: lists {name!r}, expected the name of a file in the same folder")
+            raise ValueError(f"{path}: lists {brief(name)}, expected the name of a file in the same folder")
+        if not name.endswith(suffix):
+            raise ValueError(f"{path}: lists {brief(name)}, expected names that end with {suffix}")
         if not (folder / name).exists():
-            raise ValueError(f"{folder / name}: is missing, but {path.name} lists it; restore the file")
+            raise ValueError(f"{folder / printable(name)}: is missing, but {path.name} lists it; restore the file")
         weights |= _read_tensors(folder / name)
     return weights | _read_compressor(folder)
 
@@ -145,16 +159,25 @@ def write_encoder_weights(folder: Path, state: Mapping[str, Tensor]) -> None:
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
+    size = check_file(path)
     try:
         if path.suffix == ".safetensors":
+            _check_header(path, size)
             return read_safetensors(path)
-        with plain_path(path) as file:
-            weights = torch.load(file, map_location="cpu", weights_only=True)
+        weights = load_pickled(path)
     except Exception as error:  # errors of safetensors, zipfile and pickle have no common class
-        raise ValueError(f"{path}: cannot be read: {str(error).partition(chr(10))[0]}") from error
+        raise ValueError(f"{path}: cannot be read: {one_line(error)}") from error
     if not is_state_dict(weights):
         raise ValueError(f"{path}: must contain a state dict, that is, a dictionary of tensors by name")
     return weights
+
+
+def _check_header(path: Path, size: int) -> None:
+    """Check the length of a safetensors file's header; safetensors itself checks what the header says."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    if not 2 <= length <= min(size - 8, MOST_BYTES):
+        raise ValueError(f"its header would have {length} bytes, expected at most {MOST_BYTES}; restore the file")
 
 
 def is_state_dict(weights: object) -> TypeGuard[dict[str, Tensor]]:
@@ -164,11 +187,48 @@ def is_state_dict(weights: object) -> TypeGuard[dict[str, Tensor]]:
     )
 
 
+def check_stored(weights: Mapping[str, Tensor], *, name: str) -> None:
+    """Check that weights from a file do not share their numbers: a small file could otherwise hold a giant model.
+
+    Args:
+        weights: Tensors by name, those of one encoder.
+        name: Name of the file or model, for error messages.
+
+    Raises:
+        ValueError: The weights have more numbers than are stored.
+    """
+    storages = [tensor.untyped_storage() for tensor in weights.values()]
+    stored = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    if sum(tensor.nbytes for tensor in weights.values()) > stored:
+        raise ValueError(f"{name}: has fewer numbers than its weights need, because they share them; restore the model")
+
+
 def load_matching(module: nn.Module, weights: Mapping[str, Tensor], *, name: str) -> None:
-    """Load weights into a module after checking that names and shapes agree and that all are floating point.
+    """Load weights into a module after checking that they match and that all numbers are finite.
 
     Args:
         module: Module to load into.
+        weights: Tensors by name.
+        name: Name of the file or model, for error messages.
+
+    Raises:
+        ValueError: As in `check_matching`, or a weight is NaN or infinite in the module's dtype.
+    """
+    check_matching(module, weights, name=name)
+    own = module.state_dict()
+    for key, tensor in weights.items():
+        numbers = tensor.to(own[key].dtype)
+        # The sum is finite if the numbers are, but for numbers that no model has.
+        if not numbers.sum().isfinite() and not numbers.isfinite().all():
+            raise ValueError(f"{name}: {printable(key)} has NaN or infinite weights; restore the model")
+    module.load_state_dict(weights)
+
+
+def check_matching(module: nn.Module, weights: Mapping[str, Tensor], *, name: str) -> None:
+    """Check that names and shapes of weights are those of a module, without reading their numbers.
+
+    Args:
+        module: Module that the weights are for; it may be on the meta device.
         weights: Tensors by name.
         name: Name of the file or model, for error messages.
 
@@ -181,24 +241,17 @@ def load_matching(module: nn.Module, weights: Mapping[str, Tensor], *, name: str
         "weights are unknown to the encoder": weights.keys() - own.keys(),
     }.items():
         if keys:
-            some = ", ".join(sorted(keys)[:5])
+            some = ", ".join(map(printable, sorted(keys)[:5]))
             raise ValueError(f"{name}: {problem}: {some}{' ...' if len(keys) > 5 else ''}")
     for key, tensor in weights.items():
         if tensor.shape != own[key].shape:
             raise ValueError(f"{name}: {key} has shape {tuple(tensor.shape)}, expected {tuple(own[key].shape)}")
-        if not tensor.is_floating_point():
-            raise ValueError(f"{name}: {key} has dtype {tensor.dtype}, expected a floating-point dtype")
-    module.load_state_dict(weights)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: is not valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: must contain a JSON object, got a {type(values).__name__}")
-    return values
+        if tensor.dtype not in _DTYPES:
+            raise ValueError(
+                f"{name}: {key} has dtype {tensor.dtype}, expected a floating-point dtype of 16 to 64 bits"
+            )
+        if tensor.layout != torch.strided or tensor.is_quantized:
+            raise ValueError(f"{name}: {key} is not a plain tensor; save it as one")
 
 
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any], *, there: str = "there") -> str:
@@ -213,7 +266,7 @@ def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any], *, there
         The differences, such as "seed: 3 in the run, 4 now"; an empty text if there are none.
     """
     changed = [name for name, value in now.items() if before.get(name) != value]
-    return "; ".join(f"{name}: {before.get(name)} {there}, {now[name]} now" for name in changed)
+    return "; ".join(f"{name}: {printable(before.get(name))} {there}, {now[name]} now" for name in changed)
 
 
 def write_weights(path: Path, weights: Mapping[str, Tensor]) -> None:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from fastssl.data.segments import FrameSegments
 from fastssl.models.compression import CompressionScores, draw_compression, with_compression_loss
 from fastssl.models.config import CompressedConfig, MaskedConfig, SpeechEncoderConfig
-from fastssl.models.folder import read_config, read_weights
+from fastssl.models.folder import check_matching, read_config, read_weights
+from fastssl.models.skeleton import skeleton
 from fastssl.models.speech_encoder import SpeechEncoder
 from fastssl.nn.compression import Compressed
 from fastssl.nn.masking import sample_span_mask
@@ -245,11 +246,15 @@ class PretrainingModel(nn.Module):
         """
         folder = Path(folder)
         values = read_config(folder, model_types=[cls.config_class().model_type])
+        weights = read_weights(folder)
         try:
-            model = cls(cls.config_class.from_dict(values))
+            config = cls.config_class.from_dict(values)
+            shape = skeleton(lambda: cls(config)).speech_encoder
         except ValueError as error:
             raise ValueError(f"{folder / 'config.json'}: {error}") from None
-        model.load_weights(read_weights(folder), name=str(folder))
+        check_matching(shape, shape.matching_weights(weights, name=str(folder)), name=str(folder))
+        model = cls(config)
+        model.load_weights(weights, name=str(folder))
         return model
 
     def head_state(self) -> dict[str, Tensor]:

@@ -12,14 +12,18 @@ from fastssl.models.folder import (
     ACCELERATED_COMPRESSOR,
     COMPRESSOR_FILE,
     COMPRESSOR_PREFIX,
+    check_matching,
+    check_stored,
     load_matching,
     read_config,
     read_weights,
     write_encoder_weights,
 )
 from fastssl.models.model_card import ModelCard
+from fastssl.models.skeleton import skeleton
 from fastssl.nn.compression import Compressed, SequenceCompressor
 from fastssl.packing import Packed
+from fastssl.reading import printable
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -163,10 +167,41 @@ class SpeechEncoder(nn.Module):
         folder = Path(folder)
         values = read_config(folder, model_types=cls.model_types)
         try:
-            encoder = cls(cls.config_class.from_dict(values))
+            config = cls.config_class.from_dict(values)
         except ValueError as error:
             raise ValueError(f"{folder / 'config.json'}: {error}") from None
-        encoder.load_weights(read_weights(folder), name=str(folder))
+        return cls.from_weights(config, read_weights(folder), name=str(folder))
+
+    @classmethod
+    def from_weights(cls, config: SpeechEncoderConfig, weights: Mapping[str, Tensor], *, name: str) -> "Self":
+        """Build an encoder and load its weights, after checking that config and weights fit each other.
+
+        Nothing is built before, because a file may claim any size.
+
+        Args:
+            config: Shape of the encoder, an instance of `config_class`.
+            weights: Tensors by name, as read from a file.
+            name: Name of the folder or file, for error messages.
+
+        Raises:
+            ValueError: The weights do not fit the config, are not finite, or do not fit into memory.
+        """
+        if config.num_modules > len(weights):
+            raise ValueError(
+                f"{name}: the config describes {config.num_modules} layers, but there are only {len(weights)} weights"
+            )
+        try:
+            shape = skeleton(lambda: cls(config))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        found = shape.matching_weights(weights, name=name)
+        check_matching(shape, found, name=name)
+        check_stored(found, name=name)
+        try:
+            encoder = cls(config)
+        except (RuntimeError, MemoryError) as error:
+            raise ValueError(f"{name}: cannot be built: {str(error).partition(chr(10))[0]}") from error
+        encoder.load_weights(weights, name=name)
         return encoder
 
     def own_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -189,8 +224,20 @@ class SpeechEncoder(nn.Module):
             fresh_compressor: Allow `weights` to contain no compressor; the encoder's compressor then stays unchanged.
 
         Raises:
-            ValueError: A weight is missing, has the wrong shape, or has no counterpart in this encoder, such as those
-                of a compressor that `fastssl.accelerate` added to a Transformers model.
+            ValueError: A weight is missing, has the wrong shape, is NaN or infinite, or has no counterpart in this
+                encoder, such as those of a compressor that `fastssl.accelerate` added to a Transformers model.
+        """
+        load_matching(self, self.matching_weights(weights, name=name, fresh_compressor=fresh_compressor), name=name)
+
+    def matching_weights(
+        self, weights: Mapping[str, Tensor], *, name: str, fresh_compressor: bool = False
+    ) -> dict[str, Tensor]:
+        """Pick the encoder's weights as `own_weights` does, and explain what is wrong with those of a compressor.
+
+        The arguments are those of `load_weights`.
+
+        Raises:
+            ValueError: The weights of a compressor are missing, or belong to a model that `fastssl.accelerate` changed.
         """
         own, found = self.state_dict(), self.own_weights(weights)
         if fresh_compressor and not any(key.startswith(COMPRESSOR_PREFIX) for key in found):
@@ -202,7 +249,7 @@ class SpeechEncoder(nn.Module):
             )
         if put_on := [key for key in weights if f"{ACCELERATED_COMPRESSOR}." in key]:
             raise ValueError(
-                f"{name}: contains a compressor that `fastssl.accelerate` added ({put_on[0]}, ...) and that a fastssl "
-                "encoder cannot load; remove it with `fastssl.restore(model)` and save the model again"
+                f"{name}: contains a compressor that `fastssl.accelerate` added ({printable(put_on[0])}, ...) and that "
+                "a fastssl encoder cannot load; remove it with `fastssl.restore(model)` and save the model again"
             )
-        load_matching(self, found, name=name)
+        return found

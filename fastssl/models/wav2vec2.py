@@ -88,7 +88,7 @@ class Wav2Vec2Config(MaskedConfig, EncoderConfig):
     layerdrop: float = 0.05
     do_normalize: bool = False
     feature_grad_mult: float = 0.1
-    num_negatives: int = bounded(100, least=1)
+    num_negatives: int = bounded(100, least=1, ceiling=65_536)
     contrastive_logits_temperature: float = bounded(0.1, above=0)
     num_codevector_groups: int = bounded(2, least=1)
     num_codevectors_per_group: int = bounded(320, least=1)

@@ -104,8 +104,9 @@ class SequenceCompressor(nn.Module):
 
     Every kind leaves at least two frames of an utterance with two or more, and one frame of an utterance with one. To
     do so, integrate-and-fire scales up weights with a smaller sum, the average shrinks its windows, and the strided
-    convolution reads zeros after the utterance. An utterance's frames do not depend on the rest of the batch. Gradients
-    flow to the frames, the parameters and the rate.
+    convolution reads zeros after the utterance. An utterance's frames do not depend on the rest of the batch; if one of
+    them is NaN or infinite, integrate-and-fire keeps all frames of that utterance. Gradients flow to the frames, the
+    parameters and the rate.
 
     Example:
         >>> import torch
@@ -153,7 +154,7 @@ class SequenceCompressor(nn.Module):
             self.conv = nn.Conv1d(channels, channels, self._window, stride=self._window)
             nn.init.zeros_(self.conv.bias)  # type: ignore[arg-type]
             with torch.no_grad():
-                self.conv.weight.copy_(torch.eye(channels).unsqueeze(2).expand_as(self.conv.weight) / self._window)
+                self.conv.weight.zero_().diagonal().fill_(1.0).div_(self._window)
         elif kind == "integrate-and-fire":
             self.weight_network = WeightNetwork(channels)
 
@@ -203,7 +204,8 @@ class SequenceCompressor(nn.Module):
             return Compressed(out, _period(layout, out.layout, self.input_period_ms), None, None, sources, layout)
         learned = self.weight_network(x, layout)
         rates = self._rates(learned, layout, rate, frame_period_ms)
-        weights = _protect(mix_weights(learned, rates[layout.sequence_ids]), layout)
+        weights = mix_weights(learned, rates[layout.sequence_ids])
+        weights = _protect(_without_nan(weights, learned, layout), layout)
         out = Packed(*ops.integrate_and_fire(x, weights, layout)) if self.training else _fire_all(x, weights, layout)
         sources = _slot_of_frames(weights.detach(), layout, out.layout)
         return Compressed(out, _period(layout, out.layout, self.input_period_ms), weights, learned, sources, layout)
@@ -355,6 +357,14 @@ def _slot_of_frames(weights: Tensor, layout: Layout, fired: Layout) -> Tensor:
     ends = fire_positions(weights, layout, 1.0)
     slot = (ends - weights.double() / 2).floor().long()
     return fired.rows(sequence, torch.minimum(slot.clamp(min=0), fired.device_lengths[sequence] - 1))
+
+
+def _without_nan(weights: Tensor, learned: Tensor, layout: Layout) -> Tensor:
+    """Let every frame of an utterance fire if one has a learned weight of NaN, as a NaN or infinite frame has.
+
+    `integrate_and_fire` would refuse the whole batch. This way, only that utterance's frames are not finite.
+    """
+    return torch.where(layout.sums(learned).isnan()[layout.sequence_ids], 1.0, weights)
 
 
 def _protect(weights: Tensor, layout: Layout) -> Tensor:

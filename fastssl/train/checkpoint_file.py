@@ -11,7 +11,7 @@ from typing import IO, Any, NamedTuple
 import torch
 
 from fastssl.files import make_folder, rename, replacing
-from fastssl.names import plain_path
+from fastssl.models.pickled import globals_in, load_pickled
 
 logger = logging.getLogger(__name__)
 
@@ -98,21 +98,21 @@ def check_checkpoint(path: Path) -> int:
     """
     try:
         with path.open("rb") as file:
-            problem = _problem(file)
+            problem = _problem(path, file)
         if problem is None:
-            with plain_path(path) as plain:
-                return int(torch.load(plain, map_location="cpu", weights_only=True, mmap=True)["global_step"])
+            return int(load_pickled(path)["global_step"])
     except Exception as error:  # errors of torch, zipfile and pickle have no common class
         problem = f"cannot be read ({str(error).partition(chr(10))[0]})"
     raise DamagedCheckpointError(f"{path} {problem}")
 
 
-def _problem(file: IO[bytes]) -> str | None:
+def _problem(path: Path, file: IO[bytes]) -> str | None:
     """Say what is wrong with a checkpoint; None if nothing is."""
     size = file.seek(0, 2)
     file.seek(max(0, size - _END_BYTES))
     end = file.read()
     if end.startswith(_END) and end.endswith(b"\0\0"):  # no comment: an earlier version wrote it
+        globals_in(path)  # refuses an archive that is larger than it looks
         with zipfile.ZipFile(file) as archive:
             part = archive.testzip()
         return None if part is None else f"is damaged (the checksum of {part} differs)"

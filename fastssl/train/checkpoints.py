@@ -7,18 +7,22 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-import torch
-import yaml
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch import Tensor
 
 from fastssl.files import check_no_links, replacing
-from fastssl.models.folder import CONFORMER, MODEL_CLASSES, read_config, read_weights
+from fastssl.models.config import SpeechEncoderConfig
+from fastssl.models.folder import CONFORMER, MODEL_CLASSES, check_matching, is_state_dict, read_config, read_weights
 from fastssl.models.model_card import ModelCard
+from fastssl.models.pickled import load_pickled
 from fastssl.models.pretraining import PretrainingModel
+from fastssl.models.skeleton import skeleton
 from fastssl.models.speech_encoder import SpeechEncoder
-from fastssl.names import plain_path
+from fastssl.reading import brief, one_line
 from fastssl.train.checkpoint_file import LAST, check_checkpoint, find_checkpoint, write_checkpoint
-from fastssl.train.systems import DEFAULT_SYSTEM, SYSTEMS, system_of
+from fastssl.train.config import renamed
+from fastssl.train.systems import DEFAULT_SYSTEM, SYSTEMS, build_model, system_of
+from fastssl.train.yaml_file import read_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +39,18 @@ _FREE_FIELDS = frozenset(
         "feature_grad_mult",
     }
 )
+
+
+#: Entries of a checkpoint that Lightning reads, and their types.
+_ENTRIES = {
+    "epoch": int,
+    "pytorch-lightning_version": str,
+    "loops": dict,
+    "callbacks": dict,
+    "optimizer_states": list,
+    "lr_schedulers": list,
+    "PretrainDataModule": dict,
+}
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -87,6 +103,46 @@ def saved_update(checkpoint: Path) -> int:
     return check_checkpoint(checkpoint)
 
 
+def _read_checkpoint(path: Path) -> dict[str, Any]:
+    try:
+        checkpoint = load_pickled(path)
+    except Exception as error:  # errors of zipfile and pickle have no common class
+        raise ValueError(f"{path}: cannot be read as a checkpoint: {one_line(error)}; restore the file") from error
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"{path}: is not a checkpoint of a run; restore the file")
+    return checkpoint
+
+
+def check_size(config: SpeechEncoderConfig, checkpoint: Path | None) -> None:
+    """Check that a model of these settings can be built and, before it is, that a checkpoint has its weights.
+
+    Args:
+        config: Settings of the model.
+        checkpoint: Checkpoint to resume from, or None.
+
+    Raises:
+        ValueError: The model does not fit into memory, or the checkpoint is damaged or of another model.
+    """
+    try:
+        shape = skeleton(lambda: build_model(config))
+    except ValueError as error:
+        raise ValueError(f"model: {error}; choose smaller sizes") from None
+    if checkpoint is not None:
+        loaded = _read_checkpoint(checkpoint)
+        for name, kind in _ENTRIES.items():
+            if not isinstance(loaded.get(name), kind):
+                raise ValueError(f"--resume: {checkpoint}: has no valid entry {name!r}; restore the file")
+        check_matching(shape, _weights_in(checkpoint), name=f"--resume: {checkpoint}")
+
+
+def _weights_in(checkpoint: Path) -> dict[str, Tensor]:
+    """Return the weights of the model in a checkpoint of a run, by their names in the model."""
+    state = _read_checkpoint(checkpoint).get("state_dict")
+    if not is_state_dict(state):
+        raise ValueError(f"{checkpoint}: has no weights of a model; restore the file")
+    return {key.removeprefix("model."): tensor for key, tensor in state.items()}
+
+
 def initialise(model: PretrainingModel, source: str) -> bool:
     """Copy the weights of a Transformers folder or an earlier run into a model.
 
@@ -109,24 +165,30 @@ def initialise(model: PretrainingModel, source: str) -> bool:
     if found is not None:
         if found.damage is not None:
             logger.warning("%s; %s is used, after update %d", found.damage, found.path.name, found.update)
-        settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-        system = settings.get("system", DEFAULT_SYSTEM)
-        if system != (wanted := system_of(model.config)):
-            raise ValueError(f"{name}: is a run of {system}, expected a run of {wanted}; choose another folder")
-        config = SYSTEMS[system].config_class.from_dict(settings["model"])
-        with plain_path(found.path) as path:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
-        weights = {key.removeprefix("model."): tensor for key, tensor in state.items()}
+        try:
+            config = _config_of_run(folder, model)
+            weights = _weights_in(found.path)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
     else:
         if (folder / "encoder" / "config.json").is_file():
             folder = folder / "encoder"
+        elif not (folder / "config.json").exists():
+            raise ValueError(
+                f"{name}: is neither a run (no {source}/checkpoints/{LAST}) nor a model (no {folder / 'config.json'}); "
+                "choose another folder"
+            )
         try:
-            config = type(model.config).from_dict(read_config(folder, model_types=[*MODEL_CLASSES, CONFORMER]))
+            values = read_config(folder, model_types=[*MODEL_CLASSES, CONFORMER])
+            if (found := values["model_type"]) != model.config.model_type:
+                raise ValueError(
+                    f"is a {found} encoder, expected a {model.config.model_type} encoder, which "
+                    f"{system_of(model.config)} trains; choose another folder, or the recipe of its system"
+                )
+            config = type(model.config).from_dict(values)
             weights = read_weights(folder)
         except ValueError as error:
-            raise ValueError(
-                f"{name}: is neither a run (no {source}/checkpoints/{LAST}) nor a model: {error}"
-            ) from None
+            raise ValueError(f"{name}: {error}") from None
     names = [field.name for field in dataclasses.fields(model.speech_encoder.config_class)]
     there, here = (
         {name: getattr(one, name) for name in names if name not in _FREE_FIELDS} for one in (config, model.config)
@@ -143,6 +205,21 @@ def initialise(model: PretrainingModel, source: str) -> bool:
         )
     model.load_weights(weights, name=name, fresh_compressor=fresh_compressor)
     return model.head_state().keys() <= weights.keys() and not fresh_compressor
+
+
+def _config_of_run(folder: Path, model: PretrainingModel) -> SpeechEncoderConfig:
+    """Read the model's settings of a run, which must be of the same system as `model`."""
+    path, wanted = folder / "config.yaml", system_of(model.config)
+    settings = renamed(read_yaml(path))
+    system = settings.get("system", DEFAULT_SYSTEM)
+    if system != wanted:
+        raise ValueError(f"is a run of {brief(system)}, expected a run of {wanted}; choose another folder")
+    if not isinstance(settings.get("model"), dict):
+        raise ValueError(f"{path}: has no settings of a model; restore the file")
+    try:
+        return SYSTEMS[wanted].config_class.from_dict(settings["model"])
+    except ValueError as error:
+        raise ValueError(f"{path}: model.{error}") from None
 
 
 def _as_argument(value: Any) -> str:

@@ -15,6 +15,7 @@ from fastssl.models.config import SpeechEncoderConfig
 from fastssl.models.folder import changed_settings
 from fastssl.names import restored, stored
 from fastssl.train.systems import DEFAULT_SYSTEM, SYSTEMS
+from fastssl.train.yaml_file import read_yaml
 
 #: Settings that may change with `--resume`, because they do not change the batches or the arithmetic of later updates.
 #: The exception is `max_steps`: changing it moves the end of the learning rate's decay, which is its purpose.
@@ -87,7 +88,7 @@ class DataConfig:
     fixed_crops: bool = False
     teacher_cache: str | None = None
     max_bad_fraction: float = bounded(0.05, least=0, most=1)
-    num_workers: int | None = bounded(None, least=0)
+    num_workers: int | None = bounded(None, least=0, ceiling=1024)
     rules: int = bounded(RULES, least=OLDEST_RULES, most=RULES)
 
     def __post_init__(self) -> None:
@@ -161,8 +162,8 @@ class TrainerConfig:
     accumulation: int = bounded(1, least=1)
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
-    devices: int = bounded(1, least=1)
-    num_nodes: int = bounded(1, least=1)
+    devices: int = bounded(1, least=1, ceiling=1024)
+    num_nodes: int = bounded(1, least=1, ceiling=65_536)
     log_every: int = bounded(10, least=1)
     val_check_interval: int = bounded(1000, least=1)
     checkpoint_every: int = bounded(1000, least=1)
@@ -317,7 +318,7 @@ def check_resumable(config: PretrainConfig, path: Path) -> None:
     # A setting that did not exist in the version that started the run counts as having its current default.
     model = SYSTEMS[config.system].config_class()
     defaults = PretrainConfig(audio="", output="", system=config.system, model=model)
-    before = _flatten(_values(defaults)) | _flatten(renamed(yaml.safe_load(path.read_text(encoding="utf-8"))))
+    before = _flatten(_values(defaults)) | _flatten(renamed(read_yaml(path)))
     after = _flatten(_values(config))
     fixed = {name: value for name, value in after.items() if name not in RESUMABLE}
     if changed := changed_settings(before, fixed, there="in the run"):

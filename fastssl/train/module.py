@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -69,7 +70,7 @@ class PretrainModule(LightningModule):
         self.last_code_counts = torch.empty(0, dtype=torch.float64)
         #: Mean loss and scores of the held-out recordings from when they were last scored.
         self.last_validation: dict[str, float] = {}
-        self._pending: list[tuple[Tensor, tuple[str, ...]]] = []
+        self._pending: list[tuple[Tensor, AudioBatch]] = []
         self._reduced = torch.empty(0)
         self._skipped = 0
         self._validation: list[Tensor] = []
@@ -133,7 +134,7 @@ class PretrainModule(LightningModule):
             layer_drop = torch.Generator().manual_seed(_seed_of("layer drop", self.seed, batch.update))
         keys = utterance_keys(self.seed, batch.update, batch.ids)
         output = self.model.step(batch, StepContext(keys, batch.update, layer_drop, self.teacher))
-        self._pending.append((self._sums(output, batch), batch.names))
+        self._pending.append((self._sums(output, batch), batch))
         loss: Tensor = output.loss
         return loss
 
@@ -218,9 +219,8 @@ class PretrainModule(LightningModule):
     def _describe_non_finite(self, loss: float, norm: float) -> str:
         """Describe the error with the recordings of all processes, so that all of them stop with the same message."""
         at = len(_COUNTS)  # index of the loss
-        guilty = [name for sums, names in self._pending if not math.isfinite(sums[at].item()) for name in names]
-        if math.isfinite(loss):
-            guilty = [name for _, names in self._pending for name in names]
+        suspects = [batch for sums, batch in self._pending if math.isfinite(loss) or not sums[at].isfinite()]
+        guilty = [name for batch in suspects for name in self._names_of_non_finite(batch)]
         if self.trainer.world_size > 1:
             everywhere: list[list[str]] = [[] for _ in range(self.trainer.world_size)]
             torch.distributed.all_gather_object(everywhere, guilty)
@@ -231,6 +231,15 @@ class PretrainModule(LightningModule):
             f"{what} in update {self.global_step + 1}{often}. The update was not applied, and the last checkpoint is "
             f"from before it. Lower optimizer.lr, or check the recordings of the batch: {', '.join(map(shown, guilty))}"
         )
+
+    @torch.no_grad()
+    def _names_of_non_finite(self, batch: AudioBatch) -> Sequence[str]:
+        """Return the recordings that the encoder gives NaN or infinite features; all of the batch if it gives none."""
+        encoder, training = self.model.speech_encoder, self.model.training
+        features = encoder.eval()(batch.waveforms).features.unpack()
+        encoder.train(training)
+        bad = [name for name, frames in zip(batch.names, features, strict=True) if not frames.isfinite().all()]
+        return bad or batch.names
 
 
 def _seed_of(purpose: str, *numbers: int) -> int:

@@ -28,7 +28,7 @@ from fastssl.names import ShownFormatter
 from fastssl.train.card import make_card
 from fastssl.train.checkpoint_callback import PeriodicCheckpoint
 from fastssl.train.checkpoint_file import LAST, Checkpoint, find_checkpoint, has_checkpoint, set_aside
-from fastssl.train.checkpoints import AtomicCheckpointIO, initialise, save_encoder
+from fastssl.train.checkpoints import AtomicCheckpointIO, check_size, initialise, save_encoder
 from fastssl.train.config import PretrainConfig, TrainerConfig, check_resumable, write_config
 from fastssl.train.data import PretrainDataModule
 from fastssl.train.module import PretrainModule, TrainingError
@@ -96,9 +96,10 @@ def _pretrain(config: PretrainConfig, run: Path, *, resume: bool, first: bool) -
     )
     takes_labels = SYSTEMS[config.system].needs.labels or config.data.segments is not None
     given = attach_given(config, data) if takes_labels else {}
+    resume_from = find_checkpoint(run, name=f"--resume: {run}") if resume else None
+    check_size(config.model, None if resume_from is None else resume_from.path)
     torch.manual_seed(config.seed)
     model = build_model(config.model)
-    resume_from = find_checkpoint(run, name=f"--resume: {run}") if resume else None
     complete = initialise(model, config.init) if config.init is not None and resume_from is None else True
     if teacher is not None and config.init is None and resume_from is None:
         model.start_from_teacher(teacher.encoder)

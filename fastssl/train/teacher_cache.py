@@ -16,6 +16,7 @@ from fastssl.eval.showing import track
 from fastssl.folder_lock import folder_lock
 from fastssl.names import stored
 from fastssl.packing import Packed
+from fastssl.reading import printable
 from fastssl.train.config import PretrainConfig
 from fastssl.train.data import PretrainDataModule
 from fastssl.train.teacher import Teacher
@@ -63,14 +64,18 @@ class TeacherCache:
         shards = Shards(
             self.folder, settings=self.settings, name="teacher", option="data.teacher_cache", shard_bytes=_SHARD_BYTES
         )
-        files = {entry["shard"] for entry in shards.entries.values()}
-        missing = sorted(file for file in files if not (self.folder / file).is_file())
-        if missing:
+        for shard, problem in shards.damaged().items():
             raise ValueError(
-                f"data.teacher_cache: {self.folder} lacks {', '.join(missing)}; delete the folder and start again"
+                f"data.teacher_cache: {self.folder / shard}: {problem}; delete the folder to make it again"
             )
+        needed = {"duration_s", "rate_hz", "checksum"}
+        for key, entry in shards.entries.items():
+            if not needed <= entry.keys():
+                raise ValueError(
+                    f"data.teacher_cache: {self.folder}: the index has no duration, rate or checksum of "
+                    f"{printable(key)}; delete the folder to make it again"
+                )
         table = self._table(shards.entries)
-        table.check_shards()
         for key, cut in self.data.crops():
             if key in shards.entries:
                 table.check(key, cut)

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import soundfile
 import torch
@@ -171,3 +172,42 @@ def test_features_keep_the_rules_that_they_were_begun_with(recordings: Path, tmp
     extract(tmp_path / "model", recordings, path.parent)
     with pytest.raises(ValueError, match=r"begun with other settings \(rules: 1 there, 2 now\)"):
         extract(tmp_path / "model", recordings, path.parent, rules=2)
+
+
+def test_recordings_without_finite_features_are_named(encoder: Encoder, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        write_recording(tmp_path / "audio" / f"{name}.wav", 1.0, seed=len(name))
+    # The samples are finite, but their squares overflow inside the encoder.
+    loud = np.full(16_000, 3e38, dtype=np.float32)
+    soundfile.write(tmp_path / "audio" / "loud.wav", loud, 16_000, subtype="FLOAT")
+    (problem,) = extract(tmp_path / "model", tmp_path / "audio", tmp_path / "out")
+    assert str(problem).endswith(
+        "loud.wav has NaN or infinite features; check its sample values and the model's weights"
+    )
+    entries, features = _read(tmp_path / "out")
+    assert [entry["key"] for entry in entries] == ["one.wav", "two.wav"]
+    assert torch.equal(features["one.wav"], _encode(encoder, tmp_path / "audio" / "one.wav", 2))
+
+
+def test_a_model_of_nan_weights_is_refused(encoder: Encoder, recordings: Path, tmp_path: Path) -> None:
+    with torch.no_grad():
+        encoder.get_parameter("encoder.layers.0.attention.q_proj.weight")[0, 0] = torch.nan
+    encoder.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"model: encoder\.layers\.0\.attention\.q_proj\.weight has NaN or infinite"):
+        extract(tmp_path / "model", recordings, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_recordings_in_a_damaged_shard_are_extracted_again(encoder: Encoder, recordings: Path, tmp_path: Path) -> None:
+    def run() -> None:
+        assert extract(tmp_path / "model", recordings, tmp_path / "out", shard_mb=0.02) == []
+
+    run()
+    before = {key: tensor.clone() for key, tensor in _read(tmp_path / "out")[1].items()}  # else mapped from the file
+    first = tmp_path / "out" / "features-00000.safetensors"
+    first.write_bytes(first.read_bytes()[:100])
+    run()
+    entries, after = _read(tmp_path / "out")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert first.name not in {entry["shard"] for entry in entries}

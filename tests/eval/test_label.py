@@ -13,11 +13,11 @@ import soundfile
 import torch
 from lhotse import SupervisionSet
 from numpy.typing import NDArray
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from fastssl.data.audio import read_waveform
 from fastssl.data.corpus import open_corpus
-from fastssl.data.labels import LABELS_FILE, LabelTable, read_lines, read_settings
+from fastssl.data.labels import LABELS_FILE, SETTINGS_FILE, LabelTable, read_lines, read_settings
 from fastssl.data.mfcc import mfcc
 from fastssl.eval.label import LabelSettings, label
 from fastssl.files import WriteError
@@ -290,3 +290,55 @@ def test_labels_keep_the_rules_that_they_were_begun_with(recordings: Path, tmp_p
     assert [len(_labels(tmp_path / name)) for name in ("valid", "newer")] == [15, 16]
     with pytest.raises(ValueError, match="--rules: must be from 1 to 2, got 3"):
         LabelSettings(rules=3)
+
+
+def test_a_model_that_labels_name_is_not_downloaded(
+    recordings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    asked = []
+
+    def download(name: str, *, allow_patterns: list[str], local_files_only: bool) -> str:
+        asked.append((name, local_files_only))
+        raise ValueError("not here")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    label(recordings, tmp_path / "labels", LabelSettings(clusters=3, fit_frames=200), num_workers=0)
+    path = tmp_path / "labels" / SETTINGS_FILE
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model": "someone/model"}))
+    with pytest.raises(
+        ValueError, match=r"from a layer of someone/model, .*a model that a file names is not downloaded"
+    ):
+        label(recordings, tmp_path / "out", LabelSettings(), kmeans=tmp_path / "labels", num_workers=0)
+    with pytest.raises(ValueError, match=r"loading from the Hub failed"):
+        label(recordings, tmp_path / "out", LabelSettings("a/b"), kmeans=tmp_path / "labels", num_workers=0)
+    assert asked == [("someone/model", True), ("a/b", False)]
+
+
+def test_damaged_settings_and_centres_are_named(recordings: Path, tmp_path: Path) -> None:
+    label(recordings, tmp_path / "labels", LabelSettings(clusters=3, fit_frames=200), num_workers=0)
+    path, centres = tmp_path / "labels" / SETTINGS_FILE, tmp_path / "labels" / "kmeans.safetensors"
+    whole = path.read_text()
+
+    def refused(message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            label(recordings, tmp_path / "out", LabelSettings(), kmeans=tmp_path / "labels", num_workers=0)
+
+    for changes, message in (
+        ({"model": ["a\x1b"]}, r"settings\.json: model is \['a\\x1b'\], expected str or NoneType"),
+        ({"seed": 0.5}, r"settings\.json: seed is 0\.5, expected int"),
+        ({"clusters": 1e400}, r"settings\.json: is damaged"),
+        ({"clusters": True}, r"settings\.json: is damaged"),
+        ({"price": "x"}, r"settings\.json: price is 'x', expected int or float or NoneType"),
+        ({"clusters": 4}, r"kmeans\.safetensors: is damaged \(centres are not fp32, \(4, width\)\)"),
+    ):
+        path.write_text(json.dumps(json.loads(whole) | changes))
+        refused(message)
+    path.write_text(whole)
+    for tensor, message in (
+        (torch.full((3, 39), torch.nan), r"kmeans\.safetensors: is damaged \(centres are NaN"),
+        (torch.zeros(3, 5), r"kmeans\.safetensors has centres of width 5, but the frames have width 39"),
+    ):
+        save_file({"centres": tensor}, centres)
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        refused(message)

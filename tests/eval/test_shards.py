@@ -1,9 +1,11 @@
 """Test a folder of shards that two processes create at the same time, or that contains something else."""
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastssl.eval.shards import Shards, read_index
 from fastssl.files import write_first
@@ -60,14 +62,6 @@ def test_a_damaged_line_of_the_index_is_named(line: bytes, tmp_path: Path) -> No
         read_index(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "[" * 100_000])
-def test_damaged_settings_are_named(text: str, tmp_path: Path) -> None:
-    _begin(tmp_path / "frames", 1)
-    (tmp_path / "frames" / "settings.json").write_text(text)
-    with pytest.raises(ValueError, match=r"--cache: .*settings\.json (is not valid JSON|does not contain settings)"):
-        _begin(tmp_path / "frames", 1)
-
-
 def test_settings_without_rules_are_those_of_the_oldest(tmp_path: Path) -> None:
     def begin(rules: int) -> Shards:
         settings = {"layer": 1, "rules": rules}
@@ -77,3 +71,48 @@ def test_settings_without_rules_are_those_of_the_oldest(tmp_path: Path) -> None:
     begin(1)
     with pytest.raises(ValueError, match=r"rules: 1 there, 2 now"):
         begin(2)
+
+
+def test_keys_in_damaged_shards_are_made_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shards = _begin(tmp_path / "frames", 1)
+    for key in "abcd":
+        shards.add(key, {key: torch.zeros(30)}, {})  # a shard of its own
+    shards.add("e", {"e/1": torch.zeros(30)}, {})
+    paths = sorted((tmp_path / "frames").glob("*.safetensors"))
+    assert len(paths) == 5
+    assert _begin(tmp_path / "frames", 1).damaged() == {}
+    paths[0].unlink()
+    paths[1].write_bytes(paths[1].read_bytes()[:-1])
+    paths[2].write_bytes(paths[3].read_bytes())
+
+    again = _begin(tmp_path / "frames", 1)
+    assert [problem.partition(" (")[0] for problem in again.damaged().values()] == [
+        "is missing",
+        "cannot be read",
+        "lacks 1 of 1 keys, such as c",
+    ]
+    with caplog.at_level(logging.WARNING):
+        again.drop_damaged()
+    assert list(again.entries) == ["d", "e"]
+    assert "frames-00001.safetensors: cannot be read" in caplog.text
+    again.add("a", {"a": torch.ones(30)}, {})
+    assert {key: entry["shard"][7:12] for key, entry in read_index(tmp_path / "frames").items()} == {
+        "d": "00003",
+        "e": "00004",
+        "a": "00005",
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("{", "is not valid JSON"),
+        ("[]", "must contain a JSON object, got a list"),
+        ("[" * 100_000, "is not valid JSON"),
+    ],
+)
+def test_damaged_settings_are_named(text: str, what: str, tmp_path: Path) -> None:
+    _begin(tmp_path / "frames", 1)
+    (tmp_path / "frames" / "settings.json").write_text(text)
+    with pytest.raises(ValueError, match=rf"--cache: .*settings\.json: {what}"):
+        _begin(tmp_path / "frames", 1)

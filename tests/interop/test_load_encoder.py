@@ -196,9 +196,11 @@ class Hub:
     def __init__(self, folder: Path | None, error: Exception | None = None) -> None:
         self.folder, self.error = folder, error
         self.asked: list[tuple[str, list[str]]] = []
+        self.cached: set[bool] = set()
 
-    def __call__(self, name: str, *, allow_patterns: list[str]) -> str:
+    def __call__(self, name: str, *, allow_patterns: list[str], local_files_only: bool) -> str:
         self.asked.append((name, allow_patterns))
+        self.cached.add(local_files_only)
         if self.error is not None:
             raise self.error
         return str(self.folder)
@@ -219,6 +221,9 @@ def test_models_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         assert "compressor.safetensors" in hub.asked[0][1]
         # A pickle is downloaded only if the repository has no safer format.
         assert ["pytorch_model.bin" in patterns for _, patterns in hub.asked] == [False, True][:calls]
+        assert hub.cached == {False}
+        fastssl.load_encoder("facebook/hubert-base-ls960", download=False)
+        assert hub.cached == {False, True}
     # A local folder takes precedence over the Hub.
     (tmp_path / "facebook" / "hubert-base-ls960").mkdir(parents=True)
     with pytest.raises(ValueError, match="contains no model"):
@@ -235,6 +240,8 @@ def test_why_the_hub_did_not_help(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         kind = type(error).__name__
         with pytest.raises(ValueError, match=f"runs/demo: no such .*loading from the Hub failed: {kind}: no$"):
             fastssl.load_encoder("runs/demo")
+        with pytest.raises(ValueError, match=r"runs/demo: no such .*a model that a file names is not downloaded$"):
+            fastssl.load_encoder("runs/demo", download=False)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ValueError, match=r"runs/demo: no such .*pip install huggingface_hub"):
         fastssl.load_encoder("runs/demo")
