@@ -391,7 +391,7 @@ def test_errors_are_shown(place: Path, capsys: pytest.CaptureFixture[str]) -> No
 def test_a_settings_file_must_be_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.yaml").write_bytes(b"audio: /ma\xf1ana\n")
     assert cli.main(["pretrain", "--config", str(tmp_path / "a.yaml"), "--output", str(tmp_path / "run")]) == 1
-    assert "a.yaml: is not UTF-8 text" in said(capsys, broken=False)
+    assert "a.yaml: is not text in UTF-8" in said(capsys, broken=False)
 
 
 def test_a_console_that_knows_only_ascii(audio: Path, tmp_path: Path) -> None:
@@ -420,8 +420,18 @@ PLACES = {
     ("cli/info.py", "report.read_text"): (1, "JSON in ASCII"),
     ("cli/info.py", "path.read_text"): (1, "/proc/cpuinfo"),
     ("kernels/gemm.py", "processors.read_text"): (1, "/proc/cpuinfo"),
-    ("train/teacher_cache.py", "(self.folder / _LOCK_FILE).open"): (1, "nothing is written"),
-    ("train/metrics_file.py", "path.open"): (2, "numbers, under fixed names"),
+    ("train/metrics_file.py", "path.open"): (1, "numbers, under fixed names"),
+    ("files.py", "text.encode"): (1, "its callers give lines of JSON, or what `shown_lines` returned"),
+    ("folder_lock.py", "f'{os.getpid()} {socket.gethostname()}\\n'.encode"): (1, "a number and a host"),
+    ("models/folder.py", "name.encode"): (1, "a key of safetensors, which is UTF-8"),
+    ("models/folder.py", "wanted.encode"): (1, "our own metadata"),
+    ("train/peers.py", "f' {self._rank}\\n'.encode"): (1, "a number"),
+    ("train/peers.py", "secrets.token_hex(16).encode"): (1, "digits"),
+    ("train/peers.py", "word.encode"): (1, "decoded from UTF-8"),
+    (
+        "train/stopping.py",
+        "f'fastssl: {name}: saving a checkpoint after this update, then stopping{again}\\n'.encode",
+    ): (1, "the name of a signal"),
 }
 #: Methods that open something else.
 OTHERS_OPEN = {"_Features.open", "archive.open", "cache.open", "os.open", "self.open", "tarfile.open"}

@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
-import yaml
 from rich import get_console
+
+from fastssl.names import shown
+from fastssl.reading import brief
 
 
 def report(run: str) -> None:
@@ -21,15 +23,17 @@ def report(run: str) -> None:
     from fastssl.train.metrics_file import read_metrics
     from fastssl.train.report import draw_report, summarise
     from fastssl.train.systems import DEFAULT_SYSTEM, SYSTEMS
+    from fastssl.train.yaml_file import read_yaml
 
     folder = Path(run)
     for needed in ("config.yaml", "metrics.csv"):
         if not (folder / needed).is_file():
             raise ValueError(f"RUN: {run} contains no run that trains or has trained (looked for {folder / needed})")
-    settings = yaml.safe_load((folder / "config.yaml").read_text())
-    name = settings.get("system", DEFAULT_SYSTEM) if isinstance(settings, dict) else None
+    name = read_yaml(folder / "config.yaml").get("system", DEFAULT_SYSTEM)
     if name not in list(SYSTEMS):
-        raise ValueError(f"{folder / 'config.yaml'}: unknown system {name!r}, expected one of {', '.join(SYSTEMS)}")
+        raise ValueError(
+            f"{folder / 'config.yaml'}: unknown system {brief(name)}, expected one of {', '.join(SYSTEMS)}"
+        )
     loss = next(iter(SYSTEMS[name].shown_scores()))
     if not any(loss in row for row in read_metrics(folder / "metrics.csv")):
         raise ValueError(
@@ -37,4 +41,4 @@ def report(run: str) -> None:
         )
     draw_report(folder, SYSTEMS[name])
     get_console().print(summarise(folder, SYSTEMS[name], None))
-    get_console().print(f"figure: {folder / 'report.png'}", soft_wrap=True)
+    get_console().print(f"figure: {shown(folder / 'report.png')}", soft_wrap=True, markup=False)

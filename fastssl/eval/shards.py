@@ -14,7 +14,7 @@ from fastssl.data.rules import OLDEST_RULES
 from fastssl.files import append_text, is_partial, make_folder, naming, write_first, write_text
 from fastssl.folder_lock import LOCK_FILE
 from fastssl.models.folder import changed_settings, write_weights
-from fastssl.names import plain_path
+from fastssl.names import plain_path, restored
 from fastssl.reading import complete_lines, printable, read_json
 
 logger = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ class Shards:
             except (SafetensorError, OSError) as error:
                 problems[shard] = f"cannot be read ({printable(error)})"
                 continue
-            lost = expected - names - {name.rpartition("/")[0] for name in names}
+            lost = expected - names - {restored(name).rpartition("/")[0] for name in names}
             if lost:
                 problems[shard] = f"lacks {len(lost)} of {len(expected)} keys, such as {printable(min(lost))}"
         return problems

@@ -100,7 +100,10 @@ def check_checkpoint(path: Path) -> int:
         with path.open("rb") as file:
             problem = _problem(path, file)
         if problem is None:
-            return int(load_pickled(path)["global_step"])
+            update = load_pickled(path).get("global_step")
+            if isinstance(update, int):
+                return update
+            problem = "does not say how many updates it has"
     except Exception as error:  # errors of torch, zipfile and pickle have no common class
         problem = f"cannot be read ({str(error).partition(chr(10))[0]})"
     raise DamagedCheckpointError(f"{path} {problem}")

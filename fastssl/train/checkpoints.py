@@ -18,7 +18,7 @@ from fastssl.models.pickled import load_pickled
 from fastssl.models.pretraining import PretrainingModel
 from fastssl.models.skeleton import skeleton
 from fastssl.models.speech_encoder import SpeechEncoder
-from fastssl.reading import brief, one_line
+from fastssl.reading import one_line, printable
 from fastssl.train.checkpoint_file import LAST, check_checkpoint, find_checkpoint, write_checkpoint
 from fastssl.train.config import renamed
 from fastssl.train.systems import DEFAULT_SYSTEM, SYSTEMS, build_model, system_of
@@ -213,7 +213,7 @@ def _config_of_run(folder: Path, model: PretrainingModel) -> SpeechEncoderConfig
     settings = renamed(read_yaml(path))
     system = settings.get("system", DEFAULT_SYSTEM)
     if system != wanted:
-        raise ValueError(f"is a run of {brief(system)}, expected a run of {wanted}; choose another folder")
+        raise ValueError(f"is a run of {printable(system)}, expected a run of {wanted}; choose another folder")
     if not isinstance(settings.get("model"), dict):
         raise ValueError(f"{path}: has no settings of a model; restore the file")
     try:

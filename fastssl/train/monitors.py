@@ -212,7 +212,6 @@ class Monitor(Callback):
         """Log why training stops, on the first process only, because the reason is the same on all processes."""
         if isinstance(exception, TrainingError) and trainer.is_global_zero:
             logger.error("%s", exception)
-        self.teardown(trainer, pl_module, "fit")  # after an exception, Lightning does not
 
     def _close_window(self, trainer: Trainer, update: dict[str, float]) -> None:
         """Write a row with the averages over the updates since the last row."""

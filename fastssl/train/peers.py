@@ -213,7 +213,7 @@ class Peers(Callback):
     def _tell(self, message: str) -> None:
         for link in list(self._links.values()):
             try:
-                link.sendall(f"{message[:_LONGEST_REASON]}\n".encode())
+                link.sendall(f"{message[:_LONGEST_REASON]}\n".encode(errors="backslashreplace"))
             except OSError:
                 continue
 

@@ -60,7 +60,7 @@ def test_pipes_and_giants_are_not_read(tmp_path: Path) -> None:
 
 
 def test_what_files_say_is_shown_on_one_short_line() -> None:
-    assert printable("a\x1b[31m\nb\u202e\udc80") == r"a\x1b[31m\nb\u202e\udc80"
+    assert printable("a\x1b[31m\nb\u202e\udc80") == r"a\x1b[31m\nb\u202e\x80"
     assert len(printable("x" * 10_000)) == 203
     assert brief("\n") == r"'\n'"
     assert brief(int("f" * 10_000, 16)) == "a number that is too long to show"
@@ -99,10 +99,10 @@ def test_a_checkpoint_is_compared_before_the_model_is_built(make_config: MakeCon
             check_size(config, checkpoint)
     with pytest.raises(ValueError, match=r"last\.ckpt: has no weights of a model"):
         check_size(config, saved_run(tmp_path / "a", make_config, state_dict={"a": 1}))
-    with pytest.raises(ValueError, match=r"last\.ckpt: does not say how many updates"):
+    with pytest.raises(ValueError, match=r"last\.ckpt does not say how many updates"):
         saved_update(saved_run(tmp_path / "b", make_config, global_step="x"))
     checkpoint.write_bytes(checkpoint.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"last\.ckpt: cannot be read as a checkpoint: its end is missing"):
+    with pytest.raises(ValueError, match=r"last\.ckpt (is incomplete|cannot be read)"):
         saved_update(checkpoint)
 
 
@@ -118,7 +118,7 @@ def test_init_says_what_a_folder_holds(make_config: MakeConfig, make_system: Mak
     model = build_model(make_config().model)
     saved_run(tmp_path / "run", make_config)
     assert initialise(model, str(tmp_path / "run"))
-    with pytest.raises(ValueError, match=r"--init .*run: is a run of 'wav2vec2', expected a run of hubert"):
+    with pytest.raises(ValueError, match=r"--init .*run: is a run of wav2vec2, expected a run of hubert"):
         initialise(build_model(model_of("hubert")), str(tmp_path / "run"))
     build_model(model_of("best-rq")).speech_encoder.save_pretrained(tmp_path / "conformer" / "encoder")
     with pytest.raises(ValueError, match=r"--init .*conformer: is a best-rq encoder, expected a wav2vec2 encoder"):
@@ -147,5 +147,5 @@ def test_a_compressed_checkpoint_is_refused(make_config: MakeConfig, tmp_path: P
     checkpoint = saved_run(tmp_path / "run", make_config)
     with zipfile.ZipFile(checkpoint, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("last/data.pkl", bytes(10_000_000))
-    with pytest.raises(ValueError, match=r"last\.ckpt: cannot be read as a checkpoint: its archive is compressed"):
+    with pytest.raises(ValueError, match=r"last\.ckpt cannot be read \(its archive is compressed"):
         saved_update(checkpoint)
