@@ -22,8 +22,8 @@ from fastssl.reading import check_file
 _MOST_BYTES = 1 << 26
 #: Most opcodes in a pickle: a model with an optimiser's state has about 100,000.
 _MOST_OPCODES = 2_000_000
-#: Most values in a tuple, those in its tuples counted as often as they occur. Hashing a tuple takes that many steps,
-#: and a pickle may nest one in another twice, and so on.
+#: Most values in a tuple, with those of the tuples inside it. Hashing a tuple takes that many steps, and a small pickle
+#: can make the number huge: a tuple that contains another one twice, and so on.
 _MOST_VALUES = 1024
 _MARK = -1
 
