@@ -19,7 +19,7 @@ _LONGEST = 200  # characters of a name in a message
 
 
 def check_file(path: Path) -> int:
-    """Check that a path is a regular file or a link to one, so that reading it neither blocks nor never ends.
+    """Check that a path is a regular file or a link to one; to read anything else may block, or never end.
 
     Args:
         path: File to read.

@@ -135,7 +135,7 @@ def test_help_shows_the_values_of_the_recipe(capsys: pytest.CaptureFixture[str])
         cli.main(["pretrain", "--recipe", "wav2vec2-tiny", "--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert "random place on every draw; null trains on whole recordings. (type: float | null, default: 4.0)" in text
-    assert "WAV, FLAC, OGG, MP3" in text
+    assert "WAV, FLAC, Ogg, MP3" in text
 
 
 def test_settings_of_two_systems_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

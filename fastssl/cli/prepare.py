@@ -20,7 +20,7 @@ def prepare(
     The other commands accept the manifest in place of the folder. This saves time for large folders on slow disks.
 
     Args:
-        audio: Folder of recordings (WAV, FLAC, OGG, MP3; any sample rate, any number of channels; subfolders too),
+        audio: Folder of recordings (WAV, FLAC, Ogg, MP3, ...; 4 kHz or more, any number of channels; subfolders too),
             Lhotse manifest (.jsonl.gz), or Lhotse shar directory.
         output: Manifest to write, NAME.jsonl.gz.
         min_duration_s: Leave out recordings shorter than this many seconds.

@@ -169,7 +169,7 @@ def _check_transforms(recording: Recording) -> None:
 
 
 def _growth(recording: Recording) -> float:
-    """Return how many times as many samples as the file the transforms have made, at most, one after another."""
+    """Return the most that the number of samples has been multiplied by after any of a recording's transforms."""
     growth = most = 1.0
     for transform in recording.transforms or []:
         if isinstance(transform, Speed | Tempo):

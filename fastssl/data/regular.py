@@ -1,4 +1,4 @@
-"""Look at a file before it is opened: to open a FIFO or a device may never return."""
+"""Check that a path is a regular file before it is opened, because opening a pipe or a device may block for ever."""
 
 import os
 import stat

@@ -21,7 +21,7 @@ def resampler(period: int, steps: int) -> Any:
 
 
 def resample_in_blocks(samples: NDArray[np.float32], period: int, steps: int) -> NDArray[np.float32]:
-    """Compute what Lhotse's `Resample` does without most of its multiplications by zero.
+    """Do what Lhotse's `Resample` does, without most of its multiplications by zero.
 
     It computes the `steps` outputs of a period as one product with all inputs that any of them sees. Here, each block
     of neighbouring outputs is multiplied with the inputs that this block sees.

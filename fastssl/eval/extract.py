@@ -48,7 +48,7 @@ def extract(
     Args:
         model: Encoder to use: a run of `fastssl pretrain`, a Transformers folder, a model name on the Hub, or a
             fairseq checkpoint.
-        audio: Folder of recordings (WAV, FLAC, OGG, MP3; any sample rate, any number of channels; subfolders too),
+        audio: Folder of recordings (WAV, FLAC, Ogg, MP3, ...; 4 kHz or more, any number of channels; subfolders too),
             Lhotse manifest (.jsonl.gz), or Lhotse shar directory.
         output: Folder for the shards and the index.
         layer: Layer to write: 0 is the input of the first layer, L the output of layer L; by default the last.

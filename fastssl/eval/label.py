@@ -116,7 +116,7 @@ def label(
     duration or sampling rate changed.
 
     Args:
-        audio: Folder of recordings (WAV, FLAC, OGG, MP3; any sample rate, any number of channels; subfolders too),
+        audio: Folder of recordings (WAV, FLAC, Ogg, MP3, ...; 4 kHz or more, any number of channels; subfolders too),
             Lhotse manifest (.jsonl.gz), or Lhotse shar directory.
         output: Folder for the labels.
         settings: How to make labels.

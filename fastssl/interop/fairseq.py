@@ -76,9 +76,7 @@ def read_checkpoint(path: Path) -> tuple[EncoderConfig, dict[str, Tensor]]:
         checkpoint = _load(path)
         cfg = next((cfg for key in ("cfg", "args") if (cfg := _plain(checkpoint.get(key)))), None)
     except Exception as error:  # the file may contain anything, so reading it may fail in any way
-        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
-        reason = f"it names {refused[1]}, which is not run" if refused else one_line(error)
-        raise ValueError(f"{path}: cannot be read as a fairseq checkpoint: {reason}") from error
+        raise ValueError(f"{path}: cannot be read as a fairseq checkpoint: {one_line(error)}") from error
     weights = checkpoint.get("model")
     if not isinstance(weights, dict) or not isinstance(cfg, dict):
         raise ValueError(f"{path}: is not a fairseq checkpoint; expected the entry 'model', and 'cfg' or 'args'")

@@ -218,7 +218,7 @@ def load_matching(module: nn.Module, weights: Mapping[str, Tensor], *, name: str
     own = module.state_dict()
     for key, tensor in weights.items():
         numbers = tensor.to(own[key].dtype)
-        # The sum is finite if the numbers are, but for numbers that no model has.
+        # If all numbers are finite, so is their sum, unless they are larger than those of any model.
         if not numbers.sum().isfinite() and not numbers.isfinite().all():
             raise ValueError(f"{name}: {printable(key)} has NaN or infinite weights; restore the model")
     module.load_state_dict(weights)
@@ -309,7 +309,7 @@ def _save(path: Path, weights: Mapping[str, Tensor]) -> None:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     metadata = {CHECKSUM: _checksum(tensors), "format": "pt"}
     save_file(tensors, path, metadata=metadata)
-    # safetensors writes the metadata in a random order, but the same weights shall give the same file.
+    # safetensors writes the metadata in a random order, but the same weights should give the same file.
     begin = '{"__metadata__":'
     wanted = begin + json.dumps(metadata, separators=(",", ":"))
     with path.open("r+b") as file:

@@ -6,6 +6,7 @@ or to take for ever. This module checks both first.
 
 import io
 import pickletools
+import re
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,8 +22,8 @@ from fastssl.reading import check_file
 _MOST_BYTES = 1 << 26
 #: Most opcodes in a pickle: a model with an optimiser's state has about 100,000.
 _MOST_OPCODES = 2_000_000
-#: Most values in a tuple, those in its tuples counted as often as they occur. Hashing a tuple takes that many steps,
-#: and a pickle may nest one in another twice, and so on.
+#: Most values in a tuple, with those of the tuples inside it. Hashing a tuple takes that many steps, and a small pickle
+#: can make the number huge: a tuple that contains another one twice, and so on.
 _MOST_VALUES = 1024
 _MARK = -1
 
@@ -37,12 +38,21 @@ def load_pickled(path: Path) -> Any:
         What the file contains.
 
     Raises:
-        ValueError: The file is not a regular file, is compressed, or is built to be far larger than it looks.
+        ValueError: The file is not a regular file, is compressed, is built to be far larger than it looks, or contains
+            more than tensors and plain values.
         Exception: Any other error of PyTorch about the file's content.
     """
     _check(path)
-    with plain_path(path) as file:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    try:
+        with plain_path(path) as file:
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:
+        # Leave out PyTorch's advice to load the file without `weights_only`, which would run what it names.
+        if refused := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise ValueError(f"it names {refused[1]}, which is not run") from None
+        if "weights_only" in str(error):
+            raise ValueError("its pickle is damaged, or has more than tensors and plain values; restore it") from None
+        raise
 
 
 def globals_in(path: Path) -> set[str]:

@@ -12,7 +12,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 class _Unfilled(TorchFunctionMode):
-    """Skips what would fill a tensor on the meta device, which imports PyTorch's compiler and takes seconds."""
+    """Skips functions that fill tensors: on the meta device, they import PyTorch's compiler, which takes seconds."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Sequence[type], args: Any = (), kwargs: Any = None

@@ -36,8 +36,8 @@ class PeriodicCheckpoint(Checkpoint):
         run: Folder of the run.
         encoder: Encoder to write to `encoder/`.
         card: Function that makes the encoder's model card from the number of updates.
-        draw: Function that draws the report. It is called after a checkpoint, at most so often that it takes 1 % of the
-            time.
+        draw: Function that draws the report. It is called after a checkpoint, but rarely enough to take at most 1 % of
+            the time.
         every: Updates between two checkpoints.
         minutes: Minutes until the next checkpoint if `every` updates take longer; None sets no limit.
         keep_every: Updates between checkpoints that are also saved as `checkpoints/<update>.ckpt`; None for never.

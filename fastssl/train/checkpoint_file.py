@@ -85,7 +85,7 @@ def _comment(checksum: int) -> bytes:
 def check_checkpoint(path: Path) -> int:
     """Read a whole checkpoint and compare it with its checksum.
 
-    Checkpoints of earlier versions have none; theirs are the checksums of the parts of the archive.
+    Those of earlier versions have none; for them, the checksums inside the zip archive are compared.
 
     Args:
         path: A `.ckpt` file of a run.

@@ -149,10 +149,10 @@ class TrainerConfig:
         num_nodes: Number of machines.
         log_every: Updates between two rows of metrics.csv.
         val_check_interval: Updates between two scores of the held-out recordings.
-        checkpoint_every: Updates between two checkpoints; the last one is kept.
+        checkpoint_every: Updates between two checkpoints; the last two are kept.
         checkpoint_minutes: Save a checkpoint after this many minutes if checkpoint_every updates take longer; null sets
             no limit.
-        keep_every: Updates between checkpoints that are kept for good; null keeps only the last one.
+        keep_every: Updates between checkpoints that are kept for good; null keeps only the last two.
         timeout_minutes: End a run of several processes when one has waited this many minutes for another. The others
             also wait while the first one makes labels or measures quality.
         progress: Show a progress bar on a terminal.
@@ -206,7 +206,7 @@ class PretrainConfig:
     """All settings of a run; `RUN/config.yaml` contains them, except `output`.
 
     Args:
-        audio: Folder of recordings (WAV, FLAC, OGG, MP3; any sample rate, any number of channels; subfolders too),
+        audio: Folder of recordings (WAV, FLAC, Ogg, MP3, ...; 4 kHz or more, any number of channels; subfolders too),
             Lhotse manifest (.jsonl.gz), or Lhotse shar directory.
         output: Folder of the run; it must be new or empty, except with --resume.
         seed: Seed of all randomness in the run.

@@ -25,7 +25,7 @@ class EventFile:
 
     Args:
         folder: Existing folder for the file.
-        resume_at: TensorBoard shall drop what earlier files say about later updates than this; None for a new run.
+        resume_at: TensorBoard then drops what earlier files say about later updates; None for a new run.
     """
 
     def __init__(self, folder: Path, *, resume_at: int | None = None) -> None:

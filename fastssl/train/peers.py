@@ -18,7 +18,7 @@ from fastssl.train.module import TrainingError
 
 logger = logging.getLogger(__name__)
 
-#: After the end of another process, this one may take so long to end by itself. It cannot while it waits for a GPU.
+#: Time that this process has to end by itself after another has ended. It cannot do so while it waits for a GPU.
 _GRACE_S = 15.0
 #: Time between an error in the communication and the message that says whose end caused it.
 _EXPLANATION_S = 5.0

@@ -153,6 +153,10 @@ def test_headers_that_do_not_fit_the_file(header: Any, message: str, model: Path
         (lambda state: with_number(state, torch.nan), "encoder.layer_norm.weight has NaN or infinite weights"),
         (lambda state: with_number(state, 1e300), "encoder.layer_norm.weight has NaN or infinite weights"),
         (lambda state: nested(60), "must contain a state dict"),
+        (
+            lambda state: {**state, "print": print},
+            "pytorch_model.bin: cannot be read: it names print, which is not run",
+        ),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Validating sparse tensor")

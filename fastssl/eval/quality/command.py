@@ -56,7 +56,7 @@ def quality(
     Args:
         model: Encoder to measure: a run of `fastssl pretrain`, a Transformers folder, a model name on the Hub, or a
             fairseq checkpoint.
-        audio: Folder of recordings (WAV, FLAC, OGG, MP3; any sample rate, any number of channels; subfolders too),
+        audio: Folder of recordings (WAV, FLAC, Ogg, MP3, ...; 4 kHz or more, any number of channels; subfolders too),
             Lhotse manifest (.jsonl.gz), or Lhotse shar directory.
         output: JSON file to write, NAME.json; an existing file is replaced.
         minutes: Minutes of audio to measure on. The same recordings are chosen every time, whatever their order.
