@@ -199,7 +199,7 @@ def gate(
         errors[contender.name] = worst_error(contender.name, outputs, reference, tolerance)
         running.append(contender)
     if not any(contender.ours for contender in running):
-        raise GateError(f"no fastssl contender runs, so nothing can be compared: {skipped}")
+        raise GateError(f"no fastssl contender could run, so nothing can be compared; reasons by contender: {skipped}")
     return running, errors
 
 

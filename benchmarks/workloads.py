@@ -66,7 +66,7 @@ def utterances_for(audio_s: float) -> int:
 
 
 def frames(lengths_s: Sequence[float]) -> list[int]:
-    """Return how many frames an encoder with 50 frames per second makes of each length in seconds."""
+    """Return the number of frames of an encoder with 50 frames per second, for lengths in seconds."""
     return [max(1, (samples - 80) // 320) for samples in samples_of(lengths_s)]
 
 

@@ -68,7 +68,7 @@ VARIATIONS = {
 
 
 def runs_of(recipes: Path, match: str) -> dict[str, Run]:
-    """Return the runs whose name contains `match`, of the tiny recipes in a folder and the variations."""
+    """Return the runs by name: the tiny recipes in a folder and `VARIATIONS`, if their name contains `match`."""
     tiny = {path.stem: Run(path.stem) for path in sorted(recipes.glob("*-tiny*.yaml"))}
     return {name: run for name, run in (tiny | VARIATIONS).items() if match in name}
 

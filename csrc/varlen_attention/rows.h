@@ -120,8 +120,8 @@ struct Plus {
   }
 };
 
-// Combines factor * x[0] to factor * x[n - 1] by `fold`, starting from `identity`. x must be readable up to whole
-// vectors.
+// Reduces the n values factor * x[i] with `fold`, starting from `identity`. Reads whole vectors, so the memory after
+// x[n - 1] must be readable up to the end of its vector.
 template <Isa isa, typename T, typename Fold>
 FASTSSL_INLINE T fold_row(const T* x, T factor, int64_t n, T identity, Fold fold) {
   using Vector = typename Simd<isa, T>::Vector;

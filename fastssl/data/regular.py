@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 class UnusableFileError(Exception):
-    """A path is not that of a file that can be read.
+    """The path does not name a regular file that can be read.
 
     The message is a predicate ("does not exist"); callers put the path in front of it.
     """

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from lhotse.cut import Cut
 
-#: The newest version; new runs, labels, features and manifests are made by it.
+#: The newest version; new runs, labels, features and manifests use it.
 RULES = 2
 #: The version of whatever was made before versions were recorded.
 OLDEST_RULES = 1

@@ -80,7 +80,7 @@ def _paired(line: dict[str, Any] | BadLineError, entry: _Entry, path: Path, plac
             "make the directory again"
         )
     if isinstance(recording, BadLineError):
-        raise BadLineError(f"has a recording in {path.name} that {recording}")
+        raise BadLineError(f"has an unusable entry in {path.name}: it {recording}")
     if recording is not None:
         cut = fastcopy(cut, recording=recording)
     if member is not None:

@@ -76,11 +76,10 @@ class Shards:
             )
 
     def damaged(self) -> dict[str, str]:
-        """Compare the shards with the index.
+        """Find the shards that are missing or damaged, or that lack keys which the index lists.
 
         Returns:
-            What is wrong, by the name of each shard that is missing or damaged, or that lacks a key which the index
-            lists.
+            The problem with each of these shards, such as "is missing", by the shard's name.
         """
         keys: dict[str, set[str]] = {}
         for key, entry in self.entries.items():

@@ -1,6 +1,6 @@
-"""Run Transformers' speech encoders packed.
+"""Run Transformers' speech encoders on packed batches.
 
-An accelerated encoder belongs to a subclass of its class, with the same name and its own `forward`. `isinstance`,
+Accelerating an encoder changes its class to a subclass with the same name and a different `forward`. `isinstance`,
 pickling, `save_pretrained`, `copy.deepcopy` and every head therefore work as before.
 """
 

@@ -18,7 +18,7 @@ _BLOCK = 1 << 15
 
 
 def sigmoid(x: Tensor) -> Tensor:
-    """Compute `torch.sigmoid` of a tensor of any shape, in its dtype; on the CPU, compute in fp64."""
+    """Return `torch.sigmoid` of a tensor, in its shape and dtype; on the CPU, computed in fp64 and then rounded."""
     if x.device.type != "cpu" or x.dtype == torch.float64:
         return torch.sigmoid(x)
     return torch.sigmoid(x.double()).to(x.dtype)

@@ -204,7 +204,7 @@ class PretrainModule(LightningModule):
         return torch.cat((summed.new_tensor(counts), summed, codes))
 
     def _averages(self, sums: Tensor) -> tuple[dict[str, float], Tensor]:
-        """Split sums into values by name (counts; loss and scores, averaged over masked frames) and code counts."""
+        """Split sums into named values and code counts; the loss and the scores become means over the masked frames."""
         first, last = len(_COUNTS), len(_COUNTS) + 1 + len(self._names)
         counts = dict(zip(_COUNTS, sums[:first].tolist(), strict=True))
         averages = (sums[first:last] / max(1.0, counts["masked_frames"])).tolist()

@@ -155,7 +155,9 @@ def test_commands_in_a_shar_directory_are_refused(recording: Item, tmp_path: Pat
     (tmp_path / "cuts.000000.jsonl").write_text(json.dumps(cut) + "\n")
     line = {"cut_id": "one", "recording": _second(recording, _source("command", f"touch {ran}"))}
     (tmp_path / "recording.000000.jsonl").write_text(json.dumps(line) + "\n")
-    with pytest.raises(ValueError, match=r"cuts\.000000\.jsonl, line 1 has a recording .* has an audio source of type"):
+    with pytest.raises(
+        ValueError, match=r"cuts\.000000\.jsonl, line 1 has an unusable entry .* has an audio source of type"
+    ):
         open_corpus(tmp_path)
     assert not ran.exists()
 

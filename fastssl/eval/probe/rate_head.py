@@ -92,7 +92,7 @@ class FrameLengths(NamedTuple):
         return rate_for_period(torch.tensor(length, dtype=torch.float64), self.mean_weight, 1.0).float()
 
     def mixture(self, length: float) -> float:
-        """Return the position of a length between the shortest (0) and the longest (1), in its logarithm.
+        """Return where a length lies between the shortest (0) and the longest (1), on a logarithmic scale.
 
         Args:
             length: Mean length of a frame, in front-end frames; lengths out of range are clamped.
