@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 
 from fastssl.data.manifest import ForbiddenSourceError, check_sources
 from fastssl.data.mp3 import whole
+from fastssl.data.regular import UnusableFileError, size_of
 from fastssl.data.resampler import FILTER_WIDTH, resample_in_blocks, resampler
 from fastssl.data.rules import OLDEST_RULES, rules_of
-from fastssl.names import plain_path
+from fastssl.names import named_again, plain_path
 
 SAMPLE_RATE_HZ = 16000
 
@@ -278,8 +279,11 @@ def _decode(cut: Cut, first: int, count: int, columns: Sequence[int]) -> NDArray
                 samples = _read(audio, first, count, rules_of(cut))
     except AudioError:
         raise
+    except UnusableFileError as error:
+        raise AudioError(str(error)) from None
     except Exception as error:
-        raise AudioError(f"does not decode: {str(error).strip() or type(error).__name__}") from error
+        reason = named_again(str(error).strip(), source.source)
+        raise AudioError(f"does not decode: {reason or type(error).__name__}") from error
     if samples.shape[1] <= max(columns):
         raise AudioError(f"has {samples.shape[1]} channels, but its manifest says {recording.num_channels}")
     return samples
@@ -376,11 +380,14 @@ def _opened(cut: Cut) -> Iterator[str | BytesIO]:
     if source.type == "memory":
         yield BytesIO(source.source)
     elif member is None:
+        size_of(source.source)  # before it is opened, which would wait for ever if it is a FIFO now
         with plain_path(source.source) as path:
             yield path
     else:
         offset, size = member
-        with Path(source.source.rsplit(".tar/", 1)[0] + ".tar").open("rb") as tar:
+        tar_path = Path(source.source.rsplit(".tar/", 1)[0] + ".tar")
+        size_of(tar_path)
+        with tar_path.open("rb") as tar:
             tar.seek(offset)
             data = tar.read(size)
         yield BytesIO(data)
@@ -389,6 +396,9 @@ def _opened(cut: Cut) -> Iterator[str | BytesIO]:
 @contextmanager
 def _with_plain_paths(recording: Recording) -> Iterator[Recording]:
     """Yield a recording whose files libsndfile can open by the names in it."""
+    for one in recording.sources:
+        if one.type == "file":
+            size_of(one.source)
     with ExitStack() as opened:
         sources = [
             fastcopy(one, source=opened.enter_context(plain_path(one.source))) if one.type == "file" else one

@@ -57,7 +57,7 @@ def extensions(rules: int) -> tuple[str, ...]:
     return EXTENSIONS_1 if rules < 2 else EXTENSIONS
 
 
-def find_files(folder: Path, *, rules: int = RULES) -> tuple[list[Path], str]:
+def find_files(folder: Path, *, rules: int = RULES) -> tuple[list[Path], str, list[Problem]]:
     """Find the audio files below a folder; follow links to folders, but enter no folder twice, and no hidden one.
 
     Args:
@@ -65,11 +65,17 @@ def find_files(folder: Path, *, rules: int = RULES) -> tuple[list[Path], str]:
         rules: Version of the rules, which decides what extensions are read.
 
     Returns:
-        The files, sorted; and a note on audio files that are not read, by extension, empty if there are none.
+        The files, sorted; a note on audio files that are not read, by extension, empty if there are none; and the
+        folders that cannot be listed.
     """
     files, unread, entered = [], Counter[str](), set()
     wanted = extensions(rules)
-    for place, folders, names in os.walk(folder, followlinks=True):
+    closed: list[Problem] = []
+
+    def report(error: OSError) -> None:
+        closed.append(Problem(str(Path(error.filename).absolute()), f"cannot be listed: {error.strerror}"))
+
+    for place, folders, names in os.walk(folder, followlinks=True, onerror=report):
         if (real := os.path.realpath(place)) in entered:
             folders.clear()
             continue
@@ -83,7 +89,7 @@ def find_files(folder: Path, *, rules: int = RULES) -> tuple[list[Path], str]:
                 files.append(Path(place, name))
             elif lower.endswith(UNREAD_EXTENSIONS) or lower.endswith(EXTENSIONS):
                 unread[lower[lower.rindex(".") :]] += 1
-    return sorted(files), _unread_note(unread)
+    return sorted(files), _unread_note(unread), closed
 
 
 def _unread_note(unread: Counter[str]) -> str:

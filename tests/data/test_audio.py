@@ -1,3 +1,5 @@
+import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -118,8 +120,27 @@ def test_a_file_that_is_gone(tmp_path: Path) -> None:
     path = write(tmp_path / "a.wav", noise(2.0))
     cut = cut_of(path)
     path.unlink()
-    with pytest.raises(AudioError, match="does not decode"):
+    with pytest.raises(AudioError, match="does not exist"):
         read_waveform(cut)
+
+
+@pytest.mark.parametrize("louder", [False, True])
+def test_a_file_that_has_become_a_pipe_is_not_opened(tmp_path: Path, louder: bool) -> None:
+    path = write(tmp_path / "a.wav", noise(2.0))
+    cut = cut_of(path).perturb_volume(2.0) if louder else cut_of(path)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(AudioError, match="is not a regular file"):
+        read_waveform(cut)
+
+
+def test_an_error_names_the_file_and_not_how_it_was_opened(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.wav", noise(2.0)).rename(tmp_path / os.fsdecode(b"\xff.wav"))
+    cut = cut_of(path)
+    path.write_bytes(b"no audio")
+    with pytest.raises(AudioError, match=re.escape(str(path))) as raised:
+        read_waveform(cut)
+    assert "/proc/self" not in str(raised.value)
 
 
 def test_a_manifest_with_another_rate_than_the_file(tmp_path: Path) -> None:
