@@ -11,6 +11,7 @@ from lhotse.cut import Cut
 from numpy.typing import NDArray
 
 from fastssl.data.audio import AudioError, open_sound, read_block
+from fastssl.data.joined import JOINABLE, is_joined
 from fastssl.data.mp3 import Mp3Error, count_samples
 from fastssl.data.ogg import count_chained
 from fastssl.data.rules import RULES, rules_of
@@ -127,6 +128,12 @@ def scan_file(path: Path, *, recording_id: str, rules: int = RULES) -> Cut | Pro
                 name,
                 f"consists of {chained} Ogg streams in a row, of which only the first ({frames / rate:.2f} s) would be "
                 "read; divide it, or join them by decoding, for example: ffmpeg -i in.ogg out.flac",
+            )
+        if rules >= 2 and kind in JOINABLE and is_joined(path, kind):
+            return Problem(
+                name,
+                f"is followed by another {kind} file, but only the first ({frames / rate:.2f} s) would be read; divide "
+                "it at the second header, or join the parts by decoding them",
             )
     except Mp3Error as error:
         return Problem(name, str(error))
