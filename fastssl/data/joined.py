@@ -15,6 +15,7 @@ _PADDING = 16  # most bytes between one part and the next
 _TAIL_BYTES = 1 << 12  # of a FLAC, after its last frame: tags
 _BLOCK_BYTES = 1 << 20
 _MOST_CHUNKS = 1000
+_MOST_SEARCHED = 1 << 30  # bytes: about an hour in the largest FLAC; a sparse file may have a thousand times as many
 #: The marker of a FLAC, and the header of its first block, which has 34 bytes.
 _FLAC = re.compile(rb"fLaC[\x00\x80]\x00\x00\x22")
 
@@ -23,7 +24,7 @@ def is_joined(path: Path, kind: str) -> bool:
     """Return whether another file of the same format follows in the file.
 
     Reads a few kB, and a FLAC whose last frame is not in its place once. Does not notice two FLACs of exactly the same
-    number of samples.
+    number of samples, nor one that begins after 1 GB.
 
     Args:
         path: Path of an audio file.
@@ -78,7 +79,7 @@ def _utf8(number: int) -> bytes:
 def _contains_another(file: BinaryIO) -> bool:
     file.seek(1)
     before = b""
-    while block := file.read(_BLOCK_BYTES):
+    while file.tell() < _MOST_SEARCHED and (block := file.read(_BLOCK_BYTES)):
         if _FLAC.search(before + block):
             return True
         before = block[-8:]

@@ -1,13 +1,16 @@
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
 from lhotse.cut import Cut
 from lhotse.utils import fastcopy
 from numpy.typing import NDArray
 
+from fastssl.data import audio
 from fastssl.data.audio import AudioError, read_waveform, resample
 from fastssl.data.corpus import open_corpus
 from tests.data.making import noise, tone, write
@@ -82,6 +85,24 @@ def test_channels_are_averaged_or_chosen(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_waveform(cut, channel=2), samples[:, 2])
     with pytest.raises(AudioError, match=r"has channels \[0, 1, 2\], but channel 3 was requested"):
         read_waveform(cut, channel=3)
+
+
+def test_many_channels_are_decoded_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cut = cut_of(write(tmp_path / "a.wav", noise(2.0, channels=5)))
+    whole, alone = read_waveform(cut), read_waveform(cut, channel=3)
+    sizes = []
+    read = soundfile.SoundFile.read
+
+    def watched(*arguments: Any, **named: Any) -> Any:
+        samples = read(*arguments, **named)
+        sizes.append(samples.size)
+        return samples
+
+    monkeypatch.setattr(soundfile.SoundFile, "read", watched)
+    monkeypatch.setattr(audio, "_LARGEST_PIECE", 5003)
+    np.testing.assert_array_equal(read_waveform(cut), whole)
+    np.testing.assert_array_equal(read_waveform(cut, channel=3), alone)
+    assert max(sizes) == 5000
 
 
 def test_one_channel_is_taken_whatever_is_chosen(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 import io
 import logging
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from lhotse.cut import Cut
 from lhotse.utils import fastcopy
 from numpy.typing import NDArray
 
+from fastssl.data import joined
 from fastssl.data.audio import AudioError, read_waveform
 from fastssl.data.corpus import open_corpus, write_manifest
 from fastssl.data.joined import JOINABLE, _ends_as_said, _utf8, is_joined
@@ -189,6 +191,14 @@ def test_rules_that_do_not_exist(tmp_path: Path) -> None:
     for rules in (0, 3):
         with pytest.raises(ValueError, match=f"rules: must be from 1 to 2, got {rules}"):
             open_corpus(tmp_path, rules=rules)
+
+
+def test_a_sparse_flac_is_not_searched_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(joined, "_MOST_SEARCHED", 1 << 20)
+    path = tmp_path / "a.flac"
+    path.write_bytes(encoded(noise(3.0), format="FLAC"))
+    os.truncate(path, 2**40)
+    assert not is_joined(path, "FLAC")
 
 
 @pytest.mark.parametrize("samples", [1, 192, 257, 4096, 4097, 8192, 70_000])
