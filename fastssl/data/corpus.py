@@ -237,8 +237,8 @@ def _judge(
 ) -> None:
     """Raise ValueError if no recording is usable, or more than `max_bad_fraction` of all are not."""
     total = num_usable + len(problems)
-    if total == 0 and path.name.endswith(MANIFEST_EXTENSIONS):
-        raise ValueError(f"source: {path} is empty; expected a cut or a recording on each line")
+    if total == 0 and (is_shar(path) or not path.is_dir()):
+        raise ValueError(f"source: {path} is empty; expected a manifest with a cut or a recording on each line")
     if total == 0:
         unread = f"; {note}" if note else ""
         raise ValueError(

@@ -90,7 +90,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | BadLineError]
 def parse(line: bytes) -> dict[str, Any] | BadLineError:
     """Decode the JSON of a line, or return what is wrong with it."""
     try:
-        value = json.loads(line.decode())
+        value = json.loads(line.decode("utf-8-sig"))  # Windows begins a file with a mark
     except json.JSONDecodeError as error:
         return BadLineError(f"is not valid JSON: {error.msg} at character {error.pos + 1}")
     # `RecursionError`: nested too deeply. `ValueError`: not UTF-8, or an integer of 5,000 digits.

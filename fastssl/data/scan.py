@@ -69,28 +69,58 @@ def find_files(folder: Path, *, rules: int = RULES) -> tuple[list[Path], str, li
         The files, sorted; a note on audio files that are not read, by extension, empty if there are none; and the
         folders that cannot be listed.
     """
-    files, unread, entered = [], Counter[str](), set()
+    files, unread = [], Counter[str]()
     wanted = extensions(rules)
     closed: list[Problem] = []
-
-    def report(error: OSError) -> None:
-        closed.append(Problem(str(Path(error.filename).absolute()), f"cannot be listed: {error.strerror}"))
-
-    for place, folders, names in os.walk(folder, followlinks=True, onerror=report):
-        if (real := os.path.realpath(place)) in entered:
-            folders.clear()
+    entered: dict[tuple[int, int], set[str]] = {}
+    # Not by `os.walk`, which recurses, and to resolve every name would take seconds in deep folders.
+    waiting = [str(folder)]
+    while waiting:
+        place = waiting.pop()
+        try:
+            if not _is_new(place, entered):
+                continue
+            with os.scandir(place) as listed:
+                entries = [(entry.name, _is_folder(entry)) for entry in listed if not entry.name.startswith(".")]
+        except OSError as error:
+            closed.append(Problem(str(Path(place).absolute()), f"cannot be listed: {error.strerror}"))
             continue
-        entered.add(real)
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
+        waiting += [os.path.join(place, name) for name, is_folder in reversed(entries) if is_folder]  # noqa: PTH118
+        for name, is_folder in entries:
             lower = name.lower()
-            if lower.startswith("."):
+            if is_folder:
                 continue
             if lower.endswith(wanted):
                 files.append(Path(place, name))
             elif lower.endswith(UNREAD_EXTENSIONS) or lower.endswith(EXTENSIONS):
                 unread[lower[lower.rindex(".") :]] += 1
     return sorted(files), _unread_note(unread), closed
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link in a circle, for example; one named like audio is reported as a file
+        return False
+
+
+def _is_new(place: str, entered: dict[tuple[int, int], set[str]]) -> bool:
+    """Return whether a folder has not been entered, and remember it.
+
+    Args:
+        place: Path of the folder.
+        entered: The paths of the folders that were entered, by device and number. Some systems number folders twice, so
+            the real names decide then.
+
+    Raises:
+        OSError: Its status cannot be read.
+    """
+    status = os.stat(place)  # noqa: PTH116  (a string costs less)
+    same = entered.setdefault((status.st_dev, status.st_ino), set())
+    if same and os.path.realpath(place) in map(os.path.realpath, same):
+        return False
+    same.add(place)
+    return True
 
 
 def _unread_note(unread: Counter[str]) -> str:

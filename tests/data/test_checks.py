@@ -293,9 +293,34 @@ def test_a_manifest_of_short_bad_lines_is_not_read_to_its_end(bad: str, line: Li
 
 
 def test_an_empty_manifest_is_said_to_be_empty(tmp_path: Path) -> None:
-    (tmp_path / "cuts.jsonl").write_text("\n")
-    with pytest.raises(ValueError, match=r"cuts\.jsonl is empty"):
-        open_corpus(tmp_path / "cuts.jsonl")
+    (tmp_path / "a.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match=r"a\.jsonl is empty"):
+        open_corpus(tmp_path / "a.jsonl")
+    (tmp_path / "b.jsonl").mkdir()
+    with pytest.raises(ValueError, match=r"no audio in .*b\.jsonl"):
+        open_corpus(tmp_path / "b.jsonl")
+
+
+def test_a_manifest_from_windows_is_read(line: Line, tmp_path: Path) -> None:
+    text = "\r\n".join(json.dumps(line | {"id": name}) for name in "ab") + "\r\n"
+    (tmp_path / "cuts.jsonl").write_text(text, encoding="utf-8-sig", newline="")
+    assert [cut.id for cut in open_corpus(tmp_path / "cuts.jsonl").cuts] == ["a", "b"]
+
+
+def test_folders_may_be_deep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write(tmp_path / "good.wav", noise(3.0))
+    monkeypatch.chdir(tmp_path)
+    for _ in range(1100):
+        Path("d").mkdir()
+        os.chdir("d")
+    file.rename("deep.wav")
+    monkeypatch.chdir(tmp_path)
+    (cut,) = open_corpus(tmp_path).cuts
+    assert cut.id == "d/" * 1100 + "deep.wav"
+    assert len(read_waveform(cut)) == 48000
+    Path("d/" * 1100, "deep.wav").unlink()
+    for number in range(1100, 0, -1):  # pytest would recurse
+        Path("d/" * number).rmdir()
 
 
 def test_the_only_channel_is_one_of_the_channels(tmp_path: Path) -> None:
