@@ -38,7 +38,7 @@ def is_joined(path: Path, kind: str) -> bool:
         if kind == "FLAC":
             return not _ends_as_said(file, head) and _contains_another(file)
         end = _end(file, head, kind)
-        if end is None:
+        if end is None or end >= file.seek(0, 2):
             return False
         file.seek(end)
         marker = head[:6] if kind == "NIST" else head[:4]

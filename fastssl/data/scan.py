@@ -210,7 +210,7 @@ def _only_channel(cut: Cut, channels: list[int]) -> int | None:
         for place in _PROBES:
             first = int(place * max(0, cut.recording.num_samples - _PROBE_SAMPLES))
             block = read_block(cut, first, _PROBE_SAMPLES, channels).astype(np.float64)
-            if len(block) == 0:
+            if len(block) == 0 or not np.isfinite(block).all():
                 continue
             block -= block.mean(axis=0)
             mixed += float(np.square(block.mean(axis=1)).sum())

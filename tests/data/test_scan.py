@@ -193,6 +193,20 @@ def test_rules_that_do_not_exist(tmp_path: Path) -> None:
             open_corpus(tmp_path, rules=rules)
 
 
+def test_a_size_that_no_file_has_is_not_believed(tmp_path: Path) -> None:
+    whole = encoded(noise(3.0), format="RF64")
+    (tmp_path / "a.rf64").write_bytes(whole[:20] + b"\xff" * 24 + whole[44:])
+    assert not is_joined(tmp_path / "a.rf64", "RF64")
+
+
+@pytest.mark.filterwarnings("error")
+def test_what_is_not_finite_does_not_decide_the_channel(tmp_path: Path) -> None:
+    samples = np.repeat(noise(3.0), 2, axis=1) * np.array([1.0, -0.9], np.float32)
+    samples[24000, 1] = np.inf
+    cut = scanned(write(tmp_path / "a.wav", samples, subtype="FLOAT"))
+    assert cut.custom["only_channel"] == 0
+
+
 def test_a_sparse_flac_is_not_searched_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(joined, "_MOST_SEARCHED", 1 << 20)
     path = tmp_path / "a.flac"
