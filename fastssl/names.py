@@ -15,6 +15,7 @@ import copy
 import json
 import logging
 import os
+import re
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -114,6 +115,16 @@ def plain_path(path: str | PurePath) -> Iterator[str]:
         yield f"/proc/self/fd/{file}"
     finally:
         os.close(file)
+
+
+def named_again(text: str, path: object) -> str:
+    """Return a library's message about a file with its path in place of the one that `plain_path` gave.
+
+    Args:
+        text: The message.
+        path: Path of the file.
+    """
+    return re.sub(r"/proc/self/fd/\d+", lambda _: str(path), text)
 
 
 def shown(name: object) -> str:

@@ -259,6 +259,16 @@ def test_a_file_of_settings_is_parsed_once(
     assert (started[0][0].optimizer.lr, started[0][0].system, len(started)) == (1e-5, "hubert", 1)
 
 
+def test_a_file_that_the_system_refuses_is_named(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert cli.main(["report", "x" * 5000]) == 1
+    error = capsys.readouterr().err
+    assert re.fullmatch(
+        "fastssl report: x+/config.yaml: File name too long; check the path and its permissions\n", error
+    )
+
+
 def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["pretrain", str(tmp_path), "--recipe", "wav2vec2-tiny", "--output", str(tmp_path / "run")]) == 1
     message = capsys.readouterr().err

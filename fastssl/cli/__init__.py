@@ -5,6 +5,7 @@ A command imports only its own module, so `info` and `--help` answer at once.
 
 import argparse
 import importlib
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -85,6 +86,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except WriteError as error:
         again = "again, with --resume if the run had begun" if name in ("pretrain", "distill") else "again"
         print(f"fastssl {name}: {error.option or '--output'}: {error}; then run the command {again}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        # Whatever a file of the user's refuses, and nobody has turned into a better message.
+        if error.filename is None:
+            raise
+        reason = ValueError(f"{os.fsdecode(error.filename)}: {error.strerror}; check the path and its permissions")
+        print_error(name, reason, given[1:])
         return 1
     except RuntimeError as error:
         from fastssl.train.module import TrainingError

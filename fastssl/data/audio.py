@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from fractions import Fraction
 from io import BytesIO
@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 
 from fastssl.data.manifest import ForbiddenSourceError, check_sources
 from fastssl.data.mp3 import whole
+from fastssl.data.regular import UnusableFileError, size_of
 from fastssl.data.resampler import FILTER_WIDTH, resample_in_blocks, resampler
 from fastssl.data.rules import OLDEST_RULES, rules_of
-from fastssl.names import plain_path
+from fastssl.names import named_again, plain_path
 
 SAMPLE_RATE_HZ = 16000
 
@@ -36,7 +37,10 @@ _LARGEST_FILTER_BYTES = 64 * 2**20
 _LARGEST_SAMPLE = 2.0**32
 # A frame of an MP3 uses data of up to 10 earlier ones (the bit reservoir), but after seeking the decoder has only 4.
 _MP3_LEAD = 10 * 1152
+#: Samples of all channels that are decoded at once, if there are more than two: 128 MB.
+_LARGEST_PIECE = 2**25
 _LHOTSE_BACKEND = Lock()
+_Pick = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 
 
 class AudioError(Exception):
@@ -96,13 +100,12 @@ def read_samples(cut: Cut, *, first: int, length: int, channel: int | None) -> N
     if stop <= first:
         raise AudioError(f"ends before {first / recording.sampling_rate:.2f} s, where the requested part begins")
 
-    samples = _decode(cut, start, stop - start, columns)
-    end = start + len(samples)
+    mono = _decode(cut, start, stop - start, columns, lambda samples: _mono(samples, columns))
+    end = start + len(mono)
     wanted = first + length * period // steps
     if end < min(stop, wanted) - TOLERANCE_S * recording.sampling_rate:
         rate = recording.sampling_rate
         raise AudioError(f"ends after {end / rate:.2f} s, but its header says {recording.duration:.2f} s")
-    mono = samples[:, columns[0]] if len(columns) == 1 else samples[:, columns].mean(axis=1)
     _check_samples(mono)
     # Round up to keep every output sample that begins before the end of the last source sample.
     length = max(0, min(length, -((first - end) * steps // period)))
@@ -129,7 +132,7 @@ def read_block(cut: Cut, first: int, count: int, channels: Sequence[int]) -> NDA
         AudioError: The audio does not decode or lacks a channel.
     """
     columns = _available(cut, channels)
-    return _decode(cut, first, count, columns)[:, columns]
+    return _decode(cut, first, count, columns, lambda samples: samples[:, columns])
 
 
 def resampling_ratio(rate_hz: int) -> tuple[int, int]:
@@ -260,29 +263,42 @@ def _check_samples(samples: NDArray[np.float32]) -> None:
         )
 
 
-def _decode(cut: Cut, first: int, count: int, columns: Sequence[int]) -> NDArray[np.float32]:
-    """Decode up to `count` samples, beginning with source sample `first`: (samples, channels) at the source rate.
+def _mono(samples: NDArray[np.float32], columns: Sequence[int]) -> NDArray[np.float32]:
+    """Return the mean of some of the columns of (samples, channels)."""
+    mono: NDArray[np.float32] = samples[:, columns[0]] if len(columns) == 1 else samples[:, columns].mean(axis=1)
+    return mono
 
-    The result has all `columns`, and perhaps others.
+
+def _decode(cut: Cut, first: int, count: int, columns: Sequence[int], pick: _Pick) -> NDArray[np.float32]:
+    """Decode up to `count` samples, beginning with source sample `first`, at the source rate.
+
+    Returns what `pick` makes of them: it gets (samples, channels) with all `columns`, perhaps in several pieces.
     """
+
+    def check(channels: int) -> None:
+        if channels <= max(columns):
+            raise AudioError(f"has {channels} channels, but its manifest says {recording.num_channels}")
+
     recording: Recording = cut.recording
     source = recording.sources[0]
     # Decoders raise exceptions of any type. They all mean that the file is bad, and none should end the run.
     try:
         if len(recording.sources) > 1 or recording.transforms or source.type not in ("file", "memory"):
             samples = _decode_by_lhotse(recording, first, count)
-        else:
-            with _opened(cut) as file, _sound(file, cut) as audio:
-                if audio.samplerate != recording.sampling_rate:
-                    raise AudioError(f"is at {audio.samplerate} Hz, but its manifest says {recording.sampling_rate} Hz")
-                samples = _read(audio, first, count, rules_of(cut))
+            check(samples.shape[1])
+            return pick(samples)
+        with _opened(cut) as file, _sound(file, cut) as audio:
+            if audio.samplerate != recording.sampling_rate:
+                raise AudioError(f"is at {audio.samplerate} Hz, but its manifest says {recording.sampling_rate} Hz")
+            check(audio.channels)
+            return _read(audio, first, count, rules_of(cut), pick)
     except AudioError:
         raise
+    except UnusableFileError as error:
+        raise AudioError(str(error)) from None
     except Exception as error:
-        raise AudioError(f"does not decode: {str(error).strip() or type(error).__name__}") from error
-    if samples.shape[1] <= max(columns):
-        raise AudioError(f"has {samples.shape[1]} channels, but its manifest says {recording.num_channels}")
-    return samples
+        reason = named_again(str(error).strip(), source.source)
+        raise AudioError(f"does not decode: {reason or type(error).__name__}") from error
 
 
 @contextmanager
@@ -326,8 +342,22 @@ def open_sound(file: str | BytesIO, *, rules: int) -> soundfile.SoundFile:
             raise
 
 
-def _read(audio: soundfile.SoundFile, first: int, count: int, rules: int) -> NDArray[np.float32]:
-    """Decode up to `count` samples from sample `first` on: (samples, channels)."""
+def _read(audio: soundfile.SoundFile, first: int, count: int, rules: int, pick: _Pick) -> NDArray[np.float32]:
+    """Decode up to `count` samples from sample `first` on, and return what `pick` makes of (samples, channels).
+
+    A minute of hundreds of channels would fill the memory, so it is picked from in pieces.
+    """
+    piece = _LARGEST_PIECE // audio.channels
+    if count > piece and audio.channels > 2:
+        pieces = [
+            np.ascontiguousarray(_read(audio, at, min(piece, first + count - at), rules, pick))
+            for at in range(first, first + count, piece)
+        ]
+        return np.concatenate(pieces)
+    return pick(_read_all(audio, first, count, rules))
+
+
+def _read_all(audio: soundfile.SoundFile, first: int, count: int, rules: int) -> NDArray[np.float32]:
     if rules < 2:
         audio.seek(first)
         return np.asarray(audio.read(count, dtype="float32", always_2d=True), dtype=np.float32)
@@ -376,11 +406,14 @@ def _opened(cut: Cut) -> Iterator[str | BytesIO]:
     if source.type == "memory":
         yield BytesIO(source.source)
     elif member is None:
+        size_of(source.source)  # before it is opened, which would wait for ever if it is a FIFO now
         with plain_path(source.source) as path:
             yield path
     else:
         offset, size = member
-        with Path(source.source.rsplit(".tar/", 1)[0] + ".tar").open("rb") as tar:
+        tar_path = Path(source.source.rsplit(".tar/", 1)[0] + ".tar")
+        size_of(tar_path)
+        with tar_path.open("rb") as tar:
             tar.seek(offset)
             data = tar.read(size)
         yield BytesIO(data)
@@ -389,6 +422,9 @@ def _opened(cut: Cut) -> Iterator[str | BytesIO]:
 @contextmanager
 def _with_plain_paths(recording: Recording) -> Iterator[Recording]:
     """Yield a recording whose files libsndfile can open by the names in it."""
+    for one in recording.sources:
+        if one.type == "file":
+            size_of(one.source)
     with ExitStack() as opened:
         sources = [
             fastcopy(one, source=opened.enter_context(plain_path(one.source))) if one.type == "file" else one

@@ -199,7 +199,9 @@ def _check_custom(cut: Cut) -> None:
     expected = f"a whole number up to {RULES}; a larger one needs a newer fastssl"
     _check(_is_whole(rules, OLDEST_RULES) and rules <= RULES, "rules", rules, expected)
     if "only_channel" in custom:
-        _check(_is_whole(custom["only_channel"], 0), "only_channel", custom["only_channel"], "a whole number from 0 on")
+        channels = [cut.channel] if isinstance(cut.channel, int) else list(cut.channel)
+        only = custom["only_channel"]
+        _check(_is_whole(only, 0) and only in channels, "only_channel", only, f"one of {shortened(channels)}")
     if "window_of" in custom:
         _check(
             _is_parent(custom["window_of"]), "window_of", custom["window_of"], "an object with id, start and duration"

@@ -19,7 +19,7 @@ from lhotse.utils import compute_num_samples, fastcopy
 from fastssl.data.audio import AudioError
 from fastssl.data.checks import check_fields, check_source
 from fastssl.data.manifest import BadLineError, ForbiddenSourceError, deserialize, read_lines
-from fastssl.data.regular import UnusableFileError, size_of
+from fastssl.data.regular import UnusableFileError, is_folder, size_of
 from fastssl.data.rules import RULES, check_rules, rules_of
 from fastssl.data.scan import Problem as Problem
 from fastssl.data.scan import apply_rules, extensions, find_files, scan_file
@@ -30,6 +30,8 @@ from fastssl.names import encoded, json_line
 logger = logging.getLogger(__name__)
 
 MANIFEST_EXTENSIONS = (".jsonl.gz", ".jsonl")
+#: This many bad lines are kept and reported, and as many more as there are good ones.
+_MOST_BAD_LINES = 10_000
 
 
 def list_some(problems: Sequence[Problem]) -> str:
@@ -95,14 +97,16 @@ def open_corpus(
             recordings, or contains two cuts with the same id.
     """
     path, endings = Path(source), extensions(check_rules(rules))
-    note = ""
-    if not path.exists():
-        raise ValueError(f"source: {path} does not exist; give a folder, a Lhotse manifest or an audio file")
-    if path.is_dir():
+    note, problems = "", list[Problem]()
+    try:
+        folder = is_folder(path)
+    except UnusableFileError as error:
+        raise ValueError(f"source: {path} {error}; give a folder, a Lhotse manifest or an audio file") from None
+    if folder:
         if is_shar(path):
             found = _from_cuts(read_shar(path), jobs, rules)
         else:
-            files, note = find_files(path, rules=rules)
+            files, note, problems = find_files(path, rules=rules)
             found = _from_files(path, files, jobs, rules)
     elif path.name.lower().endswith(endings):
         found = _from_files(path.parent, [path], jobs, rules)
@@ -114,7 +118,7 @@ def open_corpus(
             f"nor an audio file ({', '.join(endings)})"
         )
 
-    cuts, problems = [], []
+    cuts = []
     for item in found:
         if isinstance(item, Problem):
             problems.append(item)
@@ -233,6 +237,8 @@ def _judge(
 ) -> None:
     """Raise ValueError if no recording is usable, or more than `max_bad_fraction` of all are not."""
     total = num_usable + len(problems)
+    if total == 0 and (is_shar(path) or not path.is_dir()):
+        raise ValueError(f"source: {path} is empty; expected a manifest with a cut or a recording on each line")
     if total == 0:
         unread = f"; {note}" if note else ""
         raise ValueError(
@@ -269,7 +275,8 @@ def enter_file(path: Path, *, recording_id: str, rules: int = RULES) -> Cut | Pr
         size_of(path)  # before the file is opened
     except UnusableFileError as error:
         return Problem(name, str(error))
-    return _checked(name, scan_file(path, recording_id=recording_id, rules=rules), rules)
+    found = scan_file(path, recording_id=recording_id, rules=rules)
+    return _checked_sources(_checked_fields(name, found) if isinstance(found, Cut) else found, rules)
 
 
 def _read_manifest(path: Path) -> Iterator[tuple[str, Cut | BadLineError]]:
@@ -291,28 +298,57 @@ def _read_manifest(path: Path) -> Iterator[tuple[str, Cut | BadLineError]]:
 
 
 def _from_cuts(cuts: Iterable[tuple[str, Cut | BadLineError]], jobs: int, rules: int) -> Iterator[Cut | Problem]:
-    def check(placed: tuple[str, Cut | BadLineError]) -> Cut | Problem:
-        place, item = placed
-        return Problem(place, str(item)) if isinstance(item, BadLineError) else _checked(place, item, rules)
+    def check(item: Cut | Problem) -> Cut | Problem:
+        return _checked_sources(item, rules)
 
     with ThreadPoolExecutor(jobs) as pool:
-        yield from pool.map(check, cuts)
+        yield from pool.map(check, _checked_lines(cuts))
 
 
-def _checked(place: str, item: Cut | Problem, rules: int) -> Cut | Problem:
-    """Check a recording that is about to enter the corpus: every one comes through here.
+def _checked_lines(cuts: Iterable[tuple[str, Cut | BadLineError]]) -> Iterator[Cut | Problem]:
+    """Yield each cut whose fields can be used, and a problem for each other line.
+
+    Raises:
+        ValueError: Most lines are bad. Short bad lines take much more memory than space in a compressed file.
+    """
+    good = bad = 0
+    for place, line in cuts:
+        item = Problem(place, str(line)) if isinstance(line, BadLineError) else _checked_fields(place, line)
+        if isinstance(item, Cut):
+            good += 1
+        else:
+            bad += 1
+            if bad > good + _MOST_BAD_LINES:
+                raise ValueError(
+                    f"source: {bad} of the first {good + bad} lines cannot be used, the last of them being {item}; "
+                    "make the manifest again"
+                )
+        yield item
+
+
+def _checked_fields(place: str, cut: Cut) -> Cut | Problem:
+    """Check the fields of a recording that is about to enter the corpus: every one comes through here.
 
     Args:
         place: What to call the recording if its fields cannot be used: its file, or its line in a manifest.
+        cut: The recording.
+    """
+    try:
+        check_fields(cut)
+    except AudioError as error:
+        return Problem(place, str(error))
+    return cut
+
+
+def _checked_sources(item: Cut | Problem, rules: int) -> Cut | Problem:
+    """Check the files of a recording whose fields can be used: every one comes through here, too.
+
+    Args:
         item: The recording, or what is already known to be wrong with it.
         rules: Version of the rules to apply; a manifest may have been made by another, or by other software.
     """
     if isinstance(item, Problem):
         return item
-    try:
-        check_fields(item)
-    except AudioError as error:
-        return Problem(place, str(error))
     for source in item.recording.sources:
         try:
             check_source(item, source)

@@ -24,6 +24,10 @@ from fastssl.data.regular import UnusableFileError, size_of
 #: "shar" is a placeholder for audio in the tar file of the same shard; Lhotse cannot read it by itself.
 _SOURCE_TYPES = ("file", "memory", "shar")
 _LONGEST_LINE = 2**24  # bytes
+# A manifest shrinks to a tenth of its size; one of windows whose names are long, to a hundredth. What unpacks to more
+# bytes than both of these was made to take up time.
+_LARGEST_GROWTH, _SMALLEST_SUSPECT = 500, 2**26  # the second in bytes
+_MOST_BLANK = 100_000  # lines, besides half of all
 # Lhotse's fields are nested 10 deep at most. Python could parse deeper values than it can copy or write.
 _DEEPEST = 100
 
@@ -52,15 +56,21 @@ def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | BadLineError]
         ValueError: The file cannot be read to its end, or is not a regular file.
     """
     not_one = f"source: {path} is not a Lhotse manifest of cuts or recordings"
-    number = 0
+    number = blank = 0
     try:
-        size_of(path)
+        most = max(_SMALLEST_SUSPECT, _LARGEST_GROWTH * size_of(path))
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
             while line := file.readline(_LONGEST_LINE + 1):
                 number += 1
+                most -= len(line)
+                if most < 0:
+                    raise ValueError(f"{not_one}: it unpacks to more than {_LARGEST_GROWTH} times its size")
                 if len(line) > _LONGEST_LINE:
                     raise ValueError(f"{not_one}: line {number} is longer than {_LONGEST_LINE // 2**20} MB")
                 if line.isspace():
+                    blank += 1
+                    if blank > number // 2 + _MOST_BLANK:
+                        raise ValueError(f"{not_one}: {blank} of its first {number} lines are blank")
                     continue
                 value = parse(line)
                 if isinstance(value, BadLineError) and number > 1 and not line.endswith(b"\n"):
@@ -80,7 +90,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | BadLineError]
 def parse(line: bytes) -> dict[str, Any] | BadLineError:
     """Decode the JSON of a line, or return what is wrong with it."""
     try:
-        value = json.loads(line.decode())
+        value = json.loads(line.decode("utf-8-sig"))  # Windows begins a file with a mark
     except json.JSONDecodeError as error:
         return BadLineError(f"is not valid JSON: {error.msg} at character {error.pos + 1}")
     # `RecursionError`: nested too deeply. `ValueError`: not UTF-8, or an integer of 5,000 digits.

@@ -2,9 +2,10 @@
 
 1. Files with the extensions of `EXTENSIONS_1`. The length that a header gives, or that libsndfile guesses, is believed.
    Channels are averaged. Lhotse's resampler.
-2. More extensions. The frames of an MP3 are counted unless its header fits its size; chained Ogg is refused. Where the
-   channels of a recording cancel, one of them is read. Parts of an MP3 are decoded from a little earlier, and parts of
-   files without seeking from the start. The same resampling filter, without most of its multiplications by zero.
+2. More extensions. The frames of an MP3 are counted unless its header fits its size; chained Ogg and other
+   joined files are refused. Where the channels of a recording cancel, one of them is read. Parts of an MP3 are decoded
+   from a little earlier, and parts of files without seeking from the start. The same resampling filter, without most of
+   its multiplications by zero.
 
 Samples that are absurd are refused by all versions.
 """

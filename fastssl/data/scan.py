@@ -11,6 +11,7 @@ from lhotse.cut import Cut
 from numpy.typing import NDArray
 
 from fastssl.data.audio import AudioError, open_sound, read_block
+from fastssl.data.joined import JOINABLE, is_joined
 from fastssl.data.mp3 import Mp3Error, count_samples
 from fastssl.data.ogg import count_chained
 from fastssl.data.rules import RULES, rules_of
@@ -57,7 +58,7 @@ def extensions(rules: int) -> tuple[str, ...]:
     return EXTENSIONS_1 if rules < 2 else EXTENSIONS
 
 
-def find_files(folder: Path, *, rules: int = RULES) -> tuple[list[Path], str]:
+def find_files(folder: Path, *, rules: int = RULES) -> tuple[list[Path], str, list[Problem]]:
     """Find the audio files below a folder; follow links to folders, but enter no folder twice, and no hidden one.
 
     Args:
@@ -65,25 +66,61 @@ def find_files(folder: Path, *, rules: int = RULES) -> tuple[list[Path], str]:
         rules: Version of the rules, which decides what extensions are read.
 
     Returns:
-        The files, sorted; and a note on audio files that are not read, by extension, empty if there are none.
+        The files, sorted; a note on audio files that are not read, by extension, empty if there are none; and the
+        folders that cannot be listed.
     """
-    files, unread, entered = [], Counter[str](), set()
+    files, unread = [], Counter[str]()
     wanted = extensions(rules)
-    for place, folders, names in os.walk(folder, followlinks=True):
-        if (real := os.path.realpath(place)) in entered:
-            folders.clear()
+    closed: list[Problem] = []
+    entered: dict[tuple[int, int], set[str]] = {}
+    # Not by `os.walk`, which recurses, and to resolve every name would take seconds in deep folders.
+    waiting = [str(folder)]
+    while waiting:
+        place = waiting.pop()
+        try:
+            if not _is_new(place, entered):
+                continue
+            with os.scandir(place) as listed:
+                entries = [(entry.name, _is_folder(entry)) for entry in listed if not entry.name.startswith(".")]
+        except OSError as error:
+            closed.append(Problem(str(Path(place).absolute()), f"cannot be listed: {error.strerror}"))
             continue
-        entered.add(real)
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
+        waiting += [os.path.join(place, name) for name, is_folder in reversed(entries) if is_folder]  # noqa: PTH118
+        for name, is_folder in entries:
             lower = name.lower()
-            if lower.startswith("."):
+            if is_folder:
                 continue
             if lower.endswith(wanted):
                 files.append(Path(place, name))
             elif lower.endswith(UNREAD_EXTENSIONS) or lower.endswith(EXTENSIONS):
                 unread[lower[lower.rindex(".") :]] += 1
-    return sorted(files), _unread_note(unread)
+    return sorted(files), _unread_note(unread), closed
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link in a circle, for example; one named like audio is reported as a file
+        return False
+
+
+def _is_new(place: str, entered: dict[tuple[int, int], set[str]]) -> bool:
+    """Return whether a folder has not been entered, and remember it.
+
+    Args:
+        place: Path of the folder.
+        entered: The paths of the folders that were entered, by device and number. Some systems number folders twice, so
+            the real names decide then.
+
+    Raises:
+        OSError: Its status cannot be read.
+    """
+    status = os.stat(place)  # noqa: PTH116  (a string costs less)
+    same = entered.setdefault((status.st_dev, status.st_ino), set())
+    if same and os.path.realpath(place) in map(os.path.realpath, same):
+        return False
+    same.add(place)
+    return True
 
 
 def _unread_note(unread: Counter[str]) -> str:
@@ -121,6 +158,12 @@ def scan_file(path: Path, *, recording_id: str, rules: int = RULES) -> Cut | Pro
                 name,
                 f"consists of {chained} Ogg streams in a row, of which only the first ({frames / rate:.2f} s) would be "
                 "read; divide it, or join them by decoding, for example: ffmpeg -i in.ogg out.flac",
+            )
+        if rules >= 2 and kind in JOINABLE and is_joined(path, kind):
+            return Problem(
+                name,
+                f"is followed by another {kind} file, but only the first ({frames / rate:.2f} s) would be read; divide "
+                "it at the second header, or join the parts by decoding them",
             )
     except Mp3Error as error:
         return Problem(name, str(error))
@@ -167,7 +210,7 @@ def _only_channel(cut: Cut, channels: list[int]) -> int | None:
         for place in _PROBES:
             first = int(place * max(0, cut.recording.num_samples - _PROBE_SAMPLES))
             block = read_block(cut, first, _PROBE_SAMPLES, channels).astype(np.float64)
-            if len(block) == 0:
+            if len(block) == 0 or not np.isfinite(block).all():
                 continue
             block -= block.mean(axis=0)
             mixed += float(np.square(block.mean(axis=1)).sum())

@@ -6,6 +6,7 @@ headers of the tar files once. Each cut then holds its position: the source `SHA
 too, and `custom["tar_member"]` = [offset, size] in bytes.
 """
 
+import os
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,7 +45,7 @@ def read_shar(folder: Path) -> Iterator[tuple[str, Cut | BadLineError]]:
         number = cuts_path.name.split(".")[1]
         tar_path = folder / f"recording.{number}.tar"
         table_paths = sorted(folder.glob(f"recording.{number}.jsonl*"))
-        if tar_path.exists():
+        if os.path.lexists(tar_path):
             path, recordings = tar_path, _recordings_in_tar(tar_path)
         elif table_paths:
             path, recordings = table_paths[0], _recordings_in_table(table_paths[0])

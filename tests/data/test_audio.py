@@ -1,11 +1,16 @@
+import os
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
 from lhotse.cut import Cut
 from lhotse.utils import fastcopy
 from numpy.typing import NDArray
 
+from fastssl.data import audio
 from fastssl.data.audio import AudioError, read_waveform, resample
 from fastssl.data.corpus import open_corpus
 from tests.data.making import noise, tone, write
@@ -82,6 +87,24 @@ def test_channels_are_averaged_or_chosen(tmp_path: Path) -> None:
         read_waveform(cut, channel=3)
 
 
+def test_many_channels_are_decoded_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cut = cut_of(write(tmp_path / "a.wav", noise(2.0, channels=5)))
+    whole, alone = read_waveform(cut), read_waveform(cut, channel=3)
+    sizes = []
+    read = soundfile.SoundFile.read
+
+    def watched(*arguments: Any, **named: Any) -> Any:
+        samples = read(*arguments, **named)
+        sizes.append(samples.size)
+        return samples
+
+    monkeypatch.setattr(soundfile.SoundFile, "read", watched)
+    monkeypatch.setattr(audio, "_LARGEST_PIECE", 5003)
+    np.testing.assert_array_equal(read_waveform(cut), whole)
+    np.testing.assert_array_equal(read_waveform(cut, channel=3), alone)
+    assert max(sizes) == 5000
+
+
 def test_one_channel_is_taken_whatever_is_chosen(tmp_path: Path) -> None:
     cut = cut_of(write(tmp_path / "a.wav", noise(2.0), subtype="FLOAT"))
     np.testing.assert_array_equal(read_waveform(cut, channel=1), noise(2.0)[:, 0])
@@ -118,8 +141,27 @@ def test_a_file_that_is_gone(tmp_path: Path) -> None:
     path = write(tmp_path / "a.wav", noise(2.0))
     cut = cut_of(path)
     path.unlink()
-    with pytest.raises(AudioError, match="does not decode"):
+    with pytest.raises(AudioError, match="does not exist"):
         read_waveform(cut)
+
+
+@pytest.mark.parametrize("louder", [False, True])
+def test_a_file_that_has_become_a_pipe_is_not_opened(tmp_path: Path, louder: bool) -> None:
+    path = write(tmp_path / "a.wav", noise(2.0))
+    cut = cut_of(path).perturb_volume(2.0) if louder else cut_of(path)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(AudioError, match="is not a regular file"):
+        read_waveform(cut)
+
+
+def test_an_error_names_the_file_and_not_how_it_was_opened(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.wav", noise(2.0)).rename(tmp_path / os.fsdecode(b"\xff.wav"))
+    cut = cut_of(path)
+    path.write_bytes(b"no audio")
+    with pytest.raises(AudioError, match=re.escape(str(path))) as raised:
+        read_waveform(cut)
+    assert "/proc/self" not in str(raised.value)
 
 
 def test_a_manifest_with_another_rate_than_the_file(tmp_path: Path) -> None:

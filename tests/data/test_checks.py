@@ -276,6 +276,85 @@ def test_a_line_may_be_long_but_not_endless(line: Line, tmp_path: Path) -> None:
     assert open_corpus(manifest).num_recordings == 1
 
 
+def test_a_manifest_that_unpacks_to_very_much_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "cuts.jsonl.gz").write_bytes(gzip.compress((b" " * 2**23 + b"\n") * 9))
+    with pytest.raises(ValueError, match=r"cuts\.jsonl\.gz .* unpacks to more than 500 times its size"):
+        open_corpus(tmp_path / "cuts.jsonl.gz")
+    (tmp_path / "cuts.jsonl.gz").write_bytes(gzip.compress(b"\n" * 300_000))
+    with pytest.raises(ValueError, match="200001 of its first 200001 lines are blank"):
+        open_corpus(tmp_path / "cuts.jsonl.gz")
+
+
+@pytest.mark.parametrize("bad", ["{", '{"id":"","start":0,"duration":1,"channel":0,"type":"MonoCut"}'])
+def test_a_manifest_of_short_bad_lines_is_not_read_to_its_end(bad: str, line: Line, tmp_path: Path) -> None:
+    (tmp_path / "cuts.jsonl").write_text(json.dumps(line) + f"\n{bad}" * 30_000 + "\n")
+    with pytest.raises(ValueError, match=r"10002 of the first 10003 lines cannot be used, .*, line 10003 .*"):
+        open_corpus(tmp_path / "cuts.jsonl", max_bad_fraction=1.0)
+
+
+def test_an_empty_manifest_is_said_to_be_empty(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match=r"a\.jsonl is empty"):
+        open_corpus(tmp_path / "a.jsonl")
+    (tmp_path / "b.jsonl").mkdir()
+    with pytest.raises(ValueError, match=r"no audio in .*b\.jsonl"):
+        open_corpus(tmp_path / "b.jsonl")
+
+
+def test_a_manifest_from_windows_is_read(line: Line, tmp_path: Path) -> None:
+    text = "\r\n".join(json.dumps(line | {"id": name}) for name in "ab") + "\r\n"
+    (tmp_path / "cuts.jsonl").write_text(text, encoding="utf-8-sig", newline="")
+    assert [cut.id for cut in open_corpus(tmp_path / "cuts.jsonl").cuts] == ["a", "b"]
+
+
+def test_folders_may_be_deep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write(tmp_path / "good.wav", noise(3.0))
+    monkeypatch.chdir(tmp_path)
+    for _ in range(1100):
+        Path("d").mkdir()
+        os.chdir("d")
+    file.rename("deep.wav")
+    monkeypatch.chdir(tmp_path)
+    (cut,) = open_corpus(tmp_path).cuts
+    assert cut.id == "d/" * 1100 + "deep.wav"
+    assert len(read_waveform(cut)) == 48000
+    Path("d/" * 1100, "deep.wav").unlink()
+    for number in range(1100, 0, -1):  # pytest would recurse
+        Path("d/" * number).rmdir()
+
+
+def test_the_only_channel_is_one_of_the_channels(tmp_path: Path) -> None:
+    cut = Recording.from_file(write(tmp_path / "two.wav", noise(6.0, channels=2))).to_cut().to_dict()
+    assert problem_of(cut | {"custom": {"rules": 2, "only_channel": 2}}, tmp_path).endswith(
+        "line 2 has only_channel 2, expected one of [0, 1]"
+    )
+
+
+@pytest.mark.parametrize("source", ["x" * 5000, "x\0", "/".join(["x" * 200] * 30)])
+def test_a_source_that_cannot_be_looked_at_is_named(source: str) -> None:
+    with pytest.raises(
+        ValueError, match=r"source: .* (cannot be opened: File name too long|is not the name of a file)"
+    ):
+        open_corpus(source)
+
+
+def test_a_folder_that_cannot_be_listed_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "good.wav", noise(3.0))
+    closed = tmp_path / "closed"
+    closed.mkdir()
+    scandir = os.scandir
+
+    def refuse(path: str) -> Any:
+        if Path(path) == closed:
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert problems_of(tmp_path) == [f"{closed} cannot be listed: Permission denied"]
+    with pytest.raises(ValueError, match=r"1 of 1 recordings .*\n.*closed cannot be listed"):
+        open_corpus(closed)
+
+
 def test_windows_of_two_recordings_are_not_joined(line: Line, tmp_path: Path) -> None:
     other = json.loads(json.dumps(line))
     other["recording"]["id"] = "other"

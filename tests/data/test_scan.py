@@ -1,5 +1,6 @@
 import io
 import logging
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,10 @@ from lhotse.cut import Cut
 from lhotse.utils import fastcopy
 from numpy.typing import NDArray
 
+from fastssl.data import joined
 from fastssl.data.audio import AudioError, read_waveform
 from fastssl.data.corpus import open_corpus, write_manifest
+from fastssl.data.joined import JOINABLE, _ends_as_said, _utf8, is_joined
 from fastssl.data.ogg import count_chained
 from fastssl.data.scan import Problem, scan_file
 from tests.data.making import noise, write
@@ -42,6 +45,28 @@ def test_chained_ogg_is_reported(tmp_path: Path, subtype: str) -> None:
     assert isinstance(scan_file(path, recording_id="a"), Problem)
     path.write_bytes(parts[0])
     assert scanned(path).duration == 3.0
+
+
+@pytest.mark.parametrize("kind", sorted(JOINABLE))
+@pytest.mark.parametrize("seconds", [(3.0, 4.0), (4.1, 0.2), (20.0, 1.0), (3.0, 3.01)])
+def test_joined_files_are_reported(tmp_path: Path, kind: str, seconds: tuple[float, float]) -> None:
+    parts = [encoded(noise(one), format=kind) for one in seconds]
+    path = tmp_path / "a.wav"
+    path.write_bytes(b"".join(parts))
+    problem = scan_file(path, recording_id="a")
+    assert isinstance(problem, Problem)
+    assert f"is followed by another {kind} file, but only the first (" in problem.reason
+    assert scanned(path, rules=1).duration < sum(seconds) + 0.1
+    for whole in (parts[0], parts[0] + bytes(100_000), parts[0][: len(parts[0]) // 2]):
+        path.write_bytes(whole)
+        assert not is_joined(path, kind)
+
+
+def test_frames_of_flac_are_numbered_as_in_utf_8() -> None:
+    assert [_utf8(number) for number in (0, 127, 128, 2047, 2048, 65535, 65536)] == [
+        chr(number).encode() for number in (0, 127, 128, 2047, 2048, 65535, 65536)
+    ]
+    assert _utf8(2**31 - 1) == b"\xfd" + b"\xbf" * 5
 
 
 def test_streams_that_begin_together_are_no_chain(tmp_path: Path) -> None:
@@ -166,3 +191,32 @@ def test_rules_that_do_not_exist(tmp_path: Path) -> None:
     for rules in (0, 3):
         with pytest.raises(ValueError, match=f"rules: must be from 1 to 2, got {rules}"):
             open_corpus(tmp_path, rules=rules)
+
+
+def test_a_size_that_no_file_has_is_not_believed(tmp_path: Path) -> None:
+    whole = encoded(noise(3.0), format="RF64")
+    (tmp_path / "a.rf64").write_bytes(whole[:20] + b"\xff" * 24 + whole[44:])
+    assert not is_joined(tmp_path / "a.rf64", "RF64")
+
+
+@pytest.mark.filterwarnings("error")
+def test_what_is_not_finite_does_not_decide_the_channel(tmp_path: Path) -> None:
+    samples = np.repeat(noise(3.0), 2, axis=1) * np.array([1.0, -0.9], np.float32)
+    samples[24000, 1] = np.inf
+    cut = scanned(write(tmp_path / "a.wav", samples, subtype="FLOAT"))
+    assert cut.custom["only_channel"] == 0
+
+
+def test_a_sparse_flac_is_not_searched_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(joined, "_MOST_SEARCHED", 1 << 20)
+    path = tmp_path / "a.flac"
+    path.write_bytes(encoded(noise(3.0), format="FLAC"))
+    os.truncate(path, 2**40)
+    assert not is_joined(path, "FLAC")
+
+
+@pytest.mark.parametrize("samples", [1, 192, 257, 4096, 4097, 8192, 70_000])
+def test_the_last_frame_of_a_flac_is_found(samples: int) -> None:
+    whole = encoded(noise(samples / 16000), format="FLAC")
+    assert _ends_as_said(io.BytesIO(whole), whole[:100])
+    assert not _ends_as_said(io.BytesIO(whole + whole[:42] + bytes(100_000)), whole[:100])

@@ -1,5 +1,6 @@
 """Test parts of the probe: scores against hand and brute-force results, tables, heads against plain convolutions."""
 
+import os
 from itertools import pairwise
 from pathlib import Path
 
@@ -102,12 +103,25 @@ def test_symbols_are_characters_or_what_blanks_separate() -> None:
         ("path\tspeaker\n", "has no rows"),
         ("path\tspeaker\na.wav\n", "row 2 has 1 fields, but the header has 2"),
         ("path\tspeaker\na.wav\tx\na.wav\ty\n", "is listed twice"),
+        ("path\tspeaker\tspeaker\na.wav\tx\ty\n", "has two columns 'speaker'"),
     ],
 )
 def test_tables_that_do_not_serve(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "table.tsv").write_text(text)
     with pytest.raises(ValueError, match=message):
         read_table(tmp_path / "table.tsv")
+
+
+def test_a_table_without_lines_is_not_read_to_its_end(tmp_path: Path) -> None:
+    (tmp_path / "table.tsv").write_text("path\tspeaker\n")
+    os.truncate(tmp_path / "table.tsv", 2**40)
+    with pytest.raises(ValueError, match=r"table\.tsv: is not a table \(field larger than field limit"):
+        read_table(tmp_path / "table.tsv")
+
+
+def test_a_table_from_windows_is_read(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("path,speaker\r\na.wav,x\r\n", encoding="utf-8-sig", newline="")
+    assert read_table(tmp_path / "t.csv").column("speaker") == ["x"]
 
 
 def test_tables(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fastssl.names import encoded, is_utf8, shown
 
+_LONGEST_LINE = 2**24  # characters; a longer one is not a row, but a file of another kind
 #: Pronunciations of the English digits in ARPAbet; they turn digit strings into phone strings.
 DIGIT_PHONES = {
     "0": "Z IH R OW",
@@ -94,7 +95,8 @@ def read_table(path: str | Path) -> Table:
     separator = "," if path.suffix.lower() == ".csv" else "\t"
     try:
         # A path may contain any byte; labels must be UTF-8.
-        with path.open(newline="", encoding="utf-8", errors="surrogateescape") as lines:
+        with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as opened:
+            lines = iter(lambda: opened.readline(_LONGEST_LINE), "")
             header, *records = [record for record in csv.reader(lines, delimiter=separator) if record]
     except csv.Error as error:
         raise ValueError(f"{path}: is not a table ({error}); save it as UTF-8, and put line breaks in quotes") from None
@@ -104,6 +106,9 @@ def read_table(path: str | Path) -> Table:
     for number, record in enumerate([header, *records], 1):
         if not all(is_utf8(value) for column, value in enumerate(record) if column not in paths):
             raise ValueError(f"{path}: row {number} is not UTF-8 text; save the table as UTF-8")
+    if len(set(header)) < len(header):
+        twice = next(name for name in header if header.count(name) > 1)
+        raise ValueError(f"{path}: has two columns {shown(twice)!r}; give each a name of its own")
     if "path" not in header:
         separated = "commas" if separator == "," else "tabs"
         raise ValueError(
