@@ -32,7 +32,8 @@ from benchmarks.studies.pretraining_runs import (
     what_decides,
 )
 from benchmarks.studies.probes import Probe
-from fastssl.eval.label import LabelSettings, label
+from fastssl.eval.label.command import label
+from fastssl.eval.label.settings import LabelSettings
 from fastssl.eval.probe.features import FeatureStore, RandomSource
 from fastssl.eval.probe.run import LOG_MEL, ProbeResult, run_probe
 from fastssl.models.speech_encoder import SpeechEncoder

@@ -20,7 +20,8 @@ from benchmarks.studies.compare_systems import PROBES
 from benchmarks.studies.findings import Spread, compare
 from benchmarks.studies.pretraining_runs import Job, StudyFile, corpora_parser, train, what_decides
 from fastssl.data.labels import read_settings
-from fastssl.eval.label import LabelSettings, label
+from fastssl.eval.label.command import label
+from fastssl.eval.label.settings import LabelSettings
 from fastssl.eval.probe.features import FeatureStore
 from fastssl.eval.probe.run import LOG_MEL, run_probe
 

@@ -46,7 +46,8 @@ from benchmarks.studies.students import DIGITS, probes_at, remember_front_end, s
 from fastssl.data.audio import read_waveform
 from fastssl.data.corpus import open_corpus
 from fastssl.data.waveforms import waveform_batch
-from fastssl.eval.label import LabelSettings, label
+from fastssl.eval.label.command import label
+from fastssl.eval.label.settings import LabelSettings
 from fastssl.eval.probe.adaptive import Trial, learn_rates
 from fastssl.eval.probe.features import EncoderSource, FeatureStore
 from fastssl.eval.probe.run import run_probe

@@ -31,7 +31,9 @@ _COMMANDS = {
     "report": _Command("draw the figure of a run, also while it trains", "cli.report", ("run",)),
     "extract": _Command("write the features of every recording", "eval.extract", ("model", "audio")),
     "label": _Command(
-        "cluster the frames of every recording, for HuBERT or a compressor to learn from", "eval.label", ("audio",)
+        "cluster the frames of every recording, for HuBERT or a compressor to learn from",
+        "eval.label.command",
+        ("audio",),
     ),
     "quality": _Command(
         "measure how good each layer of an encoder is, without labels", "eval.quality.command", ("model", "audio")

@@ -8,7 +8,8 @@ from typing import Literal
 from fastssl.data.corpus import Problem
 from fastssl.data.labels import LabelTable
 from fastssl.eval.encode import frame_grid
-from fastssl.eval.label import LabelSettings, label
+from fastssl.eval.label.command import label
+from fastssl.eval.label.settings import LabelSettings
 from fastssl.train.config import PretrainConfig
 from fastssl.train.data import PretrainDataModule, Use
 from fastssl.train.systems import SYSTEMS

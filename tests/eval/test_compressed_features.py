@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from fastssl.eval.extract import extract
-from fastssl.eval.label import LabelSettings, label
+from fastssl.eval.label.command import label
+from fastssl.eval.label.settings import LabelSettings
 from fastssl.eval.probe.command import probe
 from fastssl.eval.probe.features import EncoderSource, FeatureStore
 from fastssl.eval.probe.heads import Window

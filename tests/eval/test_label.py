@@ -19,7 +19,8 @@ from fastssl.data.audio import read_waveform
 from fastssl.data.corpus import open_corpus
 from fastssl.data.labels import LABELS_FILE, SETTINGS_FILE, LabelTable, read_lines, read_settings
 from fastssl.data.mfcc import mfcc
-from fastssl.eval.label import LabelSettings, label
+from fastssl.eval.label.command import label
+from fastssl.eval.label.settings import LabelSettings
 from fastssl.files import WriteError
 from fastssl.interop import load_encoder
 from fastssl.models.encoder import Encoder
@@ -137,7 +138,7 @@ def test_interruption_loses_nothing_and_new_recordings_are_added(
         decoded.append(len(waveform))
         return mfcc(waveform)
 
-    monkeypatch.setattr("fastssl.eval.label.mfcc", count)
+    monkeypatch.setattr("fastssl.eval.label.frames.mfcc", count)
     label(audio, broken, _SETTINGS, num_workers=0)
     assert len(decoded) == 14 - before
     assert (broken / LABELS_FILE).read_text() == text
@@ -239,14 +240,14 @@ def test_recordings_that_decode_to_less_than_a_frame_are_named(
     recordings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Like a damaged MP3 that decodes to 0.1 s less than its header says.
-    monkeypatch.setattr("fastssl.eval.label.read_waveform", lambda cut, channel: np.zeros(50, np.float32))
+    monkeypatch.setattr("fastssl.eval.label.frames.read_waveform", lambda cut, channel: np.zeros(50, np.float32))
     two = LabelSettings(clusters=2)
     with pytest.raises(ValueError, match=r"the number of frames \(0\), got 2"):
         label(recordings, tmp_path / "labels", two, num_workers=0)
     monkeypatch.undo()
     label(recordings, tmp_path / "labels", two, num_workers=0)
     (tmp_path / "labels" / LABELS_FILE).write_text("")
-    monkeypatch.setattr("fastssl.eval.label.read_waveform", lambda cut, channel: np.zeros(50, np.float32))
+    monkeypatch.setattr("fastssl.eval.label.frames.read_waveform", lambda cut, channel: np.zeros(50, np.float32))
     problems = label(recordings, tmp_path / "labels", two, num_workers=0)
     assert len(problems) == 14
     assert all("is shorter than one frame" in problem.reason for problem in problems)

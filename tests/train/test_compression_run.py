@@ -8,7 +8,8 @@ import torch
 import yaml
 
 from fastssl.data.batches import UpdateSampler, WaveformDataset
-from fastssl.eval.label import LabelSettings, label
+from fastssl.eval.label.command import label
+from fastssl.eval.label.settings import LabelSettings
 from fastssl.interop import load_encoder
 from fastssl.train.checkpoints import initialise
 from fastssl.train.config import PretrainConfig

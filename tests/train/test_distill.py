@@ -15,7 +15,8 @@ from lhotse.cut import Cut
 
 from fastssl import cli
 from fastssl.data.audio import AudioError, read_waveform
-from fastssl.eval.label import LabelSettings, label
+from fastssl.eval.label.command import label
+from fastssl.eval.label.settings import LabelSettings
 from fastssl.interop import load_encoder
 from fastssl.models.best_rq import BestRqForPreTraining
 from fastssl.models.distillation import DistillationConfig

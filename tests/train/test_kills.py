@@ -17,7 +17,8 @@ import pytest
 from fastssl import files
 from fastssl.data.corpus import open_corpus, write_manifest
 from fastssl.eval.extract import extract
-from fastssl.eval.label import LabelSettings, label
+from fastssl.eval.label.command import label
+from fastssl.eval.label.settings import LabelSettings
 from fastssl.models.encoder import Encoder, EncoderConfig
 from fastssl.train.checkpoint_file import find_checkpoint
 from fastssl.train.config import PretrainConfig

@@ -15,7 +15,8 @@ import pytest
 import soundfile
 import torch
 
-from fastssl.eval.label import LabelSettings, label
+from fastssl.eval.label.command import label
+from fastssl.eval.label.settings import LabelSettings
 from fastssl.models.distillation import DistillationConfig
 from fastssl.models.encoder import Encoder, EncoderConfig
 from fastssl.models.hubert import HubertConfig

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from transformers import AutoModel
 
 from fastssl.data.labels import LABELS_FILE, read_lines
-from fastssl.eval.label import LabelSettings, label
+from fastssl.eval.label.command import label
+from fastssl.eval.label.settings import LabelSettings
 from fastssl.models.encoder import Encoder
 from fastssl.models.hubert import HubertConfig
 from fastssl.train.config import PretrainConfig, TrainerConfig
@@ -67,7 +68,7 @@ def test_all_processes_hear_why_the_first_failed(hubert: PretrainConfig, monkeyp
         raise ValueError("no space is left")
 
     with monkeypatch.context() as patch:
-        patch.setattr("fastssl.eval.label._fit", stop)
+        patch.setattr("fastssl.eval.label.command.fit", stop)
         with pytest.raises(ValueError, match="no space is left"):
             pretrain(hubert)
     other = PretrainDataModule(hubert.audio, hubert.data, normalize=True, seed=hubert.seed, accumulation=1)
