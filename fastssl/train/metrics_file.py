@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from fastssl.files import append_text, write_text
@@ -27,7 +27,17 @@ class MetricsFile:
         if resume_at is not None and path.exists():
             rows = [row for row in read_metrics(path) if row["update"] <= resume_at]
             self.columns = list(dict.fromkeys([*self.columns, *(name for row in rows for name in row)]))
+        self._kept = [row for row in rows if row["update"] == resume_at]
         write_text(path, self._lines([dict(zip(self.columns, self.columns, strict=True)), *map(_formatted, rows)]))
+
+    def has(self, row: Iterable[str], update: int) -> bool:
+        """Return whether a continued file has a row of an update with the values of these columns.
+
+        Args:
+            row: Names of the columns.
+            update: Update that the row belongs to.
+        """
+        return any(kept["update"] == update and kept.keys() >= set(row) for kept in self._kept)
 
     def append(self, row: dict[str, float]) -> None:
         """Append a row, and close the file again.

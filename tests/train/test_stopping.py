@@ -18,6 +18,7 @@ from fastssl.models.model_card import ModelCard
 from fastssl.train.checkpoint_callback import PeriodicCheckpoint
 from fastssl.train.checkpoints import saved_update
 from fastssl.train.config import PretrainConfig
+from fastssl.train.data import PretrainDataModule
 from fastssl.train.metrics_file import read_metrics
 from fastssl.train.module import PretrainModule, TrainingError
 from fastssl.train.pretrain import pretrain
@@ -96,6 +97,9 @@ def test_a_signal_when_scores_are_due_waits_for_them(make_config: MakeConfig, mo
         with pytest.raises(Stopped):
             pretrain(stopped)
     assert "valid_loss" in read_metrics(Path(stopped.output) / "metrics.csv")[-1]
+    # As after a kill between the scores and the second checkpoint, or when that is damaged: the scores' row is there.
+    last = Path(stopped.output) / "checkpoints" / "last.ckpt"
+    last.write_bytes(last.read_bytes()[:5000])
     pretrain(stopped, resume=True)
     _assert_same_end(stopped, unbroken)
 
@@ -126,6 +130,23 @@ def test_a_signal_during_scoring_stops_after_it(make_config: MakeConfig, monkeyp
         with pytest.raises(Stopped):
             pretrain(stopped)
     assert saved_update(Path(stopped.output) / "checkpoints" / "last.ckpt") == 4
+
+
+def test_sigterm_before_the_first_update_does_not_look_like_success(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lightning would train one batch and end with status 0."""
+    config, load = make_config(**_RUN), PretrainDataModule.train_dataloader
+
+    def train_dataloader(self: PretrainDataModule) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return load(self)
+
+    with monkeypatch.context() as patched, pytest.raises(SystemExit) as outcome:
+        patched.setattr(PretrainDataModule, "train_dataloader", train_dataloader)
+        pretrain(config)
+    assert outcome.value.code == 143
+    pretrain(config, resume=True)
 
 
 def test_a_signal_in_the_last_update_changes_nothing(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
