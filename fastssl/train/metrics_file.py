@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from fastssl.files import append_text, write_text
+from fastssl.reading import check_file, complete_lines
 
 
 class MetricsFile:
@@ -67,8 +68,24 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
     Args:
         path: The file.
+
+    Raises:
+        ValueError: The file cannot be read, or a line is damaged; the message names it.
     """
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    complete = [row for row in rows if None not in row.values()]
-    return [{name: float(value) for name, value in row.items() if value} for row in complete]
+    check_file(path)
+    columns: list[str] = []
+    rows = []
+    for number, line in complete_lines(path):
+        try:
+            (cells,) = csv.reader([line.decode("utf-8-sig")])  # spreadsheets write a mark before the first line
+            row = {name: float(cell) for name, cell in zip(columns, cells, strict=True) if cell} if columns else {}
+        except (ValueError, csv.Error):
+            cells, row = [], {}
+        if "update" not in (row if columns else cells):
+            expected = "a number or nothing per column; delete it" if columns else "names of columns; restore it"
+            raise ValueError(f"{path}: line {number} is damaged, expected {expected}")
+        if columns:
+            rows.append(row)
+        else:
+            columns = cells
+    return rows

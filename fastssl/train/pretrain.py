@@ -31,6 +31,7 @@ from fastssl.train.checkpoint_file import LAST, Checkpoint, find_checkpoint, has
 from fastssl.train.checkpoints import AtomicCheckpointIO, check_size, initialise, save_encoder
 from fastssl.train.config import PretrainConfig, TrainerConfig, check_resumable, write_config
 from fastssl.train.data import PretrainDataModule
+from fastssl.train.metrics_file import read_metrics
 from fastssl.train.module import PretrainModule, TrainingError
 from fastssl.train.monitors import Monitor, RunProgress
 from fastssl.train.peers import Peers
@@ -275,6 +276,8 @@ def _check_folder(run: Path, config: PretrainConfig, *, resume: bool) -> None:
         # Without a checkpoint, nothing has been trained yet, and all settings may change.
         if has_checkpoint(run):
             check_resumable(config, run / "config.yaml")
+            if (run / "metrics.csv").exists():
+                read_metrics(run / "metrics.csv")  # raises an error here, where no other process waits yet
     elif any(not is_partial(path) and path.name != LOCK_FILE for path in run.iterdir()):
         raise ValueError(
             f"--output: {run} exists and is not empty; continue the run with --resume, or choose another folder"
