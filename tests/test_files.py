@@ -286,3 +286,13 @@ def test_file_systems_without_locks_get_a_warning(
         pass
     assert len(caplog.records) == 1
     assert "is on a file system without locks" in caplog.text
+
+
+def test_what_a_link_leads_to_is_not_tidied_up(tmp_path: Path) -> None:
+    run, other = tmp_path / "run", tmp_path / "other"
+    for folder in (run, run / "checkpoints", other):
+        (folder / ".partial-1").mkdir(parents=True)
+        os.utime(folder / ".partial-1", (0, 0))
+    (run / "link").symlink_to(other)
+    files.remove_stale(run)
+    assert [path.parent.name for path in tmp_path.rglob(".partial-1")] == ["other"]

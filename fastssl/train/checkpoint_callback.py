@@ -7,6 +7,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
@@ -92,11 +93,23 @@ class PeriodicCheckpoint(Checkpoint):
         self._unscored = state_dict["unscored"]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let SIGTERM end a run at once that does not train yet.
+        """Let SIGTERM end a run at once that does not train yet, and compare the checkpoints of the processes.
 
         Lightning would go on until after the first batch, and then end with status 0, as if the run was complete.
+
+        Raises:
+            ValueError: The processes do not start after the same update; all of them raise it.
         """
         trainer._signal_connector._sigterm_notifier_fn = _stop_at_once  # type: ignore[method-assign]
+        if trainer.world_size == 1:
+            return
+        updates = [0] * trainer.world_size
+        torch.distributed.all_gather_object(updates, self.saved)
+        if len(set(updates)) > 1:
+            raise ValueError(
+                f"--resume: {self.run}: the processes found checkpoints of different updates "
+                f"({', '.join(map(str, updates))}); choose a folder that all machines share"
+            )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen to signals; then score the held-out recordings if the run was killed before it could."""
