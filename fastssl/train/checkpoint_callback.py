@@ -212,5 +212,5 @@ class PeriodicCheckpoint(Checkpoint):
             logger.warning("report.png was not drawn: %s", error)
 
 
-def _stop_at_once(signum: int, frame: FrameType | None) -> None:
+def _stop_at_once(signum: int, _: FrameType) -> None:
     raise Stopped(signum)
