@@ -296,3 +296,20 @@ def test_what_a_link_leads_to_is_not_tidied_up(tmp_path: Path) -> None:
     (run / "link").symlink_to(other)
     files.remove_stale(run)
     assert [path.parent.name for path in tmp_path.rglob(".partial-1")] == ["other"]
+
+
+def test_a_lock_is_got_after_its_holder_removed_the_folder(tmp_path: Path) -> None:
+    """The first of two runs with a new cache has made the folder, and fails before it writes anything."""
+    folder, got = tmp_path / "cache", threading.Event()
+
+    def second() -> None:
+        with folder_lock.folder_lock(folder, option="--output", wait=True):
+            got.set()
+
+    waiting = threading.Thread(target=second)
+    with folder_lock.folder_lock(folder, option="--output"):
+        waiting.start()
+        time.sleep(0.2)
+        assert not got.is_set()
+    waiting.join(10)
+    assert got.is_set()
