@@ -344,5 +344,9 @@ def remove_stale(folder: Path) -> None:
     """
     for path in (*folder.glob(f"{_PARTIAL}*"), *folder.glob(f"*/{_PARTIAL}*")):
         with suppress(OSError):
-            if not path.is_symlink() and time.time() - path.stat().st_mtime > _STALE_S:
+            if (
+                not path.is_symlink()
+                and (path.parent == folder or not path.parent.is_symlink())
+                and time.time() - path.stat().st_mtime > _STALE_S
+            ):
                 shutil.rmtree(path)

@@ -51,7 +51,6 @@ def folder_lock(folder: Path, *, option: str, wait: bool = False) -> Iterator[No
     """
     created = not folder.exists()
     with naming(folder, option=option):
-        make_folder(folder)
         number = _acquire(folder, option=option, wait=wait)
     _held.add(number)
     try:
@@ -72,6 +71,7 @@ def _acquire(folder: Path, *, option: str, wait: bool) -> int:
     """Return the descriptor of the folder's lock file, locked unless the file system has no locks."""
     path = folder / LOCK_FILE
     while True:
+        make_folder(folder)  # a process that had the lock removes the folder if it stays empty
         number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         try:
             _lock(number, folder, option=option, wait=wait)

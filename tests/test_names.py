@@ -434,7 +434,7 @@ PLACES = {
     ): (1, "the name of a signal"),
 }
 #: Methods that open something else.
-OTHERS_OPEN = {"_Features.open", "archive.open", "cache.open", "os.open", "self.open", "tarfile.open"}
+OTHERS_OPEN = {"Features.open", "archive.open", "cache.open", "os.open", "self.open", "tarfile.open"}
 #: Calls that take a path and pass it on as UTF-8.
 OPENERS = {"soundfile.SoundFile", "soundfile.write", "load_file", "safe_open", "SummaryWriter", "torch.load"}
 

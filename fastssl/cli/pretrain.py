@@ -172,6 +172,8 @@ def _defaults_of(arguments: Sequence[str], command: str) -> dict[Path, dict[str,
         if not begin.is_file():
             raise ValueError(f"--resume: {peeked.output} contains no run to continue (looked for {begin})")
     defaults = given if begin in given else {begin: _read_yaml(begin)} | given
+    if peeked.resume and peeked.output is not None and "audio" not in defaults[begin]:
+        raise ValueError(f"--resume: {begin} does not have the settings of a run; restore it, or start a new run")
 
     system, last = _system_of(defaults), list(defaults)[-1]
     if peeked.system not in (None, system):

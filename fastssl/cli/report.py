@@ -4,6 +4,7 @@ from pathlib import Path
 
 from rich import get_console
 
+from fastssl.files import naming
 from fastssl.names import shown
 from fastssl.reading import brief
 
@@ -17,11 +18,12 @@ def report(run: str) -> None:
         run: Folder of a run of `fastssl pretrain` or `fastssl distill`.
 
     Raises:
-        ValueError: The folder contains no run, or a run that has not reported an update yet.
+        ValueError: The folder contains no run, a run that has not reported an update yet, or a damaged metrics.csv.
+        WriteError: The system refused to write the figure; the table has been printed.
     """
     # Imported only now: Lightning takes seconds to import, and `--help` should answer at once.
     from fastssl.train.metrics_file import read_metrics
-    from fastssl.train.report import draw_report, summarise
+    from fastssl.train.report import draw_report, summarise, training_rows
     from fastssl.train.systems import DEFAULT_SYSTEM, SYSTEMS
     from fastssl.train.yaml_file import read_yaml
 
@@ -34,11 +36,11 @@ def report(run: str) -> None:
         raise ValueError(
             f"{folder / 'config.yaml'}: unknown system {brief(name)}, expected one of {', '.join(SYSTEMS)}"
         )
-    loss = next(iter(SYSTEMS[name].shown_scores()))
-    if not any(loss in row for row in read_metrics(folder / "metrics.csv")):
+    if not training_rows(read_metrics(folder / "metrics.csv"), SYSTEMS[name]):
         raise ValueError(
             f"{folder / 'metrics.csv'}: has no row of the training yet; the first comes after trainer.log_every updates"
         )
-    draw_report(folder, SYSTEMS[name])
     get_console().print(summarise(folder, SYSTEMS[name], None))
+    with naming(folder / "report.png", option="RUN"):
+        draw_report(folder, SYSTEMS[name])
     get_console().print(f"figure: {shown(folder / 'report.png')}", soft_wrap=True, markup=False)

@@ -4,8 +4,10 @@ import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
@@ -14,7 +16,7 @@ from fastssl.models.speech_encoder import SpeechEncoder
 from fastssl.train.checkpoints import save_encoder
 from fastssl.train.module import PretrainModule
 from fastssl.train.peers import is_of_communication
-from fastssl.train.stopping import agreed_signal
+from fastssl.train.stopping import Stopped, agreed_signal
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +91,25 @@ class PeriodicCheckpoint(Checkpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Note whether the scores of the checkpoint's update are missing."""
         self._unscored = state_dict["unscored"]
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let SIGTERM end a run at once that does not train yet, and compare the checkpoints of the processes.
+
+        Lightning would go on until after the first batch, and then end with status 0, as if the run was complete.
+
+        Raises:
+            ValueError: The processes do not start after the same update; all of them raise it.
+        """
+        trainer._signal_connector._sigterm_notifier_fn = _stop_at_once  # type: ignore[method-assign]
+        if trainer.world_size == 1:
+            return
+        updates = [0] * trainer.world_size
+        torch.distributed.all_gather_object(updates, self.saved)
+        if len(set(updates)) > 1:
+            raise ValueError(
+                f"--resume: {self.run}: the processes found checkpoints of different updates "
+                f"({', '.join(map(str, updates))}); choose a folder that all machines share"
+            )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen to signals; then score the held-out recordings if the run was killed before it could."""
@@ -189,3 +210,7 @@ class PeriodicCheckpoint(Checkpoint):
         except Exception as error:
             # Catch any error, because the training is worth more than the figure.
             logger.warning("report.png was not drawn: %s", error)
+
+
+def _stop_at_once(signum: int, _: FrameType) -> None:
+    raise Stopped(signum)

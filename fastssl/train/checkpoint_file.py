@@ -34,7 +34,7 @@ class Checkpoint(NamedTuple):
 
     path: Path
     update: int  # number of finished updates
-    damage: str | None  # what is wrong with the last checkpoint, if this is the one before
+    damage: str | None  # what is wrong with the last checkpoint, if this is an earlier one
 
 
 class _Summed:
@@ -142,11 +142,18 @@ def has_checkpoint(run: Path) -> bool:
     Args:
         run: Folder of the run.
     """
-    return any((run / "checkpoints" / name).is_file() for name in (LAST, PREVIOUS))
+    return bool(_candidates(run))
+
+
+def _candidates(run: Path) -> list[Path]:
+    """Return a run's checkpoints: last, previous, then those that `trainer.keep_every` has kept, newest first."""
+    folder = run / "checkpoints"
+    kept = sorted((path for path in folder.glob("*.ckpt") if path.stem.isdecimal()), key=lambda path: -int(path.stem))
+    return [path for path in (folder / LAST, folder / PREVIOUS, *kept) if path.is_file()]
 
 
 def find_checkpoint(run: Path, *, name: str) -> Checkpoint | None:
-    """Find the checkpoint to load from a run: the last one or, if that is damaged, the one before.
+    """Find the checkpoint to load from a run: the last one or, if that is damaged, the newest before it.
 
     Args:
         run: Folder of the run.
@@ -159,9 +166,7 @@ def find_checkpoint(run: Path, *, name: str) -> Checkpoint | None:
         ValueError: All checkpoints are damaged.
     """
     problems: list[str] = []
-    for path in (run / "checkpoints" / LAST, run / "checkpoints" / PREVIOUS):
-        if not path.is_file():
-            continue
+    for path in _candidates(run):
         try:
             return Checkpoint(path, check_checkpoint(path), problems[0] if problems else None)
         except DamagedCheckpointError as error:
@@ -175,9 +180,10 @@ def set_aside(damaged: Path) -> None:
     """Rename a damaged checkpoint, so that it does not replace the complete one before it at the next save.
 
     Args:
-        damaged: The run's `last.ckpt`.
+        damaged: The run's `last.ckpt`; nothing is done if it is missing.
 
     Raises:
         WriteError: The system refused.
     """
-    rename(damaged, damaged.with_name(DAMAGED))
+    if damaged.exists():
+        rename(damaged, damaged.with_name(DAMAGED))

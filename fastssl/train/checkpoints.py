@@ -161,7 +161,12 @@ def initialise(model: PretrainingModel, source: str) -> bool:
     """
     folder = Path(source)
     name = f"--init {source}"
-    found = find_checkpoint(folder, name=name)
+    try:
+        found = find_checkpoint(folder, name=name)
+    except ValueError as error:
+        if not (folder / "encoder" / "config.json").is_file():
+            raise
+        raise ValueError(f"{error}, or start from the encoder with --init {folder / 'encoder'}") from None
     if found is not None:
         if found.damage is not None:
             logger.warning("%s; %s is used, after update %d", found.damage, found.path.name, found.update)

@@ -2,10 +2,11 @@
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from fastssl.files import append_text, write_text
+from fastssl.reading import check_file, complete_lines
 
 
 class MetricsFile:
@@ -27,7 +28,17 @@ class MetricsFile:
         if resume_at is not None and path.exists():
             rows = [row for row in read_metrics(path) if row["update"] <= resume_at]
             self.columns = list(dict.fromkeys([*self.columns, *(name for row in rows for name in row)]))
+        self._kept = [row for row in rows if row["update"] == resume_at]
         write_text(path, self._lines([dict(zip(self.columns, self.columns, strict=True)), *map(_formatted, rows)]))
+
+    def has(self, row: Iterable[str], update: int) -> bool:
+        """Return whether a continued file has a row of an update with the values of these columns.
+
+        Args:
+            row: Names of the columns.
+            update: Update that the row belongs to.
+        """
+        return any(kept["update"] == update and kept.keys() >= set(row) for kept in self._kept)
 
     def append(self, row: dict[str, float]) -> None:
         """Append a row, and close the file again.
@@ -57,8 +68,24 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
     Args:
         path: The file.
+
+    Raises:
+        ValueError: The file cannot be read, or a line is damaged; the message names it.
     """
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    complete = [row for row in rows if None not in row.values()]
-    return [{name: float(value) for name, value in row.items() if value} for row in complete]
+    check_file(path)
+    columns: list[str] = []
+    rows = []
+    for number, line in complete_lines(path):
+        try:
+            (cells,) = csv.reader([line.decode("utf-8-sig")])  # spreadsheets write a mark before the first line
+            row = {name: float(cell) for name, cell in zip(columns, cells, strict=True) if cell} if columns else {}
+        except (ValueError, csv.Error):
+            cells, row = [], {}
+        if "update" not in (row if columns else cells):
+            expected = "a number or nothing per column; delete it" if columns else "names of columns; restore it"
+            raise ValueError(f"{path}: line {number} is damaged, expected {expected}")
+        if columns:
+            rows.append(row)
+        else:
+            columns = cells
+    return rows

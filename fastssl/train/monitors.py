@@ -242,6 +242,9 @@ class Monitor(Callback):
         """
         if self._file is None or self._board is None:
             return
+        # A checkpoint from just before the scores was resumed, but their row had already been written.
+        if self._file.has(row, trainer.global_step):
+            return
         self._file.append({"update": trainer.global_step, "audio_hours": self.audio_s / 3600, **row})
         self._board.add(row, trainer.global_step)
 

@@ -93,8 +93,8 @@ class Peers(Callback):
             self._say_goodbye()  # all processes raise it
         else:
             first_line = (str(exception).strip().splitlines() or ["interrupted"])[0]
+            self._ending.set()  # first, because the others answer that this process is lost
             self._tell(f"failed {type(exception).__name__}: {first_line}")
-            self._ending.set()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """End the connections as planned."""

@@ -2,9 +2,6 @@
 
 import logging
 import os
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -18,25 +15,26 @@ from torch.utils.data import DataLoader
 
 from fastssl.data.batches import AudioBatch
 from fastssl.eval.quality.measure import first_minutes, quality_loader
-from fastssl.files import WriteError, append_text, check_no_links, is_partial, make_folder
+from fastssl.files import check_no_links, is_partial, make_folder
 from fastssl.folder_lock import LOCK_FILE, folder_lock
 from fastssl.models.config import SpeechEncoderConfig
 from fastssl.models.encoder import EncoderConfig
 from fastssl.models.model_card import ModelCard
 from fastssl.models.pretraining import NoisyConfig, PretrainingModel
-from fastssl.names import ShownFormatter
 from fastssl.train.card import make_card
 from fastssl.train.checkpoint_callback import PeriodicCheckpoint
 from fastssl.train.checkpoint_file import LAST, Checkpoint, find_checkpoint, has_checkpoint, set_aside
 from fastssl.train.checkpoints import AtomicCheckpointIO, check_size, initialise, save_encoder
 from fastssl.train.config import PretrainConfig, TrainerConfig, check_resumable, write_config
 from fastssl.train.data import PretrainDataModule
+from fastssl.train.metrics_file import read_metrics
 from fastssl.train.module import PretrainModule, TrainingError
 from fastssl.train.monitors import Monitor, RunProgress
 from fastssl.train.peers import Peers
 from fastssl.train.quality_callback import QualityMonitor, quality_columns
 from fastssl.train.report import draw_report, summarise
 from fastssl.train.run_labels import RunLabels, attach_given
+from fastssl.train.run_log import log_to, quiet_lightning
 from fastssl.train.stopping import Stopped
 from fastssl.train.systems import SYSTEMS, build_model
 from fastssl.train.teacher import Teacher, open_teacher
@@ -116,7 +114,7 @@ def _pretrain(config: PretrainConfig, run: Path, *, resume: bool, first: bool) -
         make_folder(run / "logs")
         if resume_from is not None and resume_from.damage is not None:
             set_aside(run / "checkpoints" / LAST)
-    with _log_to(run / "logs" / "pretrain.log", enabled=first), _quiet_lightning():
+    with log_to(run / "logs" / "pretrain.log", enabled=first), quiet_lightning():
         if first:
             _describe(config, data, model, complete=complete, resume_from=resume_from)
         _fit(config, run, data, model, teacher, resume_from=resume_from)
@@ -275,6 +273,8 @@ def _check_folder(run: Path, config: PretrainConfig, *, resume: bool) -> None:
         # Without a checkpoint, nothing has been trained yet, and all settings may change.
         if has_checkpoint(run):
             check_resumable(config, run / "config.yaml")
+            if (run / "metrics.csv").exists():
+                read_metrics(run / "metrics.csv")  # raises an error here, where no other process waits yet
     elif any(not is_partial(path) and path.name != LOCK_FILE for path in run.iterdir()):
         raise ValueError(
             f"--output: {run} exists and is not empty; continue the run with --resume, or choose another folder"
@@ -364,57 +364,3 @@ def _strategy(world_size: int, *, unused_parameters: bool, timeout_minutes: floa
     if world_size == 1:
         return "auto"
     return DDPStrategy(find_unused_parameters=unused_parameters, timeout=timedelta(minutes=timeout_minutes))
-
-
-class _LogFile(logging.Handler):
-    """Handler that appends each message to a file at once, and never through a symbolic link."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.path = path
-        append_text(path, "")  # raises an error if the file cannot be written
-
-    def emit(self, record: logging.LogRecord) -> None:
-        # On a full disk the message is still on the console, and the next row of metrics.csv stops the run.
-        with suppress(WriteError):
-            append_text(self.path, f"{self.format(record)}\n")
-
-
-@contextmanager
-def _log_to(path: Path, *, enabled: bool) -> Iterator[None]:
-    """Append the package's log messages to a file.
-
-    Raises:
-        WriteError: The file cannot be written.
-    """
-    if not enabled:
-        yield
-        return
-    package = logging.getLogger("fastssl")
-    handler = _LogFile(path)
-    handler.setFormatter(ShownFormatter("%(asctime)s %(levelname)s %(message)s"))
-    level = package.level
-    package.addHandler(handler)
-    package.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        package.setLevel(level)
-        package.removeHandler(handler)
-        handler.close()
-
-
-@contextmanager
-def _quiet_lightning() -> Iterator[None]:
-    """Silence Lightning's messages and warnings, except errors."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [lightning.level for lightning in loggers]
-    for lightning in loggers:
-        lightning.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="lightning.*")
-            yield
-    finally:
-        for lightning, level in zip(loggers, levels, strict=True):
-            lightning.setLevel(level)

@@ -152,7 +152,8 @@ def draw_quality(axes: Iterator[Any], rows: Iterable[dict[str, float]]) -> bool:
         over, label = "audio_hours", "hours of audio"
     for name, (_, title) in _MEASURES.items():
         panel, prefix = next(axes), f"quality_{name}_"
-        layers = sorted({int(key.removeprefix(prefix)) for row in measured for key in row if key.startswith(prefix)})
+        found = {key.removeprefix(prefix) for row in measured for key in row if key.startswith(prefix)}
+        layers = sorted(int(layer) for layer in found if layer.isdecimal())
         for layer in layers:
             points = [(row[over], row[f"{prefix}{layer}"]) for row in measured if f"{prefix}{layer}" in row]
             colour = colormaps["viridis_r"](0.1 + 0.9 * layer / max(1, layers[-1]))

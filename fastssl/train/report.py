@@ -25,8 +25,8 @@ def summarise(run: Path, system: type[PretrainingModel], account: Account | None
     """
     rows = read_metrics(run / "metrics.csv")
     shown = system.shown_scores()
-    loss = next(iter(shown))  # only training rows have this column; held-out rows have "valid_..." instead
-    training = [row for row in rows if loss in row]
+    loss = next(iter(shown))
+    training = training_rows(rows, system)
     valid = [row for row in rows if f"valid_{loss}" in row]
     table = Table("", "begin", "end")
     if training:
@@ -43,6 +43,18 @@ def summarise(run: Path, system: type[PretrainingModel], account: Account | None
     return table
 
 
+def training_rows(rows: _Rows, system: type[PretrainingModel]) -> _Rows:
+    """Return the rows about the training, not about held-out recordings or quality.
+
+    Args:
+        rows: Rows of metrics.csv.
+        system: Class of the run's model.
+    """
+    # Only they have the loss; rows about held-out recordings have "valid_..." instead.
+    needed = {next(iter(system.shown_scores())), "audio_hours", "audio_s_per_s"}
+    return [row for row in rows if needed <= row.keys()]
+
+
 def _add_scores(
     table: Table, prefix: str, shown: Mapping[str, Score], first: dict[str, float], last: dict[str, float]
 ) -> None:
@@ -51,12 +63,13 @@ def _add_scores(
     def add(name: str, key: str, factor: float, digits: int) -> None:
         table.add_row(where + name, *(f"{factor * row[prefix + key]:.{digits}f}" for row in (first, last)))
 
+    both = {name: value for name, value in first.items() if name in last}
     for key, score in shown.items():
-        if prefix + key in first:
+        if prefix + key in both:
             add(score.label, key, score.factor, score.digits)
-    for key, name in _perplexities(first, prefix).items():
+    for key, name in _perplexities(both, prefix).items():
         add(name, key, 1, 1)
-    if f"{prefix}code_utilisation" in first:
+    if f"{prefix}code_utilisation" in both:
         add("codes that occur, %", "code_utilisation", 100, 1)
 
 
@@ -72,7 +85,7 @@ def draw_report(run: Path, system: type[PretrainingModel]) -> None:
     rows = read_metrics(run / "metrics.csv")
     shown = system.shown_scores()
     loss_column, score_column, *_ = shown
-    training = [row for row in rows if loss_column in row]
+    training = training_rows(rows, system)
     if not training:
         return
     # Earlier versions did not write hours in rows with scores; the training row of the same update has them.

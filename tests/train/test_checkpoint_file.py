@@ -16,11 +16,15 @@ from fastssl.train.checkpoint_file import (
     DamagedCheckpointError,
     check_checkpoint,
     find_checkpoint,
+    has_checkpoint,
+    set_aside,
     write_checkpoint,
 )
+from fastssl.train.checkpoints import initialise
 from fastssl.train.config import PretrainConfig
 from fastssl.train.metrics_file import read_metrics
 from fastssl.train.pretrain import pretrain
+from fastssl.train.systems import build_model
 from tests.train.conftest import MakeConfig
 
 
@@ -123,6 +127,8 @@ def test_two_damaged_checkpoints_are_one_error(unbroken: PretrainConfig) -> None
         pretrain(unbroken, resume=True)
     assert "\n" not in str(caught.value)
     assert before == {path: path.stat().st_mtime_ns for path in Path(unbroken.output).rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=r"start from the encoder with --init \S+encoder$"):
+        initialise(build_model(unbroken.model), unbroken.output)
 
 
 def test_init_leaves_out_a_damaged_checkpoint(
@@ -131,6 +137,29 @@ def test_init_leaves_out_a_damaged_checkpoint(
     _flip(Path(unbroken.output) / "checkpoints" / "last.ckpt", 3000)
     pretrain(make_config("tuned", init=unbroken.output, **{"trainer.max_steps": 1, "data.valid": 0.0}))
     assert "damaged (its checksum differs); previous.ckpt is used, after update 4" in caplog.text
+
+
+def test_a_kept_checkpoint_is_the_last_resort(tmp_path: Path) -> None:
+    """Otherwise, --resume would begin again and empty metrics.csv."""
+    folder = tmp_path / "checkpoints"
+    for name, update in (("0000002", 2), ("0000010", 10), ("0000012", 12), ("previous", 11), ("last", 12)):
+        write_checkpoint(_small(update), folder / f"{name}.ckpt")
+    (folder / "previous.ckpt").rename(folder / "copy.ckpt")  # of no meaning
+    for name in ("last", "0000012"):
+        _flip(folder / f"{name}.ckpt", 1000)
+    found = find_checkpoint(tmp_path, name="--resume")
+    assert found is not None
+    assert found[:2] == (folder / "0000010.ckpt", 10)
+    assert "last.ckpt is damaged" in str(found.damage)
+    set_aside(folder / "last.ckpt")
+    set_aside(folder / "last.ckpt")  # a kill came between this and the next save
+    assert has_checkpoint(tmp_path)
+    (folder / "damaged.ckpt").rename(tmp_path / "damaged.ckpt")
+    assert find_checkpoint(tmp_path, name="--resume") == (
+        folder / "0000010.ckpt",
+        10,
+        f"{folder / '0000012.ckpt'} is damaged (its checksum differs)",
+    )
 
 
 def test_a_foreign_run_does_not_write_through_links(unbroken: PretrainConfig, tmp_path: Path) -> None:

@@ -89,9 +89,16 @@ def test_the_end_of_the_first_process_is_noticed(
 
 
 def test_an_error_of_one_process_ends_the_others(
-    three: list[tuple[Peers, Any]], caplog: pytest.LogCaptureFixture
+    three: list[tuple[Peers, Any]], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     peers, trainer = three[1]
+    tell = peers._tell
+
+    def tell_slowly(message: str) -> None:
+        tell(message)
+        time.sleep(0.3)  # the others answer meanwhile
+
+    monkeypatch.setattr(peers, "_tell", tell_slowly)
     peers.on_exception(trainer, None, OSError("the disk is full\nand more"))  # type: ignore[arg-type]
     for other in (three[0][0], three[2][0]):
         assert other._found.wait(10)

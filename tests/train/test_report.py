@@ -48,3 +48,16 @@ def test_the_command_draws_a_run_that_still_trains(
     assert "updates" in shown
     assert str(tmp_path / "report.png") in shown
     assert (tmp_path / "report.png").stat().st_size > 10_000
+    # The table is shown even if the figure cannot be written; `report` has no --output.
+    (tmp_path / "report.png").unlink()
+    (tmp_path / "report.png").mkdir()
+    (tmp_path / "report.png" / "mine").touch()
+    assert cli.main(["report", str(tmp_path)]) == 1
+    shown, error = capsys.readouterr()
+    assert "updates" in shown
+    assert error.startswith(f"fastssl report: RUN: {tmp_path / 'report.png'} cannot be written: ")
+    for damage in ("updat,", "update,audio_minutes"):
+        text = (tmp_path / "metrics.csv").read_text()
+        (tmp_path / "metrics.csv").write_text(text.replace("update,audio_hours", damage))
+        assert cli.main(["report", str(tmp_path)]) == 1
+        assert "metrics.csv: " in capsys.readouterr().err

@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 
+from fastssl import cli
 from fastssl.data.batches import AudioBatch
 from fastssl.interop import load_encoder
 from fastssl.train.checkpoints import saved_update
@@ -124,6 +125,16 @@ def test_runs_of_earlier_versions_go_on(make_config: MakeConfig) -> None:
     longer = make_config(**{"trainer.max_steps": 4, "trainer.val_check_interval": 2})
     pretrain(longer, resume=True)
     assert saved_update(Path(config.output) / "checkpoints" / "last.ckpt") == 4
+
+
+def test_an_empty_config_is_not_taken_for_default_settings(
+    make_config: MakeConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = make_config()
+    Path(config.output).mkdir()
+    (Path(config.output) / "config.yaml").touch()
+    assert cli.main(["pretrain", config.audio, "--resume", "--output", config.output]) == 1
+    assert "config.yaml does not have the settings of a run; restore it, or start" in capsys.readouterr().err
 
 
 def test_run_is_never_overwritten(make_config: MakeConfig) -> None:

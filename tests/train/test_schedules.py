@@ -64,6 +64,27 @@ def test_metrics_file_drops_what_will_be_written_again(tmp_path: Path) -> None:
     assert read_metrics(path) == []
 
 
+def test_damaged_metrics_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    good = "update,loss\r\n1,2.5\r\n"
+    for content, line in (
+        ("updat,loss\r\n", 1),
+        (good + "2,x\r\n3,1\r\n", 3),
+        (good + ",1\r\n", 3),
+        (good + "2,1,1\r\n", 3),
+        (good + "2,\xff\r\n", 3),
+        (good + f"2,{'9' * 200_000}\r\n", 3),
+    ):
+        path.write_bytes(content.encode("latin-1"))
+        with pytest.raises(ValueError, match=rf"metrics\.csv: line {line} is damaged, expected"):
+            read_metrics(path)
+    # A file from a spreadsheet; the number in its last line may be incomplete.
+    path.write_text("\ufeff" + good + "2,1", encoding="utf-8")
+    assert read_metrics(path) == [{"update": 1.0, "loss": 2.5}]
+    path.write_text("")
+    assert read_metrics(path) == []
+
+
 def test_values_of_schedules_are_in_the_metrics(tmp_path: Path) -> None:
     monitor = Monitor(
         tmp_path,

@@ -18,6 +18,7 @@ from fastssl.models.model_card import ModelCard
 from fastssl.train.checkpoint_callback import PeriodicCheckpoint
 from fastssl.train.checkpoints import saved_update
 from fastssl.train.config import PretrainConfig
+from fastssl.train.data import PretrainDataModule
 from fastssl.train.metrics_file import read_metrics
 from fastssl.train.module import PretrainModule, TrainingError
 from fastssl.train.pretrain import pretrain
@@ -61,6 +62,22 @@ def _assert_same_end(found: PretrainConfig, expected: PretrainConfig) -> None:
     assert rows[0] == rows[1]
 
 
+def _callback(
+    run: Path, *, draw: Callable[[], None] = lambda: None, resume_at: int | None = None
+) -> PeriodicCheckpoint:
+    return PeriodicCheckpoint(
+        run,
+        build_model(model_of("wav2vec2")).speech_encoder,
+        card=lambda updates: ModelCard(),
+        draw=draw,
+        every=1,
+        minutes=None,
+        keep_every=None,
+        scores_every=None,
+        resume_at=resume_at,
+    )
+
+
 _RUN = {"trainer.log_every": 2, "trainer.checkpoint_every": 100, "trainer.accumulation": 2}
 
 
@@ -96,6 +113,9 @@ def test_a_signal_when_scores_are_due_waits_for_them(make_config: MakeConfig, mo
         with pytest.raises(Stopped):
             pretrain(stopped)
     assert "valid_loss" in read_metrics(Path(stopped.output) / "metrics.csv")[-1]
+    # As after a kill between the scores and the second checkpoint, or when that is damaged: the scores' row is there.
+    last = Path(stopped.output) / "checkpoints" / "last.ckpt"
+    last.write_bytes(last.read_bytes()[:5000])
     pretrain(stopped, resume=True)
     _assert_same_end(stopped, unbroken)
 
@@ -126,6 +146,24 @@ def test_a_signal_during_scoring_stops_after_it(make_config: MakeConfig, monkeyp
         with pytest.raises(Stopped):
             pretrain(stopped)
     assert saved_update(Path(stopped.output) / "checkpoints" / "last.ckpt") == 4
+
+
+def test_sigterm_before_the_first_update_does_not_look_like_success(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lightning would train one batch and end with status 0."""
+    config, load = make_config(**_RUN), PretrainDataModule.train_dataloader
+
+    def train_dataloader(self: PretrainDataModule) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return load(self)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(PretrainDataModule, "train_dataloader", train_dataloader)
+        with pytest.raises(SystemExit) as outcome:
+            pretrain(config)
+    assert outcome.value.code == 143
+    pretrain(config, resume=True)
 
 
 def test_a_signal_in_the_last_update_changes_nothing(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,6 +276,27 @@ def test_a_checkpoint_of_two_processes_continues_in_one(
     _assert_same_end(stopped, unbroken)
 
 
+def test_processes_that_found_different_checkpoints_do_not_train(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On several machines without a common folder, only the first would continue."""
+    callback = _callback(tmp_path, resume_at=6)
+    trainer: Any = SimpleNamespace(world_size=2, _signal_connector=SimpleNamespace())
+    for other in (6, 0):
+        monkeypatch.setattr(
+            torch.distributed,
+            "all_gather_object",
+            lambda found, own, other=other: found.__setitem__(slice(2), [own, other]),
+        )
+        if other == 6:
+            callback.setup(trainer, None, "fit")  # type: ignore[arg-type]
+        else:
+            with pytest.raises(
+                ValueError, match=r"different updates \(6, 0\); choose a folder that all machines share"
+            ):
+                callback.setup(trainer, None, "fit")  # type: ignore[arg-type]
+
+
 def test_requests_are_counted_and_agreed_on() -> None:
     requests = Requests()
     assert requests.counts() == (0, 0, 0)
@@ -258,17 +317,7 @@ def test_the_report_is_drawn_at_most_so_often_that_it_is_cheap(monkeypatch: pyte
         raise OSError("the disk is full")
 
     monkeypatch.setattr("fastssl.train.checkpoint_callback.time", SimpleNamespace(monotonic=lambda: clock[0]))
-    callback = PeriodicCheckpoint(
-        tmp_path,
-        build_model(model_of("wav2vec2")).speech_encoder,
-        card=lambda updates: ModelCard(),
-        draw=draw,
-        every=1,
-        minutes=None,
-        keep_every=None,
-        scores_every=None,
-        resume_at=None,
-    )
+    callback = _callback(tmp_path, draw=draw)
     for _ in range(10):
         clock[0] += 100.0
         callback._draw_where_cheap()
