@@ -420,7 +420,6 @@ PLACES = {
     ("cli/info.py", "report.read_text"): (1, "JSON in ASCII"),
     ("cli/info.py", "path.read_text"): (1, "/proc/cpuinfo"),
     ("kernels/gemm.py", "processors.read_text"): (1, "/proc/cpuinfo"),
-    ("train/metrics_file.py", "path.open"): (1, "numbers, under fixed names"),
     ("files.py", "text.encode"): (1, "its callers give lines of JSON, or what `shown_lines` returned"),
     ("folder_lock.py", "f'{os.getpid()} {socket.gethostname()}\\n'.encode"): (1, "a number and a host"),
     ("models/folder.py", "name.encode"): (1, "a key of safetensors, which is UTF-8"),

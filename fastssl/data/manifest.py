@@ -97,7 +97,7 @@ def parse(line: bytes) -> dict[str, Any] | BadLineError:
     except (ValueError, RecursionError) as error:
         return BadLineError(f"is not valid JSON: {shortened(error)}")
     if not isinstance(value, dict):
-        return BadLineError("is valid JSON, but neither a cut nor a recording")
+        return BadLineError("is not a cut or a recording, although it is valid JSON")
     return value
 
 
