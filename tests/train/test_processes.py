@@ -35,8 +35,14 @@ def make_config(make_config: MakeConfig) -> MakeConfig:
     return partial(make_config, **WORKER)
 
 
-def _run(config: PretrainConfig, folder: Path, *options: str, launcher: tuple[str, ...] = ()) -> Any:
-    command = [sys.executable, *launcher, "-m", "fastssl", SYSTEMS[config.system].command]
+def _run(
+    config: PretrainConfig,
+    folder: Path,
+    *options: str,
+    launcher: tuple[str, ...] = (),
+    program: tuple[str, ...] = ("-m", "fastssl"),
+) -> Any:
+    command = [sys.executable, *launcher, *program, SYSTEMS[config.system].command]
     return subprocess.run(
         [*command, "--config", str(as_yaml_file(config, folder)), "--output", config.output, *options],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -151,7 +157,15 @@ def test_processes_stop_together_and_name_the_file_of_any(
     changes = {"trainer.devices": 2, "model.do_normalize": False, "data.valid": 0.0, "trainer.max_steps": 50}
     # By default, one unusable recording of 15 would stop the run.
     changes["data.max_bad_fraction"] = 0.5
-    outcome = _run(make_config(audio=tmp_path / "audio", **changes), tmp_path)
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import math, sys\n"
+        "from fastssl import cli\n"
+        "from fastssl.data import audio\n"
+        "audio._LARGEST_SAMPLE = math.inf  # the reader would refuse loud.wav\n"
+        "sys.exit(cli.main())\n"
+    )
+    outcome = _run(make_config(audio=tmp_path / "audio", **changes), tmp_path, program=(str(program),))
     assert outcome.returncode == 1
     assert "loud.wav" in outcome.stderr
     assert outcome.stderr.count("the loss is nan") == 1
