@@ -99,9 +99,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         from fastssl.train.module import TrainingError
 
-        if not isinstance(error, TrainingError):
+        if isinstance(error, TrainingError):
+            return 1  # the message is already in the log, once for all processes
+        if not str(error).startswith("DataLoader worker"):
             raise
-        # The message is already in the log, once for all processes.
+        advice = "if the shared memory (/dev/shm) is full, make it larger, or read in this process"
+        option = " (--data.num_workers 0)" if name in ("pretrain", "distill") else " (--num_workers 0)"
+        print_error(name, ValueError(f"a process that reads audio ended early; {advice}{option}"), given[1:])
         return 1
     except KeyboardInterrupt:
         print(f"fastssl {name}: interrupted", file=sys.stderr)

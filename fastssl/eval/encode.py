@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from fastssl.data.audio import SAMPLE_RATE_HZ, AudioError
 from fastssl.data.recordings import Chunk, FrameGrid, read_chunks
+from fastssl.data.workers import end_if_unable_to_send
 from fastssl.interop import load_encoder
 from fastssl.models.config import SpeechEncoderConfig
 from fastssl.models.speech_encoder import SpeechEncoder
@@ -118,7 +119,12 @@ def encode_recordings(
     chunks: list[tuple[int, Chunk]] = []
     parts: dict[int, list[Tensor]] = {}
     complete: list[int] = []
-    loader = DataLoader(_Chunks(encoder, cuts, reading), batch_size=None, num_workers=reading.num_workers)
+    loader = DataLoader(
+        _Chunks(encoder, cuts, reading),
+        batch_size=None,
+        num_workers=reading.num_workers,
+        worker_init_fn=end_if_unable_to_send,
+    )
     for index, item in loader:
         if isinstance(item, str):
             chunks = [(other, chunk) for other, chunk in chunks if other != index]

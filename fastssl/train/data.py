@@ -17,6 +17,7 @@ from fastssl.data.labels import LabelTable
 from fastssl.data.noise import NoiseRecordings
 from fastssl.data.recordings import FrameGrid
 from fastssl.data.teacher_frames import TeacherTable, crop_key
+from fastssl.data.workers import end_if_unable_to_send
 from fastssl.eval.encode import default_workers
 from fastssl.names import encoded
 from fastssl.train.account import Account
@@ -302,7 +303,7 @@ class PretrainDataModule(LightningDataModule):
             sampler=sampler,
             batch_size=None,
             num_workers=workers,
-            worker_init_fn=leave_signals_to_the_parent,
+            worker_init_fn=_begin_worker,
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
         )
 
@@ -349,6 +350,11 @@ class PretrainDataModule(LightningDataModule):
                 digest.update(encoded(f"{cut.id} {cut.duration}\n"))
             self._digest = digest.hexdigest()
         return self._digest
+
+
+def _begin_worker(worker: int) -> None:
+    leave_signals_to_the_parent(worker)
+    end_if_unable_to_send(worker)
 
 
 def _without(corpus: Corpus, ids: set[str]) -> Corpus:

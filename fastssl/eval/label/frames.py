@@ -13,6 +13,7 @@ from fastssl.data.audio import SAMPLE_RATE_HZ, AudioError, read_waveform
 from fastssl.data.labels import CENTRES_FILE
 from fastssl.data.mfcc import MFCC_FIRST_CENTRE_S, MFCC_SHIFT_S, mfcc
 from fastssl.data.segments import smooth_classes
+from fastssl.data.workers import end_if_unable_to_send
 from fastssl.eval.encode import Reading, choose_device, encode_recordings
 from fastssl.eval.extract import weights_digest
 from fastssl.eval.label.settings import LabelSettings
@@ -121,7 +122,9 @@ class Features:
         """
         if self.encoder is None:
             dataset = _MfccDataset(cuts, self.channel, classes)
-            loader = DataLoader(dataset, batch_size=None, num_workers=self.num_workers)
+            loader = DataLoader(
+                dataset, batch_size=None, num_workers=self.num_workers, worker_init_fn=end_if_unable_to_send
+            )
             for cut, item in zip(cuts, loader, strict=True):
                 yield cut, AudioError(item) if isinstance(item, str) else item
             return

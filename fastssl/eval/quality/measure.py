@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from fastssl.data.audio import SAMPLE_RATE_HZ
 from fastssl.data.batches import AudioBatch, WaveformDataset, fixed_batches
+from fastssl.data.workers import end_if_unable_to_send
 from fastssl.files import naming
 from fastssl.metrics import GramMatrix, effective_rank, fit_kmeans, num_clusters, score_clusters
 from fastssl.names import encoded
@@ -109,6 +110,7 @@ def quality_loader(
         sampler=fixed_batches(cuts, max_duration_s=_BATCH_S, crop_s=None, seed=0),
         batch_size=None,
         num_workers=num_workers,
+        worker_init_fn=end_if_unable_to_send,
         generator=torch.Generator(),  # without one, the loader draws a number from torch's global generator
     )
 

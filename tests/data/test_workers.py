@@ -1,0 +1,49 @@
+"""Test that a worker which cannot send what it has read ends the command instead of letting it wait for ever."""
+
+import signal
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from fastssl import cli
+from fastssl.data.workers import end_if_unable_to_send
+from tests.soak.cases import run_case
+
+
+class _Unsendable:
+    def __reduce__(self) -> str:
+        raise OSError("no shared memory")
+
+
+class _Batches(Dataset[object]):
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> object:
+        return _Unsendable() if index else torch.zeros(1)
+
+
+def test_a_batch_that_cannot_be_sent_is_an_error(capfd: pytest.CaptureFixture[str]) -> None:
+    def read() -> str | None:
+        loader = DataLoader(_Batches(), None, num_workers=1, timeout=3, worker_init_fn=end_if_unable_to_send)
+        batches = iter(loader)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else PyTorch may raise the error a second time
+        try:
+            list(batches)
+        except RuntimeError as error:
+            return str(error)
+        return None
+
+    # In a process of its own, because PyTorch's handlers of signals are those of a whole process.
+    assert run_case(read, name="DataLoader worker", seconds=20).kind == "named"
+    assert "cannot send what it has read: no shared memory" in capfd.readouterr().err
+
+
+def test_the_command_line_says_what_to_do(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("DataLoader worker (pid 7) exited unexpectedly")
+
+    monkeypatch.setattr("fastssl.data.corpus.open_corpus", fail)
+    assert cli.main(["prepare", "audio", "--output", "a.jsonl.gz"]) == 1
+    assert capsys.readouterr().err.startswith("fastssl prepare: a process that reads audio ended early; if the shared")
