@@ -89,6 +89,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         again = "again, with --resume if the run had begun" if name in ("pretrain", "distill") else "again"
         print(f"fastssl {name}: {error.option or '--output'}: {error}; then run the command {again}", file=sys.stderr)
         return 1
+    except (ConnectionError, EOFError):  # a worker ended while a batch was taken from it
+        print_error(name, _worker_ended(name), given[1:])
+        return 1
     except OSError as error:
         # Whatever a file of the user's refuses, and nobody has turned into a better message.
         if error.filename is None:
@@ -103,14 +106,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 1  # the message is already in the log, once for all processes
         if not str(error).startswith("DataLoader worker"):
             raise
-        advice = "if the shared memory (/dev/shm) is full, make it larger, or read in this process"
-        option = " (--data.num_workers 0)" if name in ("pretrain", "distill") else " (--num_workers 0)"
-        print_error(name, ValueError(f"a process that reads audio ended early; {advice}{option}"), given[1:])
+        print_error(name, _worker_ended(name), given[1:])
         return 1
     except KeyboardInterrupt:
         print(f"fastssl {name}: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _worker_ended(command: str) -> ValueError:
+    option = "--data.num_workers" if command in ("pretrain", "distill") else "--num_workers"
+    return ValueError(
+        "a process that reads audio ended early; if the shared memory (/dev/shm) is full, make it larger, or read "
+        f"without such processes ({option} 0)"
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
