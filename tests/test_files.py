@@ -251,7 +251,7 @@ def test_a_process_that_loads_data_does_not_keep_the_lock(tmp_path: Path) -> Non
         os.close(number)  # as if this process had been killed
         folder_lock._held.clear()
         with folder_lock.folder_lock(tmp_path, option="--output"):
-            pass
+            assert len(folder_lock._held) == 1
     finally:
         os.kill(process, 9)
         os.waitpid(process, 0)

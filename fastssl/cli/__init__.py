@@ -89,7 +89,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         again = "again, with --resume if the run had begun" if name in ("pretrain", "distill") else "again"
         print(f"fastssl {name}: {error.option or '--output'}: {error}; then run the command {again}", file=sys.stderr)
         return 1
-    except (ConnectionError, EOFError):  # a worker ended while a batch was taken from it
+    except (ConnectionError, EOFError) as error:
+        if not _is_of_a_process(error):
+            raise
         print_error(name, _worker_ended(name), given[1:])
         return 1
     except OSError as error:
@@ -112,6 +114,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"fastssl {name}: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _is_of_a_process(error: Exception) -> bool:
+    """Return whether an error arose while a batch was taken from another process, which must have ended."""
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(frame.f_globals.get("__name__", "").startswith("multiprocessing.") for frame, _ in frames)
 
 
 def _worker_ended(command: str) -> ValueError:

@@ -1,6 +1,8 @@
 """Test that a worker which cannot send what it has read ends the command instead of letting it wait for ever."""
 
+import multiprocessing
 import signal
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -43,15 +45,30 @@ def test_a_batch_that_cannot_be_sent_is_an_error(capfd: pytest.CaptureFixture[st
     assert "cannot send what it has read: no shared memory" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "error", [RuntimeError("DataLoader worker (pid 7) exited unexpectedly"), ConnectionResetError()]
-)
-def test_the_command_line_says_what_to_do(
-    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise error
+def _take_from_an_ended_process() -> None:
+    ours, theirs = multiprocessing.Pipe()
+    theirs.close()
+    ours.recv()
 
-    monkeypatch.setattr("fastssl.data.corpus.open_corpus", fail)
+
+def _exit_unexpectedly() -> None:
+    raise RuntimeError("DataLoader worker (pid 7) exited unexpectedly")
+
+
+def _end_early() -> None:
+    raise EOFError
+
+
+@pytest.mark.parametrize("end", [_take_from_an_ended_process, _exit_unexpectedly])
+def test_the_command_line_says_what_to_do(
+    end: Callable[[], None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("fastssl.data.corpus.open_corpus", lambda *_, **__: end())
     assert cli.main(["prepare", "audio", "--output", "a.jsonl.gz"]) == 1
     assert capsys.readouterr().err.startswith("fastssl prepare: a process that reads audio ended early; if the shared")
+
+
+def test_another_early_end_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastssl.data.corpus.open_corpus", lambda *_, **__: _end_early())
+    with pytest.raises(EOFError):
+        cli.main(["prepare", "audio", "--output", "a.jsonl.gz"])
