@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from fastssl.data.manifest import ForbiddenSourceError, check_sources
 from fastssl.data.mp3 import whole
-from fastssl.data.regular import UnusableFileError, size_of
+from fastssl.data.regular import UnusableFileError, check_audio, check_part, size_of
 from fastssl.data.resampler import FILTER_WIDTH, resample_in_blocks, resampler
 from fastssl.data.rules import OLDEST_RULES, rules_of
 from fastssl.names import named_again, plain_path
@@ -406,7 +406,7 @@ def _opened(cut: Cut) -> Iterator[str | BytesIO]:
     if source.type == "memory":
         yield BytesIO(source.source)
     elif member is None:
-        size_of(source.source)  # before it is opened, which would wait for ever if it is a FIFO now
+        check_audio(source.source)  # before it is opened, which would wait for ever if it is a FIFO now
         with plain_path(source.source) as path:
             yield path
     else:
@@ -414,6 +414,7 @@ def _opened(cut: Cut) -> Iterator[str | BytesIO]:
         tar_path = Path(source.source.rsplit(".tar/", 1)[0] + ".tar")
         size_of(tar_path)
         with tar_path.open("rb") as tar:
+            check_part(tar.fileno(), offset, size)
             tar.seek(offset)
             data = tar.read(size)
         yield BytesIO(data)
@@ -424,7 +425,7 @@ def _with_plain_paths(recording: Recording) -> Iterator[Recording]:
     """Yield a recording whose files libsndfile can open by the names in it."""
     for one in recording.sources:
         if one.type == "file":
-            size_of(one.source)
+            check_audio(one.source)
     with ExitStack() as opened:
         sources = [
             fastcopy(one, source=opened.enter_context(plain_path(one.source))) if one.type == "file" else one

@@ -16,7 +16,7 @@ from lhotse.cut import Cut, MonoCut, MultiCut
 
 from fastssl.data.audio import TOLERANCE_S, AudioError, check_end, check_filter, check_rate
 from fastssl.data.manifest import shortened
-from fastssl.data.regular import UnusableFileError, size_of
+from fastssl.data.regular import UnusableFileError, check_audio, size_of
 from fastssl.data.rules import OLDEST_RULES, RULES
 
 _LONGEST_DAYS = 10
@@ -70,7 +70,7 @@ def check_source(cut: Cut, source: AudioSource) -> None:
         source: One of the sources of its recording.
 
     Raises:
-        AudioError: There is no such file, it is not a regular file, or it is too short.
+        AudioError: There is no such file, it is not a regular file or has large holes, or it is too short.
     """
     recording = cut.recording
     if source.type == "shar":
@@ -83,7 +83,7 @@ def check_source(cut: Cut, source: AudioSource) -> None:
             if sum(member) > size_of(tar_of(source.source)):
                 raise AudioError(f"is said to end after {sum(member):,} bytes of its tar file, which is shorter")
         else:
-            size = size_of(source.source)
+            size = check_audio(source.source)
     except UnusableFileError as error:
         raise AudioError(str(error)) from None
     if size == 0:

@@ -19,7 +19,7 @@ from lhotse.utils import compute_num_samples, fastcopy
 from fastssl.data.audio import AudioError
 from fastssl.data.checks import check_fields, check_source
 from fastssl.data.manifest import BadLineError, ForbiddenSourceError, deserialize, read_lines
-from fastssl.data.regular import UnusableFileError, is_folder, size_of
+from fastssl.data.regular import UnusableFileError, check_audio, is_folder
 from fastssl.data.rules import RULES, check_rules, rules_of
 from fastssl.data.scan import Problem as Problem
 from fastssl.data.scan import apply_rules, extensions, find_files, scan_file
@@ -272,7 +272,7 @@ def enter_file(path: Path, *, recording_id: str, rules: int = RULES) -> Cut | Pr
     """
     name = str(path.absolute())
     try:
-        size_of(path)  # before the file is opened
+        check_audio(path)  # before the file is opened
     except UnusableFileError as error:
         return Problem(name, str(error))
     found = scan_file(path, recording_id=recording_id, rules=rules)

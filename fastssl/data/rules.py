@@ -7,7 +7,7 @@
    from a little earlier, and parts of files without seeking from the start. The same resampling filter, without most of
    its multiplications by zero.
 
-Samples that are absurd are refused by all versions.
+Samples that are absurd, and compressed audio with holes of more than 256 MB, are refused by all versions.
 """
 
 import json

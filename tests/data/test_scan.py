@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from fastssl.data import joined
 from fastssl.data.audio import AudioError, read_waveform
-from fastssl.data.corpus import open_corpus, write_manifest
+from fastssl.data.checks import check_source
+from fastssl.data.corpus import enter_file, open_corpus, write_manifest
 from fastssl.data.joined import JOINABLE, _ends_as_said, _utf8, is_joined
 from fastssl.data.ogg import count_chained
 from fastssl.data.scan import Problem, scan_file
@@ -220,3 +221,70 @@ def test_the_last_frame_of_a_flac_is_found(samples: int) -> None:
     whole = encoded(noise(samples / 16000), format="FLAC")
     assert _ends_as_said(io.BytesIO(whole), whole[:100])
     assert not _ends_as_said(io.BytesIO(whole + whole[:42] + bytes(100_000)), whole[:100])
+
+
+def with_a_hole(path: Path, content: bytes, at: int, size: int = 2**40) -> Path:
+    """Write a file with a hole in its content: it takes up no space, but all its zeros can be read."""
+    with path.open("wb") as file:
+        file.write(content[:at])
+        file.truncate(at + size)
+        file.seek(at + size)
+        file.write(content[at:])
+    return path
+
+
+# How to encode each kind of file that libsndfile would search, with the length header of an MP3 or without one.
+SEARCHED = {
+    "a.ogg": {"format": "OGG", "subtype": "VORBIS"},
+    "a.opus": {"format": "OGG", "subtype": "OPUS"},
+    "a.flac": {"format": "FLAC"},
+    "a.mp3": {"format": "MP3"},
+    "streamed.mp3": {"format": "MP3"},
+}
+
+
+@pytest.mark.parametrize("place", ["front", "middle", "end"])
+@pytest.mark.parametrize("name", SEARCHED)
+def test_compressed_audio_is_not_searched_through_a_hole(tmp_path: Path, name: str, place: str) -> None:
+    """Each of these would take hours: the decoder looks for its next frame or its last page in every byte."""
+    content = encoded(noise(3.0), **SEARCHED[name])
+    if name == "streamed.mp3":
+        content = content[content.index(content[:2], 4) :]
+    intact = tmp_path / f"intact{Path(name).suffix}"
+    intact.write_bytes(content)
+    cut = scanned(intact)
+    at = {"front": 0, "middle": len(content) // 2, "end": len(content)}[place]
+    path = with_a_hole(tmp_path / name, content, at)
+    problem = enter_file(path, recording_id="a")
+    assert isinstance(problem, Problem)
+    assert problem.name == str(path)
+    assert "has holes of more than 256 MB" in problem.reason
+    # A manifest may name it, too.
+    path.replace(intact)
+    with pytest.raises(AudioError, match="has holes of more than 256 MB"):
+        check_source(cut, cut.recording.sources[0])
+    for one in (cut, cut.perturb_volume(2.0)):
+        with pytest.raises(AudioError, match="has holes of more than 256 MB"):
+            read_waveform(one)
+
+
+def test_holes_that_cost_nothing_are_no_fault(tmp_path: Path) -> None:
+    """A small hole is searched in no time, and digital silence in a WAV may be a hole on some file systems."""
+    flac = with_a_hole(tmp_path / "a.flac", content := encoded(noise(3.0), format="FLAC"), len(content), 2**20)
+    wav = with_a_hole(tmp_path / "a.wav", content := encoded(noise(3.0), format="WAV"), len(content))
+    for path in (flac, wav):
+        assert isinstance(cut := enter_file(path, recording_id="a"), Cut)
+        assert len(read_waveform(cut)) == 48000
+
+
+def test_a_hole_in_a_tar_file_is_not_read_into_memory(tmp_path: Path) -> None:
+    path = with_a_hole(tmp_path / "recording.000000.tar", content := encoded(noise(3.0), format="WAV"), len(content))
+    wav = tmp_path / "a.wav"
+    wav.write_bytes(content)
+    cut = scanned(wav)
+    cut.recording.sources[0].source = f"{path}/a.wav"
+    cut.custom = {**cut.custom, "tar_member": [0, 2**40]}
+    with pytest.raises(AudioError, match="has holes of more than 256 MB"):
+        read_waveform(cut)
+    cut.custom["tar_member"] = [0, len(content)]
+    assert len(read_waveform(cut)) == 48000
