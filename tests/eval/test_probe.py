@@ -12,11 +12,12 @@ import soundfile
 import torch
 
 from fastssl import cli
+from fastssl.data.rules import RULES
 from fastssl.eval.probe.features import EncoderSource, FeatureStore, LogMelSource, RandomSource, Standard
 from fastssl.eval.probe.heads import Examples
 from fastssl.eval.probe.run import LOG_MEL, RANDOM, ProbeResult, run_probe
 from fastssl.eval.probe.settings import LEARNING_RATES, ProbeSettings
-from fastssl.eval.probe.tables import Table, read_table
+from fastssl.eval.probe.tables import Table, read_table, split_table
 from fastssl.models.encoder import Encoder, EncoderConfig
 from fastssl.packing import Packed
 
@@ -324,3 +325,24 @@ def test_command(
     assert "--dev and --test: give both of them, or neither" in capsys.readouterr().err
     assert cli.main([*arguments, *parts, "--compare", str(tmp_path / "a")]) == 1
     assert "give each model only once" in capsys.readouterr().err
+    assert written["settings"]["rules"] == RULES
+    assert cli.main([*arguments, *small, *parts, "--seeds", "1", "--rules", "1"]) == 0
+    assert json.loads(output.read_text())["settings"]["rules"] == 1
+    assert cli.main([*arguments, *parts, "--rules", "99"]) == 1
+    assert "--rules: must be from 1 to" in capsys.readouterr().err
+
+
+def test_tables_are_read_by_their_rules(tables: dict[str, Table], tmp_path: Path) -> None:
+    """Version 1 averages channels that cancel, version 2 reads one of them."""
+    samples = 0.1 * np.random.default_rng(0).standard_normal(32000)
+    soundfile.write(tmp_path / "opposite.wav", np.stack([samples, -samples], axis=1), 16000)
+    (tmp_path / "table.tsv").write_text("path\tspeaker\nopposite.wav\ta\n")
+    store = FeatureStore()
+    loudest = []
+    for rules in (1, 2):
+        table = read_table(tmp_path / "table.tsv", rules=rules)
+        (part,) = (part for part in split_table(table) if part.rows)
+        assert part.rules == rules
+        (frames,) = store.get(LogMelSource(deltas=False), part, name="mel").frames
+        loudest.append(float(frames.max()))
+    assert loudest[0] < loudest[1] - 5  # by more than 20 dB

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastssl import cli
 from fastssl.data.corpus import open_corpus
+from fastssl.data.rules import RULES
 from fastssl.eval.quality import measure as quality_module
 from fastssl.eval.quality.command import quality
 from fastssl.eval.quality.measure import first_minutes, measure_quality, quality_loader
@@ -229,6 +230,7 @@ def test_command(encoder: Encoder, tmp_path: Path, capsys: pytest.CaptureFixture
         "channel": None,
         "rate": None,
         "frame_period_ms": None,
+        "rules": RULES,
     }
     assert {Path(problem["name"]).name for problem in report["left_out"]} == {"empty.wav", "broken.flac"}
     assert "broken.flac does not decode" in shown.replace("\n", " ")
@@ -238,6 +240,14 @@ def test_command(encoder: Encoder, tmp_path: Path, capsys: pytest.CaptureFixture
     before = out.read_bytes()
     assert cli.main(command) == 0
     assert out.read_bytes() == before
+    write_recording(tmp_path / "new.wav", 3.0, seed=9)
+    (tmp_path / "new.wav").rename(audio / "new.wave")  # version 1 does not look for this extension
+    assert cli.main([*command, "--rules", "1"]) == 0
+    report = json.loads(out.read_text())
+    assert report["settings"]["rules"] == 1
+    assert report["audio_hours"] == pytest.approx(12 / 3600)
+    assert cli.main([*command, "--rules", "99"]) == 1
+    assert "--rules: must be from 1 to" in capsys.readouterr().err
 
 
 def _truncated_flac(folder: Path) -> bytes:

@@ -11,6 +11,7 @@ from rich import get_console
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from fastssl.data.rules import RULES, check_rules
 from fastssl.eval.encode import open_encoder_at
 from fastssl.eval.probe.adaptive import Trial, learn_rates
 from fastssl.eval.probe.run import ProbeResult, ProbeRun, run_probe
@@ -41,6 +42,7 @@ def probe(
     frame_period_ms: float | None = None,
     rate_price: float | None = None,
     rate_bounds: tuple[float, float] = (0.0, 1.0),
+    rules: int = RULES,
     device: str = "auto",
 ) -> list[ProbeResult]:
     """Train linear heads on weighted sums of the layers of frozen encoders: SUPERB's protocol in miniature.
@@ -67,26 +69,29 @@ def probe(
             this price times the share of frames that are left (see `learn_rates`). Learning starts from `rate` or, if
             it is not given, from the middle of the bounds.
         rate_bounds: Lowest and highest rate that may be learned.
+        rules: Version of the rules by which recordings are found and decoded; 1 repeats what was measured before
+            versions were recorded.
         device: Device to encode on: cpu, cuda, cuda:1, ...; auto uses a GPU if there is one.
 
     Raises:
         ValueError: As in `run_probe`, `read_table` and `load_encoder`, or only one of `dev` and `test` is given.
         WriteError: The system refused to write.
     """
+    check_rules(rules, "--rules")
     if (dev is None) != (test is None):
         raise ValueError("--dev and --test: give both of them, or neither to have TABLE divided into three parts")
     models = [model, *compare]
     if len(set(models)) < len(models):
         raise ValueError(f"MODEL and --compare: give each model only once, got {', '.join(models)}")
     if dev is None or test is None:
-        tables = split_table(read_table(table))
+        tables = split_table(read_table(table, rules=rules))
         logger.warning(
             "%s is divided 70:15:15 by a hash of the file names. If pieces of one recording end up in different parts, "
             "every encoder looks better than it is; give --dev and --test to prevent this",
             table,
         )
     else:
-        tables = (read_table(table), read_table(dev), read_table(test))
+        tables = (read_table(table, rules=rules), read_table(dev, rules=rules), read_table(test, rules=rules))
     if rate_price is not None and frame_period_ms is not None:
         raise ValueError(
             "--rate_price and --frame_period_ms: give only one of them, because --rate_price learns the period too"
@@ -137,7 +142,7 @@ def probe(
                 "settings": dataclasses.asdict(settings)
                 | {"task": settings.resolved_task, "learning_rates": settings.rates, "seeds": settings.resolved_seeds}
                 | {"rate": rate, "frame_period_ms": frame_period_ms, "rate_price": rate_price}
-                | {"rate_bounds": rate_bounds}
+                | {"rate_bounds": rate_bounds, "rules": rules}
                 | {"learned_rate": None if learned is None else learned._asdict()},
                 "metric": _METRICS[settings.resolved_task],
                 "tables": [part.name for part in tables],

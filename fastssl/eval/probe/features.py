@@ -281,7 +281,7 @@ class FeatureStore:
         Raises:
             ValueError: No recording can be used, an example has no frames, or features are NaN or infinite.
         """
-        key = (source.key, tuple(row.path for row in table.rows), segment_s, mean)
+        key = (source.key, tuple(row.path for row in table.rows), table.rules, segment_s, mean)
         if key not in self._kept:
             self._kept[key] = self._compute(source, table, name, segment_s, mean)
         return self._kept[key]
@@ -322,7 +322,7 @@ class _Recordings:
 
     def __iter__(self) -> Iterator[tuple[int, NDArray[np.float32]]]:
         for number, row in enumerate(self.table.rows):
-            cut = enter_file(row.path, recording_id=str(row.path))
+            cut = enter_file(row.path, recording_id=str(row.path), rules=self.table.rules)
             if isinstance(cut, Problem):
                 self.problems.append(cut)
                 continue

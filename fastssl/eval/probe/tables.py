@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastssl.data.rules import RULES
 from fastssl.names import encoded, is_utf8, shown
 
 _LONGEST_LINE = 2**24  # characters; a longer one is not a row, but a file of another kind
@@ -44,10 +45,12 @@ class Table:
     Args:
         name: Name for messages: the file that the table was read from.
         rows: Rows in the order of the file.
+        rules: Version of the rules by which the recordings are decoded (`fastssl/data/rules.py`).
     """
 
     name: str
     rows: tuple[Row, ...]
+    rules: int = RULES
 
     def column(self, name: str) -> list[str]:
         """Return one label of every row.
@@ -76,7 +79,7 @@ class Table:
         return values
 
 
-def read_table(path: str | Path) -> Table:
+def read_table(path: str | Path, *, rules: int = RULES) -> Table:
     """Read a table with a header from a tab-separated file, or from a comma-separated one if its name ends with .csv.
 
     Column `path` contains the paths of the recordings, absolute or relative to the table's folder; the other columns
@@ -84,6 +87,7 @@ def read_table(path: str | Path) -> Table:
 
     Args:
         path: Path of the table, UTF-8 text; only the paths in it may contain other bytes.
+        rules: Version of the rules by which to decode the recordings.
 
     Raises:
         ValueError: The file does not exist or is not UTF-8, it has no column `path` or no rows, a row does not have as
@@ -125,7 +129,7 @@ def read_table(path: str | Path) -> Table:
         if file in rows:
             raise ValueError(f"{path}: {shown(file)} is listed twice; remove one of its rows")
         rows[file] = Row(file, labels)
-    return Table(str(path), tuple(rows.values()))
+    return Table(str(path), tuple(rows.values()), rules)
 
 
 def split_table(table: Table) -> tuple[Table, Table, Table]:
@@ -146,7 +150,7 @@ def split_table(table: Table) -> tuple[Table, Table, Table]:
         parts[0 if share < 0.7 else 1 if share < 0.85 else 2].append(row)
     names = ("training", "development", "test")
     train, dev, test = (
-        Table(f"{table.name} ({name} rows)", tuple(rows)) for name, rows in zip(names, parts, strict=True)
+        Table(f"{table.name} ({name} rows)", tuple(rows), table.rules) for name, rows in zip(names, parts, strict=True)
     )
     return train, dev, test
 

@@ -14,6 +14,7 @@ from rich.table import Table
 
 import fastssl
 from fastssl.data.corpus import Problem, open_corpus
+from fastssl.data.rules import RULES, check_rules
 from fastssl.eval.encode import frame_grid, open_encoder_at
 from fastssl.eval.quality.measure import MAX_FRAMES, LayerQuality, first_minutes, measure_quality, quality_loader
 from fastssl.eval.showing import new_figure, track, write_figure
@@ -45,6 +46,7 @@ def quality(
     channel: int | None = None,
     rate: float | None = None,
     frame_period_ms: float | None = None,
+    rules: int = RULES,
     device: str = "auto",
 ) -> list[LayerQuality]:
     """Measure how good each layer of an encoder is, on audio without labels.
@@ -67,6 +69,8 @@ def quality(
         rate: Rate of a model with a sequence compressor: 0 keeps every frame, 1 gives the learned segments; by default
             the model's own, which is 1 unless it was trained at a single rate.
         frame_period_ms: Mean frame period to compress to, in milliseconds, instead of a rate.
+        rules: Version of the rules by which recordings are found and decoded; 1 repeats what was measured before
+            versions were recorded.
         device: Device to encode on: cpu, cuda, cuda:1, ...; auto uses a GPU if there is one.
 
     Raises:
@@ -76,8 +80,10 @@ def quality(
     output = Path(output)
     if output.suffix != ".json" or output.is_dir():
         raise ValueError(f"--output: {output} must be a file whose name ends with .json")
+    check_rules(rules, "--rules")
     encoder = open_encoder_at(model, device=device, rate=rate, frame_period_ms=frame_period_ms)
-    corpus = open_corpus(audio, min_duration_s=frame_grid(encoder.config).shortest_s, max_bad_fraction=1.0)
+    shortest_s = frame_grid(encoder.config).shortest_s
+    corpus = open_corpus(audio, min_duration_s=shortest_s, max_bad_fraction=1.0, rules=rules)
     cuts = first_minutes(corpus.cuts, minutes)
     problems = list(corpus.problems)
     waveforms = _Waveforms(cuts, problems, encoder, channel=channel)
@@ -100,6 +106,7 @@ def quality(
             "channel": channel,
             "rate": rate,
             "frame_period_ms": frame_period_ms,
+            "rules": rules,
         },
         "versions": _versions(),
         "left_out": [{"name": problem.name, "reason": problem.reason} for problem in problems],
