@@ -72,17 +72,28 @@ def read_json(path: Path) -> dict[str, Any]:
         Values by name.
 
     Raises:
-        ValueError: As in `read_text`, or the file is not valid JSON, not an object, or nested too deeply.
+        ValueError: As in `read_text`, or the file is not valid JSON, has a name twice in an object, is not an object,
+            or is nested too deeply.
     """
     text = read_text(path)
     try:
-        values = json.loads(text)
+        values = json.loads(text, object_pairs_hook=_without_repeats)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: is not valid JSON: {error}; restore the file") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: must contain a JSON object, got a {type(values).__name__}")
     if too_deep(values):
         raise ValueError(f"{path}: is nested more than {MOST_LEVELS} levels deep; restore the file")
+    return values
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make an object of JSON, whose last value for a name would silently hide the others."""
+    values: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in values:
+            raise ValueError(f"{brief(name)} occurs twice in an object")
+        values[name] = value
     return values
 
 

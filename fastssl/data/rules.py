@@ -10,9 +10,10 @@
 Samples that are absurd, and compressed audio with holes of more than 256 MB, are refused by all versions.
 """
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from fastssl.reading import read_json
 
 if TYPE_CHECKING:
     from lhotse.cut import Cut
@@ -36,8 +37,8 @@ def recorded_rules(settings_file: Path) -> int:
         settings_file: `settings.json` of the folder; one without `rules` was made by the oldest.
     """
     try:
-        rules = json.loads(settings_file.read_bytes()).get("rules", OLDEST_RULES)
-    except (OSError, ValueError, AttributeError):
+        rules = read_json(settings_file).get("rules", OLDEST_RULES)
+    except ValueError:
         return RULES  # whoever opens the folder reports the damage
     return rules if isinstance(rules, int) else RULES
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from fastssl.cli.settings_file import check_settings
+from fastssl.data.rules import RULES, recorded_rules
 from fastssl.models.folder import write_encoder_weights
-from fastssl.reading import brief, complete_lines, printable, read_text
+from fastssl.reading import MOST_BYTES, brief, complete_lines, printable, read_json, read_text
 from fastssl.train.checkpoints import check_size, initialise, saved_update
 from fastssl.train.systems import build_model
 from fastssl.train.yaml_file import read_yaml
@@ -149,3 +150,25 @@ def test_a_compressed_checkpoint_is_refused(make_config: MakeConfig, tmp_path: P
         archive.writestr("last/data.pkl", bytes(10_000_000))
     with pytest.raises(ValueError, match=r"last\.ckpt cannot be read \(its archive is compressed"):
         saved_update(checkpoint)
+
+
+def test_a_name_that_occurs_twice_in_json_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "settings.json"
+    path.write_text('{"a": {"layer": 1, "rate": null, "layer": 2}}')
+    with pytest.raises(ValueError, match=r"settings\.json: is not valid JSON: 'layer' occurs twice in an object"):
+        read_json(path)
+    path.write_text('{"a": {"layer": 1}, "b": {"layer": 1}}')
+    assert read_json(path) == {"a": {"layer": 1}, "b": {"layer": 1}}
+
+
+def test_recorded_rules_of_a_large_file_are_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "settings.json"
+    assert recorded_rules(path) == RULES  # a new folder
+    for content, rules in (('{"rules": 1}', 1), ("{}", 1), ('{"rules": 1', RULES), ("[]", RULES)):
+        path.write_text(content)
+        assert recorded_rules(path) == rules
+    path.write_text('{"rules": 1}' + " " * MOST_BYTES)
+    assert recorded_rules(path) == RULES
+    path.unlink()
+    os.mkfifo(path)
+    assert recorded_rules(path) == RULES
