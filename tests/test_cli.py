@@ -1,5 +1,6 @@
 """Test the command line: its output, its settings, and the errors for bad arguments."""
 
+import ast
 import dataclasses
 import logging
 import re
@@ -529,3 +530,41 @@ def test_prepare_writes_what_pretrain_takes(tmp_path: Path, capsys: pytest.Captu
     assert "20 recordings, 0.02 hours, 1 left out" in outcome.out
     assert "empty.wav is empty" in outcome.err
     assert open_corpus(manifest).num_recordings == 20
+
+
+#: Modules of commands and what only these commands use; a message in them may name the options of all.
+_OWN_MODULES = {
+    "extract": ["eval/extract.py", "eval/encode.py"],
+    "label": ["eval/label"],
+    "quality": ["eval/quality", "eval/encode.py"],
+    "probe": ["eval/probe", "eval/encode.py"],
+    "prepare": ["cli/prepare.py"],
+    "report": ["cli/report.py"],
+    "distill": ["train", "cli/pretrain.py"],
+}
+
+
+@pytest.mark.parametrize("command", _OWN_MODULES)
+def test_messages_name_options_that_exist(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    known = set(re.findall(r"--[a-z][a-z_]*", capsys.readouterr().out))
+    package = Path(fastssl.__file__).parent
+    texts = [str(cli._worker_ended(command))]
+    for place in _OWN_MODULES[command]:
+        for path in sorted((package / place).rglob("*.py")) or [package / place]:
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            texts += [
+                node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and str is type(node.value)
+            ]
+    named = {name for text in texts for name in re.findall(r"(?<![\w`-])--[a-z][a-z_]*", text)}
+    assert named - known == set()
+
+
+def test_only_commands_with_processes_to_leave_out_are_told_to(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in cli._COMMANDS:
+        with pytest.raises(SystemExit):
+            cli.main([command, "--help"])
+        options = re.findall(r"--[\w.]+", capsys.readouterr().out)
+        named = re.findall(r"--[\w.]+", str(cli._worker_ended(command)))
+        assert named == [option for option in ("--data.num_workers", "--num_workers") if option in options]

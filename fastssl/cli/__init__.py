@@ -123,10 +123,11 @@ def _is_of_a_process(error: Exception) -> bool:
 
 
 def _worker_ended(command: str) -> ValueError:
-    option = "--data.num_workers" if command in ("pretrain", "distill") else "--num_workers"
+    options = {"pretrain": "--data.num_workers", "distill": "--data.num_workers", "label": "--num_workers"}
+    # The other commands have no such option.
+    without = f", or read without such processes ({options[command]} 0)" if command in options else ""
     return ValueError(
-        "a process that reads audio ended early; if the shared memory (/dev/shm) is full, make it larger, or read "
-        f"without such processes ({option} 0)"
+        f"a process that reads audio ended early; if the shared memory (/dev/shm) is full, make it larger{without}"
     )
 
 
