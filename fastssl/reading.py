@@ -2,13 +2,13 @@
 
 import json
 import reprlib
-import stat
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 from fastssl.names import shown
+from fastssl.regular import UnusableFileError, size_of
 
 #: Largest file of settings that is read. The settings of a run take about 3 kB, the index of a large model 200 kB.
 MOST_BYTES = 1 << 22
@@ -31,12 +31,9 @@ def check_file(path: Path) -> int:
         ValueError: The file is missing, cannot be reached, or is a folder, a pipe, a socket or a device.
     """
     try:
-        status = path.stat()
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror}; check the path and its permissions") from None
-    if not stat.S_ISREG(status.st_mode):
-        raise ValueError(f"{path}: is not a regular file; replace it with the file that it stands for")
-    return status.st_size
+        return size_of(path)
+    except UnusableFileError as error:
+        raise ValueError(f"{path}: {error}; check the path and its permissions, or restore the file") from None
 
 
 def read_text(path: Path) -> str:

@@ -28,6 +28,7 @@ FLOORS = {
     "folder_lock": 0.5,
     "files": 0,
     "reading": 0.5,
+    "regular": 0,
 }
 #: All that the kernels and modules need; other dependencies come with extras.
 CORE_DEPENDENCIES = {"torch", "numpy", "safetensors", "fastssl"}

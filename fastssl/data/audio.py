@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 
 from fastssl.data.manifest import ForbiddenSourceError, check_sources
 from fastssl.data.mp3 import whole
-from fastssl.data.regular import UnusableFileError, check_audio, check_part, size_of
 from fastssl.data.resampler import FILTER_WIDTH, resample_in_blocks, resampler
 from fastssl.data.rules import OLDEST_RULES, rules_of
 from fastssl.names import named_again, plain_path
+from fastssl.regular import UnusableFileError, check_audio, check_part, size_of
 
 SAMPLE_RATE_HZ = 16000
 

@@ -16,8 +16,8 @@ from lhotse.cut import Cut, MonoCut, MultiCut
 
 from fastssl.data.audio import TOLERANCE_S, AudioError, check_end, check_filter, check_rate
 from fastssl.data.manifest import shortened
-from fastssl.data.regular import UnusableFileError, check_audio, size_of
 from fastssl.data.rules import OLDEST_RULES, RULES
+from fastssl.regular import UnusableFileError, check_audio, size_of
 
 _LONGEST_DAYS = 10
 _LONGEST_ID = 4096  # characters

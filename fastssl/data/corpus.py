@@ -19,13 +19,13 @@ from lhotse.utils import compute_num_samples, fastcopy
 from fastssl.data.audio import AudioError
 from fastssl.data.checks import check_fields, check_source
 from fastssl.data.manifest import BadLineError, ForbiddenSourceError, deserialize, read_lines
-from fastssl.data.regular import UnusableFileError, check_audio, is_folder
 from fastssl.data.rules import RULES, check_rules, rules_of
 from fastssl.data.scan import Problem as Problem
 from fastssl.data.scan import apply_rules, extensions, find_files, scan_file
 from fastssl.data.shar import is_shar, read_shar
 from fastssl.files import make_folder, replacing
 from fastssl.names import encoded, json_line
+from fastssl.regular import UnusableFileError, check_audio, is_folder
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from lhotse import Recording
 from lhotse.cut import Cut
 from lhotse.serialization import deserialize_item
 
-from fastssl.data.regular import UnusableFileError, size_of
+from fastssl.regular import UnusableFileError, size_of
 
 #: "shar" is a placeholder for audio in the tar file of the same shard; Lhotse cannot read it by itself.
 _SOURCE_TYPES = ("file", "memory", "shar")

@@ -17,7 +17,7 @@ from lhotse.cut import Cut, MonoCut, MultiCut
 from lhotse.utils import fastcopy
 
 from fastssl.data.manifest import BadLineError, deserialize, parse, read_lines, shortened
-from fastssl.data.regular import UnusableFileError, size_of
+from fastssl.regular import UnusableFileError, size_of
 
 _LONGEST_METADATA = 2**24  # bytes
 

@@ -99,7 +99,7 @@ def test_what_is_not_a_file_is_not_opened(name: str, model: Path) -> None:
     assert f"{name}: is not a regular file" in refused(model)
     path.unlink()
     path.mkdir()
-    assert f"{name}: is not a regular file" in refused(model)
+    assert f"{name}: is a folder; check the path" in refused(model)
     path.rmdir()
     path.symlink_to("/dev/zero")
     assert f"{name}: is not a regular file" in refused(model)
