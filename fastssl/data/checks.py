@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from lhotse import AudioSource, Recording
-from lhotse.augmentation import Resample as ResampleTransform
 from lhotse.augmentation import Narrowband, ReverbWithImpulseResponse, Speed, Tempo, Volume
+from lhotse.augmentation import Resample as ResampleTransform
 from lhotse.augmentation.transform import AudioTransform
 from lhotse.augmentation.utils import FastRandomRIRGenerator
 from lhotse.cut import Cut, MonoCut, MultiCut
@@ -185,7 +185,8 @@ def _check_transforms(recording: Recording) -> None:
 def _check_rates(before: object, after: object) -> None:
     for rate in (before, after):
         _check(_is_whole(rate, 1), "sampling rate of a transform", rate, "a whole number of Hz")
-    assert isinstance(before, int) and isinstance(after, int)
+    assert isinstance(before, int)
+    assert isinstance(after, int)
     check_filter(before, after)
 
 

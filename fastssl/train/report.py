@@ -130,6 +130,8 @@ def draw_report(run: Path, system: type[PretrainingModel]) -> None:
 def _perplexities(row: dict[str, float], prefix: str) -> dict[str, str]:
     """Return readable names of the code perplexity columns, by column without the prefix."""
     # Other names, which the file may contain too, would be read as markup by rich and as mathematics by matplotlib.
-    names = [name.removeprefix(prefix) for name in row if re.fullmatch(rf"{prefix}code_perplexity(_[0-9]{{1,2}})?", name)]
+    names = [
+        name.removeprefix(prefix) for name in row if re.fullmatch(rf"{prefix}code_perplexity(_[0-9]{{1,2}})?", name)
+    ]
     groups = {name: name.removeprefix("code_perplexity").removeprefix("_") for name in names}
     return {name: "code perplexity" + (f", group {group}" if group else "") for name, group in groups.items()}
