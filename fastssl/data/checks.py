@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from lhotse import AudioSource, Recording
+from lhotse.augmentation import Narrowband, ReverbWithImpulseResponse, Speed, Tempo, Volume
 from lhotse.augmentation import Resample as ResampleTransform
-from lhotse.augmentation import ReverbWithImpulseResponse, Speed, Tempo
 from lhotse.augmentation.transform import AudioTransform
+from lhotse.augmentation.utils import FastRandomRIRGenerator
 from lhotse.cut import Cut, MonoCut, MultiCut
 
 from fastssl.data.audio import TOLERANCE_S, AudioError, check_end, check_filter, check_rate
-from fastssl.data.manifest import shortened
+from fastssl.data.manifest import count_transforms, shortened
 from fastssl.data.rules import OLDEST_RULES, RULES
 from fastssl.regular import UnusableFileError, check_audio, size_of
 
@@ -24,6 +25,13 @@ _LONGEST_ID = 4096  # characters
 # The most that any format packs into a byte: FLAC stores 65,535 samples of silence in 12 bytes, Opus and Vorbis
 # between 1,000 and 4,000 in 1 to 3 bytes.
 _SAMPLES_PER_BYTE = 8192
+#: Those of impulse responses are counted too. Each takes time whenever a crop is read; augmentation needs a handful.
+_MOST_TRANSFORMS = 20
+#: The longest echoes of real rooms last some ten seconds. A longer response would make each crop as long.
+_LONGEST_RESPONSE_S = 60.0
+#: Lhotse draws an impulse response at 64 times its sampling rate.
+_LONGEST_DRAWN = 200_000  # samples
+_NARROWBAND_HZ = 8000
 
 
 def check_fields(cut: Cut) -> None:
@@ -151,21 +159,35 @@ def _check_whole_numbers(name: str, values: object) -> None:
 def _check_transforms(recording: Recording) -> None:
     transforms = recording.transforms if recording.transforms is not None else []
     _check(isinstance(transforms, list), "transforms", transforms, "a list")
+    if (found := count_transforms(recording)) > _MOST_TRANSFORMS:
+        raise AudioError(f"has {found} transforms, expected at most {_MOST_TRANSFORMS}")
     for transform in transforms:
         _check(isinstance(transform, AudioTransform), "transform", transform, "one of Lhotse's")
         if isinstance(transform, Speed | Tempo):
             factor = transform.factor
             _check(_is_number(factor) and 0.01 <= factor <= 100, "factor of a transform", factor, "0.01 to 100")
             check_filter(round(recording.sampling_rate * factor), recording.sampling_rate)
+        elif isinstance(transform, Volume):
+            _check(_is_number(transform.factor), "factor of a transform", transform.factor, "a finite number")
         elif isinstance(transform, ResampleTransform):
-            before, after = transform.source_sampling_rate, transform.target_sampling_rate
-            for rate in (before, after):
-                _check(_is_whole(rate, 1), "sampling rate of a transform", rate, "a whole number of Hz")
-            check_filter(before, after)
+            _check_rates(transform.source_sampling_rate, transform.target_sampling_rate)
+        elif isinstance(transform, Narrowband):
+            _check_rates(transform.source_sampling_rate, _NARROWBAND_HZ)
+            _check_rates(_NARROWBAND_HZ, transform.source_sampling_rate)
         elif isinstance(transform, ReverbWithImpulseResponse):
+            _check_whole_numbers("rir_channels", transform.rir_channels)
             _check_impulse_response(transform.rir)
+            _check_generator(transform.rir_generator)
     if _growth(recording) > 100:
         raise AudioError("has transforms that multiply its samples by more than 100")
+
+
+def _check_rates(before: object, after: object) -> None:
+    for rate in (before, after):
+        _check(_is_whole(rate, 1), "sampling rate of a transform", rate, "a whole number of Hz")
+    assert isinstance(before, int)
+    assert isinstance(after, int)
+    check_filter(before, after)
 
 
 def _growth(recording: Recording) -> float:
@@ -176,6 +198,12 @@ def _growth(recording: Recording) -> float:
             growth /= transform.factor
         elif isinstance(transform, ResampleTransform):
             growth *= transform.target_sampling_rate / transform.source_sampling_rate
+        elif isinstance(transform, Narrowband):
+            most = max(most, growth * _NARROWBAND_HZ / transform.source_sampling_rate)
+            if not transform.restore_orig_sr:
+                growth *= _NARROWBAND_HZ / transform.source_sampling_rate
+        elif isinstance(transform, ReverbWithImpulseResponse):
+            growth *= len(transform.rir_channels)  # one channel becomes as many
         most = max(most, growth)
     return most
 
@@ -186,10 +214,25 @@ def _check_impulse_response(response: Recording | Cut | None) -> None:
     try:
         cut: Cut = response.to_cut() if isinstance(response, Recording) else response
         check_fields(cut)
+        if cut.recording.duration > _LONGEST_RESPONSE_S:
+            raise AudioError(f"lasts {cut.recording.duration:.2f} s, expected at most {_LONGEST_RESPONSE_S:g} s")
         for source in cut.recording.sources:
             check_source(cut, source)
     except AudioError as error:
         raise AudioError(f"has a transform with an impulse response that {error}") from None
+
+
+def _check_generator(generator: object) -> None:
+    """Check what Lhotse needs to draw an impulse response."""
+    if generator is None:
+        return
+    _check(isinstance(generator, FastRandomRIRGenerator), "rir_generator", generator, "an object with sr and max_T60")
+    assert isinstance(generator, FastRandomRIRGenerator)
+    rate, length_s = generator.sr, generator.max_T60
+    _check(_is_whole(rate, 1), "sr of rir_generator", rate, "a whole number of Hz")
+    _check(_is_number(length_s) and length_s > 0, "max_T60 of rir_generator", length_s, "a number of seconds above 0")
+    if rate * max(1, length_s) > _LONGEST_DRAWN:
+        raise AudioError(f"has a transform whose impulse response may have more than {_LONGEST_DRAWN:,} samples")
 
 
 def _check_custom(cut: Cut) -> None:

@@ -24,11 +24,12 @@ from fastssl.data.corpus import Problem, cut_name, window_parent
 from fastssl.data.recordings import FrameGrid
 from fastssl.data.rules import OLDEST_RULES, rules_of
 from fastssl.names import shown
-from fastssl.reading import complete_lines, read_json
+from fastssl.reading import brief, complete_lines, read_json
 
 LABELS_FILE, SETTINGS_FILE, CENTRES_FILE = "labels.jsonl", "settings.json", "kmeans.safetensors"
 #: A recording's duration may differ by this much from when it was labelled, because MP3 headers are not exact.
 _TOLERANCE_S = 0.1
+_MOST_CLASSES = np.iinfo(np.int32).max
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,9 @@ class LabelTable:
             labels: NDArray[Any] = np.array(line["custom"]["labels"])
             if len(labels) and not 0 <= labels.min() <= labels.max() < self.classes:
                 raise ValueError(
-                    f"{self.folder / LABELS_FILE}: {shown(line['id'])} has labels from {labels.min()} to "
-                    f"{labels.max()}, expected {self.classes} classes from 0 on; make the labels again with "
-                    "`fastssl label`"
+                    f"{self.folder / LABELS_FILE}: {shown(line['id'])} has labels from {brief(int(labels.min()))} to "
+                    f"{brief(int(labels.max()))}, expected {self.classes} classes from 0 on; make the labels again "
+                    "with `fastssl label`"
                 )
             rate_hz = int(line["custom"]["sampling_rate"])
             self._entries[line["id"]] = _Entry(begin, begin + len(labels), float(line["duration"]), rate_hz)
@@ -118,6 +119,12 @@ class LabelTable:
                 f"has {found} labels, but {entry.duration_s:.2f} s with a label every "
                 f"{1000 * self.frame_shift_s:g} ms require {expected:.0f}",
             )
+        last_s = self.first_centre_s + (found - 1) * self.frame_shift_s
+        if last_s > entry.duration_s + _TOLERANCE_S:
+            return Problem(
+                cut_name(cut),
+                f"has labels up to {last_s:.2f} s by {SETTINGS_FILE}, but is {entry.duration_s:.2f} s long",
+            )
         return None
 
     def at(self, cut: Cut, *, start_s: float, frames: int, grid: FrameGrid) -> NDArray[np.int64]:  # (frames,)
@@ -149,7 +156,7 @@ class LabelTable:
         rows = np.clip(nearest, entry.begin, entry.end - 1)
         if self._segment_ends is None:
             changes = np.flatnonzero(np.diff(self._labels)) + 1
-            borders = np.array([entry.end for entry in self._entries.values()], dtype=np.int64)
+            borders = np.array([end for entry in self._entries.values() for end in (entry.begin, entry.end)], np.int64)
             self._segment_ends = np.union1d(changes, borders)
         ends = self._segment_ends
         segment = np.searchsorted(ends, rows, side="right")
@@ -206,10 +213,12 @@ def read_settings(folder: Path) -> dict[str, Any]:
     if (
         not all(_is_positive(settings.get(name)) for name in numbers)
         or type(settings["clusters"]) is not int
+        or settings["clusters"] > _MOST_CLASSES
         or type(settings["rules"]) is not int
     ):
         raise ValueError(
-            f"{path}: is damaged; expected positive numbers for {', '.join(numbers)}. Make the labels again: "
+            f"{path}: is damaged; expected positive numbers for {', '.join(numbers)}, and at most {_MOST_CLASSES:,} "
+            "clusters. Make the labels again: "
             "`fastssl label`"
         )
     return settings

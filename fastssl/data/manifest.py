@@ -115,14 +115,36 @@ def deserialize(line: dict[str, Any]) -> Cut:
     """
     check_sources(line)
     try:
+        expected = count_transforms(line)
         item = deserialize_item(line)
         cut = item.to_cut() if isinstance(item, Recording) else item
+        complete = count_transforms(cut) == expected
     # Lhotse checks no types, so any exception is possible. Every one means that the line is bad.
     except Exception as error:
         raise BadLineError(f"is not a cut or a recording: {type(error).__name__}: {shortened(error)}") from error
     if not isinstance(cut, Cut):
         raise BadLineError(f"is not a cut or a recording, but a {type(cut).__name__}")
+    if not complete:  # Lhotse leaves out all transforms of a recording if one of them lacks a field
+        raise BadLineError("has a transform, or an impulse response, that lacks a field such as name or kwargs")
     return cut
+
+
+def count_transforms(item: object) -> int:
+    """Return the number of transforms of a recording, including those of its impulse responses.
+
+    Args:
+        item: A cut or a recording, or the JSON of one. Anything else has no transforms.
+    """
+    recording = _field(item, "recording") or item
+    transforms = _field(recording, "transforms")
+    if not isinstance(transforms, list):
+        return 0
+    options = [_field(one, "kwargs") if isinstance(one, dict) else one for one in transforms]
+    return len(transforms) + sum(count_transforms(_field(one, "rir")) for one in options)
+
+
+def _field(item: Any, name: str) -> Any:
+    return item.get(name) if isinstance(item, dict) else getattr(item, name, None)
 
 
 def shortened(value: object) -> str:

@@ -74,7 +74,8 @@ class TeacherTable:
         self.layers, self.width, self.channels = tuple(layers), width, channels
         for key, entry in self.entries.items():
             names = ("duration_s", "rate_hz", "checksum", "frames")
-            if not all(isinstance(entry.get(name), int | float) for name in names):
+            # No count is as large as 1e15, and a larger integer may not fit into a float; NaN fails the comparison.
+            if not all(type(entry.get(name)) in (int, float) and 0 <= entry[name] < 1e15 for name in names):
                 raise ValueError(
                     f"data.teacher_cache: {folder}: the entry of {key} in its index is damaged: expected numbers for "
                     f"{', '.join(names)}; delete the folder to make it again"

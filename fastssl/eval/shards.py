@@ -52,7 +52,9 @@ class Shards:
         self._begin(settings, option)
         #: Entries of the index, by key.
         self.entries = read_index(folder)
-        numbers = [int(entry["shard"].removeprefix(f"{name}-").partition(".")[0]) for entry in self.entries.values()]
+        # A damaged index may also list shards with other names, which are never written to.
+        own = [entry["shard"] for entry in self.entries.values() if entry["shard"].startswith(f"{name}-")]
+        numbers = [int(shard.removeprefix(f"{name}-").partition(".")[0]) for shard in own]
         self._number = 1 + max(numbers, default=-1)
         self._begun = False
 

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 Item = TypeVar("Item")
 
+_LARGEST_DRAWN = 1e100
+
 
 def track(items: Iterable[Item] | Sequence[Item], what: str, *, total: int | None = None) -> Iterable[Item]:
     """Iterate over items, with a progress bar if the output is a terminal.
@@ -45,6 +47,15 @@ def new_figure(height_in: float) -> "Figure":
     figure = Figure(figsize=(11, height_in), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def drawable(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return the points that matplotlib can draw: it fails on an axis whose length is infinite.
+
+    Args:
+        points: Pairs of x and y, perhaps NaN, infinite or of any size.
+    """
+    return [point for point in points if all(abs(value) < _LARGEST_DRAWN for value in point)]
 
 
 def write_figure(figure: "Figure", path: Path) -> None:

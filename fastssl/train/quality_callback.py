@@ -3,6 +3,7 @@
 import logging
 import math
 import random
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -15,6 +16,7 @@ from torch import nn
 
 from fastssl.data.batches import AudioBatch
 from fastssl.eval.quality.measure import MAX_FRAMES, LayerQuality, measure_quality
+from fastssl.eval.showing import drawable
 from fastssl.packing import Packed
 
 logger = logging.getLogger(__name__)
@@ -26,6 +28,7 @@ _MEASURES = {
     "inertia": ("inertia_per_frame", "k-means inertia per frame"),
     "davies_bouldin": ("davies_bouldin", "Davies-Bouldin"),
 }
+_LAYER = re.compile("0|[1-9][0-9]{0,2}")
 #: Number of axes that `draw_quality` draws on.
 QUALITY_PANELS = len(_MEASURES)
 
@@ -153,9 +156,11 @@ def draw_quality(axes: Iterator[Any], rows: Iterable[dict[str, float]]) -> bool:
     for name, (_, title) in _MEASURES.items():
         panel, prefix = next(axes), f"quality_{name}_"
         found = {key.removeprefix(prefix) for row in measured for key in row if key.startswith(prefix)}
-        layers = sorted(int(layer) for layer in found if layer.isdecimal())
+        layers = sorted(int(layer) for layer in found if _LAYER.fullmatch(layer))
         for layer in layers:
-            points = [(row[over], row[f"{prefix}{layer}"]) for row in measured if f"{prefix}{layer}" in row]
+            points = drawable((row[over], row[f"{prefix}{layer}"]) for row in measured if f"{prefix}{layer}" in row)
+            if not points:
+                continue
             colour = colormaps["viridis_r"](0.1 + 0.9 * layer / max(1, layers[-1]))
             panel.plot(*zip(*points, strict=True), "o-", markersize=3, color=colour, label=f"layer {layer}")
         panel.set_xlabel(label)

@@ -1,12 +1,13 @@
 """Report on a run, finished or not: a table of scores, and the figure RUN/report.png."""
 
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from rich.table import Table
 
-from fastssl.eval.showing import new_figure, write_figure
+from fastssl.eval.showing import drawable, new_figure, write_figure
 from fastssl.models.pretraining import PretrainingModel, Score
 from fastssl.train.account import Account
 from fastssl.train.metrics_file import read_metrics
@@ -100,7 +101,7 @@ def draw_report(run: Path, system: type[PretrainingModel]) -> None:
         draw_quality(iter(others), measured)
 
     def plot(axes: object, source: _Rows, key: str, label: str, factor: float = 1.0, style: str = "-") -> None:
-        points = [(row["audio_hours"], factor * row[key]) for row in source if key in row]
+        points = drawable((row["audio_hours"], factor * row[key]) for row in source if key in row)
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label)  # type: ignore[attr-defined]
 
@@ -128,6 +129,9 @@ def draw_report(run: Path, system: type[PretrainingModel]) -> None:
 
 def _perplexities(row: dict[str, float], prefix: str) -> dict[str, str]:
     """Return readable names of the code perplexity columns, by column without the prefix."""
-    names = [name.removeprefix(prefix) for name in row if name.startswith(f"{prefix}code_perplexity")]
+    # Other names, which the file may contain too, would be read as markup by rich and as mathematics by matplotlib.
+    names = [
+        name.removeprefix(prefix) for name in row if re.fullmatch(rf"{prefix}code_perplexity(_[0-9]{{1,2}})?", name)
+    ]
     groups = {name: name.removeprefix("code_perplexity").removeprefix("_") for name in names}
     return {name: "code perplexity" + (f", group {group}" if group else "") for name, group in groups.items()}

@@ -119,6 +119,35 @@ def transformed(name: str, **kwargs: object) -> Callable[[Line], None]:
         (transformed("Speed", factor=1e-9), "has factor of a transform"),
         (transformed("Resample", source_sampling_rate=1, target_sampling_rate=16000), "multiply its samples"),
         (transformed("Resample", source_sampling_rate=16001, target_sampling_rate=16003), "needs a filter of"),
+        (put_recording(transforms=[{"name": "Volume"}]), "has a transform, or an impulse response, that lacks a field"),
+        (
+            put_recording(
+                transforms=[
+                    {"name": "Volume", "kwargs": {"factor": 2.0}},
+                    {"name": "ReverbWithImpulseResponse", "kwargs": {"rir": {"sampling_rate": 16000}}},
+                ]
+            ),
+            "is not a cut or a recording",
+        ),
+        (put_recording(transforms=[{"name": "Volume", "kwargs": {"factor": 1.0}}] * 21), "has 21 transforms"),
+        (transformed("Volume", factor=[1.0]), "has factor of a transform [1.0], expected a finite number"),
+        (transformed("Volume", factor=10**400), "has factor of a transform 1000"),
+        (
+            transformed("Narrowband", codec="mulaw", source_sampling_rate=1, restore_orig_sr=True),
+            "has transforms that multiply its samples by more than 100",
+        ),
+        (
+            transformed("Narrowband", codec="mulaw", source_sampling_rate=10**7 + 1, restore_orig_sr=True),
+            "needs a filter of",
+        ),
+        (transformed("ReverbWithImpulseResponse", rir_generator="sh"), "has rir_generator 'sh', expected an object"),
+        (transformed("ReverbWithImpulseResponse", rir_generator={"sr": 10**9}), "may have more than 200,000 samples"),
+        (transformed("ReverbWithImpulseResponse", rir_generator={"max_T60": 1e9}), "may have more than 200,000"),
+        (transformed("ReverbWithImpulseResponse", rir_generator={"sr": "16000"}), "has sr of rir_generator '16000'"),
+        (
+            transformed("ReverbWithImpulseResponse", rir_generator={"sr": 16000}, rir_channels=[0] * 101),
+            "has transforms that multiply its samples by more than 100",
+        ),
         (lying(1000), "is said to have 96,000,000"),
         (lying(1e6), "is said to last more than 10 days"),
     ],
@@ -216,6 +245,27 @@ def test_an_impulse_response_is_checked(line: Line, tmp_path: Path) -> None:
     room["sources"][0]["source"] = str(tmp_path / "fifo.wav")
     transformed("ReverbWithImpulseResponse", rir=room, rir_channels=[0])(line)
     assert "has a transform with an impulse response that is not a regular file" in problem_of(line, tmp_path)
+
+
+def test_an_impulse_response_is_not_an_hour_long(line: Line, tmp_path: Path) -> None:
+    """A silent hour takes a few kB as FLAC, and each crop would be convolved with it."""
+    path = write(tmp_path / "room.flac", np.zeros(61 * 16000, np.float32))
+    room = Recording.from_file(path, recording_id="room").to_dict()
+    transformed("ReverbWithImpulseResponse", rir=room, rir_channels=[0])(line)
+    problem = problem_of(line, tmp_path)
+    assert "has a transform with an impulse response that lasts 61.00 s, expected at most 60 s" in problem
+
+
+@pytest.mark.parametrize("where", ["recording", "impulse response"])
+def test_no_transform_is_left_out_silently(where: str, line: Line, tmp_path: Path) -> None:
+    """Lhotse reads a recording without any of its transforms if one of them lacks its name or options."""
+    incomplete = [{"name": "Volume", "kwargs": {"factor": 0.5}}, {"kwargs": {"factor": 0.5}}]
+    if where == "recording":
+        put_recording(transforms=incomplete)(line)
+    else:
+        room = json.loads(json.dumps(line["recording"] | {"id": "room", "transforms": incomplete}))
+        transformed("ReverbWithImpulseResponse", rir=room, rir_channels=[0])(line)
+    assert "has a transform, or an impulse response, that lacks a field" in problem_of(line, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["cuts.jsonl", "cuts.jsonl.gz"])

@@ -256,6 +256,46 @@ def test_more_classes_than_two_bytes_hold(tmp_path: Path) -> None:
                 LabelTable(tmp_path / "labels")
 
 
+def test_labels_beyond_the_recording_are_named(corpus: list[Cut], tmp_path: Path) -> None:
+    """Otherwise every frame would get the first label."""
+    settings = json.loads((tmp_path / "labels" / SETTINGS_FILE).read_text())
+    assert LabelTable(tmp_path / "labels").problem(corpus[0]) is None
+    (tmp_path / "labels" / SETTINGS_FILE).write_text(json.dumps(settings | {"first_centre_s": 1e14}))
+    assert "has labels up to 100000000000001" in str(LabelTable(tmp_path / "labels").problem(corpus[0]))
+
+
+def test_a_huge_label_is_shown_on_one_short_line(corpus: list[Cut], tmp_path: Path) -> None:
+    file = tmp_path / "labels" / LABELS_FILE
+    file.write_text(file.read_text().replace("[0,", f"[{10**4000},", 1))
+    with pytest.raises(ValueError, match=r"has labels from 1 to 10+\.\.\.0+, expected 1000 classes") as caught:
+        LabelTable(tmp_path / "labels")
+    assert len(str(caught.value)) < 1000
+
+
+def test_classes_that_four_bytes_do_not_hold_are_refused(corpus: list[Cut], tmp_path: Path) -> None:
+    _write(tmp_path / "labels", corpus[:1], classes=2**31)
+    with pytest.raises(ValueError, match=r"settings\.json: is damaged; .* at most 2,147,483,647 clusters"):
+        LabelTable(tmp_path / "labels")
+
+
+def test_a_recording_labelled_twice_does_not_lengthen_its_neighbours_segments(
+    corpus: list[Cut], tmp_path: Path
+) -> None:
+    """The last line of a recording counts; the first one still ends where the next recording begins."""
+    a, b = corpus[:2]
+    for folder, lines in (("once", [a, b]), ("twice", [a, b, a])):
+        _write_segments(tmp_path / folder, [a, b], [30], shift_s=0.01)
+        file = tmp_path / folder / LABELS_FILE
+        first, second = file.read_text().splitlines()
+        file.write_text("".join(f"{first if cut is a else second}\n" for cut in lines))
+    once, twice = (
+        LabelTable(tmp_path / folder).segments_at(b, start_s=0.0, frames=70, grid=FrameGrid(320, 400))
+        for folder in ("once", "twice")
+    )
+    assert np.array_equal(once.weights, twice.weights)
+    assert np.array_equal(once.ends, twice.ends)
+
+
 def test_torn_last_line_is_ignored(corpus: list[Cut], tmp_path: Path) -> None:
     path = tmp_path / "labels" / LABELS_FILE
     path.write_text(path.read_text()[:-20])

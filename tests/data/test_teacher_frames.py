@@ -19,7 +19,7 @@ def table(folder: Path, **changed: Any) -> TeacherTable:
 
 
 @pytest.mark.parametrize("field", ["duration_s", "rate_hz", "checksum", "frames"])
-@pytest.mark.parametrize("value", [None, "1.0", [1.0]])
+@pytest.mark.parametrize("value", [None, "1.0", [1.0], True, pytest.param(10**400, id="huge"), -1, float("nan")])
 def test_damaged_entries_are_named(field: str, value: object, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=rf"data\.teacher_cache: {tmp_path}: the entry of a in its index is damaged"):
         table(tmp_path, **{field: value})

@@ -62,6 +62,21 @@ def test_a_damaged_line_of_the_index_is_named(line: bytes, tmp_path: Path) -> No
         read_index(tmp_path)
 
 
+def test_shards_of_another_name_in_the_index_do_not_count(tmp_path: Path) -> None:
+    """A damaged index may list them; the next shard follows the last one of our own."""
+    shards = _begin(tmp_path / "frames", 1)
+    for key in "ab":
+        shards.add(key, {key: torch.zeros(30)}, {})
+    shards.close()
+    index = tmp_path / "frames" / "index.jsonl"
+    index.write_text(index.read_text().replace("frames-00000", "teacher-00007"))
+    again = _begin(tmp_path / "frames", 1)
+    assert "teacher-00007.safetensors" in again.damaged()
+    again.drop_damaged()
+    again.add("c", {"c": torch.zeros(30)}, {})
+    assert sorted(path.name for path in (tmp_path / "frames").glob("*.safetensors"))[-1] == "frames-00002.safetensors"
+
+
 def test_settings_without_rules_are_those_of_the_oldest(tmp_path: Path) -> None:
     def begin(rules: int) -> Shards:
         settings = {"layer": 1, "rules": rules}

@@ -29,6 +29,26 @@ def test_scores_of_an_earlier_version_are_drawn(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("rendered")
+def test_names_and_numbers_of_a_strangers_run_are_no_markup(
+    tmp_path: Path, make_config: MakeConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_config(make_config(), tmp_path / "config.yaml")
+    columns = ["update", "audio_hours", "contrastive_loss", "accuracy", "chance", "audio_s_per_s"]
+    strange = [r"code_perplexity_$\frac{1$", "code_perplexity_[/bold]", "quality_inertia_" + "9" * 5000]
+    strange += ["quality_rankme_\u0663", "quality_effective_rank_0"]
+    rows = [[1, -1e308, 1e308, 0.1, 0.1, -1e308], [2, 1e308, -1e308, 0.1, 0.1, 1e308], [3, 0.3, 3, 0.1, 0.1, 1]]
+    lines = [",".join([*columns, *strange, "code_perplexity_0"])]
+    lines += [",".join(map(str, [*row, *[4] * len(strange), 5])) for row in rows]
+    (tmp_path / "metrics.csv").write_text("".join(f"{line}\n" for line in lines))
+    assert cli.main(["report", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "code perplexity, group 0" in shown
+    assert "frac" not in shown
+    assert "bold" not in shown
+    assert (tmp_path / "report.png").stat().st_size > 10_000
+
+
+@pytest.mark.usefixtures("rendered")
 def test_the_command_draws_a_run_that_still_trains(
     tmp_path: Path, make_config: MakeConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
