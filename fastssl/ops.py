@@ -8,9 +8,11 @@ Every op takes `backend`, one of:
     "triton": Triton kernels.
     "torch": the kernel that PyTorch itself provides for the operation.
     None: the value of the environment variable FASTSSL_BACKEND if it is set, otherwise the fastest available backend.
-`fastssl info` lists the backends that are available on this machine.
+`fastssl info` lists the backends that are available on this machine. The environment variable FASTSSL_EXCLUDE leaves
+some out, as in FASTSSL_EXCLUDE=varlen_attention.triton,strided_conv.native; `fastssl check` names those that fail here.
 """
 
+from fastssl.kernels import dispatch
 from fastssl.kernels.bias_gelu_dropout.op import bias_gelu_dropout as bias_gelu_dropout
 from fastssl.kernels.contrastive_loss.op import contrastive_loss as contrastive_loss
 from fastssl.kernels.dropout_add_layer_norm.op import dropout_add_layer_norm as dropout_add_layer_norm
@@ -21,3 +23,5 @@ from fastssl.kernels.strided_conv.op import strided_conv as strided_conv
 from fastssl.kernels.strided_conv.op import strided_conv_stack as strided_conv_stack
 from fastssl.kernels.strided_conv.plan import StridedConvLayer as StridedConvLayer
 from fastssl.kernels.varlen_attention.op import varlen_attention as varlen_attention
+
+dispatch.check_excluded()

@@ -51,7 +51,18 @@ def test_help_lists_the_commands_and_explains_them(capsys: pytest.CaptureFixture
     with pytest.raises(SystemExit, match="0"):
         cli.main(["--help"])
     text = capsys.readouterr().out
-    for command in ("pretrain", "distill", "report", "extract", "label", "quality", "probe", "prepare", "info"):
+    for command in (
+        "pretrain",
+        "distill",
+        "report",
+        "extract",
+        "label",
+        "quality",
+        "probe",
+        "prepare",
+        "info",
+        "check",
+    ):
         assert f"  {command} " in text
         with pytest.raises(SystemExit, match="0"):
             cli.main([command, "--help"])

@@ -41,8 +41,10 @@ _COMMANDS = {
     "probe": _Command("compare frozen encoders by training linear heads", "eval.probe.command", ("model", "table")),
     "prepare": _Command("scan a folder once and write a manifest (optional)", "cli.prepare", ("audio",)),
     "info": _Command("show which kernels each op has, and why any is missing", "cli.info"),
+    "check": _Command("run every kernel here, beside the reference and beside PyTorch", "cli.check.command"),
 }
-#: Packages that all commands but `info` need.
+#: Commands that need only what `import fastssl` needs, and the packages that all others need.
+_CORE_COMMANDS = ("info", "check")
 _TRAIN_EXTRA = ("jsonargparse", "lhotse", "lightning", "matplotlib", "rich", "sklearn", "soundfile", "tensorboard")
 
 
@@ -62,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     name = _parser().parse_args(given[:1]).command
     command = _COMMANDS[name]
-    missing = [] if name == "info" else [package for package in _TRAIN_EXTRA if util.find_spec(package) is None]
+    missing = [] if name in _CORE_COMMANDS else [package for package in _TRAIN_EXTRA if util.find_spec(package) is None]
     if missing:
         print(
             f"fastssl {name} needs {', '.join(missing)}: run `pip install '.[train]'` in a clone of the project, or "

@@ -26,11 +26,11 @@ def info(arguments: Sequence[str]) -> None:
 
     import fastssl
 
-    versions = [f"{name} {_version(name)}" for name in ("torch", "triton", "numpy", "safetensors")]
+    versions = [f"{name} {version(name)}" for name in ("torch", "triton", "numpy", "safetensors")]
     print(", ".join([f"python {platform.python_version()}", f"fastssl {fastssl.__version__}", *versions]))
     if (warning := stranger_of_the_same_name()) is not None:
         print(warning)
-    print(f"CPU: {_cpu_name()}, {torch.get_num_threads()} threads")
+    print(f"CPU: {cpu_name()}, {torch.get_num_threads()} threads")
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
         print(f"GPU: {', '.join(names)} (CUDA {torch.version.cuda})")
@@ -38,6 +38,8 @@ def info(arguments: Sequence[str]) -> None:
         print(f"GPU: none that torch can use (torch is built for {_torch_build()})")
     if dispatch.DEFAULT_BACKEND is not None:
         print(f"FASTSSL_BACKEND={dispatch.DEFAULT_BACKEND}")
+    if dispatch.EXCLUDED:
+        print(f"FASTSSL_EXCLUDE={','.join(dispatch.EXCLUDED)}")
     for device, reason in dispatch.COMPILED_MODULES.items():
         print(f"compiled module for {device}: {reason or 'loaded'}")
     print(f"compiled module for data workers: {_why_no_host_module() or 'loaded'}")
@@ -65,14 +67,16 @@ def _why_no_host_module() -> str:
     return ""
 
 
-def _version(package: str) -> str:
+def version(package: str) -> str:
+    """Return the installed version of a package, or "not installed"."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "not installed"
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """Return the name of the processor."""
     import platform
 
     path = Path("/proc/cpuinfo")

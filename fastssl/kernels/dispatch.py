@@ -50,6 +50,8 @@ def _load_compiled_modules() -> dict[str, str]:
 #: Backend named by FASTSSL_BACKEND. Read once at import, because reading the environment inside an op breaks
 #: `torch.compile(fullgraph=True)`.
 DEFAULT_BACKEND = os.environ.get("FASTSSL_BACKEND") or None
+#: Implementations that FASTSSL_EXCLUDE leaves out, as in "varlen_attention.triton,strided_conv.native".
+EXCLUDED = tuple(filter(None, os.environ.get("FASTSSL_EXCLUDE", "").replace(" ", "").split(",")))
 #: device type -> reason why its compiled module is missing, "" if it is loaded.
 COMPILED_MODULES = _load_compiled_modules()
 
@@ -134,7 +136,9 @@ class Op:
             if device == "cpu" and "triton" in present:  # the slow interpreter is for tests, so prefer all others
                 present.remove("triton")
                 present.append("triton")
-            BACKENDS[name][device] = tuple(present)
+            left_out = [backend for backend in present if f"{name}.{backend}" in EXCLUDED and backend != "reference"]
+            missing.update({(backend, device): "excluded by FASTSSL_EXCLUDE" for backend in left_out})
+            BACKENDS[name][device] = tuple(backend for backend in present if backend not in left_out)
 
     def _plug_in(self, library: torch.library.Library, module: str, key: str) -> None:
         """Register `<name>_fwd` and `<name>_bwd` of a Python module as kernels for a dispatch key."""
@@ -170,6 +174,21 @@ class Op:
         raise ValueError(
             f"backend={wish!r}: not available for {self.name} on {x.device.type} ({why}); available: {usable}"
         )
+
+
+def check_excluded() -> None:
+    """Check the names in FASTSSL_EXCLUDE, once all ops exist.
+
+    Raises:
+        ValueError: A name is not that of an op and of a backend other than the reference.
+    """
+    known = {f"{op}.{backend}" for op in BACKENDS for backend in ("native", "triton", "torch")}
+    for name in EXCLUDED:
+        if name not in known:
+            raise ValueError(
+                f"FASTSSL_EXCLUDE: {name!r} is no kernel; expected names such as varlen_attention.triton, with commas "
+                "between them"
+            )
 
 
 def define_operator(
