@@ -37,6 +37,7 @@ _LARGEST_FILTER_BYTES = 64 * 2**20
 _LARGEST_SAMPLE = 2.0**32
 # A frame of an MP3 uses data of up to 10 earlier ones (the bit reservoir), but after seeking the decoder has only 4.
 _MP3_LEAD = 10 * 1152
+_NOT_AUDIO = 7  # libsndfile's code of the error
 #: Samples of all channels that are decoded at once, if there are more than two: 128 MB.
 _LARGEST_PIECE = 2**25
 _LHOTSE_BACKEND = Lock()
@@ -325,8 +326,19 @@ def open_sound(file: str | BytesIO, *, rules: int) -> soundfile.SoundFile:
         rules: Version of the rules.
 
     Raises:
-        soundfile.LibsndfileError: The file is not audio.
+        AudioError: The file is not audio.
+        soundfile.LibsndfileError: libsndfile has another reason not to read the file.
     """
+    try:
+        return _open_sound(file, rules)
+    except soundfile.LibsndfileError as error:
+        if error.code != _NOT_AUDIO:
+            raise
+        # libsndfile says "File does not exist or is not a regular file", about an existing MP3 without frames.
+        raise AudioError("does not decode: it contains no audio of a known format") from error
+
+
+def _open_sound(file: str | BytesIO, rules: int) -> soundfile.SoundFile:
     try:
         return soundfile.SoundFile(file)
     except soundfile.LibsndfileError:

@@ -165,7 +165,7 @@ def scan_file(path: Path, *, recording_id: str, rules: int = RULES) -> Cut | Pro
                 f"is followed by another {kind} file, but only the first ({frames / rate:.2f} s) would be read; divide "
                 "it at the second header, or join the parts by decoding them",
             )
-    except Mp3Error as error:
+    except (AudioError, Mp3Error) as error:
         return Problem(name, str(error))
     except (OSError, RuntimeError) as error:
         return Problem(name, f"does not open as audio: {str(error).strip().replace(plain, name)}")

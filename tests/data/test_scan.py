@@ -288,3 +288,12 @@ def test_a_hole_in_a_tar_file_is_not_read_into_memory(tmp_path: Path) -> None:
         read_waveform(cut)
     cut.custom["tar_member"] = [0, len(content)]
     assert len(read_waveform(cut)) == 48000
+
+
+@pytest.mark.parametrize("content", [b"<html>not found</html>" * 20, b"\xff\xfb\x90\x64" + bytes(100)])
+def test_what_is_no_audio_is_not_called_missing(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "page.mp3"
+    path.write_bytes(content)
+    problem = scan_file(path, recording_id="page")
+    assert isinstance(problem, Problem)
+    assert problem.reason == "does not decode: it contains no audio of a known format"
