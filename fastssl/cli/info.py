@@ -33,7 +33,8 @@ def info(arguments: Sequence[str]) -> None:
         print(warning)
     print(f"CPU: {_cpu_name()}, {torch.get_num_threads()} threads")
     if torch.cuda.is_available():
-        print(f"GPU: {', '.join(map(str, gpus()))} (CUDA {torch.version.cuda})")
+        names = [f"{gpu}: {torch.cuda.get_device_name(gpu.index)}" for gpu in gpus()]
+        print(f"{', '.join(names)} (CUDA {torch.version.cuda})")
     else:
         print(f"GPU: none that torch can use (torch is built for {_torch_build()})")
     if dispatch.DEFAULT_BACKEND is not None:

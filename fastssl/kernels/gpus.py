@@ -1,5 +1,6 @@
 """Which GPUs the compiled CUDA kernels and the Triton kernels can run on."""
 
+import ctypes
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -8,30 +9,49 @@ import torch
 
 #: Lowest compute capability for Triton kernels. Below it they have no tensor cores, and spill kilobytes per thread.
 TRITON_CAPABILITY = (8, 0)
+#: Of `cudaDeviceGetAttribute`, for the major and the minor number of the compute capability.
+_ATTRIBUTES = (75, 76)
 
 
 class Gpu(NamedTuple):
     """A GPU that PyTorch can use.
 
     Attributes:
-        name: Name for people, such as "Tesla T4".
+        index: PyTorch's number of it.
         capability: Compute capability: major and minor number.
     """
 
-    name: str
+    index: int
     capability: tuple[int, int]
 
     def __str__(self) -> str:
-        """Return the name and the compute capability."""
-        return f"{self.name} (compute capability {self.capability[0]}.{self.capability[1]})"
+        """Return the number and the compute capability."""
+        return f"GPU {self.index} (compute capability {self.capability[0]}.{self.capability[1]})"
 
 
 def gpus() -> list[Gpu]:
-    """Return the GPUs that this process may use."""
+    """Return the GPUs that this process may use, without initialising CUDA in PyTorch."""
     if not torch.cuda.is_available():
         return []
-    indices = range(torch.cuda.device_count())
-    return [Gpu(torch.cuda.get_device_name(i), torch.cuda.get_device_capability(i)) for i in indices]
+    found = ((index, _capability(index)) for index in range(torch.cuda.device_count()))
+    return [Gpu(index, capability) for index, capability in found if capability is not None]
+
+
+def _capability(index: int) -> tuple[int, int] | None:
+    """Return a GPU's compute capability, None if the CUDA runtime does not say.
+
+    PyTorch's own function initialises CUDA. After that, processes forked from this one cannot use it, and an import
+    should not have such an effect.
+    """
+    try:
+        runtime = ctypes.CDLL(f"libcudart.so.{str(torch.version.cuda).split('.')[0]}")  # which torch has loaded
+    except OSError:
+        return torch.cuda.get_device_capability(index)
+    numbers = [ctypes.c_int(), ctypes.c_int()]
+    for number, attribute in zip(numbers, _ATTRIBUTES, strict=True):
+        if runtime.cudaDeviceGetAttribute(ctypes.byref(number), attribute, index) != 0:
+            return None
+    return numbers[0].value, numbers[1].value
 
 
 def why_no_triton(present: Sequence[Gpu]) -> str:

@@ -1,6 +1,6 @@
-// An allocator for PyTorch's tensors on the CPU. While guarding is on, each tensor lies between two pages that cannot be
-// accessed; an access there ends the process with a message that names the tensor. A tensor lies either at the end of
-// its pages, to find accesses after it, or at their beginning, to find those before it. Fresh memory and the bytes
+// An allocator for PyTorch's tensors on the CPU. While guarding is on, each tensor lies between two pages that cannot
+// be accessed; an access there ends the process with a message that names the tensor. A tensor lies either at the end
+// of its pages, to find accesses after it, or at their beginning, to find those before it. Fresh memory and the bytes
 // beside a tensor are 0xff, which is NaN in every floating-point type. Writes beside a tensor are found after a launch.
 
 #include "include/guarded_memory.h"
@@ -38,7 +38,7 @@ Place place = Place::kOff;
 std::map<void*, Buffer> buffers;  // by where the tensor begins
 std::string launched = "no kernel";
 
-// Splits arguments at commas outside of parentheses, and cuts each at its first dot: "x" of "x.const_data_ptr<float>()".
+// Splits arguments at commas outside of parentheses, and cuts each at its first dot: "x" of "x.data_ptr<float>()".
 std::vector<std::string> split(const std::string& arguments) {
   std::vector<std::string> parts(1);
   int nested = 0;

@@ -1,7 +1,7 @@
 // Stand-ins for CUDA, with which a C++ compiler compiles kernels and runs them on the CPU.
 //
 // Each thread of a block is a fiber, which runs until it waits at a barrier or ends. Blocks run one after another. The
-// order of blocks, warps and lanes can be chosen (`set_order`): a result that depends on it comes from a race. Warps are
+// order of blocks, warps and lanes can be chosen (`set_order`): a result that depends on it comes from a race. A warp is
 // run as far ahead of the others as barriers allow, so that a missing barrier shows. Lanes wait for each other only in
 // shuffles, as on GPUs since Volta.
 //
@@ -73,7 +73,8 @@ inline std::vector<uint64_t> exchanged;  // by each fiber, in a shuffle
 
 [[noreturn]] inline void stop(const char* what) {
   char message[512];
-  std::snprintf(message, sizeof message, "%s, in block %u, thread (%u, %u)", what, blockIdx.x, threadIdx.x, threadIdx.y);
+  const unsigned block = blockIdx.x, x = threadIdx.x, y = threadIdx.y;
+  std::snprintf(message, sizeof message, "%s, in block %u, thread (%u, %u)", what, block, x, y);
   guarded::stop(message);
 }
 
@@ -225,7 +226,12 @@ const void* pointer_or_null(T argument) {
 
 template <typename... Parameters, typename... Arguments>
 void launch(
-    const char* place, const char* names, void (*kernel)(Parameters...), dim3 blocks, dim3 threads, Arguments... arguments) {
+    const char* place,
+    const char* names,
+    void (*kernel)(Parameters...),
+    dim3 blocks,
+    dim3 threads,
+    Arguments... arguments) {
   fibers.resize(threads.x * threads.y * threads.z);
   exchanged.resize(fibers.size());
   body = [=] { kernel(arguments...); };
