@@ -33,7 +33,7 @@ def info(arguments: Sequence[str]) -> None:
         print(warning)
     print(f"CPU: {_cpu_name()}, {torch.get_num_threads()} threads")
     if torch.cuda.is_available():
-        names = [f"{gpu}: {torch.cuda.get_device_name(gpu.index)}" for gpu in gpus()]
+        names = [f"{gpu}: {torch.cuda.get_device_name(gpu.number)}" for gpu in gpus()]
         print(f"{', '.join(names)} (CUDA {torch.version.cuda})")
     else:
         print(f"GPU: none that torch can use (torch is built for {_torch_build()})")

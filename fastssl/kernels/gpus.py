@@ -17,16 +17,16 @@ class Gpu(NamedTuple):
     """A GPU that PyTorch can use.
 
     Attributes:
-        index: PyTorch's number of it.
+        number: PyTorch's number of it.
         capability: Compute capability: major and minor number.
     """
 
-    index: int
+    number: int
     capability: tuple[int, int]
 
     def __str__(self) -> str:
         """Return the number and the compute capability."""
-        return f"GPU {self.index} (compute capability {self.capability[0]}.{self.capability[1]})"
+        return f"GPU {self.number} (compute capability {self.capability[0]}.{self.capability[1]})"
 
 
 def gpus() -> list[Gpu]:

@@ -40,7 +40,7 @@ def test_code_runs_where_cuda_says(architectures: str, gpus: list[Gpu], lacks: G
         assert reason == ""
     else:
         number = ".".join(map(str, lacks.capability))
-        assert f"no code for GPU {lacks.index} (compute capability {number}), only " in reason
+        assert f"no code for GPU {lacks.number} (compute capability {number}), only " in reason
         assert f"TORCH_CUDA_ARCH_LIST={number}" in reason
 
 
