@@ -29,7 +29,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent.parent
 MINIMUM_TORCH = (2, 10)
 MODULES = ("cpu", "cuda", "host")
-#: Compute capabilities compiled for where there is no GPU to ask and TORCH_CUDA_ARCH_LIST is not set.
+#: Compute capabilities to compile for if TORCH_CUDA_ARCH_LIST is not set and torch does not say what it has code for.
 DEFAULT_ARCHITECTURES = ("8.0", "9.0", "10.0")
 REPORT = "_build_report.json"
 
@@ -50,6 +50,11 @@ class CudaToolkit:
     nvcc: str
     runtime: Path  # libcudart.so, whatever its version suffix
     architecture_flags: tuple[str, ...]
+
+    @property
+    def architectures(self) -> str:
+        """What the flags ask for, as `fastssl.kernels.gpus` reads it: "sm_90" for machine code, "compute_90" for PTX."""
+        return " ".join(flag.rpartition("=")[2] for flag in self.architecture_flags)
 
 
 class CannotBuildError(Exception):
@@ -146,23 +151,42 @@ def find_cuda(torch: Torch) -> CudaToolkit:
     for folder in (top / "lib64", top / "lib", *sorted(top.glob("targets/*/lib")), bundled / "lib"):
         runtimes = sorted(folder.glob("libcudart.so*"))
         if runtimes:
-            return CudaToolkit(nvcc, runtimes[0], tuple(architecture_flags(nvcc)))
+            return CudaToolkit(nvcc, runtimes[0], tuple(architecture_flags(nvcc, torch)))
     raise CannotBuildError(f"the CUDA toolkit in {top} has no libcudart.so")
 
 
-def architecture_flags(nvcc: str) -> list[str]:
-    """Flags of nvcc for TORCH_CUDA_ARCH_LIST, else the GPUs of this machine and PTX of the last, else a default list.
+def torch_architectures(torch: Torch) -> list[str]:
+    """Compute capabilities that an installed torch has code for, such as 8.0; none if it cannot be asked."""
+    program = "import torch; print(*torch._C._cuda_getArchFlags().split())"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": str(torch.folder.parent)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        check=False,
+    )
+    return [f"{major}.{minor}" for major, minor in re.findall(r"\bsm_(\d+)(\d)\b", done.stdout)]
+
+
+def architecture_flags(nvcc: str, torch: Torch) -> list[str]:
+    """Flags of nvcc for TORCH_CUDA_ARCH_LIST, else for what torch itself runs on, and PTX of the last for newer GPUs.
 
     Raises:
-        CannotBuildError: The list holds something else than numbers such as 9.0, 9.0a or 10.0+PTX.
+        CannotBuildError: The list holds something else than numbers such as 9.0, 9.0a or 10.0+PTX, or nvcc cannot
+            compile for any of torch's GPUs.
     """
     wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
     if not wanted:
-        query = output_of("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
-        wanted = sorted(set(re.findall(r"\d+\.\d", query)), key=float)
+        known = output_of(nvcc, "--list-gpu-arch").split()
+        wanted = [
+            name
+            for name in torch_architectures(torch) or DEFAULT_ARCHITECTURES
+            if f"compute_{name.replace('.', '')}" in known
+        ]
         if not wanted:
-            known = output_of(nvcc, "--list-gpu-arch").split()
-            wanted = [name for name in DEFAULT_ARCHITECTURES if f"compute_{name.replace('.', '')}" in known]
+            raise CannotBuildError(f"{nvcc} can compile for no GPU that torch {torch.version} runs on")
+        wanted = sorted(set(wanted), key=float)
         wanted[-1] += "+PTX"
     flags = []
     for name in wanted:
@@ -230,8 +254,16 @@ def cuda_module() -> Module:
     include = ("-isystem", str(torch.folder / "include"))
     return Module(
         "_C_cuda",
-        tuple(sorted(ROOT.glob("csrc/*/kernel.cu"))),
-        (cuda.nvcc, *flags, "-Xcompiler=-fPIC,-fvisibility=hidden", *cuda.architecture_flags, *_STABLE_ABI, *include),
+        (ROOT / "csrc" / "common" / "cuda_architectures.cpp", *sorted(ROOT.glob("csrc/*/kernel.cu"))),
+        (
+            cuda.nvcc,
+            *flags,
+            f'-DFASTSSL_CUDA_ARCHITECTURES="{cuda.architectures}"',
+            "-Xcompiler=-fPIC,-fvisibility=hidden",
+            *cuda.architecture_flags,
+            *_STABLE_ABI,
+            *include,
+        ),
         ("-MD", "-MF"),
         libraries,
     )

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -123,23 +124,39 @@ def test_toolkit_behind_a_wrapper_script(tmp_path: Path, monkeypatch: pytest.Mon
     (toolkit / "lib" / "libcudart.so.13").touch()
     wrapper = script(tmp_path / "path" / "nvcc", f'exec {real} "$@"')
     monkeypatch.setenv("PATH", f"{wrapper.parent}{os.pathsep}/bin")
+    monkeypatch.setattr(extensions, "torch_architectures", lambda torch: ["9.0", "8.0", "12.0"])
     found = extensions.find_cuda(CUDA_TORCH)
     assert (found.nvcc, found.runtime) == (str(wrapper), toolkit / "lib" / "libcudart.so.13")
-    # Without a GPU, and with a compiler that lacks the newest architecture, PTX is added for the newest that it knows.
-    assert [flag.rpartition(",")[2] for flag in found.architecture_flags] == [
-        "code=sm_80",
-        "code=sm_90",
-        "code=compute_90",
-    ]
+    # The compiler lacks torch's newest architecture, so PTX is added for the newest that it knows.
+    assert found.architectures == "sm_80 sm_90 compute_90"
+    monkeypatch.setattr(extensions, "torch_architectures", lambda torch: [])
+    assert extensions.find_cuda(CUDA_TORCH).architectures == "sm_80 sm_90 compute_90"
+    monkeypatch.setattr(extensions, "torch_architectures", lambda torch: ["12.0"])
+    with pytest.raises(CannotBuildError, match=r"can compile for no GPU that torch 2\.14\.1\+cu130 runs on"):
+        extensions.find_cuda(CUDA_TORCH)
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="this torch was built without CUDA")
+def test_architectures_are_those_of_torch() -> None:
+    found = extensions.find_torch()
+    assert found is not None
+    names = [f"sm_{name.replace('.', '')}" for name in extensions.torch_architectures(found)]
+    assert names == [name for name in torch.cuda.get_arch_list() if re.fullmatch(r"sm_\d+", name)]
+    assert names
+
+
+def test_a_torch_that_cannot_be_asked_names_no_architectures(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise ImportError")  # found before the one that is installed
+    assert extensions.torch_architectures(Torch(tmp_path / "torch", "2.14.1", "13.0")) == []
 
 
 def test_architectures_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6;9.0a 12.0+PTX")
-    flags = extensions.architecture_flags("nvcc")
+    flags = extensions.architecture_flags("nvcc", CUDA_TORCH)
     assert [flag.rpartition("=")[2] for flag in flags] == ["sm_86", "sm_90a", "sm_120", "compute_120"]
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Hopper")
     with pytest.raises(CannotBuildError, match="TORCH_CUDA_ARCH_LIST: cannot read 'Hopper'"):
-        extensions.architecture_flags("nvcc")
+        extensions.architecture_flags("nvcc", CUDA_TORCH)
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
@@ -211,7 +228,7 @@ except ValueError as error:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ["80", "90", "100"])
+@pytest.mark.parametrize("architecture", ["75", "80", "86", "90", "100", "120"])
 @pytest.mark.parametrize("source", sorted(ROOT.glob("csrc/*/kernel.cu")), ids=lambda path: path.parent.name)
 def test_cuda_kernels_do_not_spill(source: Path, architecture: str, tmp_path: Path) -> None:
     """Read the compiler's report on registers. Neither this nor compiling needs a GPU."""

@@ -35,6 +35,8 @@ PLACES = {
     ("interop/transformers.py", "importlib.import_module"): (2, "a module of Transformers, from a fixed table"),
     ("models/pickled.py", "torch.load"): (1, "weights_only"),
     ("kernels/dispatch.py", "importlib.import_module"): (1, "a constant of one of our ops"),
+    ("kernels/dispatch.py", "ctypes.CDLL"): (1, "compiled modules, from the package's folder"),
+    ("kernels/gpus.py", "ctypes.CDLL"): (1, "the CUDA runtime, which torch has loaded"),
     ("kernels/dispatch.py", "torch.ops.load_library"): (1, "compiled modules, from the package's folder"),
     ("train/pretrain.py", "trainer.fit"): (
         1,

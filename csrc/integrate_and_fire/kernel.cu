@@ -10,9 +10,9 @@
 #include <cuda_runtime.h>
 
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/macros.h>
 
 #include "../common/integers.h"
+#include "../common/launch.h"
 #include "../common/tensor_checks.h"
 #include "checks.h"
 
@@ -297,14 +297,17 @@ std::tuple<Tensor, Tensor> scan(
   }
   dispatch_floating(weights.scalar_type(), "integrate_and_fire", [&](auto tag) {
     using scalar_t = decltype(tag);
-    scan_kernel<scalar_t><<<static_cast<int>(sequences), kScanThreads, 0, current_stream(weights)>>>(
+    FASTSSL_LAUNCH(
+        scan_kernel<scalar_t>,
+        static_cast<int>(sequences),
+        kScanThreads,
+        current_stream(weights),
         weights.const_data_ptr<scalar_t>(),
         cu_seqlens.const_data_ptr<int32_t>(),
         positions.mutable_data_ptr<double>(),
         fired.mutable_data_ptr<double>(),
         threshold);
   });
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
   return {positions, fired};
 }
 
@@ -331,7 +334,11 @@ Tensor forward(
     scalar_t* out_data = out.mutable_data_ptr<scalar_t>();
     const bool wide = channels % kWidth == 0 && aligned(x_data) && aligned(out_data);
     auto* kernel = wide ? forward_kernel<scalar_t, acc_t, kWidth> : forward_kernel<scalar_t, acc_t, 1>;
-    kernel<<<blocks_for(total_out), dim3(kWarp, kWarpsPerBlock), 0, current_stream(x)>>>(
+    FASTSSL_LAUNCH(
+        kernel,
+        blocks_for(total_out),
+        dim3(kWarp, kWarpsPerBlock),
+        current_stream(x),
         x_data,
         positions.const_data_ptr<double>(),
         cu_seqlens.const_data_ptr<int32_t>(),
@@ -342,7 +349,6 @@ Tensor forward(
         channels,
         threshold);
   });
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
   return out;
 }
 
@@ -375,7 +381,11 @@ std::tuple<Tensor, Tensor> backward(
     const bool wide =
         channels % kWidth == 0 && aligned(x_data) && aligned(grad_out_data) && aligned(grad_x_data);
     auto* kernel = wide ? backward_kernel<scalar_t, acc_t, kWidth> : backward_kernel<scalar_t, acc_t, 1>;
-    kernel<<<blocks_for(rows), dim3(kWarp, kWarpsPerBlock), 0, stream>>>(
+    FASTSSL_LAUNCH(
+        kernel,
+        blocks_for(rows),
+        dim3(kWarp, kWarpsPerBlock),
+        stream,
         grad_out_data,
         x_data,
         positions.const_data_ptr<double>(),
@@ -388,10 +398,13 @@ std::tuple<Tensor, Tensor> backward(
         channels,
         threshold);
   });
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
-  reverse_scan_kernel<<<sequences, kScanThreads, 0, stream>>>(
-      grad_weights.mutable_data_ptr<double>(), cu_seqlens.const_data_ptr<int32_t>());
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  FASTSSL_LAUNCH(
+      reverse_scan_kernel,
+      sequences,
+      kScanThreads,
+      stream,
+      grad_weights.mutable_data_ptr<double>(),
+      cu_seqlens.const_data_ptr<int32_t>());
   return {grad_x, grad_weights};
 }
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from fastssl.cli.installation import stranger_of_the_same_name
 from fastssl.kernels import dispatch
+from fastssl.kernels.gpus import gpus
 
 
 def info(arguments: Sequence[str]) -> None:
@@ -32,8 +33,8 @@ def info(arguments: Sequence[str]) -> None:
         print(warning)
     print(f"CPU: {cpu_name()}, {torch.get_num_threads()} threads")
     if torch.cuda.is_available():
-        names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-        print(f"GPU: {', '.join(names)} (CUDA {torch.version.cuda})")
+        names = [f"{gpu}: {torch.cuda.get_device_name(gpu.number)}" for gpu in gpus()]
+        print(f"{', '.join(names)} (CUDA {torch.version.cuda})")
     else:
         print(f"GPU: none that torch can use (torch is built for {_torch_build()})")
     if dispatch.DEFAULT_BACKEND is not None:

@@ -5,6 +5,7 @@ Each op defines the operators `fastssl_native::<op>_fwd/_bwd` (compiled C++ and 
 available.
 """
 
+import ctypes
 import importlib
 import importlib.util
 import json
@@ -16,6 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from fastssl.kernels.gpus import gpus, why_no_code, why_no_triton
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 #: Advice in error messages on how to get a compiled module that was not built.
@@ -30,7 +33,7 @@ MISSING: dict[str, dict[tuple[str, str], str]] = {}
 
 
 def _load_compiled_modules() -> dict[str, str]:
-    """Load `_C_cpu` and `_C_cuda`. Return for each device type why its module is missing, "" if it is loaded."""
+    """Load `_C_cpu` and `_C_cuda`. Return for each device type why its module cannot be used, "" if it can."""
     report = _PACKAGE / "_build_report.json"  # modules that the installation left out, with the reasons
     left_out = json.loads(report.read_text()) if report.exists() else {}
     reasons = {}
@@ -44,7 +47,20 @@ def _load_compiled_modules() -> dict[str, str]:
             torch.ops.load_library(str(libraries[0]))
         except OSError as error:
             reasons[device] = f"{libraries[0].name} does not load: {error.__cause__ or error}"
+            continue
+        if device == "cuda":
+            reasons[device] = why_no_code(_cuda_architectures(libraries[0]), gpus())
     return reasons
+
+
+def _cuda_architectures(library: Path) -> str:
+    """Return the architectures that `_C_cuda` was compiled for, as `why_no_code` reads them; "" if it does not say."""
+    function = getattr(ctypes.CDLL(str(library)), "fastssl_cuda_architectures", None)
+    if function is None:  # built from an earlier version
+        return ""
+    function.restype = ctypes.c_char_p
+    names: bytes = function()
+    return names.decode()
 
 
 #: Backend named by FASTSSL_BACKEND. Read once at import, because reading the environment inside an op breaks
@@ -52,7 +68,7 @@ def _load_compiled_modules() -> dict[str, str]:
 DEFAULT_BACKEND = os.environ.get("FASTSSL_BACKEND") or None
 #: Implementations that FASTSSL_EXCLUDE leaves out, as in "varlen_attention.triton,strided_conv.native".
 EXCLUDED = tuple(filter(None, os.environ.get("FASTSSL_EXCLUDE", "").replace(" ", "").split(",")))
-#: device type -> reason why its compiled module is missing, "" if it is loaded.
+#: device type -> reason why its compiled module cannot be used, "" if it can.
 COMPILED_MODULES = _load_compiled_modules()
 
 
@@ -63,7 +79,7 @@ def _why_no_triton() -> dict[str, str]:
     interprets = os.environ.get("TRITON_INTERPRET") == "1"
     return {
         "cpu": "" if interprets else "Triton needs a GPU; set TRITON_INTERPRET=1 to run its slow interpreter in tests",
-        "cuda": "" if torch.cuda.is_available() else "no CUDA device",
+        "cuda": why_no_triton(gpus()),
     }
 
 
@@ -121,7 +137,7 @@ class Op:
         BACKENDS[name], MISSING[name] = {}, {}
         for device, key in (("cpu", "CPU"), ("cuda", "CUDA")):
             present, missing = [], MISSING[name]
-            if self.forward and _has_native_kernel(f"{name}_fwd", key):
+            if self.forward and _has_native_kernel(f"{name}_fwd", key) and not COMPILED_MODULES[device]:
                 present.append("native")
             else:
                 missing["native", device] = (self.forward and COMPILED_MODULES[device]) or "not implemented"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastssl import ops
-from fastssl.kernels.integrate_and_fire.reference import fire_positions
+from fastssl.kernels.integrate_and_fire.op import integrate
 from fastssl.nn.activation import sigmoid
 from fastssl.nn.rates import LEAST_WEIGHT, mix_weights, rate_for_period
 from fastssl.packing import Layout, Packed
@@ -78,9 +78,10 @@ class _Repeat(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (rows,) = ctx.saved_tensors
         counts = rows.new_zeros(ctx.rows_of_x).scatter_add(0, rows, torch.ones_like(rows))
-        summands = grad.to(torch.promote_types(grad.dtype, torch.float32)).contiguous()
+        # At least two dimensions, because PyTorch adds those of one in an order that depends on the whole batch.
+        summands = grad.to(torch.promote_types(grad.dtype, torch.float32)).contiguous().unsqueeze(-1)
         total: Tensor = torch.segment_reduce(summands, "sum", lengths=counts, axis=0, unsafe=True)
-        return total.to(grad.dtype), None
+        return total.squeeze(-1).to(grad.dtype), None
 
 
 class SequenceCompressor(nn.Module):
@@ -206,8 +207,8 @@ class SequenceCompressor(nn.Module):
         rates = self._rates(learned, layout, rate, frame_period_ms)
         weights = mix_weights(learned, rates[layout.sequence_ids])
         weights = _protect(_without_nan(weights, learned, layout), layout)
-        out = Packed(*ops.integrate_and_fire(x, weights, layout)) if self.training else _fire_all(x, weights, layout)
-        sources = _slot_of_frames(weights.detach(), layout, out.layout)
+        out, ends = _fire(x, weights, layout) if self.training else _fire_all(x, weights, layout)
+        sources = _slot_of_frames(weights.detach(), ends, layout, out.layout)
         return Compressed(out, _period(layout, out.layout, self.input_period_ms), weights, learned, sources, layout)
 
     def check(self, *, rate: float | Tensor | None, frame_period_ms: float | Tensor | None) -> None:
@@ -351,10 +352,12 @@ def _window_of_frames(layout: Layout, windows: Layout, factor: int, *, shrinks: 
     return windows.rows(sequence, torch.minimum(window, count - 1))
 
 
-def _slot_of_frames(weights: Tensor, layout: Layout, fired: Layout) -> Tensor:
-    """Return the row that received the middle of each frame's weight, (N,); for a dropped remainder, the last row."""
+def _slot_of_frames(weights: Tensor, ends: Tensor, layout: Layout, fired: Layout) -> Tensor:
+    """Return the row that received the middle of each frame's weight, (N,); for a dropped remainder, the last row.
+
+    `ends` (N,) is where each frame ends, in output frames.
+    """
     sequence = layout.sequence_ids
-    ends = fire_positions(weights, layout, 1.0)
     slot = (ends - weights.double() / 2).floor().long()
     return fired.rows(sequence, torch.minimum(slot.clamp(min=0), fired.device_lengths[sequence] - 1))
 
@@ -374,8 +377,14 @@ def _protect(weights: Tensor, layout: Layout) -> Tensor:
     return weights * scale.to(weights.dtype)[layout.sequence_ids]
 
 
-def _fire_all(x: Tensor, weights: Tensor, layout: Layout) -> Packed:
-    """Integrate and fire, but keep a remainder of weight 0.5 or more, as the weighted mean of its frames."""
+def _fire(x: Tensor, weights: Tensor, layout: Layout) -> tuple[Packed, Tensor]:
+    """Integrate and fire. Return the output, and where each frame ends (N,), in output frames."""
+    out, out_layout, ends = integrate(x, weights, layout)
+    return Packed(out, out_layout), ends
+
+
+def _fire_all(x: Tensor, weights: Tensor, layout: Layout) -> tuple[Packed, Tensor]:
+    """Like `_fire`, but keep a remainder of weight 0.5 or more, as the weighted mean of its frames."""
     sums = layout.sums(weights)  # bit for bit the sums that `integrate_and_fire` computes
     rest = sums - sums.detach().floor()
     kept = rest.detach() >= 0.5
@@ -383,11 +392,13 @@ def _fire_all(x: Tensor, weights: Tensor, layout: Layout) -> Packed:
     missing = torch.where(kept, 1 + _MARGIN - rest.detach(), 0.0).to(weights.dtype)
     padded, longer = Packed(x, layout).with_gaps(0, 1)
     all_weights = Packed(weights, layout).spread(longer).values.index_copy(0, longer.cu_seqlens[1:].long() - 1, missing)
-    out, out_layout = ops.integrate_and_fire(padded, all_weights, longer)
+    (out, out_layout), all_ends = _fire(padded, all_weights, longer)
     sequence = out_layout.sequence_ids
     last = out_layout.positions == out_layout.device_lengths[sequence] - 1
     completes = torch.where(kept, rest, 1.0)[sequence]
-    return Packed(out * torch.where(last, 1 / completes, 1.0).to(out.dtype).unsqueeze(1), out_layout)
+    out = out * torch.where(last, 1 / completes, 1.0).to(out.dtype).unsqueeze(1)
+    ends = all_ends.index_select(0, longer.rows(layout.sequence_ids, layout.positions))
+    return Packed(out, out_layout), ends
 
 
 def _period(before: Layout, after: Layout, input_period_ms: float) -> Tensor:  # (B,)

@@ -49,7 +49,9 @@ def segmentation_losses(
     for name, tensor in (("learned", learned), ("weights", weights), ("ends", ends)):
         if tensor.shape != (layout.total,):
             raise ValueError(f"{name}: expected ({layout.total},) for this layout, got {tuple(tensor.shape)}")
-    apart = (fire_positions(learned, layout, 1.0) - fire_positions(weights, layout, 1.0)).abs()
+    both = torch.stack((learned.double(), weights.double()), 1)  # (N, 2), for a single scan
+    learned_ends, target_ends = fire_positions(both, layout, 1.0).unbind(1)
+    apart = (learned_ends - target_ends).abs()
     segments = layout.sums(ends).clamp(min=1)
     frames = layout.device_lengths.clamp(min=1)
     return SegmentationLosses(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastssl.nn.compression import SequenceCompressor, WeightNetwork
 from fastssl.packing import Layout, Packed
+from tests.scans import Scans
 
 KINDS: dict[str, dict[str, Any]] = {
     "average": {"factor": 4},
@@ -228,6 +229,22 @@ def test_upsampling_takes_a_gradient_without_atomics() -> None:
     halves = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
     (grad,) = torch.autograd.grad(many.upsample(halves).sum(), halves)
     assert grad.flatten().tolist() == [1000.0, 1000.0]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_one_scan_serves_the_frames_and_their_sources(training: bool) -> None:
+    frames = frames_of([60], channels=3)
+    compressor = make("integrate-and-fire", channels=3).train(training)
+    with Scans() as seen:
+        out = compressor(frames, rate=0.7)
+    assert seen.scans == 1
+    assert seen.unordered == []
+    values = torch.randn(out.frames.layout.total, requires_grad=True)  # one number per frame
+    with Scans() as seen:
+        out.upsample(values).sum().backward()
+    assert seen.unordered == []
+    assert values.grad is not None
+    assert torch.equal(values.grad, out.sources.bincount(minlength=len(values)).float())
 
 
 @EVERY_KIND

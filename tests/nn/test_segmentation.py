@@ -7,6 +7,7 @@ from torch import Tensor
 from fastssl.nn.compression import SequenceCompressor
 from fastssl.nn.segmentation import quantity_loss, segmentation_losses
 from fastssl.packing import Layout, Packed
+from tests.scans import Scans
 
 
 def of_segments(lengths: list[int]) -> tuple[Tensor, Tensor]:
@@ -35,6 +36,19 @@ def test_equal_the_formulas_of_the_authors_in_a_loop() -> None:
         torch.testing.assert_close(found.segment[index], torch.stack(apart).mean())
         torch.testing.assert_close(found.frame[index], (alpha - target).abs().mean())
     assert found.segment[3] == found.frame[3] == 0
+
+
+def test_learned_and_target_weights_share_a_scan() -> None:
+    learned = torch.rand(11, requires_grad=True)
+    weights, ends = of_segments([2, 6, 3])
+    with Scans() as seen:
+        found = segmentation_losses(learned, Layout.from_lengths([11]), weights=weights, ends=ends)
+    assert seen.scans == 1
+    assert seen.unordered == []
+    with Scans() as seen:
+        found.segment.sum().backward()
+    assert seen.scans == 1
+    assert seen.unordered == []
 
 
 def test_weights_of_the_segments_lose_nothing() -> None:

@@ -12,6 +12,7 @@ from fastssl.ops import integrate_and_fire
 from fastssl.packing import Layout, Packed
 from tests.ops.common import LENGTHS, compiler_for, implementations, layout_of, randn
 from tests.ops.standard import Inputs, Mates, Standard
+from tests.scans import Scans
 
 #: Name -> (lengths, C, mean weight, threshold).
 CASES = {
@@ -186,6 +187,25 @@ def test_ties_and_zero_weights(backend: str, device: str) -> None:
     assert grad_x[:, 0].tolist() == [0.5, 0.5, 0.0, 110.0, 0.0, 0.0]
     # dL/dS = (x1 - x2, 10 (x2 - x3), 10 (x3 - x4), 0, ...), because S_2 and S_3 lie exactly where slot 1 starts.
     assert grad_weights.tolist() == [-21.0, -20.0, -10.0, 0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("lengths", [(9,), (1,), (4, 9)])
+def test_the_reference_adds_in_order_on_a_gpu_too(lengths: tuple[int, ...]) -> None:
+    layout = layout_of(lengths)
+    x, weights = randn(layout.total, 3), randn(layout.total).abs().requires_grad_()
+    with Scans() as seen:
+        out, _ = integrate_and_fire(x, weights, layout, threshold=0.1, backend="reference")
+        out.sum().backward()
+    assert seen.scans > 0
+    assert seen.unordered == []
+
+
+def test_several_weights_are_scanned_at_once() -> None:
+    layout = layout_of((7, 0, 4))
+    weights = randn(11, 2).abs()
+    both = reference.fire_positions(weights, layout, 0.7)
+    assert torch.equal(both[:, 0], reference.fire_positions(weights[:, 0], layout, 0.7))
+    assert torch.equal(both[:, 1], reference.fire_positions(weights[:, 1], layout, 0.7))
 
 
 @EVERY_IMPLEMENTATION

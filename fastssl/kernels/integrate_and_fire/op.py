@@ -1,7 +1,7 @@
 """The public function of `integrate_and_fire`, its operators and its checks."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,6 +37,20 @@ def _fake_backward(
 
 _OP = Op("integrate_and_fire", _fake_forward, _fake_backward)
 _scan = define_operator(NATIVE, "integrate_and_fire_scan", _fake_scan)
+
+
+class Fired(NamedTuple):
+    """Result of `integrate`.
+
+    Attributes:
+        frames: (N_out, C) output frames in the dtype of the input.
+        layout: Where each utterance of `frames` begins.
+        positions: (N,) float64 without gradient, where each input frame ends, in output frames.
+    """
+
+    frames: Tensor  # (N_out, C)
+    layout: Layout
+    positions: Tensor  # (N,)
 
 
 class _IntegrateAndFire(torch.autograd.Function):
@@ -88,17 +102,42 @@ def integrate_and_fire(
         ValueError: A shape, dtype or option is invalid, `weights` contains a negative number, NaN or infinity, or
             `backend` cannot run this call.
     """
+    frames, layout_out, _ = integrate(x, weights, layout, threshold=threshold, backend=backend)
+    return frames, layout_out
+
+
+def integrate(
+    x: Tensor,  # (N, C)
+    weights: Tensor,  # (N,)
+    layout: Layout,
+    *,
+    threshold: float = 1.0,
+    backend: str | None = None,
+) -> Fired:
+    """Apply `integrate_and_fire`, and also return where each frame ends, for callers that need both.
+
+    Args:
+        x: As in `integrate_and_fire`.
+        weights: As in `integrate_and_fire`.
+        layout: As in `integrate_and_fire`.
+        threshold: As in `integrate_and_fire`.
+        backend: As in `integrate_and_fire`.
+
+    Raises:
+        ValueError: As in `integrate_and_fire`.
+    """
     _check(x, weights, layout, threshold)
     chosen = _OP.choose(x, backend)
     with autocast_off(x):
         if chosen == "reference":
             positions = reference.fire_positions(weights, layout, threshold)
             layout_out = _layout_after_firing(reference.fired(positions, weights, layout))
-            return reference.integrate_and_fire(x, positions, layout, layout_out, threshold=threshold), layout_out
+            out = reference.integrate_and_fire(x, positions, layout, layout_out, threshold=threshold)
+            return Fired(out, layout_out, positions.detach())
         positions, fired = _scan(*contiguous((weights.detach(), layout.cu_seqlens, threshold)))
         layout_out = _layout_after_firing(fired)
         out = fire(x, weights, positions, layout, layout_out, threshold=threshold)
-    return out, layout_out
+    return Fired(out, layout_out, positions)
 
 
 def fire(

@@ -9,19 +9,22 @@ from fastssl.packing import Layout, Packed
 def fire_positions(weights: Tensor, layout: Layout, threshold: float) -> Tensor:
     """Compute where each frame ends, in output frames: the running sum of its utterance's weights over `threshold`.
 
-    Sums are in fp64, along the first dimension of a padded batch. There, PyTorch adds one element after another on
-    every device, so the bits do not depend on the rest of the batch.
+    Sums are in fp64, along the first dimension of a padded batch with at least two columns. There, PyTorch adds one
+    element after another on every device, so the bits do not depend on the rest of the batch.
 
     Args:
-        weights: (N,) packed weights of any floating dtype.
+        weights: (N, ...) packed weights of any floating dtype; further dimensions are summed independently.
         layout: Where each utterance begins.
         threshold: Sum of the weights in one output frame.
 
     Returns:
-        (N,) float64 positions, which never decrease within an utterance.
+        (N, ...) float64 positions, which never decrease within an utterance.
     """
-    padded = Packed(weights.to(torch.float64), layout).to_padded()
-    sums = padded.t().cumsum(0).t()
+    batch = len(layout.lengths)
+    by_step = Packed(weights.to(torch.float64), layout).to_padded().transpose(0, 1)  # (T, B, ...)
+    if batch == 1:  # For a single column, PyTorch on a GPU calls CUB, which adds in parallel, in another order.
+        by_step = torch.cat((by_step, torch.zeros_like(by_step)), 1)
+    sums = by_step.cumsum(0)[:, :batch].transpose(0, 1)
     return Packed.from_padded(sums, layout).values / threshold
 
 
