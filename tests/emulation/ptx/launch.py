@@ -1,0 +1,135 @@
+"""Replace Triton's launcher: compile each launch to PTX for sm_80, and run it on tensors in the host's memory."""
+
+import importlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastssl.kernels import dispatch
+from tests.emulation.ptx.lanes import Grid
+from tests.emulation.ptx.machine import Program
+from tests.emulation.ptx.memory import GlobalMemory
+from tests.emulation.ptx.parser import Kernel, parse
+from tests.emulation.ptx.values import UNSIGNED, Array
+from tests.ops.ahead_of_time import Compiled, Launch, Prepared, compile_launch, prepare
+
+ARCHITECTURE = 80
+
+
+@dataclass
+class Emulator:
+    """Runs launches, and notes them.
+
+    Attributes:
+        launches: The launches, in order.
+        seconds: Time spent on compilation and on execution.
+        programs_of: Chooses the programs to run from the number of all; None runs all.
+    """
+
+    launches: list[Launch] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=lambda: {"compile": 0.0, "run": 0.0})
+    programs_of: Callable[[int], Sequence[int]] | None = None
+    _programs: dict[str, tuple[Program, int]] = field(default_factory=dict)
+
+    def launch(self, kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        """Do what Triton's `JITFunction.run` does."""
+        started = time.perf_counter()
+        launch = Launch(kernel, args, options)
+        prepared = prepare(launch, ARCHITECTURE)
+        program, shared_size = self._compiled(prepared)
+        compiled = time.perf_counter()
+        self.launches.append(launch)
+        x, y, z = (*(grid(prepared.bound) if callable(grid) else grid), 1, 1)[:3]
+        whole: Grid = x, y, z
+        memory = GlobalMemory()
+        parameters = _parameters(program.kernel, prepared, memory)
+        total = whole[0] * whole[1] * whole[2]
+        chosen = None if self.programs_of is None else self.programs_of(total)
+        program.run(parameters, memory, whole, shared_size, programs=chosen)
+        self.seconds["compile"] += compiled - started
+        self.seconds["run"] += time.perf_counter() - compiled
+
+    def _compiled(self, prepared: Prepared) -> tuple[Program, int]:
+        """Return the program and its bytes of shared memory; equal launches are compiled once."""
+        import triton
+
+        key = f"{prepared.source.hash()} {sorted(prepared.options.items(), key=str)}"
+        if key not in self._programs:
+            binary = triton.compile(prepared.source, target=prepared.target, options=prepared.options)
+            self._programs[key] = Program(parse(binary.asm["ptx"])), binary.metadata.shared
+        return self._programs[key]
+
+
+def _parameters(kernel: Kernel, prepared: Prepared, memory: GlobalMemory) -> dict[str, Array]:
+    """Return the bits of each parameter of a kernel. The last two are for scratch memory, which no kernel uses."""
+    names = [name for name, kind in prepared.signature.items() if kind != "constexpr"]
+    assert len(kernel.parameters) == len(names) + 2, "Triton passes arguments in a way that the emulator does not know"
+    bits = {name: np.asarray(0, UNSIGNED[kind.bits]) for name, kind in kernel.parameters}
+    for name, (parameter, kind) in zip(names, kernel.parameters, strict=False):
+        value = prepared.bound[name]
+        if isinstance(value, torch.Tensor):
+            bits[parameter] = np.asarray(memory.add(name, value), np.uint64)
+        elif kind.is_float:
+            bits[parameter] = np.asarray(value, np.float32).view(np.uint32)
+        else:
+            bits[parameter] = np.asarray(int(value) & ((1 << kind.bits) - 1), UNSIGNED[kind.bits])
+    return bits
+
+
+def _without_machine_code(*arguments: Any) -> tuple[str, str] | None:
+    """Leave out the last stage of Triton's compiler, ptxas, which takes half of the time; a hook of Triton.
+
+    Without arguments, it returns what distinguishes the results in Triton's cache.
+    """
+    if not arguments:
+        return ("ptx only", "ptx only")
+    _, stages, *_ = arguments
+    stages["cubin"] = lambda source, metadata: b""
+    return None
+
+
+@contextmanager
+def emulated() -> Iterator[Emulator]:
+    """Run all launches of Triton kernels in the emulator. Fresh memory of PyTorch is NaN, or the largest integer."""
+    from triton import knobs
+    from triton.runtime.jit import JITFunction
+
+    emulator = Emulator()
+    launcher, hook = JITFunction.run, knobs.runtime.add_stages_inspection_hook
+    fills = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    JITFunction.run = lambda kernel, *args, **options: emulator.launch(kernel, *args, **options)
+    knobs.runtime.add_stages_inspection_hook = _without_machine_code
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+    try:
+        yield emulator
+    finally:
+        JITFunction.run, knobs.runtime.add_stages_inspection_hook = launcher, hook
+        torch.use_deterministic_algorithms(deterministic)
+        torch.utils.deterministic.fill_uninitialized_memory = fills  # type: ignore[attr-defined]
+
+
+def use_triton_on_the_cpu() -> None:
+    """Register the Triton kernels of all ops for tensors on the CPU, as `fastssl` does for Triton's interpreter."""
+    for name, missing in dispatch.MISSING.items():
+        if missing.get(("triton", "cpu"), "not implemented") == "not implemented":
+            continue
+        op: dispatch.Op = importlib.import_module(f"fastssl.kernels.{name}.op")._OP
+        op._plug_in(dispatch.TRITON, f"fastssl.kernels.{name}.triton_kernel", "CPU")
+        dispatch.BACKENDS[name]["cpu"] += ("triton",)
+        del missing["triton", "cpu"]
+
+
+def compile_again(emulator: Emulator, op: str, architecture: int) -> list[Compiled]:
+    """Compile the launches of an emulator for another architecture, to machine code; return the compiler's figures."""
+    different = {prepare(launch, architecture).source.hash(): launch for launch in emulator.launches}
+    return [
+        Compiled(op, "emulated", launch.kernel.__name__, architecture, **compile_launch(launch, architecture))
+        for launch in different.values()
+    ]
