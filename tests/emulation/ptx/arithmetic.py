@@ -24,23 +24,25 @@ def _fused(x: Array, y: Array, z: Array) -> Array:
     return wide.astype(x.dtype)
 
 
+def _nonzero(y: Array) -> tuple[Array, Array]:
+    """Return divisors without zeros, and where the zeros were: there a GPU returns anything, and goes on."""
+    zero = np.asarray(y == 0)
+    return np.where(zero, np.ones_like(y), y), zero
+
+
 def _quotient(x: Array, y: Array) -> Array:
     if x.dtype.kind == "f":
         return np.asarray(np.divide(x, y))
-    if (np.asarray(y) == 0).any():
-        raise ZeroDivisionError("an integer is divided by zero")
-    if x.dtype.kind == "u":
-        return np.asarray(np.floor_divide(x, y))
-    signs = np.where((x < 0) != (y < 0), x.dtype.type(-1), x.dtype.type(1))
-    quotient: Array = signs * (np.abs(x) // np.abs(y))
-    return quotient
+    divisor, undefined = _nonzero(y)
+    quotient: Array = x // divisor
+    if x.dtype.kind == "i":  # NumPy rounds down, a GPU towards zero
+        quotient = quotient + ((quotient < 0) & (quotient * divisor != x)).astype(x.dtype)
+    return np.where(undefined, ~np.zeros_like(x), quotient)
 
 
 def _remainder(x: Array, y: Array) -> Array:
-    if (np.asarray(y) == 0).any():
-        raise ZeroDivisionError("an integer is divided by zero")
-    remainder: Array = np.fmod(x, y)
-    return remainder
+    divisor, undefined = _nonzero(y)
+    return np.where(undefined, ~np.zeros_like(x), np.fmod(x, divisor))
 
 
 def _shift_left(x: Array, y: Array) -> Array:

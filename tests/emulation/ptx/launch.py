@@ -3,7 +3,7 @@
 import importlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,12 +28,12 @@ class Emulator:
     Attributes:
         launches: The launches, in order.
         seconds: Time spent on compilation and on execution.
-        programs_of: Chooses the programs to run from the number of all; None runs all.
+        programs_of: Chooses the numbers of the programs to run of a grid; None runs all.
     """
 
     launches: list[Launch] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=lambda: {"compile": 0.0, "run": 0.0})
-    programs_of: Callable[[int], Sequence[int]] | None = None
+    programs_of: Callable[[Grid], Sequence[int]] | None = None
     _programs: dict[str, tuple[Program, int]] = field(default_factory=dict)
 
     def launch(self, kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
@@ -48,8 +48,7 @@ class Emulator:
         whole: Grid = x, y, z
         memory = GlobalMemory()
         parameters = _parameters(program.kernel, prepared, memory)
-        total = whole[0] * whole[1] * whole[2]
-        chosen = None if self.programs_of is None else self.programs_of(total)
+        chosen = None if self.programs_of is None else self.programs_of(whole)
         program.run(parameters, memory, whole, shared_size, programs=chosen)
         self.seconds["compile"] += compiled - started
         self.seconds["run"] += time.perf_counter() - compiled
@@ -93,26 +92,54 @@ def _without_machine_code(*arguments: Any) -> tuple[str, str] | None:
     return None
 
 
+def _filled(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Let a function that allocates fill integers with random numbers, because equal ones could pass as results."""
+    generator = torch.Generator().manual_seed(0)
+
+    def filled(*args: Any, **options: Any) -> torch.Tensor:
+        x = allocate(*args, **options)
+        if x.device.type == "cpu" and x.dtype in (torch.int32, torch.int64):
+            x.random_(-(2**31), 2**31 - 1, generator=generator)
+        return x
+
+    return filled
+
+
 @contextmanager
-def emulated() -> Iterator[Emulator]:
-    """Run all launches of Triton kernels in the emulator. Fresh memory of PyTorch is NaN, or the largest integer."""
+def _poisoned() -> Iterator[None]:
+    """Let PyTorch fill fresh memory with NaN, and with random integers."""
+    fills = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    places = ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty"))
+    originals = [getattr(place, name) for place, name in places]
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+    try:
+        for place, name in places:
+            setattr(place, name, _filled(getattr(place, name)))
+        yield
+    finally:
+        for (place, name), original in zip(places, originals, strict=True):
+            setattr(place, name, original)
+        torch.use_deterministic_algorithms(deterministic)
+        torch.utils.deterministic.fill_uninitialized_memory = fills  # type: ignore[attr-defined]
+
+
+@contextmanager
+def emulated(*, poison: bool = True) -> Iterator[Emulator]:
+    """Run all launches of Triton kernels in the emulator; with `poison`, fresh memory of PyTorch is NaN or random."""
     from triton import knobs
     from triton.runtime.jit import JITFunction
 
     emulator = Emulator()
     launcher, hook = JITFunction.run, knobs.runtime.add_stages_inspection_hook
-    fills = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
-    deterministic = torch.are_deterministic_algorithms_enabled()
     JITFunction.run = lambda kernel, *args, **options: emulator.launch(kernel, *args, **options)
     knobs.runtime.add_stages_inspection_hook = _without_machine_code
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     try:
-        yield emulator
+        with _poisoned() if poison else nullcontext():
+            yield emulator
     finally:
         JITFunction.run, knobs.runtime.add_stages_inspection_hook = launcher, hook
-        torch.use_deterministic_algorithms(deterministic)
-        torch.utils.deterministic.fill_uninitialized_memory = fills  # type: ignore[attr-defined]
 
 
 def use_triton_on_the_cpu() -> None:

@@ -63,6 +63,8 @@ class GlobalMemory:
         for chosen, memory, index in self._checked(addresses, size, len(values), text):
             for item, numbers in enumerate(values):
                 memory[index + item] = numbers[chosen]
+                if (memory[index + item] != numbers[chosen]).any():
+                    raise MemoryAccessError(f"threads store different numbers at the same address: {text}")
 
     def _checked(self, addresses: Array, size: int, count: int, text: str) -> list[tuple[Array | slice, Array, Array]]:
         """Check an access; return for each tensor the accesses to it, its memory as numbers, and their places."""
@@ -165,6 +167,9 @@ class SharedMemory:
             memory[index] = numbers
             self._written.reshape(-1, size)[index] = True
             self._writer.reshape(-1, size)[index] = stamp[:, None]
+            # Lanes of one warp may: Triton lets each store a sum whose last bit depends on the order of the summands.
+            if ((memory[index] != numbers) & (self._writer[index * size] != stamp)).any():
+                raise MemoryAccessError(f"warps store different numbers at the same address: {text}")
 
     def reserve(self, lanes: Array, addresses: Array, size: int, text: str) -> None:
         """Begin asynchronous copies of `size` bytes: until they are stored, the old bytes may not be read."""

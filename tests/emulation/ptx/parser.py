@@ -140,7 +140,7 @@ def parse(ptx: str) -> Kernel:
 
 def _parameters(text: str) -> tuple[tuple[str, Kind], ...]:
     found = []
-    for declaration in text.split(","):
+    for declaration in filter(str.strip, text.split(",")):
         words = declaration.split()
         kind = kind_of(words[1].removeprefix("."))
         if words[0] != ".param" or kind is None:
