@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 
 from tests.emulation.ptx.lanes import Action, Lanes, executes, reader
-from tests.emulation.ptx.parser import Immediate, Instruction
+from tests.emulation.ptx.parser import Immediate, Instruction, Vector
 from tests.emulation.ptx.values import PREDICATE, Array, Kind, decode, encode, float_type, integer_type
 
 _SMALLEST_NORMAL = np.finfo(np.float32).tiny
@@ -122,12 +122,17 @@ def _halves(instruction: Instruction, function: Callable[..., Array]) -> Action:
     def act(lanes: Lanes, mask: Array | None) -> None:
         packed = [each(lanes) for each in read]
         low, high = (
-            encode(function(*(decode(bits >> np.uint32(shift), half).astype(np.float32) for bits in packed)), half)
-            for shift in (0, 16)
+            encode(function(*(_half(bits, index, kind).astype(np.float32) for bits in packed)), half)
+            for index in (0, 1)
         )
         lanes.write_bits(target, _pack(low, high), Kind("b", 32), mask)
 
     return act
+
+
+def _half(bits: Array, index: int, kind: Kind) -> Array:
+    """Return the low (0) or the high (1) number of registers that contain two."""
+    return decode(bits >> np.uint32(16 * index), Kind(kind.letter, kind.bits))
 
 
 def _pack(low: Array, high: Array) -> Array:
@@ -182,22 +187,30 @@ def _compare(instruction: Instruction) -> Action:
     combined = _COMBINATIONS.get(instruction.parts[2])
     if comparison is None and name not in ("nan", "num"):
         raise instruction.unknown()
-    first, second = (reader(operand, kind) for operand in instruction.operands[1:3])
+    if isinstance(target, Vector) != kind.packed:
+        raise instruction.unknown()
+    targets = target.items if isinstance(target, Vector) else (target,)
+    whole = Kind("u", 32) if kind.packed else kind
+    first, second = (reader(operand, whole) for operand in instruction.operands[1:3])
     third = reader(instruction.operands[3], PREDICATE) if combined else None
+
+    def compared(x: Array, y: Array) -> Array:
+        isnan = np.isnan(x) | np.isnan(y) if kind.is_float else np.asarray(False)
+        if comparison is None:
+            return isnan if name == "nan" else ~isnan
+        result: Array = comparison(x, y)
+        return result | isnan if unordered else result & ~isnan
 
     def act(lanes: Lanes, mask: Array | None) -> None:
         x, y = first(lanes), second(lanes)
-        isnan = np.isnan(x) | np.isnan(y) if kind.is_float else None
-        if comparison is None:
-            assert isnan is not None
-            result = isnan if name == "nan" else ~isnan
-        else:
-            result = comparison(x, y)
-            if isnan is not None:
-                result = result | isnan if unordered else result & ~isnan
-        if combined is not None and third is not None:
-            result = combined(result, third(lanes))
-        lanes.write(target, result, PREDICATE, mask)
+        for index, item in enumerate(targets):
+            if kind.packed:
+                result = compared(*(_half(bits, index, kind) for bits in (x, y)))
+            else:
+                result = compared(x, y)
+            if combined is not None and third is not None:
+                result = combined(result, third(lanes))
+            lanes.write(item, result, PREDICATE, mask)
 
     return act
 

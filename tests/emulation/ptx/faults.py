@@ -75,7 +75,7 @@ FAULTS = (
           "(codes * G + group)[None, :] * E", _WRONG),
     # Something depends on other sequences, or was never written.
     Fault(_ATTENTION, "triton_kernel._block_of", "(tile - begin // BLOCK - sequence) * BLOCK",
-          "(tile - begin // BLOCK - sequence) * BLOCK - begin % 2", f"{_WRONG}|{_LEAVES}"),
+          "(tile - begin // BLOCK - sequence) * BLOCK - begin % 2", f"{_WRONG}|different numbers"),
     Fault(_ATTENTION, "triton_kernel._backward_q_kernel", "tl.store(delta_ptr + per_row, delta, mask=rows < length)",
           "pass", _WRONG),
     Fault(_LOSS, "triton_kernel._measure_rows_kernel",

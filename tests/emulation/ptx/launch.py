@@ -110,7 +110,7 @@ def _poisoned() -> Iterator[None]:
     """Let PyTorch fill fresh memory with NaN, and with random integers."""
     fills = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     deterministic = torch.are_deterministic_algorithms_enabled()
-    places = ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty"))
+    places: list[tuple[Any, str]] = [(torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")]
     originals = [getattr(place, name) for place, name in places]
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]

@@ -25,12 +25,10 @@ class Program:
 
     Attributes:
         kernel: The parsed kernel.
-        executed: How many instructions have been executed, counting each once per group of threads.
     """
 
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
-        self.executed = 0
         self._actions: dict[int, Action] = {}
 
     def run(
@@ -114,7 +112,6 @@ class _Execution:
                     self._waiting.add(place)
                     return
             instruction = instructions[place]
-            self._program.executed += 1
             if instruction.opcode in _BRANCHES:
                 staying, place = self._branch(instruction, group, place)
                 if staying is not group:

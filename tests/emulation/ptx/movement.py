@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tests.emulation.ptx.lanes import Action, Lanes, executes, reader
+from tests.emulation.ptx.lanes import Action, Lanes, Reader, executes, reader
 from tests.emulation.ptx.memory import MemoryAccessError
 from tests.emulation.ptx.parser import Address, Immediate, Instruction, Operand, Symbol, Vector
-from tests.emulation.ptx.values import PREDICATE, UNSIGNED, Array, Kind, encode
+from tests.emulation.ptx.values import PREDICATE, UNSIGNED, Array, Kind, kind_of
 
 _POINTER, _SHARED_POINTER = Kind("u", 64), Kind("s", 32)
 #: Modifiers of loads, stores and copies that do not change what is moved: caching, and when others see it.
@@ -60,8 +60,7 @@ def _items(operand: Operand) -> Sequence[Operand]:
 def _space(instruction: Instruction) -> str:
     """Return which memory a load or a store uses, after checking that nothing else about it is unknown."""
     space, *rest = instruction.parts[1:]
-    known = _HINTS | {"v2", "v4"}
-    if any(part not in known and not instruction.kinds for part in rest[:-1]):
+    if any(part not in _HINTS | {"v2", "v4"} and kind_of(part) is None for part in rest):
         raise instruction.unknown()
     return space
 
@@ -122,7 +121,8 @@ def _store(instruction: Instruction) -> Action:
     return act
 
 
-def _addresses(operand: Address, space: str):  # type: ignore[no-untyped-def]
+def _addresses(operand: Address, space: str) -> Reader:
+    """Return a function that computes the addresses of all lanes."""
     kind = _POINTER if space == "global" else _SHARED_POINTER
     read = reader(operand.base, kind)
     offset = np.asarray(operand.offset, np.int64).astype(UNSIGNED[64] if space == "global" else np.int32)
@@ -190,11 +190,3 @@ def _wait(lanes: Lanes, mask: Array | None, limit: int) -> None:
         if not done.all():
             left.append((chosen[~done], places[~done], values[:, ~done], groups[~done], text))
     lanes.copies = left
-
-
-@executes("cvta")
-def _convert_address(instruction: Instruction) -> Action:
-    """Convert an address between spaces, which all have the same numbers here."""
-    target, source = instruction.operands
-    read = reader(source, _POINTER)
-    return lambda lanes, mask: lanes.write_bits(target, encode(read(lanes), _POINTER), _POINTER, mask)

@@ -186,6 +186,8 @@ def _operand(text: str) -> Operand:
         if match is None:
             raise UnknownPtxError(f"the address {text}")
         return Address(_operand(match[1]), int(match[2] or "0", 0))
+    if "|" in text:
+        return Vector(tuple(_operand(item) for item in text.split("|")))
     if re.fullmatch(r"%(tid|ntid|ctaid|nctaid)\.[xyz]|%(laneid|warpid)", text):
         return Special(text)
     if text[0] == "%" or text == "_":  # `_` takes a result that nobody needs

@@ -143,6 +143,10 @@ def test_pairs_of_halves(dtype: torch.dtype, name: str) -> None:
     loads += "ld.global.b32 %r1, [%rd8]; ld.global.b32 %r2, [%rd9];"
     run(f"{loads} fma.rn.{name} %r3, %r1, %r2, %r1; st.global.b32 [%rd10], %r3;", x, y, out)
     assert torch.equal(out, (x.double() * y.double() + x.double()).to(dtype))
+    pair = "selp.b32 %r3, 1, 0, %p1; selp.b32 %r4, 2, 0, %p2; or.b32 %r3, %r3, %r4;"
+    less = torch.empty(32, dtype=torch.int32)
+    run(f"{loads} setp.lt.{name} %p1|%p2, %r1, %r2; {pair} st.global.b32 [%rd10], %r3;", x, y, less)
+    assert torch.equal(less, (x < y).view(32, 2).int() @ torch.tensor([1, 2], dtype=torch.int32))
     fp32 = torch.randn(64)
     mixed = "mad.wide.u32 %rd8, %r0, 8, %rd0; mad.wide.u32 %rd9, %r0, 4, %rd1; ld.global.v2.b32 {%r1, %r2}, [%rd8];"
     run(f"{mixed} cvt.rn.{name}.f32 %r3, %r2, %r1; st.global.b32 [%rd9], %r3;", fp32, out)

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -59,3 +60,18 @@ def test_bfloat16(op: str) -> None:
 @pytest.mark.parametrize("op", OPS)
 def test_other_dtypes(op: str, dtype: str) -> None:
     check(op, [dtype])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", OPS)
+def test_the_tests_of_the_op_pass_in_the_emulator(op: str) -> None:
+    """Includes every dtype, odd sizes, single frames, empty batches, strided arguments, and batch mates."""
+    files = [f"tests/ops/test_{name}.py" for name in ("standard", "every_op", op)]
+    # Gradients are not computed in fp64, and `torch.compile` and opcheck launch the same kernels again.
+    chosen = f"triton-cpu and {op} and not gradcheck and not compile and not opcheck"
+    command = [sys.executable, "-m", "pytest", "-p", "tests.emulation.ptx.plugin", "-q", *files, "-k", chosen]
+    done = subprocess.run(command, env=emulator_environment(), check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-5000:]
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed is not None
+    assert int(passed[1]) > 20
