@@ -56,20 +56,20 @@ def compiled(ops: tuple[str, ...], architectures: tuple[int, ...], *, only_first
     return [Compiled(*row) for row in json.loads(process.stdout)]
 
 
-class _Launch(NamedTuple):
+class Launch(NamedTuple):
     kernel: Any
     args: tuple[Any, ...]
     options: dict[str, Any]
 
 
-def _record(call: Callable[[], object]) -> list[_Launch]:
+def _record(call: Callable[[], object]) -> list[Launch]:
     """Return the launches that a call makes, without running them."""
     from triton.runtime.jit import JITFunction
 
     launches = []
 
     def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        launches.append(_Launch(kernel, args, options))
+        launches.append(Launch(kernel, args, options))
 
     original, JITFunction.run = JITFunction.run, run
     try:
@@ -79,9 +79,18 @@ def _record(call: Callable[[], object]) -> list[_Launch]:
     return launches
 
 
-def _compile(launch: _Launch, architecture: int) -> dict[str, int]:
-    """Compile for any GPU, with the same steps as Triton's `JITFunction.run` takes before a launch."""
-    import triton
+class Prepared(NamedTuple):
+    """Arguments of `triton.compile`, and what Triton makes of the arguments of a launch."""
+
+    source: Any
+    target: Any
+    options: dict[str, Any]
+    bound: dict[str, Any]  # argument -> value
+    signature: dict[str, str]  # argument -> type, "constexpr" if it is compiled into the kernel
+
+
+def prepare(launch: Launch, architecture: int) -> Prepared:
+    """Prepare to compile for any GPU, with the same steps as Triton's `JITFunction.run` takes before a launch."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     from triton.compiler.compiler import make_backend
@@ -95,7 +104,15 @@ def _compile(launch: _Launch, architecture: int) -> dict[str, int]:
         backend, launch.options, bound, specialization, options
     )
     source = ASTSource(kernel, signature, constants, attributes)
-    binary = triton.compile(source, target=target, options=parsed.__dict__)
+    return Prepared(source, target, parsed.__dict__, bound, signature)
+
+
+def compile_launch(launch: Launch, architecture: int) -> dict[str, int]:
+    """Compile for any GPU; return the compiler's figures."""
+    import triton
+
+    prepared = prepare(launch, architecture)
+    binary = triton.compile(prepared.source, target=prepared.target, options=prepared.options)
     return {
         "num_warps": binary.metadata.num_warps,
         "num_stages": binary.metadata.num_stages,
@@ -137,7 +154,7 @@ def _main(arguments: Sequence[str] | None = None) -> None:
         for label, call in list(cases.items())[: 1 if options.only_first else None]:
             for launch in _record(call):
                 for architecture in options.architectures:
-                    usage = _compile(launch, architecture)
+                    usage = compile_launch(launch, architecture)
                     rows.append(Compiled(op, label, launch.kernel.__name__, architecture, **usage))
                     if not options.json:
                         print(*(f"{name}={value}" for name, value in rows[-1]._asdict().items()), flush=True)

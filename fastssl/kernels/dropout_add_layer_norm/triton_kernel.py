@@ -129,6 +129,8 @@ def _backward_kernel(
         mean_grad = (tl.sum(grad, 1) / WIDTH)[:, None]
         mean_product = (tl.sum(grad * normalised, 1) / WIDTH)[:, None]
         grad = (grad - mean_grad - normalised * mean_product) * rstd
+        if WIDTH == 1:  # the norm is constant; a fused multiply-add would leave the rounding of a product here
+            grad = tl.zeros_like(grad)
         if PRENORM:
             grad += tl.load(grad_sum_ptr + index, mask=inside, other=0).to(tl.float32)
         tl.store(grad_residual_ptr + index, grad.to(grad_residual_ptr.dtype.element_ty), mask=inside)
