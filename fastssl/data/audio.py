@@ -22,6 +22,7 @@ from fastssl.data.manifest import ForbiddenSourceError, check_sources
 from fastssl.data.mp3 import whole
 from fastssl.data.resampler import FILTER_WIDTH, resample_in_blocks, resampler
 from fastssl.data.rules import OLDEST_RULES, rules_of
+from fastssl.data.transforms import repeatable, sampling_rates, seeded
 from fastssl.names import named_again, plain_path
 from fastssl.regular import UnusableFileError, check_audio, check_part, size_of
 
@@ -401,10 +402,10 @@ def _decode_by_lhotse(recording: Recording, first: int, count: int) -> NDArray[n
         before = get_current_audio_backend()
         set_current_audio_backend("LibsndfileBackend")
         try:
-            with _with_plain_paths(recording) as plain:
+            with _with_plain_paths(recording) as plain, seeded(recording):
                 samples = plain.load_audio(offset=first / rate, duration=count / rate)
         except soundfile.LibsndfileError as error:  # Lhotse re-raises it in a form that cannot be printed
-            raise AudioError(f"does not decode: {error.__context__}") from error
+            raise AudioError(f"does not decode: {error.__context__ or error}") from error
         finally:
             set_current_audio_backend(before)
     return np.ascontiguousarray(samples.T, dtype=np.float32)
@@ -434,7 +435,11 @@ def _opened(cut: Cut) -> Iterator[str | BytesIO]:
 
 @contextmanager
 def _with_plain_paths(recording: Recording) -> Iterator[Recording]:
-    """Yield a recording whose files libsndfile can open by the names in it."""
+    """Yield a recording whose files libsndfile can open by the names in it, and so for its impulse responses.
+
+    Raises:
+        AudioError: A file is at another rate than the manifest says. Lhotse does not compare them.
+    """
     for one in recording.sources:
         if one.type == "file":
             check_audio(one.source)
@@ -443,4 +448,16 @@ def _with_plain_paths(recording: Recording) -> Iterator[Recording]:
             fastcopy(one, source=opened.enter_context(plain_path(one.source))) if one.type == "file" else one
             for one in recording.sources
         ]
-        yield fastcopy(recording, sources=sources)
+        rate = sampling_rates(recording)[0]
+        for one in sources:
+            found = soundfile.info(one.source if one.type == "file" else BytesIO(one.source)).samplerate
+            if found != rate:
+                raise AudioError(f"is at {found} Hz, but its manifest says {rate} Hz")
+
+        def plain_response(response: Recording) -> Recording:
+            try:
+                return opened.enter_context(_with_plain_paths(response))
+            except (AudioError, UnusableFileError) as error:
+                raise AudioError(f"has a transform with an impulse response that {error}") from None
+
+        yield fastcopy(recording, sources=sources, transforms=repeatable(recording, plain_response))

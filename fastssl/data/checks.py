@@ -18,6 +18,7 @@ from lhotse.cut import Cut, MonoCut, MultiCut
 from fastssl.data.audio import TOLERANCE_S, AudioError, check_end, check_filter, check_rate
 from fastssl.data.manifest import count_transforms, shortened
 from fastssl.data.rules import OLDEST_RULES, RULES
+from fastssl.data.transforms import NARROWBAND_HZ, sampling_rates
 from fastssl.regular import UnusableFileError, check_audio, size_of
 
 _LONGEST_DAYS = 10
@@ -31,7 +32,6 @@ _MOST_TRANSFORMS = 20
 _LONGEST_RESPONSE_S = 60.0
 #: Lhotse draws an impulse response at 64 times its sampling rate.
 _LONGEST_DRAWN = 200_000  # samples
-_NARROWBAND_HZ = 8000
 
 
 def check_fields(cut: Cut) -> None:
@@ -172,14 +172,36 @@ def _check_transforms(recording: Recording) -> None:
         elif isinstance(transform, ResampleTransform):
             _check_rates(transform.source_sampling_rate, transform.target_sampling_rate)
         elif isinstance(transform, Narrowband):
-            _check_rates(transform.source_sampling_rate, _NARROWBAND_HZ)
-            _check_rates(_NARROWBAND_HZ, transform.source_sampling_rate)
+            _check_rates(transform.source_sampling_rate, NARROWBAND_HZ)
+            _check_rates(NARROWBAND_HZ, transform.source_sampling_rate)
         elif isinstance(transform, ReverbWithImpulseResponse):
             _check_whole_numbers("rir_channels", transform.rir_channels)
             _check_impulse_response(transform.rir)
             _check_generator(transform.rir_generator)
     if _growth(recording) > 100:
         raise AudioError("has transforms that multiply its samples by more than 100")
+    _check_chain(recording)
+
+
+def _check_chain(recording: Recording) -> None:
+    """Check that each transform works at the rate of the samples that it gets; Lhotse would use it at any other."""
+    rates = sampling_rates(recording)
+    for transform, before, after in zip(recording.transforms or [], rates, rates[1:], strict=False):
+        result = after
+        if isinstance(transform, ResampleTransform):
+            result = transform.target_sampling_rate
+        elif isinstance(transform, Narrowband):
+            result = transform.source_sampling_rate if transform.restore_orig_sr else NARROWBAND_HZ
+        if result != after:
+            raise AudioError(f"has a transform to {result} Hz, but what follows expects {after} Hz")
+        if isinstance(transform, ReverbWithImpulseResponse):
+            drawn = transform.rir is None
+            rate = transform.rir_generator.sr if drawn else transform.rir.sampling_rate
+            if rate != before:
+                raise AudioError(
+                    f"has a transform with an impulse response at {rate} Hz, expected {before} Hz, the rate of the "
+                    "samples that it is applied to"
+                )
 
 
 def _check_rates(before: object, after: object) -> None:
@@ -199,9 +221,9 @@ def _growth(recording: Recording) -> float:
         elif isinstance(transform, ResampleTransform):
             growth *= transform.target_sampling_rate / transform.source_sampling_rate
         elif isinstance(transform, Narrowband):
-            most = max(most, growth * _NARROWBAND_HZ / transform.source_sampling_rate)
+            most = max(most, growth * NARROWBAND_HZ / transform.source_sampling_rate)
             if not transform.restore_orig_sr:
-                growth *= _NARROWBAND_HZ / transform.source_sampling_rate
+                growth *= NARROWBAND_HZ / transform.source_sampling_rate
         elif isinstance(transform, ReverbWithImpulseResponse):
             growth *= len(transform.rir_channels)  # one channel becomes as many
         most = max(most, growth)

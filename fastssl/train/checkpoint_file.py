@@ -23,6 +23,7 @@ _END, _END_BYTES = b"PK\5\6", 22
 _MARK = b"fastssl crc32 "
 _COMMENT_BYTES = len(_MARK) + 8
 _BLOCK_BYTES = 1 << 22
+_MOST_UPDATES = 2**53
 
 
 class DamagedCheckpointError(ValueError):
@@ -101,7 +102,7 @@ def check_checkpoint(path: Path) -> int:
             problem = _problem(path, file)
         if problem is None:
             update = load_pickled(path).get("global_step")
-            if isinstance(update, int):
+            if type(update) is int and 0 <= update < _MOST_UPDATES:
                 return update
             problem = "does not say how many updates it has"
     except Exception as error:  # errors of torch, zipfile and pickle have no common class

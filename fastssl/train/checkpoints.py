@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from fastssl.models.pickled import load_pickled
 from fastssl.models.pretraining import PretrainingModel
 from fastssl.models.skeleton import skeleton
 from fastssl.models.speech_encoder import SpeechEncoder
-from fastssl.reading import one_line, printable
+from fastssl.reading import brief, one_line, printable
 from fastssl.train.checkpoint_file import LAST, check_checkpoint, find_checkpoint, write_checkpoint
 from fastssl.train.config import renamed
 from fastssl.train.systems import DEFAULT_SYSTEM, SYSTEMS, build_model, system_of
@@ -51,6 +52,8 @@ _ENTRIES = {
     "lr_schedulers": list,
     "PretrainDataModule": dict,
 }
+#: Versions of Lightning that saved checkpoints as they are now.
+_VERSION = re.compile(r"[2-9](\.\d{1,9}){1,2}((a|b|rc|\.dev|\.post)\d{1,9})?", re.ASCII)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -132,6 +135,8 @@ def check_size(config: SpeechEncoderConfig, checkpoint: Path | None) -> None:
         for name, kind in _ENTRIES.items():
             if not isinstance(loaded.get(name), kind):
                 raise ValueError(f"--resume: {checkpoint}: has no valid entry {name!r}; restore the file")
+        if not _VERSION.fullmatch(version := loaded["pytorch-lightning_version"]):  # Lightning would rewrite an old one
+            raise ValueError(f"--resume: {checkpoint}: is of Lightning {brief(version)}, expected 2.0 or later")
         check_matching(shape, _weights_in(checkpoint), name=f"--resume: {checkpoint}")
 
 

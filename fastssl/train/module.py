@@ -15,6 +15,7 @@ from fastssl.data.noise import NoiseProblem
 from fastssl.models.pretraining import PretrainingModel, StepContext, StepOutput, perplexity
 from fastssl.names import encoded, shown
 from fastssl.nn.random import utterance_keys
+from fastssl.train.checkpoint_content import check_content
 from fastssl.train.config import OptimizerConfig
 from fastssl.train.stopping import REQUESTS, Requests
 from fastssl.train.teacher import Teacher
@@ -111,8 +112,9 @@ class PretrainModule(LightningModule):
         The teacher's path may change. Checkpoints of earlier versions have no hash of the teacher and are not checked.
 
         Raises:
-            ValueError: The teacher's weights are different.
+            ValueError: The teacher's weights are different, or the checkpoint is not one of this run.
         """
+        check_content(checkpoint, self.trainer, self)
         batches = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         for counts in (progress["total"], progress["current"]):

@@ -159,7 +159,7 @@ class Monitor(Callback):
             self._window[name] = self._window.get(name, 0.0) + update[name]
         for name in ("loss", *self.score_names):
             self._window[name] = self._window.get(name, 0.0) + update[name] * update["masked_frames"]
-        if len(self._code_counts) == 0:
+        if self._code_counts.shape != pl_module.last_code_counts.shape:
             self._code_counts = torch.zeros_like(pl_module.last_code_counts)
         self._code_counts = self._code_counts + pl_module.last_code_counts
         self._watch_for_collapse(trainer, update)

@@ -104,6 +104,12 @@ def test_symbols_are_characters_or_what_blanks_separate() -> None:
         ("path\tspeaker\na.wav\n", "row 2 has 1 fields, but the header has 2"),
         ("path\tspeaker\na.wav\tx\na.wav\ty\n", "is listed twice"),
         ("path\tspeaker\tspeaker\na.wav\tx\ty\n", "has two columns 'speaker'"),
+        # A quote without its pair would hide the rows after it, up to the next quote or the end.
+        ('path\tsaid\na.wav\t"yes\nb.wav\tno\n', r"is not a table: .* \(up to line 3\); .* each of its quotes doubled"),
+        ('path\tsaid\na.wav\t"yes\nb.wav\t"no\nc.wav\tx\n', r"is not a table: .* \(up to line 3\)"),
+        ('path\tsaid\na.wav\t"yes\nb.wav\tno"\nc.wav\tx\n', "row 2 has a line break in a label, or a quote"),
+        ('path\tsaid\na.wav\t"Yes" he said\n', "is not a table: .* each of its quotes doubled"),
+        ('path\t"said\na.wav\tyes"\nb.wav\tno\n', "row 1 has a line break in a label"),
     ],
 )
 def test_tables_that_do_not_serve(tmp_path: Path, text: str, message: str) -> None:
@@ -115,7 +121,7 @@ def test_tables_that_do_not_serve(tmp_path: Path, text: str, message: str) -> No
 def test_a_table_without_lines_is_not_read_to_its_end(tmp_path: Path) -> None:
     (tmp_path / "table.tsv").write_text("path\tspeaker\n")
     os.truncate(tmp_path / "table.tsv", 2**40)
-    with pytest.raises(ValueError, match=r"table\.tsv: is not a table \(field larger than field limit"):
+    with pytest.raises(ValueError, match=r"table\.tsv: is not a table: field larger than field limit"):
         read_table(tmp_path / "table.tsv")
 
 
@@ -135,6 +141,13 @@ def test_tables(tmp_path: Path) -> None:
         table.column("digits")
     with pytest.raises(ValueError, match="no such file"):
         read_table(tmp_path / "no.tsv")
+
+
+def test_quotes_in_a_table(tmp_path: Path) -> None:
+    (tmp_path / "t.tsv").write_text('path\tsaid\n"a\n.wav"\the said "yes"\nb.wav\t"""Yes"" he said"\nc.wav\t"\t"\n')
+    table = read_table(tmp_path / "t.tsv")
+    assert [row.path.name for row in table.rows] == ["a\n.wav", "b.wav", "c.wav"]
+    assert [row.labels["said"] for row in table.rows] == ['he said "yes"', '"Yes" he said', "\t"]
 
 
 def test_a_table_is_divided_by_path(tmp_path: Path) -> None:

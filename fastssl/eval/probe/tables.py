@@ -101,15 +101,25 @@ def read_table(path: str | Path, *, rules: int = RULES) -> Table:
         # A path may contain any byte; labels must be UTF-8.
         with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as opened:
             lines = iter(lambda: opened.readline(_LONGEST_LINE), "")
-            header, *records = [record for record in csv.reader(lines, delimiter=separator) if record]
+            # Strict, because otherwise a quote without its pair hides the rows up to the next quote.
+            reader = csv.reader(lines, delimiter=separator, strict=True)
+            header, *records = [record for record in reader if record]
     except csv.Error as error:
-        raise ValueError(f"{path}: is not a table ({error}); save it as UTF-8, and put line breaks in quotes") from None
+        raise ValueError(
+            f"{path}: is not a table: {error} (up to line {reader.line_num}); save it as UTF-8, put line breaks in "
+            "quotes, and a cell that begins with a quote too, with each of its quotes doubled"
+        ) from None
     except ValueError:
         raise ValueError(f"{path}: is empty; the first line must contain the names of the columns") from None
     paths = {header.index("path")} if "path" in header else set()
     for number, record in enumerate([header, *records], 1):
         if not all(is_utf8(value) for column, value in enumerate(record) if column not in paths):
             raise ValueError(f"{path}: row {number} is not UTF-8 text; save the table as UTF-8")
+        if any("\n" in value or "\r" in value for column, value in enumerate(record) if column not in paths):
+            raise ValueError(
+                f"{path}: row {number} has a line break in a label, or a quote that is closed in a later line; put a "
+                "cell that begins with a quote in quotes, with each of its quotes doubled"
+            )
     if len(set(header)) < len(header):
         twice = next(name for name in header if header.count(name) > 1)
         raise ValueError(f"{path}: has two columns {shown(twice)!r}; give each a name of its own")
