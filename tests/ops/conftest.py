@@ -28,11 +28,3 @@ def poison_uninitialised_memory() -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     yield
     torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture(autouse=True)
-def exact_convolutions_on_a_gpu() -> Iterator[None]:
-    """Compute fp32 convolutions in full fp32 on a GPU, where TF32 is the default: tolerances are those of fp32."""
-    torch.backends.cudnn.allow_tf32 = not torch.cuda.is_available()
-    yield
-    torch.backends.cudnn.allow_tf32 = True
