@@ -145,7 +145,7 @@ def test_the_form_for_gpus_sorts_no_rows_and_equals_the_reference() -> None:
             self.seen.add(func.name())
             return func(*args, **(kwargs or {}))
 
-    with Names():
+    with Names():  # type: ignore[no-untyped-call]
         out = op._conv_with_gaps(x, weight, layout, bias)
         found = [out, *gradients(out, leaves)]
     assert "aten::index_select" in Names.seen
