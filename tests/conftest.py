@@ -38,6 +38,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, default=0, help="seed of the soak tests")
 
 
+@pytest.fixture(autouse=True)
+def exact_convolutions_on_a_gpu() -> Iterator[None]:
+    """Compute fp32 convolutions in full fp32 on a GPU, where TF32 is the default: tolerances are those of fp32."""
+    torch.backends.cudnn.allow_tf32 = not torch.cuda.is_available()
+    yield
+    torch.backends.cudnn.allow_tf32 = True
+
+
 @pytest.fixture(scope="session")
 def speech_folder(request: pytest.FixtureRequest) -> Path:
     """Return a folder of speech recordings: the one given with `--speech`, otherwise the spoken corpus."""

@@ -160,26 +160,29 @@ def _encode(
     device = next(encoder.parameters()).device
     waveforms = Packed.pack([chunk.waveform for _, chunk in chunks]).to(device)
     output = encoder(waveforms)
-    features = output.hidden_states[layer].unpack()
+    values, layout = output.hidden_states[layer]
+    features = Packed(values.cpu(), layout).unpack()  # one copy per batch, because the host waits for each
     keeps = [chunk.keep for _, chunk in chunks]
     if output.compressed is not None:
-        keeps = [_kept_after(output.compressed, index, keep) for index, keep in enumerate(keeps)]
+        keeps = _kept_after(output.compressed, keeps)
     for (index, _), frames, keep in zip(chunks, features, keeps, strict=True):
-        parts.setdefault(index, []).append(frames[keep].cpu())
+        parts.setdefault(index, []).append(frames[keep])
     chunks.clear()
 
 
-def _kept_after(compressed: Compressed, utterance: int, keep: slice) -> slice:
-    """Translate `keep`, a slice of an utterance's input frames, into a slice of its compressed frames.
+def _kept_after(compressed: Compressed, keeps: Sequence[slice]) -> list[slice]:
+    """Translate slices of each utterance's input frames into slices of its compressed frames.
 
     A compressed frame is kept if the first input frame that went into it is kept.
     """
-    sources = Packed(compressed.sources, compressed.layout).unpack()[utterance]
-    first, left = compressed.frames.layout.offsets[utterance], compressed.frames.layout.lengths[utterance]
-    begins = torch.searchsorted(sources, torch.arange(first, first + left, device=sources.device))
-    start, stop, _ = keep.indices(len(sources))
-    kept = torch.searchsorted(begins, torch.tensor([start, stop], device=begins.device))
-    return slice(*kept.tolist())
+    translated = []
+    layout = compressed.frames.layout
+    sources_of = Packed(compressed.sources.cpu(), compressed.layout).unpack()
+    for sources, first, left, keep in zip(sources_of, layout.offsets, layout.lengths, keeps, strict=False):
+        begins = torch.searchsorted(sources, torch.arange(first, first + left))
+        start, stop, _ = keep.indices(len(sources))
+        translated.append(slice(*torch.searchsorted(begins, torch.tensor([start, stop])).tolist()))
+    return translated
 
 
 class _Chunks(IterableDataset[tuple[int, Chunk | str | None]]):

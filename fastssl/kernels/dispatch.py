@@ -242,6 +242,15 @@ def autocast_off(x: Tensor) -> AbstractContextManager[None]:
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
+def norms_stay_wide(x: Tensor) -> bool:
+    """Return whether autocast on the device of `x` computes layer norms in fp32 and widens sums: on CUDA only.
+
+    There, the frames that a layer norm returns are in fp32, and so is a residual that they become. On the CPU, layer
+    norms and sums keep the dtype of their input.
+    """
+    return x.device.type == "cuda" and torch.is_autocast_enabled("cuda")
+
+
 def to_autocast_dtype(*tensors: Tensor | None) -> tuple[Any, ...]:
     """Cast tensors to autocast's dtype if autocast is enabled on the device of the first tensor; None stays None."""
     assert tensors[0] is not None

@@ -169,13 +169,14 @@ class ConformerLayer(nn.Module):
                 layers with `nn.rotary.rotation`.
 
         Returns:
-            (N, D); without autocast, in the dtype of `x`.
+            (N, D) in the dtype of `x`; in autocast's dtype under CPU autocast, and in fp32 under CUDA autocast.
         """
         turn = rotation(layout, x.shape[1] // self.attention.num_heads) if turn is None else turn
         join = functional.sum_and_norm
         x, normalised = join(self.first_feed_forward(self.first_norm(x)), x, self.attention_norm, self.dropout)
         x, normalised = join(self.attention(normalised, layout, turn), x, self.convolution_norm, self.dropout)
         x, normalised = join(self.convolution(normalised, layout), x, self.second_norm, self.dropout)
+        x = functional.wide(x)  # the norm of the sum is the next layer's residual
         return join(self.second_feed_forward(normalised), x, self.final_norm, self.dropout)[1]
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fastssl import ops
+from fastssl.kernels.dispatch import norms_stay_wide
 from fastssl.nn.activation import sigmoid
 from fastssl.nn.linear import PackedLinear, packed_linear
 from fastssl.packing import Layout, Packed
@@ -80,24 +81,37 @@ def add_and_norm(branch: Tensor, residual: Tensor, norm: Any, dropout: Any = Non
 
     Args:
         branch: (N, D) frames.
-        residual: (N, D) frames, in the dtype of `branch`.
+        residual: (N, D) frames, in the dtype of `branch` or in fp32.
         norm: Layer norm module.
         dropout: Dropout module; None drops nothing.
 
     Returns:
-        (N, D) normalised frames.
+        (N, D) normalised frames in the dtype of `residual`; under CUDA autocast in fp32, see `wide`.
     """
     if is_plain(norm, nn.LayerNorm) and (dropout is None or is_plain(dropout, nn.Dropout)):
         dropout_p = 0.0 if dropout is None else _probability(dropout)
         return ops.dropout_add_layer_norm(
-            branch, residual, weight=norm.weight, bias=norm.bias, eps=norm.eps, dropout_p=dropout_p
+            branch, wide(residual), weight=norm.weight, bias=norm.bias, eps=norm.eps, dropout_p=dropout_p
         )
     out: Tensor = norm(residual + (branch if dropout is None else dropout(branch)))
     return out
 
 
+def wide(x: Tensor) -> Tensor:
+    """Return frames as `torch.nn.LayerNorm` returns them: in fp32 under CUDA autocast, else in their own dtype.
+
+    The op of `add_and_norm` and `sum_and_norm` returns the norm in the dtype of its residual. In fp32, frames stay as
+    exact as in plain PyTorch if they are an output or the next residual. Before a linear layer it does not matter,
+    because the layer rounds them.
+    """
+    return x.to(torch.promote_types(x.dtype, torch.float32)) if norms_stay_wide(x) else x
+
+
 def sum_and_norm(branch: Tensor, residual: Tensor, norm: Any, dropout: Any) -> tuple[Tensor, Tensor]:
-    """Return the sum `residual + dropout(branch)` and its norm, both (N, D); fused if both modules are plain."""
+    """Return the sum `residual + dropout(branch)` and its norm, both (N, D); fused if both modules are plain.
+
+    Both have the dtype of `residual`, which is that of `branch` or fp32.
+    """
     if is_plain(norm, nn.LayerNorm) and is_plain(dropout, nn.Dropout):
         dropout_p = _probability(dropout)
         normalised, total = ops.dropout_add_layer_norm(
@@ -158,6 +172,8 @@ def attend(
 def queries_keys_values(module: Any, x: Tensor) -> list[Tensor]:  # (N, D) -> three of (N, H, E)
     """Return queries, keys and values: the outputs of `q_proj`, `k_proj` and `v_proj`, split over the heads."""
     projections = (module.q_proj, module.k_proj, module.v_proj)
+    if norms_stay_wide(x) and all(is_plain(projection, *_LINEAR, PackedLinear) for projection in projections):
+        x = x.to(torch.get_autocast_dtype("cuda"))  # autocast would convert it, and keep it, once per projection
     return [linear(projection, x).unflatten(1, (module.num_heads, -1)) for projection in projections]
 
 
@@ -190,6 +206,7 @@ def transformer_layer(
     pre_norm: bool,
     normalised: Tensor | None = None,
     following: Any = None,
+    last: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Run a transformer layer: attention and feed-forward, each with dropout, a residual and a layer norm.
 
@@ -203,6 +220,7 @@ def transformer_layer(
         pre_norm: Whether to normalise the input of each block, instead of the sum of block and residual.
         normalised: (N, D) result of the layer's first norm on `x`, if the caller has it already; requires `pre_norm`.
         following: The norm that comes next, to fuse with the last residual sum; requires `pre_norm`.
+        last: Whether the result of `following` is the output of the stack, rather than the input of a layer.
 
     Returns:
         The output (N, D), and the result of `following` on it (the output again if `following` is None).
@@ -215,7 +233,7 @@ def transformer_layer(
     x, normalised = sum_and_norm(attended, x, layer.final_layer_norm, layer.dropout)
     branch = feed_forward(normalised)
     if following is not None:
-        return sum_and_norm(branch, x, following, output_dropout)
+        return sum_and_norm(branch, wide(x) if last else x, following, output_dropout)
     x = x + dropout(output_dropout, branch)
     return x, x
 

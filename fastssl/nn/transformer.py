@@ -185,6 +185,8 @@ class TransformerLayer(nn.Module):
         distance_bias: Tensor | None,
         following: nn.LayerNorm,
         normalised: Tensor | None = None,
+        *,
+        last: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Run the layer within a `pre_norm` stack, and fuse the last residual sum with the norm that follows.
 
@@ -194,6 +196,7 @@ class TransformerLayer(nn.Module):
             distance_bias: (H, 2R + 1) bias of the attention logits by distance, or None.
             following: The norm that comes next, such as the first norm of the next layer.
             normalised: (N, D) result of this layer's first norm on `x`; None computes it.
+            last: Whether `following` is the norm of the stack's output.
 
         Returns:
             The output (N, D), and the result of `following` on it (N, D).
@@ -207,6 +210,7 @@ class TransformerLayer(nn.Module):
             pre_norm=self.pre_norm,
             normalised=normalised,
             following=following,
+            last=last,
         )
 
 
@@ -318,7 +322,8 @@ class Transformer(nn.Module):
         states, normalised = [x], None
         for layer, kept in zip(layers, keep, strict=True):
             if kept and self.pre_norm:
-                x, normalised = layer.chain(x, layout, bias, next(following), normalised)
+                norm = next(following)
+                x, normalised = layer.chain(x, layout, bias, norm, normalised, last=norm is self.layer_norm)
             elif kept:
                 x = layer(x, layout, bias)
             states.append(x)

@@ -17,6 +17,7 @@ from fastssl.data.batches import AudioBatch
 from fastssl.eval.quality.measure import first_minutes, quality_loader
 from fastssl.files import check_no_links, is_partial, make_folder
 from fastssl.folder_lock import LOCK_FILE, folder_lock
+from fastssl.kernels.precision import describe_fp32
 from fastssl.models.config import SpeechEncoderConfig
 from fastssl.models.encoder import EncoderConfig
 from fastssl.models.model_card import ModelCard
@@ -313,6 +314,8 @@ def _describe(
             )
     parameters = sum(parameter.numel() for parameter in model.parameters())
     logger.info("model: %.2f M parameters, %d updates", parameters / 1e6, config.trainer.max_steps)
+    if config.trainer.precision == "32-true" and _num_gpus(config.trainer) > 0:
+        logger.info("precision: %s", describe_fp32(torch.device("cuda")))
     if config.init is not None and resume_from is None:
         logger.info("weights from %s%s", config.init, "" if complete else "; missing weights are initialised randomly")
     if resume_from is not None:
@@ -341,18 +344,22 @@ def _devices(settings: TrainerConfig) -> tuple[int, int]:
     return settings.devices, settings.num_nodes
 
 
+def _num_gpus(settings: TrainerConfig) -> int:
+    """Return the number of GPUs that a run may use; 0 means that it trains on the CPU."""
+    return torch.cuda.device_count() if settings.accelerator != "cpu" and torch.cuda.is_available() else 0
+
+
 def _check_devices(settings: TrainerConfig) -> None:
     """Check devices and precision before the folder is written; Lightning checks later or changes them silently."""
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    gpus = _num_gpus(settings)
     if settings.accelerator == "gpu" and gpus == 0:
         raise ValueError(
             "trainer.accelerator: gpu needs a GPU, but PyTorch finds none; see `fastssl info`, or choose cpu"
         )
-    on_gpu = settings.accelerator != "cpu" and gpus > 0
     devices, _ = _devices(settings)
-    if on_gpu and devices > gpus:
+    if gpus > 0 and devices > gpus:
         raise ValueError(f"trainer.devices: must be at most the number of GPUs ({gpus}), got {devices}")
-    if settings.precision == "16-mixed" and not on_gpu:
+    if settings.precision == "16-mixed" and gpus == 0:
         raise ValueError("trainer.precision: 16-mixed needs a GPU; choose 32-true or bf16-mixed on the CPU")
 
 

@@ -52,7 +52,8 @@ class Teacher:
             Front-end frames (N_out, C), and the hidden states of `layers`, each (N_out, D).
         """
         device = waveforms.values.device
-        self.encoder.to(device)
+        if next(self.encoder.parameters()).device != device:  # `Module.to` visits every tensor, even if all are there
+            self.encoder.to(device)
         frames = self.encoder.extract_features(waveforms)
         reduced = torch.autocast("cuda", dtype=torch.bfloat16) if device.type == "cuda" else nullcontext()
         with reduced:

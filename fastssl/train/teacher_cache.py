@@ -136,10 +136,11 @@ def _fill(shards: Shards, data: PretrainDataModule, teacher: Teacher) -> dict[st
             named = {str(layer): Packed(x, frames.layout) for layer, x in zip(teacher.layers, states, strict=True)}
             if teacher.gives_frames:
                 named[FRONT_END] = frames
-            parts = {name: packed.unpack() for name, packed in named.items()}
+            # One copy per layer and batch, because the host waits for each.
+            parts = {name: Packed(x.values.half().cpu(), x.layout).unpack() for name, x in named.items()}
             for row, cut in enumerate(cuts):
                 key = keys[cut.id]
-                tensors = {stored(f"{key}/{name}"): part[row].half().cpu() for name, part in parts.items()}
+                tensors = {stored(f"{key}/{name}"): part[row].clone() for name, part in parts.items()}
                 if not all(tensor.isfinite().all() for tensor in tensors.values()):
                     problems[key] = Problem(cut_name(cut), "makes the teacher's frames NaN or infinite in fp16")
                     continue

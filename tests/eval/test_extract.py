@@ -13,7 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fastssl.data.recordings import read_chunks
+from fastssl.data.recordings import Chunk, read_chunks
+from fastssl.eval import encode as encode_module
 from fastssl.eval.extract import extract
 from fastssl.models.encoder import Encoder, EncoderConfig
 from fastssl.packing import Packed
@@ -214,3 +215,23 @@ def test_recordings_in_a_damaged_shard_are_extracted_again(encoder: Encoder, rec
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
     assert first.name not in {entry["shard"] for entry in entries}
+
+
+@pytest.mark.parametrize("compressor", ["none", "integrate-and-fire"])
+def test_a_batch_is_copied_to_the_host_once(monkeypatch: pytest.MonkeyPatch, compressor: str) -> None:
+    """The host waits for a GPU in each copy, so their number must not grow with the number of utterances."""
+    values = {field.name: getattr(TINY_MODEL, field.name) for field in dataclasses.fields(EncoderConfig)}
+    encoder = Encoder(EncoderConfig(**values | {"compressor": compressor})).eval()
+    copies = []
+    cpu = Tensor.cpu
+
+    def spy(x: Tensor) -> Tensor:
+        copies.append(x.shape)
+        return cpu(x)
+
+    monkeypatch.setattr(Tensor, "cpu", spy)
+    parts: dict[int, list[Tensor]] = {}
+    chunks = [(index, Chunk(torch.randn(4000 + index, 1), 0, slice(1, 9), 0)) for index in range(4)]
+    encode_module._encode(encoder, chunks, parts, layer=1)
+    assert len(copies) == (1 if compressor == "none" else 2)
+    assert parts.keys() == {0, 1, 2, 3}

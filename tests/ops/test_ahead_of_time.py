@@ -28,10 +28,11 @@ ALLOWANCES = (
     Allowance("varlen_attention", "float16", (80, 100), 144, "as with bfloat16"),
     Allowance("varlen_attention", "float32, E=64", (90, 100), 24, "no tensor cores, and not meant to be fast"),
     Allowance("varlen_attention", "float32, E=128", (80, 90, 100), 432, "as with E=64"),
+    Allowance("varlen_attention", "TF32", (80,), 24, "blocks are chosen for sm_90"),
     Allowance("strided_conv", "", (80,), 8, "blocks are chosen for sm_90"),
     Allowance("strided_conv", "front end, layer norm, bfloat16", (100,), 104, "blocks are chosen for sm_90"),
     Allowance("strided_conv", "front end, layer norm, float16", (90, 100), 104, "as with bfloat16, 8 on sm_90"),
-    Allowance("strided_conv", "front end, layer norm, float32", (80, 90, 100), 48, "not meant to be fast"),
+    Allowance("strided_conv", "front end, layer norm, float32", (80, 90, 100), 96, "blocks are chosen for bf16"),
     Allowance("dropout_add_layer_norm", "D=8192", (80, 90, 100), 16, "wider than any speech encoder so far"),
 )
 

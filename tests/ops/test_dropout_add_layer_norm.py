@@ -82,6 +82,8 @@ BAD: dict[str, dict[str, Any]] = {
     "x: must be floating point": {"x": X.long()},
     r"residual: expected \(20, 8\) .*got \(19, 8\)": {"residual": X[1:]},
     "residual: expected .* got .* torch.float64": {"residual": X.double()},
+    "residual: expected .* got .* torch.bfloat16": {"residual": X.bfloat16()},
+    "residual: expected .* got .* torch.float16": {"x": X.bfloat16(), "residual": X.half()},
     "residual: is on meta": {"residual": X.to("meta")},
     r"weight: expected \(8,\)": {"weight": PARAMETER[1:]},
     r"bias: expected \(8,\)": {"bias": X},
@@ -158,6 +160,30 @@ def test_parameters_keep_their_dtype(backend: str, device: str) -> None:
     assert out.dtype == torch.bfloat16
     dtypes = [grad.dtype for grad in torch.autograd.grad(out.sum(), list(inputs.values()))]
     assert dtypes == [torch.bfloat16, torch.bfloat16, torch.float32, torch.float32]
+
+
+@EVERY_IMPLEMENTATION
+@pytest.mark.parametrize("case", ["plain", "dropout", "prenorm", "prenorm_dropout"])
+def test_a_residual_in_fp32_is_not_rounded(backend: str, device: str, case: str) -> None:
+    """The output and the sum are in fp32, the gradient of the branch in its own dtype."""
+    inputs = {name: tensor.to(device) for name, tensor in make_inputs(case).items()}
+    inputs["x"] = inputs["x"].bfloat16()
+    if backend == "native":
+        with pytest.raises(ValueError, match="x and residual in the same dtype"):
+            run(case, inputs, backend)
+        return
+    exact = {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
+    names = ["x", "residual", "weight", "bias"]
+    found, expected = (
+        [out, *gradients(out, [tensors[name] for name in names])]
+        for tensors, chosen in ((inputs, backend), (exact, "reference"))
+        for out in [run(case, {n: x.requires_grad_(x.is_floating_point()) for n, x in tensors.items()}, chosen)]
+    )
+    narrow, wide = torch.bfloat16, torch.float32
+    assert [x.dtype for x in found] == [wide, narrow, wide, wide, wide]
+    for x, y in zip(found, expected, strict=True):
+        tolerance = 1e-2 if x.dtype == narrow else 1e-4
+        torch.testing.assert_close(x.double(), y, rtol=tolerance, atol=tolerance)
 
 
 def test_threads_do_not_matter() -> None:

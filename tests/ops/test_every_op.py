@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from fastssl.kernels.dispatch import BACKENDS
 from fastssl.packing import Layout
 from tests.device_waits import device_waits
 from tests.ops.common import cast, check_against_reference, gradients, implementations, layout_of, randn
-from tests.ops.standard import Inputs, Standard, every
+from tests.ops.standard import Inputs, Standard, every, interpreted
 
 FIFTY_SHORT = (1500, *(1 + i % 5 for i in range(50)))
 EXTREME = {"4096_frames": (4096,), "fifty_short_beside_one_long": FIFTY_SHORT}
@@ -102,6 +103,42 @@ def every_second(x: Tensor) -> Tensor:
     return torch.stack([x, torch.zeros_like(x)], -1)[..., 0]
 
 
+def transposed(x: Tensor) -> Tensor:
+    """Return a view of the same numbers that are stored from the last dimension to the first."""
+    return x.movedim(0, -1).contiguous().movedim(-1, 0) if x.dim() > 1 else every_second(x)
+
+
+def expanded(x: Tensor) -> Tensor:
+    """Return the first row as a view of as many rows as there were, with a stride of 0."""
+    return x[:1].expand_as(x)
+
+
+def sliced(x: Tensor) -> Tensor:
+    """Return a view of the same numbers inside a larger tensor, as a split of one projection is."""
+    return torch.nn.functional.pad(x, (3, 2))[..., 3:-2]
+
+
+VIEWS = {view.__name__: view for view in (every_second, transposed, expanded, sliced)}
+
+
+def options_for(op: str, options: dict[str, Any], device: str) -> dict[str, Any]:
+    """Return the options of a call of `EVERY_TENSOR`, with a layout if the op takes one."""
+    takes_layout = "layout" in inspect.signature(getattr(ops, op)).parameters
+    return options | ({"layout": layout_of((7, 0, 6), device)} if takes_layout else {})
+
+
+def results(function: Callable[..., Any], tensors: Inputs, view: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """Return the outputs of an op, and the gradients of what it was given; output gradients are views, too."""
+    given = {name: x.detach().requires_grad_(x.requires_grad) for name, x in tensors.items()}
+    found = function(**given)
+    outputs = [found] if isinstance(found, Tensor) else [x for x in found if isinstance(x, Tensor)]
+    tracked = [x for x in outputs if x.requires_grad]
+    grads = [view(torch.arange(x.numel(), device=x.device).view(x.shape).to(x.dtype).sin()) for x in tracked]
+    wanted = [x for name, x in given.items() if x.requires_grad and name != "noise"]
+    return [*outputs, *torch.autograd.grad(tracked, wanted, grads)]
+
+
+@pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize(
     ("op", "inputs", "options", "backend", "device"),
     [
@@ -111,26 +148,24 @@ def every_second(x: Tensor) -> Tensor:
         if found.values[0] != "reference"
     ],
 )
-def test_strides_do_not_matter(op: str, inputs: Inputs, options: dict[str, Any], backend: str, device: str) -> None:
-    """Outputs and gradients have the same bits whether or not arguments and output gradients are contiguous."""
+def test_strides_do_not_matter(
+    op: str, inputs: Inputs, options: dict[str, Any], backend: str, device: str, view: str
+) -> None:
+    """Outputs and gradients have the same bits whatever the strides of the arguments and of the output gradients."""
     if (op, backend, device) == ("varlen_attention", "torch", "cuda"):
         pytest.skip("PyTorch's kernel has no distance bias")
-    function = getattr(ops, op)
+    function = partial(getattr(ops, op), **options_for(op, options, device), backend=backend)
     leaves = cast(inputs, torch.float32, device)
-    if "layout" in inspect.signature(function).parameters:
-        options = options | {"layout": layout_of((7, 0, 6), device)}
-
-    def outputs_and_gradients(view: Callable[[Tensor], Tensor]) -> list[Tensor]:
-        found = function(**{name: view(x) for name, x in leaves.items()}, **options, backend=backend)
-        outputs = [found] if isinstance(found, Tensor) else [x for x in found if isinstance(x, Tensor)]
-        tracked = [x for x in outputs if x.requires_grad]
-        grads = [view(torch.arange(x.numel(), device=device).view(x.shape).to(x.dtype).sin()) for x in tracked]
-        wanted = [x for name, x in leaves.items() if x.requires_grad and name != "noise"]
-        return [*outputs, *torch.autograd.grad(tracked, wanted, grads)]
-
-    plain = outputs_and_gradients(lambda x: x)
-    strided = outputs_and_gradients(lambda x: every_second(x) if x.dim() > 0 else x)
-    assert all(torch.equal(a, b) for a, b in zip(plain, strided, strict=True))
+    views = {name: VIEWS[view](x) for name, x in leaves.items() if x.dim() > 0}
+    assert not all(x.is_contiguous() for x in views.values())
+    plain = leaves | {name: x.detach().contiguous().requires_grad_(x.requires_grad) for name, x in views.items()}
+    expected = results(function, plain, lambda x: VIEWS[view](x).contiguous())
+    alone = [] if interpreted(backend, device) else [{name} for name in views]  # to name a culprit; takes long there
+    for changed in (*alone, set(views)):
+        given = plain | {name: views[name] for name in changed}
+        found = results(function, given, VIEWS[view])
+        for x, y in zip(found, expected, strict=True):
+            assert torch.equal(x, y), f"not contiguous: {', '.join(sorted(changed))}"
 
 
 @pytest.mark.parametrize("lengths", EXTREME.values(), ids=EXTREME)

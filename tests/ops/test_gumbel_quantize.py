@@ -263,3 +263,24 @@ def test_half_precision_logits_with_fp32_codevectors(backend: str, device: str) 
     for grad, expected_grad in zip(grads, expected, strict=True):
         scale = expected_grad.abs().max().item()
         torch.testing.assert_close(grad, expected_grad, rtol=0, atol=0.01 * scale)
+
+
+@EVERY_IMPLEMENTATION
+@pytest.mark.parametrize("codes", [7, 320])
+@pytest.mark.parametrize("place", ["logits", "noise"])
+def test_a_row_with_nan_chooses_its_first_nan(backend: str, device: str, codes: int, place: str) -> None:
+    """As `torch.argmax` does. Counts still add up to the number of rows, and other rows keep their vectors."""
+    inputs = {"logits": randn(6, 2, codes).float(), "codevectors": randn(2, codes, 4).float()}
+    inputs["noise"] = randn(6, 2, codes).float() + 1
+    clean = call({name: x.to(device) for name, x in inputs.items()}, backend)
+    for row, group, code in ((0, 0, 0), (2, 1, codes - 1), (4, 0, 3), (4, 0, 5)):
+        inputs[place][row, group, code] = torch.nan
+    inputs[place][5] = torch.nan
+    found = call({name: x.to(device) for name, x in inputs.items()}, backend)
+    expected = clean.codes.clone()
+    expected[0, 0], expected[2, 1], expected[4, 0], expected[5] = 0, codes - 1, 3, 0
+    assert torch.equal(found.codes, expected)
+    assert found.counts.sum(1).tolist() == [6, 6]
+    unharmed = torch.tensor([1, 3], device=device)
+    assert torch.equal(found.values.index_select(0, unharmed), clean.values.index_select(0, unharmed))
+    assert found.probability_sums.isnan().any(1).tolist() == [place == "logits"] * 2

@@ -1,13 +1,16 @@
 from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastssl.kernels.positional_conv import op, reference
 from fastssl.ops import positional_conv
 from fastssl.packing import Layout, Packed
-from tests.ops.common import LENGTHS, check_against_reference, compiler_for, layout_of, normal, randn
+from tests.ops.common import LENGTHS, check_against_reference, compiler_for, gradients, layout_of, normal, randn
 from tests.ops.standard import Inputs, Mates, Standard
 
 #: Name -> (lengths, groups, channels per group, K, bias).
@@ -127,3 +130,26 @@ def test_autocast_reaches_the_arguments_and_not_the_op() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = run("wav2vec2", inputs)
     assert torch.equal(out, run("wav2vec2", {name: tensor.bfloat16() for name, tensor in inputs.items()}))
+
+
+def test_the_form_for_gpus_sorts_no_rows_and_equals_the_reference() -> None:
+    """On a GPU, the backward of `x[rows]` sorts the rows. The form itself runs on any device."""
+    layout = layout_of((11, 0, 7, 1))
+    leaves = [randn(*shape).requires_grad_() for shape in ((19, 8), (8, 4, 6), (8,))]
+    x, weight, bias = leaves
+
+    class Names(TorchDispatchMode):
+        seen: ClassVar[set[str]] = set()
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.seen.add(func.name())
+            return func(*args, **(kwargs or {}))
+
+    with Names():  # type: ignore[no-untyped-call]
+        out = op._conv_with_gaps(x, weight, layout, bias)
+        found = [out, *gradients(out, leaves)]
+    assert "aten::index_select" in Names.seen
+    assert not {name for name in Names.seen if "index_put" in name}
+    out = reference.positional_conv(x, weight, layout, bias=bias)
+    for a, b in zip(found, [out, *gradients(out, leaves)], strict=True):
+        torch.testing.assert_close(a, b)

@@ -439,3 +439,30 @@ def test_cuda_calls_varlen_attn_where_it_serves(
             with pytest.raises(ValueError, match=f"backend='torch': .*{message}.*available: reference"):
                 varlen_attention(q, q, q, layout, scale=scale, backend="torch")
     assert bool(called) == (message is None)
+
+
+@pytest.mark.parametrize(
+    ("width", "biased", "expected"),
+    [(64, False, "triton"), (128, True, "triton"), (256, False, "torch"), (256, True, "reference")],
+)
+def test_a_gpu_with_triton_takes_triton_up_to_its_widest_head(
+    width: int, biased: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The README says so: PyTorch's kernel serves only what ours cannot."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=9, minor=0))
+    monkeypatch.setattr(dispatch, "DEFAULT_BACKEND", None)
+    monkeypatch.setitem(dispatch.BACKENDS["varlen_attention"], "cuda", ("triton", "torch", "reference"))
+    chosen = []
+    choose = dispatch.Op.choose
+
+    def spy(op: Any, *arguments: Any) -> str:
+        chosen.append(choose(op, *arguments))
+        return chosen[-1]
+
+    monkeypatch.setattr(dispatch.Op, "choose", spy)
+    with FakeTensorMode():
+        layout = layout_of((10, 20), "cuda")
+        q = torch.empty(30, 2, width, dtype=torch.bfloat16, device="cuda")
+        bias = torch.empty(2, 5, device="cuda") if biased else None
+        varlen_attention(q, q, q, layout, distance_bias=bias)
+    assert chosen == [expected]

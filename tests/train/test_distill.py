@@ -419,6 +419,27 @@ def test_a_compressed_teacher_teaches_all_its_frames(make_config: MakeConfig, tm
     assert read_metrics(Path(config.output) / "metrics.csv")[0]["distillation_loss"] > 0
 
 
+def test_a_teacher_moves_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`Module.to` visits every tensor, so a teacher that is already on the device is not moved again."""
+    teacher, moved = Teacher(Encoder(_TEACHER), [1], gives_frames=False), []
+    to = Encoder.to
+
+    def spy(encoder: Encoder, device: Any) -> Any:
+        moved.append(device)
+        return to(encoder, device)
+
+    monkeypatch.setattr(Encoder, "to", spy)
+    waveforms = Packed.pack([torch.randn(4000, 1)])
+    teacher.encoder.to("meta")
+    with pytest.raises(NotImplementedError, match="meta"):  # moved, but from a device without data
+        teacher.encode(waveforms)
+    teacher = Teacher(Encoder(_TEACHER), [1], gives_frames=False)
+    moved.clear()
+    for _ in range(2):
+        teacher.encode(waveforms)
+    assert not moved
+
+
 @pytest.mark.gpu
 def test_a_teacher_is_reduced_on_a_gpu_and_its_frames_are_not() -> None:
     torch.manual_seed(0)

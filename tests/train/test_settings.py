@@ -3,6 +3,7 @@
 import logging
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ import torch
 from fastssl.data.batches import AudioBatch, BatchSpec, WaveformDataset
 from fastssl.models.wav2vec2 import GumbelTemperature
 from fastssl.train.data import PretrainDataModule
-from fastssl.train.pretrain import pretrain
+from fastssl.train.pretrain import _describe, pretrain
+from fastssl.train.systems import build_model
 from tests.train.conftest import MakeConfig
 
 
@@ -70,6 +72,28 @@ def test_missing_devices_are_refused_before_the_folder_is_written(
     with pytest.raises(ValueError, match=message):
         pretrain(config)
     assert not Path(config.output).exists()
+
+
+@pytest.mark.parametrize(
+    ("precision", "accelerator", "said"),
+    [("32-true", "auto", True), ("32-true", "cpu", False), ("bf16-mixed", "auto", False)],
+)
+def test_an_fp32_run_on_a_gpu_says_what_precision_runs(
+    make_config: MakeConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    precision: str,
+    accelerator: str,
+    said: bool,
+) -> None:
+    config = make_config(**{"trainer.precision": precision, "trainer.accelerator": accelerator})
+    model = build_model(config.model)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=9))
+    with caplog.at_level(logging.INFO, logger="fastssl"):
+        _describe(config, _open(config), model, complete=True, resume_from=None)
+    assert ("precision: fp32: convolutions in TF32, matrix products in full fp32" in caplog.text) == said
 
 
 @pytest.mark.parametrize("decay", [0.0, -0.5, 1.01, float("nan")])

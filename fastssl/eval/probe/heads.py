@@ -393,7 +393,7 @@ class Learner:
         return [Judged(edit / total, loss / total) for edit, loss in zip(edits, losses, strict=True)]
 
     def _decode(self, logits: Packed) -> list[list[int]]:
-        paths = [path.cpu() for path in Packed(logits.values.argmax(1), logits.layout).unpack()]
+        paths = Packed(logits.values.argmax(1).cpu(), logits.layout).unpack()
         if self.kind == "classification":
             return [path.tolist() for path in paths]
         return [[label for label in path.unique_consecutive().tolist() if label != BLANK] for path in paths]

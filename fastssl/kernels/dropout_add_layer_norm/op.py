@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastssl.kernels import philox
-from fastssl.kernels.dispatch import Op, autocast_off, contiguous, to_autocast_dtype
+from fastssl.kernels.dispatch import Op, autocast_off, contiguous, norms_stay_wide, to_autocast_dtype
 from fastssl.kernels.dropout_add_layer_norm import reference
 
 #: Largest number of channels: a thread block holds a whole row in its registers.
@@ -26,8 +26,8 @@ def _fake_forward(
     prenorm: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # out, sum, mean, rstd
     rows = x.shape[0]
-    total = x.new_empty(x.shape if prenorm else 0)
-    return x.new_empty(x.shape), total, weight.new_empty(rows), weight.new_empty(rows)
+    total = residual.new_empty(x.shape if prenorm else 0)
+    return residual.new_empty(x.shape), total, weight.new_empty(rows), weight.new_empty(rows)
 
 
 def _fake_backward(
@@ -44,7 +44,8 @@ def _fake_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     # Without dropout, the gradients of x and residual are equal, and the first result is empty.
     grad_x = x.new_empty(x.shape if dropout_p > 0 else 0)
-    return grad_x, x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape)
+    grad_residual = (x if residual is None else residual).new_empty(x.shape)
+    return grad_x, grad_residual, weight.new_empty(weight.shape), weight.new_empty(weight.shape)
 
 
 _OP = Op(
@@ -72,6 +73,7 @@ class _DropoutAddLayerNorm(torch.autograd.Function):
         backend, dropout_p, offset = ctx.settings
         grads = contiguous((grad_out, grad_total))
         grad_x, *others = _OP.backward[backend](*grads, *saved, dropout_p, seed, offset)
+        # If x is narrower than the residual, autograd rounds its gradient.
         return None, grad_x if dropout_p > 0 else others[0], *others, *(None,) * 5
 
 
@@ -127,7 +129,7 @@ def dropout_add_layer_norm(
 
     Args:
         x: (N, D) output of the block; dropout is applied to it.
-        residual: (N, D) input of the block, in the dtype of `x`.
+        residual: (N, D) input of the block, in the dtype of `x`, or in fp32 if `x` is in half precision.
         weight: (D,) scale of the norm, of any floating dtype.
         bias: (D,) shift of the norm, of any floating dtype.
         eps: Added to the variance.
@@ -138,19 +140,25 @@ def dropout_add_layer_norm(
         offset: Number of the first Philox block of the mask. A mask uses ceil(N D / 4) blocks. Several masks can share
             a seed if their blocks do not overlap.
         prenorm: Whether to also return the sum, which a layer that normalises the inputs of its blocks needs as the
-            next residual. The sum is then rounded to the dtype of `x` before it is normalised.
+            next residual. The sum is then rounded to the dtype of `residual` before it is normalised.
         backend: Implementation to run, see `fastssl.ops`; None picks the fastest available.
 
     Returns:
-        The normalised frames (N, D), and with `prenorm` also the sum (N, D), in the dtype of `x`. Under autocast, `x`
-        and `residual` are cast to autocast's dtype first. Sum and norm are computed in at least fp32.
+        The normalised frames (N, D), and with `prenorm` also the sum (N, D), in the dtype of `residual`. Under CPU
+        autocast, `x` and `residual` are cast to autocast's dtype first. Under CUDA autocast, nothing is rounded: like
+        PyTorch's sum there, the residual is only widened to the dtype of `x`. Sum and norm are computed in at least
+        fp32.
 
     Raises:
         ValueError: A shape, dtype or option is invalid, or `backend` cannot run this call.
     """
-    x, residual = to_autocast_dtype(x, residual)
+    if norms_stay_wide(x):
+        residual = residual.to(torch.promote_types(x.dtype, residual.dtype))
+    else:
+        x, residual = to_autocast_dtype(x, residual)
     _check(x, residual, weight, bias)
-    chosen = _OP.choose(x, backend, {"triton": _why_not_triton(x)})
+    mixed = None if x.dtype == residual.dtype else "its kernels need x and residual in the same dtype"
+    chosen = _OP.choose(x, backend, {"triton": _why_not_triton(x), "native": mixed})
     seed = philox.resolve_seed(seed, dropout_p=dropout_p, offset=offset, device=x.device)
     with autocast_off(x):
         if chosen == "reference":
@@ -188,9 +196,10 @@ def _check(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> None:
         raise ValueError(f"x: expected (N, D), got {tuple(x.shape)}")
     if not x.is_floating_point():
         raise ValueError(f"x: must be floating point, got {x.dtype}")
-    if residual.shape != x.shape or residual.dtype != x.dtype:
+    if residual.shape != x.shape or residual.dtype not in (x.dtype, torch.promote_types(x.dtype, torch.float32)):
         raise ValueError(
-            f"residual: expected {tuple(x.shape)} {x.dtype} like x, got {tuple(residual.shape)} {residual.dtype}"
+            f"residual: expected {tuple(x.shape)} {x.dtype} like x (or float32 if x is in half precision),"
+            f" got {tuple(residual.shape)} {residual.dtype}"
         )
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter.shape != x.shape[1:]:

@@ -23,8 +23,8 @@ def dropout_add_layer_norm(
     accumulator = torch.promote_types(x.dtype, torch.float32)
     branch = philox.dropout(x.to(accumulator), dropout_p=dropout_p, seed=seed, offset=offset)
     total = residual.to(accumulator) + branch
-    rounded = total.to(x.dtype)
+    rounded = total.to(residual.dtype)
     if prenorm:
         total = rounded.to(accumulator)
     out = F.layer_norm(total, weight.shape, weight.to(accumulator), bias.to(accumulator), eps)
-    return out.to(x.dtype), rounded
+    return out.to(residual.dtype), rounded

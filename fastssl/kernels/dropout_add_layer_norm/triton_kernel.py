@@ -169,8 +169,8 @@ def dropout_add_layer_norm_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the normalised sum, the sum (empty without `prenorm`), and each row's mean and 1 / standard deviation."""
     rows, width = x.shape
-    out = torch.empty_like(x)
-    total = x.new_empty(x.shape if prenorm else 0)
+    out = torch.empty_like(residual)
+    total = residual.new_empty(x.shape if prenorm else 0)
     mean, rstd = weight.new_empty(rows), weight.new_empty(rows)
     blocks = _blocks(width)
     if rows > 0:
@@ -212,7 +212,7 @@ def dropout_add_layer_norm_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return gradients of `x` (empty without dropout), `residual`, `weight` and `bias`. Arguments are contiguous."""
     rows, width = x.shape
-    grad_residual = torch.empty_like(x)
+    grad_residual = torch.empty_like(x if residual is None else residual)
     grad_x = x.new_empty(x.shape if seed is not None else 0)
     blocks = _blocks(width)
     # Give every program the same number of whole tiles.

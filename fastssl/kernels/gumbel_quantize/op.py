@@ -14,8 +14,8 @@ class GumbelQuantized(NamedTuple):
     """Result of `gumbel_quantize` for M frames and G groups of V codes with E channels each.
 
     Attributes:
-        values: (M, G * E) the chosen codevectors, in their own dtype.
-        codes: (M, G) int64, the chosen code of each group.
+        values: (M, G * E) the chosen codevectors, in their own dtype; a row with NaN may get NaN instead.
+        codes: (M, G) int64, the chosen code of each group; the first NaN of a row that contains NaN.
         probability_sums: (G, V) softmax of the logits without noise, summed over the frames: fp32, or fp64 if an
             argument is fp64.
         counts: (G, V) int64, the number of frames that chose each code.

@@ -110,7 +110,11 @@ def _forward_kernel(
         rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
         there = rows < frames
         plain, noisy = _load_logits(logits_ptr, noise_ptr, seeds_ptr, rows, frames, group, G, V, BLOCK_V, SOURCE)
-        chosen = tl.argmax(noisy, 1, tie_break_left=True)
+        # Like torch.argmax, choose the first NaN if there is one. An argmax over NaN may leave the range of the codes.
+        is_nan = noisy != noisy
+        largest = tl.argmax(tl.where(is_nan, float("-inf"), noisy), 1, tie_break_left=True)
+        first_nan = tl.min(tl.where(is_nan, codes[None, :], BLOCK_V), 1)
+        chosen = tl.where(first_nan < BLOCK_V, first_nan, largest)
         exponentials = tl.exp(plain - tl.max(plain, 1)[:, None])
         probabilities = exponentials / tl.sum(exponentials, 1)[:, None]
         sums += tl.sum(tl.where(there[:, None], probabilities, 0.0), 0)

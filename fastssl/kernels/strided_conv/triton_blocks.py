@@ -5,7 +5,6 @@ Blocks are counted from the start of their sequence, so a sequence has the same 
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -133,8 +132,3 @@ def window_block(layer: LayerPlan) -> int:
 def chunk_programs(layer: LayerPlan, chunk: int) -> int:
     """Return the number of programs if each gets one of the chunks that `block_of` numbers."""
     return layer.total // chunk + layer.batch
-
-
-def precision_of(dtype: torch.dtype) -> str:
-    """Return the precision of fp32 products in `tl.dot`: "tf32" if PyTorch allows it, otherwise "ieee" (exact)."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastssl.kernels.precision import fp32_precision, precision_of
 from fastssl.kernels.strided_conv.plan import LayerPlan, plan_layers
 from fastssl.kernels.strided_conv.triton_blocks import (
     RowGradients,
@@ -25,7 +26,6 @@ from fastssl.kernels.strided_conv.triton_blocks import (
     gelu_derivative,
     has_windows,
     normal_at,
-    precision_of,
 )
 from fastssl.kernels.strided_conv.triton_rows import activate, activate_backward
 from fastssl.kernels.strided_conv.triton_statistics import group_statistics
@@ -254,22 +254,22 @@ class _Blocks(NamedTuple):
     stages: int
 
 
-def _blocks(dtype: torch.dtype, *, columns: int, depth: int) -> _Blocks:
+def _blocks(x: Tensor, *, columns: int, depth: int) -> _Blocks:
     """Return the tile for (many, columns) = (many, depth) @ (depth, columns)."""
-    if dtype != torch.float32:
+    if x.dtype != torch.float32:
         # With 96 KiB and 128 registers, two blocks share a multiprocessor: one multiplies while the other computes
         # GELU.
         return _Blocks(128, block_for(columns, 128), block_for(depth, 64), 8, 3)
-    if precision_of(dtype) == "tf32":
+    if precision_of("strided_conv", x) == "tf32":
         return _Blocks(128, block_for(columns, 128), block_for(depth, 32), 8, 3)
     return _Blocks(64, block_for(columns, 64), 16, 4, 2)
 
 
-def _weight_grad_blocks(dtype: torch.dtype, *, channels: int, window: int) -> _Blocks:
+def _weight_grad_blocks(x: Tensor, *, channels: int, window: int) -> _Blocks:
     """Return the tile for (channels, window) = (channels, many) @ (many, window)."""
-    if dtype != torch.float32:
+    if x.dtype != torch.float32:
         return _Blocks(block_for(channels, 128), block_for(window, 256), 64, 8, 3)
-    if precision_of(dtype) == "tf32":
+    if precision_of("strided_conv", x) == "tf32":
         return _Blocks(block_for(channels, 128), block_for(window, 128), 32, 8, 3)
     return _Blocks(block_for(channels, 64), block_for(window, 64), 16, 4, 2)
 
@@ -288,7 +288,7 @@ def _convolve(
 ) -> tuple[Tensor, Tensor]:  # (N_out, C_out), (N_out, C_out)
     """Return the convolution's output if `keep`, and its activation if `activate`; an unwanted one is (0, C_out)."""
     conv_out, out = (x.new_empty((layer.total if made else 0, layer.channels)) for made in (keep, activate))
-    blocks = _blocks(x.dtype, columns=layer.channels, depth=layer.window)
+    blocks = _blocks(x, columns=layer.channels, depth=layer.window)
     tiles = (layer.total // blocks.m + layer.batch) * triton.cdiv(layer.channels, blocks.n)
     _forward_kernel[(tiles,)](
         x,
@@ -304,7 +304,7 @@ def _convolve(
         WINDOW=layer.window,
         STRIDE=layer.stride,
         GELU=layer.activation == "gelu",
-        PRECISION=precision_of(x.dtype),
+        PRECISION=precision_of("strided_conv", x),
         BLOCK_M=blocks.m,
         BLOCK_N=blocks.n,
         BLOCK_K=blocks.k,
@@ -346,7 +346,7 @@ def _input_grad(
     c_in = layer.weight.shape[1]
     grad_x = grad_conv.new_empty((rows, c_in))
     lower_out = None if conv_out is None else torch.empty_like(grad_x)
-    blocks = _blocks(grad_conv.dtype, columns=c_in, depth=layer.channels)
+    blocks = _blocks(grad_conv, columns=c_in, depth=layer.channels)
     tiles = (rows // (layer.stride * blocks.m) + layer.batch) * triton.cdiv(c_in, blocks.n) * layer.stride
     _input_grad_kernel[(tiles,)](
         grad_conv,
@@ -362,7 +362,7 @@ def _input_grad(
         KERNEL=layer.weight.shape[2],
         STRIDE=layer.stride,
         GELU=lower is not None and lower.activation == "gelu",
-        PRECISION=precision_of(grad_conv.dtype),
+        PRECISION=precision_of("strided_conv", grad_conv),
         BLOCK_M=blocks.m,
         BLOCK_N=blocks.n,
         BLOCK_K=blocks.k,
@@ -378,7 +378,7 @@ def _weight_grad(
     grad_conv: Tensor,  # (N_out, C_out)
 ) -> Tensor:  # (C_out, C_in, K)
     """Return the weight's gradient: a kernel sums blocks of frames, then PyTorch adds these sums in a fixed order."""
-    blocks = _weight_grad_blocks(x.dtype, channels=layer.channels, window=layer.window)
+    blocks = _weight_grad_blocks(x, channels=layer.channels, window=layer.window)
     tiles = triton.cdiv(layer.channels, blocks.m) * triton.cdiv(layer.window, blocks.n)
     share = max(8 * blocks.k, triton.cdiv(layer.total, max(1, _PROGRAMS // tiles)))
     shares = triton.cdiv(layer.total, share)
@@ -396,7 +396,7 @@ def _weight_grad(
         C_OUT=layer.channels,
         WINDOW=layer.window,
         STRIDE=layer.stride,
-        PRECISION=precision_of(x.dtype),
+        PRECISION=precision_of("strided_conv", x),
         BLOCK_M=blocks.m,
         BLOCK_N=blocks.n,
         BLOCK_K=blocks.k,
@@ -504,7 +504,13 @@ def ahead_of_time_cases() -> dict[str, Callable[[], object]]:
     cases["odd sizes, float32"] = partial(
         _forward_and_backward, torch.float32, "groups", (5, 100, 7), (3, 2), (1, 3), True
     )
-    return cases
+    in_fp32 = {label: call for label, call in cases.items() if "float32" in label}
+    return cases | {f"{label}, exact": partial(_exactly, call) for label, call in in_fp32.items()}
+
+
+def _exactly(call: Callable[[], object]) -> None:
+    with fp32_precision(convolutions="ieee"):
+        call()
 
 
 def _forward_and_backward(

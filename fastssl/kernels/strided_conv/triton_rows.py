@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastssl.kernels.precision import precision_of
 from fastssl.kernels.strided_conv.plan import LayerPlan
 from fastssl.kernels.strided_conv.triton_blocks import (
     FRAME_CHUNK,
@@ -24,7 +25,6 @@ from fastssl.kernels.strided_conv.triton_blocks import (
     load_windows,
     normal_at,
     per_channel,
-    precision_of,
     window_block,
 )
 from fastssl.kernels.strided_conv.triton_statistics import sum_chunks, window_group_norm_backward
@@ -222,7 +222,7 @@ def _row_blocks(layer: LayerPlan, *, windows: bool) -> tuple[int, int]:
     return min(64, max(16 if windows else 1, 4096 // channels)), channels
 
 
-def _settings(layer: LayerPlan, dtype: torch.dtype, *, windows: bool) -> dict[str, Any]:
+def _settings(layer: LayerPlan, x: Tensor, *, windows: bool) -> dict[str, Any]:
     """Return the arguments that the forward and backward kernels of norm and activation share."""
     block_t, block_c = _row_blocks(layer, windows=windows)
     return {
@@ -235,7 +235,7 @@ def _settings(layer: LayerPlan, dtype: torch.dtype, *, windows: bool) -> dict[st
         "STEP": layer.stride,
         "NORM": layer.norm,
         "GELU": layer.activation == "gelu",
-        "PRECISION": precision_of(dtype),
+        "PRECISION": precision_of("strided_conv", x),
         "BLOCK_T": block_t,
         "BLOCK_C": block_c,
         "BLOCK_K": window_block(layer) if windows else 16,
@@ -263,7 +263,7 @@ def activate(
         (N_out, C_out) output of the layer, in the dtype of `x`.
     """
     out = x.new_empty((layer.total, layer.channels))
-    settings = _settings(layer, x.dtype, windows=windows)
+    settings = _settings(layer, x, windows=windows)
     _activate_kernel[(layer.total // settings["BLOCK_T"] + layer.batch,)](
         x,
         layer.weight if windows else None,
@@ -296,7 +296,7 @@ def activate_backward(
         windows: As in `activate`.
         keep_activated: Whether to also return the layer's output.
     """
-    settings = _settings(layer, x.dtype, windows=windows)
+    settings = _settings(layer, x, windows=windows)
     chunk = WINDOW_CHUNK if windows else FRAME_CHUNK
     programs, channels = chunk_programs(layer, chunk), layer.channels
     sums = grad_out.new_empty((programs, 3, channels), dtype=torch.float32)

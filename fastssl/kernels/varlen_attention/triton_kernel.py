@@ -6,12 +6,15 @@ and block sizes do not change the order of a sum, so a sequence has the same bit
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from fastssl.kernels.precision import fp32_precision, precision_of
+from fastssl.kernels.varlen_attention.triton_launch import launches_for
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
@@ -107,6 +110,7 @@ def _forward_kernel(
     threshold,
     keep_factor,
     E: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -135,7 +139,7 @@ def _forward_kernel(
     for start in range(0, length, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
         k = _load_rows(k_ptr + offset, keys, length, stride, E, BLOCK_E)
-        logits = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * _LOG2E)
+        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * _LOG2E)
         if bias_ptr is not None:
             logits += bias_factor[:, None] * _biases(bias_ptr, keys[None, :] - rows[:, None], reach)
         logits = tl.where((keys < length)[None, :], logits, float("-inf"))
@@ -147,7 +151,7 @@ def _forward_kernel(
         if seed_ptr is not None:
             weights = tl.where(_kept(states[:, None], keys[None, :], threshold), weights, 0.0)
         v = _load_rows(v_ptr + offset, keys, length, stride, E, BLOCK_E)
-        acc = tl.dot(weights.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
+        acc = tl.dot(weights.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
         highest = new_highest
 
     _store_rows(out_ptr + offset, acc * (keep_factor / sums)[:, None], rows, length, stride, E, BLOCK_E)
@@ -178,6 +182,7 @@ def _backward_q_kernel(
     threshold,
     keep_factor,
     E: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -212,20 +217,20 @@ def _backward_q_kernel(
     for start in range(0, tl.where(length > 1, length, 0), BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
         k = _load_rows(k_ptr + offset, keys, length, stride, E, BLOCK_E)
-        logits = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * _LOG2E)
+        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * _LOG2E)
         if bias_ptr is not None:
             biases = _biases(bias_ptr, keys[None, :] - rows[:, None], reach)
             logits += bias_factor[:, None] * biases
         weights = tl.where((keys < length)[None, :], tl.exp2(logits - logsumexp[:, None]), 0.0)
         v = _load_rows(v_ptr + offset, keys, length, stride, E, BLOCK_E)
-        grad_weights = tl.dot(grad_out, tl.trans(v), input_precision="ieee")
+        grad_weights = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)
         if seed_ptr is not None:
             kept = _kept(states[:, None], keys[None, :], threshold)
             grad_weights = tl.where(kept, grad_weights * keep_factor, 0.0)
         grad_logits = weights * (grad_weights - delta[:, None])
         if gate_ptr is not None:
             grad_gate += tl.sum(grad_logits * biases, 1)
-        acc = tl.dot(grad_logits.to(k.dtype), k, acc, input_precision="ieee")
+        acc = tl.dot(grad_logits.to(k.dtype), k, acc, input_precision=PRECISION)
 
     _store_rows(grad_q_ptr + offset, acc * scale, rows, length, stride, E, BLOCK_E)
     if gate_ptr is not None:
@@ -254,6 +259,7 @@ def _backward_kv_kernel(
     threshold,
     keep_factor,
     E: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -279,7 +285,7 @@ def _backward_kv_kernel(
         q = _load_rows(q_ptr + offset, rows, length, stride, E, BLOCK_E)
         # Infinity after the last query makes the weights there zero.
         logsumexp = tl.load(logsumexp_ptr + per_row + rows, mask=rows < length, other=float("inf")) * _LOG2E
-        logits = tl.dot(k, tl.trans(q), input_precision="ieee") * (scale * _LOG2E)
+        logits = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * _LOG2E)
         if bias_ptr is not None:
             biases = _biases(bias_ptr, keys[:, None] - rows[None, :], reach) * _LOG2E
             if gate_ptr is not None:
@@ -288,17 +294,17 @@ def _backward_kv_kernel(
             logits += biases
         weights = tl.exp2(logits - logsumexp[None, :])
         grad_out = _load_rows(grad_out_ptr + offset, rows, length, stride, E, BLOCK_E)
-        grad_weights = tl.dot(v, tl.trans(grad_out), input_precision="ieee")
+        grad_weights = tl.dot(v, tl.trans(grad_out), input_precision=PRECISION)
         if seed_ptr is not None:
             kept = _kept(_row_states(seed_ptr, begin + rows, head)[None, :], keys[:, None], threshold)
             grad_weights = tl.where(kept, grad_weights * keep_factor, 0.0)
             kept_weights = tl.where(kept, weights, 0.0)
         else:
             kept_weights = weights
-        acc_v = tl.dot(kept_weights.to(grad_out.dtype), grad_out, acc_v, input_precision="ieee")
+        acc_v = tl.dot(kept_weights.to(grad_out.dtype), grad_out, acc_v, input_precision=PRECISION)
         delta = tl.load(delta_ptr + per_row + rows, mask=rows < length, other=0.0)
         grad_logits = weights * (grad_weights - delta[None, :])
-        acc_k = tl.dot(grad_logits.to(q.dtype), q, acc_k, input_precision="ieee")
+        acc_k = tl.dot(grad_logits.to(q.dtype), q, acc_k, input_precision=PRECISION)
 
     _store_rows(grad_k_ptr + offset, acc_k * tl.where(length > 1, scale, 0.0), keys, length, stride, E, BLOCK_E)
     _store_rows(grad_v_ptr + offset, acc_v * keep_factor, keys, length, stride, E, BLOCK_E)
@@ -325,6 +331,7 @@ def _backward_bias_kernel(
     threshold,
     keep_factor,
     E: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -354,7 +361,7 @@ def _backward_bias_kernel(
             q = _load_rows(q_ptr + offset, rows, length, stride, E, BLOCK_E)
             k = _load_rows(k_ptr + offset, keys, length, stride, E, BLOCK_E)
             logsumexp = tl.load(logsumexp_ptr + per_row + rows, mask=rows < length, other=float("inf")) * _LOG2E
-            logits = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * _LOG2E)
+            logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * _LOG2E)
             if gate_ptr is not None:
                 per_gate = (begin + rows).to(tl.int64) * heads + head
                 gate = tl.load(gate_ptr + per_gate, mask=rows < length, other=0.0).to(tl.float32)[:, None]
@@ -364,7 +371,7 @@ def _backward_bias_kernel(
             weights = tl.where((keys < length)[None, :], tl.exp2(logits - logsumexp[:, None]), 0.0)
             grad_out = _load_rows(grad_out_ptr + offset, rows, length, stride, E, BLOCK_E)
             v = _load_rows(v_ptr + offset, keys, length, stride, E, BLOCK_E)
-            grad_weights = tl.dot(grad_out, tl.trans(v), input_precision="ieee")
+            grad_weights = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)
             if seed_ptr is not None:
                 kept = _kept(_row_states(seed_ptr, begin + rows, head)[:, None], keys[None, :], threshold)
                 grad_weights = tl.where(kept, grad_weights * keep_factor, 0.0)
@@ -418,47 +425,6 @@ def _reduce_bias_kernel(partial_ptr, grad_bias_ptr, reach, shares, bands, heads,
     tl.store(grad_bias_ptr, acc.to(grad_bias_ptr.dtype.element_ty), mask=bins <= 2 * reach)
 
 
-class _Launch(NamedTuple):
-    """Launch settings of a kernel: queries and keys per tile, warps per program, and pipeline stages."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-
-    @property
-    def options(self) -> dict[str, int]:
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
-
-    @staticmethod
-    def grid(block: int, arguments: dict[str, Any]) -> tuple[int, int]:
-        """Return the grid: one program for each block that `_block_of` numbers and each head."""
-        return arguments["total"] // block + arguments["batch"], arguments["heads"]
-
-
-class _Launches(NamedTuple):
-    forward: _Launch
-    backward_q: _Launch
-    backward_kv: _Launch
-    backward_bias: _Launch
-
-
-def _launches(width: int, dtype: torch.dtype, biased: bool, max_length: int) -> _Launches:
-    """Return launch settings that let the kernels compile without spills for sm_90 (see README.md).
-
-    Settings that change the order of a sum must not depend on the lengths, or the bits of a sequence would depend on
-    its batch. The forward computes each query on its own, so its `block_m` may depend on them: it is smaller for short
-    sequences.
-    """
-    if dtype == torch.float32:  # no tensor cores
-        return _Launches(*[_Launch(32, 32, 8, 1)] * 4)
-    small, wide = _Launch(64, 64, 4, 2), _Launch(64, 64, 8, 2)
-    forward = small if biased or max_length <= 256 else _Launch(128, 64, 8, 3)
-    if width <= 64:
-        return _Launches(forward, small, small, small)
-    return _Launches(forward, wide if biased else small, wide, wide)
-
-
 def _arguments(
     q: Tensor,
     cu_seqlens: Tensor,
@@ -484,6 +450,7 @@ def _arguments(
         "threshold": threshold - 2**32 if threshold >= 2**31 else threshold,  # as an int32 with the same bits
         "keep_factor": 1 / (1 - dropout_p),
         "E": width,
+        "PRECISION": precision_of("varlen_attention", q),
         "BLOCK_E": max(16, triton.next_power_of_2(width)),
     }
 
@@ -501,12 +468,12 @@ def varlen_attention_fwd(
     gate: Tensor | None,  # (N, H)
 ) -> tuple[Tensor, Tensor]:  # (N, H, E), (H, N)
     """Return the attention output and each query's logsumexp of the logits. Arguments are contiguous."""
-    total, heads, width = q.shape
+    total, heads, _ = q.shape
     out, logsumexp = torch.empty_like(q), q.new_empty((heads, total), dtype=torch.float32)
     if q.numel() == 0:
         return out, logsumexp
     arguments = _arguments(q, cu_seqlens, scale, dropout_p, seed, distance_bias, gate)
-    launch = _launches(width, q.dtype, distance_bias is not None, max_length).forward
+    launch = launches_for(q, distance_bias is not None, max_length).forward
     with torch.cuda.device_of(q):
         _forward_kernel[launch.grid(launch.block_m, arguments)](
             q, k, v, out, logsumexp, **arguments, BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, **launch.options
@@ -530,13 +497,13 @@ def varlen_attention_bwd(
     gate: Tensor | None,  # (N, H)
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of `q`, `k`, `v`, `distance_bias` and `gate` (empty for None). Arguments are contiguous."""
-    width, heads = q.shape[2], q.shape[1]
+    heads = q.shape[1]
     grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     grad_bias, grad_gate = (q.new_empty(0) if x is None else torch.zeros_like(x) for x in (distance_bias, gate))
     if q.numel() == 0:
         return grad_q, grad_k, grad_v, grad_bias, grad_gate
     arguments = _arguments(q, cu_seqlens, scale, dropout_p, seed, distance_bias, gate)
-    launches = _launches(width, q.dtype, distance_bias is not None, max_length)
+    launches = launches_for(q, distance_bias is not None, max_length)
     delta = torch.empty_like(logsumexp)
     with torch.cuda.device_of(q):
         launch = launches.backward_q
@@ -600,7 +567,14 @@ def ahead_of_time_cases() -> dict[str, Callable[[], object]]:
         "bfloat16, E=128, dropout and gated bias": partial(everything, 128, torch.bfloat16),
         "float32, E=64, dropout and gated bias": partial(everything, 64, torch.float32),
         "float32, E=128, dropout and gated bias": partial(everything, 128, torch.float32),
+        "TF32, E=64, dropout and gated bias": partial(_in_tf32, partial(everything, 64, torch.float32)),
+        "TF32, E=128, dropout and gated bias": partial(_in_tf32, partial(everything, 128, torch.float32)),
     }
+
+
+def _in_tf32(call: Callable[[], object]) -> None:
+    with fp32_precision(matrix_products="tf32"):
+        call()
 
 
 def _forward_and_backward(width: int, dtype: torch.dtype, dropout_p: float = 0.0, biased: bool = False) -> None:
