@@ -89,8 +89,8 @@ def _torch_conv(
         out: Tensor = _ChannelsLastConv.apply(x, weight, bias, layout)
         return out
     groups, padding = x.shape[1] // weight.shape[1], weight.shape[2] // 2
-    gapped, longer = _with_gaps(x, layout, gap=padding)
-    rows = longer.rows(layout.sequence_ids, layout.positions)
+    gapped, _ = _with_gaps(x, layout, gap=padding)
+    rows = layout.rows_with_gaps(0, padding)
     return F.conv1d(gapped.t()[None], weight, bias, padding=padding, groups=groups)[0].t()[rows]
 
 
