@@ -57,7 +57,7 @@ def _kept_by_plan(compute: Callable[["Layout", int, int], _Part]) -> Callable[["
 
 
 def _outside_inference_mode(compute: Callable[[], _Part]) -> _Part:
-    """Compute what will be kept: autograd cannot save a tensor made in inference mode, and a later forward may need it."""
+    """Compute what is kept: a later forward may need it for gradients, and autograd saves no inference tensors."""
     if not torch.is_inference_mode_enabled():
         return compute()
     with torch.inference_mode(mode=False):
@@ -73,13 +73,13 @@ def send(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     """Copy tensors from the host to a device, all in one copy that the host does not wait for.
 
     Args:
-        tensors: Tensors on the CPU, of any shapes and dtypes.
-        device: Target device. For the CPU, nothing is copied.
+        tensors: Tensors on the CPU, of any shapes and dtypes. If all are on the device already, nothing is copied.
+        device: Target device.
 
     Returns:
         The tensors on the device; they share one buffer.
     """
-    if device.type == "cpu":
+    if all(tensor.device.type == device.type for tensor in tensors):
         return list(tensors)
     sizes = [tensor.numel() * tensor.element_size() for tensor in tensors]
     ends = list(accumulate(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes))
@@ -292,6 +292,12 @@ class Layout:
             non_blocking: Let the host continue without waiting for the copy, as in `torch.Tensor.to`.
         """
         return replace(self, cu_seqlens=self.cu_seqlens.to(device, non_blocking=non_blocking))
+
+    def beside(self, x: Tensor) -> "Layout":
+        """Return the same layout on the device of `x`; from a GPU to the CPU without waiting for the GPU."""
+        if self.cu_seqlens.device.type == x.device.type:
+            return self
+        return Layout.from_lengths(self.lengths, device=x.device)
 
     def pin_memory(self) -> "Layout":
         """Return the same layout with `cu_seqlens` in page-locked memory, for an asynchronous copy to a GPU."""

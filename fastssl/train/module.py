@@ -15,6 +15,7 @@ from fastssl.data.noise import NoiseProblem
 from fastssl.models.pretraining import PretrainingModel, StepContext, StepOutput, perplexity
 from fastssl.names import encoded, shown
 from fastssl.nn.random import utterance_keys
+from fastssl.packing import send
 from fastssl.train.config import OptimizerConfig
 from fastssl.train.stopping import REQUESTS, Requests
 from fastssl.train.teacher import Teacher
@@ -201,7 +202,8 @@ class PretrainModule(LightningModule):
         scores = output.scores()
         summed = torch.stack([output.loss.detach().double(), *(scores[name].detach().double() for name in self._names)])
         codes = summed.new_empty(0) if output.code_counts is None else output.code_counts.to(summed)
-        return torch.cat((summed.new_tensor(counts), summed, codes))
+        (given,) = send([torch.tensor(counts, dtype=summed.dtype)], summed.device)
+        return torch.cat((given, summed, codes))
 
     def _averages(self, sums: Tensor) -> tuple[dict[str, float], Tensor]:
         """Split sums into named values and code counts; the loss and the scores become means over the masked frames."""

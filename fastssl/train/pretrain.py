@@ -91,6 +91,7 @@ def _pretrain(config: PretrainConfig, run: Path, *, resume: bool, first: bool) -
         seed=config.seed,
         accumulation=config.trainer.accumulation,
         noise_share=cast(NoisyConfig, config.model).noise_share if SYSTEMS[config.system].needs.noise else 0.0,
+        draw=partial(SYSTEMS[config.system].draw, config.model),
     )
     takes_labels = SYSTEMS[config.system].needs.labels or config.data.segments is not None
     given = attach_given(config, data) if takes_labels else {}
