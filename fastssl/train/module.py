@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastssl.data.batches import AudioBatch
 from fastssl.data.noise import NoiseProblem
+from fastssl.kernels.philox import seeds_together
 from fastssl.models.pretraining import PretrainingModel, StepContext, StepOutput, perplexity
 from fastssl.names import encoded, shown
 from fastssl.nn.random import utterance_keys
@@ -134,7 +135,8 @@ class PretrainModule(LightningModule):
         if self.model.config.layerdrop > 0:
             layer_drop = torch.Generator().manual_seed(_seed_of("layer drop", self.seed, batch.update))
         keys = utterance_keys(self.seed, batch.update, batch.ids)
-        output = self.model.step(batch, StepContext(keys, batch.update, layer_drop, self.teacher))
+        with seeds_together(batch.waveforms.values.device):
+            output = self.model.step(batch, StepContext(keys, batch.update, layer_drop, self.teacher))
         self._pending.append((self._sums(output, batch), batch))
         loss: Tensor = output.loss
         return loss
