@@ -138,6 +138,7 @@ def _fit(
         max_steps=settings.max_steps,
         seed=config.seed,
         teacher=teacher,
+        read_every=_read_every(config),
     )
     monitor = Monitor(
         run,
@@ -332,6 +333,13 @@ def _describe(
             config.optimizer.warmup_updates,
             config.trainer.max_steps,
         )
+
+
+def _read_every(config: PretrainConfig) -> list[int]:
+    """List the numbers of updates after which something needs the results of the last one."""
+    settings = config.trainer
+    every = (settings.log_every, settings.checkpoint_every, settings.keep_every, settings.val_check_interval)
+    return [number for number in (*every, config.quality.every, settings.max_steps) if number]
 
 
 def _devices(settings: TrainerConfig) -> tuple[int, int]:
