@@ -15,6 +15,7 @@ from fastssl.data.noise import NoiseProblem
 from fastssl.kernels.philox import seeds_together
 from fastssl.models.pretraining import PretrainingModel, StepContext, StepOutput, perplexity
 from fastssl.names import encoded, shown
+from fastssl.nn.linear import casts_together
 from fastssl.nn.random import utterance_keys
 from fastssl.packing import send
 from fastssl.train.config import OptimizerConfig
@@ -151,7 +152,7 @@ class PretrainModule(LightningModule):
         if self.model.config.layerdrop > 0:
             layer_drop = torch.Generator().manual_seed(_seed_of("layer drop", self.seed, batch.update))
         keys = utterance_keys(self.seed, batch.update, batch.ids)
-        with seeds_together(batch.waveforms.values.device):
+        with seeds_together(batch.waveforms.values.device), casts_together(self.model):
             output = self.model.step(batch, StepContext(keys, batch.update, layer_drop, self.teacher))
         self._pending.append((self._sums(output, batch), batch))
         loss: Tensor = output.loss
@@ -233,7 +234,8 @@ class PretrainModule(LightningModule):
         """Compute loss and scores for a batch of held-out recordings."""
         # Masks are the same every time, but scheduled values are those of the run's current update.
         keys = utterance_keys(self.seed, VALIDATION_UPDATE, batch.ids)
-        output = self.model.step(batch, StepContext(keys, self.global_step, teacher=self.teacher))
+        with casts_together(self.model):
+            output = self.model.step(batch, StepContext(keys, self.global_step, teacher=self.teacher))
         self._validation.append(self._sums(output, batch))
 
     def on_validation_epoch_end(self) -> None:
