@@ -83,7 +83,9 @@ def casts_together(module: nn.Module) -> Iterator[None]:
         module: Module whose linear layers `packed_linear` computes.
     """
     linear = (part for part in module.modules() if isinstance(part, nn.Linear))
-    parameters = [one for part in linear for one in part.parameters(recurse=False) if one.dtype == torch.float32]
+    parameters: list[Tensor] = [
+        one for part in linear for one in part.parameters(recurse=False) if one.dtype == torch.float32
+    ]
     if _copies or not parameters or not _is_cast(parameters[0].device.type):
         yield
         return
