@@ -3,14 +3,18 @@
 All conversion between padded and packed batches in the package is in this module.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import wraps
+from functools import partial, wraps
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+_Part = TypeVar("_Part", Tensor, "Layout")
+#: Attribute of a layout that keeps everything that is computed from it, because it was planned.
+_PLANNED = "_planned"
 
 
 def _kept(compute: Callable[["Layout"], Tensor]) -> Callable[["Layout"], Tensor]:
@@ -24,17 +28,67 @@ def _kept(compute: Callable[["Layout"], Tensor]) -> Callable[["Layout"], Tensor]
     def get(layout: "Layout") -> Tensor:
         if torch.compiler.is_compiling():
             return compute(layout)
-        kept: dict[str, Tensor] = layout.__dict__
-        if name not in kept:
-            if torch.is_inference_mode_enabled():
-                # Autograd cannot save a tensor made in inference mode, and a later forward may need it for gradients.
-                with torch.inference_mode(mode=False):
-                    kept[name] = compute(layout)
-            else:
-                kept[name] = compute(layout)
-        return kept[name]
+        if name not in layout.__dict__:
+            layout.__dict__[name] = _outside_inference_mode(partial(compute, layout))
+        kept: Tensor = layout.__dict__[name]
+        return kept
 
     return get
+
+
+def _kept_by_plan(compute: Callable[["Layout", int, int], _Part]) -> Callable[["Layout", int, int], _Part]:
+    """Decorate a method: on a planned layout (`Layout.plan`), compute its result once per arguments and cache it."""
+    name = compute.__name__
+
+    @wraps(compute)
+    def get(layout: "Layout", first: int, second: int) -> _Part:
+        if torch.compiler.is_compiling() or _PLANNED not in layout.__dict__:
+            return compute(layout, first, second)
+        key = f"{name}({first}, {second})"
+        if key not in layout.__dict__:
+            part = _outside_inference_mode(partial(compute, layout, first, second))
+            if isinstance(part, Layout):
+                part.__dict__[_PLANNED] = True
+            layout.__dict__[key] = part
+        kept: _Part = layout.__dict__[key]
+        return kept
+
+    return get
+
+
+def _outside_inference_mode(compute: Callable[[], _Part]) -> _Part:
+    """Compute what is kept: a later forward may need it for gradients, and autograd saves no inference tensors."""
+    if not torch.is_inference_mode_enabled():
+        return compute()
+    with torch.inference_mode(mode=False):
+        return compute()
+
+
+#: Tensors that share a buffer begin at multiples of this many bytes. Triton compiles a kernel again for a pointer that
+#: is not a multiple of 16.
+_ALIGNMENT = 64
+
+
+def send(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Copy tensors from the host to a device, all in one copy that the host does not wait for.
+
+    Args:
+        tensors: Tensors on the CPU, of any shapes and dtypes. If all are on the device already, nothing is copied.
+        device: Target device.
+
+    Returns:
+        The tensors on the device; they share one buffer.
+    """
+    if all(tensor.device.type == device.type for tensor in tensors):
+        return list(tensors)
+    sizes = [tensor.numel() * tensor.element_size() for tensor in tensors]
+    ends = list(accumulate(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes))
+    spans = [slice(begin, begin + size) for begin, size in zip([0, *ends], sizes, strict=False)]
+    buffer = torch.empty(ends[-1] if ends else 0, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    for span, tensor in zip(spans, tensors, strict=True):
+        buffer[span].view(tensor.dtype).copy_(tensor.flatten())
+    sent = buffer.to(device, non_blocking=True)
+    return [sent[span].view(tensor.dtype).view(tensor.shape) for span, tensor in zip(spans, tensors, strict=True)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,6 +167,10 @@ class Layout:
         """(N,) int64 on the device: the index of each row within its sequence."""
         return torch.arange(self.total, device=self.cu_seqlens.device) - self.cu_seqlens[self.sequence_ids]
 
+    def ask_for_indices(self) -> None:
+        """Compute `device_lengths`, `sequence_ids` and `positions`, so that a plan includes them."""
+        _ = self.device_lengths, self.sequence_ids, self.positions
+
     def rows(self, sequences: Tensor, positions: Tensor) -> Tensor:
         """Compute row numbers in the packed tensor from sequence numbers and positions within the sequences.
 
@@ -158,6 +216,7 @@ class Layout:
         """
         return Layout.from_device(tuple(map(host, self.lengths)), device(self.device_lengths))
 
+    @_kept_by_plan
     def after_conv(self, kernel: int, stride: int) -> "Layout":
         """Return the layout after an unpadded convolution: floor((length - kernel) / stride) + 1 frames, at least 0.
 
@@ -175,10 +234,55 @@ class Layout:
             lambda lengths: ((lengths - kernel) // stride + 1).clamp(min=0),
         )
 
+    @_kept_by_plan
     def with_gaps(self, before: int, after: int) -> "Layout":
         """Return a layout with `before` extra rows in front of each sequence and `after` extra rows after it."""
         gap = before + after
         return self.map_lengths(lambda length: length + gap, lambda lengths: lengths + gap)
+
+    def plan(self, use: Callable[["Layout"], object]) -> None:
+        """Compute on the host what `use` asks of this layout, and send all of it to the device in one copy.
+
+        Without a plan, a layout on a GPU computes every derived layout and index there, in about five small launches
+        each. After it, this layout and those derived from it (`after_conv`, `with_gaps`) have what `use` asked for, and
+        keep what they are asked for later. The host does not wait. Only the first plan of a layout counts. On the CPU
+        and inside `torch.compile`, nothing happens.
+
+        Args:
+            use: Function that asks a layout of the same lengths, on the host, for layouts and properties.
+        """
+        if self.cu_seqlens.device.type == "cpu" or torch.compiler.is_compiling() or _PLANNED in self.__dict__:
+            return
+        with torch.inference_mode(mode=False):  # as in `_outside_inference_mode`
+            host = Layout.from_lengths(self.lengths)
+            host.__dict__[_PLANNED] = True
+            use(host)
+            there = host._holding(iter(send(list(host._tensors()), self.cu_seqlens.device)))
+        self.__dict__.update(there._parts(), **{_PLANNED: True})
+
+    def _parts(self) -> dict[str, "Tensor | Layout"]:
+        """Return what the layout keeps besides its fields, by name."""
+        return {name: part for name, part in vars(self).items() if name not in _FIELDS and name != _PLANNED}
+
+    def _tensors(self) -> Iterator[Tensor]:
+        """Yield the tensors of a layout, of what it keeps, and of the layouts that it keeps."""
+        yield self.cu_seqlens
+        for part in self._parts().values():
+            yield from part._tensors() if isinstance(part, Layout) else (part,)
+
+    def _holding(self, tensors: Iterator[Tensor]) -> "Layout":
+        """Return a planned copy of a layout and of what it keeps, with other tensors in the order of `_tensors`."""
+        copy = replace(self, cu_seqlens=next(tensors))
+        for name, part in self._parts().items():
+            copy.__dict__[name] = part._holding(tensors) if isinstance(part, Layout) else next(tensors)
+        copy.__dict__[_PLANNED] = True
+        return copy
+
+    @_kept_by_plan
+    def rows_with_gaps(self, before: int, after: int) -> Tensor:
+        """Return the row of each frame in the layout `with_gaps(before, after)`: (N,) int64 on the device."""
+        positions = self.positions + before if before else self.positions
+        return self.with_gaps(before, after).rows(self.sequence_ids, positions)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Layout":
         """Return the same layout with `cu_seqlens` on another device.
@@ -189,9 +293,18 @@ class Layout:
         """
         return replace(self, cu_seqlens=self.cu_seqlens.to(device, non_blocking=non_blocking))
 
+    def beside(self, x: Tensor) -> "Layout":
+        """Return the same layout on the device of `x`; from a GPU to the CPU without waiting for the GPU."""
+        if self.cu_seqlens.device.type == x.device.type:
+            return self
+        return Layout.from_lengths(self.lengths, device=x.device)
+
     def pin_memory(self) -> "Layout":
         """Return the same layout with `cu_seqlens` in page-locked memory, for an asynchronous copy to a GPU."""
         return replace(self, cu_seqlens=self.cu_seqlens.pin_memory())
+
+
+_FIELDS = frozenset(field.name for field in fields(Layout))
 
 
 class Packed(NamedTuple):
@@ -286,13 +399,15 @@ class Packed(NamedTuple):
             The slots (layout.total, ...), in the dtype of `values`.
         """
         own = self.layout
-        rows = layout.rows(own.sequence_ids, own.positions + before if before else own.positions)
+        return self._spread(layout.rows(own.sequence_ids, own.positions + before if before else own.positions), layout)
+
+    def _spread(self, rows: Tensor, layout: Layout) -> "Packed":
         zeros = self.values.new_zeros(layout.total, *self.values.shape[1:])
         return Packed(zeros.index_copy(0, rows, self.values), layout)
 
     def with_gaps(self, before: int, after: int) -> "Packed":
         """Return the batch with `before` zero rows in front of each sequence and `after` zero rows after it."""
-        return self.spread(self.layout.with_gaps(before, after), before=before)
+        return self._spread(self.layout.rows_with_gaps(before, after), self.layout.with_gaps(before, after))
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Packed":
         """Return the same batch on another device.

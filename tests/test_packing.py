@@ -12,6 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastssl import packing
 from fastssl.packing import Layout, Packed, PaddedRows
 from tests.device_waits import device_waits
 
@@ -268,3 +269,48 @@ def test_compiled_code_keeps_nothing_and_sees_nothing_kept() -> None:
 def test_valid_places() -> None:
     valid = Layout.from_lengths([2, 0, 3]).valid(4)
     assert valid.tolist() == [[True, True, False, False], [False] * 4, [True, True, True, False]]
+
+
+def test_a_plan_is_one_copy_and_nothing_is_computed_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[Tensor] = []
+
+    def note(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
+        sent.extend(tensors)
+        return real_send(tensors, device)
+
+    def use(layout: Layout) -> list[Tensor]:
+        frames = layout.after_conv(3, 2).after_conv(2, 1)
+        frames.ask_for_indices()
+        return [frames.cu_seqlens, frames.positions, frames.sequence_ids, frames.rows_with_gaps(0, 3)]
+
+    real_send = packing.send
+    monkeypatch.setattr("fastssl.packing.send", note)
+    layout = Layout.from_lengths([30, 0, 17]).to("meta")
+    layout.plan(use)
+    assert len(sent) > 6
+    with Calls() as calls:
+        found = use(layout)
+        layout.plan(use)
+    assert calls.names == []
+    assert all(tensor.is_meta for tensor in found)
+    expected = use(Layout.from_lengths([30, 0, 17]))
+    assert [(one.shape, one.dtype) for one in found] == [(one.shape, one.dtype) for one in expected]
+    # What was sent, on the host, is what an unplanned layout computes.
+    for wanted in expected:
+        assert any(wanted.dtype == one.dtype and torch.equal(wanted, one) for one in sent)
+
+
+def test_tensors_that_are_sent_together_keep_shape_dtype_and_alignment() -> None:
+    tensors = [torch.arange(5, dtype=torch.int32), torch.tensor([True, False]).view(1, 2), torch.empty(0, 3)]
+    assert packing.send(tensors, torch.device("cpu")) == tensors
+    sent = packing.send([*tensors, torch.tensor(7)], torch.device("meta"))
+    assert [(one.shape, one.dtype) for one in sent[:-1]] == [(one.shape, one.dtype) for one in tensors]
+    assert len({one.untyped_storage()._cdata for one in sent}) == 1
+    assert all(one.storage_offset() * one.element_size() % 16 == 0 for one in sent)
+
+
+def test_on_the_cpu_and_in_compiled_code_a_plan_changes_nothing() -> None:
+    layout = Layout.from_lengths([3, 4])
+    layout.plan(lambda _: pytest.fail("a plan on the CPU"))
+    assert set(vars(layout)) == FIELDS
+    assert layout.after_conv(2, 1) is not layout.after_conv(2, 1)

@@ -31,7 +31,7 @@ class AudioBatch:
 
     Args:
         waveforms: Packed values (N, 1) float32 at 16 kHz; the layout holds each utterance's length in samples.
-        ids: (B,) int64, the `utterance_id` of each cut id.
+        ids: (B,) int64, the `utterance_id` of each cut id; always on the CPU.
         names: B paths for messages; "@12.0s" is appended if the part begins 12 s into its recording.
         update: Optimiser update that the batch belongs to, counted from 0.
         problems: Planned utterances that cannot be used, with the reason, then recordings of noise that cannot be used
@@ -43,6 +43,8 @@ class AudioBatch:
         teacher: A teacher's stored outputs for these utterances; None if the dataset reads none.
         checksums: CRC-32 of the samples of each of the B utterances before normalisation; empty if the dataset computes
             none.
+        draws: What a system draws for the batch before it runs (`models.draws.Draws`), with `to` and `pin_memory`; None
+            if it draws nothing in advance. The data set sets None.
     """
 
     waveforms: Packed
@@ -55,6 +57,7 @@ class AudioBatch:
     noise: Packed | None = None  # (M, 1)
     teacher: TeacherFrames | None = None
     checksums: tuple[int, ...] = ()
+    draws: Any = None
 
     @property
     def duration_s(self) -> float:
@@ -62,16 +65,17 @@ class AudioBatch:
         return self.waveforms.layout.total / SAMPLE_RATE_HZ
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "AudioBatch":
-        """Return the batch with all its tensors on a device."""
+        """Return the batch with its tensors on a device, except `ids`, which the host needs."""
         return self._with_each(lambda part: part.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "AudioBatch":
-        """Return the batch with all its tensors in page-locked memory; PyTorch's data loader calls this."""
+        """Return the batch with those tensors in page-locked memory; PyTorch's data loader calls this."""
         return self._with_each(lambda part: part.pin_memory())
 
     def _with_each(self, move: Callable[[Any], Any]) -> "AudioBatch":
         """Return a copy of the batch with `move` applied to every part that holds tensors."""
-        parts = {name: getattr(self, name) for name in ("waveforms", "ids", "labels", "segments", "noise", "teacher")}
+        names = ("waveforms", "labels", "segments", "noise", "teacher", "draws")
+        parts = {name: getattr(self, name) for name in names}
         return replace(self, **{name: move(part) for name, part in parts.items() if part is not None})
 
 

@@ -5,6 +5,9 @@ a mask need not be stored. Each block of the generator has four words of 32 bits
 of block offset + i // 4.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -101,7 +104,46 @@ def resolve_seed(
         )
     if dropout_p == 0:
         return None
-    return torch.randint(2**63 - 1, (), device=device) if seed is None else seed
+    if seed is not None:
+        return seed
+    return torch.randint(2**63 - 1, (), device=device) if _supply is None else _supply.take(device)
+
+
+class _Supply:
+    """Seeds that were drawn together and are handed out one by one. Only the host counts them."""
+
+    def __init__(self) -> None:
+        self.left: list[Tensor] = []
+
+    def take(self, device: torch.device) -> Tensor:  # ()
+        if not self.left:
+            # Triton compiles a kernel again for a pointer that is not a multiple of 16 bytes, so use every other seed.
+            self.left = list(torch.randint(2**63 - 1, (_SUPPLY, 2), device=device)[:, 0].unbind())
+        return self.left.pop()
+
+
+#: Number of seeds that `seeds_together` draws at once: enough for a step of most models.
+_SUPPLY = 128
+_supply: _Supply | None = None
+
+
+@contextmanager
+def seeds_together(device: torch.device) -> Iterator[None]:
+    """Return a context in which ops on a GPU take their seeds from one draw, instead of one small launch for each.
+
+    Do not use it around activation checkpointing, which restores the generator but not the seeds that are left. On the
+    CPU, it changes nothing.
+
+    Args:
+        device: Device of the ops inside the context.
+    """
+    global _supply
+    before = _supply
+    _supply = None if device.type == "cpu" else _Supply()
+    try:
+        yield
+    finally:
+        _supply = before
 
 
 def dropout(

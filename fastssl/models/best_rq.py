@@ -16,20 +16,20 @@ from fastssl.models.conformer import (
     ConformerEncoder,
     subsampled_layout,
 )
+from fastssl.models.draws import Draws, draw_mask
 from fastssl.models.pretraining import (
     PREDICTION,
     PredictionOutput,
     PretrainingModel,
     StepContext,
     count_codes,
-    draw_mask,
-    masked_by_utterance,
     prediction_scores,
 )
 from fastssl.nn.linear import PackedLinear
+from fastssl.nn.log_mel import mel_layout
 from fastssl.nn.random import normal
 from fastssl.nn.random_projection import RandomProjectionQuantizer
-from fastssl.packing import Layout, Packed
+from fastssl.packing import Layout, Packed, send
 
 if TYPE_CHECKING:
     from fastssl.data.batches import AudioBatch
@@ -92,9 +92,18 @@ class BestRqForPreTraining(PretrainingModel):
     def step(self, batch: "AudioBatch", context: StepContext) -> PredictionOutput:
         """Run `forward` on a batch."""
         output: PredictionOutput = self(
-            batch.waveforms, keys=context.keys, layer_drop=context.layer_drop, segments=batch.segments
+            batch.waveforms,
+            keys=context.keys,
+            layer_drop=context.layer_drop,
+            segments=batch.segments,
+            draws=batch.draws,
         )
         return output
+
+    @classmethod
+    def draw(cls, config: BestRqConfig, samples: Layout, keys: Tensor, *, training: bool) -> Draws | None:
+        """Draw the masks of the 40 ms frames."""
+        return draw_mask(config, subsampled_layout(mel_layout(samples)), keys)
 
     def forward(
         self,
@@ -103,6 +112,7 @@ class BestRqForPreTraining(PretrainingModel):
         keys: Tensor,
         layer_drop: torch.Generator | None = None,
         segments: FrameSegments | None = None,
+        draws: Draws | None = None,
     ) -> PredictionOutput:
         """Replace masked frames with noise, encode, and predict the codes of the masked frames.
 
@@ -110,18 +120,20 @@ class BestRqForPreTraining(PretrainingModel):
 
         Args:
             waveforms: (N, 1) samples at 16 kHz. A batch without utterances is allowed and adds nothing to the sums.
-            keys: (B,) int64 from `nn.random.utterance_keys` or `draw_keys`, on the device of the waveforms. They
-                determine the compression rate, mask and noise of each utterance.
+            keys: (B,) int64 from `nn.random.utterance_keys` or `draw_keys`. They determine the compression rate, mask
+                and noise of each utterance. On the CPU, the host need not wait for a GPU to count the masked frames.
             layer_drop: CPU generator that decides which layers to skip; None uses PyTorch's global generator.
             segments: Segments of the 40 ms frames, which teach a compressor where to fire, or None.
+            draws: Result of `draw` for these waveforms and keys, on the device of the waveforms; None draws here.
         """
         config = self.config
         mel = self.best_rq.extract_features(waveforms)
         layout = subsampled_layout(mel.layout)
         targets = self.targets(mel)
-        mask = draw_mask(config, layout, keys)
-        rows = mask.nonzero().squeeze(1)  # the host waits for the device here, because it needs M
-        masked_input = self._put_noise(mel, layout, keys, rows)
+        device = waveforms.values.device
+        draws = draw_mask(config, layout, keys).sent(device) if draws is None else draws
+        rows = draws.rows
+        masked_input = self._put_noise(mel, layout, send([keys], device)[0], rows)
         features, _, compressed = self.best_rq.encode(
             masked_input, layer_drop=layer_drop, **self.draw_compression(keys)
         )
@@ -132,7 +144,7 @@ class BestRqForPreTraining(PretrainingModel):
         loss, compression = self.with_compression_loss(
             prediction_loss,
             compressed,
-            masked_by_utterance(mask, layout),
+            draws.counts,
             segments,
         )
         return PredictionOutput(

@@ -17,7 +17,7 @@ from fastssl.nn import functional
 from fastssl.nn.conformer import Conformer, ConformerLayer
 from fastssl.nn.feature_extractor import ConvLayer
 from fastssl.nn.linear import PackedLinear
-from fastssl.nn.log_mel import HOP_SAMPLES, WINDOW_SAMPLES, LogMel, normalize_over_time
+from fastssl.nn.log_mel import HOP_SAMPLES, WINDOW_SAMPLES, LogMel, mel_layout, normalize_over_time
 from fastssl.packing import Layout, Packed
 from fastssl.reading import brief
 
@@ -191,7 +191,14 @@ class ConformerEncoder(SpeechEncoder):
         """
         if waveforms.values.dim() != 2 or waveforms.values.shape[1] != 1:
             raise ValueError(f"waveforms: expected (N, 1) samples, got {tuple(waveforms.values.shape)}")
+        waveforms.layout.plan(self._ask)
         return normalize_over_time(self.log_mel(waveforms))
+
+    def _ask(self, layout: Layout) -> None:
+        """Ask the layout of the samples for what a forward pass needs (`Layout.plan`)."""
+        mel = mel_layout(layout)
+        mel.ask_for_indices()
+        (self.encoder if self.compressor is None else self.compressor).ask(subsampled_layout(mel))
 
     def encode(
         self,
@@ -210,6 +217,7 @@ class ConformerEncoder(SpeechEncoder):
             layer_drop: CPU generator that decides which layers training skips; None uses PyTorch's global generator.
         """
         frames, compressed = self.compress(self.subsampling(mel), rate=rate, frame_period_ms=frame_period_ms)
+        frames.layout.plan(self.encoder.ask)
         hidden_states = self.encoder(frames, layer_drop=layer_drop)
         return EncoderOutput(hidden_states[-1], hidden_states, compressed)
 

@@ -296,7 +296,7 @@ class DistillationModel(PretrainingModel):
         if projected.compressed is not None:
             predictions = [projected.compressed.upsample(prediction) for prediction in predictions]
 
-        l1, cosine, loss = (torch.zeros((), device=keys.device) for _ in range(3))
+        l1, cosine, loss = (torch.zeros((), device=waveforms.values.device) for _ in range(3))
         for prediction, target in zip(predictions, targets, strict=True):
             difference, similarity = _compare(prediction, target)
             l1, cosine = l1 + difference.detach().sum(), cosine + similarity.detach().sum()

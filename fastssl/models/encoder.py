@@ -144,6 +144,12 @@ class EncoderConfig(SpeechEncoderConfig):
             samples = (samples - 1) * stride + kernel
         return samples
 
+    def frame_layout(self, layout: Layout) -> Layout:
+        """Compute the layout of the front end's frames from the layout of the samples."""
+        for kernel, stride in zip(self.conv_kernel, self.conv_stride, strict=True):
+            layout = layout.after_conv(kernel, stride)
+        return layout
+
     @property
     def num_modules(self) -> int:
         """Number of layers or of convolutions, whichever is larger; a model has at least as many weights."""
@@ -272,6 +278,7 @@ class Encoder(SpeechEncoder):
         compressed = None
         if self.compressor is not None or rate is not None or frame_period_ms is not None:
             normalised, compressed = self.compress(normalised, rate=rate, frame_period_ms=frame_period_ms)
+            normalised.layout.plan(self.encoder.ask)
         projected = self.feature_projection.project(normalised.values)
         return Projected(Packed(projected, normalised.layout), normalised.values, compressed)
 
@@ -289,14 +296,18 @@ class Encoder(SpeechEncoder):
         """
         if waveforms.values.dim() != 2 or waveforms.values.shape[1] != 1:
             raise ValueError(f"waveforms: expected (N, 1) samples, got {tuple(waveforms.values.shape)}")
+        waveforms.layout.plan(self._ask)
         values, layout = self.feature_extractor(waveforms)
         return Packed(scale_gradient(values, self.config.feature_grad_mult), layout)
 
     def frame_layout(self, layout: Layout) -> Layout:
         """Compute the layout of the front end's frames from the layout of the samples."""
-        for kernel, stride in zip(self.config.conv_kernel, self.config.conv_stride, strict=True):
-            layout = layout.after_conv(kernel, stride)
-        return layout
+        return self.config.frame_layout(layout)
+
+    def _ask(self, layout: Layout) -> None:
+        """Ask the layout of the samples for what a forward pass needs (`Layout.plan`)."""
+        frames = self.frame_layout(layout)
+        (self.encoder if self.compressor is None else self.compressor).ask(frames)
 
     def json_files(self) -> dict[str, dict[str, Any]]:
         """Return the contents of the two files that Transformers reads: config.json and preprocessor_config.json."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fastssl.data.segments import FrameSegments
 from fastssl.models.bounds import bounded
 from fastssl.models.config import MaskedConfig
+from fastssl.models.draws import Draws, draw_mask, masked_by_utterance
 from fastssl.models.encoder import Encoder, EncoderConfig, Projected
 from fastssl.models.pretraining import (
     PREDICTION,
@@ -18,13 +19,11 @@ from fastssl.models.pretraining import (
     PretrainingModel,
     StepContext,
     count_codes,
-    draw_mask,
     features_penalty,
-    masked_by_utterance,
     prediction_scores,
 )
 from fastssl.nn.linear import PackedLinear
-from fastssl.packing import Packed
+from fastssl.packing import Layout, Packed
 
 if TYPE_CHECKING:
     from fastssl.data.batches import AudioBatch
@@ -102,8 +101,14 @@ class HubertForPreTraining(PretrainingModel):
             labels=batch.labels,
             layer_drop=context.layer_drop,
             segments=batch.segments,
+            draws=batch.draws,
         )
         return output
+
+    @classmethod
+    def draw(cls, config: HubertConfig, samples: Layout, keys: Tensor, *, training: bool) -> Draws | None:
+        """Draw the masks; None if a compressor decides on the frames."""
+        return None if config.compressor != "none" else draw_mask(config, config.frame_layout(samples), keys)
 
     def forward(
         self,
@@ -113,6 +118,7 @@ class HubertForPreTraining(PretrainingModel):
         labels: Tensor,
         layer_drop: torch.Generator | None = None,
         segments: FrameSegments | None = None,
+        draws: Draws | None = None,
     ) -> PredictionOutput:
         """Mask spans of frames, encode, and predict the class of every masked frame.
 
@@ -121,11 +127,12 @@ class HubertForPreTraining(PretrainingModel):
 
         Args:
             waveforms: (N, 1) samples at 16 kHz. A batch without utterances is allowed and adds nothing to the sums.
-            keys: (B,) int64 from `nn.random.utterance_keys` or `draw_keys`, on the device of the waveforms. They
-                determine the compression rate and the mask of each utterance.
+            keys: (B,) int64 from `nn.random.utterance_keys` or `draw_keys`. They determine the compression rate and the
+                mask of each utterance. On the CPU, the host need not wait for a GPU to count the masked frames.
             labels: (T,) int64, the class of each front-end frame, from 0 to num_clusters - 1.
             layer_drop: CPU generator that decides which layers to skip; None uses PyTorch's global generator.
             segments: Segments of the front end's T frames, which teach a compressor where to fire, or None.
+            draws: Result of `draw` for these waveforms and keys, on the device of the waveforms; None draws here.
 
         Raises:
             ValueError: `labels` does not have shape (T,).
@@ -138,10 +145,13 @@ class HubertForPreTraining(PretrainingModel):
                 f"labels: expected one for each frame, shape ({frames.layout.total},), got {tuple(labels.shape)}"
             )
         projected = encoder.project(frames, **self.draw_compression(keys))
-        mask = draw_mask(config, projected.frames.layout, keys)
+        if draws is None:
+            draws = draw_mask(config, projected.frames.layout, keys).sent(waveforms.values.device)
         return self.predict(
             frames,
-            mask=mask,
+            mask=draws.mask,
+            rows=draws.rows,
+            counts=draws.counts,
             labels=labels,
             layer_drop=layer_drop,
             projected=projected,
@@ -154,6 +164,8 @@ class HubertForPreTraining(PretrainingModel):
         *,
         mask: Tensor,
         labels: Tensor,
+        rows: Tensor | None = None,
+        counts: Tensor | None = None,
         layer_drop: torch.Generator | None = None,
         projected: Projected | None = None,
         segments: FrameSegments | None = None,
@@ -164,6 +176,8 @@ class HubertForPreTraining(PretrainingModel):
             frames: (T, C) front-end frames.
             mask: (N,) bool, one entry for each frame that enters the transformer, True if it is masked.
             labels: (T,) int64, the class of each front-end frame.
+            rows: (M,) int64, `mask.nonzero()`, if the caller has it; None computes it, and the host waits.
+            counts: (B,) fp32, `draws.masked_by_utterance`, if the caller has it; None computes it.
             layer_drop: As in `forward`.
             projected: `speech_encoder.project(frames)`, if the caller has it; None computes it.
             segments: As in `forward`.
@@ -177,11 +191,12 @@ class HubertForPreTraining(PretrainingModel):
         states = features.values
         if compressed is not None:
             mask, states = compressed.upsample(mask), compressed.upsample(states)
-        rows = mask.nonzero().squeeze(1)  # the host waits for the device here, because it needs M
+            rows = counts = None  # of the front end's frames, which only the device knows
+        rows = mask.nonzero().squeeze(1) if rows is None else rows
         targets = labels.index_select(0, rows)
         logits = self._logits(self.final_proj(states.index_select(0, rows)))
         prediction_loss = F.cross_entropy(logits, targets, reduction="sum")
-        masked = masked_by_utterance(mask, frames.layout)
+        masked = masked_by_utterance(mask, frames.layout) if counts is None else counts
         penalty = features_penalty(frames, masked)
         loss, compression = self.with_compression_loss(
             prediction_loss + config.features_penalty_weight * penalty,

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from fastssl.data.segments import FrameSegments
 from fastssl.models.compression import CompressionScores, draw_compression, with_compression_loss
-from fastssl.models.config import CompressedConfig, MaskedConfig, SpeechEncoderConfig
+from fastssl.models.config import CompressedConfig, SpeechEncoderConfig
+from fastssl.models.draws import Draws
 from fastssl.models.folder import check_matching, read_config, read_weights
 from fastssl.models.skeleton import skeleton
 from fastssl.models.speech_encoder import SpeechEncoder
 from fastssl.nn.compression import Compressed
-from fastssl.nn.masking import sample_span_mask
-from fastssl.packing import Layout, Packed
+from fastssl.packing import Layout, Packed, send
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -89,7 +89,7 @@ class TeacherOutput(Protocol):
 class StepContext(NamedTuple):
     """What a training step depends on besides the batch."""
 
-    keys: Tensor  # (B,) int64 from `nn.random.utterance_keys`; they determine all random choices for each utterance
+    keys: Tensor  # (B,) int64 on the CPU, from `nn.random.utterance_keys`; all random choices follow from them
     update: int  # number of finished updates, for schedules
     layer_drop: torch.Generator | None = None  # CPU generator that decides which layers to skip
     teacher: TeacherOutput | None = None  # source of the targets, for systems that need a teacher
@@ -169,6 +169,21 @@ class PretrainingModel(nn.Module):
         """
         raise NotImplementedError
 
+    @classmethod
+    def draw(cls, config: Any, samples: Layout, keys: Tensor, *, training: bool) -> Draws | None:
+        """Draw what `step` needs, before the model runs: in the data loader, for `batch.draws`.
+
+        Args:
+            config: Config of the system.
+            samples: Layout of the waveforms, on the CPU.
+            keys: (B,) int64 keys of the utterances, on the CPU.
+            training: Whether the batch is trained on, or scored.
+
+        Returns:
+            The choices that `step` would make itself; None if they depend on more than the lengths of the waveforms.
+        """
+        return None
+
     @property
     def speech_encoder(self) -> SpeechEncoder:
         """The encoder, without the head."""
@@ -208,9 +223,14 @@ class PretrainingModel(nn.Module):
             keys: (B,) int64 keys of the utterances.
 
         Returns:
-            Keyword arguments for the encoder, from `compression.draw_compression`; empty without a compressor.
+            Keyword arguments for the encoder, from `compression.draw_compression`, on the device of the model; empty
+            without a compressor.
         """
-        return {} if self.config.compressor == "none" else draw_compression(cast(CompressedConfig, self.config), keys)
+        if self.config.compressor == "none":
+            return {}
+        drawn = draw_compression(cast(CompressedConfig, self.config), keys)
+        device = next(self.parameters()).device
+        return dict(zip(drawn, send(list(drawn.values()), device), strict=True))
 
     def with_compression_loss(
         self,
@@ -336,40 +356,6 @@ def count_codes(codes: Tensor, *, size: int) -> Tensor:  # (N,) int64 -> (size,)
     return codes.new_zeros(size).scatter_add(0, codes, torch.ones_like(codes))
 
 
-def draw_mask(config: MaskedConfig, layout: Layout, keys: Tensor) -> Tensor:  # (B,) -> (N,) bool
-    """Draw the spans of frames to mask (`nn.masking.sample_span_mask`).
-
-    Args:
-        config: Probability, length and smallest number of spans.
-        layout: Where each utterance begins.
-        keys: (B,) int64 keys; the mask of an utterance depends on its key and its length only.
-
-    Returns:
-        (N,) bool, True where a frame is masked.
-    """
-    return sample_span_mask(
-        layout,
-        keys,
-        probability=config.mask_time_prob,
-        length=config.mask_time_length,
-        min_spans=config.mask_time_min_masks,
-    )
-
-
-def masked_by_utterance(mask: Tensor, layout: Layout) -> Tensor:  # (N,) bool -> (B,) fp32
-    """Count the masked frames of each utterance; values averaged over an utterance are weighted by this count.
-
-    Args:
-        mask: (N,) bool, True where a frame is masked.
-        layout: Where each utterance begins.
-
-    Returns:
-        (B,) fp32 counts.
-    """
-    none = torch.zeros(len(layout.lengths), device=mask.device)
-    return none.index_add(0, layout.sequence_ids, mask.float())
-
-
 def features_penalty(frames: Packed, masked: Tensor) -> Tensor:
     """Return the weighted sum over utterances of the mean square of their frames.
 
@@ -378,7 +364,7 @@ def features_penalty(frames: Packed, masked: Tensor) -> Tensor:
 
     Args:
         frames: (N, C) front-end frames.
-        masked: (B,) fp32 masked frames of each utterance, from `masked_by_utterance`.
+        masked: (B,) fp32 masked frames of each utterance, from `draws.masked_by_utterance`.
 
     Returns:
         The sum, a () fp32 tensor.

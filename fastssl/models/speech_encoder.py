@@ -22,6 +22,7 @@ from fastssl.models.folder import (
 from fastssl.models.model_card import ModelCard
 from fastssl.models.skeleton import skeleton
 from fastssl.nn.compression import Compressed, SequenceCompressor
+from fastssl.nn.linear import casts_together
 from fastssl.packing import Packed
 from fastssl.reading import printable
 
@@ -89,7 +90,8 @@ class SpeechEncoder(nn.Module):
             ValueError: `waveforms` does not have shape (N, 1); a rate or period is out of range; or one is given, but
                 the encoder has no compressor or one with a fixed factor.
         """
-        return self.encode(self.extract_features(waveforms), rate=rate, frame_period_ms=frame_period_ms)
+        with casts_together(self):
+            return self.encode(self.extract_features(waveforms), rate=rate, frame_period_ms=frame_period_ms)
 
     def extract_features(self, waveforms: Packed) -> Packed:
         """Compute the front end's output, which is the input of `encode`; nothing is compressed yet.

@@ -11,22 +11,21 @@ from fastssl.data.segments import FrameSegments
 from fastssl.models.bounds import bounded, check_bounds
 from fastssl.models.compression import CompressionScores
 from fastssl.models.config import MaskedConfig
+from fastssl.models.draws import Draws, draw_mask, masked_by_utterance
 from fastssl.models.encoder import Encoder, EncoderConfig, Projected
 from fastssl.models.pretraining import (
     ACCURACY,
     PretrainingModel,
     Score,
     StepContext,
-    draw_mask,
     features_penalty,
-    masked_by_utterance,
     perplexity,
 )
 from fastssl.nn.linear import PackedLinear
 from fastssl.nn.masking import sample_negatives
 from fastssl.nn.quantizer import GumbelQuantizer
 from fastssl.nn.random import noise_seeds
-from fastssl.packing import Layout, Packed
+from fastssl.packing import Layout, Packed, send
 
 if TYPE_CHECKING:
     from fastssl.data.batches import AudioBatch
@@ -208,8 +207,17 @@ class Wav2Vec2ForPreTraining(PretrainingModel):
             gumbel_temperature=self.config.gumbel_temperature.at(context.update),
             layer_drop=context.layer_drop,
             segments=batch.segments,
+            draws=batch.draws,
         )
         return output
+
+    @classmethod
+    def draw(cls, config: Wav2Vec2Config, samples: Layout, keys: Tensor, *, training: bool) -> Draws | None:
+        """Draw masks, negatives and seeds of the quantiser's noise; None if a compressor decides on the frames."""
+        if config.compressor != "none":
+            return None
+        layout = config.frame_layout(samples)
+        return _draw_for_masked(config, draw_mask(config, layout, keys), layout, keys, training=training)
 
     def forward(
         self,
@@ -219,6 +227,7 @@ class Wav2Vec2ForPreTraining(PretrainingModel):
         gumbel_temperature: float,
         layer_drop: torch.Generator | None = None,
         segments: FrameSegments | None = None,
+        draws: Draws | None = None,
     ) -> PretrainingOutput:
         """Encode masked waveforms, quantise the masked frames, and compare them (arXiv 2006.11477, equations 2 to 4).
 
@@ -226,35 +235,36 @@ class Wav2Vec2ForPreTraining(PretrainingModel):
 
         Args:
             waveforms: (N, 1) samples at 16 kHz. A batch without utterances is allowed and adds nothing to the sums.
-            keys: (B,) int64 from `nn.random.utterance_keys` or `draw_keys`, on the device of the waveforms. They
-                determine the compression rate, mask, negatives and Gumbel noise of each utterance.
+            keys: (B,) int64 from `nn.random.utterance_keys` or `draw_keys`. They determine the compression rate, mask,
+                negatives and Gumbel noise of each utterance. On the CPU, the host need not wait for a GPU to count the
+                masked frames.
             gumbel_temperature: Temperature of the quantiser's softmax.
             layer_drop: CPU generator that decides which layers to skip; None uses PyTorch's global generator.
             segments: Segments of the front end's T frames, which teach a compressor where to fire, or None.
+            draws: Result of `draw` for these waveforms and keys, on the device of the waveforms; None draws here.
         """
         config = self.config
         frames = self.wav2vec2.extract_features(waveforms)
         projected = self.wav2vec2.project(frames, **self.draw_compression(keys))
         layout = projected.frames.layout
-        mask = draw_mask(config, layout, keys)
-        rows = mask.nonzero().squeeze(1)  # the host waits for the device here, because it needs M
-        negatives = sample_negatives(mask, layout, keys, count=config.num_negatives, rows=rows)
-        seeds = self._gumbel_seeds(rows, layout, keys) if self.training else None
+        if draws is None:
+            # The hashes of M x K negatives take the host longer than a GPU, which would have nothing to do meanwhile.
+            device = waveforms.values.device
+            draws, (keys,) = draw_mask(config, layout, keys).sent(device), send([keys], device)
+            draws = _draw_for_masked(config, draws, layout, keys, training=self.training)
+        assert draws.negatives is not None
         return self.compare(
             frames,
-            mask=mask,
-            negatives=negatives,
-            gumbel_seeds=seeds,
+            mask=draws.mask,
+            negatives=draws.negatives,
+            gumbel_seeds=draws.noise_seeds,
             gumbel_temperature=gumbel_temperature,
             layer_drop=layer_drop,
-            rows=rows,
+            rows=draws.rows,
+            counts=draws.counts,
             projected=projected,
             segments=segments,
         )
-
-    def _gumbel_seeds(self, rows: Tensor, layout: Layout, keys: Tensor) -> Tensor:  # (M,) -> (M,)
-        codes = self.quantizer.groups * self.quantizer.codes
-        return noise_seeds(keys[layout.sequence_ids[rows]], layout.positions[rows] * codes, stream=_STREAM_GUMBEL)
 
     def compare(
         self,
@@ -267,6 +277,7 @@ class Wav2Vec2ForPreTraining(PretrainingModel):
         gumbel_seeds: Tensor | None = None,
         layer_drop: torch.Generator | None = None,
         rows: Tensor | None = None,
+        counts: Tensor | None = None,
         projected: Projected | None = None,
         segments: FrameSegments | None = None,
     ) -> PretrainingOutput:
@@ -280,7 +291,8 @@ class Wav2Vec2ForPreTraining(PretrainingModel):
             gumbel_noise: (M, G * V) Gumbel noise for the quantiser.
             gumbel_seeds: (M,) int64 seeds to draw the noise from instead. If neither is given, no noise is added.
             layer_drop: As in `forward`.
-            rows: (M,) int64, `mask.nonzero()`, if the caller has it; None computes it.
+            rows: (M,) int64, `mask.nonzero()`, if the caller has it; None computes it, and the host waits.
+            counts: (B,) fp32, `draws.masked_by_utterance`, if the caller has it; None computes it.
             projected: `wav2vec2.project(frames)`, if the caller has it; None computes it.
             segments: As in `forward`.
         """
@@ -302,7 +314,7 @@ class Wav2Vec2ForPreTraining(PretrainingModel):
         prob_perplexity = perplexity(_mean_over_processes(quantized.probability_sums, len(rows)))
         total_codes = config.num_codevector_groups * config.num_codevectors_per_group
         diversity = (total_codes - prob_perplexity.sum()) / total_codes
-        masked = masked_by_utterance(mask, layout)
+        masked = masked_by_utterance(mask, layout) if counts is None else counts
         penalty = features_penalty(frames, masked)
         loss = contrastive + config.features_penalty_weight * penalty
         loss = loss + config.diversity_loss_weight * len(rows) * diversity
@@ -320,6 +332,17 @@ class Wav2Vec2ForPreTraining(PretrainingModel):
             features=features,
             compression=compression,
         )
+
+
+def _draw_for_masked(config: Wav2Vec2Config, draws: Draws, layout: Layout, keys: Tensor, *, training: bool) -> Draws:
+    """Add negatives to a mask and, in training, seeds of the quantiser's noise; all arguments are on one device."""
+    rows = draws.rows
+    negatives = sample_negatives(draws.mask, layout, keys, count=config.num_negatives, rows=rows)
+    if not training:
+        return draws._replace(negatives=negatives)
+    counters = layout.positions[rows] * (config.num_codevector_groups * config.num_codevectors_per_group)
+    seeds = noise_seeds(keys[layout.sequence_ids[rows]], counters, stream=_STREAM_GUMBEL)
+    return draws._replace(negatives=negatives, noise_seeds=seeds)
 
 
 class _SumOverProcesses(torch.autograd.Function):

@@ -16,7 +16,7 @@ from fastssl.models.encoder import Encoder
 from fastssl.models.hubert import HubertConfig, HubertForPreTraining
 from fastssl.models.pretraining import Needs, PredictionOutput, StepContext
 from fastssl.nn.random import noise_seeds, uniform
-from fastssl.packing import Packed
+from fastssl.packing import Packed, send
 
 if TYPE_CHECKING:
     from fastssl.data.batches import AudioBatch
@@ -68,7 +68,8 @@ class WavLMForPreTraining(HubertForPreTraining):
     def step(self, batch: "AudioBatch", context: StepContext) -> PredictionOutput:
         """Run HuBERT's step: on mixed utterances in training mode, on clean ones in evaluation mode."""
         if self.training:
-            waveforms = mix_utterances(batch.waveforms, context.keys, self.config, noise=batch.noise)
+            (keys,) = send([context.keys], batch.waveforms.values.device)
+            waveforms = mix_utterances(batch.waveforms, keys, self.config, noise=batch.noise)
             batch = replace(batch, waveforms=waveforms)
         return super().step(batch, context)
 

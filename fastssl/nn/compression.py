@@ -211,6 +211,18 @@ class SequenceCompressor(nn.Module):
         sources = _slot_of_frames(weights.detach(), ends, layout, out.layout)
         return Compressed(out, _period(layout, out.layout, self.input_period_ms), weights, learned, sources, layout)
 
+    def ask(self, layout: Layout) -> None:
+        """Ask a layout for all that `forward` computes with it, for `Layout.plan`.
+
+        Args:
+            layout: Layout of the frames that `forward` gets.
+        """
+        layout.ask_for_indices()
+        if self.kind == "integrate-and-fire":
+            layout.rows_with_gaps(_REACH, _REACH)
+            if not self.training:
+                layout.rows_with_gaps(0, 1)
+
     def check(self, *, rate: float | Tensor | None, frame_period_ms: float | Tensor | None) -> None:
         """Check the arguments of `forward` without running it.
 
@@ -391,7 +403,8 @@ def _fire_all(x: Tensor, weights: Tensor, layout: Layout) -> tuple[Packed, Tenso
     # Append a frame of zeros to each utterance. Its weight completes the last slot; its values add nothing.
     missing = torch.where(kept, 1 + _MARGIN - rest.detach(), 0.0).to(weights.dtype)
     padded, longer = Packed(x, layout).with_gaps(0, 1)
-    all_weights = Packed(weights, layout).spread(longer).values.index_copy(0, longer.cu_seqlens[1:].long() - 1, missing)
+    spread = Packed(weights, layout).with_gaps(0, 1).values
+    all_weights = spread.index_copy(0, longer.cu_seqlens[1:].long() - 1, missing)
     (out, out_layout), all_ends = _fire(padded, all_weights, longer)
     sequence = out_layout.sequence_ids
     last = out_layout.positions == out_layout.device_lengths[sequence] - 1

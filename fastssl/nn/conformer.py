@@ -1,6 +1,7 @@
 """The Conformer (arXiv 2005.08100) over packed frames, with rotary positions, and layer norm in place of batch norm."""
 
 from collections.abc import Iterable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -194,6 +195,16 @@ class Conformer(nn.Module):
         self.head_width = head_width
         self.layer_drop = layer_drop
         self.layers = nn.ModuleList(layers)
+
+    def ask(self, layout: Layout) -> None:
+        """Ask a layout for all that training computes with it, for `Layout.plan`.
+
+        Args:
+            layout: Layout of the frames that `forward` gets.
+        """
+        layout.ask_for_indices()
+        for layer in cast(list[ConformerLayer], list(self.layers)):
+            layout.rows_with_gaps(0, layer.convolution.depthwise_conv.kernel_size[0] // 2)
 
     def forward(self, frames: Packed, *, layer_drop: torch.Generator | None = None) -> list[Packed]:
         """Run all layers.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastssl.nn.linear import packed_linear
-from fastssl.packing import Packed
+from fastssl.packing import Layout, Packed
 
 _SAMPLE_RATE_HZ = 16000
 #: Length of a window (25 ms) and step from one window to the next (10 ms), in samples.
@@ -74,9 +74,14 @@ class LogMel(nn.Module):
         return Packed(power.clamp(min=_FLOOR).log(), layout)
 
 
+def mel_layout(layout: Layout) -> Layout:
+    """Compute the layout of the log-mel frames from the layout of the samples."""
+    return layout.after_conv(WINDOW_SAMPLES, HOP_SAMPLES)
+
+
 def _windows(waveforms: Packed) -> Packed:  # (N samples, 1) -> (N frames, 400)
     """Return the samples of each window."""
-    layout = waveforms.layout.after_conv(WINDOW_SAMPLES, HOP_SAMPLES)
+    layout = mel_layout(waveforms.layout)
     begin = waveforms.layout.rows(layout.sequence_ids, HOP_SAMPLES * layout.positions)
     samples = begin.unsqueeze(1) + torch.arange(WINDOW_SAMPLES, device=begin.device)
     return Packed(waveforms.values.squeeze(1)[samples], layout)

@@ -297,6 +297,16 @@ class Transformer(nn.Module):
             for index in range(depth)
         )
 
+    def ask(self, layout: Layout) -> None:
+        """Ask a layout for all that training computes with it, for `Layout.plan`.
+
+        Args:
+            layout: Layout of the frames that `forward` gets.
+        """
+        layout.ask_for_indices()
+        for block in getattr(self.pos_conv_embed, "layers", [self.pos_conv_embed]):
+            layout.rows_with_gaps(0, block.conv.kernel_size[0] // 2)
+
     def forward(self, frames: Packed, *, layer_drop: torch.Generator | None = None) -> list[Packed]:
         """Run all layers.
 

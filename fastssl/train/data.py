@@ -3,13 +3,14 @@
 import hashlib
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Literal, Protocol
 
 import torch
 from lhotse import CutSet
 from lhotse.cut import Cut
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from fastssl.data.batches import AudioBatch, BatchSpec, FrameLabels, UpdateSampler, WaveformDataset, fixed_batches
 from fastssl.data.corpus import Corpus, Problem, list_some, open_corpus, split_corpus
@@ -20,8 +21,10 @@ from fastssl.data.teacher_frames import TeacherTable, crop_key
 from fastssl.data.workers import end_if_unable_to_send
 from fastssl.eval.encode import default_workers
 from fastssl.names import encoded
+from fastssl.nn.random import utterance_keys
 from fastssl.train.account import Account
 from fastssl.train.config import DataConfig
+from fastssl.train.module import VALIDATION_UPDATE
 from fastssl.train.stopping import leave_signals_to_the_parent
 
 #: How labels are used: as classes to predict, or as segments (runs of equal labels).
@@ -54,6 +57,8 @@ class PretrainDataModule(LightningDataModule):
         seed: Seed of the order of the recordings and of the crops.
         accumulation: Batches per process and update.
         noise_share: Fraction of the training utterances that a recording of `data.noise` is read for, from 0 to 1.
+        draw: Function that makes `AudioBatch.draws` from the layout and keys of a batch, called with `training=` too
+            (`PretrainingModel.draw`); None draws nothing.
 
     Raises:
         ValueError: There are no recordings to train on, too many of them are unusable, or all of them are held out.
@@ -68,8 +73,10 @@ class PretrainDataModule(LightningDataModule):
         seed: int,
         accumulation: int,
         noise_share: float = 0.0,
+        draw: Callable[..., Any] | None = None,
     ) -> None:
         super().__init__()
+        self.draw = draw
         # All machines of a run share its folder, so a single process prepares the data.
         self.prepare_data_per_node = False
         self.config, self.normalize, self.seed, self.accumulation = config, normalize, seed, accumulation
@@ -290,16 +297,19 @@ class PretrainDataModule(LightningDataModule):
 
     def _loader(self, sampler: Any, part: Literal["train", "valid"]) -> DataLoader[AudioBatch]:
         workers = default_workers() if self.config.num_workers is None else self.config.num_workers
+        recordings = WaveformDataset(
+            normalize=self.normalize,
+            channel=self.config.channel,
+            labels=self._labels.get(("labels", part)),
+            segments=self._labels.get(("segments", part)),
+            noise=self.noise if part == "train" else None,
+            teacher=self._teacher,
+            held_out=part == "valid",
+        )
         return DataLoader(
-            WaveformDataset(
-                normalize=self.normalize,
-                channel=self.config.channel,
-                labels=self._labels.get(("labels", part)),
-                segments=self._labels.get(("segments", part)),
-                noise=self.noise if part == "train" else None,
-                teacher=self._teacher,
-                held_out=part == "valid",
-            ),
+            recordings
+            if self.draw is None
+            else DrawnDataset(recordings, self.draw, seed=self.seed, held_out=part == "valid"),
             sampler=sampler,
             batch_size=None,
             num_workers=workers,
@@ -350,6 +360,26 @@ class PretrainDataModule(LightningDataModule):
                 digest.update(encoded(f"{cut.id} {cut.duration}\n"))
             self._digest = digest.hexdigest()
         return self._digest
+
+
+class DrawnDataset(Dataset[AudioBatch]):
+    """Batches of a data set with `AudioBatch.draws`, so that workers make the random choices of a training step.
+
+    Args:
+        recordings: The data set.
+        draw: As for `PretrainDataModule`.
+        seed: Seed of the run.
+        held_out: Whether the batches are scored, not trained on.
+    """
+
+    def __init__(self, recordings: WaveformDataset, draw: Callable[..., Any], *, seed: int, held_out: bool) -> None:
+        self.recordings, self.draw, self.seed, self.held_out = recordings, draw, seed, held_out
+
+    def __getitem__(self, spec: BatchSpec) -> AudioBatch:
+        """Read a batch and draw for it, with the keys that `PretrainModule` derives too."""
+        batch = self.recordings[spec]
+        keys = utterance_keys(self.seed, VALIDATION_UPDATE if self.held_out else batch.update, batch.ids)
+        return replace(batch, draws=self.draw(batch.waveforms.layout, keys, training=not self.held_out))
 
 
 def _begin_worker(worker: int) -> None:

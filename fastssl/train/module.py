@@ -12,11 +12,15 @@ from torch import Tensor
 
 from fastssl.data.batches import AudioBatch
 from fastssl.data.noise import NoiseProblem
+from fastssl.kernels.philox import seeds_together
 from fastssl.models.pretraining import PretrainingModel, StepContext, StepOutput, perplexity
 from fastssl.names import encoded, shown
+from fastssl.nn.linear import casts_together
 from fastssl.nn.random import utterance_keys
+from fastssl.packing import send
 from fastssl.train.checkpoint_content import check_content
 from fastssl.train.config import OptimizerConfig
+from fastssl.train.results import Unread, UpdateResult
 from fastssl.train.stopping import REQUESTS, Requests
 from fastssl.train.teacher import Teacher
 
@@ -27,6 +31,7 @@ VALIDATION_UPDATE = -1
 _MAX_SKIPPED_UPDATES = 20
 #: First entries of the sums over an update's batches and processes; loss, scores and code counts follow.
 _COUNTS = ("masked_frames", "audio_s", "utterances", "drawn", "unusable", *REQUESTS)
+_COUNTS_END = len(_COUNTS)
 
 
 class TrainingError(RuntimeError):
@@ -46,6 +51,9 @@ class PretrainModule(LightningModule):
         max_steps: Number of updates after which the learning rate is 0.
         seed: Seed of masks, negatives, noise, dropout and layer drop.
         teacher: The teacher, if the system needs one.
+        read_every: The host reads the results of an update at once if its number is a multiple of one of these, because
+            a report, a checkpoint or a validation follows. On a GPU, it reads the others one update later, so that it
+            never waits for the device. Meanwhile the device skips an update whose loss or gradient is not finite.
     """
 
     def __init__(
@@ -56,6 +64,7 @@ class PretrainModule(LightningModule):
         max_steps: int,
         seed: int,
         teacher: Teacher | None = None,
+        read_every: Sequence[int] = (1,),
     ) -> None:
         super().__init__()
         self.model = model
@@ -65,14 +74,15 @@ class PretrainModule(LightningModule):
         self.seed = seed
         #: What this process asks all processes to do after the current update.
         self.requests = Requests()
-        #: Results of the last update over all processes: counts, mean loss and scores, gradient norm, learning rate.
+        self.read_every = tuple(read_every)
+        #: Values of the last update that the host has read, over all processes.
         self.last_update: dict[str, float] = {}
-        #: (V,) number of times each code was the target in that update; empty if the system has no code counts.
-        self.last_code_counts = torch.empty(0, dtype=torch.float64)
         #: Mean loss and scores of the held-out recordings from when they were last scored.
         self.last_validation: dict[str, float] = {}
         self._pending: list[tuple[Tensor, AudioBatch]] = []
         self._reduced = torch.empty(0)
+        self._unread: Unread | None = None
+        self._results: list[UpdateResult] = []
         self._skipped = 0
         self._validation: list[Tensor] = []
         self._names = model.score_names
@@ -81,7 +91,12 @@ class PretrainModule(LightningModule):
         """Make AdamW for all parameters (equivalent to fairseq's `adam`), and a schedule that steps once per update."""
         config = self.optimizer_config
         optimizer = torch.optim.AdamW(
-            self.parameters(), lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
+            self.parameters(),
+            lr=config.lr,
+            betas=config.betas,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            fused=self._reads_late() or None,
         )
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: config.lr_factor(update, self.max_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -105,10 +120,11 @@ class PretrainModule(LightningModule):
             checkpoint["teacher"] = self.teacher.digest
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adapt Lightning's counts of batches, and check that the teacher has the weights that the run began with.
+        """Adapt Lightning's counts of batches and the optimiser's kernel, and check the teacher's weights.
 
         Lightning counts the batches of a process, and takes an update's end from the count. With other numbers of
         processes and accumulation steps, the updates so far would have had another number of batches per process.
+        A run may continue on another kind of device, whose optimiser keeps its step counts elsewhere.
         The teacher's path may change. Checkpoints of earlier versions have no hash of the teacher and are not checked.
 
         Raises:
@@ -119,6 +135,9 @@ class PretrainModule(LightningModule):
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         for counts in (progress["total"], progress["current"]):
             counts |= {name: count + batches - counts["ready"] for name, count in counts.items()}
+        for state in checkpoint["optimizer_states"]:
+            for group in state["param_groups"]:
+                group["fused"] = self._reads_late() or None
         if self.teacher is not None and checkpoint.get("teacher", self.teacher.digest) != self.teacher.digest:
             raise ValueError(
                 "--resume: --teacher no longer has the weights that the run began with; restore them, "
@@ -135,7 +154,8 @@ class PretrainModule(LightningModule):
         if self.model.config.layerdrop > 0:
             layer_drop = torch.Generator().manual_seed(_seed_of("layer drop", self.seed, batch.update))
         keys = utterance_keys(self.seed, batch.update, batch.ids)
-        output = self.model.step(batch, StepContext(keys, batch.update, layer_drop, self.teacher))
+        with seeds_together(batch.waveforms.values.device), casts_together(self.model):
+            output = self.model.step(batch, StepContext(keys, batch.update, layer_drop, self.teacher))
         self._pending.append((self._sums(output, batch), batch))
         loss: Tensor = output.loss
         return loss
@@ -159,33 +179,65 @@ class PretrainModule(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip the gradient, then check loss and norm together, so that the host waits for the device only once.
+        """Clip the gradient, then check loss and norm together, now or one update later (`read_every`).
 
         Raises:
-            TrainingError: The loss or the gradient is NaN or infinite (with fp16, the gradient in 20 updates in a row).
-                The update has not been applied to the weights.
+            TrainingError: The loss or the gradient is NaN or infinite (with fp16, the gradient in 20 updates in a row),
+                in this update or in the one before. Neither has been applied to the weights then.
         """
         norm = torch.nn.utils.clip_grad_norm_(self.parameters(), self.optimizer_config.clip_norm or math.inf)
-        values = torch.cat((self._reduced, norm.detach().to(self._reduced)[None])).cpu()
-        self.last_update, self.last_code_counts = self._averages(values[:-1])
-        norm_value = values[-1].item()
-        self.last_update["grad_norm"] = norm_value
-        self.last_update["learning_rate"] = optimizer.param_groups[0]["lr"]
-        self.last_update |= self.model.schedules(self.global_step)
-        # If gradients overflow, fp16's scaler skips the update and lowers the scale.
+        values = torch.cat((self._reduced, norm.detach().to(self._reduced)[None]))
+        rates = {"learning_rate": optimizer.param_groups[0]["lr"], **self.model.schedules(self.global_step)}
+        fresh = Unread(self.global_step + 1, values, rates, self._pending)
+        self._pending = []
+        if self._unread is not None:
+            self._read(self._unread)
+            self._unread = None
+        if self._reads_late():
+            # The optimiser skips the update if this is 1, as it does for PyTorch's GradScaler.
+            wrong = (values[_COUNTS_END] + values[-1]) * 0 != 0
+            optimizer.found_inf = wrong.float()  # type: ignore[attr-defined]
+            requested = any(self.last_update.get(name) for name in REQUESTS)
+            if not requested and all(fresh.update % every for every in self.read_every):
+                self._unread = fresh
+                return
+        self._read(fresh)
+
+    def _reads_late(self) -> bool:
+        """Return whether the host may read the results of an update after the next one.
+
+        fp16's scaler reads on its own whether a gradient overflowed.
+        """
+        return self.trainer.strategy.root_device.type == "cuda" and not self._is_scaled()
+
+    def _is_scaled(self) -> bool:
         plugin = self.trainer.precision_plugin
-        scaled = isinstance(plugin, MixedPrecision) and plugin.scaler is not None
-        self._skipped = 0 if math.isfinite(norm_value) else self._skipped + 1
+        return isinstance(plugin, MixedPrecision) and plugin.scaler is not None
+
+    def _read(self, results: Unread) -> None:
+        """Read the results of an update, and raise `TrainingError` if they are not finite."""
+        values = results.read()
+        loss_and_scores, code_counts = self._averages(values[:-1])
+        norm = values[-1].item()
+        self.last_update = loss_and_scores | {"grad_norm": norm} | results.rates
+        # If gradients overflow, fp16's scaler skips the update and lowers the scale.
+        self._skipped = 0 if math.isfinite(norm) else self._skipped + 1
         loss = self.last_update["loss"]
-        if not math.isfinite(loss) or self._skipped >= (_MAX_SKIPPED_UPDATES if scaled else 1):
-            raise TrainingError(self._describe_non_finite(loss, norm_value))
-        self._pending.clear()
+        if not math.isfinite(loss) or self._skipped >= (_MAX_SKIPPED_UPDATES if self._is_scaled() else 1):
+            raise TrainingError(self._describe_non_finite(results, loss, norm))
+        self._results.append(UpdateResult(results.update, self.last_update, code_counts, results.problems()))
+
+    def take_results(self) -> list[UpdateResult]:
+        """Return the results of the updates that have been read since the last call, in order."""
+        results, self._results = self._results, []
+        return results
 
     def validation_step(self, batch: AudioBatch, batch_idx: int) -> None:
         """Compute loss and scores for a batch of held-out recordings."""
         # Masks are the same every time, but scheduled values are those of the run's current update.
         keys = utterance_keys(self.seed, VALIDATION_UPDATE, batch.ids)
-        output = self.model.step(batch, StepContext(keys, self.global_step, teacher=self.teacher))
+        with casts_together(self.model):
+            output = self.model.step(batch, StepContext(keys, self.global_step, teacher=self.teacher))
         self._validation.append(self._sums(output, batch))
 
     def on_validation_epoch_end(self) -> None:
@@ -203,7 +255,8 @@ class PretrainModule(LightningModule):
         scores = output.scores()
         summed = torch.stack([output.loss.detach().double(), *(scores[name].detach().double() for name in self._names)])
         codes = summed.new_empty(0) if output.code_counts is None else output.code_counts.to(summed)
-        return torch.cat((summed.new_tensor(counts), summed, codes))
+        (given,) = send([torch.tensor(counts, dtype=summed.dtype)], summed.device)
+        return torch.cat((given, summed, codes))
 
     def _averages(self, sums: Tensor) -> tuple[dict[str, float], Tensor]:
         """Split sums into named values and code counts; the loss and the scores become means over the masked frames."""
@@ -218,10 +271,10 @@ class PretrainModule(LightningModule):
             torch.distributed.all_reduce(sums)
         return sums
 
-    def _describe_non_finite(self, loss: float, norm: float) -> str:
+    def _describe_non_finite(self, results: Unread, loss: float, norm: float) -> str:
         """Describe the error with the recordings of all processes, so that all of them stop with the same message."""
-        at = len(_COUNTS)  # index of the loss
-        suspects = [batch for sums, batch in self._pending if math.isfinite(loss) or not sums[at].isfinite()]
+        at = _COUNTS_END  # index of the loss
+        suspects = [batch for sums, batch in results.batches if math.isfinite(loss) or not sums[at].isfinite()]
         guilty = [name for batch in suspects for name in self._names_of_non_finite(batch)]
         if self.trainer.world_size > 1:
             everywhere: list[list[str]] = [[] for _ in range(self.trainer.world_size)]
@@ -230,7 +283,7 @@ class PretrainModule(LightningModule):
         what = f"the gradient norm is {norm}" if math.isfinite(loss) else f"the loss is {loss}"
         often = f", the last of {self._skipped} in a row" if self._skipped > 1 else ""
         return (
-            f"{what} in update {self.global_step + 1}{often}. The update was not applied, and the last checkpoint is "
+            f"{what} in update {results.update}{often}. The update was not applied, and the last checkpoint is "
             f"from before it. Lower optimizer.lr, or check the recordings of the batch: {', '.join(map(shown, guilty))}"
         )
 

@@ -20,6 +20,7 @@ from fastssl.train.account import Account
 from fastssl.train.event_file import EventFile
 from fastssl.train.metrics_file import MetricsFile
 from fastssl.train.module import PretrainModule, TrainingError, code_usage
+from fastssl.train.results import UpdateResult
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +97,6 @@ class Monitor(Callback):
         self.scored_at = 0
         self._window: dict[str, float] = {}
         self._code_counts = torch.empty(0, dtype=torch.float64)
-        self._problems: list[Problem] = []
         self._named_held_out: set[str] = set()
         self._collapsed = 0
         self._clock = 0.0
@@ -138,13 +138,13 @@ class Monitor(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: AudioBatch, batch_idx: int
     ) -> None:
-        """Collect the problems of each batch; after the last batch of an update, report the update."""
+        """Report the updates whose results have been read."""
         assert isinstance(pl_module, PretrainModule)
-        self._problems += batch.problems
-        if (batch_idx + 1) % trainer.accumulate_grad_batches:
-            return
-        update = pl_module.last_update
-        problems, self._problems = self._problems, []
+        for result in pl_module.take_results():
+            self._report(trainer, result)
+
+    def _report(self, trainer: Trainer, result: UpdateResult) -> None:
+        update, problems = result.values, result.problems
         # From the sums, every process knows whether any process has problems, so all agree whether to gather them.
         if update["unusable"] and trainer.world_size > 1:
             everywhere: list[list[Problem]] = [[] for _ in range(trainer.world_size)]
@@ -152,19 +152,19 @@ class Monitor(Callback):
             problems = [problem for part in everywhere for problem in part]
         self._report_problems(trainer, self.account.note(round(update["drawn"]), problems))
         if not update["masked_frames"] and trainer.is_global_zero:
-            logger.warning("update %d has no masked frames: none of its recordings could be used", trainer.global_step)
+            logger.warning("update %d has no masked frames: none of its recordings could be used", result.update)
         self.audio_s += update["audio_s"]
         self._timed_audio_s += update["audio_s"]
         for name in ("masked_frames", "utterances"):
             self._window[name] = self._window.get(name, 0.0) + update[name]
         for name in ("loss", *self.score_names):
             self._window[name] = self._window.get(name, 0.0) + update[name] * update["masked_frames"]
-        if self._code_counts.shape != pl_module.last_code_counts.shape:
-            self._code_counts = torch.zeros_like(pl_module.last_code_counts)
-        self._code_counts = self._code_counts + pl_module.last_code_counts
+        if self._code_counts.shape != result.code_counts.shape:
+            self._code_counts = torch.zeros_like(result.code_counts)
+        self._code_counts = self._code_counts + result.code_counts
         self._watch_for_collapse(trainer, update)
         self.shown |= update
-        if trainer.global_step % self.log_every == 0 or trainer.global_step == trainer.max_steps:
+        if result.update % self.log_every == 0 or result.update == trainer.max_steps:
             self._close_window(trainer, update)
 
     def on_validation_batch_end(

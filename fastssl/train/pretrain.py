@@ -92,6 +92,7 @@ def _pretrain(config: PretrainConfig, run: Path, *, resume: bool, first: bool) -
         seed=config.seed,
         accumulation=config.trainer.accumulation,
         noise_share=cast(NoisyConfig, config.model).noise_share if SYSTEMS[config.system].needs.noise else 0.0,
+        draw=partial(SYSTEMS[config.system].draw, config.model),
     )
     takes_labels = SYSTEMS[config.system].needs.labels or config.data.segments is not None
     given = attach_given(config, data) if takes_labels else {}
@@ -138,6 +139,7 @@ def _fit(
         max_steps=settings.max_steps,
         seed=config.seed,
         teacher=teacher,
+        read_every=_read_every(config),
     )
     monitor = Monitor(
         run,
@@ -334,6 +336,13 @@ def _describe(
             config.optimizer.warmup_updates,
             config.trainer.max_steps,
         )
+
+
+def _read_every(config: PretrainConfig) -> list[int]:
+    """List the numbers of updates after which something needs the results of the last one."""
+    settings = config.trainer
+    every = (settings.log_every, settings.checkpoint_every, settings.keep_every, settings.val_check_interval)
+    return [number for number in (*every, config.quality.every, settings.max_steps) if number]
 
 
 def _devices(settings: TrainerConfig) -> tuple[int, int]:

@@ -308,11 +308,13 @@ def test_a_run_that_another_study_does_meanwhile_is_not_done_again(
 
 def test_the_message_of_a_diverged_run_is_the_one_that_is_looked_for() -> None:
     from fastssl.train.module import PretrainModule
+    from fastssl.train.results import Unread
 
     module = PretrainModule.__new__(PretrainModule)
-    stands_for = SimpleNamespace(_pending=[], _skipped=1, global_step=4, trainer=SimpleNamespace(world_size=1))
+    stands_for = SimpleNamespace(_skipped=1, trainer=SimpleNamespace(world_size=1))
+    results = Unread(5, torch.empty(0), {}, [])
     for loss, norm in ((math.nan, 1.0), (2.0, math.inf), (-math.inf, 1.0)):
-        assert pretraining_runs._NOT_FINITE.search(type(module)._describe_non_finite(stands_for, loss, norm))  # type: ignore[arg-type]
+        assert pretraining_runs._NOT_FINITE.search(type(module)._describe_non_finite(stands_for, results, loss, norm))  # type: ignore[arg-type]
 
 
 def test_a_run_of_other_settings_is_not_taken_for_this_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

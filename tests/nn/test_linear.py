@@ -1,11 +1,15 @@
 """Test the linear layer: it equals PyTorch's, its rows are independent of each other, and it can include a GELU."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastssl.nn.linear import PackedLinear
+from fastssl.nn import linear
+from fastssl.nn.linear import PackedLinear, casts_together
 from fastssl.nn.transformer import FeedForward
 
 
@@ -54,3 +58,46 @@ def test_a_layer_in_its_place_is_called() -> None:
     with torch.no_grad():
         expected = feed_forward.output_dense(F.gelu(feed_forward.intermediate_dense(x)))
         torch.testing.assert_close(feed_forward(x), expected)
+
+
+class Casts(TorchDispatchMode):
+    """Counts the casts of single tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.count += "_to_copy" in str(func)
+        return func(*args, **kwargs or {})
+
+
+def test_parameters_that_are_cast_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU; here the CPU pretends."""
+    monkeypatch.setattr(linear, "_is_cast", torch.is_autocast_enabled)
+    torch.manual_seed(0)
+    layers = nn.Sequential(PackedLinear(24, 40), nn.GELU(), PackedLinear(40, 16, bias=False), PackedLinear(16, 8))
+    x = torch.randn(30, 24, requires_grad=True)
+    parameters = list(layers.parameters())
+
+    def run(*, together: bool) -> tuple[Tensor, list[Tensor], int]:
+        context = casts_together(layers) if together else nullcontext()
+        with torch.autocast("cpu", torch.bfloat16), context, Casts() as casts:
+            out = layers(x)
+        return out, list(torch.autograd.grad(out.float().square().sum(), [x, *parameters])), casts.count
+
+    expected, expected_grads, single = run(together=False)
+    found, grads, few = run(together=True)
+    assert torch.equal(found, expected)
+    assert few == 1 < single  # that of x
+    for grad, one, other in zip(grads, [x, *parameters], expected_grads, strict=True):
+        assert grad.dtype == one.dtype
+        assert (grad - other).abs().max() <= 2**-7 * other.abs().max()
+    # The gradient of a bias is summed in fp32 and not rounded to bf16.
+    assert not torch.equal(grads[-1], grads[-1].bfloat16().float())
+
+
+def test_without_autocast_and_on_the_cpu_nothing_is_cast_together() -> None:
+    layer = PackedLinear(24, 40)
+    with torch.autocast("cpu", torch.bfloat16), casts_together(layer):
+        assert not linear._copies

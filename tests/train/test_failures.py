@@ -176,9 +176,12 @@ def test_fp16_does_not_skip_updates_for_ever(make_config: MakeConfig) -> None:
         seed=0,
     )
     precision = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu"))
-    module._trainer = SimpleNamespace(precision_plugin=precision, world_size=1, global_step=0)  # type: ignore[assignment]
+    strategy = SimpleNamespace(root_device=torch.device("cpu"))
+    trainer = SimpleNamespace(precision_plugin=precision, world_size=1, global_step=0, strategy=strategy)
+    module._trainer = trainer  # type: ignore[assignment]
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
-    batch: Any = SimpleNamespace(names=("loud.wav",), waveforms=Packed.pack([torch.zeros(16_000, 1)]))
+    waveforms = Packed.pack([torch.zeros(16_000, 1)])
+    batch: Any = SimpleNamespace(names=("loud.wav",), waveforms=waveforms, problems=())
     sums = torch.zeros(len(_COUNTS) + 1 + len(module.model.score_names), dtype=torch.float64)
 
     def update(gradient: float) -> None:

@@ -94,10 +94,10 @@ def _torch_conv(
 def _conv_with_gaps(x: Tensor, weight: Tensor, layout: Layout, bias: Tensor | None) -> Tensor:
     """Convolve the batch as one sequence with zeros between the utterances: one call of cuDNN."""
     groups, padding = x.shape[1] // weight.shape[1], weight.shape[2] // 2
-    gapped, longer = _with_gaps(x, layout, gap=padding)
+    gapped, _ = _with_gaps(x, layout, gap=padding)
     convolved = F.conv1d(gapped.t()[None], weight, bias, padding=padding, groups=groups)[0].t()
     # Not `convolved[rows]`, whose backward on a GPU sorts the rows. No row occurs twice, so nothing is added up.
-    return convolved.index_select(0, longer.rows(layout.sequence_ids, layout.positions))
+    return convolved.index_select(0, layout.rows_with_gaps(0, padding))
 
 
 class _ChannelsLastConv(torch.autograd.Function):
