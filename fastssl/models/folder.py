@@ -102,7 +102,8 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         Tensors by name.
 
     Raises:
-        ValueError: The folder contains no weights, a file is damaged, or a file that the index lists is missing.
+        ValueError: The folder contains no weights, a file is damaged, a file that the index lists is missing, or two of
+            them have the same weight.
     """
     path = next((folder / name for name in WEIGHT_FILES if (folder / name).exists()), None)
     if path is None:
@@ -123,7 +124,12 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
             raise ValueError(f"{path}: lists {brief(name)}, expected names that end with {suffix}")
         if not (folder / name).exists():
             raise ValueError(f"{folder / printable(name)}: is missing, but {path.name} lists it; restore the file")
-        weights |= _read_tensors(folder / name)
+        part = _read_tensors(folder / name)
+        if twice := weights.keys() & part.keys():
+            raise ValueError(
+                f"{folder / name}: {printable(min(twice))} is in another file of {path.name} too; restore it"
+            )
+        weights |= part
     return weights | _read_compressor(folder)
 
 

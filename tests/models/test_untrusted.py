@@ -213,6 +213,16 @@ def test_indices_that_list_too_much(model: Path) -> None:
         assert message in refused(model)
 
 
+def test_a_weight_in_two_files_is_refused(tmp_path: Path) -> None:
+    """Of two tensors of one name, the later file's would be used, whatever the index says."""
+    good_models(tmp_path)
+    folder = tmp_path / "in parts"
+    first, second = (torch.load(folder / f"pytorch_model-{part}-of-2.bin") for part in (1, 2))
+    name = min(first)
+    torch.save(second | {name: first[name] + 1}, folder / "pytorch_model-2-of-2.bin")
+    assert f"pytorch_model-2-of-2.bin: {name} is in another file of pytorch_model.bin.index.json too" in refused(folder)
+
+
 def test_checkpoints_of_fairseq_with_absurd_settings(tmp_path: Path) -> None:
     circle: list[Any] = []
     circle.append(circle)
