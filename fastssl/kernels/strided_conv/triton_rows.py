@@ -196,7 +196,9 @@ def _activate_backward_kernel(
             across = tl.sum(grad * standard, 1)[:, None] / C
             grad = tl.where(in_range, rstd * (grad - along - standard * across), 0.0)
         if totals_ptr is not None:
-            grad = rstd * (norm_weight * grad - mean_grad - standard * mean_product)
+            grad = norm_weight * grad - mean_grad - standard * mean_product
+            # The norm of one frame is constant; a fused multiply-add would leave the rounding of a product here.
+            grad *= tl.where(length > 1, rstd, 0.0)
         if NORM != "group" and weight_ptr is None:
             bias_sums += tl.sum(grad, 0)
         if grad_conv_ptr is not None:
