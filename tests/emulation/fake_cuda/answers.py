@@ -3,10 +3,14 @@
 import torch
 from torch import Tensor
 
-#: Part of a place -> values that are read there, where ones would stop or distort a run; the first match counts.
+#: Part of a place -> values that are read there, where ones would stop or distort a run; the first match counts. The last
+#: value fills the rest of a tensor.
 _VALUES: tuple[tuple[str, tuple[float, ...]], ...] = (
     ("torch/amp/grad_scaler.py", (0.0,)),  # no gradient overflowed
+    ("amp.py optimizer_step", (0.0,)),  # the same, through Lightning
     ("kernels/integrate_and_fire/", (80.0,)),  # output frames of each utterance
+    # An update's counts: frames, seconds, utterances, utterances drawn; then no problem, no request to stop, no loss.
+    ("fastssl/train/module.py", (1.0, 1.0, 1.0, 1.0, 0.0)),
     ("eval/encode.py _kept_after", (0.0, 30.0)),  # the first frame to keep, and the end
     ("interop/transformers.py _mask", (20.0,)),  # valid frames of each utterance
     ("fastssl/interop/", (8000.0,)),  # valid samples of each utterance
@@ -30,9 +34,10 @@ def values(like: Tensor, dtype: torch.dtype, place: str) -> Tensor:
     known = _known(place)
     if known is None and dtype.is_floating_point and like.dim() >= 2:
         return torch.randn(like.shape, generator=torch.Generator().manual_seed(like.numel())).to(dtype)
-    if known is not None and like.shape == (len(known),):
-        return torch.tensor(known).to(dtype)
-    return torch.full(like.shape, (known or (1.0,))[0]).to(dtype)
+    known = known or (1.0,)
+    filled = torch.full((max(like.numel(), len(known)),), known[-1])
+    filled[: len(known)] = torch.tensor(known)
+    return filled[: like.numel()].view(like.shape).to(dtype)
 
 
 def _known(place: str) -> tuple[float, ...] | None:

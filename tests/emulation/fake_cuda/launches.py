@@ -12,6 +12,9 @@ from torch import Tensor
 
 from tests.emulation.fake_cuda.record import Record
 
+#: Arguments that no case compiled ahead of time has: a bias before a group norm in the first convolution, which only
+#: torchaudio can be asked for.
+_NOT_COMPILED = {("strided_conv._window_statistics_kernel", "bias_ptr", "float32")}
 #: Largest size of a grid, by axis.
 _LIMITS = (2**31 - 1, 65535, 65535)
 
@@ -74,6 +77,7 @@ def note_launch(record: Record, kernel: Any, args: tuple[Any, ...], grid: Any, o
         record.problem(f"{title}: grid {sizes} is out of range")
     if kernel.__module__.startswith("fastssl.kernels."):
         unknown = _dtypes(arguments) - _compiled_dtypes(op).get(kernel.__name__, set())
+        unknown -= {(name, dtype) for kernel_title, name, dtype in _NOT_COMPILED if kernel_title == title}
         if unknown:
             named = ", ".join(sorted(f"{name} {dtype}" for name, dtype in unknown))
             record.problem(f"{title}: no ahead-of-time case has {named}")

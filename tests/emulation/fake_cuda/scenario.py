@@ -123,6 +123,6 @@ def run(scenario: Scenario) -> Found:
     watch = Watch()
     try:
         scenario(watch)
-    except Exception:
+    except (Exception, SystemExit):
         watch.found.error = traceback.format_exc()
     return watch.found

@@ -55,16 +55,16 @@ _UPDATE = 7
 
 def scenarios() -> Iterator[tuple[str, Scenario]]:
     """Yield the name of each scenario, and the scenario."""
-    for size, recipes in (("tiny", TINY), ("base", BASE)):
-        for system, recipe in recipes.items():
-            for compressor in COMPRESSORS:
-                for precision in PRECISIONS:
-                    for batch in BATCHES if size == "tiny" else ("ordinary",):
-                        name = f"train/{system}/{size}/{compressor}/{precision}/{batch}"
-                        yield (
-                            name,
-                            partial(_train, recipe=recipe, compressor=compressor, precision=precision, batch=batch),
-                        )
+    for system, recipe in TINY.items():
+        for compressor in COMPRESSORS:
+            for precision in PRECISIONS:
+                for batch in BATCHES:
+                    how = {"recipe": recipe, "compressor": compressor, "precision": precision, "batch": batch}
+                    yield f"train/{system}/tiny/{compressor}/{precision}/{batch}", partial(_train, **how)
+    for system, recipe in BASE.items():  # the recipes' own precision
+        for compressor in COMPRESSORS:
+            how = {"recipe": recipe, "compressor": compressor, "precision": "bf16-mixed", "batch": "ordinary"}
+            yield f"train/{system}/base/{compressor}/bf16-mixed/ordinary", partial(_train, **how)
     for precision in (*PRECISIONS, "bf16-true"):
         yield f"encoder/wav2vec2/{precision}", partial(_encode, recipe="wav2vec2-tiny", precision=precision)
         yield f"encoder/best-rq/{precision}", partial(_encode, recipe="best-rq-tiny", precision=precision)
