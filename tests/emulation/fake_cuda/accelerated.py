@@ -34,7 +34,7 @@ def scenarios() -> Iterator[tuple[str, Scenario]]:
         for variant in variants:
             # torchaudio's own WavLM takes no lengths.
             alone = library == "torchaudio" and variant.startswith("wavlm")
-            calls = {"call": call, "call_original": _call_without_lengths if alone else call}
+            calls: dict[str, Any] = {"call": call, "call_original": _call_without_lengths if alone else call}
             for mode in MODES:
                 for precision, dtype in PRECISIONS.items():
                     how = calls | {"make": partial(make, variant), "training": mode == "training", "dtype": dtype}

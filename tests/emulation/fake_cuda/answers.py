@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-#: Part of a place -> values that are read there, where ones would stop or distort a run; the first match counts. The last
-#: value fills the rest of a tensor.
+#: Part of a place -> values that are read there, where ones would stop or distort a run; the first match counts. The
+#: last value fills the rest of a tensor.
 _VALUES: tuple[tuple[str, tuple[float, ...]], ...] = (
     ("torch/amp/grad_scaler.py", (0.0,)),  # no gradient overflowed
     ("amp.py optimizer_step", (0.0,)),  # the same, through Lightning

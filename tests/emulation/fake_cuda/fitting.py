@@ -4,6 +4,7 @@ import tempfile
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 from benchmarks.recipes import recipe_model
 from fastssl.train.config import DataConfig, OptimizerConfig, PretrainConfig, QualityConfig, TrainerConfig
@@ -35,7 +36,12 @@ def _fit(watch: Watch, *, system: str, recipe: str, precision: str) -> None:
             data=DataConfig(max_duration_s=6, crop_s=2, min_duration_s=1, valid=0.2, num_workers=0),
             optimizer=OptimizerConfig(lr=1e-3, warmup_updates=2, clip_norm=10.0),
             trainer=TrainerConfig(
-                max_steps=2, log_every=1, val_check_interval=2, accelerator="gpu", precision=precision, progress=False
+                max_steps=2,
+                log_every=1,
+                val_check_interval=2,
+                accelerator="gpu",
+                precision=cast(Any, precision),
+                progress=False,
             ),
             quality=QualityConfig(),
         )

@@ -114,7 +114,7 @@ class _Pointer:
 
     def __init__(self, tensor: Tensor) -> None:
         self.dtype, self.shape = tensor.dtype, tensor.shape
-        self._offset = tensor.storage_offset() * tensor.element_size()
+        self._offset = int(tensor.storage_offset()) * tensor.element_size()
 
     def data_ptr(self) -> int:
         return self._offset
@@ -131,7 +131,8 @@ def _binder(kernel: Any) -> Callable[..., Any]:
     from triton.runtime.jit import create_function_from_signature
 
     backend = make_backend(GPUTarget("cuda", 90, 32))
-    return create_function_from_signature(kernel.signature, kernel.params, backend)
+    binder: Callable[..., Any] = create_function_from_signature(kernel.signature, kernel.params, backend)
+    return binder
 
 
 def _specialization(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[str, ...]:

@@ -38,7 +38,7 @@ class FakeCuda(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.record = Record()
         self._depth = 0
@@ -52,7 +52,7 @@ class FakeCuda(TorchDispatchMode):
             self._outer.enter_context(pretend.cpu_tensors_from_literals())
             self._outer.enter_context(recording(lambda *launch: note_launch(self.record, *launch)))
             pretend.on_wait.append(self._note_wait)
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *exception: Any) -> None:
@@ -60,7 +60,7 @@ class FakeCuda(TorchDispatchMode):
         if self._depth == 0:
             pretend.on_wait.remove(self._note_wait)
             self._outer.close()
-        super().__exit__(*exception)
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
 
     def _note_wait(self, reason: str) -> None:
         self.record.wait(reason)
@@ -77,6 +77,8 @@ class FakeCuda(TorchDispatchMode):
         if func.namespace == "prim":  # a question about the tensor
             with self.fake:
                 return func(*args, **kwargs)
+        if func.namespace == "c10d":
+            return self._communicate(func, args, kwargs)
         if func.namespace == "fastssl_triton":
             self._check_devices(name, args, kwargs)
             with self:
@@ -124,6 +126,15 @@ class FakeCuda(TorchDispatchMode):
         copy = tensor.clone()
         self._pinned[copy.untyped_storage()._cdata] = copy.untyped_storage()
         return copy
+
+    def _communicate(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Answer at once for the other processes: tensors that are written to are the first argument."""
+        from torch._C._distributed_c10d import FakeWork
+
+        self._check_devices(func.name(), args, kwargs)
+        self.record.launches[func.name()] += 1
+        work = FakeWork().boxed()  # type: ignore[attr-defined]
+        return (args[0], work) if len(func._schema.returns) == 2 else work
 
     def _native(self, func: Any, args: Any, kwargs: Any) -> Any:
         name = func._schema.name.partition("::")[2]
@@ -285,7 +296,7 @@ def _convolution(mode: FakeCuda, func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _convolution_backward(mode: FakeCuda, func: Any, args: Any, kwargs: Any) -> Any:
-    x, weight, needed = *args[1:3], args[-1]
+    x, weight, needed = args[1], args[2], args[-1]
     mode.record.launches["convolution_backward"] += sum(needed)
     shapes = (x.shape, weight.shape, weight.shape[:1])
     return tuple(

@@ -13,7 +13,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -137,16 +137,15 @@ def _mend_fake_tensors() -> None:
         parameters |= changed
         return module
 
-    FakeTensor.__reduce_ex__ = reduce  # type: ignore[method-assign]
-    FakeTensor.tolist = tolist  # type: ignore[method-assign]
-    torch.nn.Module._apply = apply  # type: ignore[assignment]
+    fake, module_class = cast(Any, FakeTensor), cast(Any, torch.nn.Module)
+    fake.__reduce_ex__, fake.tolist, module_class._apply = reduce, tolist, apply
 
 
-def _changed(parameter: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> torch.nn.Parameter:
+def _changed(parameter: torch.nn.Parameter, change: Callable[[torch.Tensor], torch.Tensor]) -> torch.nn.Parameter:
     with torch.no_grad():
         new = change(parameter)
     if new is parameter:
-        return parameter  # type: ignore[no-any-return]
+        return parameter
     return torch.nn.Parameter(new.detach(), requires_grad=parameter.requires_grad)
 
 

@@ -1,4 +1,4 @@
-"""Test what the host does on a GPU: no mixed devices or dtypes, only the recorded waits, no more launches than recorded.
+"""Test what the host does on a GPU: no mixed devices or dtypes, the recorded waits only, launches within a budget.
 
 After a change that is meant to change launches or waits, `python -m tests.emulation.fake_cuda.run --record` writes the
 new numbers to tests/emulation/budgets.json; patterns such as "train/wav2vec2/*" before the option limit it.
