@@ -77,8 +77,6 @@ class FakeCuda(TorchDispatchMode):
         if func.namespace == "prim":  # a question about the tensor
             with self.fake:
                 return func(*args, **kwargs)
-        if func.namespace == "c10d":
-            return self._communicate(func, args, kwargs)
         if func.namespace == "fastssl_triton":
             self._check_devices(name, args, kwargs)
             with self:
@@ -126,15 +124,6 @@ class FakeCuda(TorchDispatchMode):
         copy = tensor.clone()
         self._pinned[copy.untyped_storage()._cdata] = copy.untyped_storage()
         return copy
-
-    def _communicate(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Answer at once for the other processes: tensors that are written to are the first argument."""
-        from torch._C._distributed_c10d import FakeWork
-
-        self._check_devices(func.name(), args, kwargs)
-        self.record.launches[func.name()] += 1
-        work = FakeWork().boxed()  # type: ignore[attr-defined]
-        return (args[0], work) if len(func._schema.returns) == 2 else work
 
     def _native(self, func: Any, args: Any, kwargs: Any) -> Any:
         name = func._schema.name.partition("::")[2]

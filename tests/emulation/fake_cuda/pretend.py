@@ -108,7 +108,8 @@ def _replace_engine() -> None:
         finally:
             shim.pretend_devices(0)
 
-    torch.autograd.graph._engine_run_backward = torch.autograd._engine_run_backward = run
+    for module in (torch.autograd, torch.autograd.graph):
+        cast(Any, module)._engine_run_backward = run
 
 
 def _allow_fake_tensors_in_foreach() -> None:
@@ -130,10 +131,10 @@ def _mend_fake_tensors() -> None:
 
     def apply(module: torch.nn.Module, change: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         """Replace fake parameters, because PyTorch would swap their memory, which they do not have."""
-        parameters = module._parameters
+        parameters: dict[str, Any] = module._parameters
         changed = {name: _changed(value, change) for name, value in parameters.items() if isinstance(value, FakeTensor)}
         parameters |= dict.fromkeys(changed)
-        original(module, change, recurse)
+        original(module, change, recurse)  # type: ignore[no-untyped-call]
         parameters |= changed
         return module
 

@@ -1,14 +1,13 @@
 """Scenarios of training: an update of each system, as the Lightning module makes it, and an encoder's forward pass."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from benchmarks.recipes import recipe_model
 from fastssl.data.batches import AudioBatch
@@ -115,7 +114,6 @@ class Update:
         self.module._trainer = SimpleNamespace(  # type: ignore[assignment]
             accumulate_grad_batches=1, world_size=1, global_rank=0, global_step=_UPDATE, precision_plugin=None
         )
-        self.forward: Callable[..., Tensor] = self.module.training_step
         self.optimizer = self.module.configure_optimizers()["optimizer"]
 
     def __call__(self, seconds: tuple[float, ...], *, watched: bool = False) -> None:
@@ -128,7 +126,7 @@ class Update:
         with phase("transfer"):
             batch = batch.to("cuda", non_blocking=True)
         with phase("forward"), self._autocast():
-            loss = self.forward(batch, 0)
+            loss = self.module.training_step(batch, 0)
         with phase("backward"):
             self.scaler.scale(loss).backward()
         with phase("clip"):
