@@ -12,9 +12,16 @@ from torch import Tensor
 
 from tests.emulation.fake_cuda.record import Record
 
-#: Arguments that no case compiled ahead of time has: a bias before a group norm in the first convolution, which only
-#: torchaudio can be asked for.
-_NOT_COMPILED = {("strided_conv._window_statistics_kernel", "bias_ptr", "float32")}
+#: Arguments that no case compiled ahead of time has.
+_NOT_COMPILED = {
+    # A bias before a group norm in the first convolution, which only torchaudio can be asked for.
+    ("strided_conv._window_statistics_kernel", "bias_ptr", "float32"),
+    # An encoder whose weights are 16-bit, not only its products.
+    ("strided_conv._forward_kernel", "bias_ptr", "16-bit float"),
+    ("strided_conv._activate_kernel", "bias_ptr", "16-bit float"),
+    ("strided_conv._activate_kernel", "norm_weight_ptr", "16-bit float"),
+    ("strided_conv._activate_kernel", "norm_bias_ptr", "16-bit float"),
+}
 #: Largest size of a grid, by axis.
 _LIMITS = (2**31 - 1, 65535, 65535)
 
