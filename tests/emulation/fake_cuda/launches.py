@@ -1,0 +1,154 @@
+"""Record launches of Triton kernels instead of making them."""
+
+import pkgutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.emulation.fake_cuda.record import Record
+
+#: Arguments that no case compiled ahead of time has.
+_NOT_COMPILED = {
+    # A bias before a group norm in the first convolution, which only torchaudio can be asked for.
+    ("strided_conv._window_statistics_kernel", "bias_ptr", "float32"),
+    # An encoder whose weights are 16-bit, not only its products.
+    ("strided_conv._forward_kernel", "bias_ptr", "16-bit float"),
+    ("strided_conv._activate_kernel", "bias_ptr", "16-bit float"),
+    ("strided_conv._activate_kernel", "norm_weight_ptr", "16-bit float"),
+    ("strided_conv._activate_kernel", "norm_bias_ptr", "16-bit float"),
+}
+#: Largest size of a grid, by axis.
+_LIMITS = (2**31 - 1, 65535, 65535)
+
+
+@contextmanager
+def recording(note: Callable[..., None]) -> Iterator[None]:
+    """Within this context, call `note(kernel, args, grid, options)` for each launch of a Triton kernel."""
+    from triton.runtime.jit import JITFunction
+
+    def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        note(kernel, args, grid, options)
+
+    original, JITFunction.run = JITFunction.run, run
+    try:
+        yield
+    finally:
+        JITFunction.run = original
+
+
+@cache
+def operators() -> dict[str, Callable[..., Any]]:
+    """Return the host code of each Triton operator, by the operator's name."""
+    import fastssl.kernels
+
+    found = {}
+    for module in pkgutil.iter_modules(fastssl.kernels.__path__):
+        if module.ispkg and (kernels := _triton_module(module.name)) is not None:
+            for name in (f"{module.name}_fwd", f"{module.name}_bwd"):
+                found[name] = getattr(kernels, name)
+    return found
+
+
+def _triton_module(op: str) -> Any:
+    try:
+        return import_module(f"fastssl.kernels.{op}.triton_kernel")
+    except ModuleNotFoundError:
+        return None
+
+
+def note_launch(record: Record, kernel: Any, args: tuple[Any, ...], grid: Any, options: dict[str, Any]) -> None:
+    """Check a launch and add it to a record.
+
+    Problems are an argument on another device, one with strides, a grid outside the limits of the hardware, and dtypes
+    for which the kernel is not among the cases that are compiled ahead of time.
+    """
+    names = [parameter.name for parameter in kernel.params]
+    arguments = dict(zip(names, args, strict=False))
+    arguments |= {name: value for name, value in options.items() if name in names}
+    op = kernel.__module__.split(".")[-2]
+    title = f"{op}.{kernel.__name__}"
+    for name, value in arguments.items():
+        if isinstance(value, Tensor):
+            if value.device.type != "cuda":
+                record.problem(f"{title}: {name} is on {value.device}")
+            if not value.is_contiguous():
+                record.problem(f"{title}: {name} is not contiguous, {tuple(value.shape)} {value.stride()}")
+    sizes = grid(arguments) if callable(grid) else grid
+    sizes = tuple(sizes) if isinstance(sizes, (tuple, list)) else (sizes,)
+    if any(not 0 < size <= limit for size, limit in zip(sizes, _LIMITS, strict=False)):
+        record.problem(f"{title}: grid {sizes} is out of range")
+    if kernel.__module__.startswith("fastssl.kernels."):
+        unknown = _dtypes(arguments) - _compiled_dtypes(op).get(kernel.__name__, set())
+        unknown -= {(name, dtype) for kernel_title, name, dtype in _NOT_COMPILED if kernel_title == title}
+        if unknown:
+            named = ", ".join(sorted(f"{name} {dtype}" for name, dtype in unknown))
+            record.problem(f"{title}: no ahead-of-time case has {named}")
+    record.launches[title] += 1
+    record.variants.add((title, *_specialization(kernel, args, options)))
+
+
+def _dtypes(arguments: dict[str, Any]) -> set[tuple[str, str]]:
+    return {(name, _kind(value.dtype)) for name, value in arguments.items() if isinstance(value, Tensor)}
+
+
+def _kind(dtype: torch.dtype) -> str:
+    """Name a dtype; fp16 and bf16 count as one, because not every kernel is compiled ahead of time for both."""
+    return "16-bit float" if dtype in (torch.float16, torch.bfloat16) else str(dtype).removeprefix("torch.")
+
+
+@cache
+def _compiled_dtypes(op: str) -> dict[str, set[tuple[str, str]]]:
+    """Return which dtypes the cases that are compiled ahead of time give to each argument, by kernel."""
+    seen: dict[str, set[tuple[str, str]]] = {}
+
+    def note(kernel: Any, args: tuple[Any, ...], grid: Any, options: dict[str, Any]) -> None:
+        arguments = dict(zip([parameter.name for parameter in kernel.params], args, strict=False)) | options
+        seen.setdefault(kernel.__name__, set()).update(_dtypes(arguments))
+
+    with recording(note), torch.utils._python_dispatch._disable_current_modes(), torch.inference_mode(mode=False):
+        for case in _triton_module(op).ahead_of_time_cases().values():
+            case()
+    return seen
+
+
+class _Pointer:
+    """What Triton asks of a tensor: its dtype, and whether its address is a multiple of 16."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.dtype, self.shape = tensor.dtype, tensor.shape
+        self._offset = int(tensor.storage_offset()) * tensor.element_size()
+
+    def data_ptr(self) -> int:
+        return self._offset
+
+    @staticmethod
+    def ptr_range() -> int:
+        return 0
+
+
+@cache
+def _binder(kernel: Any) -> Callable[..., Any]:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    backend = make_backend(GPUTarget("cuda", 90, 32))
+    binder: Callable[..., Any] = create_function_from_signature(kernel.signature, kernel.params, backend)
+    return binder
+
+
+def _specialization(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[str, ...]:
+    """Return what Triton compiles the kernel for; it compiles again whenever one of these texts is new."""
+
+    def plain(value: Any) -> Any:
+        return _Pointer(value) if isinstance(value, Tensor) else value
+
+    named = {name: plain(value) for name, value in options.items()}
+    bound, specialization, others = _binder(kernel)(*map(plain, args), **named)
+    kinds = [f"{name}={kind}" for name, kind in zip(bound, specialization, strict=True)]
+    return *kinds, *(f"{name}={value}" for name, value in sorted(others.items()))

@@ -1,0 +1,222 @@
+"""Scenarios of training: an update of each system, as the Lightning module makes it, and an encoder's forward pass."""
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from benchmarks.recipes import recipe_model
+from fastssl.data.batches import AudioBatch
+from fastssl.data.segments import FrameSegments
+from fastssl.eval.encode import frame_grid
+from fastssl.models.config import SpeechEncoderConfig
+from fastssl.models.distillation import DistillationConfig
+from fastssl.models.encoder import Encoder, EncoderConfig
+from fastssl.models.pretraining import PretrainingModel
+from fastssl.packing import Layout, Packed
+from fastssl.train.config import OptimizerConfig
+from fastssl.train.module import PretrainModule
+from fastssl.train.systems import SYSTEMS, build_model, system_of
+from fastssl.train.teacher import Teacher
+from tests.emulation.fake_cuda.scenario import Scenario, Watch
+
+PRECISIONS: dict[str, torch.dtype | None] = {
+    "32-true": None,
+    "bf16-mixed": torch.bfloat16,
+    "16-mixed": torch.float16,
+}
+#: Name of a system in a scenario -> recipe of its tiny model.
+TINY = {
+    "wav2vec2": "wav2vec2-tiny",
+    "hubert": "hubert-tiny",
+    "wavlm": "wavlm-tiny",
+    "best-rq": "best-rq-tiny",
+    "distillation": "distil-tiny",
+}
+#: The same for the published sizes.
+BASE = {
+    "wav2vec2": "wav2vec2-base",
+    "hubert": "hubert-base",
+    "wavlm": "wavlm-base",
+    "best-rq": "best-rq-base",
+    "distillation": "distilhubert",
+}
+COMPRESSORS = ("none", "integrate-and-fire")
+#: Lengths in seconds of the utterances of a batch, and of another batch that must not need other kernels.
+BATCHES = {"ordinary": (4.0, 7.3, 2.2), "empty": (), "one frame": (0.03,), "one utterance": (5.1,)}
+_OTHER_LENGTHS = (3.1, 9.7, 2.9, 6.05)
+#: An update in which layer drop keeps 10 of the 12 layers of a base model.
+_UPDATE = 7
+
+
+def scenarios() -> Iterator[tuple[str, Scenario]]:
+    """Yield the name of each scenario, and the scenario."""
+    for system, recipe in TINY.items():
+        for compressor in COMPRESSORS:
+            for precision in PRECISIONS:
+                for batch in BATCHES:
+                    yield (
+                        f"train/{system}/tiny/{compressor}/{precision}/{batch}",
+                        partial(_train, recipe=recipe, compressor=compressor, precision=precision, batch=batch),
+                    )
+    for system, recipe in BASE.items():  # the recipes' own precision
+        for compressor in COMPRESSORS:
+            yield (
+                f"train/{system}/base/{compressor}/bf16-mixed/ordinary",
+                partial(_train, recipe=recipe, compressor=compressor, precision="bf16-mixed", batch="ordinary"),
+            )
+    for precision in (*PRECISIONS, "bf16-true"):
+        yield f"encoder/wav2vec2/{precision}", partial(_encode, recipe="wav2vec2-tiny", precision=precision)
+        yield f"encoder/best-rq/{precision}", partial(_encode, recipe="best-rq-tiny", precision=precision)
+
+
+def _train(watch: Watch, *, recipe: str, compressor: str, precision: str, batch: str) -> None:
+    update = Update(watch, config_of(recipe, compressor), precision)
+    lengths = BATCHES[batch]
+    with watch.unwatched():
+        update(lengths)  # the optimiser makes its state, and layouts are cached
+    update(lengths, watched=True)
+    if batch == "ordinary":
+        with watch.no_new_variants():
+            update(_OTHER_LENGTHS)
+    _check_gradients(update.module)
+
+
+def config_of(recipe: str, compressor: str) -> SpeechEncoderConfig:
+    config: SpeechEncoderConfig = recipe_model(recipe)
+    return dataclasses.replace(config, compressor=compressor)
+
+
+class Update:
+    """A module with its optimiser, which makes updates as Lightning does.
+
+    Args:
+        watch: Where launches and waits are recorded.
+        config: The system to train.
+        precision: Lightning's name of the precision.
+    """
+
+    def __init__(self, watch: Watch, config: SpeechEncoderConfig, precision: str) -> None:
+        torch.manual_seed(0)
+        self.watch, self.config, self.dtype = watch, config, PRECISIONS[precision]
+        model = build_model(config)
+        teacher = _teacher(config) if model.needs.teacher else None
+        with watch.unwatched():
+            model.to("cuda")
+            self.scaler = torch.amp.GradScaler("cuda", enabled=self.dtype == torch.float16)
+        optimizer = OptimizerConfig(clip_norm=10.0)
+        self.module = PretrainModule(model, optimizer=optimizer, max_steps=1000, seed=0, teacher=teacher).train()
+        # What the module reads of Lightning's trainer.
+        self.module._trainer = SimpleNamespace(  # type: ignore[assignment]
+            accumulate_grad_batches=1, world_size=1, global_rank=0, global_step=_UPDATE, precision_plugin=None
+        )
+        self.optimizer = self.module.configure_optimizers()["optimizer"]
+
+    def __call__(self, seconds: tuple[float, ...], *, watched: bool = False) -> None:
+        """Make an update with a batch of utterances of these lengths in seconds."""
+
+        def phase(name: str) -> AbstractContextManager[None]:
+            return self.watch.phase(name) if watched else nullcontext()
+
+        batch = _pinned(self.watch, batch_of(self.module.model, seconds))
+        with phase("transfer"):
+            batch = batch.to("cuda", non_blocking=True)
+        with phase("forward"), self._autocast():
+            loss = self.module.training_step(batch, 0)
+        with phase("backward"):
+            self.scaler.scale(loss).backward()
+        with phase("clip"):
+            self.scaler.unscale_(self.optimizer)
+            self.module.on_before_optimizer_step(self.optimizer)
+            self.module.configure_gradient_clipping(self.optimizer)
+        with phase("step"):
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.optimizer.zero_grad()
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self.dtype is None else torch.autocast("cuda", self.dtype)
+
+
+def _pinned(watch: Watch, batch: AudioBatch) -> AudioBatch:
+    with watch.unwatched():
+        return batch.pin_memory()
+
+
+def _check_gradients(module: PretrainModule) -> None:
+    """Check that parameters are fp32 on the GPU, so that the run above was what it seems."""
+    kinds = {(parameter.device.type, parameter.dtype) for parameter in module.parameters()}
+    assert kinds == {("cuda", torch.float32)}, kinds
+
+
+def _teacher(config: SpeechEncoderConfig) -> Teacher:
+    assert isinstance(config, DistillationConfig)
+    width = config.teacher_hidden_size
+    teacher = EncoderConfig(
+        model_type="hubert",
+        hidden_size=width,
+        num_hidden_layers=config.teacher_num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        intermediate_size=4 * width,
+        conv_dim=config.conv_dim,
+    )
+    return Teacher(Encoder(teacher), config.targets, gives_frames=config.keeps_front_end(teacher))
+
+
+def waveforms_of(seconds: tuple[float, ...]) -> Packed:
+    lengths = [round(16000 * length) for length in seconds]
+    generator = torch.Generator().manual_seed(len(lengths))
+    return Packed(torch.randn(sum(lengths), 1, generator=generator), Layout.from_lengths(lengths))
+
+
+def batch_of(model: PretrainingModel, seconds: tuple[float, ...]) -> AudioBatch:
+    """Make a batch with all that a model needs, in CPU memory."""
+    waveforms = waveforms_of(seconds)
+    grid = frame_grid(model.config)
+    frames = sum(grid.count(length) for length in waveforms.layout.lengths)
+    needs, count = model.needs, len(seconds)
+    noise = Packed(waveforms.values[: 8000 * count], Layout.from_lengths([8000] * count)) if count else waveforms
+    return AudioBatch(
+        waveforms,
+        ids=torch.arange(count) * 7919,
+        names=tuple(f"utterance {index}" for index in range(count)),
+        update=_UPDATE,
+        problems=(),
+        labels=torch.arange(frames) % 7 if needs.labels else None,
+        segments=FrameSegments(torch.full((frames,), 0.25), torch.arange(frames) % 4 == 3)
+        if _segments(model)
+        else None,
+        noise=noise if needs.noise else None,
+    )
+
+
+def _segments(model: PretrainingModel) -> bool:
+    config: Any = model.config
+    return bool(config.draws_rates)
+
+
+def _encode(watch: Watch, *, recipe: str, precision: str) -> None:
+    """Run an encoder as a user does: in inference mode, on a batch that is copied to the GPU."""
+    config = recipe_model(recipe)
+    encoder = SYSTEMS[system_of(config)](config).speech_encoder.eval()
+    dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
+    with watch.unwatched():
+        encoder.to("cuda", dtype)
+    autocast = PRECISIONS.get(precision)
+
+    def forward(seconds: tuple[float, ...]) -> None:
+        waveforms = waveforms_of(seconds).to("cuda")
+        waveforms = Packed(waveforms.values.to(dtype), waveforms.layout)
+        with nullcontext() if autocast is None else torch.autocast("cuda", autocast):
+            output = encoder(waveforms)
+        watch.found.notes["dtype"] = str(output.features.values.dtype)
+
+    with torch.inference_mode():
+        with watch.phase("forward"):
+            forward(BATCHES["ordinary"])
+        with watch.no_new_variants():
+            forward(_OTHER_LENGTHS)
