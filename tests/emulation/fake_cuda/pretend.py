@@ -132,7 +132,11 @@ def _mend_fake_tensors() -> None:
     def apply(module: torch.nn.Module, change: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         """Replace fake parameters, because PyTorch would swap their memory, which they do not have."""
         parameters: dict[str, Any] = module._parameters
-        changed = {name: _changed(value, change) for name, value in parameters.items() if isinstance(value, FakeTensor)}
+        changed = {
+            name: _changed(cast(Any, value), change)
+            for name, value in parameters.items()
+            if isinstance(value, FakeTensor)
+        }
         parameters |= dict.fromkeys(changed)
         original(module, change, recurse)  # type: ignore[no-untyped-call]
         parameters |= changed
