@@ -219,7 +219,7 @@ def dropout_add_layer_norm_bwd(
     tiles = triton.cdiv(rows, blocks.BLOCK_N)
     rows_per_program = max(triton.cdiv(tiles, _MAX_PROGRAMS), 1) * blocks.BLOCK_N
     programs = triton.cdiv(rows, rows_per_program)
-    partial_weight, partial_bias = weight.new_empty(programs, width), weight.new_empty(programs, width)
+    partial_sums = weight.new_empty(2, programs, width)  # of the gradients of weight and bias
     if rows > 0:
         with torch.cuda.device_of(x):
             _backward_kernel[(programs,)](
@@ -233,8 +233,8 @@ def dropout_add_layer_norm_bwd(
                 seed,
                 grad_x,
                 grad_residual,
-                partial_weight,
-                partial_bias,
+                partial_sums[0],
+                partial_sums[1],
                 rows,
                 rows_per_program,
                 offset,
@@ -245,7 +245,8 @@ def dropout_add_layer_norm_bwd(
                 DROPOUT=seed is not None,
                 **blocks._asdict(),
             )
-    return grad_x, grad_residual, partial_weight.sum(0), partial_bias.sum(0)
+    grad_weight, grad_bias = partial_sums.sum(1).unbind()
+    return grad_x, grad_residual, grad_weight, grad_bias
 
 
 def ahead_of_time_cases() -> dict[str, Callable[[], object]]:
