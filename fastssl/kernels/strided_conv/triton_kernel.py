@@ -495,6 +495,11 @@ def ahead_of_time_cases() -> dict[str, Callable[[], object]]:
             cases[f"front end, {norm} norm, {dtype}".replace("torch.", "")] = partial(
                 _forward_and_backward, dtype, norm, (1, 512, 512, 512), (10, 3, 2), (5, 2, 2), False
             )
+        # The longest window and most channels that are computed from windows under layer norm, and twice the channels.
+        for channels in (512, 1024):
+            cases[f"layer norm, K=31, {channels} channels, {dtype}".replace("torch.", "")] = partial(
+                _forward_and_backward, dtype, "layer", (1, channels), (31,), (5,), False
+            )
     cases["group norm everywhere, bfloat16"] = partial(
         _forward_and_backward, torch.bfloat16, "groups", (512, 512, 512), (3, 3), (2, 2), True
     )
