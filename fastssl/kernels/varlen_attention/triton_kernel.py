@@ -111,12 +111,10 @@ def _forward_kernel(
     # The last block of keys, which may have keys after the end, comes before the loop, which then needs no masks. (With
     # the last block after the loop, ptxas would run all products one after the other.)
     places = tl.arange(0, BLOCK_N)
-    k_ptr += offset
-    v_ptr += offset
     last = (length - 1) // BLOCK_N * BLOCK_N
     keys = last + places
-    k = load_rows(k_ptr, keys, length, stride, E, BLOCK_E)
-    v = load_rows(v_ptr, keys, length, stride, E, BLOCK_E)
+    k = load_rows(k_ptr + (offset + last * stride), places, length - last, stride, E, BLOCK_E)
+    v = load_rows(v_ptr + (offset + last * stride), places, length - last, stride, E, BLOCK_E)
     highest, sums, acc = _attend(
         (highest, sums, acc),
         q,
@@ -133,8 +131,8 @@ def _forward_kernel(
     )
     for start in range(0, last, BLOCK_N):
         keys = start + places
-        k = load_rows(k_ptr + start * stride, places, BLOCK_N, stride, E, BLOCK_E)
-        v = load_rows(v_ptr + start * stride, places, BLOCK_N, stride, E, BLOCK_E)
+        k = load_rows(k_ptr + (offset + start * stride), places, BLOCK_N, stride, E, BLOCK_E)
+        v = load_rows(v_ptr + (offset + start * stride), places, BLOCK_N, stride, E, BLOCK_E)
         highest, sums, acc = _attend(
             (highest, sums, acc),
             q,
@@ -150,10 +148,10 @@ def _forward_kernel(
             DROPS=seed_ptr is not None,
         )
 
-    store_rows(out_ptr + offset, acc * (keep_factor / sums)[:, None], rows, length, stride, E, BLOCK_E)
     # In units of ln 2, as the backward needs it.
     logsumexp = highest + tl.log2(sums)
     tl.store(logsumexp_ptr + head.to(tl.int64) * total + begin + rows, logsumexp, mask=rows < length)
+    store_rows(out_ptr + offset, acc * (keep_factor / sums)[:, None], rows, length, stride, E, BLOCK_E)
 
 
 @triton.jit
