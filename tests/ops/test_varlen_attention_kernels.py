@@ -115,8 +115,9 @@ def test_a_bias_of_minus_infinity_forbids(backend: str, device: str) -> None:
 def test_a_scale_that_is_not_positive(backend: str, device: str, scale: float) -> None:
     lengths = (130, 3, 1)
     inputs = {name: x.to(device) for name, x in make_inputs(lengths, 1, 16, 1).items() if name in ("q", "k", "v")}
-    leaves, layout = [x.requires_grad_() for x in inputs.values()], layout_of(lengths, device)
-    outputs = [varlen_attention(*leaves, layout, scale=scale, backend=name) for name in (backend, "reference")]
+    q, k, v = leaves = [x.requires_grad_() for x in inputs.values()]
+    layout = layout_of(lengths, device)
+    outputs = [varlen_attention(q, k, v, layout, scale=scale, backend=name) for name in (backend, "reference")]
     torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-5, atol=1e-5)
     found, expected = (gradients(out, leaves) for out in outputs)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
