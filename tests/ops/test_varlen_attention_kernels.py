@@ -110,6 +110,19 @@ def test_a_bias_of_minus_infinity_forbids(backend: str, device: str) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+@pytest.mark.parametrize(("backend", "device"), KERNELS)
+def test_a_scale_that_is_not_positive(backend: str, device: str, scale: float) -> None:
+    lengths = (130, 3, 1)
+    inputs = {name: x.to(device) for name, x in make_inputs(lengths, 1, 16, 1).items() if name in ("q", "k", "v")}
+    q, k, v = leaves = [x.requires_grad_() for x in inputs.values()]
+    layout = layout_of(lengths, device)
+    outputs = [varlen_attention(q, k, v, layout, scale=scale, backend=name) for name in (backend, "reference")]
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-5, atol=1e-5)
+    found, expected = (gradients(out, leaves) for out in outputs)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(("backend", "device"), ON_GPU)
 def test_same_bits_every_time(backend: str, device: str) -> None:

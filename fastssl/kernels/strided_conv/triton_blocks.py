@@ -14,8 +14,9 @@ from fastssl.kernels.strided_conv.plan import LayerPlan
 #: Longest window (samples) whose product is recomputed rather than stored. With a column of ones, it fits in 32
 #: columns.
 _LONGEST_WINDOW = 31
-#: Largest number of channels for which the kernels that compute frames from windows support layer norm.
-_WIDEST_LAYER_NORM = 1024
+#: Largest number of channels for which the kernels that compute frames from windows support layer norm. With 1024, a
+#: tile of fp32 would need 131 KiB of shared memory, more than the 99 KiB of sm_86, and bf16 would spill 1.5 KB.
+_WIDEST_LAYER_NORM = 512
 #: Number of frames of one sequence that one program sums; a second kernel adds the sums of these chunks.
 WINDOW_CHUNK, FRAME_CHUNK = 2048, 256
 

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastssl.kernels.precision import fp32_precision, precision_of
+from fastssl.kernels.precision import precision_of
 from fastssl.kernels.strided_conv.plan import LayerPlan, plan_layers
 from fastssl.kernels.strided_conv.triton_blocks import (
     RowGradients,
@@ -495,6 +495,11 @@ def ahead_of_time_cases() -> dict[str, Callable[[], object]]:
             cases[f"front end, {norm} norm, {dtype}".replace("torch.", "")] = partial(
                 _forward_and_backward, dtype, norm, (1, 512, 512, 512), (10, 3, 2), (5, 2, 2), False
             )
+        # The longest window and most channels that are computed from windows under layer norm, and twice the channels.
+        for channels in (512, 1024):
+            cases[f"layer norm, K=31, {channels} channels, {dtype}".replace("torch.", "")] = partial(
+                _forward_and_backward, dtype, "layer", (1, channels), (31,), (5,), False
+            )
     cases["group norm everywhere, bfloat16"] = partial(
         _forward_and_backward, torch.bfloat16, "groups", (512, 512, 512), (3, 3), (2, 2), True
     )
@@ -504,13 +509,7 @@ def ahead_of_time_cases() -> dict[str, Callable[[], object]]:
     cases["odd sizes, float32"] = partial(
         _forward_and_backward, torch.float32, "groups", (5, 100, 7), (3, 2), (1, 3), True
     )
-    in_fp32 = {label: call for label, call in cases.items() if "float32" in label}
-    return cases | {f"{label}, exact": partial(_exactly, call) for label, call in in_fp32.items()}
-
-
-def _exactly(call: Callable[[], object]) -> None:
-    with fp32_precision(convolutions="ieee"):
-        call()
+    return cases
 
 
 def _forward_and_backward(

@@ -23,7 +23,7 @@ class Launch(NamedTuple):
 
     @staticmethod
     def grid(block: int, arguments: dict[str, Any]) -> tuple[int, int]:
-        """Return the grid: one program for each block that `_block_of` numbers and each head."""
+        """Return the grid: one program for each block that `block_of` numbers and each head."""
         return arguments["total"] // block + arguments["batch"], arguments["heads"]
 
 
@@ -50,7 +50,8 @@ def launches_for(
     if q.dtype == torch.float32:
         if precision_of("varlen_attention", q) == "ieee":  # no tensor cores
             return Launches(*[Launch(32, 32, 8, 1)] * 4)
-        return Launches(Launch(64, 32, 4, 2), *[Launch(32, 32, 4, 2)] * 3)
+        few, many = Launch(32, 32, 4, 2), Launch(32, 32, 8, 2)
+        return Launches(Launch(64, 32, 4, 2), few if q.shape[2] <= 64 else many, few, few)
     small, wide = Launch(64, 64, 4, 2), Launch(64, 64, 8, 2)
     forward = small if biased or max_length <= 256 else Launch(128, 64, 8, 3)
     if q.shape[2] <= 64:

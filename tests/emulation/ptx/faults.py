@@ -6,6 +6,7 @@ TRITON_INTERPRET=0 python -m tests.emulation.ptx.faults varlen_attention     # p
 import argparse
 import importlib
 import json
+import pkgutil
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -53,17 +54,18 @@ FAULTS = (
           "mask = there[:, None] & (width < BLOCK_E)[None, :]", _LEAVES),
     Fault(_CONV, "triton_kernel._weight_grad_kernel", "mask=valid & (m < C_OUT)", "mask=(m < C_OUT)", _LEAVES),
     Fault(_CONV, "triton_kernel._forward_kernel", "frames = tl.minimum(rows, left - 1)", "frames = rows", _LEAVES),
-    Fault(_ATTENTION, "triton_kernel._load_rows", "mask = (rows < length)[:, None]",
+    Fault(_ATTENTION, "triton_tiles.load_rows", "mask = (rows < length)[:, None]",
           "mask = (rows < length + 1)[:, None]", _LEAVES),
     # A masked element has the wrong value.
     Fault(_NORM, "triton_kernel._backward_kernel", "grad_out_ptr + index, mask=inside, other=0",
           "grad_out_ptr + index, mask=inside, other=1", _WRONG),
     Fault(_GUMBEL, "triton_kernel._load_logits", 'plain, float("-inf")', "plain, 0.0", _LEAVES),
-    Fault(_ATTENTION, "triton_kernel._backward_q_kernel", "(keys < length)[None, :]",
-          "(keys <= length)[None, :]", _WRONG),
-    Fault(_ATTENTION, "triton_kernel._forward_kernel", "logits = tl.where((keys < length)[None, :], logits",
-          "logits = tl.where((keys <= length)[None, :], logits", _WRONG),
+    Fault(_ATTENTION, "triton_kernel._add_to_grad_q", "(keys < end)[None, :]", "(keys <= end)[None, :]", _WRONG),
+    Fault(_ATTENTION, "triton_kernel._attend", "(keys < end)[None, :]", "(keys <= end)[None, :]", _WRONG),
     Fault(_CONV, "triton_rows._activate_backward_kernel", "left, CHUNK), BLOCK_T", "left, CHUNK) - 1, BLOCK_T", _WRONG),
+    # The last block of keys is counted twice.
+    Fault(_ATTENTION, "triton_kernel._forward_kernel", "range(0, last, BLOCK_N)", "range(0, length, BLOCK_N)",
+          f"{_LEAVES}|{_WRONG}"),
     # A stride is wrong.
     Fault(_ATTENTION, "triton_kernel._forward_kernel", "stride = heads * E", "stride = BLOCK_E * heads",
           f"{_LEAVES}|{_WRONG}"),
@@ -74,10 +76,12 @@ FAULTS = (
     Fault(_GUMBEL, "triton_kernel._backward_logits_kernel", "(group * V + codes)[None, :] * E",
           "(codes * G + group)[None, :] * E", _WRONG),
     # Something depends on other sequences, or was never written.
-    Fault(_ATTENTION, "triton_kernel._block_of", "(tile - begin // BLOCK - sequence) * BLOCK",
+    Fault(_ATTENTION, "triton_tiles.block_of", "(tile - begin // BLOCK - sequence) * BLOCK",
           "(tile - begin // BLOCK - sequence) * BLOCK - begin % 2", f"{_WRONG}|different numbers"),
     Fault(_ATTENTION, "triton_kernel._backward_q_kernel", "tl.store(delta_ptr + per_row, delta, mask=rows < length)",
           "pass", _WRONG),
+    Fault(_ATTENTION, "triton_kernel._backward_q_kernel",
+          "tl.store(states_ptr + per_row, states.to(tl.int32, bitcast=True), mask=rows < length)", "pass", _WRONG),
     Fault(_LOSS, "triton_kernel._measure_rows_kernel",
           "tl.store(hash_ptr + rows, hashes, mask=rows < frames)", "pass", _WRONG),
     Fault(_CONV, "triton_statistics._frame_moments_kernel",
@@ -117,10 +121,10 @@ def _forget_hashes(op: str) -> None:
     """Let Triton compile all kernels of an op again, because any may call a function that has changed."""
     from triton.runtime.jit import JITFunction
 
-    package = f"fastssl.kernels.{op}"
-    for name in ("triton_kernel", "triton_rows", "triton_blocks", "triton_statistics"):
-        if importlib.util.find_spec(f"{package}.{name}") is not None:
-            for value in vars(importlib.import_module(f"{package}.{name}")).values():
+    package: Any = importlib.import_module(f"fastssl.kernels.{op}")
+    for module in pkgutil.iter_modules(package.__path__):
+        if module.name.startswith("triton"):
+            for value in vars(importlib.import_module(f"{package.__name__}.{module.name}")).values():
                 if isinstance(value, JITFunction):
                     value.hash = None
 

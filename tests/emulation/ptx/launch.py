@@ -16,7 +16,7 @@ from tests.emulation.ptx.machine import Program
 from tests.emulation.ptx.memory import GlobalMemory
 from tests.emulation.ptx.parser import Kernel, parse
 from tests.emulation.ptx.values import UNSIGNED, Array
-from tests.ops.ahead_of_time import Compiled, Launch, Prepared, compile_launch, prepare
+from tests.ops.ahead_of_time import Compiled, Launch, Prepared, figures, prepare
 
 ARCHITECTURE = 80
 
@@ -34,7 +34,7 @@ class Emulator:
     launches: list[Launch] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=lambda: {"compile": 0.0, "run": 0.0})
     programs_of: Callable[[Grid], Sequence[int]] | None = None
-    _programs: dict[str, tuple[Program, int]] = field(default_factory=dict)
+    _programs: dict[tuple[str, str], tuple[Program, int]] = field(default_factory=dict)
 
     def launch(self, kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         """Do what Triton's `JITFunction.run` does."""
@@ -55,13 +55,10 @@ class Emulator:
 
     def _compiled(self, prepared: Prepared) -> tuple[Program, int]:
         """Return the program and its bytes of shared memory; equal launches are compiled once."""
-        import triton
-
-        key = f"{prepared.source.hash()} {sorted(prepared.options.items(), key=str)}"
-        if key not in self._programs:
-            binary = triton.compile(prepared.source, target=prepared.target, options=prepared.options)
-            self._programs[key] = Program(parse(binary.asm["ptx"])), binary.metadata.shared
-        return self._programs[key]
+        if prepared.key not in self._programs:
+            binary = prepared.compile()
+            self._programs[prepared.key] = Program(parse(binary.asm["ptx"])), binary.metadata.shared
+        return self._programs[prepared.key]
 
 
 def _parameters(kernel: Kernel, prepared: Prepared, memory: GlobalMemory) -> dict[str, Array]:
@@ -155,8 +152,11 @@ def use_triton_on_the_cpu() -> None:
 
 def compile_again(emulator: Emulator, op: str, architecture: int) -> list[Compiled]:
     """Compile the launches of an emulator for another architecture, to machine code; return the compiler's figures."""
-    different = {prepare(launch, architecture).source.hash(): launch for launch in emulator.launches}
+    different: dict[tuple[str, str], tuple[str, Prepared]] = {}
+    for launch in emulator.launches:
+        prepared = prepare(launch, architecture)
+        different.setdefault(prepared.key, (launch.kernel.__name__, prepared))
     return [
-        Compiled(op, "emulated", launch.kernel.__name__, architecture, **compile_launch(launch, architecture))
-        for launch in different.values()
+        Compiled(op, "emulated", name, architecture, **figures(prepared.compile()))
+        for name, prepared in different.values()
     ]
