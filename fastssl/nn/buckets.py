@@ -1,0 +1,79 @@
+"""Buckets of batches: fill a batch up to a size that others share, without changing what its utterances give."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from fastssl.packing import Layout, kept_by_plan
+
+#: Sizes of buckets for each doubling of the number of samples, and the least difference between two sizes. Smaller
+#: differences mean less filling, and more graphs.
+_STEPS, _LEAST_STEP = 8, 2048
+
+
+class Bucket(NamedTuple):
+    """What the launches of a filled batch depend on.
+
+    Attributes:
+        samples: N, the number of samples with the filler.
+        sequences: B, the number of sequences: the utterances, at least 0 empty sequences, and the filler.
+        longest: Upper limit of the length of a sequence, in samples.
+    """
+
+    samples: int
+    sequences: int
+    longest: int
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], *, receptive_field: int, hop: int) -> "Bucket":
+        """Return the smallest bucket that has room for a batch and its filler.
+
+        Args:
+            lengths: Number of samples of each utterance.
+            receptive_field: Number of samples that a frame is computed from.
+            hop: Number of samples from one frame to the next.
+        """
+        sequences = _power_of_two(len(lengths) + 1)
+        # With so many samples, a filler gets at least 0 frames in every layer, see `FilledLayout`.
+        samples = sum(lengths) + sequences * receptive_field + hop
+        step = max(_LEAST_STEP, _power_of_two(samples) // (2 * _STEPS))
+        samples = -(-samples // step) * step
+        return cls(samples, sequences, _power_of_two(max(*lengths, samples - sum(lengths))))
+
+
+def _power_of_two(least: int) -> int:
+    return 1 << (least - 1).bit_length()
+
+
+class FilledLayout(Layout):
+    """Layout of a batch that is filled up to a bucket: utterances, then empty sequences, then the filler.
+
+    After a convolution, the utterances have the frames that they always have, and the filler gets some of its own
+    frames, so that the total is the same for all batches of the bucket. `max_length` is an upper limit.
+    """
+
+    @classmethod
+    def fill(cls, lengths: Sequence[int], bucket: Bucket) -> "FilledLayout":
+        """Return the layout of utterances with the given lengths, filled up to a bucket; on the host."""
+        empty = (0,) * (bucket.sequences - len(lengths) - 1)
+        return cls._of((*lengths, *empty, bucket.samples - sum(lengths)), bucket.longest)
+
+    @classmethod
+    def _of(cls, lengths: Sequence[int], longest: int) -> "FilledLayout":
+        exact = Layout.from_lengths(lengths)
+        return cls(exact.lengths, exact.cu_seqlens, longest, exact.total)
+
+    @kept_by_plan
+    def after_conv(self: Layout, kernel: int, stride: int) -> Layout:
+        """Return the filled layout after an unpadded convolution; arguments and errors as in `Layout.after_conv`.
+
+        Raises:
+            ValueError: Also if the filler is too short, as with a kernel that is smaller than its stride.
+        """
+        *lengths, most = Layout.from_lengths(self.lengths).after_conv(kernel, stride).lengths
+        # B sequences with N samples have at least (N - B (K - 1)) / S frames, whatever their lengths are.
+        total = (self.total - len(self.lengths) * (kernel - 1)) // stride
+        filler = total - sum(lengths)
+        if not 0 <= filler <= most:
+            raise ValueError(f"kernel: CUDA graphs need one of at least the stride, got {kernel} and {stride}")
+        longest = max(0, (self.max_length - kernel) // stride + 1)
+        return FilledLayout._of((*lengths, filler), longest)

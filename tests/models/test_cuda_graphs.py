@@ -1,0 +1,303 @@
+"""Test CUDA graphs without a GPU: filled batches, and the use of pretended graphs on the CPU."""
+
+import copy
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fastssl.kernels.positional_conv import op as positional_conv
+from fastssl.models.conformer import ConformerConfig, ConformerEncoder
+from fastssl.models.encoder import Encoder, EncoderConfig
+from fastssl.models.speech_encoder import SpeechEncoder
+from fastssl.nn import cuda_graphs
+from fastssl.nn.buckets import Bucket, FilledLayout
+from fastssl.packing import Layout, Packed
+
+_SIZE: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+_FRONT_END: dict[str, Any] = {"conv_dim": (16,) * 7, "num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 2}
+_LAYER_NORM: dict[str, Any] = {"feat_extract_norm": "layer", "conv_bias": True, "do_stable_layer_norm": True}
+_DATA2VEC = {"feat_extract_norm": "layer", "model_type": "data2vec-audio", "num_conv_pos_embeddings": 2}
+CONFIGS: dict[str, EncoderConfig | ConformerConfig] = {
+    "group norm": EncoderConfig(**_SIZE, **_FRONT_END),
+    "layer norm": EncoderConfig(**_SIZE, **_FRONT_END, **_LAYER_NORM),
+    "wavlm": EncoderConfig(**_SIZE, **_FRONT_END, model_type="wavlm", num_buckets=16, max_bucket_distance=20),
+    "wavlm large": EncoderConfig(**_SIZE, **_FRONT_END, **_LAYER_NORM, model_type="wavlm"),
+    "hubert": EncoderConfig(**_SIZE, **_FRONT_END, model_type="hubert", feat_proj_layer_norm=False),
+    "data2vec": EncoderConfig(**_SIZE, **(_FRONT_END | _DATA2VEC), conv_pos_kernel_size=5),
+    "conformer": ConformerConfig(**_SIZE, conv_dim=(16, 20), conv_depthwise_kernel_size=5),
+}
+
+
+def make_encoder(kind: str = "group norm", **changes: Any) -> SpeechEncoder:
+    torch.manual_seed(0)
+    config = CONFIGS[kind]
+    encoder = ConformerEncoder(config) if isinstance(config, ConformerConfig) else Encoder(config)
+    return encoder.eval()
+
+
+def waveforms_of(lengths: Sequence[int], seed: int = 0) -> Packed:
+    samples = torch.randn(sum(lengths), 1, generator=torch.Generator().manual_seed(seed))
+    return Packed(samples, Layout.from_lengths(lengths))
+
+
+def filled(encoder: SpeechEncoder, waveforms: Packed) -> Packed:
+    """Fill a batch up to its bucket, as graphs do."""
+    config, (samples, layout) = encoder.config, waveforms
+    bucket = Bucket.of(layout.lengths, receptive_field=config.receptive_field_samples, hop=config.samples_per_frame)
+    zeros = samples.new_zeros(bucket.samples - layout.total, 1)
+    return Packed(torch.cat([samples, zeros]), FilledLayout.fill(layout.lengths, bucket))
+
+
+def assert_same_states(found: Sequence[Packed], expected: Sequence[Packed]) -> None:
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        assert one.layout.lengths == other.layout.lengths
+        assert one.layout.cu_seqlens.tolist() == other.layout.cu_seqlens.tolist()
+        assert (one.layout.max_length, one.layout.total) == (other.layout.max_length, other.layout.total)
+        assert torch.equal(one.values, other.values)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("lengths", [[16_000], [9_000, 0, 399, 12_345, 5_000, 2_000], [400] * 9])
+def test_filling_a_batch_changes_no_bit_of_its_utterances(kind: str, lengths: list[int]) -> None:
+    encoder = make_encoder(kind)
+    waveforms = waveforms_of(lengths)
+    batch = filled(encoder, waveforms)
+    assert batch.values.shape == (batch.layout.total, 1)
+    with torch.no_grad():
+        expected = encoder(waveforms).hidden_states
+        for state, wanted in zip(encoder(batch).hidden_states, expected, strict=True):
+            count = len(lengths)
+            assert state.layout.lengths[:count] == wanted.layout.lengths
+            assert torch.equal(state.values[: wanted.layout.total], wanted.values)
+            assert state.values.isfinite().all()
+            assert state.layout.total > wanted.layout.total or batch.layout.lengths[-1] < 2_000
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    convolutions=st.lists(st.tuples(st.integers(1, 12), st.integers(1, 5)), min_size=1, max_size=5),
+    batches=st.lists(st.lists(st.integers(0, 3_000), min_size=1, max_size=9), min_size=2, max_size=4),
+)
+def test_totals_of_all_layers_depend_on_the_bucket_only(
+    convolutions: list[tuple[int, int]], batches: list[list[int]]
+) -> None:
+    convolutions = [(max(kernel, stride), stride) for kernel, stride in convolutions]
+    receptive_field = hop = 1
+    for kernel, stride in convolutions:
+        receptive_field, hop = receptive_field + (kernel - 1) * hop, hop * stride
+    sequences = max(Bucket.of(lengths, receptive_field=1, hop=1).sequences for lengths in batches)
+    samples = max(map(sum, batches)) + sequences * receptive_field + hop
+    bucket = Bucket(samples, sequences, samples)
+    seen = set()
+    for lengths in batches:
+        layout: Layout = FilledLayout.fill(lengths, bucket)
+        exact, sizes = Layout.from_lengths(lengths), []
+        for kernel, stride in convolutions:
+            before, layout, exact = layout, layout.after_conv(kernel, stride), exact.after_conv(kernel, stride)
+            assert layout.lengths[: len(lengths)] == exact.lengths
+            # The filler has no more frames than it has windows, so no kernel reads after the end of its input.
+            assert 0 <= layout.lengths[-1] <= max(0, (before.lengths[-1] - kernel) // stride + 1)
+            assert layout.total == sum(layout.lengths)
+            assert layout.max_length >= max(layout.lengths)
+            sizes.append((layout.total, len(layout.lengths), layout.max_length))
+        seen.add(tuple(sizes))
+    assert len(seen) == 1
+
+
+def test_a_kernel_below_its_stride_is_refused_if_the_filler_is_too_short() -> None:
+    layout = FilledLayout.fill([7, 7, 7], Bucket(22, 4, 32))
+    with pytest.raises(ValueError, match=r"kernel: CUDA graphs need one of at least the stride, got 1 and 6"):
+        layout.after_conv(1, 6)
+
+
+class Unreadable(tuple[int, ...]):
+    """Lengths on the host of a captured batch, of which a graph may use only the number."""
+
+    def __iter__(self) -> Any:
+        raise AssertionError("lengths on the host were read in a graph")
+
+    __getitem__ = __eq__ = __hash__ = __iter__  # type: ignore[assignment]
+
+
+@dataclass
+class Pretended:
+    """Graphs on the CPU: what was captured runs again, and its results are copied to where the first ones are."""
+
+    captures: int = 0
+    replays: int = 0
+
+    def capture(self, run: Callable[[], list[Packed]], pool: Any) -> tuple[Callable[[], None], list[Packed]]:
+        run()
+        self.captures += 1
+        states = run()
+        for state in states:
+            state.values.fill_(torch.nan)  # a capture computes nothing
+
+        def replay() -> None:
+            self.replays += 1
+            for state, new in zip(states, run(), strict=True):
+                state.values.copy_(new.values)
+                state.layout.cu_seqlens.copy_(new.layout.cu_seqlens)
+
+        return replay, states
+
+
+def hide_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let nothing read the lengths on the host of a captured batch, and convolve as on a GPU, which does not."""
+    original = Layout.holding
+
+    def holding(layout: Layout, tensors: Iterator[Tensor]) -> Layout:
+        held = original(layout, tensors)
+        object.__setattr__(held, "lengths", Unreadable(held.lengths))
+        return held
+
+    monkeypatch.setattr(Layout, "holding", holding)
+    monkeypatch.setattr(positional_conv, "_torch_conv", positional_conv._conv_with_gaps)
+
+
+@pytest.fixture
+def pretended(monkeypatch: pytest.MonkeyPatch) -> Pretended:
+    made = Pretended()
+    monkeypatch.setattr(cuda_graphs, "_DEVICE", "cpu")
+    monkeypatch.setattr(cuda_graphs, "_capture", made.capture)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    return made
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_graphs_are_captured_once_per_bucket_and_give_the_same_bits(
+    kind: str, pretended: Pretended, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hide_lengths(monkeypatch)
+    encoder = make_encoder(kind)
+    plain = copy.deepcopy(encoder)
+    assert encoder.use_cuda_graphs() is encoder
+    batches = [
+        waveforms_of(lengths, seed) for seed, lengths in enumerate([[16_000], [15_500], [9_000, 6_500], [16_200]])
+    ]
+    with torch.inference_mode():
+        found = [encoder(batch) for batch in batches]
+        expected = [plain(batch) for batch in batches]
+    assert (pretended.captures, pretended.replays) == (2, 4)  # two utterances are another bucket
+    for one, other in zip(found, expected, strict=True):  # later runs did not overwrite the results of earlier ones
+        assert_same_states(one.hidden_states, other.hidden_states)
+        assert_same_states([one.features], [other.features])
+        assert one.compressed is None
+
+
+def test_weights_in_place_have_effect_and_replaced_parts_are_captured_again(pretended: Pretended) -> None:
+    encoder: Any = make_encoder().use_cuda_graphs()
+    batch = waveforms_of([16_000])
+
+    def captures_and_bits() -> int:
+        with torch.no_grad():
+            assert_same_states(encoder(batch).hidden_states, copy.deepcopy(encoder).use_cuda_graphs(False)(batch)[1])
+        return pretended.captures
+
+    assert captures_and_bits() == 1
+    layer = encoder.encoder.layers[0].feed_forward
+    with torch.no_grad():
+        layer.output_dense.weight.mul_(2)
+        encoder.load_state_dict({name: tensor * 1.5 for name, tensor in encoder.state_dict().items()})
+    assert captures_and_bits() == 1
+    layer.output_dense.weight.data = layer.output_dense.weight.data.clone()
+    assert captures_and_bits() == 2
+    layer.output_dense.bias = torch.nn.Parameter(torch.ones(32))
+    assert captures_and_bits() == 3
+    layer.output_dense = copy.deepcopy(layer.output_dense)
+    assert captures_and_bits() == 4
+    assert captures_and_bits() == 4
+
+
+def test_calls_that_a_graph_cannot_serve_run_without_one(pretended: Pretended, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder: Any = make_encoder().use_cuda_graphs(max_duration_s=2.0)
+    batch = waveforms_of([16_000])
+    encoder(batch).features.values.sum().backward()  # with gradients
+    with torch.no_grad():
+        encoder(waveforms_of([32_001]))
+        encoder(Packed(torch.zeros(0, 1), Layout.from_lengths([])))
+        encoder(waveforms_of([0, 0]))
+        for module, name in ((cuda_graphs, "casts_are_shared"), (torch.cuda, "is_current_stream_capturing")):
+            with monkeypatch.context() as patched:
+                patched.setattr(module, name, lambda: True)
+                encoder(batch)
+        encoder.encoder.layers[1].train()
+        encoder(batch)
+        encoder.eval()
+        handle = encoder.encoder.layers[1].register_forward_hook(lambda *_: None)
+        encoder(batch)
+        handle.remove()
+        with pytest.raises(ValueError, match="waveforms: expected"):
+            encoder(Packed(torch.zeros(9, 2), Layout.from_lengths([9])))
+        encoder.encode(encoder.extract_features(batch))
+        with pytest.raises(ValueError, match="has no compressor"):
+            encoder(batch, rate=1.0)
+        assert pretended.captures == 0
+        encoder(batch)
+        assert pretended.captures == 1
+        encoder.use_cuda_graphs(False)(batch)
+        assert (pretended.captures, pretended.replays) == (1, 1)
+        make_encoder()(batch)  # off by default
+    assert pretended.captures == 1
+
+
+def test_autocast_and_dtype_have_graphs_of_their_own(pretended: Pretended) -> None:
+    encoder = make_encoder().use_cuda_graphs()
+    plain, batch = make_encoder(), waveforms_of([16_000])
+    with torch.inference_mode():
+        for _ in range(2):
+            assert_same_states(encoder(batch).hidden_states, plain(batch).hidden_states)
+            with torch.autocast("cpu", torch.bfloat16):
+                assert_same_states(encoder(batch).hidden_states, plain(batch).hidden_states)
+    assert (pretended.captures, pretended.replays) == (2, 4)
+
+
+def test_the_graph_that_was_not_used_for_the_longest_time_is_dropped(pretended: Pretended) -> None:
+    encoder = make_encoder().use_cuda_graphs(max_graphs=2)
+    short, middle, long = (waveforms_of([length]) for length in (4_000, 9_000, 20_000))
+    captures = []
+    with torch.no_grad():
+        for batch in (short, middle, short, long, short, middle):
+            encoder(batch)
+            captures.append(pretended.captures)
+    assert captures == [1, 2, 2, 3, 3, 4]
+
+
+def test_copies_and_pickles_have_the_settings_and_no_graphs(pretended: Pretended) -> None:
+    encoder = make_encoder("conformer").use_cuda_graphs()  # PyTorch does not pickle weight norm
+    batch = waveforms_of([16_000])
+    with torch.no_grad():
+        expected = encoder(batch)
+        for again in (copy.deepcopy(encoder), pickle.loads(pickle.dumps(encoder))):
+            assert_same_states(again(batch).hidden_states, expected.hidden_states)
+    assert pretended.captures == 3
+    assert encoder.state_dict().keys() == make_encoder("conformer").state_dict().keys()
+
+
+def test_features_serve_a_later_backward(pretended: Pretended) -> None:
+    encoder = make_encoder().use_cuda_graphs()
+    with torch.inference_mode():
+        layout = encoder(waveforms_of([16_000, 8_000])).features.layout
+    assert not layout.cu_seqlens.is_inference()
+    with torch.no_grad():
+        layout = encoder(waveforms_of([16_000, 8_000])).features.layout
+    assert layout.sequence_ids.tolist() == [0] * 49 + [1] * 24
+
+
+def test_an_encoder_with_a_compressor_is_refused() -> None:
+    config = EncoderConfig(**_SIZE, **_FRONT_END, compressor="average", compressor_factor=2)
+    with pytest.raises(ValueError, match="this encoder has a compressor"):
+        Encoder(config).use_cuda_graphs()
+    for limits in ({"max_graphs": 0}, {"max_duration_s": 0.0}):
+        with pytest.raises(ValueError, match="must be positive"):
+            make_encoder().use_cuda_graphs(**limits)
