@@ -89,6 +89,7 @@ def note_launch(record: Record, kernel: Any, args: tuple[Any, ...], grid: Any, o
             named = ", ".join(sorted(f"{name} {dtype}" for name, dtype in unknown))
             record.problem(f"{title}: no ahead-of-time case has {named}")
     record.launches[title] += 1
+    record.step(title, arguments, sizes, {name: value for name, value in options.items() if name not in names})
     record.variants.add((title, *_specialization(kernel, args, options)))
 
 
