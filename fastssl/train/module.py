@@ -253,7 +253,7 @@ class PretrainModule(LightningModule):
         drawn = utterances + sum(not isinstance(problem, NoiseProblem) for problem in batch.problems)
         counts = (output.masked_frames, batch.duration_s, utterances, drawn, problems, *self.requests.counts())
         scores = output.scores()
-        summed = torch.stack([output.loss.detach().double(), *(scores[name].detach().double() for name in self._names)])
+        summed = _in_fp64([output.loss.detach(), *(scores[name].detach() for name in self._names)])
         codes = summed.new_empty(0) if output.code_counts is None else output.code_counts.to(summed)
         (given,) = send([torch.tensor(counts, dtype=summed.dtype)], summed.device)
         return torch.cat((given, summed, codes))
@@ -295,6 +295,15 @@ class PretrainModule(LightningModule):
         encoder.train(training)
         bad = [name for name, frames in zip(batch.names, features, strict=True) if not frames.isfinite().all()]
         return bad or batch.names
+
+
+def _in_fp64(values: Sequence[Tensor]) -> Tensor:  # n of () -> (n,)
+    """Stack numbers of any dtypes, with one copy per dtype: a GPU would launch a kernel for each cast."""
+    stacked = torch.empty(len(values), dtype=torch.float64, device=values[0].device)
+    for dtype in {value.dtype for value in values}:
+        chosen = [index for index, value in enumerate(values) if value.dtype == dtype]
+        torch._foreach_copy_([stacked[index] for index in chosen], [values[index] for index in chosen])
+    return stacked
 
 
 def _seed_of(purpose: str, *numbers: int) -> int:

@@ -219,7 +219,7 @@ def dropout_add_layer_norm_bwd(
     tiles = triton.cdiv(rows, blocks.BLOCK_N)
     rows_per_program = max(triton.cdiv(tiles, _MAX_PROGRAMS), 1) * blocks.BLOCK_N
     programs = triton.cdiv(rows, rows_per_program)
-    partial_weight, partial_bias = weight.new_empty(programs, width), weight.new_empty(programs, width)
+    partial_sums = weight.new_empty(2, programs, width)  # of the gradients of weight and bias
     if rows > 0:
         with torch.cuda.device_of(x):
             _backward_kernel[(programs,)](
@@ -233,8 +233,8 @@ def dropout_add_layer_norm_bwd(
                 seed,
                 grad_x,
                 grad_residual,
-                partial_weight,
-                partial_bias,
+                partial_sums[0],
+                partial_sums[1],
                 rows,
                 rows_per_program,
                 offset,
@@ -245,19 +245,24 @@ def dropout_add_layer_norm_bwd(
                 DROPOUT=seed is not None,
                 **blocks._asdict(),
             )
-    return grad_x, grad_residual, partial_weight.sum(0), partial_bias.sum(0)
+    grad_weight, grad_bias = partial_sums.sum(1).unbind()
+    return grad_x, grad_residual, grad_weight, grad_bias
 
 
 def ahead_of_time_cases() -> dict[str, Callable[[], object]]:
     """Return calls by label; tests/ops/ahead_of_time.py compiles the kernels that each call would launch."""
 
-    def call(width: int, dtype: torch.dtype, *, dropout: bool, prenorm: bool) -> None:
-        x = torch.empty(1000, width, dtype=dtype)
+    def call(
+        width: int, dtype: torch.dtype, *, dropout: bool, prenorm: bool, residual_dtype: torch.dtype | None = None
+    ) -> None:
+        x, residual = torch.empty(1000, width, dtype=dtype), torch.empty(1000, width, dtype=residual_dtype or dtype)
         weight = torch.empty(width)
         dropout_p, seed = (0.1, torch.tensor(0)) if dropout else (0.0, None)
-        _, total, mean, rstd = dropout_add_layer_norm_fwd(x, x, weight, weight, 1e-5, dropout_p, seed, 0, prenorm)
-        grad_sum, saved, residual = (x, total, None) if prenorm else (None, x, x)
-        dropout_add_layer_norm_bwd(x, grad_sum, saved, residual, weight, mean, rstd, dropout_p, seed, 0)
+        out, total, mean, rstd = dropout_add_layer_norm_fwd(
+            x, residual, weight, weight, 1e-5, dropout_p, seed, 0, prenorm
+        )
+        grad_sum, saved, added = (total, total, None) if prenorm else (None, x, residual)
+        dropout_add_layer_norm_bwd(out, grad_sum, saved, added, weight, mean, rstd, dropout_p, seed, 0)
 
     cases: dict[str, Callable[[], object]] = {}
     for width in (768, 194, 8192):
@@ -265,8 +270,12 @@ def ahead_of_time_cases() -> dict[str, Callable[[], object]]:
             cases[f"D={width}, {dtype}, dropout".replace("torch.", "")] = partial(
                 call, width, dtype, dropout=True, prenorm=False
             )
-    for dropout in (True, False):
-        cases[f"D=768, bfloat16, prenorm{', dropout' * dropout}"] = partial(
-            call, 768, torch.bfloat16, dropout=dropout, prenorm=True
-        )
+    for prenorm in (True, False):
+        for dropout in (True, False):
+            label = f"{', prenorm' * prenorm}{', dropout' * dropout}"
+            if prenorm:
+                cases[f"D=768, bfloat16{label}"] = partial(call, 768, torch.bfloat16, dropout=dropout, prenorm=True)
+            cases[f"D=768, bfloat16 beside an fp32 residual{label}"] = partial(
+                call, 768, torch.bfloat16, dropout=dropout, prenorm=prenorm, residual_dtype=torch.float32
+            )
     return cases

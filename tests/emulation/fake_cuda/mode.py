@@ -89,6 +89,8 @@ class FakeCuda(TorchDispatchMode):
         on_device = any(isinstance(leaf, FakeTensor) for leaf in tree_leaves((args, kwargs)))
         device = kwargs.get("device")
         if not on_device and (device is None or torch.device(device).type != "cuda"):
+            if kwargs.get("pin_memory"):
+                return self._page_locked("_pin_memory", func(*args, **{**kwargs, "pin_memory": False}))
             return func(*args, **kwargs)
         if func.namespace == "prim":  # a question about the tensor
             with self.fake:
@@ -233,6 +235,9 @@ def _copy_in_place(mode: FakeCuda, func: Any, args: Any, kwargs: Any) -> Any:
     if _is_on_gpu(target):
         _note_copy_to_device(mode, source, non_blocking=non_blocking)
         return target
+    if non_blocking and mode.is_pinned(target):  # an event says when the values are there
+        mode.record.launches["copy to host"] += 1
+        return target.copy_(answers.values(source, source.dtype, place()))
     return target.copy_(_to_host(mode, source, source.dtype, non_blocking=non_blocking))
 
 

@@ -42,6 +42,7 @@ def pretend() -> None:
     _allow_fake_tensors_in_foreach()
     _mend_fake_tensors()
     _register_missing_kernels()
+    _import_fastssl()
 
 
 def _replace_cuda() -> None:
@@ -67,7 +68,8 @@ def _replace_cuda() -> None:
     for name in ("device", "device_of", "stream"):
         setattr(cuda, name, lambda *args, **kwargs: nullcontext())
     cuda.synchronize = lambda *args: _wait("synchronize")
-    cuda.Stream = cuda.Event = cuda.current_stream = cuda.default_stream = _Stream
+    cuda.Stream = cuda.current_stream = cuda.default_stream = _Stream
+    cuda.Event = _Event
     cuda.CUDAGraph, cuda.graph, cuda.graph_pool_handle = _Graph, _capture, lambda: (0, 1)
     cuda.is_current_stream_capturing = lambda: False
     cuda.amp.common.amp_definitely_not_available = lambda: False
@@ -76,7 +78,7 @@ def _replace_cuda() -> None:
 
 
 class _Stream:
-    """A stream or an event: nothing is queued, and only a wait of the host counts."""
+    """A stream: nothing is queued, and only a wait of the host counts."""
 
     device, device_index, cuda_stream, stream_id = torch.device("cuda", 0), 0, 0, 0
 
@@ -86,13 +88,37 @@ class _Stream:
     def wait_stream(self, stream: object) -> None:
         pass
 
-    wait_event = record_event = record = wait = wait_stream
+    wait_event = record_event = wait_stream
 
     def synchronize(self) -> None:
         _wait("synchronize")
 
+
+class _Event:
+    """An event: to wait for one of an earlier update costs nothing, because all that came before it is done."""
+
+    updates = 0  # begun so far
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        self._update = -1
+
+    def record(self, stream: object = None) -> None:
+        self._update = _Event.updates
+
+    def wait(self, stream: object = None) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        if self._update == _Event.updates:
+            _wait("synchronize")
+
     def elapsed_time(self, event: object) -> float:
         return 1.0
+
+
+def begin_update() -> None:
+    """Say that the device has done all that was asked of it in earlier updates."""
+    _Event.updates += 1
 
 
 def _wait(what: str) -> None:
@@ -192,6 +218,19 @@ def _register_missing_kernels() -> None:
     for source in (package.parent / "csrc").glob("*/*.cu"):
         for name in re.findall(r'm\.impl\("(\w+)"', source.read_text()):
             library.impl(name, _never_called, "CUDA")
+
+
+def _import_fastssl() -> None:
+    """Import fastssl, which asks the CUDA runtime for the GPU's capability, or `torch.cuda` if that does not load."""
+    version: Any = torch.version
+    number, version.cuda = version.cuda, "without a runtime"
+    try:
+        import_module("fastssl.ops")
+    finally:
+        version.cuda = number
+    # Ops compute in place of modules only if their weights are ordinary tensors, as fake ones stand for.
+    functional: Any = import_module("fastssl.nn.functional")
+    functional._PLAIN_WEIGHTS = (*functional._PLAIN_WEIGHTS, FakeTensor)
 
 
 def _never_called(*args: object) -> None:

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
 
 from benchmarks.recipes import recipe_model
 from fastssl.data.batches import AudioBatch
@@ -17,11 +18,13 @@ from fastssl.models.config import SpeechEncoderConfig
 from fastssl.models.distillation import DistillationConfig
 from fastssl.models.encoder import Encoder, EncoderConfig
 from fastssl.models.pretraining import PretrainingModel
+from fastssl.nn.random import utterance_keys
 from fastssl.packing import Layout, Packed
 from fastssl.train.config import OptimizerConfig
 from fastssl.train.module import PretrainModule
 from fastssl.train.systems import SYSTEMS, build_model, system_of
 from fastssl.train.teacher import Teacher
+from tests.emulation.fake_cuda.pretend import begin_update
 from tests.emulation.fake_cuda.scenario import Scenario, Watch
 
 PRECISIONS: dict[str, torch.dtype | None] = {
@@ -51,6 +54,7 @@ BATCHES = {"ordinary": (4.0, 7.3, 2.2), "empty": (), "one frame": (0.03,), "one 
 _OTHER_LENGTHS = (3.1, 9.7, 2.9, 6.05)
 #: An update in which layer drop keeps 10 of the 12 layers of a base model.
 _UPDATE = 7
+_SEED = 0
 
 
 def scenarios() -> Iterator[tuple[str, Scenario]]:
@@ -109,10 +113,17 @@ class Update:
             model.to("cuda")
             self.scaler = torch.amp.GradScaler("cuda", enabled=self.dtype == torch.float16)
         optimizer = OptimizerConfig(clip_norm=10.0)
-        self.module = PretrainModule(model, optimizer=optimizer, max_steps=1000, seed=0, teacher=teacher).train()
+        self.module = PretrainModule(
+            model, optimizer=optimizer, max_steps=1000, seed=_SEED, teacher=teacher, read_every=(100,)
+        ).train()
         # What the module reads of Lightning's trainer.
         self.module._trainer = SimpleNamespace(  # type: ignore[assignment]
-            accumulate_grad_batches=1, world_size=1, global_rank=0, global_step=_UPDATE, precision_plugin=None
+            accumulate_grad_batches=1,
+            world_size=1,
+            global_rank=0,
+            global_step=_UPDATE,
+            strategy=SimpleNamespace(root_device=torch.device("cuda")),
+            precision_plugin=MixedPrecision("16-mixed", "cuda", self.scaler) if self.scaler.is_enabled() else None,
         )
         self.optimizer = self.module.configure_optimizers()["optimizer"]
 
@@ -122,6 +133,7 @@ class Update:
         def phase(name: str) -> AbstractContextManager[None]:
             return self.watch.phase(name) if watched else nullcontext()
 
+        begin_update()
         batch = _pinned(self.watch, batch_of(self.module.model, seconds))
         with phase("transfer"):
             batch = batch.to("cuda", non_blocking=True)
@@ -175,14 +187,14 @@ def waveforms_of(seconds: tuple[float, ...]) -> Packed:
 
 def batch_of(model: PretrainingModel, seconds: tuple[float, ...]) -> AudioBatch:
     """Make a batch with all that a model needs, in CPU memory."""
-    waveforms = waveforms_of(seconds)
+    waveforms, ids = waveforms_of(seconds), torch.arange(len(seconds)) * 7919
     grid = frame_grid(model.config)
     frames = sum(grid.count(length) for length in waveforms.layout.lengths)
     needs, count = model.needs, len(seconds)
     noise = Packed(waveforms.values[: 8000 * count], Layout.from_lengths([8000] * count)) if count else waveforms
     return AudioBatch(
         waveforms,
-        ids=torch.arange(count) * 7919,
+        ids=ids,
         names=tuple(f"utterance {index}" for index in range(count)),
         update=_UPDATE,
         problems=(),
@@ -191,6 +203,9 @@ def batch_of(model: PretrainingModel, seconds: tuple[float, ...]) -> AudioBatch:
         if _segments(model)
         else None,
         noise=noise if needs.noise else None,
+        draws=type(model).draw(
+            model.config, waveforms.layout, utterance_keys(_SEED, _UPDATE, ids), training=model.training
+        ),
     )
 
 
