@@ -1,5 +1,6 @@
 """Scenarios of CUDA graphs: what is captured for two batches of a bucket, and what a call does afterwards."""
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
@@ -24,6 +25,8 @@ _RECIPES = {
 }
 #: Lengths in seconds of the utterances of batches, which all belong to the same bucket but for the last.
 _BATCHES = ((4.0, 7.3, 2.2), (6.1, 4.417, 3.003), (0.0, 7.9, 5.6), (4.0, 7.3, 4.2))
+
+_COPIES = ("copy to device", "copy to host")
 
 
 def scenarios() -> Iterator[tuple[str, Scenario]]:
@@ -58,16 +61,13 @@ def _run(watch: Watch, *, recipe: str, precision: str) -> None:
     watch.found.notes |= {
         "captures": count,
         "captures while replayed": len(watch.mode.captures) - count,
-        "captured waits": sum((record.waits for record in captures), start=captures[0].waits - captures[0].waits),
-        "captured launches": sum(captures[0].launches.values()),
+        "captured waits": sum((record.waits for record in captures), Counter()),
         "captured copies": sum(record.launches[name] for record in captures for name in _COPIES),
-        "steps": len(first),
+        "states": config.num_hidden_layers + 1,
+        "captured launches": sum(captures[0].launches.values()),
         "differences": [_difference(first, trace) for trace in same if trace != first],
         "another bucket differs": other != first,
     }
-
-
-_COPIES = ("copy to device", "copy to host")
 
 
 def _captured(watch: Watch, encoder: SpeechEncoder, forward: partial[None]) -> Record:

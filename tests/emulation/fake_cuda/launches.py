@@ -21,6 +21,8 @@ _NOT_COMPILED = {
     ("strided_conv._activate_kernel", "bias_ptr", "16-bit float"),
     ("strided_conv._activate_kernel", "norm_weight_ptr", "16-bit float"),
     ("strided_conv._activate_kernel", "norm_bias_ptr", "16-bit float"),
+    ("varlen_attention._forward_kernel", "bias_ptr", "16-bit float"),
+    ("varlen_attention._forward_kernel", "gate_ptr", "16-bit float"),
 }
 #: Largest size of a grid, by axis.
 _LIMITS = (2**31 - 1, 65535, 65535)

@@ -34,8 +34,8 @@ _Handler = Callable[["FakeCuda", Any, tuple[Any, ...], dict[str, Any]], Any]
 class FakeCuda(TorchDispatchMode):
     """Within this mode, tensors on the CPU are real, and tensors on the GPU are fake.
 
-    `record` has what happened since it was last replaced; `captures` has a record, with a trace, of what each CUDA graph
-    captured.
+    `record` has what happened since it was last replaced; `captures` has a record with a trace for each CUDA graph, of
+    what it captured.
     """
 
     def __init__(self) -> None:
