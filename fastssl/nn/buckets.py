@@ -44,6 +44,10 @@ def _power_of_two(least: int) -> int:
     return 1 << (least - 1).bit_length()
 
 
+def _frames(length: int, kernel: int, stride: int) -> int:
+    return max(0, (length - kernel) // stride + 1)
+
+
 class FilledLayout(Layout):
     """Layout of a batch that is filled up to a bucket: utterances, then empty sequences, then the filler.
 
@@ -69,11 +73,11 @@ class FilledLayout(Layout):
         Raises:
             ValueError: Also if the filler is too short, as with a kernel that is smaller than its stride.
         """
-        *lengths, most = Layout.from_lengths(self.lengths).after_conv(kernel, stride).lengths
+        # Not by `Layout.after_conv`, which computes tensors as well: this runs in each call of an encoder.
+        *lengths, most, longest = (_frames(length, kernel, stride) for length in (*self.lengths, self.max_length))
         # B sequences with N samples have at least (N - B (K - 1)) / S frames, whatever their lengths are.
         total = (self.total - len(self.lengths) * (kernel - 1)) // stride
         filler = total - sum(lengths)
         if not 0 <= filler <= most:
             raise ValueError(f"kernel: CUDA graphs need one of at least the stride, got {kernel} and {stride}")
-        longest = max(0, (self.max_length - kernel) // stride + 1)
         return FilledLayout._of((*lengths, filler), longest)

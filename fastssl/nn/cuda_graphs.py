@@ -9,7 +9,7 @@ tensors of the layouts. Both are copied to where the graph reads them.
 from collections import OrderedDict
 from collections.abc import Callable
 from itertools import chain
-from operator import attrgetter, is_
+from operator import is_
 from typing import Any
 
 import torch
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from fastssl.kernels.precision import of_convolutions, of_matrix_products
 from fastssl.nn.buckets import Bucket, FilledLayout
-from fastssl.nn.functional import is_watched
 from fastssl.nn.linear import casts_are_shared
 from fastssl.packing import Layout, Packed, one_buffer, views_of
 
@@ -101,11 +100,11 @@ class _Parts:
     """What a graph was captured from: the modules, parameters and buffers of a module."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.modules = list(module.modules())
-        self.is_watched = any(map(is_watched, self.modules))
-        dicts = ((part._modules, part._parameters, part._buffers) for part in self.modules)
+        modules = list(module.modules())
+        dicts = ((part._modules, part._parameters, part._buffers) for part in modules)
         self._dicts: list[dict[str, Any]] = list(chain.from_iterable(dicts))
-        self._hooks = [hooks for part in self.modules for hooks in (part._forward_hooks, part._forward_pre_hooks)]
+        self._attributes = list(map(vars, modules))
+        self._hooks = [hooks for part in modules for hooks in (part._forward_hooks, part._forward_pre_hooks)]
         self._values = self._current()
         self._tensors = [value for value in self._values if isinstance(value, Tensor)]
         self._addresses = list(map(Tensor.data_ptr, self._tensors))
@@ -120,8 +119,9 @@ class _Parts:
         return same and list(map(Tensor.data_ptr, self._tensors)) == self._addresses
 
     def can_be_captured(self) -> bool:
-        """Return whether no part is in training mode or has a hook, which a graph would not call."""
-        return not (self.is_watched or any(self._hooks) or any(map(attrgetter("training"), self.modules)))
+        """Return whether no part is in training mode, has a hook or another `forward`, which a graph would not call."""
+        is_changed = any(place["training"] or "forward" in place for place in self._attributes)
+        return not is_changed and not any(self._hooks)
 
 
 _Forward = Callable[[Packed], list[Packed]]
@@ -175,16 +175,16 @@ class CudaGraphs:
         device = samples.device.type
         autocast = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
         key = bucket, samples.dtype, samples.device, autocast, of_convolutions(), of_matrix_products()
-        with torch.inference_mode(mode=False), torch.no_grad(), torch.cuda.device_of(samples):
-            filled = FilledLayout.fill(layout.lengths, bucket)
-            filled.prepare(ask)
-            if key not in self._graphs:
-                # Without autocast's cache: a graph may not read a copy from it that is freed after the call.
-                with torch.autocast(device, *autocast, cache_enabled=False):
-                    self._graphs[key] = self._captured(forward, samples, filled)
-        frames = ask(filled).lengths[: len(layout.lengths)]
-        self._graphs.move_to_end(key)
-        return self._graphs[key](samples, filled, frames)
+        with torch.cuda.device_of(samples):
+            with torch.inference_mode(mode=False), torch.no_grad():
+                filled = FilledLayout.fill(layout.lengths, bucket)
+                filled.prepare(ask)
+                if key not in self._graphs:
+                    # Without autocast's cache: a graph may not read a copy from it that is freed after the call.
+                    with torch.autocast(device, *autocast, cache_enabled=False):
+                        self._graphs[key] = self._captured(forward, samples, filled)
+            self._graphs.move_to_end(key)
+            return self._graphs[key](samples, filled, ask(filled).lengths[: len(layout.lengths)])
 
     def _serves(self, module: nn.Module, waveforms: Packed) -> bool:
         """Return whether a graph can serve a call. Drop all graphs if the module has changed."""
