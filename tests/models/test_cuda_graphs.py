@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastssl.kernels.positional_conv import op as positional_conv
 from fastssl.models.conformer import ConformerConfig, ConformerEncoder
@@ -18,6 +18,7 @@ from fastssl.models.encoder import Encoder, EncoderConfig
 from fastssl.models.speech_encoder import SpeechEncoder
 from fastssl.nn import cuda_graphs
 from fastssl.nn.buckets import Bucket, FilledLayout
+from fastssl.nn.cuda_graphs import CudaGraphs
 from fastssl.packing import Layout, Packed
 
 _SIZE: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
@@ -296,6 +297,35 @@ def test_features_serve_a_later_backward(pretended: Pretended) -> None:
     with torch.no_grad():
         layout = encoder(waveforms_of([16_000, 8_000])).features.layout
     assert layout.sequence_ids.tolist() == [0] * 49 + [1] * 24
+
+
+def test_what_a_forward_computes_from_a_layout_is_computed_again_in_each_run(pretended: Pretended) -> None:
+    """A warm-up may not leave tensors of the first batch on the layout, nor casts in autocast's cache."""
+    module, caches = nn.Linear(1, 1).eval(), []
+
+    def forward(waveforms: Packed) -> list[Packed]:
+        caches.append(torch.is_autocast_cache_enabled())
+        ids = waveforms.layout.sequence_ids  # nothing asked for them
+        return [Packed(waveforms.values + ids.unsqueeze(1), waveforms.layout)]
+
+    graphs = CudaGraphs(receptive_field=1, hop=1, max_graphs=2, max_samples=10_000)
+    with torch.inference_mode():
+        for lengths in ([3_000, 2_000], [1_000, 4_000]):
+            samples = waveforms_of(lengths)
+            (found,) = graphs.run(module, forward, lambda layout: layout, samples) or []
+            assert_same_states([found], forward(samples))
+    assert pretended.captures == 1
+    assert caches[:3] == [False, False, True]  # warm-up, capture, and the call without a graph
+
+
+def test_a_filler_is_zero_after_a_longer_batch(pretended: Pretended) -> None:
+    encoder: Any = make_encoder().use_cuda_graphs()
+    with torch.no_grad():
+        for length in (16_100, 15_500):
+            encoder(Packed(torch.full((length, 1), torch.inf), Layout.from_lengths([length])))
+    (graph,) = encoder._cuda_graphs._graphs.values()
+    assert graph._samples[:15_500].isinf().all()
+    assert graph._samples[15_500:].eq(0).all()
 
 
 def test_an_encoder_with_a_compressor_is_refused() -> None:
