@@ -118,7 +118,8 @@ class SpeechEncoder(nn.Module):
         gradients, inside `torch.compile` or another graph, if a module has a hook, and if only `extract_features` or
         `encode` is called. Weights that change in place have effect. If a parameter, a buffer or a module is replaced,
         graphs are captured again. After a change of a module's code, or of a setting of PyTorch's backends other than
-        `fp32_precision`, call this method again. Call the encoder in one thread and on one stream.
+        `fp32_precision`, call this method again. Call the encoder in one thread and on one stream. A call raises a
+        ValueError if an op has no kernel for it but the reference, which reads lengths on the host.
 
         Args:
             enabled: Whether to use graphs; False drops those that exist.

@@ -1,7 +1,9 @@
 """Buckets of batches: fill a batch up to a size that others share, without changing what its utterances give."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, NoReturn
+
+from torch import Tensor
 
 from fastssl.packing import Layout, kept_by_plan
 
@@ -48,6 +50,28 @@ def _frames(length: int, kernel: int, stride: int) -> int:
     return max(0, (length - kernel) // stride + 1)
 
 
+class UnreadableLengths(Sequence[int]):
+    """Stands for the lengths on the host in a layout that a graph captures: only their number is the same in each run.
+
+    Args:
+        number: B, the number of sequences.
+    """
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+
+    def __len__(self) -> int:
+        return self._number
+
+    def __getitem__(self, index: object) -> NoReturn:
+        """Refuse to return a length.
+
+        Raises:
+            TypeError: Always, as PyTorch does where it expects a tuple of lengths.
+        """
+        raise TypeError("lengths on the host differ between the batches of a bucket")
+
+
 class FilledLayout(Layout):
     """Layout of a batch that is filled up to a bucket: utterances, then empty sequences, then the filler.
 
@@ -65,6 +89,14 @@ class FilledLayout(Layout):
     def _of(cls, lengths: Sequence[int], longest: int) -> "FilledLayout":
         exact = Layout.from_lengths(lengths)
         return cls(exact.lengths, exact.cu_seqlens, longest, exact.total)
+
+    def holding(self, tensors: Iterator[Tensor]) -> Layout:
+        """Return a copy for a graph, as `Layout.holding` does; reading `lengths` of it is a TypeError."""
+        held = super().holding(tensors)
+        for layout in (held, *held._parts().values()):
+            if isinstance(layout, Layout):
+                object.__setattr__(layout, "lengths", UnreadableLengths(len(layout.lengths)))
+        return held
 
     @kept_by_plan
     def after_conv(self: Layout, kernel: int, stride: int) -> Layout:

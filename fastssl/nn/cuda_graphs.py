@@ -45,7 +45,13 @@ class _Graph:
             return forward(Packed(self._samples, filled.holding(iter(views))))
 
         self._fill(samples, filled)
-        self._replay, self._states = _capture(run, pool)
+        try:
+            self._replay, self._states = _capture(run, pool)
+        except TypeError as error:  # of `UnreadableLengths`, from the run before the capture
+            raise ValueError(
+                "use_cuda_graphs: a part of this encoder reads lengths on the host, as the backend 'reference' does "
+                "(also for float64, or on a GPU without Triton); run it without CUDA graphs"
+            ) from error
 
     def __call__(self, samples: Tensor, filled: FilledLayout, frames: tuple[int, ...]) -> list[Packed]:
         """Run the graph; its results are copied, because the next run overwrites them.

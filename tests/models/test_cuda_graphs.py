@@ -2,16 +2,19 @@
 
 import copy
 import pickle
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 
+from fastssl import ops
+from fastssl.kernels import dispatch
+from fastssl.kernels.dispatch import BACKENDS
 from fastssl.kernels.positional_conv import op as positional_conv
 from fastssl.models.conformer import ConformerConfig, ConformerEncoder
 from fastssl.models.encoder import Encoder, EncoderConfig
@@ -19,6 +22,7 @@ from fastssl.models.speech_encoder import SpeechEncoder
 from fastssl.nn import cuda_graphs
 from fastssl.nn.buckets import Bucket, FilledLayout
 from fastssl.nn.cuda_graphs import CudaGraphs
+from fastssl.ops import StridedConvLayer
 from fastssl.packing import Layout, Packed
 
 _SIZE: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
@@ -82,6 +86,35 @@ def test_filling_a_batch_changes_no_bit_of_its_utterances(kind: str, lengths: li
             assert state.layout.total > wanted.layout.total or batch.layout.lengths[-1] < 2_000
 
 
+@pytest.mark.parametrize("backend", [name for name in BACKENDS["strided_conv"]["cpu"] if name != "reference"])
+@pytest.mark.parametrize("norm", ["group", "layer"])
+def test_every_kernel_gives_utterances_the_same_bits_beside_a_filler(
+    backend: str, norm: Literal["group", "layer"]
+) -> None:
+    """A filler may have fewer frames than it has windows, which kernels never see otherwise."""
+    torch.manual_seed(0)
+    layers = [
+        StridedConvLayer(torch.randn(16, 1, 10), 5, norm=norm),
+        StridedConvLayer(torch.randn(16, 16, 3), 2, norm="none" if norm == "group" else norm),
+        StridedConvLayer(torch.randn(16, 16, 2), 2),
+    ]
+    lengths = [700, 0, 9, 1_303]
+    batch = waveforms_of(lengths)
+    layout = FilledLayout.fill(lengths, Bucket(sum(lengths) + 1_100, 8, 2_048))
+    samples = torch.cat([batch.values, torch.zeros(1_100, 1)])
+    expected, exact = ops.strided_conv_stack(batch.values, layers, batch.layout, backend=backend)
+    found, frames = ops.strided_conv_stack(samples, layers, layout, backend=backend)
+    assert frames.lengths[: len(lengths)] == exact.lengths
+    assert frames.lengths[-1] < Layout.from_lengths([1_100]).after_conv(10, 5).after_conv(3, 2).after_conv(2, 2).total
+    assert torch.equal(found[: exact.total], expected)
+    assert found.isfinite().all()
+    if backend in BACKENDS["varlen_attention"]["cpu"]:
+        q, k, v = found.view(-1, 2, 8), found.flip(1).view(-1, 2, 8), found.sin().view(-1, 2, 8)
+        attended = ops.varlen_attention(q, k, v, frames, backend=backend)
+        q, k, v = (x[: exact.total].contiguous() for x in (q, k, v))
+        assert torch.equal(attended[: exact.total], ops.varlen_attention(q, k, v, exact, backend=backend))
+
+
 @settings(max_examples=100, deadline=None)
 @given(
     convolutions=st.lists(st.tuples(st.integers(1, 12), st.integers(1, 5)), min_size=1, max_size=5),
@@ -119,15 +152,6 @@ def test_a_kernel_below_its_stride_is_refused_if_the_filler_is_too_short() -> No
         layout.after_conv(1, 6)
 
 
-class Unreadable(tuple[int, ...]):
-    """Lengths on the host of a captured batch, of which a graph may use only the number."""
-
-    def __iter__(self) -> Any:
-        raise AssertionError("lengths on the host were read in a graph")
-
-    __getitem__ = __eq__ = __hash__ = __iter__  # type: ignore[assignment]
-
-
 @dataclass
 class Pretended:
     """Graphs on the CPU: what was captured runs again, and its results are copied to where the first ones are."""
@@ -151,22 +175,11 @@ class Pretended:
         return replay, states
 
 
-def hide_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let nothing read the lengths on the host of a captured batch, and convolve as on a GPU, which does not."""
-    original = Layout.holding
-
-    def holding(layout: Layout, tensors: Iterator[Tensor]) -> Layout:
-        held = original(layout, tensors)
-        object.__setattr__(held, "lengths", Unreadable(held.lengths))
-        return held
-
-    monkeypatch.setattr(Layout, "holding", holding)
-    monkeypatch.setattr(positional_conv, "_torch_conv", positional_conv._conv_with_gaps)
-
-
 @pytest.fixture
 def pretended(monkeypatch: pytest.MonkeyPatch) -> Pretended:
     made = Pretended()
+    # As on a GPU, because the convolution of the CPU reads lengths on the host.
+    monkeypatch.setattr(positional_conv, "_torch_conv", positional_conv._conv_with_gaps)
     monkeypatch.setattr(cuda_graphs, "_DEVICE", "cpu")
     monkeypatch.setattr(cuda_graphs, "_capture", made.capture)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
@@ -176,10 +189,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> Pretended:
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_graphs_are_captured_once_per_bucket_and_give_the_same_bits(
-    kind: str, pretended: Pretended, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    hide_lengths(monkeypatch)
+def test_graphs_are_captured_once_per_bucket_and_give_the_same_bits(kind: str, pretended: Pretended) -> None:
     encoder = make_encoder(kind)
     plain = copy.deepcopy(encoder)
     assert encoder.use_cuda_graphs() is encoder
@@ -316,6 +326,36 @@ def test_what_a_forward_computes_from_a_layout_is_computed_again_in_each_run(pre
             assert_same_states([found], forward(samples))
     assert pretended.captures == 1
     assert caches[:3] == [False, False, True]  # warm-up, capture, and the call without a graph
+
+
+def test_a_part_that_reads_lengths_on_the_host_is_refused(
+    pretended: Pretended, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = waveforms_of([16_000])
+    refused = pytest.raises(ValueError, match="a part of this encoder reads lengths on the host")
+    with torch.no_grad():
+        with refused:
+            make_encoder().double().use_cuda_graphs()(Packed(batch.values.double(), batch.layout))
+        monkeypatch.setattr(dispatch, "DEFAULT_BACKEND", "reference")
+        for kind in CONFIGS:
+            with refused:
+                make_encoder(kind).use_cuda_graphs()(batch)
+    assert pretended.captures == 0
+
+
+@pytest.mark.parametrize("op", ["strided_conv", "positional_conv", "varlen_attention"])
+def test_no_reference_reads_lengths_of_a_captured_layout(op: str) -> None:
+    layout = FilledLayout.fill([40, 20], Bucket(100, 4, 64))
+    held = layout.holding(layout.tensors())
+    x, q = torch.ones(100, 4), torch.ones(100, 2, 2)
+    calls: dict[str, Callable[[], object]] = {
+        "strided_conv": lambda: ops.strided_conv(x, torch.ones(4, 4, 2), held, stride=1, backend="reference"),
+        "positional_conv": lambda: ops.positional_conv(x, torch.ones(4, 2, 3), held, backend="reference"),
+        "varlen_attention": lambda: ops.varlen_attention(q, q, q, held, backend="reference"),
+    }
+    assert len(held.lengths) == 4
+    with pytest.raises(TypeError):
+        calls[op]()
 
 
 def test_a_filler_is_zero_after_a_longer_batch(pretended: Pretended) -> None:
