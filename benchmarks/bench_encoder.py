@@ -1,5 +1,6 @@
 """Measure the encoder's forward pass: `python -m benchmarks.bench_encoder --device cpu|cuda [--output JSON]`."""
 
+import copy
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -55,6 +56,9 @@ def forward(title: str, lengths_s: Sequence[float], device: torch.device) -> Row
 
     contenders = Contenders()
     contenders.add("fastssl", _no_grad(lambda: encoder(batch)), _check_ours(encoder, device, dtype))
+    if device.type == "cuda":
+        graphed = copy.deepcopy(encoder).use_cuda_graphs()
+        contenders.add("fastssl, CUDA graphs", _no_grad(lambda: graphed(batch)), _check_ours(graphed, device, dtype))
     contenders.add("Transformers, eager", _no_grad(lambda: _encode(theirs, audio, mask)), check_theirs)
     rivals.add_compiled(contenders, device, transformers_compiled, quick=len(lengths_s) == 1)
     contenders.invite("torchaudio", torchaudio)

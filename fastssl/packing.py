@@ -36,7 +36,7 @@ def _kept(compute: Callable[["Layout"], Tensor]) -> Callable[["Layout"], Tensor]
     return get
 
 
-def _kept_by_plan(compute: Callable[["Layout", int, int], _Part]) -> Callable[["Layout", int, int], _Part]:
+def kept_by_plan(compute: Callable[["Layout", int, int], _Part]) -> Callable[["Layout", int, int], _Part]:
     """Decorate a method: on a planned layout (`Layout.plan`), compute its result once per arguments and cache it."""
     name = compute.__name__
 
@@ -81,14 +81,34 @@ def send(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     """
     if all(tensor.device.type == device.type for tensor in tensors):
         return list(tensors)
+    return views_of(one_buffer(tensors, pinned=device.type == "cuda").to(device, non_blocking=True), tensors)
+
+
+def one_buffer(tensors: Sequence[Tensor], *, pinned: bool) -> Tensor:
+    """Copy tensors into one buffer on the host; `views_of` finds them in it, or in a copy of it.
+
+    Args:
+        tensors: Tensors on the CPU, of any shapes and dtypes.
+        pinned: Whether to use page-locked memory, for an asynchronous copy to a GPU.
+    """
+    spans, size = _spans(tensors)
+    buffer = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+    for span, tensor in zip(spans, tensors, strict=True):
+        buffer[span].view(tensor.dtype).copy_(tensor.flatten())
+    return buffer
+
+
+def views_of(buffer: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return the parts of a buffer as tensors with the shapes and dtypes of those that `one_buffer` copied there."""
+    spans, _ = _spans(tensors)
+    return [buffer[span].view(tensor.dtype).view(tensor.shape) for span, tensor in zip(spans, tensors, strict=True)]
+
+
+def _spans(tensors: Sequence[Tensor]) -> tuple[list[slice], int]:  # bytes of each tensor in one buffer, and its size
     sizes = [tensor.numel() * tensor.element_size() for tensor in tensors]
     ends = list(accumulate(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes))
     spans = [slice(begin, begin + size) for begin, size in zip([0, *ends], sizes, strict=False)]
-    buffer = torch.empty(ends[-1] if ends else 0, dtype=torch.uint8, pin_memory=device.type == "cuda")
-    for span, tensor in zip(spans, tensors, strict=True):
-        buffer[span].view(tensor.dtype).copy_(tensor.flatten())
-    sent = buffer.to(device, non_blocking=True)
-    return [sent[span].view(tensor.dtype).view(tensor.shape) for span, tensor in zip(spans, tensors, strict=True)]
+    return spans, ends[-1] if ends else 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,7 +236,7 @@ class Layout:
         """
         return Layout.from_device(tuple(map(host, self.lengths)), device(self.device_lengths))
 
-    @_kept_by_plan
+    @kept_by_plan
     def after_conv(self, kernel: int, stride: int) -> "Layout":
         """Return the layout after an unpadded convolution: floor((length - kernel) / stride) + 1 frames, at least 0.
 
@@ -234,7 +254,7 @@ class Layout:
             lambda lengths: ((lengths - kernel) // stride + 1).clamp(min=0),
         )
 
-    @_kept_by_plan
+    @kept_by_plan
     def with_gaps(self, before: int, after: int) -> "Layout":
         """Return a layout with `before` extra rows in front of each sequence and `after` extra rows after it."""
         gap = before + after
@@ -245,8 +265,8 @@ class Layout:
 
         Without a plan, a layout on a GPU computes every derived layout and index there, in about five small launches
         each. After it, this layout and those derived from it (`after_conv`, `with_gaps`) have what `use` asked for, and
-        keep what they are asked for later. The host does not wait. Only the first plan of a layout counts. On the CPU
-        and inside `torch.compile`, nothing happens.
+        keep what they are asked for later. The host does not wait. Only the first plan counts. On the CPU and inside
+        `torch.compile`, nothing happens.
 
         Args:
             use: Function that asks a layout of the same lengths, on the host, for layouts and properties.
@@ -255,30 +275,34 @@ class Layout:
             return
         with torch.inference_mode(mode=False):  # as in `_outside_inference_mode`
             host = Layout.from_lengths(self.lengths)
-            host.__dict__[_PLANNED] = True
-            use(host)
-            there = host._holding(iter(send(list(host._tensors()), self.cu_seqlens.device)))
+            host.prepare(use)
+            there = host.holding(iter(send(list(host.tensors()), self.cu_seqlens.device)))
         self.__dict__.update(there._parts(), **{_PLANNED: True})
+
+    def prepare(self, use: Callable[["Layout"], object]) -> None:
+        """Compute what `use` asks of this layout, which is on the host, and keep it for `tensors` and `holding`."""
+        self.__dict__[_PLANNED] = True
+        use(self)
 
     def _parts(self) -> dict[str, "Tensor | Layout"]:
         """Return what the layout keeps besides its fields, by name."""
         return {name: part for name, part in vars(self).items() if name not in _FIELDS and name != _PLANNED}
 
-    def _tensors(self) -> Iterator[Tensor]:
+    def tensors(self) -> Iterator[Tensor]:
         """Yield the tensors of a layout, of what it keeps, and of the layouts that it keeps."""
         yield self.cu_seqlens
         for part in self._parts().values():
-            yield from part._tensors() if isinstance(part, Layout) else (part,)
+            yield from part.tensors() if isinstance(part, Layout) else (part,)
 
-    def _holding(self, tensors: Iterator[Tensor]) -> "Layout":
-        """Return a planned copy of a layout and of what it keeps, with other tensors in the order of `_tensors`."""
+    def holding(self, tensors: Iterator[Tensor]) -> "Layout":
+        """Return a planned copy of a layout and of what it keeps, with other tensors in the order of `tensors`."""
         copy = replace(self, cu_seqlens=next(tensors))
         for name, part in self._parts().items():
-            copy.__dict__[name] = part._holding(tensors) if isinstance(part, Layout) else next(tensors)
+            copy.__dict__[name] = part.holding(tensors) if isinstance(part, Layout) else next(tensors)
         copy.__dict__[_PLANNED] = True
         return copy
 
-    @_kept_by_plan
+    @kept_by_plan
     def rows_with_gaps(self, before: int, after: int) -> Tensor:
         """Return the row of each frame in the layout `with_gaps(before, after)`: (N,) int64 on the device."""
         positions = self.positions + before if before else self.positions

@@ -194,11 +194,12 @@ class ConformerEncoder(SpeechEncoder):
         waveforms.layout.plan(self._ask)
         return normalize_over_time(self.log_mel(waveforms))
 
-    def _ask(self, layout: Layout) -> None:
-        """Ask the layout of the samples for what a forward pass needs (`Layout.plan`)."""
+    def _ask(self, layout: Layout) -> Layout:
         mel = mel_layout(layout)
         mel.ask_for_indices()
-        (self.encoder if self.compressor is None else self.compressor).ask(subsampled_layout(mel))
+        frames = subsampled_layout(mel)
+        (self.encoder if self.compressor is None else self.compressor).ask(frames)
+        return frames
 
     def encode(
         self,

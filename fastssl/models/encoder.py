@@ -304,10 +304,10 @@ class Encoder(SpeechEncoder):
         """Compute the layout of the front end's frames from the layout of the samples."""
         return self.config.frame_layout(layout)
 
-    def _ask(self, layout: Layout) -> None:
-        """Ask the layout of the samples for what a forward pass needs (`Layout.plan`)."""
+    def _ask(self, layout: Layout) -> Layout:
         frames = self.frame_layout(layout)
         (self.encoder if self.compressor is None else self.compressor).ask(frames)
+        return frames
 
     def json_files(self) -> dict[str, dict[str, Any]]:
         """Return the contents of the two files that Transformers reads: config.json and preprocessor_config.json."""

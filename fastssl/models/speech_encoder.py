@@ -12,6 +12,7 @@ from fastssl.models.folder import (
     ACCELERATED_COMPRESSOR,
     COMPRESSOR_FILE,
     COMPRESSOR_PREFIX,
+    SAMPLE_RATE_HZ,
     check_matching,
     check_stored,
     load_matching,
@@ -22,8 +23,9 @@ from fastssl.models.folder import (
 from fastssl.models.model_card import ModelCard
 from fastssl.models.skeleton import skeleton
 from fastssl.nn.compression import Compressed, SequenceCompressor
+from fastssl.nn.cuda_graphs import CudaGraphs
 from fastssl.nn.linear import casts_together
-from fastssl.packing import Packed
+from fastssl.packing import Layout, Packed
 from fastssl.reading import printable
 
 if TYPE_CHECKING:
@@ -62,6 +64,7 @@ class SpeechEncoder(nn.Module):
     config: SpeechEncoderConfig
     encoder: nn.Module  # the layers
     compressor: SequenceCompressor | None
+    _cuda_graphs: CudaGraphs | None = None
 
     def __init__(self, config: SpeechEncoderConfig) -> None:
         super().__init__()
@@ -90,8 +93,68 @@ class SpeechEncoder(nn.Module):
             ValueError: `waveforms` does not have shape (N, 1); a rate or period is out of range; or one is given, but
                 the encoder has no compressor or one with a fixed factor.
         """
+        if self._cuda_graphs is not None and rate is None and frame_period_ms is None:
+            hidden_states = self._cuda_graphs.run(self, self._hidden_states, self._ask, waveforms)
+            if hidden_states is not None:
+                return EncoderOutput(hidden_states[-1], hidden_states)
         with casts_together(self):
             return self.encode(self.extract_features(waveforms), rate=rate, frame_period_ms=frame_period_ms)
+
+    def _hidden_states(self, waveforms: Packed) -> list[Packed]:
+        with casts_together(self):
+            return self.encode(self.extract_features(waveforms)).hidden_states
+
+    def use_cuda_graphs(self, enabled: bool = True, *, max_graphs: int = 32, max_duration_s: float = 60.0) -> "Self":
+        """Run the forward pass by CUDA graphs where possible: for short inputs, which wait for the host on a fast GPU.
+
+        Not measured on a GPU yet. For a few seconds of audio, the host takes longer to launch kernels than the GPU
+        takes to run them. A CUDA graph launches all of them at once. One is captured for each bucket of batches of
+        about the same size, when the first such batch comes. This takes as long as a few calls, and the graph's hidden
+        states stay in GPU memory. A batch is filled up with zeros to the size of its bucket, by about an eighth of its
+        samples at most. Features are the same as without graphs, up to rounding.
+
+        A call uses a graph if it is `encoder(waveforms)` on a GPU, in evaluation mode, under `torch.no_grad` or
+        `torch.inference_mode`, with at most `max_duration_s` of audio. Any other call runs as before: in training, with
+        gradients, inside `torch.compile` or another graph, if a module has a hook, and if only `extract_features` or
+        `encode` is called. Weights that change in place have effect. If a parameter, a buffer or a module is replaced,
+        graphs are captured again. After a change of a module's code, or of a setting of PyTorch's backends other than
+        `fp32_precision`, call this method again. Call the encoder in one thread and on one stream. A call raises a
+        ValueError if an op has no kernel for it but the reference, which reads lengths on the host.
+
+        Args:
+            enabled: Whether to use graphs; False drops those that exist.
+            max_graphs: Number of graphs to keep; the one that was not used for the longest time is dropped.
+            max_duration_s: Seconds of audio of a batch above which it runs without a graph.
+
+        Returns:
+            The encoder.
+
+        Raises:
+            ValueError: The encoder has a compressor, which leaves a number of frames that varies within a bucket; or a
+                limit is not positive.
+        """
+        if enabled and self.compressor is not None:
+            raise ValueError(
+                "use_cuda_graphs: this encoder has a compressor, and how many frames it leaves varies within a bucket; "
+                "run it without CUDA graphs"
+            )
+        if max_graphs < 1 or not max_duration_s > 0:
+            raise ValueError(f"max_graphs and max_duration_s: must be positive, got {max_graphs} and {max_duration_s}")
+        if self._cuda_graphs is not None:
+            self._cuda_graphs.clear()
+        self._cuda_graphs = None
+        if enabled:
+            self._cuda_graphs = CudaGraphs(
+                receptive_field=self.config.receptive_field_samples,
+                hop=self.config.samples_per_frame,
+                max_graphs=max_graphs,
+                max_samples=int(max_duration_s * SAMPLE_RATE_HZ),
+            )
+        return self
+
+    def _ask(self, layout: Layout) -> Layout:
+        """Ask the layout of the samples for what a forward pass needs (`Layout.plan`); return that of the frames."""
+        raise NotImplementedError
 
     def extract_features(self, waveforms: Packed) -> Packed:
         """Compute the front end's output, which is the input of `encode`; nothing is compressed yet.

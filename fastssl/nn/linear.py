@@ -103,6 +103,11 @@ def casts_together(module: nn.Module) -> Iterator[None]:
         _copies.clear()
 
 
+def casts_are_shared() -> bool:
+    """Return whether the code runs inside `casts_together`, with copies that are freed at its end."""
+    return bool(_copies)
+
+
 def _is_cast(device: str) -> bool:
     return device != "cpu" and torch.is_autocast_enabled(device)
 

@@ -21,6 +21,8 @@ _NOT_COMPILED = {
     ("strided_conv._activate_kernel", "bias_ptr", "16-bit float"),
     ("strided_conv._activate_kernel", "norm_weight_ptr", "16-bit float"),
     ("strided_conv._activate_kernel", "norm_bias_ptr", "16-bit float"),
+    ("varlen_attention._forward_kernel", "bias_ptr", "16-bit float"),
+    ("varlen_attention._forward_kernel", "gate_ptr", "16-bit float"),
 }
 #: Largest size of a grid, by axis.
 _LIMITS = (2**31 - 1, 65535, 65535)
@@ -89,6 +91,7 @@ def note_launch(record: Record, kernel: Any, args: tuple[Any, ...], grid: Any, o
             named = ", ".join(sorted(f"{name} {dtype}" for name, dtype in unknown))
             record.problem(f"{title}: no ahead-of-time case has {named}")
     record.launches[title] += 1
+    record.step(title, arguments, sizes, {name: value for name, value in options.items() if name not in names})
     record.variants.add((title, *_specialization(kernel, args, options)))
 
 

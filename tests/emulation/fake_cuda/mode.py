@@ -34,13 +34,16 @@ _Handler = Callable[["FakeCuda", Any, tuple[Any, ...], dict[str, Any]], Any]
 class FakeCuda(TorchDispatchMode):
     """Within this mode, tensors on the CPU are real, and tensors on the GPU are fake.
 
-    `record` has what happened since it was last replaced.
+    `record` has what happened since it was last replaced; `captures` has a record with a trace for each CUDA graph, of
+    what it captured.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.record = Record()
+        self.captures: list[Record] = []
+        self._before_capture = self.record
         self._depth = 0
         self._outer = ExitStack()
         #: Storages of page-locked tensors; kept, so that no other storage gets the same address.
@@ -52,6 +55,7 @@ class FakeCuda(TorchDispatchMode):
             self._outer.enter_context(pretend.cpu_tensors_from_literals())
             self._outer.enter_context(recording(lambda *launch: note_launch(self.record, *launch)))
             pretend.on_wait.append(self._note_wait)
+            pretend.on_graph.append(self._note_graph)
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
@@ -59,11 +63,23 @@ class FakeCuda(TorchDispatchMode):
         self._depth -= 1
         if self._depth == 0:
             pretend.on_wait.remove(self._note_wait)
+            pretend.on_graph.remove(self._note_graph)
             self._outer.close()
         super().__exit__(*exception)  # type: ignore[no-untyped-call]
 
     def _note_wait(self, reason: str) -> None:
         self.record.wait(reason)
+
+    def _note_graph(self, what: str) -> None:
+        if what == "begin":
+            self._before_capture, self.record = self.record, Record(trace=[])
+        elif what == "end":
+            self.captures.append(self.record)
+            self.record, captured = self._before_capture, self.record
+            self.record.problems += captured.problems
+            self.record.variants |= captured.variants
+        else:
+            self.record.launches["CUDA graph"] += 1
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -79,6 +95,7 @@ class FakeCuda(TorchDispatchMode):
         if func.namespace == "prim":  # a question about the tensor
             with self.fake:
                 return func(*args, **kwargs)
+        self.record.step(name, args, kwargs)
         if func.namespace == "fastssl_triton":
             self._check_devices(name, args, kwargs)
             with self:

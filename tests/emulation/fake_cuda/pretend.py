@@ -22,6 +22,8 @@ from tests.emulation.fake_cuda.shims import FOLDER
 
 #: What a wait outside the dispatcher calls, such as `torch.cuda.synchronize`; the recording mode sets it.
 on_wait: list[Callable[[str], None]] = []
+#: What a CUDA graph calls with "begin" and "end" of its capture, and with "replay"; the recording mode sets it.
+on_graph: list[Callable[[str], None]] = []
 #: PyTorch's guard for devices that do not exist speaks of 8 of them; the engine asks for each.
 _DEVICES_OF_ENGINE = 8
 _PROPERTIES = SimpleNamespace(
@@ -68,6 +70,8 @@ def _replace_cuda() -> None:
     cuda.synchronize = lambda *args: _wait("synchronize")
     cuda.Stream = cuda.current_stream = cuda.default_stream = _Stream
     cuda.Event = _Event
+    cuda.CUDAGraph, cuda.graph, cuda.graph_pool_handle = _Graph, _capture, lambda: (0, 1)
+    cuda.is_current_stream_capturing = lambda: False
     cuda.amp.common.amp_definitely_not_available = lambda: False
     torch.accelerator.is_available = lambda: True
     torch.accelerator.current_device_index = lambda: 0
@@ -119,6 +123,27 @@ def begin_update() -> None:
 
 def _wait(what: str) -> None:
     for note in on_wait:
+        note(what)
+
+
+class _Graph:
+    """A CUDA graph, whose only content is that it was captured and replayed."""
+
+    def replay(self) -> None:
+        _note_graph("replay")
+
+
+@contextmanager
+def _capture(graph: _Graph, **options: object) -> Iterator[None]:
+    _note_graph("begin")
+    try:
+        yield
+    finally:
+        _note_graph("end")
+
+
+def _note_graph(what: str) -> None:
+    for note in on_graph:
         note(what)
 
 

@@ -5,6 +5,10 @@ from collections import Counter
 from dataclasses import dataclass, field
 from functools import cache
 from types import FrameType
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_map
 
 #: Parts of a path after which a file's name is short enough to show, by preference: the first kind that is on the stack
 #: names the place. Our own code comes first, then the code that calls it or that it calls.
@@ -30,6 +34,8 @@ class Record:
         pageable: Number of asynchronous copies to the device from memory that is not page-locked, by place.
         problems: Errors, by description with the place.
         variants: Specialisations of Triton kernels that were launched, each compiled separately.
+        trace: Operators and launches of Triton kernels in order, with all that the host gives them: shapes, strides,
+            dtypes, numbers and grids. None if nobody asked for it.
     """
 
     launches: Counter[str] = field(default_factory=Counter)
@@ -37,12 +43,24 @@ class Record:
     pageable: Counter[str] = field(default_factory=Counter)
     problems: Counter[str] = field(default_factory=Counter)
     variants: set[tuple[str, ...]] = field(default_factory=set)
+    trace: list[str] | None = None
 
     def wait(self, reason: str) -> None:
         self.waits[f"{place()}: {reason}"] += 1
 
     def problem(self, what: str) -> None:
         self.problems[f"{place()}: {what}"] += 1
+
+    def step(self, name: str, *arguments: Any) -> None:
+        """Add an operator or a launch to the trace, if there is one."""
+        if self.trace is not None:
+            self.trace.append(f"{name} {tree_map(_described, arguments)}")
+
+
+def _described(leaf: Any) -> str:
+    if not isinstance(leaf, Tensor):
+        return repr(leaf)
+    return f"{leaf.dtype} {tuple(leaf.shape)} {leaf.stride()} +{leaf.storage_offset()} {leaf.device}"
 
 
 def place() -> str:

@@ -42,6 +42,7 @@ GROUPS = (
     ),
     "loop/*",
     "fit/*",
+    "graphs/*",
 )
 
 
