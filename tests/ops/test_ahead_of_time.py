@@ -46,6 +46,7 @@ ALLOWANCES = (
     Allowance("strided_conv", "front end, layer norm, *float16*", (120,), 128, "blocks are chosen for sm_90"),
     Allowance("strided_conv", "front end, layer norm, float32*", (100, 120), 40, "not meant to be fast"),
     Allowance("strided_conv", "layer norm, K=31, 512*", tuple(SHARED_BYTES), 728, "first layers have K=10"),
+    Allowance("dropout_add_layer_norm", "D=194, float32*", tuple(SHARED_BYTES), 8, "no width of a speech encoder"),
     Allowance("dropout_add_layer_norm", "D=8192*", tuple(SHARED_BYTES), 16, "wider than any speech encoder so far"),
 )
 
