@@ -81,14 +81,34 @@ def send(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     """
     if all(tensor.device.type == device.type for tensor in tensors):
         return list(tensors)
+    return views_of(one_buffer(tensors, pinned=device.type == "cuda").to(device, non_blocking=True), tensors)
+
+
+def one_buffer(tensors: Sequence[Tensor], *, pinned: bool) -> Tensor:
+    """Copy tensors into one buffer on the host; `views_of` finds them in it, or in a copy of it.
+
+    Args:
+        tensors: Tensors on the CPU, of any shapes and dtypes.
+        pinned: Whether to use page-locked memory, for an asynchronous copy to a GPU.
+    """
+    spans, size = _spans(tensors)
+    buffer = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+    for span, tensor in zip(spans, tensors, strict=True):
+        buffer[span].view(tensor.dtype).copy_(tensor.flatten())
+    return buffer
+
+
+def views_of(buffer: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return the parts of a buffer as tensors with the shapes and dtypes of those that `one_buffer` copied there."""
+    spans, _ = _spans(tensors)
+    return [buffer[span].view(tensor.dtype).view(tensor.shape) for span, tensor in zip(spans, tensors, strict=True)]
+
+
+def _spans(tensors: Sequence[Tensor]) -> tuple[list[slice], int]:  # bytes of each tensor in one buffer, and its size
     sizes = [tensor.numel() * tensor.element_size() for tensor in tensors]
     ends = list(accumulate(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes))
     spans = [slice(begin, begin + size) for begin, size in zip([0, *ends], sizes, strict=False)]
-    buffer = torch.empty(ends[-1] if ends else 0, dtype=torch.uint8, pin_memory=device.type == "cuda")
-    for span, tensor in zip(spans, tensors, strict=True):
-        buffer[span].view(tensor.dtype).copy_(tensor.flatten())
-    sent = buffer.to(device, non_blocking=True)
-    return [sent[span].view(tensor.dtype).view(tensor.shape) for span, tensor in zip(spans, tensors, strict=True)]
+    return spans, ends[-1] if ends else 0
 
 
 @dataclass(frozen=True, eq=False)
