@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from fastssl.data import transfer
 from fastssl.data.audio import SAMPLE_RATE_HZ, AudioError, read_waveform
 from fastssl.data.corpus import Problem, cut_name
 from fastssl.data.labels import LabelTable, Segments
@@ -43,8 +45,8 @@ class AudioBatch:
         teacher: A teacher's stored outputs for these utterances; None if the dataset reads none.
         checksums: CRC-32 of the samples of each of the B utterances before normalisation; empty if the dataset computes
             none.
-        draws: What a system draws for the batch before it runs (`models.draws.Draws`), with `to` and `pin_memory`; None
-            if it draws nothing in advance. The data set sets None.
+        draws: What a system draws for the batch before it runs (`models.draws.Draws`), a tuple of tensors; None if it
+            draws nothing in advance. The data set sets None.
     """
 
     waveforms: Packed
@@ -66,17 +68,19 @@ class AudioBatch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "AudioBatch":
         """Return the batch with its tensors on a device, except `ids`, which the host needs."""
-        return self._with_each(lambda part: part.to(device, non_blocking=non_blocking))
+        return self._moved(partial(transfer.to_device, device=device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "AudioBatch":
-        """Return the batch with those tensors in page-locked memory; PyTorch's data loader calls this."""
-        return self._with_each(lambda part: part.pin_memory())
+        """Return the batch with those tensors in page-locked memory; PyTorch's data loader calls this.
 
-    def _with_each(self, move: Callable[[Any], Any]) -> "AudioBatch":
-        """Return a copy of the batch with `move` applied to every part that holds tensors."""
+        They share one buffer there, so that `to` needs one copy.
+        """
+        return self._moved(transfer.pin_memory)
+
+    def _moved(self, move: Callable[[tuple[Any, ...]], tuple[Any, ...]]) -> "AudioBatch":
         names = ("waveforms", "labels", "segments", "noise", "teacher", "draws")
-        parts = {name: getattr(self, name) for name in names}
-        return replace(self, **{name: move(part) for name, part in parts.items() if part is not None})
+        parts = move(tuple(getattr(self, name) for name in names))
+        return replace(self, **dict(zip(names, parts, strict=True)))
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
 
@@ -14,14 +13,6 @@ class FrameSegments(NamedTuple):
 
     weights: Tensor  # (T,) fp32, 1 / frames of the segment
     ends: Tensor  # (T,) bool, whether the segment ends with this frame
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "FrameSegments":
-        """Return the same segments on another device."""
-        return FrameSegments(*(tensor.to(device, non_blocking=non_blocking) for tensor in self))
-
-    def pin_memory(self) -> "FrameSegments":
-        """Return the same segments in page-locked memory."""
-        return FrameSegments(*(tensor.pin_memory() for tensor in self))
 
 
 def smooth_classes(costs: npt.NDArray[np.float32], *, price: float) -> npt.NDArray[np.int64]:

@@ -7,7 +7,7 @@ crop a shard contains the tensors `KEY/LAYER` (frames, width) and, if the front 
 """
 
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,17 +34,6 @@ class TeacherFrames(NamedTuple):
 
     layers: tuple[Tensor, ...]  # each (T, D)
     front_end: Tensor | None  # (T, C), the output of the convolutions before the layer norm
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "TeacherFrames":
-        """Copy all tensors to a device."""
-        return self._with_each(lambda frames: frames.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> "TeacherFrames":
-        """Copy all tensors to page-locked memory."""
-        return self._with_each(Tensor.pin_memory)
-
-    def _with_each(self, move: Callable[[Tensor], Tensor]) -> "TeacherFrames":
-        return TeacherFrames(tuple(map(move, self.layers)), None if self.front_end is None else move(self.front_end))
 
 
 class TeacherTable:

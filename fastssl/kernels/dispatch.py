@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fastssl.kernels.gpus import gpus, why_no_code, why_no_triton
 
@@ -259,3 +260,37 @@ def to_autocast_dtype(*tensors: Tensor | None) -> tuple[Any, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(None if x is None else x.to(dtype) for x in tensors)
+
+
+class _CastTogether(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.dtypes = [tensor.dtype for tensor in tensors]
+        ctx.set_materialize_grads(False)
+        return tuple(_copies(tensors, [dtype] * len(tensors)))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        given = [(grad, dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True) if grad is not None]
+        cast = iter(_copies([grad for grad, _ in given], [dtype for _, dtype in given]))
+        return None, *(None if grad is None else next(cast) for grad in grads)
+
+
+def _copies(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+    copies = [torch.empty_like(tensor, dtype=dtype) for tensor, dtype in zip(tensors, dtypes, strict=True)]
+    if copies:
+        torch._foreach_copy_(copies, list(tensors))
+    return copies
+
+
+def cast_together(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Cast one or more tensors of the same device; on a GPU in one launch, and their gradients in another.
+
+    A tensor that has the dtype is returned as it is. The compiler joins casts itself.
+    """
+    if tensors[0].device.type == "cpu" or torch.compiler.is_compiling():
+        return [tensor.to(dtype) for tensor in tensors]
+    others = [tensor for tensor in tensors if tensor.dtype != dtype]
+    cast = iter(_CastTogether.apply(dtype, *others) if others else ())
+    return [tensor if tensor.dtype == dtype else next(cast) for tensor in tensors]

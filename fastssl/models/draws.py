@@ -1,6 +1,5 @@
 """Random choices for a batch, made on the host: so the host knows how many frames are masked, and waits for no GPU."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -28,21 +27,10 @@ class Draws(NamedTuple):
     negatives: Tensor | None = None  # (M, K)
     noise_seeds: Tensor | None = None  # (M,)
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Draws":
-        """Return the same choices on a device."""
-        return self._with_each(lambda part: part.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> "Draws":
-        """Return the same choices in page-locked memory."""
-        return self._with_each(lambda part: part.pin_memory())
-
     def sent(self, device: torch.device) -> "Draws":
         """Return the same choices on a device, in one copy that the host does not wait for."""
         there = iter(send([part for part in self if part is not None], device))
-        return self._with_each(lambda _: next(there))
-
-    def _with_each(self, move: Callable[[Tensor], Tensor]) -> "Draws":
-        return self._replace(**{name: move(part) for name, part in self._asdict().items() if part is not None})
+        return self._replace(**{name: next(there) for name, part in self._asdict().items() if part is not None})
 
 
 def draw_mask(config: MaskedConfig, layout: Layout, keys: Tensor) -> Draws:

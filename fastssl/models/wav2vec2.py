@@ -22,7 +22,7 @@ from fastssl.models.pretraining import (
     perplexity,
 )
 from fastssl.nn.linear import PackedLinear
-from fastssl.nn.masking import sample_negatives
+from fastssl.nn.masking import choose_negatives, negative_choices
 from fastssl.nn.quantizer import GumbelQuantizer
 from fastssl.nn.random import noise_seeds
 from fastssl.packing import Layout, Packed, send
@@ -217,7 +217,8 @@ class Wav2Vec2ForPreTraining(PretrainingModel):
         if config.compressor != "none":
             return None
         layout = config.frame_layout(samples)
-        return _draw_for_masked(config, draw_mask(config, layout, keys), layout, keys, training=training)
+        draws = draw_mask(config, layout, keys)
+        return _draw_for_masked(config, draws, layout, keys, keys.device, training=training)
 
     def forward(
         self,
@@ -248,10 +249,8 @@ class Wav2Vec2ForPreTraining(PretrainingModel):
         projected = self.wav2vec2.project(frames, **self.draw_compression(keys))
         layout = projected.frames.layout
         if draws is None:
-            # The hashes of M x K negatives take the host longer than a GPU, which would have nothing to do meanwhile.
-            device = waveforms.values.device
-            draws, (keys,) = draw_mask(config, layout, keys).sent(device), send([keys], device)
-            draws = _draw_for_masked(config, draws, layout, keys, training=self.training)
+            draws = draw_mask(config, layout, keys)
+            draws = _draw_for_masked(config, draws, layout, keys, waveforms.values.device, training=self.training)
         assert draws.negatives is not None
         return self.compare(
             frames,
@@ -334,15 +333,22 @@ class Wav2Vec2ForPreTraining(PretrainingModel):
         )
 
 
-def _draw_for_masked(config: Wav2Vec2Config, draws: Draws, layout: Layout, keys: Tensor, *, training: bool) -> Draws:
-    """Add negatives to a mask and, in training, seeds of the quantiser's noise; all arguments are on one device."""
-    rows = draws.rows
-    negatives = sample_negatives(draws.mask, layout, keys, count=config.num_negatives, rows=rows)
-    if not training:
-        return draws._replace(negatives=negatives)
-    counters = layout.positions[rows] * (config.num_codevector_groups * config.num_codevectors_per_group)
-    seeds = noise_seeds(keys[layout.sequence_ids[rows]], counters, stream=_STREAM_GUMBEL)
-    return draws._replace(negatives=negatives, noise_seeds=seeds)
+def _draw_for_masked(
+    config: Wav2Vec2Config, draws: Draws, layout: Layout, keys: Tensor, device: torch.device, *, training: bool
+) -> Draws:
+    """Add negatives to a mask and, in training, seeds of the quantiser's noise; return all on a device.
+
+    The mask is on the device of the keys. The hashes of M x K negatives are computed on `device`: they take the host
+    longer than a GPU, which would have nothing to do meanwhile.
+    """
+    layout, rows, count = layout.beside(keys), draws.rows, config.num_negatives
+    choices = negative_choices(draws.mask, layout, keys, rows, count=count)
+    if training:
+        counters = layout.positions[rows] * (config.num_codevector_groups * config.num_codevectors_per_group)
+        seeds = noise_seeds(keys[layout.sequence_ids[rows]], counters, stream=_STREAM_GUMBEL)
+        draws = draws._replace(noise_seeds=seeds)
+    negatives = choose_negatives(*send(choices, device), count=count)
+    return draws.sent(device)._replace(negatives=negatives)
 
 
 class _SumOverProcesses(torch.autograd.Function):

@@ -17,7 +17,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from fastssl import ops
 from fastssl.kernels.dispatch import norms_stay_wide
 from fastssl.nn.activation import sigmoid
-from fastssl.nn.linear import PackedLinear, packed_linear
+from fastssl.nn.linear import PackedLinear, packed_linear, packed_linears
 from fastssl.packing import Layout, Packed
 
 #: Classes whose forward is that of `torch.nn.Linear`; the second is the output layer of `torch.nn.MultiheadAttention`.
@@ -172,9 +172,11 @@ def attend(
 def queries_keys_values(module: Any, x: Tensor) -> list[Tensor]:  # (N, D) -> three of (N, H, E)
     """Return queries, keys and values: the outputs of `q_proj`, `k_proj` and `v_proj`, split over the heads."""
     projections = (module.q_proj, module.k_proj, module.v_proj)
-    if norms_stay_wide(x) and all(is_plain(projection, *_LINEAR, PackedLinear) for projection in projections):
-        x = x.to(torch.get_autocast_dtype("cuda"))  # autocast would convert it, and keep it, once per projection
-    return [linear(projection, x).unflatten(1, (module.num_heads, -1)) for projection in projections]
+    if all(is_plain(projection, *_LINEAR, PackedLinear) for projection in projections):
+        projected = packed_linears(x, projections)
+    else:
+        projected = [linear(projection, x) for projection in projections]
+    return [frames.unflatten(1, (module.num_heads, -1)) for frames in projected]
 
 
 def gate(module: Any, x: Tensor) -> Tensor:  # (N, D) -> (N, H)

@@ -1,6 +1,6 @@
 """A linear layer whose output for a row does not depend on the number of other rows."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from fastssl import ops
 from fastssl.kernels import gemm
+from fastssl.kernels.dispatch import norms_stay_wide
 
 
 class _Linear(torch.autograd.Function):
@@ -34,43 +35,55 @@ class _Linear(torch.autograd.Function):
 
 
 class _CastLinear(torch.autograd.Function):
-    """A linear layer with copies of its parameters in autocast's dtype.
+    """Linear layers of the same input as one product, with copies of their parameters in autocast's dtype.
 
-    The gradients of weight and bias are fp32 at once. Those of `F.linear` would be rounded to autocast's dtype first,
-    and then cast, each in a launch of its own.
+    The gradients of the parameters and of an fp32 input are fp32 at once. Those of `F.linear` would be rounded to
+    autocast's dtype first, and then cast, each in a launch of its own.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, weight_copy: Tensor, bias_copy: Tensor | None
-    ) -> Tensor:
+        ctx: Any, count: int, x: Tensor, weight_copy: Tensor, bias_copy: Tensor | None, *parameters: Tensor | None
+    ) -> Any:  # (N, C_out) for one layer, else a tuple of `count`; `parameters` has all weights, then all biases
         lower = x.to(weight_copy.dtype)
         ctx.save_for_backward(lower, weight_copy)
-        ctx.dtype = x.dtype
-        return F.linear(lower, weight_copy, bias_copy)
+        ctx.dtype, ctx.count = x.dtype, count
+        out = F.linear(lower, weight_copy, bias_copy)
+        if count == 1:
+            return out
+        # One copy for all layers, because kernels want contiguous tensors and would copy each of them.
+        return out.unflatten(1, (count, -1)).transpose(0, 1).contiguous().unbind(0)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads_out: Tensor) -> tuple[Tensor | None, ...]:
         lower, weight_copy = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-        return (
-            (grad_out @ weight_copy).to(ctx.dtype) if needs_x else None,
-            _product_in_fp32(grad_out.t(), lower) if needs_weight else None,
-            grad_out.sum(0, dtype=torch.float32) if needs_bias else None,
-            None,
-            None,
-        )
+        _, needs_x, _, _, *needed = ctx.needs_input_grad
+        needed_by_kind = needed[: ctx.count], needed[ctx.count :]
+        grad_out = grads_out[0] if ctx.count == 1 else torch.cat(grads_out, 1)
+        grad_x = _product(grad_out, weight_copy, ctx.dtype) if needs_x else None
+        grad_weight = _product(grad_out.t(), lower, torch.float32) if any(needed_by_kind[0]) else None
+        grad_bias = grad_out.sum(0, dtype=torch.float32) if any(needed_by_kind[1]) else None
+        grads = []
+        for grad, needs in zip((grad_weight, grad_bias), needed_by_kind, strict=True):
+            parts = [None] * ctx.count if grad is None else grad.chunk(ctx.count)
+            grads += [part if need else None for part, need in zip(parts, needs, strict=True)]
+        return None, grad_x, None, None, *grads
 
 
-def _product_in_fp32(x: Tensor, y: Tensor) -> Tensor:
-    if x.device.type == "cuda":
-        return torch.mm(x, y, out_dtype=torch.float32)
-    return (x @ y).float()
+def _product(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
+    """Multiply matrices of autocast's dtype; on a GPU, an fp32 product is neither rounded before nor cast."""
+    if x.device.type == "cuda" and dtype == torch.float32:
+        return torch.mm(x, y, out_dtype=dtype)
+    return (x @ y).to(dtype)
 
 
-#: Copies of parameters in autocast's dtype, by the id of the parameter; empty outside `casts_together`.
-_copies: dict[int, Tensor] = {}
+#: Names of linear layers that have the same input if they are in the same module: `packed_linears` computes them as one
+#: product.
+_SAME_INPUT = ("q_proj", "k_proj", "v_proj")
+#: Copies in autocast's dtype by the ids of the parameters, whose copies follow each other in it; empty outside
+#: `casts_together`.
+_copies: dict[tuple[int, ...], Tensor] = {}
 
 
 @contextmanager
@@ -80,23 +93,26 @@ def casts_together(module: nn.Module) -> Iterator[None]:
     Without autocast and on the CPU, nothing changes. The parameters must not change inside the context.
 
     Args:
-        module: Module whose linear layers `packed_linear` computes.
+        module: Module whose linear layers `packed_linear` and `packed_linears` compute.
     """
-    linear = (part for part in module.modules() if isinstance(part, nn.Linear))
-    parameters: list[Tensor] = [
-        one for part in linear for one in part.parameters(recurse=False) if one.dtype == torch.float32
-    ]
-    if _copies or not parameters or not _is_cast(parameters[0].device.type):
+    groups = [] if _copies else list(_groups(module))
+    if not groups or not _is_cast(groups[0][0].device.type):
         yield
         return
-    device = parameters[0].device
-    sizes = [-(-one.numel() // _ALIGNMENT) * _ALIGNMENT for one in parameters]
+    device = groups[0][0].device
+    sizes = [-(-sum(one.numel() for one in group) // _ALIGNMENT) * _ALIGNMENT for group in groups]
     with torch.no_grad():
         buffer = torch.empty(sum(sizes), dtype=torch.get_autocast_dtype(device.type), device=device)
-        parts = zip(buffer.split(sizes), parameters, strict=True)
-        copies = [part[: one.numel()].view(one.shape) for part, one in parts]
-        torch._foreach_copy_(copies, parameters)
-    _copies.update(zip(map(id, parameters), copies, strict=True))
+        copies: dict[tuple[int, ...], Tensor] = {}
+        for part, group in zip(buffer.split(sizes), groups, strict=True):
+            shape = torch.Size((sum(len(one) for one in group), *group[0].shape[1:]))
+            whole = part[: shape.numel()].view(shape)
+            copies[_key(group)] = whole
+            own = whole.split([len(one) for one in group])
+            copies |= {_key([one]): copy for one, copy in zip(group, own, strict=True)}
+        single = [one for group in groups for one in group]
+        torch._foreach_copy_([copies[_key([one])] for one in single], single)
+    _copies.update(copies)
     try:
         yield
     finally:
@@ -108,12 +124,42 @@ def casts_are_shared() -> bool:
     return bool(_copies)
 
 
+def _groups(module: nn.Module) -> Iterator[list[Tensor]]:
+    """Yield the parameters of the linear layers of a module, those of layers with the same input in one group."""
+    seen: set[int] = set()
+    for part in module.modules():
+        layers = [child for name in _SAME_INPUT if isinstance(child := getattr(part, name, None), nn.Linear)]
+        groups: tuple[list[Tensor], ...] = [layer.weight for layer in layers], [layer.bias for layer in layers]
+        for group in groups:
+            if len(group) == len(_SAME_INPUT) and _can_join(group) and seen.isdisjoint(map(id, group)):
+                seen.update(map(id, group))
+                yield group
+    for part in module.modules():
+        for one in part.parameters(recurse=False) if isinstance(part, nn.Linear) else ():
+            if one.dtype == torch.float32 and id(one) not in seen:
+                seen.add(id(one))
+                yield [one]
+
+
+def _can_join(group: Sequence[Tensor | None]) -> bool:
+    """Return whether parameters are different fp32 tensors of the same shape, of a size that keeps copies aligned."""
+    tensors = [one for one in group if one is not None and one.dtype == torch.float32]
+    alike = len({one.shape for one in tensors}) == 1 and len({id(one) for one in tensors}) == len(group)
+    return alike and tensors[0].numel() % _LEAST_ALIGNMENT == 0
+
+
+def _key(parameters: Iterable[Tensor]) -> tuple[int, ...]:
+    return tuple(map(id, parameters))
+
+
 def _is_cast(device: str) -> bool:
     return device != "cpu" and torch.is_autocast_enabled(device)
 
 
 #: Copies begin at multiples of this many elements, because fast matrix products need aligned pointers.
 _ALIGNMENT = 64
+#: Within a group, they begin at multiples of this many (16 bytes), below which a product gets slow.
+_LEAST_ALIGNMENT = 8
 
 
 def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -127,10 +173,8 @@ def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     Returns:
         (N, C_out) in the dtype of `x`, or in autocast's dtype under autocast.
     """
-    if id(weight) in _copies and torch.is_autocast_enabled(x.device.type):
-        bias_copy = None if bias is None else _copies[id(bias)]
-        cast: Tensor = _CastLinear.apply(x, weight, bias, _copies[id(weight)], bias_copy)
-        return cast
+    if (cast := _by_copies(x, [weight], [bias])) is not None:
+        return cast[0]
     if _by_onednn(x, weight):
         out: Tensor = _Linear.apply(x, weight, bias)
         return out
@@ -139,6 +183,38 @@ def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
     padded = F.pad(x, (0, 0, 0, gemm.STABLE_ROWS - rows))
     return F.linear(padded, weight, bias)[:rows]
+
+
+def packed_linears(x: Tensor, layers: Sequence[nn.Linear]) -> list[Tensor]:
+    """Apply several linear layers to the same packed frames, as `packed_linear` applies one.
+
+    Inside `casts_together`, the layers `q_proj`, `k_proj` and `v_proj` of a module are one product: on a GPU, one large
+    product is faster than three, forward and backward.
+
+    Args:
+        x: (N, C_in) packed frames.
+        layers: Linear layers with weights (C_out, C_in), in the order q, k, v.
+
+    Returns:
+        (N, C_out) for each layer, contiguous.
+    """
+    weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+    if (cast := _by_copies(x, weights, biases)) is not None:
+        return cast
+    if norms_stay_wide(x):
+        x = x.to(torch.get_autocast_dtype("cuda"))  # autocast would convert it, and keep it, once per layer
+    return [packed_linear(x, layer.weight, layer.bias) for layer in layers]
+
+
+def _by_copies(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor] | None:
+    """Compute layers as one product with copies of their parameters; return None if there are none side by side."""
+    weight_copy = _copies.get(_key(weights)) if _copies and torch.is_autocast_enabled(x.device.type) else None
+    given = [bias for bias in biases if bias is not None]
+    bias_copy = _copies.get(_key(given))
+    if weight_copy is None or len(given) not in (0, len(biases)) or (given and bias_copy is None):
+        return None
+    out = _CastLinear.apply(len(weights), x, weight_copy, bias_copy, *weights, *biases)
+    return [out] if len(weights) == 1 else list(out)
 
 
 def _by_onednn(x: Tensor, weight: Tensor) -> bool:

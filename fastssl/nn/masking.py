@@ -1,9 +1,12 @@
 """Random masks over a packed batch, and random negatives for each masked frame."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from fastssl.nn.random import uniform
+from fastssl.kernels import splitmix
+from fastssl.nn.random import noise_seeds, uniform
 from fastssl.packing import Layout
 
 # Numbers of the random streams of an utterance's key. models/wav2vec2.py uses stream 3, models/best_rq.py stream 4.
@@ -82,15 +85,48 @@ def sample_negatives(
     Returns:
         (M, K) int64 indices into the M masked frames; -1 if the frame is the only masked one of its utterance.
     """
+    rows = mask.nonzero().squeeze(1) if rows is None else rows
+    return choose_negatives(*negative_choices(mask, layout, keys, rows, count=count), count=count)
+
+
+class NegativeChoices(NamedTuple):
+    """What the negatives of each of M masked frames are drawn from, small enough to compute on the host.
+
+    Attributes:
+        first: (M,) int64, the first masked frame of the frame's utterance, as an index into the masked frames.
+        own: (M,) int64, the frame's index among the masked frames of its utterance.
+        others: (M,) int64, the number of other masked frames of its utterance.
+        seeds: (M,) int64 seeds of the frame's draws.
+    """
+
+    first: Tensor  # (M,)
+    own: Tensor  # (M,)
+    others: Tensor  # (M,)
+    seeds: Tensor  # (M,)
+
+
+def negative_choices(
+    mask: Tensor,  # (N,)
+    layout: Layout,
+    keys: Tensor,  # (B,)
+    rows: Tensor,  # (M,)
+    *,
+    count: int,
+) -> NegativeChoices:
+    """Compute what `choose_negatives` needs; the arguments are those of `sample_negatives`."""
     before = torch.nn.functional.pad(mask.cumsum(0), (1, 0))  # (N + 1,) masked frames before each row
     first = before[layout.cu_seqlens]  # (B + 1,) rows of each utterance among the masked
-    rows = mask.nonzero().squeeze(1) if rows is None else rows
     sequence = layout.sequence_ids[rows]
     own = before[rows] - first[sequence]
-    others = first.diff()[sequence] - 1
-    counter = own.unsqueeze(1) * count + torch.arange(count, device=mask.device)
-    draw = uniform(keys[sequence].unsqueeze(1), counter, stream=_STREAM_NEGATIVES)
-    other = (draw * others.unsqueeze(1)).to(torch.int64)
-    other = torch.minimum(other, (others - 1).unsqueeze(1))
-    other = other + (other >= own.unsqueeze(1)).to(torch.int64)
-    return torch.where(others.unsqueeze(1) > 0, other + first[sequence].unsqueeze(1), -1)
+    seeds = noise_seeds(keys[sequence], own * count, stream=_STREAM_NEGATIVES)
+    return NegativeChoices(first[sequence], own, first.diff()[sequence] - 1, seeds)
+
+
+def choose_negatives(first: Tensor, own: Tensor, others: Tensor, seeds: Tensor, *, count: int) -> Tensor:
+    """Draw negatives (M, count) from the fields of `NegativeChoices`, on their device; see `sample_negatives`."""
+    first, own, others, seeds = (each.unsqueeze(1) for each in (first, own, others, seeds))
+    draw = splitmix.uniform(seeds, torch.arange(count, device=seeds.device))
+    other = (draw * others).to(torch.int64)
+    other = torch.minimum(other, others - 1)
+    other = other + (other >= own).to(torch.int64)
+    return torch.where(others > 0, other + first, -1)

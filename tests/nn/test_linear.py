@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastssl.nn import linear
+from fastssl.nn import functional, linear
+from fastssl.nn.attention import SelfAttention
 from fastssl.nn.linear import PackedLinear, casts_together
 from fastssl.nn.transformer import FeedForward
 
@@ -60,15 +61,15 @@ def test_a_layer_in_its_place_is_called() -> None:
         torch.testing.assert_close(feed_forward(x), expected)
 
 
-class Casts(TorchDispatchMode):
-    """Counts the casts of single tensors."""
+class Counted(TorchDispatchMode):
+    """Counts the calls of some operators."""
 
-    def __init__(self) -> None:
+    def __init__(self, *names: str) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.count = 0
+        self.names, self.count = names, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        self.count += "_to_copy" in str(func)
+        self.count += func._schema.name.removeprefix("aten::") in self.names
         return func(*args, **kwargs or {})
 
 
@@ -82,7 +83,7 @@ def test_parameters_that_are_cast_together(monkeypatch: pytest.MonkeyPatch) -> N
 
     def run(*, together: bool) -> tuple[Tensor, list[Tensor], int]:
         context = casts_together(layers) if together else nullcontext()
-        with torch.autocast("cpu", torch.bfloat16), context, Casts() as casts:
+        with torch.autocast("cpu", torch.bfloat16), context, Counted("_to_copy") as casts:
             out = layers(x)
         return out, list(torch.autograd.grad(out.float().square().sum(), [x, *parameters])), casts.count
 
@@ -95,6 +96,71 @@ def test_parameters_that_are_cast_together(monkeypatch: pytest.MonkeyPatch) -> N
         assert (grad - other).abs().max() <= 2**-7 * other.abs().max()
     # The gradient of a bias is summed in fp32 and not rounded to bf16.
     assert not torch.equal(grads[-1], grads[-1].bfloat16().float())
+
+
+def _projected(attention: nn.Module, x: Tensor, *, together: bool) -> tuple[list[Tensor], list[Tensor | None], int]:
+    """Return q, k and v, the gradients of x and of the parameters, and the number of matrix products."""
+    context = casts_together(attention) if together else nullcontext()
+    with torch.autocast("cpu", torch.bfloat16), context, Counted("mm", "addmm") as products:
+        projected = functional.queries_keys_values(attention, x)
+        loss = sum(((i + 1) * part.float().square().sum() for i, part in enumerate(projected)), torch.tensor(0.0))
+        loss.backward()
+    grads = [one.grad for one in (x, *attention.parameters())]
+    x.grad = None
+    attention.zero_grad()
+    return projected, grads, products.count
+
+
+@pytest.mark.parametrize("width", [24, 64])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_queries_keys_and_values_are_one_product(monkeypatch: pytest.MonkeyPatch, width: int, frozen: bool) -> None:
+    monkeypatch.setattr(linear, "_is_cast", torch.is_autocast_enabled)
+    torch.manual_seed(0)
+    attention = SelfAttention(width, 4, dropout=0.0)
+    attention.k_proj.requires_grad_(not frozen)
+    x = torch.randn(30, width, requires_grad=True)
+    expected, expected_grads, single = _projected(attention, x, together=False)
+    found, grads, few = _projected(attention, x, together=True)
+    assert few == 3  # forward, gradient of x, gradient of the weights
+    assert single == (8 if frozen else 9)
+    for part, other in zip(found, expected, strict=True):
+        assert part.is_contiguous()
+        assert part.dtype == torch.bfloat16
+        torch.testing.assert_close(part, other)
+    for grad, one in zip(grads, expected_grads, strict=True):
+        assert (grad is None) == (one is None)
+        if grad is not None and one is not None:
+            assert grad.dtype == torch.float32
+            assert (grad - one).abs().max() <= 2**-7 * one.abs().max()
+
+
+@pytest.mark.parametrize("change", ["hook", "adapter", "shared", "no bias", "other width", "bf16"])
+def test_other_projections_are_computed_one_by_one(monkeypatch: pytest.MonkeyPatch, change: str) -> None:
+    monkeypatch.setattr(linear, "_is_cast", torch.is_autocast_enabled)
+    torch.manual_seed(0)
+    attention = SelfAttention(24, 4, dropout=0.0)
+    if change == "hook":
+        attention.k_proj.register_forward_hook(lambda module, args, out: 2 * out)
+    elif change == "adapter":
+        attention.k_proj = nn.Sequential(PackedLinear(24, 8), PackedLinear(8, 24))  # type: ignore[assignment]
+    elif change == "shared":
+        attention.k_proj = attention.q_proj
+    elif change == "no bias":
+        attention.k_proj = PackedLinear(24, 24, bias=False)
+    elif change == "other width":
+        attention.v_proj = PackedLinear(24, 48)
+    else:
+        attention.to(torch.bfloat16)
+    x = torch.randn(30, 24, requires_grad=True)
+    expected, expected_grads, products = _projected(attention, x, together=False)
+    found, grads, same = _projected(attention, x, together=True)
+    assert same == products >= 9
+    for part, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(part, other)
+    for grad, one in zip(grads, expected_grads, strict=True):
+        assert (grad is None) == (one is None)
+        if grad is not None and one is not None:
+            assert (grad - one).abs().max() <= 2**-6 * one.abs().max()
 
 
 def test_without_autocast_and_on_the_cpu_nothing_is_cast_together() -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastssl.kernels.dispatch import Op, autocast_off, contiguous
+from fastssl.kernels.dispatch import Op, autocast_off, cast_together, contiguous
 from fastssl.kernels.strided_conv import blocks, reference
 from fastssl.kernels.strided_conv.plan import StridedConvLayer, plan_layers
 from fastssl.packing import Layout
@@ -190,7 +190,8 @@ def _run_stack(
     """Check and run the layers; error messages about a layer start with its entry of `names`."""
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-        x, layers = x.to(dtype), [layer._replace(weight=layer.weight.to(dtype)) for layer in layers]
+        lower = cast_together([layer.weight for layer in layers], dtype)
+        x, layers = x.to(dtype), [layer._replace(weight=cast) for layer, cast in zip(layers, lower, strict=True)]
     if x.dim() != 2 or x.shape[0] != layout.total:
         raise ValueError(f"x: expected ({layout.total}, C_in) for this layout, got {tuple(x.shape)}")
     if not x.is_floating_point():

@@ -79,8 +79,10 @@ class LayerPlan(NamedTuple):
 
     def new_statistics(self, x: Tensor) -> Tensor:  # (2, B, C_out)
         """Return zeros for group norm's mean and 1 / standard deviation, in at least fp32; (0,) without group norm."""
-        shape = (2, self.batch, self.channels) if self.norm == "group" else (0,)
-        return x.new_zeros(shape, dtype=torch.promote_types(x.dtype, torch.float32))
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        if self.norm != "group":
+            return x.new_empty(0, dtype=dtype)
+        return x.new_zeros((2, self.batch, self.channels), dtype=dtype)
 
 
 def plan_layers(cu_seqlens: Sequence[Tensor], weights: Sequence[Tensor], *lists: Sequence[Any]) -> list[LayerPlan]:

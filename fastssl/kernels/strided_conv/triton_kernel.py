@@ -447,8 +447,7 @@ def _like(x: Tensor, parameter: Tensor | None, grad: Tensor | None) -> Tensor:
     """Copy a gradient to its parameter's shape and dtype; zeros if `grad` is None, (0,) if `parameter` is None."""
     if parameter is None:
         return x.new_empty(0)
-    out = torch.zeros_like(parameter)
-    return out if grad is None else out.copy_(grad)
+    return torch.zeros_like(parameter) if grad is None else torch.empty_like(parameter).copy_(grad)
 
 
 def _backward(
