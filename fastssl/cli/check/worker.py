@@ -33,7 +33,7 @@ def _units(device: torch.device) -> Iterator[_Unit]:
     for awkward, ordinary in zip(cases(AWKWARD_LENGTHS), cases(speech), strict=True):
         for backend in BACKENDS[awkward.op][device.type]:
             # On the CPU, only tests run Triton, in its interpreter.
-            if backend != "reference" and (backend, device.type) != ("triton", "cpu"):
+            if backend not in ("reference", *awkward.unsupported) and (backend, device.type) != ("triton", "cpu"):
                 yield _Unit(awkward, ordinary, backend)
 
 
