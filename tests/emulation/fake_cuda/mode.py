@@ -45,6 +45,8 @@ class FakeCuda(TorchDispatchMode):
         self._outer = ExitStack()
         #: Storages of page-locked tensors; kept, so that no other storage gets the same address.
         self._pinned: dict[int, Any] = {}
+        #: Tensors on the host into which an asynchronous copy runs, and what they contain once the host has waited.
+        self._arriving: list[tuple[Tensor, Tensor]] = []
 
     def __enter__(self) -> "FakeCuda":
         self._depth += 1
@@ -64,12 +66,17 @@ class FakeCuda(TorchDispatchMode):
 
     def _note_wait(self, reason: str) -> None:
         self.record.wait(reason)
+        for target, values in self._arriving:
+            target.copy_(values)
+        self._arriving.clear()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func._schema.name.partition("::")[2]
         if name in ("is_pinned", "_pin_memory"):
             return self._page_locked(name, args[0])
+        if kwargs.get("pin_memory"):
+            return self._page_locked("_pin_memory", func(*args, **kwargs | {"pin_memory": False}))
         on_device = any(isinstance(leaf, FakeTensor) for leaf in tree_leaves((args, kwargs)))
         device = kwargs.get("device")
         if not on_device and (device is None or torch.device(device).type != "cuda"):
@@ -124,6 +131,12 @@ class FakeCuda(TorchDispatchMode):
         copy = tensor.clone()
         self._pinned[copy.untyped_storage()._cdata] = copy.untyped_storage()
         return copy
+
+    def copy_later(self, target: Tensor, source: Tensor) -> Tensor:
+        """Copy to page-locked memory of the host; before the host has waited, NaN or -1 is read there."""
+        self.record.launches["copy to host"] += 1
+        self._arriving.append((target, answers.values(source, target.dtype, place())))
+        return target.fill_(torch.nan if target.is_floating_point() else -1)
 
     def _native(self, func: Any, args: Any, kwargs: Any) -> Any:
         name = func._schema.name.partition("::")[2]
@@ -216,6 +229,8 @@ def _copy_in_place(mode: FakeCuda, func: Any, args: Any, kwargs: Any) -> Any:
     if _is_on_gpu(target):
         _note_copy_to_device(mode, source, non_blocking=non_blocking)
         return target
+    if non_blocking and mode.is_pinned(target):
+        return mode.copy_later(target, source)
     return target.copy_(_to_host(mode, source, source.dtype, non_blocking=non_blocking))
 
 

@@ -36,6 +36,7 @@ def pretend() -> None:
     torch.autograd.set_multithreading_enabled(False)  # modes of the dispatcher belong to this thread
     torch._C._ensureCUDADeviceGuardSet()
     _replace_cuda()
+    _hide_the_runtime()
     _replace_engine()
     _allow_fake_tensors_in_foreach()
     _mend_fake_tensors()
@@ -67,8 +68,28 @@ def _replace_cuda() -> None:
     cuda.synchronize = lambda *args: _wait("synchronize")
     cuda.Stream = cuda.Event = cuda.current_stream = cuda.default_stream = _Stream
     cuda.amp.common.amp_definitely_not_available = lambda: False
+    torch.Generator = _Generator  # type: ignore[misc]
     torch.accelerator.is_available = lambda: True
     torch.accelerator.current_device_index = lambda: 0
+
+
+def _hide_the_runtime() -> None:
+    """Let no code ask the CUDA runtime itself, which would find no GPU; fastssl then asks PyTorch."""
+
+    class WithoutRuntime(ctypes.CDLL):
+        def __init__(self, name: Any, *args: Any, **kwargs: Any) -> None:
+            if str(name).startswith("libcudart.so"):
+                raise OSError(f"{name} is hidden, because a GPU is pretended")
+            super().__init__(name, *args, **kwargs)
+
+    ctypes.CDLL = WithoutRuntime  # type: ignore[misc]
+
+
+class _Generator(torch.Generator):
+    """A generator of any device, made on the CPU: fake tensors draw nothing."""
+
+    def __new__(cls, device: Any = "cpu") -> "_Generator":
+        return super().__new__(cls, "cpu")  # type: ignore[call-arg]
 
 
 class _Stream:
@@ -79,7 +100,7 @@ class _Stream:
     def __init__(self, *args: object, **kwargs: object) -> None:
         pass
 
-    def wait_stream(self, stream: object) -> None:
+    def wait_stream(self, stream: object = None) -> None:
         pass
 
     wait_event = record_event = record = wait = wait_stream
@@ -88,7 +109,7 @@ class _Stream:
         _wait("synchronize")
 
     def elapsed_time(self, event: object) -> float:
-        return 1.0
+        return 10_000.0  # ms; benchmarks call what takes long only a few times
 
 
 def _wait(what: str) -> None:
@@ -167,6 +188,24 @@ def _register_missing_kernels() -> None:
     for source in (package.parent / "csrc").glob("*/*.cu"):
         for name in re.findall(r'm\.impl\("(\w+)"', source.read_text()):
             library.impl(name, _never_called, "CUDA")
+
+
+def check_kernels() -> None:
+    """Check that fastssl, imported after `pretend()`, would use its own kernels; otherwise only references would run.
+
+    Raises:
+        RuntimeError: An op has Triton or CUDA kernels, and fastssl does not choose them on the pretended GPU.
+    """
+    from fastssl.kernels.dispatch import MISSING
+
+    reasons = {
+        f"{op}.{backend}": why
+        for op, missing in MISSING.items()
+        for (backend, device), why in missing.items()
+        if device == "cuda" and why != "not implemented"
+    }
+    if reasons:
+        raise RuntimeError(f"kernels that a GPU would run are missing on the pretended GPU: {reasons}")
 
 
 def _never_called(*args: object) -> None:

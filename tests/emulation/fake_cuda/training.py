@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
 
 from benchmarks.recipes import recipe_model
 from fastssl.data.batches import AudioBatch
@@ -112,7 +113,12 @@ class Update:
         self.module = PretrainModule(model, optimizer=optimizer, max_steps=1000, seed=0, teacher=teacher).train()
         # What the module reads of Lightning's trainer.
         self.module._trainer = SimpleNamespace(  # type: ignore[assignment]
-            accumulate_grad_batches=1, world_size=1, global_rank=0, global_step=_UPDATE, precision_plugin=None
+            accumulate_grad_batches=1,
+            world_size=1,
+            global_rank=0,
+            global_step=_UPDATE,
+            strategy=SimpleNamespace(root_device=torch.device("cuda", 0)),
+            precision_plugin=MixedPrecision("16-mixed", "cuda", self.scaler) if self.scaler.is_enabled() else None,
         )
         self.optimizer = self.module.configure_optimizers()["optimizer"]
 
