@@ -36,6 +36,7 @@ class Case(NamedTuple):
         plain_inputs: Tensors for `plain`, floating ones in fp32.
         plain: Does the same work as PyTorch users do: with padding, and with PyTorch's own dropout.
         unsupported: Names of the backends that do not support the case.
+        only_16_bit: Names of the backends that support only 16-bit floats.
     """
 
     op: str
@@ -45,6 +46,11 @@ class Case(NamedTuple):
     plain_inputs: Inputs
     plain: Callable[[Inputs], Outputs]
     unsupported: tuple[str, ...] = ()
+    only_16_bit: tuple[str, ...] = ()
+
+    def supports(self, backend: str, dtype: torch.dtype) -> bool:
+        """Return whether a backend supports the case with floating inputs of a dtype."""
+        return backend not in self.unsupported and (backend not in self.only_16_bit or dtype.itemsize == 2)
 
 
 def cases(lengths: Sequence[int]) -> Iterator[Case]:
@@ -181,7 +187,8 @@ def _varlen_attention(draw: _Draw, lengths: Sequence[int], *, dropout_p: float) 
     what = f"dropout {dropout_p}" if dropout_p else ""
     # PyTorch's own kernel has no dropout with a reproducible mask.
     unsupported = ("torch",) if dropout_p else ()
-    return Case("varlen_attention", what, inputs, run, _heads_first(inputs, lengths), plain, unsupported)
+    padded = _heads_first(inputs, lengths)
+    return Case("varlen_attention", what, inputs, run, padded, plain, unsupported, only_16_bit=("torch",))
 
 
 def _biased_attention(draw: _Draw, lengths: Sequence[int]) -> Case:
