@@ -60,6 +60,7 @@ def test_quick_rows_run() -> None:
     assert faults(found) == {}
     measured = {name: contenders for of in found.values() for name, contenders in of["notes"]["measured"].items()}
     assert measured["pretrain-tiny"] == ["fastssl", "Transformers, eager", "Transformers, torch.compile"]
+    assert measured["hubert-tiny"] == ["fastssl", "torchaudio", "torchaudio, equal crops, torch.compile"]
     assert measured["attention-compressed"][0] == "fastssl, triton"
     assert measured["integrate-and-fire"][0] == "fastssl, native"
 
