@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import limits, rivals, workloads
-from benchmarks.bench_train_step import Step, dtype_of, gradients
+from benchmarks.bench_train_step import Step, compiling, dtype_of, gradients
 from benchmarks.harness import Contenders, Entry, Outputs, Row, compare
 from benchmarks.recipes import recipe_model
 from benchmarks.report import Rows, main
@@ -26,6 +26,7 @@ from fastssl.nn.random import draw_keys, utterance_keys
 
 _GATE_S = [1.0, 1.0]  # seconds; equal, because torchaudio's group norm includes padding
 _TOLERANCE = 1e-3
+_EQUAL_CROPS = "torchaudio, equal crops, torch.compile"
 
 
 def pretraining(title: str, config: HubertConfig, lengths_s: Sequence[float], device: torch.device) -> Row:
@@ -64,9 +65,26 @@ def pretraining(title: str, config: HubertConfig, lengths_s: Sequence[float], de
 
         return Step(theirs, loss, device), partial(gate.theirs, theirs)
 
+    def equal_crops() -> Entry:
+        theirs = rivals.torchaudio_hubert_compiled(model).train()
+        crops, _ = workloads.padded(workloads.waveforms(_equal_crops(lengths_s), device))
+        crop_classes = torch.randint(
+            config.num_clusters, (len(crops), workloads.frames(_equal_crops(lengths_s))[0]), device=device
+        )
+
+        def loss() -> Tensor:
+            logits, _, _ = theirs(crops, crop_classes)
+            return F.cross_entropy(logits.float(), logits.new_zeros(len(logits), dtype=torch.long))
+
+        return compiling(Step(theirs, loss, device), partial(gate.theirs, theirs))
+
     contenders = Contenders()
     contenders.add("fastssl", Step(model, our_loss, device), partial(gate.ours, model))
     contenders.invite("torchaudio", torchaudio)
+    if rivals.compiles(device):
+        contenders.invite(_EQUAL_CROPS, equal_crops)
+    else:
+        contenders.skipped[_EQUAL_CROPS] = rivals.NOT_COMPILED
     gemms = limits.encoder(config, workloads.samples_of(lengths_s), backward=True)
     masked = round(0.56 * sum(frames))  # share of frames masked when spans of 10 start at 8 % of them
     gemms += limits.linear(masked, config.hidden_size, config.final_dim, backward=True)
@@ -79,8 +97,16 @@ def pretraining(title: str, config: HubertConfig, lengths_s: Sequence[float], de
         device=device,
         limits=lambda: limits.gemm_limits(gemms, dtype_of(device), device),
         audio_s=sum(lengths_s),
-        notes=[f"padded batch: {workloads.padding_factor(lengths_s):.2f} times the valid audio"],
+        notes=[
+            f"padded batch: {workloads.padding_factor(lengths_s):.2f} times the valid audio",
+            f"equal crops, as minimal-hubert trains: {len(lengths_s)} of {_equal_crops(lengths_s)[0]:.2f} s",
+        ],
     )
+
+
+def _equal_crops(lengths_s: Sequence[float]) -> list[float]:
+    """Return lengths of as many crops, all equal, that add up to as many seconds."""
+    return [sum(lengths_s) / len(lengths_s)] * len(lengths_s)
 
 
 class _Gate:
@@ -131,6 +157,13 @@ def hubert_base(device: torch.device) -> Row:
 
 ROWS: Rows = {
     "hubert-base": hubert_base,
+    # minimal-hubert takes at most 175 s of audio per GPU and update. It publishes 1944 s of audio per second and H100.
+    "hubert-base-175s": partial(
+        pretraining,
+        "pre-training step, HuBERT base, 500 classes, 11 crops of 15.6 s",
+        _equal_work("hubert-base", num_clusters=500),
+        workloads.equal(11),
+    ),
     "hubert-tiny": partial(
         pretraining, "hubert-tiny update, 12 crops of 4 s", _equal_work("hubert-tiny"), workloads.CROPS
     ),

@@ -73,7 +73,7 @@ def pretraining(title: str, config: Wav2Vec2Config, lengths_s: Sequence[float], 
     contenders = Contenders()
     contenders.add("fastssl", Step(model, our_loss, device), partial(_our_gradients, model, inputs))
     contenders.add("Transformers, eager", *transformers(theirs))
-    rivals.add_compiled(contenders, device, lambda: _compiling(*transformers(rivals.compiled(theirs))), quick=False)
+    rivals.add_compiled(contenders, device, lambda: compiling(*transformers(rivals.compiled(theirs))), quick=False)
     samples = workloads.samples_of(lengths_s)
     masked = [round(0.49 * frames) for frames in workloads.frames(lengths_s)]
     gemms = limits.pretraining(config, samples, masked)
@@ -129,7 +129,7 @@ def encoder_training(device: torch.device) -> Row:
     contenders.add("fastssl", *fastssl())
     contenders.add("Transformers, eager", *transformers(theirs))
     contenders.invite("torchaudio", torchaudio)
-    rivals.add_compiled(contenders, device, lambda: _compiling(*transformers(rivals.compiled(theirs))), quick=False)
+    rivals.add_compiled(contenders, device, lambda: compiling(*transformers(rivals.compiled(theirs))), quick=False)
     in_double = rivals.in_double(theirs)
     alone = _each_alone(lambda x: in_double(x.double()).last_hidden_state)
     gemms = limits.encoder(config, workloads.samples_of(lengths_s), backward=True)
@@ -250,7 +250,7 @@ def gradients(model: nn.Module, loss: Tensor, rename: Callable[[str], str] = lam
     return {name: grad for name, grad in grads.items() if not name.endswith("k_proj.bias")}
 
 
-def _compiling(run: Callable[[], Any], check: Callable[[], Outputs]) -> Entry:
+def compiling(run: Callable[[], Any], check: Callable[[], Outputs]) -> Entry:
     """Make the gate also compile a contender: one more call follows its check, and is neither timed nor compared.
 
     That call may take minutes, and it changes the weights.

@@ -17,6 +17,8 @@ from fastssl.models.wav2vec2 import Wav2Vec2ForPreTraining
 from fastssl.nn.quantizer import GumbelQuantizer
 
 _compiles_everywhere = False
+#: Why a contender is not measured if `compiles` returns False.
+NOT_COMPILED = "compiling takes more than a minute; --compiled includes it"
 
 
 def transformers_encoder(encoder: Encoder) -> Any:
@@ -99,6 +101,28 @@ def torchaudio_hubert(ours: HubertForPreTraining) -> Any:
     weights = ours.state_dict()
     model.load_state_dict({name: weights[from_torchaudio_hubert(name)] for name in model.state_dict()})
     return model.to(ours.label_embeddings.device)
+
+
+def torchaudio_hubert_compiled(ours: HubertForPreTraining) -> Any:
+    """Return `torchaudio_hubert` whose parts are under `torch.compile(dynamic=True)`, for crops of equal length.
+
+    Without lengths, its attention is SDPA without a mask. This is how minimal-hubert trains (PyPI, 0.0.8). What draws
+    layers to drop, masks frames or selects masked ones is not compiled, because sizes there depend on values.
+
+    Raises:
+        ImportError: torchaudio is not installed, or was built for another version of torch.
+    """
+    model = torchaudio_hubert(ours)
+    encoder = model.wav2vec2.encoder
+    transformer = encoder.transformer
+    for part in (
+        model.wav2vec2.feature_extractor,
+        encoder.feature_projection,
+        transformer.pos_conv_embed,
+        *transformer.layers,
+    ):
+        part.compile(dynamic=True)
+    return model
 
 
 def _torchaudio_models() -> Any:
@@ -244,10 +268,15 @@ def add_compiled(contenders: Contenders, device: torch.device, make: Callable[[]
         quick: Whether compiling takes only seconds.
     """
     name = "Transformers, torch.compile"
-    if device.type == "cuda" or quick or _compiles_everywhere:
+    if quick or compiles(device):
         contenders.add(name, *make())
     else:
-        contenders.skipped[name] = "compiling takes more than a minute; --compiled includes it"
+        contenders.skipped[name] = NOT_COMPILED
+
+
+def compiles(device: torch.device) -> bool:
+    """Return whether comparisons on a device include contenders that take minutes to compile."""
+    return device.type == "cuda" or _compiles_everywhere
 
 
 def compiled(model: nn.Module) -> Any:

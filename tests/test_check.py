@@ -103,6 +103,18 @@ def test_worker_reports_each_kernel(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert lines[3]["failure"] == "RuntimeError: no such instruction"
 
 
+def test_a_backend_that_does_not_support_a_case_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    some = broken(0.0)._replace(unsupported=("triton",), only_16_bit=("torch",))
+    units = [worker._Unit(some, some, backend) for backend in ("triton", "torch", "native")]
+    monkeypatch.setattr(worker, "_units", lambda device: iter(units))
+    for dtype, expected in (("float32", ["native"]), ("bfloat16", ["torch", "native"])):
+        assert worker.main(["cpu", dtype, "0"]) == 0
+        lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        assert [line["backend"] for line in lines if "backend" in line] == expected
+
+
 def test_crashes_and_errors_are_named_and_the_others_run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -237,6 +237,25 @@ def test_group_norm_undoes_a_bias(backend: str, device: str) -> None:
     assert grad.abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("c_in", [1, 3])
+@EVERY_IMPLEMENTATION
+def test_group_norm_of_one_frame_is_its_bias(backend: str, device: str, c_in: int) -> None:
+    """A frame is its own mean, exactly; any rounding in its difference from the mean would grow by 1 / sqrt(eps)."""
+    if backend == "native" and c_in == 1:
+        pytest.skip("the C++ kernel rounds the frame and its mean differently")
+    layout = Layout.from_lengths([12, 14, 10], device=device)
+    inputs = normal(weight=(20, c_in, 10), norm_weight=(20,), norm_bias=(20,))
+    inputs = {name: value.detach().to(device).requires_grad_() for name, value in inputs.items()}
+    x = (3 * randn(layout.total, c_in) + 1).to(device, torch.float32)
+    layer = StridedConvLayer(inputs["weight"], 5, None, "group", inputs["norm_weight"], inputs["norm_bias"])
+    out, _ = strided_conv_stack(x, [layer], layout, backend=backend)
+    assert layout.total == 36
+    assert torch.equal(out, out[:1].expand(3, -1))
+    grad_weight, grad_norm_weight, _ = gradients(out, list(inputs.values()))
+    assert not grad_weight.any()
+    assert not grad_norm_weight.any()
+
+
 @pytest.mark.parametrize("case", STACKS)
 @EVERY_IMPLEMENTATION
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -35,6 +35,8 @@ class Case(NamedTuple):
         run: Calls the op by a backend.
         plain_inputs: Tensors for `plain`, floating ones in fp32.
         plain: Does the same work as PyTorch users do: with padding, and with PyTorch's own dropout.
+        unsupported: Names of the backends that do not support the case.
+        only_16_bit: Names of the backends that support only 16-bit floats.
     """
 
     op: str
@@ -43,6 +45,12 @@ class Case(NamedTuple):
     run: Callable[[Inputs, str], Outputs]
     plain_inputs: Inputs
     plain: Callable[[Inputs], Outputs]
+    unsupported: tuple[str, ...] = ()
+    only_16_bit: tuple[str, ...] = ()
+
+    def supports(self, backend: str, dtype: torch.dtype) -> bool:
+        """Return whether a backend supports the case with floating inputs of a dtype."""
+        return backend not in self.unsupported and (backend not in self.only_16_bit or dtype.itemsize == 2)
 
 
 def cases(lengths: Sequence[int]) -> Iterator[Case]:
@@ -177,7 +185,10 @@ def _varlen_attention(draw: _Draw, lengths: Sequence[int], *, dropout_p: float) 
         return (F.scaled_dot_product_attention(q, k, v, attn_mask=valid, dropout_p=dropout_p),)
 
     what = f"dropout {dropout_p}" if dropout_p else ""
-    return Case("varlen_attention", what, inputs, run, _heads_first(inputs, lengths), plain)
+    # PyTorch's own kernel has no dropout with a reproducible mask.
+    unsupported = ("torch",) if dropout_p else ()
+    padded = _heads_first(inputs, lengths)
+    return Case("varlen_attention", what, inputs, run, padded, plain, unsupported, only_16_bit=("torch",))
 
 
 def _biased_attention(draw: _Draw, lengths: Sequence[int]) -> Case:
@@ -200,7 +211,7 @@ def _biased_attention(draw: _Draw, lengths: Sequence[int]) -> Case:
 
     gate = _padded(bias["gate"], lengths).transpose(1, 2).unsqueeze(3)
     padded = _heads_first(inputs, lengths) | bias | {"gate": gate}
-    return Case("varlen_attention", "distance bias", inputs, run, padded, plain)
+    return Case("varlen_attention", "distance bias", inputs, run, padded, plain, unsupported=("torch",))
 
 
 def _dropout_add_layer_norm(draw: _Draw, rows: int) -> Case:

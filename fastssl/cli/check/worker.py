@@ -48,7 +48,7 @@ def main(arguments: Sequence[str]) -> int:
     """
     device, dtype, first = torch.device(arguments[0]), getattr(torch, arguments[1]), int(arguments[2])
     for number, (awkward, speech, backend) in enumerate(_units(device)):
-        if number < first:
+        if number < first or not speech.supports(backend, dtype):
             continue
         _say(number=number, op=speech.op, case=speech.what, backend=backend)
         try:

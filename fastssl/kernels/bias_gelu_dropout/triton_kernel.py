@@ -207,5 +207,6 @@ def ahead_of_time_cases() -> dict[str, Callable[[], object]]:
             cases[f"D={width}, {dtype}, bias, dropout".replace("torch.", "")] = partial(
                 call, width, dtype, dropout=True, with_bias=True
             )
+    cases["D=3072, float16, bias, dropout"] = partial(call, 3072, torch.float16, dropout=True, with_bias=True)
     cases["D=3072, bfloat16"] = partial(call, 3072, torch.bfloat16, dropout=False, with_bias=False)
     return cases

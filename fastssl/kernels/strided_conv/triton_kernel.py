@@ -508,6 +508,14 @@ def ahead_of_time_cases() -> dict[str, Callable[[], object]]:
     cases["odd sizes, float32"] = partial(
         _forward_and_backward, torch.float32, "groups", (5, 100, 7), (3, 2), (1, 3), True
     )
+    # Parameters are fp32 under autocast, and 16-bit in an encoder that is 16-bit as a whole.
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for norm in ("group", "layer"):
+            x_dtype = torch.bfloat16 if dtype == torch.float32 else dtype
+            label = f"front end, {norm} norm, {x_dtype}, biases in {dtype}".replace("torch.", "")
+            cases[label] = partial(
+                _forward_and_backward, x_dtype, norm, (1, 512, 512), (10, 3), (5, 2), False, vectors_dtype=dtype
+            )
     return cases
 
 
@@ -518,7 +526,9 @@ def _forward_and_backward(
     kernels: tuple[int, ...],
     strides: tuple[int, ...],
     needs_grad_x: bool,
+    vectors_dtype: torch.dtype | None = None,
 ) -> None:
+    """Launch all kernels of a stack; with `vectors_dtype`, group norm has biases, too, and biases have that dtype."""
     x = torch.zeros(16000, channels[0], dtype=dtype)
     lengths, weights = [len(x)], []
     for c_in, c_out, kernel, stride in zip(channels[:-1], channels[1:], kernels, strides, strict=True):
@@ -529,8 +539,8 @@ def _forward_and_backward(
         "layer": ["layer"] * len(weights),
         "groups": ["group"] * len(weights),
     }[norm]
-    vectors = [torch.zeros(len(weight)) for weight in weights]
-    biases = [None if norm == "group" else vector for vector in vectors]
+    vectors = [torch.zeros(len(weight), dtype=vectors_dtype) for weight in weights]
+    biases = [None if norm == "group" and vectors_dtype is None else vector for vector in vectors]
     norm_parameters = [None if name == "none" else vector for name, vector in zip(norms, vectors, strict=True)]
     count = len(weights)
     lists: list[Any] = [

@@ -104,7 +104,10 @@ def _window_statistics_kernel(
     BLOCK_K: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Compute mean (w . mean) and 1 / deviation (variance w . covariance w) of each channel from those of windows."""
+    """Compute mean (w . mean) and 1 / deviation (variance w . covariance w) of each channel from those of windows.
+
+    For a sequence of one frame, 0 is stored instead of 1 / deviation.
+    """
     sequence = tl.program_id(0)
     mean, covariance = _window_covariance(x_ptr, moments_ptr, cu_in_ptr, cu_out_ptr, sequence, WINDOW, BLOCK_K, CHUNK)
     channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -116,6 +119,9 @@ def _window_statistics_kernel(
         means += tl.load(bias_ptr + channels, mask=channels < C, other=0.0).to(tl.float64)
     variances = tl.sum(tl.sum(weight[:, :, None] * covariance[None, :, :], 1) * weight, 1)
     rstd = tl.rsqrt(tl.maximum(variances, 0.0).to(tl.float32) + eps)
+    # One frame is its own mean. It is computed with other rounding than the mean, and eps would make that large.
+    _, _, frames = chunks_of(sequence, cu_out_ptr, CHUNK)
+    rstd = tl.where(frames > 1, rstd, 0.0)
     statistics_ptr += sequence * C + channels
     tl.store(statistics_ptr, means.to(tl.float32), mask=channels < C)
     tl.store(statistics_ptr + batch * C, rstd, mask=channels < C)

@@ -12,17 +12,18 @@ from torch import Tensor
 
 from tests.emulation.fake_cuda.record import Record
 
-#: Arguments that no case compiled ahead of time has.
+#: Kernel, argument and dtype that no case compiled ahead of time has.
 _NOT_COMPILED = {
-    # A bias before a group norm in the first convolution, which only torchaudio can be asked for.
-    ("strided_conv._window_statistics_kernel", "bias_ptr", "float32"),
-    # An encoder whose weights are 16-bit, not only its products.
-    ("strided_conv._forward_kernel", "bias_ptr", "16-bit float"),
-    ("strided_conv._activate_kernel", "bias_ptr", "16-bit float"),
-    ("strided_conv._activate_kernel", "norm_weight_ptr", "16-bit float"),
-    ("strided_conv._activate_kernel", "norm_bias_ptr", "16-bit float"),
+    # `fastssl check` casts the table and the gates of WavLM's bias, too.
     ("varlen_attention._forward_kernel", "bias_ptr", "16-bit float"),
     ("varlen_attention._forward_kernel", "gate_ptr", "16-bit float"),
+    ("varlen_attention._backward_q_kernel", "bias_ptr", "16-bit float"),
+    ("varlen_attention._backward_q_kernel", "gate_ptr", "16-bit float"),
+    ("varlen_attention._backward_kv_kernel", "bias_ptr", "16-bit float"),
+    ("varlen_attention._backward_kv_kernel", "gate_ptr", "16-bit float"),
+    ("varlen_attention._backward_bias_kernel", "bias_ptr", "16-bit float"),
+    ("varlen_attention._backward_bias_kernel", "gate_ptr", "16-bit float"),
+    ("varlen_attention._reduce_bias_kernel", "grad_bias_ptr", "16-bit float"),
 }
 #: Largest size of a grid, by axis.
 _LIMITS = (2**31 - 1, 65535, 65535)

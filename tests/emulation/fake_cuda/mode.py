@@ -48,6 +48,8 @@ class FakeCuda(TorchDispatchMode):
         self._outer = ExitStack()
         #: Storages of page-locked tensors; kept, so that no other storage gets the same address.
         self._pinned: dict[int, Any] = {}
+        #: Tensors on the host into which an asynchronous copy runs, and what they contain once the host has waited.
+        self._arriving: list[tuple[Tensor, Tensor]] = []
 
     def __enter__(self) -> "FakeCuda":
         self._depth += 1
@@ -55,6 +57,7 @@ class FakeCuda(TorchDispatchMode):
             self._outer.enter_context(pretend.cpu_tensors_from_literals())
             self._outer.enter_context(recording(lambda *launch: note_launch(self.record, *launch)))
             pretend.on_wait.append(self._note_wait)
+            pretend.on_arrival.append(self._arrive)
             pretend.on_graph.append(self._note_graph)
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
@@ -63,12 +66,19 @@ class FakeCuda(TorchDispatchMode):
         self._depth -= 1
         if self._depth == 0:
             pretend.on_wait.remove(self._note_wait)
+            pretend.on_arrival.remove(self._arrive)
             pretend.on_graph.remove(self._note_graph)
             self._outer.close()
         super().__exit__(*exception)  # type: ignore[no-untyped-call]
 
     def _note_wait(self, reason: str) -> None:
         self.record.wait(reason)
+        self._arrive()
+
+    def _arrive(self) -> None:
+        for target, values in self._arriving:
+            target.copy_(values)
+        self._arriving.clear()
 
     def _note_graph(self, what: str) -> None:
         if what == "begin":
@@ -86,11 +96,11 @@ class FakeCuda(TorchDispatchMode):
         name = func._schema.name.partition("::")[2]
         if name in ("is_pinned", "_pin_memory"):
             return self._page_locked(name, args[0])
+        if kwargs.get("pin_memory"):
+            return self._page_locked("_pin_memory", func(*args, **kwargs | {"pin_memory": False}))
         on_device = any(isinstance(leaf, FakeTensor) for leaf in tree_leaves((args, kwargs)))
         device = kwargs.get("device")
         if not on_device and (device is None or torch.device(device).type != "cuda"):
-            if kwargs.get("pin_memory"):
-                return self._page_locked("_pin_memory", func(*args, **{**kwargs, "pin_memory": False}))
             return func(*args, **kwargs)
         if func.namespace == "prim":  # a question about the tensor
             with self.fake:
@@ -143,6 +153,12 @@ class FakeCuda(TorchDispatchMode):
         copy = tensor.clone()
         self._pinned[copy.untyped_storage()._cdata] = copy.untyped_storage()
         return copy
+
+    def copy_later(self, target: Tensor, source: Tensor) -> Tensor:
+        """Copy to page-locked memory of the host; before the host has waited, NaN or -1 is read there."""
+        self.record.launches["copy to host"] += 1
+        self._arriving.append((target, answers.values(source, target.dtype, place())))
+        return target.fill_(torch.nan if target.is_floating_point() else -1)
 
     def _native(self, func: Any, args: Any, kwargs: Any) -> Any:
         name = func._schema.name.partition("::")[2]
@@ -235,9 +251,8 @@ def _copy_in_place(mode: FakeCuda, func: Any, args: Any, kwargs: Any) -> Any:
     if _is_on_gpu(target):
         _note_copy_to_device(mode, source, non_blocking=non_blocking)
         return target
-    if non_blocking and mode.is_pinned(target):  # an event says when the values are there
-        mode.record.launches["copy to host"] += 1
-        return target.copy_(answers.values(source, source.dtype, place()))
+    if non_blocking and mode.is_pinned(target):
+        return mode.copy_later(target, source)
     return target.copy_(_to_host(mode, source, source.dtype, non_blocking=non_blocking))
 
 

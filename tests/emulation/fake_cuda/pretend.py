@@ -22,6 +22,8 @@ from tests.emulation.fake_cuda.shims import FOLDER
 
 #: What a wait outside the dispatcher calls, such as `torch.cuda.synchronize`; the recording mode sets it.
 on_wait: list[Callable[[str], None]] = []
+#: What writes the values of finished copies to the host; the recording mode sets it.
+on_arrival: list[Callable[[], None]] = []
 #: What a CUDA graph calls with "begin" and "end" of its capture, and with "replay"; the recording mode sets it.
 on_graph: list[Callable[[str], None]] = []
 #: PyTorch's guard for devices that do not exist speaks of 8 of them; the engine asks for each.
@@ -38,11 +40,12 @@ def pretend() -> None:
     torch.autograd.set_multithreading_enabled(False)  # modes of the dispatcher belong to this thread
     torch._C._ensureCUDADeviceGuardSet()
     _replace_cuda()
+    _hide_the_runtime()
     _replace_engine()
     _allow_fake_tensors_in_foreach()
     _mend_fake_tensors()
     _register_missing_kernels()
-    _import_fastssl()
+    _treat_fake_weights_as_plain()
 
 
 def _replace_cuda() -> None:
@@ -73,8 +76,28 @@ def _replace_cuda() -> None:
     cuda.CUDAGraph, cuda.graph, cuda.graph_pool_handle = _Graph, _capture, lambda: (0, 1)
     cuda.is_current_stream_capturing = lambda: False
     cuda.amp.common.amp_definitely_not_available = lambda: False
+    torch.Generator = _Generator  # type: ignore[misc]
     torch.accelerator.is_available = lambda: True
     torch.accelerator.current_device_index = lambda: 0
+
+
+def _hide_the_runtime() -> None:
+    """Let no code ask the CUDA runtime itself, which would find no GPU; fastssl then asks PyTorch."""
+
+    class WithoutRuntime(ctypes.CDLL):
+        def __init__(self, name: Any, *args: Any, **kwargs: Any) -> None:
+            if str(name).startswith("libcudart.so"):
+                raise OSError(f"{name} is hidden, because a GPU is pretended")
+            super().__init__(name, *args, **kwargs)
+
+    ctypes.CDLL = WithoutRuntime  # type: ignore[misc]
+
+
+class _Generator(torch.Generator):
+    """A generator of any device, made on the CPU: fake tensors draw nothing."""
+
+    def __new__(cls, device: Any = "cpu") -> "_Generator":
+        return super().__new__(cls, "cpu")  # type: ignore[call-arg]
 
 
 class _Stream:
@@ -85,7 +108,7 @@ class _Stream:
     def __init__(self, *args: object, **kwargs: object) -> None:
         pass
 
-    def wait_stream(self, stream: object) -> None:
+    def wait_stream(self, stream: object = None) -> None:
         pass
 
     wait_event = record_event = wait_stream
@@ -113,12 +136,14 @@ class _Event:
             _wait("synchronize")
 
     def elapsed_time(self, event: object) -> float:
-        return 1.0
+        return 10_000.0  # ms; benchmarks call what takes long only a few times
 
 
 def begin_update() -> None:
     """Say that the device has done all that was asked of it in earlier updates."""
     _Event.updates += 1
+    for arrive in on_arrival:
+        arrive()
 
 
 def _wait(what: str) -> None:
@@ -220,15 +245,26 @@ def _register_missing_kernels() -> None:
             library.impl(name, _never_called, "CUDA")
 
 
-def _import_fastssl() -> None:
-    """Import fastssl, which asks the CUDA runtime for the GPU's capability, or `torch.cuda` if that does not load."""
-    version: Any = torch.version
-    number, version.cuda = version.cuda, "without a runtime"
-    try:
-        import_module("fastssl.ops")
-    finally:
-        version.cuda = number
-    # Ops compute in place of modules only if their weights are ordinary tensors, as fake ones stand for.
+def check_kernels() -> None:
+    """Check that fastssl, imported after `pretend()`, would use its own kernels; otherwise only references would run.
+
+    Raises:
+        RuntimeError: An op has Triton or CUDA kernels, and fastssl does not choose them on the pretended GPU.
+    """
+    from fastssl.kernels.dispatch import MISSING
+
+    reasons = {
+        f"{op}.{backend}": why
+        for op, missing in MISSING.items()
+        for (backend, device), why in missing.items()
+        if device == "cuda" and why != "not implemented"
+    }
+    if reasons:
+        raise RuntimeError(f"kernels that a GPU would run are missing on the pretended GPU: {reasons}")
+
+
+def _treat_fake_weights_as_plain() -> None:
+    """Let ops compute in place of modules whose weights are fake, as they do if the weights are ordinary tensors."""
     functional: Any = import_module("fastssl.nn.functional")
     functional._PLAIN_WEIGHTS = (*functional._PLAIN_WEIGHTS, FakeTensor)
 

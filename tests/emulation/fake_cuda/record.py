@@ -17,6 +17,7 @@ _KINDS = (
     ("/tests/emulation/fake_cuda/faults.py",),
     ("/site-packages/transformers/", "/site-packages/torchaudio/", "/site-packages/lightning/"),
     ("/site-packages/torch/amp/", "/site-packages/torch/optim/", "/site-packages/torch/nn/"),
+    ("/fastssl/benchmarks/",),
     ("/tests/emulation/fake_cuda/",),
 )
 _LIBRARY = 2  # index of the kind above that holds other libraries

@@ -58,6 +58,7 @@ def _run(patterns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     from tests.emulation.fake_cuda import pretend
 
     pretend.pretend()
+    pretend.check_kernels()
     from tests.emulation.fake_cuda import catalogue
     from tests.emulation.fake_cuda.scenario import run
 

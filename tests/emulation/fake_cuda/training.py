@@ -122,7 +122,7 @@ class Update:
             world_size=1,
             global_rank=0,
             global_step=_UPDATE,
-            strategy=SimpleNamespace(root_device=torch.device("cuda")),
+            strategy=SimpleNamespace(root_device=torch.device("cuda", 0)),
             precision_plugin=MixedPrecision("16-mixed", "cuda", self.scaler) if self.scaler.is_enabled() else None,
         )
         self.optimizer = self.module.configure_optimizers()["optimizer"]
