@@ -11,12 +11,13 @@ _VALUES: tuple[tuple[str, tuple[float, ...]], ...] = (
     ("kernels/integrate_and_fire/", (80.0,)),  # output frames of each utterance
     # An update's counts: frames, seconds, utterances, utterances drawn; then no problem, no request to stop, no loss.
     ("fastssl/train/", (1.0, 1.0, 1.0, 1.0, 0.0)),
-    ("eval/encode.py _kept_after", (0.0, 30.0)),  # the first frame to keep, and the end
     ("interop/transformers.py _mask", (20.0,)),  # valid frames of each utterance
     ("fastssl/interop/", (8000.0,)),  # valid samples of each utterance
     ("transformers/", (20.0,)),
     ("benchmarks/harness.py worst_error", (0.0,)),
 )
+#: Place where 0, 1, 2, ... are read: the compressed frame that each input frame goes into.
+_RISING = "eval/encode.py _kept_after"
 
 
 def scalar(dtype: torch.dtype, place: str) -> bool | int | float:
@@ -33,6 +34,8 @@ def values(like: Tensor, dtype: torch.dtype, place: str) -> Tensor:
     Matrices of floats get random values, so that they have rank and clusters.
     """
     known = _known(place)
+    if _RISING in place:
+        return torch.arange(like.numel()).view(like.shape).to(dtype)
     if known is None and dtype.is_floating_point and like.dim() >= 2:
         return torch.randn(like.shape, generator=torch.Generator().manual_seed(like.numel())).to(dtype)
     known = known or (1.0,)

@@ -133,7 +133,8 @@ class Update:
         def phase(name: str) -> AbstractContextManager[None]:
             return self.watch.phase(name) if watched else nullcontext()
 
-        begin_update()
+        with self.watch.unwatched():
+            begin_update()
         batch = _pinned(self.watch, batch_of(self.module.model, seconds))
         with phase("transfer"):
             batch = batch.to("cuda", non_blocking=True)
