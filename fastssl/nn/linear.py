@@ -95,8 +95,9 @@ def casts_together(module: nn.Module) -> Iterator[None]:
     Args:
         module: Module whose linear layers `packed_linear` and `packed_linears` compute.
     """
-    groups = [] if _copies else list(_groups(module))
-    if not groups or not _is_cast(groups[0][0].device.type):
+    first = next(module.parameters(), None)
+    groups = [] if _copies or first is None or not _is_cast(first.device.type) else list(_groups(module))
+    if not groups:
         yield
         return
     device = groups[0][0].device
@@ -128,7 +129,7 @@ def _groups(module: nn.Module) -> Iterator[list[Tensor]]:
     """Yield the parameters of the linear layers of a module, those of layers with the same input in one group."""
     seen: set[int] = set()
     for part in module.modules():
-        layers = [child for name in _SAME_INPUT if isinstance(child := getattr(part, name, None), nn.Linear)]
+        layers = [child for name in _SAME_INPUT if isinstance(child := part._modules.get(name), nn.Linear)]
         groups: tuple[list[Tensor], ...] = [layer.weight for layer in layers], [layer.bias for layer in layers]
         for group in groups:
             if len(group) == len(_SAME_INPUT) and _can_join(group) and seen.isdisjoint(map(id, group)):
