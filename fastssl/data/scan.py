@@ -36,6 +36,9 @@ _AUDIBLE = 1e-6
 _CANCELLED = 0.1
 
 
+_LONGEST_PATH = 4096  # characters; Linux allows as many bytes
+
+
 @dataclass(frozen=True)
 class Problem:
     """A recording that cannot be used.
@@ -49,8 +52,9 @@ class Problem:
     reason: str
 
     def __str__(self) -> str:
-        """Return name and reason on one line, as `shown` shows names."""
-        return shown(f"{self.name} {self.reason}")
+        """Return name and reason on one line, as `shown` shows names; a name that no file can have is cut."""
+        name = self.name if len(self.name) <= _LONGEST_PATH else f"{self.name[:97]}..."
+        return shown(f"{name} {self.reason}")
 
 
 def extensions(rules: int) -> tuple[str, ...]:

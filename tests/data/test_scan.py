@@ -297,3 +297,8 @@ def test_what_is_no_audio_is_not_called_missing(tmp_path: Path, content: bytes) 
     problem = scan_file(path, recording_id="page")
     assert isinstance(problem, Problem)
     assert problem.reason == "does not decode: it contains no audio of a known format"
+
+
+def test_a_name_that_no_file_can_have_is_cut() -> None:
+    assert str(Problem("x" * 100_000, "cannot be opened")) == "x" * 97 + "... cannot be opened"
+    assert str(Problem("x" * 4096, "cannot be opened")).startswith("x" * 4096)
