@@ -192,7 +192,7 @@ def batch_of(model: PretrainingModel, seconds: tuple[float, ...]) -> AudioBatch:
     grid = frame_grid(model.config)
     frames = sum(grid.count(length) for length in waveforms.layout.lengths)
     needs, count = model.needs, len(seconds)
-    noise = Packed(waveforms.values[: 8000 * count], Layout.from_lengths([8000] * count)) if count else waveforms
+    noise = Packed(torch.randn(8000 * count, 1), Layout.from_lengths([8000] * count))
     return AudioBatch(
         waveforms,
         ids=ids,
