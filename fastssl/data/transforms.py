@@ -78,12 +78,19 @@ def _repeatable(transform: AudioTransform, change: Callable[[Recording], Recordi
 def seeded(recording: Recording) -> Iterator[None]:
     """Let PyTorch's generator of the CPU, from which Lhotse draws too, begin with a recording's seed; restore it after.
 
+    PyTorch uses one thread: with several, the order in which Lhotse's reflections are added up changes.
+
     Args:
         recording: Its id determines the seed.
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(_seed_of(recording, 0))
-        yield
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
 
 
 def _seed_of(recording: Recording, place: int) -> int:

@@ -233,7 +233,7 @@ def test_only_regular_files_are_opened(line: Line, tmp_path: Path) -> None:
         (str(tmp_path), "is a folder"),
         (str(tmp_path / "gone.wav"), "does not exist"),
         (f"{tmp_path}/good.wav/x.wav", "does not exist"),
-        ("x" * 5000, "cannot be opened: File name too long"),
+        ("x" * 4000, "cannot be opened: File name too long"),
     ):
         line["recording"]["sources"][0]["source"] = path
         assert problem_of(line, tmp_path / "audio") == f"{path} {reason}"

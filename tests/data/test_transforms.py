@@ -82,6 +82,7 @@ def _as_cut(item: Item) -> Item:
     return Recording.from_dict(item).to_cut().to_dict()  # type: ignore[no-any-return]
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_a_fixed_impulse_response_is_applied_as_lhotse_does(recording: Recording, tmp_path: Path) -> None:
     room = Recording.from_file(write(tmp_path / "room.wav", noise(0.2)))
     reverberated = recording.reverb_rir(room)

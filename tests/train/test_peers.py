@@ -74,6 +74,9 @@ def test_all_learn_which_process_ended(three: list[tuple[Peers, Any]], caplog: p
     for peers, _ in three[:2]:
         assert peers._found.wait(10)
     message = "process 2 was killed or crashed; all processes end; --resume continues after update 5"
+    deadline = time.monotonic() + 10
+    while not caplog.messages and time.monotonic() < deadline:  # it is said just after it is found
+        time.sleep(0.01)
     assert caplog.messages == [message]
     assert [peers.lost for peers, _ in three[:2]] == [True, True]
 
@@ -85,7 +88,11 @@ def test_the_end_of_the_first_process_is_noticed(
         link.shutdown(socket.SHUT_RDWR)
     for peers, _ in three[1:]:
         assert peers._found.wait(10)
-    assert sum("process 0 was killed or crashed" in message for message in caplog.messages) == 1
+    deadline = time.monotonic() + 10
+    while not (said := sum("process 0 was killed or crashed" in message for message in caplog.messages)):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert said == 1
 
 
 def test_an_error_of_one_process_ends_the_others(

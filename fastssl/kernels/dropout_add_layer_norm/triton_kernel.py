@@ -245,7 +245,8 @@ def dropout_add_layer_norm_bwd(
                 DROPOUT=seed is not None,
                 **blocks._asdict(),
             )
-    grad_weight, grad_bias = partial_sums.sum(1).unbind()
+    # Two sums, because the results of an operator may not share memory.
+    grad_weight, grad_bias = (one.sum(0) for one in partial_sums)
     return grad_x, grad_residual, grad_weight, grad_bias
 
 
