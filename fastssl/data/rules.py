@@ -7,7 +7,8 @@
    from a little earlier, and parts of files without seeking from the start. The same resampling filter, without most of
    its multiplications by zero.
 
-Samples that are absurd, and compressed audio with holes of more than 256 MB, are refused by all versions.
+All versions refuse samples that are absurd, compressed audio with holes of more than 256 MB, and transforms that lack
+their name or options, or whose sampling rates do not match. All of them draw the same impulse response at each read.
 """
 
 from pathlib import Path
