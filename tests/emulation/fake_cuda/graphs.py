@@ -8,13 +8,11 @@ from itertools import zip_longest
 
 import torch
 
-from benchmarks.recipes import recipe_model
 from fastssl.models.speech_encoder import SpeechEncoder
 from fastssl.packing import Packed
-from fastssl.train.systems import SYSTEMS, system_of
 from tests.emulation.fake_cuda.record import Record
 from tests.emulation.fake_cuda.scenario import Scenario, Watch
-from tests.emulation.fake_cuda.training import PRECISIONS, waveforms_of
+from tests.emulation.fake_cuda.training import PRECISIONS, encoder_of, waveforms_of
 
 _RECIPES = {
     "wav2vec2 base": "wav2vec2-base",
@@ -37,11 +35,7 @@ def scenarios() -> Iterator[tuple[str, Scenario]]:
 
 
 def _run(watch: Watch, *, recipe: str, precision: str) -> None:
-    config = recipe_model(recipe)
-    encoder = SYSTEMS[system_of(config)](config).speech_encoder.eval()
-    dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
-    with watch.unwatched():
-        encoder.to("cuda", dtype)
+    encoder, dtype = encoder_of(watch, recipe, precision)
     autocast = PRECISIONS.get(precision)
 
     def forward(batch: Packed) -> None:
@@ -63,7 +57,7 @@ def _run(watch: Watch, *, recipe: str, precision: str) -> None:
         "captures while replayed": len(watch.mode.captures) - count,
         "captured waits": sum((record.waits for record in captures), Counter()),
         "captured copies": sum(record.launches[name] for record in captures for name in _COPIES),
-        "states": config.num_hidden_layers + 1,
+        "states": encoder.config.num_hidden_layers + 1,
         "captured launches": sum(captures[0].launches.values()),
         "differences": [_difference(first, trace) for trace in same if trace != first],
         "another bucket differs": other != first,

@@ -18,6 +18,7 @@ from fastssl.models.config import SpeechEncoderConfig
 from fastssl.models.distillation import DistillationConfig
 from fastssl.models.encoder import Encoder, EncoderConfig
 from fastssl.models.pretraining import PretrainingModel
+from fastssl.models.speech_encoder import SpeechEncoder
 from fastssl.nn.random import utterance_keys
 from fastssl.packing import Layout, Packed
 from fastssl.train.config import OptimizerConfig
@@ -215,13 +216,19 @@ def _segments(model: PretrainingModel) -> bool:
     return bool(config.draws_rates)
 
 
-def _encode(watch: Watch, *, recipe: str, precision: str) -> None:
-    """Run an encoder as a user does: in inference mode, on a batch that is copied to the GPU."""
+def encoder_of(watch: Watch, recipe: str, precision: str) -> tuple[SpeechEncoder, torch.dtype]:
+    """Make a recipe's encoder for evaluation on the GPU. Return it and the dtype of its weights."""
     config = recipe_model(recipe)
     encoder = SYSTEMS[system_of(config)](config).speech_encoder.eval()
     dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
     with watch.unwatched():
         encoder.to("cuda", dtype)
+    return encoder, dtype
+
+
+def _encode(watch: Watch, *, recipe: str, precision: str) -> None:
+    """Run an encoder as a user does: in inference mode, on a batch that is copied to the GPU."""
+    encoder, dtype = encoder_of(watch, recipe, precision)
     autocast = PRECISIONS.get(precision)
 
     def forward(seconds: tuple[float, ...]) -> None:
