@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,16 @@ def refusal(item: Item, good: Recording, folder: Path) -> str:
     return str(problem)
 
 
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    assert torch.get_num_threads() == 2, "reading changes the number of threads"
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("seeds", [{}, {"room_seed": 1}, {"room_seed": 1, "source_seed": 2}])
 def test_a_drawn_impulse_response_is_the_same_at_each_read(
     seeds: dict[str, int], recording: Recording, tmp_path: Path
