@@ -11,6 +11,7 @@ from benchmarks.harness import Contenders, Outputs, Row, backends, compare
 from benchmarks.report import Rows, main
 from fastssl import ops
 from fastssl.kernels import philox
+from fastssl.kernels.randomness import RANDOMNESS, kept_fraction
 
 
 def forward_and_backward(device: torch.device, *, dropout_p: float) -> Row:
@@ -44,7 +45,8 @@ def forward_and_backward(device: torch.device, *, dropout_p: float) -> Row:
         return F.layer_norm(residual + F.dropout(x, dropout_p), (D,), weight, bias)
 
     def plain_with_our_mask() -> Outputs:
-        keep = philox.keep_mask(seed, (N, D), dropout_p=dropout_p) / (1 - dropout_p)
+        keep = philox.keep_mask(seed, (N, D), dropout_p=dropout_p, randomness=RANDOMNESS)
+        keep = keep / kept_fraction(dropout_p, RANDOMNESS)
         return gradients(F.layer_norm(residual + keep.to(dtype) * x, (D,), weight, bias), leaves)
 
     contenders = Contenders()

@@ -97,6 +97,7 @@ Tensor forward(
     const Tensor& x,  // (N, D)
     std::optional<Tensor> bias,  // (D,)
     double dropout_p,
+    int64_t randomness,
     std::optional<Tensor> seed,
     int64_t offset) {
   check_tensor(x, "x", 2, x.scalar_type());
@@ -113,7 +114,7 @@ Tensor forward(
         bias_or_zeros(bias, zeros, width),
         out.mutable_data_ptr<scalar_t>(),
         width,
-        make_dropout(dropout_p, seed, offset)};
+        make_dropout(dropout_p, randomness, seed, offset)};
     torch::stable::parallel_for(0, x.size(0), kRowsPerChunk, [&](int64_t first_row, int64_t last_row) {
       std::vector<uint8_t> keep_scratch(keep_scratch_size(width));
       forward_rows(&call, keep_scratch.data(), first_row, last_row);
@@ -127,6 +128,7 @@ std::tuple<Tensor, Tensor> backward(
     const Tensor& x,  // (N, D)
     std::optional<Tensor> bias,  // (D,)
     double dropout_p,
+    int64_t randomness,
     std::optional<Tensor> seed,
     int64_t offset) {
   check_tensor(x, "x", 2, x.scalar_type());
@@ -147,7 +149,7 @@ std::tuple<Tensor, Tensor> backward(
         bias_or_zeros(bias, zeros, width),
         grad_x.mutable_data_ptr<scalar_t>(),
         width,
-        make_dropout(dropout_p, seed, offset)};
+        make_dropout(dropout_p, randomness, seed, offset)};
     std::vector<acc_t> partial(chunks * width);
     torch::stable::parallel_for(0, chunks, 1, [&](int64_t first_chunk, int64_t last_chunk) {
       std::vector<uint8_t> keep_scratch(keep_scratch_size(width));

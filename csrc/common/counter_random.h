@@ -2,15 +2,25 @@
 // `fastssl/kernels/philox.py` and `varlen_attention/reference.py` specify the same functions in Python.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "isa.h"
 
 namespace fastssl {
 
-// An event of probability p happens if 32 random bits are below this.
-FASTSSL_INLINE uint32_t probability_threshold(double p) {
-  return static_cast<uint32_t>(p * 4294967296.0);
+// Dropout keeps an element if its draw, a number of 32 bits, is at least this. `fastssl/kernels/randomness.py` has the
+// versions. In version 2, the draw is in the upper 16 bits; the lower bits of the threshold are 0.
+inline uint32_t dropout_threshold(double p, int64_t randomness) {
+  if (randomness == 1) {
+    return static_cast<uint32_t>(p * 4294967296.0);
+  }
+  return std::min(static_cast<uint32_t>(p * 65536.0 + 0.5), 65535u) << 16;
+}
+
+// The probability of keeping an element; kept elements are divided by it.
+inline double kept_fraction(double p, int64_t randomness) {
+  return randomness == 1 ? 1.0 - p : 1.0 - dropout_threshold(p, randomness) / 4294967296.0;
 }
 
 // Philox-4x32-10 (Salmon et al. 2011): the four words of block `counter` for `seed`. Vectorises over counters.
@@ -39,12 +49,18 @@ FASTSSL_INLINE PhiloxBlock philox(uint64_t seed, uint64_t counter) {
   return {{c0, c1, c2, c3}};
 }
 
-// The finaliser of MurmurHash3. Attention uses it to hash the coordinates of a weight, one after another.
-FASTSSL_INLINE uint32_t murmur_mix(uint32_t x) {
+// Applies the finaliser of MurmurHash3 without its last step to a number, or to each lane of a vector. Attention uses it
+// to hash the coordinates of a weight, one after another.
+template <typename T>
+FASTSSL_INLINE void murmur_product(T& x) {
   x ^= x >> 16;
   x *= 0x85EBCA6Bu;
   x ^= x >> 13;
   x *= 0xC2B2AE35u;
+}
+
+FASTSSL_INLINE uint32_t murmur_mix(uint32_t x) {
+  murmur_product(x);
   return x ^ (x >> 16);
 }
 

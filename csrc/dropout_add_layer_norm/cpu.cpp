@@ -187,6 +187,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
     const Tensor& bias,  // (D,)
     double eps,
     double dropout_p,
+    int64_t randomness,
     std::optional<Tensor> seed,
     int64_t offset,
     bool prenorm) {
@@ -196,7 +197,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
   check_tensor(bias, "bias", 1, weight.scalar_type());
   const int64_t rows = x.size(0);
   const int64_t width = x.size(1);
-  const Dropout dropout = make_dropout(dropout_p, seed, offset);
+  const Dropout dropout = make_dropout(dropout_p, randomness, seed, offset);
   Tensor out = torch::stable::empty_like(x);
   Tensor sum = prenorm ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0});
   Tensor mean = torch::stable::new_empty(weight, {rows});
@@ -234,6 +235,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& mean,  // (N,)
     const Tensor& rstd,  // (N,)
     double dropout_p,
+    int64_t randomness,
     std::optional<Tensor> seed,
     int64_t offset) {
   check_tensor(x, "x", 2, x.scalar_type());
@@ -246,7 +248,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
   const int64_t rows = x.size(0);
   const int64_t width = x.size(1);
   const int64_t chunks = number_of_chunks(rows);
-  const Dropout dropout = make_dropout(dropout_p, seed, offset);
+  const Dropout dropout = make_dropout(dropout_p, randomness, seed, offset);
   Tensor grad_x = dropout.active ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0});
   Tensor grad_residual = torch::stable::empty_like(x);
   Tensor grad_weight = torch::stable::empty_like(weight);

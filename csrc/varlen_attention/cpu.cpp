@@ -159,6 +159,7 @@ std::tuple<Tensor, Tensor> forward(
     int64_t max_length,
     double scale,
     double dropout_p,
+    int64_t randomness,
     const std::optional<Tensor>& seed,  // ()
     const std::optional<Tensor>& distance_bias,  // (H, 2R + 1)
     const std::optional<Tensor>& gate) {  // (N, H)
@@ -169,7 +170,7 @@ std::tuple<Tensor, Tensor> forward(
     using scalar_t = decltype(tag);
     using acc_t = typename Accumulator<scalar_t>::type;
     const Problem<scalar_t> problem =
-        describe<scalar_t>(q, k, v, cu_seqlens, max_length, scale, dropout_p, seed, distance_bias, gate);
+        describe<scalar_t>(q, k, v, cu_seqlens, max_length, scale, dropout_p, randomness, seed, distance_bias, gate);
     scalar_t* out_data = out.mutable_data_ptr<scalar_t>();
     acc_t* logsumexp_data = logsumexp.mutable_data_ptr<acc_t>();
     dispatch_operand<scalar_t>([&](auto operand) {
@@ -474,6 +475,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     int64_t max_length,
     double scale,
     double dropout_p,
+    int64_t randomness,
     const std::optional<Tensor>& seed,  // ()
     const std::optional<Tensor>& distance_bias,  // (H, 2R + 1)
     const std::optional<Tensor>& gate) {  // (N, H)
@@ -489,7 +491,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     using scalar_t = decltype(tag);
     using acc_t = typename Accumulator<scalar_t>::type;
     const Problem<scalar_t> problem =
-        describe<scalar_t>(q, k, v, cu_seqlens, max_length, scale, dropout_p, seed, distance_bias, gate);
+        describe<scalar_t>(q, k, v, cu_seqlens, max_length, scale, dropout_p, randomness, seed, distance_bias, gate);
     Gradients<scalar_t> gradients{
         grad_out.const_data_ptr<scalar_t>(),
         out.const_data_ptr<scalar_t>(),

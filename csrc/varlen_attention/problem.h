@@ -33,6 +33,7 @@ struct Problem {
   int64_t reach;
   std::vector<acc_t> gate;  // (N, H)
   bool drops;
+  int64_t randomness;
   uint32_t seed_state;
   uint32_t dropout_threshold;
   acc_t kept_factor;
@@ -61,6 +62,7 @@ Problem<scalar_t> describe(
     int64_t max_length,
     double scale,
     double dropout_p,
+    int64_t randomness,
     const std::optional<Tensor>& seed,
     const std::optional<Tensor>& distance_bias,
     const std::optional<Tensor>& gate) {
@@ -89,8 +91,9 @@ Problem<scalar_t> describe(
     problem.drops = true;
     problem.seed_state =
         murmur_mix(murmur_mix(static_cast<uint32_t>(value) ^ 0x9E3779B9u) ^ static_cast<uint32_t>(value >> 32));
-    problem.dropout_threshold = probability_threshold(dropout_p);
-    problem.kept_factor = 1 / (1 - dropout_p);
+    problem.dropout_threshold = dropout_threshold(dropout_p, randomness);
+    problem.kept_factor = 1 / kept_fraction(dropout_p, randomness);
+    problem.randomness = randomness;
   }
   return problem;
 }
@@ -201,6 +204,7 @@ struct QueryBlock {
         states[i] = murmur_mix(row_state ^ static_cast<uint32_t>(task.head));
       }
       rows.dropout_states = states;
+      rows.randomness = problem.randomness;
       rows.dropout_threshold = problem.dropout_threshold;
       rows.kept_factor = problem.kept_factor;
     }

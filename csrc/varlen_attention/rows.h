@@ -63,8 +63,9 @@ struct Rows {
   const T* bias;  // points to the bias of distance 0
   const T* gate;
   const uint32_t* dropout_states;
+  int64_t randomness;  // version of the draws
   uint32_t dropout_threshold;
-  T kept_factor;  // 1 / (1 - p)
+  T kept_factor;  // 1 / the probability of keeping a weight
 };
 
 // x . y, over whole vectors
@@ -183,6 +184,54 @@ FASTSSL_INLINE T add_bias(const Rows<T>& rows, int64_t row, int64_t columns, T* 
   return static_cast<T>(kLog2OfE);
 }
 
+// Keys whose draws are computed together under version 2: two vectors of AVX-512.
+constexpr int64_t kDrawBlock = 32;
+static_assert(kKeyBlock % kDrawBlock == 0);
+
+// Writes the draws of dropout for the keys from `key`, a multiple of 16, up to the end of a block. Version 2 hashes a
+// key whose bit 3 is 0 together with the key 8 further on. So a vector of hashes serves two vectors of keys.
+template <Isa isa>
+FASTSSL_INLINE void draw_block(uint32_t state, uint32_t key, uint32_t* draws) {
+  using Vector = typename Simd<isa, uint32_t>::Vector;
+  constexpr int kLanes = Simd<isa, uint32_t>::kLanes;
+  constexpr uint32_t kFirst[16] = {0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23};
+#pragma GCC unroll 4
+  for (int part = 0; part < 16; part += kLanes) {
+    Vector first;
+    __builtin_memcpy(&first, kFirst + part, sizeof(Vector));
+    Vector upper = (first + key) ^ state;
+    murmur_product(upper);
+    const Vector lower = upper + (upper << 16);
+#if FASTSSL_HAS_ISA_VARIANTS
+    if constexpr (isa == Isa::kAvx512) {
+      const Vector all[2] = {
+          __builtin_shufflevector(lower, upper, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23),
+          __builtin_shufflevector(lower, upper, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31)};
+      __builtin_memcpy(draws, all, sizeof(all));
+      continue;
+    }
+#endif
+    __builtin_memcpy(draws + kFirst[part], &lower, sizeof(Vector));
+    __builtin_memcpy(draws + kFirst[part] + 8, &upper, sizeof(Vector));
+  }
+}
+
+// Writes the draws of dropout for `columns` keys, whose first is a multiple of 16. Writes whole blocks.
+template <Isa isa, typename T>
+FASTSSL_INLINE void draw_keys(const Rows<T>& rows, int64_t row, int64_t first_key, int64_t columns, uint32_t* draws) {
+  const uint32_t state = rows.dropout_states[row];
+  const uint32_t first = static_cast<uint32_t>(first_key);
+  if (rows.randomness == 1) {
+    for (uint32_t i = 0; i < static_cast<uint32_t>(columns); ++i) {
+      draws[i] = murmur_mix(state ^ (first + i));
+    }
+    return;
+  }
+  for (int64_t i = 0; i < columns; i += kDrawBlock) {
+    draw_block<isa>(state, first + static_cast<uint32_t>(i), draws + i);
+  }
+}
+
 // Replaces products of queries and keys by exp(logit - the row's largest logit), or 0 if dropped. Also writes the
 // factor that turns each row into probabilities, and its logsumexp. Columns after the last key hold no meaningful
 // values.
@@ -203,10 +252,14 @@ FASTSSL_INLINE void softmax_body(Rows<T> rows, T* logits, int64_t ld, T* factors
     logsumexp[row] = static_cast<T>((most + std::log2(sum)) * kLnOf2);
     factors[row] = static_cast<T>((rows.dropout_states == nullptr ? T(1) : rows.kept_factor) / sum);
     if (rows.dropout_states != nullptr) {
-      const uint32_t state = rows.dropout_states[row];
       const uint32_t threshold = rows.dropout_threshold;
-      for (int32_t key = 0; key < static_cast<int32_t>(columns); ++key) {
-        x[key] = murmur_mix(state ^ static_cast<uint32_t>(key)) >= threshold ? x[key] : T(0);
+      uint32_t draws[kKeyBlock];
+      for (int64_t first = 0; first < columns; first += kKeyBlock) {
+        const int64_t count = std::min(kKeyBlock, columns - first);
+        draw_keys<isa>(rows, row, first, count, draws);
+        for (int64_t i = 0; i < count; ++i) {
+          x[first + i] = draws[i] >= threshold ? x[first + i] : T(0);
+        }
       }
     }
   }
@@ -233,12 +286,11 @@ FASTSSL_INLINE void softmax_backward_body(Rows<T> rows, const T* logsumexp, cons
         grad[key] = probability * (grad[key] - row_delta);
       }
     } else {
-      const uint32_t state = rows.dropout_states[row];
       const uint32_t threshold = rows.dropout_threshold;
-      const int32_t first_key = static_cast<int32_t>(rows.first_key);
-      for (int32_t key = 0; key < static_cast<int32_t>(columns); ++key) {
-        const bool keep = murmur_mix(state ^ static_cast<uint32_t>(first_key + key)) >= threshold;
-        const T factor = keep ? rows.kept_factor : T(0);
+      uint32_t draws[kKeyBlock];
+      draw_keys<isa>(rows, row, rows.first_key, columns, draws);
+      for (int64_t key = 0; key < columns; ++key) {
+        const T factor = draws[key] >= threshold ? rows.kept_factor : T(0);
         const T probability = power_of_two((logit_factor * weight[key] - row_logsumexp) - remainder);
         weight[key] = factor * probability;
         grad[key] = probability * (factor * grad[key] - row_delta);

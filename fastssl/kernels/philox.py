@@ -1,8 +1,10 @@
 """Philox-4x32-10 in plain PyTorch: the specification of the dropout masks that kernels recompute.
 
 Philox is a counter-based random generator (Salmon et al., SC 2011). Its bits are a function of a seed and a counter, so
-a mask need not be stored. Each block of the generator has four words of 32 bits: element i of a tensor uses word i % 4
-of block offset + i // 4.
+a mask need not be stored. Each block of the generator has four words of 32 bits, which serve the elements of a tensor
+in row-major order. Under version 1 of the randomness (`randomness.py`), element i uses word i % 4 of block
+offset + i // 4. Under version 2, it uses 16 bits of word (i % 8) // 2 of block offset + i // 8: the lower ones if i is
+even, the upper ones if it is odd.
 """
 
 from collections.abc import Iterator
@@ -10,6 +12,8 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+
+from fastssl.kernels.randomness import dropout_threshold, kept_fraction
 
 _LOW = 0xFFFFFFFF
 
@@ -19,6 +23,7 @@ def keep_mask(
     shape: tuple[int, ...],
     *,
     dropout_p: float,
+    randomness: int,
     offset: int = 0,
 ) -> Tensor:
     """Return which elements dropout keeps.
@@ -27,8 +32,9 @@ def keep_mask(
         seed: () int64 seed.
         shape: Shape of the tensor; elements are counted in row-major order.
         dropout_p: Probability of dropping an element.
+        randomness: Version of the random draws (`randomness.py`).
         offset: Number of the first Philox block. Masks with the same seed are independent if their blocks do not
-            overlap; a mask uses ceil(elements / 4) blocks.
+            overlap; a mask uses ceil(elements / 8) blocks, and ceil(elements / 4) under version 1.
 
     Returns:
         Bool tensor of the given shape on the device of `seed`, True where an element is kept.
@@ -36,9 +42,12 @@ def keep_mask(
     total = 1
     for size in shape:
         total *= size
-    blocks = torch.arange(offset, offset + (total + 3) // 4, device=seed.device)
-    bits = torch.stack(philox(seed, blocks), 1).flatten()[:total]
-    return (bits >= int(dropout_p * 2**32)).view(shape)
+    per_block = 4 if randomness == 1 else 8
+    blocks = torch.arange(offset, offset + (total + per_block - 1) // per_block, device=seed.device)
+    draws = torch.stack(philox(seed, blocks), 1)
+    if randomness >= 2:
+        draws = torch.stack(((draws << 16) & _LOW, draws), 2)  # the upper 16 bits decide
+    return (draws.flatten()[:total] >= dropout_threshold(dropout_p, randomness)).view(shape)
 
 
 def philox(
@@ -150,6 +159,7 @@ def dropout(
     x: Tensor,
     *,
     dropout_p: float,
+    randomness: int,
     seed: Tensor | None,  # ()
     offset: int = 0,
 ) -> Tensor:
@@ -157,7 +167,8 @@ def dropout(
 
     Args:
         x: Tensor of any shape.
-        dropout_p: Probability of dropping an element; kept ones are multiplied by 1 / (1 - dropout_p).
+        dropout_p: Probability of dropping an element; kept ones are divided by the probability of keeping one.
+        randomness: Version of the random draws.
         seed: () int64 seed; None returns `x` unchanged.
         offset: Number of the first Philox block.
 
@@ -166,5 +177,5 @@ def dropout(
     """
     if seed is None:
         return x
-    keep = keep_mask(seed, tuple(x.shape), dropout_p=dropout_p, offset=offset)
-    return torch.where(keep, x * (1 / (1 - dropout_p)), 0.0)
+    keep = keep_mask(seed, tuple(x.shape), dropout_p=dropout_p, randomness=randomness, offset=offset)
+    return torch.where(keep, x * (1 / kept_fraction(dropout_p, randomness)), 0.0)

@@ -5,26 +5,33 @@ import triton.language as tl
 
 
 @triton.jit
-def keep_mask(seed_ptr, offset, first, threshold, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
+def keep_mask(seed_ptr, offset, first, threshold, BLOCK: tl.constexpr, WIDTH: tl.constexpr, RANDOMNESS: tl.constexpr):
     """Return which elements dropout keeps: (n, BLOCK) bool, row i for elements first[i] to first[i] + BLOCK - 1.
 
-    `first` (n,) contains element numbers. ALIGNED means that they are all multiples of 4: then each Philox block is
-    computed once, and its four words go to neighbouring elements. Otherwise each element computes its own block.
+    `first` (n,) contains element numbers, and these are multiples of 8 if WIDTH is one, and of 4 if WIDTH is. Then each
+    Philox block is computed once, and its draws go to neighbouring elements. Otherwise each element computes its own
+    block.
     """
+    PER_BLOCK: tl.constexpr = 4 if RANDOMNESS == 1 else 8
     seed = tl.load(seed_ptr)
-    if ALIGNED:
-        counters = offset + (first // 4)[:, None] + tl.arange(0, BLOCK // 4)[None, :]
+    if WIDTH % PER_BLOCK == 0:
+        counters = offset + (first // PER_BLOCK)[:, None] + tl.arange(0, BLOCK // PER_BLOCK)[None, :]
         word_0, word_1, word_2, word_3 = _philox(seed, counters)
-        # Each join appends a dimension of 2, so the (n, BLOCK // 4, 2, 2) tile contains the words in order.
-        pairs = tl.join(tl.join(word_0, word_2), tl.join(word_1, word_3))
-        bits = tl.reshape(pairs, (first.shape[0], BLOCK))
+        # Each join appends a dimension of 2, so the (n, BLOCK // PER_BLOCK, 2, 2) tile contains the words in order.
+        draws = tl.join(tl.join(word_0, word_2), tl.join(word_1, word_3))
+        if RANDOMNESS >= 2:
+            draws = tl.join(draws << 16, draws)  # the upper 16 bits decide
+        draws = tl.reshape(draws, (first.shape[0], BLOCK))
     else:
         elements = first[:, None] + tl.arange(0, BLOCK)[None, :]
-        word_0, word_1, word_2, word_3 = _philox(seed, offset + elements // 4)
-        low = tl.where(elements % 2 == 0, word_0, word_1)
-        high = tl.where(elements % 2 == 0, word_2, word_3)
-        bits = tl.where(elements % 4 < 2, low, high)
-    return bits >= threshold.to(tl.uint32)
+        word_0, word_1, word_2, word_3 = _philox(seed, offset + elements // PER_BLOCK)
+        words = elements if RANDOMNESS == 1 else elements // 2
+        low = tl.where(words % 2 == 0, word_0, word_1)
+        high = tl.where(words % 2 == 0, word_2, word_3)
+        draws = tl.where(words % 4 < 2, low, high)
+        if RANDOMNESS >= 2:
+            draws = tl.where(elements % 2 == 0, draws << 16, draws)
+    return draws >= threshold.to(tl.uint32)
 
 
 @triton.jit

@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastssl.kernels.dispatch import BACKENDS
 from fastssl.kernels.philox import keep_mask
+from fastssl.kernels.randomness import kept_fraction, using_randomness
 from fastssl.ops import bias_gelu_dropout
 from fastssl.packing import Layout, Packed
 from tests.ops.common import LENGTHS, gradients, implementations, normal, randn
@@ -16,7 +17,7 @@ from tests.ops.standard import Inputs, Mates, Standard
 
 SEED = torch.tensor(-4242424242424242)
 
-#: Name -> (N, D, with bias, options). If D is not a multiple of 4, rows start in the middle of a Philox block.
+#: Name -> (N, D, with bias, options). If D is not a multiple of 8, rows start in the middle of a Philox block.
 CASES: dict[str, tuple[int, int, bool, dict[str, Any]]] = {
     "plain": (sum(LENGTHS["odd"]), 96, True, {}),
     "dropout": (37, 300, True, {"dropout_p": 0.3}),
@@ -76,6 +77,7 @@ BAD: dict[str, dict[str, Any]] = {
     r"bias: expected \(8,\), got \(7,\)": {"bias": BIAS[1:]},
     "bias: is on meta": {"bias": BIAS.to("meta")},
     "dropout_p: must be": {"dropout_p": -0.1},
+    "randomness: must be from 1 to 2, got 3": {"randomness": 3},
     "offset: must not be negative": {"dropout_p": 0.1, "offset": -1},
     "seed: expected .* torch.int32": {"dropout_p": 0.1, "seed": torch.tensor(1, dtype=torch.int32)},
     "backend='warp': not available for bias_gelu_dropout on cpu": {"backend": "warp"},
@@ -108,12 +110,40 @@ STANDARD = Standard(
 
 
 @EVERY_IMPLEMENTATION
-@pytest.mark.parametrize("width", [64, 67])
-def test_drops_what_the_specification_says(backend: str, device: str, width: int) -> None:
+@pytest.mark.parametrize("randomness", [1, 2])
+@pytest.mark.parametrize("width", [64, 60, 67])
+def test_drops_what_the_specification_says(backend: str, device: str, width: int, randomness: int) -> None:
     x, seed = torch.full((9, width), 20.0, device=device), SEED.to(device)  # GELU(20) is 20
     for offset in (0, 3, 2**32 - 2, 2**40):
-        out = bias_gelu_dropout(x, None, dropout_p=0.4, seed=seed, offset=offset, backend=backend)
-        torch.testing.assert_close(out, 20 * keep_mask(seed, (9, width), dropout_p=0.4, offset=offset) / 0.6)
+        options: dict[str, Any] = {"dropout_p": 0.4, "offset": offset, "randomness": randomness}
+        leaf = x.clone().requires_grad_()
+        out = bias_gelu_dropout(leaf, None, seed=seed, backend=backend, **options)
+        expected = keep_mask(seed, (9, width), **options) / kept_fraction(0.4, randomness)
+        torch.testing.assert_close(out, 20 * expected)
+        (grad,) = torch.autograd.grad(out.sum(), leaf)
+        torch.testing.assert_close(grad, expected)
+
+
+@EVERY_IMPLEMENTATION
+def test_the_backward_keeps_the_version_of_the_forward(backend: str, device: str) -> None:
+    x, seed = torch.full((3, 64), 20.0, device=device).requires_grad_(), SEED.to(device)
+    for randomness in (1, 2):
+        with using_randomness(randomness):
+            out = bias_gelu_dropout(x, None, dropout_p=0.4, seed=seed, backend=backend)
+        with using_randomness(3 - randomness):
+            (grad,) = torch.autograd.grad(out.sum(), x)
+        expected = keep_mask(seed, (3, 64), dropout_p=0.4, randomness=randomness)
+        assert torch.equal(out > 0, expected)
+        assert torch.equal(grad > 0, expected)
+
+
+def test_the_compiler_follows_the_version_in_force() -> None:
+    x = torch.full((3, 64), 20.0)
+    compiled = torch.compile(lambda x: bias_gelu_dropout(x, None, dropout_p=0.4, seed=SEED), fullgraph=True)
+    for randomness in (1, 2, 1):
+        with using_randomness(randomness):
+            out = compiled(x)
+        assert torch.equal(out > 0, keep_mask(SEED, (3, 64), dropout_p=0.4, randomness=randomness))
 
 
 @EVERY_IMPLEMENTATION
@@ -159,11 +189,13 @@ def test_checkpointing_repeats_the_mask() -> None:
     def activate(x: Tensor) -> Tensor:
         return bias_gelu_dropout(x, bias, dropout_p=0.3)
 
-    torch.manual_seed(3)
-    direct = gradients(activate(x), (x, bias))
-    torch.manual_seed(3)
-    recomputed = gradients(checkpoint(activate, x, use_reentrant=False), (x, bias))
-    assert all(torch.equal(a, b) for a, b in zip(direct, recomputed, strict=True))
+    for randomness in (1, 2):
+        with using_randomness(randomness):
+            torch.manual_seed(3)
+            direct = gradients(activate(x), (x, bias))
+            torch.manual_seed(3)
+            recomputed = gradients(checkpoint(activate, x, use_reentrant=False), (x, bias))
+        assert all(torch.equal(a, b) for a, b in zip(direct, recomputed, strict=True))
 
 
 def test_autocast_stays_outside() -> None:

@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastssl.kernels.dispatch import BACKENDS
 from fastssl.kernels.philox import keep_mask
+from fastssl.kernels.randomness import kept_fraction
 from fastssl.ops import dropout_add_layer_norm
 from fastssl.packing import Layout, Packed
 from tests.ops.common import LENGTHS, gradients, implementations, normal, randn
@@ -16,7 +17,7 @@ from tests.ops.standard import Inputs, Mates, Standard
 
 SEED = torch.tensor(-4242424242424242)
 
-#: Name -> (N, D, options). If D is not a multiple of 4, rows start in the middle of a Philox block.
+#: Name -> (N, D, options). If D is not a multiple of 8, rows start in the middle of a Philox block.
 CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
     "plain": (sum(LENGTHS["odd"]), 96, {}),
     "dropout": (37, 96, {"dropout_p": 0.3}),
@@ -88,6 +89,7 @@ BAD: dict[str, dict[str, Any]] = {
     r"weight: expected \(8,\)": {"weight": PARAMETER[1:]},
     r"bias: expected \(8,\)": {"bias": X},
     "dropout_p: must be": {"dropout_p": 1.0},
+    "randomness: must be from 1 to 2, got 3": {"randomness": 3},
     "offset: must not be negative": {"dropout_p": 0.1, "offset": -1},
     r"seed: expected \(\) torch.int64": {"dropout_p": 0.1, "seed": torch.tensor([1])},
     "backend='warp': not available for dropout_add_layer_norm on cpu": {"backend": "warp"},
@@ -121,24 +123,27 @@ STANDARD = Standard(
 
 
 @EVERY_IMPLEMENTATION
-@pytest.mark.parametrize("width", [64, 67])
-def test_drops_what_the_specification_says(backend: str, device: str, width: int) -> None:
-    x, zeros = torch.ones(9, width, device=device), torch.zeros(9, width, device=device)
+@pytest.mark.parametrize("randomness", [1, 2])
+@pytest.mark.parametrize("width", [64, 60, 67])
+def test_drops_what_the_specification_says(backend: str, device: str, width: int, randomness: int) -> None:
+    x, zeros = torch.ones(9, width, device=device).requires_grad_(), torch.zeros(9, width, device=device)
     seed = SEED.to(device)
     for offset in (0, 3, 2**32 - 2, 2**40):
+        options: dict[str, Any] = {"dropout_p": 0.4, "offset": offset, "randomness": randomness}
         _, total = dropout_add_layer_norm(
             x,
             zeros,
             weight=zeros[0],
             bias=zeros[0],
-            dropout_p=0.4,
             seed=seed,
-            offset=offset,
             prenorm=True,
             backend=backend,
+            **options,
         )
-        expected = keep_mask(seed, (9, width), dropout_p=0.4, offset=offset) / 0.6
+        expected = keep_mask(seed, (9, width), **options) / kept_fraction(0.4, randomness)
         torch.testing.assert_close(total, expected)
+        (grad,) = torch.autograd.grad(total.sum(), x)
+        torch.testing.assert_close(grad, expected)
 
 
 def test_is_layer_norm_of_the_sum() -> None:

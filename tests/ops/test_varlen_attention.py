@@ -1,3 +1,4 @@
+import math
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,8 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
 from fastssl.kernels import dispatch
+from fastssl.kernels.dispatch import BACKENDS
+from fastssl.kernels.randomness import kept_fraction
 from fastssl.kernels.varlen_attention import reference
 from fastssl.ops import varlen_attention
 from fastssl.packing import Layout, Packed
@@ -162,6 +165,7 @@ STANDARD = Standard(
         r"k: expected \(20, 2, 4\)": {"k": torch.randn(20, 1, 4)},
         "v: expected .* torch.float32 like q, got .* torch.float64": {"v": V.double()},
         "dropout_p: must be": {"dropout_p": 1.0},
+        "randomness: must be from 1 to 2, got 0": {"randomness": 0},
         r"seed: expected \(\) torch.int64": {"dropout_p": 0.1, "seed": torch.tensor([1])},
         "seed: expected .* got .* torch.int32": {"dropout_p": 0.1, "seed": torch.tensor(1, dtype=torch.int32)},
         r"distance_bias: expected \(2, 2R\+1\), got \(2, 6\)": {"distance_bias": torch.randn(2, 6)},
@@ -248,7 +252,7 @@ def test_fake_kernels_have_the_shapes_of_the_reference(case: str, namespace: str
         seed, bias, gate = (
             mode.from_tensor(inputs[name]) if name in inputs else None for name in ("seed", "distance_bias", "gate")
         )
-        rest = (cu_seqlens, layout.max_length, 0.5, dropout_p, seed, bias, gate)
+        rest = (cu_seqlens, layout.max_length, 0.5, dropout_p, 2, seed, bias, gate)
         out, logsumexp = op.varlen_attention_fwd(q, k, v, *rest)
         grads = op.varlen_attention_bwd(torch.empty_like(out), q, k, v, out, logsumexp, *rest)
     expected = run(case, inputs)
@@ -293,62 +297,97 @@ def test_gated_distance_bias_is_that_of_wavlm() -> None:
     torch.testing.assert_close(out, torch.cat(expected), rtol=1e-5, atol=1e-5)
 
 
-def kept(lengths: tuple[int, ...], heads: int, dropout_p: float, seed: Tensor | None) -> list[Tensor]:
+def kept(
+    lengths: tuple[int, ...], heads: int, dropout_p: float, seed: Tensor | None, randomness: int = 2
+) -> list[Tensor]:
     """Return each sequence's (T, H, T) dropout mask, recovered with equal logits and with unit vectors as values."""
     zeros = torch.zeros(sum(lengths), heads, max(lengths))
     values = torch.cat([torch.eye(length, max(lengths)) for length in lengths]).unsqueeze(1).expand_as(zeros)
-    out = varlen_attention(zeros, zeros, values, layout_of(lengths), dropout_p=dropout_p, seed=seed)
+    out = varlen_attention(
+        zeros, zeros, values, layout_of(lengths), dropout_p=dropout_p, seed=seed, randomness=randomness
+    )
     masks = []
     for weights, length in zip(out.split(lengths), lengths, strict=True):
-        weights = weights[:, :, :length] * length * (1 - dropout_p)
+        weights = weights[:, :, :length] * length * kept_fraction(dropout_p, randomness)
         assert torch.all(torch.isclose(weights, weights.round(), atol=1e-5))
         masks.append(weights.round().bool())
     return masks
 
 
-def keeps(seed: int, row: int, head: int, key: int, dropout_p: float) -> bool:
+def keeps(seed: int, row: int, head: int, key: int, dropout_p: float, randomness: int) -> bool:
     """Compute the hash that the op's README.md specifies, in Python integers."""
 
-    def mix(x: int) -> int:
+    def product(x: int) -> int:
         x = (x ^ x >> 16) * 0x85EBCA6B % 2**32
-        x = (x ^ x >> 13) * 0xC2B2AE35 % 2**32
-        return x ^ x >> 16
+        return (x ^ x >> 13) * 0xC2B2AE35 % 2**32
+
+    def mix(x: int) -> int:
+        return product(x) ^ product(x) >> 16
 
     state = mix(seed % 2**32 ^ 0x9E3779B9)
-    for word in ((seed >> 32) % 2**32, row, head, key):
+    for word in ((seed >> 32) % 2**32, row, head):
         state = mix(state ^ word)
-    return state >= int(dropout_p * 2**32)
+    if randomness == 1:
+        return mix(state ^ key) >= int(dropout_p * 2**32)
+    second = key // 8 % 2
+    shared = product(state ^ (key - 8 * second))
+    draw = shared >> 16 if second else ((shared >> 16) + shared) % 2**16
+    return draw >= min(math.floor(dropout_p * 2**16 + 0.5), 2**16 - 1)
 
 
+@pytest.mark.parametrize("randomness", [1, 2])
 @pytest.mark.parametrize("seed", [0, 1, -1, 2**63 - 1, -(2**63), 1234567890123456789])
 @pytest.mark.parametrize("dropout_p", [0.1, 0.5, 0.999])
-def test_dropout_keeps_what_the_hash_says(seed: int, dropout_p: float) -> None:
-    lengths, heads = (5, 0, 9), 3
-    masks = kept(lengths, heads, dropout_p, torch.tensor(seed))
+def test_dropout_keeps_what_the_hash_says(seed: int, dropout_p: float, randomness: int) -> None:
+    lengths, heads = (5, 0, 19), 3
+    masks = kept(lengths, heads, dropout_p, torch.tensor(seed), randomness)
     for begin, length, mask in zip((0, 5, 5), lengths, masks, strict=True):
         for row, head, key in torch.cartesian_prod(*(torch.arange(size) for size in (length, heads, length))).tolist():
-            assert mask[row, head, key] == keeps(seed, begin + row, head, key, dropout_p)
+            assert mask[row, head, key] == keeps(seed, begin + row, head, key, dropout_p, randomness)
 
 
-def test_the_compiler_drops_the_same() -> None:
+@pytest.mark.parametrize("randomness", [1, 2])
+def test_the_compiler_drops_the_same(randomness: int) -> None:
     rows = torch.arange(1000, 1037)
 
     def mask(seed: Tensor) -> Tensor:
-        return reference.dropout_mask(seed, rows, heads=3, keys=41, dropout_p=0.3)
+        return reference.dropout_mask(seed, rows, heads=3, keys=41, dropout_p=0.3, randomness=randomness)
 
     assert torch.equal(torch.compile(mask, fullgraph=True)(SEED), mask(SEED))
 
 
-def test_dropout_drops_as_often_as_asked_and_nothing_together() -> None:
-    (mask,) = kept((400,), 4, 0.2, SEED)
+def test_weights_are_scaled_by_the_probability_of_keeping_one() -> None:
+    """Under version 2, that is a multiple of 2^-16."""
+    zeros, ones = torch.zeros(300, 1, 8), torch.ones(300, 1, 8)
+    for randomness, dropped in ((1, 0.1), (2, 6554 / 2**16)):
+        seed = torch.tensor(1)
+        keep = reference.dropout_mask(seed, torch.arange(300), heads=1, keys=300, dropout_p=0.1, randomness=randomness)
+        expected = keep[0].double().mean(1) / (1 - dropped)
+        for backend in BACKENDS["varlen_attention"]["cpu"]:
+            out = varlen_attention(
+                zeros, zeros, ones, layout_of((300,)), dropout_p=0.1, seed=seed, randomness=randomness, backend=backend
+            )
+            torch.testing.assert_close(out[:, 0, 0].double(), expected, rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize("randomness", [1, 2])
+def test_dropout_drops_as_often_as_asked_and_nothing_together(randomness: int) -> None:
+    (mask,) = kept((400,), 4, 0.2, SEED, randomness)
     dropped = 1 - mask.double()
     assert abs(dropped.mean() - 0.2) < 5 * 0.4 / dropped.numel() ** 0.5
     for dims in ((0, 1), (0, 2), (1, 2)):  # equally often for every key, head and row
         share = dropped.mean(dims)
         assert (share - 0.2).abs().max() < 5 * 0.4 / (dropped.numel() / share.numel()) ** 0.5
     centred = (dropped - 0.2) / 0.4
-    other = 1 - kept((400,), 4, 0.2, SEED + 1)[0].double()
-    for neighbour in (*(centred.roll(1, dim) for dim in range(3)), centred.roll((1, 1), (0, 2)), (other - 0.2) / 0.4):
+    other = 1 - kept((400,), 4, 0.2, SEED + 1, randomness)[0].double()
+    same_hash = centred.unflatten(2, (-1, 2, 8)).flip(3).flatten(2)  # keys that share a hash under version 2
+    for neighbour in (
+        *(centred.roll(1, dim) for dim in range(3)),
+        centred.roll((1, 1), (0, 2)),
+        same_hash,
+        same_hash.roll(1, 0),
+        (other - 0.2) / 0.4,
+    ):
         assert (centred * neighbour).mean().abs() < 5 / dropped.numel() ** 0.5
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastssl.kernels.randomness import using_randomness
 from fastssl.kernels.varlen_attention import reference
 from fastssl.ops import varlen_attention
 from fastssl.packing import Layout
@@ -76,18 +77,22 @@ def test_long(lengths: tuple[int, ...], backend: str, device: str) -> None:
 
 @pytest.mark.parametrize("dropout_p", [0.1, 0.7])
 @pytest.mark.parametrize("seed", [3, -(2**63), 2**40 + 12345])
+@pytest.mark.parametrize("randomness", [1, 2])
 @pytest.mark.parametrize(("backend", "device"), KERNELS)
-def test_drops_what_the_reference_drops(backend: str, device: str, seed: int, dropout_p: float) -> None:
+def test_drops_what_the_reference_drops(
+    backend: str, device: str, randomness: int, seed: int, dropout_p: float
+) -> None:
     """With equal logits and unit vectors as values, the output shows the forward's mask, and grad_v the backward's."""
     lengths, heads = (40, 0, 70), 2
     zeros = torch.zeros(sum(lengths), heads, max(lengths), device=device)
     values = torch.cat([torch.eye(length, max(lengths)) for length in lengths]).unsqueeze(1).expand_as(zeros)
     values = values.to(device, copy=True).requires_grad_()
     packed, the_seed = layout_of(lengths, device), torch.tensor(seed, device=device)
-    out = varlen_attention(zeros, zeros, values, packed, dropout_p=dropout_p, seed=the_seed, backend=backend)
+    with using_randomness(randomness):  # the backward must keep the version of the forward
+        out = varlen_attention(zeros, zeros, values, packed, dropout_p=dropout_p, seed=the_seed, backend=backend)
     rows = torch.arange(sum(lengths), device=device)
     masks = [
-        reference.dropout_mask(the_seed, own, heads=heads, keys=len(own), dropout_p=dropout_p)
+        reference.dropout_mask(the_seed, own, heads=heads, keys=len(own), dropout_p=dropout_p, randomness=randomness)
         for own in rows.split(lengths)
     ]
     for weights, mask in zip(out.split(lengths), masks, strict=True):

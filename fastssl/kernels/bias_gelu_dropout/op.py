@@ -9,12 +9,14 @@ from torch.autograd.function import once_differentiable
 from fastssl.kernels import philox
 from fastssl.kernels.bias_gelu_dropout import reference
 from fastssl.kernels.dispatch import Op, autocast_off, contiguous
+from fastssl.kernels.randomness import resolve_randomness
 
 
 def _fake_forward(
     x: Tensor,  # (N, D)
     bias: Tensor | None,  # (D,)
     dropout_p: float,
+    randomness: int,
     seed: Tensor | None,  # ()
     offset: int,
 ) -> Tensor:
@@ -22,7 +24,13 @@ def _fake_forward(
 
 
 def _fake_backward(
-    grad_out: Tensor, x: Tensor, bias: Tensor | None, dropout_p: float, seed: Tensor | None, offset: int
+    grad_out: Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    dropout_p: float,
+    randomness: int,
+    seed: Tensor | None,
+    offset: int,
 ) -> tuple[Tensor, Tensor]:
     # A schema cannot return None, so the gradient of a missing bias is an empty tensor.
     return x.new_empty(x.shape), x.new_empty(0) if bias is None else bias.new_empty(bias.shape)
@@ -39,18 +47,18 @@ _OP = Op(
 class _BiasGeluDropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, backend: str, *inputs: Any) -> Any:  # inputs as in `_fake_forward`
-        x, bias, dropout_p, seed, offset = inputs = contiguous(inputs)
+        x, bias, dropout_p, randomness, seed, offset = inputs = contiguous(inputs)
         ctx.save_for_backward(x, bias, seed)
-        ctx.settings = backend, dropout_p, offset
+        ctx.settings = backend, dropout_p, randomness, offset
         return _OP.forward[backend](*inputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, bias, seed = ctx.saved_tensors
-        backend, dropout_p, offset = ctx.settings
-        grad_x, grad_bias = _OP.backward[backend](*contiguous(grads), x, bias, dropout_p, seed, offset)
-        return None, grad_x, None if bias is None else grad_bias, None, None, None
+        backend, dropout_p, randomness, offset = ctx.settings
+        grad_x, grad_bias = _OP.backward[backend](*contiguous(grads), x, bias, dropout_p, randomness, seed, offset)
+        return None, grad_x, None if bias is None else grad_bias, *(None,) * 4
 
 
 def bias_gelu_dropout(
@@ -60,6 +68,7 @@ def bias_gelu_dropout(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,  # ()
     offset: int = 0,
+    randomness: int | None = None,
     backend: str | None = None,
 ) -> Tensor:  # (N, D)
     """Apply dropout to GELU(x + bias), the middle of a feed-forward block. The GELU (arXiv 1606.08415) is exact.
@@ -72,11 +81,13 @@ def bias_gelu_dropout(
         bias: (D,) bias of any floating dtype, or None. Pass the bias of the preceding linear layer here: this op's
             backward pass computes its gradient without another pass over memory.
         dropout_p: Probability of dropping an element; the kept ones are multiplied by 1 / (1 - dropout_p).
+            Version 2 of the randomness rounds the probability to a multiple of 2^-16.
         seed: () int64 on the device of `x`; the same seed drops the same elements. None draws a seed from PyTorch's
             generator of that device; the host does not wait for the seed. Activation checkpointing restores that
             generator.
-        offset: Number of the first Philox block of the mask. A mask uses ceil(N D / 4) blocks. Several masks can share
-            a seed if their blocks do not overlap.
+        offset: Number of the first Philox block of the mask. A mask uses ceil(N D / 8) blocks, and ceil(N D / 4) under
+            version 1 of the randomness. Several masks can share a seed if their blocks do not overlap.
+        randomness: Version of the random draws, 1 or 2 (`fastssl.kernels.randomness`); None uses the version in force.
         backend: Implementation to run, see `fastssl.ops`; None picks the fastest available.
 
     Returns:
@@ -87,13 +98,16 @@ def bias_gelu_dropout(
     """
     _check(x, bias)
     chosen = _OP.choose(x, backend, {"triton": "its kernels compute in float32" if x.dtype == torch.float64 else None})
+    randomness = resolve_randomness(randomness)
     seed = philox.resolve_seed(seed, dropout_p=dropout_p, offset=offset, device=x.device)
     with autocast_off(x):
         if chosen == "reference":
-            return reference.bias_gelu_dropout(x, bias, dropout_p=dropout_p, seed=seed, offset=offset)
+            return reference.bias_gelu_dropout(
+                x, bias, dropout_p=dropout_p, randomness=randomness, seed=seed, offset=offset
+            )
         if bias is not None:
             bias = bias.to(torch.promote_types(x.dtype, torch.float32))
-        out: Tensor = _BiasGeluDropout.apply(chosen, x, bias, dropout_p, seed, offset)
+        out: Tensor = _BiasGeluDropout.apply(chosen, x, bias, dropout_p, randomness, seed, offset)
         return out
 
 

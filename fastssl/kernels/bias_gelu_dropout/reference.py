@@ -12,6 +12,7 @@ def bias_gelu_dropout(
     bias: Tensor | None,  # (D,)
     *,
     dropout_p: float,
+    randomness: int,
     seed: Tensor | None,  # ()
     offset: int,
 ) -> Tensor:  # (N, D)
@@ -20,4 +21,5 @@ def bias_gelu_dropout(
     total = x.to(accumulator)
     if bias is not None:
         total = total + bias.to(accumulator)
-    return philox.dropout(F.gelu(total), dropout_p=dropout_p, seed=seed, offset=offset).to(x.dtype)
+    out = philox.dropout(F.gelu(total), dropout_p=dropout_p, randomness=randomness, seed=seed, offset=offset)
+    return out.to(x.dtype)

@@ -9,18 +9,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastssl.kernels.gelu_triton import gelu_derivative, normal_at
 from fastssl.kernels.philox_triton import keep_mask
+from fastssl.kernels.randomness import RANDOMNESS, dropout_threshold, kept_fraction
 
 #: Arguments that change from call to call. Triton must not specialise on them, or it would recompile for new values.
 _CHANGING = ["rows", "rows_per_program", "offset", "threshold"]
 #: The backward pass splits the rows into at most this many shares. Each has a partial sum of the bias's gradient.
 _MAX_SHARES = 128
-
-
-@triton.jit
-def _normal_below(x):
-    """Return the probability that a standard normal number is below x."""
-    return 0.5 * (1 + tl.erf(x * 0.7071067811865476))
 
 
 @triton.jit
@@ -45,9 +41,9 @@ def _forward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    DROPOUT: tl.constexpr,
+    RANDOMNESS: tl.constexpr,
 ):
-    """Compute one tile of dropout(GELU(x + bias))."""
+    """Compute one tile of dropout(GELU(x + bias)). RANDOMNESS is its version, 0 without dropout."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     first_column = tl.program_id(1) * BLOCK_D
     columns = first_column + tl.arange(0, BLOCK_D)
@@ -56,9 +52,10 @@ def _forward_kernel(
     index = row[:, None] * WIDTH + columns[None, :]
     x = tl.load(x_ptr + index, mask=inside, other=0).to(tl.float32)
     x += _load_bias(bias_ptr, columns, in_width, HAS_BIAS)
-    out = x * _normal_below(x)
-    if DROPOUT:
-        keep = keep_mask(seed_ptr, offset, row * WIDTH + first_column, threshold, BLOCK_D, WIDTH % 4 == 0)
+    below, _ = normal_at(x, x_ptr.dtype.element_ty == tl.float32)
+    out = x * below
+    if RANDOMNESS:
+        keep = keep_mask(seed_ptr, offset, row * WIDTH + first_column, threshold, BLOCK_D, WIDTH, RANDOMNESS)
         out = tl.where(keep, out * keep_scale, 0.0)
     tl.store(out_ptr + index, out.to(out_ptr.dtype.element_ty), mask=inside)
 
@@ -80,7 +77,7 @@ def _backward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    DROPOUT: tl.constexpr,
+    RANDOMNESS: tl.constexpr,
 ):
     """Compute the gradient of x for a share of the rows and BLOCK_D columns; sum it over these rows for the bias."""
     share = tl.program_id(0)
@@ -96,11 +93,12 @@ def _backward_kernel(
         inside = (row < end)[:, None] & in_width[None, :]
         index = row[:, None] * WIDTH + columns[None, :]
         grad = tl.load(grad_out_ptr + index, mask=inside, other=0).to(tl.float32)
-        if DROPOUT:
-            keep = keep_mask(seed_ptr, offset, row * WIDTH + first_column, threshold, BLOCK_D, WIDTH % 4 == 0)
+        if RANDOMNESS:
+            keep = keep_mask(seed_ptr, offset, row * WIDTH + first_column, threshold, BLOCK_D, WIDTH, RANDOMNESS)
             grad = tl.where(keep, grad * keep_scale, 0.0)
         x = tl.load(x_ptr + index, mask=inside, other=0).to(tl.float32) + bias
-        grad *= _normal_below(x) + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
+        below, bell = normal_at(x, x_ptr.dtype.element_ty == tl.float32)
+        grad *= gelu_derivative(x, below, bell)
         tl.store(grad_x_ptr + index, grad.to(grad_x_ptr.dtype.element_ty), mask=inside)
         if HAS_BIAS:
             grad_bias += tl.sum(grad, 0)
@@ -126,6 +124,7 @@ def bias_gelu_dropout_fwd(
     x: Tensor,  # (N, D)
     bias: Tensor | None,  # (D,)
     dropout_p: float,
+    randomness: int,
     seed: Tensor | None,  # ()
     offset: int,
 ) -> Tensor:
@@ -142,11 +141,11 @@ def bias_gelu_dropout_fwd(
                 out,
                 rows,
                 offset,
-                int(dropout_p * 2**32),
-                1 / (1 - dropout_p),
+                dropout_threshold(dropout_p, randomness),
+                1 / kept_fraction(dropout_p, randomness),
                 WIDTH=width,
                 HAS_BIAS=bias is not None,
-                DROPOUT=seed is not None,
+                RANDOMNESS=0 if seed is None else randomness,
                 **blocks._asdict(),
             )
     return out
@@ -157,6 +156,7 @@ def bias_gelu_dropout_bwd(
     x: Tensor,  # (N, D)
     bias: Tensor | None,  # (D,)
     dropout_p: float,
+    randomness: int,
     seed: Tensor | None,  # ()
     offset: int,
 ) -> tuple[Tensor, Tensor]:
@@ -181,11 +181,11 @@ def bias_gelu_dropout_bwd(
                 rows,
                 rows_per_program,
                 offset,
-                int(dropout_p * 2**32),
-                1 / (1 - dropout_p),
+                dropout_threshold(dropout_p, randomness),
+                1 / kept_fraction(dropout_p, randomness),
                 WIDTH=width,
                 HAS_BIAS=bias is not None,
-                DROPOUT=seed is not None,
+                RANDOMNESS=0 if seed is None else randomness,
                 **blocks._asdict(),
             )
     return grad_x, partial_bias if bias is None else partial_bias.sum(0)
@@ -194,12 +194,12 @@ def bias_gelu_dropout_bwd(
 def ahead_of_time_cases() -> dict[str, Callable[[], object]]:
     """Return calls by label; tests/ops/ahead_of_time.py compiles the kernels that each call would launch."""
 
-    def call(width: int, dtype: torch.dtype, *, dropout: bool, with_bias: bool) -> None:
+    def call(width: int, dtype: torch.dtype, *, dropout: bool, with_bias: bool, randomness: int = RANDOMNESS) -> None:
         x = torch.empty(1000, width, dtype=dtype)
         bias = torch.empty(width) if with_bias else None
         dropout_p, seed = (0.1, torch.tensor(0)) if dropout else (0.0, None)
-        bias_gelu_dropout_fwd(x, bias, dropout_p, seed, 0)
-        bias_gelu_dropout_bwd(x, x, bias, dropout_p, seed, 0)
+        bias_gelu_dropout_fwd(x, bias, dropout_p, randomness, seed, 0)
+        bias_gelu_dropout_bwd(x, x, bias, dropout_p, randomness, seed, 0)
 
     cases: dict[str, Callable[[], object]] = {}
     for width in (3072, 194):
@@ -208,5 +208,8 @@ def ahead_of_time_cases() -> dict[str, Callable[[], object]]:
                 call, width, dtype, dropout=True, with_bias=True
             )
     cases["D=3072, float16, bias, dropout"] = partial(call, 3072, torch.float16, dropout=True, with_bias=True)
+    cases["D=3072, bfloat16, bias, dropout of version 1"] = partial(
+        call, 3072, torch.bfloat16, dropout=True, with_bias=True, randomness=1
+    )
     cases["D=3072, bfloat16"] = partial(call, 3072, torch.bfloat16, dropout=False, with_bias=False)
     return cases

@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 from fastssl.kernels import philox
 from fastssl.kernels.dispatch import Op, autocast_off, contiguous, norms_stay_wide, to_autocast_dtype
 from fastssl.kernels.dropout_add_layer_norm import reference
+from fastssl.kernels.randomness import resolve_randomness
 
 #: Largest number of channels: a thread block holds a whole row in its registers.
 _TRITON_MAX_WIDTH = 8192
@@ -21,6 +22,7 @@ def _fake_forward(
     bias: Tensor,  # (D,)
     eps: float,
     dropout_p: float,
+    randomness: int,
     seed: Tensor | None,  # ()
     offset: int,
     prenorm: bool,
@@ -39,6 +41,7 @@ def _fake_backward(
     mean: Tensor,  # (N,)
     rstd: Tensor,  # (N,)
     dropout_p: float,
+    randomness: int,
     seed: Tensor | None,
     offset: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -59,22 +62,22 @@ _OP = Op(
 class _DropoutAddLayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, backend: str, *inputs: Any) -> Any:  # inputs as in `_fake_forward`
-        x, residual, weight, _, _, dropout_p, seed, offset, prenorm = inputs = contiguous(inputs)
+        x, residual, weight, _, _, dropout_p, randomness, seed, offset, prenorm = inputs = contiguous(inputs)
         out, total, mean, rstd = _OP.forward[backend](*inputs)
         summands = (total, None) if prenorm else (x, residual)
         ctx.save_for_backward(*summands, weight, mean, rstd, seed)
-        ctx.settings = backend, dropout_p, offset
+        ctx.settings = backend, dropout_p, randomness, offset
         return (out, total) if prenorm else out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor, grad_total: Tensor | None = None) -> tuple[Tensor | None, ...]:
         *saved, seed = ctx.saved_tensors
-        backend, dropout_p, offset = ctx.settings
+        backend, dropout_p, randomness, offset = ctx.settings
         grads = contiguous((grad_out, grad_total))
-        grad_x, *others = _OP.backward[backend](*grads, *saved, dropout_p, seed, offset)
+        grad_x, *others = _OP.backward[backend](*grads, *saved, dropout_p, randomness, seed, offset)
         # If x is narrower than the residual, autograd rounds its gradient.
-        return None, grad_x if dropout_p > 0 else others[0], *others, *(None,) * 5
+        return None, grad_x if dropout_p > 0 else others[0], *others, *(None,) * 6
 
 
 @overload
@@ -88,6 +91,7 @@ def dropout_add_layer_norm(
     dropout_p: float = ...,
     seed: Tensor | None = ...,
     offset: int = ...,
+    randomness: int | None = ...,
     prenorm: Literal[False] = ...,
     backend: str | None = ...,
 ) -> Tensor: ...
@@ -104,6 +108,7 @@ def dropout_add_layer_norm(
     dropout_p: float = ...,
     seed: Tensor | None = ...,
     offset: int = ...,
+    randomness: int | None = ...,
     prenorm: Literal[True],
     backend: str | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
@@ -119,6 +124,7 @@ def dropout_add_layer_norm(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,  # ()
     offset: int = 0,
+    randomness: int | None = None,
     prenorm: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:  # (N, D), twice with `prenorm`
@@ -134,11 +140,13 @@ def dropout_add_layer_norm(
         bias: (D,) shift of the norm, of any floating dtype.
         eps: Added to the variance.
         dropout_p: Probability of dropping an element of `x`; the kept ones are multiplied by 1 / (1 - dropout_p).
+            Version 2 of the randomness rounds the probability to a multiple of 2^-16.
         seed: () int64 on the device of `x`; the same seed drops the same elements. None draws a seed from PyTorch's
             generator of that device; the host does not wait for the seed. Activation checkpointing restores that
             generator.
-        offset: Number of the first Philox block of the mask. A mask uses ceil(N D / 4) blocks. Several masks can share
-            a seed if their blocks do not overlap.
+        offset: Number of the first Philox block of the mask. A mask uses ceil(N D / 8) blocks, and ceil(N D / 4) under
+            version 1 of the randomness. Several masks can share a seed if their blocks do not overlap.
+        randomness: Version of the random draws, 1 or 2 (`fastssl.kernels.randomness`); None uses the version in force.
         prenorm: Whether to also return the sum, which a layer that normalises the inputs of its blocks needs as the
             next residual. The sum is then rounded to the dtype of `residual` before it is normalised.
         backend: Implementation to run, see `fastssl.ops`; None picks the fastest available.
@@ -159,6 +167,7 @@ def dropout_add_layer_norm(
     _check(x, residual, weight, bias)
     mixed = None if x.dtype == residual.dtype else "its kernels need x and residual in the same dtype"
     chosen = _OP.choose(x, backend, {"triton": _why_not_triton(x), "native": mixed})
+    randomness = resolve_randomness(randomness)
     seed = philox.resolve_seed(seed, dropout_p=dropout_p, offset=offset, device=x.device)
     with autocast_off(x):
         if chosen == "reference":
@@ -169,6 +178,7 @@ def dropout_add_layer_norm(
                 bias=bias,
                 eps=eps,
                 dropout_p=dropout_p,
+                randomness=randomness,
                 seed=seed,
                 offset=offset,
                 prenorm=prenorm,
@@ -177,7 +187,7 @@ def dropout_add_layer_norm(
         accumulator = torch.promote_types(x.dtype, torch.float32)
         weight, bias = weight.to(accumulator), bias.to(accumulator)
         result: Tensor | tuple[Tensor, Tensor] = _DropoutAddLayerNorm.apply(
-            chosen, x, residual, weight, bias, eps, dropout_p, seed, offset, prenorm
+            chosen, x, residual, weight, bias, eps, dropout_p, randomness, seed, offset, prenorm
         )
         return result
 

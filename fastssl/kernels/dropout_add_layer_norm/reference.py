@@ -15,13 +15,14 @@ def dropout_add_layer_norm(
     bias: Tensor,  # (D,)
     eps: float,
     dropout_p: float,
+    randomness: int,
     seed: Tensor | None,  # ()
     offset: int,
     prenorm: bool,
 ) -> tuple[Tensor, Tensor]:  # (N, D), (N, D)
     """Return the normalised sum and the sum. Arguments as in `op.py`, but `seed` is None without dropout."""
     accumulator = torch.promote_types(x.dtype, torch.float32)
-    branch = philox.dropout(x.to(accumulator), dropout_p=dropout_p, seed=seed, offset=offset)
+    branch = philox.dropout(x.to(accumulator), dropout_p=dropout_p, randomness=randomness, seed=seed, offset=offset)
     total = residual.to(accumulator) + branch
     rounded = total.to(residual.dtype)
     if prenorm:

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastssl.kernels.philox_triton import keep_mask
+from fastssl.kernels.randomness import RANDOMNESS, dropout_threshold, kept_fraction
 
 #: Arguments that change from call to call. Triton must not specialise on them, or it would recompile for new values.
 _CHANGING = ["rows", "rows_per_program", "offset", "threshold"]
@@ -50,18 +51,21 @@ def _forward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PRENORM: tl.constexpr,
-    DROPOUT: tl.constexpr,
+    RANDOMNESS: tl.constexpr,
 ):
-    """Compute the sum, its mean and 1 / standard deviation, and the normalised sum for BLOCK_N rows."""
+    """Compute the sum, its mean and 1 / standard deviation, and the normalised sum for BLOCK_N rows.
+
+    RANDOMNESS is the version of the dropout's draws, 0 without dropout.
+    """
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = tl.arange(0, BLOCK_D)
     in_width = columns < WIDTH
     inside = (row < rows)[:, None] & in_width[None, :]
     index = row[:, None] * WIDTH + columns[None, :]
     keep = inside
-    if DROPOUT:
-        keep = keep_mask(seed_ptr, offset, row * WIDTH, threshold, BLOCK_D, WIDTH % 4 == 0)
-    total = _sum_of_branches(x_ptr, residual_ptr, index, inside, keep, keep_scale, True, DROPOUT)
+    if RANDOMNESS:
+        keep = keep_mask(seed_ptr, offset, row * WIDTH, threshold, BLOCK_D, WIDTH, RANDOMNESS)
+    total = _sum_of_branches(x_ptr, residual_ptr, index, inside, keep, keep_scale, True, RANDOMNESS != 0)
     if PRENORM:
         rounded = total.to(sum_ptr.dtype.element_ty)
         tl.store(sum_ptr + index, rounded, mask=inside)
@@ -100,7 +104,7 @@ def _backward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PRENORM: tl.constexpr,
-    DROPOUT: tl.constexpr,
+    RANDOMNESS: tl.constexpr,
 ):
     """Compute the gradients of x and residual for a range of rows, and their part of the parameters' gradients."""
     program = tl.program_id(0)
@@ -116,9 +120,9 @@ def _backward_kernel(
         inside = (row < end)[:, None] & in_width[None, :]
         index = row[:, None] * WIDTH + columns[None, :]
         keep = inside
-        if DROPOUT:
-            keep = keep_mask(seed_ptr, offset, row * WIDTH, threshold, BLOCK_D, WIDTH % 4 == 0)
-        total = _sum_of_branches(x_ptr, residual_ptr, index, inside, keep, keep_scale, not PRENORM, DROPOUT)
+        if RANDOMNESS:
+            keep = keep_mask(seed_ptr, offset, row * WIDTH, threshold, BLOCK_D, WIDTH, RANDOMNESS)
+        total = _sum_of_branches(x_ptr, residual_ptr, index, inside, keep, keep_scale, not PRENORM, RANDOMNESS != 0)
         mean = tl.load(mean_ptr + row, mask=row < end, other=0)[:, None]
         rstd = tl.load(rstd_ptr + row, mask=row < end, other=0)[:, None]
         normalised = tl.where(inside, (total - mean) * rstd, 0.0)
@@ -134,7 +138,7 @@ def _backward_kernel(
         if PRENORM:
             grad += tl.load(grad_sum_ptr + index, mask=inside, other=0).to(tl.float32)
         tl.store(grad_residual_ptr + index, grad.to(grad_residual_ptr.dtype.element_ty), mask=inside)
-        if DROPOUT:
+        if RANDOMNESS:
             grad = tl.where(keep, grad * keep_scale, 0.0)
             tl.store(grad_x_ptr + index, grad.to(grad_x_ptr.dtype.element_ty), mask=inside)
     place = program.to(tl.int64) * WIDTH + columns
@@ -163,6 +167,7 @@ def dropout_add_layer_norm_fwd(
     bias: Tensor,  # (D,)
     eps: float,
     dropout_p: float,
+    randomness: int,
     seed: Tensor | None,  # ()
     offset: int,
     prenorm: bool,
@@ -187,12 +192,12 @@ def dropout_add_layer_norm_fwd(
                 rstd,
                 rows,
                 offset,
-                int(dropout_p * 2**32),
-                1 / (1 - dropout_p),
+                dropout_threshold(dropout_p, randomness),
+                1 / kept_fraction(dropout_p, randomness),
                 eps,
                 WIDTH=width,
                 PRENORM=prenorm,
-                DROPOUT=seed is not None,
+                RANDOMNESS=0 if seed is None else randomness,
                 **blocks._asdict(),
             )
     return out, total, mean, rstd
@@ -207,6 +212,7 @@ def dropout_add_layer_norm_bwd(
     mean: Tensor,  # (N,)
     rstd: Tensor,  # (N,)
     dropout_p: float,
+    randomness: int,
     seed: Tensor | None,  # ()
     offset: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -238,11 +244,11 @@ def dropout_add_layer_norm_bwd(
                 rows,
                 rows_per_program,
                 offset,
-                int(dropout_p * 2**32),
-                1 / (1 - dropout_p),
+                dropout_threshold(dropout_p, randomness),
+                1 / kept_fraction(dropout_p, randomness),
                 WIDTH=width,
                 PRENORM=residual is None,
-                DROPOUT=seed is not None,
+                RANDOMNESS=0 if seed is None else randomness,
                 **blocks._asdict(),
             )
     # Two sums, because the results of an operator may not share memory.
@@ -254,16 +260,22 @@ def ahead_of_time_cases() -> dict[str, Callable[[], object]]:
     """Return calls by label; tests/ops/ahead_of_time.py compiles the kernels that each call would launch."""
 
     def call(
-        width: int, dtype: torch.dtype, *, dropout: bool, prenorm: bool, residual_dtype: torch.dtype | None = None
+        width: int,
+        dtype: torch.dtype,
+        *,
+        dropout: bool,
+        prenorm: bool,
+        residual_dtype: torch.dtype | None = None,
+        randomness: int = RANDOMNESS,
     ) -> None:
         x, residual = torch.empty(1000, width, dtype=dtype), torch.empty(1000, width, dtype=residual_dtype or dtype)
         weight = torch.empty(width)
         dropout_p, seed = (0.1, torch.tensor(0)) if dropout else (0.0, None)
         out, total, mean, rstd = dropout_add_layer_norm_fwd(
-            x, residual, weight, weight, 1e-5, dropout_p, seed, 0, prenorm
+            x, residual, weight, weight, 1e-5, dropout_p, randomness, seed, 0, prenorm
         )
         grad_sum, saved, added = (total, total, None) if prenorm else (None, x, residual)
-        dropout_add_layer_norm_bwd(out, grad_sum, saved, added, weight, mean, rstd, dropout_p, seed, 0)
+        dropout_add_layer_norm_bwd(out, grad_sum, saved, added, weight, mean, rstd, dropout_p, randomness, seed, 0)
 
     cases: dict[str, Callable[[], object]] = {}
     for width in (768, 194, 8192):
@@ -271,6 +283,9 @@ def ahead_of_time_cases() -> dict[str, Callable[[], object]]:
             cases[f"D={width}, {dtype}, dropout".replace("torch.", "")] = partial(
                 call, width, dtype, dropout=True, prenorm=False
             )
+    cases["D=768, bfloat16, dropout of version 1"] = partial(
+        call, 768, torch.bfloat16, dropout=True, prenorm=False, randomness=1
+    )
     for prenorm in (True, False):
         for dropout in (True, False):
             label = f"{', prenorm' * prenorm}{', dropout' * dropout}"

@@ -1,4 +1,4 @@
-"""Helpers of the Triton kernels of `strided_conv`: blocks of packed frames, windows of samples, GELU.
+"""Helpers of the Triton kernels of `strided_conv`: blocks of packed frames, windows of samples.
 
 Blocks are counted from the start of their sequence, so a sequence has the same bits in any batch.
 """
@@ -35,40 +35,6 @@ class RowGradients(NamedTuple):
     def parameters(self) -> tuple[Tensor | None, ...]:
         """Gradients of weight, bias, norm weight and norm bias, in the order of `LayerPlan.parameters`."""
         return self.weight, self.bias, self.norm_weight, self.norm_bias
-
-
-@triton.jit
-def normal_at(x, EXACT: tl.constexpr):
-    """Return the standard normal distribution's probability below x, and its density at x times sqrt(2 pi).
-
-    If not EXACT, the absolute error is up to 2e-7, and half as many instructions run as with `tl.erf` and `tl.exp`.
-    This variant uses the polynomial of csrc/common/vector_math.h with halved coefficients. It squares an rsqrt instead
-    of dividing, and uses one exponential for both results.
-    """
-    bell = tl.exp2(x * x * -0.72134752044)
-    if EXACT:
-        below = 0.5 + 0.5 * tl.erf(x * 0.70710678119)
-    else:
-        root = tl.rsqrt(1.0 + 0.282842712 * tl.abs(x))
-        t = root * root
-        p = 0.02513105050
-        p = p * t - 0.091450736
-        p = p * t + 0.0845428185
-        p = p * t - 0.00280394475
-        p = p * t + 0.070715852
-        p = p * t + 0.084270939
-        p = p * t + 0.1039213615
-        p = p * t + 0.1128347965
-        p = p * t + 0.112837933
-        tail = p * t * bell
-        below = tl.where(x < 0, tail, 1.0 - tail)
-    return below, bell
-
-
-@triton.jit
-def gelu_derivative(x, below, bell):
-    """Return the derivative of GELU at x, from the two results of `normal_at`."""
-    return below + x * bell * 0.3989422804
 
 
 @triton.jit

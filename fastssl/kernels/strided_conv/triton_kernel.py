@@ -17,15 +17,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastssl.kernels.gelu_triton import gelu_derivative, normal_at
 from fastssl.kernels.precision import precision_of
 from fastssl.kernels.strided_conv.plan import LayerPlan, plan_layers
 from fastssl.kernels.strided_conv.triton_blocks import (
     RowGradients,
     block_for,
     block_of,
-    gelu_derivative,
     has_windows,
-    normal_at,
 )
 from fastssl.kernels.strided_conv.triton_rows import activate, activate_backward
 from fastssl.kernels.strided_conv.triton_statistics import group_statistics

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastssl.kernels.gelu_triton import gelu_derivative, normal_at
 from fastssl.kernels.precision import precision_of
 from fastssl.kernels.strided_conv.plan import LayerPlan
 from fastssl.kernels.strided_conv.triton_blocks import (
@@ -21,9 +22,7 @@ from fastssl.kernels.strided_conv.triton_blocks import (
     block_for,
     block_of,
     chunk_programs,
-    gelu_derivative,
     load_windows,
-    normal_at,
     per_channel,
     window_block,
 )

@@ -8,6 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from fastssl.kernels import philox
 from fastssl.kernels.dispatch import Op, autocast_off, contiguous, to_autocast_dtype
+from fastssl.kernels.randomness import resolve_randomness
 from fastssl.kernels.varlen_attention import reference
 from fastssl.packing import Layout
 
@@ -20,6 +21,7 @@ def _fake_forward(
     max_length: int,
     scale: float,
     dropout_p: float,
+    randomness: int,
     seed: Tensor | None,  # ()
     distance_bias: Tensor | None,  # (H, 2R+1)
     gate: Tensor | None,  # (N, H)
@@ -39,6 +41,7 @@ def _fake_backward(
     max_length: int,
     scale: float,
     dropout_p: float,
+    randomness: int,
     seed: Tensor | None,
     distance_bias: Tensor | None,
     gate: Tensor | None,
@@ -75,7 +78,7 @@ class _VarlenAttention(torch.autograd.Function):
             *contiguous(grads), *saved, *ctx.settings, seed, distance_bias, gate
         )
         optional = None if distance_bias is None else grad_distance_bias, None if gate is None else grad_gate
-        return None, *grads_qkv, *(None,) * 5, *optional
+        return None, *grads_qkv, *(None,) * 6, *optional
 
 
 def varlen_attention(
@@ -87,6 +90,7 @@ def varlen_attention(
     scale: float | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,  # ()
+    randomness: int | None = None,
     distance_bias: Tensor | None = None,  # (H, 2R+1)
     gate: Tensor | None = None,  # (N, H)
     backend: str | None = None,
@@ -103,9 +107,11 @@ def varlen_attention(
         layout: Where each sequence begins.
         scale: Factor of the dot products of queries and keys; None uses E ** -0.5.
         dropout_p: Probability of dropping an attention weight; the kept ones are multiplied by 1 / (1 - dropout_p).
+            Version 2 of the randomness rounds the probability to a multiple of 2^-16.
         seed: () int64 on the device of `q`; the same seed and layout drop the same weights. None draws a seed from
             PyTorch's generator of that device; the host does not wait for the seed. Activation checkpointing restores
             that generator.
+        randomness: Version of the random draws, 1 or 2 (`fastssl.kernels.randomness`); None uses the version in force.
         distance_bias: (H, 2R + 1) bias of any floating dtype, indexed by key position minus query position plus R. The
             first and last entries also apply to all larger distances.
         gate: (N, H) factor of the bias for each query and head; None uses 1. Requires `distance_bias`.
@@ -124,6 +130,7 @@ def varlen_attention(
     _check(q, k, v, layout, distance_bias, gate)
     unsupported = {"torch": _why_not_torch(q, layout, scale, dropout_p, distance_bias), "triton": _why_not_triton(q)}
     chosen = _OP.choose(q, backend, unsupported)
+    randomness = resolve_randomness(randomness)
     seed = philox.resolve_seed(seed, dropout_p=dropout_p, device=q.device)
     scale = q.shape[2] ** -0.5 if scale is None else scale
     with autocast_off(q):
@@ -131,10 +138,19 @@ def varlen_attention(
             return _torch_kernel(q, k, v, layout)
         if chosen == "reference":
             return reference.varlen_attention(
-                q, k, v, layout, scale=scale, dropout_p=dropout_p, seed=seed, distance_bias=distance_bias, gate=gate
+                q,
+                k,
+                v,
+                layout,
+                scale=scale,
+                dropout_p=dropout_p,
+                randomness=randomness,
+                seed=seed,
+                distance_bias=distance_bias,
+                gate=gate,
             )
-        lengths = layout.cu_seqlens, layout.max_length
-        out: Tensor = _VarlenAttention.apply(chosen, q, k, v, *lengths, scale, dropout_p, seed, distance_bias, gate)
+        settings = layout.cu_seqlens, layout.max_length, scale, dropout_p, randomness
+        out: Tensor = _VarlenAttention.apply(chosen, q, k, v, *settings, seed, distance_bias, gate)
         return out
 
 

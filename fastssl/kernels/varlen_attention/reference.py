@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from fastssl.kernels.randomness import dropout_threshold, kept_fraction
 from fastssl.packing import Layout
 
 
@@ -14,6 +15,7 @@ def varlen_attention(
     *,
     scale: float,
     dropout_p: float,
+    randomness: int,
     seed: Tensor | None,  # ()
     distance_bias: Tensor | None,  # (H, 2R+1)
     gate: Tensor | None,  # (N, H)
@@ -37,9 +39,9 @@ def varlen_attention(
         probabilities = logits.softmax(2)
         if seed is not None:
             rows = torch.arange(begin, end, device=q.device)
-            keep = dropout_mask(seed, rows, heads=q.shape[1], keys=length, dropout_p=dropout_p)
+            keep = dropout_mask(seed, rows, heads=q.shape[1], keys=length, dropout_p=dropout_p, randomness=randomness)
             probabilities = probabilities * keep
-            value = value / (1 - dropout_p)
+            value = value / kept_fraction(dropout_p, randomness)
         outputs.append((probabilities @ value).transpose(0, 1).to(q.dtype))
         begin = end
     return torch.cat(outputs)
@@ -63,6 +65,7 @@ def dropout_mask(
     heads: int,
     keys: int,
     dropout_p: float,
+    randomness: int,
 ) -> Tensor:  # (H, T, keys)
     """Return which attention weights dropout keeps, from a hash of seed, query row, head and key (see README.md).
 
@@ -75,6 +78,7 @@ def dropout_mask(
         heads: H, the number of heads.
         keys: Number of keys, numbered from 0 within their sequence.
         dropout_p: Probability of dropping a weight.
+        randomness: Version of the random draws (`fastssl.kernels.randomness`).
 
     Returns:
         (H, T, keys) bool, True where a weight is kept.
@@ -83,15 +87,25 @@ def dropout_mask(
     state = _mix(state ^ (seed >> 32).to(torch.int32))
     state = _mix(state ^ rows.to(torch.int32))
     state = _mix(state ^ torch.arange(heads, dtype=torch.int32, device=rows.device).unsqueeze(1))
-    state = _mix(state.unsqueeze(2) ^ torch.arange(keys, dtype=torch.int32, device=rows.device))
+    key = torch.arange(keys, dtype=torch.int32, device=rows.device)
+    if randomness == 1:
+        draws = _mix(state.unsqueeze(2) ^ key)
+    else:  # keys that differ in bit 3 share a hash; the upper 16 bits of a draw decide
+        shared = _mixed_product(state.unsqueeze(2) ^ (key & ~8))
+        draws = torch.where((key & 8) == 0, shared + (shared << 16), shared)
     # Flipping the highest bit maps uint32 to int32 and preserves the order.
-    return (state ^ -(2**31)) >= int(dropout_p * 2**32) - 2**31
+    return (draws ^ -(2**31)) >= dropout_threshold(dropout_p, randomness) - 2**31
 
 
 def _mix(x: Tensor) -> Tensor:
     """Apply the finaliser of 32-bit MurmurHash3 to int32 numbers."""
+    x = _mixed_product(x)
+    return x ^ ((x >> 16) & 0xFFFF)
+
+
+def _mixed_product(x: Tensor) -> Tensor:
+    """Apply that finaliser without its last step."""
     x = x ^ ((x >> 16) & 0xFFFF)
     x = x * (0x85EBCA6B - 2**32)
     x = x ^ ((x >> 13) & 0x7FFFF)
-    x = x * (0xC2B2AE35 - 2**32)
-    return x ^ ((x >> 16) & 0xFFFF)
+    return x * (0xC2B2AE35 - 2**32)

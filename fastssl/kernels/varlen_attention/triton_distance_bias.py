@@ -35,6 +35,7 @@ def _backward_bias_kernel(
     keep_factor,
     E: tl.constexpr,
     PRECISION: tl.constexpr,
+    RANDOMNESS: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -60,7 +61,8 @@ def _backward_bias_kernel(
         blocks = tl.where(length > 1, tl.cdiv(length, BLOCK), 0)
         for block in range(tl.maximum(0, -ahead), tl.minimum(blocks, blocks - ahead)):
             rows = block * BLOCK + places
-            keys = rows + ahead * BLOCK
+            first_key = (block + ahead) * BLOCK
+            keys = first_key + places
             q = load_rows(q_ptr + offset, rows, length, stride, E, BLOCK_E)
             k = load_rows(k_ptr + offset, keys, length, stride, E, BLOCK_E)
             logsumexp = tl.load(logsumexp_ptr + per_row + rows, mask=rows < length, other=float("inf"))
@@ -77,7 +79,7 @@ def _backward_bias_kernel(
             grad_weights = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)
             if states_ptr is not None:
                 states = tl.load(states_ptr + per_row + rows, mask=rows < length, other=0).to(tl.uint32)
-                kept = is_kept(states[:, None], keys[None, :], threshold)
+                kept = is_kept(states[:, None], first_key, places[None, :], threshold, RANDOMNESS)
                 grad_weights = tl.where(kept, grad_weights, 0.0) * keep_factor
             delta = tl.load(delta_ptr + per_row + rows, mask=rows < length, other=0.0)
             grad_logits = weights * (grad_weights - delta[:, None])

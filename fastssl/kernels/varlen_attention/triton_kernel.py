@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastssl.kernels.precision import precision_of
+from fastssl.kernels.randomness import dropout_threshold, kept_fraction
 from fastssl.kernels.varlen_attention.triton_distance_bias import distance_bias_grad
 from fastssl.kernels.varlen_attention.triton_launch import launches_for
 from fastssl.kernels.varlen_attention.triton_tiles import (
@@ -36,14 +37,15 @@ def _attend(
     k,
     v,
     rows,
-    keys,
+    start,
+    places,
     end,
     bias,
     dropout,
     scale,
     PRECISION: tl.constexpr,
     MASKED: tl.constexpr,
-    DROPS: tl.constexpr,
+    RANDOMNESS: tl.constexpr,
 ):
     """Add a block of keys to a running softmax in base 2: (highest logit, sum, weighted sum of values) of each query.
 
@@ -51,6 +53,7 @@ def _attend(
     on are left out if MASKED; otherwise there must not be any.
     """
     highest, sums, acc = running
+    keys = start + places
     bias_ptr, bias_factor, reach = bias
     states, threshold, dropped = dropout
     logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
@@ -69,8 +72,8 @@ def _attend(
     if MASKED:
         weights = tl.where((keys < end)[None, :], weights, 0.0)  # a scale of 0 times -inf is NaN
     sums = sums * rescale + tl.sum(weights, 1)
-    if DROPS:
-        weights = tl.where(is_kept(states[:, None], keys[None, :], threshold), weights, dropped)
+    if RANDOMNESS:
+        weights = tl.where(is_kept(states[:, None], start, places[None, :], threshold, RANDOMNESS), weights, dropped)
     acc = tl.dot(weights.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
     return new_highest, sums, acc
 
@@ -95,6 +98,7 @@ def _forward_kernel(
     keep_factor,
     E: tl.constexpr,
     PRECISION: tl.constexpr,
+    RANDOMNESS: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -129,7 +133,6 @@ def _forward_kernel(
     # the last block after the loop, ptxas would run all products one after the other.)
     places = tl.arange(0, BLOCK_N)
     last = (length - 1) // BLOCK_N * BLOCK_N
-    keys = last + places
     k = load_rows(k_ptr + (offset + last * stride), places, length - last, stride, E, BLOCK_E)
     v = load_rows(v_ptr + (offset + last * stride), places, length - last, stride, E, BLOCK_E)
     highest, sums, acc = _attend(
@@ -138,17 +141,17 @@ def _forward_kernel(
         k,
         v,
         rows,
-        keys,
+        last,
+        places,
         length,
         (bias_ptr, bias_factor, reach),
         (states, threshold, unknown_zero(total)),
         factor,
         PRECISION,
         MASKED=True,
-        DROPS=seed_ptr is not None,
+        RANDOMNESS=RANDOMNESS,
     )
     for start in range(0, last, BLOCK_N):
-        keys = start + places
         k = load_rows(k_ptr + (offset + start * stride), places, BLOCK_N, stride, E, BLOCK_E)
         v = load_rows(v_ptr + (offset + start * stride), places, BLOCK_N, stride, E, BLOCK_E)
         highest, sums, acc = _attend(
@@ -157,14 +160,15 @@ def _forward_kernel(
             k,
             v,
             rows,
-            keys,
+            start,
+            places,
             length,
             (bias_ptr, bias_factor, reach),
             (states, threshold, unknown_zero(total)),
             factor,
             PRECISION,
             MASKED=False,
-            DROPS=seed_ptr is not None,
+            RANDOMNESS=RANDOMNESS,
         )
 
     # In units of ln 2, as the backward needs it.
@@ -183,14 +187,15 @@ def _add_to_grad_q(
     logsumexp,
     delta,
     rows,
-    keys,
+    start,
+    places,
     end,
     bias,
     dropout,
     scale,
     PRECISION: tl.constexpr,
     MASKED: tl.constexpr,
-    DROPS: tl.constexpr,
+    RANDOMNESS: tl.constexpr,
     GATED: tl.constexpr,
 ):
     """Add a block of keys to the gradients of queries and gates.
@@ -199,6 +204,7 @@ def _add_to_grad_q(
     are left out if MASKED; otherwise there must not be any.
     """
     acc, grad_gate = grads
+    keys = start + places
     bias_ptr, bias_factor, reach = bias
     states, threshold, keep_factor = dropout
     logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
@@ -209,8 +215,8 @@ def _add_to_grad_q(
     if MASKED:
         weights = tl.where((keys < end)[None, :], weights, 0.0)
     grad_weights = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)
-    if DROPS:
-        kept = is_kept(states[:, None], keys[None, :], threshold)
+    if RANDOMNESS:
+        kept = is_kept(states[:, None], start, places[None, :], threshold, RANDOMNESS)
         grad_weights = tl.where(kept, grad_weights, 0.0) * keep_factor
     grad_logits = weights * (grad_weights - delta[:, None])
     if GATED:
@@ -243,6 +249,7 @@ def _backward_q_kernel(
     keep_factor,
     E: tl.constexpr,
     PRECISION: tl.constexpr,
+    RANDOMNESS: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -296,18 +303,18 @@ def _backward_q_kernel(
         logsumexp,
         delta,
         rows,
-        keys,
+        last,
+        places,
         length,
         (bias_ptr, bias_factor, reach),
         (states, threshold, keep_factor),
         factor,
         PRECISION,
         MASKED=True,
-        DROPS=seed_ptr is not None,
+        RANDOMNESS=RANDOMNESS,
         GATED=gate_ptr is not None,
     )
     for start in range(0, last, BLOCK_N):
-        keys = start + places
         k = load_rows(k_ptr + start * stride, places, BLOCK_N, stride, E, BLOCK_E)
         v = load_rows(v_ptr + start * stride, places, BLOCK_N, stride, E, BLOCK_E)
         acc, grad_gate = _add_to_grad_q(
@@ -319,14 +326,15 @@ def _backward_q_kernel(
             logsumexp,
             delta,
             rows,
-            keys,
+            start,
+            places,
             length,
             (bias_ptr, bias_factor, reach),
             (states, threshold, keep_factor),
             factor,
             PRECISION,
             MASKED=False,
-            DROPS=seed_ptr is not None,
+            RANDOMNESS=RANDOMNESS,
             GATED=gate_ptr is not None,
         )
 
@@ -361,6 +369,7 @@ def _backward_kv_kernel(
     keep_factor,
     E: tl.constexpr,
     PRECISION: tl.constexpr,
+    RANDOMNESS: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -372,7 +381,8 @@ def _backward_kv_kernel(
     head = tl.program_id(1)
     stride = heads * E
     offset = begin.to(tl.int64) * stride + head * E
-    keys = first + tl.arange(0, BLOCK_N)
+    places = tl.arange(0, BLOCK_N)
+    keys = first + places
     k = load_rows(k_ptr + offset, keys, length, stride, E, BLOCK_E)
     v = load_rows(v_ptr + offset, keys, length, stride, E, BLOCK_E)
     per_row = head.to(tl.int64) * total + begin
@@ -398,7 +408,7 @@ def _backward_kv_kernel(
         grad_weights = tl.dot(v, tl.trans(grad_out), input_precision=PRECISION)
         if states_ptr is not None:
             states = tl.load(states_ptr + per_row + rows, mask=rows < length, other=0).to(tl.uint32)
-            kept = is_kept(states[None, :], keys[:, None], threshold)
+            kept = is_kept(states[None, :], first, places[:, None], threshold, RANDOMNESS)
             grad_weights = tl.where(kept, grad_weights, 0.0) * keep_factor
             kept_weights = tl.where(kept, weights, unknown_zero(total))
         else:
@@ -417,12 +427,13 @@ def _arguments(
     cu_seqlens: Tensor,
     scale: float,
     dropout_p: float,
+    randomness: int,
     distance_bias: Tensor | None,
     gate: Tensor | None,
 ) -> dict[str, Any]:
     """Return the arguments that all kernels share, by name."""
     total, heads, width = q.shape
-    threshold = int(dropout_p * 2**32)
+    threshold = dropout_threshold(dropout_p, randomness)
     return {
         "cu_seqlens_ptr": cu_seqlens,
         "bias_ptr": distance_bias,
@@ -433,9 +444,10 @@ def _arguments(
         "reach": 0 if distance_bias is None else distance_bias.shape[1] // 2,
         "scale": scale,
         "threshold": threshold - 2**32 if threshold >= 2**31 else threshold,  # as an int32 with the same bits
-        "keep_factor": 1 / (1 - dropout_p),
+        "keep_factor": 1 / kept_fraction(dropout_p, randomness),
         "E": width,
         "PRECISION": precision_of("varlen_attention", q),
+        "RANDOMNESS": randomness if dropout_p else 0,
         "BLOCK_E": max(16, triton.next_power_of_2(width)),
     }
 
@@ -448,6 +460,7 @@ def varlen_attention_fwd(
     max_length: int,
     scale: float,
     dropout_p: float,
+    randomness: int,
     seed: Tensor | None,  # ()
     distance_bias: Tensor | None,  # (H, 2R+1)
     gate: Tensor | None,  # (N, H)
@@ -457,7 +470,7 @@ def varlen_attention_fwd(
     out, logsumexp = torch.empty_like(q), q.new_empty((heads, total), dtype=torch.float32)
     if q.numel() == 0:
         return out, logsumexp
-    arguments = _arguments(q, cu_seqlens, scale, dropout_p, distance_bias, gate)
+    arguments = _arguments(q, cu_seqlens, scale, dropout_p, randomness, distance_bias, gate)
     launch = launches_for(q, distance_bias is not None, max_length).forward
     with torch.cuda.device_of(q):
         _forward_kernel[launch.grid(launch.block_m, arguments)](
@@ -487,6 +500,7 @@ def varlen_attention_bwd(
     max_length: int,
     scale: float,
     dropout_p: float,
+    randomness: int,
     seed: Tensor | None,  # ()
     distance_bias: Tensor | None,  # (H, 2R+1)
     gate: Tensor | None,  # (N, H)
@@ -496,7 +510,7 @@ def varlen_attention_bwd(
     grad_bias, grad_gate = (q.new_empty(0) if x is None else torch.zeros_like(x) for x in (distance_bias, gate))
     if q.numel() == 0:
         return grad_q, grad_k, grad_v, grad_bias, grad_gate
-    arguments = _arguments(q, cu_seqlens, scale, dropout_p, distance_bias, gate)
+    arguments = _arguments(q, cu_seqlens, scale, dropout_p, randomness, distance_bias, gate)
     launches = launches_for(q, distance_bias is not None, max_length)
     delta = torch.empty_like(logsumexp)
     states = torch.empty_like(logsumexp, dtype=torch.int32) if dropout_p else None
@@ -549,6 +563,7 @@ def ahead_of_time_cases() -> dict[str, Callable[[], object]]:
         "bfloat16, E=64, dropout and gated bias": partial(everything, 64, torch.bfloat16),
         "bfloat16, E=64": partial(plain, 64, torch.bfloat16),
         "bfloat16, E=64, dropout": partial(plain, 64, torch.bfloat16, dropout_p=0.1),
+        "bfloat16, E=64, dropout of version 1": partial(plain, 64, torch.bfloat16, dropout_p=0.1, randomness=1),
         "float16, E=64, dropout and gated bias": partial(everything, 64, torch.float16),
         "bfloat16, E=32": partial(plain, 32, torch.bfloat16),
         "bfloat16, E=32, dropout and gated bias": partial(everything, 32, torch.bfloat16),
@@ -560,9 +575,11 @@ def ahead_of_time_cases() -> dict[str, Callable[[], object]]:
     }
 
 
-def _forward_and_backward(width: int, dtype: torch.dtype, dropout_p: float = 0.0, biased: bool = False) -> None:
+def _forward_and_backward(
+    width: int, dtype: torch.dtype, dropout_p: float = 0.0, biased: bool = False, randomness: int = 2
+) -> None:
     q = torch.zeros(800, 12, width, dtype=dtype)
     bias, gate = (torch.zeros(12, 1601), torch.zeros(800, 12)) if biased else (None, None)
-    inputs = (torch.tensor([0, 800], dtype=torch.int32), 800, 0.125, dropout_p, torch.tensor(0), bias, gate)
+    inputs = (torch.tensor([0, 800], dtype=torch.int32), 800, 0.125, dropout_p, randomness, torch.tensor(0), bias, gate)
     out, logsumexp = varlen_attention_fwd(q, q, q, *inputs)
     varlen_attention_bwd(out, q, q, q, out, logsumexp, *inputs)

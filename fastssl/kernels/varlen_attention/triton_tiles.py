@@ -13,28 +13,46 @@ SIZES = ["total", "batch", "reach", "threshold"]
 
 
 @triton.jit
-def _mix(x):
-    """Apply the finaliser of 32-bit MurmurHash3 to uint32 numbers."""
-    x ^= x >> 16
+def _mixed_product(x):
+    """Apply the finaliser of 32-bit MurmurHash3 to uint32 numbers, without its first and last step, which are equal."""
     x *= 0x85EBCA6B
     x ^= x >> 13
-    x *= 0xC2B2AE35
+    return x * 0xC2B2AE35
+
+
+@triton.jit
+def _fold(x):
+    """Apply the first and last step of that finaliser, which is linear in the bits and its own inverse."""
     return x ^ (x >> 16)
 
 
 @triton.jit
 def row_states(seed_ptr, rows, head):
-    """Return the state of the dropout hash after seed, packed row and head; only the key is missing."""
+    """Return the state of the dropout hash after seed, packed row and head; only the key and a `_fold` are missing."""
     seed = tl.load(seed_ptr)
-    state = _mix(seed.to(tl.uint32) ^ 0x9E3779B9)
-    state = _mix(state ^ (seed >> 32).to(tl.uint32))
-    return _mix(_mix(state ^ rows.to(tl.uint32)) ^ head.to(tl.uint32))
+    state = _mixed_product(_fold(seed.to(tl.uint32) ^ 0x9E3779B9))
+    state = _mixed_product(state ^ _fold((seed >> 32).to(tl.uint32)))
+    state = _mixed_product(state ^ _fold(rows.to(tl.uint32)))
+    return _mixed_product(state ^ _fold(head.to(tl.uint32)))
 
 
 @triton.jit
-def is_kept(states, keys, threshold):
-    """Return whether dropout keeps the weights of some keys, from the results of `row_states`."""
-    return _mix(states ^ keys.to(tl.uint32)) >= threshold.to(tl.uint32)
+def is_kept(states, start, places, threshold, RANDOMNESS: tl.constexpr):
+    """Return whether dropout keeps the weights of the keys start + places, from the results of `row_states`.
+
+    `start` is a multiple of a power of two above all places. Under version 2 of the randomness, the keys p and p + 8,
+    where p has a bit 3 of 0, share a hash. A thread has both in the results of tensor cores, whether keys are rows or
+    columns. The shared hash is written twice here, and the compiler computes it once.
+    """
+    places = places.to(tl.uint32)
+    start = tl.cast(start, tl.uint32)  # an int in the interpreter
+    shared = places if RANDOMNESS == 1 else places & 0xFFFFFFF7
+    draws = _mixed_product(states ^ shared ^ _fold(start))
+    if RANDOMNESS == 1:
+        draws = _fold(draws)
+    else:
+        draws = tl.where((places & 8) == 0, draws * 0x10001, draws)  # the upper 16 bits decide
+    return draws >= threshold.to(tl.uint32)
 
 
 @triton.jit

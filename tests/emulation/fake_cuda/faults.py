@@ -81,7 +81,7 @@ def mixed_dtypes(x: Tensor) -> Tensor:
 
 
 def _gelu(x: Tensor) -> Tensor:
-    y: Tensor = torch.ops.fastssl_triton.bias_gelu_dropout_fwd(x, None, 0.0, None, 0)
+    y: Tensor = torch.ops.fastssl_triton.bias_gelu_dropout_fwd(x, None, 0.0, 2, None, 0)
     return y
 
 
@@ -95,7 +95,7 @@ def strided_argument(x: Tensor) -> Tensor:
 
 def argument_on_the_host(x: Tensor) -> Tensor:
     bias = torch.zeros(x.shape[1])
-    y: Tensor = torch.ops.fastssl_triton.bias_gelu_dropout_fwd(x, bias, 0.0, None, 0)
+    y: Tensor = torch.ops.fastssl_triton.bias_gelu_dropout_fwd(x, bias, 0.0, 2, None, 0)
     return y
 
 

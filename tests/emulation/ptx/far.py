@@ -53,7 +53,7 @@ def _bias_gelu_dropout() -> None:
     end, bias = inputs["x"].bfloat16(), inputs["bias"]
     x = _far(end)
     found = ops.bias_gelu_dropout(x, bias, dropout_p=0.3, seed=_SEED, offset=7, backend="triton")
-    offset = 7 + (len(x) - _ROWS) * 72 // 4
+    offset = 7 + (len(x) - _ROWS) * 72 // 8
 
     def expected(dtype: torch.dtype) -> Tensor:
         return ops.bias_gelu_dropout(
@@ -71,7 +71,7 @@ def _dropout_add_layer_norm() -> None:
     found = ops.dropout_add_layer_norm(
         x, residual, weight=weight, bias=bias, dropout_p=0.3, seed=_SEED, offset=7, backend="triton"
     )
-    offset = 7 + (len(x) - _ROWS) * 72 // 4
+    offset = 7 + (len(x) - _ROWS) * 72 // 8
 
     def expected(dtype: torch.dtype) -> Tensor:
         x, residual = (end.to(dtype) for end in ends)
@@ -110,7 +110,7 @@ def _varlen_attention() -> None:
     shape = (_ROWS, 2, 24)
     ends = {name: x.bfloat16() for name, x in normal(q=shape, k=shape, v=shape, grad=shape).items()}
     q, k, v, grad = map(_far, ends.values())
-    settings = (Layout.from_lengths(_lengths(q)).cu_seqlens, _LONGEST, 0.3, 0.0, None, None, None)
+    settings = (Layout.from_lengths(_lengths(q)).cu_seqlens, _LONGEST, 0.3, 0.0, 2, None, None, None)
     out, logsumexp = varlen_attention_fwd(q, k, v, *settings)
     grads = varlen_attention_bwd(grad, q, k, v, out, logsumexp, *settings)[:3]
 
@@ -118,7 +118,7 @@ def _varlen_attention() -> None:
         q, k, v, grad = (end.to(dtype).requires_grad_() for end in ends.values())
         layout = Layout.from_lengths((_ROWS,))
         out = reference.varlen_attention(
-            q, k, v, layout, scale=0.3, dropout_p=0.0, seed=None, distance_bias=None, gate=None
+            q, k, v, layout, scale=0.3, dropout_p=0.0, randomness=2, seed=None, distance_bias=None, gate=None
         )
         return [out.detach(), *torch.autograd.grad(out, (q, k, v), grad.detach())]
 

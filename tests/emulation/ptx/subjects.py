@@ -48,6 +48,14 @@ def _bias_gelu_dropout(lengths: Sequence[int]) -> Inputs:
     return normal(x=(sum(lengths), 72), bias=(72,)) | {"seed": _SEED}
 
 
+def _gelu(randomness: int) -> Call:
+    def call(inputs: Inputs, layout: Layout, backend: str) -> Tensor:
+        given: dict[str, Any] = {**inputs, "randomness": randomness, "backend": backend}
+        return ops.bias_gelu_dropout(**given, dropout_p=0.3, offset=2**32 - 30)
+
+    return call
+
+
 def _dropout_add_layer_norm(lengths: Sequence[int]) -> Inputs:
     frames = (sum(lengths), 72)
     return normal(x=frames, residual=frames, weight=(72,), bias=(72,)) | {"seed": _SEED}
@@ -119,8 +127,12 @@ def _varlen_attention(lengths: Sequence[int]) -> Inputs:
     return inputs | {"seed": _SEED}
 
 
-def _attend(inputs: Inputs, layout: Layout, backend: str) -> Tensor:
-    return ops.varlen_attention(**inputs, layout=layout, dropout_p=0.2, backend=backend)  # type: ignore[arg-type]
+def _attend(randomness: int) -> Call:
+    def call(inputs: Inputs, layout: Layout, backend: str) -> Tensor:
+        given: dict[str, Any] = {**inputs, "layout": layout, "randomness": randomness, "backend": backend}
+        return ops.varlen_attention(**given, dropout_p=0.2)
+
+    return call
 
 
 SUBJECTS = {
@@ -130,11 +142,7 @@ SUBJECTS = {
             op="bias_gelu_dropout",
             lengths=_LENGTHS,
             make=_bias_gelu_dropout,
-            calls={
-                "out": lambda inputs, layout, backend: ops.bias_gelu_dropout(
-                    **inputs, dropout_p=0.3, offset=2**32 - 30, backend=backend
-                )
-            },
+            calls={f"out, version {version}": _gelu(version) for version in (2, 1)},
             packed=("x",),
         ),
         Subject(
@@ -170,7 +178,7 @@ SUBJECTS = {
             op="varlen_attention",
             lengths=_LENGTHS,
             make=_varlen_attention,
-            calls={"out": _attend},
+            calls={f"out, version {version}": _attend(version) for version in (2, 1)},
             packed=("q", "k", "v", "gate"),
         ),
     )
