@@ -3,7 +3,8 @@
 Both checkouts run the same programs on the CPU: every op with every available backend, our own encoders, other
 libraries' models after `accelerate`, and short training runs. Some of these runs are begun by the other commit and
 finished by this checkout. Exit status 1 means that a result differs. Results of accelerated models may differ by up to
-4 eps of their largest element; they are counted separately.
+4 eps of their largest element; they are counted separately. Dropout draws by the newest version of the randomness that
+both know.
 """
 
 import argparse
@@ -69,6 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             except ValueError as error:
                 parser.error(str(error))
         before, after = Tree("before", checkout, folder / "before"), Tree("after", ROOT, folder / "after")
+        before.randomness = after.randomness = min(tree.newest_randomness() or 1 for tree in (before, after))
         failed = False
         for part in given.only or PARTS:
             began_s = time.monotonic()

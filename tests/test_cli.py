@@ -21,6 +21,7 @@ from fastssl.cli import pretrain
 from fastssl.data.rules import RULES
 from fastssl.eval.probe.settings import ProbeSettings
 from fastssl.kernels import dispatch
+from fastssl.kernels.randomness import RANDOMNESS
 from fastssl.models.encoder import EncoderConfig
 from fastssl.models.wav2vec2 import GumbelTemperature, Wav2Vec2Config
 from fastssl.train.config import PretrainConfig, check_resumable, write_config
@@ -367,32 +368,38 @@ def test_the_temperature_of_earlier_versions_is_read(
 
 
 @pytest.mark.parametrize("way", ["config", "resume", "recipe"])
-def test_runs_from_before_the_rules_had_versions_keep_the_oldest(
+def test_runs_from_before_there_were_versions_keep_the_oldest(
     way: str, started: list[tuple[PretrainConfig, bool]], tmp_path: Path
 ) -> None:
     cli.main(["pretrain", str(tmp_path), "--output", "run", "--recipe", "wav2vec2-tiny"])
     assert started[0][0].data.rules == RULES == 2
+    assert started[0][0].randomness == RANDOMNESS == 2
     path = tmp_path / "run" / "config.yaml"
     path.parent.mkdir()
     write_config(started[0][0], path)
     values = yaml.safe_load(path.read_text())
     assert values["data"].pop("rules") == 2
+    assert values.pop("randomness") == 2
     path.write_text(yaml.safe_dump(values))
     options = ["--resume"] if way == "resume" else [f"--{way}", str(path)]
     cli.main(["pretrain", "--output", str(path.parent), *options])
     cli.main(["pretrain", "--output", str(path.parent), *options, "--data.rules", "2"])
-    assert [config.data.rules for config, _ in started[1:]] == [1, 2]
+    cli.main(["pretrain", "--output", str(path.parent), *options, "--randomness", "2"])
+    assert [config.data.rules for config, _ in started[1:]] == [1, 2, 1]
+    assert [config.randomness for config, _ in started[1:]] == [1, 1, 2]
     check_resumable(dataclasses.replace(started[1][0], recipe=None), path)
     with pytest.raises(ValueError, match=r"data\.rules: 1 in the run, 2 now"):
         check_resumable(started[2][0], path)
+    with pytest.raises(ValueError, match=r"randomness: 1 in the run, 2 now"):
+        check_resumable(started[3][0], path)
 
 
-def test_settings_that_are_not_those_of_a_run_get_the_newest_rules(
+def test_settings_that_are_not_those_of_a_run_get_the_newest_versions(
     started: list[tuple[PretrainConfig, bool]], tmp_path: Path
 ) -> None:
     (tmp_path / "some.yaml").write_text("data:\n  crop_s: 3.0\n")
     cli.main(["pretrain", str(tmp_path), "--output", "run", "--config", str(tmp_path / "some.yaml")])
-    assert (started[0][0].data.rules, started[0][0].data.crop_s) == (2, 3.0)
+    assert (started[0][0].data.rules, started[0][0].randomness, started[0][0].data.crop_s) == (2, 2, 3.0)
 
 
 @pytest.mark.parametrize("name", list(pretrain.recipes()))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import fastssl
 from benchmarks.bits.encoders import disturb, evaluate, waveforms
-from benchmarks.bits.record import Record, with_gradients
+from benchmarks.bits.record import Record, drawing, with_gradients
 
 TINY: dict[str, Any] = {
     "hidden_size": 48,
@@ -264,4 +264,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with drawing():
+        main()

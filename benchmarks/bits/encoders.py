@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import fastssl
-from benchmarks.bits.record import Record, with_gradients
+from benchmarks.bits.record import Record, drawing, with_gradients
 from fastssl import ConformerConfig, EncoderConfig, Packed
 
 TINY: dict[str, Any] = {
@@ -154,4 +154,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with drawing():
+        main()

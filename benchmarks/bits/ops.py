@@ -11,7 +11,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # must be set before fastssl is 
 import torch
 from torch import Tensor
 
-from benchmarks.bits.record import Record, with_gradients
+from benchmarks.bits.record import Record, drawing, with_gradients
 from fastssl import Layout, ops
 
 Inputs = dict[str, Tensor]
@@ -242,4 +242,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with drawing():
+        main()

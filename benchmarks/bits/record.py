@@ -1,15 +1,29 @@
 """Collect the results of one tree by name, and write them to a file for comparison with another tree."""
 
+import importlib.util
+import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.bits.trees import RANDOMNESS
 from fastssl import Layout
 
 Results = dict[str, Tensor | str]
+
+
+def drawing() -> AbstractContextManager[None]:
+    """Return a context in which dropout draws by the version given to the tree; older trees know only the first."""
+    version = os.environ.get(RANDOMNESS)
+    if version is None or importlib.util.find_spec("fastssl.kernels.randomness") is None:
+        return nullcontext()
+    from fastssl.kernels.randomness import using_randomness
+
+    return using_randomness(int(version))
 
 
 class Record:

@@ -170,6 +170,8 @@ def _train(tree: Tree, run: Run, updates: int, output: Path, places: dict[str, P
     half = str(updates // 2)
     options += ["--recipe", run.recipe, "--trainer.max_steps", str(updates), "--trainer.val_check_interval", half]
     options += ["--trainer.checkpoint_every", half, "--trainer.keep_every", half]
+    if tree.randomness is not None and tree.newest_randomness() is not None:
+        options += ["--randomness", str(tree.randomness)]
     began_s = time.monotonic()
     tree.run("fastssl", run.command, places["CORPUS"], "--output", output, *options, log=_log(output))
     print(f"{tree.name}: {output.name}, {time.monotonic() - began_s:.0f} s", flush=True)

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,8 @@ import tarfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+#: Environment variable of the programs: version of dropout's random draws.
+RANDOMNESS = "SAME_BITS_RANDOMNESS"
 _COMPILED = ("*.so", "_build_report.json")
 
 
@@ -28,11 +31,21 @@ class Tree:
         folder.mkdir()
         (folder / "fastssl").symlink_to(checkout.resolve() / "fastssl")
         (folder / "benchmarks").symlink_to(ROOT / "benchmarks")
+        #: Version of dropout's random draws in all programs; None is the newest of the tree.
+        self.randomness: int | None = None
+
+    def newest_randomness(self) -> int | None:
+        """Return the newest version of dropout's random draws that the tree knows; None if it knows none."""
+        path = self.folder / "fastssl" / "kernels" / "randomness.py"
+        found = re.search(r"^RANDOMNESS = (\d+)$", path.read_text(), re.MULTILINE) if path.exists() else None
+        return None if found is None else int(found[1])
 
     def start(self, *arguments: str | Path, log: Path) -> subprocess.Popen[bytes]:
         """Start `python -m ARGUMENTS` with one thread, and write its output to the file `log`."""
         # Waiting threads must not spin: the other tree needs the cores.
         settings = {"PYTHONPATH": str(self.folder), "OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "0"}
+        if self.randomness is not None:
+            settings[RANDOMNESS] = str(self.randomness)
         with log.open("wb") as output:
             return subprocess.Popen(
                 [sys.executable, "-m", *map(str, arguments)],

@@ -10,6 +10,7 @@ import yaml
 
 from fastssl.data.rules import OLDEST_RULES, RULES
 from fastssl.files import write_text
+from fastssl.kernels.randomness import OLDEST_RANDOMNESS, RANDOMNESS
 from fastssl.models.bounds import bounded, check_bounds
 from fastssl.models.config import SpeechEncoderConfig
 from fastssl.models.folder import changed_settings
@@ -210,6 +211,8 @@ class PretrainConfig:
             Lhotse manifest (.jsonl.gz), or Lhotse shar directory.
         output: Folder of the run; it must be new or empty, except with --resume.
         seed: Seed of all randomness in the run.
+        randomness: Version of the random draws of dropout. A run keeps its version; 1 repeats a run from before
+            versions were recorded.
         init: Transformers folder or earlier run whose weights to start from, with a new optimiser; by default, weights
             are random.
         recipe: Recipe that the settings started from, for the model card.
@@ -231,6 +234,7 @@ class PretrainConfig:
     audio: str
     output: str
     seed: int = bounded(0, least=0, below=2**32)
+    randomness: int = bounded(RANDOMNESS, least=OLDEST_RANDOMNESS, most=RANDOMNESS)
     init: str | None = None
     recipe: str | None = None
     system: str = bounded(DEFAULT_SYSTEM, choices=tuple(SYSTEMS))
@@ -286,7 +290,7 @@ def renamed(values: dict[str, Any]) -> dict[str, Any]:
     """Bring settings from a file up to date, and restore file names.
 
     An earlier version called `model.gumbel_temperature` simply `temperature`. And the settings of a run, which name its
-    audio, had no `data.rules`: such a run was made by the oldest rules.
+    audio, had neither `data.rules` nor `randomness`: such a run was made by the oldest versions.
 
     Args:
         values: Settings as parsed from a config.yaml.
@@ -296,8 +300,10 @@ def renamed(values: dict[str, Any]) -> dict[str, Any]:
     """
     values = _each_text(values, restored)
     data = values.get("data", {})
-    if "audio" in values and isinstance(data, dict) and "rules" not in data:
-        values = values | {"data": data | {"rules": OLDEST_RULES}}
+    if "audio" in values:
+        values = {"randomness": OLDEST_RANDOMNESS} | values
+        if isinstance(data, dict):
+            values = values | {"data": {"rules": OLDEST_RULES} | data}
     model = values.get("model", {})
     if "temperature" not in values or not isinstance(model, dict):
         return values

@@ -13,6 +13,7 @@ from torch import Tensor
 from fastssl.data.batches import AudioBatch
 from fastssl.data.noise import NoiseProblem
 from fastssl.kernels.philox import seeds_together
+from fastssl.kernels.randomness import RANDOMNESS, resolve_randomness, using_randomness
 from fastssl.models.pretraining import PretrainingModel, StepContext, StepOutput, perplexity
 from fastssl.names import encoded, shown
 from fastssl.nn.linear import casts_together
@@ -50,10 +51,15 @@ class PretrainModule(LightningModule):
         optimizer: Settings of Adam and of the learning rate's schedule.
         max_steps: Number of updates after which the learning rate is 0.
         seed: Seed of masks, negatives, noise, dropout and layer drop.
+        randomness: Version of the random draws of dropout (`fastssl.kernels.randomness`), in force during forward and
+            backward passes. A run must keep it.
         teacher: The teacher, if the system needs one.
         read_every: The host reads the results of an update at once if its number is a multiple of one of these, because
             a report, a checkpoint or a validation follows. On a GPU, it reads the others one update later, so that it
             never waits for the device. Meanwhile the device skips an update whose loss or gradient is not finite.
+
+    Raises:
+        ValueError: `randomness` is unknown.
     """
 
     def __init__(
@@ -63,6 +69,7 @@ class PretrainModule(LightningModule):
         optimizer: OptimizerConfig,
         max_steps: int,
         seed: int,
+        randomness: int = RANDOMNESS,
         teacher: Teacher | None = None,
         read_every: Sequence[int] = (1,),
     ) -> None:
@@ -72,6 +79,7 @@ class PretrainModule(LightningModule):
         self.optimizer_config = optimizer
         self.max_steps = max_steps
         self.seed = seed
+        self.randomness = resolve_randomness(randomness)
         #: What this process asks all processes to do after the current update.
         self.requests = Requests()
         self.read_every = tuple(read_every)
@@ -154,11 +162,17 @@ class PretrainModule(LightningModule):
         if self.model.config.layerdrop > 0:
             layer_drop = torch.Generator().manual_seed(_seed_of("layer drop", self.seed, batch.update))
         keys = utterance_keys(self.seed, batch.update, batch.ids)
-        with seeds_together(batch.waveforms.values.device), casts_together(self.model):
+        seeds = seeds_together(batch.waveforms.values.device)
+        with using_randomness(self.randomness), seeds, casts_together(self.model):
             output = self.model.step(batch, StepContext(keys, batch.update, layer_drop, self.teacher))
         self._pending.append((self._sums(output, batch), batch))
         loss: Tensor = output.loss
         return loss
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Compute gradients. Activation checkpointing repeats parts of the forward pass here, so dropout must agree."""
+        with using_randomness(self.randomness):
+            super().backward(loss, *args, **kwargs)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Scale the gradient of the summed loss to that of the mean over the masked frames of the update.

@@ -138,6 +138,7 @@ def _fit(
         optimizer=config.optimizer,
         max_steps=settings.max_steps,
         seed=config.seed,
+        randomness=config.randomness,
         teacher=teacher,
         read_every=_read_every(config),
     )

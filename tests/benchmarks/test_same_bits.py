@@ -123,6 +123,20 @@ def test_a_changed_package_is_caught(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert printed.endswith("DIFFERENT\n")
 
 
+def test_dropout_draws_by_the_newest_version_that_both_know(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    package = tmp_path / "fastssl"
+    shutil.copytree(trees.ROOT / "fastssl", package, ignore=shutil.ignore_patterns("*.pyc.*"))
+    module = package / "kernels" / "randomness.py"
+    module.write_text(module.read_text().replace("\nRANDOMNESS = 2\n", "\nRANDOMNESS = 1\n"))
+    this, old = (trees.Tree(name, root, tmp_path / name) for name, root in (("this", trees.ROOT), ("old", tmp_path)))
+    assert (this.newest_randomness(), old.newest_randomness()) == (2, 1)
+    options = ["--only", "ops", "--match", "bias_gelu_dropout, reference/dropout, fp32, odd"]
+    assert same_bits.main([str(tmp_path), *options]) == 0
+    assert "bias_gelu_dropout, reference" in capsys.readouterr().out
+    module.unlink()
+    assert old.newest_randomness() is None
+
+
 def test_a_commit_gets_the_modules_of_this_checkout_where_sources_are_equal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

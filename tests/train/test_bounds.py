@@ -43,7 +43,7 @@ BOUNDS = {
     "at least 0 and at most 1": ("mask_time_prob", "max_bad_fraction", "mixing_prob", "mixing_noise_prob"),
     "above 0 and at most 1": ("quantity_share", "decay"),
     "above 0 and at most 525600": ("timeout_minutes",),
-    "at least 1 and at most 2": ("rules",),
+    "at least 1 and at most 2": ("rules", "randomness"),
     "at least 0 and below 4294967296": ("seed",),
     "above 0": (
         *("layer_norm_eps", "contrastive_logits_temperature", "logit_temperature", "start", "end", "lr", "eps"),

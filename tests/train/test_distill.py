@@ -52,6 +52,23 @@ def _distil(config: PretrainConfig, teacher: Path, **changes: Any) -> PretrainCo
     return dataclasses.replace(config, system="distillation", model=model, teacher=str(teacher))
 
 
+def test_an_old_student_keeps_its_version_of_randomness(make_config: MakeConfig, teacher: Path, tmp_path: Path) -> None:
+    changes = {"trainer.max_steps": 4, "trainer.keep_every": 2}
+    dropout = {"hidden_dropout": 0.1, "attention_dropout": 0.1, "activation_dropout": 0.1}
+    new = _distil(make_config(**changes), teacher, **dropout)
+    old = dataclasses.replace(new, output=str(tmp_path / "old"), randomness=1)
+    for config in (new, old):
+        pretrain(config)
+    resumed = rewound(old, tmp_path / "resumed", update=2)
+    path = Path(resumed.output) / "config.yaml"
+    path.write_text(path.read_text().replace("randomness: 1\n", ""))
+    assert cli.main(["distill", "--output", resumed.output, "--resume"]) == 0
+    new_encoder, old_encoder, found = (
+        (Path(config.output) / "encoder" / "model.safetensors").read_bytes() for config in (new, old, resumed)
+    )
+    assert found == old_encoder != new_encoder
+
+
 @pytest.mark.usefixtures("rendered")
 @pytest.mark.parametrize("distillation", ["pred", "l2l"])
 def test_a_student_learns(make_config: MakeConfig, teacher: Path, distillation: str) -> None:

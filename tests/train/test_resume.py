@@ -16,12 +16,15 @@ import yaml
 from fastssl import cli
 from fastssl.data.batches import AudioBatch
 from fastssl.interop import load_encoder
+from fastssl.kernels.randomness import RANDOMNESS, resolve_randomness
+from fastssl.models.pretraining import StepOutput
+from fastssl.models.wav2vec2 import Wav2Vec2ForPreTraining
 from fastssl.train.checkpoints import saved_update
 from fastssl.train.config import PretrainConfig, write_config
 from fastssl.train.metrics_file import read_metrics
 from fastssl.train.module import PretrainModule
 from fastssl.train.pretrain import pretrain
-from tests.train.conftest import WORKER, MakeConfig, as_yaml_file
+from tests.train.conftest import WORKER, MakeConfig, as_yaml_file, rewound
 
 _LONG = {
     **WORKER,
@@ -125,6 +128,47 @@ def test_runs_of_earlier_versions_go_on(make_config: MakeConfig) -> None:
     longer = make_config(**{"trainer.max_steps": 4, "trainer.val_check_interval": 2})
     pretrain(longer, resume=True)
     assert saved_update(Path(config.output) / "checkpoints" / "last.ckpt") == 4
+
+
+def test_runs_from_before_there_were_versions_of_randomness_keep_their_bits(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    changes: dict[str, Any] = {"trainer.max_steps": 4, "trainer.keep_every": 2}
+    old, new = dataclasses.replace(make_config("old", **changes), randomness=1), make_config("new", **changes)
+    pretrain(old)
+    pretrain(new)
+    assert "randomness: 2\n" in (Path(new.output) / "config.yaml").read_text()
+    resumed = rewound(old, tmp_path / "resumed", update=2)
+    path = Path(resumed.output) / "config.yaml"
+    values = yaml.safe_load(path.read_text())
+    assert values.pop("randomness") == 1
+    path.write_text(yaml.safe_dump(values))
+    assert cli.main(["pretrain", "--output", resumed.output, "--resume"]) == 0
+    assert "randomness: 1\n" in path.read_text()
+    _assert_same(_checkpoint(resumed)["state_dict"], _checkpoint(old)["state_dict"])
+    assert _metrics(resumed) == _metrics(old)
+    with pytest.raises(AssertionError):
+        _assert_same(_checkpoint(new)["state_dict"], _checkpoint(old)["state_dict"])
+
+
+@pytest.mark.parametrize("randomness", [1, 2])
+def test_a_run_keeps_its_version_of_randomness_in_forward_and_backward(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, randomness: int
+) -> None:
+    seen: list[int] = []
+    step = Wav2Vec2ForPreTraining.step
+
+    def watched(self: Wav2Vec2ForPreTraining, *arguments: Any) -> StepOutput:
+        output = step(self, *arguments)
+        if self.training:
+            seen.append(resolve_randomness(None))
+            output.loss.register_hook(lambda grad: seen.append(resolve_randomness(None)))
+        return output
+
+    monkeypatch.setattr(Wav2Vec2ForPreTraining, "step", watched)
+    pretrain(dataclasses.replace(make_config(**{"trainer.max_steps": 2}), randomness=randomness))
+    assert seen == [randomness] * 4
+    assert resolve_randomness(None) == RANDOMNESS
 
 
 def test_an_empty_config_is_not_taken_for_default_settings(
