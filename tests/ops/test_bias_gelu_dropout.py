@@ -138,12 +138,15 @@ def test_the_backward_keeps_the_version_of_the_forward(backend: str, device: str
 
 
 def test_the_compiler_follows_the_version_in_force() -> None:
-    x = torch.full((3, 64), 20.0)
+    x = torch.full((3, 64), 20.0).requires_grad_()
     compiled = torch.compile(lambda x: bias_gelu_dropout(x, None, dropout_p=0.4, seed=SEED), fullgraph=True)
     for randomness in (1, 2, 1):
         with using_randomness(randomness):
             out = compiled(x)
-        assert torch.equal(out > 0, keep_mask(SEED, (3, 64), dropout_p=0.4, randomness=randomness))
+        (grad,) = torch.autograd.grad(out.sum(), x)
+        expected = keep_mask(SEED, (3, 64), dropout_p=0.4, randomness=randomness)
+        assert torch.equal(out > 0, expected)
+        assert torch.equal(grad > 0, expected)
 
 
 @EVERY_IMPLEMENTATION
