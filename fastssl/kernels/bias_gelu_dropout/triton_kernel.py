@@ -203,13 +203,12 @@ def ahead_of_time_cases() -> dict[str, Callable[[], object]]:
 
     cases: dict[str, Callable[[], object]] = {}
     for width in (3072, 194):
-        for dtype in (torch.bfloat16, torch.float32):
-            cases[f"D={width}, {dtype}, bias, dropout".replace("torch.", "")] = partial(
-                call, width, dtype, dropout=True, with_bias=True
-            )
-    cases["D=3072, float16, bias, dropout"] = partial(call, 3072, torch.float16, dropout=True, with_bias=True)
+        for dtype in (torch.bfloat16, torch.float32, torch.float16):
+            for with_bias in (True, False):
+                for dropout in (True, False):
+                    label = f"D={width}, {dtype}{', bias' * with_bias}{', dropout' * dropout}".replace("torch.", "")
+                    cases[label] = partial(call, width, dtype, dropout=dropout, with_bias=with_bias)
     cases["D=3072, bfloat16, bias, dropout of version 1"] = partial(
         call, 3072, torch.bfloat16, dropout=True, with_bias=True, randomness=1
     )
-    cases["D=3072, bfloat16"] = partial(call, 3072, torch.bfloat16, dropout=False, with_bias=False)
     return cases

@@ -286,12 +286,14 @@ def ahead_of_time_cases() -> dict[str, Callable[[], object]]:
     cases["D=768, bfloat16, dropout of version 1"] = partial(
         call, 768, torch.bfloat16, dropout=True, prenorm=False, randomness=1
     )
-    for prenorm in (True, False):
-        for dropout in (True, False):
-            label = f"{', prenorm' * prenorm}{', dropout' * dropout}"
-            if prenorm:
-                cases[f"D=768, bfloat16{label}"] = partial(call, 768, torch.bfloat16, dropout=dropout, prenorm=True)
-            cases[f"D=768, bfloat16 beside an fp32 residual{label}"] = partial(
-                call, 768, torch.bfloat16, dropout=dropout, prenorm=prenorm, residual_dtype=torch.float32
-            )
+    mixtures = ((torch.bfloat16, None), (torch.float16, None), (torch.float32, None))
+    mixtures += ((torch.bfloat16, torch.float32), (torch.float16, torch.float32))
+    for dtype, residual_dtype in mixtures:
+        beside = "" if residual_dtype is None else " beside an fp32 residual"
+        for prenorm in (True, False):
+            for dropout in (True, False):
+                label = f"D=768, {dtype}{beside}{', prenorm' * prenorm}{', dropout' * dropout}".replace("torch.", "")
+                cases[label] = partial(
+                    call, 768, dtype, dropout=dropout, prenorm=prenorm, residual_dtype=residual_dtype
+                )
     return cases

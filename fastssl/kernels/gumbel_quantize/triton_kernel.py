@@ -234,6 +234,11 @@ def _shares(frames: int, block: int) -> int:
     return shares
 
 
+def _warps(codes: int) -> int:
+    """Return the warps for a tile of `_BLOCK_M` frames by `codes`; for 512, 8 warps spill at 128 registers a thread."""
+    return 16 if codes >= 512 else 8
+
+
 def gumbel_quantize_fwd(
     logits: Tensor,  # (M, G, V)
     codevectors: Tensor,  # (G, V, E)
@@ -248,6 +253,7 @@ def gumbel_quantize_fwd(
     shares = _shares(frames, _BLOCK_M)
     sums = torch.empty((shares, groups, codes), dtype=torch.float32, device=logits.device)
     counts = torch.empty((shares, groups, codes), dtype=torch.int32, device=logits.device)
+    block_v = max(16, triton.next_power_of_2(codes))
     with torch.cuda.device_of(logits):
         _forward_kernel[shares, groups](
             logits,
@@ -264,10 +270,10 @@ def gumbel_quantize_fwd(
             V=codes,
             E=width,
             BLOCK_M=_BLOCK_M,
-            BLOCK_V=max(16, triton.next_power_of_2(codes)),
+            BLOCK_V=block_v,
             BLOCK_E=min(128, max(16, triton.next_power_of_2(width))),
             SOURCE=_source(noise, seeds),
-            num_warps=8,
+            num_warps=_warps(block_v),
         )
     return values, chosen, sums.sum(0), counts.sum(0, dtype=torch.int64)
 
@@ -288,6 +294,7 @@ def gumbel_quantize_bwd(
     grad_logits = torch.empty_like(logits)
     if frames == 0:
         return grad_logits, torch.zeros_like(codevectors)
+    all_codes = max(16, triton.next_power_of_2(code_count))
     block_v, block_m, block_e = 64, 32, min(64, max(16, triton.next_power_of_2(width)))
     shares = _shares(frames, block_m)
     parts = torch.empty((shares, *codevectors.shape), dtype=torch.float32, device=logits.device)
@@ -306,10 +313,10 @@ def gumbel_quantize_bwd(
             V=code_count,
             E=width,
             BLOCK_M=_BLOCK_M,
-            BLOCK_V=max(16, triton.next_power_of_2(code_count)),
+            BLOCK_V=all_codes,
             BLOCK_K=16,
             SOURCE=_source(noise, seeds),
-            num_warps=8,
+            num_warps=_warps(all_codes),
         )
         _backward_vectors_kernel[shares, triton.cdiv(code_count, block_v) * triton.cdiv(width, block_e), groups](
             grad_values,
@@ -330,7 +337,7 @@ def gumbel_quantize_bwd(
 
 def ahead_of_time_cases() -> dict[str, Callable[[], object]]:
     """Return calls by label; tests/ops/ahead_of_time.py compiles the kernels that each call would launch."""
-    return {
+    cases: dict[str, Callable[[], object]] = {
         f"{dtype}, {source}, V={codes}, E={width}".replace("torch.", ""): partial(
             _forward_and_backward, dtype, source, codes, width
         )
@@ -338,10 +345,19 @@ def ahead_of_time_cases() -> dict[str, Callable[[], object]]:
         for dtype in (torch.float32, torch.bfloat16, torch.float16)
         for codes, width in ((320, 128), (320, 384), (64, 32))
     }
+    # Under autocast, a product computes the logits, and the vectors stay fp32.
+    for dtype in (torch.bfloat16, torch.float16):
+        for width in (128, 384):
+            label = f"{dtype}, seeds, V=320, E={width}, vectors in float32".replace("torch.", "")
+            cases[label] = partial(_forward_and_backward, dtype, "seeds", 320, width, vectors_dtype=torch.float32)
+    return cases
 
 
-def _forward_and_backward(dtype: torch.dtype, source: str, codes: int, width: int) -> None:
-    logits, vectors = torch.zeros(100, 2, codes, dtype=dtype), torch.zeros(2, codes, width, dtype=dtype)
+def _forward_and_backward(
+    dtype: torch.dtype, source: str, codes: int, width: int, vectors_dtype: torch.dtype | None = None
+) -> None:
+    logits = torch.zeros(100, 2, codes, dtype=dtype)
+    vectors = torch.zeros(2, codes, width, dtype=vectors_dtype or dtype)
     noise = torch.zeros(logits.shape) if source == "noise" else None
     seeds = torch.zeros(100, dtype=torch.int64) if source == "seeds" else None
     values, chosen, sums, _ = gumbel_quantize_fwd(logits, vectors, noise, seeds)

@@ -513,7 +513,17 @@ def ahead_of_time_cases() -> dict[str, Callable[[], object]]:
             x_dtype = torch.bfloat16 if dtype == torch.float32 else dtype
             label = f"front end, {norm} norm, {x_dtype}, biases in {dtype}".replace("torch.", "")
             cases[label] = partial(
-                _forward_and_backward, x_dtype, norm, (1, 512, 512), (10, 3), (5, 2), False, vectors_dtype=dtype
+                _forward_and_backward, x_dtype, norm, (1, 512, 512), (10, 3), (5, 2), False, dtype, biased=True
+            )
+    for dtype in (torch.bfloat16, torch.float16):
+        label = f"front end, group norm in {dtype}".replace("torch.", "")
+        cases[label] = partial(_forward_and_backward, dtype, "group", (1, 512), (10,), (5,), False, dtype, biased=False)
+    # If the waveform has a gradient, as in `fastssl check`, the backward does not compute the first layer from windows.
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for norm in ("group", "layer"):
+            label = f"front end with a gradient of the waveform, {norm} norm in {dtype}".replace("torch.", "")
+            cases[label] = partial(
+                _forward_and_backward, dtype, norm, (1, 512, 512), (10, 3), (5, 2), True, vectors_dtype=dtype
             )
     return cases
 
@@ -525,9 +535,13 @@ def _forward_and_backward(
     kernels: tuple[int, ...],
     strides: tuple[int, ...],
     needs_grad_x: bool,
-    vectors_dtype: torch.dtype | None = None,
+    vectors_dtype: torch.dtype = torch.float32,
+    biased: bool | None = None,
 ) -> None:
-    """Launch all kernels of a stack; with `vectors_dtype`, group norm has biases, too, and biases have that dtype."""
+    """Launch all kernels of a stack, also as they run without a backward; biases and norms have `vectors_dtype`.
+
+    With `biased` None, convolutions have biases unless the norm is "group", as in published models.
+    """
     x = torch.zeros(16000, channels[0], dtype=dtype)
     lengths, weights = [len(x)], []
     for c_in, c_out, kernel, stride in zip(channels[:-1], channels[1:], kernels, strides, strict=True):
@@ -539,7 +553,8 @@ def _forward_and_backward(
         "groups": ["group"] * len(weights),
     }[norm]
     vectors = [torch.zeros(len(weight), dtype=vectors_dtype) for weight in weights]
-    biases = [None if norm == "group" and vectors_dtype is None else vector for vector in vectors]
+    biased = norm != "group" if biased is None else biased
+    biases = [vector if biased else None for vector in vectors]
     norm_parameters = [None if name == "none" else vector for name, vector in zip(norms, vectors, strict=True)]
     count = len(weights)
     lists: list[Any] = [
@@ -554,5 +569,6 @@ def _forward_and_backward(
         [1e-5] * count,
         ["gelu"] * count,
     ]
+    strided_conv_fwd(x, False, *lists)
     out, conv_outs, statistics = strided_conv_fwd(x, True, *lists)
     strided_conv_bwd(out, x, conv_outs, statistics, needs_grad_x, *lists)

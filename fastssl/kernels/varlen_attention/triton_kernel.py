@@ -558,28 +558,48 @@ def varlen_attention_bwd(
 
 def ahead_of_time_cases() -> dict[str, Callable[[], object]]:
     """Return calls by label; tests/ops/ahead_of_time.py compiles the kernels that each call would launch."""
-    plain, everything = _forward_and_backward, partial(_forward_and_backward, dropout_p=0.1, biased=True)
-    return {
+    plain, biased = _forward_and_backward, partial(_forward_and_backward, bias_dtype=torch.float32)
+    everything = partial(biased, dropout_p=0.1)
+    cases: dict[str, Callable[[], object]] = {
         "bfloat16, E=64, dropout and gated bias": partial(everything, 64, torch.bfloat16),
         "bfloat16, E=64": partial(plain, 64, torch.bfloat16),
         "bfloat16, E=64, dropout": partial(plain, 64, torch.bfloat16, dropout_p=0.1),
         "bfloat16, E=64, dropout of version 1": partial(plain, 64, torch.bfloat16, dropout_p=0.1, randomness=1),
+        "bfloat16, E=64, gated bias": partial(biased, 64, torch.bfloat16),
         "float16, E=64, dropout and gated bias": partial(everything, 64, torch.float16),
+        "float16, E=64": partial(plain, 64, torch.float16),
+        "float16, E=64, dropout": partial(plain, 64, torch.float16, dropout_p=0.1),
+        "float16, E=64, gated bias": partial(biased, 64, torch.float16),
         "bfloat16, E=32": partial(plain, 32, torch.bfloat16),
         "bfloat16, E=32, dropout and gated bias": partial(everything, 32, torch.bfloat16),
         "bfloat16, E=80, dropout and gated bias": partial(everything, 80, torch.bfloat16),
         "bfloat16, E=128": partial(plain, 128, torch.bfloat16),
         "bfloat16, E=128, dropout and gated bias": partial(everything, 128, torch.bfloat16),
         "float32, E=64, dropout and gated bias": partial(everything, 64, torch.float32),
+        "float32, E=64": partial(plain, 64, torch.float32),
+        "float32, E=64, dropout": partial(plain, 64, torch.float32, dropout_p=0.1),
+        "float32, E=64, gated bias": partial(biased, 64, torch.float32),
         "float32, E=128, dropout and gated bias": partial(everything, 128, torch.float32),
     }
+    # Bias and gate are fp32 under autocast, but 16-bit in an encoder that is 16-bit as a whole, and in `fastssl check`.
+    for dtype in (torch.bfloat16, torch.float16):
+        name = str(dtype).removeprefix("torch.")
+        cases[f"{name}, E=64, gated bias in {name}"] = partial(plain, 64, dtype, bias_dtype=dtype)
+    return cases
 
 
 def _forward_and_backward(
-    width: int, dtype: torch.dtype, dropout_p: float = 0.0, biased: bool = False, randomness: int = 2
+    width: int,
+    dtype: torch.dtype,
+    dropout_p: float = 0.0,
+    bias_dtype: torch.dtype | None = None,
+    randomness: int = RANDOMNESS,
 ) -> None:
+    """Launch all kernels; with `bias_dtype`, with a distance bias and gates in that dtype."""
     q = torch.zeros(800, 12, width, dtype=dtype)
-    bias, gate = (torch.zeros(12, 1601), torch.zeros(800, 12)) if biased else (None, None)
+    bias, gate = None, None
+    if bias_dtype is not None:
+        bias, gate = torch.zeros(12, 1601, dtype=bias_dtype), torch.zeros(800, 12, dtype=bias_dtype)
     inputs = (torch.tensor([0, 800], dtype=torch.int32), 800, 0.125, dropout_p, randomness, torch.tensor(0), bias, gate)
     out, logsumexp = varlen_attention_fwd(q, q, q, *inputs)
     varlen_attention_bwd(out, q, q, q, out, logsumexp, *inputs)

@@ -55,5 +55,5 @@ def launches_for(
     small, wide = Launch(64, 64, 4, 2), Launch(64, 64, 8, 2)
     forward = small if biased or max_length <= 256 else Launch(128, 64, 8, 3)
     if q.shape[2] <= 64:
-        return Launches(forward, small, small, small)
+        return Launches(forward, small, small, wide)
     return Launches(forward, wide if biased else small, wide, wide)

@@ -89,6 +89,12 @@ def dtype_of_no_kernel(x: Tensor) -> Tensor:
     return _gelu(x.double()).float()
 
 
+def mixture_of_no_kernel(x: Tensor) -> Tensor:
+    negatives = torch.zeros(x.shape[0], 1, dtype=torch.int64, device=x.device)
+    loss: Tensor = torch.ops.fastssl_triton.contrastive_loss_fwd(x, x.bfloat16(), negatives, 0.1)[0]
+    return x + loss.unsqueeze(1)
+
+
 def strided_argument(x: Tensor) -> Tensor:
     return x + _gelu(x.t()).t()
 
@@ -147,6 +153,7 @@ FAULTS: tuple[Fault, ...] = (
     synchronize,
     mixed_dtypes,
     dtype_of_no_kernel,
+    mixture_of_no_kernel,
     strided_argument,
     argument_on_the_host,
     grid_out_of_range,

@@ -12,19 +12,6 @@ from torch import Tensor
 
 from tests.emulation.fake_cuda.record import Record
 
-#: Kernel, argument and dtype that no case compiled ahead of time has.
-_NOT_COMPILED = {
-    # `fastssl check` casts the table and the gates of WavLM's bias, too.
-    ("varlen_attention._forward_kernel", "bias_ptr", "16-bit float"),
-    ("varlen_attention._forward_kernel", "gate_ptr", "16-bit float"),
-    ("varlen_attention._backward_q_kernel", "bias_ptr", "16-bit float"),
-    ("varlen_attention._backward_q_kernel", "gate_ptr", "16-bit float"),
-    ("varlen_attention._backward_kv_kernel", "bias_ptr", "16-bit float"),
-    ("varlen_attention._backward_kv_kernel", "gate_ptr", "16-bit float"),
-    ("varlen_attention._backward_bias_kernel", "bias_ptr", "16-bit float"),
-    ("varlen_attention._backward_bias_kernel", "gate_ptr", "16-bit float"),
-    ("varlen_attention._reduce_bias_kernel", "grad_bias_ptr", "16-bit float"),
-}
 #: Largest size of a grid, by axis.
 _LIMITS = (2**31 - 1, 65535, 65535)
 
@@ -67,8 +54,8 @@ def _triton_module(op: str) -> Any:
 def note_launch(record: Record, kernel: Any, args: tuple[Any, ...], grid: Any, options: dict[str, Any]) -> None:
     """Check a launch and add it to a record.
 
-    Problems are an argument on another device, one with strides, a grid outside the limits of the hardware, and dtypes
-    for which the kernel is not among the cases that are compiled ahead of time.
+    Problems are an argument on another device, one with strides, a grid outside the limits of the hardware, and tensors
+    with dtypes that the kernel has in no case that is compiled ahead of time.
     """
     names = [parameter.name for parameter in kernel.params]
     arguments = dict(zip(names, args, strict=False))
@@ -86,33 +73,29 @@ def note_launch(record: Record, kernel: Any, args: tuple[Any, ...], grid: Any, o
     if any(not 0 < size <= limit for size, limit in zip(sizes, _LIMITS, strict=False)):
         record.problem(f"{title}: grid {sizes} is out of range")
     if kernel.__module__.startswith("fastssl.kernels."):
-        unknown = _dtypes(arguments) - _compiled_dtypes(op).get(kernel.__name__, set())
-        unknown -= {(name, dtype) for kernel_title, name, dtype in _NOT_COMPILED if kernel_title == title}
-        if unknown:
-            named = ", ".join(sorted(f"{name} {dtype}" for name, dtype in unknown))
+        dtypes = _dtypes(arguments)
+        if dtypes not in _compiled_dtypes(op).get(kernel.__name__, set()):
+            named = ", ".join(sorted(f"{name} {dtype}" for name, dtype in dtypes))
             record.problem(f"{title}: no ahead-of-time case has {named}")
     record.launches[title] += 1
     record.step(title, arguments, sizes, {name: value for name, value in options.items() if name not in names})
     record.variants.add((title, *_specialization(kernel, args, options)))
 
 
-def _dtypes(arguments: dict[str, Any]) -> set[tuple[str, str]]:
-    return {(name, _kind(value.dtype)) for name, value in arguments.items() if isinstance(value, Tensor)}
-
-
-def _kind(dtype: torch.dtype) -> str:
-    """Name a dtype; fp16 and bf16 count as one, because not every kernel is compiled ahead of time for both."""
-    return "16-bit float" if dtype in (torch.float16, torch.bfloat16) else str(dtype).removeprefix("torch.")
+def _dtypes(arguments: dict[str, Any]) -> frozenset[tuple[str, str]]:
+    """Return the dtype of each tensor of a launch; another mixture, or an argument less, is another kernel."""
+    tensors = ((name, value.dtype) for name, value in arguments.items() if isinstance(value, Tensor))
+    return frozenset((name, str(dtype).removeprefix("torch.")) for name, dtype in tensors)
 
 
 @cache
-def _compiled_dtypes(op: str) -> dict[str, set[tuple[str, str]]]:
-    """Return which dtypes the cases that are compiled ahead of time give to each argument, by kernel."""
-    seen: dict[str, set[tuple[str, str]]] = {}
+def _compiled_dtypes(op: str) -> dict[str, set[frozenset[tuple[str, str]]]]:
+    """Return the dtypes of each launch of the cases that are compiled ahead of time, by kernel."""
+    seen: dict[str, set[frozenset[tuple[str, str]]]] = {}
 
     def note(kernel: Any, args: tuple[Any, ...], grid: Any, options: dict[str, Any]) -> None:
         arguments = dict(zip([parameter.name for parameter in kernel.params], args, strict=False)) | options
-        seen.setdefault(kernel.__name__, set()).update(_dtypes(arguments))
+        seen.setdefault(kernel.__name__, set()).add(_dtypes(arguments))
 
     with recording(note), torch.utils._python_dispatch._disable_current_modes(), torch.inference_mode(mode=False):
         for case in _triton_module(op).ahead_of_time_cases().values():

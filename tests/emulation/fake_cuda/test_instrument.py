@@ -26,6 +26,7 @@ FAULTS = {
     "synchronize": ("waits", "faults.py synchronize: synchronize"),
     "mixed_dtypes": ("problems", "faults.py mixed_dtypes: mm: expected one dtype, got float32 and float64"),
     "dtype_of_no_kernel": ("problems", "no ahead-of-time case has out_ptr float64, x_ptr float64"),
+    "mixture_of_no_kernel": ("problems", "no ahead-of-time case has context_ptr float32, hash_ptr int32"),
     "strided_argument": ("problems", "x_ptr is not contiguous"),
     "argument_on_the_host": ("problems", "bias_gelu_dropout_fwd: tensors are on cuda:0, cpu"),
     "grid_out_of_range": ("problems", "copy_kernel: grid (1, 70000) is out of range"),

@@ -12,7 +12,9 @@ before a barrier.
 - `arithmetic.py`, `movement.py`, `warps.py` and `tensor_cores.py` say what each instruction does.
 - `machine.py` runs a kernel: branches, divergence and barriers.
 - `launch.py` replaces Triton's launcher.
-- `cases.py` and `__main__.py` run ops, in a process without Triton's interpreter.
+- `subjects.py` has a batch of each op, and `checks.py` what is checked of it; `__main__.py` runs them, in a process
+  without Triton's interpreter. `plugin.py` runs the tests of the ops.
+- `faults.py` puts faults into kernels, and `far.py` gives them tensors of more than 2^31 elements.
 
 What it does not show: the hardware's approximations (`ex2.approx` is as exact as NumPy), instructions of later
 architectures (`wgmma`, `tcgen05`), and time.
