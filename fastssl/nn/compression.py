@@ -220,6 +220,7 @@ class SequenceCompressor(nn.Module):
         layout.ask_for_indices()
         if self.kind == "integrate-and-fire":
             layout.rows_with_gaps(_REACH, _REACH)
+            layout.with_gaps(_REACH, _REACH).after_conv(2 * _REACH + 1, 1)
             if not self.training:
                 layout.rows_with_gaps(0, 1)
 
