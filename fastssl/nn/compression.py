@@ -5,7 +5,10 @@ packed again, so the cost of the layers after it falls with the number of frames
 """
 
 import math
-from typing import Any, Literal, NamedTuple, get_args
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +27,8 @@ _LARGEST_RATE = 2 - 1e-5  # at 2 all weights are zero and cannot be scaled up
 _REACH = 2  # frames on each side from which the weight network computes a weight
 
 
-class Compressed(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Compressed:
     """Result of `SequenceCompressor`: N_out frames made from N input frames.
 
     Attributes:
@@ -35,7 +39,6 @@ class Compressed(NamedTuple):
             frames would be left. None unless the kind is integrate-and-fire.
         learned_weights: (N,) alpha in (0, 1), the weights before mixing, for losses that guide the boundaries. None
             unless the kind is integrate-and-fire.
-        sources: (N,) int64, the row of `frames` that received each input frame, or most of it. Rows never decrease.
         layout: Layout of the N input frames.
     """
 
@@ -43,8 +46,17 @@ class Compressed(NamedTuple):
     frame_period_ms: Tensor  # (B,)
     weights: Tensor | None  # (N,)
     learned_weights: Tensor | None  # (N,)
-    sources: Tensor  # (N,)
     layout: Layout
+    _find_sources: Callable[[], Tensor] = field(repr=False)
+
+    @cached_property
+    def sources(self) -> Tensor:  # (N,)
+        """(N,) int64, the row of `frames` that received each input frame, or most of it. Rows never decrease.
+
+        They are computed when they are first asked for, because many objectives do not need them.
+        """
+        with torch.no_grad(), torch.inference_mode(mode=False):  # autograd saves no inference tensors for `upsample`
+            return self._find_sources()
 
     def upsample(self, values: Tensor) -> Tensor:  # (N_out, ...) -> (N, ...)
         """Repeat the row of each compressed frame for each input frame that it was made from.
@@ -201,15 +213,15 @@ class SequenceCompressor(nn.Module):
         if self.kind != "integrate-and-fire":
             compress = self._average if self.kind == "average" else self._strided
             out = compress(x, layout)
-            sources = _window_of_frames(layout, out.layout, self._window, shrinks=self.kind == "average")
-            return Compressed(out, _period(layout, out.layout, self.input_period_ms), None, None, sources, layout)
+            find = partial(_window_of_frames, layout, out.layout, self._window, shrinks=self.kind == "average")
+            return Compressed(out, _period(layout, out.layout, self.input_period_ms), None, None, layout, find)
         learned = self.weight_network(x, layout)
         rates = self._rates(learned, layout, rate, frame_period_ms)
         weights = mix_weights(learned, rates[layout.sequence_ids])
         weights = _protect(_without_nan(weights, learned, layout), layout)
         out, ends = _fire(x, weights, layout) if self.training else _fire_all(x, weights, layout)
-        sources = _slot_of_frames(weights.detach(), ends, layout, out.layout)
-        return Compressed(out, _period(layout, out.layout, self.input_period_ms), weights, learned, sources, layout)
+        find = partial(_slot_of_frames, weights.detach(), ends, layout, out.layout)
+        return Compressed(out, _period(layout, out.layout, self.input_period_ms), weights, learned, layout, find)
 
     def ask(self, layout: Layout) -> None:
         """Ask a layout for all that `forward` computes with it, for `Layout.plan`.
