@@ -233,6 +233,7 @@ class SequenceCompressor(nn.Module):
         if self.kind == "integrate-and-fire":
             layout.rows_with_gaps(_REACH, _REACH)
             layout.with_gaps(_REACH, _REACH).after_conv(2 * _REACH + 1, 1)
+            _ = layout.rows_by_step
             if not self.training:
                 layout.rows_with_gaps(0, 1)
 
@@ -296,7 +297,7 @@ class SequenceCompressor(nn.Module):
             rate = 1.0 if rate is None else rate
             return _per_utterance("rate", rate, layout, learned).clamp(0.0, _LARGEST_RATE)
         period = _per_utterance("frame_period_ms", frame_period_ms, layout, learned)
-        mean_weight = layout.sums(learned) / layout.device_lengths.clamp(min=1)
+        mean_weight = layout.sums(learned) / layout.divisors
         solved = rate_for_period(period.clamp(min=self.input_period_ms), mean_weight, self.input_period_ms)
         return solved.clamp(0.0, _LARGEST_RATE).to(learned.dtype)
 
@@ -398,7 +399,8 @@ def _without_nan(weights: Tensor, learned: Tensor, layout: Layout) -> Tensor:
 def _protect(weights: Tensor, layout: Layout) -> Tensor:
     """Scale up the weights of utterances that would be left with fewer than `_LEAST_FRAMES` frames."""
     sums, least = layout.sums(weights), layout.device_lengths.clamp(max=_LEAST_FRAMES).double()
-    scale = torch.where(sums < least, (least + _MARGIN) / torch.where(sums < least, sums, 1.0), 1.0)
+    short = sums < least
+    scale = torch.where(short, (least + _MARGIN) / torch.where(short, sums, 1.0), 1.0)
     return weights * scale.to(weights.dtype)[layout.sequence_ids]
 
 
