@@ -13,6 +13,7 @@ from fastssl.models.compression import CompressionScores
 from fastssl.models.config import MaskedConfig
 from fastssl.models.draws import Draws, draw_mask, masked_by_utterance
 from fastssl.models.encoder import Encoder, EncoderConfig, Projected
+from fastssl.models.losses import add_weighted
 from fastssl.models.pretraining import (
     ACCURACY,
     PretrainingModel,
@@ -315,7 +316,8 @@ class Wav2Vec2ForPreTraining(PretrainingModel):
         diversity = (total_codes - prob_perplexity.sum()) / total_codes
         masked = masked_by_utterance(mask, layout) if counts is None else counts
         penalty = features_penalty(frames, masked)
-        loss = contrastive + config.features_penalty_weight * penalty
+        loss = add_weighted(contrastive, (config.features_penalty_weight, penalty))
+        # Even with a weight of 0, because other processes may have masked frames, and backward adds over processes.
         loss = loss + config.diversity_loss_weight * len(rows) * diversity
         loss, compression = self.with_compression_loss(loss, compressed, masked, segments)
         return PretrainingOutput(
