@@ -77,6 +77,12 @@ def scenarios() -> Iterator[tuple[str, Scenario]]:
     for precision in (*PRECISIONS, "bf16-true"):
         yield f"encoder/wav2vec2/{precision}", partial(_encode, recipe="wav2vec2-tiny", precision=precision)
         yield f"encoder/best-rq/{precision}", partial(_encode, recipe="best-rq-tiny", precision=precision)
+    base = partial(_encode, recipe="wav2vec2-base", precision="bf16-mixed")
+    yield "encoder/wav2vec2 base/bf16-mixed", base
+    yield (
+        "encoder/wav2vec2 base, 2 layers, integrate-and-fire/bf16-mixed",
+        partial(base, num_hidden_layers=2, compressor="integrate-and-fire"),
+    )
 
 
 def _train(watch: Watch, *, recipe: str, compressor: str, precision: str, batch: str) -> None:
@@ -216,9 +222,13 @@ def _segments(model: PretrainingModel) -> bool:
     return bool(config.draws_rates)
 
 
-def encoder_of(watch: Watch, recipe: str, precision: str) -> tuple[SpeechEncoder, torch.dtype]:
-    """Make a recipe's encoder for evaluation on the GPU. Return it and the dtype of its weights."""
-    config = recipe_model(recipe)
+def encoder_of(watch: Watch, recipe: str, precision: str, **changes: Any) -> tuple[SpeechEncoder, torch.dtype]:
+    """Make a recipe's encoder, with changes to its config, for evaluation on the GPU.
+
+    Returns:
+        The encoder, and the dtype of its weights.
+    """
+    config = dataclasses.replace(recipe_model(recipe), **changes)
     encoder = SYSTEMS[system_of(config)](config).speech_encoder.eval()
     dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
     with watch.unwatched():
@@ -226,9 +236,9 @@ def encoder_of(watch: Watch, recipe: str, precision: str) -> tuple[SpeechEncoder
     return encoder, dtype
 
 
-def _encode(watch: Watch, *, recipe: str, precision: str) -> None:
+def _encode(watch: Watch, *, recipe: str, precision: str, **changes: Any) -> None:
     """Run an encoder as a user does: in inference mode, on a batch that is copied to the GPU."""
-    encoder, dtype = encoder_of(watch, recipe, precision)
+    encoder, dtype = encoder_of(watch, recipe, precision, **changes)
     autocast = PRECISIONS.get(precision)
 
     def forward(seconds: tuple[float, ...]) -> None:
