@@ -177,6 +177,12 @@ class Layout:
 
     @property
     @_kept
+    def divisors(self) -> Tensor:
+        """(B,) int32 on the device: what to divide the sum of each sequence by for a mean; 1 for an empty one."""
+        return self.device_lengths.clamp(min=1)
+
+    @property
+    @_kept
     def sequence_ids(self) -> Tensor:
         """(N,) int64 on the device: the index of the sequence that each row belongs to."""
         return torch.repeat_interleave(self.device_lengths.long(), output_size=self.total)
@@ -188,8 +194,14 @@ class Layout:
         return torch.arange(self.total, device=self.cu_seqlens.device) - self.cu_seqlens[self.sequence_ids]
 
     def ask_for_indices(self) -> None:
-        """Compute `device_lengths`, `sequence_ids` and `positions`, so that a plan includes them."""
-        _ = self.device_lengths, self.sequence_ids, self.positions
+        """Compute `device_lengths`, `divisors`, `sequence_ids` and `positions`, so that a plan includes them."""
+        _ = self.device_lengths, self.divisors, self.sequence_ids, self.positions
+
+    @property
+    @_kept
+    def rows_by_step(self) -> Tensor:
+        """(N,) int64 on the device: the row of each frame in a batch (T, max(B, 2)) with one column per sequence."""
+        return self.positions * max(2, len(self.lengths)) + self.sequence_ids
 
     def rows(self, sequences: Tensor, positions: Tensor) -> Tensor:
         """Compute row numbers in the packed tensor from sequence numbers and positions within the sequences.

@@ -50,6 +50,9 @@ def test_layout_says_where_each_row_belongs(lengths: list[int]) -> None:
     assert layout.sequence_ids.dtype == layout.positions.dtype == torch.int64
     assert layout.device_lengths.tolist() == lengths
     assert layout.device_lengths.dtype == torch.int32
+    assert layout.divisors.tolist() == [max(1, length) for length in lengths]
+    by_step = [position * max(2, len(lengths)) + sequence for sequence, position in rows]
+    assert layout.rows_by_step.tolist() == by_step
     assert torch.equal(layout.rows(layout.sequence_ids, layout.positions), torch.arange(len(rows)))
 
 

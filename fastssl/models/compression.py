@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastssl.data.segments import FrameSegments
 from fastssl.models.config import CompressedConfig, CompressorConfig
+from fastssl.models.losses import add_weighted
 from fastssl.nn.compression import Compressed, Kind, SequenceCompressor
 from fastssl.nn.rates import draw_rates
 from fastssl.nn.segmentation import quantity_loss, segmentation_losses
@@ -93,19 +94,19 @@ def with_compression_loss(
     if compressed.weights is None or compressed.learned_weights is None:  # a fixed factor
         return loss, None
     layout = compressed.layout
-    segment = frame = masked.new_zeros(len(masked))
-    if segments is not None:
+    if segments is None:
+        segment = frame = torch.zeros_like(masked)
+    else:
         segment, frame = segmentation_losses(
             compressed.learned_weights, layout, weights=segments.weights, ends=segments.ends
         )
     quantity = quantity_loss(compressed.weights, layout, share=config.quantity_share)
-    frames, fewer = layout.device_lengths, compressed.frames.layout.device_lengths
-    period_ms = config.frame_period_ms * frames / fewer.clamp(min=1)
+    period_ms = config.frame_period_ms * layout.device_lengths / compressed.frames.layout.divisors
     scores = CompressionScores(*(torch.sum(of_each * masked) for of_each in (segment, frame, quantity, period_ms)))
-    loss = (
-        loss
-        + config.segment_loss_weight * scores.segment_loss
-        + config.frame_loss_weight * scores.frame_loss
-        + config.quantity_loss_weight * scores.quantity_loss
+    loss = add_weighted(
+        loss,
+        (config.segment_loss_weight, scores.segment_loss),
+        (config.frame_loss_weight, scores.frame_loss),
+        (config.quantity_loss_weight, scores.quantity_loss),
     )
     return loss, CompressionScores(*(score.detach() for score in scores))

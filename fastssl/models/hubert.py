@@ -12,6 +12,7 @@ from fastssl.models.bounds import bounded
 from fastssl.models.config import MaskedConfig
 from fastssl.models.draws import Draws, draw_mask, masked_by_utterance
 from fastssl.models.encoder import Encoder, EncoderConfig, Projected
+from fastssl.models.losses import add_weighted
 from fastssl.models.pretraining import (
     PREDICTION,
     Needs,
@@ -199,7 +200,7 @@ class HubertForPreTraining(PretrainingModel):
         masked = masked_by_utterance(mask, frames.layout) if counts is None else counts
         penalty = features_penalty(frames, masked)
         loss, compression = self.with_compression_loss(
-            prediction_loss + config.features_penalty_weight * penalty,
+            add_weighted(prediction_loss, (config.features_penalty_weight, penalty)),
             compressed,
             masked,
             segments,

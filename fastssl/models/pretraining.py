@@ -371,7 +371,7 @@ def features_penalty(frames: Packed, masked: Tensor) -> Tensor:
     """
     layout = frames.layout
     squares = frames.values.float().square().mean(1)
-    weight = masked / layout.device_lengths.clamp(min=1)
+    weight = masked / layout.divisors
     return (squares * weight[layout.sequence_ids]).sum()
 
 

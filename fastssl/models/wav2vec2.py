@@ -13,6 +13,7 @@ from fastssl.models.compression import CompressionScores
 from fastssl.models.config import MaskedConfig
 from fastssl.models.draws import Draws, draw_mask, masked_by_utterance
 from fastssl.models.encoder import Encoder, EncoderConfig, Projected
+from fastssl.models.losses import add_weighted
 from fastssl.models.pretraining import (
     ACCURACY,
     PretrainingModel,
@@ -146,16 +147,16 @@ class PretrainingOutput:
     def scores(self) -> dict[str, Tensor]:
         """Return sums over the masked frames as () tensors, by the names in `Wav2Vec2ForPreTraining.score_names`."""
         frames = self.masked_frames
-        groups = range(len(self.code_perplexity))
+        # Perplexities cannot be summed over batches; the mean, weighted by masked frames, is an approximation.
+        code, prob = ((each * frames).unbind() for each in (self.code_perplexity, self.prob_perplexity))
         return {
             "contrastive_loss": self.contrastive_loss,
             "accuracy": self.correct,
             "chance": self.chance,
             "diversity_loss": self.diversity_loss * frames,
             "features_penalty": self.features_penalty,
-            # Perplexities cannot be summed over batches; the mean, weighted by masked frames, is an approximation.
-            **{f"code_perplexity_{group}": self.code_perplexity[group] * frames for group in groups},
-            **{f"prob_perplexity_{group}": self.prob_perplexity[group] * frames for group in groups},
+            **{f"code_perplexity_{group}": value for group, value in enumerate(code)},
+            **{f"prob_perplexity_{group}": value for group, value in enumerate(prob)},
             **({} if self.compression is None else self.compression._asdict()),
         }
 
@@ -315,7 +316,8 @@ class Wav2Vec2ForPreTraining(PretrainingModel):
         diversity = (total_codes - prob_perplexity.sum()) / total_codes
         masked = masked_by_utterance(mask, layout) if counts is None else counts
         penalty = features_penalty(frames, masked)
-        loss = contrastive + config.features_penalty_weight * penalty
+        loss = add_weighted(contrastive, (config.features_penalty_weight, penalty))
+        # Even with a weight of 0, because other processes may have masked frames, and backward adds over processes.
         loss = loss + config.diversity_loss_weight * len(rows) * diversity
         loss, compression = self.with_compression_loss(loss, compressed, masked, segments)
         return PretrainingOutput(
@@ -324,7 +326,7 @@ class Wav2Vec2ForPreTraining(PretrainingModel):
             diversity_loss=diversity.detach(),
             features_penalty=penalty.detach(),
             correct=correct.sum(),
-            chance=(1 / (1 + (negatives >= 0).sum(1))).sum(),
+            chance=(1 + (negatives >= 0).sum(1)).reciprocal().sum(),
             masked_frames=len(rows),
             code_perplexity=perplexity(quantized.counts / max(1, len(rows))),
             prob_perplexity=prob_perplexity.detach(),
@@ -369,8 +371,8 @@ class _SumOverProcesses(torch.autograd.Function):
 
 def _mean_over_processes(total: Tensor, frames: int) -> Tensor:  # (G, V) -> (G, V)
     """Average over all processes' masked frames, with gradient; `total` is the sum over this process's `frames`."""
-    count = torch.full((), frames, dtype=total.dtype, device=total.device)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        total = _SumOverProcesses.apply(total)
-        torch.distributed.all_reduce(count)
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return total / max(1, frames)
+    total, count = _SumOverProcesses.apply(total), total.new_full((), frames)
+    torch.distributed.all_reduce(count)
     return total / count.clamp(min=1)

@@ -151,7 +151,7 @@ def _powers(signals: Packed) -> Tensor:  # (B,)
     Each signal is summed on its own, so that its bits do not depend on the batch.
     """
     squares = torch.stack([signal.double().square().sum() for signal in signals.unpack()])
-    return squares / signals.layout.device_lengths.clamp(min=1)
+    return squares / signals.layout.divisors
 
 
 def _normalise(x: Tensor) -> Tensor:  # (T, 1)

@@ -5,7 +5,10 @@ packed again, so the cost of the layers after it falls with the number of frames
 """
 
 import math
-from typing import Any, Literal, NamedTuple, get_args
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +27,8 @@ _LARGEST_RATE = 2 - 1e-5  # at 2 all weights are zero and cannot be scaled up
 _REACH = 2  # frames on each side from which the weight network computes a weight
 
 
-class Compressed(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Compressed:
     """Result of `SequenceCompressor`: N_out frames made from N input frames.
 
     Attributes:
@@ -35,7 +39,6 @@ class Compressed(NamedTuple):
             frames would be left. None unless the kind is integrate-and-fire.
         learned_weights: (N,) alpha in (0, 1), the weights before mixing, for losses that guide the boundaries. None
             unless the kind is integrate-and-fire.
-        sources: (N,) int64, the row of `frames` that received each input frame, or most of it. Rows never decrease.
         layout: Layout of the N input frames.
     """
 
@@ -43,8 +46,17 @@ class Compressed(NamedTuple):
     frame_period_ms: Tensor  # (B,)
     weights: Tensor | None  # (N,)
     learned_weights: Tensor | None  # (N,)
-    sources: Tensor  # (N,)
     layout: Layout
+    _find_sources: Callable[[], Tensor] = field(repr=False)
+
+    @cached_property
+    def sources(self) -> Tensor:  # (N,)
+        """(N,) int64, the row of `frames` that received each input frame, or most of it. Rows never decrease.
+
+        They are computed when they are first asked for, because many objectives do not need them.
+        """
+        with torch.no_grad(), torch.inference_mode(mode=False):  # autograd saves no inference tensors for `upsample`
+            return self._find_sources()
 
     def upsample(self, values: Tensor) -> Tensor:  # (N_out, ...) -> (N, ...)
         """Repeat the row of each compressed frame for each input frame that it was made from.
@@ -201,15 +213,15 @@ class SequenceCompressor(nn.Module):
         if self.kind != "integrate-and-fire":
             compress = self._average if self.kind == "average" else self._strided
             out = compress(x, layout)
-            sources = _window_of_frames(layout, out.layout, self._window, shrinks=self.kind == "average")
-            return Compressed(out, _period(layout, out.layout, self.input_period_ms), None, None, sources, layout)
+            find = partial(_window_of_frames, layout, out.layout, self._window, shrinks=self.kind == "average")
+            return Compressed(out, _period(layout, out.layout, self.input_period_ms), None, None, layout, find)
         learned = self.weight_network(x, layout)
         rates = self._rates(learned, layout, rate, frame_period_ms)
         weights = mix_weights(learned, rates[layout.sequence_ids])
         weights = _protect(_without_nan(weights, learned, layout), layout)
         out, ends = _fire(x, weights, layout) if self.training else _fire_all(x, weights, layout)
-        sources = _slot_of_frames(weights.detach(), ends, layout, out.layout)
-        return Compressed(out, _period(layout, out.layout, self.input_period_ms), weights, learned, sources, layout)
+        find = partial(_slot_of_frames, weights.detach(), ends, layout, out.layout)
+        return Compressed(out, _period(layout, out.layout, self.input_period_ms), weights, learned, layout, find)
 
     def ask(self, layout: Layout) -> None:
         """Ask a layout for all that `forward` computes with it, for `Layout.plan`.
@@ -220,6 +232,8 @@ class SequenceCompressor(nn.Module):
         layout.ask_for_indices()
         if self.kind == "integrate-and-fire":
             layout.rows_with_gaps(_REACH, _REACH)
+            layout.with_gaps(_REACH, _REACH).after_conv(2 * _REACH + 1, 1)
+            _ = layout.rows_by_step
             if not self.training:
                 layout.rows_with_gaps(0, 1)
 
@@ -283,7 +297,7 @@ class SequenceCompressor(nn.Module):
             rate = 1.0 if rate is None else rate
             return _per_utterance("rate", rate, layout, learned).clamp(0.0, _LARGEST_RATE)
         period = _per_utterance("frame_period_ms", frame_period_ms, layout, learned)
-        mean_weight = layout.sums(learned) / layout.device_lengths.clamp(min=1)
+        mean_weight = layout.sums(learned) / layout.divisors
         solved = rate_for_period(period.clamp(min=self.input_period_ms), mean_weight, self.input_period_ms)
         return solved.clamp(0.0, _LARGEST_RATE).to(learned.dtype)
 
@@ -385,7 +399,8 @@ def _without_nan(weights: Tensor, learned: Tensor, layout: Layout) -> Tensor:
 def _protect(weights: Tensor, layout: Layout) -> Tensor:
     """Scale up the weights of utterances that would be left with fewer than `_LEAST_FRAMES` frames."""
     sums, least = layout.sums(weights), layout.device_lengths.clamp(max=_LEAST_FRAMES).double()
-    scale = torch.where(sums < least, (least + _MARGIN) / torch.where(sums < least, sums, 1.0), 1.0)
+    short = sums < least
+    scale = torch.where(short, (least + _MARGIN) / torch.where(short, sums, 1.0), 1.0)
     return weights * scale.to(weights.dtype)[layout.sequence_ids]
 
 

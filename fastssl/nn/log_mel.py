@@ -97,7 +97,7 @@ def normalize_over_time(frames: Packed) -> Packed:
         (N, C) in the dtype of `frames`; computed in fp64.
     """
     x, layout = frames
-    counts = layout.device_lengths.clamp(min=1).unsqueeze(1)
+    counts = layout.divisors.unsqueeze(1)
     sequence = layout.sequence_ids
     centred = x.double()
     centred = centred - (layout.sums(centred) / counts)[sequence]

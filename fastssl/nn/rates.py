@@ -20,7 +20,9 @@ def mix_weights(learned: Tensor, rate: Tensor) -> Tensor:
     Returns:
         alpha', in the broadcast shape: rate * alpha + 1 - rate for rates up to 1, (2 - rate) * alpha above.
     """
-    return torch.where(rate <= 1, rate * learned + (1 - rate), (2 - rate) * learned)
+    # Only the rate is chosen by `where`, so that the gradient of `learned` is one product.
+    below = rate <= 1
+    return torch.where(below, rate, 2 - rate) * learned + (1 - rate) * below
 
 
 def rate_for_period(period_ms: Tensor, mean_weight: Tensor, input_period_ms: float) -> Tensor:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastssl.kernels.integrate_and_fire.reference import fire_positions
+from fastssl.kernels.integrate_and_fire.reference import running_sums
 from fastssl.packing import Layout
 
 
@@ -49,14 +49,15 @@ def segmentation_losses(
     for name, tensor in (("learned", learned), ("weights", weights), ("ends", ends)):
         if tensor.shape != (layout.total,):
             raise ValueError(f"{name}: expected ({layout.total},) for this layout, got {tuple(tensor.shape)}")
-    both = torch.stack((learned.double(), weights.double()), 1)  # (N, 2), for a single scan
-    learned_ends, target_ends = fire_positions(both, layout, 1.0).unbind(1)
-    apart = (learned_ends - target_ends).abs()
-    segments = layout.sums(ends).clamp(min=1)
-    frames = layout.device_lengths.clamp(min=1)
+    # On a GPU, each call is a launch, so both weights are summed by one scan, and three values by one sum.
+    learned_ends, target_ends = running_sums(torch.stack((learned, weights), 1), layout).unbind(1)
+    is_end = ends.double()
+    apart = (learned_ends - target_ends).abs() * is_end
+    by_frame = torch.stack((is_end, apart, (learned - weights.to(learned)).abs()), 1)
+    segments, of_segments, of_frames = layout.sums(by_frame).unbind(1)
     return SegmentationLosses(
-        (layout.sums(torch.where(ends, apart, 0.0)) / segments).float(),
-        (layout.sums((learned - weights.to(learned)).abs()) / frames).float(),
+        (of_segments / segments.clamp(min=1)).float(),
+        (of_frames / layout.divisors).float(),
     )
 
 
@@ -73,6 +74,5 @@ def quantity_loss(weights: Tensor, layout: Layout, *, share: float) -> Tensor:  
     Returns:
         (B,) fp32; 0 for an utterance without frames.
     """
-    frames = layout.device_lengths
-    kept = layout.sums(weights) / frames.clamp(min=1)
-    return torch.where(frames > 0, (kept - share).abs(), 0.0).float()
+    kept = layout.sums(weights) / layout.divisors
+    return ((kept - share).abs() * (layout.device_lengths > 0)).float()

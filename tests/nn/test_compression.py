@@ -237,6 +237,7 @@ def test_one_scan_serves_the_frames_and_their_sources(training: bool) -> None:
     compressor = make("integrate-and-fire", channels=3).train(training)
     with Scans() as seen:
         out = compressor(frames, rate=0.7)
+        assert len(out.sources) == 60
     assert seen.scans == 1
     assert seen.unordered == []
     values = torch.randn(out.frames.layout.total, requires_grad=True)  # one number per frame
@@ -245,6 +246,18 @@ def test_one_scan_serves_the_frames_and_their_sources(training: bool) -> None:
     assert seen.unordered == []
     assert values.grad is not None
     assert torch.equal(values.grad, out.sources.bincount(minlength=len(values)).float())
+
+
+@EVERY_KIND
+def test_sources_first_asked_for_in_inference_mode_serve_a_gradient(kind: str) -> None:
+    frames = frames_of([60], channels=3)
+    out = make(kind, channels=3)(frames)
+    with torch.inference_mode():
+        sources = out.sources
+    assert out.sources is sources
+    values = torch.randn(out.frames.layout.total, 2, requires_grad=True)
+    (grad,) = torch.autograd.grad(out.upsample(values).sum(), values)
+    assert grad[:, 0].tolist() == sources.bincount(minlength=len(values)).tolist()
 
 
 @EVERY_KIND

@@ -24,6 +24,15 @@ def test_periods_of_rates_are_those_of_the_paper() -> None:
     assert saturated.tolist() == [0.0, 1.5]
 
 
+def test_a_rate_of_one_has_the_gradient_from_below() -> None:
+    """An adaptive rate at its upper bound of 1 must feel that fewer frames are left as it rises to 1."""
+    learned = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64, requires_grad=True)
+    rate = torch.tensor([0.5, 1.0, 1.5], dtype=torch.float64, requires_grad=True)
+    of_learned, of_rate = torch.autograd.grad(mix_weights(learned, rate).sum(), (learned, rate))
+    assert of_learned.tolist() == [0.5, 1.0, 0.5]
+    assert of_rate.tolist() == [0.25 - 1, 0.5 - 1, -0.75]
+
+
 def test_draws_are_uniform_and_follow_from_the_key_alone() -> None:
     keys = draw_keys(4000, generator=torch.Generator().manual_seed(0))
     rates = draw_rates(keys, 0.25, 1.0)

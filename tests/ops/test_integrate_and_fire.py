@@ -203,9 +203,11 @@ def test_the_reference_adds_in_order_on_a_gpu_too(lengths: tuple[int, ...]) -> N
 def test_several_weights_are_scanned_at_once() -> None:
     layout = layout_of((7, 0, 4))
     weights = randn(11, 2).abs()
-    both = reference.fire_positions(weights, layout, 0.7)
-    assert torch.equal(both[:, 0], reference.fire_positions(weights[:, 0], layout, 0.7))
-    assert torch.equal(both[:, 1], reference.fire_positions(weights[:, 1], layout, 0.7))
+    both = reference.running_sums(weights, layout)
+    assert torch.equal(both[:, 0], reference.running_sums(weights[:, 0], layout))
+    assert torch.equal(both[:, 1], reference.running_sums(weights[:, 1], layout))
+    expected = [part.double().cumsum(0) for part in weights.split(layout.lengths)]
+    torch.testing.assert_close(both, torch.cat(expected))
 
 
 @EVERY_IMPLEMENTATION

@@ -9,23 +9,36 @@ from fastssl.packing import Layout, Packed
 def fire_positions(weights: Tensor, layout: Layout, threshold: float) -> Tensor:
     """Compute where each frame ends, in output frames: the running sum of its utterance's weights over `threshold`.
 
-    Sums are in fp64, along the first dimension of a padded batch with at least two columns. There, PyTorch adds one
-    element after another on every device, so the bits do not depend on the rest of the batch.
-
     Args:
-        weights: (N, ...) packed weights of any floating dtype; further dimensions are summed independently.
+        weights: (N,) packed weights of any floating dtype.
         layout: Where each utterance begins.
         threshold: Sum of the weights in one output frame.
 
     Returns:
-        (N, ...) float64 positions, which never decrease within an utterance.
+        (N,) float64 positions, which never decrease within an utterance.
     """
-    batch = len(layout.lengths)
-    by_step = Packed(weights.to(torch.float64), layout).to_padded().transpose(0, 1)  # (T, B, ...)
-    if batch == 1:  # For a single column, PyTorch on a GPU calls CUB, which adds in parallel, in another order.
-        by_step = torch.cat((by_step, torch.zeros_like(by_step)), 1)
-    sums = by_step.cumsum(0)[:, :batch].transpose(0, 1)
-    return Packed.from_padded(sums, layout).values / threshold
+    return running_sums(weights, layout) / threshold
+
+
+def running_sums(x: Tensor, layout: Layout) -> Tensor:
+    """Sum the rows of each utterance up to each row.
+
+    Sums are in fp64, along the first dimension of a padded batch with at least two columns. There, PyTorch adds one
+    element after another on every device, so the bits do not depend on the rest of the batch. For a single column,
+    PyTorch on a GPU would call CUB, which adds in parallel, in another order.
+
+    Args:
+        x: (N, ...) packed values of any floating dtype; further dimensions are summed independently.
+        layout: Where each utterance begins.
+
+    Returns:
+        (N, ...) float64 sums.
+    """
+    rows, steps, others = layout.rows_by_step, layout.max_length, x.shape[1:]
+    columns = max(2, len(layout.lengths))
+    by_step = x.new_zeros((steps * columns, *others), dtype=torch.float64).index_copy(0, rows, x.double())
+    sums = by_step.view(steps, columns, *others).cumsum(0)
+    return sums.flatten(0, 1).index_select(0, rows)
 
 
 def fired(positions: Tensor, weights: Tensor, layout: Layout) -> Tensor:

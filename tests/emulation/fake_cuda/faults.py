@@ -13,7 +13,7 @@ from benchmarks.recipes import recipe_model
 from fastssl.models.encoder import Encoder
 from fastssl.packing import Packed
 from tests.emulation.fake_cuda.scenario import Scenario, Watch
-from tests.emulation.fake_cuda.training import waveforms_of
+from tests.emulation.fake_cuda.training import two_processes, waveforms_of
 
 Fault = Callable[[Tensor], Tensor]  # frames (N, C) -> frames (N, C)
 
@@ -69,6 +69,12 @@ def list_of_values(x: Tensor) -> Tensor:
 def sizes_from_the_device(x: Tensor) -> Tensor:
     counts = torch.ones(x.shape[0], dtype=torch.int64, device=x.device)
     return x + torch.repeat_interleave(counts).sum()
+
+
+def collective_on_the_host(x: Tensor) -> Tensor:
+    with two_processes():
+        torch.distributed.all_reduce(torch.ones(1))
+    return x
 
 
 def synchronize(x: Tensor) -> Tensor:
@@ -150,6 +156,7 @@ FAULTS: tuple[Fault, ...] = (
     asynchronous_copy_to_host,
     list_of_values,
     sizes_from_the_device,
+    collective_on_the_host,
     synchronize,
     mixed_dtypes,
     dtype_of_no_kernel,

@@ -23,6 +23,7 @@ FAULTS = {
     "asynchronous_copy_to_host": ("problems", "faults.py asynchronous_copy_to_host: asynchronous copy to the host"),
     "list_of_values": ("waits", "faults.py list_of_values: copy to host"),
     "sizes_from_the_device": ("waits", "faults.py sizes_from_the_device: repeat_interleave without output_size"),
+    "collective_on_the_host": ("problems", "allreduce_: tensors are on cpu"),
     "synchronize": ("waits", "faults.py synchronize: synchronize"),
     "mixed_dtypes": ("problems", "faults.py mixed_dtypes: mm: expected one dtype, got float32 and float64"),
     "dtype_of_no_kernel": ("problems", "no ahead-of-time case has out_ptr float64, x_ptr float64"),

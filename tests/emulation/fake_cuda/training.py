@@ -2,13 +2,14 @@
 
 import dataclasses
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from benchmarks.recipes import recipe_model
 from fastssl.data.batches import AudioBatch
@@ -74,9 +75,38 @@ def scenarios() -> Iterator[tuple[str, Scenario]]:
                 f"train/{system}/base/{compressor}/bf16-mixed/ordinary",
                 partial(_train, recipe=recipe, compressor=compressor, precision="bf16-mixed", batch="ordinary"),
             )
+    for compressor in COMPRESSORS:
+        for precision in ("bf16-mixed", "16-mixed"):
+            train = partial(_train, recipe=TINY["wav2vec2"], compressor=compressor, precision=precision)
+            yield (
+                f"train/wav2vec2/tiny/{compressor}/{precision}/two processes",
+                partial(_of_two_processes, scenario=partial(train, batch="ordinary")),
+            )
     for precision in (*PRECISIONS, "bf16-true"):
         yield f"encoder/wav2vec2/{precision}", partial(_encode, recipe="wav2vec2-tiny", precision=precision)
         yield f"encoder/best-rq/{precision}", partial(_encode, recipe="best-rq-tiny", precision=precision)
+    base = partial(_encode, recipe="wav2vec2-base", precision="bf16-mixed")
+    yield "encoder/wav2vec2 base/bf16-mixed", base
+    yield (
+        "encoder/wav2vec2 base, 2 layers, integrate-and-fire/bf16-mixed",
+        partial(base, num_hidden_layers=2, compressor="integrate-and-fire"),
+    )
+
+
+@contextmanager
+def two_processes() -> Iterator[None]:
+    """Let this process be the first of two, whose collectives send nothing."""
+    torch.distributed.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def _of_two_processes(watch: Watch, *, scenario: Scenario) -> None:
+    """Run a scenario with all that a process adds up with others, but its gradients: PyTorch's reducer is in C++."""
+    with two_processes():
+        scenario(watch)
 
 
 def _train(watch: Watch, *, recipe: str, compressor: str, precision: str, batch: str) -> None:
@@ -120,7 +150,7 @@ class Update:
         # What the module reads of Lightning's trainer.
         self.module._trainer = SimpleNamespace(  # type: ignore[assignment]
             accumulate_grad_batches=1,
-            world_size=1,
+            world_size=torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1,
             global_rank=0,
             global_step=_UPDATE,
             strategy=SimpleNamespace(root_device=torch.device("cuda", 0)),
@@ -216,9 +246,13 @@ def _segments(model: PretrainingModel) -> bool:
     return bool(config.draws_rates)
 
 
-def encoder_of(watch: Watch, recipe: str, precision: str) -> tuple[SpeechEncoder, torch.dtype]:
-    """Make a recipe's encoder for evaluation on the GPU. Return it and the dtype of its weights."""
-    config = recipe_model(recipe)
+def encoder_of(watch: Watch, recipe: str, precision: str, **changes: Any) -> tuple[SpeechEncoder, torch.dtype]:
+    """Make a recipe's encoder, with changes to its config, for evaluation on the GPU.
+
+    Returns:
+        The encoder, and the dtype of its weights.
+    """
+    config = dataclasses.replace(recipe_model(recipe), **changes)
     encoder = SYSTEMS[system_of(config)](config).speech_encoder.eval()
     dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
     with watch.unwatched():
@@ -226,9 +260,9 @@ def encoder_of(watch: Watch, recipe: str, precision: str) -> tuple[SpeechEncoder
     return encoder, dtype
 
 
-def _encode(watch: Watch, *, recipe: str, precision: str) -> None:
+def _encode(watch: Watch, *, recipe: str, precision: str, **changes: Any) -> None:
     """Run an encoder as a user does: in inference mode, on a batch that is copied to the GPU."""
-    encoder, dtype = encoder_of(watch, recipe, precision)
+    encoder, dtype = encoder_of(watch, recipe, precision, **changes)
     autocast = PRECISIONS.get(precision)
 
     def forward(seconds: tuple[float, ...]) -> None:
