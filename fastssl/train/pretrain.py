@@ -181,7 +181,8 @@ def _fit(
     peers = Peers(checkpoints.continuation, timeout_minutes=settings.timeout_minutes)
     devices, num_nodes = _devices(settings)
     trainer = Trainer(
-        accelerator=settings.accelerator,
+        # Lightning would choose others too, such as MPS, which have no fp64.
+        accelerator="cuda" if _num_gpus(settings) > 0 else "cpu",
         devices=devices,
         num_nodes=num_nodes,
         strategy=_strategy(

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastssl.kernels import dispatch
 from fastssl.kernels.gpus import Gpu, why_no_code, why_no_triton
@@ -49,6 +50,13 @@ def test_triton_needs_an_ampere() -> None:
     assert why_no_triton([A100, H100]) == ""
     reason = why_no_triton([H100, T4])
     assert reason == "GPU 0 (compute capability 7.5) is too old for the Triton kernels, which need 8.0 or above"
+
+
+def test_triton_kernels_are_for_nvidia(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under ROCm, AMD's GPUs are CUDA devices to PyTorch, of a capability that is another number."""
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert "are for NVIDIA GPUs" in why_no_triton([Gpu(0, (9, 4))])
+    assert why_no_triton([]) == "no CUDA device"
 
 
 #: Pretends to have a GPU, and prints the backends of two ops and why others are missing, then `fastssl info`.
