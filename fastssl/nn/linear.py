@@ -1,5 +1,6 @@
 """A linear layer whose output for a row does not depend on the number of other rows."""
 
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -83,9 +84,17 @@ def _product(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
 _SAME_INPUT = ("q_proj", "k_proj", "v_proj")
 #: Classes of parameters whose values are theirs alone: those of others are parts of a tensor, or have another format.
 ORDINARY: tuple[type[Tensor], ...] = (nn.Parameter, Tensor)
-#: Copies in autocast's dtype by the ids of the parameters, whose copies follow each other in it; empty outside
-#: `casts_together`.
-_copies: dict[tuple[int, ...], Tensor] = {}
+
+
+class _Copies(threading.local):
+    """Copies in autocast's dtype that `casts_together` made in this thread: another one may use another stream."""
+
+    def __init__(self) -> None:
+        #: By the ids of the parameters, whose copies follow each other; empty outside `casts_together`.
+        self.by_ids: dict[tuple[int, ...], Tensor] = {}
+
+
+_copies = _Copies()
 
 
 @contextmanager
@@ -99,7 +108,7 @@ def casts_together(module: nn.Module) -> Iterator[None]:
     Args:
         module: Module whose linear layers `packed_linear` and `packed_linears` compute.
     """
-    groups = [] if torch.compiler.is_compiling() or _copies else _groups_to_cast(module)
+    groups = [] if torch.compiler.is_compiling() or casts_are_shared() else _groups_to_cast(module)
     if not groups:
         yield
         return
@@ -116,16 +125,16 @@ def casts_together(module: nn.Module) -> Iterator[None]:
             copies |= {_key([one]): copy for one, copy in zip(group, own, strict=True)}
         single = [one for group in groups for one in group]
         torch._foreach_copy_([copies[_key([one])] for one in single], single)
-    _copies.update(copies)
+    _copies.by_ids.update(copies)
     try:
         yield
     finally:
-        _copies.clear()
+        _copies.by_ids.clear()
 
 
 def casts_are_shared() -> bool:
     """Return whether the code runs inside `casts_together`, with copies that are freed at its end."""
-    return bool(_copies)
+    return bool(_copies.by_ids)
 
 
 def _groups_to_cast(module: nn.Module) -> list[list[Tensor]]:
@@ -225,11 +234,16 @@ def packed_linears(x: Tensor, layers: Sequence[nn.Linear]) -> list[Tensor]:
 
 def _by_copies(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor] | None:
     """Compute layers as one product with copies of their parameters; return None if there are none side by side."""
-    if torch.compiler.is_compiling() or not _copies or not torch.is_autocast_enabled(x.device.type) or _is_recorded():
+    if (
+        torch.compiler.is_compiling()
+        or not casts_are_shared()
+        or not torch.is_autocast_enabled(x.device.type)
+        or _is_recorded()
+    ):
         return None
-    weight_copy = _copies.get(_key(weights))
+    weight_copy = _copies.by_ids.get(_key(weights))
     given = [bias for bias in biases if bias is not None]
-    bias_copy = _copies.get(_key(given))
+    bias_copy = _copies.by_ids.get(_key(given))
     if weight_copy is None or len(given) not in (0, len(biases)) or (given and bias_copy is None):
         return None
     out = _CastLinear.apply(len(weights), x, weight_copy, bias_copy, *weights, *biases)

@@ -1,5 +1,6 @@
 """Test the linear layer: it equals PyTorch's, its rows are independent of each other, and it can include a GELU."""
 
+import threading
 from contextlib import nullcontext
 from typing import Any
 
@@ -168,7 +169,7 @@ def test_other_projections_are_computed_one_by_one(monkeypatch: pytest.MonkeyPat
 def test_without_autocast_and_on_the_cpu_nothing_is_cast_together() -> None:
     layer = PackedLinear(24, 40)
     with torch.autocast("cpu", torch.bfloat16), casts_together(layer):
-        assert not linear._copies
+        assert not linear.casts_are_shared()
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -242,6 +243,24 @@ def test_parameters_that_are_not_ordinary_are_not_copied(monkeypatch: pytest.Mon
     weight = second.weight.detach()
     second.weight = nn.Parameter(weight.to("meta")) if kind == "elsewhere" else _Shard(weight)
     with torch.autocast("cpu", torch.bfloat16), casts_together(nn.Sequential(first, second)):
-        assert (id(first.weight),) in linear._copies
-        assert (id(second.weight),) not in linear._copies
-        assert all(copy.device.type == "cpu" for copy in linear._copies.values())
+        assert (id(first.weight),) in linear._copies.by_ids
+        assert (id(second.weight),) not in linear._copies.by_ids
+        assert all(copy.device.type == "cpu" for copy in linear._copies.by_ids.values())
+
+
+def test_another_thread_makes_its_own_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may use another stream, on which those of this thread do not exist yet, or no longer."""
+    monkeypatch.setattr(linear, "_is_cast", torch.is_autocast_enabled)
+    layer, made = PackedLinear(24, 40), []
+
+    def run() -> None:
+        with torch.autocast("cpu", torch.bfloat16), casts_together(layer):
+            made.append(linear._copies.by_ids[id(layer.weight),])
+
+    with torch.autocast("cpu", torch.bfloat16), casts_together(layer):
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+        assert len(made) == 1
+        assert made[0] is not linear._copies.by_ids[id(layer.weight),]
+    assert not linear.casts_are_shared()
