@@ -1,6 +1,7 @@
 """Stand in for the process of `fastssl check`: the kernel 1 crashes, 2 fails, 3 is wrong, 5 fails, 6 hangs.
 
-After the failure of kernel 5, the process ends as PyTorch does after a wrong access to memory.
+With the dtype "unavailable", all but the last are left out. After the failure of kernel 5, the process ends as PyTorch
+does after a wrong access to memory.
 """
 
 import json
@@ -16,6 +17,9 @@ def say(**values: object) -> None:
 
 for number in range(int(sys.argv[3]), 8):
     say(number=number, op="some_op", case="", backend=f"kernel{number}")
+    if sys.argv[2] == "unavailable" and number < 7:
+        say(number=number, left_out=True)
+        continue
     if number == 1:
         os.kill(os.getpid(), signal.SIGSEGV)
     if number in (2, 5):

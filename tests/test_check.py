@@ -142,6 +142,29 @@ def test_crashes_and_errors_are_named_and_the_others_run(
     assert "NaN" not in output.read_text()
 
 
+def test_a_backend_that_cannot_run_here_is_no_failure(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """PyTorch's attention exists for every GPU, but runs on some only."""
+    (case,) = (case for title, case in titles(SMALL).items() if title == "varlen_attention")
+    right = broken(0.0)
+    units = [worker._Unit(case, case, case, "native"), worker._Unit(right, right, right, "native")]
+    monkeypatch.setitem(BACKENDS["varlen_attention"], "cpu", ("reference",))
+    monkeypatch.setattr(worker, "_units", lambda device: iter(units))
+    assert worker.main(["cpu", "float32", "0"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(line["number"], "error" in line) for line in lines] == [(0, False), (0, False), (1, False), (1, True)]
+    monkeypatch.setattr(command, "_WORKER", "tests.crashing_worker")
+    assert [one.backend for one in command._checked("cpu", "unavailable")] == ["kernel7"]
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [((7, 5), "float16"), ((8, 0), "bfloat16")])
+def test_dtype_of_a_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], dtype: str) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert command._default_dtype("cuda") == dtype
+    assert command._default_dtype("cpu") == "float32"
+
+
 @pytest.mark.parametrize("damage", [math.inf, math.nan])
 def test_reports_are_json_whatever_the_error(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], damage: float

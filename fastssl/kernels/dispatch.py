@@ -87,6 +87,10 @@ def _why_no_triton() -> dict[str, str]:
 _WHY_NO_TRITON = _why_no_triton()
 
 
+class UnavailableBackendError(ValueError):
+    """Raised if the backend that was asked for does not exist for an op and a device, or cannot serve a call."""
+
+
 class Op:
     """One op: its operators, their available implementations, and the choice of a backend for a call.
 
@@ -175,7 +179,7 @@ class Op:
             Name of the backend.
 
         Raises:
-            ValueError: The requested backend is not available for this op and device, or does not support the
+            UnavailableBackendError: The requested backend is not available for this op and device, or does not support the
                 arguments.
         """
         unsupported = unsupported or {}
@@ -188,7 +192,7 @@ class Op:
             return wish
         why = why or MISSING[self.name].get((wish, x.device.type)) or "the op has no such backend"
         usable = ", ".join(name for name in present if unsupported.get(name) is None)
-        raise ValueError(
+        raise UnavailableBackendError(
             f"backend={wish!r}: not available for {self.name} on {x.device.type} ({why}); available: {usable}"
         )
 

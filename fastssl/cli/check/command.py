@@ -67,7 +67,7 @@ def check(arguments: Sequence[str]) -> None:
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no CUDA device; `fastssl info` shows what it is built for")
-    dtype = options.dtype or _DTYPES[device][0]
+    dtype = options.dtype or _default_dtype(device)
     if dtype not in _DTYPES[device]:
         raise ValueError(f"--dtype {dtype}: on {device}, expected one of {', '.join(_DTYPES[device])}")
     machine = _machine(device)
@@ -89,6 +89,14 @@ def check(arguments: Sequence[str]) -> None:
         )
 
 
+def _default_dtype(device: str) -> str:
+    import torch
+
+    first, *others = _DTYPES[device]
+    is_old = device == "cuda" and torch.cuda.get_device_capability() < (8, 0)  # without arithmetic in bfloat16
+    return others[0] if is_old else first
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fastssl check",
@@ -98,7 +106,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--device", choices=tuple(_DTYPES), help="by default cuda if there is one")
     dtypes = dict.fromkeys(dtype for several in _DTYPES.values() for dtype in several)
-    parser.add_argument("--dtype", choices=tuple(dtypes), help="by default bfloat16 on cuda and float32 on cpu")
+    parser.add_argument(
+        "--dtype",
+        choices=tuple(dtypes),
+        help="by default bfloat16 on cuda (float16 below compute capability 8.0) and float32 on cpu",
+    )
     parser.add_argument("--output", metavar="FILE", help="write the table to a JSON file")
     return parser
 
@@ -138,6 +150,9 @@ def _checked_by_one_process(device: str, dtype: str, first: int) -> Generator[Ch
             number = values.pop("number")
             if running is None:
                 running = Checked(**values)
+                continue
+            if "left_out" in values:
+                running = None
                 continue
             for name, value in values.items():
                 setattr(running, name, value)

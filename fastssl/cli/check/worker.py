@@ -16,7 +16,7 @@ import torch
 
 from fastssl.cli.check.cases import AWKWARD_LENGTHS, SPEECH_LENGTHS, Case, cases
 from fastssl.cli.check.measure import agreement, badness, milliseconds
-from fastssl.kernels.dispatch import BACKENDS
+from fastssl.kernels.dispatch import BACKENDS, UnavailableBackendError
 
 _LONGEST = 300  # characters of an error message
 
@@ -61,6 +61,9 @@ def main(arguments: Sequence[str], reports: TextIO | None = None) -> int:
         try:
             found = [agreement(case, backend, dtype, device) for case in (awkward, speech)]
             ours_ms, plain_ms = milliseconds(timed, backend, dtype, device)
+        except UnavailableBackendError:  # such as PyTorch's attention on an older GPU
+            _say(reports, number=number, left_out=True)
+            continue
         except Exception as error:  # whatever a kernel raises is a result
             text = " ".join(str(error).split())
             _say(reports, number=number, failure=f"{type(error).__name__}: {text}"[:_LONGEST])
