@@ -179,8 +179,8 @@ class Op:
             Name of the backend.
 
         Raises:
-            UnavailableBackendError: The requested backend is not available for this op and device, or does not support the
-                arguments.
+            UnavailableBackendError: The requested backend is not available for this op and device, or does not support
+                the arguments.
         """
         unsupported = unsupported or {}
         present = BACKENDS[self.name].get(x.device.type, ("reference",))
