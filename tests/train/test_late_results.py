@@ -110,4 +110,4 @@ def test_a_run_continues_on_another_kind_of_device(
         checkpoint = torch.load(Path(config.output) / "checkpoints" / "last.ckpt", weights_only=True)
         assert checkpoint["global_step"] == updates
         assert checkpoint["optimizer_states"][0]["param_groups"][0]["fused"] == (True if on_gpu else None)
-        assert {state["step"].item() for state in checkpoint["optimizer_states"][0]["state"].values()} == {updates}
+        assert max(state["step"].item() for state in checkpoint["optimizer_states"][0]["state"].values()) == updates
