@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastssl.kernels.gpus import gpus, why_no_code, why_no_triton
+from fastssl.kernels.gpus import gpus, why_no_code, why_no_launches, why_no_triton
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 #: Advice in error messages on how to get a compiled module that was not built.
@@ -80,11 +80,12 @@ def _why_no_triton() -> dict[str, str]:
     interprets = os.environ.get("TRITON_INTERPRET") == "1"
     return {
         "cpu": "" if interprets else "Triton needs a GPU; set TRITON_INTERPRET=1 to run its slow interpreter in tests",
-        "cuda": why_no_triton(gpus()),
+        "cuda": why_no_triton(gpus()) or why_no_launches(),
     }
 
 
-_WHY_NO_TRITON = _why_no_triton()
+#: device type -> reason why Triton kernels cannot run on it, "" if they can.
+WHY_NO_TRITON = _why_no_triton()
 
 
 class UnavailableBackendError(ValueError):
@@ -146,8 +147,8 @@ class Op:
                 present.append("native")
             else:
                 missing["native", device] = (self.forward and COMPILED_MODULES[device]) or "not implemented"
-            if triton_kernels is None or _WHY_NO_TRITON[device]:
-                missing["triton", device] = _WHY_NO_TRITON[device] if triton_kernels else "not implemented"
+            if triton_kernels is None or WHY_NO_TRITON[device]:
+                missing["triton", device] = WHY_NO_TRITON[device] if triton_kernels else "not implemented"
             else:
                 self._plug_in(TRITON, triton_kernels, key)
                 present.append("triton")

@@ -105,6 +105,8 @@ def test_an_fp32_run_on_a_gpu_says_what_precision_runs(
     with caplog.at_level(logging.INFO, logger="fastssl"):
         _describe(config, _open(config), model, complete=True, resume_from=None)
     assert ("precision: fp32: convolutions in TF32, matrix products in full fp32" in caplog.text) == said
+    # This process has found no GPU for Triton.
+    assert ("plain PyTorch replaces kernels, which takes longer: " in caplog.text) == (accelerator == "auto")
 
 
 @pytest.mark.parametrize("decay", [0.0, -0.5, 1.01, float("nan")])

@@ -91,6 +91,8 @@ def _hide_the_runtime() -> None:
             super().__init__(name, *args, **kwargs)
 
     ctypes.CDLL = WithoutRuntime  # type: ignore[misc]
+    # What Triton would launch kernels with, which needs more of the driver than is here.
+    cast(Any, import_module("triton.backends.nvidia.driver")).CudaUtils = lambda: None
 
 
 class _Generator(torch.Generator):
