@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastssl.kernels.gpus import gpus, why_no_code, why_no_launches, why_no_triton
+from fastssl.kernels.gpus import gpus, why_no_code, why_no_triton
+from fastssl.kernels.triton_driver import why_no_launches
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 #: Advice in error messages on how to get a compiled module that was not built.

@@ -65,24 +65,6 @@ def why_no_triton(present: Sequence[Gpu]) -> str:
     return f"{old[0]} is too old for the Triton kernels, which need {needed} or above" if old else ""
 
 
-def why_no_launches() -> str:
-    """Return why Triton cannot launch kernels, "" if it can.
-
-    Before the first launch, Triton compiles a small library in C. Images for deployment often have no compiler, and the
-    first call of an op would end with an error.
-    """
-    try:
-        from triton.backends.nvidia.driver import CudaUtils
-    except ImportError:  # another version of Triton does this elsewhere
-        return ""
-    try:
-        CudaUtils()
-    except Exception as error:  # of any kind: no compiler, no header, no driver
-        reason = str(error).partition("\n")[0]
-        return f"Triton cannot launch kernels ({reason}); install a C compiler and the header files of Python"
-    return ""
-
-
 def why_no_code(architectures: str, present: Sequence[Gpu]) -> str:
     """Return why compiled kernels cannot run on GPUs, "" if they can on all of them.
 

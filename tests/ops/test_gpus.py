@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from fastssl.kernels import dispatch
-from fastssl.kernels.gpus import Gpu, why_no_code, why_no_launches, why_no_triton
+from fastssl.kernels.gpus import Gpu, why_no_code, why_no_triton
+from fastssl.kernels.triton_driver import why_no_launches
 
 T4, A100, L40, H100, B200 = (
     Gpu(index, capability) for index, capability in enumerate([(7, 5), (8, 0), (8, 9), (9, 0), (10, 0)])
