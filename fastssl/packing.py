@@ -70,7 +70,7 @@ _ALIGNMENT = 64
 
 
 def send(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """Copy tensors from the host to a device, all in one copy that the host does not wait for.
+    """Copy tensors from the host to a device, all in one copy; if that is a GPU, the host does not wait for it.
 
     Args:
         tensors: Tensors on the CPU, of any shapes and dtypes. If all are on the device already, nothing is copied.
@@ -81,7 +81,9 @@ def send(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     """
     if all(tensor.device.type == device.type for tensor in tensors):
         return list(tensors)
-    return views_of(one_buffer(tensors, pinned=device.type == "cuda").to(device, non_blocking=True), tensors)
+    # PyTorch keeps page-locked memory until the copy has ended. Other memory may be freed before, as on MPS.
+    pinned = device.type == "cuda"
+    return views_of(one_buffer(tensors, pinned=pinned).to(device, non_blocking=pinned), tensors)
 
 
 def one_buffer(tensors: Sequence[Tensor], *, pinned: bool) -> Tensor:
@@ -277,13 +279,15 @@ class Layout:
 
         Without a plan, a layout on a GPU computes every derived layout and index there, in about five small launches
         each. After it, this layout and those derived from it (`after_conv`, `with_gaps`) have what `use` asked for, and
-        keep what they are asked for later. The host does not wait. Only the first plan counts. On the CPU and inside
-        `torch.compile`, nothing happens.
+        keep what they are asked for later. The host does not wait. Only the first plan counts. Nothing happens on the
+        CPU, inside `torch.compile`, and while a CUDA graph is captured, which would copy again from freed memory.
 
         Args:
             use: Function that asks a layout of the same lengths, on the host, for layouts and properties.
         """
         if self.cu_seqlens.device.type == "cpu" or torch.compiler.is_compiling() or _PLANNED in self.__dict__:
+            return
+        if self.cu_seqlens.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return
         with torch.inference_mode(mode=False):  # as in `_outside_inference_mode`
             host = Layout.from_lengths(self.lengths)

@@ -93,8 +93,8 @@ def test_worker_reports_each_kernel(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     def fails(given: Inputs, backend: str) -> Outputs:
         raise RuntimeError("no such\ninstruction")
 
-    right = worker._Unit(broken(0.0), broken(0.0), "native")
-    wrong = worker._Unit(broken(0.0)._replace(run=fails), broken(0.0), "triton")
+    right = worker._Unit(broken(0.0), broken(0.0), broken(0.0), "native")
+    wrong = worker._Unit(broken(0.0)._replace(run=fails), broken(0.0), broken(0.0), "triton")
     monkeypatch.setattr(worker, "_units", lambda device: iter([right, right, wrong, right]))
     assert worker.main(["cpu", "float32", "1"]) == 3
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -107,7 +107,7 @@ def test_a_backend_that_does_not_support_a_case_is_left_out(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     some = broken(0.0)._replace(unsupported=("triton",), only_16_bit=("torch",))
-    units = [worker._Unit(some, some, backend) for backend in ("triton", "torch", "native")]
+    units = [worker._Unit(some, some, some, backend) for backend in ("triton", "torch", "native")]
     monkeypatch.setattr(worker, "_units", lambda device: iter(units))
     for dtype, expected in (("float32", ["native"]), ("bfloat16", ["torch", "native"])):
         assert worker.main(["cpu", dtype, "0"]) == 0
@@ -119,15 +119,102 @@ def test_crashes_and_errors_are_named_and_the_others_run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setattr(command, "_WORKER", "tests.crashing_worker")
+    monkeypatch.setattr(command, "_LIMIT_S", 5.0)
     output = tmp_path / "check.json"
     assert cli.main(["check", "--device", "cpu", "--output", str(output)]) == 1
     printed = capsys.readouterr()
     assert "the process ended with signal SIGSEGV" in printed.out
-    assert "RuntimeError: no such instruction" in printed.out
-    assert "FASTSSL_EXCLUDE=some_op.kernel1,some_op.kernel2,some_op.kernel3" in printed.err
+    assert printed.out.count("RuntimeError: no such instruction") == 2
+    assert "no result after 5 s" in printed.out
+    wrong = ",".join(f"some_op.kernel{number}" for number in (1, 2, 3, 5, 6))
+    assert f"FASTSSL_EXCLUDE={wrong} to run" in printed.err
     kernels = json.loads(output.read_text())["kernels"]
-    assert [command.Checked(**kernel).is_right for kernel in kernels] == [True, False, False, False, True]
+    assert [command.Checked(**kernel).is_right for kernel in kernels] == [
+        True,
+        False,
+        False,
+        False,
+        True,
+        False,
+        False,
+        True,
+    ]
     assert "NaN" not in output.read_text()
+
+
+def test_a_backend_that_cannot_run_here_is_no_failure(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """PyTorch's attention exists for every GPU, but runs on some only."""
+    (case,) = (case for title, case in titles(SMALL).items() if title == "varlen_attention")
+    right = broken(0.0)
+    units = [worker._Unit(case, case, case, "native"), worker._Unit(right, right, right, "native")]
+    monkeypatch.setitem(BACKENDS["varlen_attention"], "cpu", ("reference",))
+    monkeypatch.setattr(worker, "_units", lambda device: iter(units))
+    assert worker.main(["cpu", "float32", "0"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(line["number"], "error" in line) for line in lines] == [(0, False), (0, False), (1, False), (1, True)]
+    monkeypatch.setattr(command, "_WORKER", "tests.crashing_worker")
+    assert [one.backend for one in command._checked("cpu", "unavailable")] == ["kernel7"]
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [((7, 5), "float16"), ((8, 0), "bfloat16")])
+def test_dtype_of_a_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], dtype: str) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert command._default_dtype("cuda") == dtype
+    assert command._default_dtype("cpu") == "float32"
+
+
+@pytest.mark.parametrize("damage", [math.inf, math.nan])
+def test_reports_are_json_whatever_the_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], damage: float
+) -> None:
+    some = broken(damage)
+    monkeypatch.setattr(worker, "_units", lambda device: iter([worker._Unit(some, some, some, "native")]))
+    assert worker.main(["cpu", "float32", "0"]) == 0
+    _, line = capsys.readouterr().out.splitlines()
+    assert json.loads(line, parse_constant=pytest.fail)["error"] is None
+
+
+def test_what_others_print_is_no_report() -> None:
+    """Triton prints code that the assembler refuses, and C libraries write to the standard output themselves."""
+    code = (
+        "import os; from fastssl.cli.check.worker import own_output; own = own_output(); print('noise', flush=True); "
+        "os.system('echo more noise'); own.write('report'); own.flush(); os._exit(0)"
+    )
+    done = python(code)
+    assert done.stdout == "report"
+    assert sorted(done.stderr.splitlines()) == ["more noise", "noise"]
+
+
+def test_a_failed_kernel_ends_the_process_at_once(tmp_path: Path) -> None:
+    """What PyTorch does at the end of a process may abort it, and take long, if the device no longer answers."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import atexit, os\natexit.register(os.abort)\n"
+        "import fastssl.cli.check.cases as cases\ncases.cases = lambda lengths: iter(())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "fastssl.cli.check.worker", "cpu", "float32", "0"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(cli.__file__).parents[2])])},
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_only_small_batches_are_compared_in_fp64(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    """On a GPU, the reference of the front end takes 20 GB for the batch that is timed."""
+    monkeypatch.setitem(BACKENDS["varlen_attention"], "cuda", ("triton",))
+    units = (one for one in worker._units(torch.device(device)) if one.awkward.op == "varlen_attention")
+    unit = next(units, None)
+    if device == "cpu" and unit is None:
+        pytest.skip("no kernel for the CPU")
+    assert unit is not None
+    frames = [len(case.inputs["q"]) for case in unit[:3]]
+    assert max(frames[:2]) <= 2_000
+    assert frames[2] == (6 * frames[1] if device == "cuda" else frames[1])
 
 
 def test_all_right_is_status_0(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

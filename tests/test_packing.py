@@ -2,6 +2,7 @@ import copy
 import pickle
 from dataclasses import fields
 from itertools import accumulate
+from typing import Any
 
 import pytest
 import torch
@@ -310,6 +311,43 @@ def test_tensors_that_are_sent_together_keep_shape_dtype_and_alignment() -> None
     assert [(one.shape, one.dtype) for one in sent[:-1]] == [(one.shape, one.dtype) for one in tensors]
     assert len({one.untyped_storage()._cdata for one in sent}) == 1
     assert all(one.storage_offset() * one.element_size() % 16 == 0 for one in sent)
+
+
+@pytest.mark.parametrize(("device", "waits"), [("cuda", False), ("mps", True), ("xpu", True)])
+def test_only_page_locked_memory_is_copied_without_waiting(
+    monkeypatch: pytest.MonkeyPatch, device: str, waits: bool
+) -> None:
+    """Other memory may be freed, and used for something else, before it is copied."""
+    copies: list[tuple[bool, bool]] = []
+    real = torch.empty
+
+    def empty(*args: Any, pin_memory: bool = False, **options: Any) -> Tensor:
+        made = real(*args, **options)
+
+        def to(where: torch.device, non_blocking: bool = False) -> Tensor:
+            copies.append((pin_memory, not non_blocking))
+            return made
+
+        made.to = to  # type: ignore[method-assign, assignment]
+        return made
+
+    monkeypatch.setattr(torch, "empty", empty)
+    (sent,) = packing.send([torch.tensor([3, 4])], torch.device(device))
+    assert sent.tolist() == [3, 4]
+    assert copies == [(not waits, waits)]
+
+
+def test_no_plan_is_copied_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each run of the graph would copy from memory of the host that was freed after the capture."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    host = Layout.from_lengths([30, 0, 17])
+    with FakeTensorMode() as mode:
+        on_gpu = torch.empty(4, dtype=torch.int32, device="cuda")
+        layout = Layout(host.lengths, on_gpu, host.max_length, host.total)
+        layout.plan(lambda _: pytest.fail("a copy from the host"))
+        assert layout.after_conv(3, 2).device_lengths.device.type == "cuda"
+    assert mode is not None
+    assert set(vars(layout)) == FIELDS | {"device_lengths"}
 
 
 def test_on_the_cpu_and_in_compiled_code_a_plan_changes_nothing() -> None:

@@ -34,7 +34,7 @@ def info(arguments: Sequence[str]) -> None:
     print(f"CPU: {cpu_name()}, {torch.get_num_threads()} threads")
     if torch.cuda.is_available():
         names = [f"{gpu}: {torch.cuda.get_device_name(gpu.number)}" for gpu in gpus()]
-        print(f"{', '.join(names)} (CUDA {torch.version.cuda})")
+        print(f"{', '.join(names)} ({_torch_build()})")
     else:
         print(f"GPU: none that torch can use (torch is built for {_torch_build()})")
     if dispatch.DEFAULT_BACKEND is not None:
@@ -89,4 +89,6 @@ def cpu_name() -> str:
 def _torch_build() -> str:
     import torch
 
+    if torch.version.hip is not None:
+        return f"ROCm {torch.version.hip}"
     return f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU"

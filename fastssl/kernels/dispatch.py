@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastssl.kernels.gpus import gpus, why_no_code, why_no_triton
+from fastssl.kernels.triton_driver import why_no_launches
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 #: Advice in error messages on how to get a compiled module that was not built.
@@ -80,11 +81,16 @@ def _why_no_triton() -> dict[str, str]:
     interprets = os.environ.get("TRITON_INTERPRET") == "1"
     return {
         "cpu": "" if interprets else "Triton needs a GPU; set TRITON_INTERPRET=1 to run its slow interpreter in tests",
-        "cuda": why_no_triton(gpus()),
+        "cuda": why_no_triton(gpus()) or why_no_launches(),
     }
 
 
-_WHY_NO_TRITON = _why_no_triton()
+#: device type -> reason why Triton kernels cannot run on it, "" if they can.
+WHY_NO_TRITON = _why_no_triton()
+
+
+class UnavailableBackendError(ValueError):
+    """Raised if the backend that was asked for does not exist for an op and a device, or cannot serve a call."""
 
 
 class Op:
@@ -142,8 +148,8 @@ class Op:
                 present.append("native")
             else:
                 missing["native", device] = (self.forward and COMPILED_MODULES[device]) or "not implemented"
-            if triton_kernels is None or _WHY_NO_TRITON[device]:
-                missing["triton", device] = _WHY_NO_TRITON[device] if triton_kernels else "not implemented"
+            if triton_kernels is None or WHY_NO_TRITON[device]:
+                missing["triton", device] = WHY_NO_TRITON[device] if triton_kernels else "not implemented"
             else:
                 self._plug_in(TRITON, triton_kernels, key)
                 present.append("triton")
@@ -175,8 +181,8 @@ class Op:
             Name of the backend.
 
         Raises:
-            ValueError: The requested backend is not available for this op and device, or does not support the
-                arguments.
+            UnavailableBackendError: The requested backend is not available for this op and device, or does not support
+                the arguments.
         """
         unsupported = unsupported or {}
         present = BACKENDS[self.name].get(x.device.type, ("reference",))
@@ -188,7 +194,7 @@ class Op:
             return wish
         why = why or MISSING[self.name].get((wish, x.device.type)) or "the op has no such backend"
         usable = ", ".join(name for name in present if unsupported.get(name) is None)
-        raise ValueError(
+        raise UnavailableBackendError(
             f"backend={wish!r}: not available for {self.name} on {x.device.type} ({why}); available: {usable}"
         )
 

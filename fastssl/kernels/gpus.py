@@ -58,6 +58,8 @@ def why_no_triton(present: Sequence[Gpu]) -> str:
     """Return why Triton kernels should not run on GPUs, "" if they should on all of them."""
     if not present:
         return "no CUDA device"
+    if torch.version.hip is not None:
+        return "the Triton kernels are for NVIDIA GPUs; on those of AMD, nobody has chosen their settings or run them"
     old = [gpu for gpu in present if gpu.capability < TRITON_CAPABILITY]
     needed = ".".join(map(str, TRITON_CAPABILITY))
     return f"{old[0]} is too old for the Triton kernels, which need {needed} or above" if old else ""

@@ -10,10 +10,11 @@ from collections import OrderedDict
 from collections.abc import Callable
 from itertools import chain
 from operator import is_
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from fastssl.kernels.precision import of_convolutions, of_matrix_products
 from fastssl.nn.buckets import Bucket, FilledLayout
@@ -31,10 +32,10 @@ class _Graph:
         forward: Function from waveforms to hidden states, which all have the same layout.
         samples: (N, 1) samples of the first batch.
         filled: Its filled layout on the host, which keeps everything that `forward` asks for.
-        pool: Memory that graphs share.
+        pool: What graphs share.
     """
 
-    def __init__(self, forward: "_Forward", samples: Tensor, filled: FilledLayout, pool: Any) -> None:
+    def __init__(self, forward: "_Forward", samples: Tensor, filled: FilledLayout, pool: "_Pool") -> None:
         tensors = list(filled.tensors())
         self._samples = samples.new_zeros(filled.total, 1)
         self._layouts = torch.empty_like(one_buffer(tensors, pinned=False), device=samples.device)
@@ -80,25 +81,42 @@ class _Graph:
         self._layouts.copy_(buffer, non_blocking=True)
 
 
-def _capture(run: Callable[[], list[Packed]], pool: Any) -> tuple[Callable[[], None], list[Packed]]:
+class _Pool(NamedTuple):
+    """What the graphs of an encoder share: memory, and the stream on which they are captured.
+
+    PyTorch reuses memory on the same stream only, and its own stream for captures is on the device of the first one.
+    """
+
+    memory: Any
+    stream: Any  # `torch.cuda.Stream`
+
+    @classmethod
+    def new(cls) -> "_Pool":
+        """Make a pool on the current device."""
+        return cls(torch.cuda.graph_pool_handle(), torch.cuda.Stream())
+
+
+def _capture(run: Callable[[], list[Packed]], pool: _Pool) -> tuple[Callable[[], None], list[Packed]]:
     """Capture a CUDA graph.
 
     Args:
         run: Function to capture. It is called twice: once before, to compile kernels and to create handles.
-        pool: Memory that graphs share.
+        pool: What graphs share.
 
     Returns:
         A function that runs the graph, and the results of `run`, which each run of the graph overwrites.
     """
-    current, other = torch.cuda.current_stream(), torch.cuda.Stream()
-    other.wait_stream(current)
-    with torch.cuda.stream(other):
-        run()
-    current.wait_stream(other)
+    current = torch.cuda.current_stream()
+    pool.stream.wait_stream(current)
     graph = torch.cuda.CUDAGraph()
-    # Other threads, such as one that copies batches to page-locked memory, may allocate meanwhile.
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        states = run()
+    # The graph's own context leaves its stream as the current one if the capture fails; this one does not.
+    with torch.cuda.stream(pool.stream):
+        run()
+        # Other threads, such as one that copies batches to page-locked memory, may allocate meanwhile.
+        mode = "thread_local"
+        with torch.cuda.graph(graph, pool=pool.memory, stream=pool.stream, capture_error_mode=mode):
+            states = run()
+    current.wait_stream(pool.stream)
     return graph.replay, states
 
 
@@ -127,7 +145,7 @@ class _Parts:
     def can_be_captured(self) -> bool:
         """Return whether no part is in training mode, has a hook or another `forward`, which a graph would not call."""
         is_changed = any(place["training"] or "forward" in place for place in self._attributes)
-        return not is_changed and not any(self._hooks)
+        return not is_changed and not any(self._hooks) and not _has_any_global_hook()
 
 
 _Forward = Callable[[Packed], list[Packed]]
@@ -153,7 +171,7 @@ class CudaGraphs:
         self.max_graphs, self.max_samples = max_graphs, max_samples
         self._graphs: OrderedDict[Any, _Graph] = OrderedDict()
         self._parts: _Parts | None = None
-        self._pool: Any = None
+        self._pool: _Pool | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the settings, because graphs cannot be copied."""
@@ -211,9 +229,10 @@ class CudaGraphs:
         return self._parts.can_be_captured()
 
     def _captured(self, forward: _Forward, samples: Tensor, filled: FilledLayout) -> _Graph:
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        graph = _Graph(forward, samples, filled, self._pool)
+        # After a failed capture, PyTorch may refuse its memory to others: the next one begins with new memory.
+        pool, self._pool = self._pool or _Pool.new(), None
+        graph = _Graph(forward, samples, filled, pool)
+        self._pool = pool
         while len(self._graphs) >= self.max_graphs:
             self._graphs.popitem(last=False)
         return graph

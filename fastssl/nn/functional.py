@@ -17,12 +17,12 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from fastssl import ops
 from fastssl.kernels.dispatch import norms_stay_wide
 from fastssl.nn.activation import sigmoid
-from fastssl.nn.linear import PackedLinear, packed_linear, packed_linears
+from fastssl.nn.linear import ORDINARY, PackedLinear, packed_linear, packed_linears
 from fastssl.packing import Layout, Packed
 
 #: Classes whose forward is that of `torch.nn.Linear`; the second is the output layer of `torch.nn.MultiheadAttention`.
 _LINEAR = (nn.Linear, NonDynamicallyQuantizableLinear)
-_PLAIN_WEIGHTS = (nn.Parameter, Tensor, type(None))  # not quantised, not sharded
+_PLAIN_WEIGHTS = (*ORDINARY, type(None))  # not quantised, not sharded
 #: A Transformers model that once returned hidden states or attention weights keeps hooks from this Python module. They
 #: change nothing.
 _RECORDER = "transformers.utils.output_capturing"

@@ -1,5 +1,6 @@
 """A linear layer whose output for a row does not depend on the number of other rows."""
 
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -81,22 +82,33 @@ def _product(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
 #: Names of linear layers that have the same input if they are in the same module: `packed_linears` computes them as one
 #: product.
 _SAME_INPUT = ("q_proj", "k_proj", "v_proj")
-#: Copies in autocast's dtype by the ids of the parameters, whose copies follow each other in it; empty outside
-#: `casts_together`.
-_copies: dict[tuple[int, ...], Tensor] = {}
+#: Classes of parameters whose values are theirs alone: those of others are parts of a tensor, or have another format.
+ORDINARY: tuple[type[Tensor], ...] = (nn.Parameter, Tensor)
+
+
+class _Copies(threading.local):
+    """Copies in autocast's dtype that `casts_together` made in this thread: another one may use another stream."""
+
+    def __init__(self) -> None:
+        #: By the ids of the parameters, whose copies follow each other; empty outside `casts_together`.
+        self.by_ids: dict[tuple[int, ...], Tensor] = {}
+
+
+_copies = _Copies()
 
 
 @contextmanager
 def casts_together(module: nn.Module) -> Iterator[None]:
     """Return a context in which the linear layers of a module are cast for autocast in one launch, not one by one.
 
-    Without autocast and on the CPU, nothing changes. The parameters must not change inside the context.
+    Without autocast, on the CPU and inside `torch.compile`, nothing changes. Layers do not use the copies where saved
+    tensors have hooks (`torch.autograd.graph.saved_tensors_hooks`), as under activation checkpointing: it computes them
+    again outside this context, and must save the same tensors there. Parameters must not change inside the context.
 
     Args:
         module: Module whose linear layers `packed_linear` and `packed_linears` compute.
     """
-    first = next(module.parameters(), None)
-    groups = [] if _copies or first is None or not _is_cast(first.device.type) else list(_groups(module))
+    groups = [] if torch.compiler.is_compiling() or casts_are_shared() else _groups_to_cast(module)
     if not groups:
         yield
         return
@@ -113,16 +125,29 @@ def casts_together(module: nn.Module) -> Iterator[None]:
             copies |= {_key([one]): copy for one, copy in zip(group, own, strict=True)}
         single = [one for group in groups for one in group]
         torch._foreach_copy_([copies[_key([one])] for one in single], single)
-    _copies.update(copies)
+    _copies.by_ids.update(copies)
     try:
         yield
     finally:
-        _copies.clear()
+        _copies.by_ids.clear()
 
 
 def casts_are_shared() -> bool:
     """Return whether the code runs inside `casts_together`, with copies that are freed at its end."""
-    return bool(_copies)
+    return bool(_copies.by_ids)
+
+
+def _groups_to_cast(module: nn.Module) -> list[list[Tensor]]:
+    """Return the groups of `_groups` that autocast would cast: ordinary tensors on the device of the first one."""
+    first = next(module.parameters(), None)
+    if first is None or not _is_cast(first.device.type):
+        return []
+    return [group for group in _groups(module) if all(_is_ordinary(one, first.device) for one in group)]
+
+
+def _is_ordinary(parameter: Tensor, device: torch.device) -> bool:
+    """Return whether a parameter is on a device, and neither sharded nor quantised."""
+    return parameter.device == device and type(parameter) in ORDINARY
 
 
 def _groups(module: nn.Module) -> Iterator[list[Tensor]]:
@@ -209,13 +234,25 @@ def packed_linears(x: Tensor, layers: Sequence[nn.Linear]) -> list[Tensor]:
 
 def _by_copies(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor] | None:
     """Compute layers as one product with copies of their parameters; return None if there are none side by side."""
-    weight_copy = _copies.get(_key(weights)) if _copies and torch.is_autocast_enabled(x.device.type) else None
+    if (
+        torch.compiler.is_compiling()
+        or not casts_are_shared()
+        or not torch.is_autocast_enabled(x.device.type)
+        or _is_recorded()
+    ):
+        return None
+    weight_copy = _copies.by_ids.get(_key(weights))
     given = [bias for bias in biases if bias is not None]
-    bias_copy = _copies.get(_key(given))
+    bias_copy = _copies.by_ids.get(_key(given))
     if weight_copy is None or len(given) not in (0, len(biases)) or (given and bias_copy is None):
         return None
     out = _CastLinear.apply(len(weights), x, weight_copy, bias_copy, *weights, *biases)
     return [out] if len(weights) == 1 else list(out)
+
+
+def _is_recorded() -> bool:
+    """Return whether tensors that are saved for the backward pass have hooks, as under activation checkpointing."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def _by_onednn(x: Tensor, weight: Tensor) -> bool:

@@ -15,6 +15,8 @@ from fastssl.reading import brief, printable
 
 #: Keys that earlier versions did not write.
 _OPTIONAL = frozenset({"scores", "scored_at", "code_counts", "unusable_noise"})
+#: Settings of the optimiser that a run does not take from a checkpoint.
+_SET_ANEW = ("lr", "fused")
 #: The largest count. Those above are no counts of anything.
 _LARGEST = 2**53
 
@@ -89,10 +91,12 @@ def _check_optimizer(checkpoint: Mapping[str, Any], module: LightningModule) -> 
     _compare(found, own, "lr_schedulers")
     _expect(found["last_epoch"] == update, "lr_schedulers.last_epoch", found["last_epoch"], f"{update}")
     _expect(found["base_lrs"] == own["base_lrs"], "lr_schedulers.base_lrs", found["base_lrs"], f"{own['base_lrs']}")
-    _compare(states, {"state": None, "param_groups": optimizer.state_dict()["param_groups"]}, "optimizer_states")
+    # Set anew: the rate from the schedule, and the kernel from the device, which may be of another kind than before.
+    own_settings = optimizer.state_dict()["param_groups"][0] | {"fused": None}
+    _compare(states, {"state": None, "param_groups": [own_settings]}, "optimizer_states")
     (settings,) = states["param_groups"]
-    for name, value in optimizer.state_dict()["param_groups"][0].items():
-        if name != "lr":  # it is set anew from the schedule
+    for name, value in own_settings.items():
+        if name not in _SET_ANEW:
             _expect(settings[name] == value, f"optimizer_states, {name}", settings[name], f"{value}")
     for index, state in _moments(states["state"], len(group["params"]), update):
         moments = dict.fromkeys(("exp_avg", "exp_avg_sq"), group["params"][index])

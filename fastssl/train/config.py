@@ -145,7 +145,7 @@ class TrainerConfig:
         max_steps: Number of optimiser updates.
         accumulation: Number of batches that each process accumulates per update.
         precision: Precision of the arithmetic; bf16-mixed and 16-mixed keep weights and loss in fp32.
-        accelerator: Where to train; auto uses GPUs if there are any.
+        accelerator: Where to train; auto uses CUDA's GPUs if there are any, else the CPU.
         devices: Number of processes on this machine, one per device.
         num_nodes: Number of machines.
         log_every: Updates between two rows of metrics.csv.

@@ -17,6 +17,7 @@ from fastssl.data.batches import AudioBatch
 from fastssl.eval.quality.measure import first_minutes, quality_loader
 from fastssl.files import check_no_links, is_partial, make_folder
 from fastssl.folder_lock import LOCK_FILE, folder_lock
+from fastssl.kernels.dispatch import WHY_NO_TRITON
 from fastssl.kernels.precision import describe_fp32
 from fastssl.models.config import SpeechEncoderConfig
 from fastssl.models.encoder import EncoderConfig
@@ -182,7 +183,8 @@ def _fit(
     peers = Peers(checkpoints.continuation, timeout_minutes=settings.timeout_minutes)
     devices, num_nodes = _devices(settings)
     trainer = Trainer(
-        accelerator=settings.accelerator,
+        # Lightning would choose others too, such as MPS, which have no fp64.
+        accelerator="cuda" if _num_gpus(settings) > 0 else "cpu",
         devices=devices,
         num_nodes=num_nodes,
         strategy=_strategy(
@@ -317,6 +319,8 @@ def _describe(
             )
     parameters = sum(parameter.numel() for parameter in model.parameters())
     logger.info("model: %.2f M parameters, %d updates", parameters / 1e6, config.trainer.max_steps)
+    if _num_gpus(config.trainer) > 0 and WHY_NO_TRITON["cuda"]:
+        logger.warning("plain PyTorch replaces kernels, which takes longer: %s", WHY_NO_TRITON["cuda"])
     if config.trainer.precision == "32-true" and _num_gpus(config.trainer) > 0:
         logger.info("precision: %s", describe_fp32(torch.device("cuda")))
     if config.init is not None and resume_from is None:

@@ -207,6 +207,13 @@ def test_features_are_computed_once_and_may_lie_in_a_file(
         in_memory.get(source, tables["dev"], name="mine", mean=True)
 
 
+def test_a_random_encoder_leaves_the_generators_alone(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("GPUs were seeded"))
+    before = torch.get_rng_state()
+    RandomSource(encoder, seed=3)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_baselines(tables: dict[str, Table], encoder: Encoder) -> None:
     state = torch.random.get_rng_state()
     one, same, other = (RandomSource(encoder, seed=seed) for seed in (0, 0, 1))

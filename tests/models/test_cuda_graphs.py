@@ -3,8 +3,8 @@
 import copy
 import pickle
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, cast
 
 import pytest
 import torch
@@ -158,9 +158,14 @@ class Pretended:
 
     captures: int = 0
     replays: int = 0
+    pools: list[Any] = field(default_factory=list)
+    fails: bool = False
 
     def capture(self, run: Callable[[], list[Packed]], pool: Any) -> tuple[Callable[[], None], list[Packed]]:
         run()
+        self.pools.append(pool)
+        if self.fails:
+            raise RuntimeError("operation not permitted when stream is capturing")
         self.captures += 1
         states = run()
         for state in states:
@@ -182,7 +187,8 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> Pretended:
     monkeypatch.setattr(positional_conv, "_torch_conv", positional_conv._conv_with_gaps)
     monkeypatch.setattr(cuda_graphs, "_DEVICE", "cpu")
     monkeypatch.setattr(cuda_graphs, "_capture", made.capture)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    monkeypatch.setattr(torch.cuda, "Stream", object)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     return made
@@ -246,6 +252,9 @@ def test_calls_that_a_graph_cannot_serve_run_without_one(pretended: Pretended, m
         encoder(batch)
         encoder.eval()
         handle = encoder.encoder.layers[1].register_forward_hook(lambda *_: None)
+        encoder(batch)
+        handle.remove()
+        handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
         encoder(batch)
         handle.remove()
         layer = encoder.encoder.layers[0]
@@ -375,3 +384,113 @@ def test_an_encoder_with_a_compressor_is_refused() -> None:
     for limits in ({"max_graphs": 0}, {"max_duration_s": 0.0}):
         with pytest.raises(ValueError, match="must be positive"):
             make_encoder().use_cuda_graphs(**limits)
+
+
+def test_graphs_share_a_pool_until_a_capture_fails(pretended: Pretended) -> None:
+    """PyTorch may still count memory as in use by the capture that failed."""
+    encoder = make_encoder().use_cuda_graphs()
+    first, second, third, fourth = (waveforms_of([length]) for length in (4_000, 9_000, 20_000, 30_000))
+    with torch.no_grad():
+        encoder(first)
+        encoder(second)
+        pretended.fails = True
+        with pytest.raises(RuntimeError, match="not permitted"):
+            encoder(third)
+        pretended.fails = False
+        expected = copy.deepcopy(encoder).use_cuda_graphs(False)
+        for batch in (third, fourth, first):
+            assert_same_states(encoder(batch).hidden_states, expected(batch).hidden_states)
+    numbers = list(map(list(dict.fromkeys(pretended.pools)).index, pretended.pools))
+    assert numbers == [0, 0, 0, 1, 1]
+    assert pretended.captures == 4
+
+
+class _Stream:
+    """A stream of the device that was current when it was made, as PyTorch makes them."""
+
+    device = 0  # the current one
+    current: ClassVar[dict[int, Any]] = {}
+
+    def __init__(self) -> None:
+        self.of = _Stream.device
+
+    def wait_stream(self, other: "_Stream") -> None:
+        assert self.of == other.of
+
+
+class _CapturedGraph:
+    """A graph that notes the streams on which its capture begins and ends."""
+
+    def __init__(self) -> None:
+        self.streams: list[Any] = []
+        self.replay = len
+
+    def capture_begin(self, *memory: object, **options: object) -> None:
+        self.streams.append(torch.cuda.current_stream())
+
+    def capture_end(self) -> None:
+        self.capture_begin()
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Replace streams and graphs, but not PyTorch's context that captures; return the graphs that are made."""
+
+    class Enter:
+        def __init__(self, stream: _Stream) -> None:
+            self.stream = stream
+
+        def __enter__(self) -> None:
+            self.before = _Stream.device, _Stream.current[self.stream.of]
+            _Stream.device, _Stream.current[self.stream.of] = self.stream.of, self.stream
+
+        def __exit__(self, *error: object) -> None:
+            _Stream.device, _Stream.current[self.stream.of] = self.before
+
+    made: list[Any] = []
+
+    def make() -> _CapturedGraph:
+        made.append(_CapturedGraph())
+        return cast(_CapturedGraph, made[-1])
+
+    for device in (0, 1):
+        monkeypatch.setattr(_Stream, "device", device)
+        monkeypatch.setitem(_Stream.current, device, _Stream())
+    replaced: dict[str, Any] = {"Stream": _Stream, "stream": Enter, "CUDAGraph": make, "graph_pool_handle": object}
+    replaced |= {"current_stream": lambda: _Stream.current[_Stream.device]}
+    replaced |= dict.fromkeys(("synchronize", "empty_cache"), lambda: None)
+    for name, value in replaced.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch._C, "_host_emptyCache", lambda: None, raising=False)
+    monkeypatch.setattr(torch.cuda.graph, "default_capture_stream", None)
+    return made
+
+
+def test_a_graph_is_captured_on_the_device_of_its_encoder(graphs: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a stream of another device, the kernels would run once, and the graph would be empty."""
+    for device in (0, 1):
+        monkeypatch.setattr(_Stream, "device", device)
+        ran: list[Any] = []
+
+        def run() -> list[Packed]:
+            ran.append(torch.cuda.current_stream())  # noqa: B023
+            return []
+
+        pool = cuda_graphs._Pool.new()
+        for _ in range(2):
+            cuda_graphs._capture(run, pool)
+            assert graphs[-1].streams == [pool.stream] * 2
+        assert ran == [pool.stream] * 4
+        assert pool.stream.of == device
+        assert pool.stream is not torch.cuda.current_stream()
+
+
+def test_the_current_stream_stays_after_a_failed_capture(graphs: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(graph: _CapturedGraph) -> None:
+        raise RuntimeError("operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(_CapturedGraph, "capture_end", fail)
+    before = torch.cuda.current_stream()
+    with pytest.raises(RuntimeError, match="a previous error during capture"):
+        cuda_graphs._capture(list, cuda_graphs._Pool.new())
+    assert torch.cuda.current_stream() is before

@@ -1,12 +1,15 @@
 """Test the linear layer: it equals PyTorch's, its rows are independent of each other, and it can include a GELU."""
 
+import threading
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from fastssl.nn import functional, linear
 from fastssl.nn.attention import SelfAttention
@@ -166,4 +169,98 @@ def test_other_projections_are_computed_one_by_one(monkeypatch: pytest.MonkeyPat
 def test_without_autocast_and_on_the_cpu_nothing_is_cast_together() -> None:
     layer = PackedLinear(24, 40)
     with torch.autocast("cpu", torch.bfloat16), casts_together(layer):
-        assert not linear._copies
+        assert not linear.casts_are_shared()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_computes_again_what_it_computed(
+    monkeypatch: pytest.MonkeyPatch, reentrant: bool
+) -> None:
+    """The second time is in the backward pass, when the copies are gone."""
+    monkeypatch.setattr(linear, "_is_cast", torch.is_autocast_enabled)
+    torch.manual_seed(0)
+    attention = SelfAttention(24, 4, dropout=0.0)
+    x = torch.randn(30, 24, requires_grad=True)
+
+    def grads_of(*, again: bool) -> list[Tensor]:
+        def project(frames: Tensor) -> Tensor:
+            return torch.stack(functional.queries_keys_values(attention, frames))
+
+        with torch.autocast("cpu", torch.bfloat16), casts_together(attention):
+            out = checkpoint(project, x, use_reentrant=reentrant) if again else project(x)
+        assert isinstance(out, Tensor)
+        parts = [attention.q_proj, attention.k_proj, attention.v_proj]
+        leaves = [x, *(one for part in parts for one in part.parameters())]
+        out.float().square().sum().backward()
+        found = [leaf.grad for leaf in leaves]
+        for leaf in leaves:
+            leaf.grad = None
+        return [grad for grad in found if grad is not None]
+
+    expected, found = grads_of(again=False), grads_of(again=True)
+    assert len(found) == len(expected) == 7
+    for grad, other in zip(found, expected, strict=True):
+        assert (grad - other).abs().max() <= 2**-6 * other.abs().max()
+
+
+@pytest.mark.parametrize("compiled", ["all", "a layer"])
+def test_compiled_layers_are_cast_by_the_compiler(monkeypatch: pytest.MonkeyPatch, compiled: str) -> None:
+    monkeypatch.setattr(linear, "_is_cast", torch.is_autocast_enabled)
+    torch.manual_seed(0)
+    layers = nn.Sequential(PackedLinear(24, 40), PackedLinear(40, 16))
+    x = torch.randn(30, 24)
+
+    def run(module: nn.Module, x: Tensor) -> Tensor:
+        with casts_together(layers):
+            out: Tensor = module(x)
+        return out
+
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = run(layers, x)
+        if compiled == "all":
+            assert torch.equal(torch.compile(run, fullgraph=True, backend="eager")(layers, x), expected)
+            return
+        graphs: list[Any] = []
+
+        def count(graph: Any, inputs: Any) -> Any:
+            graphs.append(graph)
+            return graph
+
+        second: Any = torch.compile(layers[1], fullgraph=True, backend=count)
+        for _ in range(3):
+            assert torch.equal(run(nn.Sequential(layers[0], second), x), expected)
+        assert len(graphs) == 1  # the copies are other tensors each time, which must not matter
+
+
+class _Shard(nn.Parameter):
+    """Stands for a parameter of a sharded or quantised model."""
+
+
+@pytest.mark.parametrize("kind", ["shard", "elsewhere"])
+def test_parameters_that_are_not_ordinary_are_not_copied(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    monkeypatch.setattr(linear, "_is_cast", torch.is_autocast_enabled)
+    first, second = PackedLinear(24, 40), PackedLinear(40, 16)
+    weight = second.weight.detach()
+    second.weight = nn.Parameter(weight.to("meta")) if kind == "elsewhere" else _Shard(weight)
+    with torch.autocast("cpu", torch.bfloat16), casts_together(nn.Sequential(first, second)):
+        assert (id(first.weight),) in linear._copies.by_ids
+        assert (id(second.weight),) not in linear._copies.by_ids
+        assert all(copy.device.type == "cpu" for copy in linear._copies.by_ids.values())
+
+
+def test_another_thread_makes_its_own_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may use another stream, on which those of this thread do not exist yet, or no longer."""
+    monkeypatch.setattr(linear, "_is_cast", torch.is_autocast_enabled)
+    layer, made = PackedLinear(24, 40), []
+
+    def run() -> None:
+        with torch.autocast("cpu", torch.bfloat16), casts_together(layer):
+            made.append(linear._copies.by_ids[id(layer.weight),])
+
+    with torch.autocast("cpu", torch.bfloat16), casts_together(layer):
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+        assert len(made) == 1
+        assert made[0] is not linear._copies.by_ids[id(layer.weight),]
+    assert not linear.casts_are_shared()

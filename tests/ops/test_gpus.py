@@ -6,9 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastssl.kernels import dispatch
 from fastssl.kernels.gpus import Gpu, why_no_code, why_no_triton
+from fastssl.kernels.triton_driver import why_no_launches
 
 T4, A100, L40, H100, B200 = (
     Gpu(index, capability) for index, capability in enumerate([(7, 5), (8, 0), (8, 9), (9, 0), (10, 0)])
@@ -49,6 +51,27 @@ def test_triton_needs_an_ampere() -> None:
     assert why_no_triton([A100, H100]) == ""
     reason = why_no_triton([H100, T4])
     assert reason == "GPU 0 (compute capability 7.5) is too old for the Triton kernels, which need 8.0 or above"
+
+
+def test_triton_kernels_are_for_nvidia(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under ROCm, AMD's GPUs are CUDA devices to PyTorch, of a capability that is another number."""
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert "are for NVIDIA GPUs" in why_no_triton([Gpu(0, (9, 4))])
+    assert why_no_triton([]) == "no CUDA device"
+
+
+def test_triton_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = pytest.importorskip("triton.backends.nvidia.driver")
+
+    def build() -> None:
+        raise RuntimeError("Failed to find C compiler.\nPlease")
+
+    monkeypatch.setattr(driver, "CudaUtils", build)
+    assert why_no_launches().startswith("Triton cannot launch kernels (Failed to find C compiler.); install")
+    monkeypatch.setattr(driver, "CudaUtils", lambda: None)
+    assert why_no_launches() == ""
+    monkeypatch.delattr(driver, "CudaUtils")
+    assert why_no_launches() == ""
 
 
 #: Pretends to have a GPU, and prints the backends of two ops and why others are missing, then `fastssl info`.
@@ -103,4 +126,6 @@ def test_a_new_gpu_gets_the_kernels_that_the_module_has() -> None:
     """The module says itself what it was compiled for; the PTX of its newest architecture runs on any later GPU."""
     backends, info = pretend((99, 0))
     assert backends["integrate_and_fire"] == ["native", "reference"]
+    assert backends["contrastive_loss"] == ["reference"]  # without a driver, Triton launches nothing
+    assert "    no triton: Triton cannot launch kernels (" in info
     assert "compiled module for cuda: loaded" in info

@@ -96,3 +96,18 @@ def test_a_request_is_met_after_the_update_that_follows(
     assert saved[0] == 2
     assert (2, 1) in read_after
     assert saved[-1] == 6
+
+
+@pytest.mark.parametrize("begins_on_gpu", [True, False])
+def test_a_run_continues_on_another_kind_of_device(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, begins_on_gpu: bool
+) -> None:
+    """A GPU has another kernel for the optimiser; checkpoints from before it have none."""
+    config = make_config(**{"trainer.max_steps": 4})
+    for on_gpu, updates in ((begins_on_gpu, 4), (not begins_on_gpu, 6)):
+        monkeypatch.setattr(PretrainModule, "_reads_late", lambda module, on_gpu=on_gpu: on_gpu)
+        pretrain(replace(config, trainer=replace(config.trainer, max_steps=updates)), resume=updates == 6)
+        checkpoint = torch.load(Path(config.output) / "checkpoints" / "last.ckpt", weights_only=True)
+        assert checkpoint["global_step"] == updates
+        assert checkpoint["optimizer_states"][0]["param_groups"][0]["fused"] == (True if on_gpu else None)
+        assert max(state["step"].item() for state in checkpoint["optimizer_states"][0]["state"].values()) == updates

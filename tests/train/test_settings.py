@@ -74,6 +74,17 @@ def test_missing_devices_are_refused_before_the_folder_is_written(
     assert not Path(config.output).exists()
 
 
+def test_a_machine_with_another_accelerator_trains_on_the_cpu(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lightning's "auto" would take the GPU of a Mac, on which PyTorch has no fp64."""
+    monkeypatch.setattr("lightning.fabric.accelerators.mps.MPSAccelerator.is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config = make_config(**{"trainer.accelerator": "auto", "trainer.max_steps": 1})
+    pretrain(config)
+    assert (Path(config.output) / "checkpoints" / "last.ckpt").exists()
+
+
 @pytest.mark.parametrize(
     ("precision", "accelerator", "said"),
     [("32-true", "auto", True), ("32-true", "cpu", False), ("bf16-mixed", "auto", False)],
@@ -94,6 +105,8 @@ def test_an_fp32_run_on_a_gpu_says_what_precision_runs(
     with caplog.at_level(logging.INFO, logger="fastssl"):
         _describe(config, _open(config), model, complete=True, resume_from=None)
     assert ("precision: fp32: convolutions in TF32, matrix products in full fp32" in caplog.text) == said
+    # This process has found no GPU for Triton.
+    assert ("plain PyTorch replaces kernels, which takes longer: " in caplog.text) == (accelerator == "auto")
 
 
 @pytest.mark.parametrize("decay", [0.0, -0.5, 1.01, float("nan")])

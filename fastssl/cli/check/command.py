@@ -6,6 +6,7 @@ import platform
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +15,8 @@ from typing import Any
 from fastssl.files import write_json
 
 _DTYPES = {"cuda": ("bfloat16", "float16", "float32"), "cpu": ("float32", "bfloat16")}
-_FAILED = 3  # status of the worker after an error that it has reported
+#: Seconds after which a kernel without a result is stopped; compiling it may take a minute or two.
+_LIMIT_S = 600.0
 _WORKER = "fastssl.cli.check.worker"
 
 
@@ -26,7 +28,8 @@ class Checked:
         op: Name of the op.
         case: What distinguishes the case from others of the op.
         backend: Name of the backend.
-        error: Largest error relative to what is allowed; at most 1 is right. None if a result is NaN, or there is none.
+        error: Largest error relative to what is allowed; at most 1 is right. None if a result is not finite, or there
+            is none.
         worst: Name of the output or gradient with that error.
         ms: Milliseconds of forward and backward.
         plain_ms: Milliseconds of the same work in padded PyTorch.
@@ -64,7 +67,7 @@ def check(arguments: Sequence[str]) -> None:
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no CUDA device; `fastssl info` shows what it is built for")
-    dtype = options.dtype or _DTYPES[device][0]
+    dtype = options.dtype or _default_dtype(device)
     if dtype not in _DTYPES[device]:
         raise ValueError(f"--dtype {dtype}: on {device}, expected one of {', '.join(_DTYPES[device])}")
     machine = _machine(device)
@@ -86,6 +89,14 @@ def check(arguments: Sequence[str]) -> None:
         )
 
 
+def _default_dtype(device: str) -> str:
+    import torch
+
+    first, *others = _DTYPES[device]
+    is_old = device == "cuda" and torch.cuda.get_device_capability() < (8, 0)  # without arithmetic in bfloat16
+    return others[0] if is_old else first
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fastssl check",
@@ -95,7 +106,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--device", choices=tuple(_DTYPES), help="by default cuda if there is one")
     dtypes = dict.fromkeys(dtype for several in _DTYPES.values() for dtype in several)
-    parser.add_argument("--dtype", choices=tuple(dtypes), help="by default bfloat16 on cuda and float32 on cpu")
+    parser.add_argument(
+        "--dtype",
+        choices=tuple(dtypes),
+        help="by default bfloat16 on cuda (float16 below compute capability 8.0) and float32 on cpu",
+    )
     parser.add_argument("--output", metavar="FILE", help="write the table to a JSON file")
     return parser
 
@@ -125,27 +140,61 @@ def _checked_by_one_process(device: str, dtype: str, first: int) -> Generator[Ch
     """Yield results from kernel number `first` on; return the number to continue with, None after the last."""
     command = [sys.executable, "-m", _WORKER, device, dtype, str(first)]
     running: Checked | None = None
-    number = first
+    number, failed = first, False
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
+        clock = _Clock(process)
         for line in process.stdout:
+            clock.restart()
             values = json.loads(line)
             number = values.pop("number")
             if running is None:
                 running = Checked(**values)
                 continue
+            if "left_out" in values:
+                running = None
+                continue
             for name, value in values.items():
                 setattr(running, name, value)
+            failed = bool(running.failure)
             yield running
             running = None
-    if process.returncode == 0:
-        return None
-    if running is None and process.returncode != _FAILED:
-        raise RuntimeError(f"{' '.join(command)} ended with status {process.returncode} between two kernels")
+        clock.stop()
     if running is not None:
-        running.failure = f"the process ended with {_status(process.returncode)}"
+        stopped = f"no result after {_LIMIT_S:.0f} s"
+        running.failure = stopped if clock.is_over else f"the process ended with {_status(process.returncode)}"
         yield running
+    elif process.returncode == 0 and not failed:
+        return None
+    elif not failed:
+        raise RuntimeError(f"{' '.join(command)} ended with status {process.returncode} between two kernels")
     return number + 1
+
+
+class _Clock:
+    """Kills a process that has reported nothing for `_LIMIT_S`: a kernel may wait for something that never happens."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.is_over = False
+        self._process = process
+        self._timer: threading.Timer | None = None
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin to count again."""
+        self.stop()
+        self._timer = threading.Timer(_LIMIT_S, self._end)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def stop(self) -> None:
+        """Count no longer."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _end(self) -> None:
+        self.is_over = True
+        self._process.kill()
 
 
 def _status(code: int) -> str:
@@ -156,6 +205,6 @@ def _line(one: Checked) -> str:
     begin = f"{one.op:24}{one.case:26}{one.backend:10}"
     if one.failure or one.ms is None or one.plain_ms is None:
         return f"{begin}  FAILS: {one.failure}"
-    error = "NaN" if one.error is None else f"{one.error:.2f}"
+    error = "inf/NaN" if one.error is None else f"{one.error:.2f}"
     end = "" if one.is_right else f"  WRONG: {one.worst}"
     return f"{begin}{error:>8}{one.ms:10.2f}{one.plain_ms:10.2f}{one.plain_ms / one.ms:8.1f}{end}"

@@ -91,7 +91,7 @@ class RandomSource(EncoderSource):
     def __init__(self, encoder: SpeechEncoder, *, seed: int) -> None:
         device = next(encoder.parameters()).device
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # not `torch.manual_seed`, which seeds GPUs too
             fresh = type(encoder)(encoder.config).to(device)
         ours, theirs = fresh.compressor, encoder.compressor
         if ours is not None and theirs is not None:

@@ -1,4 +1,4 @@
-"""Scenarios of the commands that run an encoder over recordings: extract, label and quality."""
+"""Scenarios of the commands that run an encoder over recordings: extract, label, quality and probe."""
 
 import tempfile
 from collections.abc import Callable, Iterator
@@ -11,6 +11,8 @@ from benchmarks.recipes import recipe_model
 from fastssl.eval.extract import extract
 from fastssl.eval.label.command import label
 from fastssl.eval.label.settings import LabelSettings
+from fastssl.eval.probe.command import probe
+from fastssl.eval.probe.settings import ProbeSettings
 from fastssl.eval.quality.command import quality
 from fastssl.train.systems import SYSTEMS, system_of
 from tests.emulation.fake_cuda.scenario import Scenario, Watch
@@ -32,13 +34,35 @@ def _quality(model: Path, audio: Path, output: Path) -> object:
     return quality(model, audio, output / "quality.json")
 
 
+def _probe(
+    model: Path, audio: Path, output: Path, *, target: str, task: str, rate_price: float | None = None
+) -> object:
+    """Probe with two recordings of one speaker and one of another; verification has to hear other speakers."""
+    tables = []
+    for part in ("train", "test"):
+        rows = [f"audio/{index}.wav\t{index} {index + 1}\t{part}{index % 2}" for index in range(3)]
+        tables.append(audio.parent / f"{part if task == 'verification' else 'train'}.tsv")
+        tables[-1].write_text("\n".join(["path\tdigits\tspeaker", *rows]) + "\n")
+    train, test = tables
+    settings = ProbeSettings(target, task=task, steps=3, seeds=1)
+    return probe(str(model), train, settings, dev=train, test=test, output=output / "probe.json", rate_price=rate_price)
+
+
 LOOPS: dict[str, Loop] = {"extract": _extract, "label": _label, "quality": _quality}
+LOOPS |= {
+    "probe ctc": partial(_probe, target="digits", task="ctc"),
+    "probe classification": partial(_probe, target="speaker", task="classification"),
+    "probe verification": partial(_probe, target="speaker", task="verification"),
+    "probe learned rate": partial(_probe, target="digits", task="ctc", rate_price=1.0),
+}
 
 
 def scenarios() -> Iterator[tuple[str, Scenario]]:
     """Yield the name of each scenario, and the scenario."""
     for name, loop in LOOPS.items():
-        for encoder, recipe in _RECIPES.items():
+        compressed = [encoder for encoder in _RECIPES if "compressed" in encoder]
+        for encoder in compressed if name == "probe learned rate" else _RECIPES:
+            recipe = _RECIPES[encoder]
             yield f"loop/{name}/{encoder}", partial(_run, loop=loop, recipe=recipe)
 
 

@@ -20,7 +20,7 @@ _ALLOCATE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_str
 #: Operators in place that change a tensor's description, and not its memory.
 _DESCRIBE = {"detach_", "resize_", "set_", "squeeze_", "unsqueeze_", "t_", "transpose_", "record_stream"}
 #: Operators whose result has a size that only the device knows.
-_SIZED_BY_DEVICE = {"_unique2", "unique_consecutive", "unique_dim", "bincount", "masked_select"}
+_SIZED_BY_DEVICE = {"unique_consecutive", "unique_dim", "bincount", "masked_select"}
 #: Operators of which a GPU demands that all floating tensors have the same dtype; fake tensors do not check it.
 _ONE_DTYPE = {
     *("mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot", "convolution", "convolution_backward"),
@@ -338,7 +338,39 @@ def _convolution_backward(mode: FakeCuda, func: Any, args: Any, kwargs: Any) -> 
     )
 
 
+def _unique(mode: FakeCuda, func: Any, args: Any, kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the different values, their places and their counts; the host waits for how many there are."""
+    mode.record.wait("_unique2")
+    mode.record.launches["_unique2"] += 1
+    values = args[0]
+    count = answers.count_of(values.numel())
+    places, counts = mode.empty(*values.shape, dtype=torch.int64), mode.empty(count, dtype=torch.int64)
+    return mode.empty(count, dtype=values.dtype), places, counts
+
+
+def _use_other_ctc_loss(mode: FakeCuda, func: Any, args: Any, kwargs: Any) -> bool:
+    return False  # as for targets in int64 on the GPU
+
+
+def _ctc_loss(mode: FakeCuda, func: Any, args: Any, kwargs: Any) -> tuple[Tensor, Tensor]:
+    """Return the loss (B,) and what the backward pass needs (B, T, 2 S + 1), which PyTorch makes no fake tensors of."""
+    scores, targets = args[:2]  # (T, B, C)
+    mode.record.launches["_ctc_loss"] += 1
+    time, batch, _ = scores.shape
+    return mode.empty(batch, dtype=scores.dtype), mode.empty(batch, time, 2 * len(targets) + 1, dtype=scores.dtype)
+
+
+def _ctc_loss_backward(mode: FakeCuda, func: Any, args: Any, kwargs: Any) -> Tensor:
+    mode.record.launches["_ctc_loss_backward"] += 1
+    return mode.empty(*args[1].shape, dtype=args[1].dtype)
+
+
 _HANDLERS: dict[str, _Handler] = {
+    "_use_cudnn_ctc_loss": _use_other_ctc_loss,
+    "_use_miopen_ctc_loss": _use_other_ctc_loss,
+    "_unique2": _unique,
+    "_ctc_loss": _ctc_loss,
+    "_ctc_loss_backward": _ctc_loss_backward,
     "_local_scalar_dense": _item,
     "equal": _equal,
     "_to_copy": _to_copy,

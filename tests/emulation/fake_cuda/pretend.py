@@ -91,6 +91,8 @@ def _hide_the_runtime() -> None:
             super().__init__(name, *args, **kwargs)
 
     ctypes.CDLL = WithoutRuntime  # type: ignore[misc]
+    # What Triton would launch kernels with, which needs more of the driver than is here.
+    cast(Any, import_module("triton.backends.nvidia.driver")).CudaUtils = lambda: None
 
 
 class _Generator(torch.Generator):
@@ -265,8 +267,12 @@ def check_kernels() -> None:
 
 def _treat_fake_weights_as_plain() -> None:
     """Let ops compute in place of modules whose weights are fake, as they do if the weights are ordinary tensors."""
-    functional: Any = import_module("fastssl.nn.functional")
+    functional, linear = (
+        cast(Any, import_module("fastssl.nn.functional")),
+        cast(Any, import_module("fastssl.nn.linear")),
+    )
     functional._PLAIN_WEIGHTS = (*functional._PLAIN_WEIGHTS, FakeTensor)
+    linear.ORDINARY = (*linear.ORDINARY, FakeTensor)
 
 
 def _never_called(*args: object) -> None:
