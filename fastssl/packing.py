@@ -412,7 +412,7 @@ class Packed(NamedTuple):
             raise ValueError(f"lengths: got {len(layout.lengths)}, expected one per sequence of x {tuple(x.shape)}")
         if layout.max_length > x.shape[1]:
             raise ValueError(f"lengths: longest is {layout.max_length}, must fit in dimension 1 of x {tuple(x.shape)}")
-        # A new layout is returned without the indices. For waveforms, these take four times as much memory as the samples.
+        # A new layout is returned without indices. For waveforms, these take four times as much memory as the samples.
         indexed = layout if layout is lengths else replace(layout)
         return cls(indexed.padded_rows(x.shape[1]).pack(x), layout)
 
@@ -488,13 +488,14 @@ class PaddedRows(NamedTuple):
 
     @classmethod
     def from_mask(cls, mask: Tensor) -> "PaddedRows":
-        """Find the places where a mask is True. The host waits for the device.
+        """Find the places where a mask is True. The host waits for the device once.
 
         Args:
             mask: (B, T) bool, True at the frames to keep.
         """
         layout = Layout.from_lengths(mask.sum(1).tolist(), device=mask.device)
-        return cls(mask.flatten().nonzero().squeeze(1), layout, mask.shape[1])
+        rows = mask.flatten().nonzero_static(size=layout.total).squeeze(1)  # `nonzero` would wait for the size
+        return cls(rows, layout, mask.shape[1])
 
     def pack(self, x: Tensor) -> Tensor:  # (B, T, ...) -> (N, ...)
         """Gather the packed rows from a padded batch.
