@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial, wraps
 from itertools import accumulate
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 _Part = TypeVar("_Part", Tensor, "Layout")
+_Sizes = ParamSpec("_Sizes")
 #: Attribute of a layout that keeps everything that is computed from it, because it was planned.
 _PLANNED = "_planned"
 
@@ -36,17 +37,19 @@ def _kept(compute: Callable[["Layout"], Tensor]) -> Callable[["Layout"], Tensor]
     return get
 
 
-def kept_by_plan(compute: Callable[["Layout", int, int], _Part]) -> Callable[["Layout", int, int], _Part]:
-    """Decorate a method: on a planned layout (`Layout.plan`), compute its result once per arguments and cache it."""
+def kept_by_plan(
+    compute: Callable[Concatenate["Layout", _Sizes], _Part],
+) -> Callable[Concatenate["Layout", _Sizes], _Part]:
+    """Decorate a function of a layout and numbers: for a planned layout (`Layout.plan`), compute each result once."""
     name = compute.__name__
 
     @wraps(compute)
-    def get(layout: "Layout", first: int, second: int) -> _Part:
+    def get(layout: "Layout", /, *sizes: _Sizes.args, **named: _Sizes.kwargs) -> _Part:
         if torch.compiler.is_compiling() or _PLANNED not in layout.__dict__:
-            return compute(layout, first, second)
-        key = f"{name}({first}, {second})"
+            return compute(layout, *sizes, **named)
+        key = f"{name}{sizes}{named or ''}"
         if key not in layout.__dict__:
-            part = _outside_inference_mode(partial(compute, layout, first, second))
+            part = _outside_inference_mode(partial(compute, layout, *sizes, **named))
             if isinstance(part, Layout):
                 part.__dict__[_PLANNED] = True
             layout.__dict__[key] = part
@@ -133,7 +136,7 @@ class Layout:
 
     @classmethod
     def from_lengths(cls, lengths: Sequence[int], *, device: torch.device | str | None = None) -> "Layout":
-        """Create the layout of sequences with the given lengths.
+        """Create the layout of sequences with the given lengths; the host does not wait for the copy to a GPU.
 
         Args:
             lengths: Number of frames of each sequence; zero is allowed.
@@ -146,8 +149,27 @@ class Layout:
         if any(length < 0 for length in lengths):
             raise ValueError(f"lengths: must not be negative, got {lengths}")
         offsets = tuple(accumulate(lengths, initial=0))
-        cu_seqlens = torch.tensor(offsets, dtype=torch.int32, device=device)
+        if device is None or torch.device(device).type != "cuda" or torch.compiler.is_compiling():
+            cu_seqlens = torch.tensor(offsets, dtype=torch.int32, device=device)
+        else:
+            (cu_seqlens,) = send([torch.tensor(offsets, dtype=torch.int32, device="cpu")], torch.device(device))
         return cls(lengths, cu_seqlens, max(lengths, default=0), offsets[-1])
+
+    @classmethod
+    def planned(cls, lengths: Sequence[int], *, device: torch.device, use: Callable[["Layout"], object]) -> "Layout":
+        """Create a layout with a plan, all in one copy to the device, see `plan`.
+
+        Args:
+            lengths: As in `from_lengths`.
+            device: Device of `cu_seqlens`.
+            use: Function that asks a layout of these lengths, on the host, for layouts and properties.
+        """
+        if device.type == "cpu" or torch.compiler.is_compiling():
+            return cls.from_lengths(lengths, device=device)
+        with torch.inference_mode(mode=False):  # as in `_outside_inference_mode`
+            host = cls.from_lengths(lengths)
+            host.prepare(use)
+            return host.holding(iter(send(list(host.tensors()), device)))
 
     @classmethod
     def from_device(cls, lengths: tuple[int, ...], device_lengths: Tensor) -> "Layout":
@@ -219,7 +241,11 @@ class Layout:
 
     def padded_rows(self, length: int) -> "PaddedRows":
         """Return the place of each packed row in a batch padded to `length`, which must be at least `max_length`."""
-        return PaddedRows(self.sequence_ids * length + self.positions, self, length)
+        return PaddedRows(self._rows_in_padded(length), self, length)
+
+    @kept_by_plan
+    def _rows_in_padded(self, length: int) -> Tensor:  # (N,)
+        return self.sequence_ids * length + self.positions
 
     def valid(self, length: int) -> Tensor:
         """Return (B, length) bool on the device: True where a batch padded to `length` has a frame, not padding."""
@@ -289,10 +315,7 @@ class Layout:
             return
         if self.cu_seqlens.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return
-        with torch.inference_mode(mode=False):  # as in `_outside_inference_mode`
-            host = Layout.from_lengths(self.lengths)
-            host.prepare(use)
-            there = host.holding(iter(send(list(host.tensors()), self.cu_seqlens.device)))
+        there = Layout.planned(self.lengths, device=self.cu_seqlens.device, use=use)
         self.__dict__.update(there._parts(), **{_PLANNED: True})
 
     def prepare(self, use: Callable[["Layout"], object]) -> None:
@@ -405,9 +428,9 @@ class Packed(NamedTuple):
             raise ValueError(f"lengths: got {len(layout.lengths)}, expected one per sequence of x {tuple(x.shape)}")
         if layout.max_length > x.shape[1]:
             raise ValueError(f"lengths: longest is {layout.max_length}, must fit in dimension 1 of x {tuple(x.shape)}")
-        # Return a copy of the layout without the cached indices. For waveforms, these take four times as much memory as
-        # the samples.
-        return cls(layout.padded_rows(x.shape[1]).pack(x), replace(layout))
+        # A new layout is returned without indices. For waveforms, these take four times as much memory as the samples.
+        indexed = layout if layout is lengths else replace(layout)
+        return cls(indexed.padded_rows(x.shape[1]).pack(x), layout)
 
     def to_padded(self, value: float = 0.0, *, length: int | None = None) -> Tensor:
         """Pad each sequence at its end.
@@ -443,7 +466,7 @@ class Packed(NamedTuple):
 
     def _spread(self, rows: Tensor, layout: Layout) -> "Packed":
         zeros = self.values.new_zeros(layout.total, *self.values.shape[1:])
-        return Packed(zeros.index_copy(0, rows, self.values), layout)
+        return Packed(zeros.index_copy_(0, rows, self.values), layout)
 
     def with_gaps(self, before: int, after: int) -> "Packed":
         """Return the batch with `before` zero rows in front of each sequence and `after` zero rows after it."""
@@ -481,13 +504,14 @@ class PaddedRows(NamedTuple):
 
     @classmethod
     def from_mask(cls, mask: Tensor) -> "PaddedRows":
-        """Find the places where a mask is True. The host waits for the device.
+        """Find the places where a mask is True. The host waits for the device once.
 
         Args:
             mask: (B, T) bool, True at the frames to keep.
         """
         layout = Layout.from_lengths(mask.sum(1).tolist(), device=mask.device)
-        return cls(mask.flatten().nonzero().squeeze(1), layout, mask.shape[1])
+        rows = mask.flatten().nonzero_static(size=layout.total).squeeze(1)  # `nonzero` would wait for the size
+        return cls(rows, layout, mask.shape[1])
 
     def pack(self, x: Tensor) -> Tensor:  # (B, T, ...) -> (N, ...)
         """Gather the packed rows from a padded batch.
@@ -512,4 +536,4 @@ class PaddedRows(NamedTuple):
         """
         batch, shape = len(self.layout.lengths), x.shape[1:]
         padded = x.new_full((batch * self.length, *shape), value)
-        return padded.index_copy(0, self.rows, x).view(batch, self.length, *shape)
+        return padded.index_copy_(0, self.rows, x).view(batch, self.length, *shape)

@@ -180,8 +180,7 @@ def test_rows_of_a_mask_may_lie_anywhere(mask: list[list[bool]]) -> None:
 def test_padding_is_dropped_by_a_layout_too() -> None:
     packed = Packed.pack([torch.randn(2, 3), torch.randn(0, 3), torch.randn(4, 3)])
     found = Packed.from_padded(packed.to_padded(length=6), packed.layout)
-    assert found.layout.lengths == packed.layout.lengths
-    assert found.layout.cu_seqlens is packed.layout.cu_seqlens
+    assert found.layout is packed.layout  # with the indices that it keeps
     assert torch.equal(found.values, packed.values)
     with pytest.raises(ValueError, match="lengths: longest is 4"):
         Packed.from_padded(torch.zeros(3, 3), packed.layout)
@@ -275,7 +274,8 @@ def test_valid_places() -> None:
     assert valid.tolist() == [[True, True, False, False], [False] * 4, [True, True, True, False]]
 
 
-def test_a_plan_is_one_copy_and_nothing_is_computed_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("at_once", [False, True])
+def test_a_plan_is_one_copy_and_nothing_is_computed_after_it(monkeypatch: pytest.MonkeyPatch, at_once: bool) -> None:
     sent: list[Tensor] = []
 
     def note(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
@@ -285,13 +285,17 @@ def test_a_plan_is_one_copy_and_nothing_is_computed_after_it(monkeypatch: pytest
     def use(layout: Layout) -> list[Tensor]:
         frames = layout.after_conv(3, 2).after_conv(2, 1)
         frames.ask_for_indices()
-        return [frames.cu_seqlens, frames.positions, frames.sequence_ids, frames.rows_with_gaps(0, 3)]
+        indices = [frames.cu_seqlens, frames.positions, frames.sequence_ids]
+        return [*indices, frames.rows_with_gaps(0, 3), frames.padded_rows(20).rows, frames.padded_rows(length=21).rows]
 
     real_send = packing.send
     monkeypatch.setattr("fastssl.packing.send", note)
-    layout = Layout.from_lengths([30, 0, 17]).to("meta")
-    layout.plan(use)
-    assert len(sent) > 6
+    if at_once:
+        layout = Layout.planned([30, 0, 17], device=torch.device("meta"), use=use)
+    else:
+        layout = Layout.from_lengths([30, 0, 17]).to("meta")
+        layout.plan(use)
+    assert len(sent) > 8
     with Calls() as calls:
         found = use(layout)
         layout.plan(use)
@@ -351,7 +355,7 @@ def test_no_plan_is_copied_while_a_graph_is_captured(monkeypatch: pytest.MonkeyP
 
 
 def test_on_the_cpu_and_in_compiled_code_a_plan_changes_nothing() -> None:
-    layout = Layout.from_lengths([3, 4])
+    layout = Layout.planned([3, 4], device=torch.device("cpu"), use=lambda _: pytest.fail("a plan on the CPU"))
     layout.plan(lambda _: pytest.fail("a plan on the CPU"))
     assert set(vars(layout)) == FIELDS
     assert layout.after_conv(2, 1) is not layout.after_conv(2, 1)

@@ -3,6 +3,7 @@
 import warnings
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastssl import ops
@@ -79,7 +80,8 @@ def _attend(
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     if attention_mask is None:
         B, T = q.shape[:2]
-        layout = Layout.from_lengths([T] * B, device=q.device)
+        cu_seqlens = torch.arange(B + 1, dtype=torch.int32, device=q.device) * T
+        layout = Layout((T,) * B, cu_seqlens, T if B else 0, B * T)
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))
         return ops.varlen_attention(q, k, v, layout, scale=scaling, dropout_p=dropout).unflatten(0, (B, T)), None
     q, k, v = (attention_mask.pack(x) for x in (q, k, v))

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from fastssl.interop.classes import NORM
 from fastssl.models.folder import ACCELERATED_COMPRESSOR
 from fastssl.nn import functional as F
-from fastssl.packing import Layout, Packed
+from fastssl.packing import Layout, Packed, kept_by_plan, send
 
 _LIBRARIES = ("transformers.", "torchaudio.", "torch.nn.", "fastssl.")
 
@@ -77,39 +78,78 @@ def modules_not_called(model: Any, stack: Any) -> Iterator[nn.Module]:
 
 def front_end(
     model: Any,
+    stack: Any,
     waveforms: Tensor,  # (B, T)
     lengths: list[int],
     convolutions: Iterable[tuple[int, int]],
     padded: Callable[[Tensor], Tensor],
+    ask: Callable[[Layout, int], object] = lambda layout, padded_frames: None,
 ) -> tuple[Packed, int]:
     """Run an encoder's convolutions on a padded batch and pack the valid frames.
 
+    The layouts of the whole encoder are planned here: on a GPU, they and their indices are one copy, for which the host
+    does not wait (`Layout.plan`).
+
     Args:
         model: The encoder.
+        stack: Its transformer, with `pos_conv_embed`.
         waveforms: (B, T) samples.
         lengths: B numbers of valid samples.
         convolutions: Kernel size and stride of each convolution, from first to last.
         padded: The original front end, (B, T) to (B, F, C). It runs if the encoder's norm is "padded" and F is not 0,
             which the original refuses.
+        ask: Function that asks the layout of the frames for what the encoder needs of it besides, given F.
 
     Returns:
         The valid frames (N, C), and the number of frames F per row of the padded batch.
     """
-    layout = Layout.from_lengths([*lengths, waveforms.shape[1]])
+    convolutions = list(convolutions)
+    *frames, padded_frames = _after(convolutions, Layout.from_lengths([*lengths, waveforms.shape[1]])).lengths
+
+    def use(layout: Layout) -> None:
+        ask_for_padding(layout, padded_frames)
+        if (compressor := getattr(model, ACCELERATED_COMPRESSOR, None)) is None:
+            _ask_for_positions(stack, layout)
+        else:
+            compressor.ask(layout)
+        ask(layout, padded_frames)
+
+    if getattr(model, NORM) == "valid" or padded_frames == 0:
+        layout = Layout.planned(
+            lengths, device=waveforms.device, use=lambda samples: use(_after(convolutions, samples))
+        )
+        samples = Packed(_without_padding(waveforms, lengths), layout)
+        return F.front_end(model.feature_extractor.conv_layers, samples), padded_frames
+    layout = Layout.planned(frames, device=waveforms.device, use=use)
+    return Packed.from_padded(padded(waveforms), layout), padded_frames
+
+
+def _after(convolutions: Iterable[tuple[int, int]], layout: Layout) -> Layout:
     for kernel, stride in convolutions:
         layout = layout.after_conv(kernel, stride)
-    *frames, padded_frames = layout.lengths
-    if getattr(model, NORM) == "valid" or padded_frames == 0:
-        samples = Packed.from_padded(waveforms.unsqueeze(2), lengths)
-        return F.front_end(model.feature_extractor.conv_layers, samples), padded_frames
-    return Packed.from_padded(padded(waveforms), frames), padded_frames
+    return layout
 
 
-def compress(model: nn.Module, frames: Packed) -> tuple[Packed, Callable[[Tensor], Tensor]]:
+def _without_padding(waveforms: Tensor, lengths: list[int]) -> Tensor:  # (B, T) -> (N, 1)
+    """Pack samples without an index per sample, if no gradient flows back to them."""
+    if not lengths or (waveforms.requires_grad and torch.is_grad_enabled()):
+        return Packed.from_padded(waveforms.unsqueeze(2), lengths).values
+    return torch.cat([row[:length] for row, length in zip(waveforms, lengths, strict=True)]).unsqueeze(1)
+
+
+def _ask_for_positions(stack: Any, layout: Layout) -> None:
+    """Ask a layout for what the positional embedding of a stack of layers computes with it."""
+    layout.ask_for_indices()
+    for block in getattr(stack.pos_conv_embed, "layers", [stack.pos_conv_embed]):
+        layout.rows_with_gaps(0, block.conv.kernel_size[0] // 2)
+
+
+def compress(model: nn.Module, stack: Any, frames: Packed) -> tuple[Packed, Callable[[Tensor], Tensor]]:
     """Apply an accelerated encoder's compressor to the input of its transformer, if it has one.
 
     Args:
         model: The encoder.
+        stack: Its transformer, with `pos_conv_embed`.
         frames: (N, D), the projected frames.
 
     Returns:
@@ -120,6 +160,7 @@ def compress(model: nn.Module, frames: Packed) -> tuple[Packed, Callable[[Tensor
     if compressor is None:
         return frames, lambda values: values
     compressed = compressor(frames)
+    compressed.frames.layout.plan(partial(_ask_for_positions, stack))
     return compressed.frames, compressed.upsample
 
 
@@ -148,11 +189,45 @@ def distance_bias(attention: Any) -> Tensor:
     Returns:
         (H, 2R + 1) for distances -R to R; the bias is constant beyond them.
     """
-    # Like the originals, compute the buckets on the CPU: a GPU's logarithm may round to a neighbouring bucket.
-    distances = torch.arange(-attention.max_distance, attention.max_distance + 1)
-    embedding = attention.rel_attn_embed
-    bias: Tensor = embedding(attention._relative_positions_bucket(distances).to(embedding.weight.device))
-    return bias.t()
+    bias: Tensor = attention.rel_attn_embed(_buckets(attention, attention.rel_attn_embed.weight.device))
+    return bias.t().contiguous()  # because every layer's op would copy it otherwise
+
+
+#: The table of `_buckets` of each attention module, with what it was made for.
+_tables: WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], Tensor]] = WeakKeyDictionary()
+
+
+def _buckets(attention: Any, device: torch.device) -> Tensor:
+    """Return WavLM's bucket of each distance from -R to R, (2R + 1,) int64 on a device; made once per module."""
+    made_for = type(attention), attention.num_buckets, attention.max_distance, device
+    known = _tables.get(attention)
+    if known is None or known[0] != made_for:
+        with torch.inference_mode(mode=False):  # autograd saves no inference tensors
+            # Like the originals, compute on the CPU: a GPU's logarithm may round to a neighbouring bucket.
+            distances = torch.arange(-attention.max_distance, attention.max_distance + 1, device="cpu")
+            (table,) = send([attention._relative_positions_bucket(distances)], device)
+        _tables[attention] = known = made_for, table
+    return known[1]
+
+
+def ask_for_padding(layout: Layout, length: int) -> None:
+    """Ask the layout of frames for what `padded_by_last` and `Packed.to_padded` compute with it."""
+    layout.padded_rows(length)
+    _rows_of_padding(layout, length)
+
+
+@kept_by_plan
+def _rows_of_padding(layout: Layout, length: int) -> Tensor:  # (2, P)
+    """Return the rows of the padding in a padded batch, and the packed row that is repeated in each of them.
+
+    The padding of an utterance without frames is left out.
+    """
+    padding = layout.map_lengths(
+        lambda frames: length - frames if frames else 0, lambda frames: (length - frames) * (frames > 0)
+    )
+    sequences = padding.sequence_ids
+    rows = sequences * length + layout.device_lengths[sequences] + padding.positions
+    return torch.stack([rows, layout.cu_seqlens[1:].long()[sequences] - 1])
 
 
 def padded_by_last(x: Packed, length: int) -> Tensor:  # (N, D) -> (B, length, D)
@@ -171,6 +246,7 @@ def padded_by_last(x: Packed, length: int) -> Tensor:  # (N, D) -> (B, length, D
     padded = x.to_padded(length=length)
     if not x.layout.total or min(x.layout.lengths) == length:
         return padded
-    last = x.values.detach()[(x.layout.cu_seqlens[1:].long() - 1).clamp(min=0)]
-    last = torch.where(x.layout.device_lengths.unsqueeze(1) > 0, last, 0)
-    return torch.where(x.layout.valid(length).unsqueeze(2), padded, last.unsqueeze(1))
+    rows, last = _rows_of_padding(x.layout, length)
+    with torch.no_grad():
+        padded.flatten(0, 1).index_copy_(0, rows, x.values.index_select(0, last))
+    return padded

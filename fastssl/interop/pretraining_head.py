@@ -41,7 +41,8 @@ def _quantize(
         values = counted.values
     else:
         mask = mask_time_indices.flatten()
-        masked, rest = mask.nonzero().squeeze(1), (~mask).nonzero().squeeze(1)
+        masked = mask.nonzero().squeeze(1)  # the host waits for their number, once
+        rest = (~mask).nonzero_static(size=len(mask) - len(masked)).squeeze(1)
         counted, frames = quantized(masked), len(masked)
         values = counted.values.new_empty(len(logits), counted.values.shape[1])
         values = values.index_copy(0, masked, counted.values).index_copy(0, rest, quantized(rest).values)

@@ -119,9 +119,13 @@ def _front_end(model: Any, waveforms: Tensor, lengths: Tensor | None) -> tuple[P
     extractor = model.feature_extractor
     convolutions = [(layer.conv.kernel_size[0], layer.conv.stride[0]) for layer in extractor.conv_layers]
     frames, padded_frames = encoders.front_end(
-        model, waveforms, valid, convolutions, lambda padded: extractor(padded, None)[0]
+        model, model.encoder.transformer, waveforms, valid, convolutions, lambda padded: extractor(padded, None)[0]
     )
-    frame_lengths = None if lengths is None else frames.layout.device_lengths.to(lengths.device, lengths.dtype)
+    frame_lengths = None
+    if lengths is not None and lengths.device == waveforms.device:
+        frame_lengths = frames.layout.device_lengths.to(lengths.dtype)
+    elif lengths is not None:
+        frame_lengths = torch.tensor(frames.layout.lengths, dtype=lengths.dtype, device=lengths.device)
     return frames, padded_frames, frame_lengths
 
 
@@ -148,7 +152,7 @@ def _transformer(
     """
     projection, stack = model.encoder.feature_projection, model.encoder.transformer
     projected = F.project(projection, F.normalise(projection, frames.values))
-    fewer, upsample = encoders.compress(model, Packed(projected, frames.layout))
+    fewer, upsample = encoders.compress(model, stack, Packed(projected, frames.layout))
     bias: Tensor | None = None
 
     def run(layer: Any, x: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from fastssl.interop import encoders
 from fastssl.interop.classes import AcceleratedClasses
 from fastssl.nn import functional as F
 from fastssl.nn.activation import sigmoid
-from fastssl.packing import Layout, Packed
+from fastssl.packing import Layout, Packed, kept_by_plan, send
 
 _SOURCES = {
     "Wav2Vec2Model": "transformers.models.wav2vec2.modeling_wav2vec2",
@@ -58,6 +58,8 @@ def _methods(original: type[nn.Module]) -> dict[str, Any]:
     ) -> Any:
         weights = _option(self, kwargs, "output_attentions")
         reason = "only the original code computes attention weights" if weights else None
+        if "_mask_hidden_states" in vars(self):
+            reason = "the model has a replaced `_mask_hidden_states`"
         if encoders.original_runs(self, _modules_not_called(self), reason):
             return _as_original(self, original).forward(input_values, attention_mask, mask_time_indices, **kwargs)
         return run(self, input_values, attention_mask, mask_time_indices, kwargs)
@@ -113,13 +115,19 @@ def _forward(
         lengths = _valid_lengths(attention_mask, batch, samples)
     convolutions = zip(self.config.conv_kernel, self.config.conv_stride, strict=True)
     frames, padded_frames = encoders.front_end(
-        self, input_values, lengths, convolutions, lambda padded: self.feature_extractor(padded).transpose(1, 2)
+        self,
+        self.encoder,
+        input_values,
+        lengths,
+        convolutions,
+        lambda padded: self.feature_extractor(padded).transpose(1, 2),
+        partial(_ask_for_adapter, getattr(self, "adapter", None)),
     )
     normalised = F.normalise(self.feature_projection, frames.values)
     projected = F.project(self.feature_projection, normalised)
     x = Packed(projected, frames.layout)
     x = _mask(self, x, mask_time_indices, padded_frames, has_padding=attention_mask is not None)
-    fewer, upsample = encoders.compress(self, x)
+    fewer, upsample = encoders.compress(self, self.encoder, x)
     last, hidden_states = _encode(self.encoder, fewer)
 
     output_class = _output_class(CLASSES.original(self).__name__)
@@ -166,7 +174,7 @@ def _valid_lengths(mask: Tensor, batch: int, samples: int) -> list[int]:
         raise ValueError(
             f"attention_mask: expected {(batch, samples)}, the shape of the waveforms, got {tuple(mask.shape)}"
         )
-    lengths = (mask != 0).sum(1)
+    lengths = mask.detach().sum(1, dtype=torch.int64)
     expected = torch.arange(samples, device=mask.device) < lengths.unsqueeze(1)
     fits = (mask == expected).all().long().unsqueeze(0)
     host: list[int] = torch.cat([lengths, fits]).tolist()  # the only place where the host waits for the device
@@ -180,20 +188,66 @@ def _valid_lengths(mask: Tensor, batch: int, samples: int) -> list[int]:
     return host
 
 
-def _mask(model: Any, x: Packed, mask_time_indices: Tensor | None, padded_frames: int, *, has_padding: bool) -> Packed:
-    """Mask frames with the model's own SpecAugment function, which needs a padded batch."""
-    config = model.config
-    augments = model.training and (config.mask_time_prob > 0 or config.mask_feature_prob > 0)
-    if not getattr(config, "apply_spec_augment", True) or (mask_time_indices is None and not augments):
+def _mask(model: Any, x: Packed, mask_time_indices: Any, padded_frames: int, *, has_padding: bool) -> Packed:
+    """Mask frames as the model's own SpecAugment function does, with its random draws, but without a padded batch."""
+    config, (values, layout) = model.config, x
+    draws_times = model.training and config.mask_time_prob > 0 and mask_time_indices is None
+    draws_channels = model.training and config.mask_feature_prob > 0
+    if not getattr(config, "apply_spec_augment", True) or (
+        mask_time_indices is None and not draws_times | draws_channels
+    ):
         return x
-    if x.layout.total == 0:  # the model's function refuses rows without frames
+    if layout.total == 0:  # the model's function refuses rows without frames
         return x
-    valid = None
-    if has_padding and CLASSES.original(model).__name__ != "HubertModel":  # HuBERT may mask padding frames too
-        valid = x.layout.valid(padded_frames)
-    padded = x.to_padded(length=padded_frames)
-    masked = model._mask_hidden_states(padded, mask_time_indices=mask_time_indices, attention_mask=valid)
-    return Packed.from_padded(masked, x.layout)
+    original = CLASSES.original(model)
+    draw = importlib.import_module(_SOURCES[original.__name__])._compute_mask_indices
+    valid = torch.arange(padded_frames, device="cpu") < torch.tensor(layout.lengths, device="cpu").unsqueeze(1)
+    if draws_times:
+        # HuBERT masks padding frames too, instead of valid ones.
+        within = {"attention_mask": valid} if has_padding and original.__name__ != "HubertModel" else {}
+        mask_time_indices = torch.from_numpy(
+            draw(
+                valid.shape,
+                mask_prob=config.mask_time_prob,
+                mask_length=config.mask_time_length,
+                min_masks=config.mask_time_min_masks,
+                **within,
+            )
+        )
+    host: dict[str, Tensor] = {}  # sent in one copy
+    if mask_time_indices is not None:
+        mask = torch.as_tensor(mask_time_indices).bool()
+        if mask.shape != valid.shape:
+            raise ValueError(
+                f"mask_time_indices: expected {tuple(valid.shape)}, one per frame, got {tuple(mask.shape)}"
+            )
+        if mask.device.type == "cpu":
+            host["rows"] = mask[valid].nonzero().squeeze(1)
+    if draws_channels:
+        host["channels"] = torch.from_numpy(
+            draw(
+                (len(valid), values.shape[1]),
+                mask_prob=config.mask_feature_prob,
+                mask_length=config.mask_feature_length,
+                min_masks=config.mask_feature_min_masks,
+            )
+        )
+    sent = dict(zip(host, send(list(host.values()), values.device), strict=True))
+    if mask_time_indices is not None:
+        embedding = model.masked_spec_embed.to(values.dtype)
+        if "rows" in sent:
+            values = values.index_put((sent["rows"],), embedding)
+        else:
+            values = _embedded_where(x, mask, embedding)
+    if draws_channels:
+        values = values.masked_fill(sent["channels"].index_select(0, layout.sequence_ids), 0)
+    return Packed(values, layout)
+
+
+def _embedded_where(x: Packed, mask: Tensor, embedding: Tensor) -> Tensor:  # (N, D), (B, F), (D,) -> (N, D)
+    """Replace frames where a mask on the GPU is True, without a wait for the number of such frames."""
+    packed = mask.flatten().index_select(0, x.layout.padded_rows(mask.shape[1]).rows)
+    return torch.where(packed.unsqueeze(1), embedding, x.values)
 
 
 def _encode(encoder: Any, x: Packed) -> tuple[Tensor, list[Tensor]]:
@@ -254,15 +308,38 @@ def _adapt(model: Any, x: Packed, padded_frames: int) -> Tensor:
     return encoders.padded_by_last(x, padded)
 
 
+def _ask_for_adapter(adapter: Any, layout: Layout, padded_frames: int) -> None:
+    """Ask the layout of the encoder's frames for what the convolutional adapter, if there is one, computes with it."""
+    for layer in [] if adapter is None else adapter.layers:
+        conv = layer.conv
+        _framed_rows(layout, int(conv.padding[0]))
+        layout = _framed(layout, int(conv.padding[0])).after_conv(conv.kernel_size[0], conv.stride[0])
+        padded_frames = _adapter_frames(conv, padded_frames)
+        layout.ask_for_indices()
+        encoders.ask_for_padding(layout, padded_frames)
+
+
+@kept_by_plan
+def _framed(layout: Layout, padding: int) -> Layout:
+    """Return the layout with `padding` rows at both ends of each utterance that has frames."""
+    return layout.map_lengths(
+        lambda length: length + 2 * padding if length else 0, lambda lengths: (lengths + 2 * padding) * (lengths > 0)
+    )
+
+
+@kept_by_plan
+def _framed_rows(layout: Layout, padding: int) -> Tensor:  # (N,)
+    return _framed(layout, padding).rows(layout.sequence_ids, layout.positions + padding)
+
+
 def _adapter_layer(conv: nn.Conv1d, x: Packed) -> Packed:
     """Pad each utterance with zeros at both ends, then apply a strided convolution and a gated linear unit."""
     padding = int(conv.padding[0])
-    framed = x.layout.map_lengths(
-        lambda length: length + 2 * padding if length else 0, lambda lengths: (lengths + 2 * padding) * (lengths > 0)
-    )
-    values, layout = x.spread(framed, before=padding)
+    framed = _framed(x.layout, padding)
+    values = x.values.new_zeros(framed.total, x.values.shape[1])
+    values = values.index_copy_(0, _framed_rows(x.layout, padding), x.values)
     out, layout = ops.strided_conv(
-        values, conv.weight, layout, stride=conv.stride[0], bias=conv.bias, norm="none", activation="none"
+        values, conv.weight, framed, stride=conv.stride[0], bias=conv.bias, norm="none", activation="none"
     )
     kept, gate = out.chunk(2, dim=1)
     return Packed(kept * sigmoid(gate), layout)

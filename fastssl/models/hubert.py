@@ -29,6 +29,9 @@ from fastssl.packing import Layout, Packed
 if TYPE_CHECKING:
     from fastssl.data.batches import AudioBatch
 
+#: Class of frames that do not count, for `torch.nn.functional.cross_entropy`.
+_IGNORED = -100
+
 
 @dataclass(frozen=True)
 class HubertConfig(MaskedConfig, EncoderConfig):
@@ -193,10 +196,9 @@ class HubertForPreTraining(PretrainingModel):
         if compressed is not None:
             mask, states = compressed.upsample(mask), compressed.upsample(states)
             rows = counts = None  # of the front end's frames, which only the device knows
-        rows = mask.nonzero().squeeze(1) if rows is None else rows
-        targets = labels.index_select(0, rows)
-        logits = self._logits(self.final_proj(states.index_select(0, rows)))
-        prediction_loss = F.cross_entropy(logits, targets, reduction="sum")
+        if rows is None and (compressed is None or mask.device.type == "cpu"):
+            rows = mask.nonzero().squeeze(1)
+        prediction_loss, correct = self._prediction(states, labels, mask, rows)
         masked = masked_by_utterance(mask, frames.layout) if counts is None else counts
         penalty = features_penalty(frames, masked)
         loss, compression = self.with_compression_loss(
@@ -209,12 +211,27 @@ class HubertForPreTraining(PretrainingModel):
             loss=loss,
             prediction_loss=prediction_loss.detach(),
             features_penalty=penalty.detach(),
-            correct=(logits.argmax(1) == targets).sum(),
-            masked_frames=len(rows),
+            correct=correct,
+            masked_frames=mask.sum() if rows is None else len(rows),
             code_counts=count_codes(labels, size=config.num_clusters),
             features=features,
             compression=compression,
         )
+
+    def _prediction(
+        self, states: Tensor, labels: Tensor, mask: Tensor, rows: Tensor | None
+    ) -> tuple[Tensor, Tensor]:  # (), ()
+        """Return the summed cross-entropy of the classes of the masked frames, and how many of them are predicted.
+
+        Without `rows`, the host would have to wait for their number, so the other frames are computed too and ignored.
+        """
+        if rows is None:
+            targets = torch.where(mask, labels, _IGNORED)
+        else:
+            states, targets = states.index_select(0, rows), labels.index_select(0, rows)
+        logits = self._logits(self.final_proj(states))
+        loss = F.cross_entropy(logits, targets, ignore_index=_IGNORED, reduction="sum")
+        return loss, (logits.argmax(1) == targets).sum()
 
     def _logits(self, x: Tensor) -> Tensor:  # (M, final_dim) -> (M, num_clusters) fp32
         """Return cosine similarities divided by the temperature, in fp32 because bf16 is not precise enough."""

@@ -103,8 +103,8 @@ class StepOutput(Protocol):
         """() fp32 loss, summed over the masked frames."""
 
     @property
-    def masked_frames(self) -> int:
-        """Number of frames that the loss is summed over."""
+    def masked_frames(self) -> int | Tensor:
+        """Number of frames that the loss is summed over; a () tensor if only the device knows it."""
 
     @property
     def code_counts(self) -> Tensor | None:
@@ -321,14 +321,16 @@ class PredictionOutput:
     prediction_loss: Tensor  # () fp32, cross-entropy of the targets, in nats
     features_penalty: Tensor  # () fp32, before weighting; 0 if the system has no such penalty
     correct: Tensor  # () int64, number of masked frames whose target has the highest score
-    masked_frames: int  # M
+    masked_frames: int | Tensor  # M; a () int64 tensor on a GPU if it depends on a compressor, to save a wait
     code_counts: Tensor  # (V,) int64, number of times each code is the target, over all frames, masked or not
     features: Packed  # (N, D) last hidden state of the encoder for the masked input
     compression: CompressionScores | None = None  # scores of an integrate-and-fire compressor
 
     def scores(self) -> dict[str, Tensor]:
         """Return the sums over the masked frames as () tensors, by the names from `prediction_scores`."""
-        chance = torch.full_like(self.prediction_loss, self.masked_frames / len(self.code_counts))
+        chance = self.masked_frames / len(self.code_counts)
+        if isinstance(chance, float):
+            chance = torch.full_like(self.prediction_loss, chance)
         values = (self.prediction_loss, self.correct, chance, self.features_penalty)
         own = dict(zip(PREDICTION_SCORES, values, strict=True))
         return own | ({} if self.compression is None else self.compression._asdict())

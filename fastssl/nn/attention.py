@@ -116,4 +116,4 @@ class RelativePositionEmbedding(nn.Embedding):
     def by_distance(self) -> Tensor:  # (H, 2R + 1)
         """Return the bias of each head for each distance (key position minus query position) from -R to R."""
         bias: Tensor = self(self._bucket_by_distance)
-        return bias.t()
+        return bias.t().contiguous()  # because every layer's op would copy it otherwise

@@ -265,12 +265,13 @@ class PretrainModule(LightningModule):
         """Return the values of a batch to be summed over its update, in fp64: counts, loss, scores, code counts."""
         utterances, problems = len(batch.names), len(batch.problems)
         drawn = utterances + sum(not isinstance(problem, NoiseProblem) for problem in batch.problems)
-        counts = (output.masked_frames, batch.duration_s, utterances, drawn, problems, *self.requests.counts())
-        scores = output.scores()
-        summed = _in_fp64([output.loss.detach(), *(scores[name].detach() for name in self._names)])
-        codes = summed.new_empty(0) if output.code_counts is None else output.code_counts.to(summed)
-        (given,) = send([torch.tensor(counts, dtype=summed.dtype)], summed.device)
-        return torch.cat((given, summed, codes))
+        masked, scores = output.masked_frames, output.scores()
+        first, known = ([masked], []) if isinstance(masked, Tensor) else ([], [masked])  # only the device may know it
+        counts = (*known, batch.duration_s, utterances, drawn, problems, *self.requests.counts())
+        values = _in_fp64([*first, output.loss.detach(), *(scores[name].detach() for name in self._names)])
+        codes = values.new_empty(0) if output.code_counts is None else output.code_counts.to(values)
+        (given,) = send([torch.tensor(counts, dtype=values.dtype)], values.device)
+        return torch.cat((values[: len(first)], given, values[len(first) :], codes))
 
     def _averages(self, sums: Tensor) -> tuple[dict[str, float], Tensor]:
         """Split sums into named values and code counts; the loss and the scores become means over the masked frames."""

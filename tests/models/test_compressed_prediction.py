@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,8 @@ from fastssl.models.multiplications import count_multiplications, describe_compr
 from fastssl.models.pretraining import PredictionOutput
 from fastssl.nn.random import draw_keys
 from fastssl.packing import Packed
+from fastssl.train.config import OptimizerConfig
+from fastssl.train.module import _COUNTS, PretrainModule
 from tests.models.test_compressed import SHAPE, waveforms_of
 
 CONFORMER: dict[str, Any] = {
@@ -116,6 +119,38 @@ def test_hubert_masks_what_is_left_and_predicts_the_frames_that_went_into_it() -
     logits = model._logits(model.final_proj(output.features.values[sources[rows]]))
     expected = F.cross_entropy(logits, labels[rows], reduction="sum")
     torch.testing.assert_close(output.prediction_loss, expected.detach())
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_without_the_rows_of_masked_frames_the_others_are_ignored(share: float) -> None:
+    """On a GPU, the host would have to wait for the rows that a compressor decides on."""
+    model = _model("hubert")
+    assert isinstance(model, HubertForPreTraining)
+    states = torch.randn(50, model.config.hidden_size, requires_grad=True)
+    labels, mask = torch.arange(50) % 7, torch.rand(50, generator=torch.Generator().manual_seed(0)) < share
+    results: list[list[Any]] = []
+    for rows in (mask.nonzero().squeeze(1), None):
+        model.zero_grad()
+        states.grad = None
+        loss, correct = model._prediction(states, labels, mask, rows)
+        loss.backward()
+        assert states.grad is not None
+        assert not states.grad[~mask].any()
+        results.append([loss.detach(), correct, states.grad, model.final_proj.weight.grad, model.label_embeddings.grad])
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-6)
+
+
+def test_the_number_of_masked_frames_may_be_known_to_the_device_only() -> None:
+    output = _step(_model("hubert"), waveforms_of(*_LENGTHS), draw_keys(3))
+    assert isinstance(output, PredictionOutput)
+    other = replace(output, masked_frames=torch.tensor(output.masked_frames))
+    assert torch.equal(other.scores()["chance"], output.scores()["chance"])
+    module = PretrainModule(_model("hubert"), optimizer=OptimizerConfig(), max_steps=1, seed=0)
+    batch: Any = SimpleNamespace(names=("a", "b", "c"), problems=(), duration_s=3.5)
+    found, expected = (module._sums(one, batch) for one in (other, output))
+    assert expected[_COUNTS.index("masked_frames")] == output.masked_frames > 0
+    assert expected[_COUNTS.index("audio_s")] == 3.5
+    assert torch.equal(found, expected)
 
 
 @EVERY_SYSTEM

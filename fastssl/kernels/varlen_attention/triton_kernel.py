@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastssl.kernels.precision import precision_of
-from fastssl.kernels.randomness import dropout_threshold, kept_fraction
+from fastssl.kernels.randomness import RANDOMNESS, dropout_threshold, kept_fraction
 from fastssl.kernels.varlen_attention.triton_distance_bias import distance_bias_grad
 from fastssl.kernels.varlen_attention.triton_launch import launches_for
 from fastssl.kernels.varlen_attention.triton_tiles import (

@@ -1,4 +1,7 @@
-"""Scenarios of `fastssl.accelerate`: every supported architecture, in evaluation and in training."""
+"""Scenarios of models of other libraries: every architecture of `fastssl.accelerate`, in evaluation and in training.
+
+Some also run without lengths, as the part of a pre-training model, and with `attn_implementation="fastssl"`.
+"""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -12,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import fastssl
+from fastssl.nn import SequenceCompressor
 from tests.emulation.fake_cuda.scenario import Scenario, Watch
 from tests.interop import tiny_models
 
@@ -23,34 +27,82 @@ Call = Callable[[nn.Module, Tensor, Tensor], Any]
 
 def scenarios() -> Iterator[tuple[str, Scenario]]:
     """Yield the name of each scenario, and the scenario."""
-    libraries: dict[str, tuple[dict[str, Any], Callable[[str], Any], Call]] = {}
     if find_spec("transformers") is not None:
-        variants = tiny_models.VARIANTS | tiny_models.WITH_ADAPTERS
-        libraries["transformers"] = variants, tiny_models.transformers_model, _call_transformers
+        for variant in tiny_models.VARIANTS | tiny_models.WITH_ADAPTERS:
+            make = partial(tiny_models.transformers_model, variant)
+            yield from _of(f"transformers/{variant}", make=make, call=_call_transformers)
+            if variant in tiny_models.FAMILIES:
+                yield from _of(f"transformers/{variant}", ", no lengths", make=make, call=_call_transformers_alone)
+        compressed = {"make": partial(tiny_models.transformers_model, "wav2vec2 base"), "change": _with_compressor}
+        yield from _of("transformers/wav2vec2 base", ", compressed", call=_call_transformers, **compressed)
+        pretrained = partial(tiny_models.transformers_model, "wav2vec2 base", "ForPreTraining", num_negatives=20)
+        yield from _of("transformers/pre-training", make=pretrained, call=_call_pretraining)
+        attention: dict[str, Any] = {"make": _with_our_attention, "change": lambda model: model}
+        yield from _of("transformers/attention", call=_call_transformers, **attention)
+        yield from _of("transformers/attention", ", no lengths", call=_call_transformers_alone, **attention)
     if find_spec("torchaudio") is not None:
         tiny = import_module("tests.interop.tiny_torchaudio")
-        libraries["torchaudio"] = tiny.VARIANTS, tiny.make, _call_torchaudio
-    for library, (variants, make, call) in libraries.items():
-        for variant in variants:
+        for variant in tiny.VARIANTS:
+            make = partial(tiny.make, variant)
             # torchaudio's own WavLM takes no lengths.
-            alone = library == "torchaudio" and variant.startswith("wavlm")
-            calls: dict[str, Any] = {"call": call, "call_original": _call_without_lengths if alone else call}
-            for mode in MODES:
-                for precision, dtype in PRECISIONS.items():
-                    how = calls | {"make": partial(make, variant), "training": mode == "training", "dtype": dtype}
-                    yield f"accelerated/{library}/{variant}/{mode}/{precision}", partial(_run, **how)
+            original = _call_torchaudio_alone if variant.startswith("wavlm") else _call_torchaudio
+            yield from _of(f"torchaudio/{variant}", make=make, call=_call_torchaudio, call_original=original)
+            if variant in ("wav2vec2 base", "wavlm large"):
+                yield from _of(f"torchaudio/{variant}", ", no lengths", make=make, call=_call_torchaudio_alone)
+                on_host = {"call": _call_torchaudio_on_host, "call_original": _call_torchaudio_alone}
+                yield from _of(f"torchaudio/{variant}", ", lengths on the host", make=make, **on_host)
+
+
+def _of(model: str, special: str = "", **how: Any) -> Iterator[tuple[str, Scenario]]:
+    """Yield the scenarios of a model; a `special` one runs in bf16 only."""
+    for mode in MODES:
+        for precision, dtype in PRECISIONS.items():
+            if not special or dtype == torch.bfloat16:
+                name = f"accelerated/{model}/{mode}/{precision}{special}"
+                yield name, partial(_run, **how, training=mode == "training", dtype=dtype)
+
+
+def _with_compressor(model: Any) -> Any:
+    compressor = SequenceCompressor(model.config.hidden_size, kind="integrate-and-fire")
+    return fastssl.accelerate(model, compressor=compressor)
+
+
+def _with_our_attention() -> Any:
+    fastssl.register_attention()
+    return tiny_models.transformers_model("wav2vec2 base", attn_implementation="fastssl", apply_spec_augment=False)
 
 
 def _call_transformers(model: nn.Module, waveforms: Tensor, lengths: Tensor) -> dict[str, Any]:
-    mask = torch.arange(waveforms.shape[1], device=waveforms.device) < lengths.unsqueeze(1)
-    return dict(model(waveforms, attention_mask=mask.long(), output_hidden_states=True))
+    return dict(model(waveforms, attention_mask=_mask(waveforms, lengths), output_hidden_states=True))
+
+
+def _mask(waveforms: Tensor, lengths: Tensor) -> Tensor:  # (B, T)
+    return (torch.arange(waveforms.shape[1], device=waveforms.device) < lengths.unsqueeze(1)).long()
+
+
+def _call_transformers_alone(model: nn.Module, waveforms: Tensor, lengths: Tensor) -> dict[str, Any]:
+    return dict(model(waveforms, output_hidden_states=True))
+
+
+def _call_pretraining(model: nn.Module, waveforms: Tensor, lengths: Tensor) -> dict[str, Any]:
+    frames = waveforms.shape[0], (waveforms.shape[1] - 400) // 320 + 1
+    masked = torch.ones(frames, dtype=torch.bool, device=waveforms.device)
+    negatives = torch.zeros(*frames, 20, dtype=torch.int64, device=waveforms.device)
+    mask = _mask(waveforms, lengths)
+    return dict(model(waveforms, mask, mask_time_indices=masked, sampled_negative_indices=negatives))
 
 
 def _call_torchaudio(model: nn.Module, waveforms: Tensor, lengths: Tensor) -> dict[str, Any]:
     return dict(zip(("output", "lengths"), model(waveforms, lengths), strict=True))
 
 
-def _call_without_lengths(model: nn.Module, waveforms: Tensor, lengths: Tensor) -> dict[str, Any]:
+def _call_torchaudio_on_host(model: nn.Module, waveforms: Tensor, lengths: Tensor) -> dict[str, Any]:
+    output, lengths = model(waveforms, torch.full((len(waveforms),), waveforms.shape[1] - 100, device="cpu"))
+    assert lengths.device.type == "cpu"
+    return {"output": output}
+
+
+def _call_torchaudio_alone(model: nn.Module, waveforms: Tensor, lengths: Tensor) -> dict[str, Any]:
     return {"output": model(waveforms)[0]}
 
 
@@ -59,12 +111,13 @@ def _run(
     *,
     make: Callable[[], Any],
     call: Call,
-    call_original: Call,
+    call_original: Call | None = None,
+    change: Callable[[Any], Any] = fastssl.accelerate,
     training: bool,
     dtype: torch.dtype | None,
 ) -> None:
     original = make().train(training)
-    model = fastssl.accelerate(copy.deepcopy(original))
+    model = change(copy.deepcopy(original))
 
     def autocast() -> AbstractContextManager[Any]:
         return nullcontext() if dtype is None else torch.autocast("cuda", dtype)
@@ -90,7 +143,7 @@ def _run(
                 _loss(again).backward()
     with watch.aside(), autocast():
         original.to("cuda")
-        expected = call_original(original, *inputs)
+        expected = (call_original or call)(original, *inputs)
     watch.found.notes["different dtypes"] = _different_dtypes(output, expected)
 
 

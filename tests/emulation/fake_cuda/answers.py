@@ -11,7 +11,6 @@ _VALUES: tuple[tuple[str, tuple[float, ...]], ...] = (
     ("kernels/integrate_and_fire/", (80.0,)),  # output frames of each utterance
     # An update's counts: frames, seconds, utterances, utterances drawn; then no problem, no request to stop, no loss.
     ("fastssl/train/", (1.0, 1.0, 1.0, 1.0, 0.0)),
-    ("interop/transformers.py _mask", (20.0,)),  # valid frames of each utterance
     ("fastssl/interop/", (8000.0,)),  # valid samples of each utterance
     ("transformers/", (20.0,)),
     ("benchmarks/harness.py worst_error", (0.0,)),
