@@ -4,6 +4,8 @@ import importlib.util
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import fields, is_dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,8 @@ class Record:
         elif isinstance(value, Layout):
             self.add(f"{name}.cu_seqlens", value.cu_seqlens)
             self.results[f"{name}.lengths"] = str(value.lengths)
+        elif is_dataclass(value):
+            self.add(name, _attributes(value))
         elif isinstance(value, Mapping):
             for key, item in value.items():
                 self.add(f"{name}.{key}", item)
@@ -71,6 +75,13 @@ class Record:
         torch.save(self.results, path)
 
 
+def _attributes(value: Any) -> dict[str, Any]:
+    """Return the public fields and cached properties of an instance of a dataclass, by name."""
+    names = [field.name for field in fields(value)]
+    names += [name for name, member in vars(type(value)).items() if isinstance(member, cached_property)]
+    return {name: getattr(value, name) for name in names if not name.startswith("_")}
+
+
 def load(path: Path) -> Results:
     """Read the results that `Record.save` wrote."""
     results: Results = torch.load(path, weights_only=True)
@@ -94,6 +105,8 @@ def _differentiable(value: Any) -> list[Tensor]:
         return [value] if value.requires_grad else []
     if isinstance(value, Layout | str):
         return []
+    if is_dataclass(value):
+        value = _attributes(value)
     if isinstance(value, Mapping):
         value = list(value.values())
     return [x for item in value for x in _differentiable(item)] if isinstance(value, Sequence) else []

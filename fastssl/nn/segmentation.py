@@ -56,7 +56,7 @@ def segmentation_losses(
     by_frame = torch.stack((is_end, apart, (learned - weights.to(learned)).abs()), 1)
     segments, of_segments, of_frames = layout.sums(by_frame).unbind(1)
     return SegmentationLosses(
-        (of_segments / segments.clamp(min=1)).float(),
+        (of_segments / segments.detach().clamp(min=1)).float(),
         (of_frames / layout.divisors).float(),
     )
 

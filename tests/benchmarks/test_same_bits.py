@@ -2,10 +2,13 @@
 
 import shutil
 import subprocess
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from benchmarks import same_bits
 from benchmarks.bits import trees
@@ -89,6 +92,23 @@ def test_results_are_taken_apart_and_refusals_kept(tmp_path: Path) -> None:
     assert list(found) == ["a.x.values", "a.x.layout.cu_seqlens", "a.x.layout.lengths", "a.y.1", "another"]
     assert found["another"] == "raises ValueError"
     assert found["a.x.layout.lengths"] == "(2, 3)"
+
+
+@dataclass
+class _Lazy:
+    x: Tensor
+    _factor: int
+
+    @cached_property
+    def larger(self) -> Tensor:
+        return self.x * self._factor
+
+
+def test_a_dataclass_is_taken_apart() -> None:
+    record, x = Record(), torch.ones(2, requires_grad=True)
+    record.add("a", _Lazy(x, 3))
+    assert list(record.results) == ["a.x", "a.larger"]
+    assert score(_Lazy(x, 3)) == 4 * score(x)
 
 
 def test_gradients_are_of_every_floating_output() -> None:
