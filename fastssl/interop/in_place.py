@@ -23,6 +23,10 @@ def accelerate(model: Model, *, norm: Norm = "valid", compressor: SequenceCompre
     compression with `compressor.rate` or `compressor.frame_period_ms`. An encoder that was not trained on compressed
     frames performs poorly on them.
 
+    On a GPU, the host waits once per call if it gets a mask or lengths that are on the GPU, and not at all without
+    them. Compression by integrate-and-fire, and the quantiser of `Wav2Vec2ForPreTraining` if it gets a mask, wait once
+    more.
+
     Args:
         model: A Transformers or torchaudio encoder, or any module that contains one: a model with a head, a pipeline's
             wrapper, a PEFT model, your own module.

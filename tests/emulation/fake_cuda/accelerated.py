@@ -1,6 +1,7 @@
 """Scenarios of models of other libraries: every architecture of `fastssl.accelerate`, in evaluation and in training.
 
-Some also run without lengths, as the part of a pre-training model, and with `attn_implementation="fastssl"`.
+Some also run without lengths, with other options, and as part of a model for pre-training; one model runs with
+`attn_implementation="fastssl"`.
 """
 
 import copy
@@ -35,6 +36,8 @@ def scenarios() -> Iterator[tuple[str, Scenario]]:
                 yield from _of(f"transformers/{variant}", ", no lengths", make=make, call=_call_transformers_alone)
         compressed = {"make": partial(tiny_models.transformers_model, "wav2vec2 base"), "change": _with_compressor}
         yield from _of("transformers/wav2vec2 base", ", compressed", call=_call_transformers, **compressed)
+        padded = compressed | {"change": partial(fastssl.accelerate, norm="padded")}
+        yield from _of("transformers/wav2vec2 base", ", padded norm", call=_call_transformers, **padded)
         pretrained = partial(tiny_models.transformers_model, "wav2vec2 base", "ForPreTraining", num_negatives=20)
         yield from _of("transformers/pre-training", make=pretrained, call=_call_pretraining)
         attention: dict[str, Any] = {"make": _with_our_attention, "change": lambda model: model}
