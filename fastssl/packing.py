@@ -94,7 +94,7 @@ def one_buffer(tensors: Sequence[Tensor], *, pinned: bool) -> Tensor:
         pinned: Whether to use page-locked memory, for an asynchronous copy to a GPU.
     """
     spans, size = _spans(tensors)
-    buffer = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+    buffer = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=pinned)
     for span, tensor in zip(spans, tensors, strict=True):
         buffer[span].view(tensor.dtype).copy_(tensor.flatten())
     return buffer
@@ -137,7 +137,7 @@ class Layout:
 
         Args:
             lengths: Number of frames of each sequence; zero is allowed.
-            device: Device of `cu_seqlens` (default: the CPU).
+            device: Device of `cu_seqlens` (default: the CPU, also if PyTorch has another default device).
 
         Raises:
             ValueError: A length is negative.
@@ -146,7 +146,7 @@ class Layout:
         if any(length < 0 for length in lengths):
             raise ValueError(f"lengths: must not be negative, got {lengths}")
         offsets = tuple(accumulate(lengths, initial=0))
-        cu_seqlens = torch.tensor(offsets, dtype=torch.int32, device=device)
+        cu_seqlens = torch.tensor(offsets, dtype=torch.int32, device="cpu" if device is None else device)
         return cls(lengths, cu_seqlens, max(lengths, default=0), offsets[-1])
 
     @classmethod

@@ -334,6 +334,19 @@ def test_only_page_locked_memory_is_copied_without_waiting(
     assert copies == [(not waits, waits)]
 
 
+def test_the_host_stays_the_host_under_another_default_device() -> None:
+    """As after `torch.set_default_device("cuda")`, under which PyTorch refuses page-locked memory."""
+    with torch.device("meta"):
+        layout = Layout.from_lengths([3, 0, 4])
+        assert layout.cu_seqlens.tolist() == [0, 3, 3, 7]
+        assert layout.positions.tolist() == [0, 1, 2, 0, 1, 2, 3]
+        buffer = packing.one_buffer([layout.cu_seqlens], pinned=False)
+        assert buffer.device.type == "cpu"
+        on_gpu = layout.to("meta")
+        on_gpu.plan(lambda host: host.after_conv(2, 1).cu_seqlens.tolist())
+        assert on_gpu.after_conv(2, 1).cu_seqlens.is_meta
+
+
 def test_no_plan_is_copied_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each run of the graph would copy from memory of the host that was freed after the capture."""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
