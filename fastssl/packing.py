@@ -275,7 +275,7 @@ class Layout:
         """
         if self.cu_seqlens.device.type == "cpu" or torch.compiler.is_compiling() or _PLANNED in self.__dict__:
             return
-        if self.cu_seqlens.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             return
         with torch.inference_mode(mode=False):  # as in `_outside_inference_mode`
             host = Layout.from_lengths(self.lengths)

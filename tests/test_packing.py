@@ -349,7 +349,8 @@ def test_the_host_stays_the_host_under_another_default_device() -> None:
 
 def test_no_plan_is_copied_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each run of the graph would copy from memory of the host that was freed after the capture."""
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    for question in ("is_initialized", "is_current_stream_capturing"):
+        monkeypatch.setattr(torch.cuda, question, lambda: True)
     host = Layout.from_lengths([30, 0, 17])
     with FakeTensorMode() as mode:
         on_gpu = torch.empty(4, dtype=torch.int32, device="cuda")
