@@ -97,7 +97,7 @@ def one_buffer(tensors: Sequence[Tensor], *, pinned: bool) -> Tensor:
         pinned: Whether to use page-locked memory, for an asynchronous copy to a GPU.
     """
     spans, size = _spans(tensors)
-    buffer = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+    buffer = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=pinned)
     for span, tensor in zip(spans, tensors, strict=True):
         buffer[span].view(tensor.dtype).copy_(tensor.flatten())
     return buffer
@@ -140,7 +140,7 @@ class Layout:
 
         Args:
             lengths: Number of frames of each sequence; zero is allowed.
-            device: Device of `cu_seqlens` (default: the CPU).
+            device: Device of `cu_seqlens` (default: the CPU, also if PyTorch has another default device).
 
         Raises:
             ValueError: A length is negative.
@@ -149,10 +149,13 @@ class Layout:
         if any(length < 0 for length in lengths):
             raise ValueError(f"lengths: must not be negative, got {lengths}")
         offsets = tuple(accumulate(lengths, initial=0))
-        if device is None or torch.device(device).type != "cuda" or torch.compiler.is_compiling():
+        host = torch.tensor(offsets, dtype=torch.int32, device="cpu")
+        if device is None or torch.device(device).type == "cpu":
+            cu_seqlens = host
+        elif torch.device(device).type != "cuda" or torch.compiler.is_compiling():
             cu_seqlens = torch.tensor(offsets, dtype=torch.int32, device=device)
         else:
-            (cu_seqlens,) = send([torch.tensor(offsets, dtype=torch.int32, device="cpu")], torch.device(device))
+            (cu_seqlens,) = send([host], torch.device(device))
         return cls(lengths, cu_seqlens, max(lengths, default=0), offsets[-1])
 
     @classmethod
@@ -313,7 +316,7 @@ class Layout:
         """
         if self.cu_seqlens.device.type == "cpu" or torch.compiler.is_compiling() or _PLANNED in self.__dict__:
             return
-        if self.cu_seqlens.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             return
         there = Layout.planned(self.lengths, device=self.cu_seqlens.device, use=use)
         self.__dict__.update(there._parts(), **{_PLANNED: True})

@@ -217,6 +217,20 @@ def test_only_small_batches_are_compared_in_fp64(monkeypatch: pytest.MonkeyPatch
     assert frames[2] == (6 * frames[1] if device == "cuda" else frames[1])
 
 
+def test_the_worker_runs_the_package_of_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """README.md says to install from a clone, so it may lie in the current folder, without compiled kernels."""
+    (tmp_path / "fastssl").mkdir()
+    (tmp_path / "fastssl" / "__init__.py").write_text("raise ImportError('the wrong package')")
+    (tmp_path / "tests").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    monkeypatch.setattr(command, "_WORKER", "tests.crashing_worker")
+    assert [one.backend for one in command._checked("cpu", "unavailable")] == ["kernel7"]
+    monkeypatch.setattr(command, "_WORKER", "fastssl.cli.check.worker")
+    monkeypatch.setenv("FASTSSL_EXCLUDE", ",".join(f"{op}.{one}" for op in BACKENDS for one in ("native", "torch")))
+    assert list(command._checked("cpu", "float32")) == []
+
+
 def test_all_right_is_status_0(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     right = command.Checked("some_op", "", "native", 0.5, "output 0", 1.0, 3.0)
     monkeypatch.setattr(command, "_checked", lambda device, dtype: iter([right]))

@@ -341,14 +341,29 @@ def test_only_page_locked_memory_is_copied_without_waiting(
     assert copies == [(not waits, waits)]
 
 
+def test_the_host_stays_the_host_under_another_default_device() -> None:
+    """As after `torch.set_default_device("cuda")`, under which PyTorch refuses page-locked memory."""
+    with torch.device("meta"):
+        layout = Layout.from_lengths([3, 0, 4])
+        assert layout.cu_seqlens.tolist() == [0, 3, 3, 7]
+        assert layout.positions.tolist() == [0, 1, 2, 0, 1, 2, 3]
+        buffer = packing.one_buffer([layout.cu_seqlens], pinned=False)
+        assert buffer.device.type == "cpu"
+        on_gpu = layout.to("meta")
+        on_gpu.plan(lambda host: host.after_conv(2, 1).cu_seqlens.tolist())
+        assert on_gpu.after_conv(2, 1).cu_seqlens.is_meta
+
+
 def test_no_plan_is_copied_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each run of the graph would copy from memory of the host that was freed after the capture."""
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     host = Layout.from_lengths([30, 0, 17])
     with FakeTensorMode() as mode:
         on_gpu = torch.empty(4, dtype=torch.int32, device="cuda")
         layout = Layout(host.lengths, on_gpu, host.max_length, host.total)
-        layout.plan(lambda _: pytest.fail("a copy from the host"))
+        with monkeypatch.context() as patched:
+            for question in ("is_initialized", "is_current_stream_capturing"):
+                patched.setattr(torch.cuda, question, lambda: True)
+            layout.plan(lambda _: pytest.fail("a copy from the host"))
         assert layout.after_conv(3, 2).device_lengths.device.type == "cuda"
     assert mode is not None
     assert set(vars(layout)) == FIELDS | {"device_lengths"}

@@ -24,7 +24,7 @@ def to_device(parts: _Part, device: torch.device | str, *, non_blocking: bool) -
     def move(tensors: Sequence[Tensor]) -> list[Tensor]:
         if not _share_pinned_memory(tensors):
             return [tensor.to(device, non_blocking=non_blocking) for tensor in tensors]
-        buffer = torch.empty(0, dtype=torch.uint8).set_(tensors[0].untyped_storage())
+        buffer = torch.empty(0, dtype=torch.uint8, device="cpu").set_(tensors[0].untyped_storage())
         sent = buffer.to(device, non_blocking=non_blocking)
         begins = [tensor.storage_offset() * tensor.element_size() for tensor in tensors]
         bytes_of = [sent[begin : begin + one.nbytes] for begin, one in zip(begins, tensors, strict=True)]

@@ -334,5 +334,5 @@ def kept_layers(stack: Any, generator: torch.Generator | None) -> list[bool]:
     """
     if not stack.training or stack.layer_drop <= 0:
         return [True] * len(stack.layers)
-    kept: list[bool] = (torch.rand(len(stack.layers), generator=generator) >= stack.layer_drop).tolist()
+    kept: list[bool] = (torch.rand(len(stack.layers), generator=generator, device="cpu") >= stack.layer_drop).tolist()
     return kept

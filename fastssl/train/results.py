@@ -48,7 +48,8 @@ class Unread:
     def __post_init__(self) -> None:
         self._values = self.on_device
         if self.on_device.device.type == "cuda":
-            self._values = torch.empty(self.on_device.shape, dtype=self.on_device.dtype, pin_memory=True)
+            own = self.on_device
+            self._values = torch.empty(own.shape, dtype=own.dtype, device="cpu", pin_memory=True)
             self._values.copy_(self.on_device, non_blocking=True)
             self._copied = torch.cuda.Event()
             self._copied.record()

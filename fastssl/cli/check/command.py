@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import platform
 import signal
 import subprocess
@@ -18,6 +19,12 @@ _DTYPES = {"cuda": ("bfloat16", "float16", "float32"), "cpu": ("float32", "bfloa
 #: Seconds after which a kernel without a result is stopped; compiling it may take a minute or two.
 _LIMIT_S = 600.0
 _WORKER = "fastssl.cli.check.worker"
+#: Runs a module as `python -m` does, but not from a clone of this project in the current folder, which may have no
+#: compiled kernels.
+_RUN = (
+    "import runpy, sys; sys.path[:] = filter(None, sys.path); "
+    "runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)"
+)
 
 
 @dataclass
@@ -138,10 +145,10 @@ def _checked(device: str, dtype: str) -> Iterator[Checked]:
 
 def _checked_by_one_process(device: str, dtype: str, first: int) -> Generator[Checked, None, int | None]:
     """Yield results from kernel number `first` on; return the number to continue with, None after the last."""
-    command = [sys.executable, "-m", _WORKER, device, dtype, str(first)]
+    command = [sys.executable, "-c", _RUN, _WORKER, device, dtype, str(first)]
     running: Checked | None = None
     number, failed = first, False
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, env=_environment(), stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         clock = _Clock(process)
         for line in process.stdout:
@@ -167,8 +174,16 @@ def _checked_by_one_process(device: str, dtype: str, first: int) -> Generator[Ch
     elif process.returncode == 0 and not failed:
         return None
     elif not failed:
-        raise RuntimeError(f"{' '.join(command)} ended with status {process.returncode} between two kernels")
+        raise RuntimeError(
+            f"{_WORKER} {device} {dtype} {first} ended with status {process.returncode} between two kernels"
+        )
     return number + 1
+
+
+def _environment() -> dict[str, str]:
+    """Return an environment in which Python finds the package of this process first."""
+    own, others = str(Path(__file__).resolve().parents[3]), os.environ.get("PYTHONPATH")
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (own, others)))}
 
 
 class _Clock:
