@@ -286,15 +286,9 @@ def ahead_of_time_cases() -> dict[str, Callable[[], object]]:
     cases["D=768, bfloat16, dropout of version 1"] = partial(
         call, 768, torch.bfloat16, dropout=True, prenorm=False, randomness=1
     )
-    mixtures: list[tuple[torch.dtype, torch.dtype | None]] = [
-        (torch.bfloat16, None),
-        (torch.float16, None),
-        (torch.float32, None),
-        (torch.bfloat16, torch.float32),
-        (torch.float16, torch.float32),
-    ]
-    for dtype, residual_dtype in mixtures:
-        beside = "" if residual_dtype is None else " beside an fp32 residual"
+    same = [(dtype, dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32)]
+    for dtype, residual_dtype in (*same, (torch.bfloat16, torch.float32), (torch.float16, torch.float32)):
+        beside = "" if residual_dtype == dtype else " beside an fp32 residual"
         for prenorm in (True, False):
             for dropout in (True, False):
                 label = f"D=768, {dtype}{beside}{', prenorm' * prenorm}{', dropout' * dropout}".replace("torch.", "")

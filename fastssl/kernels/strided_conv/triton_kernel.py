@@ -508,18 +508,24 @@ def ahead_of_time_cases() -> dict[str, Callable[[], object]]:
         _forward_and_backward, torch.float32, "groups", (5, 100, 7), (3, 2), (1, 3), True
     )
     # Parameters are fp32 under autocast, and 16-bit in an encoder that is 16-bit as a whole.
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    float32, halves = torch.float32, (torch.bfloat16, torch.float16)
+    for dtype, vectors in (*((dtype, float32) for dtype in (*halves, float32)), *((dtype, dtype) for dtype in halves)):
         for norm in ("group", "layer"):
-            x_dtype = torch.bfloat16 if dtype == torch.float32 else dtype
-            label = f"front end, {norm} norm, {x_dtype}, biases in {dtype}".replace("torch.", "")
+            label = f"front end, {norm} norm, {dtype}, biases in {vectors}".replace("torch.", "")
             cases[label] = partial(
-                _forward_and_backward, x_dtype, norm, (1, 512, 512), (10, 3), (5, 2), False, dtype, biased=True
+                _forward_and_backward, dtype, norm, (1, 512, 512), (10, 3), (5, 2), False, vectors, biased=True
             )
-    for dtype in (torch.bfloat16, torch.float16):
+    for dtype in halves:
         label = f"front end, group norm in {dtype}".replace("torch.", "")
         cases[label] = partial(_forward_and_backward, dtype, "group", (1, 512), (10,), (5,), False, dtype, biased=False)
-    # If the waveform has a gradient, as in `fastssl check`, the backward does not compute the first layer from windows.
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+    for dtype in (*halves, float32):
+        cases[f"front end, layer norm, {dtype}, no biases".replace("torch.", "")] = partial(
+            _forward_and_backward, dtype, "layer", (1, 512, 512, 512), (10, 3, 2), (5, 2, 2), False, biased=False
+        )
+        cases[f"mel frames, {dtype}".replace("torch.", "")] = partial(
+            _forward_and_backward, dtype, "none", (80, 512, 512), (3, 3), (2, 2), False
+        )
+        # If the waveform has a gradient, as in `fastssl check`, the first layer is not computed from windows.
         for norm in ("group", "layer"):
             label = f"front end with a gradient of the waveform, {norm} norm in {dtype}".replace("torch.", "")
             cases[label] = partial(
@@ -551,6 +557,7 @@ def _forward_and_backward(
         "group": ["group"] + ["none"] * (len(weights) - 1),
         "layer": ["layer"] * len(weights),
         "groups": ["group"] * len(weights),
+        "none": ["none"] * len(weights),
     }[norm]
     vectors = [torch.zeros(len(weight), dtype=vectors_dtype) for weight in weights]
     biased = norm != "group" if biased is None else biased

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastssl.kernels.precision import SWITCHES, fp32_precision
 from tests.emulation.ptx.launch import Emulator
 from tests.emulation.ptx.subjects import Call, Subject
 from tests.ops.common import cast, check_against_reference, gradients, layout_of
@@ -26,9 +27,11 @@ class Outcome(NamedTuple):
     error: str | None
 
 
-def _with_gradients(subject: Subject, call: Call, inputs: Inputs, lengths: tuple[int, ...]) -> list[Tensor]:
+def _with_gradients(
+    subject: Subject, call: Call, inputs: Inputs, lengths: tuple[int, ...], backend: str = "triton"
+) -> list[Tensor]:
     """Return an output, and the gradients of the inputs that have a row per frame."""
-    out = call(inputs, layout_of(lengths), "triton")
+    out = call(inputs, layout_of(lengths), backend)
     names = [name for name in subject.packed if inputs[name].is_floating_point() and name not in subject.constants]
     return [out.detach(), *(gradients(out, [inputs[name] for name in names]) if names else [])]
 
@@ -52,6 +55,26 @@ def _compare(subject: Subject, call: Call, dtype: torch.dtype, lengths: tuple[in
         backward=True,
         constants=subject.constants,
     )
+
+
+def in_tf32(subject: Subject, call: Call, dtype: torch.dtype) -> None:
+    """Check products of fp32 numbers in TF32: four times the error of the reference in fp16 is allowed.
+
+    Both have 10 bits of mantissa, but for TF32 the tensor cores cut the others off, which may double each error.
+    """
+    inputs = subject.make(subject.lengths)
+    with fp32_precision(convolutions="tf32", matrix_products="tf32"):
+        found = _with_gradients(subject, call, cast(inputs, dtype), subject.lengths)
+    plain, exact = (
+        _with_gradients(subject, call, cast(inputs, of), subject.lengths, "reference")
+        for of in (torch.float16, torch.float64)
+    )
+    for index, (x, rounded, right) in enumerate(zip(found, plain, exact, strict=True)):
+        error, allowed = (x.double() - right).abs().max(), 4 * (rounded.double() - right).abs().max()
+        assert error <= allowed, f"result {index}: off by {error:.3g}, allowed {allowed:.3g}"
+    with fp32_precision(convolutions="ieee", matrix_products="ieee"):
+        others = _with_gradients(subject, call, cast(inputs, dtype), subject.lengths)
+    assert not torch.equal(found[0], others[0]), "the switch changes nothing"
 
 
 def with_strides(subject: Subject, call: Call, dtype: torch.dtype) -> None:
@@ -80,6 +103,7 @@ CHECKS: tuple[Callable[[Subject, Call, torch.dtype], None], ...] = (
     with_strides,
     alone,
     without_frames,
+    in_tf32,
 )
 #: Outputs that are sums over all frames, so that no part of them belongs to a sequence.
 _SUMS = ("probability_sums",)
@@ -91,6 +115,8 @@ def outcomes(subject: Subject, dtype: torch.dtype, *, first_only: bool = False) 
     for name, call in subject.calls.items():
         for check in CHECKS[: 1 if first_only else None]:
             if check is alone and name in _SUMS:
+                continue
+            if check is in_tf32 and (dtype != torch.float32 or SWITCHES[subject.op] == "exact"):
                 continue
             try:
                 check(subject, call, dtype)

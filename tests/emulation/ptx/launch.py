@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from fastssl.kernels import dispatch
+from fastssl.kernels.precision import fp32_precision
 from tests.emulation.ptx.lanes import Grid
 from tests.emulation.ptx.machine import Program
 from tests.emulation.ptx.memory import GlobalMemory
@@ -124,7 +125,11 @@ def _poisoned() -> Iterator[None]:
 
 @contextmanager
 def emulated(*, poison: bool = True) -> Iterator[Emulator]:
-    """Run all launches of Triton kernels in the emulator; with `poison`, fresh memory of PyTorch is NaN or random."""
+    """Run all launches of Triton kernels in the emulator; with `poison`, fresh memory of PyTorch is NaN or random.
+
+    Products of fp32 numbers are exact, as those of the reference on the CPU are. By default, convolutions on a GPU use
+    TF32.
+    """
     from triton import knobs
     from triton.runtime.jit import JITFunction
 
@@ -133,7 +138,7 @@ def emulated(*, poison: bool = True) -> Iterator[Emulator]:
     JITFunction.run = lambda kernel, *args, **options: emulator.launch(kernel, *args, **options)
     knobs.runtime.add_stages_inspection_hook = _without_machine_code
     try:
-        with _poisoned() if poison else nullcontext():
+        with _poisoned() if poison else nullcontext(), fp32_precision(convolutions="ieee", matrix_products="ieee"):
             yield emulator
     finally:
         JITFunction.run, knobs.runtime.add_stages_inspection_hook = launcher, hook
