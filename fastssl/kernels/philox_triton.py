@@ -19,18 +19,18 @@ def keep_mask(seed_ptr, offset, first, threshold, BLOCK: tl.constexpr, WIDTH: tl
         word_0, word_1, word_2, word_3 = _philox(seed, counters)
         # Each join appends a dimension of 2, so the (n, BLOCK // PER_BLOCK, 2, 2) tile contains the words in order.
         draws = tl.join(tl.join(word_0, word_2), tl.join(word_1, word_3))
+        kept = draws >= threshold.to(tl.uint32)
         if RANDOMNESS >= 2:
-            draws = tl.join(draws << 16, draws)  # the upper 16 bits decide
-        draws = tl.reshape(draws, (first.shape[0], BLOCK))
-    else:
-        elements = first[:, None] + tl.arange(0, BLOCK)[None, :]
-        word_0, word_1, word_2, word_3 = _philox(seed, offset + elements // PER_BLOCK)
-        words = elements if RANDOMNESS == 1 else elements // 2
-        low = tl.where(words % 2 == 0, word_0, word_1)
-        high = tl.where(words % 2 == 0, word_2, word_3)
-        draws = tl.where(words % 4 < 2, low, high)
-        if RANDOMNESS >= 2:
-            draws = tl.where(elements % 2 == 0, draws << 16, draws)
+            kept = tl.join((draws << 16) >= threshold.to(tl.uint32), kept)
+        return tl.reshape(kept, (first.shape[0], BLOCK))
+    elements = first[:, None] + tl.arange(0, BLOCK)[None, :]
+    word_0, word_1, word_2, word_3 = _philox(seed, offset + elements // PER_BLOCK)
+    words = elements if RANDOMNESS == 1 else elements // 2
+    low = tl.where(words % 2 == 0, word_0, word_1)
+    high = tl.where(words % 2 == 0, word_2, word_3)
+    draws = tl.where(words % 4 < 2, low, high)
+    if RANDOMNESS >= 2:
+        draws = tl.where(elements % 2 == 0, draws << 16, draws)
     return draws >= threshold.to(tl.uint32)
 
 

@@ -35,12 +35,13 @@ _SMALL_PRODUCTS = (80, 86, 89, 120)
 _EXACT = "no tensor cores, not meant to be fast"
 ALLOWANCES = (
     Allowance("varlen_attention", "bfloat16*", (*_SMALL_PRODUCTS, 100), 144, "blocks are chosen for sm_90"),
-    Allowance("varlen_attention", "bfloat16, E=128, dropout and gated bias", (90,), 8, "all registers are in use"),
+    Allowance("varlen_attention", "bfloat16, E=80, dropout and gated bias", (90,), 16, "all registers are in use"),
+    Allowance("varlen_attention", "bfloat16, E=128, dropout and gated bias", (90,), 16, "all registers are in use"),
     Allowance("varlen_attention", "float16*", (*_SMALL_PRODUCTS, 100), 144, "as with bfloat16"),
     Allowance("varlen_attention", "float32, E=64*gated bias", tuple(SHARED_BYTES), 24, _EXACT),
     Allowance("varlen_attention", "float32, E=128, dropout and gated bias", tuple(SHARED_BYTES), 432, _EXACT),
     Allowance("varlen_attention", "float32, E=64, gated bias, TF32", (80, 90), 8, "as with E=128"),
-    Allowance("varlen_attention", "float32, E=128*, TF32", (80, 100, 120), 64, "blocks are chosen for sm_90"),
+    Allowance("varlen_attention", "float32, E=128*, TF32", (*_SMALL_PRODUCTS, 100), 64, "blocks are chosen for sm_90"),
     Allowance("strided_conv", "*", _SMALL_PRODUCTS, 8, "blocks are chosen for sm_90"),
     Allowance("strided_conv", "front end, layer norm, bfloat16*", (100,), 104, "blocks are chosen for sm_90"),
     Allowance("strided_conv", "front end, layer norm, float16*", (90, 100), 104, "as with bfloat16, 8 on sm_90"),
@@ -48,7 +49,9 @@ ALLOWANCES = (
     Allowance("strided_conv", "front end, layer norm, float32*", (100, 120), 40, "not meant to be fast"),
     Allowance("strided_conv", "layer norm, K=31, 512*", tuple(SHARED_BYTES), 728, "first layers have K=10"),
     Allowance("dropout_add_layer_norm", "D=194, float32*", tuple(SHARED_BYTES), 8, "no width of a speech encoder"),
-    Allowance("dropout_add_layer_norm", "D=8192*", tuple(SHARED_BYTES), 16, "wider than any speech encoder so far"),
+    Allowance("dropout_add_layer_norm", "D=768, float32, dropout", (86, 89), 8, "ptxas limits itself to 96 registers"),
+    Allowance("dropout_add_layer_norm", "D=768, bfloat16, prenorm, dropout", (100,), 8, "as with float32"),
+    Allowance("dropout_add_layer_norm", "D=8192*", tuple(SHARED_BYTES), 24, "wider than any speech encoder so far"),
 )
 
 
