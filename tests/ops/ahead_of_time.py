@@ -225,7 +225,7 @@ def compile_ops(
 
 def _as_line(row: Compiled) -> str:
     return (
-        f"{row.op:24}{row.label:44}{row.kernel:36}sm_{row.architecture:<4}{row.num_warps:5}{row.num_stages:7}"
+        f"{row.op:24}{row.label:72}{row.kernel:36}sm_{row.architecture:<4}{row.num_warps:5}{row.num_stages:7}"
         f"{row.registers:10}{row.shared:8}{row.spilled:8}  {row.products:14}{'' if row.fits else 'DOES NOT FIT'}"
     )
 
@@ -242,7 +242,7 @@ def _main(arguments: Sequence[str] | None = None) -> None:
     if options.json:
         print(json.dumps(list(rows)))
         return
-    print(f"{'op':24}{'case':44}{'kernel':36}{'GPU':7}warps stages registers  shared spilled  products")
+    print(f"{'op':24}{'case':72}{'kernel':36}{'GPU':7}warps stages registers  shared spilled  products")
     for row in rows:
         print(_as_line(row), flush=True)
 
