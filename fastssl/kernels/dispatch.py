@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from fastssl.kernels.autograd import once_differentiable
 from fastssl.kernels.gpus import gpus, why_no_code, why_no_triton
 from fastssl.kernels.triton_driver import why_no_launches
 

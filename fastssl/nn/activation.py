@@ -11,7 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from fastssl.kernels.autograd import once_differentiable
 
 #: Elements per block. A block in fp64 fits in the processor's cache, so computing in fp64 costs no memory traffic.
 _BLOCK = 1 << 15

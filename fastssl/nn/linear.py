@@ -8,10 +8,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from fastssl import ops
 from fastssl.kernels import gemm
+from fastssl.kernels.autograd import once_differentiable
 from fastssl.kernels.dispatch import norms_stay_wide
 
 

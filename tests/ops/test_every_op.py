@@ -138,8 +138,8 @@ def results(function: Callable[..., Any], tensors: Inputs, view: Callable[[Tenso
     return [*outputs, *torch.autograd.grad(tracked, wanted, grads)]
 
 
-@pytest.mark.parametrize("view", VIEWS)
-@pytest.mark.parametrize(
+#: Every call of `EVERY_TENSOR` with every backend except the reference.
+EVERY_CALL = pytest.mark.parametrize(
     ("op", "inputs", "options", "backend", "device"),
     [
         pytest.param(*case, *found.values, marks=found.marks, id=f"{case[0]}-{index}-{found.id}")
@@ -148,6 +148,10 @@ def results(function: Callable[..., Any], tensors: Inputs, view: Callable[[Tenso
         if found.values[0] != "reference"
     ],
 )
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@EVERY_CALL
 def test_strides_do_not_matter(
     op: str, inputs: Inputs, options: dict[str, Any], backend: str, device: str, view: str
 ) -> None:
@@ -166,6 +170,41 @@ def test_strides_do_not_matter(
         found = results(function, given, VIEWS[view])
         for x, y in zip(found, expected, strict=True):
             assert torch.equal(x, y), f"not contiguous: {', '.join(sorted(changed))}"
+
+
+def plain(x: Tensor) -> Tensor:
+    return x
+
+
+@EVERY_CALL
+def test_saved_tensors_may_come_back_with_other_strides(
+    op: str, inputs: Inputs, options: dict[str, Any], backend: str, device: str
+) -> None:
+    """Hooks on saved tensors, which offload them for example, may return the same values with other strides."""
+    function = partial(getattr(ops, op), **options_for(op, options, device), backend=backend)
+    leaves = cast(inputs, torch.float32, device)
+    expected = results(function, leaves, plain)
+    with torch.autograd.graph.saved_tensors_hooks(plain, lambda x: every_second(x) if x.dim() > 0 else x):
+        found = results(function, leaves, plain)
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+@EVERY_CALL
+def test_a_second_derivative_is_an_error(
+    op: str, inputs: Inputs, options: dict[str, Any], backend: str, device: str
+) -> None:
+    """A penalty on the gradients of a linear loss would otherwise be a constant."""
+    if backend == "torch":
+        pytest.skip("PyTorch differentiates its own kernels")
+    function = partial(getattr(ops, op), **options_for(op, options, device), backend=backend)
+    leaves = cast(inputs, torch.float32, device)
+    found = function(**leaves)
+    out = found if isinstance(found, Tensor) else found[0]
+    wanted = [x for name, x in leaves.items() if x.requires_grad and name != "noise"]
+    grads = torch.autograd.grad(out.sum(), wanted, create_graph=True)
+    penalty = torch.stack([grad.square().sum() for grad in grads]).sum()
+    with pytest.raises(RuntimeError, match=r"no second derivative.*reference.*restore"):
+        penalty.backward()
 
 
 @pytest.mark.parametrize("lengths", EXTREME.values(), ids=EXTREME)

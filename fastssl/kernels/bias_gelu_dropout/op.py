@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastssl.kernels import philox
+from fastssl.kernels.autograd import once_differentiable
 from fastssl.kernels.bias_gelu_dropout import reference
 from fastssl.kernels.dispatch import Op, autocast_off, contiguous
 from fastssl.kernels.randomness import resolve_randomness
@@ -55,7 +55,7 @@ class _BiasGeluDropout(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, bias, seed = ctx.saved_tensors
+        x, bias, seed = contiguous(ctx.saved_tensors)
         backend, dropout_p, randomness, offset = ctx.settings
         grad_x, grad_bias = _OP.backward[backend](*contiguous(grads), x, bias, dropout_p, randomness, seed, offset)
         return None, grad_x, None if bias is None else grad_bias, *(None,) * 4

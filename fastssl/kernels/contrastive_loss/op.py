@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from fastssl.kernels.autograd import once_differentiable
 from fastssl.kernels.contrastive_loss import reference
 from fastssl.kernels.dispatch import Op, autocast_off, contiguous
 
@@ -55,7 +55,7 @@ class _ContrastiveLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _grad_correct: Tensor) -> tuple[Tensor | None, ...]:
         backend, temperature = ctx.settings
-        grads = _OP.backward[backend](grad_loss.contiguous(), *ctx.saved_tensors, temperature)
+        grads = _OP.backward[backend](grad_loss.contiguous(), *contiguous(ctx.saved_tensors), temperature)
         return None, *grads, None, None
 
 

@@ -4,9 +4,9 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastssl.kernels import philox
+from fastssl.kernels.autograd import once_differentiable
 from fastssl.kernels.dispatch import Op, autocast_off, contiguous, norms_stay_wide, to_autocast_dtype
 from fastssl.kernels.dropout_add_layer_norm import reference
 from fastssl.kernels.randomness import resolve_randomness
@@ -72,7 +72,7 @@ class _DropoutAddLayerNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor, grad_total: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        *saved, seed = ctx.saved_tensors
+        *saved, seed = contiguous(ctx.saved_tensors)
         backend, dropout_p, randomness, offset = ctx.settings
         grads = contiguous((grad_out, grad_total))
         grad_x, *others = _OP.backward[backend](*grads, *saved, dropout_p, randomness, seed, offset)

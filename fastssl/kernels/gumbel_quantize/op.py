@@ -4,8 +4,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from fastssl.kernels.autograd import once_differentiable
 from fastssl.kernels.dispatch import Op, autocast_off, contiguous
 from fastssl.kernels.gumbel_quantize import reference
 
@@ -85,7 +85,7 @@ class _GumbelQuantize(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         backend, temperature = ctx.settings
         grads = contiguous((grad_values, grad_probability_sums))
-        return None, None, *_OP.backward[backend](*grads, *ctx.saved_tensors, temperature), None, None
+        return None, None, *_OP.backward[backend](*grads, *contiguous(ctx.saved_tensors), temperature), None, None
 
 
 def gumbel_quantize(

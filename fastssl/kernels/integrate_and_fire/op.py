@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from fastssl.kernels.autograd import once_differentiable
 from fastssl.kernels.dispatch import NATIVE, Op, autocast_off, contiguous, define_operator
 from fastssl.kernels.integrate_and_fire import reference
 from fastssl.packing import Layout
@@ -65,7 +65,7 @@ class _IntegrateAndFire(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         threshold, dtype = ctx.settings
-        grad_x, grad_weights = _OP.backward["native"](*contiguous(grads), *ctx.saved_tensors, threshold)
+        grad_x, grad_weights = _OP.backward["native"](*contiguous(grads), *contiguous(ctx.saved_tensors), threshold)
         return grad_weights.to(dtype), grad_x, *(None,) * 5
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from fastssl.kernels.autograd import once_differentiable
 from fastssl.kernels.dispatch import Op, autocast_off, to_autocast_dtype
 from fastssl.kernels.positional_conv import reference
 from fastssl.packing import Layout, Packed

@@ -6,8 +6,8 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from fastssl.kernels.autograd import once_differentiable
 from fastssl.kernels.dispatch import Op, autocast_off, cast_together, contiguous
 from fastssl.kernels.strided_conv import blocks, reference
 from fastssl.kernels.strided_conv.plan import StridedConvLayer, plan_layers
@@ -99,7 +99,7 @@ class _StridedConvStack(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         depth = len(ctx.settings.strides)
-        x, *tensors = ctx.saved_tensors
+        x, *tensors = contiguous(ctx.saved_tensors)
         tensors, conv_outs, statistics = tensors[: -2 * depth], tensors[-2 * depth : -depth], tensors[-depth:]
         needs_grad_x: bool = ctx.needs_input_grad[1]
         grad_x, *grads = _OP.backward[ctx.settings.backend](

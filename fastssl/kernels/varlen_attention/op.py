@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastssl.kernels import philox
+from fastssl.kernels.autograd import once_differentiable
 from fastssl.kernels.dispatch import Op, autocast_off, contiguous, to_autocast_dtype
 from fastssl.kernels.randomness import resolve_randomness
 from fastssl.kernels.varlen_attention import reference
@@ -73,7 +73,7 @@ class _VarlenAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        *saved, seed, distance_bias, gate = ctx.saved_tensors
+        *saved, seed, distance_bias, gate = contiguous(ctx.saved_tensors)
         *grads_qkv, grad_distance_bias, grad_gate = _OP.backward[ctx.backend](
             *contiguous(grads), *saved, *ctx.settings, seed, distance_bias, gate
         )
