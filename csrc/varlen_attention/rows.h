@@ -204,10 +204,11 @@ FASTSSL_INLINE void draw_block(uint32_t state, uint32_t key, uint32_t* draws) {
     const Vector lower = upper + (upper << 16);
 #if FASTSSL_HAS_ISA_VARIANTS
     if constexpr (isa == Isa::kAvx512) {
-      const Vector all[2] = {
-          __builtin_shufflevector(lower, upper, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23),
-          __builtin_shufflevector(lower, upper, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31)};
-      __builtin_memcpy(draws, all, sizeof(all));
+      const Vector left = __builtin_shufflevector(lower, upper, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
+      const Vector right =
+          __builtin_shufflevector(lower, upper, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+      __builtin_memcpy(draws, &left, sizeof(Vector));
+      __builtin_memcpy(draws + kLanes, &right, sizeof(Vector));
       continue;
     }
 #endif

@@ -40,7 +40,7 @@ ALLOWANCES = (
     Allowance("varlen_attention", "float16*", (*_SMALL_PRODUCTS, 100), 144, "as with bfloat16"),
     Allowance("varlen_attention", "float16, E=64, gated bias in float16", (120,), 152, "as with bfloat16"),
     Allowance("varlen_attention", "float32, E=64*gated bias", tuple(SHARED_BYTES), 24, _EXACT),
-    Allowance("varlen_attention", "float32, E=128, dropout and gated bias", tuple(SHARED_BYTES), 432, _EXACT),
+    Allowance("varlen_attention", "float32, E=128, dropout and gated bias", tuple(SHARED_BYTES), 448, _EXACT),
     Allowance("varlen_attention", "float32, E=64, gated bias, TF32", tuple(SHARED_BYTES), 16, "as with E=128"),
     Allowance("varlen_attention", "float32, E=128*, TF32", (*_SMALL_PRODUCTS, 100), 64, "blocks are chosen for sm_90"),
     Allowance("strided_conv", "*", _SMALL_PRODUCTS, 8, "blocks are chosen for sm_90"),
