@@ -105,15 +105,12 @@ FASTSSL_INLINE int64_t first_maximum(const T* x, int64_t count) {
   return index[result];
 }
 
-// The index of the first NaN, which torch.argmax counts as the largest element, or `otherwise`.
+// The index of the first NaN, which torch.argmax counts as the largest element, or -1. Not inlined, because it is rarely
+// called and would slow down its caller.
 template <typename T>
-FASTSSL_INLINE int64_t first_nan(const T* x, int64_t count, int64_t otherwise) {
-  for (int64_t i = 0; i < count; ++i) {
-    if (x[i] != x[i]) {
-      return i;
-    }
-  }
-  return otherwise;
+[[gnu::noinline]] int64_t first_nan(const T* x, int64_t count) {
+  const T* found = std::find_if(x, x + count, [](T value) { return value != value; });
+  return found == x + count ? -1 : found - x;
 }
 
 template <typename Vector, typename T>
@@ -212,22 +209,26 @@ FASTSSL_INLINE void forward_tasks_body(const Forward<acc_t>* forward, int64_t fi
     for (int64_t frame = task * kFramesPerTask; frame < last_frame; ++frame) {
       for (int64_t group = 0; group < logits.groups; ++group) {
         load_row(logits, frame, group, plain, noisy);
+        const int64_t row = frame * logits.groups + group;
+        const auto choose = [&](int64_t code) {
+          forward->codes[row] = code;
+          std::memcpy(
+              forward->values + row * forward->vector_bytes,
+              forward->codevectors + (group * logits.codes + code) * forward->vector_bytes,
+              forward->vector_bytes);
+        };
+        choose(first_maximum<isa>(noisy, width));
+
         exponentiate(plain, largest<isa, kLanes>(plain, width), acc_t(1), width);
         const acc_t scale = acc_t(1) / sum_of<isa>(width, plain);
         for (int64_t v = 0; v < width; ++v) {
           sums[group * width + v] += plain[v] * scale;
         }
-
-        int64_t code = first_maximum<isa>(noisy, width);
         if (scale != scale || logits.noise != nullptr) {
-          code = first_nan(noisy, logits.codes, code);
+          if (const int64_t code = first_nan(noisy, logits.codes); code >= 0) {
+            choose(code);
+          }
         }
-        const int64_t row = frame * logits.groups + group;
-        forward->codes[row] = code;
-        std::memcpy(
-            forward->values + row * forward->vector_bytes,
-            forward->codevectors + (group * logits.codes + code) * forward->vector_bytes,
-            forward->vector_bytes);
       }
     }
   }

@@ -6,7 +6,7 @@ any other module has a hook or a foreign class, the original code runs instead; 
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fastssl.interop.classes import NORM
 from fastssl.models.folder import ACCELERATED_COMPRESSOR
 from fastssl.nn import functional as F
+from fastssl.nn.linear import casts_together
 from fastssl.packing import Layout, Packed, kept_by_plan, send
 
 _LIBRARIES = ("transformers.", "torchaudio.", "torch.nn.", "fastssl.")
@@ -142,6 +143,17 @@ def _ask_for_positions(stack: Any, layout: Layout) -> None:
     layout.ask_for_indices()
     for block in getattr(stack.pos_conv_embed, "layers", [stack.pos_conv_embed]):
         layout.rows_with_gaps(0, block.conv.kernel_size[0] // 2)
+
+
+def sharing_casts(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate an encoder's forward pass: on a GPU under autocast, its linear layers are cast in one launch."""
+
+    @wraps(forward)
+    def run(model: nn.Module, *args: Any, **options: Any) -> Any:
+        with casts_together(model):
+            return forward(model, *args, **options)
+
+    return run
 
 
 def compress(model: nn.Module, stack: Any, frames: Packed) -> tuple[Packed, Callable[[Tensor], Tensor]]:

@@ -180,7 +180,8 @@ def _attention(module: Any, x: Tensor, layout: Layout, bias: Tensor | None) -> T
 def _methods(original: type[nn.Module]) -> dict[str, Any]:
     # Under torch.compile every new set of lengths would trigger a recompilation, and the ops are fused already.
     untraced = partial(torch.compiler.disable, reason="an accelerated encoder is not compiled")
-    return {"forward": untraced(_forward), "extract_features": untraced(_extract_features)}
+    methods = {"forward": _forward, "extract_features": _extract_features}
+    return {name: untraced(encoders.sharing_casts(method)) for name, method in methods.items()}
 
 
 CLASSES = AcceleratedClasses(

@@ -47,7 +47,7 @@ def _check(module: Any) -> None:
 
 def _methods(original: type[nn.Module]) -> dict[str, Any]:
     # Under torch.compile every new set of lengths would trigger a recompilation, and the ops are fused already.
-    run = torch.compiler.disable(_forward, reason="an accelerated encoder is not compiled")
+    run = torch.compiler.disable(encoders.sharing_casts(_forward), reason="an accelerated encoder is not compiled")
 
     def forward(
         self: Any,
