@@ -25,7 +25,7 @@ def once_differentiable(backward: _Backward) -> _Backward:
     def first_derivative(ctx: Any, *grads: Tensor | None) -> Any:
         with torch.no_grad():
             outputs = backward(ctx, *grads)
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return outputs
         several = outputs if isinstance(outputs, tuple) else (outputs,)
         fail = torch._C._functions.DelayedError(_NO_SECOND_DERIVATIVE, len(several))
