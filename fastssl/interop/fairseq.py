@@ -1,4 +1,4 @@
-"""Read checkpoints of fairseq (wav2vec 2.0, HuBERT, data2vec audio) and of Microsoft's WavLM.
+"""Read checkpoints of fairseq (wav2vec 2.0, HuBERT, data2vec audio), of Microsoft's WavLM and of s3prl's DistilHuBERT.
 
 Such a file is a pickle that names classes of fairseq and omegaconf. This module neither imports nor runs them:
 PyTorch's restricted unpickler reads the file, replaces objects of these classes with inert ones, and refuses any other
@@ -23,8 +23,11 @@ from fastssl.reading import brief, one_line
 #: Packages and built-in types whose objects are replaced by inert ones. Their code never runs, so this list says what
 #: such a file normally contains, not what is trusted.
 _EXPECTED = re.compile(
-    r"(argparse|fairseq|hydra|numpy|omegaconf|typing)\..+|builtins\.(bool|dict|float|getattr|int|list|str|tuple)"
+    r"(argparse|fairseq|hydra|numpy|omegaconf|typing)\..+|collections\.defaultdict|_?operator\.getitem"
+    r"|builtins\.(bool|bytes|dict|float|getattr|int|list|str|tuple|type)"
 )
+#: Names of Python 2 that pickle's protocol 2 uses, which PyTorch translates; omegaconf pickles the types of settings.
+_PYTHON_2 = {"builtins.long": "builtins.int", "builtins.unicode": "builtins.str"}
 #: Possible prefixes of the encoder's weights in a checkpoint; fine-tuned models contain the encoder as a submodule.
 _PREFIXES = ("w2v_encoder.w2v_model.", "encoder.w2v_model.", "w2v_encoder.", "w2v_model.", "")
 _MOST_SETTINGS, _LONGEST_LAYERS = 100_000, 10_000
@@ -57,6 +60,11 @@ class _Inert:
         for part in state if isinstance(state, tuple) else (state,):
             if isinstance(part, dict):
                 vars(self).update(part)
+
+
+def _plain_dict(*_: Any) -> dict[Any, Any]:
+    """Stand in for `collections.defaultdict`, which omegaconf's metadata has, without the function for missing keys."""
+    return {}
 
 
 def read_checkpoint(path: Path) -> tuple[EncoderConfig, dict[str, Tensor]]:
@@ -95,7 +103,9 @@ def read_checkpoint(path: Path) -> tuple[EncoderConfig, dict[str, Tensor]]:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    expected = [(_Inert, name) for name in globals_in(path) if _EXPECTED.fullmatch(name)]
+    found = {_PYTHON_2.get(name, name) for name in globals_in(path)}
+    inert = {"collections.defaultdict": _plain_dict}
+    expected = [(inert.get(name, _Inert), name) for name in found if _EXPECTED.fullmatch(name)]
     with torch.serialization.safe_globals(expected):  # type: ignore[arg-type]
         loaded = load_pickled(path)
     if not isinstance(loaded, dict):
