@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastssl.interop import names
+from fastssl.interop import names, s3prl
 from fastssl.models.encoder import EncoderConfig
 from fastssl.models.pickled import globals_in, load_pickled
 from fastssl.reading import brief, one_line
@@ -23,8 +23,8 @@ from fastssl.reading import brief, one_line
 #: Packages and built-in types whose objects are replaced by inert ones. Their code never runs, so this list says what
 #: such a file normally contains, not what is trusted.
 _EXPECTED = re.compile(
-    r"(argparse|fairseq|hydra|numpy|omegaconf|typing)\..+|collections\.defaultdict|_?operator\.getitem"
-    r"|builtins\.(bool|bytes|dict|float|getattr|int|list|str|tuple|type)"
+    r"(argparse|fairseq|hydra|numpy|omegaconf|optimizers|s3prl|torch\.optim|typing)\..+"
+    r"|collections\.defaultdict|_?operator\.getitem|builtins\.(bool|bytes|dict|float|getattr|int|list|str|tuple|type)"
 )
 #: Names of Python 2 that pickle's protocol 2 uses, which PyTorch translates; omegaconf pickles the types of settings.
 _PYTHON_2 = {"builtins.long": "builtins.int", "builtins.unicode": "builtins.str"}
@@ -68,10 +68,10 @@ def _plain_dict(*_: Any) -> dict[Any, Any]:
 
 
 def read_checkpoint(path: Path) -> tuple[EncoderConfig, dict[str, Tensor]]:
-    """Read the config and weights of the encoder in a fairseq or WavLM checkpoint, without running any code in it.
+    """Read the config and weights of the encoder in a fairseq, WavLM or s3prl checkpoint; no code in it is run.
 
     Args:
-        path: File written by fairseq or by WavLM's authors, pre-trained or fine-tuned.
+        path: File written by fairseq or by WavLM's authors, pre-trained or fine-tuned, or by s3prl's distiller.
 
     Returns:
         The config, and the weights on the CPU by Transformers' names; weights of heads may be among them.
@@ -82,10 +82,15 @@ def read_checkpoint(path: Path) -> tuple[EncoderConfig, dict[str, Tensor]]:
     """
     try:
         checkpoint = _load(path)
-        cfg = next((cfg for key in ("cfg", "args") if (cfg := _plain(checkpoint.get(key)))), None)
+        cfg = next((cfg for key in ("cfg", "args", "Config") if (cfg := _plain(checkpoint.get(key)))), None)
     except Exception as error:  # the file may contain anything, so reading it may fail in any way
         raise ValueError(f"{path}: cannot be read as a fairseq checkpoint: {one_line(error)}") from error
     weights = checkpoint.get("model")
+    if s3prl.is_s3prl(checkpoint):
+        try:
+            cfg, weights = s3prl.distiller(checkpoint, cfg)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
     if not isinstance(weights, dict) or not isinstance(cfg, dict):
         raise ValueError(f"{path}: is not a fairseq checkpoint; expected the entry 'model', and 'cfg' or 'args'")
     prefix = next((prefix for prefix in _PREFIXES if prefix + _FIRST_WEIGHT in weights), None)
@@ -97,9 +102,23 @@ def read_checkpoint(path: Path) -> tuple[EncoderConfig, dict[str, Tensor]]:
         if isinstance(name, str) and name.startswith(prefix) and isinstance(tensor, Tensor)
     }
     try:
-        return _config(cfg, weights), names.renamed(weights, names.FAIRSEQ)
+        config, found = _config(cfg, weights), names.renamed(weights, names.FAIRSEQ)
+        return config, _with_projection(config, found)
     except Exception as error:  # a setting may be anything, such as a tensor that cannot be compared
         raise ValueError(f"{path}: {one_line(error)}") from error
+
+
+def _with_projection(config: EncoderConfig, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Add the identity as projection if the model has none: where frames are as wide as the layers, fairseq has none.
+
+    A product with the identity is exact, and Transformers, which always has a projection, can then open the encoder.
+    """
+    width, name = config.hidden_size, "feature_projection.projection"
+    storages = [tensor.untyped_storage() for tensor in weights.values()]
+    stored = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    if f"{name}.weight" in weights or config.conv_dim[-1] != width or 4 * width * width > stored:
+        return weights  # a small file may claim any width
+    return weights | {f"{name}.weight": torch.eye(width), f"{name}.bias": torch.zeros(width)}
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -169,6 +188,7 @@ def _config(cfg: dict[str, Any], weights: Mapping[str, Tensor]) -> EncoderConfig
         "do_stable_layer_norm": _setting(model, "layer_norm_first", False),
         "do_normalize": _normalises(levels),
         "feature_grad_mult": _setting(model, "feature_grad_mult", 1.0),
+        "feat_proj_layer_norm": _setting(model, "feat_proj_layer_norm", True),  # only of s3prl's students
     }
     return EncoderConfig(**values | _own_settings(model, weights))
 
