@@ -213,8 +213,8 @@ class PretrainConfig:
         seed: Seed of all randomness in the run.
         randomness: Version of the random draws of dropout. A run keeps its version; 1 repeats a run from before
             versions were recorded.
-        init: Transformers folder or earlier run whose weights to start from, with a new optimiser; by default, weights
-            are random.
+        init: Transformers folder, model name on the Hub, or earlier run whose weights to start from, with a new
+            optimiser; by default, weights are random.
         recipe: Recipe that the settings started from, for the model card.
         system: Name of the objective, such as wav2vec2 or hubert; the recipe sets it.
         teacher: Encoder to distil: a run of `fastssl pretrain`, a Transformers folder, a model name on the Hub, or a
