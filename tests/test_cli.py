@@ -241,6 +241,17 @@ def test_a_teacher_named_in_a_file_is_not_downloaded(
     assert started[0][0].teacher == "mine/model"
 
 
+def test_facts_for_the_card(
+    started: list[tuple[PretrainConfig, bool]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["pretrain", str(tmp_path), "--output", "run", "--card.license", "cc-by-4.0", "--card.language"]
+    assert cli.main([*arguments, "[en,de]", "--card.data", "[owner/set,calls]"]) == 0
+    card = started[0][0].card
+    assert (card.license, card.language, card.data) == ("cc-by-4.0", ("en", "de"), ("owner/set", "calls"))
+    assert cli.main([*arguments, "[English]"]) == 1
+    assert "card.language: must be codes of two or three letters" in capsys.readouterr().err
+
+
 def test_weights_named_in_a_file_are_not_downloaded(
     tmp_path: Path, started: list[tuple[PretrainConfig, bool]], capsys: pytest.CaptureFixture[str]
 ) -> None:
