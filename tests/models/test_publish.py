@@ -1,5 +1,6 @@
 """Test `push_to_hub` with a stand-in for the Hub that keeps what is uploaded in a folder."""
 
+import inspect
 import shutil
 import sys
 from fnmatch import fnmatch
@@ -52,7 +53,13 @@ class Hub:
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     huggingface_hub = pytest.importorskip("huggingface_hub")
-    made = Hub(tmp_path / "hub")
+    made, real = Hub(tmp_path / "hub"), huggingface_hub.HfApi
+    # The real one takes these calls.
+    inspect.signature(real).bind(token=None)
+    inspect.signature(real.create_repo).bind(real, "me/mine", private=None, exist_ok=True)
+    inspect.signature(real.file_exists).bind(real, "me/mine", "README.md")
+    upload = {"repo_id": "me/mine", "folder_path": "x", "commit_message": "m", "ignore_patterns": ["README.md"]}
+    inspect.signature(real.upload_folder).bind(real, **upload)
     monkeypatch.setattr(huggingface_hub, "HfApi", made)
     return made
 
