@@ -241,6 +241,39 @@ def test_a_teacher_named_in_a_file_is_not_downloaded(
     assert started[0][0].teacher == "mine/model"
 
 
+def test_facts_for_the_card(
+    started: list[tuple[PretrainConfig, bool]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["pretrain", str(tmp_path), "--output", "run", "--card.license", "cc-by-4.0", "--card.language"]
+    assert cli.main([*arguments, "[en,de]", "--card.data", "[owner/set,calls]"]) == 0
+    card = started[0][0].card
+    assert (card.license, card.language, card.data) == ("cc-by-4.0", ("en", "de"), ("owner/set", "calls"))
+    assert cli.main([*arguments, "[English]"]) == 1
+    assert "card.language: must be codes of two or three letters" in capsys.readouterr().err
+
+
+def test_weights_named_in_a_file_are_not_downloaded(
+    tmp_path: Path, started: list[tuple[PretrainConfig, bool]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "stranger.yaml").write_text("init: strangers/model\n")
+    arguments = ["pretrain", str(tmp_path), "--output", "run", "--config", str(tmp_path / "stranger.yaml")]
+    assert cli.main(arguments) == 1
+    why = "init: no such file or folder: strangers/model; a model that a settings file names is not downloaded"
+    assert why in capsys.readouterr().err
+    assert cli.main([*arguments, "--init=mine/model"]) == 0
+    assert started.pop()[0].init == "mine/model"
+    # The name in a run's settings: not used any more once the run has weights of its own.
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(f"audio: {tmp_path}\ninit: strangers/model\n")
+    assert cli.main(["pretrain", "--output", str(run), "--resume"]) == 1
+    assert why in capsys.readouterr().err
+    (run / "checkpoints").mkdir()
+    (run / "checkpoints" / "last.ckpt").touch()
+    assert cli.main(["pretrain", "--output", str(run), "--resume"]) == 0
+    assert started.pop()[0].init == "strangers/model"
+
+
 def test_a_group_of_options_is_no_argument(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -321,7 +354,10 @@ def test_paths_are_kept_absolute(
     assert cli.main(["pretrain", "audio", "--output", "run", "--recipe", "wavlm-tiny", "--init", "init", *data]) == 0
     assert cli.main(["distill", "audio", "--output", "run", "--teacher", "teacher"]) == 0
     assert cli.main(["distill", "audio", "--output", "run", "--teacher", "name/on-the-hub"]) == 0
-    first, second, third = (config for config, _ in started)
+    assert cli.main(["pretrain", "audio", "--output", "run", "--init", "name/on-the-hub"]) == 0
+    assert cli.main(["pretrain", "audio", "--output", "run", "--init", "./no/such"]) == 0
+    first, second, third, fourth, fifth = (config for config, _ in started)
+    assert (fourth.init, fifth.init) == ("name/on-the-hub", str(tmp_path / "no" / "such"))
     paths = (first.audio, first.init, first.data.valid, first.data.labels, first.data.noise)
     assert paths == tuple(str(tmp_path / name) for name in ("audio", "init", "valid", "labels", "noise"))
     assert (first.output, first.teacher, first.data.segments) == ("run", None, None)

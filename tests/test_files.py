@@ -57,6 +57,8 @@ PLACES = {
     ("folder_lock.py", "os.ftruncate"): (1, "the lock itself, opened without following links"),
     ("folder_lock.py", "os.open"): (1, "the lock itself, opened without following links"),
     ("models/folder.py", "open"): (1, _ELSEWHERE),
+    ("models/publish.py", "(Path(folder) / _CARD).write_text"): (1, _TEMPORARY),
+    ("models/publish.py", "tempfile.TemporaryDirectory"): (1, _TEMPORARY),
     ("models/folder.py", "save_file"): (1, _ELSEWHERE),
     ("train/checkpoint_file.py", "open"): (1, _ELSEWHERE),
     ("train/checkpoint_file.py", "torch.save"): (1, _ELSEWHERE),

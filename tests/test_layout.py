@@ -140,6 +140,8 @@ def test_the_core_imports_core_dependencies_only() -> None:
             outside -= {"typing_extensions"}  # only for type checkers
             if "triton" in path.stem:
                 outside.discard("triton")  # imported only if it is installed
+            if path.stem == "publish":
+                outside.discard("huggingface_hub")  # imported only to upload
             assert not outside, f"{path} imports {outside}"
 
 

@@ -31,6 +31,7 @@ PLACES = {
     ("interop/classes.py", "importlib.import_module"): (1, "a module of Transformers or torchaudio, from fixed tables"),
     ("interop/hub.py", "snapshot_download"): (2, "a name that the user typed; only configs and weights"),
     ("interop/load.py", "hub.download"): (1, "a name that the user typed; others only from the local cache"),
+    ("train/checkpoints.py", "hub.download"): (1, "a name that the user typed"),
     ("interop/load.py", "(ConformerEncoder if is_conformer else Encoder).from_pretrained"): (1, "safetensors"),
     ("interop/transformers.py", "importlib.import_module"): (3, "a module of Transformers, from a fixed table"),
     ("models/pickled.py", "torch.load"): (1, "weights_only"),

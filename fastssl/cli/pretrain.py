@@ -36,6 +36,7 @@ def pretrain(arguments: Sequence[str], *, command: str = "pretrain") -> None:
         command: "pretrain" or "distill"; each has its own systems.
     """
     from fastssl.models.config import CompressorConfig
+    from fastssl.train.checkpoint_file import has_checkpoint
     from fastssl.train.config import PretrainConfig
     from fastssl.train.systems import SYSTEMS
 
@@ -49,19 +50,30 @@ def pretrain(arguments: Sequence[str], *, command: str = "pretrain") -> None:
     config_file, resume = values.pop("config"), values.pop("resume")
     if values["recipe"] is None and config_file is None and not resume:
         values["recipe"] = _DEFAULT_RECIPES[command]
-    teacher = values.get("teacher")
-    typed = any(argument.partition("=")[0] == "--teacher" for argument in arguments)
-    if teacher is not None and not Path(teacher).exists() and not typed:
-        raise ValueError(
-            f"teacher: no such file or folder: {teacher}; a model that a settings file names is not downloaded; if it "
-            f"is a model on the Hub that you trust, add --teacher {teacher}"
-        )
+    _check_typed("teacher", values, arguments)
+    if not (resume and has_checkpoint(Path(values["output"]))):  # a run that continues has its weights
+        _check_typed("init", values, arguments)
     config = PretrainConfig(**_absolute_paths(values))
     # Imported only now: Lightning takes seconds to import, and a wrong option should be reported at once.
     from fastssl.train import pretrain as training
 
     log_to_console(logging.INFO if training.is_first_process() else logging.WARNING)
     training.pretrain(config, resume=resume)
+
+
+def _check_typed(name: str, values: Mapping[str, Any], arguments: Sequence[str]) -> None:
+    """Check that a model which would be downloaded was typed as an option.
+
+    Raises:
+        ValueError: The model is not on this machine, and only a file of settings names it.
+    """
+    model = values.get(name)
+    typed = any(argument.partition("=")[0] == f"--{name}" for argument in arguments)
+    if model is not None and not Path(model).exists() and not typed:
+        raise ValueError(
+            f"{name}: no such file or folder: {model}; a model that a settings file names is not downloaded; if it is "
+            f"a model on the Hub that you trust, add --{name} {model}"
+        )
 
 
 def _make_model_config(config: type[Any], **values: Any) -> Any:
@@ -78,17 +90,20 @@ def _make_model_config(config: type[Any], **values: Any) -> Any:
 
 def _absolute_paths(values: dict[str, Any]) -> dict[str, Any]:
     """Return the settings with absolute paths, because RUN/config.yaml stores them and may be read from elsewhere."""
+    from fastssl.interop.hub import may_be_id
 
     def absolute(path: str) -> str:
         return str(Path(path).absolute())
 
-    data, teacher = values["data"], values.get("teacher")
+    data = values["data"]
     paths = {name: getattr(data, name) for name in ("valid", "labels", "segments", "noise", "teacher_cache")}
     paths = {name: absolute(path) for name, path in paths.items() if isinstance(path, str)}
     changed = {"data": dataclasses.replace(data, **paths)}
-    changed |= {name: absolute(values[name]) for name in ("audio", "init") if values[name] is not None}
-    if teacher is not None and Path(teacher).exists():  # otherwise, it is a name on the Hub
-        changed["teacher"] = absolute(teacher)
+    changed["audio"] = absolute(values["audio"])
+    for name in ("init", "teacher"):
+        model = values.get(name)
+        if model is not None and (Path(model).exists() or not may_be_id(model)):  # otherwise, it is a name on the Hub
+            changed[name] = absolute(model)
     return values | changed
 
 

@@ -1,4 +1,4 @@
-"""Read checkpoints of fairseq (wav2vec 2.0, HuBERT, data2vec audio) and of Microsoft's WavLM.
+"""Read checkpoints of fairseq (wav2vec 2.0, HuBERT, data2vec audio), of Microsoft's WavLM and of s3prl's DistilHuBERT.
 
 Such a file is a pickle that names classes of fairseq and omegaconf. This module neither imports nor runs them:
 PyTorch's restricted unpickler reads the file, replaces objects of these classes with inert ones, and refuses any other
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastssl.interop import names
+from fastssl.interop import names, s3prl
 from fastssl.models.encoder import EncoderConfig
 from fastssl.models.pickled import globals_in, load_pickled
 from fastssl.reading import brief, one_line
@@ -23,8 +23,11 @@ from fastssl.reading import brief, one_line
 #: Packages and built-in types whose objects are replaced by inert ones. Their code never runs, so this list says what
 #: such a file normally contains, not what is trusted.
 _EXPECTED = re.compile(
-    r"(argparse|fairseq|hydra|numpy|omegaconf|typing)\..+|builtins\.(bool|dict|float|getattr|int|list|str|tuple)"
+    r"(argparse|fairseq|hydra|numpy|omegaconf|optimizers|s3prl|torch\.optim|typing)\..+"
+    r"|collections\.defaultdict|_?operator\.getitem|builtins\.(bool|bytes|dict|float|getattr|int|list|str|tuple|type)"
 )
+#: Names of Python 2 that pickle's protocol 2 uses, which PyTorch translates; omegaconf pickles the types of settings.
+_PYTHON_2 = {"builtins.long": "builtins.int", "builtins.unicode": "builtins.str"}
 #: Possible prefixes of the encoder's weights in a checkpoint; fine-tuned models contain the encoder as a submodule.
 _PREFIXES = ("w2v_encoder.w2v_model.", "encoder.w2v_model.", "w2v_encoder.", "w2v_model.", "")
 _MOST_SETTINGS, _LONGEST_LAYERS = 100_000, 10_000
@@ -59,11 +62,16 @@ class _Inert:
                 vars(self).update(part)
 
 
+def _plain_dict(*_: Any) -> dict[Any, Any]:
+    """Stand in for `collections.defaultdict`, which omegaconf's metadata has, without the function for missing keys."""
+    return {}
+
+
 def read_checkpoint(path: Path) -> tuple[EncoderConfig, dict[str, Tensor]]:
-    """Read the config and weights of the encoder in a fairseq or WavLM checkpoint, without running any code in it.
+    """Read the config and weights of the encoder in a fairseq, WavLM or s3prl checkpoint; no code in it is run.
 
     Args:
-        path: File written by fairseq or by WavLM's authors, pre-trained or fine-tuned.
+        path: File written by fairseq or by WavLM's authors, pre-trained or fine-tuned, or by s3prl's distiller.
 
     Returns:
         The config, and the weights on the CPU by Transformers' names; weights of heads may be among them.
@@ -74,10 +82,15 @@ def read_checkpoint(path: Path) -> tuple[EncoderConfig, dict[str, Tensor]]:
     """
     try:
         checkpoint = _load(path)
-        cfg = next((cfg for key in ("cfg", "args") if (cfg := _plain(checkpoint.get(key)))), None)
+        cfg = next((cfg for key in ("cfg", "args", "Config") if (cfg := _plain(checkpoint.get(key)))), None)
     except Exception as error:  # the file may contain anything, so reading it may fail in any way
         raise ValueError(f"{path}: cannot be read as a fairseq checkpoint: {one_line(error)}") from error
     weights = checkpoint.get("model")
+    if s3prl.is_s3prl(checkpoint):
+        try:
+            cfg, weights = s3prl.distiller(checkpoint, cfg)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
     if not isinstance(weights, dict) or not isinstance(cfg, dict):
         raise ValueError(f"{path}: is not a fairseq checkpoint; expected the entry 'model', and 'cfg' or 'args'")
     prefix = next((prefix for prefix in _PREFIXES if prefix + _FIRST_WEIGHT in weights), None)
@@ -89,13 +102,29 @@ def read_checkpoint(path: Path) -> tuple[EncoderConfig, dict[str, Tensor]]:
         if isinstance(name, str) and name.startswith(prefix) and isinstance(tensor, Tensor)
     }
     try:
-        return _config(cfg, weights), names.renamed(weights, names.FAIRSEQ)
+        config, found = _config(cfg, weights), names.renamed(weights, names.FAIRSEQ)
+        return config, _with_projection(config, found)
     except Exception as error:  # a setting may be anything, such as a tensor that cannot be compared
         raise ValueError(f"{path}: {one_line(error)}") from error
 
 
+def _with_projection(config: EncoderConfig, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Add the identity as projection if the model has none: where frames are as wide as the layers, fairseq has none.
+
+    A product with the identity is exact, and Transformers, which always has a projection, can then open the encoder.
+    """
+    width, name = config.hidden_size, "feature_projection.projection"
+    storages = [tensor.untyped_storage() for tensor in weights.values()]
+    stored = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    if f"{name}.weight" in weights or config.conv_dim[-1] != width or 4 * width * width > stored:
+        return weights  # a small file may claim any width
+    return weights | {f"{name}.weight": torch.eye(width), f"{name}.bias": torch.zeros(width)}
+
+
 def _load(path: Path) -> dict[str, Any]:
-    expected = [(_Inert, name) for name in globals_in(path) if _EXPECTED.fullmatch(name)]
+    found = {_PYTHON_2.get(name, name) for name in globals_in(path)}
+    inert = {"collections.defaultdict": _plain_dict}
+    expected = [(inert.get(name, _Inert), name) for name in found if _EXPECTED.fullmatch(name)]
     with torch.serialization.safe_globals(expected):  # type: ignore[arg-type]
         loaded = load_pickled(path)
     if not isinstance(loaded, dict):
@@ -159,6 +188,7 @@ def _config(cfg: dict[str, Any], weights: Mapping[str, Tensor]) -> EncoderConfig
         "do_stable_layer_norm": _setting(model, "layer_norm_first", False),
         "do_normalize": _normalises(levels),
         "feature_grad_mult": _setting(model, "feature_grad_mult", 1.0),
+        "feat_proj_layer_norm": _setting(model, "feat_proj_layer_norm", True),  # only of s3prl's students
     }
     return EncoderConfig(**values | _own_settings(model, weights))
 

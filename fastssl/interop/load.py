@@ -15,8 +15,9 @@ from fastssl.reading import printable
 
 _CAN_BE_OPENED = (
     "a run of `fastssl pretrain`; a folder with its encoder or in Transformers' layout; the name of a model on the "
-    "Hub; a checkpoint (.pt) of fairseq's wav2vec 2.0, HuBERT or data2vec audio, or of WavLM; a Transformers model, "
-    "with or without a head; or a torchaudio Wav2Vec2Model or HuBERTPretrainModel"
+    "Hub; a checkpoint (.pt) of fairseq's wav2vec 2.0, HuBERT or data2vec audio, or of WavLM; a checkpoint (.ckpt) of "
+    "s3prl's DistilHuBERT; a Transformers model, with or without a head; or a torchaudio Wav2Vec2Model or "
+    "HuBERTPretrainModel"
 )
 
 
@@ -35,7 +36,8 @@ def load_encoder(path_or_model: str | Path | nn.Module, *, download: bool = True
               or pickled, in one file or in shards;
             - the name of a model on the Hub ("facebook/hubert-base-ls960"), if no such path exists; requires
               huggingface_hub;
-            - a fairseq or WavLM checkpoint (.pt), pre-trained or fine-tuned; no code in it is run;
+            - a fairseq or WavLM checkpoint (.pt), pre-trained or fine-tuned, or one of s3prl's DistilHuBERT (.ckpt); no
+              code in it is run;
             - a Transformers model, accelerated or not; its weights are copied. Usually only its preprocessor knows
               whether waveforms should be normalised, so `config.do_normalize` is True unless the model's config has it;
             - a torchaudio model; its weights are copied. `config.do_normalize` says whether the model itself normalises

@@ -53,6 +53,7 @@ class DistillationConfig(CompressedConfig, EncoderConfig):
     layerdrop: float = 0.0
     do_normalize: bool = False
     feature_grad_mult: float = 0.1
+    feat_proj_layer_norm: bool = False  # as in s3prl's student
     distillation: str = bounded("pred", choices=("pred", "l2l"))
     teacher_layers: tuple[int, ...] = bounded((), least=0)
     teacher_hidden_size: int = bounded(768, least=1, ceiling=65_536)

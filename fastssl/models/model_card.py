@@ -1,6 +1,8 @@
 """The model card of an encoder: a README.md with the front matter that the Hugging Face Hub reads."""
 
-from collections.abc import Mapping
+import json
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from fastssl.names import shown
 
 _CLONE = Path(__file__).resolve().parents[2]
 _FRONT_MATTER = """---
-library_name: {library}
+{facts}library_name: {library}
 pipeline_tag: feature-extraction
 tags:
 - fastssl
@@ -53,6 +55,10 @@ class ModelCard:
     Args:
         recipe: Name of the training recipe.
         data_hours: Hours of audio in the training data.
+        seen_hours: Hours of audio that training has drawn, each recording as often as it was drawn.
+        license: Licence of the weights, as the Hub names it, such as "apache-2.0".
+        language: Languages of the training data, as ISO 639 codes.
+        data: Names of the training data; those of the form "owner/name" are data sets on the Hub.
         updates: Number of optimiser updates.
         version: Version of fastssl.
         commit: Git commit of fastssl.
@@ -61,6 +67,10 @@ class ModelCard:
 
     recipe: str | None = None
     data_hours: float | None = None
+    seen_hours: float | None = None
+    license: str | None = None
+    language: Sequence[str] = ()
+    data: Sequence[str] = ()
     updates: int | None = None
     version: str | None = None
     commit: str | None = None
@@ -81,7 +91,11 @@ class ModelCard:
             "layers, width": f"{config.num_hidden_layers}, {config.hidden_size}",
             "input": f"16 kHz, each waveform {normalised}",
             "recipe": self.recipe,
+            "licence": self.license,
+            "language": ", ".join(self.language) or None,
+            "training data": ", ".join(self.data) or None,
             "training audio": None if self.data_hours is None else f"{self.data_hours:.2f} hours",
+            "audio seen": None if self.seen_hours is None else f"{self.seen_hours:.2f} hours",
             "updates": None if self.updates is None else f"{self.updates}",
             "fastssl": _both(self.version, None if self.commit is None else f"commit {self.commit}"),
         }
@@ -90,7 +104,9 @@ class ModelCard:
             facts["sequence compression"] = describe_compression(config)
         parts = [
             _FRONT_MATTER.format(
-                model_type=config.model_type, library="transformers" if in_transformers else "fastssl"
+                facts=self._for_the_hub(),
+                model_type=config.model_type,
+                library="transformers" if in_transformers else "fastssl",
             ),
             "# Speech encoder\n\nA self-supervised speech encoder, saved by fastssl.\n",
             _table("", "", {name: fact for name, fact in facts.items() if fact is not None}),
@@ -102,6 +118,13 @@ class ModelCard:
         with_fastssl = _WITH_FASTSSL.format(width=config.hidden_size, period=period)
         parts.append("## Use\n\n" + (self._with_transformers(config) if in_transformers else "") + with_fastssl)
         return "\n".join(parts)
+
+    def _for_the_hub(self) -> str:
+        """Return the lines of front matter that say what the weights may be used for and what they were trained on."""
+        sets = [name for name in self.data if re.fullmatch(r"[\w.-]+/[\w.-]+", name)]
+        lists = {"license": self.license, "language": list(self.language), "datasets": sets}
+        # JSON is YAML, and quotes whatever the names contain.
+        return "".join(f"{name}: {json.dumps(value)}\n" for name, value in lists.items() if value)
 
     @staticmethod
     def _with_transformers(config: SpeechEncoderConfig) -> str:

@@ -21,6 +21,7 @@ from fastssl.models.folder import (
     write_encoder_weights,
 )
 from fastssl.models.model_card import ModelCard
+from fastssl.models.publish import upload
 from fastssl.models.skeleton import skeleton
 from fastssl.nn.compression import Compressed, SequenceCompressor
 from fastssl.nn.cuda_graphs import CudaGraphs
@@ -65,6 +66,8 @@ class SpeechEncoder(nn.Module):
     encoder: nn.Module  # the layers
     compressor: SequenceCompressor | None
     _cuda_graphs: CudaGraphs | None = None
+    #: Folder that the encoder was opened from, whose README.md `push_to_hub` uploads.
+    _folder: Path | None = None
 
     def __init__(self, config: SpeechEncoderConfig) -> None:
         super().__init__()
@@ -219,6 +222,43 @@ class SpeechEncoder(nn.Module):
             write_text(folder / "README.md", (card or ModelCard()).as_markdown(self.config, parameters=parameters))
         write_encoder_weights(folder, self.state_dict())
 
+    def push_to_hub(
+        self,
+        name: str,
+        *,
+        card: ModelCard | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        message: str = "Upload a speech encoder of fastssl",
+    ) -> str:
+        """Upload the encoder to the Hugging Face Hub, with the files of `save_pretrained`; needs huggingface_hub.
+
+        Args:
+            name: Name of the model, such as "me/my-encoder"; it is created if it does not exist.
+            card: Facts about the encoder for README.md. Without a card, the README.md of a model that exists is kept.
+                A new one gets the README.md of the folder that the encoder was opened from, such as that of a run, so
+                give a card if you have trained the encoder further.
+            private: Whether a new model is private; None leaves that to the Hub.
+            token: Access token; None uses the one that `hf auth login` stored.
+            message: Message of the commit.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            ValueError: huggingface_hub is not installed, or the Hub refuses.
+        """
+        readme = None if self._folder is None else self._folder / "README.md"
+        return upload(
+            lambda folder: self.save_pretrained(folder, card=card),
+            name,
+            readme=readme if card is None and readme is not None and readme.is_file() else None,
+            replaces_card=card is not None,
+            private=private,
+            token=token,
+            message=message,
+        )
+
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "Self":
         """Open an encoder that `save_pretrained` wrote, or the encoder inside a saved model with a head.
@@ -235,7 +275,9 @@ class SpeechEncoder(nn.Module):
             config = cls.config_class.from_dict(values)
         except ValueError as error:
             raise ValueError(f"{folder / 'config.json'}: {error}") from None
-        return cls.from_weights(config, read_weights(folder), name=str(folder))
+        encoder = cls.from_weights(config, read_weights(folder), name=str(folder))
+        encoder._folder = folder.absolute()
+        return encoder
 
     @classmethod
     def from_weights(cls, config: SpeechEncoderConfig, weights: Mapping[str, Tensor], *, name: str) -> "Self":

@@ -122,6 +122,8 @@ class PretrainingOutput:
         chance: () fp32, sum of 1 / (1 + number of negatives), the accuracy of guessing.
         masked_frames: M, the number of masked frames.
         code_perplexity: (G,) fp32, not a sum; perplexity of the chosen codes of each group.
+        argmax_perplexity: (G,) fp32, not a sum; perplexity of the codes with the largest logits, without noise. Its sum
+            over the groups is what fairseq calls `code_perplexity`.
         prob_perplexity: (G,) fp32, not a sum; perplexity of the mean code probabilities over all processes.
         features: (N, D) last hidden state of the encoder for the masked input.
         compression: Scores of an integrate-and-fire compressor, or None.
@@ -135,6 +137,7 @@ class PretrainingOutput:
     chance: Tensor  # ()
     masked_frames: int
     code_perplexity: Tensor  # (G,)
+    argmax_perplexity: Tensor  # (G,)
     prob_perplexity: Tensor  # (G,)
     features: Packed  # (N, D)
     compression: CompressionScores | None = None
@@ -148,17 +151,25 @@ class PretrainingOutput:
         """Return sums over the masked frames as () tensors, by the names in `Wav2Vec2ForPreTraining.score_names`."""
         frames = self.masked_frames
         # Perplexities cannot be summed over batches; the mean, weighted by masked frames, is an approximation.
-        code, prob = ((each * frames).unbind() for each in (self.code_perplexity, self.prob_perplexity))
+        perplexities = torch.stack([self.code_perplexity, self.prob_perplexity, self.argmax_perplexity]) * frames
         return {
             "contrastive_loss": self.contrastive_loss,
             "accuracy": self.correct,
             "chance": self.chance,
             "diversity_loss": self.diversity_loss * frames,
             "features_penalty": self.features_penalty,
-            **{f"code_perplexity_{group}": value for group, value in enumerate(code)},
-            **{f"prob_perplexity_{group}": value for group, value in enumerate(prob)},
+            **dict(zip(perplexity_names(len(self.code_perplexity)), perplexities.flatten().unbind(), strict=True)),
             **({} if self.compression is None else self.compression._asdict()),
         }
+
+
+def perplexity_names(groups: int) -> list[str]:
+    """Return the names of the perplexities, those of the chosen codes first.
+
+    Args:
+        groups: G, the number of groups of codes.
+    """
+    return [f"{kind}_perplexity_{group}" for kind in ("code", "prob", "argmax") for group in range(groups)]
 
 
 class Wav2Vec2ForPreTraining(PretrainingModel):
@@ -190,8 +201,7 @@ class Wav2Vec2ForPreTraining(PretrainingModel):
     @property
     def score_names(self) -> tuple[str, ...]:
         """Names of the values in `PretrainingOutput.scores`, in the order of metrics.csv."""
-        groups = range(self.config.num_codevector_groups)
-        perplexities = [f"{kind}_perplexity_{group}" for kind in ("code", "prob") for group in groups]
+        perplexities = perplexity_names(self.config.num_codevector_groups)
         compression = CompressionScores._fields if self.config.draws_rates else ()
         names = ("contrastive_loss", "accuracy", "chance", "diversity_loss", "features_penalty")
         return (*names, *perplexities, *compression)
@@ -320,6 +330,8 @@ class Wav2Vec2ForPreTraining(PretrainingModel):
         # Even with a weight of 0, because other processes may have masked frames, and backward adds over processes.
         loss = loss + config.diversity_loss_weight * len(rows) * diversity
         loss, compression = self.with_compression_loss(loss, compressed, masked, segments)
+        counts = torch.stack([quantized.counts, quantized.plain_counts])
+        code_perplexity, argmax_perplexity = perplexity(counts / max(1, len(rows)))
         return PretrainingOutput(
             loss=loss,
             contrastive_loss=contrastive.detach(),
@@ -328,7 +340,8 @@ class Wav2Vec2ForPreTraining(PretrainingModel):
             correct=correct.sum(),
             chance=(1 + (negatives >= 0).sum(1)).reciprocal().sum(),
             masked_frames=len(rows),
-            code_perplexity=perplexity(quantized.counts / max(1, len(rows))),
+            code_perplexity=code_perplexity,
+            argmax_perplexity=argmax_perplexity,
             prob_perplexity=prob_perplexity.detach(),
             features=features,
             compression=compression,

@@ -1,11 +1,30 @@
 """Product quantisation with a straight-through Gumbel softmax, as in wav2vec 2.0."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
 from fastssl import ops
-from fastssl.kernels.gumbel_quantize.op import GumbelQuantized
 from fastssl.nn.linear import PackedLinear
+
+
+class Quantized(NamedTuple):
+    """Result of `GumbelQuantizer` for M frames and G groups of V codes.
+
+    Attributes:
+        values: (M, width) the chosen vectors.
+        codes: (M, G) int64, the chosen code of each group.
+        probability_sums: (G, V) softmax of the logits without noise, summed over the frames.
+        counts: (G, V) int64, the number of frames that chose each code.
+        plain_counts: (G, V) int64, the number of frames that would have chosen each code without noise.
+    """
+
+    values: Tensor  # (M, width)
+    codes: Tensor  # (M, G)
+    probability_sums: Tensor  # (G, V)
+    counts: Tensor  # (G, V)
+    plain_counts: Tensor  # (G, V)
 
 
 class GumbelQuantizer(nn.Module):
@@ -34,7 +53,7 @@ class GumbelQuantizer(nn.Module):
 
     def forward(
         self, x: Tensor, *, temperature: float = 1.0, noise: Tensor | None = None, seeds: Tensor | None = None
-    ) -> GumbelQuantized:
+    ) -> Quantized:
         """Quantise frames. The gradient passes through the softmax of the noisy logits divided by `temperature`.
 
         Without `noise` and `seeds`, the code with the largest logit is chosen.
@@ -49,10 +68,16 @@ class GumbelQuantizer(nn.Module):
             The quantised vectors (M, width), the codes (M, G) and their statistics.
         """
         shape = (self.groups, self.codes)
-        return ops.gumbel_quantize(
-            self.weight_proj(x).unflatten(1, shape),
+        logits = self.weight_proj(x).unflatten(1, shape)
+        quantized = ops.gumbel_quantize(
+            logits,
             self.codevectors.view(*shape, -1),
             noise=None if noise is None else noise.unflatten(1, shape),
             seeds=seeds,
             temperature=temperature,
         )
+        plain_counts = quantized.counts
+        if noise is not None or seeds is not None:
+            largest = logits.detach().argmax(2, keepdim=True)
+            plain_counts = (largest == torch.arange(self.codes, device=largest.device)).sum(0)
+        return Quantized(*quantized, plain_counts)

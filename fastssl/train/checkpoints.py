@@ -12,6 +12,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
 from fastssl.files import check_no_links, replacing
+from fastssl.interop import hub
 from fastssl.models.config import SpeechEncoderConfig
 from fastssl.models.folder import CONFORMER, MODEL_CLASSES, check_matching, is_state_dict, read_config, read_weights
 from fastssl.models.model_card import ModelCard
@@ -149,12 +150,13 @@ def _weights_in(checkpoint: Path) -> dict[str, Tensor]:
 
 
 def initialise(model: PretrainingModel, source: str) -> bool:
-    """Copy the weights of a Transformers folder or an earlier run into a model.
+    """Copy the weights of a Transformers folder, a model on the Hub or an earlier run into a model.
 
     Args:
         model: Model to initialise.
-        source: Folder with config.json and weights, or folder of a run. For a run, its last checkpoint is used, or the
-            one before if the last is damaged; if there is none, its `encoder/`.
+        source: Folder with config.json and weights, name of a model on the Hub if no such path exists, or folder of a
+            run. For a run, its last checkpoint is used, or the one before if the last is damaged; if there is none, its
+            `encoder/`.
 
     Returns:
         Whether all weights came from `source`. False if it has no weights for the head or the compressor, which then
@@ -162,10 +164,15 @@ def initialise(model: PretrainingModel, source: str) -> bool:
 
     Raises:
         ValueError: The folder contains no weights, weights of another system or architecture, or only damaged
-            checkpoints.
+            checkpoints; or the Hub has no such model.
     """
     folder = Path(source)
     name = f"--init {source}"
+    if not folder.exists() and hub.may_be_id(source):
+        try:
+            folder = hub.download(source)
+        except ValueError as error:
+            raise ValueError(f"--init: {error}") from None
     try:
         found = find_checkpoint(folder, name=name)
     except ValueError as error:

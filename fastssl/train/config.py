@@ -1,6 +1,7 @@
 """The settings of a pre-training run, as shown by `--help`, set by a recipe and kept in RUN/config.yaml."""
 
 import dataclasses
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,9 @@ RESUMABLE = (
     "audio",
     "output",
     "recipe",
+    "card.data",
+    "card.language",
+    "card.license",
     "data.max_bad_fraction",
     "data.num_workers",
     "quality.every",
@@ -203,6 +207,27 @@ class QualityConfig:
 
 
 @dataclass(frozen=True)
+class CardConfig:
+    """What the model card says about data and weights, besides what the run knows itself.
+
+    Args:
+        license: Licence of the weights, as the Hugging Face Hub names it (apache-2.0, cc-by-4.0, other); null says
+            none.
+        language: Languages of the training data, as ISO 639 codes.
+        data: Names of the training data; those of the form owner/name are data sets on the Hub.
+    """
+
+    license: str | None = None
+    language: tuple[str, ...] = ()
+    data: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        wrong = [code for code in self.language if not re.fullmatch("[a-z]{2,3}", code)]
+        if wrong:
+            raise ValueError(f"card.language: must be codes of two or three letters, such as en, got {wrong[0]!r}")
+
+
+@dataclass(frozen=True)
 class PretrainConfig:
     """All settings of a run; `RUN/config.yaml` contains them, except `output`.
 
@@ -213,8 +238,8 @@ class PretrainConfig:
         seed: Seed of all randomness in the run.
         randomness: Version of the random draws of dropout. A run keeps its version; 1 repeats a run from before
             versions were recorded.
-        init: Transformers folder or earlier run whose weights to start from, with a new optimiser; by default, weights
-            are random.
+        init: Transformers folder, model name on the Hub, or earlier run whose weights to start from, with a new
+            optimiser; by default, weights are random.
         recipe: Recipe that the settings started from, for the model card.
         system: Name of the objective, such as wav2vec2 or hubert; the recipe sets it.
         teacher: Encoder to distil: a run of `fastssl pretrain`, a Transformers folder, a model name on the Hub, or a
@@ -225,6 +250,7 @@ class PretrainConfig:
             max_steps.
         trainer: How long to train, on which devices, and how often to report.
         quality: How often to measure the encoder without labels on the held-out recordings, and how thoroughly.
+        card: What the model card says about data and weights, besides what the run knows itself.
 
     Raises:
         ValueError: A value is out of bounds, `model` is the config of another system, or a setting is given that this
@@ -244,6 +270,7 @@ class PretrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     quality: QualityConfig = field(default_factory=QualityConfig)
+    card: CardConfig = field(default_factory=CardConfig)
 
     def __post_init__(self) -> None:
         check_bounds(self)

@@ -162,7 +162,9 @@ def _fit(
         scores, scored_at = monitor.scores, monitor.scored_at
         return make_card(
             recipe=config.recipe,
+            facts=config.card,
             data_hours=hours,
+            seen_hours=monitor.audio_s / 3600,
             updates=updates,
             scores=scores,
             scored_at=scored_at,

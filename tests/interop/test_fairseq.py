@@ -260,7 +260,7 @@ def test_names_agree_with_torchaudio(large: bool) -> None:
             assert ours == through, key
 
 
-class _Evil:
+class Evil:
     def __init__(self, function: Any, *args: Any) -> None:
         self.call = function, args
 
@@ -274,10 +274,10 @@ def test_nothing_is_run(place: str, zipped: bool, tmp_path: Path) -> None:
     mark = tmp_path / "ran"
     checkpoint = {"args": argparse.Namespace(**SETTINGS), "model": fairseq_weights(make_encoder())}
     for call, name in (
-        (_Evil(os.system, f"touch {mark}"), f"{os.name}.system"),
+        (Evil(os.system, f"touch {mark}"), f"{os.name}.system"),
         # Pickle may write `subprocess` under its Python 2 name, `commands`.
-        (_Evil(subprocess.check_call, ["touch", str(mark)]), r"(subprocess|commands)\.check_call"),
-        (_Evil(eval, f"open({str(mark)!r}, 'w')"), "eval"),
+        (Evil(subprocess.check_call, ["touch", str(mark)]), r"(subprocess|commands)\.check_call"),
+        (Evil(eval, f"open({str(mark)!r}, 'w')"), "eval"),
     ):
         torch.save(checkpoint | {place: call}, tmp_path / "evil.pt", _use_new_zipfile_serialization=zipped)
         with pytest.raises(ValueError, match=rf"evil\.pt: cannot be read as a fairseq checkpoint: it names {name},"):
@@ -299,7 +299,7 @@ def test_not_even_what_is_expected_there_is_run(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setitem(sys.modules, "fairseq.tasks", module)
     encoder = make_encoder()
     args = argparse.Namespace(**SETTINGS)
-    extra = {"task": _Evil(run, 1), "enum": _Evil(getattr, _Evil(run, 2), "x")}
+    extra = {"task": Evil(run, 1), "enum": Evil(getattr, Evil(run, 2), "x")}
     torch.save({"args": args, "model": fairseq_weights(encoder), "extra_state": extra}, tmp_path / "model.pt")
     ran.clear()
     allowed = set(torch.serialization.get_safe_globals())

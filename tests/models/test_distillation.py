@@ -152,12 +152,12 @@ def test_sizes_of_the_grid() -> None:
 def test_a_student_begins_with_the_teachers_first_layers_where_they_fit() -> None:
     torch.manual_seed(1)
     teacher = Encoder(TEACHER)
-    as_wide = make(hidden_size=48, num_hidden_layers=2).hubert
+    as_wide = make(hidden_size=48, num_hidden_layers=2, feat_proj_layer_norm=True).hubert
     copied = initialise_from_teacher(as_wide, teacher)
     assert set(copied) == set(as_wide.state_dict())
     for name, tensor in as_wide.state_dict().items():
         assert torch.equal(tensor, teacher.state_dict()[name]), name
-    narrower = make(hidden_size=32).hubert
+    narrower = make(hidden_size=32, feat_proj_layer_norm=True).hubert
     before = {name: tensor.clone() for name, tensor in narrower.state_dict().items()}
     copied = initialise_from_teacher(narrower, teacher)
     assert {name.split(".")[0] for name in copied} >= {"feature_extractor", "feature_projection"}
@@ -252,3 +252,26 @@ def test_rejects_bad_input() -> None:
         DistillationConfig().of_teacher(strides)
     with pytest.raises(ValueError, match=r"teacher_layers: the teacher has layers 0 to 6, got \[4, 8\]"):
         DistillationConfig(teacher_layers=(4, 8)).of_teacher(TEACHER)
+
+
+@pytest.mark.parametrize(
+    "recipe", ["distilhubert", "distil-3l-one", "distil-12l-half", "distil-tiny", "distil-tiny-ofa"]
+)
+def test_which_students_have_a_norm_before_the_projection(recipe: str) -> None:
+    """DistilHuBERT has none in s3prl; its teacher, and our other students, have one."""
+    with torch.device("meta"):
+        student = Encoder(recipe_model(recipe))
+    assert ("feature_projection.layer_norm.weight" in student.state_dict()) == (recipe != "distilhubert")
+
+
+def test_a_student_without_the_norm_starts_from_a_teacher_that_has_it() -> None:
+    """Its projection gets the frames as the front end gives them, and the teacher's weights."""
+    teacher = Encoder(TEACHER)
+    student = make(hidden_size=TEACHER.hidden_size).hubert.eval()
+    copied = initialise_from_teacher(student, teacher)
+    assert "feature_projection.projection.weight" in copied
+    assert not any(name.startswith("feature_projection.layer_norm") for name in copied)
+    frames = Packed.pack([torch.randn(7, TEACHER.conv_dim[-1])])
+    projection = teacher.feature_projection.projection
+    expected = F.linear(frames.values, projection.weight, projection.bias)
+    assert torch.allclose(student.project(frames).frames.values, expected, atol=1e-6)

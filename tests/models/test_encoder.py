@@ -181,6 +181,10 @@ def test_model_card(tmp_path: Path) -> None:
     card = ModelCard(
         recipe="wav2vec2-tiny",
         data_hours=12.345,
+        seen_hours=99.5,
+        license="cc-by-4.0",
+        language=("en", "de"),
+        data=("owner/set", 'calls: "private"'),
         updates=800,
         version="0.1.0",
         commit="abc123",
@@ -193,9 +197,14 @@ def test_model_card(tmp_path: Path) -> None:
     assert matter["library_name"] == "transformers"
     assert matter["pipeline_tag"] == "feature-extraction"
     assert {"speech", "fastssl", "unispeech-sat"} <= set(matter["tags"])
+    assert (matter["license"], matter["language"], matter["datasets"]) == ("cc-by-4.0", ["en", "de"], ["owner/set"])
     for fact in (
         "| recipe | wav2vec2-tiny |",
         "| training audio | 12.35 hours |",
+        "| audio seen | 99.50 hours |",
+        "| licence | cc-by-4.0 |",
+        "| language | en, de |",
+        '| training data | owner/set, calls: "private" |',
         "| updates | 800 |",
         "| fastssl | 0.1.0, commit abc123 |",
         "| accuracy \\| held out | 0.1235 |",
@@ -210,7 +219,11 @@ def test_what_is_not_known_is_not_in_the_card_and_a_card_that_is_there_is_kept(t
     encoder = Encoder(SMALL)
     encoder.save_pretrained(tmp_path)
     text = (tmp_path / "README.md").read_text()
-    assert not [word for word in ("recipe", "hours", "updates", "commit", "Quality", "None") if word in text]
+    assert not [
+        word
+        for word in ("recipe", "hours", "updates", "commit", "Quality", "None", "licen", "lang", "data")
+        if word in text
+    ]
     (tmp_path / "README.md").write_text("mine")
     encoder.save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_text() == "mine"

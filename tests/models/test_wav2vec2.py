@@ -305,3 +305,43 @@ def test_the_host_waits_for_the_device_once(variant: str) -> None:
 
     waits = device_waits(step)
     assert len(waits) == 1, waits
+
+
+def fairseq_code_perplexity(logits: torch.Tensor) -> torch.Tensor:
+    """Count as fairseq's quantiser does, from logits (M, G, V) without noise: () the sum over the groups."""
+    hard = F.one_hot(logits.argmax(-1), logits.shape[-1]).float().mean(0)
+    return torch.exp(-torch.sum(hard * torch.log(hard + 1e-7), dim=-1)).sum()
+
+
+def test_code_perplexity_is_also_counted_as_in_fairseq() -> None:
+    """Noise hides a collapse: every frame may have the same largest logit, and the choices still look varied."""
+    model = make_model("group").train()
+    waveforms, keys = waveforms_of(24_000, 20_000), utterance_keys(0, 0, torch.tensor([7, 8]))
+    logits: list[torch.Tensor] = []
+    model.quantizer.weight_proj.register_forward_hook(lambda _, __, output: logits.append(output.detach()))
+    shape = (model.config.num_codevector_groups, model.config.num_codevectors_per_group)
+    output = model(waveforms, keys=keys, gumbel_temperature=1.0)
+    expected = fairseq_code_perplexity(logits.pop().unflatten(1, shape))
+    torch.testing.assert_close(output.argmax_perplexity.sum(), expected)
+    assert not torch.allclose(output.argmax_perplexity, output.code_perplexity)
+    scores = output.scores()
+    for group in range(shape[0]):
+        for kind in ("code", "prob", "argmax"):
+            value = getattr(output, f"{kind}_perplexity")[group] * output.masked_frames
+            torch.testing.assert_close(scores[f"{kind}_perplexity_{group}"], value, rtol=0, atol=0)
+    assert tuple(scores) == model.score_names
+
+    # Collapsed: one logit is a little larger than the others in every frame.
+    with torch.no_grad():
+        model.quantizer.weight_proj.weight.zero_()
+        model.quantizer.weight_proj.bias[:: shape[1]] = 0.1
+    collapsed = model(waveforms, keys=keys, gumbel_temperature=1.0)
+    torch.testing.assert_close(collapsed.argmax_perplexity, torch.ones(shape[0]), rtol=1e-4, atol=0)
+    assert (collapsed.code_perplexity > 5).all()
+    # Without noise, both are the same count.
+    scored = model.eval()(waveforms, keys=keys, gumbel_temperature=1.0)
+    assert torch.equal(scored.argmax_perplexity, scored.code_perplexity)
+    # A batch without masked frames.
+    nothing = model.train()(waveforms_of(100), keys=keys[:1], gumbel_temperature=1.0)
+    assert nothing.masked_frames == 0
+    assert torch.isfinite(nothing.argmax_perplexity).all()

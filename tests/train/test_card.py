@@ -9,6 +9,7 @@ import pytest
 
 from fastssl.models.model_card import ModelCard, checked_out_commit
 from fastssl.train.card import make_card
+from fastssl.train.config import CardConfig
 from fastssl.train.data import PretrainDataModule
 from fastssl.train.metrics_file import read_metrics
 from fastssl.train.pretrain import pretrain
@@ -17,20 +18,33 @@ from tests.train.conftest import MakeConfig
 
 def test_a_run_leaves_a_card(make_config: MakeConfig) -> None:
     changes = {"trainer.max_steps": 6, "trainer.val_check_interval": 4, "data.crop_s": 1}
-    config = dataclasses.replace(make_config(**changes), recipe="folder/mine.yaml")
+    card = CardConfig(license="apache-2.0", language=("en",), data=("somebody/speech",))
+    config = dataclasses.replace(make_config(**changes), recipe="folder/mine.yaml", card=card)
     pretrain(config)
     run = Path(config.output)
     text = (run / "encoder" / "README.md").read_text()
     data = PretrainDataModule(config.audio, config.data, normalize=True, seed=config.seed, accumulation=1)
+    # What the card says may change in a run that continues.
+    pretrain(dataclasses.replace(config, card=CardConfig()), resume=True)
+    assert "licence" not in (run / "encoder" / "README.md").read_text()
     scores = next(row for row in read_metrics(run / "metrics.csv") if row["update"] == 4 and "valid_accuracy" in row)
     for fact in (
         "| recipe | mine |",
         f"| training audio | {data.train_corpus.duration_s / 3600:.2f} hours |",
+        f"| audio seen | {read_metrics(run / 'metrics.csv')[-1]['audio_hours']:.2f} hours |",
+        "| licence | apache-2.0 |",
+        "| language | en |",
+        "| training data | somebody/speech |",
         "| updates | 6 |",
         f"| contrastive loss, on held-out recordings, after 4 updates | {scores['valid_contrastive_loss']:.4g} |",
         f"| accuracy of the masked frames, on held-out recordings, after 4 updates | {scores['valid_accuracy']:.4g} |",
     ):
         assert fact in text, fact
+
+
+def test_languages_are_codes() -> None:
+    with pytest.raises(ValueError, match=r"card\.language: must be codes of two or three letters, .*got 'Eng"):
+        CardConfig(language=("de", "English"))
 
 
 def test_a_resumed_run_has_the_scores_of_its_checkpoint(
