@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from fastssl.interop import read_only
 from fastssl.interop.classes import NORM
 from fastssl.models.folder import ACCELERATED_COMPRESSOR
 from fastssl.nn import functional as F
@@ -21,7 +22,9 @@ from fastssl.packing import Layout, Packed, kept_by_plan, send
 _LIBRARIES = ("transformers.", "torchaudio.", "torch.nn.", "fastssl.")
 
 
-def original_runs(model: nn.Module, modules: Iterable[nn.Module], reason: str | None = None) -> bool:
+def original_runs(
+    model: nn.Module, modules: Iterable[nn.Module], reason: str | None = None, layers: Iterable[Any] | None = None
+) -> bool:
     """Return whether the original `forward` must run instead of fastssl's; if so, warn why.
 
     Args:
@@ -29,13 +32,18 @@ def original_runs(model: nn.Module, modules: Iterable[nn.Module], reason: str | 
         modules: Modules whose parameters fastssl's forward reads without calling them. It would silently ignore a hook
             on one of them, or a foreign class in its place, so in these cases the original must run.
         reason: Another reason to run the original, found by the caller, or None.
+        layers: The encoder's transformer layers.
 
     Raises:
         ValueError: The original must run, but the model has a compressor, which the original cannot apply.
     """
+    if not hasattr(type(model), NORM):  # restored, but somebody else's wrapper still calls fastssl's forward
+        return True
     reason = reason or _foreign_code(modules)
     if reason is None:
         return False
+    if layers is not None and (lost := read_only.lost(model, layers)):
+        reason = f"{reason} ({lost})"
     if hasattr(model, ACCELERATED_COMPRESSOR):
         raise ValueError(
             f"{reason}, but the original code cannot apply the compressor; undo this, or remove the compressor with "
