@@ -42,7 +42,8 @@ def put_in(module: nn.Module, methods: Iterable[str], replacements: Mapping[Any,
         new = _Rebuilt(module, replacements).of(old)
         if new is not old:
             vars(module)[name] = new
-            replaced[name] = old, new
+            first, last = replaced.get(name, (None, None))
+            replaced[name] = (first if old is last else old), new
     if replaced:
         vars(module)[REPLACED] = replaced
 
@@ -127,7 +128,10 @@ class _Rebuilt:
             cells = tuple(self._cell(cell) for cell in value.__closure__ or ())
             if same and all(a is b for a, b in zip(cells, value.__closure__ or (), strict=True)):
                 return value
+            itself = CellType()
+            cells = tuple(itself if _content(cell) is value else cell for cell in cells)
             new = FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, cells or None)
+            itself.cell_contents = new
             new.__kwdefaults__, new.__qualname__ = value.__kwdefaults__, value.__qualname__
             new.__module__, new.__doc__, new.__annotations__ = value.__module__, value.__doc__, value.__annotations__
         elif same:
@@ -138,12 +142,16 @@ class _Rebuilt:
         return new
 
     def _cell(self, cell: CellType) -> CellType:
-        try:
-            content = cell.cell_contents
-        except ValueError:  # empty
-            return cell
+        content = _content(cell)
         new = self.of(content)
         return cell if new is content else CellType(new)
+
+
+def _content(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # empty
+        return None
 
 
 def _is_wrapper(value: Any) -> bool:
