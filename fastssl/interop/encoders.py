@@ -20,6 +20,8 @@ from fastssl.nn import functional as F
 from fastssl.packing import Layout, Packed, kept_by_plan, send
 
 _LIBRARIES = ("transformers.", "torchaudio.", "torch.nn.", "fastssl.")
+#: Where activations are, and those that fastssl's forward computes in their place.
+_ACTIVATIONS, _GELU = ("transformers.activations", "torch.nn.modules.activation"), ("GELUActivation", "GELU")
 
 
 def original_runs(
@@ -56,11 +58,16 @@ def original_runs(
 def _foreign_code(modules: Iterable[nn.Module]) -> str | None:
     for module in modules:
         kind = type(module)
-        if not kind.__module__.startswith(_LIBRARIES):
+        activation = kind.__module__ in _ACTIVATIONS and (kind.__name__ not in _GELU or _is_approximate(module))
+        if activation or not kind.__module__.startswith(_LIBRARIES):
             return f"a {kind.__module__}.{kind.__name__} replaces a module of the original"
         if F.is_watched(module):
             return f"a {kind.__name__} has a hook or a replaced `forward`"
     return None
+
+
+def _is_approximate(gelu: nn.Module) -> bool:
+    return getattr(gelu, "approximate", "none") != "none"
 
 
 def modules_not_called(model: Any, stack: Any) -> Iterator[nn.Module]:
@@ -80,8 +87,16 @@ def modules_not_called(model: Any, stack: Any) -> Iterator[nn.Module]:
     yield from (stack, stack.pos_conv_embed)
     for block in blocks:
         yield from (block, block.conv)
+        yield from _parts(block, "activation", "padding")
     for layer in stack.layers:
         yield from (layer, layer.attention, layer.feed_forward)
+        yield from _parts(layer.feed_forward, "intermediate_act_fn")
+
+
+def _parts(module: nn.Module, *names: str) -> Iterator[nn.Module]:
+    for name in names:
+        if (part := module._modules.get(name)) is not None:
+            yield part
 
 
 def front_end(

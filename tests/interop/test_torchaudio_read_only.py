@@ -1,7 +1,8 @@
-"""Test the attention weights that torchaudio's WavLM only reads: hooks on their module do nothing, with a warning."""
+"""Test which modules torchaudio's encoders call, and which they only read, as the attention weights of WavLM."""
 
 import copy
 import warnings
+from functools import partial
 from typing import Any
 
 import pytest
@@ -50,3 +51,33 @@ def test_what_cannot_be_called_is_refused() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fastssl.accelerate(make("wav2vec2 base"), call_projections=True)
+
+
+@pytest.mark.filterwarnings("ignore:.*so the original code runs")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_hooks_run_on_every_module_that_the_original_calls(variant: str) -> None:
+    original = make(variant)
+    model = fastssl.accelerate(copy.deepcopy(original))
+    waveforms, _ = batch_of([5000])
+    called: dict[bool, set[str]] = {False: set(), True: set()}
+    for name in [name for name, _ in original.named_modules() if name]:
+        for one in (original, model):
+            add = partial(called[one is model].add, name)
+            handle = one.get_submodule(name).register_forward_pre_hook(lambda *args, add=add: add())
+            with torch.no_grad():
+                one(waveforms)
+            handle.remove()
+    assert len(called[False]) > 40
+    assert called[True] == called[False]
+
+
+@pytest.mark.parametrize("frozen", ["", "feature_extractor", "encoder.feature_projection"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_same_outputs_need_gradients(variant: str, frozen: str) -> None:
+    """torchaudio never marks waveforms."""
+    original = make(variant).train()
+    original.get_submodule(frozen).requires_grad_(False)
+    model = fastssl.accelerate(copy.deepcopy(original))
+    waveforms, _ = batch_of([5000])
+    found, expected = ([x.requires_grad for x in one.extract_features(waveforms)[0]] for one in (model, original))
+    assert found == expected == [bool(frozen)] * 3

@@ -22,7 +22,9 @@ transformers = pytest.importorskip("transformers")
 class Operators(TorchDispatchMode):
     """Counts operators of this package."""
 
-    calls = 0
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.calls = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.calls += func.namespace.startswith("fastssl")
@@ -32,13 +34,14 @@ class Operators(TorchDispatchMode):
 def is_packed(model: Any) -> bool:
     with torch.no_grad(), Operators() as operators:
         model(padded_batch([5000, 5000])[0])
-    return operators.calls > 0
+    return bool(operators.calls)
 
 
 def hidden(model: Any) -> Tensor:
     with torch.no_grad():
         out = model(padded_batch([5000, 5000])[0])
-    return (out[0] if isinstance(out, tuple) else out.last_hidden_state).detach()
+    state: Tensor = out[0] if isinstance(out, tuple) else out.last_hidden_state
+    return state
 
 
 def prepared(model: Any) -> Any:
