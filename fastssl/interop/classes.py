@@ -4,15 +4,19 @@ An accelerated module belongs to a subclass of its original class, with the same
 """
 
 import importlib
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import nn
 
+from fastssl.interop import wrapped
 from fastssl.models.folder import ACCELERATED_COMPRESSOR
 
 #: Attribute that only accelerated modules have: how group norms treat padding, "valid" or "padded".
 NORM = "_fastssl_norm"
+#: Attribute that only accelerated modules have: whether modules that the original only reads are called.
+CALLS = "_fastssl_calls"
 
 
 class AcceleratedClasses:
@@ -24,6 +28,7 @@ class AcceleratedClasses:
         methods: Function from an original class to the attributes that its subclass replaces.
         check: Function that raises ValueError if a module has an unsupported part; None accepts every module.
         width: Function from an encoder to the width D of its frames; None if the classes are not encoders.
+        layers: Function from an encoder to its transformer layers; None if the classes are not encoders.
     """
 
     def __init__(
@@ -34,13 +39,16 @@ class AcceleratedClasses:
         *,
         check: Callable[[Any], None] | None = None,
         width: Callable[[Any], int] | None = None,
+        layers: Callable[[Any], Iterable[Any]] | None = None,
     ) -> None:
         self.home = home
         self.sources = sources
         self.methods = methods
         self.check = check
         self.width = width
+        self.layers = layers
         self._made: dict[type[nn.Module], type[nn.Module]] = {}
+        self._own: dict[type[nn.Module], dict[str, Any]] = {}  # the methods that a subclass replaces
 
     def original(self, module: nn.Module) -> Any:
         """Return the original class of a module, accelerated or not, or None if the class is not in `sources`."""
@@ -51,22 +59,39 @@ class AcceleratedClasses:
                 return cls
         return None
 
-    def put_on(self, module: nn.Module, norm: str) -> None:
+    def put_on(self, module: nn.Module, norm: str, calls: bool) -> None:
         """Accelerate a module in place by changing its class.
 
         Args:
             module: Instance of one of the classes, accelerated or not.
             norm: "valid" or "padded", as in `accelerate`.
+            calls: `call_projections` of `accelerate`.
         """
-        module.__class__ = self._subclass(self.original(module))
+        original = self.original(module)
+        subclass, methods = self._subclass(original), self._own[original]
+        replacements = {one: own for name, own in methods.items() for one in wrapped.chain(getattr(original, name))}
+        wrapped.put_in(module, methods, replacements)
+        module.__class__ = subclass
         setattr(module, NORM, norm)
+        setattr(module, CALLS, calls)
+
+    def hidden(self, module: nn.Module) -> str | None:
+        """Return the name of a method that hides the accelerated one, because it is not known to call the original."""
+        original = self.original(module)
+        self._subclass(original)
+        methods = self._own[original]
+        originals = [one for name in methods for one in wrapped.chain(getattr(original, name))]
+        return wrapped.hiding(module, methods, [*originals, *methods.values()])
 
     def take_off(self, module: nn.Module) -> None:
         """Restore the original class of a module in place and drop its compressor; leaves other modules unchanged."""
         original = self.original(module)
         if original is not None and hasattr(type(module), NORM):
             module.__class__ = original
-            vars(module).pop(NORM, None)
+            methods = self._own[original]
+            wrapped.take_out(module, methods, {own: getattr(original, name) for name, own in methods.items()})
+            for attribute in (NORM, CALLS):
+                vars(module).pop(attribute, None)
             if hasattr(module, ACCELERATED_COMPRESSOR):
                 delattr(module, ACCELERATED_COMPRESSOR)
 
@@ -83,8 +108,15 @@ class AcceleratedClasses:
     def _subclass(self, original: type[nn.Module]) -> type[nn.Module]:
         if original not in self._made:
             name = original.__name__
-            namespace = {"__module__": self.home, "__qualname__": name, "__doc__": original.__doc__}
+            namespace: dict[str, Any] = {"__module__": self.home, "__qualname__": name, "__doc__": original.__doc__}
             # A class attribute, so that instances that the class itself creates, as in `from_pretrained`, have it too.
-            namespace[NORM] = "valid"
-            self._made[original] = type(name, (original,), self.methods(original) | namespace)
+            namespace |= {NORM: "valid", CALLS: False}
+            methods = self.methods(original)
+            for method, function in methods.items():
+                function.__name__ = method  # by which pickle finds a bound method
+                # `Accelerator.unwrap_model` puts what it finds at the end of `__wrapped__` on the model.
+                function.__signature__ = inspect.signature(function)
+                vars(function).pop("__wrapped__", None)
+            self._made[original] = type(name, (original,), methods | namespace)
+            self._own[original] = methods
         return self._made[original]

@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from fastssl.interop import read_only
 from fastssl.interop.classes import NORM
 from fastssl.models.folder import ACCELERATED_COMPRESSOR
 from fastssl.nn import functional as F
@@ -20,9 +21,13 @@ from fastssl.nn.linear import casts_together
 from fastssl.packing import Layout, Packed, kept_by_plan, send
 
 _LIBRARIES = ("transformers.", "torchaudio.", "torch.nn.", "fastssl.")
+#: Where activations are, and those that fastssl's forward computes in their place.
+_ACTIVATIONS, _GELU = ("transformers.activations", "torch.nn.modules.activation"), ("GELUActivation", "GELU")
 
 
-def original_runs(model: nn.Module, modules: Iterable[nn.Module], reason: str | None = None) -> bool:
+def original_runs(
+    model: nn.Module, modules: Iterable[nn.Module], reason: str | None = None, layers: Iterable[Any] | None = None
+) -> bool:
     """Return whether the original `forward` must run instead of fastssl's; if so, warn why.
 
     Args:
@@ -30,13 +35,18 @@ def original_runs(model: nn.Module, modules: Iterable[nn.Module], reason: str | 
         modules: Modules whose parameters fastssl's forward reads without calling them. It would silently ignore a hook
             on one of them, or a foreign class in its place, so in these cases the original must run.
         reason: Another reason to run the original, found by the caller, or None.
+        layers: The encoder's transformer layers.
 
     Raises:
         ValueError: The original must run, but the model has a compressor, which the original cannot apply.
     """
+    if not hasattr(type(model), NORM):  # restored, but somebody else's wrapper still calls fastssl's forward
+        return True
     reason = reason or _foreign_code(modules)
     if reason is None:
         return False
+    if layers is not None and (lost := read_only.lost(model, layers)):
+        reason = f"{reason} ({lost})"
     if hasattr(model, ACCELERATED_COMPRESSOR):
         raise ValueError(
             f"{reason}, but the original code cannot apply the compressor; undo this, or remove the compressor with "
@@ -49,11 +59,16 @@ def original_runs(model: nn.Module, modules: Iterable[nn.Module], reason: str | 
 def _foreign_code(modules: Iterable[nn.Module]) -> str | None:
     for module in modules:
         kind = type(module)
-        if not kind.__module__.startswith(_LIBRARIES):
+        activation = kind.__module__ in _ACTIVATIONS and (kind.__name__ not in _GELU or _is_approximate(module))
+        if activation or not kind.__module__.startswith(_LIBRARIES):
             return f"a {kind.__module__}.{kind.__name__} replaces a module of the original"
         if F.is_watched(module):
             return f"a {kind.__name__} has a hook or a replaced `forward`"
     return None
+
+
+def _is_approximate(gelu: nn.Module) -> bool:
+    return getattr(gelu, "approximate", "none") != "none"
 
 
 def modules_not_called(model: Any, stack: Any) -> Iterator[nn.Module]:
@@ -73,8 +88,16 @@ def modules_not_called(model: Any, stack: Any) -> Iterator[nn.Module]:
     yield from (stack, stack.pos_conv_embed)
     for block in blocks:
         yield from (block, block.conv)
+        yield from _parts(block, "activation", "padding")
     for layer in stack.layers:
         yield from (layer, layer.attention, layer.feed_forward)
+        yield from _parts(layer.feed_forward, "intermediate_act_fn")
+
+
+def _parts(module: nn.Module, *names: str) -> Iterator[nn.Module]:
+    for name in names:
+        if (part := module._modules.get(name)) is not None:
+            yield part
 
 
 def front_end(

@@ -1,10 +1,12 @@
 """`accelerate` and `restore`: switch the encoders in a model between fastssl's code and their original code."""
 
 import sys
+import warnings
 from typing import Literal, TypeVar
 
 from torch import nn
 
+from fastssl.interop import read_only
 from fastssl.interop.classes import AcceleratedClasses
 from fastssl.models.folder import ACCELERATED_COMPRESSOR
 from fastssl.nn.compression import SequenceCompressor
@@ -13,7 +15,13 @@ Model = TypeVar("Model", bound=nn.Module)
 Norm = Literal["valid", "padded"]
 
 
-def accelerate(model: Model, *, norm: Norm = "valid", compressor: SequenceCompressor | None = None) -> Model:
+def accelerate(
+    model: Model,
+    *,
+    norm: Norm = "valid",
+    compressor: SequenceCompressor | None = None,
+    call_projections: bool = False,
+) -> Model:
     """Make the speech encoders in a model run packed and fused, in place; parameters and calls stay the same.
 
     A compressor shortens the projected frames, so the transformer layers process fewer frames at less cost. Each output
@@ -27,6 +35,9 @@ def accelerate(model: Model, *, norm: Norm = "valid", compressor: SequenceCompre
     them. Compression by integrate-and-fire, and the quantiser of `Wav2Vec2ForPreTraining` if it gets a mask, wait once
     more.
 
+    If somebody else's `forward` is on an encoder itself (Accelerate's `prepare` or device hooks, a partial), fastssl's
+    code runs inside it. A warning says where that cannot be done.
+
     Args:
         model: A Transformers or torchaudio encoder, or any module that contains one: a model with a head, a pipeline's
             wrapper, a PEFT model, your own module.
@@ -35,14 +46,19 @@ def accelerate(model: Model, *, norm: Norm = "valid", compressor: SequenceCompre
             original does.
         compressor: Compressor whose `channels` equal the encoder's width; None keeps the compressor that the encoder
             has, if any.
+        call_projections: Whether to call the modules that an original only reads: `q_proj`, `k_proj`, `v_proj` and
+            `out_proj` of Transformers' WavLM. By default they are only read here too, so LoRA on them has no effect, as
+            in the original; a warning says so. If they are called, LoRA on them is trained and applied, but only while
+            the model is accelerated, or after it was merged into the weights. Other encoders call these modules anyway.
 
     Returns:
-        The same model. Accelerating it again only sets `norm` and, if given, the compressor.
+        The same model. Accelerating it again only sets `norm`, `call_projections` and, if given, the compressor.
 
     Raises:
         ValueError: `norm` is unknown, the model contains no supported encoder, an encoder has an unsupported part, the
-            compressor's width is not the encoder's, or a compressor is given for a model with several encoders. The
-            model is then unchanged.
+            compressor's width is not the encoder's, a compressor is given for a model with several encoders, or for one
+            with a `forward` of somebody else that fastssl's cannot run in, or `call_projections` is given for
+            torchaudio's WavLM, which has no such modules. The model is then unchanged.
     """
     if norm not in ("valid", "padded"):
         raise ValueError(f"norm: must be 'valid' or 'padded', got {norm!r}")
@@ -56,6 +72,12 @@ def accelerate(model: Model, *, norm: Norm = "valid", compressor: SequenceCompre
     for module, classes in found:
         if classes.check:
             classes.check(module)
+        if call_projections and classes.layers:
+            read_only.check_callable(module, classes.layers(module))
+    hidden = [(module, name) for module, classes in found if (name := classes.hidden(module))]
+    for module, name in hidden:
+        if compressor is not None or hasattr(module, ACCELERATED_COMPRESSOR):
+            raise ValueError(f"compressor: {_hidden(module, name)}, which cannot apply the compressor; {_CURE}")
     if compressor is not None:
         encoders = [(module, classes.width(module)) for module, classes in found if classes.width]
         if len(encoders) != 1:
@@ -70,14 +92,28 @@ def accelerate(model: Model, *, norm: Norm = "valid", compressor: SequenceCompre
         compressor.to(device=like.device, dtype=like.dtype).train(encoder.training)
         setattr(encoder, ACCELERATED_COMPRESSOR, compressor)
     for module, classes in found:
-        classes.put_on(module, norm)
+        classes.put_on(module, norm, call_projections)
+        if classes.layers:
+            read_only.warn_once(module, classes.layers(module), again=True)
+    for module, name in hidden:
+        warnings.warn(f"{_hidden(module, name)}, without acceleration; {_CURE}", stacklevel=2)
     return model
+
+
+_CURE = "call `fastssl.accelerate` before what put it there, such as `Accelerator.prepare`, or remove it"
+
+
+def _hidden(module: nn.Module, name: str) -> str:
+    own = vars(module)[name]
+    what = getattr(own, "__qualname__", type(own).__qualname__)
+    return f"a {type(module).__name__} has its own `{name}` ({what}), which hides fastssl's, so the original code runs"
 
 
 def restore(model: Model) -> Model:
     """Undo `accelerate` in place: the encoders run their original code again, and compressors are removed.
 
-    Parameters keep their current values.
+    Parameters keep their current values. A warning names adapters that the original code ignores, where
+    `call_projections` was set.
 
     Args:
         model: Any module; parts that were never accelerated do not change.
@@ -87,6 +123,8 @@ def restore(model: Model) -> Model:
     """
     for module in model.modules():
         for classes in _in_use():
+            if classes.layers and classes.original(module) and (lost := read_only.lost(module, classes.layers(module))):
+                warnings.warn(f"{lost}; merge them into the weights before (PEFT: `merge_and_unload`)", stacklevel=2)
             classes.take_off(module)
     return model
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastssl.interop import encoders
+from fastssl.interop import encoders, read_only
 from fastssl.interop.classes import AcceleratedClasses
 from fastssl.nn import functional as F
 from fastssl.nn.linear import packed_linear
@@ -62,7 +62,7 @@ def _forward(
     lengths: Tensor | None = None,  # (B,)
 ) -> tuple[Tensor, Tensor | None]:  # (B, F, D) or (B, F, labels), (B,)
     """Return the last layer's frames, or the auxiliary head's logits, and the number of valid frames of each row."""
-    if encoders.original_runs(self, _modules_not_called(self)):
+    if encoders.original_runs(self, _modules_not_called(self), layers=self.encoder.transformer.layers):
         return CLASSES.original(self).forward(self, waveforms, lengths)  # type: ignore[no-any-return]
     frames, padded_frames, frame_lengths = _front_end(self, waveforms, lengths)
     stack = self.encoder.transformer
@@ -84,7 +84,7 @@ def _extract_features(
     num_layers: int | None = None,
 ) -> tuple[list[Tensor], Tensor | None]:  # of (B, F, D), (B,)
     """Return the frames of every layer, or of the first `num_layers`, and the number of valid frames of each row."""
-    if encoders.original_runs(self, _modules_not_called(self)):
+    if encoders.original_runs(self, _modules_not_called(self), layers=self.encoder.transformer.layers):
         original = CLASSES.original(self)
         return original.extract_features(self, waveforms, lengths, num_layers)  # type: ignore[no-any-return]
     layers = self.encoder.transformer.layers
@@ -100,9 +100,6 @@ def _modules_not_called(model: Any) -> Iterator[nn.Module]:
     """Yield the modules that the original forward calls and fastssl's only reads."""
     yield from (model.encoder, model.encoder.feature_projection)
     yield from encoders.modules_not_called(model, model.encoder.transformer)
-    for layer in model.encoder.transformer.layers:
-        if hasattr(layer.attention, "rel_attn_embed"):
-            yield layer.attention.attention
 
 
 def _front_end(model: Any, waveforms: Tensor, lengths: Tensor | None) -> tuple[Packed, int, Tensor | None]:
@@ -112,6 +109,7 @@ def _front_end(model: Any, waveforms: Tensor, lengths: Tensor | None) -> tuple[P
         The packed frames (N, C), the number of frames per padded row, and the number of valid frames (B,) of each row,
         which is None if `lengths` is None.
     """
+    read_only.warn_once(model, model.encoder.transformer.layers, stacklevel=5)
     if waveforms.dim() != 2:
         raise ValueError(f"waveforms: expected (B, T) samples, got {tuple(waveforms.shape)}")
     batch, samples = waveforms.shape
@@ -190,5 +188,6 @@ CLASSES = AcceleratedClasses(
     _methods,
     check=_check,
     width=lambda encoder: int(encoder.encoder.feature_projection.projection.out_features),
+    layers=lambda encoder: encoder.encoder.transformer.layers,
 )
 __getattr__ = CLASSES.by_name  # for pickle

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from fastssl import ops
-from fastssl.interop import encoders
-from fastssl.interop.classes import AcceleratedClasses
+from fastssl.interop import encoders, read_only
+from fastssl.interop.classes import CALLS, AcceleratedClasses
 from fastssl.nn import functional as F
 from fastssl.nn.activation import sigmoid
 from fastssl.packing import Layout, Packed, kept_by_plan, send
@@ -60,15 +60,23 @@ def _methods(original: type[nn.Module]) -> dict[str, Any]:
         reason = "only the original code computes attention weights" if weights else None
         if "_mask_hidden_states" in vars(self):
             reason = "the model has a replaced `_mask_hidden_states`"
-        if encoders.original_runs(self, _modules_not_called(self), reason):
-            return _as_original(self, original).forward(input_values, attention_mask, mask_time_indices, **kwargs)
+        if encoders.original_runs(self, _modules_not_called(self), reason, self.encoder.layers):
+            # Not `view.forward`, because the model may have a `forward` of its own that calls this one.
+            return original.forward(
+                _as_original(self, original), input_values, attention_mask, mask_time_indices, **kwargs
+            )
         return run(self, input_values, attention_mask, mask_time_indices, kwargs)
 
     return {"forward": forward}
 
 
 CLASSES = AcceleratedClasses(
-    __name__, _SOURCES, _methods, check=_check, width=lambda encoder: int(encoder.config.hidden_size)
+    __name__,
+    _SOURCES,
+    _methods,
+    check=_check,
+    width=lambda encoder: int(encoder.config.hidden_size),
+    layers=lambda encoder: encoder.encoder.layers,
 )
 __getattr__ = CLASSES.by_name  # for pickle
 
@@ -106,6 +114,7 @@ def _forward(
     options: dict[str, Any],
 ) -> Any:
     """Compute on packed frames what the original forward returns."""
+    read_only.warn_once(self, self.encoder.layers, stacklevel=5)
     if input_values.dim() != 2:
         raise ValueError(f"input_values: expected (B, T) samples, got {tuple(input_values.shape)}")
     batch, samples = input_values.shape
@@ -123,12 +132,13 @@ def _forward(
         lambda padded: self.feature_extractor(padded).transpose(1, 2),
         partial(_ask_for_adapter, getattr(self, "adapter", None)),
     )
+    _need_gradient(self, frames.values)
     normalised = F.normalise(self.feature_projection, frames.values)
     projected = F.project(self.feature_projection, normalised)
     x = Packed(projected, frames.layout)
     x = _mask(self, x, mask_time_indices, padded_frames, has_padding=attention_mask is not None)
     fewer, upsample = encoders.compress(self, self.encoder, x)
-    last, hidden_states = _encode(self.encoder, fewer)
+    last, hidden_states = _encode(self.encoder, fewer, calls=getattr(self, CALLS))
 
     output_class = _output_class(CLASSES.original(self).__name__)
     values: dict[str, Any] = {"last_hidden_state": _adapt(self, Packed(upsample(last), x.layout), padded_frames)}
@@ -141,6 +151,18 @@ def _forward(
         )
     output = output_class(**values)
     return output.to_tuple() if _option(self, options, "return_dict") is False else output
+
+
+def _need_gradient(model: Any, frames: Tensor) -> None:  # (N, C)
+    """Mark the convolutions' frames as needing a gradient where the original marks the waveforms.
+
+    It does so in training, unless its front end was frozen by `freeze_feature_encoder`. Re-entrant checkpointing gives
+    gradients only to layers whose input needs one, so adapters above frozen parameters depend on it. Marking frames has
+    the same effect, without a backward pass through frozen convolutions.
+    """
+    marks = model.training and getattr(model.feature_extractor, "_requires_grad", False)
+    if marks and torch.is_grad_enabled() and not frames.requires_grad:
+        frames.requires_grad_()
 
 
 @cache
@@ -250,14 +272,20 @@ def _embedded_where(x: Packed, mask: Tensor, embedding: Tensor) -> Tensor:  # (N
     return torch.where(packed.unsqueeze(1), embedding, x.values)
 
 
-def _encode(encoder: Any, x: Packed) -> tuple[Tensor, list[Tensor]]:
-    """Run the transformer; return the last hidden state after the final norm, and all hidden states before it."""
+def _encode(encoder: Any, x: Packed, *, calls: bool) -> tuple[Tensor, list[Tensor]]:
+    """Run the transformer; return the last hidden state after the final norm, and all hidden states before it.
+
+    Args:
+        encoder: The transformer.
+        x: (N, D) projected frames.
+        calls: Whether to call projections that the original only reads.
+    """
     pre_norm = "StableLayerNorm" in type(encoder).__name__
     first = encoder.layers[0].attention if len(encoder.layers) else None
     bias = encoders.distance_bias(first) if hasattr(first, "rel_attn_embed") else None
 
     def run(layer: Any, values: Tensor) -> Tensor:
-        arguments = layer, values, x.layout, bias, pre_norm
+        arguments = layer, values, x.layout, bias, pre_norm, calls
         if getattr(layer, "gradient_checkpointing", False) and layer.training:
             output: Tensor = layer._gradient_checkpointing_func(_layer, *arguments)
             return output
@@ -274,18 +302,27 @@ def _skips(encoder: Any) -> bool:
     return encoder.training and encoder.config.layerdrop > 0 and bool(torch.rand([]) < encoder.config.layerdrop)
 
 
-def _layer(layer: Any, x: Tensor, layout: Layout, bias: Tensor | None, pre_norm: bool) -> Tensor:
-    x = encoders.run_layer(layer, x, partial(_attention, layer.attention, layout=layout, bias=bias), pre_norm=pre_norm)
+def _layer(layer: Any, x: Tensor, layout: Layout, bias: Tensor | None, pre_norm: bool, calls: bool) -> Tensor:
+    attention = partial(_attention, layer.attention, layout=layout, bias=bias, calls=calls)
+    x = encoders.run_layer(layer, x, attention, pre_norm=pre_norm)
     adapter = getattr(layer, "adapter_layer", None)
     return x if adapter is None else x + adapter(x)
 
 
-def _attention(module: Any, x: Tensor, layout: Layout, bias: Tensor | None) -> Tensor:  # (N, D) -> (N, D)
+def _attention(
+    module: Any,
+    x: Tensor,  # (N, D)
+    layout: Layout,
+    bias: Tensor | None,
+    calls: bool,
+) -> Tensor:  # (N, D)
     # The gate comes before the projections, as in the original, because this fixes the order in which the gradients
     # with respect to `x` are added.
     gate = None if bias is None else F.gate(module, x)
-    projected = F.queries_keys_values(module, x)
-    return F.linear(module.out_proj, F.attend(module, projected, layout, distance_bias=bias, gate=gate))
+    reads = not calls and type(module).__name__ in read_only.READ_ONLY
+    projected = read_only.queries_keys_values(module, x) if reads else F.queries_keys_values(module, x)
+    attended = F.attend(module, projected, layout, distance_bias=bias, gate=gate)
+    return read_only.output(module, attended) if reads else F.linear(module.out_proj, attended)
 
 
 def _adapt(model: Any, x: Packed, padded_frames: int) -> Tensor:

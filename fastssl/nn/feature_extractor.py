@@ -1,5 +1,6 @@
 """The convolutional front end, which turns waveforms into frames, and the projection to the model's width."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Literal
 
@@ -11,7 +12,7 @@ from fastssl.packing import Packed
 
 
 class ConvLayer(nn.Module):
-    """The parameters of one strided convolution and its norm. It has no `forward`; `FeatureExtractor` runs all layers.
+    """One strided convolution with its norm and GELU. `FeatureExtractor` calls it only if it has a hook.
 
     Args:
         c_in: Number of input channels.
@@ -34,6 +35,10 @@ class ConvLayer(nn.Module):
         elif norm == "layer":
             self.layer_norm = nn.LayerNorm(c_out)
         nn.init.kaiming_normal_(self.conv.weight)
+
+    def forward(self, x: Packed) -> Packed:
+        """Run the layer: packed frames (N, C_in) to (N_out, C_out)."""
+        return functional.front_end([self], x)
 
 
 class FeatureExtractor(nn.Module):
@@ -90,7 +95,21 @@ class FeatureExtractor(nn.Module):
         Returns:
             (N frames, C), C being the width of the last layer. Utterances shorter than the receptive field have none.
         """
-        return functional.front_end(self.conv_layers, waveforms)
+        watched = False
+        for layer in self.conv_layers:
+            watched = watched or functional.is_watched(layer)
+            for name, part in layer.named_children():
+                if functional.is_watched(part):
+                    warnings.warn(
+                        f"a hook or a replaced `forward` on the `{name}` of a ConvLayer never runs, because one op "
+                        "computes the whole layer; put it on the ConvLayer",
+                        stacklevel=2,
+                    )
+        if not watched:
+            return functional.front_end(self.conv_layers, waveforms)
+        for layer in self.conv_layers:
+            waveforms = layer(waveforms)
+        return waveforms
 
 
 class FeatureProjection(nn.Module):

@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,8 @@ from fastssl import ops
 from fastssl.kernels import gemm
 from fastssl.kernels.autograd import once_differentiable
 from fastssl.kernels.dispatch import norms_stay_wide
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 class _Linear(torch.autograd.Function):
@@ -261,7 +263,10 @@ def _by_onednn(x: Tensor, weight: Tensor) -> bool:
 
 
 class PackedLinear(nn.Linear):
-    """`torch.nn.Linear` over packed frames; on the CPU, a frame gets the same bits in any batch."""
+    """`torch.nn.Linear` over packed frames; on the CPU, a frame gets the same bits in any batch.
+
+    Tools that look for exact types do not find it; see `with_plain_linears`.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the layer: (N, in_features) to (N, out_features)."""
@@ -277,3 +282,21 @@ class PackedLinear(nn.Linear):
         if _by_onednn(input, self.weight) and not watched:
             return gemm.nt(input, self.weight, self.bias, gelu=True)
         return ops.bias_gelu_dropout(self(input), None)
+
+
+def with_plain_linears(model: Model) -> Model:
+    """Turn the linear layers of an encoder into plain `torch.nn.Linear`, in place, for tools that know no subclass.
+
+    `torch.ao.quantization.quantize_dynamic` and torchao look for exact types, and would leave the layers as they are
+    without a word. An encoder computes the same with plain layers, up to rounding. Names and parameters stay.
+
+    Args:
+        model: One of this package's encoders, or any module that contains one.
+
+    Returns:
+        The same model.
+    """
+    for module in model.modules():
+        if type(module) is PackedLinear:
+            module.__class__ = nn.Linear  # type: ignore[assignment]
+    return model
