@@ -22,7 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from fastssl.interop import encoders
+from fastssl.interop.calls import as_original
 from fastssl.interop.classes import AcceleratedClasses
+from fastssl.interop.lengths import frame_lengths, valid_samples
 from fastssl.nn import functional as F
 from fastssl.nn.linear import packed_linear
 from fastssl.packing import Layout, Packed
@@ -115,30 +117,46 @@ def _front_end(model: Any, waveforms: Tensor, lengths: Tensor | None) -> tuple[P
     if waveforms.dim() != 2:
         raise ValueError(f"waveforms: expected (B, T) samples, got {tuple(waveforms.shape)}")
     batch, samples = waveforms.shape
-    valid = [samples] * batch if lengths is None else _valid_lengths(lengths, batch, samples)
     extractor = model.feature_extractor
     convolutions = [(layer.conv.kernel_size[0], layer.conv.stride[0]) for layer in extractor.conv_layers]
+    valid, counts = [samples] * batch, None
+    if lengths is not None:
+        valid, counts = _valid_lengths(lengths, batch, samples, convolutions)
     frames, padded_frames = encoders.front_end(
         model, model.encoder.transformer, waveforms, valid, convolutions, lambda padded: extractor(padded, None)[0]
     )
-    frame_lengths = None
-    if lengths is not None and lengths.device == waveforms.device:
-        frame_lengths = frames.layout.device_lengths.to(lengths.dtype)
-    elif lengths is not None:
-        frame_lengths = torch.tensor(frames.layout.lengths, dtype=lengths.dtype, device=lengths.device)
-    return frames, padded_frames, frame_lengths
+    if lengths is not None and counts is None:
+        if lengths.device == waveforms.device:
+            counts = frames.layout.device_lengths.to(lengths.dtype)
+        else:
+            counts = torch.tensor(frames.layout.lengths, dtype=lengths.dtype, device=lengths.device)
+    return frames, padded_frames, counts
 
 
-def _valid_lengths(lengths: Tensor, batch: int, samples: int) -> list[int]:
-    if lengths.shape != (batch,):
+def _valid_lengths(
+    lengths: Tensor, batch: int, samples: int, convolutions: list[tuple[int, int]]
+) -> tuple[list[int], Tensor | None]:
+    """Return the samples of each row to use, and the frames (B,) to return if they are not those of the samples.
+
+    Raises:
+        TypeError: The lengths are no tensor.
+        ValueError: They have the wrong shape or dtype.
+    """
+    if not isinstance(lengths, Tensor):
+        raise TypeError(f"lengths: must be a tensor, got {type(lengths).__name__}")
+    # The original takes one length for all waveforms as well.
+    if lengths.shape not in ((batch,), (1,)):
         raise ValueError(f"lengths: expected the shape ({batch},), one per waveform, got {tuple(lengths.shape)}")
-    if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
-        raise ValueError(f"lengths: must be integers, got {lengths.dtype}")
-    host: list[int] = lengths.tolist()
-    for row, length in enumerate(host):
-        if not 0 <= length <= samples:
-            raise ValueError(f"lengths: {length} in row {row}, expected 0 to {samples}, the length of the waveforms")
-    return host
+    if lengths.is_complex() or lengths.dtype == torch.bool:
+        raise ValueError(f"lengths: must be numbers of samples, got {lengths.dtype}")
+    host = lengths.detach().to("cpu")  # the only place where the host waits for the device
+    listed = host.tolist()
+    ordinary = lengths.dtype in (torch.int64, torch.int32, torch.int16) and len(listed) == batch
+    if ordinary and all(0 <= length <= samples for length in listed):
+        return listed, None
+    frames = frame_lengths(host, convolutions)
+    valid = valid_samples(host, frames, samples, convolutions).expand(batch).tolist()
+    return valid, frames.to(lengths.device)
 
 
 def _transformer(
@@ -180,7 +198,8 @@ def _attention(module: Any, x: Tensor, layout: Layout, bias: Tensor | None) -> T
 def _methods(original: type[nn.Module]) -> dict[str, Any]:
     # Under torch.compile every new set of lengths would trigger a recompilation, and the ops are fused already.
     untraced = partial(torch.compiler.disable, reason="an accelerated encoder is not compiled")
-    return {"forward": untraced(_forward), "extract_features": untraced(_extract_features)}
+    methods = {"forward": untraced(_forward), "extract_features": untraced(_extract_features)}
+    return {name: as_original(getattr(original, name), method) for name, method in methods.items()}
 
 
 CLASSES = AcceleratedClasses(
