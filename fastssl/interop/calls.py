@@ -2,8 +2,10 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
+
+import torch
 
 
 def as_original(original: Callable[..., Any], method: Callable[..., Any]) -> Any:
@@ -43,3 +45,23 @@ def _by_name(names: list[str], args: tuple[Any, ...], kwargs: Mapping[str, Any])
     if len(args) > len(names) or any(name in given for name in kwargs):
         return None
     return {**given, **kwargs}
+
+
+def recorded_by(arguments: Iterable[Any]) -> str | None:
+    """Return what records this call to run it again for other batches, or None.
+
+    The lengths of a batch are numbers on the host. A recording would keep them as constants, without a word, and use
+    them for every later batch.
+
+    Args:
+        arguments: Arguments of the call.
+    """
+    if torch.compiler.is_exporting():
+        return "torch.export"
+    if torch.compiler.is_dynamo_compiling():
+        return None
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        return "torch.onnx" if torch.onnx.is_in_onnx_export() else "torch.jit.trace"
+    if any(isinstance(argument, torch.fx.Proxy) for argument in arguments):
+        return "torch.fx"
+    return "make_fx" if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None else None

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastssl import ops
 from fastssl.interop import encoders
-from fastssl.interop.calls import as_original
+from fastssl.interop.calls import as_original, recorded_by
 from fastssl.interop.classes import AcceleratedClasses
 from fastssl.nn import functional as F
 from fastssl.nn.activation import sigmoid
@@ -53,6 +53,8 @@ def _methods(original: type[nn.Module]) -> dict[str, Any]:
     def forward(self: Any, **given: Any) -> Any:
         weights = _option(self, given, "output_attentions")
         reason = "only the original code computes attention weights" if weights else None
+        if recorder := recorded_by(given.values()):
+            reason = f"{recorder} records the call"
         if "_mask_hidden_states" in vars(self):
             reason = "the model has a replaced `_mask_hidden_states`"
         if encoders.original_runs(self, _modules_not_called(self), reason):
