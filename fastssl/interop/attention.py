@@ -1,12 +1,14 @@
 """fastssl's attention inside Transformers' own encoders: `attn_implementation="fastssl"`."""
 
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastssl import ops
+from fastssl.interop.calls import recorded_by
 from fastssl.packing import Layout, PaddedRows
 
 NAME = "fastssl"
@@ -43,6 +45,7 @@ def _mask(
     """
     from transformers.masking_utils import bidirectional_mask_function
 
+    _refuse_recording(())
     if mask_function is not bidirectional_mask_function or q_length != kv_length:
         raise ValueError(
             f"attn_implementation: {NAME!r} supports only bidirectional self-attention with q, k and v of one shape; "
@@ -65,6 +68,7 @@ def _attend(
     is_causal: bool | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:  # (B, T, H, E)
+    _refuse_recording((query,))
     if is_causal or getattr(module, "is_causal", False) or not query.shape == key.shape == value.shape:
         raise ValueError(
             f"attn_implementation: {NAME!r} supports only bidirectional self-attention with q, k and v of one shape; "
@@ -88,3 +92,12 @@ def _attend(
     return attention_mask.pad(
         ops.varlen_attention(q, k, v, attention_mask.layout, scale=scaling, dropout_p=dropout)
     ), None
+
+
+def _refuse_recording(arguments: Iterable[Any]) -> None:
+    """Raise ValueError if a call is recorded, because the lengths of its batch would be constants."""
+    if recorder := recorded_by(arguments):
+        raise ValueError(
+            f"attn_implementation: {NAME!r} cannot be recorded by {recorder}; load or set the model with 'sdpa' or "
+            "'eager' first, for example by `model.set_attn_implementation('sdpa')`"
+        )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastssl import ops
+from fastssl.interop.calls import as_original, recorded_by
 from fastssl.interop.classes import AcceleratedClasses
 from fastssl.kernels.gumbel_quantize.op import GumbelQuantized
 
@@ -86,26 +87,25 @@ def _losses(config: Any, output: Any, mask: Tensor | None, negatives: Tensor) ->
 
 def _methods(original: type[nn.Module]) -> dict[str, Any]:
     if original.__name__ == "Wav2Vec2GumbelVectorQuantizer":
-        return {"forward": _quantize}
 
-    def forward(
-        self: Any,
-        input_values: Tensor,
-        attention_mask: Tensor | None = None,
-        mask_time_indices: Tensor | None = None,
-        sampled_negative_indices: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        return_dict = kwargs.pop("return_dict", None)
+        def quantize(self: Any, **given: Any) -> Any:
+            return original.forward(self, **given) if recorded_by(given.values()) else _quantize(self, **given)
+
+        return {"forward": as_original(original.forward, quantize)}
+
+    def forward(self: Any, **given: Any) -> Any:
+        if recorded_by(given.values()):  # the encoder warns
+            return original.forward(self, **given)
+        return_dict, negatives = given.pop("return_dict", None), given.pop("sampled_negative_indices", None)
         if return_dict is None:
             return_dict = getattr(self.config, "return_dict", True)
         # Without negatives, the original computes everything except the losses.
-        output = original.forward(self, input_values, attention_mask, mask_time_indices, return_dict=True, **kwargs)
-        if sampled_negative_indices is not None:
-            output = type(output)(**output | _losses(self.config, output, mask_time_indices, sampled_negative_indices))
+        output = original.forward(self, return_dict=True, **given)
+        if negatives is not None:
+            output = type(output)(**output | _losses(self.config, output, given.get("mask_time_indices"), negatives))
         return output.to_tuple() if return_dict is False else output
 
-    return {"forward": forward}
+    return {"forward": as_original(original.forward, forward)}
 
 
 CLASSES = AcceleratedClasses(

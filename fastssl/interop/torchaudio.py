@@ -8,11 +8,15 @@ the padded batch, as in the original.
 
 Limits: hooks on linear layers, norms and dropouts are called. If any other module has a hook (the feature extractor, a
 convolution, the encoder, one of its layers), the original code runs, with a warning. A pipeline's wrapper that
-normalises waveforms still does so over the whole batch, padding included. A `HuBERTPretrainModel` calls the parts of
+normalises waveforms still does so over the whole batch, padding included. A script (`torch.jit.script`) and a
+dynamically quantised model run the original's modules on each utterance alone; a trace and an export are of the
+original, on padded batches. A `HuBERTPretrainModel` calls the parts of
 its encoder directly, so acceleration changes neither its results nor its speed.
 """
 
 import re
+import sys
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -21,8 +25,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastssl.interop import encoders, read_only
+from fastssl.interop import encoders, read_only, scripted
+from fastssl.interop.calls import as_original, recorded_by
 from fastssl.interop.classes import AcceleratedClasses
+from fastssl.interop.lengths import frame_lengths, valid_samples
+from fastssl.models.folder import ACCELERATED_COMPRESSOR
 from fastssl.nn import functional as F
 from fastssl.nn.linear import packed_linear
 from fastssl.packing import Layout, Packed
@@ -64,6 +71,8 @@ def _forward(
     """Return the last layer's frames, or the auxiliary head's logits, and the number of valid frames of each row."""
     if encoders.original_runs(self, _modules_not_called(self), layers=self.encoder.transformer.layers):
         return CLASSES.original(self).forward(self, waveforms, lengths)  # type: ignore[no-any-return]
+    if waveforms.device.type == "cpu" and _scales_by_batch(self):
+        return scripted.forward(self, waveforms, lengths)
     frames, padded_frames, frame_lengths = _front_end(self, waveforms, lengths)
     stack = self.encoder.transformer
     # Layer drop with the same random draws as the original, which draws even if the probability is 0.
@@ -73,7 +82,9 @@ def _forward(
     x = upsample(x if stack.layer_norm_first else stack.layer_norm(x))
     if self.aux is None or not F.is_plain(self.aux, nn.Linear):
         padded = encoders.padded_by_last(Packed(x, frames.layout), padded_frames)
-        return (padded if self.aux is None else self.aux(padded)), frame_lengths
+        if self.aux is not None:
+            padded = scripted.without_empty_rows(self.aux(padded), list(frames.layout.lengths), padded_frames)
+        return padded, frame_lengths
     return encoders.padded_by_last(Packed(F.linear(self.aux, x), frames.layout), padded_frames), frame_lengths
 
 
@@ -87,6 +98,8 @@ def _extract_features(
     if encoders.original_runs(self, _modules_not_called(self), layers=self.encoder.transformer.layers):
         original = CLASSES.original(self)
         return original.extract_features(self, waveforms, lengths, num_layers)  # type: ignore[no-any-return]
+    if waveforms.device.type == "cpu" and _scales_by_batch(self):
+        return scripted.extract_features(self, waveforms, lengths, num_layers)
     layers = self.encoder.transformer.layers
     if num_layers is not None and not 0 < num_layers <= len(layers):
         raise ValueError(f"num_layers: must be from 1 to {len(layers)}, got {num_layers}")
@@ -102,6 +115,25 @@ def _modules_not_called(model: Any) -> Iterator[nn.Module]:
     yield from encoders.modules_not_called(model, model.encoder.transformer)
 
 
+def _scales_by_batch(model: nn.Module) -> bool:
+    """Return whether `quantize_dynamic` changed a model; if so, warn that its utterances are computed one by one.
+
+    A dynamically quantised layer rounds all of its input to 8 bits with one scale, so that in a packed batch an
+    utterance's frames would depend on the others.
+
+    Raises:
+        ValueError: The model has a compressor.
+    """
+    dynamic = "torch.ao.nn.quantized.dynamic"
+    if dynamic not in sys.modules or not any(type(part).__module__.startswith(dynamic) for part in model.modules()):
+        return False
+    reason = "a dynamically quantised layer has one scale for all frames of a call"
+    if hasattr(model, ACCELERATED_COMPRESSOR):
+        raise ValueError(f"{reason}, so a compressor is not supported; call `fastssl.restore` first, which removes it")
+    warnings.warn(f"{reason}, so the original code runs on each utterance alone, without acceleration", stacklevel=4)
+    return True
+
+
 def _front_end(model: Any, waveforms: Tensor, lengths: Tensor | None) -> tuple[Packed, int, Tensor | None]:
     """Run the convolutions.
 
@@ -113,30 +145,46 @@ def _front_end(model: Any, waveforms: Tensor, lengths: Tensor | None) -> tuple[P
     if waveforms.dim() != 2:
         raise ValueError(f"waveforms: expected (B, T) samples, got {tuple(waveforms.shape)}")
     batch, samples = waveforms.shape
-    valid = [samples] * batch if lengths is None else _valid_lengths(lengths, batch, samples)
     extractor = model.feature_extractor
     convolutions = [(layer.conv.kernel_size[0], layer.conv.stride[0]) for layer in extractor.conv_layers]
+    valid, counts = [samples] * batch, None
+    if lengths is not None:
+        valid, counts = _valid_lengths(lengths, batch, samples, convolutions)
     frames, padded_frames = encoders.front_end(
         model, model.encoder.transformer, waveforms, valid, convolutions, lambda padded: extractor(padded, None)[0]
     )
-    frame_lengths = None
-    if lengths is not None and lengths.device == waveforms.device:
-        frame_lengths = frames.layout.device_lengths.to(lengths.dtype)
-    elif lengths is not None:
-        frame_lengths = torch.tensor(frames.layout.lengths, dtype=lengths.dtype, device=lengths.device)
-    return frames, padded_frames, frame_lengths
+    if lengths is not None and counts is None:
+        if lengths.device == waveforms.device:
+            counts = frames.layout.device_lengths.to(lengths.dtype)
+        else:
+            counts = torch.tensor(frames.layout.lengths, dtype=lengths.dtype, device=lengths.device)
+    return frames, padded_frames, counts
 
 
-def _valid_lengths(lengths: Tensor, batch: int, samples: int) -> list[int]:
-    if lengths.shape != (batch,):
+def _valid_lengths(
+    lengths: Tensor, batch: int, samples: int, convolutions: list[tuple[int, int]]
+) -> tuple[list[int], Tensor | None]:
+    """Return the samples of each row to use, and the frames (B,) to return if they are not those of the samples.
+
+    Raises:
+        TypeError: The lengths are no tensor.
+        ValueError: They have the wrong shape or dtype.
+    """
+    if not isinstance(lengths, Tensor):
+        raise TypeError(f"lengths: must be a tensor, got {type(lengths).__name__}")
+    # The original takes one length for all waveforms as well.
+    if lengths.shape not in ((batch,), (1,)):
         raise ValueError(f"lengths: expected the shape ({batch},), one per waveform, got {tuple(lengths.shape)}")
-    if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
-        raise ValueError(f"lengths: must be integers, got {lengths.dtype}")
-    host: list[int] = lengths.tolist()
-    for row, length in enumerate(host):
-        if not 0 <= length <= samples:
-            raise ValueError(f"lengths: {length} in row {row}, expected 0 to {samples}, the length of the waveforms")
-    return host
+    if lengths.is_complex() or lengths.dtype == torch.bool:
+        raise ValueError(f"lengths: must be numbers of samples, got {lengths.dtype}")
+    host = lengths.detach().to("cpu")  # the only place where the host waits for the device
+    listed = host.tolist()
+    ordinary = lengths.dtype in (torch.int64, torch.int32, torch.int16) and len(listed) == batch
+    if ordinary and all(0 <= length <= samples for length in listed):
+        return listed, None
+    frames = frame_lengths(host, convolutions)
+    valid = valid_samples(host, frames, samples, convolutions).expand(batch).tolist()
+    return valid, frames.to(lengths.device)
 
 
 def _transformer(
@@ -176,10 +224,41 @@ def _attention(module: Any, x: Tensor, layout: Layout, bias: Tensor | None) -> T
 
 
 def _methods(original: type[nn.Module]) -> dict[str, Any]:
-    # Under torch.compile every new set of lengths would trigger a recompilation, and the ops are fused already.
-    untraced = partial(torch.compiler.disable, reason="an accelerated encoder is not compiled")
-    methods = {"forward": _forward, "extract_features": _extract_features}
-    return {name: untraced(encoders.sharing_casts(method)) for name, method in methods.items()}
+    def method(name: str, packed: Callable[..., Any]) -> Any:
+        # Under torch.compile every new set of lengths would trigger a recompilation, and the ops are fused already.
+        untraced = torch.compiler.disable(
+            encoders.sharing_casts(packed), reason="an accelerated encoder is not compiled"
+        )
+
+        def run(self: Any, **given: Any) -> Any:
+            if recorder := recorded_by(given.values()):
+                encoders.original_runs(self, (), f"{recorder} records the call")
+                return getattr(original, name)(self, **given)
+            return untraced(self, **given)
+
+        return scripted.scriptable(name, as_original(getattr(original, name), run))
+
+    return {
+        "forward": method("forward", _forward),
+        "extract_features": method("extract_features", _extract_features),
+        "__prepare_scriptable__": _prepare_scriptable,
+    }
+
+
+def _prepare_scriptable(self: Any) -> Any:
+    """Say what `torch.jit.script` compiles; it calls this first.
+
+    Raises:
+        ValueError: The model has a compressor, which a script cannot apply.
+    """
+    if hasattr(self, ACCELERATED_COMPRESSOR):
+        raise ValueError("a compressor cannot be scripted; call `fastssl.restore` on the model first, which removes it")
+    warnings.warn(
+        "torch.jit.script compiles the original code, so the script runs utterance by utterance and without "
+        "acceleration; its results are those of the accelerated model",
+        stacklevel=2,
+    )
+    return self
 
 
 CLASSES = AcceleratedClasses(

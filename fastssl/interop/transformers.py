@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastssl import ops
 from fastssl.interop import encoders, read_only
+from fastssl.interop.calls import as_original, recorded_by
 from fastssl.interop.classes import CALLS, AcceleratedClasses
 from fastssl.nn import functional as F
 from fastssl.nn.activation import sigmoid
@@ -49,25 +50,19 @@ def _methods(original: type[nn.Module]) -> dict[str, Any]:
     # Under torch.compile every new set of lengths would trigger a recompilation, and the ops are fused already.
     run = torch.compiler.disable(encoders.sharing_casts(_forward), reason="an accelerated encoder is not compiled")
 
-    def forward(
-        self: Any,
-        input_values: Tensor,
-        attention_mask: Tensor | None = None,
-        mask_time_indices: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        weights = _option(self, kwargs, "output_attentions")
+    def forward(self: Any, **given: Any) -> Any:
+        weights = _option(self, given, "output_attentions")
         reason = "only the original code computes attention weights" if weights else None
+        if recorder := recorded_by(given.values()):
+            reason = f"{recorder} records the call"
         if "_mask_hidden_states" in vars(self):
             reason = "the model has a replaced `_mask_hidden_states`"
         if encoders.original_runs(self, _modules_not_called(self), reason, self.encoder.layers):
             # Not `view.forward`, because the model may have a `forward` of its own that calls this one.
-            return original.forward(
-                _as_original(self, original), input_values, attention_mask, mask_time_indices, **kwargs
-            )
-        return run(self, input_values, attention_mask, mask_time_indices, kwargs)
+            return original.forward(_as_original(self, original), **given)
+        return run(self, given)
 
-    return {"forward": forward}
+    return {"forward": as_original(original.forward, forward)}
 
 
 CLASSES = AcceleratedClasses(
@@ -106,15 +101,11 @@ def _option(model: Any, given: dict[str, Any], name: str) -> Any:
     return getattr(model.config, name, None) if value is None else value
 
 
-def _forward(
-    self: Any,
-    input_values: Tensor,  # (B, T)
-    attention_mask: Tensor | None,  # (B, T)
-    mask_time_indices: Tensor | None,  # (B, F)
-    options: dict[str, Any],
-) -> Any:
-    """Compute on packed frames what the original forward returns."""
+def _forward(self: Any, given: dict[str, Any]) -> Any:
+    """Compute on packed frames what the original forward returns for these arguments."""
     read_only.warn_once(self, self.encoder.layers, stacklevel=5)
+    input_values: Tensor = given["input_values"]  # (B, T)
+    attention_mask: Tensor | None = given.get("attention_mask")  # (B, T)
     if input_values.dim() != 2:
         raise ValueError(f"input_values: expected (B, T) samples, got {tuple(input_values.shape)}")
     batch, samples = input_values.shape
@@ -136,7 +127,7 @@ def _forward(
     normalised = F.normalise(self.feature_projection, frames.values)
     projected = F.project(self.feature_projection, normalised)
     x = Packed(projected, frames.layout)
-    x = _mask(self, x, mask_time_indices, padded_frames, has_padding=attention_mask is not None)
+    x = _mask(self, x, given.get("mask_time_indices"), padded_frames, has_padding=attention_mask is not None)
     fewer, upsample = encoders.compress(self, self.encoder, x)
     last, hidden_states = _encode(self.encoder, fewer, calls=getattr(self, CALLS))
 
@@ -144,13 +135,13 @@ def _forward(
     values: dict[str, Any] = {"last_hidden_state": _adapt(self, Packed(upsample(last), x.layout), padded_frames)}
     if "extract_features" in output_class.__dataclass_fields__:
         values["extract_features"] = Packed(normalised, frames.layout).to_padded(length=padded_frames)
-    if wanted := _wanted(_option(self, options, "output_hidden_states"), len(self.encoder.layers) + 1):
+    if wanted := _wanted(_option(self, given, "output_hidden_states"), len(self.encoder.layers) + 1):
         values["hidden_states"] = tuple(
             Packed(upsample(state), x.layout).to_padded(length=padded_frames) if index in wanted else None
             for index, state in enumerate(hidden_states)
         )
     output = output_class(**values)
-    return output.to_tuple() if _option(self, options, "return_dict") is False else output
+    return output.to_tuple() if _option(self, given, "return_dict") is False else output
 
 
 def _need_gradient(model: Any, frames: Tensor) -> None:  # (N, C)

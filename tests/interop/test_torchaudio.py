@@ -217,15 +217,15 @@ def test_bad_arguments_are_named() -> None:
     cases = {
         r"lengths: expected the shape \(2,\).* got \(3,\)": torch.tensor([1, 2, 3]),
         r"lengths: expected the shape \(2,\).* got \(2, 1\)": lengths.unsqueeze(1),
-        r"lengths: must be integers, got torch.float32": lengths.float(),
-        r"lengths: must be integers, got torch.bool": lengths > 0,
-        r"lengths: 5001 in row 0, expected 0 to 5000": lengths + 1,
-        r"lengths: -100 in row 1": lengths - 1000,
+        r"lengths: must be numbers of samples, got torch.bool": lengths > 0,
+        r"lengths: must be numbers of samples, got torch.complex64": lengths.to(torch.complex64),
     }
     for message, bad in cases.items():
         for call in (model, model.extract_features):
             with pytest.raises(ValueError, match=message):
                 call(waveforms, bad)
+    with pytest.raises(TypeError, match="lengths: must be a tensor, got list"):
+        model(waveforms, [5000, 900])
     with pytest.raises(ValueError, match=r"waveforms: expected \(B, T\)"):
         model(waveforms.unsqueeze(1))
     for count in (0, 4):
