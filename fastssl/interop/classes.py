@@ -112,11 +112,13 @@ class AcceleratedClasses:
             # A class attribute, so that instances that the class itself creates, as in `from_pretrained`, have it too.
             namespace |= {NORM: "valid", CALLS: False}
             methods = self.methods(original)
+            scripted = methods if "__prepare_scriptable__" in methods else ()  # TorchScript follows `__wrapped__`, too
             for method, function in methods.items():
                 function.__name__ = method  # by which pickle finds a bound method
                 # `Accelerator.unwrap_model` puts what it finds at the end of `__wrapped__` on the model.
                 function.__signature__ = inspect.signature(function)
-                vars(function).pop("__wrapped__", None)
+                if method not in scripted:
+                    vars(function).pop("__wrapped__", None)
             self._made[original] = type(name, (original,), methods | namespace)
-            self._own[original] = methods
+            self._own[original] = {name: one for name, one in methods.items() if hasattr(original, name)}
         return self._made[original]

@@ -4,6 +4,7 @@ import copy
 import functools
 import pickle
 import warnings
+from collections.abc import Iterator
 from types import MethodType
 from typing import Any
 
@@ -17,6 +18,15 @@ from fastssl.nn import SequenceCompressor
 from tests.interop.tiny_models import FAMILIES, padded_batch, transformers_model
 
 transformers = pytest.importorskip("transformers")
+
+
+@pytest.fixture(autouse=True)
+def _own_state_of_accelerate() -> Iterator[None]:
+    """Accelerate keeps the precision of a process's first `Accelerator`, and a `Trainer` of another test makes one."""
+    state = pytest.importorskip("accelerate.state", reason="accelerate is not installed").AcceleratorState
+    state._reset_state(reset_partial_state=True)
+    yield
+    state._reset_state(reset_partial_state=True)
 
 
 class Operators(TorchDispatchMode):
