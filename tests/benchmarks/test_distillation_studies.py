@@ -67,7 +67,7 @@ def test_deep_or_wide_tells_what_it_found(tmp_path: Path) -> None:
         options = jobs[f"{shape}/l2l/frozen/0"].options
         config = DistillationConfig(
             **{name.removeprefix("model."): value for name, value in options.items() if name.startswith("model.")}
-            | {"conv_dim": (128,) * 7}
+            | {"conv_dim": (128,) * 7, "feat_proj_layer_norm": True}  # as in the recipe
         )
         assert (config.num_hidden_layers, config.hidden_size, config.num_attention_heads) == (layers, width, heads)
         with torch.device("meta"):
