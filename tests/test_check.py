@@ -218,7 +218,7 @@ def test_only_small_batches_are_compared_in_fp64(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_worker_runs_the_package_of_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """README.md says to install from a clone, so it may lie in the current folder, without compiled kernels."""
+    """The current folder may be a clone without compiled kernels, because README.md installs from one."""
     (tmp_path / "fastssl").mkdir()
     (tmp_path / "fastssl" / "__init__.py").write_text("raise ImportError('the wrong package')")
     (tmp_path / "tests").mkdir()

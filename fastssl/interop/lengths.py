@@ -24,7 +24,7 @@ def frame_lengths(lengths: Tensor, convolutions: list[tuple[int, int]]) -> Tenso
 
 
 def frames_after(samples: int, convolutions: list[tuple[int, int]]) -> int:
-    """Return the number of frames of so many samples."""
+    """Return the number of frames that the convolutions make of `samples` samples."""
     for kernel, stride in convolutions:
         samples = max(0, (samples - kernel) // stride + 1)
     return samples

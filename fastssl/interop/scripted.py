@@ -6,9 +6,10 @@ padded batch than the accelerated model does, so a script calls the original's m
 
 # TorchScript reads the source of `forward` and `extract_features` and looks names up in this Python module. It knows
 # only older names of types, no comprehension over modules, and no function of a module.
-# ruff: noqa: UP006, UP035, UP045, PERF401
+# ruff: noqa: UP006, UP035, UP045, PERF401, SIM102
 
 import functools
+import threading
 from collections.abc import Callable
 from typing import Any, List, Optional, Tuple
 
@@ -16,6 +17,24 @@ import torch
 from torch import Tensor
 
 from fastssl.interop.lengths import frame_lengths, frames_after, valid_samples
+
+
+class _Here(threading.local):
+    """Whether Python runs the code for scripts on purpose."""
+
+    runs = False
+
+
+_here = _Here()
+
+
+def forward_in_python(model: Any, waveforms: Tensor, lengths: Tensor | None) -> Any:
+    """Run `forward` as a script would."""
+    _here.runs = True
+    try:
+        return forward(model, waveforms, lengths)
+    finally:
+        _here.runs = False
 
 
 def _repeat_last(x: Tensor, length: int) -> Tensor:  # (1, F, D) -> (1, length, D)
@@ -32,6 +51,10 @@ def without_empty_rows(x: Tensor, counts: List[int], length: int) -> Tensor:
 
 def forward(self: Any, waveforms: Tensor, lengths: Optional[Tensor] = None) -> Tuple[Tensor, Optional[Tensor]]:
     """Return what the accelerated `forward` returns."""
+    # The condition is alone, so that TorchScript leaves out what it cannot compile.
+    if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+        if not _here.runs:  # `Accelerator.unwrap_model` follows `__wrapped__`, and put this function on the model
+            return type(self).forward(self, waveforms, lengths)  # type: ignore[no-any-return]
     if lengths is None:
         x = self.encoder(self.feature_extractor(waveforms, None)[0], None)
         if self.aux is not None:

@@ -72,7 +72,7 @@ def _forward(
     if encoders.original_runs(self, _modules_not_called(self), layers=self.encoder.transformer.layers):
         return CLASSES.original(self).forward(self, waveforms, lengths)  # type: ignore[no-any-return]
     if waveforms.device.type == "cpu" and _scales_by_batch(self):
-        return scripted.forward(self, waveforms, lengths)
+        return scripted.forward_in_python(self, waveforms, lengths)  # type: ignore[no-any-return]
     frames, padded_frames, frame_lengths = _front_end(self, waveforms, lengths)
     stack = self.encoder.transformer
     # Layer drop with the same random draws as the original, which draws even if the probability is 0.

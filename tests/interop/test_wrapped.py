@@ -265,3 +265,14 @@ def test_a_hidden_wrapper_of_ours_runs_the_restored_code() -> None:
     fastssl.restore(model)
     assert not is_packed(model)
     assert torch.equal(hidden(model), hidden(transformers_model("wav2vec2 base")))
+
+
+def test_an_unwrapped_model_of_torchaudio_is_packed() -> None:
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    tiny = pytest.importorskip("tests.interop.tiny_torchaudio")
+    accelerator = accelerate.Accelerator(mixed_precision="bf16", cpu=True)
+    model = accelerator.prepare(fastssl.accelerate(tiny.make("wav2vec2 base").eval()))
+    model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    with torch.no_grad(), Operators() as operators:
+        model(torch.randn(2, 8000), torch.tensor([8000, 6000]))
+    assert operators.calls

@@ -1,7 +1,7 @@
 """Run compiled Triton kernels without a GPU: their PTX is executed in NumPy, with one lane of an array per thread.
 
 The kernels are compiled for sm_80, so what runs is Triton's real output: layouts, vector loads, `cp.async`, `ldmatrix`,
-`mma.sync`, shuffles, predicates, barriers. Every access is checked: it must lie in the tensor whose pointer it was
+`mma.sync`, shuffles, predicates, barriers. Every access is checked: it must be inside the tensor whose pointer it was
 computed from, it must be aligned, and shared memory must have been written before it is read, by the same warp or
 before a barrier.
 
