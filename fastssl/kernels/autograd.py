@@ -23,9 +23,11 @@ def once_differentiable(backward: _Backward) -> _Backward:
 
     @wraps(backward)
     def first_derivative(ctx: Any, *grads: Tensor | None) -> Any:
+        if not torch.is_grad_enabled():  # without `create_graph=True`; a context would take longer than this test
+            return backward(ctx, *grads)
         with torch.no_grad():
             outputs = backward(ctx, *grads)
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             return outputs
         several = outputs if isinstance(outputs, tuple) else (outputs,)
         fail = torch._C._functions.DelayedError(_NO_SECOND_DERIVATIVE, len(several))

@@ -236,12 +236,9 @@ def packed_linears(x: Tensor, layers: Sequence[nn.Linear]) -> list[Tensor]:
 
 def _by_copies(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor] | None:
     """Compute layers as one product with copies of their parameters; return None if there are none side by side."""
-    if (
-        torch.compiler.is_compiling()
-        or not casts_are_shared()
-        or not torch.is_autocast_enabled(x.device.type)
-        or _is_recorded()
-    ):
+    if not _copies.by_ids or torch.compiler.is_compiling():
+        return None
+    if not torch.is_autocast_enabled(x.device.type) or _is_recorded():
         return None
     weight_copy = _copies.by_ids.get(_key(weights))
     given = [bias for bias in biases if bias is not None]
