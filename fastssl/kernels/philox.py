@@ -115,20 +115,22 @@ def resolve_seed(
         return None
     if seed is not None:
         return seed
-    return torch.randint(2**63 - 1, (), device=device) if _supply is None else _supply.take(device)
+    if _supply is None or device.type == "cpu":
+        return torch.randint(2**63 - 1, (), device=device)
+    return _supply.take(device)
 
 
 class _Supply:
-    """Seeds that were drawn together and are handed out one by one. Only the host counts them."""
+    """Seeds of each device that were drawn together and are handed out one by one. Only the host counts them."""
 
     def __init__(self) -> None:
-        self.left: list[Tensor] = []
+        self.left: dict[torch.device, list[Tensor]] = {}
 
     def take(self, device: torch.device) -> Tensor:  # ()
-        if not self.left:
+        if not self.left.get(device):
             # Triton compiles a kernel again for a pointer that is not a multiple of 16 bytes, so use every other seed.
-            self.left = list(torch.randint(2**63 - 1, (_SUPPLY, 2), device=device)[:, 0].unbind())
-        return self.left.pop()
+            self.left[device] = list(torch.randint(2**63 - 1, (_SUPPLY, 2), device=device)[:, 0].unbind())
+        return self.left[device].pop()
 
 
 #: Number of seeds that `seeds_together` draws at once: enough for a step of most models.

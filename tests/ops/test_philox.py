@@ -116,6 +116,15 @@ def test_seeds_that_are_drawn_together() -> None:
     assert draws.count == 3
 
 
+def test_seeds_that_are_drawn_together_are_on_the_device_that_needs_them() -> None:
+    devices = [torch.device("meta"), torch.device("cpu")]
+    with Draws() as draws, seeds_together(devices[0]):
+        for device in devices * 2:
+            seed = resolve_seed(None, dropout_p=0.1, device=device)
+            assert seed is not None and seed.device == device
+    assert draws.count == 3  # one on the first device, and one per seed on the CPU
+
+
 def test_on_the_cpu_seeds_are_drawn_one_by_one() -> None:
     def drawn() -> list[Tensor | None]:
         torch.manual_seed(0)
