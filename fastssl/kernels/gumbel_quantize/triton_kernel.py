@@ -347,7 +347,7 @@ def ahead_of_time_cases() -> dict[str, Callable[[], object]]:
     }
     # Under autocast, a product computes the logits, and the vectors stay fp32.
     for dtype in (torch.bfloat16, torch.float16):
-        for source, width in (("seeds", 128), ("seeds", 384), ("neither", 128)):
+        for source, width in (("seeds", 128), ("seeds", 384), ("noise", 128), ("neither", 128)):
             label = f"{dtype}, {source}, V=320, E={width}, vectors in float32".replace("torch.", "")
             cases[label] = partial(_forward_and_backward, dtype, source, 320, width, vectors_dtype=torch.float32)
     return cases
