@@ -242,13 +242,25 @@ class Layout:
         """
         return self.cu_seqlens[sequences] + positions
 
-    def padded_rows(self, length: int) -> "PaddedRows":
-        """Return the place of each packed row in a batch padded to `length`, which must be at least `max_length`."""
-        return PaddedRows(self._rows_in_padded(length), self, length)
+    def padded_rows(self, length: int, left: tuple[bool, ...] = ()) -> "PaddedRows":
+        """Return the place of each packed row in a padded batch.
+
+        Args:
+            length: T, the padded length, at least `max_length`.
+            left: For each sequence, whether its padding is before it instead of after it; empty if no sequence's is.
+        """
+        return PaddedRows(self._rows_in_padded(length, left), self, length)
 
     @kept_by_plan
-    def _rows_in_padded(self, length: int) -> Tensor:  # (N,)
-        return self.sequence_ids * length + self.positions
+    def _rows_in_padded(self, length: int, left: tuple[bool, ...]) -> Tensor:  # (N,)
+        rows = self.sequence_ids * length + self.positions
+        return rows + self.padding_before(length, left)[self.sequence_ids] if left else rows
+
+    @kept_by_plan
+    def padding_before(self, length: int, left: tuple[bool, ...]) -> Tensor:
+        """Return (B,) int64 on the device: how many rows of padding are before each sequence, see `padded_rows`."""
+        (padded_before,) = send([torch.tensor(left, device="cpu")], self.cu_seqlens.device)
+        return padded_before * (length - self.device_lengths)
 
     def valid(self, length: int) -> Tensor:
         """Return (B, length) bool on the device: True where a batch padded to `length` has a frame, not padding."""
@@ -435,12 +447,13 @@ class Packed(NamedTuple):
         indexed = layout if layout is lengths else replace(layout)
         return cls(indexed.padded_rows(x.shape[1]).pack(x), layout)
 
-    def to_padded(self, value: float = 0.0, *, length: int | None = None) -> Tensor:
-        """Pad each sequence at its end.
+    def to_padded(self, value: float = 0.0, *, length: int | None = None, left: tuple[bool, ...] = ()) -> Tensor:
+        """Pad each sequence at its end, or at its beginning.
 
         Args:
             value: Value of the padding.
             length: T, the padded length; None pads to the longest sequence.
+            left: For each sequence, whether it is padded at its beginning; empty if none is.
 
         Returns:
             (B, T, ...) in the dtype of `values`.
@@ -452,7 +465,7 @@ class Packed(NamedTuple):
         length = longest if length is None else length
         if length < longest:
             raise ValueError(f"length: {length} is less than the longest sequence, {longest}")
-        return self.layout.padded_rows(length).pad(self.values, value)
+        return self.layout.padded_rows(length, left).pad(self.values, value)
 
     def spread(self, layout: Layout, *, before: int = 0) -> "Packed":
         """Copy each sequence into a longer slot: `before` zero rows in front, the remaining zeros after it.
@@ -493,7 +506,7 @@ class Packed(NamedTuple):
 class PaddedRows(NamedTuple):
     """The place of each row of a packed tensor in a padded batch (B, T, ...).
 
-    `Layout.padded_rows` builds one for sequences padded at their end; `from_mask` builds one for frames anywhere.
+    `Layout.padded_rows` builds one for sequences padded at one end; `from_mask` builds one for frames anywhere.
 
     Attributes:
         rows: (N,) int64 row numbers in the flattened batch (B * T, ...).

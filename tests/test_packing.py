@@ -117,6 +117,17 @@ def test_padded_to_a_given_length() -> None:
         packed.to_padded(length=3)
 
 
+def test_sequences_may_be_padded_at_their_beginning() -> None:
+    packed, left = Packed.pack([torch.randn(length, 3) for length in (2, 0, 4, 1)]), (True, True, False, True)
+    padded = packed.to_padded(7.0, length=6, left=left)
+    for row, sequence, before in zip(padded, packed.unpack(), left, strict=True):
+        place = slice(6 - len(sequence), 6) if before else slice(0, len(sequence))
+        expected = torch.full((6, 3), 7.0)
+        expected[place] = sequence
+        assert torch.equal(row, expected)
+    assert torch.equal(packed.layout.padded_rows(6, left).pack(padded), packed.values)
+
+
 def reversed_halves(layout: Layout) -> Layout:
     return layout.map_lengths(lambda length: 50 - length // 2, lambda lengths: 50 - lengths // 2)
 
@@ -286,7 +297,8 @@ def test_a_plan_is_one_copy_and_nothing_is_computed_after_it(monkeypatch: pytest
         frames = layout.after_conv(3, 2).after_conv(2, 1)
         frames.ask_for_indices()
         indices = [frames.cu_seqlens, frames.positions, frames.sequence_ids]
-        return [*indices, frames.rows_with_gaps(0, 3), frames.padded_rows(20).rows, frames.padded_rows(length=21).rows]
+        padded = [frames.padded_rows(20), frames.padded_rows(length=21), frames.padded_rows(20, (True, False, True))]
+        return [*indices, frames.rows_with_gaps(0, 3), *(places.rows for places in padded)]
 
     real_send = packing.send
     monkeypatch.setattr("fastssl.packing.send", note)

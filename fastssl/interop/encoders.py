@@ -108,6 +108,9 @@ def front_end(
     convolutions: Iterable[tuple[int, int]],
     padded: Callable[[Tensor], Tensor],
     ask: Callable[[Layout, int], object] = lambda layout, padded_frames: None,
+    *,
+    left: tuple[bool, ...] = (),
+    frames_left: tuple[bool, ...] = (),
 ) -> tuple[Packed, int]:
     """Run an encoder's convolutions on a padded batch and pack the valid frames.
 
@@ -123,6 +126,9 @@ def front_end(
         padded: The original front end, (B, T) to (B, F, C). It runs if the encoder's norm is "padded" and F is not 0,
             which the original refuses.
         ask: Function that asks the layout of the frames for what the encoder needs of it besides, given F.
+        left: For each row, whether its padding is before its samples instead of after them; empty if no row's is. The
+            original front end, which computes the padding too, takes none.
+        frames_left: The same of the padded frames that the encoder returns.
 
     Returns:
         The valid frames (N, C), and the number of frames F per row of the padded batch.
@@ -131,9 +137,9 @@ def front_end(
     *frames, padded_frames = _after(convolutions, Layout.from_lengths([*lengths, waveforms.shape[1]])).lengths
 
     def use(layout: Layout) -> None:
-        ask_for_padding(layout, padded_frames)
+        ask_for_padding(layout, padded_frames, frames_left)
         if (compressor := getattr(model, ACCELERATED_COMPRESSOR, None)) is None:
-            _ask_for_positions(stack, layout)
+            ask_for_positions(stack, layout)
         else:
             compressor.ask(layout)
         ask(layout, padded_frames)
@@ -142,7 +148,7 @@ def front_end(
         layout = Layout.planned(
             lengths, device=waveforms.device, use=lambda samples: use(_after(convolutions, samples))
         )
-        samples = Packed(_without_padding(waveforms, lengths), layout)
+        samples = Packed(_without_padding(waveforms, lengths, left), layout)
         return F.front_end(model.feature_extractor.conv_layers, samples), padded_frames
     layout = Layout.planned(frames, device=waveforms.device, use=use)
     return Packed.from_padded(padded(waveforms), layout), padded_frames
@@ -154,14 +160,17 @@ def _after(convolutions: Iterable[tuple[int, int]], layout: Layout) -> Layout:
     return layout
 
 
-def _without_padding(waveforms: Tensor, lengths: list[int]) -> Tensor:  # (B, T) -> (N, 1)
+def _without_padding(waveforms: Tensor, lengths: list[int], left: tuple[bool, ...]) -> Tensor:  # (B, T) -> (N, 1)
     """Pack samples without an index per sample, if no gradient flows back to them."""
+    samples = waveforms.shape[1]
     if not lengths or (waveforms.requires_grad and torch.is_grad_enabled()):
-        return Packed.from_padded(waveforms.unsqueeze(2), lengths).values
-    return torch.cat([row[:length] for row, length in zip(waveforms, lengths, strict=True)]).unsqueeze(1)
+        layout = Layout.from_lengths(lengths, device=waveforms.device)
+        return layout.padded_rows(samples, left).pack(waveforms.unsqueeze(2))
+    rows = zip(waveforms, lengths, left or [False] * len(lengths), strict=True)
+    return torch.cat([row[samples - length :] if at_end else row[:length] for row, length, at_end in rows]).unsqueeze(1)
 
 
-def _ask_for_positions(stack: Any, layout: Layout) -> None:
+def ask_for_positions(stack: Any, layout: Layout) -> None:
     """Ask a layout for what the positional embedding of a stack of layers computes with it."""
     layout.ask_for_indices()
     for block in getattr(stack.pos_conv_embed, "layers", [stack.pos_conv_embed]):
@@ -195,7 +204,7 @@ def compress(model: nn.Module, stack: Any, frames: Packed) -> tuple[Packed, Call
     if compressor is None:
         return frames, lambda values: values
     compressed = compressor(frames)
-    compressed.frames.layout.plan(partial(_ask_for_positions, stack))
+    compressed.frames.layout.plan(partial(ask_for_positions, stack))
     return compressed.frames, compressed.upsample
 
 
@@ -245,14 +254,14 @@ def _buckets(attention: Any, device: torch.device) -> Tensor:
     return known[1]
 
 
-def ask_for_padding(layout: Layout, length: int) -> None:
+def ask_for_padding(layout: Layout, length: int, left: tuple[bool, ...] = ()) -> None:
     """Ask the layout of frames for what `padded_by_last` and `Packed.to_padded` compute with it."""
-    layout.padded_rows(length)
-    _rows_of_padding(layout, length)
+    layout.padded_rows(length, left)
+    _rows_of_padding(layout, length, left)
 
 
 @kept_by_plan
-def _rows_of_padding(layout: Layout, length: int) -> Tensor:  # (2, P)
+def _rows_of_padding(layout: Layout, length: int, left: tuple[bool, ...]) -> Tensor:  # (2, P)
     """Return the rows of the padding in a padded batch, and the packed row that is repeated in each of them.
 
     The padding of an utterance without frames is left out.
@@ -261,27 +270,31 @@ def _rows_of_padding(layout: Layout, length: int) -> Tensor:  # (2, P)
         lambda frames: length - frames if frames else 0, lambda frames: (length - frames) * (frames > 0)
     )
     sequences = padding.sequence_ids
-    rows = sequences * length + layout.device_lengths[sequences] + padding.positions
-    return torch.stack([rows, layout.cu_seqlens[1:].long()[sequences] - 1])
+    begins, repeated = layout.device_lengths, layout.cu_seqlens[1:].long() - 1
+    if left:
+        before = layout.padding_before(length, left) > 0
+        begins, repeated = begins * ~before, torch.where(before, layout.cu_seqlens[:-1].long(), repeated)
+    return torch.stack([sequences * length + begins[sequences] + padding.positions, repeated[sequences]])
 
 
-def padded_by_last(x: Packed, length: int) -> Tensor:  # (N, D) -> (B, length, D)
+def padded_by_last(x: Packed, length: int, left: tuple[bool, ...] = ()) -> Tensor:  # (N, D) -> (B, length, D)
     """Pad packed frames by repeating each utterance's last frame, or with zeros if the utterance has no frame.
 
-    Greedy CTC decoding of a whole row, padding included, then gives the text of the utterance. The padding passes no
-    gradient back.
+    Greedy CTC decoding of a whole row, padding included, then gives the text of the utterance. For the same reason,
+    padding before an utterance repeats its first frame. The padding passes no gradient back.
 
     Args:
         x: Packed frames (N, D) of B utterances.
         length: Number of frames per row of the result, at least that of the longest utterance.
+        left: For each utterance, whether its padding is before it instead of after it; empty if no utterance's is.
 
     Returns:
         The padded batch, (B, length, D).
     """
-    padded = x.to_padded(length=length)
+    padded = x.to_padded(length=length, left=left)
     if not x.layout.total or min(x.layout.lengths) == length:
         return padded
-    rows, last = _rows_of_padding(x.layout, length)
+    rows, nearest = _rows_of_padding(x.layout, length, left)
     with torch.no_grad():
-        padded.flatten(0, 1).index_copy_(0, rows, x.values.index_select(0, last))
+        padded.flatten(0, 1).index_copy_(0, rows, x.values.index_select(0, nearest))
     return padded

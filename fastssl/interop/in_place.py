@@ -31,6 +31,15 @@ def accelerate(
     compression with `compressor.rate` or `compressor.frame_period_ms`. An encoder that was not trained on compressed
     frames performs poorly on them.
 
+    An `attention_mask` of Transformers may pad each row on the right or on the left. The L frames of an utterance are
+    computed from its samples alone. They are the first L of the F frames of its row, or the last L if it is padded on
+    the left. In `last_hidden_state`, padding repeats the utterance's last frame, or on the left its first one; in
+    `hidden_states` and `extract_features` it is zero. The encoder's `_get_feature_vector_attention_mask` marks the same
+    L frames. Heads of Transformers that count frames (for CTC, sequence classification, x-vectors and pre-training)
+    always use the first L of a row. While such a head calls the encoder, all frames are therefore at the beginning of
+    their rows. Any other mask needs `norm="padded"`. If a feature extractor of Transformers both pads on the left and
+    normalises, it overwrites samples: set its `do_normalize=False`, and normalise each utterance yourself.
+
     On a GPU, the host waits once per call if it gets a mask or lengths that are on the GPU, and not at all without
     them. Compression by integrate-and-fire, and the quantiser of `Wav2Vec2ForPreTraining` if it gets a mask, wait once
     more.
@@ -43,7 +52,8 @@ def accelerate(
             wrapper, a PEFT model, your own module.
         norm: What the statistics of a group norm in the convolutions cover. "valid" takes only the samples of each
             utterance, so results do not depend on the rest of the batch. "padded" includes the padding, as the
-            original does.
+            original does, and computes data2vec's positional embedding over padding, too. It takes any
+            `attention_mask` of zeros and ones as the original does: as right padding of the same sum.
         compressor: Compressor whose `channels` equal the encoder's width; None keeps the compressor that the encoder
             has, if any.
         call_projections: Whether to call the modules that an original only reads: `q_proj`, `k_proj`, `v_proj` and

@@ -2,6 +2,13 @@
 
 Accelerating an encoder changes its class to a subclass with the same name and a different `forward`. `isinstance`,
 pickling, `save_pretrained`, `copy.deepcopy` and every head therefore work as before.
+
+Each row of a padded batch has F frames. An utterance of L frames has the first L of them if it is padded on the right,
+and the last L if it is padded on the left. Both are computed from the utterance alone, so on the left they may be less
+than one frame off their place in the row of samples. In `last_hidden_state`, padding repeats the nearest frame of the
+utterance: its last one, or on the left its first one. In `hidden_states` and `extract_features`, padding is zero. The
+whole row of an utterance without frames is zero everywhere. Heads that count frames get them at the beginning of
+all rows, see `padding_side`.
 """
 
 import importlib
@@ -14,9 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from fastssl import ops
-from fastssl.interop import encoders, read_only
+from fastssl.interop import encoders, padding_side, read_only
 from fastssl.interop.calls import as_original, recorded_by
-from fastssl.interop.classes import CALLS, AcceleratedClasses
+from fastssl.interop.classes import CALLS, NORM, AcceleratedClasses
+from fastssl.models.folder import ACCELERATED_COMPRESSOR
 from fastssl.nn import functional as F
 from fastssl.nn.activation import sigmoid
 from fastssl.packing import Layout, Packed, kept_by_plan, send
@@ -62,7 +70,8 @@ def _methods(original: type[nn.Module]) -> dict[str, Any]:
             return original.forward(_as_original(self, original), **given)
         return run(self, given)
 
-    return {"forward": as_original(original.forward, forward)}
+    mask = padding_side.FRAME_MASK
+    return {"forward": as_original(original.forward, forward), mask: padding_side.frame_mask(original)}
 
 
 CLASSES = AcceleratedClasses(
@@ -109,10 +118,11 @@ def _forward(self: Any, given: dict[str, Any]) -> Any:
     if input_values.dim() != 2:
         raise ValueError(f"input_values: expected (B, T) samples, got {tuple(input_values.shape)}")
     batch, samples = input_values.shape
-    if attention_mask is None:
-        lengths = [samples] * batch
-    else:
-        lengths = _valid_lengths(attention_mask, batch, samples)
+    over_padding = getattr(self, NORM) == "padded"
+    lengths, left = [samples] * batch, tuple[bool, ...]()
+    if attention_mask is not None:
+        lengths, left = _valid_lengths(attention_mask, batch, samples, any_mask=over_padding)
+    frames_left = () if left and padding_side.called_by_counting_head(self) else left
     convolutions = zip(self.config.conv_kernel, self.config.conv_stride, strict=True)
     frames, padded_frames = encoders.front_end(
         self,
@@ -121,24 +131,31 @@ def _forward(self: Any, given: dict[str, Any]) -> Any:
         lengths,
         convolutions,
         lambda padded: self.feature_extractor(padded).transpose(1, 2),
-        partial(_ask_for_adapter, getattr(self, "adapter", None)),
+        partial(_ask_for_what_follows, self, left=frames_left),
+        left=left,
+        frames_left=frames_left,
     )
     _need_gradient(self, frames.values)
     normalised = F.normalise(self.feature_projection, frames.values)
     projected = F.project(self.feature_projection, normalised)
     x = Packed(projected, frames.layout)
-    x = _mask(self, x, given.get("mask_time_indices"), padded_frames, has_padding=attention_mask is not None)
+    given_mask, has_padding = given.get("mask_time_indices"), attention_mask is not None
+    x = _mask(self, x, given_mask, padded_frames, has_padding=has_padding, left=frames_left)
+    positions = _positions_over_padding(self, x, padded_frames)
     fewer, upsample = encoders.compress(self, self.encoder, x)
-    last, hidden_states = _encode(self.encoder, fewer, calls=getattr(self, CALLS))
+    last, hidden_states = _encode(self.encoder, fewer, calls=getattr(self, CALLS), positions=positions)
+
+    def padded(values: Tensor) -> Tensor:  # (N, C) -> (B, F, C)
+        return Packed(values, x.layout).to_padded(length=padded_frames, left=frames_left)
 
     output_class = _output_class(CLASSES.original(self).__name__)
-    values: dict[str, Any] = {"last_hidden_state": _adapt(self, Packed(upsample(last), x.layout), padded_frames)}
+    last_frames = Packed(upsample(last), x.layout)
+    values: dict[str, Any] = {"last_hidden_state": _adapt(self, last_frames, padded_frames, frames_left)}
     if "extract_features" in output_class.__dataclass_fields__:
-        values["extract_features"] = Packed(normalised, frames.layout).to_padded(length=padded_frames)
+        values["extract_features"] = padded(normalised)
     if wanted := _wanted(_option(self, given, "output_hidden_states"), len(self.encoder.layers) + 1):
         values["hidden_states"] = tuple(
-            Packed(upsample(state), x.layout).to_padded(length=padded_frames) if index in wanted else None
-            for index, state in enumerate(hidden_states)
+            padded(upsample(state)) if index in wanted else None for index, state in enumerate(hidden_states)
         )
     output = output_class(**values)
     return output.to_tuple() if _option(self, given, "return_dict") is False else output
@@ -177,32 +194,64 @@ def _wanted(hidden_states: bool | int | list[int] | None, count: int) -> set[int
     return {index % count for index in indices if -count <= index < count}
 
 
-def _valid_lengths(mask: Tensor, batch: int, samples: int) -> list[int]:
-    """Return the number of valid samples of each row of a mask (B, T) of any dtype, with ones before zeros.
+def _valid_lengths(mask: Tensor, batch: int, samples: int, *, any_mask: bool) -> tuple[list[int], tuple[bool, ...]]:
+    """Return the number of valid samples of each row, and whether its padding is on the left.
+
+    Args:
+        mask: (B, T) of any dtype, 1 for samples and 0 for padding.
+        batch: B, the number of waveforms.
+        samples: T, the number of samples per waveform.
+        any_mask: Whether to take any mask as the original does: as right padding of the same sum.
+
+    Returns:
+        B lengths; and for each row, whether its samples are at its end, or nothing if no row's are.
 
     Raises:
-        ValueError: The mask has the wrong shape, values other than 0 and 1, or padding before or between samples.
+        ValueError: The mask has the wrong shape or values other than 0 and 1; or, unless `any_mask`, a row whose ones
+            are not all at its beginning or all at its end.
     """
     if mask.shape != (batch, samples):
         raise ValueError(
             f"attention_mask: expected {(batch, samples)}, the shape of the waveforms, got {tuple(mask.shape)}"
         )
-    lengths = mask.detach().sum(1, dtype=torch.int64)
-    expected = torch.arange(samples, device=mask.device) < lengths.unsqueeze(1)
-    fits = (mask == expected).all().long().unsqueeze(0)
-    host: list[int] = torch.cat([lengths, fits]).tolist()  # the only place where the host waits for the device
-    if not host.pop():
+    mask = mask.detach()
+    twice = mask.expand(2, -1, -1).sum((0, 2), dtype=torch.int64)  # two times the lengths
+    if any_mask:
+        expected = mask.bool().unsqueeze(0)
+    else:
+        # Each column's distance d from the row's end, and then from its beginning, as 2 d + 1. This is below 2 L in the
+        # last L columns, and in the first L.
+        distances = torch.arange(1 - 2 * samples, 2 * samples + 1, 2, device=mask.device).abs().view(2, 1, samples)
+        expected = distances < twice.unsqueeze(1)
+    fitting = twice.expand(len(expected), -1).masked_fill((mask != expected).any(2), -1)
+    found: list[list[int]] = fitting.tolist()  # the only place where the host waits for the device
+    at_begin, at_end = found[-1], found[0]
+    if -1 in (either := [max(ends) for ends in zip(at_begin, at_end, strict=True)]):
         if not bool(((mask == 0) | (mask == 1)).all()):
             raise ValueError("attention_mask: must be 1 (a sample) or 0 (padding), got other values")
-        row = int((mask != expected).any(1).nonzero()[0])
         raise ValueError(
-            f"attention_mask: row {row} has padding before or between samples; only padding at the end is supported"
+            f"attention_mask: row {either.index(-1)} has padding between samples or on both sides of them; pad it on "
+            'one side, or use `fastssl.accelerate(model, norm="padded")`, which takes any mask as the original does: '
+            "as right padding of the same sum"
         )
-    return host
+    left = tuple(begin < 0 for begin in at_begin)
+    return [length // 2 for length in either], left if any(left) else ()
 
 
-def _mask(model: Any, x: Packed, mask_time_indices: Any, padded_frames: int, *, has_padding: bool) -> Packed:
-    """Mask frames as the model's own SpecAugment function does, with its random draws, but without a padded batch."""
+def _mask(
+    model: Any,
+    x: Packed,
+    mask_time_indices: Any,
+    padded_frames: int,
+    *,
+    has_padding: bool,
+    left: tuple[bool, ...] = (),
+) -> Packed:
+    """Mask frames as the model's own SpecAugment function does, with its random draws, but without a padded batch.
+
+    A given mask is for the rows as they are returned. A drawn one has the frames of each utterance first, as always in
+    the original.
+    """
     config, (values, layout) = model.config, x
     draws_times = model.training and config.mask_time_prob > 0 and mask_time_indices is None
     draws_channels = model.training and config.mask_feature_prob > 0
@@ -234,6 +283,8 @@ def _mask(model: Any, x: Packed, mask_time_indices: Any, padded_frames: int, *, 
             raise ValueError(
                 f"mask_time_indices: expected {tuple(valid.shape)}, one per frame, got {tuple(mask.shape)}"
             )
+        if left and not draws_times:
+            valid = torch.where(torch.tensor(left, device="cpu").unsqueeze(1), valid.flip(1), valid)
         if mask.device.type == "cpu":
             host["rows"] = mask[valid].nonzero().squeeze(1)
     if draws_channels:
@@ -251,25 +302,56 @@ def _mask(model: Any, x: Packed, mask_time_indices: Any, padded_frames: int, *, 
         if "rows" in sent:
             values = values.index_put((sent["rows"],), embedding)
         else:
-            values = _embedded_where(x, mask, embedding)
+            values = _embedded_where(x, mask, embedding, left)
     if draws_channels:
         values = values.masked_fill(sent["channels"].index_select(0, layout.sequence_ids), 0)
     return Packed(values, layout)
 
 
-def _embedded_where(x: Packed, mask: Tensor, embedding: Tensor) -> Tensor:  # (N, D), (B, F), (D,) -> (N, D)
+def _embedded_where(
+    x: Packed,
+    mask: Tensor,  # (B, F)
+    embedding: Tensor,  # (D,)
+    left: tuple[bool, ...] = (),
+) -> Tensor:  # (N, D)
     """Replace frames where a mask on the GPU is True, without a wait for the number of such frames."""
-    packed = mask.flatten().index_select(0, x.layout.padded_rows(mask.shape[1]).rows)
+    packed = mask.flatten().index_select(0, x.layout.padded_rows(mask.shape[1], left).rows)
     return torch.where(packed.unsqueeze(1), embedding, x.values)
 
 
-def _encode(encoder: Any, x: Packed, *, calls: bool) -> tuple[Tensor, list[Tensor]]:
+def _positions_see_padding(model: Any) -> bool:
+    """Return whether the positional embedding of a model is computed over the padding, as in the original.
+
+    With one convolution this would change nothing, because the padding is zero before it. Data2Vec has several, with
+    norms between them.
+    """
+    over_padding = getattr(model, NORM) == "padded" and not hasattr(model, ACCELERATED_COMPRESSOR)
+    return over_padding and hasattr(model.encoder.pos_conv_embed, "layers")
+
+
+def _positions_over_padding(model: Any, x: Packed, padded_frames: int) -> Tensor | None:
+    """Return the positional embedding (N, D) of frames computed over the padding, or None if it is not to be."""
+    if not _positions_see_padding(model) or min(x.layout.lengths, default=padded_frames) == padded_frames:
+        return None
+    padded, rows = x.to_padded(length=padded_frames).flatten(0, 1), x.layout.padded_rows(padded_frames).rows
+    positions = F.positional_embedding(model.encoder.pos_conv_embed, padded, _filled(x.layout, padded_frames))
+    return positions.index_select(0, rows)
+
+
+@kept_by_plan
+def _filled(layout: Layout, length: int) -> Layout:
+    """Return the layout of a padded batch, padding included."""
+    return layout.map_lengths(lambda _: length, lambda lengths: torch.full_like(lengths, length))
+
+
+def _encode(encoder: Any, x: Packed, *, calls: bool, positions: Tensor | None) -> tuple[Tensor, list[Tensor]]:
     """Run the transformer; return the last hidden state after the final norm, and all hidden states before it.
 
     Args:
         encoder: The transformer.
         x: (N, D) projected frames.
         calls: Whether to call projections that the original only reads.
+        positions: (N, D) positional embedding; None computes it for the frames alone.
     """
     pre_norm = "StableLayerNorm" in type(encoder).__name__
     first = encoder.layers[0].attention if len(encoder.layers) else None
@@ -284,7 +366,7 @@ def _encode(encoder: Any, x: Packed, *, calls: bool) -> tuple[Tensor, list[Tenso
 
     first_skippable = 0 if bias is None else 1  # WavLM never skips the first layer, which holds the bias
     layers = (layer for index, layer in enumerate(encoder.layers) if index < first_skippable or not _skips(encoder))
-    hidden_states = list(F.hidden_states(encoder, x, layers, run, pre_norm=pre_norm))
+    hidden_states = list(F.hidden_states(encoder, x, layers, run, pre_norm=pre_norm, positions=positions))
     return (encoder.layer_norm(hidden_states[-1]) if pre_norm else hidden_states[-1]), hidden_states
 
 
@@ -316,14 +398,14 @@ def _attention(
     return read_only.output(module, attended) if reads else F.linear(module.out_proj, attended)
 
 
-def _adapt(model: Any, x: Packed, padded_frames: int) -> Tensor:
+def _adapt(model: Any, x: Packed, padded_frames: int, left: tuple[bool, ...]) -> Tensor:
     """Return the frames as a padded batch (B, F, D), after the convolutional adapter if the model has one.
 
     The adapter is applied to each utterance alone, without the padding.
     """
     adapter = getattr(model, "adapter", None)
     if adapter is None:
-        return encoders.padded_by_last(x, padded_frames)
+        return encoders.padded_by_last(x, padded_frames, left)
     values = x.values
     if adapter.proj is not None:
         values = adapter.proj_layer_norm(F.linear(adapter.proj, values))
@@ -333,18 +415,21 @@ def _adapt(model: Any, x: Packed, padded_frames: int) -> Tensor:
         if not adapter.training or drawn > adapter.layerdrop:
             x = _adapter_layer(layer.conv, x)
             padded = _adapter_frames(layer.conv, padded)
-    return encoders.padded_by_last(x, padded)
+    return encoders.padded_by_last(x, padded, left)
 
 
-def _ask_for_adapter(adapter: Any, layout: Layout, padded_frames: int) -> None:
-    """Ask the layout of the encoder's frames for what the convolutional adapter, if there is one, computes with it."""
+def _ask_for_what_follows(model: Any, layout: Layout, padded_frames: int, *, left: tuple[bool, ...]) -> None:
+    """Ask the layout of the frames for what the convolutional adapter computes with it, and data2vec over padding."""
+    if _positions_see_padding(model):
+        encoders.ask_for_positions(model.encoder, _filled(layout, padded_frames))
+    adapter = getattr(model, "adapter", None)
     for layer in [] if adapter is None else adapter.layers:
         conv = layer.conv
         _framed_rows(layout, int(conv.padding[0]))
         layout = _framed(layout, int(conv.padding[0])).after_conv(conv.kernel_size[0], conv.stride[0])
         padded_frames = _adapter_frames(conv, padded_frames)
         layout.ask_for_indices()
-        encoders.ask_for_padding(layout, padded_frames)
+        encoders.ask_for_padding(layout, padded_frames, left)
 
 
 @kept_by_plan

@@ -298,7 +298,13 @@ def positional_embedding(module: Any, x: Tensor, layout: Layout) -> Tensor:  # (
 
 
 def hidden_states(
-    stack: Any, frames: Packed, layers: Iterable[Any], run: Callable[[Any, Tensor], Tensor], *, pre_norm: bool
+    stack: Any,
+    frames: Packed,
+    layers: Iterable[Any],
+    run: Callable[[Any, Tensor], Tensor],
+    *,
+    pre_norm: bool,
+    positions: Tensor | None = None,
 ) -> Iterator[Tensor]:
     """Yield the hidden states (N, D) of another library's stack of layers.
 
@@ -312,11 +318,14 @@ def hidden_states(
             that draws for layer drop and for dropout keep their order.
         run: Function that calls a layer on frames (N, D).
         pre_norm: Whether the layers normalise their inputs; the caller then applies `layer_norm` to the last output.
+        positions: (N, D), the positional embedding of the frames; None computes it with `pos_conv_embed`.
 
     Yields:
         The input of the first layer, then the output of each layer.
     """
-    x = frames.values + positional_embedding(stack.pos_conv_embed, *frames)
+    if positions is None:
+        positions = positional_embedding(stack.pos_conv_embed, *frames)
+    x = frames.values + positions
     yield (x := dropout(stack.dropout, x if pre_norm else stack.layer_norm(x)))
     for layer in layers:
         yield (x := run(layer, x))

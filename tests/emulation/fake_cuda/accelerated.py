@@ -38,6 +38,10 @@ def scenarios() -> Iterator[tuple[str, Scenario]]:
         yield from _of("transformers/wav2vec2 base", ", compressed", call=_call_transformers, **compressed)
         padded = compressed | {"change": partial(fastssl.accelerate, norm="padded")}
         yield from _of("transformers/wav2vec2 base", ", padded norm", call=_call_transformers, **padded)
+        padded |= {"make": partial(tiny_models.transformers_model, "data2vec")}
+        yield from _of("transformers/data2vec", ", padded norm", call=_call_transformers, **padded)
+        adapted = partial(tiny_models.transformers_model, "wav2vec2 base, adapter")
+        yield from _of("transformers/wav2vec2 base, adapter", ", left padding", make=adapted, call=_call_on_the_left)
         pretrained = partial(tiny_models.transformers_model, "wav2vec2 base", "ForPreTraining", num_negatives=20)
         yield from _of("transformers/pre-training", make=pretrained, call=_call_pretraining)
         attention: dict[str, Any] = {"make": _with_our_attention, "change": lambda model: model}
@@ -77,6 +81,11 @@ def _with_our_attention() -> Any:
 
 def _call_transformers(model: nn.Module, waveforms: Tensor, lengths: Tensor) -> dict[str, Any]:
     return dict(model(waveforms, attention_mask=_mask(waveforms, lengths), output_hidden_states=True))
+
+
+def _call_on_the_left(model: nn.Module, waveforms: Tensor, lengths: Tensor) -> dict[str, Any]:
+    mask = _mask(waveforms, lengths).flip(1)
+    return dict(model(waveforms.flip(1), attention_mask=mask, output_hidden_states=True))
 
 
 def _mask(waveforms: Tensor, lengths: Tensor) -> Tensor:  # (B, T)
