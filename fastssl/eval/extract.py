@@ -14,6 +14,7 @@ from fastssl.eval.showing import track
 from fastssl.folder_lock import folder_lock
 from fastssl.models.speech_encoder import SpeechEncoder
 from fastssl.names import encoded, stored
+from fastssl.reading import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +30,7 @@ def extract(
     chunk_s: float = 60.0,
     overlap_s: float = 6.0,
     channel: int | None = None,
+    normalize: bool | None = None,
     rules: int | None = None,
     shard_mb: float = 512.0,
     device: str = "auto",
@@ -59,6 +61,8 @@ def extract(
         chunk_s: Cut recordings longer than this many seconds into overlapping chunks of at most this length.
         overlap_s: Overlap of neighbouring chunks, in seconds.
         channel: Channel to read; by default all channels are averaged.
+        normalize: Scale each recording to zero mean and unit variance; by default as the output folder records it if it
+            exists, else as the model's config says.
         rules: Version of the rules by which recordings are found and decoded; by default that of the output folder if
             it exists, else the newest.
         shard_mb: Size of a shard, in megabytes; once a shard has reached it, the next one begins.
@@ -72,7 +76,8 @@ def extract(
             with other settings, or another process is writing to it.
         WriteError: The system refused to write.
     """
-    encoder = open_encoder_at(model, device=device, rate=rate, frame_period_ms=frame_period_ms)
+    normalize = _recorded_normalize(Path(output)) if normalize is None else normalize
+    encoder = open_encoder_at(model, device=device, rate=rate, frame_period_ms=frame_period_ms, normalize=normalize)
     layers = encoder.config.num_hidden_layers
     if layer is not None and not 0 <= layer <= layers:
         raise ValueError(f"--layer: the model has layers 0 to {layers}, got {layer}")
@@ -92,14 +97,31 @@ def extract(
         "chunk_s": chunk_s,
         "overlap_s": overlap_s,
         "channel": channel,
+        "normalize": encoder.normalizes,
         "rules": rules,
     }
     folder, option = Path(output), "--output"
     check_folder(folder, name="features", option=option)  # before the lock writes to it
     with folder_lock(folder, option=option):
-        shards = Shards(folder, settings=settings, name="features", option=option, shard_bytes=round(shard_mb * 1e6))
+        shards = Shards(
+            folder,
+            settings=settings,
+            unrecorded={"normalize": encoder.config.do_normalize},
+            name="features",
+            option=option,
+            shard_bytes=round(shard_mb * 1e6),
+        )
         shards.drop_damaged()
         return _write_features(shards, encoder, corpus, Reading(chunk_s, overlap_s, channel), layer=layer)
+
+
+def _recorded_normalize(output: Path) -> bool | None:
+    """Return whether the recordings of an existing folder of features were normalised; None if it does not say."""
+    try:
+        recorded = read_json(output / SETTINGS_FILE).get("normalize")
+    except ValueError:
+        return None  # whoever opens the folder reports the damage
+    return recorded if isinstance(recorded, bool) else None
 
 
 def _write_features(

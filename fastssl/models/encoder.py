@@ -282,22 +282,10 @@ class Encoder(SpeechEncoder):
         projected = self.feature_projection.project(normalised.values)
         return Projected(Packed(projected, normalised.layout), normalised.values, compressed)
 
-    def extract_features(self, waveforms: Packed) -> Packed:
-        """Compute the front end's frames; `config.feature_grad_mult` scales the gradient that they pass back.
-
-        Args:
-            waveforms: (N, 1) samples at 16 kHz.
-
-        Returns:
-            (N_out, conv_dim[-1]) frames.
-
-        Raises:
-            ValueError: `waveforms` does not have shape (N, 1).
-        """
-        if waveforms.values.dim() != 2 or waveforms.values.shape[1] != 1:
-            raise ValueError(f"waveforms: expected (N, 1) samples, got {tuple(waveforms.values.shape)}")
-        waveforms.layout.plan(self._ask)
-        values, layout = self.feature_extractor(waveforms)
+    def _front_end(self, samples: Packed) -> Packed:
+        # `config.feature_grad_mult` scales the gradient that the frames (N_out, conv_dim[-1]) pass back.
+        samples.layout.plan(self._ask)
+        values, layout = self.feature_extractor(samples)
         return Packed(scale_gradient(values, self.config.feature_grad_mult), layout)
 
     def frame_layout(self, layout: Layout) -> Layout:

@@ -41,7 +41,7 @@ import fastssl
 import torch
 
 encoder = fastssl.load_encoder("...")  # this folder, or its name on the Hub
-waveforms = fastssl.Packed.pack([torch.randn(16_000, 1), torch.randn(52_000, 1)])  # 16 kHz
+waveforms = fastssl.Packed.pack([torch.randn(16_000), torch.randn(52_000)])  # raw audio, 16 kHz
 with torch.no_grad():
     features = encoder(waveforms).features.unpack()  # each (frames, {width}){period}
 ```

@@ -254,6 +254,7 @@ def encoder_of(watch: Watch, recipe: str, precision: str, **changes: Any) -> tup
     """
     config = dataclasses.replace(recipe_model(recipe), **changes)
     encoder = SYSTEMS[system_of(config)](config).speech_encoder.eval()
+    encoder.normalize = False  # data workers do that
     dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
     with watch.unwatched():
         encoder.to("cuda", dtype)
