@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from fastssl.models.folder import COMPRESSOR_FILE
+from fastssl.models.folder import COMPRESSOR_FILE, PREPROCESSOR_FILES
 
 _SAFETENSORS = [COMPRESSOR_FILE, "model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"]
 _PICKLES = ["pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin"]
@@ -39,7 +39,7 @@ def download(name: str, *, cached: bool = False) -> Path:
         folder = Path(
             snapshot_download(
                 name,
-                allow_patterns=["config.json", "preprocessor_config.json", *_SAFETENSORS],
+                allow_patterns=["config.json", *PREPROCESSOR_FILES, *_SAFETENSORS],
                 local_files_only=cached,
             )
         )

@@ -29,6 +29,8 @@ MODEL_CLASSES = {
 #: The `model_type` of `ConformerEncoder`, which Transformers does not know.
 CONFORMER = "best-rq"
 SAMPLE_RATE_HZ = 16_000
+#: Files that say what becomes of audio before the model; the first counts if it does.
+PREPROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 #: Weight files, in order of preference. An index lists the files that the weights are split into.
 WEIGHT_FILES = (
     "model.safetensors",
@@ -57,7 +59,7 @@ def head_prefix(model_type: str) -> str:
 
 
 def read_config(folder: Path, *, model_types: Iterable[str] = tuple(MODEL_CLASSES)) -> dict[str, Any]:
-    """Read config.json, and add `do_normalize` from preprocessor_config.json if that file exists.
+    """Read config.json, and add `do_normalize` from the settings of the model's preprocessor if there are any.
 
     Args:
         folder: Folder with config.json.
@@ -78,16 +80,45 @@ def read_config(folder: Path, *, model_types: Iterable[str] = tuple(MODEL_CLASSE
     if values.get("model_type") not in model_types:  # compared with a list, because JSON values may be unhashable
         served = ", ".join(model_types)
         raise ValueError(f"{path}: model_type is {brief(values.get('model_type'))}, expected one of {served}")
-    preprocessor = folder / "preprocessor_config.json"
-    if preprocessor.exists():
-        of_audio = read_json(preprocessor)
-        rate_hz = of_audio.get("sampling_rate", SAMPLE_RATE_HZ)
-        if rate_hz != SAMPLE_RATE_HZ:
-            raise ValueError(f"{preprocessor}: sampling_rate is {brief(rate_hz)}, expected {SAMPLE_RATE_HZ}")
+    preprocessor, of_audio = _read_preprocessor(folder)
+    if of_audio is not None:
+        check_sample_rate(of_audio.get("sampling_rate", SAMPLE_RATE_HZ), f"{preprocessor}: sampling_rate")
         values["do_normalize"] = normalizes = of_audio.get("do_normalize", True)
         if not isinstance(normalizes, bool):
             raise ValueError(f"{preprocessor}: do_normalize is {brief(normalizes)}, expected true or false")
     return values
+
+
+def _read_preprocessor(folder: Path) -> tuple[Path, dict[str, Any] | None]:
+    """Return the file that says what becomes of audio before the model, and what it says; None if there is none.
+
+    Since version 5, Transformers' processors (of models with a tokenizer) write processor_config.json instead of
+    preprocessor_config.json. If a folder has both, Transformers believes the former.
+    """
+    processor, preprocessor = (folder / name for name in PREPROCESSOR_FILES)
+    if processor.exists():
+        settings = read_json(processor)
+        for name in ("feature_extractor", "audio_processor"):
+            if isinstance(of_audio := settings.get(name), dict):
+                return processor, of_audio
+    return preprocessor, read_json(preprocessor) if preprocessor.exists() else None
+
+
+def check_sample_rate(rate_hz: object, name: str) -> None:
+    """Check that a model was trained on audio at 16 kHz.
+
+    Args:
+        rate_hz: What the model's settings say.
+        name: The file and the setting, for the error message.
+
+    Raises:
+        ValueError: The rate is another one.
+    """
+    if rate_hz != SAMPLE_RATE_HZ:
+        raise ValueError(
+            f"{name} is {brief(rate_hz)}, expected {SAMPLE_RATE_HZ}: fastssl resamples all audio to {SAMPLE_RATE_HZ} Hz, which "
+            "a model for another rate does not understand; choose one that was trained at this rate"
+        )
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:

@@ -90,6 +90,7 @@ class SpeechEncoder(nn.Module):
         self,
         waveforms: Packed,
         *,
+        sampling_rate: int | None = None,
         normalize: bool | None = None,
         rate: float | Tensor | None = None,
         frame_period_ms: float | Tensor | None = None,
@@ -99,6 +100,8 @@ class SpeechEncoder(nn.Module):
         Args:
             waveforms: (N,) or (N, 1) samples at 16 kHz. An utterance shorter than `config.receptive_field_samples` gets
                 no frames.
+            sampling_rate: Rate of the samples in Hz, if you want it checked, as by the feature extractors of
+                Transformers.
             normalize: Whether to scale each utterance to zero mean and unit variance first; False if that was done
                 already. None does what the encoder's `normalize` says, and if that is None, its config.
             rate: Rate of the compressor, one number or (B,); 0 keeps every frame. None uses the compressor's setting.
@@ -109,9 +112,15 @@ class SpeechEncoder(nn.Module):
             Features and hidden states, and the compressor's result.
 
         Raises:
-            ValueError: `waveforms` does not have shape (N,) or (N, 1), or is not floating point; a rate or period is
-                out of range; or one is given, but the encoder has no compressor or one with a fixed factor.
+            ValueError: `waveforms` does not have shape (N,) or (N, 1), or is not floating point; `sampling_rate` is not
+                16 kHz; a rate or period is out of range; or one is given, but the encoder has no compressor or one with
+                a fixed factor.
         """
+        if sampling_rate is not None and sampling_rate != SAMPLE_RATE_HZ:
+            raise ValueError(
+                f"sampling_rate: the encoder takes waveforms at {SAMPLE_RATE_HZ} Hz, got {sampling_rate}; resample each, "
+                f"for example with torchaudio.functional.resample(waveform, {sampling_rate}, {SAMPLE_RATE_HZ})"
+            )
         waveforms = self._samples(waveforms, normalize)
         if self._cuda_graphs is not None and rate is None and frame_period_ms is None:
             hidden_states = self._cuda_graphs.run(self, self._hidden_states, self._ask, waveforms)
@@ -410,6 +419,6 @@ def _say_that_calls_normalize() -> None:
     warnings.warn(
         "the encoder scales each waveform to zero mean and unit variance, because its config has do_normalize=True; "
         "earlier versions left this to the caller. Give `load_encoder` or the call normalize=True to keep it without "
-        "this message, or normalize=False if your waveforms are scaled already or to get the features of earlier versions",
+        "this message, or normalize=False if your waveforms are scaled already or for the features of earlier versions",
         stacklevel=6,  # where the encoder was called
     )

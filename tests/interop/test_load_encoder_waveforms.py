@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 import fastssl
+from fastssl.eval.extract import extract
 from fastssl.models import speech_encoder
 from fastssl.models.conformer import ConformerConfig, ConformerEncoder
 from fastssl.models.encoder import Encoder, EncoderConfig
@@ -166,3 +168,51 @@ def test_waveforms_of_both_shapes_give_the_same_bits(do_normalize: bool) -> None
             encoder(Packed(torch.zeros(4_700, 2), flat.layout))
         with pytest.raises(ValueError, match="divide 16-bit audio by 32768"):
             encoder(Packed(torch.zeros(4_700, dtype=torch.int16), flat.layout))
+
+
+def test_a_call_refuses_audio_at_another_rate() -> None:
+    waveforms = raw(2_000)
+    for encoder in (make_encoder(), ConformerEncoder(_CONFORMER).eval()):
+        with torch.no_grad():
+            found = encoder(waveforms, sampling_rate=16_000).features.values
+            assert torch.equal(found, encoder(waveforms).features.values)
+        message = (
+            r"sampling_rate: the encoder takes waveforms at 16000 Hz, got 8000; resample each.*waveform, 8000, 16000\)"
+        )
+        with pytest.raises(ValueError, match=message):
+            encoder(waveforms, sampling_rate=8_000)
+
+
+def _set_up_processor(folder: Path, name: str, **settings: Any) -> None:
+    make_encoder(do_normalize=True).save_pretrained(folder)
+    (folder / "preprocessor_config.json").unlink()
+    inner = {"feature_extractor": settings} if name == "processor_config.json" else settings
+    (folder / name).write_text(json.dumps(inner))
+
+
+@pytest.mark.parametrize("name", ["preprocessor_config.json", "processor_config.json"])
+def test_the_preprocessor_of_a_model_says_its_rate_and_whether_it_normalises(name: str, tmp_path: Path) -> None:
+    for do_normalize in (False, True):
+        _set_up_processor(tmp_path, name, sampling_rate=16_000, do_normalize=do_normalize)
+        assert fastssl.load_encoder(tmp_path).config.do_normalize is do_normalize
+    _set_up_processor(tmp_path, name, sampling_rate=8_000)
+    message = rf"{name}: sampling_rate is 8000, expected 16000: fastssl resamples all audio to 16000 Hz.*choose one"
+    with pytest.raises(ValueError, match=message):
+        fastssl.load_encoder(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        extract(tmp_path, tmp_path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_processor_counts_if_there_are_both_as_in_transformers(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    (tmp_path / "vocab.json").write_text(json.dumps({"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, "|": 4}))
+    extractor = transformers.Wav2Vec2FeatureExtractor(do_normalize=False)
+    tokenizer = transformers.Wav2Vec2CTCTokenizer(str(tmp_path / "vocab.json"))
+    make_encoder(do_normalize=True).save_pretrained(tmp_path)
+    assert fastssl.load_encoder(tmp_path).normalizes
+    transformers.Wav2Vec2Processor(feature_extractor=extractor, tokenizer=tokenizer).save_pretrained(tmp_path)
+    assert not transformers.AutoFeatureExtractor.from_pretrained(tmp_path).do_normalize
+    assert not fastssl.load_encoder(tmp_path).normalizes
+    (tmp_path / "processor_config.json").write_text('{"processor_class": "Wav2Vec2Processor"}')
+    assert fastssl.load_encoder(tmp_path).normalizes
