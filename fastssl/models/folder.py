@@ -1,6 +1,7 @@
 """Read and write model folders: config.json, preprocessor_config.json and weights, laid out as in Transformers."""
 
 import json
+import re
 import zlib
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
@@ -90,7 +91,7 @@ def read_config(folder: Path, *, model_types: Iterable[str] = tuple(MODEL_CLASSE
 
 
 def _read_preprocessor(folder: Path) -> tuple[Path, dict[str, Any] | None]:
-    """Return the file that says what becomes of audio before the model, and what it says; None if there is none.
+    """Return the file that says what becomes of audio before the model, and what it says or None.
 
     Since version 5, Transformers' processors (of models with a tokenizer) write processor_config.json instead of
     preprocessor_config.json. If a folder has both, Transformers believes the former.
@@ -116,8 +117,8 @@ def check_sample_rate(rate_hz: object, name: str) -> None:
     """
     if rate_hz != SAMPLE_RATE_HZ:
         raise ValueError(
-            f"{name} is {brief(rate_hz)}, expected {SAMPLE_RATE_HZ}: fastssl resamples all audio to {SAMPLE_RATE_HZ} Hz, which "
-            "a model for another rate does not understand; choose one that was trained at this rate"
+            f"{name} is {brief(rate_hz)}, expected {SAMPLE_RATE_HZ}: fastssl resamples all audio to {SAMPLE_RATE_HZ} "
+            "Hz, which a model for another rate does not understand; choose one that was trained at this rate"
         )
 
 
@@ -162,6 +163,45 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
             )
         weights |= part
     return weights | _read_compressor(folder)
+
+
+def read_language(folder: Path, language: str) -> tuple[Path, dict[str, Tensor]]:
+    """Read the weights of a language from a folder whose model has adapters for several languages, as MMS.
+
+    Args:
+        folder: Folder with adapter.LANGUAGE.safetensors or adapter.LANGUAGE.bin.
+        language: The language, as the files name it.
+
+    Returns:
+        The file, and its tensors by name.
+
+    Raises:
+        ValueError: There is no such file, or it is damaged.
+    """
+    names = language_files(language)
+    path = next((folder / name for name in names if (folder / name).exists()), None)
+    if path is None:
+        there = sorted({file.name.split(".")[1] for file in folder.glob("adapter.*.*")})
+        known = (
+            f"it has {', '.join(map(printable, there[:8]))}{' ...' if len(there) > 8 else ''}"
+            if there
+            else "it has none"
+        )
+        raise ValueError(
+            f"language: {folder} has no adapters for {language!r} (looked for {' and '.join(names)}); {known}"
+        )
+    return path, _read_tensors(path)
+
+
+def language_files(language: str) -> tuple[str, str]:
+    """Return the names that the file with the adapters of a language may have, the preferred one first.
+
+    Raises:
+        ValueError: `language` cannot be a part of a file's name.
+    """
+    if not re.fullmatch(r"[\w-]+", language):
+        raise ValueError(f"language: expected letters, digits, - and _, such as 'fra', got {brief(language)}")
+    return f"adapter.{language}.safetensors", f"adapter.{language}.bin"
 
 
 def _read_compressor(folder: Path) -> dict[str, Tensor]:

@@ -25,6 +25,7 @@ from fastssl.models.folder import (
 from fastssl.models.model_card import ModelCard
 from fastssl.models.publish import upload
 from fastssl.models.skeleton import skeleton
+from fastssl.nn.adapter import ConvolutionalAdapter
 from fastssl.nn.compression import Compressed, SequenceCompressor
 from fastssl.nn.cuda_graphs import CudaGraphs
 from fastssl.nn.linear import casts_together
@@ -44,9 +45,10 @@ class EncoderOutput(NamedTuple):
     """Output of an encoder for a packed batch.
 
     Attributes:
-        features: (N, D) last hidden state.
-        hidden_states: The input of each layer in order, then `features`, each (N, D). `features` include the final
-            norm if the encoder has one.
+        features: (N, D) last hidden state, after the final norm if the encoder has one. If it has a convolutional
+            adapter (`AdaptedEncoderConfig.add_adapter`), the output of that, which has fewer frames.
+        hidden_states: The input of each layer in order, then the output of the last one after the final norm, each
+            (N, D).
         compressed: Result of the compressor on the front end's frames; None if the encoder has no compressor.
     """
 
@@ -76,6 +78,7 @@ class SpeechEncoder(nn.Module):
     config: SpeechEncoderConfig
     encoder: nn.Module  # the layers
     compressor: SequenceCompressor | None
+    adapter: ConvolutionalAdapter | None
     #: Whether calls normalise waveforms; None does what `config.do_normalize` says.
     normalize: bool | None = None
     _cuda_graphs: CudaGraphs | None = None
@@ -85,6 +88,7 @@ class SpeechEncoder(nn.Module):
     def __init__(self, config: SpeechEncoderConfig) -> None:
         super().__init__()
         self.config = config
+        self.adapter = None
 
     def forward(
         self,
@@ -117,9 +121,10 @@ class SpeechEncoder(nn.Module):
                 a fixed factor.
         """
         if sampling_rate is not None and sampling_rate != SAMPLE_RATE_HZ:
+            example = f"torchaudio.functional.resample(waveform, {sampling_rate}, {SAMPLE_RATE_HZ})"
             raise ValueError(
-                f"sampling_rate: the encoder takes waveforms at {SAMPLE_RATE_HZ} Hz, got {sampling_rate}; resample each, "
-                f"for example with torchaudio.functional.resample(waveform, {sampling_rate}, {SAMPLE_RATE_HZ})"
+                f"sampling_rate: the encoder takes waveforms at {SAMPLE_RATE_HZ} Hz, got {sampling_rate}; resample "
+                f"each, for example with {example}"
             )
         waveforms = self._samples(waveforms, normalize)
         if self._cuda_graphs is not None and rate is None and frame_period_ms is None:
@@ -159,9 +164,14 @@ class SpeechEncoder(nn.Module):
             The encoder.
 
         Raises:
-            ValueError: The encoder has a compressor, which leaves a number of frames that varies within a bucket; or a
-                limit is not positive.
+            ValueError: The encoder has a compressor or a convolutional adapter, which leave a number of frames that
+                varies within a bucket; or a limit is not positive.
         """
+        if enabled and self.adapter is not None:
+            raise ValueError(
+                "use_cuda_graphs: this encoder has an adapter after its layers, and how many frames that leaves varies "
+                "within a bucket; run it without CUDA graphs"
+            )
         if enabled and self.compressor is not None:
             raise ValueError(
                 "use_cuda_graphs: this encoder has a compressor, and how many frames it leaves varies within a bucket; "

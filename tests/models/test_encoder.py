@@ -127,8 +127,8 @@ def test_every_type_is_tried() -> None:
     [
         ({"model_type": "whisper"}, "model_type: must be one of wav2vec2, hubert, .*got 'whisper'"),
         ({"model_type": "hubert", "conv_pos_batch_norm": True}, "conv_pos_batch_norm=True is not supported"),
-        ({"model_type": "wavlm", "add_adapter": True}, "add_adapter=True is not supported"),
-        ({"adapter_attn_dim": 16}, "adapter_attn_dim=16 is not supported"),
+        ({"model_type": "wavlm", "add_adapter": "yes"}, "add_adapter: must be of type bool, got 'yes'"),
+        ({"add_adapter": True, "adapter_stride": 0}, "adapter_stride: must be at least 1, got 0"),
         ({"hidden_act": "relu"}, "hidden_act='relu' is not supported"),
     ],
 )

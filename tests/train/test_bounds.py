@@ -13,7 +13,7 @@ import pytest
 from fastssl import cli
 from fastssl.models.bounds import bounded, check_bounds, declared
 from fastssl.models.conformer import ConformerConfig
-from fastssl.models.encoder import EncoderConfig
+from fastssl.models.encoder import AdaptedEncoderConfig, EncoderConfig
 from fastssl.models.wav2vec2 import GumbelTemperature
 from fastssl.train.config import (
     DataConfig,
@@ -26,7 +26,7 @@ from fastssl.train.systems import SYSTEMS
 
 #: Config -> prefix of its fields' names in errors.
 CONFIGS: dict[type[Any], str] = {
-    **dict.fromkeys((EncoderConfig, ConformerConfig), ""),
+    **dict.fromkeys((EncoderConfig, AdaptedEncoderConfig, ConformerConfig), ""),
     **dict.fromkeys((*(model.config_class for model in SYSTEMS.values()), PretrainConfig), ""),
     DataConfig: "data.",
     OptimizerConfig: "optimizer.",
