@@ -18,6 +18,7 @@ from fastssl.models.config import SpeechEncoderConfig
 from fastssl.models.speech_encoder import SpeechEncoder
 from fastssl.nn.compression import Compressed
 from fastssl.packing import Packed
+from fastssl.reading import read_json
 
 #: Seconds of audio per batch; the features do not depend on it.
 _BATCH_S = 60.0
@@ -84,6 +85,22 @@ def open_encoder_at(
         raise ValueError(f"--{error}") from None
     encoder.compressor.rate, encoder.compressor.frame_period_ms = rate, frame_period_ms
     return encoder
+
+
+def recorded_normalize(settings_file: Path) -> bool | None:
+    """Return whether the recordings of an existing folder of features or labels were normalised.
+
+    Args:
+        settings_file: `settings.json` of the folder.
+
+    Returns:
+        What the file says; None if there is no file, or it does not say, as files of earlier versions.
+    """
+    try:
+        recorded = read_json(settings_file).get("normalize")
+    except ValueError:
+        return None  # whoever opens the folder reports the damage
+    return recorded if isinstance(recorded, bool) else None
 
 
 def fixed_frame_period_s(encoder: SpeechEncoder) -> float | None:

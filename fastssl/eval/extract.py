@@ -8,13 +8,19 @@ from fastssl.data.audio import SAMPLE_RATE_HZ, AudioError
 from fastssl.data.corpus import Corpus, Problem, cut_name, open_corpus
 from fastssl.data.recordings import chunk_hop
 from fastssl.data.rules import check_rules, recorded_rules
-from fastssl.eval.encode import Reading, encode_recordings, fixed_frame_period_s, frame_grid, open_encoder_at
+from fastssl.eval.encode import (
+    Reading,
+    encode_recordings,
+    fixed_frame_period_s,
+    frame_grid,
+    open_encoder_at,
+    recorded_normalize,
+)
 from fastssl.eval.shards import SETTINGS_FILE, Shards, check_folder
 from fastssl.eval.showing import track
 from fastssl.folder_lock import folder_lock
 from fastssl.models.speech_encoder import SpeechEncoder
 from fastssl.names import encoded, stored
-from fastssl.reading import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +82,7 @@ def extract(
             with other settings, or another process is writing to it.
         WriteError: The system refused to write.
     """
-    normalize = _recorded_normalize(Path(output)) if normalize is None else normalize
+    normalize = recorded_normalize(Path(output) / SETTINGS_FILE) if normalize is None else normalize
     encoder = open_encoder_at(model, device=device, rate=rate, frame_period_ms=frame_period_ms, normalize=normalize)
     layers = encoder.config.num_hidden_layers
     if layer is not None and not 0 <= layer <= layers:
@@ -113,15 +119,6 @@ def extract(
         )
         shards.drop_damaged()
         return _write_features(shards, encoder, corpus, Reading(chunk_s, overlap_s, channel), layer=layer)
-
-
-def _recorded_normalize(output: Path) -> bool | None:
-    """Return whether the recordings of an existing folder of features were normalised; None if it does not say."""
-    try:
-        recorded = read_json(output / SETTINGS_FILE).get("normalize")
-    except ValueError:
-        return None  # whoever opens the folder reports the damage
-    return recorded if isinstance(recorded, bool) else None
 
 
 def _write_features(
