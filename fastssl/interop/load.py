@@ -102,12 +102,10 @@ def _from_path(name: str | Path, *, language: str | None, download: bool) -> Spe
     elif (path / "encoder" / "config.json").exists():
         path = path / "encoder"
     is_conformer = read_config(path, model_types=[*MODEL_CLASSES, CONFORMER])["model_type"] == CONFORMER
-    if is_conformer:
-        if language is not None:
-            raise ValueError("language: a BEST-RQ encoder has no adapters for languages; leave the argument out")
-        return ConformerEncoder.from_pretrained(path)
-    encoder = Encoder.from_pretrained(path)
+    encoder: SpeechEncoder = (ConformerEncoder if is_conformer else Encoder).from_pretrained(path)
     if language is not None:
+        if not isinstance(encoder, Encoder):
+            raise ValueError("language: a BEST-RQ encoder has no adapters for languages; leave the argument out")
         encoder.load_language(path, language)
     return encoder
 

@@ -228,8 +228,8 @@ class AdaptedEncoderConfig(EncoderConfig):
                     f"{name}: must be {none} for {self.model_type} with do_stable_layer_norm="
                     f"{self.do_stable_layer_norm}, got {getattr(self, name)}"
                 )
-        if self.compressor != "none":
-            raise ValueError(f"compressor: must be 'none' in an encoder with adapters, got {self.compressor!r}")
+        if self.add_adapter and self.compressor != "none":
+            raise ValueError(f"compressor: must be 'none' in an encoder with add_adapter, got {self.compressor!r}")
 
     @property
     def feature_width(self) -> int:

@@ -35,6 +35,7 @@ from tests.tiny import write_recording
 
 transformers = pytest.importorskip("transformers")
 
+_SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 MMS = LARGE | {"adapter_attn_dim": 8}
 #: Name of a variant -> prefix of Transformers' class names, and changes to TINY.
 ADAPTED: dict[str, tuple[str, dict[str, Any]]] = {
@@ -85,7 +86,7 @@ def test_features_and_hidden_states_equal_transformers_on_each_utterance_alone(v
 @EVERY_ADAPTED
 def test_every_parameter_counts_and_none_is_left_out(variant: str) -> None:
     """A gradient with respect to every parameter, the adapters' included, equals that of Transformers."""
-    quiet = {"mask_time_prob": 0.0, "mask_feature_prob": 0.0, "layerdrop": 0.0}
+    quiet: dict[str, Any] = {"mask_time_prob": 0.0, "mask_feature_prob": 0.0, "layerdrop": 0.0}
     theirs = adapted_model(variant, **quiet).train()
     encoder = fastssl.load_encoder(theirs).train()
     waveforms = waveforms_of(8_000, 3_300)
@@ -143,7 +144,7 @@ def test_settings_without_an_effect_in_transformers_have_none_here() -> None:
         AdaptedEncoderConfig(adapter_attn_dim=8)
     with pytest.raises(ValueError, match=r"add_adapter: must be False for hubert .*got True"):
         AdaptedEncoderConfig(model_type="hubert", add_adapter=True)
-    with pytest.raises(ValueError, match="compressor: must be 'none' in an encoder with adapters, got 'average'"):
+    with pytest.raises(ValueError, match="compressor: must be 'none' in an encoder with add_adapter, got 'average'"):
         AdaptedEncoderConfig(add_adapter=True, compressor="average", compressor_factor=2)
 
 
@@ -181,14 +182,12 @@ def test_cuda_graphs_and_pre_training_are_refused(tmp_path: Path) -> None:
     encoder.use_cuda_graphs(False)
     fastssl.load_encoder(adapted_model("mms")).use_cuda_graphs()
     encoder.save_pretrained(tmp_path)
-    config = Wav2Vec2Config(**{name: tuple(x) if isinstance(x := TINY[name], list) else x for name in _SHAPE})
+    shape: dict[str, Any] = {name: TINY[name] for name in _SHAPE}
+    config = Wav2Vec2Config(**shape | {"conv_dim": tuple(TINY["conv_dim"])})
     with pytest.raises(
         ValueError, match="add_adapter=True is not supported in pre-training; start from the model before"
     ):
         initialise(Wav2Vec2ForPreTraining(config), str(tmp_path))
-
-
-_SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "conv_dim")
 
 
 def test_extract_writes_the_layers_before_the_convolutions(tmp_path: Path) -> None:
