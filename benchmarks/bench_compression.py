@@ -78,7 +78,7 @@ def periods(title: str, layers: int, device: torch.device) -> Row:
     """
     torch.manual_seed(0)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    config = EncoderConfig(num_hidden_layers=layers, compressor="integrate-and-fire")
+    config = EncoderConfig(num_hidden_layers=layers, compressor="integrate-and-fire", do_normalize=False)
     encoder = Encoder(config).to(device, dtype).eval()
     exact = Encoder(config).to(device, torch.float64).eval()
     exact.load_state_dict(encoder.state_dict())

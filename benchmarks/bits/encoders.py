@@ -23,6 +23,7 @@ TINY: dict[str, Any] = {
     "conv_dim": (32,) * 7,
     "num_conv_pos_embeddings": 16,
     "num_conv_pos_embedding_groups": 4,
+    "do_normalize": False,  # older trees left this to the caller
 }
 LARGE: dict[str, Any] = {"feat_extract_norm": "layer", "conv_bias": True, "do_stable_layer_norm": True}
 WAVLM: dict[str, Any] = {"model_type": "wavlm", "num_buckets": 20, "max_bucket_distance": 25}

@@ -208,11 +208,11 @@ def measure_times(runs: Mapping[str, Path], audio: Path) -> dict[str, dict[str, 
     for key, run in runs.items():
         encoder = _open(run).eval()
         with torch.no_grad():
-            frames = encoder.extract_features(batch)
+            frames = encoder.extract_features(batch, normalize=False)
         for period in periods_of(key):
             options = {} if period is None else {"frame_period_ms": period}
             calls[f"{key}/{period}"] = {
-                "whole": partial(encoder, batch, **options),
+                "whole": partial(encoder, batch, normalize=False, **options),
                 "transformer": partial(_behind_convolutions, encoder, frames, **options),
             }
     times: dict[str, dict[str, list[float]]] = {name: {part: [] for part in parts} for name, parts in calls.items()}

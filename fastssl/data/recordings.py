@@ -19,6 +19,7 @@ from lhotse.utils import compute_num_samples
 from torch import Tensor
 
 from fastssl.data.audio import SAMPLE_RATE_HZ, AudioError, check_end, read_samples, resampling_ratio
+from fastssl.data.waveforms import EPS
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,4 +171,4 @@ def _mean_and_deviation(pieces: Iterator[Tensor]) -> tuple[float, float]:
         mean += shift * len(values) / (count + len(values))
         squares += float(((values - values.mean()) ** 2).sum()) + shift**2 * count * len(values) / (count + len(values))
         count += len(values)
-    return mean, math.sqrt(squares / count + 1e-7)
+    return mean, math.sqrt(squares / count + EPS)

@@ -9,9 +9,11 @@ import torch
 from fastssl.packing import Layout, Packed
 
 Waveform = npt.NDArray[np.float32]
+#: Added to the variance of a waveform when it is normalised, as in Transformers' `Wav2Vec2FeatureExtractor`.
+EPS = 1e-7
 
 
-def pack_waveforms(waveforms: Sequence[Waveform], *, normalize: bool, eps: float = 1e-7) -> Waveform:
+def pack_waveforms(waveforms: Sequence[Waveform], *, normalize: bool, eps: float = EPS) -> Waveform:
     """Concatenate waveforms, and scale each to zero mean and unit variance if `normalize` is set.
 
     Scaling computes (x - mean) / sqrt(variance + eps), as Transformers' `Wav2Vec2FeatureExtractor` does. The statistics

@@ -18,6 +18,7 @@ from fastssl.models.config import SpeechEncoderConfig
 from fastssl.models.speech_encoder import SpeechEncoder
 from fastssl.nn.compression import Compressed
 from fastssl.packing import Packed
+from fastssl.reading import read_json
 
 #: Seconds of audio per batch; the features do not depend on it.
 _BATCH_S = 60.0
@@ -51,7 +52,12 @@ def choose_device(device: str) -> torch.device:
 
 
 def open_encoder_at(
-    model: str | Path, *, device: str = "auto", rate: float | None = None, frame_period_ms: float | None = None
+    model: str | Path,
+    *,
+    device: str = "auto",
+    rate: float | None = None,
+    frame_period_ms: float | None = None,
+    normalize: bool | None = None,
 ) -> SpeechEncoder:
     """Load an encoder onto a device and, if asked, set the rate or the frame period of its sequence compressor.
 
@@ -60,12 +66,13 @@ def open_encoder_at(
         device: Device name, as for `choose_device`.
         rate: Rate of the compressor (lambda of arXiv:2211.02332), from 0 to 2.
         frame_period_ms: Mean frame period to aim for, in milliseconds, instead of a rate.
+        normalize: Whether recordings are scaled to zero mean and unit variance; None does what the model's config says.
 
     Raises:
         ValueError: The model cannot be loaded, it has no integrate-and-fire compressor, the value is out of range, or
             both `rate` and `frame_period_ms` are given.
     """
-    encoder = load_encoder(model).to(choose_device(device))
+    encoder = load_encoder(model, normalize=normalize).to(choose_device(device))
     if rate is None and frame_period_ms is None:
         return encoder
     if encoder.compressor is None:
@@ -78,6 +85,22 @@ def open_encoder_at(
         raise ValueError(f"--{error}") from None
     encoder.compressor.rate, encoder.compressor.frame_period_ms = rate, frame_period_ms
     return encoder
+
+
+def recorded_normalize(settings_file: Path) -> bool | None:
+    """Return whether the recordings of an existing folder of features or labels were normalised.
+
+    Args:
+        settings_file: `settings.json` of the folder.
+
+    Returns:
+        What the file says; None if there is no file, or it does not say, as files of earlier versions.
+    """
+    try:
+        recorded = read_json(settings_file).get("normalize")
+    except ValueError:
+        return None  # whoever opens the folder reports the damage
+    return recorded if isinstance(recorded, bool) else None
 
 
 def fixed_frame_period_s(encoder: SpeechEncoder) -> float | None:
@@ -159,7 +182,7 @@ def _encode(
         return
     device = next(encoder.parameters()).device
     waveforms = Packed.pack([chunk.waveform for _, chunk in chunks]).to(device)
-    output = encoder(waveforms)
+    output = encoder(waveforms, normalize=False)  # `read_chunks` did, over whole recordings
     values, layout = output.hidden_states[layer]
     features = Packed(values.cpu(), layout).unpack()  # one copy per batch, because the host waits for each
     keeps = [chunk.keep for _, chunk in chunks]
@@ -195,7 +218,7 @@ class _Chunks(IterableDataset[tuple[int, Chunk | str | None]]):
         self.cuts = cuts
         self.reading = reading
         # Do not keep the encoder here: this object is sent to the worker processes.
-        self.normalize = encoder.config.do_normalize
+        self.normalize = encoder.normalizes
         self.grid = frame_grid(encoder.config)
 
     def __iter__(self) -> Iterator[tuple[int, Chunk | str | None]]:

@@ -8,7 +8,14 @@ from fastssl.data.audio import SAMPLE_RATE_HZ, AudioError
 from fastssl.data.corpus import Corpus, Problem, cut_name, open_corpus
 from fastssl.data.recordings import chunk_hop
 from fastssl.data.rules import check_rules, recorded_rules
-from fastssl.eval.encode import Reading, encode_recordings, fixed_frame_period_s, frame_grid, open_encoder_at
+from fastssl.eval.encode import (
+    Reading,
+    encode_recordings,
+    fixed_frame_period_s,
+    frame_grid,
+    open_encoder_at,
+    recorded_normalize,
+)
 from fastssl.eval.shards import SETTINGS_FILE, Shards, check_folder
 from fastssl.eval.showing import track
 from fastssl.folder_lock import folder_lock
@@ -29,6 +36,7 @@ def extract(
     chunk_s: float = 60.0,
     overlap_s: float = 6.0,
     channel: int | None = None,
+    normalize: bool | None = None,
     rules: int | None = None,
     shard_mb: float = 512.0,
     device: str = "auto",
@@ -59,6 +67,8 @@ def extract(
         chunk_s: Cut recordings longer than this many seconds into overlapping chunks of at most this length.
         overlap_s: Overlap of neighbouring chunks, in seconds.
         channel: Channel to read; by default all channels are averaged.
+        normalize: Scale each recording to zero mean and unit variance; by default as the output folder records it if it
+            exists, else as the model's config says.
         rules: Version of the rules by which recordings are found and decoded; by default that of the output folder if
             it exists, else the newest.
         shard_mb: Size of a shard, in megabytes; once a shard has reached it, the next one begins.
@@ -72,7 +82,8 @@ def extract(
             with other settings, or another process is writing to it.
         WriteError: The system refused to write.
     """
-    encoder = open_encoder_at(model, device=device, rate=rate, frame_period_ms=frame_period_ms)
+    normalize = recorded_normalize(Path(output) / SETTINGS_FILE) if normalize is None else normalize
+    encoder = open_encoder_at(model, device=device, rate=rate, frame_period_ms=frame_period_ms, normalize=normalize)
     layers = encoder.config.num_hidden_layers
     if layer is not None and not 0 <= layer <= layers:
         raise ValueError(f"--layer: the model has layers 0 to {layers}, got {layer}")
@@ -92,12 +103,20 @@ def extract(
         "chunk_s": chunk_s,
         "overlap_s": overlap_s,
         "channel": channel,
+        "normalize": encoder.normalizes,
         "rules": rules,
     }
     folder, option = Path(output), "--output"
     check_folder(folder, name="features", option=option)  # before the lock writes to it
     with folder_lock(folder, option=option):
-        shards = Shards(folder, settings=settings, name="features", option=option, shard_bytes=round(shard_mb * 1e6))
+        shards = Shards(
+            folder,
+            settings=settings,
+            unrecorded={"normalize": encoder.config.do_normalize},
+            name="features",
+            option=option,
+            shard_bytes=round(shard_mb * 1e6),
+        )
         shards.drop_damaged()
         return _write_features(shards, encoder, corpus, Reading(chunk_s, overlap_s, channel), layer=layer)
 

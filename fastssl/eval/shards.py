@@ -5,6 +5,7 @@ import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
@@ -20,6 +21,7 @@ from fastssl.reading import complete_lines, printable, read_json
 logger = logging.getLogger(__name__)
 
 INDEX_FILE, SETTINGS_FILE = "index.jsonl", "settings.json"
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
 #: File names of shards; a damaged index must not lead out of the folder.
 _SHARD = re.compile(r"\w+-[0-9]{5,9}\.safetensors")
 
@@ -32,7 +34,8 @@ class Shards:
     Args:
         folder: Folder for shards and index; created if missing.
         settings: Settings that determine the tensors; written to `settings.json`, and compared with it when an
-            existing folder is opened. One without `rules` was made by the oldest ones.
+            existing folder is opened.
+        unrecorded: What settings were in folders that do not record them; `rules` are then the oldest ones.
         name: First part of the shards' file names, such as "features".
         option: Command-line option that gave the folder; error messages begin with it.
         shard_bytes: Size of a shard in bytes; once a shard has reached it, the next one begins.
@@ -43,13 +46,22 @@ class Shards:
         WriteError: The system refused to write.
     """
 
-    def __init__(self, folder: Path, *, settings: Mapping[str, Any], name: str, option: str, shard_bytes: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        settings: Mapping[str, Any],
+        unrecorded: Mapping[str, Any] = _NOTHING,
+        name: str,
+        option: str,
+        shard_bytes: int,
+    ) -> None:
         self.folder, self.name, self.shard_bytes = folder, name, shard_bytes
         self._open: dict[str, Tensor] = {}
         self._open_bytes = 0
         self._open_entries: list[dict[str, Any]] = []
         self._index, self._option = folder / INDEX_FILE, option
-        self._begin(settings, option)
+        self._begin(settings, unrecorded, option)
         #: Entries of the index, by key.
         self.entries = read_index(folder)
         # A damaged index may also list shards with other names, which are never written to.
@@ -58,7 +70,7 @@ class Shards:
         self._number = 1 + max(numbers, default=-1)
         self._begun = False
 
-    def _begin(self, settings: Mapping[str, Any], option: str) -> None:
+    def _begin(self, settings: Mapping[str, Any], unrecorded: Mapping[str, Any], option: str) -> None:
         path = self.folder / SETTINGS_FILE
         check_folder(self.folder, name=self.name, option=option)
         with naming(path, option=option):
@@ -71,7 +83,7 @@ class Shards:
             before = read_json(path)
         except ValueError as error:
             raise ValueError(f"{option}: {error}, or choose another folder") from None
-        if changed := changed_settings({"rules": OLDEST_RULES} | before, settings):
+        if changed := changed_settings({"rules": OLDEST_RULES, **unrecorded, **before}, settings):
             raise ValueError(
                 f"{option}: {self.folder} was begun with other settings ({changed}); "
                 "use the same settings or choose another folder"

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastssl.interop import names, s3prl
 from fastssl.models.encoder import EncoderConfig
+from fastssl.models.folder import check_sample_rate
 from fastssl.models.pickled import globals_in, load_pickled
 from fastssl.reading import brief, one_line
 
@@ -162,6 +163,7 @@ def _config(cfg: dict[str, Any], weights: Mapping[str, Tensor]) -> EncoderConfig
     for name, served in _SERVED.items():
         if model.get(name, served) != served:
             raise ValueError(f"{name}={brief(model[name])} is not supported, only {served!r}")
+    _check_rate(levels)
     modes = {"default": "group", "layer_norm": "layer"}
     mode = model.get("extractor_mode", "default")
     if mode not in list(modes):  # compared with a list, because a pickled value may be unhashable
@@ -238,6 +240,15 @@ def _normalises(levels: list[dict[str, Any]]) -> bool:
             if isinstance(part, Mapping) and isinstance(part.get("normalize"), bool):
                 return bool(part["normalize"])
     return False
+
+
+def _check_rate(levels: list[dict[str, Any]]) -> None:
+    """Raise ValueError if a model was trained at a rate other than 16 kHz, which the task or the arguments set."""
+    for cfg in levels:
+        for part in (cfg.get("task"), cfg):
+            rate_hz = part.get("sample_rate") if isinstance(part, Mapping) else None
+            if isinstance(rate_hz, (int, float)):  # not a reference in text to another setting
+                check_sample_rate(rate_hz, "sample_rate")
 
 
 def _parse_layers(text: Any) -> list[tuple[int, int, int]]:

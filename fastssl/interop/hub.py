@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from fastssl.models.folder import COMPRESSOR_FILE
+from fastssl.models.folder import COMPRESSOR_FILE, PREPROCESSOR_FILES, language_files
 
 _SAFETENSORS = [COMPRESSOR_FILE, "model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"]
 _PICKLES = ["pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin"]
@@ -14,7 +14,7 @@ def may_be_id(name: str) -> bool:
     return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) is not None
 
 
-def download(name: str, *, cached: bool = False) -> Path:
+def download(name: str, *, cached: bool = False, language: str | None = None) -> Path:
     """Download the configs and weights of a model on the Hub, or find them in the local cache.
 
     Pickled weights are downloaded only if the model has none in safetensors.
@@ -22,6 +22,7 @@ def download(name: str, *, cached: bool = False) -> Path:
     Args:
         name: Name of the model, such as "facebook/hubert-base-ls960".
         cached: Download nothing: the model must be in the local cache.
+        language: Language whose adapters are wanted too, of a model that has several.
 
     Returns:
         The folder with the files, in the cache of huggingface_hub.
@@ -30,6 +31,7 @@ def download(name: str, *, cached: bool = False) -> Path:
         ValueError: huggingface_hub is not installed, the Hub cannot be reached, it has no such model, or the model is
             gated.
     """
+    adapters = [] if language is None else list(language_files(language))
     missing = f"{name}: no such file or folder here"
     try:
         from huggingface_hub import snapshot_download
@@ -39,7 +41,7 @@ def download(name: str, *, cached: bool = False) -> Path:
         folder = Path(
             snapshot_download(
                 name,
-                allow_patterns=["config.json", "preprocessor_config.json", *_SAFETENSORS],
+                allow_patterns=["config.json", *PREPROCESSOR_FILES, *_SAFETENSORS, *adapters],
                 local_files_only=cached,
             )
         )

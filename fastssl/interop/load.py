@@ -21,12 +21,19 @@ _CAN_BE_OPENED = (
 )
 
 
-def load_encoder(path_or_model: str | Path | nn.Module, *, download: bool = True) -> SpeechEncoder:
+def load_encoder(
+    path_or_model: str | Path | nn.Module,
+    *,
+    normalize: bool | None = None,
+    language: str | None = None,
+    download: bool = True,
+) -> SpeechEncoder:
     """Load a speech encoder and put it in evaluation mode.
 
     Supports wav2vec 2.0, HuBERT, WavLM, data2vec audio, UniSpeech and UniSpeech-SAT, and BEST-RQ from a run or a folder
     of fastssl. Heads are ignored. Weights from a file are converted to fp32 on the CPU. Weights copied from a model get
-    the dtype and device of its first parameter.
+    the dtype and device of its first parameter. The encoder takes raw audio at 16 kHz: where the model was trained on
+    waveforms of zero mean and unit variance (`config.do_normalize`), a call scales them, utterance by utterance.
 
     Args:
         path_or_model: One of:
@@ -43,41 +50,64 @@ def load_encoder(path_or_model: str | Path | nn.Module, *, download: bool = True
             - a torchaudio model; its weights are copied. `config.do_normalize` says whether the model itself normalises
               waveforms, as the models of some bundles do.
 
+        normalize: Whether calls of the encoder scale waveforms to zero mean and unit variance: False if yours are
+            scaled already. None does what the model's config says.
+        language: Language whose adapters the layers get, of a model on the Hub or in a folder that has those of
+            several, as MMS: "fra" for adapter.fra.safetensors. None leaves those of the model's own weights.
         download: Download a model on the Hub that is not in the local cache. Set this to False if the name comes from a
             file that others may have written.
 
     Returns:
-        A `ConformerEncoder` for BEST-RQ, else an `Encoder`. If the argument is one of these, it is returned itself.
+        A `ConformerEncoder` for BEST-RQ, else an `Encoder`. If the argument is one of these, it is returned itself,
+        with `normalize` set if it was given.
 
     Raises:
         ValueError: The argument is not one of these, has an unsupported part, or its weights do not fit its config. The
             message says what was looked for.
     """
+    encoder = _opened(path_or_model, language=language, download=download).eval()
+    if normalize is not None:
+        encoder.normalize = normalize
+    return encoder
+
+
+def _opened(path_or_model: str | Path | nn.Module, *, language: str | None, download: bool) -> SpeechEncoder:
+    if isinstance(path_or_model, nn.Module) and language is not None:
+        raise ValueError(
+            "language: a model in memory has no files of languages; load its folder or its name on the Hub"
+        )
     if isinstance(path_or_model, SpeechEncoder):
-        return path_or_model.eval()
+        return path_or_model
     if isinstance(path_or_model, nn.Module):
-        return _from_model(path_or_model).eval()
+        return _from_model(path_or_model)
     if not isinstance(path_or_model, (str, Path)):
         raise ValueError(f"path_or_model: {type(path_or_model).__name__} cannot be loaded; expected {_CAN_BE_OPENED}")
     try:
-        return _from_path(path_or_model, download=download).eval()
+        return _from_path(path_or_model, language=language, download=download)
     except OSError as error:  # such as a folder without permission, or a name that no file can have
         raise ValueError(f"{printable(path_or_model)}: cannot be read: {error.strerror}; check the path") from error
 
 
-def _from_path(name: str | Path, *, download: bool) -> SpeechEncoder:
+def _from_path(name: str | Path, *, language: str | None, download: bool) -> SpeechEncoder:
     path = Path(name)
     if path.is_file():
+        if language is not None:
+            raise ValueError("language: a checkpoint has no files of languages; give a folder or a name on the Hub")
         config, weights = read_checkpoint(path)
         return Encoder.from_weights(config, weights, name=str(path))
     if not path.exists():
         if not hub.may_be_id(str(name)):
             raise ValueError(f"{printable(name)}: no such file or folder; expected {_CAN_BE_OPENED}")
-        path = hub.download(str(name), cached=not download)
+        path = hub.download(str(name), cached=not download, language=language)
     elif (path / "encoder" / "config.json").exists():
         path = path / "encoder"
     is_conformer = read_config(path, model_types=[*MODEL_CLASSES, CONFORMER])["model_type"] == CONFORMER
-    return (ConformerEncoder if is_conformer else Encoder).from_pretrained(path)
+    encoder: SpeechEncoder = (ConformerEncoder if is_conformer else Encoder).from_pretrained(path)
+    if language is not None:
+        if not isinstance(encoder, Encoder):
+            raise ValueError("language: a BEST-RQ encoder has no adapters for languages; leave the argument out")
+        encoder.load_language(path, language)
+    return encoder
 
 
 def _from_model(model: nn.Module) -> Encoder:

@@ -20,13 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastssl import ops
 from fastssl.interop import encoders, padding_side, read_only
 from fastssl.interop.calls import as_original, recorded_by
 from fastssl.interop.classes import CALLS, NORM, AcceleratedClasses
 from fastssl.models.folder import ACCELERATED_COMPRESSOR
 from fastssl.nn import functional as F
-from fastssl.nn.activation import sigmoid
+from fastssl.nn.adapter import adapted, ask_for_conv
 from fastssl.packing import Layout, Packed, kept_by_plan, send
 
 _SOURCES = {
@@ -406,16 +405,17 @@ def _adapt(model: Any, x: Packed, padded_frames: int, left: tuple[bool, ...]) ->
     adapter = getattr(model, "adapter", None)
     if adapter is None:
         return encoders.padded_by_last(x, padded_frames, left)
-    values = x.values
-    if adapter.proj is not None:
-        values = adapter.proj_layer_norm(F.linear(adapter.proj, values))
-    x, padded = Packed(values, x.layout), padded_frames
-    for layer in adapter.layers:
-        drawn = np.random.random()  # noqa: NPY002 (the original draws from this generator)
-        if not adapter.training or drawn > adapter.layerdrop:
-            x = _adapter_layer(layer.conv, x)
-            padded = _adapter_frames(layer.conv, padded)
-    return encoders.padded_by_last(x, padded, left)
+    padded = padded_frames
+
+    def layers() -> Iterator[Any]:
+        nonlocal padded
+        for layer in adapter.layers:
+            drawn = np.random.random()  # noqa: NPY002 (the original draws from this generator)
+            if not adapter.training or drawn > adapter.layerdrop:
+                padded = _adapter_frames(layer.conv, padded)
+                yield layer
+
+    return encoders.padded_by_last(adapted(adapter, x, layers()), padded, left)
 
 
 def _ask_for_what_follows(model: Any, layout: Layout, padded_frames: int, *, left: tuple[bool, ...]) -> None:
@@ -424,38 +424,10 @@ def _ask_for_what_follows(model: Any, layout: Layout, padded_frames: int, *, lef
         encoders.ask_for_positions(model.encoder, _filled(layout, padded_frames))
     adapter = getattr(model, "adapter", None)
     for layer in [] if adapter is None else adapter.layers:
-        conv = layer.conv
-        _framed_rows(layout, int(conv.padding[0]))
-        layout = _framed(layout, int(conv.padding[0])).after_conv(conv.kernel_size[0], conv.stride[0])
-        padded_frames = _adapter_frames(conv, padded_frames)
+        layout = ask_for_conv(layer.conv, layout)
+        padded_frames = _adapter_frames(layer.conv, padded_frames)
         layout.ask_for_indices()
         encoders.ask_for_padding(layout, padded_frames, left)
-
-
-@kept_by_plan
-def _framed(layout: Layout, padding: int) -> Layout:
-    """Return the layout with `padding` rows at both ends of each utterance that has frames."""
-    return layout.map_lengths(
-        lambda length: length + 2 * padding if length else 0, lambda lengths: (lengths + 2 * padding) * (lengths > 0)
-    )
-
-
-@kept_by_plan
-def _framed_rows(layout: Layout, padding: int) -> Tensor:  # (N,)
-    return _framed(layout, padding).rows(layout.sequence_ids, layout.positions + padding)
-
-
-def _adapter_layer(conv: nn.Conv1d, x: Packed) -> Packed:
-    """Pad each utterance with zeros at both ends, then apply a strided convolution and a gated linear unit."""
-    padding = int(conv.padding[0])
-    framed = _framed(x.layout, padding)
-    values = x.values.new_zeros(framed.total, x.values.shape[1])
-    values = values.index_copy_(0, _framed_rows(x.layout, padding), x.values)
-    out, layout = ops.strided_conv(
-        values, conv.weight, framed, stride=conv.stride[0], bias=conv.bias, norm="none", activation="none"
-    )
-    kept, gate = out.chunk(2, dim=1)
-    return Packed(kept * sigmoid(gate), layout)
 
 
 def _adapter_frames(conv: nn.Conv1d, frames: int) -> int:

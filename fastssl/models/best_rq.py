@@ -119,7 +119,8 @@ class BestRqForPreTraining(PretrainingModel):
         If the encoder has a compressor, each compressed frame predicts the codes of the masked frames in it.
 
         Args:
-            waveforms: (N, 1) samples at 16 kHz. A batch without utterances is allowed and adds nothing to the sums.
+            waveforms: (N,) or (N, 1) samples at 16 kHz, already of zero mean and unit variance if `config.do_normalize`
+                is true. A batch without utterances is allowed and adds nothing to the sums.
             keys: (B,) int64 from `nn.random.utterance_keys` or `draw_keys`. They determine the compression rate, mask
                 and noise of each utterance. On the CPU, the host need not wait for a GPU to count the masked frames.
             layer_drop: CPU generator that decides which layers to skip; None uses PyTorch's global generator.
@@ -127,7 +128,7 @@ class BestRqForPreTraining(PretrainingModel):
             draws: Result of `draw` for these waveforms and keys, on the device of the waveforms; None draws here.
         """
         config = self.config
-        mel = self.best_rq.extract_features(waveforms)
+        mel = self.best_rq.extract_features(waveforms, normalize=False)
         layout = subsampled_layout(mel.layout)
         targets = self.targets(mel)
         device = waveforms.values.device

@@ -163,6 +163,16 @@ class SpeechEncoderConfig(CompressorConfig):
         raise NotImplementedError
 
     @property
+    def feature_width(self) -> int:
+        """Number of channels of the encoder's features."""
+        return self.hidden_size
+
+    @property
+    def feature_period_ms(self) -> float:
+        """Time from one frame of the encoder's features to the next, in milliseconds, as if nothing was compressed."""
+        return self.frame_period_ms
+
+    @property
     def num_modules(self) -> int:
         """Number of layers or of convolutions, whichever is larger; a model has at least as many weights."""
         return max(self.num_hidden_layers, len(self.conv_dim))

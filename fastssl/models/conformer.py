@@ -177,22 +177,10 @@ class ConformerEncoder(SpeechEncoder):
                     nn.init.xavier_uniform_(module.weight)
                     nn.init.zeros_(module.bias)
 
-    def extract_features(self, waveforms: Packed) -> Packed:
-        """Compute log-mel frames, each band normalised to zero mean and unit variance over the utterance.
-
-        Args:
-            waveforms: (N, 1) samples at 16 kHz.
-
-        Returns:
-            (N_mel, num_mel_bins) frames, one every 10 ms.
-
-        Raises:
-            ValueError: `waveforms` does not have shape (N, 1).
-        """
-        if waveforms.values.dim() != 2 or waveforms.values.shape[1] != 1:
-            raise ValueError(f"waveforms: expected (N, 1) samples, got {tuple(waveforms.values.shape)}")
-        waveforms.layout.plan(self._ask)
-        return normalize_over_time(self.log_mel(waveforms))
+    def _front_end(self, samples: Packed) -> Packed:
+        # Log-mel frames (N_mel, num_mel_bins), one every 10 ms; each band has zero mean and unit variance.
+        samples.layout.plan(self._ask)
+        return normalize_over_time(self.log_mel(samples))
 
     def _ask(self, layout: Layout) -> Layout:
         mel = mel_layout(layout)

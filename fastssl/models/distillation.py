@@ -270,7 +270,8 @@ class DistillationModel(PretrainingModel):
         frame of the teacher has a prediction.
 
         Args:
-            waveforms: (N, 1) samples at 16 kHz. A batch without utterances is allowed and adds nothing to the sums.
+            waveforms: (N,) or (N, 1) samples at 16 kHz, already of zero mean and unit variance if `config.do_normalize`
+                is true. A batch without utterances is allowed and adds nothing to the sums.
             keys: (B,) int64 from `nn.random.utterance_keys` or `draw_keys`; they determine a compressor's rates.
             targets: The teacher's frames (N, teacher_hidden_size) for each layer in `config.targets`.
             frames: (N, C) front-end frames, if the student's front end is frozen and equal to the teacher's; None
@@ -282,7 +283,7 @@ class DistillationModel(PretrainingModel):
             ValueError: `targets` is not one tensor (N, teacher_hidden_size) for each layer in `config.targets`.
         """
         config = self.config
-        frames = self.hubert.extract_features(waveforms) if frames is None else frames
+        frames = self.hubert.extract_features(waveforms, normalize=False) if frames is None else frames
         expected = (frames.layout.total, config.teacher_hidden_size)
         if len(targets) != len(config.targets) or any(target.shape != expected for target in targets):
             shapes = [tuple(target.shape) for target in targets]

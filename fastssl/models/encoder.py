@@ -3,7 +3,8 @@
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,14 +12,15 @@ from torch import Tensor, nn
 from fastssl.models.bounds import bounded
 from fastssl.models.compression import make_compressor
 from fastssl.models.config import COMPRESSOR_FIELDS, Parts, SpeechEncoderConfig
-from fastssl.models.folder import MODEL_CLASSES, SAMPLE_RATE_HZ, head_prefix
+from fastssl.models.folder import MODEL_CLASSES, SAMPLE_RATE_HZ, head_prefix, load_matching, read_language
 from fastssl.models.multiplications import convolve
 from fastssl.models.speech_encoder import EncoderOutput, SpeechEncoder
+from fastssl.nn.adapter import ConvolutionalAdapter
 from fastssl.nn.compression import Compressed
 from fastssl.nn.feature_extractor import FeatureExtractor, FeatureProjection, scale_gradient
 from fastssl.nn.transformer import RelativePositions, Transformer
 from fastssl.packing import Layout, Packed
-from fastssl.reading import brief
+from fastssl.reading import brief, printable
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -30,6 +32,11 @@ _OWN_FIELDS = {
     "max_bucket_distance": "wavlm",
     "conv_pos_kernel_size": "data2vec-audio",
 }
+#: Architectures whose layers can have adapters, if they are pre-norm, and those that can have one after the layers.
+_WITH_ATTENTION_ADAPTERS = ("wav2vec2", "hubert", "unispeech", "unispeech-sat")
+_WITH_CONVOLUTIONAL_ADAPTER = ("wav2vec2", "wavlm", "data2vec-audio")
+#: Part of the names of the weights that a language has for itself.
+_LANGUAGE_WEIGHTS = ".adapter_layer."
 #: Values that all data2vec-audio models share; config.json does not list them.
 _DATA2VEC: dict[str, Any] = {"feat_extract_norm": "layer", "do_stable_layer_norm": False}
 
@@ -107,7 +114,8 @@ class EncoderConfig(SpeechEncoderConfig):
     def from_dict(cls, values: Mapping[str, Any]) -> "Self":
         """Make a config from the values of a Transformers `config.json`; keys that are unknown here are ignored.
 
-        Missing encoder settings take Transformers' defaults, even if `cls` is a system's config with other defaults.
+        Missing encoder settings take Transformers' defaults, even if `cls` is a system's config with other defaults. If
+        the model has adapters, the result is an `AdaptedEncoderConfig`; the config of a system cannot have them.
 
         Args:
             values: Settings by name, as parsed from JSON.
@@ -119,8 +127,6 @@ class EncoderConfig(SpeechEncoderConfig):
         for key, served in {
             "hidden_act": "gelu",
             "feat_extract_activation": "gelu",
-            "add_adapter": False,
-            "adapter_attn_dim": None,
             "conv_pos_batch_norm": False,  # batch norm would make features depend on the rest of the batch
         }.items():
             if values.get(key, served) != served:
@@ -129,7 +135,14 @@ class EncoderConfig(SpeechEncoderConfig):
         known |= {name: value for name, value in values.items() if _OWN_FIELDS.get(name, model_type) == model_type}
         if model_type == "data2vec-audio":
             known |= {"num_conv_pos_embeddings": values.get("num_conv_pos_embeddings", 5)} | _DATA2VEC
-        return super().from_dict(known)
+        adapters = _adapters_in(known | {"model_type": model_type})
+        if adapters and cls is EncoderConfig:
+            return cast("Self", AdaptedEncoderConfig.from_dict(values))
+        if adapters and not issubclass(cls, AdaptedEncoderConfig):
+            found = ", ".join(f"{name}={brief(value)}" for name, value in adapters.items())
+            raise ValueError(f"{found} is not supported in pre-training; start from the model before it was fine-tuned")
+        # Where the architecture has no such adapter, Transformers ignores the setting, too.
+        return super().from_dict(known | {"add_adapter": False, "adapter_attn_dim": None} | adapters)
 
     @property
     def samples_per_frame(self) -> int:
@@ -172,6 +185,88 @@ class EncoderConfig(SpeechEncoderConfig):
         return Parts(frames, front_end, c_in, c_in * width + positions + self.num_hidden_layers * layer)
 
 
+def _adapters_in(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `add_adapter` and `adapter_attn_dim` of Transformers' settings if the model has such adapters."""
+    model_type, found = values["model_type"], {}
+    if values.get("add_adapter", False) is not False and model_type in _WITH_CONVOLUTIONAL_ADAPTER:
+        found["add_adapter"] = values["add_adapter"]
+    inside = values.get("adapter_attn_dim")
+    if inside is not None and model_type in _WITH_ATTENTION_ADAPTERS and values.get("do_stable_layer_norm") is True:
+        found["adapter_attn_dim"] = inside
+    return found
+
+
+@dataclass(frozen=True)
+class AdaptedEncoderConfig(EncoderConfig):
+    """Shape of an encoder with the adapters that a model of Transformers got when it was fine-tuned.
+
+    Args:
+        adapter_attn_dim: Inner width of the adapter after each layer, as in MMS (arXiv 2305.13516); None has none.
+        add_adapter: Apply strided convolutions to the output of the last layer; the encoder's features are theirs.
+        num_adapter_layers: Number of these convolutions.
+        adapter_kernel_size: Kernel size of each, in frames.
+        adapter_stride: Stride of each, in frames.
+        output_hidden_size: Width of their output; None is the width of the layers.
+
+    Raises:
+        ValueError: A value is out of bounds, or this `model_type` has no such adapter.
+    """
+
+    adapter_attn_dim: int | None = bounded(None, least=1, ceiling=65_536)
+    add_adapter: bool = False
+    num_adapter_layers: int = bounded(3, least=0, ceiling=1024)
+    adapter_kernel_size: int = bounded(3, least=1, ceiling=65_536)
+    adapter_stride: int = bounded(2, least=1, ceiling=65_536)
+    output_hidden_size: int | None = bounded(None, least=1, ceiling=65_536)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        found = _adapters_in(asdict(self))
+        for name, none in {"adapter_attn_dim": None, "add_adapter": False}.items():
+            if getattr(self, name) != none and name not in found:
+                raise ValueError(
+                    f"{name}: must be {none} for {self.model_type} with do_stable_layer_norm="
+                    f"{self.do_stable_layer_norm}, got {getattr(self, name)}"
+                )
+        if self.add_adapter and self.compressor != "none":
+            raise ValueError(f"compressor: must be 'none' in an encoder with add_adapter, got {self.compressor!r}")
+
+    @property
+    def feature_width(self) -> int:
+        """Number of channels of the encoder's features."""
+        return self.output_hidden_size or self.hidden_size if self.add_adapter else self.hidden_size
+
+    @property
+    def feature_period_ms(self) -> float:
+        """Time from one frame of the encoder's features to the next, in milliseconds."""
+        return self.frame_period_ms * (self.adapter_stride**self.num_adapter_layers if self.add_adapter else 1)
+
+    @property
+    def num_modules(self) -> int:
+        """Number of layers or of convolutions, whichever is larger; a model has at least as many weights."""
+        return max(super().num_modules, self.num_adapter_layers if self.add_adapter else 0)
+
+    def count_parts(self, samples: int) -> Parts:
+        """Count the multiply-accumulates for one utterance; the convolutions after the layers count as front end.
+
+        Args:
+            samples: Length of the utterance, in samples at 16 kHz.
+        """
+        parts = super().count_parts(samples)
+        inside = 2 * self.hidden_size * (self.adapter_attn_dim or 0)
+        after, frames, width = 0, parts.frames, self.feature_width
+        if self.add_adapter and width != self.hidden_size:
+            after += frames * self.hidden_size * width
+        for _ in range(self.num_adapter_layers if self.add_adapter else 0):
+            padded = frames + 2 if frames else 0
+            frames, convolved = convolve(
+                padded, width, (2 * width,), (self.adapter_kernel_size,), (self.adapter_stride,)
+            )
+            after += convolved
+        per_frame = parts.per_frame + self.num_hidden_layers * inside
+        return parts._replace(front_end=parts.front_end + after, per_frame=per_frame)
+
+
 class Projected(NamedTuple):
     """Result of `Encoder.project`: front-end frames that are ready for the transformer.
 
@@ -200,6 +295,7 @@ class Encoder(SpeechEncoder):
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__(config)
+        adapted = config if isinstance(config, AdaptedEncoderConfig) else None
         self.feature_extractor = FeatureExtractor(
             config.conv_dim,
             config.conv_kernel,
@@ -232,7 +328,9 @@ class Encoder(SpeechEncoder):
             eps=config.layer_norm_eps,
             positional_depth=config.num_conv_pos_embeddings if stacked else None,
             relative_positions=RelativePositions(config.num_buckets, config.max_bucket_distance) if gated else None,
+            adapter_width=None if adapted is None else adapted.adapter_attn_dim,
         )
+        self.adapter = None if adapted is None or not adapted.add_adapter else _convolutional_adapter(adapted)
         self.compressor = None if config.compressor == "none" else make_compressor(config, config.conv_dim[-1])
         for module in self.encoder.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -256,7 +354,8 @@ class Encoder(SpeechEncoder):
         """
         projected = self.project(frames, rate=rate, frame_period_ms=frame_period_ms)
         hidden_states = self.encoder(projected.frames)
-        return EncoderOutput(hidden_states[-1], hidden_states, projected.compressed)
+        features = hidden_states[-1] if self.adapter is None else self.adapter(hidden_states[-1])
+        return EncoderOutput(features, hidden_states, projected.compressed)
 
     def project(
         self,
@@ -282,22 +381,10 @@ class Encoder(SpeechEncoder):
         projected = self.feature_projection.project(normalised.values)
         return Projected(Packed(projected, normalised.layout), normalised.values, compressed)
 
-    def extract_features(self, waveforms: Packed) -> Packed:
-        """Compute the front end's frames; `config.feature_grad_mult` scales the gradient that they pass back.
-
-        Args:
-            waveforms: (N, 1) samples at 16 kHz.
-
-        Returns:
-            (N_out, conv_dim[-1]) frames.
-
-        Raises:
-            ValueError: `waveforms` does not have shape (N, 1).
-        """
-        if waveforms.values.dim() != 2 or waveforms.values.shape[1] != 1:
-            raise ValueError(f"waveforms: expected (N, 1) samples, got {tuple(waveforms.values.shape)}")
-        waveforms.layout.plan(self._ask)
-        values, layout = self.feature_extractor(waveforms)
+    def _front_end(self, samples: Packed) -> Packed:
+        # `config.feature_grad_mult` scales the gradient that the frames (N_out, conv_dim[-1]) pass back.
+        samples.layout.plan(self._ask)
+        values, layout = self.feature_extractor(samples)
         return Packed(scale_gradient(values, self.config.feature_grad_mult), layout)
 
     def frame_layout(self, layout: Layout) -> Layout:
@@ -307,6 +394,8 @@ class Encoder(SpeechEncoder):
     def _ask(self, layout: Layout) -> Layout:
         frames = self.frame_layout(layout)
         (self.encoder if self.compressor is None else self.compressor).ask(frames)
+        if self.adapter is not None:
+            self.adapter.ask(frames)
         return frames
 
     def json_files(self) -> dict[str, dict[str, Any]]:
@@ -326,6 +415,27 @@ class Encoder(SpeechEncoder):
             "return_attention_mask": config.feat_extract_norm == "layer",
         }
         return {"config.json": values | _as_transformers(config), "preprocessor_config.json": preprocessor}
+
+    def load_language(self, folder: str | Path, language: str) -> None:
+        """Replace the adapters of the layers by those of another language.
+
+        Args:
+            folder: Folder with a file for each language, adapter.LANGUAGE.safetensors or .bin, as those of MMS.
+            language: The language, as the files name it, such as "fra".
+
+        Raises:
+            ValueError: The encoder has no such adapters, there is no file of this language, or it does not fit.
+        """
+        own = self.state_dict()
+        adapters = {key for key in own if _LANGUAGE_WEIGHTS in key}
+        if not adapters:
+            raise ValueError("language: this model has no adapters for languages; leave the argument out")
+        path, weights = read_language(Path(folder), language)
+        found = {key: tensor for key, tensor in self.own_weights(weights).items() if _LANGUAGE_WEIGHTS in key}
+        if adapters != found.keys():
+            wrong = printable(min(adapters ^ found.keys()))
+            raise ValueError(f"{path}: its weights are not those of the model's adapters, such as {wrong}; restore it")
+        load_matching(self, own | found, name=str(path))
 
     def own_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Pick the encoder's weights, under any of the names that versions of Transformers have given them.
@@ -349,6 +459,17 @@ class Encoder(SpeechEncoder):
                 current = current.replace("conv.weight_v", "conv.parametrizations.weight.original1")
                 found[current] = tensor
         return found
+
+
+def _convolutional_adapter(config: AdaptedEncoderConfig) -> ConvolutionalAdapter:
+    return ConvolutionalAdapter(
+        config.hidden_size,
+        config.feature_width,
+        depth=config.num_adapter_layers,
+        kernel=config.adapter_kernel_size,
+        stride=config.adapter_stride,
+        layer_drop=config.layerdrop,
+    )
 
 
 def _as_transformers(config: EncoderConfig) -> dict[str, Any]:

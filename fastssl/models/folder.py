@@ -1,6 +1,7 @@
 """Read and write model folders: config.json, preprocessor_config.json and weights, laid out as in Transformers."""
 
 import json
+import re
 import zlib
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
@@ -29,6 +30,8 @@ MODEL_CLASSES = {
 #: The `model_type` of `ConformerEncoder`, which Transformers does not know.
 CONFORMER = "best-rq"
 SAMPLE_RATE_HZ = 16_000
+#: Files that say what becomes of audio before the model; the first counts if it does.
+PREPROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 #: Weight files, in order of preference. An index lists the files that the weights are split into.
 WEIGHT_FILES = (
     "model.safetensors",
@@ -57,7 +60,7 @@ def head_prefix(model_type: str) -> str:
 
 
 def read_config(folder: Path, *, model_types: Iterable[str] = tuple(MODEL_CLASSES)) -> dict[str, Any]:
-    """Read config.json, and add `do_normalize` from preprocessor_config.json if that file exists.
+    """Read config.json, and add `do_normalize` from the settings of the model's preprocessor if there are any.
 
     Args:
         folder: Folder with config.json.
@@ -78,16 +81,45 @@ def read_config(folder: Path, *, model_types: Iterable[str] = tuple(MODEL_CLASSE
     if values.get("model_type") not in model_types:  # compared with a list, because JSON values may be unhashable
         served = ", ".join(model_types)
         raise ValueError(f"{path}: model_type is {brief(values.get('model_type'))}, expected one of {served}")
-    preprocessor = folder / "preprocessor_config.json"
-    if preprocessor.exists():
-        of_audio = read_json(preprocessor)
-        rate_hz = of_audio.get("sampling_rate", SAMPLE_RATE_HZ)
-        if rate_hz != SAMPLE_RATE_HZ:
-            raise ValueError(f"{preprocessor}: sampling_rate is {brief(rate_hz)}, expected {SAMPLE_RATE_HZ}")
+    preprocessor, of_audio = _read_preprocessor(folder)
+    if of_audio is not None:
+        check_sample_rate(of_audio.get("sampling_rate", SAMPLE_RATE_HZ), f"{preprocessor}: sampling_rate")
         values["do_normalize"] = normalizes = of_audio.get("do_normalize", True)
         if not isinstance(normalizes, bool):
             raise ValueError(f"{preprocessor}: do_normalize is {brief(normalizes)}, expected true or false")
     return values
+
+
+def _read_preprocessor(folder: Path) -> tuple[Path, dict[str, Any] | None]:
+    """Return the file that says what becomes of audio before the model, and what it says or None.
+
+    Since version 5, Transformers' processors (of models with a tokenizer) write processor_config.json instead of
+    preprocessor_config.json. If a folder has both, Transformers believes the former.
+    """
+    processor, preprocessor = (folder / name for name in PREPROCESSOR_FILES)
+    if processor.exists():
+        settings = read_json(processor)
+        for name in ("feature_extractor", "audio_processor"):
+            if isinstance(of_audio := settings.get(name), dict):
+                return processor, of_audio
+    return preprocessor, read_json(preprocessor) if preprocessor.exists() else None
+
+
+def check_sample_rate(rate_hz: object, name: str) -> None:
+    """Check that a model was trained on audio at 16 kHz.
+
+    Args:
+        rate_hz: What the model's settings say.
+        name: The file and the setting, for the error message.
+
+    Raises:
+        ValueError: The rate is another one.
+    """
+    if rate_hz != SAMPLE_RATE_HZ:
+        raise ValueError(
+            f"{name} is {brief(rate_hz)}, expected {SAMPLE_RATE_HZ}: fastssl resamples all audio to {SAMPLE_RATE_HZ} "
+            "Hz, which a model for another rate does not understand; choose one that was trained at this rate"
+        )
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -131,6 +163,45 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
             )
         weights |= part
     return weights | _read_compressor(folder)
+
+
+def read_language(folder: Path, language: str) -> tuple[Path, dict[str, Tensor]]:
+    """Read the weights of a language from a folder whose model has adapters for several languages, as MMS.
+
+    Args:
+        folder: Folder with adapter.LANGUAGE.safetensors or adapter.LANGUAGE.bin.
+        language: The language, as the files name it.
+
+    Returns:
+        The file, and its tensors by name.
+
+    Raises:
+        ValueError: There is no such file, or it is damaged.
+    """
+    names = language_files(language)
+    path = next((folder / name for name in names if (folder / name).exists()), None)
+    if path is None:
+        there = sorted({file.name.split(".")[1] for file in folder.glob("adapter.*.*")})
+        known = (
+            f"it has {', '.join(map(printable, there[:8]))}{' ...' if len(there) > 8 else ''}"
+            if there
+            else "it has none"
+        )
+        raise ValueError(
+            f"language: {folder} has no adapters for {language!r} (looked for {' and '.join(names)}); {known}"
+        )
+    return path, _read_tensors(path)
+
+
+def language_files(language: str) -> tuple[str, str]:
+    """Return the names that the file with the adapters of a language may have, the preferred one first.
+
+    Raises:
+        ValueError: `language` cannot be a part of a file's name.
+    """
+    if not re.fullmatch(r"[\w-]+", language):
+        raise ValueError(f"language: expected letters, digits, - and _, such as 'fra', got {brief(language)}")
+    return f"adapter.{language}.safetensors", f"adapter.{language}.bin"
 
 
 def _read_compressor(folder: Path) -> dict[str, Tensor]:

@@ -130,7 +130,8 @@ class HubertForPreTraining(PretrainingModel):
         them count as masked, and the class of each of these is predicted.
 
         Args:
-            waveforms: (N, 1) samples at 16 kHz. A batch without utterances is allowed and adds nothing to the sums.
+            waveforms: (N,) or (N, 1) samples at 16 kHz, already of zero mean and unit variance if `config.do_normalize`
+                is true. A batch without utterances is allowed and adds nothing to the sums.
             keys: (B,) int64 from `nn.random.utterance_keys` or `draw_keys`. They determine the compression rate and the
                 mask of each utterance. On the CPU, the host need not wait for a GPU to count the masked frames.
             labels: (T,) int64, the class of each front-end frame, from 0 to num_clusters - 1.
@@ -143,7 +144,7 @@ class HubertForPreTraining(PretrainingModel):
         """
         config = self.config
         encoder = self.speech_encoder
-        frames = encoder.extract_features(waveforms)
+        frames = encoder.extract_features(waveforms, normalize=False)
         if labels.shape != (frames.layout.total,):
             raise ValueError(
                 f"labels: expected one for each frame, shape ({frames.layout.total},), got {tuple(labels.shape)}"

@@ -41,7 +41,7 @@ import fastssl
 import torch
 
 encoder = fastssl.load_encoder("...")  # this folder, or its name on the Hub
-waveforms = fastssl.Packed.pack([torch.randn(16_000, 1), torch.randn(52_000, 1)])  # 16 kHz
+waveforms = fastssl.Packed.pack([torch.randn(16_000), torch.randn(52_000)])  # raw audio, 16 kHz
 with torch.no_grad():
     features = encoder(waveforms).features.unpack()  # each (frames, {width}){period}
 ```
@@ -114,8 +114,8 @@ class ModelCard:
         if self.quality:
             scores = {name: f"{value:.4g}" for name, value in self.quality.items()}
             parts.append("## Quality\n\n" + _table("score", "value", scores))
-        period = "" if compressed else f", one every {config.frame_period_ms:g} ms"
-        with_fastssl = _WITH_FASTSSL.format(width=config.hidden_size, period=period)
+        period = "" if compressed else f", one every {config.feature_period_ms:g} ms"
+        with_fastssl = _WITH_FASTSSL.format(width=config.feature_width, period=period)
         parts.append("## Use\n\n" + (self._with_transformers(config) if in_transformers else "") + with_fastssl)
         return "\n".join(parts)
 

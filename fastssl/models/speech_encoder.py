@@ -1,9 +1,11 @@
 """The interface shared by `Encoder` and `ConformerEncoder`: call, save, open, load weights."""
 
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from fastssl.files import make_folder, write_json, write_text
@@ -23,9 +25,11 @@ from fastssl.models.folder import (
 from fastssl.models.model_card import ModelCard
 from fastssl.models.publish import upload
 from fastssl.models.skeleton import skeleton
+from fastssl.nn.adapter import ConvolutionalAdapter
 from fastssl.nn.compression import Compressed, SequenceCompressor
 from fastssl.nn.cuda_graphs import CudaGraphs
 from fastssl.nn.linear import casts_together
+from fastssl.nn.waveforms import as_samples, normalize_waveforms
 from fastssl.packing import Layout, Packed
 from fastssl.reading import printable
 
@@ -33,13 +37,18 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+#: Whether a call has said in this process that it normalises waveforms because the model's config asks for it.
+_said_that_calls_normalize = False
+
+
 class EncoderOutput(NamedTuple):
     """Output of an encoder for a packed batch.
 
     Attributes:
-        features: (N, D) last hidden state.
-        hidden_states: The input of each layer in order, then `features`, each (N, D). `features` include the final
-            norm if the encoder has one.
+        features: (N, D) last hidden state, after the final norm if the encoder has one. If it has a convolutional
+            adapter (`AdaptedEncoderConfig.add_adapter`), the output of that, which has fewer frames.
+        hidden_states: The input of each layer in order, then the output of the last one after the final norm, each
+            (N, D).
         compressed: Result of the compressor on the front end's frames; None if the encoder has no compressor.
     """
 
@@ -50,6 +59,10 @@ class EncoderOutput(NamedTuple):
 
 class SpeechEncoder(nn.Module):
     """Base class of encoders for packed waveforms.
+
+    A call takes raw audio: it scales each utterance to zero mean and unit variance if the model was trained on such
+    waveforms (`config.do_normalize`). The attribute `normalize` overrides the config, and the argument `normalize` of a
+    call overrides both.
 
     If the encoder has a compressor, its layers process fewer frames. The rate or frame period that is passed to a call
     decides how many; without either, `compressor.rate` or `compressor.frame_period_ms` does (see
@@ -65,6 +78,9 @@ class SpeechEncoder(nn.Module):
     config: SpeechEncoderConfig
     encoder: nn.Module  # the layers
     compressor: SequenceCompressor | None
+    adapter: ConvolutionalAdapter | None
+    #: Whether calls normalise waveforms; None does what `config.do_normalize` says.
+    normalize: bool | None = None
     _cuda_graphs: CudaGraphs | None = None
     #: Folder that the encoder was opened from, whose README.md `push_to_hub` uploads.
     _folder: Path | None = None
@@ -72,19 +88,26 @@ class SpeechEncoder(nn.Module):
     def __init__(self, config: SpeechEncoderConfig) -> None:
         super().__init__()
         self.config = config
+        self.adapter = None
 
     def forward(
         self,
         waveforms: Packed,
         *,
+        sampling_rate: int | None = None,
+        normalize: bool | None = None,
         rate: float | Tensor | None = None,
         frame_period_ms: float | Tensor | None = None,
     ) -> EncoderOutput:
         """Encode waveforms.
 
         Args:
-            waveforms: (N, 1) samples at 16 kHz, already scaled to zero mean and unit variance if `config.do_normalize`
-                is true. An utterance shorter than `config.receptive_field_samples` gets no frames.
+            waveforms: (N,) or (N, 1) samples at 16 kHz. An utterance shorter than `config.receptive_field_samples` gets
+                no frames.
+            sampling_rate: Rate of the samples in Hz, if you want it checked, as by the feature extractors of
+                Transformers.
+            normalize: Whether to scale each utterance to zero mean and unit variance first; False if that was done
+                already. None does what the encoder's `normalize` says, and if that is None, its config.
             rate: Rate of the compressor, one number or (B,); 0 keeps every frame. None uses the compressor's setting.
             frame_period_ms: Mean frame period to compress to, in milliseconds, one number or (B,); give this or `rate`,
                 not both.
@@ -93,19 +116,27 @@ class SpeechEncoder(nn.Module):
             Features and hidden states, and the compressor's result.
 
         Raises:
-            ValueError: `waveforms` does not have shape (N, 1); a rate or period is out of range; or one is given, but
-                the encoder has no compressor or one with a fixed factor.
+            ValueError: `waveforms` does not have shape (N,) or (N, 1), or is not floating point; `sampling_rate` is not
+                16 kHz; a rate or period is out of range; or one is given, but the encoder has no compressor or one with
+                a fixed factor.
         """
+        if sampling_rate is not None and sampling_rate != SAMPLE_RATE_HZ:
+            example = f"torchaudio.functional.resample(waveform, {sampling_rate}, {SAMPLE_RATE_HZ})"
+            raise ValueError(
+                f"sampling_rate: the encoder takes waveforms at {SAMPLE_RATE_HZ} Hz, got {sampling_rate}; resample "
+                f"each, for example with {example}"
+            )
+        waveforms = self._samples(waveforms, normalize)
         if self._cuda_graphs is not None and rate is None and frame_period_ms is None:
             hidden_states = self._cuda_graphs.run(self, self._hidden_states, self._ask, waveforms)
             if hidden_states is not None:
                 return EncoderOutput(hidden_states[-1], hidden_states)
         with casts_together(self):
-            return self.encode(self.extract_features(waveforms), rate=rate, frame_period_ms=frame_period_ms)
+            return self.encode(self._front_end(waveforms), rate=rate, frame_period_ms=frame_period_ms)
 
     def _hidden_states(self, waveforms: Packed) -> list[Packed]:
         with casts_together(self):
-            return self.encode(self.extract_features(waveforms)).hidden_states
+            return self.encode(self._front_end(waveforms)).hidden_states
 
     def use_cuda_graphs(self, enabled: bool = True, *, max_graphs: int = 32, max_duration_s: float = 60.0) -> "Self":
         """Run the forward pass by CUDA graphs where possible: for short inputs, which wait for the host on a fast GPU.
@@ -133,9 +164,14 @@ class SpeechEncoder(nn.Module):
             The encoder.
 
         Raises:
-            ValueError: The encoder has a compressor, which leaves a number of frames that varies within a bucket; or a
-                limit is not positive.
+            ValueError: The encoder has a compressor or a convolutional adapter, which leave a number of frames that
+                varies within a bucket; or a limit is not positive.
         """
+        if enabled and self.adapter is not None:
+            raise ValueError(
+                "use_cuda_graphs: this encoder has an adapter after its layers, and how many frames that leaves varies "
+                "within a bucket; run it without CUDA graphs"
+            )
         if enabled and self.compressor is not None:
             raise ValueError(
                 "use_cuda_graphs: this encoder has a compressor, and how many frames it leaves varies within a bucket; "
@@ -159,15 +195,37 @@ class SpeechEncoder(nn.Module):
         """Ask the layout of the samples for what a forward pass needs (`Layout.plan`); return that of the frames."""
         raise NotImplementedError
 
-    def extract_features(self, waveforms: Packed) -> Packed:
+    def extract_features(self, waveforms: Packed, *, normalize: bool | None = None) -> Packed:
         """Compute the front end's output, which is the input of `encode`; nothing is compressed yet.
 
         Args:
-            waveforms: (N, 1) samples at 16 kHz.
+            waveforms: (N,) or (N, 1) samples at 16 kHz.
+            normalize: As in `forward`.
+
+        Returns:
+            Packed frames: those of the convolutions (N_out, C), or of BEST-RQ's log-mel filters (N_out, bands).
 
         Raises:
-            ValueError: `waveforms` does not have shape (N, 1).
+            ValueError: `waveforms` does not have shape (N,) or (N, 1), or is not floating point.
         """
+        return self._front_end(self._samples(waveforms, normalize))
+
+    @property
+    def normalizes(self) -> bool:
+        """Whether the waveforms that the encoder computes with are scaled to zero mean and unit variance."""
+        return self.config.do_normalize if self.normalize is None else self.normalize
+
+    def _samples(self, waveforms: Packed, normalize: bool | None) -> Packed:
+        """Return the samples (N, 1) that the front end takes; `normalize` as in `forward`."""
+        samples = as_samples(waveforms)
+        if not (self.normalizes if normalize is None else normalize):
+            return samples
+        if normalize is None and self.normalize is None:
+            _say_that_calls_normalize()
+        return normalize_waveforms(samples)
+
+    def _front_end(self, samples: Packed) -> Packed:
+        """Compute the result of `extract_features` from the samples (N, 1) that `_samples` returned."""
         raise NotImplementedError
 
     def encode(
@@ -360,3 +418,17 @@ class SpeechEncoder(nn.Module):
                 "a fastssl encoder cannot load; remove it with `fastssl.restore(model)` and save the model again"
             )
         return found
+
+
+def _say_that_calls_normalize() -> None:
+    """Warn once per process that calls scale waveforms, which was left to the caller in fastssl 0.1.0."""
+    global _said_that_calls_normalize
+    if _said_that_calls_normalize or torch.compiler.is_compiling():
+        return
+    _said_that_calls_normalize = True
+    warnings.warn(
+        "the encoder scales each waveform to zero mean and unit variance, because its config has do_normalize=True; "
+        "earlier versions left this to the caller. Give `load_encoder` or the call normalize=True to keep it without "
+        "this message, or normalize=False if your waveforms are scaled already or for the features of earlier versions",
+        stacklevel=6,  # where the encoder was called
+    )

@@ -246,7 +246,8 @@ class Wav2Vec2ForPreTraining(PretrainingModel):
         If the encoder has a compressor, the compressed frames are masked and encoded.
 
         Args:
-            waveforms: (N, 1) samples at 16 kHz. A batch without utterances is allowed and adds nothing to the sums.
+            waveforms: (N,) or (N, 1) samples at 16 kHz, already of zero mean and unit variance if `config.do_normalize`
+                is true. A batch without utterances is allowed and adds nothing to the sums.
             keys: (B,) int64 from `nn.random.utterance_keys` or `draw_keys`. They determine the compression rate, mask,
                 negatives and Gumbel noise of each utterance. On the CPU, the host need not wait for a GPU to count the
                 masked frames.
@@ -256,7 +257,7 @@ class Wav2Vec2ForPreTraining(PretrainingModel):
             draws: Result of `draw` for these waveforms and keys, on the device of the waveforms; None draws here.
         """
         config = self.config
-        frames = self.wav2vec2.extract_features(waveforms)
+        frames = self.wav2vec2.extract_features(waveforms, normalize=False)
         projected = self.wav2vec2.project(frames, **self.draw_compression(keys))
         layout = projected.frames.layout
         if draws is None:

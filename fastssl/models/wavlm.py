@@ -16,6 +16,7 @@ from fastssl.models.encoder import Encoder
 from fastssl.models.hubert import HubertConfig, HubertForPreTraining
 from fastssl.models.pretraining import Needs, PredictionOutput, StepContext
 from fastssl.nn.random import noise_seeds, uniform
+from fastssl.nn.waveforms import as_samples, normalize_waveforms
 from fastssl.packing import Packed, send
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ _STREAM_MIXING, _STREAM_PARTNERS = 5, 6
 #: Energy of the utterance relative to that of the signal mixed into it, in dB: lowest, highest if that signal is
 #: speech, and highest if it is noise.
 _LOWEST_DB, _HIGHEST_SPEECH_DB, _HIGHEST_NOISE_DB = -5.0, 5.0, 20.0
-_EPS = 1e-7  # added to the variance, as in `data.waveforms.pack_waveforms`
 
 
 @dataclass(frozen=True)
@@ -84,15 +84,18 @@ def mix_utterances(waveforms: Packed, keys: Tensor, config: WavLMConfig, *, nois
     batch can receive parts of mixtures.
 
     Args:
-        waveforms: (N, 1) samples of B utterances.
+        waveforms: (N,) or (N, 1) samples of B utterances.
         keys: (B,) int64 on the device of the waveforms. The mixture of an utterance depends on its key and on the other
             keys of the batch, but not on their order.
         config: Probabilities of mixing, and whether to scale mixtures to zero mean and unit variance.
-        noise: (M, 1) samples of noise in B sequences. An utterance whose sequence is not empty is mixed with it.
+        noise: (M,) or (M, 1) samples of noise in B sequences. An utterance whose sequence is not empty is mixed with
+            it.
 
     Returns:
         (N, 1) samples; utterances that are not mixed are unchanged.
     """
+    waveforms = as_samples(waveforms)
+    noise = None if noise is None else as_samples(noise, "noise")
     layout = replace(waveforms.layout)  # a copy, because a layout caches the indices that are computed from it
     batch, device = len(layout.lengths), waveforms.values.device
     if batch == 0:
@@ -132,7 +135,7 @@ def mix_utterances(waveforms: Packed, keys: Tensor, config: WavLMConfig, *, nois
     added = torch.where(inside.unsqueeze(1), sources.index_select(0, rows) * scale[ids].unsqueeze(1), 0.0)
     mixed = Packed(clean + added, waveforms.layout)
     if config.do_normalize:
-        normalised = torch.cat([_normalise(part) for part in mixed.unpack()])
+        normalised = normalize_waveforms(mixed).values
         mixed = Packed(torch.where(mixes[ids].unsqueeze(1), normalised, clean), waveforms.layout)
     return mixed
 
@@ -152,9 +155,3 @@ def _powers(signals: Packed) -> Tensor:  # (B,)
     """
     squares = torch.stack([signal.double().square().sum() for signal in signals.unpack()])
     return squares / signals.layout.divisors
-
-
-def _normalise(x: Tensor) -> Tensor:  # (T, 1)
-    exact = x.double()
-    centred = exact - exact.mean()
-    return (centred / (centred.square().mean() + _EPS).sqrt()).to(x.dtype)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fastssl.nn import functional
 from fastssl.nn.linear import PackedLinear
+from fastssl.nn.waveforms import as_samples
 from fastssl.packing import Packed
 
 
@@ -90,11 +91,12 @@ class FeatureExtractor(nn.Module):
         """Turn waveforms into frames.
 
         Args:
-            waveforms: (N samples, 1) packed 16 kHz waveforms.
+            waveforms: (N samples,) or (N samples, 1) packed 16 kHz waveforms.
 
         Returns:
             (N frames, C), C being the width of the last layer. Utterances shorter than the receptive field have none.
         """
+        waveforms = as_samples(waveforms)
         watched = False
         for layer in self.conv_layers:
             watched = watched or functional.is_watched(layer)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastssl.nn.linear import packed_linear
+from fastssl.nn.waveforms import as_samples
 from fastssl.packing import Layout, Packed
 
 _SAMPLE_RATE_HZ = 16000
@@ -60,11 +61,12 @@ class LogMel(nn.Module):
         """Compute log-mel frames.
 
         Args:
-            waveforms: (N samples, 1) packed 16 kHz waveforms.
+            waveforms: (N samples,) or (N samples, 1) packed 16 kHz waveforms.
 
         Returns:
             (N frames, bands) in fp32, or fp64 for fp64 waveforms: 98 frames for one second.
         """
+        waveforms = as_samples(waveforms)
         dtype = torch.promote_types(waveforms.values.dtype, torch.float32)
         with torch.autocast(waveforms.values.device.type, enabled=False):
             windows, layout = _windows(waveforms)

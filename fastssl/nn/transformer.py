@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastssl.nn import functional
+from fastssl.nn.adapter import AttentionAdapter
 from fastssl.nn.attention import GatedSelfAttention, RelativePositionEmbedding, SelfAttention
 from fastssl.nn.linear import PackedLinear
 from fastssl.packing import Layout, Packed
@@ -144,7 +145,11 @@ class TransformerLayer(nn.Module):
         dropout: Dropout probability after each block.
         activation_dropout: Dropout probability inside the feed-forward block.
         eps: Added to the variance in the layer norms.
+        adapter_width: Inner width of an adapter (`nn.adapter.AttentionAdapter`) after the layer, which must have
+            `pre_norm`; None has no adapter.
     """
+
+    adapter_layer: AttentionAdapter | None
 
     def __init__(
         self,
@@ -156,6 +161,7 @@ class TransformerLayer(nn.Module):
         dropout: float,
         activation_dropout: float,
         eps: float,
+        adapter_width: int | None = None,
     ) -> None:
         super().__init__()
         self.pre_norm = pre_norm
@@ -164,6 +170,7 @@ class TransformerLayer(nn.Module):
         self.layer_norm = nn.LayerNorm(width, eps=eps)
         self.feed_forward = FeedForward(width, inner_width, activation_dropout=activation_dropout)
         self.final_layer_norm = nn.LayerNorm(width, eps=eps)
+        self.adapter_layer = None if adapter_width is None else AttentionAdapter(width, adapter_width)
 
     def forward(self, x: Tensor, layout: Layout, distance_bias: Tensor | None = None) -> Tensor:
         """Run the layer.
@@ -201,7 +208,8 @@ class TransformerLayer(nn.Module):
         Returns:
             The output (N, D), and the result of `following` on it (N, D).
         """
-        return functional.transformer_layer(
+        adapter = self.adapter_layer
+        x, normalised = functional.transformer_layer(
             self,
             x,
             partial(self.attention, layout=layout, distance_bias=distance_bias),
@@ -209,9 +217,13 @@ class TransformerLayer(nn.Module):
             self.dropout,
             pre_norm=self.pre_norm,
             normalised=normalised,
-            following=following,
+            following=following if adapter is None else None,
             last=last,
         )
+        if adapter is None:
+            return x, normalised
+        x = x + adapter(x)
+        return x, following(x)
 
 
 def _attention(
@@ -247,6 +259,7 @@ class Transformer(nn.Module):
             convolution with weight norm, as in wav2vec 2.0.
         relative_positions: Settings of WavLM's gated attention with a bias by distance; None uses ordinary attention.
             The first layer owns the bias table of all layers and is never skipped.
+        adapter_width: Inner width of the adapter after each layer, which needs `pre_norm`; None has no adapters.
 
     Raises:
         ValueError: `heads` does not divide `width`.
@@ -269,6 +282,7 @@ class Transformer(nn.Module):
         eps: float,
         positional_depth: int | None = None,
         relative_positions: RelativePositions | None = None,
+        adapter_width: int | None = None,
     ) -> None:
         super().__init__()
         self.pre_norm = pre_norm
@@ -293,6 +307,7 @@ class Transformer(nn.Module):
                 dropout=dropout,
                 activation_dropout=activation_dropout,
                 eps=eps,
+                adapter_width=adapter_width,
             )
             for index in range(depth)
         )

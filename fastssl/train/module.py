@@ -306,7 +306,7 @@ class PretrainModule(LightningModule):
     def _names_of_non_finite(self, batch: AudioBatch) -> Sequence[str]:
         """Return the recordings that the encoder gives NaN or infinite features; all of the batch if it gives none."""
         encoder, training = self.model.speech_encoder, self.model.training
-        features = encoder.eval()(batch.waveforms).features.unpack()
+        features = encoder.eval()(batch.waveforms, normalize=False).features.unpack()
         encoder.train(training)
         bad = [name for name, frames in zip(batch.names, features, strict=True) if not frames.isfinite().all()]
         return bad or batch.names

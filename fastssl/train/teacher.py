@@ -46,7 +46,8 @@ class Teacher:
         targets. The front end has the precision of the run, because a student may use its frames as its own.
 
         Args:
-            waveforms: (N, 1) samples at 16 kHz; the teacher is moved to their device.
+            waveforms: (N,) or (N, 1) samples at 16 kHz, normalised already if the teacher's config has `do_normalize`;
+                the teacher is moved to their device.
 
         Returns:
             Front-end frames (N_out, C), and the hidden states of `layers`, each (N_out, D).
@@ -54,7 +55,7 @@ class Teacher:
         device = waveforms.values.device
         if next(self.encoder.parameters()).device != device:  # `Module.to` visits every tensor, even if all are there
             self.encoder.to(device)
-        frames = self.encoder.extract_features(waveforms)
+        frames = self.encoder.extract_features(waveforms, normalize=False)
         reduced = torch.autocast("cuda", dtype=torch.bfloat16) if device.type == "cuda" else nullcontext()
         with reduced:
             states = self.encoder.encoder(self.encoder.project(frames).frames)

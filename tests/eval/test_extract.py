@@ -127,6 +127,54 @@ def test_refuses_to_mix(encoder: Encoder, recordings: Path, tmp_path: Path) -> N
         extract(model, recordings, recordings)
 
 
+def _set_do_normalize(model: Path, value: bool) -> None:
+    for name in ("config.json", "preprocessor_config.json"):
+        values = json.loads((model / name).read_text())
+        (model / name).write_text(json.dumps(values | {"do_normalize": value}))
+
+
+def test_recordings_are_normalised_once_and_a_folder_keeps_how(
+    encoder: Encoder, recordings: Path, tmp_path: Path
+) -> None:
+    model, audio, out = tmp_path / "model", recordings / "speaker0", tmp_path / "out"
+    extract(model, audio, tmp_path / "raw")
+    _set_do_normalize(model, True)
+    extract(model, audio, out)
+    assert json.loads((out / "settings.json").read_text())["normalize"] is True
+    entries, features = _read(out)
+    for entry in entries:
+        samples, _ = soundfile.read(entry["file"], dtype="float32")
+        with torch.no_grad():
+            expected = encoder(Packed.pack([torch.from_numpy(samples)]), normalize=True).features.values
+        torch.testing.assert_close(features[entry["key"]], expected, rtol=0, atol=1e-5)
+    # The model's config changes, and one of the shards is lost: what is made again is made as before.
+    _set_do_normalize(model, False)
+    for shard in out.glob("*.safetensors"):
+        shard.unlink()
+    extract(model, audio, out)
+    for key, tensor in _read(out)[1].items():
+        assert torch.equal(tensor, features[key])
+        assert not torch.allclose(tensor, _read(tmp_path / "raw")[1][key], atol=1e-3)
+    extract(model, audio, out, normalize=True)
+    with pytest.raises(ValueError, match="normalize: True there, False now"):
+        extract(model, audio, out, normalize=False)
+    extract(model, audio, tmp_path / "other", normalize=True)
+    assert all(torch.equal(tensor, features[key]) for key, tensor in _read(tmp_path / "other")[1].items())
+
+
+def test_a_folder_that_does_not_say_was_made_as_the_model_says(
+    encoder: Encoder, recordings: Path, tmp_path: Path
+) -> None:
+    audio, out = recordings / "speaker0", tmp_path / "out"
+    extract(tmp_path / "model", audio, out)
+    settings = json.loads((out / "settings.json").read_text())
+    assert settings.pop("normalize") is False
+    (out / "settings.json").write_text(json.dumps(settings))
+    extract(tmp_path / "model", audio, out)
+    with pytest.raises(ValueError, match="normalize: False there, True now"):
+        extract(tmp_path / "model", audio, out, normalize=True)
+
+
 def test_a_model_without_a_mask_vector_is_the_same_every_time(
     encoder: Encoder, recordings: Path, tmp_path: Path
 ) -> None:

@@ -236,6 +236,36 @@ def test_recordings_that_cannot_be_labelled_are_named(recordings: Path, tmp_path
     assert len(_labels(tmp_path / "of_model")) == 14
 
 
+def test_labels_keep_whether_recordings_were_normalised(recordings: Path, tmp_path: Path) -> None:
+    audio, model = recordings / "speaker0", tmp_path / "model"
+    torch.manual_seed(0)
+    layer_norm = {"feat_extract_norm": "layer", "do_stable_layer_norm": True}
+    encoder = Encoder(dataclasses.replace(_ENCODER, do_normalize=True, **layer_norm))  # type: ignore[arg-type]
+    encoder.save_pretrained(model)
+    settings = LabelSettings(model=str(model), clusters=7)
+    label(audio, tmp_path / "labels", settings, num_workers=0)
+    assert read_settings(tmp_path / "labels")["normalize"] is True
+    expected = _labels(tmp_path / "labels")
+    # The model's config changes, and the labels are lost: they are made again as before, and so are held-out ones.
+    preprocessor = model / "preprocessor_config.json"
+    preprocessor.write_text(preprocessor.read_text().replace('"do_normalize": true', '"do_normalize": false'))
+    (tmp_path / "labels" / LABELS_FILE).write_text("")
+    label(audio, tmp_path / "labels", settings, num_workers=0)
+    assert _labels(tmp_path / "labels") == expected
+    label(audio, tmp_path / "held_out", LabelSettings(), kmeans=tmp_path / "labels", num_workers=0)
+    assert _labels(tmp_path / "held_out") == expected
+    # Labels of earlier versions do not say, and were made as the model's config said.
+    label(audio, tmp_path / "raw", settings, num_workers=0)
+    raw = _labels(tmp_path / "raw")
+    assert raw != expected
+    path = tmp_path / "raw" / "settings.json"
+    path.write_text(path.read_text().replace('"normalize": false,', ""))
+    assert "normalize" not in read_settings(tmp_path / "raw")
+    (tmp_path / "raw" / LABELS_FILE).write_text("")
+    label(audio, tmp_path / "raw", settings, num_workers=0)
+    assert _labels(tmp_path / "raw") == raw
+
+
 def test_recordings_that_decode_to_less_than_a_frame_are_named(
     recordings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -264,8 +264,8 @@ def test_json_has_no_nan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     write_recording(tmp_path / "audio" / "0.wav", 9.0, seed=0)
     silent = _Samples()
     vars(silent.config).update(receptive_field_samples=4, do_normalize=False, frame_period_ms=20.0)
-    vars(silent).update(compressor=None)
-    monkeypatch.setattr("fastssl.eval.encode.load_encoder", lambda model: silent)
+    vars(silent).update(compressor=None, normalizes=False)
+    monkeypatch.setattr("fastssl.eval.encode.load_encoder", lambda model, **_: silent)
     monkeypatch.setattr(_Samples, "forward", _constant)
     quality("any", tmp_path / "audio", tmp_path / "quality.json")
     layer = json.loads((tmp_path / "quality.json").read_text(), parse_constant=pytest.fail)["layers"][0]

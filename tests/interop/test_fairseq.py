@@ -203,6 +203,18 @@ def test_data2vec(tmp_path: Path) -> None:
     assert_opens(tmp_path / "data2vec.pt", encoder)
 
 
+def test_a_model_for_another_sampling_rate_is_refused(tmp_path: Path) -> None:
+    encoder, path = make_encoder(), tmp_path / "telephone.pt"
+    nested = {"model": {"w2v_args": {"model": SETTINGS, "task": {"sample_rate": 8000}}}, "task": {"sample_rate": 16000}}
+    namespace = argparse.Namespace(sample_rate=8000, **SETTINGS)
+    for cfg in ({"model": SETTINGS, "task": {"sample_rate": 8000}}, namespace, nested):
+        torch.save({"cfg": cfg, "model": fairseq_weights(encoder)}, path)
+        with pytest.raises(ValueError, match=r"telephone\.pt: sample_rate is 8000, expected 16000: fastssl resamples"):
+            fastssl.load_encoder(path)
+    torch.save({"cfg": {"model": SETTINGS, "task": {"sample_rate": 16000}}, "model": fairseq_weights(encoder)}, path)
+    assert_opens(path, encoder)
+
+
 def test_fine_tuned_with_arguments(tmp_path: Path) -> None:
     encoder = make_encoder(do_normalize=True)
     args = argparse.Namespace(

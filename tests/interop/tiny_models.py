@@ -58,7 +58,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "unispeech-sat large": ("UniSpeechSat", LARGE),
 }
 ADAPTER = {"add_adapter": True, "output_hidden_size": 40, "num_adapter_layers": 2}
-#: Variants that `accelerate` supports and `Encoder` does not.
+#: Variants with adapters, which pre-training does not have.
 WITH_ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
     "wav2vec2 base, adapter": ("Wav2Vec2", ADAPTER),
     "wav2vec2 large, adapters": ("Wav2Vec2", LARGE | ADAPTER | {"adapter_attn_dim": 8, "output_hidden_size": 48}),

@@ -212,6 +212,21 @@ def test_graphs_are_captured_once_per_bucket_and_give_the_same_bits(kind: str, p
         assert one.compressed is None
 
 
+def test_raw_audio_of_either_shape_is_normalised_before_the_graph(pretended: Pretended) -> None:
+    encoder = make_encoder("layer norm")
+    assert encoder.normalizes
+    column = waveforms_of([9_000, 6_500])
+    column = Packed(0.1 * column.values + 0.2, column.layout)
+    with torch.no_grad():
+        expected = [encoder(column).hidden_states, encoder(column, normalize=False).hidden_states]
+        encoder.use_cuda_graphs()
+        for waveforms in (column, Packed(column.values.squeeze(1), column.layout)):
+            assert_same_states(encoder(waveforms).hidden_states, expected[0])
+            assert_same_states(encoder(waveforms, normalize=False).hidden_states, expected[1])
+    assert (pretended.captures, pretended.replays) == (1, 4)
+    assert not torch.allclose(expected[0][-1].values, expected[1][-1].values, atol=1e-3)
+
+
 def test_weights_in_place_have_effect_and_replaced_parts_are_captured_again(pretended: Pretended) -> None:
     encoder: Any = make_encoder().use_cuda_graphs()
     batch = waveforms_of([16_000])
@@ -371,7 +386,7 @@ def test_a_filler_is_zero_after_a_longer_batch(pretended: Pretended) -> None:
     encoder: Any = make_encoder().use_cuda_graphs()
     with torch.no_grad():
         for length in (16_100, 15_500):
-            encoder(Packed(torch.full((length, 1), torch.inf), Layout.from_lengths([length])))
+            encoder(Packed(torch.full((length, 1), torch.inf), Layout.from_lengths([length])), normalize=False)
     (graph,) = encoder._cuda_graphs._graphs.values()
     assert graph._samples[:15_500].isinf().all()
     assert graph._samples[15_500:].eq(0).all()

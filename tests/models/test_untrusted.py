@@ -91,10 +91,12 @@ def test_a_model_larger_than_the_memory_is_not_built(monkeypatch: pytest.MonkeyP
         skeleton(lambda: Encoder(EncoderConfig.from_dict(TINY)))
 
 
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "preprocessor_config.json"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors", "preprocessor_config.json", "processor_config.json"]
+)
 def test_what_is_not_a_file_is_not_opened(name: str, model: Path) -> None:
     path = model / name
-    path.unlink()
+    path.unlink(missing_ok=True)
     os.mkfifo(path)
     assert f"{name}: is not a regular file" in refused(model)
     path.unlink()

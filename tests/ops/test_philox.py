@@ -121,7 +121,8 @@ def test_seeds_that_are_drawn_together_are_on_the_device_that_needs_them() -> No
     with Draws() as draws, seeds_together(devices[0]):
         for device in devices * 2:
             seed = resolve_seed(None, dropout_p=0.1, device=device)
-            assert seed is not None and seed.device == device
+            assert seed is not None
+            assert seed.device == device
     assert draws.count == 3  # one on the first device, and one per seed on the CPU
 
 

@@ -16,6 +16,7 @@ from fastssl.models.encoder import Encoder, EncoderConfig
 from fastssl.models.folder import MODEL_CLASSES
 from fastssl.models.pretraining import StepContext
 from fastssl.models.speech_encoder import SpeechEncoder
+from fastssl.models.wavlm import WavLMConfig, mix_utterances
 from fastssl.nn import SequenceCompressor
 from fastssl.nn.compression import KINDS
 from fastssl.packing import Layout, Packed
@@ -95,6 +96,38 @@ def test_systems_serve_batches_without_frames(system: str, compressor: str) -> N
             if training:
                 output.loss.backward()
                 assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_systems_take_samples_without_a_channel_and_do_not_normalise_them_again(system: str) -> None:
+    torch.manual_seed(0)
+    model = build_model(dataclasses.replace(model_of(system), do_normalize=True))
+    column = waveforms_of((5_000, 3_000))
+    column = Packed(0.1 * column.values + 0.3, column.layout)
+    ids, labels = torch.arange(2), torch.zeros(frames_of(column), dtype=torch.int64)
+    losses = []
+    for do_normalize in (True, False):
+        # A data worker has normalised already, if the config says so. WavLM's mixtures are another matter.
+        model.config = model.speech_encoder.config = dataclasses.replace(model.config, do_normalize=do_normalize)
+        for training in (False,) if system == "wavlm" else (False, True):
+            for waveforms in (column, Packed(column.values.squeeze(1), column.layout)):
+                batch = AudioBatch(waveforms, ids, ("a", "b"), 0, (), labels=labels, noise=None)
+                output = model.train(training).step(batch, StepContext(ids, 0, teacher=Teacher()))
+                losses.append((training, output.loss.item()))
+    assert all(math.isfinite(loss) for _, loss in losses)
+    assert len(set(losses)) == len({training for training, _ in losses})
+
+
+def test_utterances_without_a_channel_are_mixed_alike() -> None:
+    config, column = model_of("wavlm"), waveforms_of((5_000, 3_000))
+    assert isinstance(config, WavLMConfig)
+    config, keys = dataclasses.replace(config, mixing_prob=1.0, do_normalize=True), torch.arange(2)
+    flat = Packed(column.values.squeeze(1), column.layout)
+    noise = waveforms_of((0, 2_000))
+    for ours, theirs in ((None, None), (noise, Packed(noise.values.squeeze(1), noise.layout))):
+        found, expected = (mix_utterances(x, keys, config, noise=y) for x, y in ((flat, theirs), (column, ours)))
+        assert torch.equal(found.values, expected.values)
+        assert not torch.equal(found.values, column.values)
 
 
 @pytest.mark.parametrize("compressor", ["none", "integrate-and-fire"])

@@ -13,7 +13,7 @@ import pytest
 from fastssl import cli
 from fastssl.models.bounds import bounded, check_bounds, declared
 from fastssl.models.conformer import ConformerConfig
-from fastssl.models.encoder import EncoderConfig
+from fastssl.models.encoder import AdaptedEncoderConfig, EncoderConfig
 from fastssl.models.wav2vec2 import GumbelTemperature
 from fastssl.train.config import (
     DataConfig,
@@ -26,7 +26,7 @@ from fastssl.train.systems import SYSTEMS
 
 #: Config -> prefix of its fields' names in errors.
 CONFIGS: dict[type[Any], str] = {
-    **dict.fromkeys((EncoderConfig, ConformerConfig), ""),
+    **dict.fromkeys((EncoderConfig, AdaptedEncoderConfig, ConformerConfig), ""),
     **dict.fromkeys((*(model.config_class for model in SYSTEMS.values()), PretrainConfig), ""),
     DataConfig: "data.",
     OptimizerConfig: "optimizer.",
@@ -53,7 +53,7 @@ BOUNDS = {
         *("num_hidden_layers", "mask_time_min_masks", "initializer_range", "feature_grad_mult", "compression_range"),
         *("segment_loss_weight", "frame_loss_weight", "quantity_loss_weight", "diversity_loss_weight"),
         *("features_penalty_weight", "cosine_loss_weight", "teacher_layers", "mask_noise_std", "min_duration_s"),
-        *("channel", "num_workers", "weight_decay", "warmup_updates", "layers"),
+        *("channel", "num_workers", "weight_decay", "warmup_updates", "layers", "num_adapter_layers"),
     ),
     "at least 1": (
         *("hidden_size", "num_attention_heads", "intermediate_size", "conv_dim", "conv_kernel", "conv_stride"),
@@ -63,6 +63,7 @@ BOUNDS = {
         *("codebook_dim", "num_mel_bins", "conv_depthwise_kernel_size", "teacher_hidden_size"),
         *("teacher_num_hidden_layers", "max_utterances", "max_steps", "accumulation", "devices", "num_nodes"),
         *("log_every", "val_check_interval", "checkpoint_every", "keep_every", "every", "max_frames"),
+        *("adapter_attn_dim", "adapter_kernel_size", "adapter_stride", "output_hidden_size"),
     ),
     "at least 2": ("num_clusters", "max_bucket_distance"),
     "at least 4": ("num_buckets",),
@@ -80,6 +81,7 @@ _BESIDE: dict[str, dict[str, Any]] = {
     "codevector_dim": {"num_codevector_groups": 1},
     "max_duration_s": {"crop_s": None},
     "keep_every": {"checkpoint_every": 1},
+    "adapter_attn_dim": {"do_stable_layer_norm": True},
 }
 #: Integer fields whose legal values are more than 1 apart.
 _STEPS = {"conv_depthwise_kernel_size": 2, "hidden_size": 2}

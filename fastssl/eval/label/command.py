@@ -13,7 +13,7 @@ from fastssl.data.audio import AudioError
 from fastssl.data.corpus import Corpus, Problem, cut_name, open_corpus
 from fastssl.data.labels import CENTRES_FILE, LABELS_FILE, SETTINGS_FILE, as_line, read_lines, read_settings
 from fastssl.data.rules import recorded_rules
-from fastssl.eval.encode import default_workers
+from fastssl.eval.encode import default_workers, recorded_normalize
 from fastssl.eval.label.frames import MIN_DURATION_S, Classes, Features
 from fastssl.eval.label.kmeans import fit, read_centres
 from fastssl.eval.label.settings import LabelSettings, checked_settings, settings_of
@@ -76,8 +76,10 @@ def label(
         settings = settings_of(donor, settings)
     assert settings.rules is not None
     workers = default_workers() if num_workers is None else num_workers
+    earlier = output if donor is None or (output / SETTINGS_FILE).is_file() else donor
+    normalize = recorded_normalize(earlier / SETTINGS_FILE)
     try:
-        features = Features.open(settings, num_workers=workers, device=device, download=typed)
+        features = Features.open(settings, normalize=normalize, num_workers=workers, device=device, download=typed)
     except ValueError as error:
         if typed:
             raise
@@ -141,11 +143,12 @@ def _classes(
     """Return the classes of `output`, else those of `donor`, else fit new ones; prepare `output` for labels."""
     record = asdict(settings) | {
         "weights": features.digest,
+        "normalize": None if features.encoder is None else features.encoder.normalizes,
         "frame_shift_s": features.frame_shift_s,
         "first_centre_s": features.first_centre_s,
     }
     if (output / SETTINGS_FILE).is_file():
-        before = checked_settings(output)
+        before = {"normalize": record["normalize"]} | checked_settings(output)
         # Compare models by their weights (the digest), not by their path.
         if changed := changed_settings(before, record | {"model": before.get("model")}):
             raise ValueError(

@@ -81,11 +81,21 @@ class Features:
     digest: str | None
 
     @classmethod
-    def open(cls, settings: LabelSettings, *, num_workers: int, device: str, download: bool) -> "Features":
+    def open(
+        cls,
+        settings: LabelSettings,
+        *,
+        normalize: bool | None = None,
+        num_workers: int,
+        device: str,
+        download: bool,
+    ) -> "Features":
         """Load the encoder that the settings name, if they name one.
 
         Args:
             settings: How to make labels.
+            normalize: Whether recordings are scaled to zero mean and unit variance; None does what the model's config
+                says.
             num_workers: Number of processes that decode audio and compute MFCC.
             device: Name of the device to encode on, or "auto".
             download: Whether a model may be downloaded from the Hub.
@@ -95,7 +105,7 @@ class Features:
         """
         if settings.model is None:
             return cls(None, 0, MFCC_SHIFT_S, MFCC_FIRST_CENTRE_S, settings.channel, num_workers, None)
-        encoder = load_encoder(settings.model, download=download).to(choose_device(device))
+        encoder = load_encoder(settings.model, normalize=normalize, download=download).to(choose_device(device))
         if encoder.compressor is not None:
             if encoder.compressor.factor is not None:
                 raise ValueError(

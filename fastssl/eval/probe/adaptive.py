@@ -166,8 +166,9 @@ class _FrontEnd:
     def __call__(self, waveforms: Waveforms) -> list[Packed]:
         """Return the output of `extract_features` for the waveforms (T,), as one layer of packed frames (N, D)."""
         parameter = next(self.encoder.parameters())
-        values, layout = waveform_batch(waveforms, normalize=self.encoder.config.do_normalize)
-        return [self.encoder.extract_features(Packed(values.to(parameter.dtype), layout).to(parameter.device))]
+        values, layout = waveform_batch(waveforms, normalize=self.encoder.normalizes)
+        batch = Packed(values.to(parameter.dtype), layout).to(parameter.device)
+        return [self.encoder.extract_features(batch, normalize=False)]
 
 
 class _Learning:

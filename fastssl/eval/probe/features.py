@@ -75,8 +75,8 @@ class EncoderSource:
     def __call__(self, waveforms: Waveforms) -> list[Packed]:
         """Encode waveforms (T,) in one batch and return the packed frames (N, D) of each layer."""
         device = next(self.encoder.parameters()).device
-        batch = waveform_batch(waveforms, normalize=self.encoder.config.do_normalize)
-        states: list[Packed] = self.encoder(batch.to(device)).hidden_states
+        batch = waveform_batch(waveforms, normalize=self.encoder.normalizes)
+        states: list[Packed] = self.encoder(batch.to(device), normalize=False).hidden_states
         return states
 
 
@@ -93,11 +93,12 @@ class RandomSource(EncoderSource):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # not `torch.manual_seed`, which seeds GPUs too
             fresh = type(encoder)(encoder.config).to(device)
+        fresh.normalize = encoder.normalize
         ours, theirs = fresh.compressor, encoder.compressor
         if ours is not None and theirs is not None:
             ours.rate, ours.frame_period_ms = theirs.rate, theirs.frame_period_ms
         super().__init__(fresh)
-        self._key = ("random", type(encoder), encoder.config, seed, *_compression(encoder))
+        self._key = ("random", type(encoder), encoder.config, encoder.normalizes, seed, *_compression(encoder))
 
     @property
     def key(self) -> object:

@@ -130,7 +130,7 @@ class _Waveforms:
         self.seconds, self.frames = 0.0, 0
         self._grid = frame_grid(encoder.config)
         self.problems = problems
-        self._batches = quality_loader(cuts, normalize=encoder.config.do_normalize, channel=channel)
+        self._batches = quality_loader(cuts, normalize=encoder.normalizes, channel=channel)
 
     def read(self) -> Iterator[Packed]:
         for batch in track(self._batches, "audio"):

@@ -20,6 +20,7 @@ from fastssl.data.batches import AudioBatch, WaveformDataset, fixed_batches
 from fastssl.data.workers import end_if_unable_to_send
 from fastssl.files import naming
 from fastssl.metrics import GramMatrix, effective_rank, fit_kmeans, num_clusters, score_clusters
+from fastssl.models.speech_encoder import SpeechEncoder
 from fastssl.names import encoded
 from fastssl.packing import Layout, Packed
 
@@ -101,7 +102,7 @@ def quality_loader(
 
     Args:
         cuts: Cuts to read, for example from `first_minutes`.
-        normalize: Scale each waveform to zero mean and unit variance; pass the encoder config's `do_normalize`.
+        normalize: Scale each waveform to zero mean and unit variance; pass the encoder's `normalizes`.
         channel: The channel to read, counted from 0; None averages all channels.
         num_workers: Number of processes that decode audio; 0 decodes in the calling process.
     """
@@ -134,7 +135,8 @@ def measure_quality(
     Args:
         encoder: Takes packed waveforms and returns an `EncoderOutput`; its config has `num_hidden_layers`,
             `hidden_size` and `samples_per_frame`. It is measured in evaluation mode; its training mode is restored.
-        waveforms: Batches of waveforms, (N, 1) at 16 kHz; they are moved to the encoder's device.
+        waveforms: Batches of waveforms, (N,) or (N, 1) at 16 kHz, as `quality_loader` reads them: normalised already
+            if the encoder needs it. They are moved to the encoder's device.
         layers: Layers to measure; None measures all, 0 to L.
         max_frames: Largest number of frames for k-means.
         seed: Seed for drawing frames and for k-means.
@@ -154,6 +156,7 @@ def measure_quality(
     if max_frames < 1:
         raise ValueError(f"max_frames: must be at least 1, got {max_frames}")
     device = next(encoder.parameters()).device
+    given: dict[str, Any] = {"normalize": False} if isinstance(encoder, SpeechEncoder) else {}
     segment = _SEGMENT_S * SAMPLE_RATE_HZ / config.samples_per_frame
 
     def new_ranks(left: float = 1.0) -> dict[int, _Ranks]:
@@ -166,7 +169,7 @@ def measure_quality(
         draw = _Draw(max_frames, seed)
         with _evaluating(encoder), torch.no_grad():
             for batch in waveforms:
-                _, hidden_states, compressed = encoder(batch.to(device))
+                _, hidden_states, compressed = encoder(batch.to(device), **given)
                 if compressed is not None and not ranks[layers[0]].frames.rows:
                     # Compressed frames have no fixed length: take the mean of the first batch for all batches.
                     ranks = new_ranks(compressed.frames.layout.total / max(1, compressed.layout.total))

@@ -191,5 +191,5 @@ def _run(watch: Watch, *, fault: Fault) -> None:
 
 
 def _forward(encoder: Encoder, waveforms: Packed, fault: Fault) -> None:
-    frames = encoder.extract_features(waveforms)
+    frames = encoder.extract_features(waveforms, normalize=False)
     encoder.encoder(encoder.project(Packed(fault(frames.values), frames.layout)).frames)

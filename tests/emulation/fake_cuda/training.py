@@ -85,6 +85,8 @@ def scenarios() -> Iterator[tuple[str, Scenario]]:
     for precision in (*PRECISIONS, "bf16-true"):
         yield f"encoder/wav2vec2/{precision}", partial(_encode, recipe="wav2vec2-tiny", precision=precision)
         yield f"encoder/best-rq/{precision}", partial(_encode, recipe="best-rq-tiny", precision=precision)
+    raw = partial(_encode, recipe="wav2vec2-tiny", precision="bf16-mixed", normalize=True)
+    yield "encoder/wav2vec2, raw audio/bf16-mixed", raw
     base = partial(_encode, recipe="wav2vec2-base", precision="bf16-mixed")
     yield "encoder/wav2vec2 base/bf16-mixed", base
     yield (
@@ -254,13 +256,14 @@ def encoder_of(watch: Watch, recipe: str, precision: str, **changes: Any) -> tup
     """
     config = dataclasses.replace(recipe_model(recipe), **changes)
     encoder = SYSTEMS[system_of(config)](config).speech_encoder.eval()
+    encoder.normalize = False  # as if data workers had done that
     dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
     with watch.unwatched():
         encoder.to("cuda", dtype)
     return encoder, dtype
 
 
-def _encode(watch: Watch, *, recipe: str, precision: str, **changes: Any) -> None:
+def _encode(watch: Watch, *, recipe: str, precision: str, normalize: bool = False, **changes: Any) -> None:
     """Run an encoder as a user does: in inference mode, on a batch that is copied to the GPU."""
     encoder, dtype = encoder_of(watch, recipe, precision, **changes)
     autocast = PRECISIONS.get(precision)
@@ -269,7 +272,7 @@ def _encode(watch: Watch, *, recipe: str, precision: str, **changes: Any) -> Non
         waveforms = waveforms_of(seconds).to("cuda")
         waveforms = Packed(waveforms.values.to(dtype), waveforms.layout)
         with nullcontext() if autocast is None else torch.autocast("cuda", autocast):
-            output = encoder(waveforms)
+            output = encoder(waveforms, normalize=normalize)
         watch.found.notes["dtype"] = str(output.features.values.dtype)
 
     with torch.inference_mode():
