@@ -121,7 +121,7 @@ def test_two_updates_are_those_of_the_original(
         found.append(losses_of(name, output, capsys.readouterr().out))
     assert len(accelerated) == 1
     assert len(found[0]) == (2 if name == TRAINER else 1)
-    np.testing.assert_allclose(*found, rtol=1e-5)
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-5)
     monkeypatch.undo()
     assert len(transcripts(tmp_path / Path(name).stem, noises)) == 6
 

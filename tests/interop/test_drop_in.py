@@ -180,12 +180,13 @@ def test_ddp_averages_the_gradients_of_two_processes(tmp_path: Path) -> None:
 def test_sharded_layers_run_the_original_code(library: str, variant: str) -> None:
     """FSDP2 gives each layer another class and hooks that gather its parameters, which must run."""
     fsdp: Any = pytest.importorskip("torch.distributed.fsdp")
+    distributed: Any = torch.distributed
     original = make(library, variant)
     model = fastssl.accelerate(copy.deepcopy(original))
     stack = model.encoder if library == "transformers" else model.encoder.transformer
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     try:
-        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        mesh = distributed.init_device_mesh("cpu", (1,))
         for module in (*stack.layers, model):
             fsdp.fully_shard(module, mesh=mesh)
         with (
@@ -194,7 +195,7 @@ def test_sharded_layers_run_the_original_code(library: str, variant: str) -> Non
         ):
             assert torch.equal(frames(model), frames(original))
     finally:
-        torch.distributed.destroy_process_group()
+        distributed.destroy_process_group()
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.ao.quantization is deprecated", "ignore:.* have no effect")
