@@ -1,6 +1,7 @@
 """Test every architecture with every tool: the cells of docs/drop-in.md that no other file tests for all of them."""
 
 import copy
+import json
 import multiprocessing
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 import fastssl
 from tests.interop.tiny_models import FAMILIES, assert_close, padded_batch, transformers_model
 
-pytest.importorskip("transformers")
+transformers: Any = pytest.importorskip("transformers")
 
 #: Variants of torchaudio's architectures; its HuBERT is its wav2vec 2.0 with other weights.
 TORCHAUDIO = ("wav2vec2 base", "wav2vec2 large", "wavlm base")
@@ -196,6 +197,30 @@ def test_sharded_layers_run_the_original_code(library: str, variant: str) -> Non
             assert torch.equal(frames(model), frames(original))
     finally:
         distributed.destroy_process_group()
+
+
+def test_a_pipeline_gives_each_recording_s_own_text_in_any_batch(tmp_path: Path) -> None:
+    """The original's rows end with letters that it makes of padding."""
+    (tmp_path / "vocab.json").write_text(json.dumps({symbol: index for index, symbol in enumerate("_?|abcdefgh")}))
+    tokenizer = transformers.Wav2Vec2CTCTokenizer(
+        str(tmp_path / "vocab.json"), pad_token="_", unk_token="?", bos_token=None, eos_token=None
+    )
+    extractor = transformers.Wav2Vec2FeatureExtractor(return_attention_mask=True)
+    original = transformers_model("wav2vec2 large", "ForCTC")
+    recordings = [waveform[mask.bool()].numpy() for waveform, mask in zip(*padded_batch([90_000, 30_000]), strict=True)]
+
+    def texts(model: Any, batch_size: int) -> list[str]:
+        recognise: Any = transformers.pipeline(
+            "automatic-speech-recognition", model=model, tokenizer=tokenizer, feature_extractor=extractor, device="cpu"
+        )
+        return [found["text"] for found in recognise(list(recordings), batch_size=batch_size)]
+
+    alone = texts(original, 1)
+    assert all(len(text) > 10 for text in alone)
+    assert texts(original, 2)[1] != alone[1]
+    fastssl.accelerate(original)
+    with packed():
+        assert texts(original, 2) == texts(original, 1) == alone
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.ao.quantization is deprecated", "ignore:.* have no effect")
