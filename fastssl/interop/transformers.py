@@ -7,6 +7,7 @@ pickling, `save_pretrained`, `copy.deepcopy` and every head therefore work as be
 import importlib
 from collections.abc import Iterator
 from functools import cache, partial
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -31,9 +32,21 @@ _SOURCES = {
 }
 
 
+#: Parts that an encoder must have; a subclass may have built others.
+_PARTS = ("feature_extractor", "feature_projection", "encoder.pos_conv_embed", "encoder.layer_norm", "encoder.layers")
+
+
 def _check(module: Any) -> None:
-    """Raise ValueError if an encoder has an unsupported part."""
+    """Raise ValueError if an encoder lacks a part or has an unsupported one."""
     name, config = type(module).__name__, module.config
+    for part in _PARTS:
+        try:
+            attrgetter(part)(module)
+        except AttributeError:
+            raise ValueError(
+                f"model: {name} has no `{part}`, which every {CLASSES.original(module).__name__} of Transformers has; "
+                "leave this model as it is, or give it the part"
+            ) from None
     for key, served in {"hidden_act": "gelu", "feat_extract_activation": "gelu"}.items():
         if getattr(config, key, served) != served:
             raise ValueError(
@@ -55,11 +68,11 @@ def _methods(original: type[nn.Module]) -> dict[str, Any]:
         reason = "only the original code computes attention weights" if weights else None
         if recorder := recorded_by(given.values()):
             reason = f"{recorder} records the call"
-        if "_mask_hidden_states" in vars(self):
-            reason = "the model has a replaced `_mask_hidden_states`"
+        if replaced := CLASSES.replaced(self):
+            reason = f"the model has a replaced `{replaced}`"
         if encoders.original_runs(self, _modules_not_called(self), reason, self.encoder.layers):
             # Not `view.forward`, because the model may have a `forward` of its own that calls this one.
-            return original.forward(_as_original(self, original), **given)
+            return original.forward(_as_original(self), **given)
         return run(self, given)
 
     return {"forward": as_original(original.forward, forward)}
@@ -72,16 +85,22 @@ CLASSES = AcceleratedClasses(
     check=_check,
     width=lambda encoder: int(encoder.config.hidden_size),
     layers=lambda encoder: encoder.encoder.layers,
+    not_called=(
+        "_mask_hidden_states",
+        "_get_feature_vector_attention_mask",
+        "_get_feat_extract_output_lengths",
+    ),
 )
 __getattr__ = CLASSES.by_name  # for pickle
 
 
-def _as_original(model: nn.Module, original: type[nn.Module]) -> Any:
-    """Return a view of the model with its original class, which Transformers needs to record outputs.
+def _as_original(model: nn.Module) -> Any:
+    """Return a view of the model with its class before it was accelerated, which Transformers needs to record outputs.
 
     The view shares all attributes with the model. The model's own class stays, so other threads see no change.
     """
-    view = original.__new__(original)
+    kind: Any = CLASSES.plain(type(model))
+    view = object.__new__(kind)
     object.__setattr__(view, "__dict__", vars(model))
     return view
 
