@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from fastssl.interop import wrapped
+from fastssl.interop.call_through import INDEX_BY_FSDP
 from fastssl.models.folder import ACCELERATED_COMPRESSOR
 
 #: Attribute that only accelerated modules have: how group norms treat padding, "valid" or "padded".
@@ -22,8 +23,6 @@ NORM = "_fastssl_norm"
 CALLS = "_fastssl_calls"
 #: Attribute that only accelerated classes have: the `AcceleratedClasses` that made them.
 _MAKER = "_fastssl_maker"
-#: Attribute of a class that FSDP2 made: the index of the module's own class in its method resolution order.
-_INDEX_BY_FSDP = "_orig_cls_mro_index"
 
 
 class AcceleratedClasses:
@@ -186,14 +185,14 @@ class AcceleratedClasses:
         def reduce(self: Any, protocol: int) -> Any:
             """Have pickle find the class by the two that it was made from."""
             reduced: Any = super(made, self).__reduce_ex__(max(protocol, 2))
-            if type(self) is made and reduced[:2] == (copyreg.__newobj__, (made,)):
+            if type(self) is made and reduced[:2] == (copyreg.__newobj__, (made,)):  # type: ignore[attr-defined]
                 return _instance, (accelerated, kind), *reduced[2:]
             return reduced  # the class says itself how to pickle it
 
         namespace: dict[str, Any] = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
         namespace["__reduce_ex__"] = reduce
-        if hasattr(kind, _INDEX_BY_FSDP):
-            namespace[_INDEX_BY_FSDP] = getattr(kind, _INDEX_BY_FSDP) + 1
+        if hasattr(kind, INDEX_BY_FSDP):
+            namespace[INDEX_BY_FSDP] = getattr(kind, INDEX_BY_FSDP) + 1
         made = new_class(kind.__name__, (kind, accelerated), {}, lambda body: body.update(namespace))
         return made  # type: ignore[no-any-return]
 

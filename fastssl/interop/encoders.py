@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from fastssl.interop import read_only
+from fastssl.interop import call_through, read_only
 from fastssl.interop.classes import NORM
 from fastssl.models.folder import ACCELERATED_COMPRESSOR
 from fastssl.nn import functional as F
@@ -26,7 +26,11 @@ _ACTIVATIONS, _GELU = ("transformers.activations", "torch.nn.modules.activation"
 
 
 def original_runs(
-    model: nn.Module, modules: Iterable[nn.Module], reason: str | None = None, layers: Iterable[Any] | None = None
+    model: nn.Module,
+    modules: Iterable[nn.Module],
+    reason: str | None = None,
+    layers: Iterable[Any] | None = None,
+    called_through: Iterable[nn.Module] = (),
 ) -> bool:
     """Return whether the original `forward` must run instead of fastssl's; if so, warn why.
 
@@ -36,13 +40,14 @@ def original_runs(
             on one of them, or a foreign class in its place, so in these cases the original must run.
         reason: Another reason to run the original, found by the caller, or None.
         layers: The encoder's transformer layers.
+        called_through: Those of `modules` that `call_through.call` runs, so that tools may have wrapped them.
 
     Raises:
         ValueError: The original must run, but the model has a compressor, which the original cannot apply.
     """
     if not hasattr(type(model), NORM):  # restored, but somebody else's wrapper still calls fastssl's forward
         return True
-    reason = reason or _foreign_code(modules)
+    reason = reason or _foreign_code(modules, set(map(id, called_through)))
     if reason is None:
         return False
     if layers is not None and (lost := read_only.lost(model, layers)):
@@ -56,13 +61,15 @@ def original_runs(
     return True
 
 
-def _foreign_code(modules: Iterable[nn.Module]) -> str | None:
+def _foreign_code(modules: Iterable[nn.Module], called_through: set[int]) -> str | None:
     for module in modules:
-        kind = type(module)
+        kind, watched = type(module), F.is_watched(module)
+        if id(module) in called_through:
+            kind, watched = call_through.own_class(call_through.unwrapped(module)), call_through.is_watched(module)
         activation = kind.__module__ in _ACTIVATIONS and (kind.__name__ not in _GELU or _is_approximate(module))
         if activation or not kind.__module__.startswith(_LIBRARIES):
             return f"a {kind.__module__}.{kind.__name__} replaces a module of the original"
-        if F.is_watched(module):
+        if watched:
             return f"a {kind.__name__} has a hook or a replaced `forward`"
     return None
 
@@ -90,7 +97,7 @@ def modules_not_called(model: Any, stack: Any) -> Iterator[nn.Module]:
         yield from (block, block.conv)
         yield from _parts(block, "activation", "padding")
     for layer in stack.layers:
-        yield from (layer, layer.attention, layer.feed_forward)
+        yield from (layer, layer.attention, layer.feed_forward)  # wrappers that we call through have these attributes
         yield from _parts(layer.feed_forward, "intermediate_act_fn")
 
 
@@ -142,8 +149,14 @@ def front_end(
         layout = Layout.planned(
             lengths, device=waveforms.device, use=lambda samples: use(_after(convolutions, samples))
         )
-        samples = Packed(_without_padding(waveforms, lengths), layout)
-        return F.front_end(model.feature_extractor.conv_layers, samples), padded_frames
+        after: list[Layout] = []
+
+        def convolve(samples: Tensor) -> Tensor:  # (N, 1) -> (N_out, C)
+            values, *after[:] = F.front_end(model.feature_extractor.conv_layers, Packed(samples, layout))
+            return values
+
+        values = call_through.call(model.feature_extractor, convolve, _without_padding(waveforms, lengths))
+        return Packed(values, *after), padded_frames
     layout = Layout.planned(frames, device=waveforms.device, use=use)
     return Packed.from_padded(padded(waveforms), layout), padded_frames
 
@@ -226,6 +239,12 @@ def distance_bias(attention: Any) -> Tensor:
     """
     bias: Tensor = attention.rel_attn_embed(_buckets(attention, attention.rel_attn_embed.weight.device))
     return bias.t().contiguous()  # because every layer's op would copy it otherwise
+
+
+def with_distance_bias(layer: Callable[[Tensor, Tensor], Tensor], attention: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Run the layer that holds WavLM's relative position bias; return its output and the bias, for the other layers."""
+    bias = distance_bias(attention)
+    return layer(x, bias), bias
 
 
 #: The table of `_buckets` of each attention module, with what it was made for.

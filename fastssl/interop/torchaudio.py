@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastssl.interop import encoders, read_only, scripted
+from fastssl.interop import call_through, encoders, read_only, scripted
 from fastssl.interop.calls import as_original, recorded_by
 from fastssl.interop.classes import AcceleratedClasses
 from fastssl.interop.lengths import frame_lengths, valid_samples
@@ -50,8 +50,8 @@ _PARTS = (
 
 def _check(module: nn.Module) -> None:
     """Raise ValueError if an encoder has an unsupported part; `Wav2Vec2Model` can be built from any modules."""
-    for name, part in module.named_modules():
-        cls = type(part)
+    for wrapped_name, part in module.named_modules():
+        name, cls = call_through.without_wrappers(wrapped_name), call_through.own_class(call_through.unwrapped(part))
         for pattern, served in _PARTS:
             known = cls.__name__ in served.split(" or ") and cls.__module__.startswith("torchaudio.models.wav2vec2.")
             if re.fullmatch(pattern, name) and not known:
@@ -69,7 +69,7 @@ def _forward(
     lengths: Tensor | None = None,  # (B,)
 ) -> tuple[Tensor, Tensor | None]:  # (B, F, D) or (B, F, labels), (B,)
     """Return the last layer's frames, or the auxiliary head's logits, and the number of valid frames of each row."""
-    if encoders.original_runs(self, _modules_not_called(self), layers=self.encoder.transformer.layers):
+    if _original_runs(self):
         return CLASSES.original(self).forward(self, waveforms, lengths)  # type: ignore[no-any-return]
     if waveforms.device.type == "cpu" and _scales_by_batch(self):
         return scripted.forward_in_python(self, waveforms, lengths)  # type: ignore[no-any-return]
@@ -95,7 +95,7 @@ def _extract_features(
     num_layers: int | None = None,
 ) -> tuple[list[Tensor], Tensor | None]:  # of (B, F, D), (B,)
     """Return the frames of every layer, or of the first `num_layers`, and the number of valid frames of each row."""
-    if encoders.original_runs(self, _modules_not_called(self), layers=self.encoder.transformer.layers):
+    if _original_runs(self):
         original = CLASSES.original(self)
         return original.extract_features(self, waveforms, lengths, num_layers)  # type: ignore[no-any-return]
     if waveforms.device.type == "cpu" and _scales_by_batch(self):
@@ -107,6 +107,13 @@ def _extract_features(
     states, upsample = _transformer(self, frames, layers[:num_layers])
     next(states)  # the input of the first layer
     return [Packed(upsample(x), frames.layout).to_padded(length=padded_frames) for x in states], frame_lengths
+
+
+def _original_runs(model: Any) -> bool:
+    layers = model.encoder.transformer.layers
+    return encoders.original_runs(
+        model, _modules_not_called(model), layers=layers, called_through=(model.feature_extractor, *layers)
+    )
 
 
 def _modules_not_called(model: Any) -> Iterator[nn.Module]:
@@ -203,13 +210,26 @@ def _transformer(
 
     def run(layer: Any, x: Tensor) -> Tensor:
         nonlocal bias
+        own = call_through.unwrapped(layer)
+        function: Callable[..., Any] = partial(_layer, own, fewer.layout)
         # Only the first layer holds the bias. If layer drop skips it, the original runs without a bias, and so do we.
-        if bias is None and getattr(layer.attention, "rel_attn_embed", None) is not None:
-            bias = encoders.distance_bias(layer.attention)
-        attention = partial(_attention, layer.attention, layout=fewer.layout, bias=bias)
-        return encoders.run_layer(layer, x, attention, pre_norm=layer.layer_norm_first)
+        if bias is None and getattr(own.attention, "rel_attn_embed", None) is not None:
+            output, bias = call_through.call(layer, partial(encoders.with_distance_bias, function, own.attention), x)
+        else:
+            output = call_through.call(layer, function, x, bias)
+        return output  # type: ignore[no-any-return]
 
     return F.hidden_states(stack, fewer, layers, run, pre_norm=not stack.layer_norm_first), upsample
+
+
+def _layer(
+    layer: Any,
+    layout: Layout,
+    x: Tensor,  # (N, D)
+    bias: Tensor | None,
+) -> Tensor:  # (N, D)
+    attention = partial(_attention, layer.attention, layout=layout, bias=bias)
+    return encoders.run_layer(layer, x, attention, pre_norm=layer.layer_norm_first)
 
 
 def _attention(module: Any, x: Tensor, layout: Layout, bias: Tensor | None) -> Tensor:  # (N, D) -> (N, D)

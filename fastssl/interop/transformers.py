@@ -5,7 +5,7 @@ pickling, `save_pretrained`, `copy.deepcopy` and every head therefore work as be
 """
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from operator import attrgetter
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastssl import ops
-from fastssl.interop import encoders, read_only
+from fastssl.interop import call_through, encoders, read_only
 from fastssl.interop.calls import as_original, recorded_by
 from fastssl.interop.classes import CALLS, AcceleratedClasses
 from fastssl.nn import functional as F
@@ -70,7 +70,9 @@ def _methods(original: type[nn.Module]) -> dict[str, Any]:
             reason = f"{recorder} records the call"
         if replaced := CLASSES.replaced(self):
             reason = f"the model has a replaced `{replaced}`"
-        if encoders.original_runs(self, _modules_not_called(self), reason, self.encoder.layers):
+        layers = self.encoder.layers
+        called_through = (self.feature_extractor, self.encoder, *layers)
+        if encoders.original_runs(self, _modules_not_called(self), reason, layers, called_through):
             # Not `view.forward`, because the model may have a `forward` of its own that calls this one.
             return original.forward(_as_original(self), **given)
         return run(self, given)
@@ -148,7 +150,8 @@ def _forward(self: Any, given: dict[str, Any]) -> Any:
     x = Packed(projected, frames.layout)
     x = _mask(self, x, given.get("mask_time_indices"), padded_frames, has_padding=attention_mask is not None)
     fewer, upsample = encoders.compress(self, self.encoder, x)
-    last, hidden_states = _encode(self.encoder, fewer, calls=getattr(self, CALLS))
+    encode = partial(_encode, call_through.unwrapped(self.encoder), fewer.layout, getattr(self, CALLS))
+    last, hidden_states = call_through.call(self.encoder, encode, fewer.values)
 
     output_class = _output_class(CLASSES.original(self).__name__)
     values: dict[str, Any] = {"last_hidden_state": _adapt(self, Packed(upsample(last), x.layout), padded_frames)}
@@ -282,34 +285,58 @@ def _embedded_where(x: Packed, mask: Tensor, embedding: Tensor) -> Tensor:  # (N
     return torch.where(packed.unsqueeze(1), embedding, x.values)
 
 
-def _encode(encoder: Any, x: Packed, *, calls: bool) -> tuple[Tensor, list[Tensor]]:
+def _encode(encoder: Any, layout: Layout, calls: bool, values: Tensor) -> tuple[Tensor, list[Tensor]]:
     """Run the transformer; return the last hidden state after the final norm, and all hidden states before it.
 
     Args:
         encoder: The transformer.
-        x: (N, D) projected frames.
+        layout: Layout of the frames.
         calls: Whether to call projections that the original only reads.
+        values: (N, D) projected frames.
     """
     pre_norm = "StableLayerNorm" in type(encoder).__name__
     first = encoder.layers[0].attention if len(encoder.layers) else None
-    bias = encoders.distance_bias(first) if hasattr(first, "rel_attn_embed") else None
+    has_bias = hasattr(first, "rel_attn_embed")
+    bias: Tensor | None = None
 
     def run(layer: Any, values: Tensor) -> Tensor:
-        arguments = layer, values, x.layout, bias, pre_norm, calls
-        if getattr(layer, "gradient_checkpointing", False) and layer.training:
-            output: Tensor = layer._gradient_checkpointing_func(_layer, *arguments)
-            return output
-        return _layer(*arguments)
+        nonlocal bias
+        function: Callable[..., Any] = partial(_checkpointed, call_through.unwrapped(layer), layout, pre_norm, calls)
+        if has_bias and bias is None:
+            function = partial(encoders.with_distance_bias, function, call_through.unwrapped(layer).attention)
+            output, bias = call_through.call(layer, function, values)
+        else:
+            output = call_through.call(layer, function, values, bias)
+        return output  # type: ignore[no-any-return]
 
-    first_skippable = 0 if bias is None else 1  # WavLM never skips the first layer, which holds the bias
-    layers = (layer for index, layer in enumerate(encoder.layers) if index < first_skippable or not _skips(encoder))
-    hidden_states = list(F.hidden_states(encoder, x, layers, run, pre_norm=pre_norm))
+    first_skippable = 1 if has_bias else 0  # WavLM never skips the first layer, which holds the bias
+    layers = (
+        layer for index, layer in enumerate(encoder.layers) if index < first_skippable or not _skips(encoder, layer)
+    )
+    hidden_states = list(F.hidden_states(encoder, Packed(values, layout), layers, run, pre_norm=pre_norm))
     return (encoder.layer_norm(hidden_states[-1]) if pre_norm else hidden_states[-1]), hidden_states
 
 
-def _skips(encoder: Any) -> bool:
+def _skips(encoder: Any, layer: Any) -> bool:
     """Return whether layer drop skips the next layer; draws random numbers in the same order as the original."""
-    return encoder.training and encoder.config.layerdrop > 0 and bool(torch.rand([]) < encoder.config.layerdrop)
+    dropped = encoder.training and encoder.config.layerdrop > 0 and bool(torch.rand([]) < encoder.config.layerdrop)
+    # As in the original: all processes must gather the parameters of all layers.
+    return dropped and not getattr(layer, "_is_fsdp_managed_module", False)
+
+
+def _checkpointed(
+    layer: Any,
+    layout: Layout,
+    pre_norm: bool,
+    calls: bool,
+    x: Tensor,  # (N, D)
+    bias: Tensor | None,
+) -> Tensor:  # (N, D)
+    arguments = layer, x, layout, bias, pre_norm, calls
+    if getattr(layer, "gradient_checkpointing", False) and layer.training:
+        output: Tensor = layer._gradient_checkpointing_func(_layer, *arguments)
+        return output
+    return _layer(*arguments)
 
 
 def _layer(layer: Any, x: Tensor, layout: Layout, bias: Tensor | None, pre_norm: bool, calls: bool) -> Tensor:

@@ -33,7 +33,12 @@ def is_watched(module: nn.Module) -> bool:
     if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks or "forward" in vars(module):
         return True
     hooks = module._forward_hooks
-    return bool(hooks) and any(getattr(hook, "__module__", None) != _RECORDER for hook in hooks.values())
+    return bool(hooks) and not all(map(is_recorder, hooks.values()))
+
+
+def is_recorder(hook: Any) -> bool:
+    """Return whether a hook is one of Transformers' that records outputs and changes nothing."""
+    return getattr(hook, "__module__", None) == _RECORDER
 
 
 def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
