@@ -6,13 +6,15 @@ any other module has a hook or a foreign class, the original code runs instead; 
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial, wraps
+from functools import partial, reduce, wraps
+from itertools import groupby
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from fastssl import ops
 from fastssl.interop import call_through, read_only
 from fastssl.interop.classes import NORM
 from fastssl.models.folder import ACCELERATED_COMPRESSOR
@@ -64,7 +66,9 @@ def original_runs(
 def _foreign_code(modules: Iterable[nn.Module], called_through: set[int]) -> str | None:
     for module in modules:
         kind, watched = type(module), F.is_watched(module)
-        if id(module) in called_through:
+        if isinstance(module, nn.Conv1d):
+            watched = F.is_watched_convolution(module)
+        elif id(module) in called_through:
             kind, watched = call_through.own_class(call_through.unwrapped(module)), call_through.is_watched(module)
         activation = kind.__module__ in _ACTIVATIONS and (kind.__name__ not in _GELU or _is_approximate(module))
         if activation or not kind.__module__.startswith(_LIBRARIES):
@@ -89,9 +93,6 @@ def modules_not_called(model: Any, stack: Any) -> Iterator[nn.Module]:
     if getattr(model, NORM) == "valid":
         yield model.feature_extractor
         blocks += model.feature_extractor.conv_layers
-        for block in model.feature_extractor.conv_layers:
-            if getattr(block, "layer_norm", None) is not None:
-                yield block.layer_norm
     yield from (stack, stack.pos_conv_embed)
     for block in blocks:
         yield from (block, block.conv)
@@ -152,7 +153,7 @@ def front_end(
         after: list[Layout] = []
 
         def convolve(samples: Tensor) -> Tensor:  # (N, 1) -> (N_out, C)
-            values, *after[:] = F.front_end(model.feature_extractor.conv_layers, Packed(samples, layout))
+            values, *after[:] = _convolutions(model.feature_extractor.conv_layers, Packed(samples, layout))
             return values
 
         values = call_through.call(model.feature_extractor, convolve, _without_padding(waveforms, lengths))
@@ -165,6 +166,39 @@ def _after(convolutions: Iterable[tuple[int, int]], layout: Layout) -> Layout:
     for kernel, stride in convolutions:
         layout = layout.after_conv(kernel, stride)
     return layout
+
+
+def _convolutions(blocks: Iterable[Any], x: Packed) -> Packed:  # (N, 1) -> (N_out, C)
+    """Run the convolutions of a front end, fused as far as their norms are plain; call other norms."""
+    for called, group in groupby(blocks, lambda block: _is_called(getattr(block, "layer_norm", None))):
+        alike = list(group)
+        x = reduce(_with_called_norm, alike, x) if called else F.front_end(alike, x)
+    return x
+
+
+def _is_called(norm: Any) -> bool:
+    """Return whether the norm of a convolution does more, or something else, than what the fused op reads of it."""
+    if norm is None:
+        return False
+    ours = type(norm).__module__.startswith(_LIBRARIES) and isinstance(norm, (nn.LayerNorm, nn.GroupNorm))
+    if not ours or F.is_watched(norm) or norm.weight is None or norm.bias is None:
+        return True
+    return isinstance(norm, nn.GroupNorm) and norm.num_groups != norm.num_channels
+
+
+def _with_called_norm(x: Packed, block: Any) -> Packed:
+    """Run a convolution of a front end whose norm is called, on frames or, if it covers time, on each utterance."""
+    conv = block.conv
+    weight = F.convolution_weight(conv)
+    out, layout = ops.strided_conv(
+        x.values, weight, x.layout, stride=conv.stride[0], bias=conv.bias, norm="none", activation="none"
+    )
+    if type(block).__name__ == "ConvLayerBlock" or "GroupNorm" in type(block).__name__:  # its input is (B, C, T)
+        rows = [row.t().unsqueeze(0) for row in out.split(list(layout.lengths)) if len(row)]
+        out = torch.cat([block.layer_norm(row).squeeze(0).t() for row in rows]) if rows else out
+    else:
+        out = block.layer_norm(out)
+    return Packed(torch.nn.functional.gelu(out), layout)
 
 
 def _without_padding(waveforms: Tensor, lengths: list[int]) -> Tensor:  # (B, T) -> (N, 1)
