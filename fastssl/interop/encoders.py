@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastssl import ops
 from fastssl.interop import call_through, read_only
+from fastssl.interop.calls import mapped_by
 from fastssl.interop.classes import NORM
 from fastssl.models.folder import ACCELERATED_COMPRESSOR
 from fastssl.nn import functional as F
@@ -49,6 +50,8 @@ def original_runs(
     """
     if not hasattr(type(model), NORM):  # restored, but somebody else's wrapper still calls fastssl's forward
         return True
+    if reason is None and (mapper := mapped_by()):
+        reason = f"{mapper} runs the call on slices of its tensors"
     reason = reason or _foreign_code(modules, set(map(id, called_through)))
     if reason is None:
         return False

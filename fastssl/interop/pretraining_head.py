@@ -86,24 +86,23 @@ def _losses(config: Any, output: Any, mask: Tensor | None, negatives: Tensor) ->
     return {"loss": loss, "contrastive_loss": contrastive, "diversity_loss": diversity}
 
 
-def _is_changed(module: nn.Module) -> bool:
-    """Return whether somebody replaced a method that only the original code calls; if so, warn."""
+def _original_runs(module: nn.Module) -> bool:
     name = CLASSES.replaced(module)
-    return name is not None and encoders.original_runs(module, (), f"the model has a replaced `{name}`")
+    return encoders.original_runs(module, (), name and f"the model has a replaced `{name}`")
 
 
 def _methods(original: type[nn.Module]) -> dict[str, Any]:
     if original.__name__ == "Wav2Vec2GumbelVectorQuantizer":
 
         def quantize(self: Any, **given: Any) -> Any:
-            if recorded_by(given.values()) or _is_changed(self):
+            if recorded_by(given.values()) or _original_runs(self):
                 return original.forward(self, **given)
             return _quantize(self, **given)
 
         return {"forward": as_original(original.forward, quantize)}
 
     def forward(self: Any, **given: Any) -> Any:
-        if recorded_by(given.values()) or _is_changed(self):  # if it is recorded, the encoder warns
+        if recorded_by(given.values()) or _original_runs(self):  # if it is recorded, the encoder warns
             return original.forward(self, **given)
         return_dict, negatives = given.pop("return_dict", None), given.pop("sampled_negative_indices", None)
         if return_dict is None:

@@ -18,6 +18,7 @@ from fastssl import ops
 from fastssl.interop import call_through, encoders, read_only
 from fastssl.interop.calls import as_original, recorded_by
 from fastssl.interop.classes import CALLS, AcceleratedClasses
+from fastssl.kernels.autograd import is_transformed
 from fastssl.nn import functional as F
 from fastssl.nn.activation import sigmoid
 from fastssl.packing import Layout, Packed, kept_by_plan, send
@@ -174,7 +175,7 @@ def _need_gradient(model: Any, frames: Tensor) -> None:  # (N, C)
     the same effect, without a backward pass through frozen convolutions.
     """
     marks = model.training and getattr(model.feature_extractor, "_requires_grad", False)
-    if marks and torch.is_grad_enabled() and not frames.requires_grad:
+    if marks and torch.is_grad_enabled() and not frames.requires_grad and not is_transformed():
         frames.requires_grad_()
 
 

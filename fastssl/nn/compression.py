@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastssl import ops
+from fastssl.kernels.autograd import is_transformed
 from fastssl.kernels.integrate_and_fire.op import integrate
 from fastssl.nn.activation import sigmoid
 from fastssl.nn.rates import LEAST_WEIGHT, mix_weights, rate_for_period
@@ -73,6 +74,8 @@ class Compressed:
         total = self.frames.layout.total
         if values.dim() < 1 or len(values) != total:
             raise ValueError(f"values: expected ({total}, ...), got {tuple(values.shape)}")
+        if is_transformed():
+            return values.index_select(0, self.sources)
         repeated: Tensor = _Repeat.apply(values, self.sources)
         return repeated
 

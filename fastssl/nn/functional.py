@@ -120,13 +120,18 @@ def add_and_norm(branch: Tensor, residual: Tensor, norm: Any, dropout: Any = Non
     Returns:
         (N, D) normalised frames in the dtype of `residual`; under CUDA autocast in fp32, see `wide`.
     """
-    if is_plain(norm, nn.LayerNorm) and (dropout is None or is_plain(dropout, nn.Dropout)):
+    if _is_plain_norm(norm) and (dropout is None or is_plain(dropout, nn.Dropout)):
         dropout_p = 0.0 if dropout is None else _probability(dropout)
         return ops.dropout_add_layer_norm(
             branch, wide(residual), weight=norm.weight, bias=norm.bias, eps=norm.eps, dropout_p=dropout_p
         )
     out: Tensor = norm(residual + (branch if dropout is None else dropout(branch)))
     return out
+
+
+def _is_plain_norm(norm: Any) -> bool:
+    """Return whether the fused op computes a norm: a plain layer norm with weight and bias."""
+    return is_plain(norm, nn.LayerNorm) and norm.weight is not None and norm.bias is not None
 
 
 def wide(x: Tensor) -> Tensor:
@@ -144,7 +149,7 @@ def sum_and_norm(branch: Tensor, residual: Tensor, norm: Any, dropout: Any) -> t
 
     Both have the dtype of `residual`, which is that of `branch` or fp32.
     """
-    if is_plain(norm, nn.LayerNorm) and is_plain(dropout, nn.Dropout):
+    if _is_plain_norm(norm) and is_plain(dropout, nn.Dropout):
         dropout_p = _probability(dropout)
         normalised, total = ops.dropout_add_layer_norm(
             branch, residual, weight=norm.weight, bias=norm.bias, eps=norm.eps, dropout_p=dropout_p, prenorm=True

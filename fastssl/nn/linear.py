@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastssl import ops
 from fastssl.kernels import gemm
-from fastssl.kernels.autograd import once_differentiable
+from fastssl.kernels.autograd import is_transformed, once_differentiable
 from fastssl.kernels.dispatch import norms_stay_wide
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -241,6 +241,7 @@ def _by_copies(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | N
         or not casts_are_shared()
         or not torch.is_autocast_enabled(x.device.type)
         or _is_recorded()
+        or is_transformed()
     ):
         return None
     weight_copy = _copies.by_ids.get(_key(weights))
@@ -259,7 +260,8 @@ def _is_recorded() -> bool:
 
 def _by_onednn(x: Tensor, weight: Tensor) -> bool:
     """Return whether the products of a layer call oneDNN directly."""
-    return weight.dtype == x.dtype and not torch.is_autocast_enabled("cpu") and gemm.takes_onednn(x)
+    direct = weight.dtype == x.dtype and not torch.is_autocast_enabled("cpu") and gemm.takes_onednn(x)
+    return direct and not is_transformed()
 
 
 class PackedLinear(nn.Linear):
