@@ -76,7 +76,11 @@ def _forward(
     frames, padded_frames, frame_lengths = _front_end(self, waveforms, lengths)
     stack = self.encoder.transformer
     # Layer drop with the same random draws as the original, which draws even if the probability is 0.
-    layers = (layer for layer in stack.layers if not (stack.training and torch.rand(1).item() <= stack.layer_drop))
+    layers = (
+        layer
+        for layer in stack.layers
+        if not (stack.training and torch.rand(1, device="cpu").item() <= stack.layer_drop)
+    )
     states, upsample = _transformer(self, frames, layers)
     (x,) = deque(states, maxlen=1)
     x = upsample(x if stack.layer_norm_first else stack.layer_norm(x))

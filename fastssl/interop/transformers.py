@@ -252,7 +252,7 @@ def _mask(model: Any, x: Packed, mask_time_indices: Any, padded_frames: int, *, 
         )
     host: dict[str, Tensor] = {}  # sent in one copy
     if mask_time_indices is not None:
-        mask = torch.as_tensor(mask_time_indices).bool()
+        mask = torch.as_tensor(mask_time_indices, device=getattr(mask_time_indices, "device", "cpu")).bool()
         if mask.shape != valid.shape:
             raise ValueError(
                 f"mask_time_indices: expected {tuple(valid.shape)}, one per frame, got {tuple(mask.shape)}"
@@ -320,7 +320,8 @@ def _encode(encoder: Any, layout: Layout, calls: bool, values: Tensor) -> tuple[
 
 def _skips(encoder: Any, layer: Any) -> bool:
     """Return whether layer drop skips the next layer; draws random numbers in the same order as the original."""
-    dropped = encoder.training and encoder.config.layerdrop > 0 and bool(torch.rand([]) < encoder.config.layerdrop)
+    dropped = encoder.training and encoder.config.layerdrop > 0
+    dropped = dropped and bool(torch.rand([], device="cpu") < encoder.config.layerdrop)
     # As in the original: all processes must gather the parameters of all layers.
     return dropped and not getattr(layer, "_is_fsdp_managed_module", False)
 

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from fastssl.files import make_folder, write_json, write_text
@@ -305,7 +306,8 @@ class SpeechEncoder(nn.Module):
         check_matching(shape, found, name=name)
         check_stored(found, name=name)
         try:
-            encoder = cls(config)
+            with torch.device("cpu"):
+                encoder = cls(config)
         except (RuntimeError, MemoryError) as error:
             raise ValueError(f"{name}: cannot be built: {str(error).partition(chr(10))[0]}") from error
         encoder.load_weights(weights, name=name)

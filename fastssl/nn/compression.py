@@ -436,4 +436,4 @@ def _period(before: Layout, after: Layout, input_period_ms: float) -> Tensor:  #
     """Return the mean frame period (ms) of each utterance after compression."""
     pairs = zip(before.lengths, after.lengths, strict=True)
     periods = [input_period_ms * frames / fewer if fewer else math.nan for frames, fewer in pairs]
-    return torch.tensor(periods, dtype=torch.float64)
+    return torch.tensor(periods, dtype=torch.float64, device="cpu")
