@@ -1,7 +1,8 @@
 """Code shared by accelerated encoders of all libraries: when they run, and how they remove and restore padding.
 
 Linear layers, norms and dropouts that are not plain PyTorch modules are called as they are (see `nn.functional`). If
-any other module has a hook or a foreign class, the original code runs instead; see `original_runs`.
+any other module has a hook or a foreign class, the original code runs instead (see `original_runs`), unless it is of a
+tool that `call_through` knows.
 """
 
 import warnings
