@@ -69,7 +69,7 @@ def recorded_by(arguments: Iterable[Any]) -> str | None:
 
 def mapped_by() -> str | None:
     """Return what runs this call for each slice of its tensors at once, or None: slices cannot be packed."""
-    if not torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_dynamo_compiling() or not torch._C._are_functorch_transforms_active():
         return None
     functorch = torch._C._functorch
     levels = functorch.get_interpreter_stack() or ()

@@ -8,10 +8,10 @@ the padded batch, as in the original.
 
 Limits: hooks on linear layers, norms and dropouts are called. If any other module has a hook (the feature extractor, a
 convolution, the encoder, one of its layers), the original code runs, with a warning; `call_through` has exceptions. A
-pipeline's wrapper that normalises waveforms still does so over the whole batch, padding included. A script (`torch.jit.script`) and a
-dynamically quantised model run the original's modules on each utterance alone; a trace and an export are of the
-original, on padded batches. A `HuBERTPretrainModel` calls the parts of
-its encoder directly, so acceleration changes neither its results nor its speed.
+pipeline's wrapper that normalises waveforms still does so over the whole batch, padding included. A script
+(`torch.jit.script`) and a dynamically quantised model run the original's modules on each utterance alone; a trace and
+an export are of the original, on padded batches. A `HuBERTPretrainModel` calls the parts of its encoder directly, so
+acceleration changes neither its results nor its speed.
 """
 
 import re
