@@ -551,5 +551,7 @@ class PaddedRows(NamedTuple):
             (B, T, ...) padded batch.
         """
         batch, shape = len(self.layout.lengths), x.shape[1:]
-        padded = x.new_full((batch * self.length, *shape), value)
-        return padded.index_copy_(0, self.rows, x).view(batch, self.length, *shape)
+        padded = x.new_full((batch * self.length, *shape), value).index_copy_(0, self.rows, x)
+        # Not a view, on which hooks get lost or crash if the batch is then changed in place.
+        whole: Tensor = torch.ops.aten._unsafe_view.default(padded, (batch, self.length, *shape))
+        return whole

@@ -319,7 +319,7 @@ class WaveformDataset(Dataset[AudioBatch]):
         problems = tuple(item for item in read if isinstance(item, Problem))
         waveforms = [item for item in read if not isinstance(item, Problem)]
         used = [cut for cut, item in zip(spec.cuts, read, strict=True) if not isinstance(item, Problem)]
-        ids = torch.tensor([utterance_id(cut.id) for cut in used], dtype=torch.int64)
+        ids = torch.tensor([utterance_id(cut.id) for cut in used], dtype=torch.int64, device="cpu")
         names = tuple(cut_name(cut) for cut in used)
         parts = [
             (cut, float(_part(cut, spec).start), len(waveform)) for cut, waveform in zip(used, waveforms, strict=True)

@@ -39,7 +39,7 @@ def mfcc(waveform: NDArray[np.float32]) -> Tensor:
         before = min(first, _MARGIN_FRAMES)
         stop = len(waveform) if last + _MARGIN_FRAMES >= frames else (last + _MARGIN_FRAMES) * shift
         samples = torch.from_numpy(waveform[(first - before) * shift : stop])
-        with torch.inference_mode():
+        with torch.inference_mode(), torch.device("cpu"):  # Lhotse creates tensors on PyTorch's default device
             parts.append(_extractor()(samples[None])[0, before : before + last - first])
     coefficients = torch.cat(parts)
     first_differences = differences(coefficients)

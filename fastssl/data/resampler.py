@@ -17,7 +17,8 @@ _BLOCK_OUTPUTS, _ROW_OUTPUTS = 16, 160
 @lru_cache(maxsize=16)
 def resampler(period: int, steps: int) -> Any:
     """Return Lhotse's `Resample` from `period` to `steps` samples."""
-    return Resample(period, steps, lowpass_filter_width=FILTER_WIDTH)
+    with torch.device("cpu"):  # its filters go to PyTorch's default device
+        return Resample(period, steps, lowpass_filter_width=FILTER_WIDTH)
 
 
 def resample_in_blocks(samples: NDArray[np.float32], period: int, steps: int) -> NDArray[np.float32]:
@@ -37,9 +38,9 @@ def resample_in_blocks(samples: NDArray[np.float32], period: int, steps: int) ->
     blocks, repeats, width = _blocks(period, steps)
     hop, outputs = repeats * period, repeats * steps
     rows = -(-len(samples) // hop)
-    padded = torch.zeros(rows * hop + 2 * width + period + 1)
+    padded = torch.zeros(rows * hop + 2 * width + period + 1, device="cpu")
     padded[width : width + len(samples)] = torch.from_numpy(samples)
-    result = torch.empty(rows, outputs)
+    result = torch.empty(rows, outputs, device="cpu")
     for begin, first, weights in blocks:
         seen, number = weights.shape
         torch.mm(padded.as_strided((rows, seen), (hop, 1), first), weights, out=result[:, begin : begin + number])
@@ -64,7 +65,7 @@ def _blocks(period: int, steps: int) -> tuple[list[tuple[int, int, torch.Tensor]
     for begin in range(0, repeats * steps, _BLOCK_OUTPUTS):
         end = min(begin + _BLOCK_OUTPUTS, repeats * steps)
         first = begin * period // steps
-        weights = torch.zeros((end - 1) * period // steps - first + 2 * width + 1, end - begin)
+        weights = torch.zeros((end - 1) * period // steps - first + 2 * width + 1, end - begin, device="cpu")
         for output in range(begin, end):
             taps = filters[output % steps, output % steps * period // steps :][: 2 * width + 1]
             row = output * period // steps - first

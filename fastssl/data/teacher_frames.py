@@ -119,7 +119,7 @@ class TeacherTable:
 
         def read(name: str, width: int) -> Tensor:
             parts = [self._tensor(key, name, width) for key in keys]
-            return torch.cat([torch.empty(0, width, dtype=torch.float16), *parts])
+            return torch.cat([torch.empty(0, width, dtype=torch.float16, device="cpu"), *parts])
 
         layers = tuple(read(str(layer), self.width) for layer in self.layers)
         return TeacherFrames(layers, None if self.channels is None else read(FRONT_END, self.channels))

@@ -202,9 +202,9 @@ def _kept_after(compressed: Compressed, keeps: Sequence[slice]) -> list[slice]:
     layout = compressed.frames.layout
     sources_of = Packed(compressed.sources.cpu(), compressed.layout).unpack()
     for sources, first, left, keep in zip(sources_of, layout.offsets, layout.lengths, keeps, strict=False):
-        begins = torch.searchsorted(sources, torch.arange(first, first + left))
+        begins = torch.searchsorted(sources, torch.arange(first, first + left, device="cpu"))
         start, stop, _ = keep.indices(len(sources))
-        translated.append(slice(*torch.searchsorted(begins, torch.tensor([start, stop])).tolist()))
+        translated.append(slice(*torch.searchsorted(begins, torch.tensor([start, stop], device="cpu")).tolist()))
     return translated
 
 

@@ -65,3 +65,12 @@ def recorded_by(arguments: Iterable[Any]) -> str | None:
     if any(isinstance(argument, torch.fx.Proxy) for argument in arguments):
         return "torch.fx"
     return "make_fx" if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None else None
+
+
+def mapped_by() -> str | None:
+    """Return what runs this call for each slice of its tensors at once, or None: slices cannot be packed."""
+    if torch.compiler.is_dynamo_compiling() or not torch._C._are_functorch_transforms_active():
+        return None
+    functorch = torch._C._functorch
+    levels = functorch.get_interpreter_stack() or ()
+    return "torch.func.vmap" if any(level.key() == functorch.TransformType.Vmap for level in levels) else None

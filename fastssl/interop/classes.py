@@ -1,22 +1,28 @@
 """Subclasses that accelerate another library's modules: create them, recognise them, and undo them.
 
-An accelerated module belongs to a subclass of its original class, with the same name and some methods replaced.
+An accelerated module belongs to a subclass of its class, with the same name and some methods replaced. If its class is
+itself a subclass of the library's class, the replaced methods come between the two, where `super()` finds them.
 """
 
+import copyreg
 import importlib
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from types import FunctionType, new_class
 from typing import Any
 
 from torch import nn
 
 from fastssl.interop import wrapped
+from fastssl.interop.call_through import INDEX_BY_FSDP
 from fastssl.models.folder import ACCELERATED_COMPRESSOR
 
 #: Attribute that only accelerated modules have: how group norms treat padding, "valid" or "padded".
 NORM = "_fastssl_norm"
 #: Attribute that only accelerated modules have: whether modules that the original only reads are called.
 CALLS = "_fastssl_calls"
+#: Attribute that only accelerated classes have: the `AcceleratedClasses` that made them.
+_MAKER = "_fastssl_maker"
 
 
 class AcceleratedClasses:
@@ -29,6 +35,7 @@ class AcceleratedClasses:
         check: Function that raises ValueError if a module has an unsupported part; None accepts every module.
         width: Function from an encoder to the width D of its frames; None if the classes are not encoders.
         layers: Function from an encoder to its transformer layers; None if the classes are not encoders.
+        not_called: Names of methods that the originals' code calls and the accelerated methods do not; see `replaced`.
     """
 
     def __init__(
@@ -40,6 +47,7 @@ class AcceleratedClasses:
         check: Callable[[Any], None] | None = None,
         width: Callable[[Any], int] | None = None,
         layers: Callable[[Any], Iterable[Any]] | None = None,
+        not_called: Collection[str] = (),
     ) -> None:
         self.home = home
         self.sources = sources
@@ -47,17 +55,17 @@ class AcceleratedClasses:
         self.check = check
         self.width = width
         self.layers = layers
+        self.not_called = not_called
         self._made: dict[type[nn.Module], type[nn.Module]] = {}
+        self._plain: dict[type[nn.Module], type[nn.Module]] = {}  # from accelerated classes to those they accelerate
         self._own: dict[type[nn.Module], dict[str, Any]] = {}  # the methods that a subclass replaces
 
     def original(self, module: nn.Module) -> Any:
-        """Return the original class of a module, accelerated or not, or None if the class is not in `sources`."""
-        # A user's subclass may have its own forward, so only accelerated subclasses are traced back to their base.
-        candidates = type(module).__mro__ if hasattr(type(module), NORM) else (type(module),)
-        for cls in candidates:
-            if self.sources.get(cls.__name__) == cls.__module__:
-                return cls
-        return None
+        """Return the class in `sources` that a module belongs to, itself or by a subclass, or None if there is none."""
+        return self._source(type(module))
+
+    def _source(self, kind: type[nn.Module]) -> Any:
+        return next((cls for cls in kind.__mro__ if self.sources.get(cls.__name__) == cls.__module__), None)
 
     def put_on(self, module: nn.Module, norm: str, calls: bool) -> None:
         """Accelerate a module in place by changing its class.
@@ -67,8 +75,10 @@ class AcceleratedClasses:
             norm: "valid" or "padded", as in `accelerate`.
             calls: `call_projections` of `accelerate`.
         """
-        original = self.original(module)
-        subclass, methods = self._subclass(original), self._own[original]
+        original, kind = self.original(module), type(module)
+        subclass = kind if hasattr(kind, NORM) else self._subclass(kind)
+        self._subclass(original)
+        methods = self._own[original]
         replacements = {one: own for name, own in methods.items() for one in wrapped.chain(getattr(original, name))}
         wrapped.put_in(module, methods, replacements)
         module.__class__ = subclass
@@ -80,14 +90,54 @@ class AcceleratedClasses:
         original = self.original(module)
         self._subclass(original)
         methods = self._own[original]
-        originals = [one for name in methods for one in wrapped.chain(getattr(original, name))]
-        return wrapped.hiding(module, methods, [*originals, *methods.values()])
+        kinds = (original, type(module))
+        called = [one for name in methods for kind in kinds for one in wrapped.chain(getattr(kind, name))]
+        return wrapped.hiding(module, methods, [*called, *methods.values()])
+
+    def overridden(self, module: nn.Module) -> str | None:
+        """Return the name of a method that a subclass of the original overrides without a call of `super()`, or None.
+
+        The accelerated method is then never called.
+        """
+        original = self.original(module)
+        self._subclass(original)
+        subclasses = type(module).__mro__[: type(module).__mro__.index(original)]
+        for name in self._own[original]:
+            for kind in subclasses:
+                own = None if kind in self._plain else vars(kind).get(name)
+                if own is not None and not any(map(_uses_super, wrapped.chain(own))):
+                    return name
+        return None
+
+    def replaced(self, module: nn.Module) -> str | None:
+        """Return the name of a method in `not_called` that a subclass or the module itself replaces, or None."""
+        original = self.original(module)
+        for name in self.not_called:
+            if name in vars(module) or getattr(type(module), name, None) is not getattr(original, name, None):
+                return name
+        return None
+
+    def plain(self, kind: type[nn.Module]) -> type[nn.Module]:
+        """Return the class of a module as it would be without acceleration.
+
+        Args:
+            kind: Class of a module. It may have been made from an accelerated one, as by FSDP2's `fully_shard`.
+        """
+        if kind in self._plain or not hasattr(kind, NORM):
+            return self._plain.get(kind, kind)
+        namespace = {name: one for name, one in vars(kind).items() if name not in ("__dict__", "__weakref__")}
+        if any(map(_uses_super, namespace.values())):  # written by hand, so it cannot be made again
+            return self._source(kind)  # type: ignore[no-any-return]
+        bases = tuple(self.plain(base) for base in kind.__bases__)
+        self._plain[kind] = new_class(kind.__name__, bases, {}, lambda body: body.update(namespace))
+        return self._plain[kind]
 
     def take_off(self, module: nn.Module) -> None:
         """Restore the original class of a module in place and drop its compressor; leaves other modules unchanged."""
         original = self.original(module)
         if original is not None and hasattr(type(module), NORM):
-            module.__class__ = original
+            module.__class__ = self.plain(type(module))
+            self._subclass(original)
             methods = self._own[original]
             wrapped.take_out(module, methods, {own: getattr(original, name) for name, own in methods.items()})
             for attribute in (NORM, CALLS):
@@ -105,20 +155,61 @@ class AcceleratedClasses:
             raise AttributeError(f"module {self.home!r} has no attribute {name!r}")
         return self._subclass(getattr(importlib.import_module(self.sources[name]), name))
 
-    def _subclass(self, original: type[nn.Module]) -> type[nn.Module]:
-        if original not in self._made:
-            name = original.__name__
-            namespace: dict[str, Any] = {"__module__": self.home, "__qualname__": name, "__doc__": original.__doc__}
-            # A class attribute, so that instances that the class itself creates, as in `from_pretrained`, have it too.
-            namespace |= {NORM: "valid", CALLS: False}
-            methods = self.methods(original)
-            scripted = methods if "__prepare_scriptable__" in methods else ()  # TorchScript follows `__wrapped__`, too
-            for method, function in methods.items():
-                function.__name__ = method  # by which pickle finds a bound method
-                # `Accelerator.unwrap_model` puts what it finds at the end of `__wrapped__` on the model.
-                function.__signature__ = inspect.signature(function)
-                if method not in scripted:
-                    vars(function).pop("__wrapped__", None)
-            self._made[original] = type(name, (original,), methods | namespace)
-            self._own[original] = {name: one for name, one in methods.items() if hasattr(original, name)}
-        return self._made[original]
+    def _subclass(self, kind: type[nn.Module]) -> type[nn.Module]:
+        """Return the accelerated class for a class in `sources`, or for a subclass of one."""
+        if kind not in self._made:
+            original = self._source(kind)
+            made = self._of_original(kind) if kind is original else self._of_subclass(kind, self._subclass(original))
+            self._made[kind], self._plain[made] = made, kind
+        return self._made[kind]
+
+    def _of_original(self, original: type[nn.Module]) -> type[nn.Module]:
+        name = original.__name__
+        namespace: dict[str, Any] = {"__module__": self.home, "__qualname__": name, "__doc__": original.__doc__}
+        # A class attribute, so that instances that the class itself creates, as in `from_pretrained`, have it too.
+        namespace |= {NORM: "valid", CALLS: False, _MAKER: self}
+        methods = self.methods(original)
+        scripted = methods if "__prepare_scriptable__" in methods else ()  # TorchScript follows `__wrapped__`, too
+        for method, function in methods.items():
+            function.__name__ = method  # by which pickle finds a bound method
+            # `Accelerator.unwrap_model` puts what it finds at the end of `__wrapped__` on the model.
+            function.__signature__ = inspect.signature(function)
+            if method not in scripted:
+                vars(function).pop("__wrapped__", None)
+        self._own[original] = {name: one for name, one in methods.items() if hasattr(original, name)}
+        return type(name, (original,), methods | namespace)
+
+    def _of_subclass(self, kind: type[nn.Module], accelerated: type[nn.Module]) -> type[nn.Module]:
+        made: Any
+
+        def reduce(self: Any, protocol: int) -> Any:
+            """Have pickle find the class by the two that it was made from."""
+            reduced: Any = super(made, self).__reduce_ex__(max(protocol, 2))
+            if type(self) is made and reduced[:2] == (copyreg.__newobj__, (made,)):  # type: ignore[attr-defined]
+                return _instance, (accelerated, kind), *reduced[2:]
+            return reduced  # the class says itself how to pickle it
+
+        namespace: dict[str, Any] = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
+        namespace["__reduce_ex__"] = reduce
+        if hasattr(kind, INDEX_BY_FSDP):
+            namespace[INDEX_BY_FSDP] = getattr(kind, INDEX_BY_FSDP) + 1
+        made = new_class(kind.__name__, (kind, accelerated), {}, lambda body: body.update(namespace))
+        return made  # type: ignore[no-any-return]
+
+
+def _instance(accelerated: Any, kind: type[nn.Module]) -> nn.Module:
+    """Return an empty module of an accelerated class, for pickle.
+
+    Args:
+        accelerated: The accelerated class of the library's class.
+        kind: Subclass of the library's class.
+    """
+    subclass: Any = getattr(accelerated, _MAKER)._subclass(kind)
+    module: nn.Module = object.__new__(subclass)
+    return module
+
+
+def _uses_super(value: Any) -> bool:
+    """Return whether a value is a function that contains `super()`."""
+    code = getattr(value, "__code__", None) if isinstance(value, FunctionType) else None
+    return code is not None and ("__class__" in code.co_freevars or "super" in code.co_names)

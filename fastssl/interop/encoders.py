@@ -1,19 +1,23 @@
 """Code shared by accelerated encoders of all libraries: when they run, and how they remove and restore padding.
 
 Linear layers, norms and dropouts that are not plain PyTorch modules are called as they are (see `nn.functional`). If
-any other module has a hook or a foreign class, the original code runs instead; see `original_runs`.
+any other module has a hook or a foreign class, the original code runs instead (see `original_runs`), unless it is of a
+tool that `call_through` knows.
 """
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial, wraps
+from functools import partial, reduce, wraps
+from itertools import groupby
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from fastssl.interop import read_only
+from fastssl import ops
+from fastssl.interop import call_through, read_only
+from fastssl.interop.calls import mapped_by
 from fastssl.interop.classes import NORM
 from fastssl.models.folder import ACCELERATED_COMPRESSOR
 from fastssl.nn import functional as F
@@ -26,7 +30,11 @@ _ACTIVATIONS, _GELU = ("transformers.activations", "torch.nn.modules.activation"
 
 
 def original_runs(
-    model: nn.Module, modules: Iterable[nn.Module], reason: str | None = None, layers: Iterable[Any] | None = None
+    model: nn.Module,
+    modules: Iterable[nn.Module],
+    reason: str | None = None,
+    layers: Iterable[Any] | None = None,
+    called_through: Iterable[nn.Module] = (),
 ) -> bool:
     """Return whether the original `forward` must run instead of fastssl's; if so, warn why.
 
@@ -36,13 +44,16 @@ def original_runs(
             on one of them, or a foreign class in its place, so in these cases the original must run.
         reason: Another reason to run the original, found by the caller, or None.
         layers: The encoder's transformer layers.
+        called_through: Those of `modules` that `call_through.call` runs, so that tools may have wrapped them.
 
     Raises:
         ValueError: The original must run, but the model has a compressor, which the original cannot apply.
     """
     if not hasattr(type(model), NORM):  # restored, but somebody else's wrapper still calls fastssl's forward
         return True
-    reason = reason or _foreign_code(modules)
+    if reason is None and (mapper := mapped_by()):
+        reason = f"{mapper} runs the call on slices of its tensors"
+    reason = reason or _foreign_code(modules, set(map(id, called_through)))
     if reason is None:
         return False
     if layers is not None and (lost := read_only.lost(model, layers)):
@@ -56,13 +67,17 @@ def original_runs(
     return True
 
 
-def _foreign_code(modules: Iterable[nn.Module]) -> str | None:
+def _foreign_code(modules: Iterable[nn.Module], called_through: set[int]) -> str | None:
     for module in modules:
-        kind = type(module)
+        kind, watched = type(module), F.is_watched(module)
+        if isinstance(module, nn.Conv1d):
+            watched = F.is_watched_convolution(module)
+        elif id(module) in called_through:
+            kind, watched = call_through.own_class(call_through.unwrapped(module)), call_through.is_watched(module)
         activation = kind.__module__ in _ACTIVATIONS and (kind.__name__ not in _GELU or _is_approximate(module))
         if activation or not kind.__module__.startswith(_LIBRARIES):
             return f"a {kind.__module__}.{kind.__name__} replaces a module of the original"
-        if F.is_watched(module):
+        if watched:
             return f"a {kind.__name__} has a hook or a replaced `forward`"
     return None
 
@@ -82,15 +97,12 @@ def modules_not_called(model: Any, stack: Any) -> Iterator[nn.Module]:
     if getattr(model, NORM) == "valid":
         yield model.feature_extractor
         blocks += model.feature_extractor.conv_layers
-        for block in model.feature_extractor.conv_layers:
-            if getattr(block, "layer_norm", None) is not None:
-                yield block.layer_norm
     yield from (stack, stack.pos_conv_embed)
     for block in blocks:
         yield from (block, block.conv)
         yield from _parts(block, "activation", "padding")
     for layer in stack.layers:
-        yield from (layer, layer.attention, layer.feed_forward)
+        yield from (layer, layer.attention, layer.feed_forward)  # wrappers that we call through have these attributes
         yield from _parts(layer.feed_forward, "intermediate_act_fn")
 
 
@@ -148,8 +160,14 @@ def front_end(
         layout = Layout.planned(
             lengths, device=waveforms.device, use=lambda samples: use(_after(convolutions, samples))
         )
-        samples = Packed(_without_padding(waveforms, lengths, left), layout)
-        return F.front_end(model.feature_extractor.conv_layers, samples), padded_frames
+        after: list[Layout] = []
+
+        def convolve(samples: Tensor) -> Tensor:  # (N, 1) -> (N_out, C)
+            values, *after[:] = _convolutions(model.feature_extractor.conv_layers, Packed(samples, layout))
+            return values
+
+        values = call_through.call(model.feature_extractor, convolve, _without_padding(waveforms, lengths, left))
+        return Packed(values, *after), padded_frames
     layout = Layout.planned(frames, device=waveforms.device, use=use)
     return Packed.from_padded(padded(waveforms), layout), padded_frames
 
@@ -158,6 +176,39 @@ def _after(convolutions: Iterable[tuple[int, int]], layout: Layout) -> Layout:
     for kernel, stride in convolutions:
         layout = layout.after_conv(kernel, stride)
     return layout
+
+
+def _convolutions(blocks: Iterable[Any], x: Packed) -> Packed:  # (N, 1) -> (N_out, C)
+    """Run the convolutions of a front end, fused as far as their norms are plain; call other norms."""
+    for called, group in groupby(blocks, lambda block: _is_called(getattr(block, "layer_norm", None))):
+        alike = list(group)
+        x = reduce(_with_called_norm, alike, x) if called else F.front_end(alike, x)
+    return x
+
+
+def _is_called(norm: Any) -> bool:
+    """Return whether the norm of a convolution does more, or something else, than what the fused op reads of it."""
+    if norm is None:
+        return False
+    ours = type(norm).__module__.startswith(_LIBRARIES) and isinstance(norm, (nn.LayerNorm, nn.GroupNorm))
+    if not ours or F.is_watched(norm) or norm.weight is None or norm.bias is None:
+        return True
+    return isinstance(norm, nn.GroupNorm) and norm.num_groups != norm.num_channels
+
+
+def _with_called_norm(x: Packed, block: Any) -> Packed:
+    """Run a convolution of a front end whose norm is called, on frames or, if it covers time, on each utterance."""
+    conv = block.conv
+    weight = F.convolution_weight(conv)
+    out, layout = ops.strided_conv(
+        x.values, weight, x.layout, stride=conv.stride[0], bias=conv.bias, norm="none", activation="none"
+    )
+    if type(block).__name__ == "ConvLayerBlock" or "GroupNorm" in type(block).__name__:  # its input is (B, C, T)
+        rows = [row.t().unsqueeze(0) for row in out.split(list(layout.lengths)) if len(row)]
+        out = torch.cat([block.layer_norm(row).squeeze(0).t() for row in rows]) if rows else out
+    else:
+        out = block.layer_norm(out)
+    return Packed(torch.nn.functional.gelu(out), layout)
 
 
 def _without_padding(waveforms: Tensor, lengths: list[int], left: tuple[bool, ...]) -> Tensor:  # (B, T) -> (N, 1)
@@ -235,6 +286,12 @@ def distance_bias(attention: Any) -> Tensor:
     """
     bias: Tensor = attention.rel_attn_embed(_buckets(attention, attention.rel_attn_embed.weight.device))
     return bias.t().contiguous()  # because every layer's op would copy it otherwise
+
+
+def with_distance_bias(layer: Callable[[Tensor, Tensor], Tensor], attention: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Run the layer that holds WavLM's relative position bias; return its output and the bias, for the other layers."""
+    bias = distance_bias(attention)
+    return layer(x, bias), bias
 
 
 #: The table of `_buckets` of each attention module, with what it was made for.

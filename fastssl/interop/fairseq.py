@@ -119,7 +119,10 @@ def _with_projection(config: EncoderConfig, weights: dict[str, Tensor]) -> dict[
     stored = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
     if f"{name}.weight" in weights or config.conv_dim[-1] != width or 4 * width * width > stored:
         return weights  # a small file may claim any width
-    return weights | {f"{name}.weight": torch.eye(width), f"{name}.bias": torch.zeros(width)}
+    return weights | {
+        f"{name}.weight": torch.eye(width, device="cpu"),
+        f"{name}.bias": torch.zeros(width, device="cpu"),
+    }
 
 
 def _load(path: Path) -> dict[str, Any]:

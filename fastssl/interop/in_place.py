@@ -7,7 +7,7 @@ from typing import Literal, TypeVar
 from torch import nn
 
 from fastssl.interop import read_only
-from fastssl.interop.classes import AcceleratedClasses
+from fastssl.interop.classes import NORM, AcceleratedClasses
 from fastssl.models.folder import ACCELERATED_COMPRESSOR
 from fastssl.nn.compression import SequenceCompressor
 
@@ -47,6 +47,9 @@ def accelerate(
     If somebody else's `forward` is on an encoder itself (Accelerate's `prepare` or device hooks, a partial), fastssl's
     code runs inside it. A warning says where that cannot be done.
 
+    An encoder of a subclass, your own or one that a tool made, keeps all that its class adds. A `forward` that the
+    subclass overrides runs as it is, and `super().forward` in it is fastssl's code.
+
     Args:
         model: A Transformers or torchaudio encoder, or any module that contains one: a model with a head, a pipeline's
             wrapper, a PEFT model, your own module.
@@ -67,7 +70,7 @@ def accelerate(
     Raises:
         ValueError: `norm` is unknown, the model contains no supported encoder, an encoder has an unsupported part, the
             compressor's width is not the encoder's, a compressor is given for a model with several encoders, or for one
-            with a `forward` of somebody else that fastssl's cannot run in, or `call_projections` is given for
+            with a `forward` of somebody else in which fastssl's does not run, or `call_projections` is given for
             torchaudio's WavLM, which has no such modules. The model is then unchanged.
     """
     if norm not in ("valid", "padded"):
@@ -84,10 +87,10 @@ def accelerate(
             classes.check(module)
         if call_projections and classes.layers:
             read_only.check_callable(module, classes.layers(module))
-    hidden = [(module, name) for module, classes in found if (name := classes.hidden(module))]
-    for module, name in hidden:
+    hidden = [(module, *why) for module, classes in found if (why := _why_hidden(module, classes))]
+    for module, reason, cure in hidden:
         if compressor is not None or hasattr(module, ACCELERATED_COMPRESSOR):
-            raise ValueError(f"compressor: {_hidden(module, name)}, which cannot apply the compressor; {_CURE}")
+            raise ValueError(f"compressor: {reason}, which cannot apply the compressor; {cure}")
     if compressor is not None:
         encoders = [(module, classes.width(module)) for module, classes in found if classes.width]
         if len(encoders) != 1:
@@ -105,18 +108,27 @@ def accelerate(
         classes.put_on(module, norm, call_projections)
         if classes.layers:
             read_only.warn_once(module, classes.layers(module), again=True)
-    for module, name in hidden:
-        warnings.warn(f"{_hidden(module, name)}, without acceleration; {_CURE}", stacklevel=2)
+    for _, reason, cure in hidden:
+        warnings.warn(f"{reason}, without acceleration; {cure}", stacklevel=2)
     return model
 
 
-_CURE = "call `fastssl.accelerate` before what put it there, such as `Accelerator.prepare`, or remove it"
-
-
-def _hidden(module: nn.Module, name: str) -> str:
-    own = vars(module)[name]
-    what = getattr(own, "__qualname__", type(own).__qualname__)
-    return f"a {type(module).__name__} has its own `{name}` ({what}), which hides fastssl's, so the original code runs"
+def _why_hidden(module: nn.Module, classes: AcceleratedClasses) -> tuple[str, str] | None:
+    """Return why the accelerated code of a module will not run, and what to do about it; None if it will."""
+    kind = type(module).__name__
+    if name := classes.hidden(module):
+        own = vars(module)[name]
+        what = getattr(own, "__qualname__", type(own).__qualname__)
+        return (
+            f"a {kind} has its own `{name}` ({what}), which hides fastssl's, so the original code runs",
+            "call `fastssl.accelerate` before what put it there, such as `Accelerator.prepare`, or remove it",
+        )
+    if name := classes.overridden(module):
+        return (
+            f"the class {kind} overrides `{name}` without `super()`, so its own code runs",
+            f"call `super().{name}` in it to get fastssl's",
+        )
+    return None
 
 
 def restore(model: Model) -> Model:
@@ -133,7 +145,8 @@ def restore(model: Model) -> Model:
     """
     for module in model.modules():
         for classes in _in_use():
-            if classes.layers and classes.original(module) and (lost := read_only.lost(module, classes.layers(module))):
+            layers = classes.layers if classes.original(module) and hasattr(type(module), NORM) else None
+            if layers and (lost := read_only.lost(module, layers(module))):
                 warnings.warn(f"{lost}; merge them into the weights before (PEFT: `merge_and_unload`)", stacklevel=2)
             classes.take_off(module)
     return model

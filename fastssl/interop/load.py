@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from fastssl.interop import hub, names
@@ -139,7 +140,8 @@ def _from_model(model: nn.Module) -> Encoder:
 
 
 def _copied(model: nn.Module, config: EncoderConfig, weights: dict[str, Any]) -> Encoder:
-    encoder = Encoder(config)
+    with torch.device("cpu"):
+        encoder = Encoder(config)
     encoder.load_weights(weights, name=type(model).__name__)
     first = next(model.parameters())
     return encoder.to(device=first.device, dtype=first.dtype)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastssl import ops
+from fastssl.interop import encoders
 from fastssl.interop.calls import as_original, recorded_by
 from fastssl.interop.classes import AcceleratedClasses
 from fastssl.kernels.gumbel_quantize.op import GumbelQuantized
@@ -85,16 +86,23 @@ def _losses(config: Any, output: Any, mask: Tensor | None, negatives: Tensor) ->
     return {"loss": loss, "contrastive_loss": contrastive, "diversity_loss": diversity}
 
 
+def _original_runs(module: nn.Module) -> bool:
+    name = CLASSES.replaced(module)
+    return encoders.original_runs(module, (), name and f"the model has a replaced `{name}`")
+
+
 def _methods(original: type[nn.Module]) -> dict[str, Any]:
     if original.__name__ == "Wav2Vec2GumbelVectorQuantizer":
 
         def quantize(self: Any, **given: Any) -> Any:
-            return original.forward(self, **given) if recorded_by(given.values()) else _quantize(self, **given)
+            if recorded_by(given.values()) or _original_runs(self):
+                return original.forward(self, **given)
+            return _quantize(self, **given)
 
         return {"forward": as_original(original.forward, quantize)}
 
     def forward(self: Any, **given: Any) -> Any:
-        if recorded_by(given.values()):  # the encoder warns
+        if recorded_by(given.values()) or _original_runs(self):  # if it is recorded, the encoder warns
             return original.forward(self, **given)
         return_dict, negatives = given.pop("return_dict", None), given.pop("sampled_negative_indices", None)
         if return_dict is None:
@@ -109,6 +117,9 @@ def _methods(original: type[nn.Module]) -> dict[str, Any]:
 
 
 CLASSES = AcceleratedClasses(
-    __name__, {"Wav2Vec2ForPreTraining": _MODULE, "Wav2Vec2GumbelVectorQuantizer": _MODULE}, _methods
+    __name__,
+    {"Wav2Vec2ForPreTraining": _MODULE, "Wav2Vec2GumbelVectorQuantizer": _MODULE},
+    _methods,
+    not_called=("compute_contrastive_loss", "_compute_perplexity"),
 )
 __getattr__ = CLASSES.by_name  # for pickle

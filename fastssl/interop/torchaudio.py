@@ -7,11 +7,11 @@ frame or logits, and `extract_features` returns zeros. An auxiliary head that is
 the padded batch, as in the original.
 
 Limits: hooks on linear layers, norms and dropouts are called. If any other module has a hook (the feature extractor, a
-convolution, the encoder, one of its layers), the original code runs, with a warning. A pipeline's wrapper that
-normalises waveforms still does so over the whole batch, padding included. A script (`torch.jit.script`) and a
-dynamically quantised model run the original's modules on each utterance alone; a trace and an export are of the
-original, on padded batches. A `HuBERTPretrainModel` calls the parts of
-its encoder directly, so acceleration changes neither its results nor its speed.
+convolution, the encoder, one of its layers), the original code runs, with a warning; `call_through` has exceptions. A
+pipeline's wrapper that normalises waveforms still does so over the whole batch, padding included. A script
+(`torch.jit.script`) and a dynamically quantised model run the original's modules on each utterance alone; a trace and
+an export are of the original, on padded batches. A `HuBERTPretrainModel` calls the parts of its encoder directly, so
+acceleration changes neither its results nor its speed.
 """
 
 import re
@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastssl.interop import encoders, read_only, scripted
+from fastssl.interop import call_through, encoders, read_only, scripted
 from fastssl.interop.calls import as_original, recorded_by
 from fastssl.interop.classes import AcceleratedClasses
 from fastssl.interop.lengths import frame_lengths, valid_samples
@@ -50,8 +50,8 @@ _PARTS = (
 
 def _check(module: nn.Module) -> None:
     """Raise ValueError if an encoder has an unsupported part; `Wav2Vec2Model` can be built from any modules."""
-    for name, part in module.named_modules():
-        cls = type(part)
+    for wrapped_name, part in module.named_modules():
+        name, cls = call_through.without_wrappers(wrapped_name), call_through.own_class(call_through.unwrapped(part))
         for pattern, served in _PARTS:
             known = cls.__name__ in served.split(" or ") and cls.__module__.startswith("torchaudio.models.wav2vec2.")
             if re.fullmatch(pattern, name) and not known:
@@ -69,14 +69,18 @@ def _forward(
     lengths: Tensor | None = None,  # (B,)
 ) -> tuple[Tensor, Tensor | None]:  # (B, F, D) or (B, F, labels), (B,)
     """Return the last layer's frames, or the auxiliary head's logits, and the number of valid frames of each row."""
-    if encoders.original_runs(self, _modules_not_called(self), layers=self.encoder.transformer.layers):
+    if _original_runs(self):
         return CLASSES.original(self).forward(self, waveforms, lengths)  # type: ignore[no-any-return]
     if waveforms.device.type == "cpu" and _scales_by_batch(self):
         return scripted.forward_in_python(self, waveforms, lengths)  # type: ignore[no-any-return]
     frames, padded_frames, frame_lengths = _front_end(self, waveforms, lengths)
     stack = self.encoder.transformer
     # Layer drop with the same random draws as the original, which draws even if the probability is 0.
-    layers = (layer for layer in stack.layers if not (stack.training and torch.rand(1).item() <= stack.layer_drop))
+    layers = (
+        layer
+        for layer in stack.layers
+        if not (stack.training and torch.rand(1, device="cpu").item() <= stack.layer_drop)
+    )
     states, upsample = _transformer(self, frames, layers)
     (x,) = deque(states, maxlen=1)
     x = upsample(x if stack.layer_norm_first else stack.layer_norm(x))
@@ -95,7 +99,7 @@ def _extract_features(
     num_layers: int | None = None,
 ) -> tuple[list[Tensor], Tensor | None]:  # of (B, F, D), (B,)
     """Return the frames of every layer, or of the first `num_layers`, and the number of valid frames of each row."""
-    if encoders.original_runs(self, _modules_not_called(self), layers=self.encoder.transformer.layers):
+    if _original_runs(self):
         original = CLASSES.original(self)
         return original.extract_features(self, waveforms, lengths, num_layers)  # type: ignore[no-any-return]
     if waveforms.device.type == "cpu" and _scales_by_batch(self):
@@ -107,6 +111,13 @@ def _extract_features(
     states, upsample = _transformer(self, frames, layers[:num_layers])
     next(states)  # the input of the first layer
     return [Packed(upsample(x), frames.layout).to_padded(length=padded_frames) for x in states], frame_lengths
+
+
+def _original_runs(model: Any) -> bool:
+    layers = model.encoder.transformer.layers
+    return encoders.original_runs(
+        model, _modules_not_called(model), layers=layers, called_through=(model.feature_extractor, *layers)
+    )
 
 
 def _modules_not_called(model: Any) -> Iterator[nn.Module]:
@@ -203,13 +214,26 @@ def _transformer(
 
     def run(layer: Any, x: Tensor) -> Tensor:
         nonlocal bias
+        own = call_through.unwrapped(layer)
+        function: Callable[..., Any] = partial(_layer, own, fewer.layout)
         # Only the first layer holds the bias. If layer drop skips it, the original runs without a bias, and so do we.
-        if bias is None and getattr(layer.attention, "rel_attn_embed", None) is not None:
-            bias = encoders.distance_bias(layer.attention)
-        attention = partial(_attention, layer.attention, layout=fewer.layout, bias=bias)
-        return encoders.run_layer(layer, x, attention, pre_norm=layer.layer_norm_first)
+        if bias is None and getattr(own.attention, "rel_attn_embed", None) is not None:
+            output, bias = call_through.call(layer, partial(encoders.with_distance_bias, function, own.attention), x)
+        else:
+            output = call_through.call(layer, function, x, bias)
+        return output  # type: ignore[no-any-return]
 
     return F.hidden_states(stack, fewer, layers, run, pre_norm=not stack.layer_norm_first), upsample
+
+
+def _layer(
+    layer: Any,
+    layout: Layout,
+    x: Tensor,  # (N, D)
+    bias: Tensor | None,
+) -> Tensor:  # (N, D)
+    attention = partial(_attention, layer.attention, layout=layout, bias=bias)
+    return encoders.run_layer(layer, x, attention, pre_norm=layer.layer_norm_first)
 
 
 def _attention(module: Any, x: Tensor, layout: Layout, bias: Tensor | None) -> Tensor:  # (N, D) -> (N, D)

@@ -12,17 +12,19 @@ all rows, see `padding_side`.
 """
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache, partial
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastssl.interop import encoders, padding_side, read_only
+from fastssl.interop import call_through, encoders, padding_side, read_only
 from fastssl.interop.calls import as_original, recorded_by
 from fastssl.interop.classes import CALLS, NORM, AcceleratedClasses
+from fastssl.kernels.autograd import is_transformed
 from fastssl.models.folder import ACCELERATED_COMPRESSOR
 from fastssl.nn import functional as F
 from fastssl.nn.adapter import adapted, ask_for_conv
@@ -38,9 +40,21 @@ _SOURCES = {
 }
 
 
+#: Parts that an encoder must have; a subclass may have built others.
+_PARTS = ("feature_extractor", "feature_projection", "encoder.pos_conv_embed", "encoder.layer_norm", "encoder.layers")
+
+
 def _check(module: Any) -> None:
-    """Raise ValueError if an encoder has an unsupported part."""
+    """Raise ValueError if an encoder lacks a part or has an unsupported one."""
     name, config = type(module).__name__, module.config
+    for part in _PARTS:
+        try:
+            attrgetter(part)(module)
+        except AttributeError:
+            raise ValueError(
+                f"model: {name} has no `{part}`, which every {CLASSES.original(module).__name__} of Transformers has; "
+                "leave this model as it is, or give it the part"
+            ) from None
     for key, served in {"hidden_act": "gelu", "feat_extract_activation": "gelu"}.items():
         if getattr(config, key, served) != served:
             raise ValueError(
@@ -62,11 +76,13 @@ def _methods(original: type[nn.Module]) -> dict[str, Any]:
         reason = "only the original code computes attention weights" if weights else None
         if recorder := recorded_by(given.values()):
             reason = f"{recorder} records the call"
-        if "_mask_hidden_states" in vars(self):
-            reason = "the model has a replaced `_mask_hidden_states`"
-        if encoders.original_runs(self, _modules_not_called(self), reason, self.encoder.layers):
+        if replaced := CLASSES.replaced(self):
+            reason = f"the model has a replaced `{replaced}`"
+        layers = self.encoder.layers
+        called_through = (self.feature_extractor, self.encoder, *layers)
+        if encoders.original_runs(self, _modules_not_called(self), reason, layers, called_through):
             # Not `view.forward`, because the model may have a `forward` of its own that calls this one.
-            return original.forward(_as_original(self, original), **given)
+            return original.forward(_as_original(self), **given)
         return run(self, given)
 
     mask = padding_side.FRAME_MASK
@@ -80,16 +96,22 @@ CLASSES = AcceleratedClasses(
     check=_check,
     width=lambda encoder: int(encoder.config.hidden_size),
     layers=lambda encoder: encoder.encoder.layers,
+    not_called=(
+        "_mask_hidden_states",
+        "_get_feature_vector_attention_mask",
+        "_get_feat_extract_output_lengths",
+    ),
 )
 __getattr__ = CLASSES.by_name  # for pickle
 
 
-def _as_original(model: nn.Module, original: type[nn.Module]) -> Any:
-    """Return a view of the model with its original class, which Transformers needs to record outputs.
+def _as_original(model: nn.Module) -> Any:
+    """Return a view of the model with its class before it was accelerated, which Transformers needs to record outputs.
 
     The view shares all attributes with the model. The model's own class stays, so other threads see no change.
     """
-    view = original.__new__(original)
+    kind: Any = CLASSES.plain(type(model))
+    view = object.__new__(kind)
     object.__setattr__(view, "__dict__", vars(model))
     return view
 
@@ -140,9 +162,10 @@ def _forward(self: Any, given: dict[str, Any]) -> Any:
     x = Packed(projected, frames.layout)
     given_mask, has_padding = given.get("mask_time_indices"), attention_mask is not None
     x = _mask(self, x, given_mask, padded_frames, has_padding=has_padding, left=frames_left)
-    positions = _positions_over_padding(self, x, padded_frames)
     fewer, upsample = encoders.compress(self, self.encoder, x)
-    last, hidden_states = _encode(self.encoder, fewer, calls=getattr(self, CALLS), positions=positions)
+    over_padding = padded_frames if _positions_see_padding(self) else None
+    encode = partial(_encode, call_through.unwrapped(self.encoder), fewer.layout, getattr(self, CALLS), over_padding)
+    last, hidden_states = call_through.call(self.encoder, encode, fewer.values)
 
     def padded(values: Tensor) -> Tensor:  # (N, C) -> (B, F, C)
         return Packed(values, x.layout).to_padded(length=padded_frames, left=frames_left)
@@ -168,7 +191,7 @@ def _need_gradient(model: Any, frames: Tensor) -> None:  # (N, C)
     the same effect, without a backward pass through frozen convolutions.
     """
     marks = model.training and getattr(model.feature_extractor, "_requires_grad", False)
-    if marks and torch.is_grad_enabled() and not frames.requires_grad:
+    if marks and torch.is_grad_enabled() and not frames.requires_grad and not is_transformed():
         frames.requires_grad_()
 
 
@@ -277,7 +300,7 @@ def _mask(
         )
     host: dict[str, Tensor] = {}  # sent in one copy
     if mask_time_indices is not None:
-        mask = torch.as_tensor(mask_time_indices).bool()
+        mask = torch.as_tensor(mask_time_indices, device=getattr(mask_time_indices, "device", "cpu")).bool()
         if mask.shape != valid.shape:
             raise ValueError(
                 f"mask_time_indices: expected {tuple(valid.shape)}, one per frame, got {tuple(mask.shape)}"
@@ -328,12 +351,12 @@ def _positions_see_padding(model: Any) -> bool:
     return over_padding and hasattr(model.encoder.pos_conv_embed, "layers")
 
 
-def _positions_over_padding(model: Any, x: Packed, padded_frames: int) -> Tensor | None:
+def _positions_over_padding(encoder: Any, x: Packed, padded_frames: int | None) -> Tensor | None:
     """Return the positional embedding (N, D) of frames computed over the padding, or None if it is not to be."""
-    if not _positions_see_padding(model) or min(x.layout.lengths, default=padded_frames) == padded_frames:
+    if padded_frames is None or min(x.layout.lengths, default=padded_frames) == padded_frames:
         return None
     padded, rows = x.to_padded(length=padded_frames).flatten(0, 1), x.layout.padded_rows(padded_frames).rows
-    positions = F.positional_embedding(model.encoder.pos_conv_embed, padded, _filled(x.layout, padded_frames))
+    positions = F.positional_embedding(encoder.pos_conv_embed, padded, _filled(x.layout, padded_frames))
     return positions.index_select(0, rows)
 
 
@@ -343,35 +366,64 @@ def _filled(layout: Layout, length: int) -> Layout:
     return layout.map_lengths(lambda _: length, lambda lengths: torch.full_like(lengths, length))
 
 
-def _encode(encoder: Any, x: Packed, *, calls: bool, positions: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+def _encode(
+    encoder: Any, layout: Layout, calls: bool, over_padding: int | None, values: Tensor
+) -> tuple[Tensor, list[Tensor]]:
     """Run the transformer; return the last hidden state after the final norm, and all hidden states before it.
 
     Args:
         encoder: The transformer.
-        x: (N, D) projected frames.
+        layout: Layout of the frames.
         calls: Whether to call projections that the original only reads.
-        positions: (N, D) positional embedding; None computes it for the frames alone.
+        over_padding: Number of frames of the padded batch, if the positional embedding is computed over the padding.
+        values: (N, D) projected frames.
     """
     pre_norm = "StableLayerNorm" in type(encoder).__name__
     first = encoder.layers[0].attention if len(encoder.layers) else None
-    bias = encoders.distance_bias(first) if hasattr(first, "rel_attn_embed") else None
+    has_bias = hasattr(first, "rel_attn_embed")
+    bias: Tensor | None = None
 
     def run(layer: Any, values: Tensor) -> Tensor:
-        arguments = layer, values, x.layout, bias, pre_norm, calls
-        if getattr(layer, "gradient_checkpointing", False) and layer.training:
-            output: Tensor = layer._gradient_checkpointing_func(_layer, *arguments)
-            return output
-        return _layer(*arguments)
+        nonlocal bias
+        function: Callable[..., Any] = partial(_checkpointed, call_through.unwrapped(layer), layout, pre_norm, calls)
+        if has_bias and bias is None:
+            function = partial(encoders.with_distance_bias, function, call_through.unwrapped(layer).attention)
+            output, bias = call_through.call(layer, function, values)
+        else:
+            output = call_through.call(layer, function, values, bias)
+        return output  # type: ignore[no-any-return]
 
-    first_skippable = 0 if bias is None else 1  # WavLM never skips the first layer, which holds the bias
-    layers = (layer for index, layer in enumerate(encoder.layers) if index < first_skippable or not _skips(encoder))
-    hidden_states = list(F.hidden_states(encoder, x, layers, run, pre_norm=pre_norm, positions=positions))
+    first_skippable = 1 if has_bias else 0  # WavLM never skips the first layer, which holds the bias
+    layers = (
+        layer for index, layer in enumerate(encoder.layers) if index < first_skippable or not _skips(encoder, layer)
+    )
+    frames = Packed(values, layout)
+    positions = _positions_over_padding(encoder, frames, over_padding)
+    hidden_states = list(F.hidden_states(encoder, frames, layers, run, pre_norm=pre_norm, positions=positions))
     return (encoder.layer_norm(hidden_states[-1]) if pre_norm else hidden_states[-1]), hidden_states
 
 
-def _skips(encoder: Any) -> bool:
+def _skips(encoder: Any, layer: Any) -> bool:
     """Return whether layer drop skips the next layer; draws random numbers in the same order as the original."""
-    return encoder.training and encoder.config.layerdrop > 0 and bool(torch.rand([]) < encoder.config.layerdrop)
+    dropped = encoder.training and encoder.config.layerdrop > 0
+    dropped = dropped and bool(torch.rand([], device="cpu") < encoder.config.layerdrop)
+    # As in the original: all processes must gather the parameters of all layers.
+    return dropped and not getattr(layer, "_is_fsdp_managed_module", False)
+
+
+def _checkpointed(
+    layer: Any,
+    layout: Layout,
+    pre_norm: bool,
+    calls: bool,
+    x: Tensor,  # (N, D)
+    bias: Tensor | None,
+) -> Tensor:  # (N, D)
+    arguments = layer, x, layout, bias, pre_norm, calls
+    if getattr(layer, "gradient_checkpointing", False) and layer.training:
+        output: Tensor = layer._gradient_checkpointing_func(_layer, *arguments)
+        return output
+    return _layer(*arguments)
 
 
 def _layer(layer: Any, x: Tensor, layout: Layout, bias: Tensor | None, pre_norm: bool, calls: bool) -> Tensor:

@@ -1,4 +1,4 @@
-"""How our `torch.autograd.Function`s refuse a second derivative."""
+"""What our `torch.autograd.Function`s cannot do: second derivatives, `torch.func` and forward-mode AD."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -6,11 +6,22 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _Backward = TypeVar("_Backward", bound=Callable[..., Any])
 _NO_SECOND_DERIVATIVE = (
     b"fastssl's kernels have no second derivative; pass backend='reference' to an op, or `fastssl.restore` the model"
 )
+
+
+def is_transformed() -> bool:
+    """Return whether a transform of `torch.func` or forward-mode AD is at work; code in plain PyTorch supports both.
+
+    `torch.func.functional_call` by itself is no transform.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def once_differentiable(backward: _Backward) -> _Backward:

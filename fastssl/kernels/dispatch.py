@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastssl.kernels.autograd import once_differentiable
+from fastssl.kernels.autograd import is_transformed, once_differentiable
 from fastssl.kernels.gpus import gpus, why_no_code, why_no_triton
 from fastssl.kernels.triton_driver import why_no_launches
 
@@ -87,6 +87,12 @@ def _why_no_triton() -> dict[str, str]:
 
 #: device type -> reason why Triton kernels cannot run on it, "" if they can.
 WHY_NO_TRITON = _why_no_triton()
+
+
+#: Reasons why no backend but the reference supports a call under `torch.func` or forward-mode AD.
+_TRANSFORMED = dict.fromkeys(
+    ("native", "triton", "torch"), "transforms of torch.func and forward-mode AD need the code in plain PyTorch"
+)
 
 
 class UnavailableBackendError(ValueError):
@@ -169,7 +175,7 @@ class Op:
             library.impl(operator, getattr(importlib.import_module(module), operator), key)
 
     def choose(self, x: Tensor, backend: str | None, unsupported: Mapping[str, str | None] | None = None) -> str:
-        """Choose the backend for a call.
+        """Choose the backend for a call. Under `torch.func`'s transforms and forward-mode AD, it is the reference.
 
         Args:
             x: A tensor of the call; its device decides which backends are available.
@@ -184,7 +190,7 @@ class Op:
             UnavailableBackendError: The requested backend is not available for this op and device, or does not support
                 the arguments.
         """
-        unsupported = unsupported or {}
+        unsupported = _TRANSFORMED if is_transformed() else unsupported or {}
         present = BACKENDS[self.name].get(x.device.type, ("reference",))
         wish = backend or DEFAULT_BACKEND
         if wish is None:
@@ -295,7 +301,7 @@ def cast_together(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]
 
     A tensor that has the dtype is returned as it is. The compiler joins casts itself.
     """
-    if tensors[0].device.type == "cpu" or torch.compiler.is_compiling():
+    if tensors[0].device.type == "cpu" or torch.compiler.is_compiling() or is_transformed():
         return [tensor.to(dtype) for tensor in tensors]
     others = [tensor for tensor in tensors if tensor.dtype != dtype]
     cast = iter(_CastTogether.apply(dtype, *others) if others else ())

@@ -149,8 +149,8 @@ def score_clusters(frames: Iterable[Tensor], centres: Tensor) -> ClusterScores:
         ValueError: There are no frames, one contains NaN or infinity, or the second iteration yields a different
             number of frames.
     """
-    count = torch.zeros(len(centres), dtype=torch.int64)
-    total = torch.zeros(centres.shape, dtype=torch.float64)
+    count = torch.zeros(len(centres), dtype=torch.int64, device="cpu")
+    total = torch.zeros(centres.shape, dtype=torch.float64, device="cpu")
     exact_centres = centres.cpu().double()
     inertia = 0.0
     labels: list[Tensor] = []
@@ -167,7 +167,7 @@ def score_clusters(frames: Iterable[Tensor], centres: Tensor) -> ClusterScores:
     if not math.isfinite(inertia):
         raise ValueError("frames: some are NaN or infinite, expected finite values; check the encoder's output")
     means = total / count.clamp(min=1)[:, None]
-    spread = torch.zeros(len(centres), dtype=torch.float64)
+    spread = torch.zeros(len(centres), dtype=torch.float64, device="cpu")
     again = 0
     for portion, nearest in zip(_portions(frames), labels, strict=False):
         if len(portion) == len(nearest):
@@ -203,7 +203,8 @@ def _davies_bouldin(means: Tensor, spread: Tensor) -> float:
         return math.nan
     distances = torch.cdist(means, means, compute_mode="donot_use_mm_for_euclid_dist")
     # As in scikit-learn, the index is 0 if no cluster has any spread or all means coincide.
-    if torch.allclose(spread, torch.zeros(()).double()) or torch.allclose(distances, torch.zeros(()).double()):
+    zero = torch.zeros((), dtype=torch.float64, device="cpu")
+    if torch.allclose(spread, zero) or torch.allclose(distances, zero):
         return 0.0
     overlap = (spread[:, None] + spread) / torch.where(distances == 0, math.inf, distances)
     return float(overlap.amax(1).mean())

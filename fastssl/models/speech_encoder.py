@@ -363,7 +363,8 @@ class SpeechEncoder(nn.Module):
         check_matching(shape, found, name=name)
         check_stored(found, name=name)
         try:
-            encoder = cls(config)
+            with torch.device("cpu"):
+                encoder = cls(config)
         except (RuntimeError, MemoryError) as error:
             raise ValueError(f"{name}: cannot be built: {str(error).partition(chr(10))[0]}") from error
         encoder.load_weights(weights, name=name)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastssl.kernels.autograd import once_differentiable
+from fastssl.kernels.autograd import is_transformed, once_differentiable
 
 #: Elements per block. A block in fp64 fits in the processor's cache, so computing in fp64 costs no memory traffic.
 _BLOCK = 1 << 15
@@ -46,7 +46,7 @@ def _rounded(function: Callable[[Tensor], Tensor], gradient: Callable[[Tensor, T
     """Apply `function`; on the CPU, compute in fp64 and round. `gradient` maps (grad_out, x) to the gradient of x."""
     if x.device.type != "cpu" or x.dtype == torch.float64:
         return function(x)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or is_transformed():
         return function(x.double()).to(x.dtype)
     out: Tensor = _Rounded.apply(function, gradient, x)
     return out

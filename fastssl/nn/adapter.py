@@ -119,7 +119,13 @@ def _convolved(conv: Any, x: Packed) -> Packed:
     values = x.values.new_zeros(framed.total, x.values.shape[1])
     values = values.index_copy_(0, _framed_rows(x.layout, padding), x.values)
     out, layout = ops.strided_conv(
-        values, conv.weight, framed, stride=conv.stride[0], bias=conv.bias, norm="none", activation="none"
+        values,
+        functional.convolution_weight(conv),
+        framed,
+        stride=conv.stride[0],
+        bias=conv.bias,
+        norm="none",
+        activation="none",
     )
     kept, gate = out.chunk(2, dim=1)
     return Packed(kept * sigmoid(gate), layout)

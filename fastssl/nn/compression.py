@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastssl import ops
+from fastssl.kernels.autograd import is_transformed
 from fastssl.kernels.integrate_and_fire.op import integrate
 from fastssl.nn.activation import sigmoid
 from fastssl.nn.rates import LEAST_WEIGHT, mix_weights, rate_for_period
@@ -73,6 +74,8 @@ class Compressed:
         total = self.frames.layout.total
         if values.dim() < 1 or len(values) != total:
             raise ValueError(f"values: expected ({total}, ...), got {tuple(values.shape)}")
+        if is_transformed():
+            return values.index_select(0, self.sources)
         repeated: Tensor = _Repeat.apply(values, self.sources)
         return repeated
 
@@ -433,4 +436,4 @@ def _period(before: Layout, after: Layout, input_period_ms: float) -> Tensor:  #
     """Return the mean frame period (ms) of each utterance after compression."""
     pairs = zip(before.lengths, after.lengths, strict=True)
     periods = [input_period_ms * frames / fewer if fewer else math.nan for frames, fewer in pairs]
-    return torch.tensor(periods, dtype=torch.float64)
+    return torch.tensor(periods, dtype=torch.float64, device="cpu")

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.utils.weight_norm import WeightNorm
 
 from fastssl import ops
 from fastssl.kernels.dispatch import norms_stay_wide
@@ -33,7 +34,38 @@ def is_watched(module: nn.Module) -> bool:
     if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks or "forward" in vars(module):
         return True
     hooks = module._forward_hooks
-    return bool(hooks) and any(getattr(hook, "__module__", None) != _RECORDER for hook in hooks.values())
+    return bool(hooks) and not all(map(is_recorder, hooks.values()))
+
+
+def is_recorder(hook: Any) -> bool:
+    """Return whether a hook is one of Transformers' that records outputs and changes nothing."""
+    return getattr(hook, "__module__", None) == _RECORDER
+
+
+def is_watched_convolution(conv: nn.Module) -> bool:
+    """Return whether calling a convolution does more than `is_watched` accepts and `convolution_weight` does."""
+    if _weight_norm(conv) is None:
+        return is_watched(conv)
+    hooks = conv._forward_hooks.values()
+    others = len(conv._forward_pre_hooks) > 1 or conv._backward_hooks or conv._backward_pre_hooks
+    return bool(others) or "forward" in vars(conv) or not all(map(is_recorder, hooks))
+
+
+def convolution_weight(conv: Any) -> Tensor:
+    """Return the weight of a convolution, as a call would make it.
+
+    A parametrisation makes it when it is read, but `torch.nn.utils.weight_norm` does so in a hook before a call.
+    """
+    norm = _weight_norm(conv)
+    weight: Tensor = conv.weight if norm is None else norm.compute_weight(conv)
+    return weight
+
+
+def _weight_norm(conv: nn.Module) -> WeightNorm | None:
+    for hook in conv._forward_pre_hooks.values():
+        if isinstance(hook, WeightNorm) and hook.name == "weight":
+            return hook
+    return None
 
 
 def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
@@ -88,13 +120,18 @@ def add_and_norm(branch: Tensor, residual: Tensor, norm: Any, dropout: Any = Non
     Returns:
         (N, D) normalised frames in the dtype of `residual`; under CUDA autocast in fp32, see `wide`.
     """
-    if is_plain(norm, nn.LayerNorm) and (dropout is None or is_plain(dropout, nn.Dropout)):
+    if _is_plain_norm(norm) and (dropout is None or is_plain(dropout, nn.Dropout)):
         dropout_p = 0.0 if dropout is None else _probability(dropout)
         return ops.dropout_add_layer_norm(
             branch, wide(residual), weight=norm.weight, bias=norm.bias, eps=norm.eps, dropout_p=dropout_p
         )
     out: Tensor = norm(residual + (branch if dropout is None else dropout(branch)))
     return out
+
+
+def _is_plain_norm(norm: Any) -> bool:
+    """Return whether the fused op computes a norm: a plain layer norm with weight and bias."""
+    return is_plain(norm, nn.LayerNorm) and norm.weight is not None and norm.bias is not None
 
 
 def wide(x: Tensor) -> Tensor:
@@ -112,7 +149,7 @@ def sum_and_norm(branch: Tensor, residual: Tensor, norm: Any, dropout: Any) -> t
 
     Both have the dtype of `residual`, which is that of `branch` or fp32.
     """
-    if is_plain(norm, nn.LayerNorm) and is_plain(dropout, nn.Dropout):
+    if _is_plain_norm(norm) and is_plain(dropout, nn.Dropout):
         dropout_p = _probability(dropout)
         normalised, total = ops.dropout_add_layer_norm(
             branch, residual, weight=norm.weight, bias=norm.bias, eps=norm.eps, dropout_p=dropout_p, prenorm=True
@@ -261,10 +298,11 @@ def conv_layer(module: Any) -> ops.StridedConvLayer:
             channel.
     """
     conv, norm = module.conv, getattr(module, "layer_norm", None)
+    weight = convolution_weight(conv)
     if norm is None:
-        return ops.StridedConvLayer(conv.weight, conv.stride[0], conv.bias)
+        return ops.StridedConvLayer(weight, conv.stride[0], conv.bias)
     kind: Literal["group", "layer"] = "group" if isinstance(norm, nn.GroupNorm) else "layer"
-    return ops.StridedConvLayer(conv.weight, conv.stride[0], conv.bias, kind, norm.weight, norm.bias, norm.eps)
+    return ops.StridedConvLayer(weight, conv.stride[0], conv.bias, kind, norm.weight, norm.bias, norm.eps)
 
 
 def normalise(module: Any, frames: Tensor) -> Tensor:  # (N, C) -> (N, C)
@@ -292,7 +330,7 @@ def positional_embedding(module: Any, x: Tensor, layout: Layout) -> Tensor:  # (
         (N, D) frames.
     """
     for block in getattr(module, "layers", [module]):
-        x = ops.positional_conv(x, block.conv.weight, layout, bias=block.conv.bias)
+        x = ops.positional_conv(x, convolution_weight(block.conv), layout, bias=block.conv.bias)
         x = F.gelu(normalise(block, x))
     return x
 

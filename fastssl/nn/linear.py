@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastssl import ops
 from fastssl.kernels import gemm
-from fastssl.kernels.autograd import once_differentiable
+from fastssl.kernels.autograd import is_transformed, once_differentiable
 from fastssl.kernels.dispatch import norms_stay_wide
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -238,7 +238,7 @@ def _by_copies(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | N
     """Compute layers as one product with copies of their parameters; return None if there are none side by side."""
     if not _copies.by_ids or torch.compiler.is_compiling():
         return None
-    if not torch.is_autocast_enabled(x.device.type) or _is_recorded():
+    if not torch.is_autocast_enabled(x.device.type) or _is_recorded() or is_transformed():
         return None
     weight_copy = _copies.by_ids.get(_key(weights))
     given = [bias for bias in biases if bias is not None]
@@ -256,7 +256,8 @@ def _is_recorded() -> bool:
 
 def _by_onednn(x: Tensor, weight: Tensor) -> bool:
     """Return whether the products of a layer call oneDNN directly."""
-    return weight.dtype == x.dtype and not torch.is_autocast_enabled("cpu") and gemm.takes_onednn(x)
+    direct = weight.dtype == x.dtype and not torch.is_autocast_enabled("cpu") and gemm.takes_onednn(x)
+    return direct and not is_transformed()
 
 
 class PackedLinear(nn.Linear):

@@ -23,8 +23,8 @@ def utterance_keys(seed: int, update: int, ids: Tensor) -> Tensor:
     Returns:
         (B,) int64 keys on the device of `ids`.
     """
-    start = int(splitmix.mix(torch.tensor(splitmix.signed(seed + splitmix.GOLDEN))))
-    start = int(splitmix.mix(torch.tensor(splitmix.signed(start + (update + 1) * splitmix.GOLDEN))))
+    start = int(splitmix.mix(torch.tensor(splitmix.signed(seed + splitmix.GOLDEN), device="cpu")))
+    start = int(splitmix.mix(torch.tensor(splitmix.signed(start + (update + 1) * splitmix.GOLDEN), device="cpu")))
     return splitmix.mix(ids ^ start)
 
 

@@ -77,7 +77,7 @@ def _check_callbacks(checkpoint: Mapping[str, Any], trainer: Trainer) -> None:
         counts = monitor.get("code_counts")
         codes = len(counts) if isinstance(counts, Tensor) and counts.ndim == 1 else 0
         own["Monitor"] |= {name: _numbers(monitor.get(name)) for name in ("scores", "window")}
-        own["Monitor"] |= {"code_counts": torch.empty(codes, dtype=torch.float64)}
+        own["Monitor"] |= {"code_counts": torch.empty(codes, dtype=torch.float64, device="cpu")}
     _compare(found, own, "callbacks")
 
 
@@ -101,7 +101,7 @@ def _check_optimizer(checkpoint: Mapping[str, Any], module: LightningModule) -> 
     for index, state in _moments(states["state"], len(group["params"]), update):
         moments = dict.fromkeys(("exp_avg", "exp_avg_sq"), group["params"][index])
         where = f"optimizer_states, parameter {index}"
-        _compare(state, {"step": torch.zeros(())} | moments, where)
+        _compare(state, {"step": torch.zeros((), device="cpu")} | moments, where)
         step = state["step"].item()
         _expect(0 < step <= update, f"{where}, step", step, f"1 to {update}")
 

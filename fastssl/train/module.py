@@ -88,7 +88,7 @@ class PretrainModule(LightningModule):
         #: Mean loss and scores of the held-out recordings from when they were last scored.
         self.last_validation: dict[str, float] = {}
         self._pending: list[tuple[Tensor, AudioBatch]] = []
-        self._reduced = torch.empty(0)
+        self._reduced = torch.empty(0, device="cpu")
         self._unread: Unread | None = None
         self._results: list[UpdateResult] = []
         self._skipped = 0
@@ -270,7 +270,7 @@ class PretrainModule(LightningModule):
         counts = (*known, batch.duration_s, utterances, drawn, problems, *self.requests.counts())
         values = _in_fp64([*first, output.loss.detach(), *(scores[name].detach() for name in self._names)])
         codes = values.new_empty(0) if output.code_counts is None else output.code_counts.to(values)
-        (given,) = send([torch.tensor(counts, dtype=values.dtype)], values.device)
+        (given,) = send([torch.tensor(counts, dtype=values.dtype, device="cpu")], values.device)
         return torch.cat((values[: len(first)], given, values[len(first) :], codes))
 
     def _averages(self, sums: Tensor) -> tuple[dict[str, float], Tensor]:

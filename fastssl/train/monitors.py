@@ -96,7 +96,7 @@ class Monitor(Callback):
         self.scores: dict[str, float] = {}
         self.scored_at = 0
         self._window: dict[str, float] = {}
-        self._code_counts = torch.empty(0, dtype=torch.float64)
+        self._code_counts = torch.empty(0, dtype=torch.float64, device="cpu")
         self._named_held_out: set[str] = set()
         self._collapsed = 0
         self._clock = 0.0

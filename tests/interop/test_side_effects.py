@@ -141,3 +141,18 @@ def test_another_activation_is_computed(place: str, other: nn.Module) -> None:
         with pytest.warns(UserWarning, match=rf"{type(other).__name__} replaces a module of the original"):
             assert torch.equal(model(waveforms).last_hidden_state, expected)
     assert not torch.equal(expected, before)
+
+
+@pytest.mark.parametrize("variant", ["wav2vec2 base", "wav2vec2 base, adapter", "wavlm large"])
+def test_outputs_can_have_hooks_and_be_changed_in_place(variant: str) -> None:
+    """A hook on a view that was changed in place is lost, or ends the process."""
+    model = pair(variant)[1]
+    waveforms, mask = padded_batch([5000, 900])
+    out = model(waveforms, attention_mask=mask, output_hidden_states=True)
+    given: list[Tensor] = []
+    for x in (out.last_hidden_state, *out.hidden_states):
+        assert not x._is_view()
+        x.register_hook(given.append)
+    out.last_hidden_state[:, 0] = 0.0
+    (out.last_hidden_state.sum() + sum(x.sum() for x in out.hidden_states)).backward()
+    assert len(given) == len(out.hidden_states) + 1

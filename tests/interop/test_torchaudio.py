@@ -301,7 +301,6 @@ def test_layers_in_the_place_of_linear_ones_and_hooks_are_called(variant: str) -
         "feature_extractor",
         "feature_extractor.conv_layers.0",
         "feature_extractor.conv_layers.0.conv",
-        "feature_extractor.conv_layers.0.layer_norm",
         "encoder",
         "encoder.feature_projection",
         "encoder.transformer",

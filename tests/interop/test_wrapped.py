@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastssl
 from fastssl.nn import SequenceCompressor
+from tests.interop.operators import Operators, is_packed
 from tests.interop.tiny_models import FAMILIES, padded_batch, transformers_model
 
 transformers = pytest.importorskip("transformers")
@@ -27,24 +27,6 @@ def _own_state_of_accelerate() -> Iterator[None]:
     state._reset_state(reset_partial_state=True)
     yield
     state._reset_state(reset_partial_state=True)
-
-
-class Operators(TorchDispatchMode):
-    """Counts operators of this package."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.calls = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.calls += func.namespace.startswith("fastssl")
-        return func(*args, **(kwargs or {}))
-
-
-def is_packed(model: Any) -> bool:
-    with torch.no_grad(), Operators() as operators:
-        model(padded_batch([5000, 5000])[0])
-    return bool(operators.calls)
 
 
 def hidden(model: Any) -> Tensor:

@@ -208,7 +208,7 @@ class _Learning:
         random = torch.Generator().manual_seed(seed)
         held_out = self._batches(self.held_out, seed)
         for step, batch in enumerate(islice(self._batches(self.examples, seed), steps)):
-            drawn = scale.rate_at(torch.rand((), generator=random).item()).to(self.device)
+            drawn = scale.rate_at(torch.rand((), generator=random, device="cpu").item()).to(self.device)
             of_head.zero_grad()
             losses = self._at(batch, drawn.expand(len(batch.chosen)), head, standard, scale).losses
             loss = losses.sum() / sum(map(len, batch.targets))
@@ -222,7 +222,7 @@ class _Learning:
                 continue
             other = next(held_out)
             labels = sum(map(len, other.targets))
-            away = spread * (0.5 + torch.rand(len(other.chosen), generator=random).to(self.device))
+            away = spread * (0.5 + torch.rand(len(other.chosen), generator=random, device="cpu").to(self.device))
             for rate, price in zip(rates, prices, strict=True):
                 with torch.no_grad():
                     around = [(rate() + distance).clamp(rate.low, rate.high) for distance in (-away, away)]
@@ -301,7 +301,7 @@ class _Learning:
         frames, weights = 0, torch.zeros((), dtype=torch.float64, device=self.device)
         for batch in self.examples.batches(self.settings.batch_s, seed=None):
             # The fractional parts of multiples of the golden ratio are spread evenly, however many examples there are.
-            shares = torch.tensor(batch.chosen, dtype=torch.float64) * ((math.sqrt(5) - 1) / 2) % 1
+            shares = torch.tensor(batch.chosen, dtype=torch.float64, device="cpu") * ((math.sqrt(5) - 1) / 2) % 1
             states, compressed = self._encode(batch, (low + (high - low) * shares).float().to(self.device))
             values, layout = _of_task(states, self.kind)
             parts = values.split(list(layout.lengths), dim=1)

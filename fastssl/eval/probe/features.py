@@ -138,7 +138,7 @@ class LogMelSource:
         spectra = []
         for waveform in waveforms:
             normalized = torch.from_numpy(pack_waveforms([waveform], normalize=True))
-            mels = torch.as_tensor(self._fbank.extract(normalized, SAMPLE_RATE_HZ))
+            mels = torch.as_tensor(self._fbank.extract(normalized, SAMPLE_RATE_HZ), device="cpu")
             if self.deltas:
                 once = differences(mels)
                 mels = torch.cat([mels, once, differences(once)], dim=1)
@@ -218,7 +218,7 @@ class Standard(NamedTuple):
         standard = cls(mean.float(), scale.float())
         if not whiten:
             return standard
-        covariance = torch.zeros(len(mean), mean.shape[2], mean.shape[2], dtype=torch.float64)
+        covariance = torch.zeros(len(mean), mean.shape[2], mean.shape[2], dtype=torch.float64, device="cpu")
         for frames in chosen:
             values = standard(frames)
             covariance += (values.mT @ values) / count

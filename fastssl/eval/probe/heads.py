@@ -80,7 +80,7 @@ class Examples(NamedTuple):
         order = list(range(len(self.chosen)))
         if seed is not None:
             generator = torch.Generator().manual_seed(seed)
-            order = torch.randperm(len(order), generator=generator).tolist()
+            order = torch.randperm(len(order), generator=generator, device="cpu").tolist()
         batch: list[int] = []
         total_s = 0.0
         for index in order:
@@ -232,7 +232,9 @@ def prior(kind: Kind, examples: Examples, *, outputs: int, window: Window) -> Te
     Returns:
         (C,) fp32 shares with a sum of 1.
     """
-    counts = torch.bincount(torch.tensor([n for target in examples.targets for n in target]), minlength=outputs)
+    counts = torch.bincount(
+        torch.tensor([n for target in examples.targets for n in target], device="cpu"), minlength=outputs
+    )
     places = sum(window.outputs(examples.features.frames[example].shape[1]) for example in examples.chosen)
     if kind == "ctc":
         counts[BLANK] = places - counts.sum()
@@ -258,8 +260,8 @@ def task_losses(kind: Kind, logits: Packed, targets: Sequence[Sequence[int]]) ->
     return F.ctc_loss(
         logits.to_padded().log_softmax(2).transpose(0, 1),
         flat,
-        torch.tensor(logits.layout.lengths),
-        torch.tensor([len(target) for target in targets]),
+        torch.tensor(logits.layout.lengths, device="cpu"),
+        torch.tensor([len(target) for target in targets], device="cpu"),
         blank=BLANK,
         reduction="none",
         zero_infinity=True,

@@ -89,7 +89,7 @@ class FrameLengths(NamedTuple):
             share: Position between the shortest (0) and the longest frames (1), in the logarithm of the length.
         """
         length = self.shortest * (self.longest / self.shortest) ** share
-        return rate_for_period(torch.tensor(length, dtype=torch.float64), self.mean_weight, 1.0).float()
+        return rate_for_period(torch.tensor(length, dtype=torch.float64, device="cpu"), self.mean_weight, 1.0).float()
 
     def mixture(self, length: float) -> float:
         """Return where a length lies between the shortest (0) and the longest (1), on a logarithmic scale.

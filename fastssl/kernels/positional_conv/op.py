@@ -181,8 +181,10 @@ def _grad_depthwise_weight(grad_out: Tensor, x: Tensor, weight: Tensor, layout: 
 
 def _inverse_transform(transform: int, kernel: int) -> Tensor:  # (K, 2 * frequencies)
     """Return the first K rows of an inverse real FFT's matrix: columns for real parts, then for imaginary parts."""
-    frequency = torch.arange(transform // 2 + 1)
-    angles = (torch.arange(kernel).unsqueeze(1) * frequency % transform).double() * (2 * math.pi / transform)
+    frequency = torch.arange(transform // 2 + 1, device="cpu")
+    angles = (torch.arange(kernel, device="cpu").unsqueeze(1) * frequency % transform).double() * (
+        2 * math.pi / transform
+    )
     twice = torch.where((frequency == 0) | (frequency == transform // 2), 1.0, 2.0).double() / transform
     return torch.cat([angles.cos() * twice, -angles.sin() * twice], 1).float()
 

@@ -189,13 +189,14 @@ class _Layer:
             taps: Number of output frames that contribute to an input frame of these phases.
         """
         weight = self.matrix.view(self.plan.channels, self.plan.kernel, -1)  # (C_out, K, C_in)
-        tap = torch.arange(taps - 1, -1, -1) * self.plan.stride + torch.arange(first, first + count)[:, None]
+        tap = torch.arange(taps - 1, -1, -1, device="cpu") * self.plan.stride
+        tap = tap + torch.arange(first, first + count, device="cpu")[:, None]
         return weight[:, tap].permute(1, 3, 2, 0).reshape(count * weight.shape[2], taps * self.plan.channels)
 
 
 def _identity(channels: int, dtype: torch.dtype) -> Tensor:  # (3, C)
     """Return a bias, norm weight and norm bias that change nothing."""
-    parameters = torch.zeros(3, channels, dtype=dtype)
+    parameters = torch.zeros(3, channels, dtype=dtype, device="cpu")
     parameters[1] = 1
     return parameters
 
@@ -260,8 +261,10 @@ def _grids(plans: Sequence[LayerPlan]) -> list[Tensor]:
     """
     # Number of grid rows of the input, and of each layer's output, that correspond to one row of the last output.
     steps = list(accumulate((plan.stride for plan in reversed(plans)), mul, initial=1))[::-1]
-    rows = torch.stack([plan.cu_out for plan in plans]).diff() + torch.tensor([[plan.halo] for plan in plans])
-    step = torch.tensor(steps[1:])[:, None]
+    rows = torch.stack([plan.cu_out for plan in plans]).diff() + torch.tensor(
+        [[plan.halo] for plan in plans], device="cpu"
+    )
+    step = torch.tensor(steps[1:], device="cpu")[:, None]
     needed = ((rows + step - 1) // step).amax(0)
     last = torch.nn.functional.pad(needed.cumsum(0, dtype=torch.int32), (1, 0))
     return [last * rows_above for rows_above in steps]
@@ -285,7 +288,7 @@ class _LayerGradients:
         self.sums: Tensor | None = None
         if layer.from_waveform or plan.norm != "none" or plan.bias is not None:
             shape = plan.batch if plan.norm == "group" else 1, layer.taps.shape[0] + 3, plan.channels
-            self.sums = torch.zeros(shape, dtype=torch.float64)
+            self.sums = torch.zeros(shape, dtype=torch.float64, device="cpu")
         # The gradient: `halo` rows before `start`, then rows `start` to `stop` - 1. `descend` continues at row `next`.
         self.grad = layer.source.new_zeros(0 if layer.from_waveform else plan.halo + rows, plan.channels)
         self.start = self.next = self.stop = 0
