@@ -44,6 +44,16 @@ _FIELDS = (
     "conv_bias",
     "do_stable_layer_norm",
 )
+_SEW_MID = EncoderConfig(
+    hidden_size=512,
+    num_hidden_layers=24,
+    num_attention_heads=8,
+    intermediate_size=2048,
+    num_conv_pos_embeddings=31,
+    conv_dim=(64, *[128] * 4, *[256] * 4, *[512] * 4),
+    conv_kernel=(10, *[3, 1] * 4, *[2, 1] * 2),
+    conv_stride=(5, *[2, 1] * 6),
+)
 # data2vec has five positional convolutions of 19 taps, which take as many multiplications as one of 95 taps.
 _DATA2VEC = EncoderConfig(feat_extract_norm="layer", num_conv_pos_embeddings=95)
 
@@ -56,12 +66,14 @@ class Architecture(NamedTuple):
         encode: Runs the model: (model, (B, T) samples, (B,) lengths or None) -> (B, F, D) features.
         shape: A fastssl config with the same matrix products; the limits are computed from it.
         takes_lengths: Whether the original takes lengths; torchaudio's WavLM treats padding as audio.
+        gemms: Function from the shape and the numbers of samples to the matrix products, see `benchmarks.limits`.
     """
 
     make: Callable[[], nn.Module]
     encode: Callable[[Any, Tensor, Tensor | None], Tensor]
     shape: EncoderConfig
     takes_lengths: bool = True
+    gemms: Callable[..., list[limits.Gemm]] = limits.encoder
 
 
 def _transformers(family: str, **settings: Any) -> nn.Module:
@@ -90,7 +102,7 @@ def _encode_torchaudio(model: Any, audio: Tensor, lengths: Tensor | None) -> Ten
 
 
 def _of_transformers(family: str, shape: EncoderConfig, **settings: Any) -> Architecture:
-    if shape is _LARGE:
+    if shape in (_LARGE, _SEW_MID):
         settings = {name: getattr(shape, name) for name in _FIELDS} | settings
     return Architecture(partial(_transformers, family, **settings), _encode_transformers, shape)
 
@@ -104,6 +116,9 @@ ARCHITECTURES = {
     "data2vec-base": _of_transformers("Data2VecAudio", _DATA2VEC),
     "unispeech-base": _of_transformers("UniSpeech", _BASE),
     "unispeech-sat-base": _of_transformers("UniSpeechSat", _BASE),
+    "sew-mid-100k": _of_transformers("SEW", _SEW_MID, num_conv_pos_embeddings=31)._replace(
+        gemms=partial(limits.squeezed_encoder, factor=2)
+    ),
     "torchaudio-wav2vec2-base": Architecture(partial(_torchaudio, "wav2vec2_base"), _encode_torchaudio, _BASE),
     "torchaudio-hubert-base": Architecture(partial(_torchaudio, "hubert_base"), _encode_torchaudio, _BASE),
     "torchaudio-wavlm-base": Architecture(
@@ -153,7 +168,7 @@ def drop_in(name: str, work: str, workload: str, device: torch.device) -> Row:
     contenders = Contenders()
     contenders.add("fastssl", *contender(ours, lengths))
     contenders.add("original", *contender(original, lengths if architecture.takes_lengths else None))
-    gemms = limits.encoder(architecture.shape, workloads.samples_of(lengths_s), backward=training)
+    gemms = architecture.gemms(architecture.shape, workloads.samples_of(lengths_s), backward=training)
     return compare(
         f"{name}, {work}, {workload}",
         contenders,

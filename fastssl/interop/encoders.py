@@ -78,23 +78,31 @@ def modules_not_called(model: Any, stack: Any) -> Iterator[nn.Module]:
         model: The encoder, with `feature_extractor`.
         stack: Its transformer, with `pos_conv_embed` and `layers`.
     """
-    blocks = [*getattr(stack.pos_conv_embed, "layers", [stack.pos_conv_embed])]
-    if getattr(model, NORM) == "valid":
-        yield model.feature_extractor
-        blocks += model.feature_extractor.conv_layers
-        for block in model.feature_extractor.conv_layers:
-            if getattr(block, "layer_norm", None) is not None:
-                yield block.layer_norm
+    yield from front_end_not_called(model)
     yield from (stack, stack.pos_conv_embed)
-    for block in blocks:
-        yield from (block, block.conv)
-        yield from _parts(block, "activation", "padding")
+    yield from _blocks(getattr(stack.pos_conv_embed, "layers", [stack.pos_conv_embed]))
     for layer in stack.layers:
         yield from (layer, layer.attention, layer.feed_forward)
-        yield from _parts(layer.feed_forward, "intermediate_act_fn")
+        yield from parts(layer.feed_forward, "intermediate_act_fn")
 
 
-def _parts(module: nn.Module, *names: str) -> Iterator[nn.Module]:
+def front_end_not_called(model: Any) -> Iterator[nn.Module]:
+    """Yield those of `modules_not_called` that belong to the encoder's convolutions."""
+    if getattr(model, NORM) == "valid":
+        yield model.feature_extractor
+        yield from _blocks(model.feature_extractor.conv_layers)
+        for block in model.feature_extractor.conv_layers:
+            yield from parts(block, "layer_norm")
+
+
+def _blocks(blocks: Iterable[Any]) -> Iterator[nn.Module]:
+    for block in blocks:
+        yield from (block, block.conv)
+        yield from parts(block, "activation", "padding")
+
+
+def parts(module: nn.Module, *names: str) -> Iterator[nn.Module]:
+    """Yield those of the named submodules that the module has."""
     for name in names:
         if (part := module._modules.get(name)) is not None:
             yield part
@@ -102,12 +110,11 @@ def _parts(module: nn.Module, *names: str) -> Iterator[nn.Module]:
 
 def front_end(
     model: Any,
-    stack: Any,
     waveforms: Tensor,  # (B, T)
     lengths: list[int],
     convolutions: Iterable[tuple[int, int]],
     padded: Callable[[Tensor], Tensor],
-    ask: Callable[[Layout, int], object] = lambda layout, padded_frames: None,
+    ask: Callable[[Layout, int], object],
 ) -> tuple[Packed, int]:
     """Run an encoder's convolutions on a padded batch and pack the valid frames.
 
@@ -116,13 +123,12 @@ def front_end(
 
     Args:
         model: The encoder.
-        stack: Its transformer, with `pos_conv_embed`.
         waveforms: (B, T) samples.
         lengths: B numbers of valid samples.
         convolutions: Kernel size and stride of each convolution, from first to last.
         padded: The original front end, (B, T) to (B, F, C). It runs if the encoder's norm is "padded" and F is not 0,
             which the original refuses.
-        ask: Function that asks the layout of the frames for what the encoder needs of it besides, given F.
+        ask: Function that asks the layout of the frames for what the encoder computes with it, given F.
 
     Returns:
         The valid frames (N, C), and the number of frames F per row of the padded batch.
@@ -132,10 +138,6 @@ def front_end(
 
     def use(layout: Layout) -> None:
         ask_for_padding(layout, padded_frames)
-        if (compressor := getattr(model, ACCELERATED_COMPRESSOR, None)) is None:
-            _ask_for_positions(stack, layout)
-        else:
-            compressor.ask(layout)
         ask(layout, padded_frames)
 
     if getattr(model, NORM) == "valid" or padded_frames == 0:
@@ -161,7 +163,21 @@ def _without_padding(waveforms: Tensor, lengths: list[int]) -> Tensor:  # (B, T)
     return torch.cat([row[:length] for row, length in zip(waveforms, lengths, strict=True)]).unsqueeze(1)
 
 
-def _ask_for_positions(stack: Any, layout: Layout) -> None:
+def ask_for_transformer(model: Any, stack: Any, layout: Layout) -> None:
+    """Ask the layout of the projected frames for what the compressor computes with it, or else the transformer."""
+    ask_for_layers(model, partial(ask_for_positions, stack), layout)
+
+
+def ask_for_layers(model: Any, ask: Callable[[Layout], object], layout: Layout) -> None:
+    """Ask the layout of a compressor's input for what the compressor computes with it; without one, call `ask`."""
+    compressor = getattr(model, ACCELERATED_COMPRESSOR, None)
+    if compressor is None:
+        ask(layout)
+    else:
+        compressor.ask(layout)
+
+
+def ask_for_positions(stack: Any, layout: Layout) -> None:
     """Ask a layout for what the positional embedding of a stack of layers computes with it."""
     layout.ask_for_indices()
     for block in getattr(stack.pos_conv_embed, "layers", [stack.pos_conv_embed]):
@@ -179,12 +195,14 @@ def sharing_casts(forward: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def compress(model: nn.Module, stack: Any, frames: Packed) -> tuple[Packed, Callable[[Tensor], Tensor]]:
+def compress(
+    model: nn.Module, ask: Callable[[Layout], object], frames: Packed
+) -> tuple[Packed, Callable[[Tensor], Tensor]]:
     """Apply an accelerated encoder's compressor to the input of its transformer, if it has one.
 
     Args:
         model: The encoder.
-        stack: Its transformer, with `pos_conv_embed`.
+        ask: Function that asks the layout of the compressed frames for what the transformer computes with it.
         frames: (N, D), the projected frames.
 
     Returns:
@@ -195,7 +213,7 @@ def compress(model: nn.Module, stack: Any, frames: Packed) -> tuple[Packed, Call
     if compressor is None:
         return frames, lambda values: values
     compressed = compressor(frames)
-    compressed.frames.layout.plan(partial(_ask_for_positions, stack))
+    compressed.frames.layout.plan(ask)
     return compressed.frames, compressed.upsample
 
 

@@ -5,9 +5,10 @@ pickling, `save_pretrained`, `copy.deepcopy` and every head therefore work as be
 """
 
 import importlib
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,22 +32,58 @@ _SOURCES = {
 }
 
 
+class Encoded(NamedTuple):
+    """What an encoder computes from its N projected frames."""
+
+    #: (N, D) last hidden state, in the layout of the projected frames.
+    last: Packed
+    #: (M, D) input of the first layer, then the output of each layer.
+    states: list[Tensor]
+    #: Function from such a state to the packed frames that the original returns as a hidden state.
+    whole: Callable[[Tensor], Packed]
+    #: Number of frames of each row of the padded hidden states.
+    padded_frames: int
+
+
+class Architecture(NamedTuple):
+    """The parts of an encoder's forward pass in which architectures differ.
+
+    Each function gets the model first. F is the number of frames of each row of the padded batch.
+    """
+
+    #: Yields the modules that the original forward calls and fastssl's only reads.
+    modules_not_called: Callable[[Any], Iterator[nn.Module]]
+    #: Normalises and projects the front end's frames: (N, C) to (N, C) and (N, D).
+    project: Callable[[Any, Tensor], tuple[Tensor, Tensor]]
+    #: Runs the transformer on the projected frames (N, D), given F.
+    encode: Callable[[Any, Packed, int], Encoded]
+    #: Asks the layout of the projected frames, given F, for what `encode` computes with it.
+    ask: Callable[[Any, Layout, int], None]
+    #: Returns why the original code must run in the model's current state, or None.
+    refuses: Callable[[Any], str | None] = lambda model: None
+
+
+def check_activations(module: Any, *keys: str) -> None:
+    """Raise ValueError if a setting of an encoder's config names an activation other than GELU."""
+    for key in keys:
+        if getattr(module.config, key, "gelu") != "gelu":
+            raise ValueError(
+                f"model: {type(module).__name__} with config.{key}={getattr(module.config, key)!r} is not supported, "
+                "only 'gelu'"
+            )
+
+
 def _check(module: Any) -> None:
     """Raise ValueError if an encoder has an unsupported part."""
-    name, config = type(module).__name__, module.config
-    for key, served in {"hidden_act": "gelu", "feat_extract_activation": "gelu"}.items():
-        if getattr(config, key, served) != served:
-            raise ValueError(
-                f"model: {name} with config.{key}={getattr(config, key)!r} is not supported, only {served!r}"
-            )
-    if getattr(config, "conv_pos_batch_norm", False):
+    check_activations(module, "hidden_act", "feat_extract_activation")
+    if getattr(module.config, "conv_pos_batch_norm", False):
         raise ValueError(
-            f"model: {name} with config.conv_pos_batch_norm=True is not supported, because its results depend on the "
-            "rest of the batch; use a model without it"
+            f"model: {type(module).__name__} with config.conv_pos_batch_norm=True is not supported, because its "
+            "results depend on the rest of the batch; use a model without it"
         )
 
 
-def _methods(original: type[nn.Module]) -> dict[str, Any]:
+def _methods(architecture: Architecture, original: type[nn.Module]) -> dict[str, Any]:
     # Under torch.compile every new set of lengths would trigger a recompilation, and the ops are fused already.
     run = torch.compiler.disable(encoders.sharing_casts(_forward), reason="an accelerated encoder is not compiled")
 
@@ -57,23 +94,32 @@ def _methods(original: type[nn.Module]) -> dict[str, Any]:
             reason = f"{recorder} records the call"
         if "_mask_hidden_states" in vars(self):
             reason = "the model has a replaced `_mask_hidden_states`"
-        if encoders.original_runs(self, _modules_not_called(self), reason, self.encoder.layers):
+        reason = reason or architecture.refuses(self)
+        if encoders.original_runs(self, architecture.modules_not_called(self), reason, self.encoder.layers):
             # Not `view.forward`, because the model may have a `forward` of its own that calls this one.
             return original.forward(_as_original(self, original), **given)
-        return run(self, given)
+        return run(self, architecture, given)
 
     return {"forward": as_original(original.forward, forward)}
 
 
-CLASSES = AcceleratedClasses(
-    __name__,
-    _SOURCES,
-    _methods,
-    check=_check,
-    width=lambda encoder: int(encoder.config.hidden_size),
-    layers=lambda encoder: encoder.encoder.layers,
-)
-__getattr__ = CLASSES.by_name  # for pickle
+def accelerated_classes(
+    home: str, sources: Mapping[str, str], architecture: Architecture, check: Callable[[Any], None]
+) -> AcceleratedClasses:
+    """Return accelerated subclasses of encoders of Transformers; the arguments are those of `AcceleratedClasses`."""
+    return AcceleratedClasses(
+        home,
+        sources,
+        partial(_methods, architecture),
+        check=check,
+        width=lambda encoder: int(encoder.config.hidden_size),
+        layers=lambda encoder: encoder.encoder.layers,
+    )
+
+
+def original_class(model: nn.Module) -> type[nn.Module]:
+    """Return the class of Transformers that an accelerated encoder's class is derived from."""
+    return next(cls for cls in type(model).__mro__ if cls.__module__.startswith("transformers."))
 
 
 def _as_original(model: nn.Module, original: type[nn.Module]) -> Any:
@@ -90,6 +136,11 @@ def _modules_not_called(model: Any) -> Iterator[nn.Module]:
     """Yield the modules that the original forward calls and fastssl's only reads."""
     yield model.feature_projection
     yield from encoders.modules_not_called(model, model.encoder)
+    yield from adapter_not_called(model)
+
+
+def adapter_not_called(model: Any) -> Iterator[nn.Module]:
+    """Yield those of `modules_not_called` that belong to the convolutional adapter, if there is one."""
     if getattr(model, "adapter", None) is not None:
         yield model.adapter
         for layer in model.adapter.layers:
@@ -101,7 +152,7 @@ def _option(model: Any, given: dict[str, Any], name: str) -> Any:
     return getattr(model.config, name, None) if value is None else value
 
 
-def _forward(self: Any, given: dict[str, Any]) -> Any:
+def _forward(self: Any, architecture: Architecture, given: dict[str, Any]) -> Any:
     """Compute on packed frames what the original forward returns for these arguments."""
     read_only.warn_once(self, self.encoder.layers, stacklevel=5)
     input_values: Tensor = given["input_values"]  # (B, T)
@@ -116,29 +167,27 @@ def _forward(self: Any, given: dict[str, Any]) -> Any:
     convolutions = zip(self.config.conv_kernel, self.config.conv_stride, strict=True)
     frames, padded_frames = encoders.front_end(
         self,
-        self.encoder,
         input_values,
         lengths,
         convolutions,
         lambda padded: self.feature_extractor(padded).transpose(1, 2),
-        partial(_ask_for_adapter, getattr(self, "adapter", None)),
+        partial(architecture.ask, self),
     )
     _need_gradient(self, frames.values)
-    normalised = F.normalise(self.feature_projection, frames.values)
-    projected = F.project(self.feature_projection, normalised)
+    normalised, projected = architecture.project(self, frames.values)
     x = Packed(projected, frames.layout)
     x = _mask(self, x, given.get("mask_time_indices"), padded_frames, has_padding=attention_mask is not None)
-    fewer, upsample = encoders.compress(self, self.encoder, x)
-    last, hidden_states = _encode(self.encoder, fewer, calls=getattr(self, CALLS))
+    encoded = architecture.encode(self, x, padded_frames)
 
-    output_class = _output_class(CLASSES.original(self).__name__)
-    values: dict[str, Any] = {"last_hidden_state": _adapt(self, Packed(upsample(last), x.layout), padded_frames)}
+    original = original_class(self)
+    output_class = _output_class(original.__module__, original.__name__)
+    values: dict[str, Any] = {"last_hidden_state": _adapt(self, encoded.last, padded_frames)}
     if "extract_features" in output_class.__dataclass_fields__:
         values["extract_features"] = Packed(normalised, frames.layout).to_padded(length=padded_frames)
     if wanted := _wanted(_option(self, given, "output_hidden_states"), len(self.encoder.layers) + 1):
         values["hidden_states"] = tuple(
-            Packed(upsample(state), x.layout).to_padded(length=padded_frames) if index in wanted else None
-            for index, state in enumerate(hidden_states)
+            encoded.whole(state).to_padded(length=encoded.padded_frames) if index in wanted else None
+            for index, state in enumerate(encoded.states)
         )
     output = output_class(**values)
     return output.to_tuple() if _option(self, given, "return_dict") is False else output
@@ -157,16 +206,16 @@ def _need_gradient(model: Any, frames: Tensor) -> None:  # (N, C)
 
 
 @cache
-def _output_class(name: str) -> Any:
+def _output_class(module: str, name: str) -> Any:
     """Return the class of an encoder's output.
 
     It is the model's own output class if it defines one, else Transformers' common class, with `extract_features`
-    except for HuBERT.
+    except for HuBERT and SEW.
     """
-    modeling = importlib.import_module(_SOURCES[name])
     outputs = importlib.import_module("transformers.modeling_outputs")
-    own = getattr(modeling, name.replace("Model", "BaseModelOutput"), None)
-    return own or (outputs.BaseModelOutput if name == "HubertModel" else outputs.Wav2Vec2BaseModelOutput)
+    own = getattr(sys.modules[module], name.replace("Model", "BaseModelOutput"), None)
+    plain = name in ("HubertModel", "SEWModel")
+    return own or (outputs.BaseModelOutput if plain else outputs.Wav2Vec2BaseModelOutput)
 
 
 def _wanted(hidden_states: bool | int | list[int] | None, count: int) -> set[int]:
@@ -212,12 +261,13 @@ def _mask(model: Any, x: Packed, mask_time_indices: Any, padded_frames: int, *, 
         return x
     if layout.total == 0:  # the model's function refuses rows without frames
         return x
-    original = CLASSES.original(model)
-    draw = importlib.import_module(_SOURCES[original.__name__])._compute_mask_indices
+    original = original_class(model)
+    draw = vars(sys.modules[original.__module__])["_compute_mask_indices"]
     valid = torch.arange(padded_frames, device="cpu") < torch.tensor(layout.lengths, device="cpu").unsqueeze(1)
     if draws_times:
-        # HuBERT masks padding frames too, instead of valid ones.
-        within = {"attention_mask": valid} if has_padding and original.__name__ != "HubertModel" else {}
+        # HuBERT and SEW mask padding frames too, instead of valid ones.
+        knows_padding = has_padding and original.__name__ not in ("HubertModel", "SEWModel")
+        within = {"attention_mask": valid} if knows_padding else {}
         mask_time_indices = torch.from_numpy(
             draw(
                 valid.shape,
@@ -263,20 +313,46 @@ def _embedded_where(x: Packed, mask: Tensor, embedding: Tensor) -> Tensor:  # (N
     return torch.where(packed.unsqueeze(1), embedding, x.values)
 
 
-def _encode(encoder: Any, x: Packed, *, calls: bool) -> tuple[Tensor, list[Tensor]]:
-    """Run the transformer; return the last hidden state after the final norm, and all hidden states before it.
+def project(model: Any, frames: Tensor) -> tuple[Tensor, Tensor]:  # (N, C) -> (N, C), (N, D)
+    """Normalise and project the front end's frames by the model's `feature_projection`."""
+    normalised = F.normalise(model.feature_projection, frames)
+    return normalised, F.project(model.feature_projection, normalised)
+
+
+def _encode(model: Any, x: Packed, padded_frames: int) -> Encoded:
+    fewer, repeat = encoders.compress(model, partial(encoders.ask_for_positions, model.encoder), x)
+    last, states = run_transformer(model, F.with_positions(model.encoder, fewer), fewer.layout)
+
+    def whole(values: Tensor) -> Packed:
+        return Packed(repeat(values), x.layout)
+
+    return Encoded(whole(last), states, whole, padded_frames)
+
+
+def _ask(model: Any, layout: Layout, padded_frames: int) -> None:
+    encoders.ask_for_transformer(model, model.encoder, layout)
+    ask_for_adapter(model, layout, padded_frames)
+
+
+def run_transformer(model: Any, x: Tensor, layout: Layout) -> tuple[Tensor, list[Tensor]]:
+    """Run the layers of a model's `encoder`.
 
     Args:
-        encoder: The transformer.
-        x: (N, D) projected frames.
-        calls: Whether to call projections that the original only reads.
+        model: The model.
+        x: (N, D) packed frames with their positional embedding.
+        layout: Where each sequence begins.
+
+    Returns:
+        The last hidden state (N, D) after the final norm, and all hidden states (N, D) before it.
     """
+    encoder = model.encoder
     pre_norm = "StableLayerNorm" in type(encoder).__name__
     first = encoder.layers[0].attention if len(encoder.layers) else None
     bias = encoders.distance_bias(first) if hasattr(first, "rel_attn_embed") else None
+    calls = getattr(model, CALLS)
 
     def run(layer: Any, values: Tensor) -> Tensor:
-        arguments = layer, values, x.layout, bias, pre_norm, calls
+        arguments = layer, values, layout, bias, pre_norm, calls
         if getattr(layer, "gradient_checkpointing", False) and layer.training:
             output: Tensor = layer._gradient_checkpointing_func(_layer, *arguments)
             return output
@@ -336,8 +412,9 @@ def _adapt(model: Any, x: Packed, padded_frames: int) -> Tensor:
     return encoders.padded_by_last(x, padded)
 
 
-def _ask_for_adapter(adapter: Any, layout: Layout, padded_frames: int) -> None:
+def ask_for_adapter(model: Any, layout: Layout, padded_frames: int) -> None:
     """Ask the layout of the encoder's frames for what the convolutional adapter, if there is one, computes with it."""
+    adapter = getattr(model, "adapter", None)
     for layer in [] if adapter is None else adapter.layers:
         conv = layer.conv
         _framed_rows(layout, int(conv.padding[0]))
@@ -376,3 +453,7 @@ def _adapter_layer(conv: nn.Conv1d, x: Packed) -> Packed:
 def _adapter_frames(conv: nn.Conv1d, frames: int) -> int:
     length = frames + 2 * int(conv.padding[0]) if frames else 0
     return Layout.from_lengths([length]).after_conv(conv.kernel_size[0], conv.stride[0]).max_length
+
+
+CLASSES = accelerated_classes(__name__, _SOURCES, Architecture(_modules_not_called, project, _encode, _ask), _check)
+__getattr__ = CLASSES.by_name  # for pickle

@@ -297,8 +297,13 @@ def positional_embedding(module: Any, x: Tensor, layout: Layout) -> Tensor:  # (
     return x
 
 
+def with_positions(stack: Any, frames: Packed) -> Tensor:  # (N, D) -> (N, D)
+    """Return the frames plus the positional embedding of another library's stack, its `pos_conv_embed`."""
+    return frames.values + positional_embedding(stack.pos_conv_embed, *frames)
+
+
 def hidden_states(
-    stack: Any, frames: Packed, layers: Iterable[Any], run: Callable[[Any, Tensor], Tensor], *, pre_norm: bool
+    stack: Any, x: Tensor, layers: Iterable[Any], run: Callable[[Any, Tensor], Tensor], *, pre_norm: bool
 ) -> Iterator[Tensor]:
     """Yield the hidden states (N, D) of another library's stack of layers.
 
@@ -306,8 +311,8 @@ def hidden_states(
     library, this would change the rounding and the elements that dropout drops.
 
     Args:
-        stack: Module with `pos_conv_embed`, `layer_norm` and `dropout`.
-        frames: (N, D) packed frames.
+        stack: Module with `layer_norm` and `dropout`.
+        x: (N, D) packed frames, with their positional embedding.
         layers: The layers to run. If it is an iterator, the next layer is requested after the previous one has run, so
             that draws for layer drop and for dropout keep their order.
         run: Function that calls a layer on frames (N, D).
@@ -316,7 +321,6 @@ def hidden_states(
     Yields:
         The input of the first layer, then the output of each layer.
     """
-    x = frames.values + positional_embedding(stack.pos_conv_embed, *frames)
     yield (x := dropout(stack.dropout, x if pre_norm else stack.layer_norm(x)))
     for layer in layers:
         yield (x := run(layer, x))

@@ -33,6 +33,23 @@ def test_the_encoder_has_the_products_that_transformers_makes_without_padding(ba
     assert counted == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_squeezed_encoder_has_the_products_of_sew(backward: bool) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = replace(TINY, conv_dim=(32,) * 7, num_conv_pos_embedding_groups=1)
+    names = ["conv_dim", "conv_kernel", "conv_stride", "num_conv_pos_embeddings", "num_conv_pos_embedding_groups"]
+    names += ["hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"]
+    settings = {name: getattr(config, name) for name in names}
+    model = transformers.SEWModel(transformers.SEWConfig(**settings, squeeze_factor=3)).eval()
+    model.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as counter:
+        out = model(torch.randn(1, 80_000)).last_hidden_state
+        if backward:
+            out.sum().backward()
+    counted = sum(gemm.flops for gemm in limits.squeezed_encoder(config, [80_000], factor=3, backward=backward))
+    assert counted == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
 def test_utterances_add_up_where_they_do_not_see_each_other() -> None:
     one, two = ([gemm.flops for gemm in limits.encoder(TINY, [n], backward=True)] for n in (20_000, 50_000))
     both = limits.encoder(TINY, [20_000, 50_000], backward=True)

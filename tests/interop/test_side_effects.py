@@ -51,7 +51,7 @@ def test_the_same_outputs_need_gradients(variant: str, frozen: str, norm: Any) -
 
 
 @pytest.mark.parametrize("norm", ["valid", "padded"])
-@pytest.mark.parametrize("variant", ["wav2vec2 base", "wavlm large", "data2vec", "hubert base"])
+@pytest.mark.parametrize("variant", ["wav2vec2 base", "wavlm large", "data2vec", "hubert base", "sew base"])
 @pytest.mark.filterwarnings("error:None of the inputs have requires_grad")
 def test_adapters_are_trained_under_re_entrant_checkpointing(variant: str, norm: Any) -> None:
     peft = pytest.importorskip("peft", reason="peft is not installed")

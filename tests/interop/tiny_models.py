@@ -63,6 +63,22 @@ WITH_ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
     "wav2vec2 base, adapter": ("Wav2Vec2", ADAPTER),
     "wav2vec2 large, adapters": ("Wav2Vec2", LARGE | ADAPTER | {"adapter_attn_dim": 8, "output_hidden_size": 48}),
 }
+#: Variants of SEW, which refuses utterances of less than LEAST_SQUEEZED samples: it squeezes two frames into one.
+LEAST_SQUEEZED = 720
+SQUEEZED: dict[str, tuple[str, dict[str, Any]]] = {
+    "sew base": ("SEW", {"conv_dim": [32] * 13}),
+    "sew, layer norm, odd kernel, without projection": (
+        "SEW",
+        {
+            "conv_dim": [32] * 12 + [48],
+            "feat_extract_norm": "layer",
+            "conv_bias": True,
+            "num_conv_pos_embeddings": 15,
+        },
+    ),
+}
+#: All that `accelerate` supports.
+ACCELERATED = VARIANTS | WITH_ADAPTERS | SQUEEZED
 #: torchaudio's factories for the published architectures.
 TORCHAUDIO_FACTORIES = [
     "wav2vec2_base",
@@ -77,18 +93,21 @@ TORCHAUDIO_FACTORIES = [
     "wavlm_base",
     "wavlm_large",
 ]
-#: One variant of each architecture.
+#: One variant of each architecture that `Encoder` supports.
 FAMILIES = ("wav2vec2 base", "hubert large", "wavlm base", "data2vec", "unispeech base", "unispeech-sat large")
+#: One variant of each architecture that `accelerate` supports.
+ACCELERATED_FAMILIES = (*FAMILIES, "sew base")
 BATCHES = {"single": [6000], "equal": [5000, 5000], "mixed": [5000, 900, 3300], "extreme": [30000, 400, 719, 720]}
 EVERY_VARIANT = pytest.mark.parametrize("variant", VARIANTS)
-EVERY_ACCELERATED_VARIANT = pytest.mark.parametrize("variant", VARIANTS | WITH_ADAPTERS)
+EVERY_ACCELERATED_VARIANT = pytest.mark.parametrize("variant", ACCELERATED)
 EVERY_FAMILY = pytest.mark.parametrize("variant", FAMILIES)
+EVERY_ACCELERATED_FAMILY = pytest.mark.parametrize("variant", ACCELERATED_FAMILIES)
 
 
 def transformers_model(variant: str, head: str = "Model", **options: Any) -> Any:
     """Return a tiny model in evaluation mode; no parameter keeps an initial value, such as 0, that hides errors."""
     transformers = pytest.importorskip("transformers")
-    family, settings = (VARIANTS | WITH_ADAPTERS)[variant]
+    family, settings = ACCELERATED[variant]
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(**TINY | settings | options)
     model = getattr(transformers, f"{family}{head}")(config).eval()

@@ -24,7 +24,10 @@ GROUPS = (
     "benchmark/bench_encoder/*",
     "benchmark/bench_compression/*",
     *(f"benchmark/bench_drop_in/{model}*" for model in ("wav2vec2-base", "wav2vec2-large", "wav2vec2-pretraining")),
-    *(f"benchmark/bench_drop_in/{model}*" for model in ("hubert", "wavlm", "data2vec", "unispeech", "torchaudio")),
+    *(
+        f"benchmark/bench_drop_in/{model}*"
+        for model in ("hubert", "wavlm", "data2vec", "unispeech", "sew", "torchaudio")
+    ),
     "benchmark/ops.*",
     "check/*",
 )
