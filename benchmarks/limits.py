@@ -99,6 +99,18 @@ def squeezed_encoder(config: EncoderConfig, samples: Sequence[int], *, factor: i
     return gemms + linear(sum(squeezed), config.hidden_size, factor * config.hidden_size, backward=backward)
 
 
+def conformer(config: EncoderConfig, samples: Sequence[int], *, backward: bool) -> list[Gemm]:
+    """Return all GEMMs of a Conformer with rotary positions: depthwise convolutions are not among them."""
+    gemms, layout = front_end(config, Layout.from_lengths(samples), backward=backward)
+    N, D, depth = layout.total, config.hidden_size, config.num_hidden_layers
+    gemms += linear(N, config.conv_dim[-1], D, backward=backward)
+    gemms += _transformer(config, layout.lengths, backward=backward)
+    gemms += linear(N, D, config.intermediate_size, backward=backward, times=depth)
+    gemms += linear(N, config.intermediate_size, D, backward=backward, times=depth)
+    gemms += linear(N, D, 2 * D, backward=backward, times=depth)
+    return gemms + linear(N, D, D, backward=backward, times=depth)
+
+
 def _positional(config: EncoderConfig, frames: int, *, backward: bool) -> list[Gemm]:
     D, groups, kernel = config.hidden_size, config.num_conv_pos_embedding_groups, config.num_conv_pos_embeddings
     # Gradient of the positional convolution's input: a convolution of the same shape.

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial, wraps
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +21,22 @@ from fastssl.nn.linear import casts_together
 from fastssl.packing import Layout, Packed, kept_by_plan, send
 
 _LIBRARIES = ("transformers.", "torchaudio.", "torch.nn.", "fastssl.")
-#: Where activations are, and those that fastssl's forward computes in their place.
-_ACTIVATIONS, _GELU = ("transformers.activations", "torch.nn.modules.activation"), ("GELUActivation", "GELU")
+#: Where activations are, and what those compute that fastssl's forward computes in their place.
+_ACTIVATIONS = ("transformers.activations", "torch.nn.modules.activation")
+_COMPUTED = {"GELUActivation": "gelu", "GELU": "gelu", "SiLUActivation": "silu", "SiLU": "silu"}
+
+
+#: Models of which a warning has named a lasting reason.
+_told: WeakSet[nn.Module] = WeakSet()
 
 
 def original_runs(
-    model: nn.Module, modules: Iterable[nn.Module], reason: str | None = None, layers: Iterable[Any] | None = None
+    model: nn.Module,
+    modules: Iterable[nn.Module],
+    reason: str | None = None,
+    layers: Iterable[Any] | None = None,
+    *,
+    lasting: str | None = None,
 ) -> bool:
     """Return whether the original `forward` must run instead of fastssl's; if so, warn why.
 
@@ -36,13 +46,14 @@ def original_runs(
             on one of them, or a foreign class in its place, so in these cases the original must run.
         reason: Another reason to run the original, found by the caller, or None.
         layers: The encoder's transformer layers.
+        lasting: A reason for many calls, such as training. One warning per model names it.
 
     Raises:
         ValueError: The original must run, but the model has a compressor, which the original cannot apply.
     """
     if not hasattr(type(model), NORM):  # restored, but somebody else's wrapper still calls fastssl's forward
         return True
-    reason = reason or _foreign_code(modules)
+    reason = reason or lasting or _foreign_code(modules)
     if reason is None:
         return False
     if layers is not None and (lost := read_only.lost(model, layers)):
@@ -52,6 +63,10 @@ def original_runs(
             f"{reason}, but the original code cannot apply the compressor; undo this, or remove the compressor with "
             "`fastssl.restore`"
         )
+    if reason is lasting:
+        if model in _told:
+            return True
+        _told.add(model)
     warnings.warn(f"{reason}, so the original code runs, on padded batches and without acceleration", stacklevel=4)
     return True
 
@@ -59,16 +74,18 @@ def original_runs(
 def _foreign_code(modules: Iterable[nn.Module]) -> str | None:
     for module in modules:
         kind = type(module)
-        activation = kind.__module__ in _ACTIVATIONS and (kind.__name__ not in _GELU or _is_approximate(module))
-        if activation or not kind.__module__.startswith(_LIBRARIES):
+        other_activation = kind.__module__ in _ACTIVATIONS and computed_by(module) != "gelu"
+        if other_activation or not kind.__module__.startswith(_LIBRARIES):
             return f"a {kind.__module__}.{kind.__name__} replaces a module of the original"
         if F.is_watched(module):
             return f"a {kind.__name__} has a hook or a replaced `forward`"
     return None
 
 
-def _is_approximate(gelu: nn.Module) -> bool:
-    return getattr(gelu, "approximate", "none") != "none"
+def computed_by(module: nn.Module) -> str | None:
+    """Return "gelu" or "silu" if a module's class computes it without approximation, else None."""
+    kind, approximate = type(module), getattr(module, "approximate", "none")
+    return _COMPUTED.get(kind.__name__) if kind.__module__ in _ACTIVATIONS and approximate == "none" else None
 
 
 def modules_not_called(model: Any, stack: Any) -> Iterator[nn.Module]:

@@ -35,6 +35,9 @@ def accelerate(
     them. Compression by integrate-and-fire, and the quantiser of `Wav2Vec2ForPreTraining` if it gets a mask, wait once
     more.
 
+    Of Transformers' Conformer, only evaluation is accelerated: in training, its batch norms use the statistics of the
+    whole batch. A call in training mode runs the original code, and the first one warns.
+
     If somebody else's `forward` is on an encoder itself (Accelerate's `prepare` or device hooks, a partial), fastssl's
     code runs inside it. A warning says where that cannot be done.
 
@@ -56,10 +59,10 @@ def accelerate(
         The same model. Accelerating it again only sets `norm`, `call_projections` and, if given, the compressor.
 
     Raises:
-        ValueError: `norm` is unknown, the model contains no supported encoder, an encoder has an unsupported part, the
-            compressor's width is not the encoder's, a compressor is given for a model with several encoders, or for one
-            with a `forward` of somebody else that fastssl's cannot run in, or `call_projections` is given for
-            torchaudio's WavLM, which has no such modules. The model is then unchanged.
+        ValueError: `norm` is unknown, the model contains no supported encoder, an encoder has an unsupported part or is
+            in an unsupported mode, the compressor's width is not the encoder's, a compressor is given for a model with
+            several encoders, or for one with a `forward` of somebody else that fastssl's cannot run in, or
+            `call_projections` is given for torchaudio's WavLM, which has no such modules. The model is then unchanged.
     """
     if norm not in ("valid", "padded"):
         raise ValueError(f"norm: must be 'valid' or 'padded', got {norm!r}")
@@ -131,9 +134,9 @@ def restore(model: Model) -> Model:
 
 
 def _served() -> list[AcceleratedClasses]:
-    from fastssl.interop import pretraining_head, sew, torchaudio, transformers
+    from fastssl.interop import conformer, pretraining_head, sew, torchaudio, transformers
 
-    return [transformers.CLASSES, sew.CLASSES, pretraining_head.CLASSES, torchaudio.CLASSES]
+    return [transformers.CLASSES, sew.CLASSES, conformer.CLASSES, pretraining_head.CLASSES, torchaudio.CLASSES]
 
 
 def _in_use() -> list[AcceleratedClasses]:

@@ -59,7 +59,7 @@ class Architecture(NamedTuple):
     encode: Callable[[Any, Packed, int], Encoded]
     #: Asks the layout of the projected frames, given F, for what `encode` computes with it.
     ask: Callable[[Any, Layout, int], None]
-    #: Returns why the original code must run in the model's current state, or None.
+    #: Returns why the original code must run in the model's current mode, or None.
     refuses: Callable[[Any], str | None] = lambda model: None
 
 
@@ -94,8 +94,8 @@ def _methods(architecture: Architecture, original: type[nn.Module]) -> dict[str,
             reason = f"{recorder} records the call"
         if "_mask_hidden_states" in vars(self):
             reason = "the model has a replaced `_mask_hidden_states`"
-        reason = reason or architecture.refuses(self)
-        if encoders.original_runs(self, architecture.modules_not_called(self), reason, self.encoder.layers):
+        modules, lasting = architecture.modules_not_called(self), architecture.refuses(self)
+        if encoders.original_runs(self, modules, reason, self.encoder.layers, lasting=lasting):
             # Not `view.forward`, because the model may have a `forward` of its own that calls this one.
             return original.forward(_as_original(self, original), **given)
         return run(self, architecture, given)

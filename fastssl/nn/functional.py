@@ -6,7 +6,7 @@ parameters. Any other part (an adapter in place of a linear layer, a subclass, a
 frames (N, C).
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -107,18 +107,18 @@ def wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32)) if norms_stay_wide(x) else x
 
 
-def sum_and_norm(branch: Tensor, residual: Tensor, norm: Any, dropout: Any) -> tuple[Tensor, Tensor]:
+def sum_and_norm(branch: Tensor, residual: Tensor, norm: Any, dropout: Any = None) -> tuple[Tensor, Tensor]:
     """Return the sum `residual + dropout(branch)` and its norm, both (N, D); fused if both modules are plain.
 
-    Both have the dtype of `residual`, which is that of `branch` or fp32.
+    Both have the dtype of `residual`, which is that of `branch` or fp32. Without a dropout module, nothing is dropped.
     """
-    if is_plain(norm, nn.LayerNorm) and is_plain(dropout, nn.Dropout):
-        dropout_p = _probability(dropout)
+    if is_plain(norm, nn.LayerNorm) and (dropout is None or is_plain(dropout, nn.Dropout)):
+        dropout_p = 0.0 if dropout is None else _probability(dropout)
         normalised, total = ops.dropout_add_layer_norm(
             branch, residual, weight=norm.weight, bias=norm.bias, eps=norm.eps, dropout_p=dropout_p, prenorm=True
         )
         return total, normalised
-    total = residual + dropout(branch)
+    total = residual + (branch if dropout is None else dropout(branch))
     return total, norm(total)
 
 
@@ -171,12 +171,15 @@ def attend(
 
 def queries_keys_values(module: Any, x: Tensor) -> list[Tensor]:  # (N, D) -> three of (N, H, E)
     """Return queries, keys and values: the outputs of `q_proj`, `k_proj` and `v_proj`, split over the heads."""
-    projections = (module.q_proj, module.k_proj, module.v_proj)
-    if all(is_plain(projection, *_LINEAR, PackedLinear) for projection in projections):
-        projected = packed_linears(x, projections)
-    else:
-        projected = [linear(projection, x) for projection in projections]
+    projected = linears((module.q_proj, module.k_proj, module.v_proj), x)
     return [frames.unflatten(1, (module.num_heads, -1)) for frames in projected]
+
+
+def linears(modules: Sequence[Any], x: Tensor) -> list[Tensor]:
+    """Apply several linear layers, or the modules that replace them, to the same frames (N, C_in)."""
+    if all(is_plain(module, *_LINEAR, PackedLinear) for module in modules):
+        return packed_linears(x, modules)
+    return [linear(module, x) for module in modules]
 
 
 def gate(module: Any, x: Tensor) -> Tensor:  # (N, D) -> (N, H)

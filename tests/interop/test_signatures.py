@@ -24,10 +24,10 @@ transformers = pytest.importorskip("transformers")
 
 def methods() -> list[tuple[Any, Any]]:
     """Return every method that acceleration replaces, with the original's."""
-    from fastssl.interop import pretraining_head, sew
+    from fastssl.interop import conformer, pretraining_head, sew
     from fastssl.interop import transformers as ours
 
-    served = (ours.CLASSES, sew.CLASSES, pretraining_head.CLASSES)
+    served = (ours.CLASSES, sew.CLASSES, conformer.CLASSES, pretraining_head.CLASSES)
     classes = [one.by_name(name) for one in served for name in one.sources]
     try:
         from fastssl.interop import torchaudio as audio

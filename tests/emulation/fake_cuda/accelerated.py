@@ -31,9 +31,11 @@ def scenarios() -> Iterator[tuple[str, Scenario]]:
     if find_spec("transformers") is not None:
         for variant in tiny_models.ACCELERATED:
             make = partial(tiny_models.transformers_model, variant)
-            yield from _of(f"transformers/{variant}", make=make, call=_call_transformers)
+            found = [*_of(f"transformers/{variant}", make=make, call=_call_transformers)]
             if variant in tiny_models.ACCELERATED_FAMILIES:
-                yield from _of(f"transformers/{variant}", ", no lengths", make=make, call=_call_transformers_alone)
+                found += _of(f"transformers/{variant}", ", no lengths", make=make, call=_call_transformers_alone)
+            is_trained = variant in tiny_models.TRAINED
+            yield from (one for one in found if is_trained or "/training/" not in one[0])
         compressed = {"make": partial(tiny_models.transformers_model, "wav2vec2 base"), "change": _with_compressor}
         yield from _of("transformers/wav2vec2 base", ", compressed", call=_call_transformers, **compressed)
         padded = compressed | {"change": partial(fastssl.accelerate, norm="padded")}
