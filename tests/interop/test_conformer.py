@@ -187,12 +187,11 @@ def test_another_activation_is_called(part: str) -> None:
     assert not torch.allclose(expected, before, atol=1e-2)
 
 
-@pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.filterwarnings("ignore:torch.export records the call")
-def test_an_export_is_of_the_original(strict: bool) -> None:
+def test_an_export_is_of_the_original() -> None:
     """Tracing (`torch.jit.trace`) fails its own check with the original, which keeps the angles of its last call."""
     original, model = pair("conformer base")
-    program = torch.export.export(model, padded_batch([5000, 5000]), strict=strict)
+    with pytest.warns(UserWarning, match="torch.export records the call, so the original code runs"):
+        program = torch.export.export(model, padded_batch([5000, 5000]))
     assert not [node for node in program.graph.nodes if "fastssl" in str(node.target)]
     other = padded_batch([5000, 2900])
     with torch.no_grad():
