@@ -112,7 +112,7 @@ def _layer(layer: Any, x: Tensor, layout: Layout, turn: Rotation | None) -> Tens
 
 def _half_feed_forward(module: Any, x: Tensor) -> Tensor:  # (N, D) -> (N, D)
     activation = module.intermediate_act_fn
-    if encoders.computed_by(activation) == "gelu" and not F.is_watched(activation):
+    if encoders.activation_name(activation) == "gelu" and not F.is_watched(activation):
         out = F.feed_forward(module, x)
     else:
         inner = _activate(activation, F.linear(module.intermediate_dense, x))
@@ -121,7 +121,7 @@ def _half_feed_forward(module: Any, x: Tensor) -> Tensor:  # (N, D) -> (N, D)
 
 
 def _activate(activation: Any, x: Tensor) -> Tensor:  # (N, C) -> (N, C)
-    if encoders.computed_by(activation) == "silu" and not F.is_watched(activation):
+    if encoders.activation_name(activation) == "silu" and not F.is_watched(activation):
         return silu(x)
     out: Tensor = activation(x)
     return out

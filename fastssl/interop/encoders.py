@@ -74,7 +74,7 @@ def original_runs(
 def _foreign_code(modules: Iterable[nn.Module]) -> str | None:
     for module in modules:
         kind = type(module)
-        other_activation = kind.__module__ in _ACTIVATIONS and computed_by(module) != "gelu"
+        other_activation = kind.__module__ in _ACTIVATIONS and activation_name(module) != "gelu"
         if other_activation or not kind.__module__.startswith(_LIBRARIES):
             return f"a {kind.__module__}.{kind.__name__} replaces a module of the original"
         if F.is_watched(module):
@@ -82,7 +82,7 @@ def _foreign_code(modules: Iterable[nn.Module]) -> str | None:
     return None
 
 
-def computed_by(module: nn.Module) -> str | None:
+def activation_name(module: nn.Module) -> str | None:
     """Return "gelu" or "silu" if a module's class computes it without approximation, else None."""
     kind, approximate = type(module), getattr(module, "approximate", "none")
     return _COMPUTED.get(kind.__name__) if kind.__module__ in _ACTIVATIONS and approximate == "none" else None

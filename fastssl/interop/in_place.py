@@ -46,10 +46,10 @@ def accelerate(
             wrapper, a PEFT model, your own module.
         norm: What the statistics of a group norm in the convolutions cover. "valid" takes only the samples of each
             utterance, so results do not depend on the rest of the batch. "padded" includes the padding, as the
-            original does. Of SEW, "padded" also averages an utterance's last frames with zeros after it, where the
-            original does, see `fastssl.interop.sew`.
+            original does. With "padded", SEW also averages an utterance's last frames with the zeros after it, as the
+            original does in a padded batch (see `fastssl.interop.sew`).
         compressor: Compressor whose `channels` equal the encoder's width; None keeps the compressor that the encoder
-            has, if any. Of SEW, it shortens the squeezed frames.
+            has, if any. In SEW, it shortens the squeezed frames.
         call_projections: Whether to call the modules that an original only reads: `q_proj`, `k_proj`, `v_proj` and
             `out_proj` of Transformers' WavLM. By default they are only read here too, so LoRA on them has no effect, as
             in the original; a warning says so. If they are called, LoRA on them is trained and applied, but only while

@@ -1,15 +1,16 @@
 """Run Transformers' SEW (squeezed and efficient wav2vec, arXiv 2109.06870) on packed batches.
 
-Before the transformer, SEW averages every `squeeze_factor` frames and adds a positional convolution with this stride.
-After it, a linear layer makes as many frames of each squeezed one again. An utterance of F frames has
-F // squeeze_factor squeezed frames; the last hidden state is zero in the F % squeeze_factor frames at its end. The
-hidden states of the layers are the squeezed frames. Both are as in the original on the utterance alone. It refuses an
-utterance with fewer than `squeeze_factor` frames, for which all is zero here.
+Before the transformer, SEW averages every `squeeze_factor` frames, and adds a positional convolution with this stride.
+After it, a linear layer makes `squeeze_factor` frames of each squeezed one again. An utterance of F frames has
+F // squeeze_factor squeezed frames. The last hidden state is zero in the F % squeeze_factor frames at its end. The
+hidden states of the layers have the squeezed frames. All this is as in the original on the utterance alone. The
+original refuses an utterance with fewer than `squeeze_factor` frames; here, its last hidden state is zero.
 
-In a padded batch, the original averages the frames at an utterance's end with zeros after it, if a longer utterance
-leaves room for it, so that there may be one squeezed frame more, which the others attend to. `norm="padded"` does so,
-too, and then the valid frames are the original's. A compressor shortens the squeezed frames, after the positional
-convolution.
+In a padded batch, the original differs: if a longer utterance leaves room, it averages the F % squeeze_factor frames at
+an utterance's end with zeros. This makes one more squeezed frame, to which the others attend. `norm="padded"` does the
+same, and its valid frames are the original's in the padded batch.
+
+A compressor shortens the squeezed frames, after the positional convolution.
 """
 
 from collections.abc import Iterator
