@@ -1,13 +1,14 @@
 """Time other libraries' models before and after `accelerate`: `python -m benchmarks.bench_drop_in --device cpu|cuda`.
 
 Covers the forward pass and the training step of every architecture, on the workloads `read-speech` and `equal`; `equal`
-needs no padding. The weights are random. Layer drop and SpecAugment are off, so that every step does the same work;
-dropout is on.
+needs no padding. The Conformer has no training step, because only its evaluation is accelerated. The weights are
+random. Layer drop and SpecAugment are off, so that every step does the same work; dropout is on.
 """
 
 import copy
 import importlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -44,6 +45,17 @@ _FIELDS = (
     "conv_bias",
     "do_stable_layer_norm",
 )
+_SEW_MID = EncoderConfig(
+    hidden_size=512,
+    num_hidden_layers=24,
+    num_attention_heads=8,
+    intermediate_size=2048,
+    num_conv_pos_embeddings=31,
+    conv_dim=(64, *[128] * 4, *[256] * 4, *[512] * 4),
+    conv_kernel=(10, *[3, 1] * 4, *[2, 1] * 2),
+    conv_stride=(5, *[2, 1] * 6),
+)
+_CONFORMER_LARGE = replace(_LARGE, num_hidden_layers=6)
 # data2vec has five positional convolutions of 19 taps, which take as many multiplications as one of 95 taps.
 _DATA2VEC = EncoderConfig(feat_extract_norm="layer", num_conv_pos_embeddings=95)
 
@@ -56,12 +68,16 @@ class Architecture(NamedTuple):
         encode: Runs the model: (model, (B, T) samples, (B,) lengths or None) -> (B, F, D) features.
         shape: A fastssl config with the same matrix products; the limits are computed from it.
         takes_lengths: Whether the original takes lengths; torchaudio's WavLM treats padding as audio.
+        gemms: Function from the shape and the numbers of samples to the matrix products, see `benchmarks.limits`.
+        works: What the rows measure.
     """
 
     make: Callable[[], nn.Module]
     encode: Callable[[Any, Tensor, Tensor | None], Tensor]
     shape: EncoderConfig
     takes_lengths: bool = True
+    gemms: Callable[..., list[limits.Gemm]] = limits.encoder
+    works: tuple[str, ...] = ("forward", "training")
 
 
 def _transformers(family: str, **settings: Any) -> nn.Module:
@@ -90,7 +106,7 @@ def _encode_torchaudio(model: Any, audio: Tensor, lengths: Tensor | None) -> Ten
 
 
 def _of_transformers(family: str, shape: EncoderConfig, **settings: Any) -> Architecture:
-    if shape is _LARGE:
+    if shape in (_LARGE, _SEW_MID, _CONFORMER_LARGE):
         settings = {name: getattr(shape, name) for name in _FIELDS} | settings
     return Architecture(partial(_transformers, family, **settings), _encode_transformers, shape)
 
@@ -104,6 +120,13 @@ ARCHITECTURES = {
     "data2vec-base": _of_transformers("Data2VecAudio", _DATA2VEC),
     "unispeech-base": _of_transformers("UniSpeech", _BASE),
     "unispeech-sat-base": _of_transformers("UniSpeechSat", _BASE),
+    "sew-mid-100k": _of_transformers("SEW", _SEW_MID, num_conv_pos_embeddings=31)._replace(
+        gemms=partial(limits.squeezed_encoder, factor=2)
+    ),
+    # All 24 layers take 2.4 GB, and their copy in fp64, which the outputs are checked against, twice as much.
+    "wav2vec2-conformer-rope-large-6-of-24-layers": _of_transformers(
+        "Wav2Vec2Conformer", _CONFORMER_LARGE, hidden_act="swish", position_embeddings_type="rotary"
+    )._replace(gemms=limits.conformer, works=("forward",)),
     "torchaudio-wav2vec2-base": Architecture(partial(_torchaudio, "wav2vec2_base"), _encode_torchaudio, _BASE),
     "torchaudio-hubert-base": Architecture(partial(_torchaudio, "hubert_base"), _encode_torchaudio, _BASE),
     "torchaudio-wavlm-base": Architecture(
@@ -114,7 +137,7 @@ ARCHITECTURES = {
 
 def _lengths_s(name: str, workload: str, device: torch.device) -> list[float]:
     """Return the lengths of the utterances in seconds: about 15 to 40 s of audio on a CPU, 400 s on a GPU."""
-    large = ARCHITECTURES[name].shape is _LARGE
+    large = ARCHITECTURES[name].shape.hidden_size == _LARGE.hidden_size
     if device.type == "cpu":
         return workloads.equal(1) if workload == "equal" else workloads.read_speech(2 if large else 3)
     return workloads.equal(26) if workload == "equal" else workloads.read_speech(workloads.utterances_for(400))
@@ -153,7 +176,7 @@ def drop_in(name: str, work: str, workload: str, device: torch.device) -> Row:
     contenders = Contenders()
     contenders.add("fastssl", *contender(ours, lengths))
     contenders.add("original", *contender(original, lengths if architecture.takes_lengths else None))
-    gemms = limits.encoder(architecture.shape, workloads.samples_of(lengths_s), backward=training)
+    gemms = architecture.gemms(architecture.shape, workloads.samples_of(lengths_s), backward=training)
     return compare(
         f"{name}, {work}, {workload}",
         contenders,
@@ -274,16 +297,16 @@ def _pretraining_inputs(model: Any, batch: Packed) -> dict[str, Tensor]:
     }
 
 
-def _rows(works: Sequence[str], sets: Sequence[str]) -> dict[str, Callable[[torch.device], Row]]:
+def _rows(sets: Sequence[str]) -> dict[str, Callable[[torch.device], Row]]:
     return {
         f"{name}-{work}-{workload}": partial(drop_in, name, work, workload)
         for name in ARCHITECTURES
-        for work in works
+        for work in ARCHITECTURES[name].works
         for workload in sets
     }
 
 
-ROWS: Rows = _rows(("forward", "training"), ("read-speech", "equal")) | {
+ROWS: Rows = _rows(("read-speech", "equal")) | {
     f"wav2vec2-pretraining-{workload}": partial(pretraining, workload) for workload in ("read-speech", "equal")
 }
 _PROMISED = [Target(row, row, 1.0, "original") for row in ROWS]

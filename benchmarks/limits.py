@@ -85,17 +85,46 @@ def front_end(config: EncoderConfig, layout: Layout, *, backward: bool) -> tuple
 def encoder(config: EncoderConfig, samples: Sequence[int], *, backward: bool) -> list[Gemm]:
     """Return all GEMMs of `fastssl.models.encoder.Encoder` on utterances with these numbers of samples."""
     gemms, layout = front_end(config, Layout.from_lengths(samples), backward=backward)
+    gemms += linear(layout.total, config.conv_dim[-1], config.hidden_size, backward=backward)
+    gemms += _positional(config, layout.total, backward=backward)
+    return gemms + _transformer(config, layout.lengths, backward=backward)
+
+
+def squeezed_encoder(config: EncoderConfig, samples: Sequence[int], *, factor: int, backward: bool) -> list[Gemm]:
+    """Return all GEMMs of SEW, whose frames are as wide as the transformer, and squeezed by a factor before it."""
+    gemms, layout = front_end(config, Layout.from_lengths(samples), backward=backward)
+    squeezed = [frames // factor for frames in layout.lengths]
+    gemms += _positional(config, sum(squeezed), backward=backward)
+    gemms += _transformer(config, squeezed, backward=backward)
+    return gemms + linear(sum(squeezed), config.hidden_size, factor * config.hidden_size, backward=backward)
+
+
+def conformer(config: EncoderConfig, samples: Sequence[int], *, backward: bool) -> list[Gemm]:
+    """Return all GEMMs of a Conformer with rotary positions: depthwise convolutions are not among them."""
+    gemms, layout = front_end(config, Layout.from_lengths(samples), backward=backward)
     N, D, depth = layout.total, config.hidden_size, config.num_hidden_layers
-    groups, kernel = config.num_conv_pos_embedding_groups, config.num_conv_pos_embeddings
     gemms += linear(N, config.conv_dim[-1], D, backward=backward)
+    gemms += _transformer(config, layout.lengths, backward=backward)
+    gemms += linear(N, D, config.intermediate_size, backward=backward, times=depth)
+    gemms += linear(N, config.intermediate_size, D, backward=backward, times=depth)
+    gemms += linear(N, D, 2 * D, backward=backward, times=depth)
+    return gemms + linear(N, D, D, backward=backward, times=depth)
+
+
+def _positional(config: EncoderConfig, frames: int, *, backward: bool) -> list[Gemm]:
+    D, groups, kernel = config.hidden_size, config.num_conv_pos_embedding_groups, config.num_conv_pos_embeddings
     # Gradient of the positional convolution's input: a convolution of the same shape.
-    positional = linear(N, kernel * D // groups, D // groups, backward=backward, grad_input=False, times=groups)
-    gemms += positional + positional[:1] if backward else positional
-    gemms += linear(N, D, D, backward=backward, times=4 * depth)
+    positional = linear(frames, kernel * D // groups, D // groups, backward=backward, grad_input=False, times=groups)
+    return positional + positional[:1] if backward else positional
+
+
+def _transformer(config: EncoderConfig, lengths: Sequence[int], *, backward: bool) -> list[Gemm]:
+    N, D, depth = sum(lengths), config.hidden_size, config.num_hidden_layers
+    gemms = linear(N, D, D, backward=backward, times=4 * depth)
     gemms += linear(N, D, config.intermediate_size, backward=backward, times=depth)
     gemms += linear(N, config.intermediate_size, D, backward=backward, times=depth)
     heads = config.num_attention_heads
-    return gemms + attention(layout.lengths, heads, D // heads, backward=backward, times=depth)
+    return gemms + attention(lengths, heads, D // heads, backward=backward, times=depth)
 
 
 def quantizer(frames: int, c_in: int, groups: int, codes: int, width: int) -> list[Gemm]:

@@ -33,7 +33,7 @@ PLACES = {
     ("interop/load.py", "hub.download"): (1, "a name that the user typed; others only from the local cache"),
     ("train/checkpoints.py", "hub.download"): (1, "a name that the user typed"),
     ("interop/load.py", "(ConformerEncoder if is_conformer else Encoder).from_pretrained"): (1, "safetensors"),
-    ("interop/transformers.py", "importlib.import_module"): (3, "a module of Transformers, from a fixed table"),
+    ("interop/transformers.py", "importlib.import_module"): (1, "a module of Transformers, by a constant name"),
     ("models/pickled.py", "torch.load"): (1, "weights_only"),
     ("kernels/dispatch.py", "importlib.import_module"): (1, "a constant of one of our ops"),
     ("kernels/dispatch.py", "ctypes.CDLL"): (1, "compiled modules, from the package's folder"),

@@ -113,7 +113,8 @@ class AcceleratedClasses:
         """Return the name of a method in `not_called` that a subclass or the module itself replaces, or None."""
         original = self.original(module)
         for name in self.not_called:
-            if name in vars(module) or getattr(type(module), name, None) is not getattr(original, name, None):
+            expected = self._own[original].get(name, getattr(original, name, None))
+            if name in vars(module) or getattr(type(module), name, None) is not expected:
                 return name
         return None
 
@@ -195,6 +196,17 @@ class AcceleratedClasses:
             namespace[INDEX_BY_FSDP] = getattr(kind, INDEX_BY_FSDP) + 1
         made = new_class(kind.__name__, (kind, accelerated), {}, lambda body: body.update(namespace))
         return made  # type: ignore[no-any-return]
+
+
+def original_class(model: nn.Module) -> type[nn.Module]:
+    """Return the class of Transformers that an accelerated encoder's class is derived from."""
+    return next(cls for cls in type(model).__mro__ if cls.__module__.startswith("transformers."))
+
+
+def maker_of(module: nn.Module) -> AcceleratedClasses:
+    """Return what made the class of an accelerated module."""
+    maker: AcceleratedClasses = getattr(type(module), _MAKER)
+    return maker
 
 
 def _instance(accelerated: Any, kind: type[nn.Module]) -> nn.Module:

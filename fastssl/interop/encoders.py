@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial, reduce, wraps
 from itertools import groupby
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +25,13 @@ from fastssl.nn.linear import casts_together
 from fastssl.packing import Layout, Packed, kept_by_plan, send
 
 _LIBRARIES = ("transformers.", "torchaudio.", "torch.nn.", "fastssl.")
-#: Where activations are, and those that fastssl's forward computes in their place.
-_ACTIVATIONS, _GELU = ("transformers.activations", "torch.nn.modules.activation"), ("GELUActivation", "GELU")
+#: Where activations are, and what those compute that fastssl's forward computes in their place.
+_ACTIVATIONS = ("transformers.activations", "torch.nn.modules.activation")
+_COMPUTED = {"GELUActivation": "gelu", "GELU": "gelu", "SiLUActivation": "silu", "SiLU": "silu"}
+
+
+#: Models of which a warning has named a lasting reason.
+_told: WeakSet[nn.Module] = WeakSet()
 
 
 def original_runs(
@@ -35,6 +40,8 @@ def original_runs(
     reason: str | None = None,
     layers: Iterable[Any] | None = None,
     called_through: Iterable[nn.Module] = (),
+    *,
+    lasting: str | None = None,
 ) -> bool:
     """Return whether the original `forward` must run instead of fastssl's; if so, warn why.
 
@@ -45,6 +52,7 @@ def original_runs(
         reason: Another reason to run the original, found by the caller, or None.
         layers: The encoder's transformer layers.
         called_through: Those of `modules` that `call_through.call` runs, so that tools may have wrapped them.
+        lasting: A reason for many calls, such as training. One warning per model names it.
 
     Raises:
         ValueError: The original must run, but the model has a compressor, which the original cannot apply.
@@ -53,7 +61,7 @@ def original_runs(
         return True
     if reason is None and (mapper := mapped_by()):
         reason = f"{mapper} runs the call on slices of its tensors"
-    reason = reason or _foreign_code(modules, set(map(id, called_through)))
+    reason = reason or lasting or _foreign_code(modules, set(map(id, called_through)))
     if reason is None:
         return False
     if layers is not None and (lost := read_only.lost(model, layers)):
@@ -63,6 +71,10 @@ def original_runs(
             f"{reason}, but the original code cannot apply the compressor; undo this, or remove the compressor with "
             "`fastssl.restore`"
         )
+    if reason is lasting:
+        if model in _told:
+            return True
+        _told.add(model)
     warnings.warn(f"{reason}, so the original code runs, on padded batches and without acceleration", stacklevel=4)
     return True
 
@@ -74,16 +86,18 @@ def _foreign_code(modules: Iterable[nn.Module], called_through: set[int]) -> str
             watched = F.is_watched_convolution(module)
         elif id(module) in called_through:
             kind, watched = call_through.own_class(call_through.unwrapped(module)), call_through.is_watched(module)
-        activation = kind.__module__ in _ACTIVATIONS and (kind.__name__ not in _GELU or _is_approximate(module))
-        if activation or not kind.__module__.startswith(_LIBRARIES):
+        other_activation = kind.__module__ in _ACTIVATIONS and activation_name(module) != "gelu"
+        if other_activation or not kind.__module__.startswith(_LIBRARIES):
             return f"a {kind.__module__}.{kind.__name__} replaces a module of the original"
         if watched:
             return f"a {kind.__name__} has a hook or a replaced `forward`"
     return None
 
 
-def _is_approximate(gelu: nn.Module) -> bool:
-    return getattr(gelu, "approximate", "none") != "none"
+def activation_name(module: nn.Module) -> str | None:
+    """Return "gelu" or "silu" if a module's class computes it without approximation, else None."""
+    kind, approximate = type(module), getattr(module, "approximate", "none")
+    return _COMPUTED.get(kind.__name__) if kind.__module__ in _ACTIVATIONS and approximate == "none" else None
 
 
 def modules_not_called(model: Any, stack: Any) -> Iterator[nn.Module]:
@@ -93,20 +107,29 @@ def modules_not_called(model: Any, stack: Any) -> Iterator[nn.Module]:
         model: The encoder, with `feature_extractor`.
         stack: Its transformer, with `pos_conv_embed` and `layers`.
     """
-    blocks = [*getattr(stack.pos_conv_embed, "layers", [stack.pos_conv_embed])]
-    if getattr(model, NORM) == "valid":
-        yield model.feature_extractor
-        blocks += model.feature_extractor.conv_layers
+    yield from front_end_not_called(model)
     yield from (stack, stack.pos_conv_embed)
-    for block in blocks:
-        yield from (block, block.conv)
-        yield from _parts(block, "activation", "padding")
+    yield from _blocks(getattr(stack.pos_conv_embed, "layers", [stack.pos_conv_embed]))
     for layer in stack.layers:
         yield from (layer, layer.attention, layer.feed_forward)  # wrappers that we call through have these attributes
-        yield from _parts(layer.feed_forward, "intermediate_act_fn")
+        yield from parts(layer.feed_forward, "intermediate_act_fn")
 
 
-def _parts(module: nn.Module, *names: str) -> Iterator[nn.Module]:
+def front_end_not_called(model: Any) -> Iterator[nn.Module]:
+    """Yield those of `modules_not_called` that belong to the encoder's convolutions."""
+    if getattr(model, NORM) == "valid":
+        yield model.feature_extractor
+        yield from _blocks(model.feature_extractor.conv_layers)
+
+
+def _blocks(blocks: Iterable[Any]) -> Iterator[nn.Module]:
+    for block in blocks:
+        yield from (block, block.conv)
+        yield from parts(block, "activation", "padding")
+
+
+def parts(module: nn.Module, *names: str) -> Iterator[nn.Module]:
+    """Yield those of the named submodules that the module has."""
     for name in names:
         if (part := module._modules.get(name)) is not None:
             yield part
@@ -114,12 +137,11 @@ def _parts(module: nn.Module, *names: str) -> Iterator[nn.Module]:
 
 def front_end(
     model: Any,
-    stack: Any,
     waveforms: Tensor,  # (B, T)
     lengths: list[int],
     convolutions: Iterable[tuple[int, int]],
     padded: Callable[[Tensor], Tensor],
-    ask: Callable[[Layout, int], object] = lambda layout, padded_frames: None,
+    ask: Callable[[Layout, int], object],
     *,
     left: tuple[bool, ...] = (),
     frames_left: tuple[bool, ...] = (),
@@ -131,13 +153,12 @@ def front_end(
 
     Args:
         model: The encoder.
-        stack: Its transformer, with `pos_conv_embed`.
         waveforms: (B, T) samples.
         lengths: B numbers of valid samples.
         convolutions: Kernel size and stride of each convolution, from first to last.
         padded: The original front end, (B, T) to (B, F, C). It runs if the encoder's norm is "padded" and F is not 0,
             which the original refuses.
-        ask: Function that asks the layout of the frames for what the encoder needs of it besides, given F.
+        ask: Function that asks the layout of the frames for what the encoder computes with it, given F.
         left: For each row, whether its padding is before its samples instead of after them; empty if no row's is. The
             original front end, which computes the padding too, takes none.
         frames_left: The same of the padded frames that the encoder returns.
@@ -150,10 +171,6 @@ def front_end(
 
     def use(layout: Layout) -> None:
         ask_for_padding(layout, padded_frames, frames_left)
-        if (compressor := getattr(model, ACCELERATED_COMPRESSOR, None)) is None:
-            ask_for_positions(stack, layout)
-        else:
-            compressor.ask(layout)
         ask(layout, padded_frames)
 
     if getattr(model, NORM) == "valid" or padded_frames == 0:
@@ -221,6 +238,20 @@ def _without_padding(waveforms: Tensor, lengths: list[int], left: tuple[bool, ..
     return torch.cat([row[samples - length :] if at_end else row[:length] for row, length, at_end in rows]).unsqueeze(1)
 
 
+def ask_for_transformer(model: Any, stack: Any, layout: Layout) -> None:
+    """Ask the layout of the projected frames for what the compressor computes with it, or else the transformer."""
+    ask_for_layers(model, partial(ask_for_positions, stack), layout)
+
+
+def ask_for_layers(model: Any, ask: Callable[[Layout], object], layout: Layout) -> None:
+    """Ask the layout of a compressor's input for what the compressor computes with it; without one, call `ask`."""
+    compressor = getattr(model, ACCELERATED_COMPRESSOR, None)
+    if compressor is None:
+        ask(layout)
+    else:
+        compressor.ask(layout)
+
+
 def ask_for_positions(stack: Any, layout: Layout) -> None:
     """Ask a layout for what the positional embedding of a stack of layers computes with it."""
     layout.ask_for_indices()
@@ -239,12 +270,14 @@ def sharing_casts(forward: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def compress(model: nn.Module, stack: Any, frames: Packed) -> tuple[Packed, Callable[[Tensor], Tensor]]:
+def compress(
+    model: nn.Module, ask: Callable[[Layout], object], frames: Packed
+) -> tuple[Packed, Callable[[Tensor], Tensor]]:
     """Apply an accelerated encoder's compressor to the input of its transformer, if it has one.
 
     Args:
         model: The encoder.
-        stack: Its transformer, with `pos_conv_embed`.
+        ask: Function that asks the layout of the compressed frames for what the transformer computes with it.
         frames: (N, D), the projected frames.
 
     Returns:
@@ -255,7 +288,7 @@ def compress(model: nn.Module, stack: Any, frames: Packed) -> tuple[Packed, Call
     if compressor is None:
         return frames, lambda values: values
     compressed = compressor(frames)
-    compressed.frames.layout.plan(partial(ask_for_positions, stack))
+    compressed.frames.layout.plan(ask)
     return compressed.frames, compressed.upsample
 
 

@@ -44,6 +44,9 @@ def accelerate(
     them. Compression by integrate-and-fire, and the quantiser of `Wav2Vec2ForPreTraining` if it gets a mask, wait once
     more.
 
+    Of Transformers' Conformer, only evaluation is accelerated: in training, its batch norms use the statistics of the
+    whole batch. A call in training mode runs the original code, and the first one warns.
+
     If somebody else's `forward` is on an encoder itself (Accelerate's `prepare` or device hooks, a partial), fastssl's
     code runs inside it. A warning says where that cannot be done.
 
@@ -57,8 +60,10 @@ def accelerate(
             utterance, so results do not depend on the rest of the batch. "padded" includes the padding, as the
             original does, and computes data2vec's positional embedding over padding, too. It takes any
             `attention_mask` of zeros and ones as the original does: as right padding of the same sum.
+            With "padded", SEW also averages an utterance's last frames with the zeros after it, as the original does in
+            a padded batch (see `fastssl.interop.sew`).
         compressor: Compressor whose `channels` equal the encoder's width; None keeps the compressor that the encoder
-            has, if any.
+            has, if any. In SEW, it shortens the squeezed frames.
         call_projections: Whether to call the modules that an original only reads: `q_proj`, `k_proj`, `v_proj` and
             `out_proj` of Transformers' WavLM. By default they are only read here too, so LoRA on them has no effect, as
             in the original; a warning says so. If they are called, LoRA on them is trained and applied, but only while
@@ -68,10 +73,10 @@ def accelerate(
         The same model. Accelerating it again only sets `norm`, `call_projections` and, if given, the compressor.
 
     Raises:
-        ValueError: `norm` is unknown, the model contains no supported encoder, an encoder has an unsupported part, the
-            compressor's width is not the encoder's, a compressor is given for a model with several encoders, or for one
-            with a `forward` of somebody else in which fastssl's does not run, or `call_projections` is given for
-            torchaudio's WavLM, which has no such modules. The model is then unchanged.
+        ValueError: `norm` is unknown, the model contains no supported encoder, an encoder has an unsupported part or is
+            in an unsupported mode, the compressor's width is not the encoder's, a compressor is given for a model with
+            several encoders, or for one with a `forward` of somebody else in which fastssl's does not run, or
+            `call_projections` is given for torchaudio's WavLM, which has no such modules. The model is then unchanged.
     """
     if norm not in ("valid", "padded"):
         raise ValueError(f"norm: must be 'valid' or 'padded', got {norm!r}")
@@ -153,9 +158,9 @@ def restore(model: Model) -> Model:
 
 
 def _served() -> list[AcceleratedClasses]:
-    from fastssl.interop import pretraining_head, torchaudio, transformers
+    from fastssl.interop import conformer, pretraining_head, sew, torchaudio, transformers
 
-    return [transformers.CLASSES, pretraining_head.CLASSES, torchaudio.CLASSES]
+    return [transformers.CLASSES, sew.CLASSES, conformer.CLASSES, pretraining_head.CLASSES, torchaudio.CLASSES]
 
 
 def _in_use() -> list[AcceleratedClasses]:

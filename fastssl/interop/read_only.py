@@ -29,14 +29,19 @@ _named: WeakSet[nn.Module] = WeakSet()
 def read_only(layers: Iterable[Any]) -> Iterator[nn.Module]:
     """Yield the modules of an encoder's layers that the original only reads."""
     for layer in layers:
-        for part in READ_ONLY.get(type(layer.attention).__name__, ()):
+        for part in READ_ONLY.get(_kind(layer), ()):
             yield getattr(layer.attention, part)
+
+
+def _kind(layer: Any) -> str:
+    """Return the name of the class of a layer's attention; layers of a Conformer have it by another name."""
+    return type(getattr(layer, "attention", None)).__name__
 
 
 def check_callable(model: nn.Module, layers: Iterable[Any]) -> None:
     """Raise ValueError if `call_projections` asks for what nothing can call."""
     for layer in layers:
-        if (name := type(layer.attention).__name__) in READ_ONLY and name not in _CALLABLE:
+        if (name := _kind(layer)) in READ_ONLY and name not in _CALLABLE:
             raise ValueError(
                 f"call_projections: {type(model).__module__}.{type(model).__name__} with {name} has its queries', "
                 "keys' and values' weights in one parameter, so there is no module to call; leave the option out"
@@ -76,7 +81,7 @@ def warn_once(model: nn.Module, layers: Iterable[Any], *, again: bool = False, s
         )
         message += (
             "To train such adapters, use `fastssl.accelerate(model, call_projections=True)`"
-            if any(type(layer.attention).__name__ in _CALLABLE for layer in layers)
+            if any(_kind(layer) in _CALLABLE for layer in layers)
             else "Put adapters on other modules, such as the feed-forward layers"
         )
     warnings.warn(message, stacklevel=stacklevel)

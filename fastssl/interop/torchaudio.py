@@ -162,7 +162,12 @@ def _front_end(model: Any, waveforms: Tensor, lengths: Tensor | None) -> tuple[P
     if lengths is not None:
         valid, counts = _valid_lengths(lengths, batch, samples, convolutions)
     frames, padded_frames = encoders.front_end(
-        model, model.encoder.transformer, waveforms, valid, convolutions, lambda padded: extractor(padded, None)[0]
+        model,
+        waveforms,
+        valid,
+        convolutions,
+        lambda padded: extractor(padded, None)[0],
+        lambda layout, _: encoders.ask_for_transformer(model, model.encoder.transformer, layout),
     )
     if lengths is not None and counts is None:
         if lengths.device == waveforms.device:
@@ -209,7 +214,8 @@ def _transformer(
     """
     projection, stack = model.encoder.feature_projection, model.encoder.transformer
     projected = F.project(projection, F.normalise(projection, frames.values))
-    fewer, upsample = encoders.compress(model, stack, Packed(projected, frames.layout))
+    projected_frames = Packed(projected, frames.layout)
+    fewer, upsample = encoders.compress(model, partial(encoders.ask_for_positions, stack), projected_frames)
     bias: Tensor | None = None
 
     def run(layer: Any, x: Tensor) -> Tensor:
@@ -223,7 +229,8 @@ def _transformer(
             output = call_through.call(layer, function, x, bias)
         return output  # type: ignore[no-any-return]
 
-    return F.hidden_states(stack, fewer, layers, run, pre_norm=not stack.layer_norm_first), upsample
+    embedded = F.with_positions(stack, fewer)
+    return F.hidden_states(stack, embedded, layers, run, pre_norm=not stack.layer_norm_first), upsample
 
 
 def _layer(

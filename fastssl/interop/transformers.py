@@ -12,10 +12,11 @@ all rows, see `padding_side`.
 """
 
 import importlib
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache, partial
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,12 +24,13 @@ from torch import Tensor, nn
 
 from fastssl.interop import call_through, encoders, padding_side, read_only
 from fastssl.interop.calls import as_original, recorded_by
-from fastssl.interop.classes import CALLS, NORM, AcceleratedClasses
+from fastssl.interop.classes import CALLS, NORM, AcceleratedClasses, maker_of, original_class
+from fastssl.interop.spec_augment import mask_frames
 from fastssl.kernels.autograd import is_transformed
 from fastssl.models.folder import ACCELERATED_COMPRESSOR
 from fastssl.nn import functional as F
 from fastssl.nn.adapter import adapted, ask_for_conv
-from fastssl.packing import Layout, Packed, kept_by_plan, send
+from fastssl.packing import Layout, Packed, kept_by_plan
 
 _SOURCES = {
     "Wav2Vec2Model": "transformers.models.wav2vec2.modeling_wav2vec2",
@@ -38,36 +40,84 @@ _SOURCES = {
     "UniSpeechModel": "transformers.models.unispeech.modeling_unispeech",
     "UniSpeechSatModel": "transformers.models.unispeech_sat.modeling_unispeech_sat",
 }
+_PARTS = ("pos_conv_embed", "layer_norm", "layers")
 
 
-#: Parts that an encoder must have; a subclass may have built others.
-_PARTS = ("feature_extractor", "feature_projection", "encoder.pos_conv_embed", "encoder.layer_norm", "encoder.layers")
+class Encoded(NamedTuple):
+    """What an encoder computes from its N projected frames."""
+
+    #: (N, D) last hidden state, in the layout of the projected frames.
+    last: Packed
+    #: (M, D) input of the first layer, then the output of each layer.
+    states: list[Tensor]
+    #: Function from such a state to the packed frames that the original returns as a hidden state.
+    whole: Callable[[Tensor], Packed]
+    #: Number of frames of each row of the padded hidden states.
+    padded_frames: int
+
+
+class Architecture(NamedTuple):
+    """The parts of an encoder's forward pass in which architectures differ.
+
+    Each function gets the model first. F is the number of frames of each row of the padded batch.
+    """
+
+    #: Yields the modules that the original forward calls and fastssl's only reads.
+    modules_not_called: Callable[[Any], Iterator[nn.Module]]
+    #: Normalises and projects the front end's frames: (N, C) to (N, C) and (N, D).
+    project: Callable[[Any, Tensor], tuple[Tensor, Tensor]]
+    #: Runs the transformer on the projected frames (N, D), given F.
+    encode: Callable[[Any, Packed, int], Encoded]
+    #: Asks the layout of the projected frames for what `encode` computes with it, given F, and for each row whether its
+    #: frames are at the end; nothing if no row's are.
+    ask: Callable[[Any, Layout, int, tuple[bool, ...]], None]
+    #: Returns those of `modules_not_called` that run within what tools put around them (`call_through`).
+    called_through: Callable[[Any], Iterable[nn.Module]]
+    #: Returns why the original code must run in the model's current mode, or None.
+    refuses: Callable[[Any], str | None] = lambda model: None
+
+
+def check_parts(module: Any, *names: str) -> None:
+    """Raise ValueError if an encoder lacks a part that the original has; a subclass may have built others."""
+    for name in names:
+        try:
+            attrgetter(name)(module)
+        except AttributeError:
+            raise ValueError(
+                f"model: {type(module).__name__} has no `{name}`, which every {original_class(module).__name__} of "
+                "Transformers has; leave this model as it is, or give it the part"
+            ) from None
+
+
+def check_activations(module: Any, *keys: str) -> None:
+    """Raise ValueError if a setting of an encoder's config names an activation other than GELU."""
+    for key in keys:
+        if getattr(module.config, key, "gelu") != "gelu":
+            raise ValueError(
+                f"model: {type(module).__name__} with config.{key}={getattr(module.config, key)!r} is not supported, "
+                "only 'gelu'"
+            )
 
 
 def _check(module: Any) -> None:
     """Raise ValueError if an encoder lacks a part or has an unsupported one."""
-    name, config = type(module).__name__, module.config
-    for part in _PARTS:
-        try:
-            attrgetter(part)(module)
-        except AttributeError:
-            raise ValueError(
-                f"model: {name} has no `{part}`, which every {CLASSES.original(module).__name__} of Transformers has; "
-                "leave this model as it is, or give it the part"
-            ) from None
-    for key, served in {"hidden_act": "gelu", "feat_extract_activation": "gelu"}.items():
-        if getattr(config, key, served) != served:
-            raise ValueError(
-                f"model: {name} with config.{key}={getattr(config, key)!r} is not supported, only {served!r}"
-            )
-    if getattr(config, "conv_pos_batch_norm", False):
+    check_parts(
+        module,
+        "feature_extractor",
+        "feature_projection",
+        "encoder.pos_conv_embed",
+        "encoder.layer_norm",
+        "encoder.layers",
+    )
+    check_activations(module, "hidden_act", "feat_extract_activation")
+    if getattr(module.config, "conv_pos_batch_norm", False):
         raise ValueError(
-            f"model: {name} with config.conv_pos_batch_norm=True is not supported, because its results depend on the "
-            "rest of the batch; use a model without it"
+            f"model: {type(module).__name__} with config.conv_pos_batch_norm=True is not supported, because its "
+            "results depend on the rest of the batch; use a model without it"
         )
 
 
-def _methods(original: type[nn.Module]) -> dict[str, Any]:
+def _methods(architecture: Architecture, original: type[nn.Module]) -> dict[str, Any]:
     # Under torch.compile every new set of lengths would trigger a recompilation, and the ops are fused already.
     run = torch.compiler.disable(encoders.sharing_casts(_forward), reason="an accelerated encoder is not compiled")
 
@@ -76,33 +126,36 @@ def _methods(original: type[nn.Module]) -> dict[str, Any]:
         reason = "only the original code computes attention weights" if weights else None
         if recorder := recorded_by(given.values()):
             reason = f"{recorder} records the call"
-        if replaced := CLASSES.replaced(self):
+        if replaced := maker_of(self).replaced(self):
             reason = f"the model has a replaced `{replaced}`"
-        layers = self.encoder.layers
-        called_through = (self.feature_extractor, self.encoder, *layers)
-        if encoders.original_runs(self, _modules_not_called(self), reason, layers, called_through):
+        modules, lasting = architecture.modules_not_called(self), architecture.refuses(self)
+        called_through = architecture.called_through(self)
+        if encoders.original_runs(self, modules, reason, self.encoder.layers, called_through, lasting=lasting):
             # Not `view.forward`, because the model may have a `forward` of its own that calls this one.
             return original.forward(_as_original(self), **given)
-        return run(self, given)
+        return run(self, architecture, given)
 
     mask = padding_side.FRAME_MASK
     return {"forward": as_original(original.forward, forward), mask: padding_side.frame_mask(original)}
 
 
-CLASSES = AcceleratedClasses(
-    __name__,
-    _SOURCES,
-    _methods,
-    check=_check,
-    width=lambda encoder: int(encoder.config.hidden_size),
-    layers=lambda encoder: encoder.encoder.layers,
-    not_called=(
-        "_mask_hidden_states",
-        "_get_feature_vector_attention_mask",
-        "_get_feat_extract_output_lengths",
-    ),
-)
-__getattr__ = CLASSES.by_name  # for pickle
+def accelerated_classes(
+    home: str, sources: Mapping[str, str], architecture: Architecture, check: Callable[[Any], None]
+) -> AcceleratedClasses:
+    """Return accelerated subclasses of encoders of Transformers; the arguments are those of `AcceleratedClasses`."""
+    return AcceleratedClasses(
+        home,
+        sources,
+        partial(_methods, architecture),
+        check=check,
+        width=lambda encoder: int(encoder.config.hidden_size),
+        layers=lambda encoder: encoder.encoder.layers,
+        not_called=(
+            "_mask_hidden_states",
+            "_get_feature_vector_attention_mask",
+            "_get_feat_extract_output_lengths",
+        ),
+    )
 
 
 def _as_original(model: nn.Module) -> Any:
@@ -110,7 +163,7 @@ def _as_original(model: nn.Module) -> Any:
 
     The view shares all attributes with the model. The model's own class stays, so other threads see no change.
     """
-    kind: Any = CLASSES.plain(type(model))
+    kind: Any = maker_of(model).plain(type(model))
     view = object.__new__(kind)
     object.__setattr__(view, "__dict__", vars(model))
     return view
@@ -120,10 +173,19 @@ def _modules_not_called(model: Any) -> Iterator[nn.Module]:
     """Yield the modules that the original forward calls and fastssl's only reads."""
     yield model.feature_projection
     yield from encoders.modules_not_called(model, model.encoder)
+    yield from adapter_not_called(model)
+
+
+def adapter_not_called(model: Any) -> Iterator[nn.Module]:
+    """Yield those of `modules_not_called` that belong to the convolutional adapter, if there is one."""
     if getattr(model, "adapter", None) is not None:
         yield model.adapter
         for layer in model.adapter.layers:
             yield from (layer, layer.conv)
+
+
+def _called_through(model: Any) -> Iterator[nn.Module]:
+    yield from (model.feature_extractor, model.encoder, *model.encoder.layers)
 
 
 def _option(model: Any, given: dict[str, Any], name: str) -> Any:
@@ -131,7 +193,7 @@ def _option(model: Any, given: dict[str, Any], name: str) -> Any:
     return getattr(model.config, name, None) if value is None else value
 
 
-def _forward(self: Any, given: dict[str, Any]) -> Any:
+def _forward(self: Any, architecture: Architecture, given: dict[str, Any]) -> Any:
     """Compute on packed frames what the original forward returns for these arguments."""
     read_only.warn_once(self, self.encoder.layers, stacklevel=5)
     input_values: Tensor = given["input_values"]  # (B, T)
@@ -147,37 +209,31 @@ def _forward(self: Any, given: dict[str, Any]) -> Any:
     convolutions = zip(self.config.conv_kernel, self.config.conv_stride, strict=True)
     frames, padded_frames = encoders.front_end(
         self,
-        self.encoder,
         input_values,
         lengths,
         convolutions,
         lambda padded: self.feature_extractor(padded).transpose(1, 2),
-        partial(_ask_for_what_follows, self, left=frames_left),
+        lambda layout, count: architecture.ask(self, layout, count, frames_left),
         left=left,
         frames_left=frames_left,
     )
     _need_gradient(self, frames.values)
-    normalised = F.normalise(self.feature_projection, frames.values)
-    projected = F.project(self.feature_projection, normalised)
+    normalised, projected = architecture.project(self, frames.values)
     x = Packed(projected, frames.layout)
     given_mask, has_padding = given.get("mask_time_indices"), attention_mask is not None
-    x = _mask(self, x, given_mask, padded_frames, has_padding=has_padding, left=frames_left)
-    fewer, upsample = encoders.compress(self, self.encoder, x)
-    over_padding = padded_frames if _positions_see_padding(self) else None
-    encode = partial(_encode, call_through.unwrapped(self.encoder), fewer.layout, getattr(self, CALLS), over_padding)
-    last, hidden_states = call_through.call(self.encoder, encode, fewer.values)
+    x = mask_frames(self, x, given_mask, padded_frames, has_padding=has_padding, left=frames_left)
+    encoded = architecture.encode(self, x, padded_frames)
 
-    def padded(values: Tensor) -> Tensor:  # (N, C) -> (B, F, C)
-        return Packed(values, x.layout).to_padded(length=padded_frames, left=frames_left)
-
-    output_class = _output_class(CLASSES.original(self).__name__)
-    last_frames = Packed(upsample(last), x.layout)
-    values: dict[str, Any] = {"last_hidden_state": _adapt(self, last_frames, padded_frames, frames_left)}
+    original = original_class(self)
+    output_class = _output_class(original.__module__, original.__name__)
+    values: dict[str, Any] = {"last_hidden_state": _adapt(self, encoded.last, padded_frames, frames_left)}
     if "extract_features" in output_class.__dataclass_fields__:
-        values["extract_features"] = padded(normalised)
+        extracted = Packed(normalised, frames.layout)
+        values["extract_features"] = extracted.to_padded(length=padded_frames, left=frames_left)
     if wanted := _wanted(_option(self, given, "output_hidden_states"), len(self.encoder.layers) + 1):
         values["hidden_states"] = tuple(
-            padded(upsample(state)) if index in wanted else None for index, state in enumerate(hidden_states)
+            encoded.whole(state).to_padded(length=encoded.padded_frames, left=frames_left) if index in wanted else None
+            for index, state in enumerate(encoded.states)
         )
     output = output_class(**values)
     return output.to_tuple() if _option(self, given, "return_dict") is False else output
@@ -196,16 +252,16 @@ def _need_gradient(model: Any, frames: Tensor) -> None:  # (N, C)
 
 
 @cache
-def _output_class(name: str) -> Any:
+def _output_class(module: str, name: str) -> Any:
     """Return the class of an encoder's output.
 
     It is the model's own output class if it defines one, else Transformers' common class, with `extract_features`
-    except for HuBERT.
+    except for HuBERT and SEW.
     """
-    modeling = importlib.import_module(_SOURCES[name])
     outputs = importlib.import_module("transformers.modeling_outputs")
-    own = getattr(modeling, name.replace("Model", "BaseModelOutput"), None)
-    return own or (outputs.BaseModelOutput if name == "HubertModel" else outputs.Wav2Vec2BaseModelOutput)
+    own = getattr(sys.modules[module], name.replace("Model", "BaseModelOutput"), None)
+    plain = name in ("HubertModel", "SEWModel")
+    return own or (outputs.BaseModelOutput if plain else outputs.Wav2Vec2BaseModelOutput)
 
 
 def _wanted(hidden_states: bool | int | list[int] | None, count: int) -> set[int]:
@@ -260,87 +316,6 @@ def _valid_lengths(mask: Tensor, batch: int, samples: int, *, any_mask: bool) ->
     return [length // 2 for length in either], left if any(left) else ()
 
 
-def _mask(
-    model: Any,
-    x: Packed,
-    mask_time_indices: Any,
-    padded_frames: int,
-    *,
-    has_padding: bool,
-    left: tuple[bool, ...] = (),
-) -> Packed:
-    """Mask frames as the model's own SpecAugment function does, with its random draws, but without a padded batch.
-
-    A given mask is for the rows as they are returned. A drawn one has the frames of each utterance first, as always in
-    the original.
-    """
-    config, (values, layout) = model.config, x
-    draws_times = model.training and config.mask_time_prob > 0 and mask_time_indices is None
-    draws_channels = model.training and config.mask_feature_prob > 0
-    if not getattr(config, "apply_spec_augment", True) or (
-        mask_time_indices is None and not draws_times | draws_channels
-    ):
-        return x
-    if layout.total == 0:  # the model's function refuses rows without frames
-        return x
-    original = CLASSES.original(model)
-    draw = importlib.import_module(_SOURCES[original.__name__])._compute_mask_indices
-    valid = torch.arange(padded_frames, device="cpu") < torch.tensor(layout.lengths, device="cpu").unsqueeze(1)
-    if draws_times:
-        # HuBERT masks padding frames too, instead of valid ones.
-        within = {"attention_mask": valid} if has_padding and original.__name__ != "HubertModel" else {}
-        mask_time_indices = torch.from_numpy(
-            draw(
-                valid.shape,
-                mask_prob=config.mask_time_prob,
-                mask_length=config.mask_time_length,
-                min_masks=config.mask_time_min_masks,
-                **within,
-            )
-        )
-    host: dict[str, Tensor] = {}  # sent in one copy
-    if mask_time_indices is not None:
-        mask = torch.as_tensor(mask_time_indices, device=getattr(mask_time_indices, "device", "cpu")).bool()
-        if mask.shape != valid.shape:
-            raise ValueError(
-                f"mask_time_indices: expected {tuple(valid.shape)}, one per frame, got {tuple(mask.shape)}"
-            )
-        if left and not draws_times:
-            valid = torch.where(torch.tensor(left, device="cpu").unsqueeze(1), valid.flip(1), valid)
-        if mask.device.type == "cpu":
-            host["rows"] = mask[valid].nonzero().squeeze(1)
-    if draws_channels:
-        host["channels"] = torch.from_numpy(
-            draw(
-                (len(valid), values.shape[1]),
-                mask_prob=config.mask_feature_prob,
-                mask_length=config.mask_feature_length,
-                min_masks=config.mask_feature_min_masks,
-            )
-        )
-    sent = dict(zip(host, send(list(host.values()), values.device), strict=True))
-    if mask_time_indices is not None:
-        embedding = model.masked_spec_embed.to(values.dtype)
-        if "rows" in sent:
-            values = values.index_put((sent["rows"],), embedding)
-        else:
-            values = _embedded_where(x, mask, embedding, left)
-    if draws_channels:
-        values = values.masked_fill(sent["channels"].index_select(0, layout.sequence_ids), 0)
-    return Packed(values, layout)
-
-
-def _embedded_where(
-    x: Packed,
-    mask: Tensor,  # (B, F)
-    embedding: Tensor,  # (D,)
-    left: tuple[bool, ...] = (),
-) -> Tensor:  # (N, D)
-    """Replace frames where a mask on the GPU is True, without a wait for the number of such frames."""
-    packed = mask.flatten().index_select(0, x.layout.padded_rows(mask.shape[1], left).rows)
-    return torch.where(packed.unsqueeze(1), embedding, x.values)
-
-
 def _positions_see_padding(model: Any) -> bool:
     """Return whether the positional embedding of a model is computed over the padding, as in the original.
 
@@ -366,17 +341,47 @@ def _filled(layout: Layout, length: int) -> Layout:
     return layout.map_lengths(lambda _: length, lambda lengths: torch.full_like(lengths, length))
 
 
-def _encode(
-    encoder: Any, layout: Layout, calls: bool, over_padding: int | None, values: Tensor
-) -> tuple[Tensor, list[Tensor]]:
-    """Run the transformer; return the last hidden state after the final norm, and all hidden states before it.
+def project(model: Any, frames: Tensor) -> tuple[Tensor, Tensor]:  # (N, C) -> (N, C), (N, D)
+    """Normalise and project the front end's frames by the model's `feature_projection`."""
+    normalised = F.normalise(model.feature_projection, frames)
+    return normalised, F.project(model.feature_projection, normalised)
+
+
+def _encode(model: Any, x: Packed, padded_frames: int) -> Encoded:
+    fewer, repeat = encoders.compress(model, partial(encoders.ask_for_positions, model.encoder), x)
+    encoder, calls = call_through.unwrapped(model.encoder), getattr(model, CALLS)
+    over_padding = padded_frames if _positions_see_padding(model) else None
+
+    def run(values: Tensor) -> tuple[Tensor, list[Tensor]]:
+        frames = Packed(values, fewer.layout)
+        positions = _positions_over_padding(encoder, frames, over_padding)
+        return run_transformer(encoder, F.with_positions(encoder, frames, positions), fewer.layout, calls=calls)
+
+    def whole(values: Tensor) -> Packed:
+        return Packed(repeat(values), x.layout)
+
+    last, states = call_through.call(model.encoder, run, fewer.values)
+    return Encoded(whole(last), states, whole, padded_frames)
+
+
+def _ask(model: Any, layout: Layout, padded_frames: int, left: tuple[bool, ...]) -> None:
+    encoders.ask_for_transformer(model, model.encoder, layout)
+    if _positions_see_padding(model):
+        encoders.ask_for_positions(model.encoder, _filled(layout, padded_frames))
+    ask_for_adapter(model, layout, padded_frames, left)
+
+
+def run_transformer(encoder: Any, x: Tensor, layout: Layout, *, calls: bool) -> tuple[Tensor, list[Tensor]]:
+    """Run the layers of a transformer.
 
     Args:
-        encoder: The transformer.
-        layout: Layout of the frames.
+        encoder: The transformer, with `layers`, `layer_norm` and `dropout`.
+        x: (N, D) packed frames with their positional embedding.
+        layout: Where each sequence begins.
         calls: Whether to call projections that the original only reads.
-        over_padding: Number of frames of the padded batch, if the positional embedding is computed over the padding.
-        values: (N, D) projected frames.
+
+    Returns:
+        The last hidden state (N, D) after the final norm, and all hidden states (N, D) before it.
     """
     pre_norm = "StableLayerNorm" in type(encoder).__name__
     first = encoder.layers[0].attention if len(encoder.layers) else None
@@ -397,9 +402,7 @@ def _encode(
     layers = (
         layer for index, layer in enumerate(encoder.layers) if index < first_skippable or not _skips(encoder, layer)
     )
-    frames = Packed(values, layout)
-    positions = _positions_over_padding(encoder, frames, over_padding)
-    hidden_states = list(F.hidden_states(encoder, frames, layers, run, pre_norm=pre_norm, positions=positions))
+    hidden_states = list(F.hidden_states(encoder, x, layers, run, pre_norm=pre_norm))
     return (encoder.layer_norm(hidden_states[-1]) if pre_norm else hidden_states[-1]), hidden_states
 
 
@@ -470,10 +473,8 @@ def _adapt(model: Any, x: Packed, padded_frames: int, left: tuple[bool, ...]) ->
     return encoders.padded_by_last(adapted(adapter, x, layers()), padded, left)
 
 
-def _ask_for_what_follows(model: Any, layout: Layout, padded_frames: int, *, left: tuple[bool, ...]) -> None:
-    """Ask the layout of the frames for what the convolutional adapter computes with it, and data2vec over padding."""
-    if _positions_see_padding(model):
-        encoders.ask_for_positions(model.encoder, _filled(layout, padded_frames))
+def ask_for_adapter(model: Any, layout: Layout, padded_frames: int, left: tuple[bool, ...]) -> None:
+    """Ask the layout of the encoder's frames for what the convolutional adapter, if there is one, computes with it."""
     adapter = getattr(model, "adapter", None)
     for layer in [] if adapter is None else adapter.layers:
         layout = ask_for_conv(layer.conv, layout)
@@ -485,3 +486,9 @@ def _ask_for_what_follows(model: Any, layout: Layout, padded_frames: int, *, lef
 def _adapter_frames(conv: nn.Conv1d, frames: int) -> int:
     length = frames + 2 * int(conv.padding[0]) if frames else 0
     return Layout.from_lengths([length]).after_conv(conv.kernel_size[0], conv.stride[0]).max_length
+
+
+CLASSES = accelerated_classes(
+    __name__, _SOURCES, Architecture(_modules_not_called, project, _encode, _ask, _called_through), _check
+)
+__getattr__ = CLASSES.by_name  # for pickle

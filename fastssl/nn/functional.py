@@ -6,7 +6,7 @@ parameters. Any other part (an adapter in place of a linear layer, a subclass, a
 frames (N, C).
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -144,18 +144,18 @@ def wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32)) if norms_stay_wide(x) else x
 
 
-def sum_and_norm(branch: Tensor, residual: Tensor, norm: Any, dropout: Any) -> tuple[Tensor, Tensor]:
+def sum_and_norm(branch: Tensor, residual: Tensor, norm: Any, dropout: Any = None) -> tuple[Tensor, Tensor]:
     """Return the sum `residual + dropout(branch)` and its norm, both (N, D); fused if both modules are plain.
 
-    Both have the dtype of `residual`, which is that of `branch` or fp32.
+    Both have the dtype of `residual`, which is that of `branch` or fp32. Without a dropout module, nothing is dropped.
     """
-    if _is_plain_norm(norm) and is_plain(dropout, nn.Dropout):
-        dropout_p = _probability(dropout)
+    if _is_plain_norm(norm) and (dropout is None or is_plain(dropout, nn.Dropout)):
+        dropout_p = 0.0 if dropout is None else _probability(dropout)
         normalised, total = ops.dropout_add_layer_norm(
             branch, residual, weight=norm.weight, bias=norm.bias, eps=norm.eps, dropout_p=dropout_p, prenorm=True
         )
         return total, normalised
-    total = residual + dropout(branch)
+    total = residual + (branch if dropout is None else dropout(branch))
     return total, norm(total)
 
 
@@ -208,12 +208,15 @@ def attend(
 
 def queries_keys_values(module: Any, x: Tensor) -> list[Tensor]:  # (N, D) -> three of (N, H, E)
     """Return queries, keys and values: the outputs of `q_proj`, `k_proj` and `v_proj`, split over the heads."""
-    projections = (module.q_proj, module.k_proj, module.v_proj)
-    if all(is_plain(projection, *_LINEAR, PackedLinear) for projection in projections):
-        projected = packed_linears(x, projections)
-    else:
-        projected = [linear(projection, x) for projection in projections]
+    projected = linears((module.q_proj, module.k_proj, module.v_proj), x)
     return [frames.unflatten(1, (module.num_heads, -1)) for frames in projected]
+
+
+def linears(modules: Sequence[Any], x: Tensor) -> list[Tensor]:
+    """Apply several linear layers, or the modules that replace them, to the same frames (N, C_in)."""
+    if all(is_plain(module, *_LINEAR, PackedLinear) for module in modules):
+        return packed_linears(x, modules)
+    return [linear(module, x) for module in modules]
 
 
 def gate(module: Any, x: Tensor) -> Tensor:  # (N, D) -> (N, H)
@@ -335,14 +338,19 @@ def positional_embedding(module: Any, x: Tensor, layout: Layout) -> Tensor:  # (
     return x
 
 
+def with_positions(stack: Any, frames: Packed, positions: Tensor | None = None) -> Tensor:  # (N, D) -> (N, D)
+    """Return the frames plus their positional embedding.
+
+    Args:
+        stack: Another library's stack of layers, with `pos_conv_embed`.
+        frames: (N, D) frames.
+        positions: (N, D) embedding; None computes it.
+    """
+    return frames.values + (positional_embedding(stack.pos_conv_embed, *frames) if positions is None else positions)
+
+
 def hidden_states(
-    stack: Any,
-    frames: Packed,
-    layers: Iterable[Any],
-    run: Callable[[Any, Tensor], Tensor],
-    *,
-    pre_norm: bool,
-    positions: Tensor | None = None,
+    stack: Any, x: Tensor, layers: Iterable[Any], run: Callable[[Any, Tensor], Tensor], *, pre_norm: bool
 ) -> Iterator[Tensor]:
     """Yield the hidden states (N, D) of another library's stack of layers.
 
@@ -350,8 +358,8 @@ def hidden_states(
     library, this would change the rounding and the elements that dropout drops.
 
     Args:
-        stack: Module with `pos_conv_embed`, `layer_norm` and `dropout`.
-        frames: (N, D) packed frames.
+        stack: Module with `layer_norm` and `dropout`.
+        x: (N, D) packed frames, with their positional embedding.
         layers: The layers to run. If it is an iterator, the next layer is requested after the previous one has run, so
             that draws for layer drop and for dropout keep their order.
         run: Function that calls a layer on frames (N, D).
@@ -361,9 +369,6 @@ def hidden_states(
     Yields:
         The input of the first layer, then the output of each layer.
     """
-    if positions is None:
-        positions = positional_embedding(stack.pos_conv_embed, *frames)
-    x = frames.values + positions
     yield (x := dropout(stack.dropout, x if pre_norm else stack.layer_norm(x)))
     for layer in layers:
         yield (x := run(layer, x))

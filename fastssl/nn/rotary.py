@@ -13,8 +13,8 @@ _BASE = 10000.0
 class Rotation(NamedTuple):
     """Cosine and sine of the rotation angle of each channel pair of each frame."""
 
-    cos: Tensor  # (N, 1, E / 2) fp32
-    sin: Tensor  # (N, 1, E / 2) fp32
+    cos: Tensor  # (N, 1, E / 2) fp32 or fp64
+    sin: Tensor  # (N, 1, E / 2) fp32 or fp64
 
 
 def rotation(layout: Layout, width: int) -> Rotation:
@@ -33,8 +33,23 @@ def rotation(layout: Layout, width: int) -> Rotation:
     if width % 2:
         raise ValueError(f"width: channels are rotated in pairs, so the width of a head must be even, got {width}")
     exponents = torch.arange(0, width, 2, device=layout.cu_seqlens.device, dtype=torch.float64) / width
-    angles = (layout.positions.unsqueeze(1) * _BASE**-exponents).unsqueeze(1)
-    return Rotation(angles.cos().float(), angles.sin().float())
+    return rotation_by(layout, _BASE**-exponents, torch.float32)
+
+
+def rotation_by(layout: Layout, frequencies: Tensor, dtype: torch.dtype) -> Rotation:
+    """Compute the rotation of each frame from the frequency of each channel pair.
+
+    Args:
+        layout: Layout of the frames; positions count from 0 in each sequence.
+        frequencies: (E / 2,) radians per frame, fp32 or fp64, in which the angles are computed.
+        dtype: Dtype of the result. Cosines and sines are computed in fp64 and then rounded, so that they do not depend
+            on a frame's place in the batch.
+
+    Returns:
+        Cosines and sines, (N, 1, E / 2) each, on the layout's device.
+    """
+    angles = (layout.positions.unsqueeze(1) * frequencies).unsqueeze(1).double()
+    return Rotation(angles.cos().to(dtype), angles.sin().to(dtype))
 
 
 def rotate(x: Tensor, turn: Rotation) -> Tensor:

@@ -1,6 +1,7 @@
 """Test that the limit counts exactly the multiplications that a model needs on valid audio."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import limits, rivals, workloads
 from benchmarks.limits import Gemm
 from benchmarks.recipes import recipe_model
-from fastssl.models.encoder import Encoder
+from fastssl.models.encoder import Encoder, EncoderConfig
 
 pytest.importorskip("transformers")
 
@@ -31,6 +32,37 @@ def test_the_encoder_has_the_products_that_transformers_makes_without_padding(ba
     counted = sum(gemm.flops for gemm in limits.encoder(config, [samples], backward=backward))
     # Transformers' positional convolution computes one extra frame, and drops it.
     assert counted == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+def counted(family: str, config: EncoderConfig, *, backward: bool, **settings: Any) -> int:
+    """Return the operations that PyTorch counts in a model of Transformers on an utterance of 5 s."""
+    names = ["conv_dim", "conv_kernel", "conv_stride", "num_conv_pos_embeddings", "num_conv_pos_embedding_groups"]
+    names += ["hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"]
+    library: Any = pytest.importorskip("transformers")
+    settings |= {name: getattr(config, name) for name in names}
+    model = getattr(library, f"{family}Model")(getattr(library, f"{family}Config")(**settings)).eval()
+    model.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as counter:
+        out = model(torch.randn(1, 80_000)).last_hidden_state
+        if backward:
+            out.sum().backward()
+    return int(counter.get_total_flops())
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_squeezed_encoder_has_the_products_of_sew(backward: bool) -> None:
+    config = replace(TINY, conv_dim=(32,) * 7, num_conv_pos_embedding_groups=1)
+    expected = counted("SEW", config, backward=backward, squeeze_factor=3)
+    found = sum(gemm.flops for gemm in limits.squeezed_encoder(config, [80_000], factor=3, backward=backward))
+    assert found == pytest.approx(expected, rel=0.01)
+
+
+def test_a_conformer_has_its_products_besides_depthwise_convolutions() -> None:
+    settings: dict[str, Any] = {"position_embeddings_type": "rotary", "conv_depthwise_kernel_size": 3}
+    expected = counted("Wav2Vec2Conformer", TINY, backward=False, **settings)
+    found = sum(gemm.flops for gemm in limits.conformer(TINY, [80_000], backward=False))
+    depthwise = 2 * 3 * TINY.hidden_size * TINY.num_hidden_layers * 249  # of 249 frames
+    assert found + depthwise == pytest.approx(expected, rel=1e-6)
 
 
 def test_utterances_add_up_where_they_do_not_see_each_other() -> None:

@@ -32,7 +32,7 @@ def make_compressor(kind: str, width: int = TINY["hidden_size"]) -> SequenceComp
 
 @torch.no_grad()
 @EVERY_KIND
-@pytest.mark.parametrize("variant", FAMILIES)
+@pytest.mark.parametrize("variant", [*FAMILIES, "conformer base"])
 def test_equals_the_layers_of_transformers_on_fewer_frames(variant: str, kind: str) -> None:
     original, compressor = transformers_model(variant), make_compressor(kind)
     model = fastssl.accelerate(copy.deepcopy(original), compressor=compressor)
@@ -49,7 +49,7 @@ def test_equals_the_layers_of_transformers_on_fewer_frames(variant: str, kind: s
         assert_close(output.last_hidden_state[row, :count], expected, 2e-4)
         for state in output.hidden_states:
             assert state.shape == output.last_hidden_state.shape
-        if "large" not in variant:  # there, the last hidden state comes before a norm
+        if "large" not in variant and "conformer" not in variant:  # there, the last hidden state comes before a norm
             assert_close(output.hidden_states[-1][row, :count], expected, 2e-4)
 
 

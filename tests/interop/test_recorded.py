@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import fastssl
 from fastssl.nn.compression import SequenceCompressor
-from tests.interop.tiny_models import FAMILIES, assert_close, padded_batch, transformers_model
+from tests.interop.tiny_models import TRAINED_FAMILIES, assert_close, padded_batch, transformers_model
 
 Norm = Literal["valid", "padded"]
 SCRIPTED = ["wav2vec2 base", "wav2vec2 base, logits", "wav2vec2 large", "wavlm base", "wavlm large"]
@@ -154,7 +154,7 @@ def recordings(model: Any, given: tuple[Tensor, ...]) -> dict[str, Callable[...,
     return made
 
 
-@pytest.mark.parametrize(("variant", "head"), [*((family, "ForCTC") for family in FAMILIES), *BESIDES])
+@pytest.mark.parametrize(("variant", "head"), [*((family, "ForCTC") for family in TRAINED_FAMILIES), *BESIDES])
 def test_recordings_of_transformers_are_of_the_original(variant: str, head: str) -> None:
     """A recording of our code would have the lengths of the batch that it was made with."""
     original = transformers_model(variant, head)

@@ -10,17 +10,25 @@ import pytest
 import torch
 
 import fastssl
-from tests.interop.tiny_models import EVERY_FAMILY, FAMILIES, VARIANTS, assert_close, padded_batch, transformers_model
+from tests.interop.tiny_models import (
+    ACCELERATED,
+    ACCELERATED_FAMILIES,
+    EVERY_ACCELERATED_FAMILY,
+    assert_close,
+    padded_batch,
+    transformers_model,
+)
 
 transformers = pytest.importorskip("transformers")
 
 
 def methods() -> list[tuple[Any, Any]]:
     """Return every method that acceleration replaces, with the original's."""
-    from fastssl.interop import pretraining_head
+    from fastssl.interop import conformer, pretraining_head, sew
     from fastssl.interop import transformers as ours
 
-    classes = [served.by_name(name) for served in (ours.CLASSES, pretraining_head.CLASSES) for name in served.sources]
+    served = (ours.CLASSES, sew.CLASSES, conformer.CLASSES, pretraining_head.CLASSES)
+    classes = [one.by_name(name) for one in served for name in one.sources]
     try:
         from fastssl.interop import torchaudio as audio
 
@@ -33,7 +41,7 @@ def methods() -> list[tuple[Any, Any]]:
         replaced = [name for name, value in vars(cls).items() if inspect.isfunction(value) and hasattr(parent, name)]
         assert "forward" in replaced
         pairs += [(getattr(cls, name), getattr(parent, name)) for name in replaced if not name.startswith("__")]
-    assert len(pairs) >= len(FAMILIES) + 2
+    assert len(pairs) >= len(ACCELERATED_FAMILIES) + 2
     return pairs
 
 
@@ -53,7 +61,7 @@ def test_signature_annotations_and_documentation_are_those_of_the_original() -> 
         assert typing.get_type_hints(found) == hints
 
 
-@EVERY_FAMILY
+@EVERY_ACCELERATED_FAMILY
 def test_every_parameter_can_be_given_by_position(variant: str) -> None:
     original = transformers_model(variant)
     model = fastssl.accelerate(copy.deepcopy(original))
@@ -112,11 +120,11 @@ def test_wrong_calls_are_refused_as_by_the_original() -> None:
 
 
 @pytest.mark.parametrize("head", ["Model", "ForPreTraining"])
-@EVERY_FAMILY
+@EVERY_ACCELERATED_FAMILY
 def test_the_trainer_keeps_the_same_columns(variant: str, head: str, tmp_path: Path) -> None:
     """`Trainer` drops the columns of a data set that the model's `forward` does not name."""
     pytest.importorskip("accelerate")
-    if not hasattr(transformers, VARIANTS[variant][0] + head):
+    if not hasattr(transformers, ACCELERATED[variant][0] + head):
         pytest.skip("there is no such model")
     original = transformers_model(variant, head)
     kept = []

@@ -98,9 +98,10 @@ def test_gradients_in_bf16_by_the_two_times_rule() -> None:
             assert (found.grad - right.grad).abs().max() <= allowed, name
 
 
-def test_torch_compile_does_not_trace_an_accelerated_encoder() -> None:
+@pytest.mark.parametrize("variant", ["wav2vec2 base", "sew base", "conformer base"])
+def test_torch_compile_does_not_trace_an_accelerated_encoder(variant: str) -> None:
     """New lengths must not trigger recompilation. Modules around the encoder are still compiled."""
-    model = fastssl.accelerate(transformers_model("wav2vec2 base"))
+    model = fastssl.accelerate(transformers_model(variant))
     graphs = []
 
     def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:

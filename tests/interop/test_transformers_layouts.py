@@ -12,7 +12,7 @@ from torch import Tensor
 import fastssl
 from tests.interop.tiny_models import assert_padded_by_last, transformers_model
 
-_VARIANTS = ["wav2vec2 base", "wavlm large", "data2vec"]
+_VARIANTS = ["wav2vec2 base", "wavlm large", "data2vec", "sew base", "conformer base"]
 lengths_of_batches = st.lists(
     st.one_of(st.just(0), st.integers(1, 3000), st.integers(395, 405)), min_size=1, max_size=4
 )

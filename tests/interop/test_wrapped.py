@@ -15,7 +15,7 @@ from torch import Tensor
 import fastssl
 from fastssl.nn import SequenceCompressor
 from tests.interop.operators import Operators, is_packed
-from tests.interop.tiny_models import FAMILIES, padded_batch, transformers_model
+from tests.interop.tiny_models import ACCELERATED_FAMILIES, padded_batch, transformers_model
 
 transformers = pytest.importorskip("transformers")
 
@@ -146,7 +146,7 @@ def test_what_comes_later_is_kept_and_calls_the_restored_code(wrap: Any) -> None
     assert is_packed(silent(fastssl.accelerate, model))
 
 
-@pytest.mark.parametrize("variant", FAMILIES)
+@pytest.mark.parametrize("variant", ACCELERATED_FAMILIES)
 def test_every_architecture_within_autocast(variant: str) -> None:
     model = fastssl.accelerate(with_autocast(transformers_model(variant)))
     assert is_packed(model)

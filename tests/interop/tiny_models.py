@@ -63,6 +63,36 @@ WITH_ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
     "wav2vec2 base, adapter": ("Wav2Vec2", ADAPTER),
     "wav2vec2 large, adapters": ("Wav2Vec2", LARGE | ADAPTER | {"adapter_attn_dim": 8, "output_hidden_size": 48}),
 }
+#: Variants of SEW, which refuses utterances of less than LEAST_SQUEEZED samples: it squeezes two frames into one.
+LEAST_SQUEEZED = 720
+SQUEEZED: dict[str, tuple[str, dict[str, Any]]] = {
+    "sew base": ("SEW", {"conv_dim": [32] * 13}),
+    "sew, layer norm, odd kernel, without projection": (
+        "SEW",
+        {
+            "conv_dim": [32] * 12 + [48],
+            "feat_extract_norm": "layer",
+            "conv_bias": True,
+            "num_conv_pos_embeddings": 15,
+        },
+    ),
+}
+_ROTARY = {"position_embeddings_type": "rotary", "conv_depthwise_kernel_size": 7}
+#: Variants of the Conformer, which are accelerated in evaluation only.
+CONFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "conformer base": ("Wav2Vec2Conformer", _ROTARY | {"hidden_act": "swish"}),
+    "conformer, layer norm, silu, adapter": (
+        "Wav2Vec2Conformer",
+        _ROTARY | ADAPTER | {"feat_extract_norm": "layer", "conv_bias": True, "hidden_act": "silu"},
+    ),
+    "conformer, no positions, gelu": (
+        "Wav2Vec2Conformer",
+        {"position_embeddings_type": None, "conv_depthwise_kernel_size": 5},
+    ),
+}
+#: All that `accelerate` supports in training, and all that it supports.
+TRAINED = VARIANTS | WITH_ADAPTERS | SQUEEZED
+ACCELERATED = TRAINED | CONFORMERS
 #: torchaudio's factories for the published architectures.
 TORCHAUDIO_FACTORIES = [
     "wav2vec2_base",
@@ -77,18 +107,23 @@ TORCHAUDIO_FACTORIES = [
     "wavlm_base",
     "wavlm_large",
 ]
-#: One variant of each architecture.
+#: One variant of each architecture that `Encoder` supports.
 FAMILIES = ("wav2vec2 base", "hubert large", "wavlm base", "data2vec", "unispeech base", "unispeech-sat large")
+#: One variant of each architecture that `accelerate` supports in training, and of each that it supports.
+TRAINED_FAMILIES = (*FAMILIES, "sew base")
+ACCELERATED_FAMILIES = (*TRAINED_FAMILIES, "conformer base")
 BATCHES = {"single": [6000], "equal": [5000, 5000], "mixed": [5000, 900, 3300], "extreme": [30000, 400, 719, 720]}
 EVERY_VARIANT = pytest.mark.parametrize("variant", VARIANTS)
-EVERY_ACCELERATED_VARIANT = pytest.mark.parametrize("variant", VARIANTS | WITH_ADAPTERS)
+EVERY_TRAINED_VARIANT = pytest.mark.parametrize("variant", TRAINED)
+EVERY_ACCELERATED_VARIANT = pytest.mark.parametrize("variant", ACCELERATED)
 EVERY_FAMILY = pytest.mark.parametrize("variant", FAMILIES)
+EVERY_ACCELERATED_FAMILY = pytest.mark.parametrize("variant", ACCELERATED_FAMILIES)
 
 
 def transformers_model(variant: str, head: str = "Model", **options: Any) -> Any:
     """Return a tiny model in evaluation mode; no parameter keeps an initial value, such as 0, that hides errors."""
     transformers = pytest.importorskip("transformers")
-    family, settings = (VARIANTS | WITH_ADAPTERS)[variant]
+    family, settings = ACCELERATED[variant]
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(**TINY | settings | options)
     model = getattr(transformers, f"{family}{head}")(config).eval()
@@ -97,11 +132,16 @@ def transformers_model(variant: str, head: str = "Model", **options: Any) -> Any
 
 
 def disturb(model: torch.nn.Module) -> None:
-    """Add noise to every parameter, so that a swapped or uncopied parameter changes the output."""
+    """Add noise to every parameter and statistic, so that one that is swapped or not copied changes the output."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm1d):
+                mean, variance = (module.get_buffer(name) for name in ("running_mean", "running_var"))
+                mean.normal_(generator=generator)
+                variance.uniform_(0.5, 2.0, generator=generator)
 
 
 class Adapted(torch.nn.Module):

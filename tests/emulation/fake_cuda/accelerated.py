@@ -29,15 +29,20 @@ Call = Callable[[nn.Module, Tensor, Tensor], Any]
 def scenarios() -> Iterator[tuple[str, Scenario]]:
     """Yield the name of each scenario, and the scenario."""
     if find_spec("transformers") is not None:
-        for variant in tiny_models.VARIANTS | tiny_models.WITH_ADAPTERS:
+        for variant in tiny_models.ACCELERATED:
             make = partial(tiny_models.transformers_model, variant)
-            yield from _of(f"transformers/{variant}", make=make, call=_call_transformers)
-            if variant in tiny_models.FAMILIES:
-                yield from _of(f"transformers/{variant}", ", no lengths", make=make, call=_call_transformers_alone)
+            found = [*_of(f"transformers/{variant}", make=make, call=_call_transformers)]
+            if variant in tiny_models.ACCELERATED_FAMILIES:
+                found += _of(f"transformers/{variant}", ", no lengths", make=make, call=_call_transformers_alone)
+            is_trained = variant in tiny_models.TRAINED
+            yield from (one for one in found if is_trained or "/training/" not in one[0])
         compressed = {"make": partial(tiny_models.transformers_model, "wav2vec2 base"), "change": _with_compressor}
         yield from _of("transformers/wav2vec2 base", ", compressed", call=_call_transformers, **compressed)
         padded = compressed | {"change": partial(fastssl.accelerate, norm="padded")}
         yield from _of("transformers/wav2vec2 base", ", padded norm", call=_call_transformers, **padded)
+        squeezed = {"make": partial(tiny_models.transformers_model, "sew base")}
+        for special, change in ((", compressed", _with_compressor), (", padded norm", padded["change"])):
+            yield from _of("transformers/sew base", special, call=_call_transformers, change=change, **squeezed)
         padded |= {"make": partial(tiny_models.transformers_model, "data2vec")}
         yield from _of("transformers/data2vec", ", padded norm", call=_call_transformers, **padded)
         adapted = partial(tiny_models.transformers_model, "wav2vec2 base, adapter")

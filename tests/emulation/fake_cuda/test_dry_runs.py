@@ -23,8 +23,11 @@ GROUPS = (
     "benchmark/bench_hubert_step/*",
     "benchmark/bench_encoder/*",
     "benchmark/bench_compression/*",
-    *(f"benchmark/bench_drop_in/{model}*" for model in ("wav2vec2-base", "wav2vec2-large", "wav2vec2-pretraining")),
-    *(f"benchmark/bench_drop_in/{model}*" for model in ("hubert", "wavlm", "data2vec", "unispeech", "torchaudio")),
+    *(f"benchmark/bench_drop_in/wav2vec2-{model}*" for model in ("base", "large", "conformer", "pretraining")),
+    *(
+        f"benchmark/bench_drop_in/{model}*"
+        for model in ("hubert", "wavlm", "data2vec", "unispeech", "sew", "torchaudio")
+    ),
     "benchmark/ops.*",
     "check/*",
 )

@@ -30,6 +30,8 @@ MODELS = (
     "accelerated/transformers/wavlm base/evaluation/bf16 autocast",
     "accelerated/transformers/hubert large/training/bf16 autocast",
     "accelerated/transformers/wavlm base/training/bf16 autocast, no lengths",
+    "accelerated/transformers/sew base/training/bf16 autocast",
+    "accelerated/transformers/conformer base/evaluation/bf16 autocast",
     "accelerated/torchaudio/wav2vec2 base/evaluation/bf16 autocast",
     "loop/extract/wav2vec2 compressed",
     "fit/wav2vec2/bf16-mixed",
