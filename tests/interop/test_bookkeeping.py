@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 import fastssl
-from fastssl.interop import encoders
-from fastssl.interop import transformers as accelerated
+from fastssl.interop import encoders, spec_augment
 from fastssl.packing import Layout, Packed
 from tests.interop.tiny_models import ACCELERATED_FAMILIES, BATCHES, assert_close, padded_batch, transformers_model
 
@@ -112,7 +111,7 @@ def masked(model: Any, x: Packed, given: Tensor | None, padded_frames: int, *, b
         padded = model._mask_hidden_states(x.to_padded(length=padded_frames), given, valid)
         values = Packed.from_padded(padded, x.layout).values
     else:
-        values = accelerated._mask(model, x, given, padded_frames, has_padding=True).values
+        values = spec_augment.mask_frames(model, x, given, padded_frames, has_padding=True).values
     (values * torch.sin(torch.arange(values.numel())).view_as(values)).sum().backward()
     assert x.values.grad is not None
     found = [values.detach(), x.values.grad.clone(), model.masked_spec_embed.grad.clone()]
@@ -142,10 +141,10 @@ def test_a_mask_that_the_host_does_not_know_gives_the_same() -> None:
     x = frames_of((12, 0, 5), model.config.hidden_size)
     mask = torch.rand(3, 14, generator=torch.Generator().manual_seed(1)) < 0.4
     model.config.mask_feature_prob = 0.0
-    expected = accelerated._mask(model, x, mask, 14, has_padding=True).values
-    assert torch.equal(accelerated._embedded_where(x, mask, model.masked_spec_embed), expected)
+    expected = spec_augment.mask_frames(model, x, mask, 14, has_padding=True).values
+    assert torch.equal(spec_augment._embedded_where(x, mask, model.masked_spec_embed), expected)
     with pytest.raises(ValueError, match=r"mask_time_indices: expected \(3, 14\), one per frame, got \(3, 13\)"):
-        accelerated._mask(model, x, mask[:, 1:], 14, has_padding=True)
+        spec_augment.mask_frames(model, x, mask[:, 1:], 14, has_padding=True)
 
 
 def test_a_replaced_mask_function_runs() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import fastssl
 from tests.interop.operators import Operators, count, is_packed
-from tests.interop.tiny_models import FAMILIES, padded_batch, transformers_model
+from tests.interop.tiny_models import TRAINED_FAMILIES, padded_batch, transformers_model
 
 pytest.importorskip("transformers")
 distributed = torch.distributed
@@ -94,7 +94,7 @@ def assert_same_step(model: Any, expected: Any) -> None:
 
 
 @pytest.mark.parametrize("first", ["accelerate", "shard"])
-@pytest.mark.parametrize("variant", FAMILIES)
+@pytest.mark.parametrize("variant", TRAINED_FAMILIES)
 def test_sharded_layers_run_packed(variant: str, first: str) -> None:
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
