@@ -8,6 +8,7 @@ Every op takes `backend`, one of:
     "triton": Triton kernels.
     "torch": the kernel that PyTorch itself provides for the operation.
     None: the value of the environment variable FASTSSL_BACKEND if it is set, otherwise the fastest available backend.
+        Under transforms of `torch.func` and forward-mode AD, only the reference is available.
 `fastssl info` lists the backends that are available on this machine. The environment variable FASTSSL_EXCLUDE leaves
 some out, as in FASTSSL_EXCLUDE=varlen_attention.triton,strided_conv.native; `fastssl check` names those that fail here.
 """
