@@ -145,10 +145,11 @@ def _attention(module: Any, x: Tensor, layout: Layout, turn: Rotation | None) ->
 
 def _convolution(module: Any, x: Tensor, layout: Layout) -> Tensor:  # (N, D) -> (N, D)
     first, depthwise, last = module.pointwise_conv1, module.depthwise_conv, module.pointwise_conv2
-    doubled = packed_linear(x, first.weight.squeeze(2), first.bias)
+    widen, kernels, narrow = map(F.convolution_weight, (first, depthwise, last))
+    doubled = packed_linear(x, widen.squeeze(2), first.bias)
     gated = glu(doubled) if F.is_plain(module.glu, nn.GLU) else module.glu(doubled)
-    mixed = ops.positional_conv(gated, depthwise.weight, layout, bias=depthwise.bias)
-    return packed_linear(_activate(module.activation, module.batch_norm(mixed)), last.weight.squeeze(2), last.bias)
+    mixed = ops.positional_conv(gated, kernels, layout, bias=depthwise.bias)
+    return packed_linear(_activate(module.activation, module.batch_norm(mixed)), narrow.squeeze(2), last.bias)
 
 
 CLASSES = transformers.accelerated_classes(

@@ -158,7 +158,7 @@ def _squeezed_frames(conv: nn.Conv1d, x: Packed, squeeze: _Squeeze) -> Packed:
     )
     squeezed = _squeezed(layout, squeeze)
     pooled = in_slots.reshape(squeezed.total, squeeze.factor, values.shape[1]).mean(1)
-    positions = ops.positional_conv(values, conv.weight, layout, bias=conv.bias)
+    positions = ops.positional_conv(values, functional.convolution_weight(conv), layout, bias=conv.bias)
     return Packed(pooled + F.gelu(positions.index_select(0, _first_frames(layout, squeeze))), squeezed)
 
 

@@ -192,12 +192,20 @@ def test_both_kinds_of_weight_norm_are_fused(library: str, first: str, training:
     assert is_packed(old)
 
 
-def test_other_convolutions_may_have_weight_norm() -> None:
-    model = fastssl.accelerate(transformers_model("wav2vec2 base, adapter"))
-    expected = copy.deepcopy(model)
-    in_the_old_way(model, [model.feature_extractor.conv_layers[2].conv, model.adapter.layers[0].conv])
-    waveforms, _ = padded_batch([5000, 900])
+@pytest.mark.parametrize("variant", ["wav2vec2 base, adapter", "sew base", "conformer base"])
+def test_any_convolution_may_have_weight_norm(variant: str) -> None:
+    model, expected = (fastssl.accelerate(transformers_model(variant)) for _ in range(2))
+    of_both = [[part for part in one.modules() if isinstance(part, torch.nn.Conv1d)] for one in (model, expected)]
+    in_the_old_way(model, of_both[0])
     with torch.no_grad():
+        for conv, plain in zip(*of_both, strict=True):
+            conv.get_parameter("weight_g").mul_(1.5)  # not yet in the weight that a module keeps
+            if parametrize.is_parametrized(plain):
+                parametrize.remove_parametrizations(plain, "weight")
+            weight = plain.weight.detach() * 1.5
+            del plain.weight
+            plain.weight = torch.nn.Parameter(weight)
+        waveforms, _ = padded_batch([5000, 900])
         assert_close(run(model, waveforms), run(expected, waveforms), 1e-5)
     assert is_packed(model)
 
