@@ -2,12 +2,14 @@
 
 import sys
 import warnings
+from functools import cache
 from typing import Literal, TypeVar
 
 from torch import nn
 
 from fastssl.interop import read_only
 from fastssl.interop.classes import AcceleratedClasses
+from fastssl.kernels.gpus import is_unproven
 from fastssl.models.folder import ACCELERATED_COMPRESSOR
 from fastssl.nn.compression import SequenceCompressor
 
@@ -38,6 +40,9 @@ def accelerate(
     If somebody else's `forward` is on an encoder itself (Accelerate's `prepare` or device hooks, a partial), fastssl's
     code runs inside it. A warning says where that cannot be done.
 
+    The first model on a GPU on which the kernels have not been run yet comes with a warning: compare it with the
+    original with `fastssl.validate(model)`.
+
     Args:
         model: A Transformers or torchaudio encoder, or any module that contains one: a model with a head, a pipeline's
             wrapper, a PEFT model, your own module.
@@ -62,13 +67,7 @@ def accelerate(
     """
     if norm not in ("valid", "padded"):
         raise ValueError(f"norm: must be 'valid' or 'padded', got {norm!r}")
-    found = [(module, classes) for module in model.modules() for classes in _in_use() if classes.original(module)]
-    if not found:
-        sources = [source for classes in _served() if classes.width for source in classes.sources.items()]
-        known = ", ".join(f"{module.partition('.')[0]}.{name}" for name, module in sources)
-        raise ValueError(
-            f"model: {type(model).__name__} has no encoder that can be accelerated; expected one of {known}"
-        )
+    found = served_modules(model)
     for module, classes in found:
         if classes.check:
             classes.check(module)
@@ -97,7 +96,35 @@ def accelerate(
             read_only.warn_once(module, classes.layers(module), again=True)
     for module, name in hidden:
         warnings.warn(f"{_hidden(module, name)}, without acceleration; {_CURE}", stacklevel=2)
+    if any(is_unproven(parameter.device) for module, _ in found for parameter in module.parameters()):
+        _warn_of_unproven_kernels()
     return model
+
+
+def served_modules(model: nn.Module) -> list[tuple[nn.Module, AcceleratedClasses]]:
+    """Return the modules in a model that `accelerate` changes, accelerated or not, with the classes of each.
+
+    Raises:
+        ValueError: There is none.
+    """
+    found = [(module, classes) for module in model.modules() for classes in _in_use() if classes.original(module)]
+    if not found:
+        sources = [source for classes in _served() if classes.width for source in classes.sources.items()]
+        known = ", ".join(f"{module.partition('.')[0]}.{name}" for name, module in sources)
+        raise ValueError(
+            f"model: {type(model).__name__} has no encoder that can be accelerated; expected one of {known}"
+        )
+    return found
+
+
+@cache
+def _warn_of_unproven_kernels() -> None:
+    """Warn once per process."""
+    warnings.warn(
+        "fastssl's kernels have not been run on a GPU of this kind yet: compare the model with the original with "
+        "`fastssl.validate(model)`, and run `fastssl check`, which tests every kernel",
+        stacklevel=3,
+    )
 
 
 _CURE = "call `fastssl.accelerate` before what put it there, such as `Accelerator.prepare`, or remove it"
