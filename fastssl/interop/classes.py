@@ -111,6 +111,7 @@ class AcceleratedClasses:
             namespace: dict[str, Any] = {"__module__": self.home, "__qualname__": name, "__doc__": original.__doc__}
             # A class attribute, so that instances that the class itself creates, as in `from_pretrained`, have it too.
             namespace |= {NORM: "valid", CALLS: False}
+            namespace |= _answers_of(original)
             methods = self.methods(original)
             scripted = methods if "__prepare_scriptable__" in methods else ()  # TorchScript follows `__wrapped__`, too
             for method, function in methods.items():
@@ -122,3 +123,16 @@ class AcceleratedClasses:
             self._made[original] = type(name, (original,), methods | namespace)
             self._own[original] = {name: one for name, one in methods.items() if hasattr(original, name)}
         return self._made[original]
+
+
+#: Class methods of Transformers' models that decide by the Python module of the class, and set weights or settings.
+_BY_MODULE = ("is_custom_code", "_can_set_attn_implementation", "_can_set_experts_implementation")
+
+
+def _answers_of(original: Any) -> dict[str, Any]:
+    """Return those class methods for a subclass, with the answers of the original, whose code it is."""
+
+    def answer(name: str) -> Any:
+        return classmethod(lambda cls: getattr(original, name)())
+
+    return {name: answer(name) for name in _BY_MODULE if hasattr(original, name)}

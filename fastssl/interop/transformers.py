@@ -5,7 +5,8 @@ pickling, `save_pretrained`, `copy.deepcopy` and every head therefore work as be
 """
 
 import importlib
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from typing import Any
 
@@ -17,6 +18,7 @@ from fastssl import ops
 from fastssl.interop import encoders, read_only
 from fastssl.interop.calls import as_original, recorded_by
 from fastssl.interop.classes import CALLS, AcceleratedClasses
+from fastssl.interop.shown_states import ShownStates
 from fastssl.nn import functional as F
 from fastssl.nn.activation import sigmoid
 from fastssl.packing import Layout, Packed, kept_by_plan, send
@@ -83,6 +85,10 @@ def _as_original(model: nn.Module, original: type[nn.Module]) -> Any:
     """
     view = original.__new__(original)
     object.__setattr__(view, "__dict__", vars(model))
+    # Transformers notes by class, when a model is made, what it can record. Maybe only accelerated ones were made.
+    registry = getattr(sys.modules.get("transformers.utils.output_capturing"), "_CAN_RECORD_REGISTRY", None)
+    if registry is not None:
+        registry.setdefault(str(original), getattr(original, "_can_record_outputs", None))
     return view
 
 
@@ -129,16 +135,18 @@ def _forward(self: Any, given: dict[str, Any]) -> Any:
     x = Packed(projected, frames.layout)
     x = _mask(self, x, given.get("mask_time_indices"), padded_frames, has_padding=attention_mask is not None)
     fewer, upsample = encoders.compress(self, self.encoder, x)
-    last, hidden_states = _encode(self.encoder, fewer, calls=getattr(self, CALLS))
+    wanted = _wanted(_option(self, given, "output_hidden_states"), len(self.encoder.layers) + 1)
+    shown = ShownStates(lambda state: Packed(upsample(state), x.layout).to_padded(length=padded_frames))
+    through = shown.through if wanted and fewer is x else None  # a compressor's states are repeated ones
+    last, hidden_states = _encode(self.encoder, fewer, calls=getattr(self, CALLS), through=through)
 
     output_class = _output_class(CLASSES.original(self).__name__)
     values: dict[str, Any] = {"last_hidden_state": _adapt(self, Packed(upsample(last), x.layout), padded_frames)}
     if "extract_features" in output_class.__dataclass_fields__:
         values["extract_features"] = Packed(normalised, frames.layout).to_padded(length=padded_frames)
-    if wanted := _wanted(_option(self, given, "output_hidden_states"), len(self.encoder.layers) + 1):
+    if wanted:
         values["hidden_states"] = tuple(
-            Packed(upsample(state), x.layout).to_padded(length=padded_frames) if index in wanted else None
-            for index, state in enumerate(hidden_states)
+            shown.padded(state) if index in wanted else None for index, state in enumerate(hidden_states)
         )
     output = output_class(**values)
     return output.to_tuple() if _option(self, given, "return_dict") is False else output
@@ -263,19 +271,23 @@ def _embedded_where(x: Packed, mask: Tensor, embedding: Tensor) -> Tensor:  # (N
     return torch.where(packed.unsqueeze(1), embedding, x.values)
 
 
-def _encode(encoder: Any, x: Packed, *, calls: bool) -> tuple[Tensor, list[Tensor]]:
+def _encode(
+    encoder: Any, x: Packed, *, calls: bool, through: Callable[[Tensor], Tensor] | None = None
+) -> tuple[Tensor, list[Tensor]]:
     """Run the transformer; return the last hidden state after the final norm, and all hidden states before it.
 
     Args:
         encoder: The transformer.
         x: (N, D) projected frames.
         calls: Whether to call projections that the original only reads.
+        through: Function that each hidden state goes through before it is used, see `ShownStates`.
     """
     pre_norm = "StableLayerNorm" in type(encoder).__name__
     first = encoder.layers[0].attention if len(encoder.layers) else None
     bias = encoders.distance_bias(first) if hasattr(first, "rel_attn_embed") else None
 
     def run(layer: Any, values: Tensor) -> Tensor:
+        values = values if through is None else through(values)
         arguments = layer, values, x.layout, bias, pre_norm, calls
         if getattr(layer, "gradient_checkpointing", False) and layer.training:
             output: Tensor = layer._gradient_checkpointing_func(_layer, *arguments)
@@ -285,7 +297,8 @@ def _encode(encoder: Any, x: Packed, *, calls: bool) -> tuple[Tensor, list[Tenso
     first_skippable = 0 if bias is None else 1  # WavLM never skips the first layer, which holds the bias
     layers = (layer for index, layer in enumerate(encoder.layers) if index < first_skippable or not _skips(encoder))
     hidden_states = list(F.hidden_states(encoder, x, layers, run, pre_norm=pre_norm))
-    return (encoder.layer_norm(hidden_states[-1]) if pre_norm else hidden_states[-1]), hidden_states
+    last = hidden_states[-1] if through is None else through(hidden_states[-1])
+    return (encoder.layer_norm(last) if pre_norm else last), hidden_states
 
 
 def _skips(encoder: Any) -> bool:
