@@ -120,6 +120,10 @@ class _Subject:
         kind = f"{original.__name__} of {original.__module__.partition('.')[0]}"
         inside = f", `{name}` of a {type(model).__name__}; parts outside it are not compared" if name else ""
         notes = [f"compared: {kind}{inside}"]
+        if any(not other.width for _, other in served_modules(model)):
+            notes.append(
+                "left out: the quantiser and the loss, which are accelerated too; `fastssl check` runs their ops"
+            )
         if hasattr(self.encoder, ACCELERATED_COMPRESSOR):
             notes.append("left out: the compressor, which the original does not have; the layers get all frames")
         if not self._has_rows_of_its_own:

@@ -242,6 +242,11 @@ def test_heads_adapters_and_what_is_left_out_are_named() -> None:
     assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == kept
 
 
+def test_what_else_is_accelerated_is_named() -> None:
+    report = fastssl.validate(transformers_model("wav2vec2 base", "ForPreTraining"), seconds=SHORT, training=False)
+    assert report.notes[1].startswith("left out: the quantiser and the loss, which are accelerated too")
+
+
 def test_adapters_take_part(monkeypatch: pytest.MonkeyPatch) -> None:
     """A wrong gradient of an adapter is found, though a layer of somebody else is called in both."""
     model = transformers_model("hubert base")
