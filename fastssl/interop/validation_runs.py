@@ -69,6 +69,8 @@ def original_copy(encoder: Any, classes: AcceleratedClasses, dtype: torch.dtype 
         for parameter in module._parameters.values():
             if parameter is not None and id(parameter) not in memo:  # not a second time, if modules share it
                 memo[id(parameter)] = nn.Parameter(converted(parameter))
+        for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks):
+            memo |= {id(hook): hook for hook in hooks.values()}  # a method's object may be anything, and large
         others = [*module._buffers.values(), *vars(module).values()]
         memo |= {id(one): converted(one).clone() for one in others if isinstance(one, Tensor)}
     shell = object.__new__(type(encoder))

@@ -386,6 +386,34 @@ def test_the_first_model_on_a_gpu_comes_with_a_warning(monkeypatch: pytest.Monke
         fastssl.accelerate(models[2])
 
 
+class Recorder:
+    """An object with a hook; copying it would fail."""
+
+    def __init__(self) -> None:
+        self.called = 0
+
+    def __deepcopy__(self, memo: Any) -> None:
+        raise AssertionError
+
+    def hook(self, *args: Any) -> None:
+        self.called += 1
+
+
+def test_hooks_are_called_and_not_copied() -> None:
+    model, recorder = transformers_model("hubert base"), Recorder()
+    model.encoder.layers[0].feed_forward.output_dense.register_forward_hook(recorder.hook)
+    assert not fastssl.validate(model, seconds=SHORT).wrong
+    assert recorder.called == 2 * 2 * 3 + 2  # of two utterances, evaluation and training of three models, and a batch
+
+
+def test_a_model_made_in_inference_mode() -> None:
+    with torch.inference_mode():
+        model = transformers_model("data2vec")
+        assert model.encoder.layer_norm.weight.is_inference()
+        assert not fastssl.validate(model, seconds=SHORT).wrong
+    assert model.encoder.layer_norm.weight.is_inference()
+
+
 def test_a_copy_of_the_model_stays_comparable() -> None:
     """A copy shares nothing with the given model, so validating it after a training step is the same."""
     model = fastssl.accelerate(transformers_model("unispeech base")).train()
