@@ -1,6 +1,7 @@
 """Checks of calls: arguments, outputs and their flags, batches, dtypes, and what a model says of itself."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -234,7 +235,59 @@ def what_a_model_says_of_itself(case: Case, tmp_path: Path) -> None:
     assert places[0] == places[1]
 
 
+@torch.no_grad()
+def other_strides(case: Case, tmp_path: Path) -> None:
+    """Waveforms may be any view: transposed, expanded, every other sample, a part of a longer batch."""
+    model, original = case.pair()
+    longer = torch.randn(2, 20_000, generator=torch.Generator().manual_seed(5))
+    views = [longer.t().contiguous().t()[:, :9000], longer[:1, :9000].expand(3, -1), longer[:, ::2], longer[:, 99:8000]]
+    for waveforms in views:
+        found = call(model, {"input_values": waveforms})
+        assert_equal(found, call(model, {"input_values": waveforms.contiguous()}))
+        assert_alike(found, call(original, {"input_values": waveforms}), relative=1e-3)
+
+
+@torch.no_grad()
+def settings_of_torch(case: Case, tmp_path: Path) -> None:
+    """The default dtype, the default device and deterministic algorithms change nothing, with a loss and without."""
+    model, _ = case.pair()
+    given = case.inputs(MIXED, labels=True)
+    expected = call(model, given)
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = call(model.base_model, {"input_values": given["input_values"]})
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_equal(found, call(model.base_model, {"input_values": given["input_values"]}))
+    with torch.device("meta"):
+        assert_equal(call(model.base_model, {"input_values": given["input_values"]}), found)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert_equal(call(model, given), expected)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@torch.no_grad()
+def several_threads(case: Case, tmp_path: Path) -> None:
+    """Threads that share a model get what each would get alone."""
+    model, _ = case.pair()
+    given = [case.inputs(lengths)["input_values"] for lengths in ((9000,), (5000, 5000), (7000,), (3000,) * 3)]
+    expected = [model.base_model(one, output_hidden_states=True) for one in given]
+
+    def run(waveforms: torch.Tensor) -> Any:
+        with torch.no_grad():
+            return model.base_model(waveforms, output_hidden_states=True)
+
+    with ThreadPoolExecutor(4) as pool:
+        for found, right in zip(pool.map(run, given * 3), expected * 3, strict=True):
+            assert_equal(found, right)
+
+
 CHECKS = [
+    other_strides,
+    settings_of_torch,
+    several_threads,
     outputs_of_all_flags,
     a_tuple_has_the_values_of_the_dict,
     flags_of_the_config,

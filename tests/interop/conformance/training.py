@@ -77,20 +77,22 @@ def freezing(case: Case, tmp_path: Path) -> None:
 
 
 def gradient_checkpointing(case: Case, tmp_path: Path) -> None:
-    """Both kinds give the gradients of a step without, bit for bit."""
-    model, _ = case.pair()
+    """Both kinds give the gradients of a step without, bit for bit, also under sums of hidden states."""
+    options: dict[str, Any] = {"use_weighted_layer_sum": True} if case.has_labels and case.head != "ForCTC" else {}
+    model, _ = case.pair(**options)
     model.train()
     given = case.inputs(MIXED, labels=True)
-    expected = gradients(model, given)
-    for is_reentrant in (False, True):
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": is_reentrant})
-        assert model.is_gradient_checkpointing
-        found = gradients(model, given)
-        model.gradient_checkpointing_disable()
-        assert not model.is_gradient_checkpointing
-        assert found.keys() == expected.keys()
-        for name, one in expected.items():
-            assert torch.equal(found[name], one), (name, is_reentrant)
+    for shown in ({}, {"output_hidden_states": True}):
+        expected = gradients(model, given, **shown)
+        for is_reentrant in (False, True):
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": is_reentrant})
+            assert model.is_gradient_checkpointing
+            found = gradients(model, given, **shown)
+            model.gradient_checkpointing_disable()
+            assert not model.is_gradient_checkpointing
+            assert found.keys() == expected.keys()
+            for name, one in expected.items():
+                assert torch.equal(found[name], one), (name, is_reentrant)
 
 
 def gradient_checkpointing_trains_what_the_original_trains(case: Case, tmp_path: Path) -> None:
