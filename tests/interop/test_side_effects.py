@@ -8,13 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import fastssl
-from tests.interop.tiny_models import (
-    EVERY_ACCELERATED_VARIANT,
-    EVERY_FAMILY,
-    assert_close,
-    padded_batch,
-    transformers_model,
-)
+from tests.interop.tiny_models import EVERY_ACCELERATED_VARIANT, assert_close, padded_batch, transformers_model
 
 pytest.importorskip("transformers")
 
@@ -147,27 +141,3 @@ def test_another_activation_is_computed(place: str, other: nn.Module) -> None:
         with pytest.warns(UserWarning, match=rf"{type(other).__name__} replaces a module of the original"):
             assert torch.equal(model(waveforms).last_hidden_state, expected)
     assert not torch.equal(expected, before)
-
-
-@EVERY_FAMILY
-def test_the_class_initialises_as_the_original(variant: str) -> None:
-    """Transformers leaves out some initial weights of classes that are defined elsewhere."""
-    models = []
-    for one in pair(variant):
-        torch.manual_seed(3)
-        models.append(type(one)(one.config))
-        assert not type(one).is_custom_code()
-    for (name, found), expected in zip(models[1].named_parameters(), models[0].parameters(), strict=True):
-        assert torch.equal(found, expected), name
-
-
-def test_attentions_without_a_model_of_the_original_class() -> None:
-    """A process may have made accelerated models only, and Transformers notes by class what it can record."""
-    registry = pytest.importorskip("transformers.utils.output_capturing")._CAN_RECORD_REGISTRY
-    original, model = pair("wav2vec2 base", attn_implementation="eager")
-    registry.pop(str(type(original)))
-    waveforms, _ = padded_batch([5000])
-    with torch.no_grad(), pytest.warns(UserWarning, match="attention weights"):
-        output = model(waveforms, output_attentions=True, output_hidden_states=True)
-    assert len(output.attentions) == 3
-    assert len(output.hidden_states) == 4
