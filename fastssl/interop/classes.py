@@ -169,6 +169,7 @@ class AcceleratedClasses:
         namespace: dict[str, Any] = {"__module__": self.home, "__qualname__": name, "__doc__": original.__doc__}
         # A class attribute, so that instances that the class itself creates, as in `from_pretrained`, have it too.
         namespace |= {NORM: "valid", CALLS: False, _MAKER: self}
+        namespace |= _answers_of(original)
         methods = self.methods(original)
         scripted = methods if "__prepare_scriptable__" in methods else ()  # TorchScript follows `__wrapped__`, too
         for method, function in methods.items():
@@ -225,3 +226,16 @@ def _uses_super(value: Any) -> bool:
     """Return whether a value is a function that contains `super()`."""
     code = getattr(value, "__code__", None) if isinstance(value, FunctionType) else None
     return code is not None and ("__class__" in code.co_freevars or "super" in code.co_names)
+
+
+#: Class methods of Transformers' models that decide by the Python module of the class, and set weights or settings.
+_BY_MODULE = ("is_custom_code", "_can_set_attn_implementation", "_can_set_experts_implementation")
+
+
+def _answers_of(original: Any) -> dict[str, Any]:
+    """Return those class methods for a subclass, with the answers of the original, whose code it is."""
+
+    def answer(name: str) -> Any:
+        return classmethod(lambda cls: getattr(original, name)())
+
+    return {name: answer(name) for name in _BY_MODULE if hasattr(original, name)}

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fastssl import ops
 from fastssl.interop import encoders, transformers
+from fastssl.interop.shown_states import ShownStates
 from fastssl.nn import functional as F
 from fastssl.nn.activation import glu, silu
 from fastssl.nn.linear import packed_linear
@@ -82,19 +83,23 @@ def _ask_for_layers(stack: Any, layout: Layout) -> None:
         layout.rows_with_gaps(0, layer.conv_module.depthwise_conv.kernel_size[0] // 2)
 
 
-def _encode(model: Any, x: Packed, padded_frames: int) -> transformers.Encoded:
+def _encode(model: Any, x: Packed, padded_frames: int, left: tuple[bool, ...], *, shows: bool) -> transformers.Encoded:
     stack = model.encoder
     fewer, repeat = encoders.compress(model, partial(_ask_for_layers, stack), x)
     turn = _rotation(stack.embed_positions, fewer.layout)
+    shown = ShownStates(lambda state: Packed(repeat(state), x.layout).to_padded(length=padded_frames, left=left))
+    through = shown.through if shows and fewer is x else _unchanged  # a compressor's states are repeated ones
 
     def run(layer: Any, values: Tensor) -> Tensor:
-        return _layer(layer, values, fewer.layout, turn)
-
-    def whole(values: Tensor) -> Packed:
-        return Packed(repeat(values), x.layout)
+        return _layer(layer, through(values), fewer.layout, turn)
 
     states = list(F.hidden_states(stack, fewer.values, stack.layers, run, pre_norm=True))
-    return transformers.Encoded(whole(stack.layer_norm(states[-1])), states, whole, padded_frames)
+    last = stack.layer_norm(through(states[-1]))
+    return transformers.Encoded(Packed(repeat(last), x.layout), states, shown.padded)
+
+
+def _unchanged(values: Tensor) -> Tensor:
+    return values
 
 
 def _rotation(positions: Any, layout: Layout) -> Rotation | None:

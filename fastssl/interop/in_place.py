@@ -2,12 +2,14 @@
 
 import sys
 import warnings
+from functools import cache
 from typing import Literal, TypeVar
 
 from torch import nn
 
 from fastssl.interop import read_only
 from fastssl.interop.classes import NORM, AcceleratedClasses
+from fastssl.kernels.gpus import is_unproven
 from fastssl.models.folder import ACCELERATED_COMPRESSOR
 from fastssl.nn.compression import SequenceCompressor
 
@@ -53,6 +55,9 @@ def accelerate(
     An encoder of a subclass, your own or one that a tool made, keeps all that its class adds. A `forward` that the
     subclass overrides runs as it is, and `super().forward` in it is fastssl's code.
 
+    The first model on a GPU on which the kernels have not been run yet comes with a warning: compare it with the
+    original with `fastssl.validate(model)`.
+
     Args:
         model: A Transformers or torchaudio encoder, or any module that contains one: a model with a head, a pipeline's
             wrapper, a PEFT model, your own module.
@@ -80,13 +85,7 @@ def accelerate(
     """
     if norm not in ("valid", "padded"):
         raise ValueError(f"norm: must be 'valid' or 'padded', got {norm!r}")
-    found = [(module, classes) for module in model.modules() for classes in _in_use() if classes.original(module)]
-    if not found:
-        sources = [source for classes in _served() if classes.width for source in classes.sources.items()]
-        known = ", ".join(f"{module.partition('.')[0]}.{name}" for name, module in sources)
-        raise ValueError(
-            f"model: {type(model).__name__} has no encoder that can be accelerated; expected one of {known}"
-        )
+    found = served_modules(model)
     for module, classes in found:
         if classes.check:
             classes.check(module)
@@ -115,6 +114,8 @@ def accelerate(
             read_only.warn_once(module, classes.layers(module), again=True)
     for _, reason, cure in hidden:
         warnings.warn(f"{reason}, without acceleration; {cure}", stacklevel=2)
+    if any(is_unproven(parameter.device) for module, _ in found for parameter in module.parameters()):
+        _warn_of_unproven_kernels()
     return model
 
 
@@ -134,6 +135,32 @@ def _why_hidden(module: nn.Module, classes: AcceleratedClasses) -> tuple[str, st
             f"call `super().{name}` in it to get fastssl's",
         )
     return None
+
+
+def served_modules(model: nn.Module) -> list[tuple[nn.Module, AcceleratedClasses]]:
+    """Return the modules in a model that `accelerate` changes, accelerated or not, with the classes of each.
+
+    Raises:
+        ValueError: There is none.
+    """
+    found = [(module, classes) for module in model.modules() for classes in _in_use() if classes.original(module)]
+    if not found:
+        sources = [source for classes in _served() if classes.width for source in classes.sources.items()]
+        known = ", ".join(f"{module.partition('.')[0]}.{name}" for name, module in sources)
+        raise ValueError(
+            f"model: {type(model).__name__} has no encoder that can be accelerated; expected one of {known}"
+        )
+    return found
+
+
+@cache
+def _warn_of_unproven_kernels() -> None:
+    """Warn once per process."""
+    warnings.warn(
+        "fastssl's kernels have not been run on a GPU of this kind yet: compare the model with the original with "
+        "`fastssl.validate(model)`, and run `fastssl check`, which tests every kernel",
+        stacklevel=3,
+    )
 
 
 def restore(model: Model) -> Model:

@@ -51,6 +51,8 @@ def _quantize(
     sums = counted.probability_sums if self.training else counted.counts.to(counted.probability_sums.dtype)
     shares = sums / frames
     perplexity = torch.exp(-torch.xlogy(shares, shares).sum(-1)).sum()
+    if not self.training:  # where the original counts codes in the dtype of the logits
+        perplexity = perplexity.to(logits.dtype)
     return values.unflatten(0, hidden_states.shape[:2]), perplexity
 
 

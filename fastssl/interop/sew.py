@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from fastssl import ops
 from fastssl.interop import encoders, transformers
 from fastssl.interop.classes import CALLS, NORM
+from fastssl.interop.shown_states import ShownStates
 from fastssl.nn import functional
 from fastssl.packing import Layout, Packed, kept_by_plan
 
@@ -129,17 +130,15 @@ def _ask(model: Any, layout: Layout, padded_frames: int, left: tuple[bool, ...])
     encoders.ask_for_layers(model, Layout.ask_for_indices, squeezed)
 
 
-def _encode(model: Any, x: Packed, padded_frames: int) -> transformers.Encoded:
+def _encode(model: Any, x: Packed, padded_frames: int, left: tuple[bool, ...], *, shows: bool) -> transformers.Encoded:
     stack, squeeze = model.encoder, _squeeze_of(model, padded_frames)
     squeezed = _squeezed_frames(stack.pos_conv_embed.conv, x, squeeze)
     fewer, repeat = encoders.compress(model, Layout.ask_for_indices, squeezed)
-    last, states = transformers.run_transformer(stack, *fewer, calls=getattr(model, CALLS))
-
-    def whole(values: Tensor) -> Packed:
-        return Packed(repeat(values), squeezed.layout)
-
+    shown = ShownStates(lambda state: Packed(repeat(state), squeezed.layout).to_padded(length=squeeze.most, left=left))
+    through = shown.through if shows and fewer is squeezed else None  # a compressor's states are repeated ones
+    last, states = transformers.run_transformer(stack, *fewer, calls=getattr(model, CALLS), through=through)
     upsampled = Packed(_upsampled(stack.upsample, repeat(last), x.layout, squeeze), x.layout)
-    return transformers.Encoded(upsampled, states, whole, squeeze.most)
+    return transformers.Encoded(upsampled, states, shown.padded)
 
 
 def _squeezed_frames(conv: nn.Conv1d, x: Packed, squeeze: _Squeeze) -> Packed:

@@ -29,6 +29,7 @@ from fastssl.interop import call_through, encoders, read_only, scripted
 from fastssl.interop.calls import as_original, recorded_by
 from fastssl.interop.classes import AcceleratedClasses
 from fastssl.interop.lengths import frame_lengths, valid_samples
+from fastssl.interop.shown_states import ShownStates
 from fastssl.models.folder import ACCELERATED_COMPRESSOR
 from fastssl.nn import functional as F
 from fastssl.nn.linear import packed_linear
@@ -108,9 +109,12 @@ def _extract_features(
     if num_layers is not None and not 0 < num_layers <= len(layers):
         raise ValueError(f"num_layers: must be from 1 to {len(layers)}, got {num_layers}")
     frames, padded_frames, frame_lengths = _front_end(self, waveforms, lengths)
-    states, upsample = _transformer(self, frames, layers[:num_layers])
+    shown = ShownStates(lambda state: Packed(upsample(state), frames.layout).to_padded(length=padded_frames))
+    # A compressor's states are repeated ones.
+    through = None if hasattr(self, ACCELERATED_COMPRESSOR) else shown.through
+    states, upsample = _transformer(self, frames, layers[:num_layers], through)
     next(states)  # the input of the first layer
-    return [Packed(upsample(x), frames.layout).to_padded(length=padded_frames) for x in states], frame_lengths
+    return [shown.padded(x) for x in list(states)], frame_lengths
 
 
 def _original_runs(model: Any) -> bool:
@@ -204,9 +208,15 @@ def _valid_lengths(
 
 
 def _transformer(
-    model: Any, frames: Packed, layers: Iterable[Any]
+    model: Any, frames: Packed, layers: Iterable[Any], through: Callable[[Tensor], Tensor] | None = None
 ) -> tuple[Iterator[Tensor], Callable[[Tensor], Tensor]]:
     """Run transformer layers on packed frames.
+
+    Args:
+        model: The encoder.
+        frames: (N, C) frames of the front end.
+        layers: The layers to run.
+        through: Function that each layer's output goes through before the next layer, see `ShownStates`.
 
     Returns:
         An iterator over the input (M, D) of the first layer and the output (M, D) of each layer, and a function that
@@ -217,9 +227,11 @@ def _transformer(
     projected_frames = Packed(projected, frames.layout)
     fewer, upsample = encoders.compress(model, partial(encoders.ask_for_positions, stack), projected_frames)
     bias: Tensor | None = None
+    is_first = True
 
     def run(layer: Any, x: Tensor) -> Tensor:
-        nonlocal bias
+        nonlocal bias, is_first
+        x, is_first = x if through is None or is_first else through(x), False
         own = call_through.unwrapped(layer)
         function: Callable[..., Any] = partial(_layer, own, fewer.layout)
         # Only the first layer holds the bias. If layer drop skips it, the original runs without a bias, and so do we.

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from fastssl.interop import call_through, encoders, padding_side, read_only
 from fastssl.interop.calls import as_original, recorded_by
 from fastssl.interop.classes import CALLS, NORM, AcceleratedClasses, maker_of, original_class
+from fastssl.interop.shown_states import ShownStates
 from fastssl.interop.spec_augment import mask_frames
 from fastssl.kernels.autograd import is_transformed
 from fastssl.models.folder import ACCELERATED_COMPRESSOR
@@ -50,10 +51,8 @@ class Encoded(NamedTuple):
     last: Packed
     #: (M, D) input of the first layer, then the output of each layer.
     states: list[Tensor]
-    #: Function from such a state to the packed frames that the original returns as a hidden state.
-    whole: Callable[[Tensor], Packed]
-    #: Number of frames of each row of the padded hidden states.
-    padded_frames: int
+    #: Function from such a state to the padded hidden state (B, F, D) that the original returns.
+    padded: Callable[[Tensor], Tensor]
 
 
 class Architecture(NamedTuple):
@@ -66,8 +65,9 @@ class Architecture(NamedTuple):
     modules_not_called: Callable[[Any], Iterator[nn.Module]]
     #: Normalises and projects the front end's frames: (N, C) to (N, C) and (N, D).
     project: Callable[[Any, Tensor], tuple[Tensor, Tensor]]
-    #: Runs the transformer on the projected frames (N, D), given F.
-    encode: Callable[[Any, Packed, int], Encoded]
+    #: Runs the transformer on the projected frames (N, D), given F and `left` of `ask`; `shows` says that hidden states
+    #: will be returned.
+    encode: Callable[..., Encoded]
     #: Asks the layout of the projected frames for what `encode` computes with it, given F, and for each row whether its
     #: frames are at the end; nothing if no row's are.
     ask: Callable[[Any, Layout, int, tuple[bool, ...]], None]
@@ -166,6 +166,10 @@ def _as_original(model: nn.Module) -> Any:
     kind: Any = maker_of(model).plain(type(model))
     view = object.__new__(kind)
     object.__setattr__(view, "__dict__", vars(model))
+    # Transformers notes by class, when a model is made, what it can record. Maybe only accelerated ones were made.
+    registry = getattr(sys.modules.get("transformers.utils.output_capturing"), "_CAN_RECORD_REGISTRY", None)
+    if registry is not None:
+        registry.setdefault(str(kind), getattr(kind, "_can_record_outputs", None))
     return view
 
 
@@ -222,7 +226,8 @@ def _forward(self: Any, architecture: Architecture, given: dict[str, Any]) -> An
     x = Packed(projected, frames.layout)
     given_mask, has_padding = given.get("mask_time_indices"), attention_mask is not None
     x = mask_frames(self, x, given_mask, padded_frames, has_padding=has_padding, left=frames_left)
-    encoded = architecture.encode(self, x, padded_frames)
+    wanted = _wanted(_option(self, given, "output_hidden_states"), len(self.encoder.layers) + 1)
+    encoded = architecture.encode(self, x, padded_frames, frames_left, shows=bool(wanted))
 
     original = original_class(self)
     output_class = _output_class(original.__module__, original.__name__)
@@ -230,10 +235,9 @@ def _forward(self: Any, architecture: Architecture, given: dict[str, Any]) -> An
     if "extract_features" in output_class.__dataclass_fields__:
         extracted = Packed(normalised, frames.layout)
         values["extract_features"] = extracted.to_padded(length=padded_frames, left=frames_left)
-    if wanted := _wanted(_option(self, given, "output_hidden_states"), len(self.encoder.layers) + 1):
+    if wanted:
         values["hidden_states"] = tuple(
-            encoded.whole(state).to_padded(length=encoded.padded_frames, left=frames_left) if index in wanted else None
-            for index, state in enumerate(encoded.states)
+            encoded.padded(state) if index in wanted else None for index, state in enumerate(encoded.states)
         )
     output = output_class(**values)
     return output.to_tuple() if _option(self, given, "return_dict") is False else output
@@ -347,21 +351,21 @@ def project(model: Any, frames: Tensor) -> tuple[Tensor, Tensor]:  # (N, C) -> (
     return normalised, F.project(model.feature_projection, normalised)
 
 
-def _encode(model: Any, x: Packed, padded_frames: int) -> Encoded:
+def _encode(model: Any, x: Packed, padded_frames: int, left: tuple[bool, ...], *, shows: bool) -> Encoded:
     fewer, repeat = encoders.compress(model, partial(encoders.ask_for_positions, model.encoder), x)
     encoder, calls = call_through.unwrapped(model.encoder), getattr(model, CALLS)
     over_padding = padded_frames if _positions_see_padding(model) else None
 
+    shown = ShownStates(lambda state: Packed(repeat(state), x.layout).to_padded(length=padded_frames, left=left))
+    through = shown.through if shows and fewer is x else None  # a compressor's states are repeated ones
+
     def run(values: Tensor) -> tuple[Tensor, list[Tensor]]:
         frames = Packed(values, fewer.layout)
-        positions = _positions_over_padding(encoder, frames, over_padding)
-        return run_transformer(encoder, F.with_positions(encoder, frames, positions), fewer.layout, calls=calls)
-
-    def whole(values: Tensor) -> Packed:
-        return Packed(repeat(values), x.layout)
+        embedded = F.with_positions(encoder, frames, _positions_over_padding(encoder, frames, over_padding))
+        return run_transformer(encoder, embedded, fewer.layout, calls=calls, through=through)
 
     last, states = call_through.call(model.encoder, run, fewer.values)
-    return Encoded(whole(last), states, whole, padded_frames)
+    return Encoded(Packed(repeat(last), x.layout), states, shown.padded)
 
 
 def _ask(model: Any, layout: Layout, padded_frames: int, left: tuple[bool, ...]) -> None:
@@ -371,7 +375,9 @@ def _ask(model: Any, layout: Layout, padded_frames: int, left: tuple[bool, ...])
     ask_for_adapter(model, layout, padded_frames, left)
 
 
-def run_transformer(encoder: Any, x: Tensor, layout: Layout, *, calls: bool) -> tuple[Tensor, list[Tensor]]:
+def run_transformer(
+    encoder: Any, x: Tensor, layout: Layout, *, calls: bool, through: Callable[[Tensor], Tensor] | None = None
+) -> tuple[Tensor, list[Tensor]]:
     """Run the layers of a transformer.
 
     Args:
@@ -379,6 +385,7 @@ def run_transformer(encoder: Any, x: Tensor, layout: Layout, *, calls: bool) -> 
         x: (N, D) packed frames with their positional embedding.
         layout: Where each sequence begins.
         calls: Whether to call projections that the original only reads.
+        through: Function that each hidden state goes through before it is used, see `ShownStates`.
 
     Returns:
         The last hidden state (N, D) after the final norm, and all hidden states (N, D) before it.
@@ -390,6 +397,7 @@ def run_transformer(encoder: Any, x: Tensor, layout: Layout, *, calls: bool) -> 
 
     def run(layer: Any, values: Tensor) -> Tensor:
         nonlocal bias
+        values = values if through is None else through(values)
         function: Callable[..., Any] = partial(_checkpointed, call_through.unwrapped(layer), layout, pre_norm, calls)
         if has_bias and bias is None:
             function = partial(encoders.with_distance_bias, function, call_through.unwrapped(layer).attention)
@@ -403,7 +411,8 @@ def run_transformer(encoder: Any, x: Tensor, layout: Layout, *, calls: bool) -> 
         layer for index, layer in enumerate(encoder.layers) if index < first_skippable or not _skips(encoder, layer)
     )
     hidden_states = list(F.hidden_states(encoder, x, layers, run, pre_norm=pre_norm))
-    return (encoder.layer_norm(hidden_states[-1]) if pre_norm else hidden_states[-1]), hidden_states
+    last = hidden_states[-1] if through is None else through(hidden_states[-1])
+    return (encoder.layer_norm(last) if pre_norm else last), hidden_states
 
 
 def _skips(encoder: Any, layer: Any) -> bool:

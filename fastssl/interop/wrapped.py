@@ -16,7 +16,7 @@ from torch import nn
 #: Attribute of an accelerated module that had methods of its own: their names -> (what was there, what is there now).
 REPLACED = "_fastssl_replaced"
 #: Where Accelerate keeps the method that its `forward` calls, or the one that it puts back.
-_KEPT_BY_ACCELERATE = ("_old_forward", "_original_forward")
+KEPT_BY_ACCELERATE = ("_old_forward", "_original_forward")
 _DEEPEST = 30
 
 
@@ -70,7 +70,7 @@ def hiding(module: nn.Module, methods: Iterable[str], functions: Iterable[Any]) 
         if name in vars(module):
             search = _Rebuilt(module, wanted)
             # A hook of Accelerate calls `module._old_forward`.
-            places = (name, *_KEPT_BY_ACCELERATE[:1]) if hasattr(module, "_hf_hook") else (name,)
+            places = (name, *KEPT_BY_ACCELERATE[:1]) if hasattr(module, "_hf_hook") else (name,)
             for place in places:
                 search.of(vars(module).get(place))
             if not search.found:
@@ -79,7 +79,7 @@ def hiding(module: nn.Module, methods: Iterable[str], functions: Iterable[Any]) 
 
 
 def _names(module: nn.Module, methods: Iterable[str]) -> list[str]:
-    return [name for name in (*methods, *_KEPT_BY_ACCELERATE) if name in vars(module)]
+    return [name for name in (*methods, *KEPT_BY_ACCELERATE) if name in vars(module)]
 
 
 class _Rebuilt:

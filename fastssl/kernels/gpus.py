@@ -9,6 +9,8 @@ import torch
 
 #: Lowest compute capability for Triton kernels. Below it they have no tensor cores, and spill kilobytes per thread.
 TRITON_CAPABILITY = (8, 0)
+#: Compute capabilities of the GPUs on which every kernel has been run and was right (`fastssl check`).
+RUN_ON: tuple[tuple[int, int], ...] = ()
 #: Of `cudaDeviceGetAttribute`, for the major and the minor number of the compute capability.
 _ATTRIBUTES = (75, 76)
 
@@ -35,6 +37,11 @@ def gpus() -> list[Gpu]:
         return []
     found = ((index, _capability(index)) for index in range(torch.cuda.device_count()))
     return [Gpu(index, capability) for index, capability in found if capability is not None]
+
+
+def is_unproven(device: torch.device) -> bool:
+    """Return whether a device is a GPU of a kind on which our kernels have not been run yet (`RUN_ON`)."""
+    return device.type == "cuda" and not (RUN_ON and torch.cuda.get_device_capability(device) in RUN_ON)
 
 
 def _capability(index: int) -> tuple[int, int] | None:

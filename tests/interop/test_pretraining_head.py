@@ -108,3 +108,12 @@ def test_our_ops_compute_it_until_restored() -> None:
         assert contrastive_loss.call_count == 2
     assert type(model) is modeling.Wav2Vec2ForPreTraining
     assert type(model.quantizer) is modeling.Wav2Vec2GumbelVectorQuantizer
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_dtypes_in_bf16_are_those_of_the_original(training: bool) -> None:
+    inputs = batch([9000, 9000])
+    inputs["input_values"] = inputs["input_values"].bfloat16()
+    found, expected = (m.bfloat16().train(training)(**inputs) for m in pair("wav2vec2 base"))
+    keys = ("loss", "contrastive_loss", "diversity_loss", "codevector_perplexity", "projected_quantized_states")
+    assert [found[key].dtype for key in keys] == [expected[key].dtype for key in keys]

@@ -49,6 +49,8 @@ def scenarios() -> Iterator[tuple[str, Scenario]]:
         yield from _of("transformers/wav2vec2 base, adapter", ", left padding", make=adapted, call=_call_on_the_left)
         pretrained = partial(tiny_models.transformers_model, "wav2vec2 base", "ForPreTraining", num_negatives=20)
         yield from _of("transformers/pre-training", make=pretrained, call=_call_pretraining)
+        for precision, dtype in PRECISIONS.items():
+            yield f"accelerated/validate/wavlm base/{precision}", partial(_validate, dtype=dtype)
         attention: dict[str, Any] = {"make": _with_our_attention, "change": lambda model: model}
         yield from _of("transformers/attention", call=_call_transformers, **attention)
         yield from _of("transformers/attention", ", no lengths", call=_call_transformers_alone, **attention)
@@ -162,6 +164,17 @@ def _run(
         original.to("cuda")
         expected = (call_original or call)(original, *inputs)
     watch.found.notes["different dtypes"] = _different_dtypes(output, expected)
+
+
+def _validate(watch: Watch, *, dtype: torch.dtype | None) -> None:
+    """Compare a model with its original; differences have the values that `answers` gives."""
+    autocast = nullcontext() if dtype is None else torch.autocast("cuda", dtype)
+    with watch.unwatched():
+        model = tiny_models.transformers_model("wavlm base").to("cuda")
+        with autocast:
+            report = fastssl.validate(model, seconds=(0.6, 1.0))
+    assert report.device == "cuda:0"
+    assert {"last hidden state", "gradients of encoder.layers.2"} <= {one.name for one in report.comparisons}
 
 
 def _loss(output: dict[str, Any]) -> Tensor:

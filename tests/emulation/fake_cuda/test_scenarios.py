@@ -45,6 +45,7 @@ GROUPS = (
         for library in ("transformers", "torchaudio")
         for mode in ("eval*", "train*")
     ),
+    "accelerated/validate/*",
     "loop/*",
     "fit/*",
     "graphs/*",
