@@ -36,6 +36,7 @@ class AcceleratedClasses:
         width: Function from an encoder to the width D of its frames; None if the classes are not encoders.
         layers: Function from an encoder to its transformer layers; None if the classes are not encoders.
         not_called: Names of methods that the originals' code calls and the accelerated methods do not; see `replaced`.
+        trains: Whether the accelerated code also runs in training mode.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class AcceleratedClasses:
         width: Callable[[Any], int] | None = None,
         layers: Callable[[Any], Iterable[Any]] | None = None,
         not_called: Collection[str] = (),
+        trains: bool = True,
     ) -> None:
         self.home = home
         self.sources = sources
@@ -56,6 +58,7 @@ class AcceleratedClasses:
         self.width = width
         self.layers = layers
         self.not_called = not_called
+        self.trains = trains
         self._made: dict[type[nn.Module], type[nn.Module]] = {}
         self._plain: dict[type[nn.Module], type[nn.Module]] = {}  # from accelerated classes to those they accelerate
         self._own: dict[type[nn.Module], dict[str, Any]] = {}  # the methods that a subclass replaces

@@ -162,5 +162,6 @@ CLASSES = transformers.accelerated_classes(
     _SOURCES,
     transformers.Architecture(_modules_not_called, transformers.project, _encode, _ask, _called_through, _refuses),
     _check,
+    trains=False,
 )
 __getattr__ = CLASSES.by_name  # for pickle

@@ -30,7 +30,7 @@ from fastssl.interop.spec_augment import mask_frames
 from fastssl.kernels.autograd import is_transformed
 from fastssl.models.folder import ACCELERATED_COMPRESSOR
 from fastssl.nn import functional as F
-from fastssl.nn.adapter import adapted, ask_for_conv
+from fastssl.nn.adapter import adapted, ask_for_conv, in_layer
 from fastssl.packing import Layout, Packed, kept_by_plan
 
 _SOURCES = {
@@ -122,6 +122,8 @@ def _methods(architecture: Architecture, original: type[nn.Module]) -> dict[str,
     run = torch.compiler.disable(encoders.sharing_casts(_forward), reason="an accelerated encoder is not compiled")
 
     def forward(self: Any, **given: Any) -> Any:
+        if not hasattr(type(self), NORM):  # restored, but somebody else's wrapper still calls this function
+            return original.forward(self, **given)
         weights = _option(self, given, "output_attentions")
         reason = "only the original code computes attention weights" if weights else None
         if recorder := recorded_by(given.values()):
@@ -140,7 +142,12 @@ def _methods(architecture: Architecture, original: type[nn.Module]) -> dict[str,
 
 
 def accelerated_classes(
-    home: str, sources: Mapping[str, str], architecture: Architecture, check: Callable[[Any], None]
+    home: str,
+    sources: Mapping[str, str],
+    architecture: Architecture,
+    check: Callable[[Any], None],
+    *,
+    trains: bool = True,
 ) -> AcceleratedClasses:
     """Return accelerated subclasses of encoders of Transformers; the arguments are those of `AcceleratedClasses`."""
     return AcceleratedClasses(
@@ -155,6 +162,7 @@ def accelerated_classes(
             "_get_feature_vector_attention_mask",
             "_get_feat_extract_output_lengths",
         ),
+        trains=trains,
     )
 
 
@@ -442,7 +450,10 @@ def _layer(layer: Any, x: Tensor, layout: Layout, bias: Tensor | None, pre_norm:
     attention = partial(_attention, layer.attention, layout=layout, bias=bias, calls=calls)
     x = encoders.run_layer(layer, x, attention, pre_norm=pre_norm)
     adapter = getattr(layer, "adapter_layer", None)
-    return x if adapter is None else x + adapter(x)
+    if adapter is None:
+        return x
+    reads = type(adapter).__module__.startswith("transformers.") and not F.is_watched(adapter)
+    return x + (in_layer(adapter, x) if reads else adapter(x))
 
 
 def _attention(

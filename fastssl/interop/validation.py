@@ -31,9 +31,9 @@ def validate(
     Both run on the same synthesised, speech-like utterances, on the model's device, in its dtype or under the autocast
     that is active. Compared are every hidden state in evaluation, and the gradients of all parameters of the encoder
     after one training step over all utterances, without dropout, layer drop and SpecAugment. Adapters (LoRA) within the
-    encoder take part, and frozen parameters get gradients, too. The accelerated encoder runs twice: on each utterance
-    alone, where it must agree with the original, and on one padded batch, whose rows must agree with the original on
-    each utterance alone.
+    encoder take part, and frozen parameters get gradients, too. A Conformer gets them in evaluation. The accelerated
+    encoder runs twice: on each utterance alone, where it must agree with the original, and on one padded batch, whose
+    rows must agree with the original on each utterance alone.
 
     How much may they differ? The original itself differs from exact arithmetic by rounding. That error is measured: the
     original runs once more in a wider dtype (fp64 for a model in fp32, full fp32 for one in bf16 or fp16). Let r be the
@@ -129,6 +129,8 @@ class _Subject:
             notes.append("left out: the compressor, which the original does not have; the layers get all frames")
         if not self._has_rows_of_its_own:
             notes.append('left out: a padded batch, because with norm="padded" its rows depend on the padding')
+        if not self.classes.trains:
+            notes.append("left out: training, which the original code runs; gradients are those of evaluation")
         if any(one in vars(self.encoder) for one in OWN):
             notes.append("left out: the `forward` that others put on the encoder; enter its autocast yourself")
         return notes

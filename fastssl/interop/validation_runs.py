@@ -107,7 +107,7 @@ def run(
     training: bool,
     frames: dict[str, list[int]] | None = None,
 ) -> Results:
-    """Run an encoder in evaluation and, if wanted, one training step over all batches.
+    """Run an encoder in evaluation and, if wanted, one training step over all batches, if its classes train.
 
     Args:
         encoder: The encoder.
@@ -131,7 +131,7 @@ def run(
                     counts = [len(row) for row in rows] if frames is None else frames[name][-len(rows) :]
                     states.setdefault(name, []).extend(row[:n] for row, n in zip(rows, counts, strict=True))
         if training:
-            encoder.train()
+            encoder.train(classes.trains)
             done = 0
             for waveforms in batches:
                 ((name, last),) = call(encoder, *_padded(waveforms), False).items()

@@ -32,7 +32,21 @@ class AttentionAdapter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (N, D) -> (N, D)
         """Compute what is added to the frames (N, D) of a layer."""
-        return functional.linear(self.linear_2, torch.relu(functional.linear(self.linear_1, self.norm(x))))
+        return in_layer(self, x)
+
+
+def in_layer(adapter: Any, x: Tensor) -> Tensor:
+    """Compute what an adapter adds to the frames (N, D) of a layer; the same bits for a frame in any batch.
+
+    Args:
+        adapter: Adapter of this package or of Transformers, with `norm`, `linear_1` and `linear_2`.
+        x: (N, D) packed frames.
+
+    Returns:
+        (N, D).
+    """
+    inner = functional.linear(adapter.linear_1, adapter.norm(x))
+    return functional.linear(adapter.linear_2, getattr(adapter, "act_fn", torch.relu)(inner))
 
 
 class AdapterConv(nn.Module):
