@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fastssl
-from tests.interop.tiny_models import VARIANTS, WITH_ADAPTERS, padded_batch, transformers_model
+from tests.interop.tiny_models import ACCELERATED, CONFORMERS, WITH_ADAPTERS, padded_batch, transformers_model
 
 #: Prefix of Transformers' class names -> the heads that there are for it, besides the model itself.
 HEADS = {
@@ -26,11 +26,18 @@ HEADS = {
         "ForXVector",
         "ForPreTraining",
     ],
+    "SEW": ["ForCTC", "ForSequenceClassification"],
+    "Wav2Vec2Conformer": [
+        "ForCTC",
+        "ForSequenceClassification",
+        "ForAudioFrameClassification",
+        "ForXVector",
+    ],
 }
 #: Those with "base" layout (group norm, post-norm) and "large" (layer norm, pre-norm), and one with adapters.
 LAYOUTS = (
     *("wav2vec2 base", "wav2vec2 large", "hubert base", "hubert large", "wavlm base", "wavlm large", "data2vec"),
-    *("unispeech base", "unispeech large", "unispeech-sat base", "unispeech-sat large"),
+    *("unispeech base", "unispeech large", "unispeech-sat base", "unispeech-sat large", "sew base", "conformer base"),
 )
 EQUAL, MIXED = (9000, 9000), (9000, 5000, 7000)
 
@@ -51,7 +58,12 @@ class Case(NamedTuple):
 
     @property
     def family(self) -> str:
-        return (VARIANTS | WITH_ADAPTERS)[self.variant][0]
+        return ACCELERATED[self.variant][0]
+
+    @property
+    def trains(self) -> bool:
+        """Whether our code also runs in training mode."""
+        return self.variant not in CONFORMERS
 
     @property
     def has_labels(self) -> bool:
@@ -111,7 +123,7 @@ def _masks_and_negatives(frames: list[int]) -> dict[str, Tensor]:
 def cases() -> Iterator[Case]:
     """Yield every model."""
     for variant in LAYOUTS:
-        for head in ("Model", *HEADS[VARIANTS[variant][0]]):
+        for head in ("Model", *HEADS[ACCELERATED[variant][0]]):
             yield Case(variant, head)
     for variant in WITH_ADAPTERS:
         for head in ("Model", "ForCTC"):
