@@ -48,6 +48,7 @@ ALLOWANCES = (
     Allowance("strided_conv", "front end, layer norm, float16*", (90, 100), 104, "as with bfloat16, 8 on sm_90"),
     Allowance("strided_conv", "front end, layer norm, *float16*", (120,), 128, "blocks are chosen for sm_90"),
     Allowance("strided_conv", "front end, layer norm, float32*", (100, 120), 40, "not meant to be fast"),
+    Allowance("strided_conv", "front end with a gradient*, layer norm in float32*", (100, 120), 24, "as above"),
     Allowance("strided_conv", "layer norm, K=31, 512*", tuple(SHARED_BYTES), 728, "first layers have K=10"),
     Allowance("dropout_add_layer_norm", "D=194, float32*", tuple(SHARED_BYTES), 8, "no width of a speech encoder"),
     Allowance("dropout_add_layer_norm", "D=768, float32, dropout", (86, 89), 8, "ptxas limits itself to 96 registers"),
