@@ -19,9 +19,9 @@ def is_transformed() -> bool:
 
     `torch.func.functional_call` by itself is no transform.
     """
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    if not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0:
+        return False  # the common case, with the fewest calls
+    return not torch.compiler.is_compiling()
 
 
 def once_differentiable(backward: _Backward) -> _Backward:

@@ -42,7 +42,7 @@ ALLOWANCES = (
     Allowance("varlen_attention", "float32, E=64*gated bias", tuple(SHARED_BYTES), 24, _EXACT),
     Allowance("varlen_attention", "float32, E=128, dropout and gated bias", tuple(SHARED_BYTES), 448, _EXACT),
     Allowance("varlen_attention", "float32, E=64, gated bias, TF32", tuple(SHARED_BYTES), 16, "as with E=128"),
-    Allowance("varlen_attention", "float32, E=128*, TF32", (*_SMALL_PRODUCTS, 100), 64, "blocks are chosen for sm_90"),
+    Allowance("varlen_attention", "float32, E=128*, TF32", (*_SMALL_PRODUCTS, 100), 72, "blocks are chosen for sm_90"),
     Allowance("strided_conv", "*", _SMALL_PRODUCTS, 8, "blocks are chosen for sm_90"),
     Allowance("strided_conv", "front end, layer norm, bfloat16*", (100,), 104, "blocks are chosen for sm_90"),
     Allowance("strided_conv", "front end, layer norm, float16*", (90, 100), 104, "as with bfloat16, 8 on sm_90"),
@@ -116,4 +116,4 @@ def test_turing_is_not_supported_because_products_use_no_tensor_cores() -> None:
     ]
     assert cases
     assert not any(case.products for case in cases)
-    assert min(case.spilled for case in cases) > 1000
+    assert min(case.spilled for case in cases) > 500
