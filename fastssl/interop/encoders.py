@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as _all_modules
 
 from fastssl import ops
 from fastssl.interop import call_through, read_only
@@ -61,7 +62,7 @@ def original_runs(
         return True
     if reason is None and (mapper := mapped_by()):
         reason = f"{mapper} runs the call on slices of its tensors"
-    reason = reason or lasting or _foreign_code(modules, set(map(id, called_through)))
+    reason = reason or lasting or _hook_on_all_modules() or _foreign_code(modules, set(map(id, called_through)))
     if reason is None:
         return False
     if layers is not None and (lost := read_only.lost(model, layers)):
@@ -77,6 +78,17 @@ def original_runs(
         _told.add(model)
     warnings.warn(f"{reason}, so the original code runs, on padded batches and without acceleration", stacklevel=4)
     return True
+
+
+def _hook_on_all_modules() -> str | None:
+    hooks = _all_modules._global_forward_pre_hooks, _all_modules._global_forward_hooks
+    backward = _all_modules._global_backward_pre_hooks, _all_modules._global_backward_hooks
+    for one in (*hooks, *backward):
+        for hook in one.values():
+            # PyTorch's own only look, such as those of `FlopCounterMode`.
+            if not (getattr(hook, "__module__", None) or "").startswith("torch."):
+                return "a hook is registered for all modules (`torch.nn.modules.module.register_module_...`)"
+    return None
 
 
 def _foreign_code(modules: Iterable[nn.Module], called_through: set[int]) -> str | None:

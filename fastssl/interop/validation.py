@@ -1,7 +1,7 @@
 """`validate`: compare an accelerated model with the original, on the machine, the device and the dtype it runs on."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -174,16 +174,16 @@ class _Subject:
             exact: The same in the wider dtype.
         """
         unit = torch.finfo(self.dtype).eps
-        norms = {name: max(map(_largest, states)) for name, states in exact[0].states.items()}
+        norms = {name: _greatest(map(_largest, states)) for name, states in exact[0].states.items()}
         in_layer: dict[str, float] = {}
         for name, gradient in exact[0].gradients.items():
-            in_layer[_layer(name)] = max(in_layer.get(_layer(name), 0.0), _largest(gradient))
+            in_layer[_layer(name)] = _greatest((in_layer.get(_layer(name), 0.0), _largest(gradient)))
         norms |= {name: in_layer[_layer(name)] for name in exact[0].gradients}
         bands = {}
         roundings = [_differences(*pair) for pair in zip(plain, exact, strict=True)]
         for name, norm in norms.items():
             used = roundings if name in exact[0].gradients else roundings[:1]
-            rounding = max(one[name] for one in used)
+            rounding = _greatest(one[name] for one in used)
             bands[name] = _Band(norm, rounding, _ROUNDINGS * rounding + _UNITS * unit * norm)
         return bands
 
@@ -191,7 +191,7 @@ class _Subject:
 def _differences(expected: Results, found: Results) -> dict[str, float]:
     """Return the largest absolute difference of each state and of each parameter's gradient, by name."""
     states = {
-        name: max(_difference(*pair) for pair in zip(states, found.states[name], strict=True))
+        name: _greatest(_difference(*pair) for pair in zip(states, found.states[name], strict=True))
         for name, states in expected.states.items()
     }
     return states | {name: _difference(one, found.gradients[name]) for name, one in expected.gradients.items()}
@@ -203,6 +203,12 @@ def _difference(x: Tensor | None, y: Tensor | None) -> float:
     if x.shape != y.shape:
         return math.inf
     return _largest(x.double() - y.double())
+
+
+def _greatest(numbers: Iterable[float]) -> float:
+    """Return the greatest number, or NaN if there is one, which `max` may leave out."""
+    found = list(numbers)
+    return math.nan if any(map(math.isnan, found)) else max(found)
 
 
 def _largest(x: Tensor | None) -> float:

@@ -29,7 +29,7 @@ class Comparison(NamedTuple):
     @property
     def is_right(self) -> bool:
         """Whether the differences are finite and within what is allowed."""
-        return all(found <= self.allowed for found in (self.difference, self.in_a_batch or 0.0))
+        return all(math.isfinite(one) and one <= self.allowed for one in (self.difference, self.in_a_batch or 0.0))
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastssl
 from fastssl.interop import in_place
+from fastssl.interop import transformers as transformers_code
 from fastssl.interop.speech_like import speech_like
+from fastssl.interop.validation_report import Comparison
 from fastssl.kernels import gpus
 from fastssl.nn import SequenceCompressor
 from tests.interop.tiny_models import EVERY_ACCELERATED_VARIANT, FAMILIES, TINY, Adapted, transformers_model
@@ -169,6 +171,23 @@ def test_a_result_that_is_not_finite_differs(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(fastssl.ops, "positional_conv", off_by(float("nan"), fastssl.ops.positional_conv))
     with pytest.raises(fastssl.ValidationError, match=r"first in the input of encoder\.layers\.0: by nan"):
         fastssl.validate(transformers_model("wav2vec2 large"), seconds=SHORT, training=False)
+
+
+@pytest.mark.parametrize("call", range(1, 7))
+def test_a_nan_in_any_utterance_differs(call: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two utterances are computed alone and then in a batch, without gradients and with them."""
+    right, calls = transformers_code._adapt, iter(range(1, 7))
+    monkeypatch.setattr(
+        transformers_code, "_adapt", lambda *given: right(*given) * (float("nan") if next(calls) == call else 1.0)
+    )
+    with pytest.raises(fastssl.ValidationError):
+        fastssl.validate(transformers_model("wav2vec2 large"), seconds=SHORT)
+
+
+def test_a_difference_that_is_not_finite_is_never_right() -> None:
+    """The original overflows, so its rounding is infinite, too."""
+    found = Comparison("last hidden state", float("inf"), None, rounding=float("inf"), allowed=float("inf"))
+    assert not found.is_right
 
 
 def state_of(model: nn.Module) -> dict[str, Any]:

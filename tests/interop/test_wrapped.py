@@ -258,3 +258,23 @@ def test_an_unwrapped_model_of_torchaudio_is_packed() -> None:
     with torch.no_grad(), Operators() as operators:
         model(torch.randn(2, 8000), torch.tensor([8000, 6000]))
     assert operators.calls
+
+
+@pytest.mark.parametrize("variant", ["wav2vec2 large", "sew base"])
+def test_a_hook_on_all_modules_runs_the_original(variant: str) -> None:
+    """fastssl does not call all modules, so it would leave out what the hook changes."""
+    model = transformers_model(variant).eval()
+    accelerated = fastssl.accelerate(copy.deepcopy(model))
+    waveforms = torch.randn(1, 4000)
+
+    def twice(module: torch.nn.Module, given: Any, output: Any) -> Any:
+        return 2 * output if type(module).__name__.endswith("FeedForward") else None
+
+    handle = torch.nn.modules.module.register_module_forward_hook(twice)
+    try:
+        with pytest.warns(UserWarning, match="registered for all modules"):
+            found = accelerated(waveforms).last_hidden_state
+        expected = model(waveforms).last_hidden_state
+    finally:
+        handle.remove()
+    assert torch.equal(found, expected)
