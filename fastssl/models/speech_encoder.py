@@ -215,6 +215,14 @@ class SpeechEncoder(nn.Module):
         """Whether the waveforms that the encoder computes with are scaled to zero mean and unit variance."""
         return self.config.do_normalize if self.normalize is None else self.normalize
 
+    @property
+    def unrecorded_normalize(self) -> bool:
+        """What fastssl 0.1.0, which did not read processor_config.json, took for `config.do_normalize`."""
+        if self._folder is None or not (self._folder / "config.json").exists():
+            return self.config.do_normalize
+        before = read_config(self._folder, model_types=self.model_types, preprocessors=["preprocessor_config.json"])
+        return bool(before.get("do_normalize", self.config_class.do_normalize))
+
     def _samples(self, waveforms: Packed, normalize: bool | None) -> Packed:
         """Return the samples (N, 1) that the front end takes; `normalize` as in `forward`."""
         samples = as_samples(waveforms)
