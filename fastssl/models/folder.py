@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fastssl.files import remove, replacing
+from fastssl.files import remove, replacing, write_json
 from fastssl.models.pickled import load_pickled
 from fastssl.names import plain_path
 from fastssl.reading import MOST_BYTES, brief, check_file, one_line, printable, read_json
@@ -112,6 +112,26 @@ def _read_preprocessor(folder: Path, names: Sequence[str]) -> tuple[Path, dict[s
             if of_audio is not None:
                 raise ValueError(f"{processor}: {name} is {brief(of_audio)}, expected an object; restore the file")
     return preprocessor, read_json(preprocessor) if preprocessor.exists() else None
+
+
+def follow_preprocessor(folder: Path) -> None:
+    """Give an existing processor_config.json the values of preprocessor_config.json, which it would hide from readers.
+
+    Args:
+        folder: Folder with a preprocessor_config.json that was just written.
+
+    Raises:
+        ValueError: processor_config.json is damaged.
+        WriteError: The system refused to write.
+    """
+    processor, preprocessor = (folder / name for name in PREPROCESSOR_FILES)
+    path, of_audio = _read_preprocessor(folder, PREPROCESSOR_FILES)
+    if path != processor or of_audio is None:
+        return
+    settings, now = read_json(processor), read_json(preprocessor)
+    name = "feature_extractor" if settings.get("feature_extractor") == of_audio else "audio_processor"
+    if any(of_audio.get(key) != value for key, value in now.items()):
+        write_json(processor, settings | {name: of_audio | now})
 
 
 def check_sample_rate(rate_hz: object, name: str) -> None:
