@@ -228,7 +228,8 @@ def language_files(language: str) -> tuple[str, str]:
     Raises:
         ValueError: `language` cannot be a part of a file's name.
     """
-    if not re.fullmatch(r"[\w-]+", language):
+    given: object = language
+    if not isinstance(given, str) or not re.fullmatch(r"[\w-]+", given):
         raise ValueError(f"language: expected letters, digits, - and _, such as 'fra', got {brief(language)}")
     return f"adapter.{language}.safetensors", f"adapter.{language}.bin"
 
