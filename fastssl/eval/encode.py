@@ -87,6 +87,17 @@ def open_encoder_at(
     return encoder
 
 
+def continue_unrecorded(encoder: SpeechEncoder, settings_file: Path) -> None:
+    """Set `encoder.normalize` to continue a folder of features or labels that does not record the setting.
+
+    Args:
+        encoder: Encoder that makes the features or labels; its `normalize` is changed only if it is None.
+        settings_file: `settings.json` of the folder; the encoder stays as it is if there is no such file.
+    """
+    if encoder.normalize is None and settings_file.is_file():
+        encoder.normalize = encoder.unrecorded_normalize
+
+
 def recorded_normalize(settings_file: Path) -> bool | None:
     """Return whether the recordings of an existing folder of features or labels were normalised.
 

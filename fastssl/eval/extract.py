@@ -10,6 +10,7 @@ from fastssl.data.recordings import chunk_hop
 from fastssl.data.rules import check_rules, recorded_rules
 from fastssl.eval.encode import (
     Reading,
+    continue_unrecorded,
     encode_recordings,
     fixed_frame_period_s,
     frame_grid,
@@ -84,6 +85,7 @@ def extract(
     """
     normalize = recorded_normalize(Path(output) / SETTINGS_FILE) if normalize is None else normalize
     encoder = open_encoder_at(model, device=device, rate=rate, frame_period_ms=frame_period_ms, normalize=normalize)
+    continue_unrecorded(encoder, Path(output) / SETTINGS_FILE)
     layers = encoder.config.num_hidden_layers
     if layer is not None and not 0 <= layer <= layers:
         raise ValueError(f"--layer: the model has layers 0 to {layers}, got {layer}")
@@ -112,7 +114,7 @@ def extract(
         shards = Shards(
             folder,
             settings=settings,
-            unrecorded={"normalize": encoder.config.do_normalize},
+            unrecorded={"normalize": encoder.unrecorded_normalize},
             name="features",
             option=option,
             shard_bytes=round(shard_mb * 1e6),

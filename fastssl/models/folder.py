@@ -3,7 +3,7 @@
 import json
 import re
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fastssl.files import remove, replacing
+from fastssl.files import remove, replacing, write_json
 from fastssl.models.pickled import load_pickled
 from fastssl.names import plain_path
 from fastssl.reading import MOST_BYTES, brief, check_file, one_line, printable, read_json
@@ -59,12 +59,18 @@ def head_prefix(model_type: str) -> str:
     return model_type.replace("-", "_") + "."
 
 
-def read_config(folder: Path, *, model_types: Iterable[str] = tuple(MODEL_CLASSES)) -> dict[str, Any]:
+def read_config(
+    folder: Path,
+    *,
+    model_types: Iterable[str] = tuple(MODEL_CLASSES),
+    preprocessors: Sequence[str] = PREPROCESSOR_FILES,
+) -> dict[str, Any]:
     """Read config.json, and add `do_normalize` from the settings of the model's preprocessor if there are any.
 
     Args:
         folder: Folder with config.json.
         model_types: Values of `model_type` that the caller can open.
+        preprocessors: Files that may have the preprocessor's settings.
 
     Returns:
         Settings by name.
@@ -81,7 +87,7 @@ def read_config(folder: Path, *, model_types: Iterable[str] = tuple(MODEL_CLASSE
     if values.get("model_type") not in model_types:  # compared with a list, because JSON values may be unhashable
         served = ", ".join(model_types)
         raise ValueError(f"{path}: model_type is {brief(values.get('model_type'))}, expected one of {served}")
-    preprocessor, of_audio = _read_preprocessor(folder)
+    preprocessor, of_audio = _read_preprocessor(folder, preprocessors)
     if of_audio is not None:
         check_sample_rate(of_audio.get("sampling_rate", SAMPLE_RATE_HZ), f"{preprocessor}: sampling_rate")
         values["do_normalize"] = normalizes = of_audio.get("do_normalize", True)
@@ -90,19 +96,42 @@ def read_config(folder: Path, *, model_types: Iterable[str] = tuple(MODEL_CLASSE
     return values
 
 
-def _read_preprocessor(folder: Path) -> tuple[Path, dict[str, Any] | None]:
+def _read_preprocessor(folder: Path, names: Sequence[str]) -> tuple[Path, dict[str, Any] | None]:
     """Return the file that says what becomes of audio before the model, and what it says or None.
 
     Since version 5, Transformers' processors (of models with a tokenizer) write processor_config.json instead of
     preprocessor_config.json. If a folder has both, Transformers believes the former.
     """
     processor, preprocessor = (folder / name for name in PREPROCESSOR_FILES)
-    if processor.exists():
+    if processor.name in names and processor.exists():
         settings = read_json(processor)
         for name in ("feature_extractor", "audio_processor"):
-            if isinstance(of_audio := settings.get(name), dict):
+            of_audio = settings.get(name)
+            if isinstance(of_audio, dict):
                 return processor, of_audio
+            if of_audio is not None:
+                raise ValueError(f"{processor}: {name} is {brief(of_audio)}, expected an object; restore the file")
     return preprocessor, read_json(preprocessor) if preprocessor.exists() else None
+
+
+def follow_preprocessor(folder: Path) -> None:
+    """Give an existing processor_config.json the values of preprocessor_config.json, which it would hide from readers.
+
+    Args:
+        folder: Folder with a preprocessor_config.json that was just written.
+
+    Raises:
+        ValueError: processor_config.json is damaged.
+        WriteError: The system refused to write.
+    """
+    processor, preprocessor = (folder / name for name in PREPROCESSOR_FILES)
+    path, of_audio = _read_preprocessor(folder, PREPROCESSOR_FILES)
+    if path != processor or of_audio is None:
+        return
+    settings, now = read_json(processor), read_json(preprocessor)
+    name = "feature_extractor" if settings.get("feature_extractor") == of_audio else "audio_processor"
+    if any(of_audio.get(key) != value for key, value in now.items()):
+        write_json(processor, settings | {name: of_audio | now})
 
 
 def check_sample_rate(rate_hz: object, name: str) -> None:
@@ -199,7 +228,8 @@ def language_files(language: str) -> tuple[str, str]:
     Raises:
         ValueError: `language` cannot be a part of a file's name.
     """
-    if not re.fullmatch(r"[\w-]+", language):
+    given: object = language
+    if not isinstance(given, str) or not re.fullmatch(r"[\w-]+", given):
         raise ValueError(f"language: expected letters, digits, - and _, such as 'fra', got {brief(language)}")
     return f"adapter.{language}.safetensors", f"adapter.{language}.bin"
 

@@ -17,6 +17,7 @@ from fastssl.models.folder import (
     SAMPLE_RATE_HZ,
     check_matching,
     check_stored,
+    follow_preprocessor,
     load_matching,
     read_config,
     read_weights,
@@ -215,6 +216,14 @@ class SpeechEncoder(nn.Module):
         """Whether the waveforms that the encoder computes with are scaled to zero mean and unit variance."""
         return self.config.do_normalize if self.normalize is None else self.normalize
 
+    @property
+    def unrecorded_normalize(self) -> bool:
+        """What fastssl 0.1.0, which did not read processor_config.json, took for `config.do_normalize`."""
+        if self._folder is None or not (self._folder / "config.json").exists():
+            return self.config.do_normalize
+        before = read_config(self._folder, model_types=self.model_types, preprocessors=["preprocessor_config.json"])
+        return bool(before.get("do_normalize", self.config_class.do_normalize))
+
     def _samples(self, waveforms: Packed, normalize: bool | None) -> Packed:
         """Return the samples (N, 1) that the front end takes; `normalize` as in `forward`."""
         samples = as_samples(waveforms)
@@ -267,6 +276,9 @@ class SpeechEncoder(nn.Module):
     def save_pretrained(self, folder: str | Path, *, card: ModelCard | None = None) -> None:
         """Write configs, weights and README.md to a folder. Transformers and the Hub can read an `Encoder`'s folder.
 
+        The attribute `normalize` is not saved: an encoder that is loaded again does as its config says. A
+        processor_config.json that is there gets the settings of preprocessor_config.json, which it would hide.
+
         Args:
             folder: Folder to write to; created if missing.
             card: Facts about the encoder's training, for README.md; without a card, an existing README.md is kept.
@@ -275,6 +287,7 @@ class SpeechEncoder(nn.Module):
         make_folder(folder)
         for name, values in self.json_files().items():
             write_json(folder / name, values)
+        follow_preprocessor(folder)
         if card is not None or not (folder / "README.md").exists():
             parameters = sum(parameter.numel() for parameter in self.parameters())
             write_text(folder / "README.md", (card or ModelCard()).as_markdown(self.config, parameters=parameters))

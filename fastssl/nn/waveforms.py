@@ -18,13 +18,21 @@ def as_samples(waveforms: Packed, name: str = "waveforms") -> Packed:
         (N, 1) samples, a view of the same memory.
 
     Raises:
-        ValueError: The samples have another shape, or are not floating-point numbers.
+        ValueError: `waveforms` is not packed, or the samples have another shape or are not floating-point numbers.
     """
+    given: object = waveforms
+    if not isinstance(given, tuple) or len(given) != 2:
+        raise ValueError(
+            f"{name}: expected a fastssl.Packed, got {type(given).__name__}; give "
+            "fastssl.Packed.pack([waveform, ...]), with one tensor per utterance and without padding"
+        )
     values, layout = waveforms
     if values.dim() == 1:
         values = values.unsqueeze(1)
     if values.dim() != 2 or values.shape[1] != 1:
         raise ValueError(f"{name}: expected (N,) or (N, 1) samples, got {tuple(values.shape)}")
+    if len(values) != layout.total:
+        raise ValueError(f"{name}: expected {layout.total} samples for this layout, got {len(values)}")
     if not values.is_floating_point():
         raise ValueError(f"{name}: expected floating-point samples, got {values.dtype}; divide 16-bit audio by 32768")
     return Packed(values, layout)

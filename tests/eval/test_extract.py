@@ -175,6 +175,32 @@ def test_a_folder_that_does_not_say_was_made_as_the_model_says(
         extract(tmp_path / "model", audio, out, normalize=True)
 
 
+def test_a_folder_that_does_not_say_was_made_without_processor_config(
+    encoder: Encoder, recordings: Path, tmp_path: Path
+) -> None:
+    model, audio, out = tmp_path / "model", recordings / "speaker0", tmp_path / "out"
+    # fastssl 0.1.0 read preprocessor_config.json only, and without it took Transformers' default.
+    of_audio = (model / "preprocessor_config.json").read_text()
+    (model / "preprocessor_config.json").unlink()
+    config = json.loads((model / "config.json").read_text())
+    del config["do_normalize"]
+    (model / "config.json").write_text(json.dumps(config))
+    extract(model, audio, out)
+    settings = json.loads((out / "settings.json").read_text())
+    assert settings.pop("normalize") is True
+    (out / "settings.json").write_text(json.dumps(settings))
+    before = _read(out)[1]
+    for shard in out.glob("*.safetensors"):
+        shard.unlink()
+    (model / "processor_config.json").write_text(f'{{"feature_extractor": {of_audio}}}')
+    extract(model, audio, out)
+    after = _read(out)[1]
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    with pytest.raises(ValueError, match="normalize: True there, False now"):
+        extract(model, audio, out, normalize=False)
+
+
 def test_a_model_without_a_mask_vector_is_the_same_every_time(
     encoder: Encoder, recordings: Path, tmp_path: Path
 ) -> None:

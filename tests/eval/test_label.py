@@ -264,6 +264,14 @@ def test_labels_keep_whether_recordings_were_normalised(recordings: Path, tmp_pa
     (tmp_path / "raw" / LABELS_FILE).write_text("")
     label(audio, tmp_path / "raw", settings, num_workers=0)
     assert _labels(tmp_path / "raw") == raw
+    # These versions did not read processor_config.json.
+    inner = preprocessor.read_text().replace('"do_normalize": false', '"do_normalize": true')
+    (model / "processor_config.json").write_text(f'{{"feature_extractor": {inner}}}')
+    (tmp_path / "raw" / LABELS_FILE).write_text("")
+    label(audio, tmp_path / "raw", settings, num_workers=0)
+    assert _labels(tmp_path / "raw") == raw
+    label(audio, tmp_path / "raw_too", LabelSettings(), kmeans=tmp_path / "raw", num_workers=0)
+    assert _labels(tmp_path / "raw_too") == raw
 
 
 def test_recordings_that_decode_to_less_than_a_frame_are_named(

@@ -237,6 +237,8 @@ def test_languages_that_cannot_be_had_are_refused(mms: Path, tmp_path: Path) -> 
         fastssl.load_encoder(mms, language="deu")
     with pytest.raises(ValueError, match=r"language: expected letters, digits, - and _, such as 'fra', got '\.\./fra'"):
         fastssl.load_encoder(mms, language="../fra")
+    with pytest.raises(ValueError, match=r"language: expected letters, digits, - and _, such as 'fra', got \['fra'\]"):
+        fastssl.load_encoder(mms, language=["fra"])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="language: a model in memory has no files of languages"):
         fastssl.load_encoder(fastssl.load_encoder(mms), language="fra")
     weights = load_file(mms / "adapter.fra.safetensors")

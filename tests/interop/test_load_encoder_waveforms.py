@@ -204,6 +204,25 @@ def test_the_preprocessor_of_a_model_says_its_rate_and_whether_it_normalises(nam
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("part", ["feature_extractor", "audio_processor"])
+def test_a_saved_encoder_is_not_hidden_by_an_older_processor(part: str, tmp_path: Path) -> None:
+    older = {part: {"do_normalize": False, "dither": 0.5}, "processor_class": "Wav2Vec2Processor"}
+    (tmp_path / "processor_config.json").write_text(json.dumps(older))
+    make_encoder(do_normalize=True).save_pretrained(tmp_path)
+    assert fastssl.load_encoder(tmp_path).normalizes
+    newer = json.loads((tmp_path / "processor_config.json").read_text())
+    assert newer["processor_class"] == "Wav2Vec2Processor"
+    assert newer[part]["dither"] == 0.5
+
+
+@pytest.mark.parametrize("part", ["feature_extractor", "audio_processor"])
+def test_a_processor_whose_settings_of_audio_are_not_an_object_is_refused(part: str, tmp_path: Path) -> None:
+    make_encoder(do_normalize=False).save_pretrained(tmp_path)
+    (tmp_path / "processor_config.json").write_text(json.dumps({part: [{"do_normalize": True}]}))
+    with pytest.raises(ValueError, match=rf"processor_config\.json: {part} is .*, expected an object; restore"):
+        fastssl.load_encoder(tmp_path)
+
+
 def test_the_processor_counts_if_there_are_both_as_in_transformers(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     (tmp_path / "vocab.json").write_text(json.dumps({"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, "|": 4}))

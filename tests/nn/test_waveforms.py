@@ -1,5 +1,7 @@
 """Test the shape and the normalisation of packed waveforms."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -32,6 +34,13 @@ def test_both_shapes_become_one_column() -> None:
             as_samples(Packed(torch.zeros(shape), flat.layout), "noise")
     with pytest.raises(ValueError, match=r"waveforms: expected floating-point samples, got torch.int16; divide 16-bit"):
         as_samples(Packed(torch.zeros(8, dtype=torch.int16), flat.layout))
+    for number in (7, 9):
+        with pytest.raises(ValueError, match=rf"waveforms: expected 8 samples for this layout, got {number}"):
+            as_samples(Packed(torch.zeros(number), flat.layout))
+    wrong: list[Any] = [torch.zeros(1, 8), torch.zeros(2, 8), [torch.zeros(8)], [torch.zeros(8), torch.zeros(8)]]
+    for waveforms in wrong:
+        with pytest.raises(ValueError, match=r"waveforms: expected a fastssl.Packed, got .*; give fastssl.Packed.pack"):
+            as_samples(waveforms)
 
 
 def test_front_ends_take_both_shapes() -> None:

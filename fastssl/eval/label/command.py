@@ -13,7 +13,7 @@ from fastssl.data.audio import AudioError
 from fastssl.data.corpus import Corpus, Problem, cut_name, open_corpus
 from fastssl.data.labels import CENTRES_FILE, LABELS_FILE, SETTINGS_FILE, as_line, read_lines, read_settings
 from fastssl.data.rules import recorded_rules
-from fastssl.eval.encode import default_workers, recorded_normalize
+from fastssl.eval.encode import continue_unrecorded, default_workers, recorded_normalize
 from fastssl.eval.label.frames import MIN_DURATION_S, Classes, Features
 from fastssl.eval.label.kmeans import fit, read_centres
 from fastssl.eval.label.settings import LabelSettings, checked_settings, settings_of
@@ -88,6 +88,8 @@ def label(
             f"--kmeans: {donor} was made from a layer of {model}, which cannot be used: {error}; if you have or trust "
             f"that model, add --model {model}, or the path where it is now"
         ) from None
+    if features.encoder is not None:
+        continue_unrecorded(features.encoder, earlier / SETTINGS_FILE)
     _check_output(output)
     corpus = open_corpus(
         audio, min_duration_s=MIN_DURATION_S, window_s=None, max_bad_fraction=1.0, rules=settings.rules
