@@ -117,8 +117,8 @@ class SpeechEncoder(nn.Module):
             Features and hidden states, and the compressor's result.
 
         Raises:
-            ValueError: `waveforms` does not have shape (N,) or (N, 1), or is not floating point; `sampling_rate` is not
-                16 kHz; a rate or period is out of range; or one is given, but the encoder has no compressor or one with
+            ValueError: `waveforms` does not have shape (N,) or (N, 1), or is not floating point; `normalize` is not a
+                bool; `sampling_rate` is not 16 kHz; a rate or period is out of range; or one is given, but the encoder has no compressor or one with
                 a fixed factor.
         """
         if sampling_rate is not None and sampling_rate != SAMPLE_RATE_HZ:
@@ -226,8 +226,10 @@ class SpeechEncoder(nn.Module):
 
     def _samples(self, waveforms: Packed, normalize: bool | None) -> Packed:
         """Return the samples (N, 1) that the front end takes; `normalize` as in `forward`."""
-        samples = as_samples(waveforms)
-        if not (self.normalizes if normalize is None else normalize):
+        samples, chosen = as_samples(waveforms), self.normalizes if normalize is None else normalize
+        if not isinstance(chosen, bool):  # text such as "no" would count as true
+            raise ValueError(f"normalize: must be True, False or None, got {chosen!r}")
+        if not chosen:
             return samples
         if normalize is None and self.normalize is None:
             _say_that_calls_normalize()
