@@ -118,8 +118,8 @@ class SpeechEncoder(nn.Module):
 
         Raises:
             ValueError: `waveforms` does not have shape (N,) or (N, 1), or is not floating point; `normalize` is not a
-                bool; `sampling_rate` is not 16 kHz; a rate or period is out of range; or one is given, but the encoder has no compressor or one with
-                a fixed factor.
+                bool; `sampling_rate` is not 16 kHz; a rate or period is out of range; or one is given, but the encoder
+                has no compressor or one with a fixed factor.
         """
         if sampling_rate is not None and sampling_rate != SAMPLE_RATE_HZ:
             example = f"torchaudio.functional.resample(waveform, {sampling_rate}, {SAMPLE_RATE_HZ})"

@@ -235,3 +235,13 @@ def test_the_processor_counts_if_there_are_both_as_in_transformers(tmp_path: Pat
     assert not fastssl.load_encoder(tmp_path).normalizes
     (tmp_path / "processor_config.json").write_text('{"processor_class": "Wav2Vec2Processor"}')
     assert fastssl.load_encoder(tmp_path).normalizes
+
+
+@pytest.mark.parametrize("by", ["argument", "attribute"])
+def test_normalize_must_be_a_bool(by: str) -> None:
+    encoder, wrong = make_encoder(), "no"  # which would count as true
+    options: dict[str, Any] = {"normalize": wrong} if by == "argument" else {}
+    if by == "attribute":
+        encoder.normalize = wrong  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="normalize: must be True, False or None, got 'no'"):
+        encoder(raw(2_000), **options)
