@@ -40,8 +40,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(autouse=True)
 def exact_convolutions_on_a_gpu() -> Iterator[None]:
-    """Compute fp32 convolutions in full fp32 on a GPU, where TF32 is the default: tolerances are those of fp32."""
-    torch.backends.cudnn.allow_tf32 = not torch.cuda.is_available()
+    """Compute fp32 convolutions in full fp32 on a GPU, where TF32 is the default: tolerances are those of fp32.
+
+    So too where compiled kernels run in the emulator of `tests.emulation.ptx.plugin`, which needs TRITON_INTERPRET=0.
+    """
+    compiled = torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "0"
+    torch.backends.cudnn.allow_tf32 = not compiled
     yield
     torch.backends.cudnn.allow_tf32 = True
 
