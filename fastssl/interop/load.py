@@ -66,6 +66,8 @@ def load_encoder(
         ValueError: The argument is not one of these, has an unsupported part, or its weights do not fit its config. The
             message says what was looked for.
     """
+    if not isinstance(normalize, bool | None):
+        raise ValueError(f"normalize: must be True, False or None, got {normalize!r}")
     encoder = _opened(path_or_model, language=language, download=download).eval()
     if normalize is not None:
         encoder.normalize = normalize

@@ -1,4 +1,4 @@
-"""Make sound with the structure of speech, to run an encoder on where no recording is at hand."""
+"""Make sound with the structure of speech, to run an encoder without recordings."""
 
 import numpy as np
 from numpy.typing import NDArray

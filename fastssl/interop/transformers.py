@@ -41,6 +41,7 @@ _SOURCES = {
     "UniSpeechModel": "transformers.models.unispeech.modeling_unispeech",
     "UniSpeechSatModel": "transformers.models.unispeech_sat.modeling_unispeech_sat",
 }
+#: Parts of the transformer that every encoder has.
 _PARTS = ("pos_conv_embed", "layer_norm", "layers")
 
 
@@ -101,14 +102,7 @@ def check_activations(module: Any, *keys: str) -> None:
 
 def _check(module: Any) -> None:
     """Raise ValueError if an encoder lacks a part or has an unsupported one."""
-    check_parts(
-        module,
-        "feature_extractor",
-        "feature_projection",
-        "encoder.pos_conv_embed",
-        "encoder.layer_norm",
-        "encoder.layers",
-    )
+    check_parts(module, "feature_extractor", "feature_projection", *(f"encoder.{part}" for part in _PARTS))
     check_activations(module, "hidden_act", "feat_extract_activation")
     if getattr(module.config, "conv_pos_batch_norm", False):
         raise ValueError(

@@ -19,7 +19,7 @@ from fastssl.nn import linear
 
 _RATE_HZ = 16_000
 _SHORTEST_S = 0.1
-#: The band: so many times the original's rounding error, plus so many units in the last place of the largest value.
+#: The band: multiples of the original's rounding error, and of the dtype's eps at the largest value.
 _ROUNDINGS, _UNITS = 5, 8
 
 
@@ -31,7 +31,7 @@ def validate(
     Both run on the same synthesised, speech-like utterances, on the model's device, in its dtype or under the autocast
     that is active. Compared are every hidden state in evaluation, and the gradients of all parameters of the encoder
     after one training step over all utterances, without dropout, layer drop and SpecAugment. Adapters (LoRA) within the
-    encoder take part, and frozen parameters get gradients, too. A Conformer gets them in evaluation. The accelerated
+    encoder are included, and frozen parameters get gradients, too. A Conformer gets them in evaluation. The accelerated
     encoder runs twice: on each utterance alone, where it must agree with the original, and on one padded batch, whose
     rows must agree with the original on each utterance alone.
 

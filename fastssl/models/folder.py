@@ -30,7 +30,7 @@ MODEL_CLASSES = {
 #: The `model_type` of `ConformerEncoder`, which Transformers does not know.
 CONFORMER = "best-rq"
 SAMPLE_RATE_HZ = 16_000
-#: Files that say what becomes of audio before the model; the first counts if it does.
+#: Files with the settings of the audio preprocessor; the first is used if it has them.
 PREPROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 #: Weight files, in order of preference. An index lists the files that the weights are split into.
 WEIGHT_FILES = (
@@ -97,7 +97,7 @@ def read_config(
 
 
 def _read_preprocessor(folder: Path, names: Sequence[str]) -> tuple[Path, dict[str, Any] | None]:
-    """Return the file that says what becomes of audio before the model, and what it says or None.
+    """Return the file with the settings of the audio preprocessor, and the settings, or None if it has none.
 
     Since version 5, Transformers' processors (of models with a tokenizer) write processor_config.json instead of
     preprocessor_config.json. If a folder has both, Transformers believes the former.

@@ -245,3 +245,8 @@ def test_normalize_must_be_a_bool(by: str) -> None:
         encoder.normalize = wrong  # type: ignore[assignment]
     with pytest.raises(ValueError, match="normalize: must be True, False or None, got 'no'"):
         encoder(raw(2_000), **options)
+
+
+def test_normalize_of_load_encoder_must_be_a_bool() -> None:
+    with pytest.raises(ValueError, match="normalize: must be True, False or None, got 1"):
+        fastssl.load_encoder("nowhere", normalize=1)  # type: ignore[arg-type]

@@ -278,3 +278,12 @@ def test_a_hook_on_all_modules_runs_the_original(variant: str) -> None:
     finally:
         handle.remove()
     assert torch.equal(found, expected)
+
+
+def test_pytorch_s_own_hooks_on_all_modules_leave_the_model_packed() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = fastssl.accelerate(transformers_model("wav2vec2 base"))
+    with FlopCounterMode(display=False):
+        assert torch.nn.modules.module._global_forward_pre_hooks
+        assert is_packed(model)
