@@ -19,6 +19,9 @@ _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 # columns user, nice, system, irq, softirq and steal in the first line of /proc/stat
 _BUSY_COLUMNS = (0, 1, 2, 5, 6, 7)
 
+#: Instructions that decide how fast a processor multiplies matrices, as Linux names them.
+_INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_bf16", "amx_int8")
+
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # constants from glibc's malloc.h
 
 
@@ -181,8 +184,13 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def _processor() -> str:
-    names = [line.partition(": ")[2] for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
-    return names[0] if names else platform.machine()
+    """Return name, family, model and instructions for products: the name alone does not identify the generation."""
+    lines = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
+    found = {key.strip(): value.strip() for key, _, value in lines}
+    if "cpu family" not in found:
+        return found.get("model name", platform.machine())
+    instructions = [name for name in _INSTRUCTIONS if name in found["flags"].split()]
+    return f"{found['model name']}, family {found['cpu family']}, model {found['model']} ({', '.join(instructions)})"
 
 
 def _version(name: str) -> str | None:
