@@ -20,6 +20,14 @@ from fastssl.kernels.dropout_add_layer_norm.op import dropout_add_layer_norm as 
 from fastssl.kernels.gumbel_quantize.op import gumbel_quantize as gumbel_quantize
 from fastssl.kernels.integrate_and_fire.op import integrate_and_fire as integrate_and_fire
 from fastssl.kernels.positional_conv.op import positional_conv as positional_conv
+from fastssl.kernels.prepacked_conv.front_end import PrepackedConvLayer as PrepackedConvLayer
+from fastssl.kernels.prepacked_conv.front_end import prepacked_front_end as prepacked_front_end
+from fastssl.kernels.prepacked_conv.op import RowNorm as RowNorm
+from fastssl.kernels.prepacked_conv.op import prepacked_conv as prepacked_conv
+from fastssl.kernels.prepacked_conv.op import prepacked_linear as prepacked_linear
+from fastssl.kernels.prepacked_conv.weights import PrepackedWeight as PrepackedWeight
+from fastssl.kernels.prepacked_conv.weights import prepack as prepack
+from fastssl.kernels.prepacked_conv.weights import unpack as unpack
 from fastssl.kernels.strided_conv.op import strided_conv as strided_conv
 from fastssl.kernels.strided_conv.op import strided_conv_stack as strided_conv_stack
 from fastssl.kernels.strided_conv.plan import StridedConvLayer as StridedConvLayer

@@ -10,6 +10,7 @@
 #include <cmath>
 #include <optional>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "../common/isa.h"
@@ -86,12 +87,12 @@ Source<scalar_t, acc_t> make_source(
   return {source.const_data_ptr<scalar_t>(), data_or_null<int32_t>(begins), taps_data, taps.size(0), stride};
 }
 
-template <Isa isa, typename scalar_t, typename acc_t>
+template <Isa isa, typename scalar_t, typename acc_t, typename out_t>
 FASTSSL_INLINE void forward_segment_body(
     const Source<scalar_t, acc_t>* source,
     const Layer<acc_t>* layer,
     const Segment* segment,
-    const Windows<scalar_t>* out,
+    const Windows<out_t>* out,
     int64_t first_row,  // first row of the result
     int64_t rows,  // rows after the last frame become zero
     acc_t* scratch) {
@@ -115,7 +116,7 @@ FASTSSL_INLINE void forward_segment_body(
       standardise_frame(*source, *layer, *segment, frame, windows, standard);
       activate(*layer, standard, place(last));
     } else {
-      std::fill(place(last), place(last) + channels, scalar_t(0));
+      std::fill(place(last), place(last) + channels, out_t(0));
     }
     for (int64_t window = first; window < last; ++window) {
       std::copy(place(last), place(last) + channels, place(window));
@@ -123,6 +124,28 @@ FASTSSL_INLINE void forward_segment_body(
   }
 }
 FASTSSL_ISA_VARIANTS(forward_segment)
+
+template <typename scalar_t, typename acc_t, typename out_t>
+void write_segments(
+    const std::vector<Segment>& segments,
+    const int32_t* packed_begins,
+    const Source<scalar_t, acc_t>& source,
+    const Layer<acc_t>& layer,
+    const Windows<out_t>& out,
+    bool out_is_packed) {
+  torch::stable::parallel_for(0, segments.size(), 1, [&](int64_t first, int64_t last) {
+    std::vector<acc_t> scratch(layer.channels + source.window_numbers());
+    for (int64_t index = first; index < last; ++index) {
+      const Segment& segment = segments[index];
+      if (!out_is_packed) {
+        forward_segment(&source, &layer, &segment, &out, segment.block_row, segment.rows, scratch.data());
+      } else if (segment.frames > 0) {
+        const int64_t row = packed_begins[segment.sequence] + segment.first_frame;
+        forward_segment(&source, &layer, &segment, &out, row, segment.frames, scratch.data());
+      }
+    }
+  });
+}
 
 // activation(norm(source + bias)) for the rows of a block, written as the windows that the next layer multiplies.
 void epilogue_forward(
@@ -135,7 +158,7 @@ void epilogue_forward(
     const Tensor& grid,  // (B + 1,)
     int64_t first_row,
     int64_t rows,
-    Tensor out,  // (windows, kernel * C), or packed (N, C)
+    Tensor out,  // (windows, kernel * C), or packed (N, C); bfloat16 is possible if the source is float32
     bool out_is_packed,
     int64_t out_kernel,
     int64_t out_stride,
@@ -143,7 +166,8 @@ void epilogue_forward(
     const std::string& norm,
     double eps,
     const std::string& activation) {
-  check_tensor(out, "out", 2, source.scalar_type());
+  const bool narrows = source.scalar_type() == ScalarType::Float && out.scalar_type() == ScalarType::BFloat16;
+  check_tensor(out, "out", 2, narrows ? ScalarType::BFloat16 : source.scalar_type());
   const std::vector<Segment> segments = cut_into_segments(grid, cu_seqlens, first_row, rows);
   const int32_t* packed_begins = cu_seqlens.const_data_ptr<int32_t>();
   dispatch_floating(source.scalar_type(), "strided_conv", [&](auto tag) {
@@ -151,19 +175,16 @@ void epilogue_forward(
     using acc_t = typename Accumulator<scalar_t>::type;
     const auto layer = make_layer<acc_t>(parameters, statistics, norm, eps, activation);
     const auto rows_in = make_source<scalar_t, acc_t>(source, source_begins, taps, stride);
-    const Windows<scalar_t> windows{out.mutable_data_ptr<scalar_t>(), out.size(0), out_kernel, out_stride};
-    torch::stable::parallel_for(0, segments.size(), 1, [&](int64_t first, int64_t last) {
-      std::vector<acc_t> scratch(layer.channels + rows_in.window_numbers());
-      for (int64_t index = first; index < last; ++index) {
-        const Segment& segment = segments[index];
-        if (!out_is_packed) {
-          forward_segment(&rows_in, &layer, &segment, &windows, segment.block_row, segment.rows, scratch.data());
-        } else if (segment.frames > 0) {
-          const int64_t row = packed_begins[segment.sequence] + segment.first_frame;
-          forward_segment(&rows_in, &layer, &segment, &windows, row, segment.frames, scratch.data());
-        }
+    const auto write = [&](auto* data) {
+      const Windows<std::remove_pointer_t<decltype(data)>> windows{data, out.size(0), out_kernel, out_stride};
+      write_segments(segments, packed_begins, rows_in, layer, windows, out_is_packed);
+    };
+    if constexpr (std::is_same_v<scalar_t, float>) {
+      if (narrows) {
+        return write(out.mutable_data_ptr<torch::headeronly::BFloat16>());
       }
-    });
+    }
+    write(out.mutable_data_ptr<scalar_t>());
   });
 }
 

@@ -19,6 +19,7 @@ from fastssl import ops
 from fastssl.kernels.dispatch import norms_stay_wide
 from fastssl.nn.activation import sigmoid
 from fastssl.nn.linear import ORDINARY, PackedLinear, packed_linear, packed_linears
+from fastssl.nn.prepacked import PrepackedConv, PrepackedLinear, PrepackedPositionalConv, prepacked_linears
 from fastssl.packing import Layout, Packed
 
 #: Classes whose forward is that of `torch.nn.Linear`; the second is the output layer of `torch.nn.MultiheadAttention`.
@@ -172,7 +173,7 @@ def feed_forward(module: Any, x: Tensor) -> Tensor:
     """
     dense, dropout = module.intermediate_dense, module.intermediate_dropout
     plain = is_plain(dropout, nn.Dropout)
-    if plain and _probability(dropout) == 0 and isinstance(dense, PackedLinear):
+    if plain and _probability(dropout) == 0 and isinstance(dense, PackedLinear | PrepackedLinear):
         inner = dense.with_gelu(x)
     elif plain:
         inner = ops.bias_gelu_dropout(linear(dense, x), None, dropout_p=_probability(dropout))
@@ -216,6 +217,8 @@ def linears(modules: Sequence[Any], x: Tensor) -> list[Tensor]:
     """Apply several linear layers, or the modules that replace them, to the same frames (N, C_in)."""
     if all(is_plain(module, *_LINEAR, PackedLinear) for module in modules):
         return packed_linears(x, modules)
+    if all(isinstance(module, PrepackedLinear) and not is_watched(module) for module in modules):
+        return prepacked_linears(x, modules)
     return [linear(module, x) for module in modules]
 
 
@@ -290,7 +293,23 @@ def front_end(conv_layers: Iterable[Any], x: Packed) -> Packed:
     Returns:
         (N_out, C) packed frames.
     """
-    return Packed(*ops.strided_conv_stack(x.values, [conv_layer(module) for module in conv_layers], x.layout))
+    first, *others = modules = list(conv_layers)
+    if others and all(isinstance(module.conv, PrepackedConv) for module in others):
+        layers = [prepacked_conv_layer(module) for module in others]
+        dtype = x.values.dtype if layers[0].weight.format == "fp32" else torch.bfloat16
+        return Packed(*ops.prepacked_front_end(x.values, conv_layer(first), layers, x.layout, dtype=dtype))
+    return Packed(*ops.strided_conv_stack(x.values, [conv_layer(module) for module in modules], x.layout))
+
+
+def prepacked_conv_layer(module: Any) -> ops.PrepackedConvLayer:
+    """Describe a module's convolution and layer norm for `ops.prepacked_front_end`.
+
+    Args:
+        module: Module whose `conv` is a `PrepackedConv`, and optionally with a layer norm `layer_norm`.
+    """
+    conv, norm = module.conv, getattr(module, "layer_norm", None)
+    row_norm = None if norm is None else ops.RowNorm(norm.weight, norm.bias, norm.eps)
+    return ops.PrepackedConvLayer(conv.packed, conv.stride[0], row_norm, conv.dtype)
 
 
 def conv_layer(module: Any) -> ops.StridedConvLayer:
@@ -333,6 +352,11 @@ def positional_embedding(module: Any, x: Tensor, layout: Layout) -> Tensor:  # (
         (N, D) frames.
     """
     for block in getattr(module, "layers", [module]):
+        if isinstance(block.conv, PrepackedPositionalConv):
+            frames = Packed(x, layout)
+            norm = getattr(block, "layer_norm", None)
+            x = block.conv.with_gelu(frames) if norm is None else F.gelu(norm(block.conv(frames)))
+            continue
         x = ops.positional_conv(x, convolution_weight(block.conv), layout, bias=block.conv.bias)
         x = F.gelu(normalise(block, x))
     return x

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastssl.kernels.gemm import nt
-from fastssl.kernels.strided_conv.plan import LayerPlan, plan_layers
+from fastssl.kernels.strided_conv.plan import LayerPlan, halo, plan_layers
 
 #: Signatures of the compiled kernels that this module calls, by name.
 PARTS = {
@@ -68,7 +68,7 @@ class _Gradients(NamedTuple):
     packed: bool  # whether `first` is the whole gradient, packed, and `second` is empty
 
 
-class _Layer:
+class Layer:
     """A layer on its grid, with its convolution's output up to grid row `done`.
 
     The input of a stack is represented as a layer without a convolution, whose epilogue changes nothing. A layer's
@@ -84,7 +84,7 @@ class _Layer:
         statistics: Tensor,  # (2, B, C_out)
         *,
         from_input: bool,
-        whole: bool,
+        whole: bool = False,
     ) -> None:
         """Set up a layer for one call.
 
@@ -213,17 +213,19 @@ class _Stack:
         *,
         from_waveform: bool,
     ) -> None:
-        input_grid, *grids = _grids(plans)
+        input_grid, *layer_grids = grids(
+            [plan.cu_out for plan in plans], [(plan.kernel, plan.stride) for plan in plans]
+        )
         begins, no_weight = plans[0].cu_in, x.new_empty(x.shape[1], 1, 0)
         no_plan = LayerPlan(False, begins, begins, no_weight, None, None, None, len(x), *_NO_EPILOGUE)
-        self.input = _Layer(no_plan, input_grid, x, x, x.new_empty(0), from_input=True, whole=True)
-        self.layers: list[_Layer] = []
+        self.input = Layer(no_plan, input_grid, x, x, x.new_empty(0), from_input=True, whole=True)
+        self.layers: list[Layer] = []
         whole = False
-        for plan, grid, conv_out, kept in zip(plans, grids, conv_outs, statistics, strict=True):
+        for plan, grid, conv_out, kept in zip(plans, layer_grids, conv_outs, statistics, strict=True):
             from_input = from_waveform and not plan.is_kept
             # The backward of group norm needs all gradients of a sequence before it can compute the first.
             whole = whole or (plan.norm == "group" and not from_input)
-            self.layers.append(_Layer(plan, grid, x, conv_out, kept, from_input=from_input, whole=whole))
+            self.layers.append(Layer(plan, grid, x, conv_out, kept, from_input=from_input, whole=whole))
         self.room = x.new_empty(max(layer.block * layer.plan.window for layer in self.layers))
 
     def convolve(self) -> None:
@@ -238,7 +240,7 @@ class _Stack:
             else:
                 index -= 1
 
-    def below(self, index: int) -> _Layer:
+    def below(self, index: int) -> Layer:
         """Return the layer that layer `index` reads its input from."""
         return self.layers[index - 1] if index > 0 else self.input
 
@@ -253,17 +255,20 @@ class _Stack:
         return out
 
 
-def _grids(plans: Sequence[LayerPlan]) -> list[Tensor]:
+def grids(begins: Sequence[Tensor], shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
     """Return where sequences begin on the grids of the input and of each layer's output: L + 1 tensors (B + 1,).
 
     A sequence has rows for its frames and at least `halo` more rows, which hold zeros. The gradient of the input needs
     these zeros as gradients of output frames after the last one.
+
+    Args:
+        begins: L tensors (B + 1,), where each sequence of each layer's output begins in a packed batch.
+        shapes: Kernel and stride of each layer.
     """
     # Number of grid rows of the input, and of each layer's output, that correspond to one row of the last output.
-    steps = list(accumulate((plan.stride for plan in reversed(plans)), mul, initial=1))[::-1]
-    rows = torch.stack([plan.cu_out for plan in plans]).diff() + torch.tensor(
-        [[plan.halo] for plan in plans], device="cpu"
-    )
+    steps = list(accumulate((stride for _, stride in reversed(shapes)), mul, initial=1))[::-1]
+    halos = torch.tensor([[halo(kernel, stride)] for kernel, stride in shapes], device="cpu")
+    rows = torch.stack(list(begins)).diff() + halos
     step = torch.tensor(steps[1:], device="cpu")[:, None]
     needed = ((rows + step - 1) // step).amax(0)
     last = torch.nn.functional.pad(needed.cumsum(0, dtype=torch.int32), (1, 0))
@@ -273,7 +278,7 @@ def _grids(plans: Sequence[LayerPlan]) -> list[Tensor]:
 class _LayerGradients:
     """Gradients of one layer: of its convolution's output for some rows, and of its parameters for all rows so far."""
 
-    def __init__(self, layer: _Layer, rows: int, *, goes_below: bool) -> None:
+    def __init__(self, layer: Layer, rows: int, *, goes_below: bool) -> None:
         """Set up the gradients of a layer.
 
         Args:
@@ -381,7 +386,7 @@ class _Backward:
             grad: (rows, C) gradient of the convolution's output, with `halo` rows in front.
             position: First row of the block in `grad`.
             rows: Number of rows of the block.
-            phases: Matrix from `_Layer.phases`.
+            phases: Matrix from `Layer.phases`.
         """
         channels, width = grad.shape[1], phases.shape[1]
         if phases.numel() == 0:

@@ -70,7 +70,7 @@ class LayerPlan(NamedTuple):
     @property
     def halo(self) -> int:
         """The number of output frames before frame t whose windows overlap the window of frame t."""
-        return -(-self.kernel // self.stride) - 1
+        return halo(self.kernel, self.stride)
 
     @property
     def batch(self) -> int:
@@ -83,6 +83,11 @@ class LayerPlan(NamedTuple):
         if self.norm != "group":
             return x.new_empty(0, dtype=dtype)
         return x.new_zeros((2, self.batch, self.channels), dtype=dtype)
+
+
+def halo(kernel: int, stride: int) -> int:
+    """Return the number of output frames before frame t whose windows overlap the window of frame t."""
+    return -(-kernel // stride) - 1
 
 
 def plan_layers(cu_seqlens: Sequence[Tensor], weights: Sequence[Tensor], *lists: Sequence[Any]) -> list[LayerPlan]:
