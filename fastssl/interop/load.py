@@ -8,9 +8,11 @@ from torch import nn
 
 from fastssl.interop import hub, names
 from fastssl.interop.fairseq import read_checkpoint
+from fastssl.kernels.prepacked_conv.weights import Format
 from fastssl.models.conformer import ConformerEncoder
 from fastssl.models.encoder import Encoder, EncoderConfig
 from fastssl.models.folder import ACCELERATED_COMPRESSOR, CONFORMER, MODEL_CLASSES, read_config
+from fastssl.models.inference import check_format
 from fastssl.models.speech_encoder import SpeechEncoder
 from fastssl.reading import printable
 
@@ -27,6 +29,7 @@ def load_encoder(
     *,
     normalize: bool | None = None,
     language: str | None = None,
+    inference: Format | None = None,
     download: bool = True,
 ) -> SpeechEncoder:
     """Load a speech encoder and put it in evaluation mode.
@@ -55,6 +58,11 @@ def load_encoder(
             scaled already. None does what the model's config says.
         language: Language whose adapters the layers get, of a model on the Hub or in a folder that has those of
             several, as MMS: "fra" for adapter.fra.safetensors. None leaves those of the model's own weights.
+        inference: Lay out the weights for inference on the CPU, in place of the parameters: "fp32", "bf16" or "int8".
+            Features are the same up to rounding, and an utterance has the same bits in any batch. The encoder then has
+            no gradients, and cannot be moved or cast. "bf16" takes half the time and memory; "int8" a third of the time
+            and a quarter of the memory, needs a processor with AVX512-VNNI, and changes features by about 3 %. None
+            keeps parameters, for any use.
         download: Download a model on the Hub that is not in the local cache. Set this to False if the name comes from a
             file that others may have written.
 
@@ -68,13 +76,19 @@ def load_encoder(
     """
     if not isinstance(normalize, bool | None):
         raise ValueError(f"normalize: must be True, False or None, got {normalize!r}")
-    encoder = _opened(path_or_model, language=language, download=download).eval()
+    if inference is not None:
+        check_format(inference)
+    encoder = _opened(path_or_model, language=language, inference=inference, download=download).eval()
+    if inference is not None and encoder.inference != inference:
+        encoder.prepack(inference)
     if normalize is not None:
         encoder.normalize = normalize
     return encoder
 
 
-def _opened(path_or_model: str | Path | nn.Module, *, language: str | None, download: bool) -> SpeechEncoder:
+def _opened(
+    path_or_model: str | Path | nn.Module, *, language: str | None, inference: Format | None, download: bool
+) -> SpeechEncoder:
     if isinstance(path_or_model, nn.Module) and language is not None:
         raise ValueError(
             "language: a model in memory has no files of languages; load its folder or its name on the Hub"
@@ -86,18 +100,20 @@ def _opened(path_or_model: str | Path | nn.Module, *, language: str | None, down
     if not isinstance(path_or_model, (str, Path)):
         raise ValueError(f"path_or_model: {type(path_or_model).__name__} cannot be loaded; expected {_CAN_BE_OPENED}")
     try:
-        return _from_path(path_or_model, language=language, download=download)
+        return _from_path(path_or_model, language=language, inference=inference, download=download)
     except OSError as error:  # such as a folder without permission, or a name that no file can have
         raise ValueError(f"{printable(path_or_model)}: cannot be read: {error.strerror}; check the path") from error
 
 
-def _from_path(name: str | Path, *, language: str | None, download: bool) -> SpeechEncoder:
+def _from_path(
+    name: str | Path, *, language: str | None, inference: Format | None, download: bool
+) -> SpeechEncoder:
     path = Path(name)
     if path.is_file():
         if language is not None:
             raise ValueError("language: a checkpoint has no files of languages; give a folder or a name on the Hub")
         config, weights = read_checkpoint(path)
-        return Encoder.from_weights(config, weights, name=str(path))
+        return Encoder.from_weights(config, weights, name=str(path), inference=inference)
     if not path.exists():
         if not hub.may_be_id(str(name)):
             raise ValueError(f"{printable(name)}: no such file or folder; expected {_CAN_BE_OPENED}")
@@ -105,7 +121,8 @@ def _from_path(name: str | Path, *, language: str | None, download: bool) -> Spe
     elif (path / "encoder" / "config.json").exists():
         path = path / "encoder"
     is_conformer = read_config(path, model_types=[*MODEL_CLASSES, CONFORMER])["model_type"] == CONFORMER
-    encoder: SpeechEncoder = (ConformerEncoder if is_conformer else Encoder).from_pretrained(path)
+    early = inference if language is None else None  # the weights of a language replace others
+    encoder: SpeechEncoder = (ConformerEncoder if is_conformer else Encoder).from_pretrained(path, inference=early)
     if language is not None:
         if not isinstance(encoder, Encoder):
             raise ValueError("language: a BEST-RQ encoder has no adapters for languages; leave the argument out")

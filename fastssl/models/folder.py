@@ -323,12 +323,24 @@ def load_matching(module: nn.Module, weights: Mapping[str, Tensor], *, name: str
     """
     check_matching(module, weights, name=name)
     own = module.state_dict()
-    for key, tensor in weights.items():
-        numbers = tensor.to(own[key].dtype)
-        # If all numbers are finite, so is their sum, unless they are larger than those of any model.
-        if not numbers.sum().isfinite() and not numbers.isfinite().all():
-            raise ValueError(f"{name}: {printable(key)} has NaN or infinite weights; restore the model")
+    check_finite(((key, tensor.to(own[key].dtype)) for key, tensor in weights.items()), name=name)
     module.load_state_dict(weights)
+
+
+def check_finite(weights: Iterable[tuple[str, Tensor]], *, name: str) -> None:
+    """Check that all numbers of weights are finite.
+
+    Args:
+        weights: Names and tensors.
+        name: Name of the file or model, for error messages.
+
+    Raises:
+        ValueError: A weight is NaN or infinite.
+    """
+    for key, tensor in weights:
+        # If all numbers are finite, so is their sum, unless they are larger than those of any model.
+        if not tensor.sum().isfinite() and not tensor.isfinite().all():
+            raise ValueError(f"{name}: {printable(key)} has NaN or infinite weights; restore the model")
 
 
 def check_matching(module: nn.Module, weights: Mapping[str, Tensor], *, name: str) -> None:

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from fastssl.files import make_folder, write_json, write_text
+from fastssl.kernels.prepacked_conv.weights import Format
 from fastssl.models.config import SpeechEncoderConfig
 from fastssl.models.folder import (
     ACCELERATED_COMPRESSOR,
     COMPRESSOR_FILE,
     COMPRESSOR_PREFIX,
     SAMPLE_RATE_HZ,
+    check_finite,
     check_matching,
     check_stored,
     follow_preprocessor,
@@ -23,6 +25,7 @@ from fastssl.models.folder import (
     read_weights,
     write_encoder_weights,
 )
+from fastssl.models.inference import prepack_encoder
 from fastssl.models.model_card import ModelCard
 from fastssl.models.publish import upload
 from fastssl.models.skeleton import skeleton
@@ -82,6 +85,8 @@ class SpeechEncoder(nn.Module):
     adapter: ConvolutionalAdapter | None
     #: Whether calls normalise waveforms; None does what `config.do_normalize` says.
     normalize: bool | None = None
+    #: Format of the weights if they are prepacked (`models.inference`); None if they are parameters.
+    inference: Format | None = None
     _cuda_graphs: CudaGraphs | None = None
     #: Folder that the encoder was opened from, whose README.md `push_to_hub` uploads.
     _folder: Path | None = None
@@ -333,11 +338,12 @@ class SpeechEncoder(nn.Module):
         )
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "Self":
+    def from_pretrained(cls, folder: str | Path, *, inference: Format | None = None) -> "Self":
         """Open an encoder that `save_pretrained` wrote, or the encoder inside a saved model with a head.
 
         Args:
             folder: Folder with config.json and weights.
+            inference: As in `load_encoder`.
 
         Raises:
             ValueError: The folder contains no model of one of the `model_types`, or its weights do not fit its config.
@@ -348,12 +354,19 @@ class SpeechEncoder(nn.Module):
             config = cls.config_class.from_dict(values)
         except ValueError as error:
             raise ValueError(f"{folder / 'config.json'}: {error}") from None
-        encoder = cls.from_weights(config, read_weights(folder), name=str(folder))
+        encoder = cls.from_weights(config, read_weights(folder), name=str(folder), inference=inference)
         encoder._folder = folder.absolute()
         return encoder
 
     @classmethod
-    def from_weights(cls, config: SpeechEncoderConfig, weights: Mapping[str, Tensor], *, name: str) -> "Self":
+    def from_weights(
+        cls,
+        config: SpeechEncoderConfig,
+        weights: Mapping[str, Tensor],
+        *,
+        name: str,
+        inference: Format | None = None,
+    ) -> "Self":
         """Build an encoder and load its weights, after checking that config and weights fit each other.
 
         Nothing is built before, because a file may claim any size.
@@ -362,6 +375,7 @@ class SpeechEncoder(nn.Module):
             config: Shape of the encoder, an instance of `config_class`.
             weights: Tensors by name, as read from a file.
             name: Name of the folder or file, for error messages.
+            inference: As in `load_encoder`.
 
         Raises:
             ValueError: The weights do not fit the config, are not finite, or do not fit into memory.
@@ -377,6 +391,9 @@ class SpeechEncoder(nn.Module):
         found = shape.matching_weights(weights, name=name)
         check_matching(shape, found, name=name)
         check_stored(found, name=name)
+        if inference is not None:
+            check_finite(((key, tensor.float()) for key, tensor in found.items() if not tensor.is_meta), name=name)
+            return shape._prepacked(inference, found)
         try:
             with torch.device("cpu"):
                 encoder = cls(config)
@@ -384,6 +401,30 @@ class SpeechEncoder(nn.Module):
             raise ValueError(f"{name}: cannot be built: {str(error).partition(chr(10))[0]}") from error
         encoder.load_weights(weights, name=name)
         return encoder
+
+    def prepack(self, format: Format) -> "Self":
+        """Lay out the weights for inference on the CPU, in place; see `load_encoder`.
+
+        Args:
+            format: "fp32", "bf16" or "int8".
+
+        Returns:
+            The encoder, in evaluation mode.
+
+        Raises:
+            ValueError: The weights are prepacked already or not on the CPU, or this processor lacks the instructions.
+        """
+        if self.inference is not None:
+            raise ValueError(f"inference: the weights are prepacked as {self.inference!r} already; load them again")
+        devices = {parameter.device.type for parameter in self.parameters()}
+        if devices != {"cpu"}:
+            raise ValueError(f"inference: prepacked weights run on the CPU, the encoder is on {', '.join(devices)}")
+        return self._prepacked(format, None)
+
+    def _prepacked(self, format: Format, weights: Mapping[str, Tensor] | None) -> "Self":
+        prepack_encoder(self, format, weights)
+        self.inference = format
+        return self
 
     def own_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Pick the encoder's weights from those of an encoder, or of a model with a head.

@@ -295,6 +295,8 @@ def front_end(conv_layers: Iterable[Any], x: Packed) -> Packed:
     """
     first, *others = modules = list(conv_layers)
     if others and all(isinstance(module.conv, PrepackedConv) for module in others):
+        for module in others:
+            module.conv.check(x.values)
         layers = [prepacked_conv_layer(module) for module in others]
         dtype = x.values.dtype if layers[0].weight.format == "fp32" else torch.bfloat16
         return Packed(*ops.prepacked_front_end(x.values, conv_layer(first), layers, x.layout, dtype=dtype))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastssl import ops
-from fastssl.kernels.prepacked_conv.weights import Format, PrepackedWeight, prepack, unpack
+from fastssl.kernels.prepacked_conv.weights import PrepackedWeight, prepack, unpack
 from fastssl.packing import Packed
 
 _NOT_FOR_TRAINING = (
@@ -57,10 +57,6 @@ class Prepacked(nn.Module):
         weight, bias = unpack(self.packed)
         return {"weight": weight} | ({} if bias is None else {"bias": bias})
 
-    def _weight_of(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Return the weight (C_out, C_in / G, K) or (C_out, C_in) from the result of `_tensors`."""
-        return tensors["weight"]
-
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         for name, tensor in self._tensors().items():
             destination[prefix + name] = tensor
@@ -91,7 +87,7 @@ class Prepacked(nn.Module):
         if given:
             new = own | given
             self.packed = prepack(
-                self._weight_of(new), new.get("bias"), format=self.packed.format, groups=self.packed.groups
+                weight_of(new), new.get("bias"), format=self.packed.format, groups=self.packed.groups
             )
 
     def extra_repr(self) -> str:
@@ -178,19 +174,11 @@ class PrepackedPositionalConv(Prepacked):
         norm = torch.linalg.vector_norm(weight, dim=(0, 1), keepdim=True)
         return tensors | {"parametrizations.weight.original0": norm, "parametrizations.weight.original1": weight}
 
-    def _weight_of(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        if not self.weight_norm:
-            return tensors["weight"]
-        size, direction = (tensors[f"parametrizations.weight.original{number}"].float() for number in (0, 1))
-        return direction * (size / torch.linalg.vector_norm(direction, dim=(0, 1), keepdim=True))
 
-
-def linear_to_prepacked(layer: nn.Linear, format: Format, *, dtype: torch.dtype = torch.float32) -> PrepackedLinear:
-    """Return the layer for inference that computes what a linear layer does.
-
-    Args:
-        layer: Layer whose weight and bias are copied.
-        format: "fp32", "bf16" or "int8".
-        dtype: dtype of the output, fp32 or bf16.
-    """
-    return PrepackedLinear(prepack(layer.weight, layer.bias, format=format), dtype=dtype)
+def weight_of(tensors: Mapping[str, Tensor]) -> Tensor:
+    """Return the weight of a layer from its tensors by name, which may be those of a weight norm over time."""
+    if "weight" in tensors:
+        return tensors["weight"]
+    size, direction = (tensors[f"parametrizations.weight.original{number}"].float() for number in (0, 1))
+    norm = torch.linalg.vector_norm(direction, dim=(0, 1), keepdim=True)
+    return direction * torch.where(norm > 0, size / norm, 0.0)

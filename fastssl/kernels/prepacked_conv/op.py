@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastssl.kernels.dispatch import Op
+from fastssl.kernels.dispatch import BACKENDS, NATIVE, Op
 from fastssl.kernels.prepacked_conv import reference
 from fastssl.kernels.prepacked_conv.weights import PrepackedWeight
 from fastssl.packing import Layout
@@ -43,6 +43,12 @@ def _fake(
 
 
 _OP = Op("prepacked_conv", _fake, schemas=(_SCHEMA, None))
+NATIVE.define("prepacked_conv_multiplies_bytes() -> bool")
+
+
+def multiplies_bytes() -> bool:
+    """Return whether the compiled kernel multiplies bytes on this processor; the reference does anywhere, slowly."""
+    return "native" in BACKENDS["prepacked_conv"]["cpu"] and torch.ops.fastssl_native.prepacked_conv_multiplies_bytes()
 
 
 class RowNorm(NamedTuple):

@@ -59,8 +59,9 @@ def _to_bytes(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # (N, C) -> (N, C), 
     span = high - low
     usable = (span > 1e-30) & (span < 1e30)
     inverse = torch.where(usable, 255 / span, 0.0)
-    zero = (-low * inverse).round()
-    values = ((x * inverse).round() + zero).clamp(0, 255)
+    # Products in fp64 are exact, so that they are rounded once.
+    zero = (-low.double() * inverse.double()).round().float()
+    values = ((x.double() * inverse.double()).round().float() + zero).clamp(0, 255)
     probe = (x * 0).sum(1, keepdim=True)  # NaN if a value is not finite
     return values, torch.where(usable, span / 255, 0.0) + probe, zero
 
