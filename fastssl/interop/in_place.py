@@ -10,11 +10,16 @@ from torch import nn
 from fastssl.interop import read_only
 from fastssl.interop.classes import NORM, AcceleratedClasses
 from fastssl.kernels.gpus import is_unproven
+from fastssl.kernels.prepacked_conv.weights import Format
 from fastssl.models.folder import ACCELERATED_COMPRESSOR
+from fastssl.models.inference import check_format, is_prepacked, prepack_encoder, unpack_encoder
 from fastssl.nn.compression import SequenceCompressor
+from fastssl.nn.prepacked import Prepacked
 
 Model = TypeVar("Model", bound=nn.Module)
 Norm = Literal["valid", "padded"]
+#: Attribute that only encoders with prepacked weights have: the names of the parameters that needed gradients before.
+_LEARNED = "_fastssl_learned"
 
 
 def accelerate(
@@ -23,6 +28,7 @@ def accelerate(
     norm: Norm = "valid",
     compressor: SequenceCompressor | None = None,
     call_projections: bool = False,
+    inference: Format | None = None,
 ) -> Model:
     """Make the speech encoders in a model run packed and fused, in place; parameters and calls stay the same.
 
@@ -73,6 +79,10 @@ def accelerate(
             `out_proj` of Transformers' WavLM. By default they are only read here too, so LoRA on them has no effect, as
             in the original; a warning says so. If they are called, LoRA on them is trained and applied, but only while
             the model is accelerated, or after it was merged into the weights. Other encoders call these modules anyway.
+        inference: Lay out the encoders' weights for inference on the CPU, in place of the parameters, as
+            `load_encoder` does: "fp32", "bf16" or "int8". Heads stay as they are. The encoders then run in evaluation
+            mode only, and their parameters need no gradients. `restore` brings the layers back, with the values that
+            were computed with. None leaves the weights as they are.
 
     Returns:
         The same model. Accelerating it again only sets `norm`, `call_projections` and, if given, the compressor.
@@ -81,11 +91,18 @@ def accelerate(
         ValueError: `norm` is unknown, the model contains no supported encoder, an encoder has an unsupported part or is
             in an unsupported mode, the compressor's width is not the encoder's, a compressor is given for a model with
             several encoders, or for one with a `forward` of somebody else in which fastssl's does not run, or
-            `call_projections` is given for torchaudio's WavLM, which has no such modules. The model is then unchanged.
+            `call_projections` is given for torchaudio's WavLM, which has no such modules; or `inference` is unknown,
+            not available on this processor, or asked for on a GPU, in another precision than fp32, or a second time
+            with another value. The model is then unchanged.
     """
     if norm not in ("valid", "padded"):
         raise ValueError(f"norm: must be 'valid' or 'padded', got {norm!r}")
     found = served_modules(model)
+    encoders = [module for module, classes in found if classes.width]
+    if inference is not None:
+        check_format(inference)
+        for encoder in encoders:
+            _check_prepacking(encoder, inference)
     for module, classes in found:
         if classes.check:
             classes.check(module)
@@ -96,13 +113,13 @@ def accelerate(
         if compressor is not None or hasattr(module, ACCELERATED_COMPRESSOR):
             raise ValueError(f"compressor: {reason}, which cannot apply the compressor; {cure}")
     if compressor is not None:
-        encoders = [(module, classes.width(module)) for module, classes in found if classes.width]
-        if len(encoders) != 1:
+        widths = [(module, classes.width(module)) for module, classes in found if classes.width]
+        if len(widths) != 1:
             raise ValueError(
-                f"compressor: expected a model with one encoder, but {type(model).__name__} has {len(encoders)}; "
+                f"compressor: expected a model with one encoder, but {type(model).__name__} has {len(widths)}; "
                 "accelerate each encoder with its own compressor"
             )
-        ((encoder, width),) = encoders
+        ((encoder, width),) = widths
         if compressor.channels != width:
             raise ValueError(f"compressor: has {compressor.channels} channels, but the encoder's width is {width}")
         like = next(encoder.parameters())
@@ -112,11 +129,32 @@ def accelerate(
         classes.put_on(module, norm, call_projections)
         if classes.layers:
             read_only.warn_once(module, classes.layers(module), again=True)
+    for encoder in encoders if inference is not None else ():
+        if not is_prepacked(encoder):
+            setattr(encoder, _LEARNED, [name for name, one in encoder.named_parameters() if one.requires_grad])
+            prepack_encoder(encoder, inference)
     for _, reason, cure in hidden:
         warnings.warn(f"{reason}, without acceleration; {cure}", stacklevel=2)
     if any(is_unproven(parameter.device) for module, _ in found for parameter in module.parameters()):
         _warn_of_unproven_kernels()
     return model
+
+
+def _check_prepacking(encoder: nn.Module, format: Format) -> None:
+    """Raise ValueError if the weights of an encoder cannot be prepacked in a format."""
+    kind = type(encoder).__name__
+    if formats := {part.packed.format for part in encoder.modules() if isinstance(part, Prepacked)}:
+        if (before := "int8" if "int8" in formats else formats.pop()) != format:
+            raise ValueError(
+                f"inference: the weights of this {kind} are prepacked as {before!r} already; load the model again"
+            )
+        return
+    kinds = {f"{parameter.dtype} on {parameter.device.type}" for parameter in encoder.parameters()}
+    if kinds != {"torch.float32 on cpu"}:
+        raise ValueError(
+            f"inference: expected a {kind} in torch.float32 on the CPU, got {', '.join(sorted(kinds))}; call "
+            "`model.float().cpu()` first"
+        )
 
 
 def _why_hidden(module: nn.Module, classes: AcceleratedClasses) -> tuple[str, str] | None:
@@ -180,6 +218,11 @@ def restore(model: Model) -> Model:
             layers = classes.layers if classes.original(module) and hasattr(type(module), NORM) else None
             if layers and (lost := read_only.lost(module, layers(module))):
                 warnings.warn(f"{lost}; merge them into the weights before (PEFT: `merge_and_unload`)", stacklevel=2)
+            if classes.original(module) and hasattr(module, _LEARNED):
+                unpack_encoder(module)
+                learned = set(vars(module).pop(_LEARNED))
+                for name, parameter in module.named_parameters():
+                    parameter.requires_grad_(name in learned)
             classes.take_off(module)
     return model
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fastssl.interop.classes import CALLS
 from fastssl.nn import functional as F
 from fastssl.nn.linear import packed_linear, packed_linears
+from fastssl.nn.prepacked import PrepackedLinear
 
 #: Class of attention -> names of its parts that the original only reads.
 READ_ONLY = {
@@ -101,17 +102,21 @@ def lost(model: nn.Module, layers: Iterable[Any]) -> str | None:
 def queries_keys_values(module: Any, x: Tensor) -> list[Tensor]:  # (N, D) -> three of (N, H, E)
     """Return queries, keys and values by the weights of `q_proj`, `k_proj` and `v_proj`, which are not called."""
     projections = [module.q_proj, module.k_proj, module.v_proj]
+    if isinstance(module.q_proj, PrepackedLinear):
+        return F.queries_keys_values(module, x)
     return [frames.unflatten(1, (module.num_heads, -1)) for frames in packed_linears(x, projections)]
 
 
 def output(module: Any, x: Tensor) -> Tensor:  # (N, D) -> (N, D)
     """Apply the output layer by its weights; it is not called."""
+    if isinstance(module.out_proj, PrepackedLinear):
+        return F.linear(module.out_proj, x)
     return packed_linear(x, module.out_proj.weight, module.out_proj.bias)
 
 
 def _does_more(module: nn.Module) -> bool:
     """Return whether calling a module does more than its weights and its class's `forward` in PyTorch."""
-    plain = type(module).forward in (nn.Linear.forward, nn.MultiheadAttention.forward)
+    plain = type(module).forward in (nn.Linear.forward, nn.MultiheadAttention.forward, PrepackedLinear.forward)
     return not plain or F.is_watched(module)
 
 

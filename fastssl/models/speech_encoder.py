@@ -422,7 +422,7 @@ class SpeechEncoder(nn.Module):
         return self._prepacked(format, None)
 
     def _prepacked(self, format: Format, weights: Mapping[str, Tensor] | None) -> "Self":
-        prepack_encoder(self, format, weights)
+        prepack_encoder(self.eval(), format, weights)
         self.inference = format
         return self
 

@@ -27,11 +27,25 @@ class Prepacked(nn.Module):
     """
 
     packed: PrepackedWeight
+    #: The layer that was replaced, without its numbers: on the meta device, and in a tuple so that it is no submodule.
+    _replaced: tuple[nn.Module, ...] = ()
 
     def __init__(self, packed: PrepackedWeight) -> None:
         super().__init__()
         self.packed = packed
         self.training = False
+
+    def instead_of(self, layer: nn.Module) -> "Prepacked":
+        """Take the mode of a layer, and keep the layer without its numbers, for `restored`."""
+        self._replaced = (layer.to("meta"),)
+        return self.train(layer.training)
+
+    def restored(self) -> nn.Module:
+        """Return the replaced layer with the numbers that this one computes with."""
+        (layer,) = self._replaced
+        layer = layer.to_empty(device="cpu")
+        layer.load_state_dict(self._tensors())
+        return layer.train(self.training)
 
     def check(self, x: Tensor) -> None:
         """Check that a call needs no gradients.
@@ -110,8 +124,8 @@ class PrepackedLinear(Prepacked):
         self.out_features, self.in_features, _ = packed.shape
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the layer: (N, in_features) to (N, out_features)."""
-        return prepacked_linears(x, [self])[0]
+        """Apply the layer: (..., in_features) to (..., out_features)."""
+        return prepacked_linears(x.flatten(0, -2), [self])[0].unflatten(0, x.shape[:-1])
 
     def with_gelu(self, x: Tensor) -> Tensor:
         """Apply the layer, then GELU: (N, in_features) to (N, out_features)."""
@@ -149,12 +163,28 @@ class PrepackedPositionalConv(Prepacked):
 
     Args:
         packed: Weight and bias.
-        weight_norm: Whether the replaced convolution had weight norm, and the state dict its parameters.
+        norm_names: Names of size and direction in the state dict, if the replaced convolution had weight norm.
     """
 
-    def __init__(self, packed: PrepackedWeight, *, weight_norm: bool) -> None:
+    def __init__(self, packed: PrepackedWeight, norm_names: tuple[str, str] | None) -> None:
         super().__init__(packed)
-        self.kernel_size, self.weight_norm = (packed.shape[2],), weight_norm
+        self.kernel_size, self.stride, self.norm_names = (packed.shape[2],), (1,), norm_names
+
+    def instead_of(self, layer: nn.Module) -> "Prepacked":
+        """Take the mode of a layer. It is not kept, because modules with a parametrisation cannot be pickled."""
+        return self.train(layer.training)
+
+    def restored(self) -> nn.Module:
+        """Return a convolution like the replaced one, with the numbers that this one computes with."""
+        (c_out, _, kernel), groups = self.packed.shape, self.packed.groups
+        with torch.device("cpu"):
+            conv = nn.Conv1d(c_out, c_out, kernel, padding=kernel // 2, groups=groups, bias=self.packed.has_bias)
+        if self.norm_names == _NORM_NAMES[0]:
+            nn.utils.parametrizations.weight_norm(conv, dim=2)
+        elif self.norm_names is not None:
+            nn.utils.weight_norm(conv, dim=2)
+        conv.load_state_dict(self._tensors())
+        return conv.train(self.training)
 
     def with_gelu(self, x: Packed) -> Tensor:  # (N, D) -> (N, D)
         """Convolve each utterance, then apply GELU."""
@@ -168,17 +198,27 @@ class PrepackedPositionalConv(Prepacked):
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = super()._tensors()
-        if not self.weight_norm:
+        if self.norm_names is None:
             return tensors
         weight = tensors.pop("weight")
         norm = torch.linalg.vector_norm(weight, dim=(0, 1), keepdim=True)
-        return tensors | {"parametrizations.weight.original0": norm, "parametrizations.weight.original1": weight}
+        return tensors | dict(zip(self.norm_names, (norm, weight), strict=True))
+
+
+#: Names of size and direction of a weight norm over time: of PyTorch's parametrisation, and of its older hook.
+_NORM_NAMES = (("parametrizations.weight.original0", "parametrizations.weight.original1"), ("weight_g", "weight_v"))
+
+
+def names_of_norm(conv: nn.Module) -> tuple[str, str] | None:
+    """Return the names of size and direction in the state dict of a convolution with weight norm, else None."""
+    state = conv.state_dict()
+    return next((names for names in _NORM_NAMES if names[0] in state), None)
 
 
 def weight_of(tensors: Mapping[str, Tensor]) -> Tensor:
     """Return the weight of a layer from its tensors by name, which may be those of a weight norm over time."""
     if "weight" in tensors:
         return tensors["weight"]
-    size, direction = (tensors[f"parametrizations.weight.original{number}"].float() for number in (0, 1))
+    size, direction = next((tensors[a].float(), tensors[b].float()) for a, b in _NORM_NAMES if a in tensors)
     norm = torch.linalg.vector_norm(direction, dim=(0, 1), keepdim=True)
     return direction * torch.where(norm > 0, size / norm, 0.0)
