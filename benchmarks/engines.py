@@ -7,6 +7,7 @@ import importlib
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -95,7 +96,9 @@ def onnx_runtime(encoder: Encoder, *, at_once: int, threads: int, int8: bool = F
         if int8:
             quantization: Any = importlib.import_module("onnxruntime.quantization")
             quantised = Path(name, "int8.onnx")
-            quantization.quantize_dynamic(path, quantised, op_types_to_quantize=["MatMul", "Attention"], per_channel=True)
+            quantization.quantize_dynamic(
+                path, quantised, op_types_to_quantize=["MatMul", "Attention"], per_channel=True
+            )
             path = quantised
         options = runtime.SessionOptions()
         options.intra_op_num_threads = threads // at_once
@@ -103,11 +106,21 @@ def onnx_runtime(encoder: Encoder, *, at_once: int, threads: int, int8: bool = F
         sessions = [
             runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"]) for _ in range(at_once)
         ]
-    return _one_by_one([lambda audio, s=session: s.run(None, {"audio": audio[None]})[0][0] for session in sessions])
+
+    def run(session: Any, audio: Array) -> Array:
+        out: Array = session.run(None, {"audio": audio[None]})[0][0]
+        return out
+
+    return _one_by_one([partial(run, session) for session in sessions])
 
 
 def openvino(
-    encoder: Encoder, *, at_once: int, threads: int, precision: Literal["f32", "bf16"], calibration: Sequence[Array] = ()
+    encoder: Encoder,
+    *,
+    at_once: int,
+    threads: int,
+    precision: Literal["f32", "bf16"],
+    calibration: Sequence[Array] = (),
 ) -> Encode:
     """Run utterances one by one in OpenVINO.
 
@@ -119,13 +132,12 @@ def openvino(
         calibration: Waveforms to quantise the linear layers to int8 with NNCF; none leaves them in `precision`.
     """
     compiled = _openvino_model(encoder, at_once=at_once, threads=threads, precision=precision, calibration=calibration)
-    if at_once == 1:
-        request = compiled.create_infer_request()
-        return _one_by_one([lambda audio: request.infer({"audio": audio[None]})["out"][0].copy()])
-    requests = [compiled.create_infer_request() for _ in range(at_once)]
-    return _one_by_one(
-        [lambda audio, r=request: r.infer({"audio": audio[None]})["out"][0].copy() for request in requests]
-    )
+
+    def run(request: Any, audio: Array) -> Array:
+        out: Array = request.infer({"audio": audio[None]})["out"][0].copy()
+        return out
+
+    return _one_by_one([partial(run, compiled.create_infer_request()) for _ in range(at_once)])
 
 
 def openvino_padded(encoder: Encoder, *, threads: int, precision: Literal["f32", "bf16"]) -> Encode:

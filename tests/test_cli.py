@@ -530,7 +530,7 @@ def test_nobody_is_sent_to_the_strangers_package() -> None:
 def test_info_gives_backends_and_reasons(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["info"]) == 0
     text = capsys.readouterr().out
-    for op, devices in dispatch.BACKENDS.items():
+    for op, devices in (dispatch.BACKENDS | dispatch.INFERENCE_BACKENDS).items():
         section = text.split(f"\n{op}\n")[1].split("\n\n")[0]
         for device, backends in devices.items():
             assert f"  {device}: {', '.join(backends)}\n" in section + "\n"

@@ -100,6 +100,24 @@ FASTSSL_INLINE T gelu(T x) {
   return x * normal_at(x).below;
 }
 
+// GELU with an error of at most 5e-5, less than the rounding of its result to bfloat16 or bytes: a polynomial for the
+// normal distribution up to 4.4 standard deviations. A third of the operations of `gelu`.
+FASTSSL_INLINE float coarse_gelu(float x) {
+  constexpr float kHighest = 4.4f;
+  const float square = x * x;
+  float p = 3.5693975e-11f;
+  p = p * square - 3.7540215e-9f;
+  p = p * square + 1.7408375e-7f;
+  p = p * square - 4.7248491e-6f;
+  p = p * square + 8.4292806e-5f;
+  p = p * square - 1.0549912e-3f;
+  p = p * square + 9.6430229e-3f;
+  p = p * square - 6.6076420e-2f;
+  p = p * square + 3.9876160e-1f;
+  const float y = x * (0.5f + x * p);
+  return x < -kHighest ? 0.0f : (x > kHighest ? x : y);
+}
+
 template <typename T>
 FASTSSL_INLINE T gelu_derivative(T x) {
   const Normal<T> normal = normal_at(x);

@@ -300,6 +300,63 @@ Format format_of(ScalarType dtype) {
   return Format::kInt8Dot;
 }
 
+void run_blocks(Format format, const Call& call, int64_t rows) {
+  const int64_t groups = call.groups;
+  int64_t most_channels = call.channels;
+  for (const Weight& weight : call.weights) {
+    most_channels = std::max(most_channels, weight.channels);
+  }
+  // As many blocks for each thread as for the others, of about as many rows.
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t wanted = round_up(divide_up(rows, kBlockRows), groups == 1 ? threads : 1);
+  const int64_t block_rows = round_up(divide_up(rows, wanted), kTileRows);
+  const int64_t blocks = divide_up(rows, block_rows);
+  torch::stable::parallel_for(0, groups * blocks, 1, [&](int64_t first, int64_t last) {
+    const int64_t slots = round_up(block_rows, kTileRows);
+    // A sequence of n rows of a block has (n - 1) * stride + kernel rows of input.
+    const int64_t input_rows =
+        call.in_place ? 0 : block_rows * call.stride + std::min(block_rows, call.sequences) * call.kernel;
+    Scratch scratch;
+    scratch.units.resize(input_rows * call.steps);
+    scratch.bytes.resize(input_rows);
+    scratch.begins.resize(slots);
+    scratch.first_bytes.resize(slots);
+    scratch.sums.resize(slots * kPanelColumns);
+    scratch.wide.resize((call.norm_weight == nullptr ? 1 : block_rows) * most_channels);
+    for (int64_t index = first; index < last; ++index) {
+      const int64_t first_row = index % blocks * block_rows;
+      const Block block{index / blocks, first_row, std::min(block_rows, rows - first_row)};
+      run(format, call, block, scratch);
+    }
+  });
+}
+
+Weight describe_weight(
+    const Tensor& panels,
+    const Tensor* scales,
+    const Tensor* sums,
+    const Tensor& biases,
+    int64_t groups,
+    int64_t channels,
+    Tensor& out) {
+  check_tensor(biases, "biases", 2, ScalarType::Float);
+  Weight weight{};
+  weight.panels = static_cast<const uint32_t*>(panels.const_data_ptr());
+  if (scales != nullptr) {
+    check_tensor(*scales, "scales", 2, ScalarType::Float);
+    check_tensor(*sums, "sums", 3, ScalarType::Float);
+    weight.scale = scales->const_data_ptr<float>();
+    weight.sums = sums->const_data_ptr<float>();
+  }
+  weight.bias = biases.const_data_ptr<float>();
+  weight.panels_per_group = panels.size(0) / groups;
+  weight.channels = channels;
+  weight.channels_per_group = channels / groups;
+  weight.out = out.mutable_data_ptr();
+  weight.out_is_bfloat16 = out.scalar_type() == ScalarType::BFloat16;
+  return weight;
+}
+
 std::vector<Tensor> conv(
     const Tensor& x,  // (N, groups * C_in), float32 or bfloat16
     const std::optional<Tensor>& cu_in,  // (B + 1,); none for a single sequence
@@ -340,63 +397,28 @@ std::vector<Tensor> conv(
   call.begins_in = cu_in ? cu_in->const_data_ptr<int32_t>() : all_in;
   call.begins_out = cu_out ? cu_out->const_data_ptr<int32_t>() : all_out;
   call.sequences = cu_in ? cu_in->size(0) - 1 : 1;
-  const bool same_type = format == Format::kFloat ? !call.x_is_bfloat16 : format != Format::kInt8Dot && call.x_is_bfloat16;
+  STD_TORCH_CHECK(
+      cu_in || total == 0 || (total - 1) * stride + kernel <= x.size(0), "total: more rows than the input has windows");
+  const bool same_type = (format == Format::kFloat && !call.x_is_bfloat16) ||
+      (format != Format::kFloat && format != Format::kInt8Dot && call.x_is_bfloat16);
   call.in_place = same_type && groups == 1 && padding == 0 && call.channels % values_per_unit(format) == 0;
   call.norm_weight = data_or_null<float>(norm_weight);
   call.norm_bias = data_or_null<float>(norm_bias);
   call.eps = static_cast<float>(eps);
   call.gelu = gelu;
   std::vector<Tensor> outs;
-  int64_t most_channels = call.channels;
   for (size_t i = 0; i < panels.size(); ++i) {
     check_tensor(panels[i], "panels", 4, panels[0].scalar_type());
-    check_tensor(biases[i], "biases", 2, ScalarType::Float);
-    outs.push_back(torch::stable::new_empty(x, {total, channels[i]}, dtype));
     STD_TORCH_CHECK(panels[i].size(1) == kernel * call.steps, "panels: do not fit the input's channels");
-    Weight weight{};
-    weight.panels = static_cast<const uint32_t*>(panels[i].const_data_ptr());
-    if (format == Format::kInt8Dot) {
-      check_tensor(scales[i], "scales", 2, ScalarType::Float);
-      check_tensor(sums[i], "sums", 3, ScalarType::Float);
-      weight.scale = scales[i].const_data_ptr<float>();
-      weight.sums = sums[i].const_data_ptr<float>();
-    }
-    weight.bias = biases[i].const_data_ptr<float>();
-    weight.panels_per_group = panels[i].size(0) / groups;
-    weight.channels = channels[i];
-    weight.channels_per_group = weight.channels / groups;
-    weight.out = outs[i].mutable_data_ptr();
-    weight.out_is_bfloat16 = dtype == ScalarType::BFloat16;
-    call.weights.push_back(weight);
-    most_channels = std::max(most_channels, weight.channels);
+    outs.push_back(torch::stable::new_empty(x, {total, channels[i]}, dtype));
+    const bool bytes = format == Format::kInt8Dot;
+    call.weights.push_back(describe_weight(
+        panels[i], bytes ? &scales[i] : nullptr, bytes ? &sums[i] : nullptr, biases[i], groups, channels[i], outs[i]));
   }
-  const int64_t rows = total;
-  if (rows == 0) {
+  if (total == 0) {
     return outs;
   }
-  // As many blocks for each thread as for the others, of about as many rows.
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t wanted = round_up(divide_up(rows, kBlockRows), groups == 1 ? threads : 1);
-  const int64_t block_rows = round_up(divide_up(rows, wanted), kTileRows);
-  const int64_t blocks = divide_up(rows, block_rows);
-  torch::stable::parallel_for(0, groups * blocks, 1, [&](int64_t first, int64_t last) {
-    const int64_t slots = round_up(block_rows, kTileRows);
-    // A sequence of n rows of a block has (n - 1) * stride + kernel rows of input.
-    const int64_t input_rows =
-        call.in_place ? 0 : block_rows * stride + std::min(block_rows, call.sequences) * kernel;
-    Scratch scratch;
-    scratch.units.resize(input_rows * call.steps);
-    scratch.bytes.resize(input_rows);
-    scratch.begins.resize(slots);
-    scratch.first_bytes.resize(slots);
-    scratch.sums.resize(slots * kPanelColumns);
-    scratch.wide.resize((call.norm_weight == nullptr ? 1 : block_rows) * most_channels);
-    for (int64_t index = first; index < last; ++index) {
-      const int64_t first_row = index % blocks * block_rows;
-      const Block block{index / blocks, first_row, std::min(block_rows, rows - first_row)};
-      run(format, call, block, scratch);
-    }
-  });
+  run_blocks(format, call, total);
   return outs;
 }
 

@@ -76,13 +76,18 @@ FASTSSL_INLINE acc_t standardise(const Layer<acc_t>& layer, int64_t sequence, co
   return rstd;
 }
 
-template <typename scalar_t, typename acc_t>
+template <bool kCoarse, typename scalar_t, typename acc_t>
 FASTSSL_INLINE void activate(const Layer<acc_t>& layer, const acc_t* standard, scalar_t* out) {
   const acc_t* weight = layer.norm_weight;
   const acc_t* bias = layer.norm_bias;
   if (layer.gelu) {
     for (int64_t c = 0; c < layer.channels; ++c) {
-      out[c] = static_cast<scalar_t>(gelu(standard[c] * weight[c] + bias[c]));
+      const acc_t x = standard[c] * weight[c] + bias[c];
+      if constexpr (kCoarse) {
+        out[c] = static_cast<scalar_t>(coarse_gelu(x));
+      } else {
+        out[c] = static_cast<scalar_t>(gelu(x));
+      }
     }
   } else {
     for (int64_t c = 0; c < layer.channels; ++c) {

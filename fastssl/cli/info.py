@@ -44,7 +44,7 @@ def info(arguments: Sequence[str]) -> None:
     for device, reason in dispatch.COMPILED_MODULES.items():
         print(f"compiled module for {device}: {reason or 'loaded'}")
     print(f"compiled module for data workers: {_why_no_host_module() or 'loaded'}")
-    for op, devices in dispatch.BACKENDS.items():
+    for op, devices in (dispatch.BACKENDS | dispatch.INFERENCE_BACKENDS).items():
         print(f"\n{op}")
         for device, backends in devices.items():
             print(f"  {device}: {', '.join(backends)}")

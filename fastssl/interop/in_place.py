@@ -129,8 +129,8 @@ def accelerate(
         classes.put_on(module, norm, call_projections)
         if classes.layers:
             read_only.warn_once(module, classes.layers(module), again=True)
-    for encoder in encoders if inference is not None else ():
-        if not is_prepacked(encoder):
+    for encoder in encoders:
+        if inference is not None and not is_prepacked(encoder):
             setattr(encoder, _LEARNED, [name for name, one in encoder.named_parameters() if one.requires_grad])
             prepack_encoder(encoder, inference)
     for _, reason, cure in hidden:

@@ -105,9 +105,7 @@ def _opened(
         raise ValueError(f"{printable(path_or_model)}: cannot be read: {error.strerror}; check the path") from error
 
 
-def _from_path(
-    name: str | Path, *, language: str | None, inference: Format | None, download: bool
-) -> SpeechEncoder:
+def _from_path(name: str | Path, *, language: str | None, inference: Format | None, download: bool) -> SpeechEncoder:
     path = Path(name)
     if path.is_file():
         if language is not None:

@@ -30,6 +30,8 @@ TRITON = torch.library.Library("fastssl_triton", "DEF")
 
 #: op -> device type -> available backends, the preferred one first.
 BACKENDS: dict[str, dict[str, tuple[str, ...]]] = {}
+#: The same for ops that have no gradients.
+INFERENCE_BACKENDS: dict[str, dict[str, tuple[str, ...]]] = {}
 #: op -> (backend, device type) -> reason why that backend is not available, for error messages.
 MISSING: dict[str, dict[tuple[str, str], str]] = {}
 
@@ -125,7 +127,7 @@ class Op:
             name: Name of the op, and prefix of the names of its operators.
             fake_forward: Function that returns empty results of `<name>_fwd`, for tracing. Its type annotations give
                 the schema of the operator. None if the op needs no operators.
-            fake_backward: The same for `<name>_bwd`.
+            fake_backward: The same for `<name>_bwd`; None if the op has no gradients.
             schemas: Schemas of `<name>_fwd` and `<name>_bwd`; None takes the schema from the type annotations.
             torch_devices: Device types on which PyTorch's own kernel supports the op and is faster than the reference.
             triton_kernels: Module with `<name>_fwd` and `<name>_bwd`; imported only if Triton can run.
@@ -147,8 +149,10 @@ class Op:
                 NATIVE.define(part + signature)
             if all(_has_native_kernel(part, "CPU") for part in parts):
                 self._plug_in(NATIVE, module, "CPU")
-        BACKENDS[name], MISSING[name] = {}, {}
-        for device, key in (("cpu", "CPU"), ("cuda", "CUDA")):
+        inference = bool(self.forward and not self.backward)
+        self.backends: dict[str, tuple[str, ...]] = {}
+        (INFERENCE_BACKENDS if inference else BACKENDS)[name], MISSING[name] = self.backends, {}
+        for device, key in (("cpu", "CPU"), ("cuda", "CUDA"))[: 1 if inference else 2]:  # no inference op is for GPUs
             present, missing = [], MISSING[name]
             if self.forward and _has_native_kernel(f"{name}_fwd", key) and not COMPILED_MODULES[device]:
                 present.append("native")
@@ -167,7 +171,7 @@ class Op:
                 present.append("triton")
             left_out = [backend for backend in present if f"{name}.{backend}" in EXCLUDED and backend != "reference"]
             missing.update({(backend, device): "excluded by FASTSSL_EXCLUDE" for backend in left_out})
-            BACKENDS[name][device] = tuple(backend for backend in present if backend not in left_out)
+            self.backends[device] = tuple(backend for backend in present if backend not in left_out)
 
     def _plug_in(self, library: torch.library.Library, module: str, key: str) -> None:
         """Register `<name>_fwd` and `<name>_bwd` of a Python module as kernels for a dispatch key."""
@@ -191,7 +195,7 @@ class Op:
                 the arguments.
         """
         unsupported = _TRANSFORMED if is_transformed() else unsupported or {}
-        present = BACKENDS[self.name].get(x.device.type, ("reference",))
+        present = self.backends.get(x.device.type, ("reference",))
         wish = backend or DEFAULT_BACKEND
         if wish is None:
             return next(name for name in present if unsupported.get(name) is None)
@@ -211,7 +215,7 @@ def check_excluded() -> None:
     Raises:
         ValueError: A name is not that of an op and of a backend other than the reference.
     """
-    known = {f"{op}.{backend}" for op in BACKENDS for backend in ("native", "triton", "torch")}
+    known = {f"{op}.{backend}" for op in BACKENDS | INFERENCE_BACKENDS for backend in ("native", "triton", "torch")}
     for name in EXCLUDED:
         if name not in known:
             raise ValueError(

@@ -116,10 +116,10 @@ def _front_end(encoder: nn.Module) -> Iterator[tuple[str, int, bool, Any]]:
     """Yield path, index and module of each convolution of front ends but the first, and whether it is the last one."""
     for path, module in encoder.named_modules():
         blocks = list(getattr(module, "conv_layers", ()))
-        if len(blocks) > 1 and all(_is_plain(block.conv, nn.Conv1d) for block in blocks[1:]):
-            if blocks[0].conv.in_channels == 1:
-                for index, block in enumerate(blocks[1:], 1):
-                    yield f"{path}.conv_layers.{index}", index, block is blocks[-1], block
+        plain = len(blocks) > 1 and all(_is_plain(block.conv, nn.Conv1d) for block in blocks[1:])
+        if plain and blocks[0].conv.in_channels == 1:
+            for index, block in enumerate(blocks[1:], 1):
+                yield f"{path}.conv_layers.{index}", index, block is blocks[-1], block
 
 
 def _positional(encoder: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -129,9 +129,13 @@ def _positional(encoder: nn.Module) -> Iterator[tuple[str, Any]]:
         stacked = getattr(embedding, "layers", None)
         blocks = {"": embedding} if stacked is None else {f".layers.{index}": one for index, one in enumerate(stacked)}
         for name, block in blocks.items():
-            conv = getattr(block, "conv", None)
+            conv: Any = getattr(block, "conv", None)
             plain = isinstance(conv, nn.Conv1d) and not functional.is_watched_convolution(conv)
-            if plain and conv.stride[0] == 1 and 2 * int(conv.padding[0]) in (conv.kernel_size[0], conv.kernel_size[0] - 1):
+            if (
+                plain
+                and conv.stride[0] == 1
+                and 2 * int(conv.padding[0]) in (conv.kernel_size[0], conv.kernel_size[0] - 1)
+            ):
                 yield f"{path}.pos_conv_embed{name}".removeprefix("."), block
 
 

@@ -1,6 +1,6 @@
 """Layers for inference on the CPU, whose weights are laid out beforehand in fp32, bf16 or int8."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -100,9 +100,7 @@ class Prepacked(nn.Module):
                 return
         if given:
             new = own | given
-            self.packed = prepack(
-                weight_of(new), new.get("bias"), format=self.packed.format, groups=self.packed.groups
-            )
+            self.packed = prepack(weight_of(new), new.get("bias"), format=self.packed.format, groups=self.packed.groups)
 
     def extra_repr(self) -> str:
         """Describe the layer for `print`."""
@@ -125,7 +123,8 @@ class PrepackedLinear(Prepacked):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer: (..., in_features) to (..., out_features)."""
-        return prepacked_linears(x.flatten(0, -2), [self])[0].unflatten(0, x.shape[:-1])
+        (out,) = prepacked_linears(x.flatten(0, -2), [self])
+        return out.view(*x.shape[:-1], self.out_features)
 
     def with_gelu(self, x: Tensor) -> Tensor:
         """Apply the layer, then GELU: (N, in_features) to (N, out_features)."""
@@ -137,7 +136,7 @@ class PrepackedLinear(Prepacked):
         return tensors | {"weight": tensors["weight"].squeeze(2)}
 
 
-def prepacked_linears(x: Tensor, layers: "list[PrepackedLinear]") -> list[Tensor]:
+def prepacked_linears(x: Tensor, layers: Sequence[PrepackedLinear]) -> list[Tensor]:
     """Apply several layers to the same frames (N, C_in); their outputs (N, C_out) have the dtype of the first one's."""
     for layer in layers:
         layer.check(x)

@@ -15,9 +15,7 @@ from fastssl.nn.prepacked import Prepacked
 from tests.interop.tiny_models import ACCELERATED, transformers_model
 
 _TOLERANCES = {"fp32": 1e-5, "bf16": 4e-2, "int8": 1e-1}
-EVERY_FORMAT = pytest.mark.parametrize(
-    "format", [name for name in FORMATS if name != "int8" or multiplies_bytes()]
-)
+EVERY_FORMAT = pytest.mark.parametrize("format", [name for name in FORMATS if name != "int8" or multiplies_bytes()])
 
 
 def padded_batch() -> tuple[Tensor, Tensor]:
@@ -86,7 +84,7 @@ def test_what_is_impossible_is_refused() -> None:
     model = transformers_model("wav2vec2 base")
     with pytest.raises(ValueError, match="inference: must be one of fp32, bf16, int8"):
         fastssl.accelerate(model, inference="int4")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="expected a Wav2Vec2Model in torch.float32 on the CPU, got torch.bfloat16"):
+    with pytest.raises(ValueError, match=r"expected a Wav2Vec2Model in torch\.float32 on the CPU, got torch\.bfloat16"):
         fastssl.accelerate(copy.deepcopy(model).bfloat16(), inference="fp32")
     assert not any(isinstance(module, Prepacked) for module in model.modules())
     packed = fastssl.accelerate(model, inference="fp32")
@@ -94,5 +92,5 @@ def test_what_is_impossible_is_refused() -> None:
         fastssl.accelerate(packed, inference="bf16")
     with pytest.raises(ValueError, match="prepacked for inference"):
         states(packed.train())
-    with pytest.raises(ValueError, match="cannot become torch.float16"):
+    with pytest.raises(ValueError, match=r"cannot become torch\.float16"):
         packed.half()

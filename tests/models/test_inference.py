@@ -62,13 +62,16 @@ def make_encoder(shape: str = "wav2vec2") -> SpeechEncoder:
     encoder = Encoder((AdaptedEncoderConfig if adapted else EncoderConfig).from_dict(values)).eval()
     encoder.normalize = True
     for parameter in encoder.parameters():  # no parameter keeps an initial value, such as 0, that hides errors
-        nn.init.normal_(parameter, mean=float(parameter.detach().mean()), std=0.1 + float(parameter.detach().std(correction=0)))
+        nn.init.normal_(
+            parameter, mean=float(parameter.detach().mean()), std=0.1 + float(parameter.detach().std(correction=0))
+        )
     return encoder
 
 
 def features(encoder: SpeechEncoder, *lengths: int) -> Tensor:
     with torch.no_grad():
-        return encoder(waveforms_of(*(lengths or (9_000, 4_321, 720)))).features.values
+        out: Tensor = encoder(waveforms_of(*(lengths or (9_000, 4_321, 720)))).features.values
+    return out
 
 
 @EVERY_SHAPE
@@ -158,7 +161,7 @@ def test_weights_that_are_loaded_later_take_effect(format: Format) -> None:
     encoder, other = make_encoder(), make_encoder()
     with torch.no_grad():
         for parameter in other.parameters():
-            parameter += 0.05 * torch.randn_like(parameter)
+            parameter.add_(torch.randn_like(parameter), alpha=0.05)
     packed = copy.deepcopy(encoder).prepack(format)
     packed.load_state_dict(other.state_dict())
     expected = features(copy.deepcopy(other).prepack(format))
@@ -179,7 +182,7 @@ def test_a_state_dict_that_does_not_fit_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "call, message",
+    ("call", "message"),
     [
         (lambda encoder: features(encoder.train()), "prepacked for inference"),
         (lambda encoder: encoder.bfloat16(), "cannot become torch.bfloat16"),
@@ -217,5 +220,5 @@ def test_nan_weights_are_refused(tmp_path: Path) -> None:
     with torch.no_grad():
         encoder.encoder.layers[1].feed_forward.output_dense.weight[3, 4] = float("nan")  # type: ignore[index, union-attr]
     encoder.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="layers.1.feed_forward.output_dense.weight has NaN"):
+    with pytest.raises(ValueError, match=r"layers\.1\.feed_forward\.output_dense\.weight has NaN"):
         fastssl.load_encoder(tmp_path, inference="fp32")

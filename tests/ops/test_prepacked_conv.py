@@ -1,6 +1,7 @@
 """Test products with prepacked weights: against the reference, plain PyTorch and themselves in other batches."""
 
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,14 +11,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastssl import ops
-from fastssl.kernels.dispatch import BACKENDS, UnavailableBackendError
+from fastssl.kernels.dispatch import INFERENCE_BACKENDS, UnavailableBackendError
 from fastssl.kernels.prepacked_conv.op import multiplies_bytes
 from fastssl.kernels.prepacked_conv.weights import FORMATS, Format
 from fastssl.packing import Layout, Packed
 from tests.ops.common import LENGTHS
 
 native = pytest.mark.skipif(
-    "native" not in BACKENDS["prepacked_conv"]["cpu"], reason="the compiled CPU module was not built"
+    "native" not in INFERENCE_BACKENDS["prepacked_conv"]["cpu"], reason="the compiled CPU module was not built"
 )
 #: Largest error against plain PyTorch in fp64 with the same values, relative to the largest one: rounding of operands.
 _ROUNDING = {"fp32": 1e-6, "bf16": 6e-3, "int8": 2e-2}
@@ -42,8 +43,10 @@ def off(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected.double()).abs().max() / expected.double().abs().max())
 
 
-@pytest.mark.parametrize("backend", BACKENDS["prepacked_conv"]["cpu"])
-@pytest.mark.parametrize("rows, c_in, c_out", [(0, 8, 8), (1, 1, 1), (7, 5, 3), (50, 768, 200), (13, 64, 65), (97, 3, 128)])
+@pytest.mark.parametrize("backend", INFERENCE_BACKENDS["prepacked_conv"]["cpu"])
+@pytest.mark.parametrize(
+    ("rows", "c_in", "c_out"), [(0, 8, 8), (1, 1, 1), (7, 5, 3), (50, 768, 200), (13, 64, 65), (97, 3, 128)]
+)
 def test_linear_is_that_of_pytorch(backend: str, rows: int, c_in: int, c_out: int) -> None:
     x, weight, bias = numbers(rows, c_in), numbers(c_out, c_in, seed=1), numbers(c_out, seed=2)
     for format, gelu, with_bias in itertools.product(usable(backend), (False, True), (False, True)):
@@ -56,7 +59,7 @@ def test_linear_is_that_of_pytorch(backend: str, rows: int, c_in: int, c_out: in
 
 @native
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
-@pytest.mark.parametrize("kernel, stride", [(10, 5), (3, 2), (2, 2), (1, 1), (2, 3), (5, 1)])
+@pytest.mark.parametrize(("kernel", "stride"), [(10, 5), (3, 2), (2, 2), (1, 1), (2, 3), (5, 1)])
 def test_conv_is_that_of_the_reference(lengths: tuple[int, ...], kernel: int, stride: int) -> None:
     layout = Layout.from_lengths(lengths)
     for format, channels, norm, dtype in itertools.product(
@@ -73,9 +76,9 @@ def test_conv_is_that_of_the_reference(lengths: tuple[int, ...], kernel: int, st
         assert off(found, expected) <= _BACKENDS[format]
 
 
-@pytest.mark.parametrize("backend", BACKENDS["prepacked_conv"]["cpu"])
+@pytest.mark.parametrize("backend", INFERENCE_BACKENDS["prepacked_conv"]["cpu"])
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
-@pytest.mark.parametrize("groups, kernel", [(4, 16), (1, 5), (2, 128), (24, 3), (3, 1)])
+@pytest.mark.parametrize(("groups", "kernel"), [(4, 16), (1, 5), (2, 128), (24, 3), (3, 1)])
 def test_keep_length_is_positional_conv(backend: str, lengths: tuple[int, ...], groups: int, kernel: int) -> None:
     layout = Layout.from_lengths(lengths)
     x, weight, bias = numbers(layout.total, 24), numbers(24, 24 // groups, kernel, seed=1), numbers(24, seed=2)
@@ -87,7 +90,7 @@ def test_keep_length_is_positional_conv(backend: str, lengths: tuple[int, ...], 
         assert off(found, expected) <= _ROUNDING[format]
 
 
-@pytest.mark.parametrize("backend", BACKENDS["prepacked_conv"]["cpu"])
+@pytest.mark.parametrize("backend", INFERENCE_BACKENDS["prepacked_conv"]["cpu"])
 def test_several_weights_multiply_the_same_rows(backend: str) -> None:
     x = numbers(30, 48)
     for format in usable(backend):
@@ -132,13 +135,14 @@ def test_a_single_row_has_the_same_bits_as_among_others() -> None:
         assert together.equal(torch.cat(rows))
 
 
-@pytest.mark.parametrize("shape, groups", [((70, 5, 3), 1), ((24, 6, 16), 4), ((64, 64, 1), 1), ((1, 1, 1), 1)])
+@pytest.mark.parametrize(("shape", "groups"), [((70, 5, 3), 1), ((24, 6, 16), 4), ((64, 64, 1), 1), ((1, 1, 1), 1)])
 def test_unpack_returns_what_prepack_got(shape: tuple[int, int, int], groups: int) -> None:
     weight, bias = numbers(*shape), numbers(shape[0], seed=1)
     for format in FORMATS:
         packed = ops.prepack(weight, bias, format=format, groups=groups)
         found, found_bias = ops.unpack(packed)
-        assert found_bias is not None and found_bias.equal(bias)
+        assert found_bias is not None
+        assert found_bias.equal(bias)
         assert packed.format == format
         if format == "int8":
             step = weight.abs().amax((1, 2), keepdim=True) / 127
@@ -160,7 +164,7 @@ def test_int8_sums_of_the_largest_products_are_exact() -> None:
     assert found.tolist() == [[float(torch.tensor(255.0 * 127 * depth))] * 2] * 3
 
 
-@pytest.mark.parametrize("backend", BACKENDS["prepacked_conv"]["cpu"])
+@pytest.mark.parametrize("backend", INFERENCE_BACKENDS["prepacked_conv"]["cpu"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_a_value_that_is_not_finite_spoils_its_own_row_only(backend: str, bad: float) -> None:
     x = numbers(9, 20)
@@ -173,7 +177,7 @@ def test_a_value_that_is_not_finite_spoils_its_own_row_only(backend: str, bad: f
         assert found[torch.arange(9) != 4].equal(expected[torch.arange(9) != 4])
 
 
-@pytest.mark.parametrize("backend", BACKENDS["prepacked_conv"]["cpu"])
+@pytest.mark.parametrize("backend", INFERENCE_BACKENDS["prepacked_conv"]["cpu"])
 def test_int8_of_constant_and_of_tiny_rows(backend: str) -> None:
     if "int8" not in usable(backend):
         pytest.skip("this processor does not multiply bytes")
@@ -202,7 +206,8 @@ def _prepacked(layers: list[ops.StridedConvLayer], format: Format, dtype: torch.
         ops.PrepackedConvLayer(
             ops.prepack(layer.weight, layer.bias, format=format),
             layer.stride,
-            None if layer.norm_weight is None or layer.norm_bias is None
+            None
+            if layer.norm_weight is None or layer.norm_bias is None
             else ops.RowNorm(layer.norm_weight, layer.norm_bias, layer.eps),
             dtype,
         )
@@ -210,7 +215,7 @@ def _prepacked(layers: list[ops.StridedConvLayer], format: Format, dtype: torch.
     ]
 
 
-@pytest.mark.parametrize("backend", BACKENDS["prepacked_conv"]["cpu"])
+@pytest.mark.parametrize("backend", INFERENCE_BACKENDS["prepacked_conv"]["cpu"])
 @pytest.mark.parametrize("norm", ["group", "layer"])
 @pytest.mark.parametrize("lengths", [(9000,), (400, 0, 30_000, 33, 5000), (), (20,)])
 def test_front_end_is_strided_conv_stack(backend: str, norm: str, lengths: tuple[int, ...]) -> None:
@@ -241,7 +246,7 @@ def test_front_end_is_strided_conv_stack(backend: str, norm: str, lengths: tuple
 def test_bad_arguments() -> None:
     layout, x = Layout.from_lengths([5]), numbers(5, 4)
     packed = ops.prepack(numbers(3, 4), None, format="fp32")
-    for message, call in {
+    calls: dict[str, Callable[[], object]] = {
         "format: must be one of fp32, bf16, int8, got 'int4'": lambda: ops.prepack(x, format="int4"),  # type: ignore[arg-type]
         "weight: expected": lambda: ops.prepack(numbers(3), format="fp32"),
         "bias: expected \\(5,\\)": lambda: ops.prepack(x, numbers(4), format="fp32"),
@@ -259,7 +264,8 @@ def test_bad_arguments() -> None:
         "x: expected \\(5, C_in\\)": lambda: ops.prepacked_conv(numbers(4, 4), packed, layout),
         "norm: expected": lambda: ops.prepacked_conv(x, packed, layout, norm=ops.RowNorm(numbers(4), numbers(4), 0.0)),
         "x: prepacked weights run on the CPU only": lambda: ops.prepacked_linear(x.to("meta"), [packed]),
-    }.items():
+    }
+    for message, call in calls.items():
         with pytest.raises(ValueError, match=message):
             call()
     with pytest.raises(UnavailableBackendError):

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastssl.kernels.dispatch import BACKENDS, NATIVE, Op
+from fastssl.kernels.dispatch import INFERENCE_BACKENDS, NATIVE, Op
 from fastssl.kernels.prepacked_conv import reference
 from fastssl.kernels.prepacked_conv.weights import PrepackedWeight
 from fastssl.packing import Layout
@@ -48,7 +48,10 @@ NATIVE.define("prepacked_conv_multiplies_bytes() -> bool")
 
 def multiplies_bytes() -> bool:
     """Return whether the compiled kernel multiplies bytes on this processor; the reference does anywhere, slowly."""
-    return "native" in BACKENDS["prepacked_conv"]["cpu"] and torch.ops.fastssl_native.prepacked_conv_multiplies_bytes()
+    return (
+        "native" in INFERENCE_BACKENDS["prepacked_conv"]["cpu"]
+        and torch.ops.fastssl_native.prepacked_conv_multiplies_bytes()
+    )
 
 
 class RowNorm(NamedTuple):
@@ -199,9 +202,7 @@ def run(
     if any(one.shape[1] != first.shape[1] or one.panels.dtype != first.panels.dtype for one in weights):
         raise ValueError("weights: must have the same input channels and the same format")
     chosen = choose(x, backend)
-    operator: Callable[..., list[Tensor]] = (
-        reference.prepacked_conv if chosen == "reference" else _OP.forward[chosen]
-    )
+    operator: Callable[..., list[Tensor]] = reference.prepacked_conv if chosen == "reference" else _OP.forward[chosen]
     with torch.no_grad():
         return operator(
             x.contiguous(),

@@ -74,8 +74,8 @@ def _windows(x: Tensor, kernel: int, stride: int, padding: int, groups: int) -> 
     if len(x) < kernel or not length:
         return x.new_empty(groups, 0, kernel * width // groups)
     windows = x.unfold(0, kernel, stride)  # (T_out, G * C, K)
-    windows = windows.unflatten(1, (groups, width // groups)).permute(1, 0, 3, 2)
-    return windows.flatten(2)
+    by_group: Tensor = windows.unflatten(1, (groups, width // groups)).permute(1, 0, 3, 2)
+    return by_group.flatten(2)
 
 
 def _matrix(panels: Tensor, scales: Tensor | None, kernel: int, channels: int) -> Tensor:  # (P * 64, K * C_in)
@@ -83,5 +83,5 @@ def _matrix(panels: Tensor, scales: Tensor | None, kernel: int, channels: int) -
     values = panels.float()
     if scales is not None:
         values = values * scales[:, None, :, None]
-    values = values.unflatten(1, (kernel, -1)).permute(0, 3, 1, 2, 4)  # (P, 64, K, steps, U)
-    return values.flatten(3)[..., :channels].flatten(2).flatten(0, 1)
+    by_column: Tensor = values.unflatten(1, (kernel, -1)).permute(0, 3, 1, 2, 4)  # (P, 64, K, steps, U)
+    return by_column.flatten(3)[..., :channels].flatten(2).flatten(0, 1)
