@@ -100,6 +100,27 @@ FASTSSL_INLINE T gelu(T x) {
   return x * normal_at(x).below;
 }
 
+// GELU with an error of at most 2e-7 times |x| or 2e-7: a rational function for the normal distribution up to 5.7
+// standard deviations. Half of the operations of `gelu`, which is more accurate where the result is small.
+FASTSSL_INLINE float fast_gelu(float x) {
+  constexpr float kHighest = 5.7f;
+  const float z = x < -kHighest ? -kHighest : (x > kHighest ? kHighest : x);
+  const float square = z * z;
+  float p = 2.12654037e-8f;
+  p = p * square + 6.67122322e-6f;
+  p = p * square + 1.9817843e-4f;
+  p = p * square + 4.85389167e-3f;
+  p = p * square + 3.66072394e-2f;
+  p = p * square + 3.98941785e-1f;
+  float q = 1.17817672e-6f;
+  q = q * square + 8.37264888e-5f;
+  q = q * square + 2.04833224e-3f;
+  q = q * square + 3.02441698e-2f;
+  q = q * square + 2.58422464e-1f;
+  q = q * square + 1.0f;
+  return x * (0.5f + z * (p / q));
+}
+
 // GELU with an error of at most 5e-5, less than the rounding of its result to bfloat16 or bytes: a polynomial for the
 // normal distribution up to 4.4 standard deviations. A third of the operations of `gelu`.
 FASTSSL_INLINE float coarse_gelu(float x) {

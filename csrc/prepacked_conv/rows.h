@@ -91,7 +91,7 @@ FASTSSL_INLINE void activate_row(float* x, int64_t channels, bool gelu_follows) 
     return;
   }
   for (int64_t c = 0; c < channels; ++c) {
-    x[c] = kCoarse ? coarse_gelu(x[c]) : gelu(x[c]);
+    x[c] = kCoarse ? coarse_gelu(x[c]) : fast_gelu(x[c]);
   }
 }
 

@@ -14,6 +14,7 @@ from fastssl.data.audio import SAMPLE_RATE_HZ, AudioError
 from fastssl.data.recordings import Chunk, FrameGrid, read_chunks
 from fastssl.data.workers import end_if_unable_to_send
 from fastssl.interop import load_encoder
+from fastssl.kernels.prepacked_conv.weights import Format
 from fastssl.models.config import SpeechEncoderConfig
 from fastssl.models.speech_encoder import SpeechEncoder
 from fastssl.nn.compression import Compressed
@@ -58,6 +59,7 @@ def open_encoder_at(
     rate: float | None = None,
     frame_period_ms: float | None = None,
     normalize: bool | None = None,
+    inference: Format | None = None,
 ) -> SpeechEncoder:
     """Load an encoder onto a device and, if asked, set the rate or the frame period of its sequence compressor.
 
@@ -67,12 +69,16 @@ def open_encoder_at(
         rate: Rate of the compressor (lambda of arXiv:2211.02332), from 0 to 2.
         frame_period_ms: Mean frame period to aim for, in milliseconds, instead of a rate.
         normalize: Whether recordings are scaled to zero mean and unit variance; None does what the model's config says.
+        inference: Format of the weights for inference on the CPU, as for `load_encoder`.
 
     Raises:
-        ValueError: The model cannot be loaded, it has no integrate-and-fire compressor, the value is out of range, or
-            both `rate` and `frame_period_ms` are given.
+        ValueError: The model cannot be loaded, it has no integrate-and-fire compressor, the value is out of range, both
+            `rate` and `frame_period_ms` are given, or `inference` and another device than the CPU.
     """
-    encoder = load_encoder(model, normalize=normalize).to(choose_device(device))
+    if inference is not None and device not in ("auto", "cpu"):
+        raise ValueError(f"--inference: {inference} runs on the CPU only, got --device {device}; leave one of them out")
+    encoder = load_encoder(model, normalize=normalize, inference=inference)
+    encoder = encoder.to(choose_device(device if inference is None else "cpu"))
     if rate is None and frame_period_ms is None:
         return encoder
     if encoder.compressor is None:

@@ -20,6 +20,7 @@ from fastssl.eval.encode import (
 from fastssl.eval.shards import SETTINGS_FILE, Shards, check_folder
 from fastssl.eval.showing import track
 from fastssl.folder_lock import folder_lock
+from fastssl.kernels.prepacked_conv.weights import Format
 from fastssl.models.speech_encoder import SpeechEncoder
 from fastssl.names import encoded, stored
 
@@ -40,6 +41,7 @@ def extract(
     normalize: bool | None = None,
     rules: int | None = None,
     shard_mb: float = 512.0,
+    inference: Format | None = None,
     device: str = "auto",
 ) -> list[Problem]:
     """Write the features of every recording.
@@ -73,6 +75,8 @@ def extract(
         rules: Version of the rules by which recordings are found and decoded; by default that of the output folder if
             it exists, else the newest.
         shard_mb: Size of a shard, in megabytes; once a shard has reached it, the next one begins.
+        inference: Format of the encoder's weights on the CPU: fp32, bf16 or int8. Each is faster than the one before
+            and less exact (docs/inference.md). By default the weights stay as they are.
         device: Device to encode on: cpu, cuda, cuda:1, ...; auto uses a GPU if there is one.
 
     Returns:
@@ -84,7 +88,9 @@ def extract(
         WriteError: The system refused to write.
     """
     normalize = recorded_normalize(Path(output) / SETTINGS_FILE) if normalize is None else normalize
-    encoder = open_encoder_at(model, device=device, rate=rate, frame_period_ms=frame_period_ms, normalize=normalize)
+    encoder = open_encoder_at(
+        model, device=device, rate=rate, frame_period_ms=frame_period_ms, normalize=normalize, inference=inference
+    )
     continue_unrecorded(encoder, Path(output) / SETTINGS_FILE)
     layers = encoder.config.num_hidden_layers
     if layer is not None and not 0 <= layer <= layers:
@@ -107,6 +113,7 @@ def extract(
         "channel": channel,
         "normalize": encoder.normalizes,
         "rules": rules,
+        "inference": inference,
     }
     folder, option = Path(output), "--output"
     check_folder(folder, name="features", option=option)  # before the lock writes to it
@@ -114,7 +121,7 @@ def extract(
         shards = Shards(
             folder,
             settings=settings,
-            unrecorded={"normalize": encoder.unrecorded_normalize},
+            unrecorded={"normalize": encoder.unrecorded_normalize, "inference": None},
             name="features",
             option=option,
             shard_bytes=round(shard_mb * 1e6),

@@ -110,6 +110,24 @@ def test_goes_on_where_it_was(
         assert torch.equal(found[key], tensor), key
 
 
+def test_prepacked_weights_give_the_features_of_that_format(encoder: Encoder, recordings: Path, tmp_path: Path) -> None:
+    extract(tmp_path / "model", recordings, tmp_path / "plain")
+    extract(tmp_path / "model", recordings, tmp_path / "packed", inference="bf16")
+    (_, plain), (_, packed) = _read(tmp_path / "plain"), _read(tmp_path / "packed")
+    assert plain.keys() == packed.keys()
+    for key, tensor in plain.items():
+        assert not packed[key].equal(tensor)
+        assert float((packed[key] - tensor).abs().max()) <= 0.05 * float(tensor.abs().max())
+    with pytest.raises(ValueError, match=r"begun with other settings \(.*inference: bf16 there, None now\)"):
+        extract(tmp_path / "model", recordings, tmp_path / "packed")
+    settings = json.loads((tmp_path / "plain" / "settings.json").read_text())
+    assert settings.pop("inference") is None  # as in a folder that an earlier version began
+    (tmp_path / "plain" / "settings.json").write_text(json.dumps(settings))
+    extract(tmp_path / "model", recordings, tmp_path / "plain")
+    with pytest.raises(ValueError, match="--inference: bf16 runs on the CPU only, got --device cuda"):
+        extract(tmp_path / "model", recordings, tmp_path / "other", inference="bf16", device="cuda")
+
+
 def test_refuses_to_mix(encoder: Encoder, recordings: Path, tmp_path: Path) -> None:
     model = tmp_path / "model"
     extract(model, recordings, tmp_path / "out", layer=1)

@@ -11,9 +11,15 @@ import torch
 from fastssl.kernels.dispatch import BACKENDS
 
 FOLDER = Path(__file__).resolve().parent
-#: Forward and backward tests of every op against the reference, and attention at the borders of its blocks.
-SELECTION = "((native-cpu and (test_forward or test_backward)) or test_blocks_of_the_cpu_kernel)"
-FILES = [str(FOLDER / f"test_{name}.py") for name in ("standard", "integrate_and_fire", "varlen_attention")]
+#: Forward and backward tests of every op against the reference, attention at the borders of its blocks, and prepacked
+#: weights.
+SELECTION = (
+    "((native-cpu and (test_forward or test_backward)) or test_blocks_of_the_cpu_kernel or "
+    "(test_prepacked_conv and (test_linear or test_conv or test_keep_length or test_front_end or test_a_single_row)))"
+)
+FILES = [
+    str(FOLDER / f"test_{name}.py") for name in ("standard", "integrate_and_fire", "varlen_attention", "prepacked_conv")
+]
 
 
 @pytest.mark.parametrize("capability", ["avx2", "default"])

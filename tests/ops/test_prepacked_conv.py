@@ -135,6 +135,27 @@ def test_a_single_row_has_the_same_bits_as_among_others() -> None:
         assert together.equal(torch.cat(rows))
 
 
+@native
+def test_the_number_of_threads_does_not_change_a_bit() -> None:
+    layout = Layout.from_lengths([311, 0, 7, 150])
+    x, before = numbers(layout.total, 24), torch.get_num_threads()
+    for format in usable("native"):
+        linear = ops.prepack(numbers(100, 24, seed=1), None, format=format)
+        grouped = ops.prepack(numbers(24, 6, 16, seed=1), None, format=format, groups=4)
+        results = []
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            results.append(
+                [
+                    *ops.prepacked_linear(x, [linear], backend="native"),
+                    ops.prepacked_conv(x, grouped, layout, keep_length=True, backend="native")[0],
+                ]
+            )
+        torch.set_num_threads(before)
+        for found in results[1:]:
+            assert all(one.equal(expected) for one, expected in zip(found, results[0], strict=True))
+
+
 @pytest.mark.parametrize(("shape", "groups"), [((70, 5, 3), 1), ((24, 6, 16), 4), ((64, 64, 1), 1), ((1, 1, 1), 1)])
 def test_unpack_returns_what_prepack_got(shape: tuple[int, int, int], groups: int) -> None:
     weight, bias = numbers(*shape), numbers(shape[0], seed=1)

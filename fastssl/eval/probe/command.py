@@ -18,6 +18,7 @@ from fastssl.eval.probe.run import ProbeResult, ProbeRun, run_probe
 from fastssl.eval.probe.settings import ProbeSettings
 from fastssl.eval.probe.tables import read_table, split_table
 from fastssl.files import make_folder, write_json
+from fastssl.kernels.prepacked_conv.weights import Format
 from fastssl.names import shown
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ def probe(
     rate_price: float | None = None,
     rate_bounds: tuple[float, float] = (0.0, 1.0),
     rules: int = RULES,
+    inference: Format | None = None,
     device: str = "auto",
 ) -> list[ProbeResult]:
     """Train linear heads on weighted sums of the layers of frozen encoders: SUPERB's protocol in miniature.
@@ -71,6 +73,8 @@ def probe(
         rate_bounds: Lowest and highest rate that may be learned.
         rules: Version of the rules by which recordings are found and decoded; 1 repeats what was measured before
             versions were recorded.
+        inference: Format of MODEL's weights on the CPU: fp32, bf16 or int8. Each is faster than the one before
+            and less exact (docs/inference.md). By default the weights stay as they are.
         device: Device to encode on: cpu, cuda, cuda:1, ...; auto uses a GPU if there is one.
 
     Raises:
@@ -96,7 +100,10 @@ def probe(
         raise ValueError(
             "--rate_price and --frame_period_ms: give only one of them, because --rate_price learns the period too"
         )
-    encoders = {model: open_encoder_at(model, device=device, rate=rate, frame_period_ms=frame_period_ms)}
+    if rate_price is not None and inference is not None:
+        raise ValueError("--rate_price and --inference: give only one of them, because learning a rate needs gradients")
+    opened = open_encoder_at(model, device=device, rate=rate, frame_period_ms=frame_period_ms, inference=inference)
+    encoders = {model: opened}
     encoders |= {name: open_encoder_at(name, device=device) for name in compare}
     if output is not None:
         make_folder(Path(output).parent)
@@ -142,7 +149,7 @@ def probe(
                 "settings": dataclasses.asdict(settings)
                 | {"task": settings.resolved_task, "learning_rates": settings.rates, "seeds": settings.resolved_seeds}
                 | {"rate": rate, "frame_period_ms": frame_period_ms, "rate_price": rate_price}
-                | {"rate_bounds": rate_bounds, "rules": rules}
+                | {"rate_bounds": rate_bounds, "rules": rules, "inference": inference}
                 | {"learned_rate": None if learned is None else learned._asdict()},
                 "metric": _METRICS[settings.resolved_task],
                 "tables": [part.name for part in tables],

@@ -19,6 +19,7 @@ from fastssl.eval.encode import frame_grid, open_encoder_at
 from fastssl.eval.quality.measure import MAX_FRAMES, LayerQuality, first_minutes, measure_quality, quality_loader
 from fastssl.eval.showing import new_figure, track, write_figure
 from fastssl.files import make_folder, write_json
+from fastssl.kernels.prepacked_conv.weights import Format
 from fastssl.models.model_card import checked_out_commit
 from fastssl.models.speech_encoder import SpeechEncoder
 from fastssl.packing import Packed
@@ -47,6 +48,7 @@ def quality(
     rate: float | None = None,
     frame_period_ms: float | None = None,
     rules: int = RULES,
+    inference: Format | None = None,
     device: str = "auto",
 ) -> list[LayerQuality]:
     """Measure how good each layer of an encoder is, on audio without labels.
@@ -71,6 +73,8 @@ def quality(
         frame_period_ms: Mean frame period to compress to, in milliseconds, instead of a rate.
         rules: Version of the rules by which recordings are found and decoded; 1 repeats what was measured before
             versions were recorded.
+        inference: Format of the encoder's weights on the CPU: fp32, bf16 or int8. Each is faster than the one before
+            and less exact (docs/inference.md). By default the weights stay as they are.
         device: Device to encode on: cpu, cuda, cuda:1, ...; auto uses a GPU if there is one.
 
     Raises:
@@ -81,7 +85,7 @@ def quality(
     if output.suffix != ".json" or output.is_dir():
         raise ValueError(f"--output: {output} must be a file whose name ends with .json")
     check_rules(rules, "--rules")
-    encoder = open_encoder_at(model, device=device, rate=rate, frame_period_ms=frame_period_ms)
+    encoder = open_encoder_at(model, device=device, rate=rate, frame_period_ms=frame_period_ms, inference=inference)
     shortest_s = frame_grid(encoder.config).shortest_s
     corpus = open_corpus(audio, min_duration_s=shortest_s, max_bad_fraction=1.0, rules=rules)
     cuts = first_minutes(corpus.cuts, minutes)
@@ -107,6 +111,7 @@ def quality(
             "rate": rate,
             "frame_period_ms": frame_period_ms,
             "rules": rules,
+            "inference": inference,
         },
         "versions": _versions(),
         "left_out": [{"name": problem.name, "reason": problem.reason} for problem in problems],
