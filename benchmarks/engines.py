@@ -97,7 +97,11 @@ def onnx_runtime(encoder: Encoder, *, at_once: int, threads: int, int8: bool = F
             quantization: Any = importlib.import_module("onnxruntime.quantization")
             quantised = Path(name, "int8.onnx")
             quantization.quantize_dynamic(
-                path, quantised, op_types_to_quantize=["MatMul", "Attention"], per_channel=True
+                path,
+                quantised,
+                op_types_to_quantize=["MatMul", "Attention"],
+                per_channel=True,
+                extra_options={"DefaultTensorType": 1},  # fp32, for operators whose types ONNX cannot infer
             )
             path = quantised
         options = runtime.SessionOptions()

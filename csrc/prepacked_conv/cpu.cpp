@@ -15,7 +15,7 @@ namespace {
 
 using namespace prepacked;
 
-constexpr int64_t kBlockRows = 48;  // most rows that a thread multiplies by a panel before the next one
+constexpr int64_t kBlockRows = 256;  // most rows that a thread multiplies by a panel before the next one
 constexpr int64_t kChunkSteps = 384;  // most steps of a panel, which stay in the L2 cache, to multiply at a time
 
 // One of the weights that multiply the same rows.
