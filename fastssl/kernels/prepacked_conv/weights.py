@@ -92,21 +92,9 @@ def prepack(
         raise ValueError(f"weight: must be float32, bfloat16 or float16, got {weight.dtype}")
     if format == "int8" and c_in > _DEEPEST_INT8:
         raise ValueError(f"weight: int8 supports up to {_DEEPEST_INT8} input channels, got {c_in}")
+    vector = torch.zeros(c_out, device="cpu") if bias is None else bias.detach().float().cpu()
     with torch.no_grad():
-        weight = weight.detach().cpu()
-        scales = sums = None
-        if format == "int8":
-            wide = weight.float()
-            peaks = wide.abs().amax((1, 2))
-            if not peaks.isfinite().all():
-                raise ValueError("weight: contains NaN or infinity, which int8 cannot hold")
-            channel_scales = peaks / 127
-            inverse = torch.where(peaks > 0, 127 / peaks, 0.0)
-            weight = (wide * inverse[:, None, None]).round().clamp(-127, 127)
-            scales = _by_panel(channel_scales, groups)
-            sums = torch.stack([_by_panel(weight[:, :, tap].sum(1), groups) for tap in range(kernel)])
-        vector = torch.zeros(c_out, device="cpu") if bias is None else bias.detach().float().cpu()
-        panels = _panels(weight, _DTYPES[format], groups)
+        panels, scales, sums = _panels(weight.detach(), format, groups)
         return PrepackedWeight(
             panels, _by_panel(vector, groups), scales, sums, (c_out, c_in, kernel), groups, bias is not None
         )
@@ -133,12 +121,31 @@ def _by_panel(vector: Tensor, groups: int) -> Tensor:  # (C_out,) -> (P, 64)
     return F.pad(rows, (0, -rows.shape[1] % _PANEL_COLUMNS)).reshape(-1, _PANEL_COLUMNS).contiguous()
 
 
-def _panels(weight: Tensor, dtype: torch.dtype, groups: int) -> Tensor:
-    """Return the panels (P, K * steps, 64, U) of a weight (C_out, C_in / G, K)."""
+def _panels(weight: Tensor, format: Format, groups: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return panels, scales and sums of a weight (C_out, C_in / G, K).
+
+    One panel is computed at a time: whole temporary copies of each weight would leave holes in the heap.
+    """
     c_out, c_in, kernel = weight.shape
+    dtype = _DTYPES[format]
     unit = _VALUES_PER_UNIT[dtype]
     steps, columns = math.ceil(c_in / unit), math.ceil(c_out / groups / _PANEL_COLUMNS)
-    padded = torch.zeros(groups, columns * _PANEL_COLUMNS, steps * unit, kernel, dtype=dtype, device="cpu")
-    padded[:, : c_out // groups, :c_in] = weight.view(groups, -1, c_in, kernel)
-    by_step = padded.view(groups, columns, _PANEL_COLUMNS, steps, unit, kernel).permute(0, 1, 5, 3, 2, 4)
-    return by_step.reshape(groups * columns, kernel * steps, _PANEL_COLUMNS, unit).contiguous()
+    panels = torch.zeros(groups * columns, kernel * steps, _PANEL_COLUMNS, unit, dtype=dtype, device="cpu")
+    scales = sums = None
+    if format == "int8":
+        scales = torch.zeros(groups * columns, _PANEL_COLUMNS, device="cpu")
+        sums = torch.zeros(kernel, groups * columns, _PANEL_COLUMNS, device="cpu")
+    for group, rows in enumerate(weight.split(c_out // groups)):
+        for column, part in enumerate(rows.split(_PANEL_COLUMNS)):
+            number, count = group * columns + column, len(part)
+            values = torch.zeros(_PANEL_COLUMNS, kernel, steps * unit, device="cpu")
+            values[:count, :, :c_in] = part.transpose(1, 2)
+            if scales is not None and sums is not None:
+                peaks = values.abs().amax((1, 2))
+                if not peaks.isfinite().all():
+                    raise ValueError("weight: contains NaN or infinity, which int8 cannot hold")
+                scales[number] = peaks / 127
+                values.mul_(torch.where(peaks > 0, 127 / peaks, 0.0)[:, None, None]).round_().clamp_(-127, 127)
+                sums[:, number] = values.sum(2).t()
+            panels[number] = values.view(_PANEL_COLUMNS, kernel * steps, unit).transpose(0, 1)
+    return panels, scales, sums
