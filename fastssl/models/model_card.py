@@ -76,18 +76,20 @@ class ModelCard:
     commit: str | None = None
     quality: Mapping[str, float] = field(default_factory=dict)
 
-    def as_markdown(self, config: SpeechEncoderConfig, *, parameters: int) -> str:
+    def as_markdown(self, config: SpeechEncoderConfig, *, parameters: int, rounded_to: str | None = None) -> str:
         """Write the text of README.md, with the front matter for the Hub.
 
         Args:
             config: Shape of the encoder.
             parameters: Number of parameters of the encoder.
+            rounded_to: Format that the weights were rounded to for inference, if they were.
         """
         in_transformers = config.model_type in MODEL_CLASSES
         normalised = "scaled to zero mean and unit variance" if config.do_normalize else "unscaled"
         facts: dict[str, str | None] = {
             "architecture": config.model_type,
             "parameters": f"{parameters / 1e6:.2f} M",
+            "weights": None if rounded_to is None else f"rounded to {rounded_to} for inference, stored in fp32",
             "layers, width": f"{config.num_hidden_layers}, {config.hidden_size}",
             "input": f"16 kHz, each waveform {normalised}",
             "recipe": self.recipe,

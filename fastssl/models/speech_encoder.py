@@ -290,15 +290,17 @@ class SpeechEncoder(nn.Module):
             folder: Folder to write to; created if missing.
             card: Facts about the encoder's training, for README.md; without a card, an existing README.md is kept.
         """
-        folder = Path(folder)
+        folder, state = Path(folder), self.state_dict()
         make_folder(folder)
         for name, values in self.json_files().items():
             write_json(folder / name, values)
         follow_preprocessor(folder)
         if card is not None or not (folder / "README.md").exists():
-            parameters = sum(parameter.numel() for parameter in self.parameters())
-            write_text(folder / "README.md", (card or ModelCard()).as_markdown(self.config, parameters=parameters))
-        write_encoder_weights(folder, self.state_dict())
+            parameters = sum(tensor.numel() for tensor in state.values())
+            rounded_to = None if self.inference == "fp32" else self.inference
+            text = (card or ModelCard()).as_markdown(self.config, parameters=parameters, rounded_to=rounded_to)
+            write_text(folder / "README.md", text)
+        write_encoder_weights(folder, state)
 
     def push_to_hub(
         self,

@@ -151,6 +151,13 @@ def test_a_folder_opens_as_the_format_says(tmp_path: Path, format: Format) -> No
     expected = features(copy.deepcopy(encoder).prepack(format))
     assert features(loaded).equal(expected) or format == "fp32"
     loaded.save_pretrained(tmp_path / "again")
+    first, second = ((path / "README.md").read_text() for path in (tmp_path, tmp_path / "again"))
+    line = f"rounded to {format} for inference"
+    assert (line in second) == (format != "fp32")
+    assert line not in first
+    parameters = [line for line in first.splitlines() if "parameters" in line]
+    assert parameters
+    assert parameters == [line for line in second.splitlines() if "parameters" in line]
     again = fastssl.load_encoder(tmp_path / "again", inference=format, normalize=True)
     found = features(again)
     assert float((found - expected).abs().max() / expected.abs().max()) <= 1e-5 if format == "fp32" else 2e-2
