@@ -5,6 +5,7 @@ itself a subclass of the library's class, the replaced methods come between the 
 """
 
 import copyreg
+import functools
 import importlib
 import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -236,11 +237,15 @@ def _uses_super(value: Any) -> bool:
 def _apply_of(original: Any) -> Callable[..., Any]:
     """Return `_apply` for a subclass, which refuses to move or cast a module with prepacked layers as a whole."""
 
+    @functools.wraps(original._apply)
     def _apply(self: Any, fn: Callable[[Tensor], Tensor], *args: Any, **options: Any) -> Any:
         check_stays(self, fn)
         return original._apply(self, fn, *args, **options)
 
-    return _apply
+    found: Any = _apply
+    found.__signature__ = inspect.signature(original._apply)
+    vars(found).pop("__wrapped__")  # as of the other methods
+    return found  # type: ignore[no-any-return]
 
 
 #: Class methods of Transformers' models that decide by the Python module of the class, and set weights or settings.
