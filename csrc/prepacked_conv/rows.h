@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
 #include <torch/headeronly/util/BFloat16.h>
 
@@ -25,7 +26,7 @@ struct ByteRow {
 };
 
 // Writes a row as unsigned bytes that range from its smallest to its largest value, or to zero if that lies outside.
-// A row with NaN or infinity gets a scale of NaN.
+// A row with NaN or infinity, or whose range is infinite in float, gets a scale of NaN.
 template <Isa isa>
 FASTSSL_INLINE ByteRow quantize_row(const float* x, int64_t channels, uint8_t* out) {
   constexpr int64_t kLanes = 64;
@@ -54,17 +55,18 @@ FASTSSL_INLINE ByteRow quantize_row(const float* x, int64_t channels, uint8_t* o
     }
   }
   const float range = high[0] - low[0];
-  const bool usable = range > 1e-30f && range < 1e30f;
+  const bool usable = range > 1e-30f && range <= std::numeric_limits<float>::max();
   const float inverse = usable ? 255.0f / range : 0.0f;
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  const float zero = (-low[0] * inverse + kRound) - kRound;
+  const float zero = usable ? (-low[0] * inverse + kRound) - kRound : 0.0f;
   for (int64_t i = 0; i < channels; ++i) {
     const float shifted = x[i] * inverse + kRound;
     const int32_t rounded = __builtin_bit_cast(int32_t, shifted) - __builtin_bit_cast(int32_t, kRound);
     const int32_t byte = rounded + static_cast<int32_t>(zero);
     out[i] = static_cast<uint8_t>(byte < 0 ? 0 : (byte > 255 ? 255 : byte));
   }
-  return {(usable ? range / 255.0f : 0.0f) + probe[0], zero};
+  const float unusable = range > 1e-30f ? std::numeric_limits<float>::quiet_NaN() : 0.0f;
+  return {(usable ? range / 255.0f : unusable) + probe[0], zero};
 }
 
 // Copies `channels` values of an input row to units of the format, and fills the last unit with zeros.

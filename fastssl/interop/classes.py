@@ -5,17 +5,19 @@ itself a subclass of the library's class, the replaced methods come between the 
 """
 
 import copyreg
+import functools
 import importlib
 import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping
 from types import FunctionType, new_class
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from fastssl.interop import wrapped
 from fastssl.interop.call_through import INDEX_BY_FSDP
 from fastssl.models.folder import ACCELERATED_COMPRESSOR
+from fastssl.nn.prepacked import check_stays
 
 #: Attribute that only accelerated modules have: how group norms treat padding, "valid" or "padded".
 NORM = "_fastssl_norm"
@@ -173,6 +175,7 @@ class AcceleratedClasses:
         # A class attribute, so that instances that the class itself creates, as in `from_pretrained`, have it too.
         namespace |= {NORM: "valid", CALLS: False, _MAKER: self}
         namespace |= _answers_of(original)
+        namespace["_apply"] = _apply_of(original)
         methods = self.methods(original)
         scripted = methods if "__prepare_scriptable__" in methods else ()  # TorchScript follows `__wrapped__`, too
         for method, function in methods.items():
@@ -229,6 +232,20 @@ def _uses_super(value: Any) -> bool:
     """Return whether a value is a function that contains `super()`."""
     code = getattr(value, "__code__", None) if isinstance(value, FunctionType) else None
     return code is not None and ("__class__" in code.co_freevars or "super" in code.co_names)
+
+
+def _apply_of(original: Any) -> Callable[..., Any]:
+    """Return `_apply` for a subclass, which refuses to move or cast a module with prepacked layers as a whole."""
+
+    @functools.wraps(original._apply)
+    def _apply(self: Any, fn: Callable[[Tensor], Tensor], *args: Any, **options: Any) -> Any:
+        check_stays(self, fn)
+        return original._apply(self, fn, *args, **options)
+
+    found: Any = _apply
+    found.__signature__ = inspect.signature(original._apply)
+    vars(found).pop("__wrapped__")  # as of the other methods
+    return found  # type: ignore[no-any-return]
 
 
 #: Class methods of Transformers' models that decide by the Python module of the class, and set weights or settings.

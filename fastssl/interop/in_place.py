@@ -92,8 +92,9 @@ def accelerate(
             in an unsupported mode, the compressor's width is not the encoder's, a compressor is given for a model with
             several encoders, or for one with a `forward` of somebody else in which fastssl's does not run, or
             `call_projections` is given for torchaudio's WavLM, which has no such modules; or `inference` is unknown,
-            not available on this processor, or asked for on a GPU, in another precision than fp32, or a second time
-            with another value. The model is then unchanged.
+            not available on this processor, or asked for on a GPU, in another precision than fp32, a second time with
+            another value, with norm "padded", or for an encoder in which fastssl's code does not run. The model is then
+            unchanged.
     """
     if norm not in ("valid", "padded"):
         raise ValueError(f"norm: must be 'valid' or 'padded', got {norm!r}")
@@ -109,6 +110,11 @@ def accelerate(
         if call_projections and classes.layers:
             read_only.check_callable(module, classes.layers(module))
     hidden = [(module, *why) for module, classes in found if (why := _why_hidden(module, classes))]
+    if inference is not None or any(map(is_prepacked, encoders)):
+        if norm == "padded":
+            raise ValueError("inference: prepacked weights need norm='valid', because norm='padded' runs original code")
+        for _, reason, cure in hidden:
+            raise ValueError(f"inference: {reason}, which cannot compute with prepacked weights; {cure}")
     for module, reason, cure in hidden:
         if compressor is not None or hasattr(module, ACCELERATED_COMPRESSOR):
             raise ValueError(f"compressor: {reason}, which cannot apply the compressor; {cure}")
@@ -131,7 +137,8 @@ def accelerate(
             read_only.warn_once(module, classes.layers(module), again=True)
     for encoder in encoders:
         if inference is not None and not is_prepacked(encoder):
-            setattr(encoder, _LEARNED, [name for name, one in encoder.named_parameters() if one.requires_grad])
+            named = encoder.named_parameters(remove_duplicate=False)  # weights that are tied now will not be later
+            setattr(encoder, _LEARNED, [name for name, one in named if one.requires_grad])
             prepack_encoder(encoder, inference)
     for _, reason, cure in hidden:
         warnings.warn(f"{reason}, without acceleration; {cure}", stacklevel=2)

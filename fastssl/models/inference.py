@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fastssl.kernels.prepacked_conv.op import multiplies_bytes
 from fastssl.kernels.prepacked_conv.weights import FORMATS, Format, prepack
+from fastssl.models.folder import check_finite
 from fastssl.nn import functional
 from fastssl.nn.compression import SequenceCompressor
 from fastssl.nn.linear import PackedLinear
@@ -49,7 +50,7 @@ def prepack_encoder(encoder: Model, format: Format, weights: Mapping[str, Tensor
 
     In "int8", the positional convolution, most of the front end and the attention are in bf16. Layer norms, the sums of
     residuals and the first convolution are in fp32 in any format. Layers with hooks, and those of other classes, such
-    as LoRA's, stay as they are; so does a compressor.
+    as LoRA's and what they wrap, stay as they are; so does a compressor.
 
     Args:
         encoder: Encoder of this package, or an accelerated one. Its tensors may be on the meta device if `weights` is
@@ -61,9 +62,12 @@ def prepack_encoder(encoder: Model, format: Format, weights: Mapping[str, Tensor
         The same encoder. Its parameters are in fp32 on the CPU and need no gradients.
 
     Raises:
-        ValueError: The format is unknown, or cannot be computed with on this processor.
+        ValueError: The format is unknown, or cannot be computed with on this processor; or the encoder's own weights
+            are not finite, which "int8" cannot hold.
     """
     check_format(format)
+    if format == "int8" and weights is None:  # before the first layer is replaced
+        check_finite(encoder.state_dict().items(), name=f"inference: {type(encoder).__name__}")
     left = dict(encoder.state_dict() if weights is None else weights)
     lower = torch.float32 if format == "fp32" else torch.bfloat16
     halves: Format = "fp32" if format == "fp32" else "bf16"
@@ -140,8 +144,12 @@ def _positional(encoder: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _linear(encoder: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
-    """Yield path, parent and name of each linear layer, except a compressor's: it decides how many frames there are."""
-    kept = {id(part) for one in encoder.modules() if isinstance(one, SequenceCompressor) for part in one.modules()}
+    """Yield path, parent and name of each linear layer, except those in a compressor or a wrapper around a layer."""
+    # The parts of LoRA's layers and of other wrappers around a layer are read and merged by the wrapper.
+    left_alone = [
+        one for one in encoder.modules() if isinstance(one, SequenceCompressor) or "base_layer" in one._modules
+    ]
+    kept = {id(part) for one in left_alone for part in one.modules()}
     for path, module in encoder.named_modules():
         for name, child in module.named_children():
             if id(child) not in kept and name not in _KEPT and _is_plain(child, nn.Linear, PackedLinear):

@@ -1,7 +1,7 @@
 """The interface shared by `Encoder` and `ConformerEncoder`: call, save, open, load weights."""
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -33,6 +33,7 @@ from fastssl.nn.adapter import ConvolutionalAdapter
 from fastssl.nn.compression import Compressed, SequenceCompressor
 from fastssl.nn.cuda_graphs import CudaGraphs
 from fastssl.nn.linear import casts_together
+from fastssl.nn.prepacked import check_stays, parameter_count
 from fastssl.nn.waveforms import as_samples, normalize_waveforms
 from fastssl.packing import Layout, Packed
 from fastssl.reading import printable
@@ -290,17 +291,17 @@ class SpeechEncoder(nn.Module):
             folder: Folder to write to; created if missing.
             card: Facts about the encoder's training, for README.md; without a card, an existing README.md is kept.
         """
-        folder, state = Path(folder), self.state_dict()
+        folder = Path(folder)
         make_folder(folder)
         for name, values in self.json_files().items():
             write_json(folder / name, values)
         follow_preprocessor(folder)
         if card is not None or not (folder / "README.md").exists():
-            parameters = sum(tensor.numel() for tensor in state.values())
+            parameters = parameter_count(self)
             rounded_to = None if self.inference == "fp32" else self.inference
             text = (card or ModelCard()).as_markdown(self.config, parameters=parameters, rounded_to=rounded_to)
             write_text(folder / "README.md", text)
-        write_encoder_weights(folder, state)
+        write_encoder_weights(folder, self.state_dict())
 
     def push_to_hub(
         self,
@@ -426,6 +427,11 @@ class SpeechEncoder(nn.Module):
     def _prepacked(self, format: Format, weights: Mapping[str, Tensor] | None) -> "Self":
         prepack_encoder(self.eval(), format, weights)
         self.inference = format
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Self":
+        check_stays(self, fn)  # or the parameters before the first prepacked layer would change, and the others not
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def own_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

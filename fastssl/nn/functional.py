@@ -173,7 +173,12 @@ def feed_forward(module: Any, x: Tensor) -> Tensor:
     """
     dense, dropout = module.intermediate_dense, module.intermediate_dropout
     plain = is_plain(dropout, nn.Dropout)
-    if plain and _probability(dropout) == 0 and isinstance(dense, PackedLinear | PrepackedLinear):
+    if (
+        plain
+        and _probability(dropout) == 0
+        and isinstance(dense, PackedLinear | PrepackedLinear)
+        and not is_watched(dense)
+    ):
         inner = dense.with_gelu(x)
     elif plain:
         inner = ops.bias_gelu_dropout(linear(dense, x), None, dropout_p=_probability(dropout))

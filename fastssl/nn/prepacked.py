@@ -14,6 +14,10 @@ _NOT_FOR_TRAINING = (
     "the encoder's weights were prepacked for inference, which has no gradients; call it in evaluation mode and on "
     "inputs without gradients, or load it without `inference`"
 )
+_NOT_FOR_ORIGINAL = (
+    "inference: the model's original code, which `output_attentions`, norm='padded' and `fastssl.validate` need, "
+    "cannot compute with prepacked weights; call `fastssl.restore(model)`, or load the model without `inference`"
+)
 
 
 class Prepacked(nn.Module):
@@ -58,12 +62,11 @@ class Prepacked(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Prepacked":
         """Refuse another device or dtype, which the other modules of an encoder would otherwise get."""
-        example = fn(torch.zeros(1, device="cpu"))
-        if example.device.type != "cpu" or example.dtype != torch.float32:
-            raise ValueError(
-                f"the encoder's weights were prepacked for inference on the CPU and cannot become {example.dtype} on "
-                f"{example.device}; load it without `inference`, or with another one"
-            )
+        example = _checked_example(fn)
+        if example.is_shared():
+            for tensor in self.packed:
+                if isinstance(tensor, Tensor):
+                    tensor.share_memory_()
         return self
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -90,7 +93,7 @@ class Prepacked(nn.Module):
         missing_keys += [prefix + name for name in missing] if strict else []
         unexpected = [key for key in state_dict if key.startswith(prefix) and key.removeprefix(prefix) not in own]
         unexpected_keys += unexpected if strict else []
-        given = {name: state_dict[prefix + name] for name in own if name not in missing}
+        given = {name: state_dict[prefix + name].detach().float() for name in own if name not in missing}
         for name, tensor in given.items():
             if tensor.shape != own[name].shape:
                 error_msgs.append(
@@ -99,13 +102,44 @@ class Prepacked(nn.Module):
                 )
                 return
         if given:
-            new = own | given
-            self.packed = prepack(weight_of(new), new.get("bias"), format=self.packed.format, groups=self.packed.groups)
+            new, before = own | given, self.packed
+            try:
+                self.packed = prepack(weight_of(new), new.get("bias"), format=before.format, groups=before.groups)
+            except ValueError as error:  # such as NaN in "int8"
+                error_msgs.append(f"{prefix}{error}.")
 
     def extra_repr(self) -> str:
         """Describe the layer for `print`."""
         c_out, c_in, kernel = self.packed.shape
         return f"{c_in * self.packed.groups}, {c_out}, kernel={kernel}, format={self.packed.format!r}"
+
+
+def _checked_example(fn: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return what `Module._apply` would make of an fp32 tensor; raise ValueError unless it is in fp32 on the CPU."""
+    example = fn(torch.zeros(1, device="cpu"))
+    if example.device.type != "cpu" or example.dtype != torch.float32:
+        raise ValueError(
+            f"the encoder's weights were prepacked for inference on the CPU and cannot become {example.dtype} on "
+            f"{example.device}; load it without `inference`, or with another one"
+        )
+    return example
+
+
+def check_stays(module: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
+    """Check a function of `Module._apply` before it changes the first parameter of a module with prepacked layers.
+
+    Raises:
+        ValueError: The module has such a layer, and the function moves or casts.
+    """
+    if any(isinstance(part, Prepacked) for part in module.modules()):
+        _checked_example(fn)
+
+
+def parameter_count(module: nn.Module) -> int:
+    """Return the number of a module's parameters; prepacked layers count as the layers that they replace."""
+    packed = [part._tensors() for part in module.modules() if isinstance(part, Prepacked)]
+    own = sum(parameter.numel() for parameter in module.parameters())
+    return own + sum(tensor.numel() for tensors in packed for tensor in tensors.values())
 
 
 class PrepackedLinear(Prepacked):
@@ -155,6 +189,11 @@ class PrepackedConv(Prepacked):
     def __init__(self, packed: PrepackedWeight, *, stride: int, dtype: torch.dtype) -> None:
         super().__init__(packed)
         self.kernel_size, self.stride, self.dtype = (packed.shape[2],), (stride,), dtype
+        self.out_channels, self.in_channels, _ = packed.shape
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Refuse a call: one op computes the whole front end, and only the original code calls a convolution."""
+        raise ValueError(_NOT_FOR_ORIGINAL)
 
 
 class PrepackedPositionalConv(Prepacked):
@@ -168,6 +207,8 @@ class PrepackedPositionalConv(Prepacked):
     def __init__(self, packed: PrepackedWeight, norm_names: tuple[str, str] | None) -> None:
         super().__init__(packed)
         self.kernel_size, self.stride, self.norm_names = (packed.shape[2],), (1,), norm_names
+        self.in_channels = self.out_channels = packed.shape[0]
+        self.groups = packed.groups
 
     def instead_of(self, layer: nn.Module) -> "Prepacked":
         """Take the mode of a layer. It is not kept, because modules with a parametrisation cannot be pickled."""
@@ -192,6 +233,8 @@ class PrepackedPositionalConv(Prepacked):
 
     def forward(self, x: Packed) -> Tensor:  # (N, D) -> (N, D)
         """Convolve each utterance."""
+        if not isinstance(x, Packed):
+            raise ValueError(_NOT_FOR_ORIGINAL)
         self.check(x.values)
         return ops.prepacked_conv(x.values, self.packed, x.layout, keep_length=True)[0]
 

@@ -12,6 +12,7 @@ import fastssl
 from fastssl.kernels.prepacked_conv.op import multiplies_bytes
 from fastssl.kernels.prepacked_conv.weights import FORMATS, Format
 from fastssl.nn.prepacked import Prepacked
+from tests.interop.test_load_encoder import torchaudio_model
 from tests.interop.tiny_models import ACCELERATED, transformers_model
 
 _TOLERANCES = {"fp32": 1e-5, "bf16": 4e-2, "int8": 1e-1}
@@ -94,3 +95,61 @@ def test_what_is_impossible_is_refused() -> None:
         states(packed.train())
     with pytest.raises(ValueError, match=r"cannot become torch\.float16"):
         packed.half()
+
+
+def test_a_model_that_refused_to_be_cast_is_unchanged() -> None:
+    model = fastssl.accelerate(transformers_model("wav2vec2 base", head="ForCTC"), inference="fp32")
+    with pytest.raises(ValueError, match=r"cannot become torch\.float16"):
+        model.half()
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_what_needs_the_original_code_is_refused() -> None:
+    model = transformers_model("wav2vec2 base")
+    with pytest.raises(ValueError, match="inference: prepacked weights need norm='valid'"):
+        fastssl.accelerate(model, norm="padded", inference="fp32")
+    hidden, kind = copy.deepcopy(model), type(model)
+    hidden.forward = lambda *args, **options: kind.forward(hidden, *args, **options)
+    with pytest.raises(ValueError, match="inference: a Wav2Vec2Model has its own `forward`"):
+        fastssl.accelerate(hidden, inference="fp32")
+    for one in (model, hidden):
+        assert not any(isinstance(module, Prepacked) for module in one.modules())
+    fastssl.accelerate(model, inference="fp32")
+    expected = states(model)
+    with pytest.raises(ValueError, match="inference: prepacked weights need norm='valid'"):
+        fastssl.accelerate(model, norm="padded")
+    for call in (lambda: states(model, output_attentions=True), lambda: fastssl.validate(model)):
+        with pytest.raises(ValueError, match="inference: the model's original code"):
+            call()
+    assert states(model).equal(expected)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_lora_beneath_stays_as_it_is(merged: bool) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj", "intermediate_dense"], init_lora_weights=False)
+    model = peft.get_peft_model(transformers_model("wav2vec2 base", head="ForCTC"), config).eval()
+    audio, mask = padded_batch()
+    with torch.no_grad():
+        expected = fastssl.accelerate(model)(audio, attention_mask=mask).logits
+        fastssl.accelerate(model, inference="fp32")
+        if merged:
+            model = model.merge_and_unload()
+        assert relative(model(audio, attention_mask=mask).logits, expected) <= 1e-5
+
+
+def test_parameters_that_were_tied_need_gradients_again() -> None:
+    model = transformers_model("wav2vec2 base")
+    layers = model.encoder.layers
+    layers[1].attention.k_proj.weight = layers[0].attention.k_proj.weight
+    fastssl.restore(fastssl.accelerate(model, inference="fp32"))
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_prepacked_model_of_torchaudio_can_be_copied() -> None:
+    model = torchaudio_model("wav2vec2 base")
+    audio = torch.randn(1, 6_000)
+    with torch.no_grad():
+        expected = fastssl.accelerate(model, inference="fp32")(audio)[0]
+        found = fastssl.load_encoder(model, normalize=False)(fastssl.Packed.pack([audio[0]])).features.values
+    assert relative(found, expected[0]) <= 1e-5

@@ -18,7 +18,7 @@ from fastssl.models import inference
 from fastssl.models.conformer import ConformerConfig, ConformerEncoder
 from fastssl.models.encoder import AdaptedEncoderConfig, Encoder, EncoderConfig
 from fastssl.models.speech_encoder import SpeechEncoder
-from fastssl.nn.prepacked import Prepacked
+from fastssl.nn.prepacked import Prepacked, PrepackedLinear
 from fastssl.packing import Packed
 from tests.interop.tiny_models import TINY, waveforms_of
 
@@ -229,3 +229,83 @@ def test_nan_weights_are_refused(tmp_path: Path) -> None:
     encoder.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"layers\.1\.feed_forward\.output_dense\.weight has NaN"):
         fastssl.load_encoder(tmp_path, inference="fp32")
+
+
+def test_an_encoder_that_refused_to_be_cast_is_unchanged() -> None:
+    encoder = make_encoder().prepack("fp32")
+    expected = features(encoder)
+    for move in (encoder.half, encoder.double, lambda: encoder.to("meta")):
+        with pytest.raises(ValueError, match="cannot become"):
+            move()
+    assert {parameter.dtype for parameter in encoder.parameters()} == {torch.float32}
+    assert features(encoder).equal(expected)
+
+
+@EVERY_FORMAT
+def test_a_state_dict_of_another_dtype_is_converted(format: Format) -> None:
+    encoder = make_encoder().prepack(format)
+    expected = features(encoder)
+    encoder.load_state_dict({name: x.double() for name, x in encoder.state_dict().items()})
+    assert features(encoder).equal(expected)
+
+
+@pytest.mark.skipif("int8" not in formats(), reason="needs AVX512-VNNI")
+def test_int8_names_the_layer_with_nan_and_changes_nothing() -> None:
+    name = "encoder.layers.1.feed_forward.output_dense.weight"
+    encoder = make_encoder()
+    encoder.state_dict()[name][3, 4] = float("nan")
+    with pytest.raises(ValueError, match=f"inference: Encoder: {name} has NaN"):
+        encoder.prepack("int8")
+    assert encoder.inference is None
+    assert not any(isinstance(module, Prepacked) for module in encoder.modules())
+    packed = make_encoder().prepack("int8")
+    with pytest.raises(RuntimeError, match=f"{name}: contains NaN"):
+        packed.load_state_dict(encoder.state_dict())
+
+
+def test_weights_can_be_shared_with_other_processes() -> None:
+    encoder = make_encoder().prepack("fp32").share_memory()
+    packed = [module.packed for module in encoder.modules() if isinstance(module, Prepacked)]
+    assert all(one.panels.is_shared() and one.bias.is_shared() for one in packed)
+
+
+def test_hooks_on_linear_layers_run() -> None:
+    encoder = make_encoder().prepack("bf16")
+    expected = features(encoder)
+    layers = {name: module for name, module in encoder.named_modules() if isinstance(module, PrepackedLinear)}
+    called = []
+    for name, layer in layers.items():
+        layer.register_forward_hook(lambda *_, name=name: called.append(name))
+    found = features(encoder)
+    assert set(called) == layers.keys()
+    assert float((found - expected).abs().max() / expected.abs().max()) <= _TOLERANCES["bf16"]
+
+
+def test_the_model_card_counts_prepacked_parameters(tmp_path: Path) -> None:
+    encoder = make_encoder()
+    encoder.save_pretrained(tmp_path / "before")
+    encoder.prepack("bf16").save_pretrained(tmp_path / "after")
+    before, after = (
+        next(line for line in (tmp_path / name / "README.md").read_text().splitlines() if "parameters" in line)
+        for name in ("before", "after")
+    )
+    assert before == after
+
+
+@EVERY_FORMAT
+def test_the_exported_encoder_has_the_same_features(format: Format) -> None:
+    encoder, waveforms = make_encoder().prepack(format), waveforms_of(4_000)
+
+    class OfSamples(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = encoder
+
+        def forward(self, samples: Tensor) -> Tensor:
+            return encoder(Packed(samples, waveforms.layout)).features.values  # type: ignore[no-any-return]
+
+    with torch.no_grad():
+        exported = torch.export.export(OfSamples(), (waveforms.values,)).module()
+        found, expected = exported(waveforms.values), encoder(waveforms).features.values
+    # The first convolution is computed by other code, which rounds otherwise.
+    assert float((found - expected).abs().max() / expected.abs().max()) <= _TOLERANCES[format]

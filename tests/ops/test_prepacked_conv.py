@@ -291,3 +291,42 @@ def test_bad_arguments() -> None:
             call()
     with pytest.raises(UnavailableBackendError):
         ops.prepacked_linear(x, [packed], backend="triton")
+
+
+@pytest.mark.parametrize("backend", INFERENCE_BACKENDS["prepacked_conv"]["cpu"])
+@pytest.mark.parametrize(("weight", "bias"), [(4, 128), (128, 4)])
+def test_a_norm_of_another_size_is_refused(backend: str, weight: int, bias: int) -> None:
+    norm = ops.RowNorm(torch.ones(weight), torch.ones(bias), 1e-5)
+    packed = ops.prepack(torch.randn(128, 8, 3), format="fp32")
+    with pytest.raises(ValueError, match=r"norm: expected vectors \(128,\) in float32"):
+        ops.prepacked_conv(torch.randn(10, 8), packed, Layout.from_lengths([10]), norm=norm, backend=backend)
+
+
+@pytest.mark.parametrize("backend", INFERENCE_BACKENDS["prepacked_conv"]["cpu"])
+def test_bytes_of_huge_frames_are_never_zero(backend: str) -> None:
+    if "int8" not in usable(backend):
+        pytest.skip("needs AVX512-VNNI")
+    torch.manual_seed(0)
+    weight = torch.randn(5, 8) * 1e-3
+    rows = torch.randn(3, 8).clamp(-1, 1) * torch.tensor([[1e29], [1e31], [1e33]])
+    (found,) = ops.prepacked_linear(rows, [ops.prepack(weight, format="int8")], backend=backend)
+    expected = rows @ weight.T
+    assert ((found - expected).abs().amax(1) <= 0.02 * expected.abs().amax(1)).all()
+    rows[0, :2] = torch.tensor([3e38, -3e38])  # a range that fp32 cannot hold
+    (found,) = ops.prepacked_linear(rows, [ops.prepack(weight, format="int8")], backend=backend)
+    assert found[0].isnan().all()
+    assert found[1:].isfinite().all()
+
+
+def test_bytes_are_refused_where_the_processor_lacks_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    if "native" not in INFERENCE_BACKENDS["prepacked_conv"]["cpu"]:
+        pytest.skip("needs the compiled kernel")
+    packed = ops.prepack(torch.randn(5, 8), format="int8")
+    monkeypatch.setattr("fastssl.kernels.prepacked_conv.op.multiplies_bytes", lambda: False)
+    with pytest.raises(ValueError, match="weights: int8 needs a processor with AVX512-VNNI"):
+        ops.prepacked_linear(torch.randn(3, 8), [packed], backend="native")
+
+
+def test_rows_without_a_second_axis_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"x: expected \(N, 8\), got \(\)"):
+        ops.prepacked_linear(torch.tensor(1.0), [ops.prepack(torch.randn(5, 8), format="fp32")])

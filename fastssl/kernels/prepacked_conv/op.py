@@ -96,6 +96,8 @@ def prepacked_linear(
     """
     if not weights or any(weight.shape[2] != 1 or weight.groups != 1 for weight in weights):
         raise ValueError("weights: expected one or more weights of linear layers")
+    if x.dim() != 2:
+        raise ValueError(f"x: expected (N, {weights[0].shape[1]}), got {tuple(x.shape)}")
     return run(x, weights, None, None, x.shape[0], gelu=gelu, dtype=dtype, backend=backend)
 
 
@@ -138,8 +140,6 @@ def prepacked_conv(
         raise ValueError(f"stride: must be {'1 with keep_length' if keep_length else 'at least 1'}, got {stride}")
     if x.dim() != 2 or x.shape[0] != layout.total:
         raise ValueError(f"x: expected ({layout.total}, C_in) for this layout, got {tuple(x.shape)}")
-    if norm is not None and (weight.groups > 1 or norm.weight.shape != (weight.shape[0],) != norm.bias.shape):
-        raise ValueError(f"norm: expected vectors ({weight.shape[0]},) and a weight without groups")
     out = layout if keep_length else layout.after_conv(kernel, stride)
     (values,) = run(
         x,
@@ -201,7 +201,11 @@ def run(
         raise ValueError(f"dtype: must be float32 or bfloat16, got {dtype}")
     if any(one.shape[1] != first.shape[1] or one.panels.dtype != first.panels.dtype for one in weights):
         raise ValueError("weights: must have the same input channels and the same format")
+    if norm is not None:
+        _check_norm(norm, weights)
     chosen = choose(x, backend)
+    if chosen == "native" and first.format == "int8" and not multiplies_bytes():
+        raise ValueError("weights: int8 needs a processor with AVX512-VNNI, which this one lacks; use bf16 or fp32")
     operator: Callable[..., list[Tensor]] = reference.prepacked_conv if chosen == "reference" else _OP.forward[chosen]
     with torch.no_grad():
         return operator(
@@ -218,9 +222,23 @@ def run(
             [one.sums for one in weights if one.sums is not None],
             [one.bias for one in weights],
             [one.shape[0] for one in weights],
-            None if norm is None else norm.weight,
-            None if norm is None else norm.bias,
+            None if norm is None else norm.weight.contiguous(),
+            None if norm is None else norm.bias.contiguous(),
             0.0 if norm is None else norm.eps,
             gelu,
             dtype,
         )
+
+
+def _check_norm(norm: RowNorm, weights: Sequence[PrepackedWeight]) -> None:
+    """Raise ValueError if a norm does not fit the results of all weights; the kernel reads it without a check."""
+    for weight in weights:
+        expected = (weight.shape[0],)
+        if weight.groups > 1 or any(
+            vector.shape != expected or vector.dtype != torch.float32 for vector in (norm.weight, norm.bias)
+        ):
+            raise ValueError(
+                f"norm: expected vectors {expected} in float32 and a weight without groups, got "
+                f"{tuple(norm.weight.shape)} {norm.weight.dtype}, {tuple(norm.bias.shape)} {norm.bias.dtype} and "
+                f"{weight.groups} groups"
+            )

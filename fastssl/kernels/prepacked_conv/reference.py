@@ -57,13 +57,14 @@ def _to_bytes(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # (N, C) -> (N, C), 
     """Round each row to 256 levels between its least and its largest value, or zero if that lies outside."""
     low, high = x.amin(1, keepdim=True).clamp(max=0), x.amax(1, keepdim=True).clamp(min=0)
     span = high - low
-    usable = (span > 1e-30) & (span < 1e30)
+    usable = (span > 1e-30) & span.isfinite()
     inverse = torch.where(usable, 255 / span, 0.0)
     # Products in fp64 are exact, so that they are rounded once.
     zero = (-low.double() * inverse.double()).round().float()
     values = ((x.double() * inverse.double()).round().float() + zero).clamp(0, 255)
     probe = (x * 0).sum(1, keepdim=True)  # NaN if a value is not finite
-    return values, torch.where(usable, span / 255, 0.0) + probe, zero
+    scale = torch.where(usable, span / 255, torch.where(span > 1e-30, torch.nan, 0.0))
+    return values, scale + probe, zero
 
 
 def _windows(x: Tensor, kernel: int, stride: int, padding: int, groups: int) -> Tensor:
