@@ -198,6 +198,20 @@ def test_an_original_that_is_not_finite_is_named_as_the_cause() -> None:
     assert "finds the kernel" not in str(error.value)
 
 
+def test_re_entrant_checkpointing_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With it, the backward pass of the original WavLM never ends."""
+
+    def apply(*_: Any) -> None:
+        raise AssertionError("re-entrant")
+
+    monkeypatch.setattr(torch.utils.checkpoint.CheckpointFunction, "apply", apply)
+    model = transformers_model("wavlm base")
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    used = model.encoder.layers[0]._gradient_checkpointing_func
+    assert not fastssl.validate(model, seconds=SHORT).wrong
+    assert model.encoder.layers[0]._gradient_checkpointing_func is used
+
+
 def state_of(model: nn.Module) -> dict[str, Any]:
     """Return all that `validate` must leave as it is."""
     found: dict[str, Any] = {}
