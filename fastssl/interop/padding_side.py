@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastssl.interop.calls import as_original
+from fastssl.interop.calls import as_original, recorded_by
 from fastssl.interop.classes import NORM
 
 #: Method by which a head counts frames.
@@ -21,11 +21,12 @@ FRAME_MASK = "_get_feature_vector_attention_mask"
 _LABELS_FRAMES = "ForAudioFrameClassification"
 
 
+@torch.compiler.disable(reason="compiled code has no calls in progress")  # type: ignore[untyped-decorator]
 def called_by_counting_head(encoder: nn.Module) -> bool:
     """Return whether a head of Transformers that uses the first frames of each row is calling an encoder.
 
     Only the calls in progress tell, because a module does not know what contains it, and an encoder can be accelerated,
-    and called, without its head.
+    and called, without its head. PEFT's wrapper is no head, although it has the attributes of the encoder in it.
     """
     frame = sys._getframe().f_back
     while frame is not None:
@@ -33,7 +34,7 @@ def called_by_counting_head(encoder: nn.Module) -> bool:
         if "forward" in frame.f_code.co_name and "self" in frame.f_code.co_varnames:
             owner = frame.f_locals.get("self")
             contains = owner is not encoder and isinstance(owner, nn.Module) and encoder in owner.modules()
-            if contains and hasattr(owner, _COUNTS):
+            if contains and hasattr(type(owner), _COUNTS):
                 return not any(cls.__name__.endswith(_LABELS_FRAMES) for cls in type(owner).__mro__)
         frame = frame.f_back
     return False
@@ -42,14 +43,16 @@ def called_by_counting_head(encoder: nn.Module) -> bool:
 def frame_mask(original: type[nn.Module]) -> Any:
     """Return the method of an accelerated encoder that makes a mask of frames (B, F) of a mask of samples (B, T).
 
-    It marks the last frames of a row that is padded on the left, and is the original's otherwise.
+    It marks the last frames of a row that is padded on the left, where the encoder returns them, and is the original's
+    otherwise.
     """
     count = getattr(original, FRAME_MASK)
 
     def method(self: Any, **given: Any) -> Tensor:
         first: Tensor = count(self, **given)
         samples: Tensor = given["attention_mask"]
-        if getattr(self, NORM) == "padded":
+        at_begin = getattr(self, NORM) == "padded" or (not recorded_by(()) and called_by_counting_head(self))
+        if at_begin:
             return first
         left = (samples[:, :1] == 0) & (samples[:, -1:] == 1)
         return torch.where(left, first.flip(1), first)

@@ -24,7 +24,7 @@ _ROUNDINGS, _UNITS = 5, 8
 
 
 def validate(
-    model: nn.Module, *, seconds: Sequence[float] = (0.4, 1.7, 4.0, 10.0), training: bool = True
+    model: nn.Module, *, seconds: Iterable[float] = (0.4, 1.7, 4.0, 10.0), training: bool = True
 ) -> ValidationReport:
     """Compare the encoders in a model with their original code, and raise an error if they differ.
 
@@ -67,9 +67,10 @@ def validate(
             adapters that `call_projections` calls, or the original code runs in any case, because of a hook or a
             foreign module.
     """
+    seconds = tuple(seconds)
     lengths = [round(length * _RATE_HZ) if math.isfinite(length) else 0 for length in seconds]
     if not lengths or min(lengths) < _SHORTEST_S * _RATE_HZ:
-        raise ValueError(f"seconds: expected lengths of {_SHORTEST_S} s or more, got {tuple(seconds)}")
+        raise ValueError(f"seconds: expected lengths of {_SHORTEST_S} s or more, got {seconds}")
     subjects = _subjects(model)
     notes, comparisons = [], []
     for name, subject in subjects.items():
@@ -80,7 +81,7 @@ def validate(
         comparisons += [one._replace(name=f"{name}: {one.name}") if len(subjects) > 1 else one for one in found]
     first = next(iter(subjects.values()))
     device, dtype, exact = (str(one).removeprefix("torch.") for one in (first.device, first.dtype, first.exact_dtype))
-    report = ValidationReport(device, dtype, exact, tuple(seconds), tuple(notes), tuple(comparisons))
+    report = ValidationReport(device, dtype, exact, seconds, tuple(notes), tuple(comparisons))
     if report.wrong:
         raise ValidationError(report)
     return report

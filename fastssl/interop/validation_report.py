@@ -89,10 +89,16 @@ class ValidationError(RuntimeError):
         # A NaN compares as no larger, so it is looked for first.
         found = max((first.difference, first.in_a_batch or 0.0), key=lambda one: (math.isnan(one), one))
         where = f" ({first.worst})" if first.worst else ""
+        cure = (
+            "`fastssl check` finds the kernel, FASTSSL_EXCLUDE leaves it out, `fastssl.restore(model)` runs the "
+            "original"
+            if math.isfinite(first.allowed)
+            else "The original itself is not finite there, so nothing can be compared: look for NaN or infinite "
+            "weights, or for values too large for the dtype"
+        )
         super().__init__(
             f"the accelerated model differs from the original first in the {first.name}{where}: by {found:.2g} of its "
-            f"norm, {first.allowed:.2g} is allowed; {len(others)} later comparisons differ too. `fastssl check` finds "
-            "the kernel, FASTSSL_EXCLUDE leaves it out, `fastssl.restore(model)` runs the original\n" + str(report)
+            f"norm, {first.allowed:.2g} is allowed; {len(others)} later comparisons differ too. {cure}\n{report}"
         )
         self.report = report
 

@@ -5,12 +5,14 @@ import random
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 
 from fastssl.interop.classes import CALLS, NORM, AcceleratedClasses
 from fastssl.interop.wrapped import KEPT_BY_ACCELERATE, REPLACED
@@ -85,6 +87,9 @@ def _make_certain(encoder: nn.Module) -> None:
     for module in encoder.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
+        if "_gradient_checkpointing_func" in vars(module):
+            # The original WavLM never ends with re-entrant checkpointing, which gives the same numbers.
+            vars(module)["_gradient_checkpointing_func"] = partial(checkpoint, use_reentrant=False)
         config = vars(module).get("config")
         for owner in (module, config):
             for name in _RANDOM:

@@ -103,15 +103,26 @@ def _read_preprocessor(folder: Path, names: Sequence[str]) -> tuple[Path, dict[s
     preprocessor_config.json. If a folder has both, Transformers believes the former.
     """
     processor, preprocessor = (folder / name for name in PREPROCESSOR_FILES)
-    if processor.name in names and processor.exists():
-        settings = read_json(processor)
-        for name in ("feature_extractor", "audio_processor"):
-            of_audio = settings.get(name)
-            if isinstance(of_audio, dict):
-                return processor, of_audio
-            if of_audio is not None:
-                raise ValueError(f"{processor}: {name} is {brief(of_audio)}, expected an object; restore the file")
+    if processor.name in names and (of_audio := read_processor(folder)) is not None:
+        return processor, of_audio
     return preprocessor, read_json(preprocessor) if preprocessor.exists() else None
+
+
+def read_processor(folder: Path) -> dict[str, Any] | None:
+    """Return the settings of audio in processor_config.json, or None if there is no such file or it has none.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    processor = folder / PREPROCESSOR_FILES[0]
+    settings = read_json(processor) if processor.exists() else {}
+    for name in ("feature_extractor", "audio_processor"):
+        of_audio = settings.get(name)
+        if isinstance(of_audio, dict):
+            return of_audio
+        if of_audio is not None:
+            raise ValueError(f"{processor}: {name} is {brief(of_audio)}, expected an object; restore the file")
+    return None
 
 
 def follow_preprocessor(folder: Path) -> None:
@@ -125,8 +136,8 @@ def follow_preprocessor(folder: Path) -> None:
         WriteError: The system refused to write.
     """
     processor, preprocessor = (folder / name for name in PREPROCESSOR_FILES)
-    path, of_audio = _read_preprocessor(folder, PREPROCESSOR_FILES)
-    if path != processor or of_audio is None:
+    of_audio = read_processor(folder)
+    if of_audio is None:
         return
     settings, now = read_json(processor), read_json(preprocessor)
     name = "feature_extractor" if settings.get("feature_extractor") == of_audio else "audio_processor"

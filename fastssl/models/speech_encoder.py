@@ -22,6 +22,7 @@ from fastssl.models.folder import (
     follow_preprocessor,
     load_matching,
     read_config,
+    read_processor,
     read_weights,
     write_encoder_weights,
 )
@@ -290,9 +291,14 @@ class SpeechEncoder(nn.Module):
         Args:
             folder: Folder to write to; created if missing.
             card: Facts about the encoder's training, for README.md; without a card, an existing README.md is kept.
+
+        Raises:
+            ValueError: A processor_config.json that is there is damaged; nothing was written.
+            WriteError: The system refused to write.
         """
         folder = Path(folder)
         make_folder(folder)
+        read_processor(folder)  # if it is damaged, nothing has been written yet
         for name, values in self.json_files().items():
             write_json(folder / name, values)
         follow_preprocessor(folder)

@@ -215,6 +215,16 @@ def test_a_saved_encoder_is_not_hidden_by_an_older_processor(part: str, tmp_path
     assert newer[part]["dither"] == 0.5
 
 
+def test_nothing_is_saved_beside_a_damaged_processor(tmp_path: Path) -> None:
+    """The new config would have been there with the old weights."""
+    make_encoder(do_normalize=False).save_pretrained(tmp_path)
+    (tmp_path / "processor_config.json").write_text("{")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=r"processor_config\.json: is not valid JSON"):
+        make_encoder(do_normalize=True).save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 @pytest.mark.parametrize("part", ["feature_extractor", "audio_processor"])
 def test_a_processor_whose_settings_of_audio_are_not_an_object_is_refused(part: str, tmp_path: Path) -> None:
     make_encoder(do_normalize=False).save_pretrained(tmp_path)

@@ -304,6 +304,43 @@ def test_the_mask_of_frames_that_an_encoder_gives_is_that_of_its_frames(variant:
     assert torch.equal(getattr(model.encoder, ask)(27, moved_mask), getattr(original, ask)(27, moved_mask))
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("asked", ["head", "encoder"])
+def test_a_head_of_your_own_gets_the_same_frames_from_its_own_mask_and_from_that_of_the_encoder(
+    asked: str, compiled: bool
+) -> None:
+    """It is derived from a class of Transformers, so it counts frames, which are then first in each row."""
+
+    class Mean(transformers.Wav2Vec2ForCTC):  # type: ignore[misc, name-defined]
+        def forward(self, waveforms: Tensor, mask: Tensor) -> Tensor:
+            hidden = self.wav2vec2(waveforms, attention_mask=mask).last_hidden_state
+            of = self if asked == "head" else self.wav2vec2
+            used = of._get_feature_vector_attention_mask(hidden.shape[1], mask).unsqueeze(2)
+            return torch.sum(hidden * used, 1)
+
+    model = Mean(transformers_model("wav2vec2 large", "ForCTC").config).eval()
+    fastssl.accelerate(model)
+    rows = [row for row, count in enumerate(FRAMES) if count]
+    waveforms, mask, moved, moved_mask = (x[rows] for x in batch_on_sides())
+    call = torch.compile(model, backend="eager") if compiled else model
+    with torch.no_grad():
+        assert_close(call(moved, moved_mask), model(waveforms, mask), 1e-6)
+
+
+def test_in_the_wrapper_of_peft_an_encoder_returns_frames_where_its_mask_says() -> None:
+    """The wrapper answers for the encoder's attributes, but it is no head that counts frames."""
+    peft = pytest.importorskip("peft")
+    model = fastssl.accelerate(transformers_model("wav2vec2 large"))
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"])).eval()
+    _, _, moved, moved_mask = batch_on_sides()
+    with torch.no_grad():
+        found = wrapped(moved, attention_mask=moved_mask).last_hidden_state
+        assert torch.equal(found, model(moved, attention_mask=moved_mask).last_hidden_state)
+        first = fastssl.accelerate(wrapped)(moved[1:2, -LENGTHS[1] :]).last_hidden_state[0]
+    used = wrapped._get_feature_vector_attention_mask(found.shape[1], moved_mask)[1].bool()
+    assert_close(found[1, used], first, 1e-6)
+
+
 def test_a_decoder_uses_the_frames_of_the_utterance() -> None:
     config = transformers.BertConfig(
         vocab_size=11,

@@ -190,6 +190,28 @@ def test_a_difference_that_is_not_finite_is_never_right() -> None:
     assert not found.is_right
 
 
+def test_an_original_that_is_not_finite_is_named_as_the_cause() -> None:
+    model = transformers_model("wav2vec2 large")
+    model.encoder.layers[1].final_layer_norm.weight.data[0] = float("nan")
+    with pytest.raises(fastssl.ValidationError, match="The original itself is not finite") as error:
+        fastssl.validate(model, seconds=SHORT, training=False)
+    assert "finds the kernel" not in str(error.value)
+
+
+def test_re_entrant_checkpointing_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With it, the backward pass of the original WavLM never ends."""
+
+    def apply(*_: Any) -> None:
+        raise AssertionError("re-entrant")
+
+    monkeypatch.setattr(torch.utils.checkpoint.CheckpointFunction, "apply", apply)
+    model = transformers_model("wavlm base")
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    used = model.encoder.layers[0]._gradient_checkpointing_func
+    assert not fastssl.validate(model, seconds=SHORT).wrong
+    assert model.encoder.layers[0]._gradient_checkpointing_func is used
+
+
 def state_of(model: nn.Module) -> dict[str, Any]:
     """Return all that `validate` must leave as it is."""
     found: dict[str, Any] = {}
@@ -360,6 +382,11 @@ def test_what_cannot_be_compared_is_refused_by_name(case: str) -> None:
 def test_bad_lengths_are_named(seconds: tuple[float, ...]) -> None:
     with pytest.raises(ValueError, match=r"seconds: expected lengths of 0\.1 s or more"):
         fastssl.validate(transformers_model("wav2vec2 base"), seconds=seconds)
+
+
+def test_lengths_may_come_from_a_generator() -> None:
+    report = fastssl.validate(transformers_model("wav2vec2 base"), seconds=(one for one in SHORT), training=False)
+    assert report.seconds == SHORT
 
 
 def test_the_sound_is_like_speech_and_always_the_same() -> None:
