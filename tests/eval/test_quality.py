@@ -231,6 +231,7 @@ def test_command(encoder: Encoder, tmp_path: Path, capsys: pytest.CaptureFixture
         "rate": None,
         "frame_period_ms": None,
         "rules": RULES,
+        "inference": None,
     }
     assert {Path(problem["name"]).name for problem in report["left_out"]} == {"empty.wav", "broken.flac"}
     assert "broken.flac does not decode" in shown.replace("\n", " ")

@@ -68,13 +68,14 @@ def place() -> str:
     """Return the file and the function on the stack that an engineer would look at first.
 
     If our code called another library, its function follows after "via". Lines are left out, because any edit moves
-    them; so are comprehensions, which are functions in some versions of Python only.
+    them; so are comprehensions, which are functions in some versions of Python only, and overrides of `Module._apply`,
+    because whoever moves a module decides when.
     """
     best, name, library = len(_KINDS), "outside the known code", ""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and best > 0:
         kind, short = _short(frame.f_code.co_filename)
-        if kind < best and not frame.f_code.co_name.startswith("<"):
+        if kind < best and not frame.f_code.co_name.startswith(("<", "_apply")):
             best, name = kind, f"{short} {frame.f_code.co_name}"
             if kind == _LIBRARY:
                 library = f" via {name}"
