@@ -220,7 +220,8 @@ def pre_trained(model: Any) -> dict[str, Any]:
 
 def opened(model: Any) -> dict[str, Any]:
     """Return outputs and weights of the encoder that `load_encoder` makes from a model."""
-    model.config.do_normalize = False  # older trees left this to the caller
+    if hasattr(model, "config"):  # not a model of torchaudio, which says itself whether it normalises
+        model.config.do_normalize = False  # older trees left this to the caller
     encoder = fastssl.load_encoder(model)
     return {"out": evaluate(encoder, waveforms((5000, 900, 3300))), "weights": encoder.state_dict()}
 
