@@ -51,11 +51,13 @@ struct Call {
   std::vector<Weight> weights;
 };
 
-// Rows of the output to compute, of one group.
+// Rows of the output to compute, of one group, and which part of the panels of each weight.
 struct Block {
   int64_t group;
   int64_t first_row;
   int64_t rows;
+  int64_t part;
+  int64_t parts;
 };
 
 // Memory that a thread needs for one block.
@@ -107,15 +109,10 @@ FASTSSL_INLINE void gather(const Call* call, const Block* block, Scratch* scratc
     used += count;
     row = stop;
   }
-  // The last tile may have fewer rows: fill it with copies, whose results are not stored.
-  for (int64_t slot = block->rows; slot < round_up(block->rows, kTileRows); ++slot) {
-    scratch->begins[slot] = scratch->begins[block->rows - 1];
-    scratch->first_bytes[slot] = scratch->first_bytes[block->rows - 1];
-  }
 }
 
 // Adds the sums of a tile to scratch->sums, or overwrites them with the `first` sums.
-template <Isa isa, Format format, int kVectors>
+template <Isa isa, Format format, int kRows, int kVectors>
 FASTSSL_INLINE void run_tile(
     const Scratch* scratch,
     int64_t row,
@@ -130,10 +127,10 @@ FASTSSL_INLINE void run_tile(
   using Floats = typename Simd<isa, float>::Vector;
   using SumVector = typename Multiplier<isa, format>::SumVector;
   constexpr int kLanes = Simd<isa, float>::kLanes;
-  SumVector tile[kTileRows][kVectors];
-  multiply_tile<isa, format>(
+  SumVector tile[kRows][kVectors];
+  multiply_tile<isa, format, kRows>(
       scratch->begins.data() + row, first_step, steps, panel + first_step * kPanelColumns + column, tile);
-  for (int i = 0; i < kTileRows; ++i) {
+  for (int i = 0; i < kRows; ++i) {
     float* out = sums + (row + i) * kPanelColumns + column;
 #pragma GCC unroll 4
     for (int j = 0; j < kVectors; ++j) {
@@ -154,38 +151,54 @@ FASTSSL_INLINE void run_tile(
   }
 }
 
+// Where a block's sums come from and go to, for one chunk of a panel.
+struct Chunk {
+  int64_t rows;
+  int64_t first_step;
+  int64_t steps;
+  int64_t tap;
+  const uint32_t* panel;
+  const float* column_sums;
+  float* sums;
+  bool first;
+};
+
+template <Isa isa, Format format, int kVectors>
+FASTSSL_INLINE void run_rows(const Scratch* scratch, const Chunk& chunk, int64_t column) {
+  const auto& [rows, first_step, steps, tap, panel, column_sums, sums, first] = chunk;
+  int64_t row = 0;
+  for (; row + kTileRows <= rows; row += kTileRows) {
+    run_tile<isa, format, kTileRows, kVectors>(
+        scratch, row, column, first_step, steps, tap, panel, column_sums, sums, first);
+  }
+  for (; row + 4 <= rows; row += 4) {
+    run_tile<isa, format, 4, kVectors>(scratch, row, column, first_step, steps, tap, panel, column_sums, sums, first);
+  }
+  for (; row + 2 <= rows; row += 2) {
+    run_tile<isa, format, 2, kVectors>(scratch, row, column, first_step, steps, tap, panel, column_sums, sums, first);
+  }
+  for (; row < rows; ++row) {
+    run_tile<isa, format, 1, kVectors>(scratch, row, column, first_step, steps, tap, panel, column_sums, sums, first);
+  }
+}
+
 template <Isa isa, Format format>
-FASTSSL_INLINE void run_columns(
-    const Scratch* scratch,
-    int64_t rows,
-    int64_t columns,
-    int64_t first_step,
-    int64_t steps,
-    int64_t tap,
-    const uint32_t* panel,
-    const float* column_sums,
-    float* sums,
-    bool first) {
+FASTSSL_INLINE void run_columns(const Scratch* scratch, const Chunk& chunk, int64_t columns) {
   constexpr int kLanes = Simd<isa, float>::kLanes;
   constexpr int kMost = isa == Isa::kAvx512 ? 4 : 2;
   for (int64_t column = 0; column < columns;) {
     const int64_t vectors = std::min<int64_t>(kMost, divide_up(columns - column, kLanes));
-    for (int64_t row = 0; row < rows; row += kTileRows) {
-      if constexpr (kMost == 4) {
-        if (vectors == 4) {
-          run_tile<isa, format, 4>(scratch, row, column, first_step, steps, tap, panel, column_sums, sums, first);
-          continue;
-        }
-        if (vectors == 3) {
-          run_tile<isa, format, 3>(scratch, row, column, first_step, steps, tap, panel, column_sums, sums, first);
-          continue;
-        }
+    if constexpr (kMost == 4) {
+      if (vectors == 4) {
+        run_rows<isa, format, 4>(scratch, chunk, column);
+      } else if (vectors == 3) {
+        run_rows<isa, format, 3>(scratch, chunk, column);
       }
-      if (vectors == 2) {
-        run_tile<isa, format, 2>(scratch, row, column, first_step, steps, tap, panel, column_sums, sums, first);
-      } else {
-        run_tile<isa, format, 1>(scratch, row, column, first_step, steps, tap, panel, column_sums, sums, first);
-      }
+    }
+    if (vectors == 2) {
+      run_rows<isa, format, 2>(scratch, chunk, column);
+    } else if (vectors == 1) {
+      run_rows<isa, format, 1>(scratch, chunk, column);
     }
     column += vectors * kLanes;
   }
@@ -214,7 +227,9 @@ FASTSSL_INLINE void run_block_body(FormatTag<format>, const Call* call, const Bl
   const int64_t chunk = format == Format::kInt8Dot ? call->steps : kChunkSteps;
   float* sums = scratch->sums.data();
   for (const Weight& weight : call->weights) {
-    for (int64_t panel = 0; panel < weight.panels_per_group; ++panel) {
+    const int64_t panels = weight.panels_per_group;
+    const int64_t last_panel = (block->part + 1) * panels / block->parts;
+    for (int64_t panel = block->part * panels / block->parts; panel < last_panel; ++panel) {
       const int64_t number = block->group * weight.panels_per_group + panel;
       const int64_t all_panels = call->groups * weight.panels_per_group;
       const int64_t channel = panel * kPanelColumns;
@@ -224,9 +239,9 @@ FASTSSL_INLINE void run_block_body(FormatTag<format>, const Call* call, const Bl
       for (int64_t step = 0; step < window; step += chunk, ++tap) {
         const float* column_sums =
             format == Format::kInt8Dot ? weight.sums + (tap * all_panels + number) * kPanelColumns : nullptr;
-        run_columns<isa, format>(
-            scratch, block->rows, columns, step, std::min(chunk, window - step), tap, units, column_sums, sums,
-            step == 0);
+        const Chunk part{
+            block->rows, step, std::min(chunk, window - step), tap, units, column_sums, sums, step == 0};
+        run_columns<isa, format>(scratch, part, columns);
       }
       const float* bias = weight.bias + number * kPanelColumns;
       const float* scale = format == Format::kInt8Dot ? weight.scale + number * kPanelColumns : nullptr;
@@ -306,26 +321,32 @@ void run_blocks(Format format, const Call& call, int64_t rows) {
   for (const Weight& weight : call.weights) {
     most_channels = std::max(most_channels, weight.channels);
   }
-  // As many blocks for each thread as for the others, of about as many rows.
+  // As many blocks for each thread as for the others, of about as many rows. If there are fewer blocks than threads,
+  // threads share the panels of a block, so that each reads only its part of the weights. A norm needs whole rows.
   const int64_t threads = torch::stable::get_num_threads();
-  const int64_t wanted = round_up(divide_up(rows, kBlockRows), groups == 1 ? threads : 1);
-  const int64_t block_rows = round_up(divide_up(rows, wanted), kTileRows);
+  const bool whole_rows = call.norm_weight != nullptr;
+  int64_t wanted = divide_up(rows, kBlockRows);
+  if (groups == 1 && (whole_rows || wanted >= threads)) {
+    wanted = std::min(rows, round_up(wanted, threads));
+  }
+  const int64_t parts = whole_rows ? 1 : std::max<int64_t>(1, divide_up(threads, groups * wanted));
+  const int64_t block_rows = divide_up(rows, wanted);
   const int64_t blocks = divide_up(rows, block_rows);
-  torch::stable::parallel_for(0, groups * blocks, 1, [&](int64_t first, int64_t last) {
-    const int64_t slots = round_up(block_rows, kTileRows);
+  torch::stable::parallel_for(0, groups * blocks * parts, 1, [&](int64_t first, int64_t last) {
     // A sequence of n rows of a block has (n - 1) * stride + kernel rows of input.
     const int64_t input_rows =
         call.in_place ? 0 : block_rows * call.stride + std::min(block_rows, call.sequences) * call.kernel;
     Scratch scratch;
     scratch.units.resize(input_rows * call.steps);
     scratch.bytes.resize(input_rows);
-    scratch.begins.resize(slots);
-    scratch.first_bytes.resize(slots);
-    scratch.sums.resize(slots * kPanelColumns);
-    scratch.wide.resize((call.norm_weight == nullptr ? 1 : block_rows) * most_channels);
+    scratch.begins.resize(block_rows);
+    scratch.first_bytes.resize(block_rows);
+    scratch.sums.resize(block_rows * kPanelColumns);
+    scratch.wide.resize((whole_rows ? block_rows : 1) * most_channels);
     for (int64_t index = first; index < last; ++index) {
-      const int64_t first_row = index % blocks * block_rows;
-      const Block block{index / blocks, first_row, std::min(block_rows, rows - first_row)};
+      const int64_t number = index / parts;
+      const int64_t first_row = number % blocks * block_rows;
+      const Block block{number / blocks, first_row, std::min(block_rows, rows - first_row), index % parts, parts};
       run(format, call, block, scratch);
     }
   });

@@ -2,7 +2,7 @@
 //
 // Operands are stored in units of four bytes: 1 float, 2 bfloat16 or 4 bytes that are neighbours along the depth of the
 // product. A panel holds 64 columns of a weight, [step][column], one unit per step and column. A tile of 6 rows by up
-// to 4 vectors of sums stays in registers. The bits of a row do not depend on the rows it is computed with.
+// to 4 vectors of sums stays in registers; the last rows of a block may be a tile of 4, 2 or 1. The bits of a row do not depend on the rows it is computed with.
 #pragma once
 
 #include <cstdint>
@@ -66,7 +66,7 @@ FASTSSL_INLINE void add_products(SumVector (&sums)[kVectors], uint32_t unit, con
 
 // Sums of products over `steps` units: out[row][i] for the vectors of columns from `panel` on. Returned in memory, because
 // GCC keeps sums in registers only while nothing else is done with them.
-template <Isa isa, Format format, int kVectors, typename SumVector>
+template <Isa isa, Format format, int kRows, int kVectors, typename SumVector>
 FASTSSL_INLINE void multiply_tile(
     const uint32_t* const* rows,
     int64_t offset,  // unit of the rows to begin with
@@ -75,15 +75,16 @@ FASTSSL_INLINE void multiply_tile(
     SumVector (*out)[kVectors]) {
   using Units = typename Simd<isa, uint32_t>::Vector;
   constexpr int kLanes = Simd<isa, uint32_t>::kLanes;
+  // Rows that the tile does not have are never read.
   const uint32_t* row_0 = rows[0] + offset;
-  const uint32_t* row_1 = rows[1] + offset;
-  const uint32_t* row_2 = rows[2] + offset;
-  const uint32_t* row_3 = rows[3] + offset;
-  const uint32_t* row_4 = rows[4] + offset;
-  const uint32_t* row_5 = rows[5] + offset;
-  SumVector sums[kTileRows][kVectors];
+  const uint32_t* row_1 = rows[kRows > 1 ? 1 : 0] + offset;
+  const uint32_t* row_2 = rows[kRows > 2 ? 2 : 0] + offset;
+  const uint32_t* row_3 = rows[kRows > 3 ? 3 : 0] + offset;
+  const uint32_t* row_4 = rows[kRows > 4 ? 4 : 0] + offset;
+  const uint32_t* row_5 = rows[kRows > 5 ? 5 : 0] + offset;
+  SumVector sums[kRows][kVectors];
 #pragma GCC unroll 6
-  for (int row = 0; row < kTileRows; ++row) {
+  for (int row = 0; row < kRows; ++row) {
 #pragma GCC unroll 4
     for (int i = 0; i < kVectors; ++i) {
       sums[row][i] = SumVector{};
@@ -96,14 +97,20 @@ FASTSSL_INLINE void multiply_tile(
       __builtin_memcpy(&right[i], panel + step * kPanelColumns + i * kLanes, sizeof(Units));
     }
     add_products<isa, format>(sums[0], row_0[step], right);
-    add_products<isa, format>(sums[1], row_1[step], right);
-    add_products<isa, format>(sums[2], row_2[step], right);
-    add_products<isa, format>(sums[3], row_3[step], right);
-    add_products<isa, format>(sums[4], row_4[step], right);
-    add_products<isa, format>(sums[5], row_5[step], right);
+    if constexpr (kRows > 1) {
+      add_products<isa, format>(sums[1], row_1[step], right);
+    }
+    if constexpr (kRows > 2) {
+      add_products<isa, format>(sums[2], row_2[step], right);
+      add_products<isa, format>(sums[3], row_3[step], right);
+    }
+    if constexpr (kRows > 4) {
+      add_products<isa, format>(sums[4], row_4[step], right);
+      add_products<isa, format>(sums[5], row_5[step], right);
+    }
   }
 #pragma GCC unroll 6
-  for (int row = 0; row < kTileRows; ++row) {
+  for (int row = 0; row < kRows; ++row) {
 #pragma GCC unroll 4
     for (int i = 0; i < kVectors; ++i) {
       __builtin_memcpy(&out[row][i], &sums[row][i], sizeof(SumVector));
