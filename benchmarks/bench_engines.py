@@ -86,7 +86,7 @@ def inference(title: str, lengths_s: Sequence[float], device: torch.device) -> R
         device=device,
         limits=lambda: limits.gemm_limits(gemms, torch.float32, device),
         audio_s=sum(lengths_s),
-        budget_s=40,
+        budget_s=90,
         notes=[f"padded batch: {workloads.padding_factor(lengths_s):.2f} times the valid audio"],
     )
 

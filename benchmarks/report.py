@@ -135,6 +135,7 @@ def main(
     description: str,
     *,
     by_default: Mapping[str, Sequence[str]] | None = None,
+    groups: Mapping[str, Sequence[str]] | None = None,
     targets: Mapping[str, Sequence[Target]] = TARGETS,
 ) -> None:
     """Parse the command line, measure rows, print them with their targets, and write JSON.
@@ -143,6 +144,7 @@ def main(
         rows: For each row's key, the function that measures the row on a given device.
         description: Text for `--help`.
         by_default: For each device, the rows to measure without `--only`; None means all rows.
+        groups: Names of options, each of which measures its rows in place of those by default.
         targets: For each device, the targets to judge.
     """
     parser = argparse.ArgumentParser(description=description)
@@ -157,6 +159,14 @@ def main(
     parser.add_argument(
         "--keep-freed-memory", action="store_true", help="let glibc keep memory that tensors free, for all contenders"
     )
+    for name, members in (groups or {}).items():
+        parser.add_argument(
+            f"--{name}",
+            dest="only",
+            action="store_const",
+            const=list(members),
+            help=f"measure {', '.join(members)} instead",
+        )
     args = parser.parse_args()
     if unknown := set(args.only or ()) - rows.keys():
         parser.error(f"--only: unknown row {', '.join(sorted(unknown))}; choose from {', '.join(rows)}")
