@@ -159,7 +159,7 @@ def main() -> None:
         encoder.save_pretrained(Path(folder, "encoder"))
         try:
             engines.export(encoder, Path(folder))
-        except ImportError as error:
+        except (ImportError, RuntimeError) as error:  # PyTorch raises the latter without onnx
             skipped |= {name: str(error) for name in ("ONNX Runtime", "OpenVINO f32", "OpenVINO bf16")}
         for _ in range(_ROUNDS):
             for name in found.keys() - skipped.keys():
