@@ -3,9 +3,9 @@
 
 #include <algorithm>
 #include <optional>
-#include <string>
 #include <vector>
 
+#include "../common/block_gemm.h"
 #include "../common/tensor_checks.h"
 #include "multiply.h"
 #include "rows.h"
@@ -84,7 +84,8 @@ FASTSSL_INLINE void gather(const Call* call, const Block* block, Scratch* scratc
       ++sequence;
     }
     const int64_t stop = std::min<int64_t>(last_row, call->begins_out[sequence + 1]);
-    const int64_t first = (row - call->begins_out[sequence]) * call->stride - call->padding;  // may lie before the sequence
+    // The first row of the window; with padding, it may be before the first row of the sequence.
+    const int64_t first = (row - call->begins_out[sequence]) * call->stride - call->padding;
     const int64_t count = (stop - row - 1) * call->stride + call->kernel;
     const int64_t length = call->begins_in[sequence + 1] - call->begins_in[sequence];
     const scalar_t* source = x + call->begins_in[sequence] * pitch;
@@ -111,37 +112,38 @@ FASTSSL_INLINE void gather(const Call* call, const Block* block, Scratch* scratc
   }
 }
 
-// Adds the sums of a tile to scratch->sums, or overwrites them with the `first` sums.
+// Part of the depth of one panel, and the sums of a block that it contributes to.
+struct Chunk {
+  int64_t rows;
+  int64_t first_step;
+  int64_t steps;
+  int64_t tap;
+  const uint32_t* panel;
+  const float* column_sums;  // (64,), bytes only
+  float* sums;  // (rows, 64)
+  bool first;  // overwrite the sums instead of adding to them
+};
+
 template <Isa isa, Format format, int kRows, int kVectors>
-FASTSSL_INLINE void run_tile(
-    const Scratch* scratch,
-    int64_t row,
-    int64_t column,
-    int64_t first_step,
-    int64_t steps,
-    int64_t tap,
-    const uint32_t* panel,
-    const float* column_sums,
-    float* sums,
-    bool first) {
+FASTSSL_INLINE void run_tile(const Scratch* scratch, const Chunk& chunk, int64_t row, int64_t column) {
   using Floats = typename Simd<isa, float>::Vector;
   using SumVector = typename Multiplier<isa, format>::SumVector;
   constexpr int kLanes = Simd<isa, float>::kLanes;
   SumVector tile[kRows][kVectors];
-  multiply_tile<isa, format, kRows>(
-      scratch->begins.data() + row, first_step, steps, panel + first_step * kPanelColumns + column, tile);
+  const uint32_t* panel = chunk.panel + chunk.first_step * kPanelColumns + column;
+  multiply_tile<isa, format, kRows>(scratch->begins.data() + row, chunk.first_step, chunk.steps, panel, tile);
   for (int i = 0; i < kRows; ++i) {
-    float* out = sums + (row + i) * kPanelColumns + column;
+    float* out = chunk.sums + (row + i) * kPanelColumns + column;
 #pragma GCC unroll 4
     for (int j = 0; j < kVectors; ++j) {
       Floats before{};
-      if (!first) {
+      if (!chunk.first) {
         __builtin_memcpy(&before, out + j * kLanes, sizeof(Floats));
       }
       if constexpr (format == Format::kInt8Dot) {
-        const ByteRow bytes = scratch->bytes[scratch->first_bytes[row + i] + tap];
+        const ByteRow bytes = scratch->bytes[scratch->first_bytes[row + i] + chunk.tap];
         Floats offsets;
-        __builtin_memcpy(&offsets, column_sums + column + j * kLanes, sizeof(Floats));
+        __builtin_memcpy(&offsets, chunk.column_sums + column + j * kLanes, sizeof(Floats));
         before += bytes.scale * (__builtin_convertvector(tile[i][j], Floats) - bytes.zero * offsets);
       } else {
         before += tile[i][j];
@@ -151,34 +153,20 @@ FASTSSL_INLINE void run_tile(
   }
 }
 
-// Where a block's sums come from and go to, for one chunk of a panel.
-struct Chunk {
-  int64_t rows;
-  int64_t first_step;
-  int64_t steps;
-  int64_t tap;
-  const uint32_t* panel;
-  const float* column_sums;
-  float* sums;
-  bool first;
-};
-
 template <Isa isa, Format format, int kVectors>
 FASTSSL_INLINE void run_rows(const Scratch* scratch, const Chunk& chunk, int64_t column) {
-  const auto& [rows, first_step, steps, tap, panel, column_sums, sums, first] = chunk;
   int64_t row = 0;
-  for (; row + kTileRows <= rows; row += kTileRows) {
-    run_tile<isa, format, kTileRows, kVectors>(
-        scratch, row, column, first_step, steps, tap, panel, column_sums, sums, first);
+  for (; row + kTallestTile <= chunk.rows; row += kTallestTile) {
+    run_tile<isa, format, kTallestTile, kVectors>(scratch, chunk, row, column);
   }
-  for (; row + 4 <= rows; row += 4) {
-    run_tile<isa, format, 4, kVectors>(scratch, row, column, first_step, steps, tap, panel, column_sums, sums, first);
+  for (; row + 4 <= chunk.rows; row += 4) {
+    run_tile<isa, format, 4, kVectors>(scratch, chunk, row, column);
   }
-  for (; row + 2 <= rows; row += 2) {
-    run_tile<isa, format, 2, kVectors>(scratch, row, column, first_step, steps, tap, panel, column_sums, sums, first);
+  for (; row + 2 <= chunk.rows; row += 2) {
+    run_tile<isa, format, 2, kVectors>(scratch, chunk, row, column);
   }
-  for (; row < rows; ++row) {
-    run_tile<isa, format, 1, kVectors>(scratch, row, column, first_step, steps, tap, panel, column_sums, sums, first);
+  for (; row < chunk.rows; ++row) {
+    run_tile<isa, format, 1, kVectors>(scratch, chunk, row, column);
   }
 }
 
@@ -230,8 +218,8 @@ FASTSSL_INLINE void run_block_body(FormatTag<format>, const Call* call, const Bl
     const int64_t panels = weight.panels_per_group;
     const int64_t last_panel = (block->part + 1) * panels / block->parts;
     for (int64_t panel = block->part * panels / block->parts; panel < last_panel; ++panel) {
-      const int64_t number = block->group * weight.panels_per_group + panel;
-      const int64_t all_panels = call->groups * weight.panels_per_group;
+      const int64_t number = block->group * panels + panel;
+      const int64_t all_panels = call->groups * panels;
       const int64_t channel = panel * kPanelColumns;
       const int64_t columns = std::min(kPanelColumns, weight.channels_per_group - channel);
       const uint32_t* units = weight.panels + number * window * kPanelColumns;
@@ -254,7 +242,9 @@ FASTSSL_INLINE void run_block_body(FormatTag<format>, const Call* call, const Bl
           std::memcpy(scratch->wide.data() + row * weight.channels + channel, x, columns * sizeof(float));
           continue;
         }
-        activate_row<isa, kCoarse>(x, kPanelColumns, call->gelu);
+        if (call->gelu) {
+          gelu_row<isa, kCoarse>(x, kPanelColumns);
+        }
         const int64_t place = block->group * weight.channels_per_group + channel;
         store_row<isa>(weight, block->first_row + row, place, x, columns);
       }
@@ -262,28 +252,22 @@ FASTSSL_INLINE void run_block_body(FormatTag<format>, const Call* call, const Bl
     for (int64_t row = 0; row < block->rows && call->norm_weight != nullptr; ++row) {
       float* x = scratch->wide.data() + row * weight.channels;
       normalize_row<isa>(x, weight.channels, call->norm_weight, call->norm_bias, call->eps);
-      activate_row<isa, kCoarse>(x, weight.channels, call->gelu);
+      if (call->gelu) {
+        gelu_row<isa, kCoarse>(x, weight.channels);
+      }
       store_row<isa>(weight, block->first_row + row, 0, x, weight.channels);
     }
   }
 }
 FASTSSL_ISA_VARIANTS(run_block)
 
-bool processor_has(const char* instructions) {
+// Whether the processor multiplies bytes: products of the format "int8" need that.
+bool multiplies_bytes() {
 #if FASTSSL_HAS_ISA_VARIANTS
-  if (current_isa() != Isa::kAvx512) {
-    return false;
-  }
-  return std::string(instructions) == "bf16" ? __builtin_cpu_supports("avx512bf16")
-                                             : __builtin_cpu_supports("avx512vnni");
+  return current_isa() == Isa::kAvx512 && __builtin_cpu_supports("avx512vnni");
 #else
   return false;
 #endif
-}
-
-// Whether the processor multiplies bytes: products of the format "int8" need that.
-bool multiplies_bytes() {
-  return processor_has("vnni");
 }
 
 void run(Format format, const Call& call, const Block& block, Scratch& scratch) {
@@ -308,7 +292,7 @@ Format format_of(ScalarType dtype) {
     return Format::kFloat;
   }
   if (dtype == ScalarType::BFloat16) {
-    return processor_has("bf16") ? Format::kBFloat16Dot : Format::kBFloat16;
+    return multiplies_bfloat16() ? Format::kBFloat16Dot : Format::kBFloat16;
   }
   STD_TORCH_CHECK(dtype == ScalarType::Char, "panels: must be float32, bfloat16 or int8");
   STD_TORCH_CHECK(multiplies_bytes(), "panels: this processor has no instructions for products of bytes");
@@ -420,9 +404,7 @@ std::vector<Tensor> conv(
   call.sequences = cu_in ? cu_in->size(0) - 1 : 1;
   STD_TORCH_CHECK(
       cu_in || total == 0 || (total - 1) * stride + kernel <= x.size(0), "total: more rows than the input has windows");
-  const bool same_type = (format == Format::kFloat && !call.x_is_bfloat16) ||
-      (format != Format::kFloat && format != Format::kInt8Dot && call.x_is_bfloat16);
-  call.in_place = same_type && groups == 1 && padding == 0 && call.channels % values_per_unit(format) == 0;
+  call.in_place = x.scalar_type() == panels[0].scalar_type() && groups == 1 && padding == 0 && call.channels % values_per_unit(format) == 0;
   call.norm_weight = data_or_null<float>(norm_weight);
   call.norm_bias = data_or_null<float>(norm_bias);
   call.eps = static_cast<float>(eps);

@@ -2,7 +2,8 @@
 //
 // Operands are stored in units of four bytes: 1 float, 2 bfloat16 or 4 bytes that are neighbours along the depth of the
 // product. A panel holds 64 columns of a weight, [step][column], one unit per step and column. A tile of 6 rows by up
-// to 4 vectors of sums stays in registers; the last rows of a block may be a tile of 4, 2 or 1. The bits of a row do not depend on the rows it is computed with.
+// to 4 vectors of sums stays in registers; the last rows of a block may be a tile of 4, 2 or 1. The bits of a row do not
+// depend on the rows that it is computed with.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +15,7 @@
 namespace fastssl::prepacked {
 
 constexpr int64_t kPanelColumns = 64;
-constexpr int kTileRows = 6;
+constexpr int kTallestTile = 6;
 
 // How operands are stored and multiplied. Products in bytes need a processor that has an instruction for them; those in
 // bfloat16 also run on others, where each unit is split into two floats.
@@ -64,8 +65,7 @@ FASTSSL_INLINE void add_products(SumVector (&sums)[kVectors], uint32_t unit, con
   }
 }
 
-// Sums of products over `steps` units: out[row][i] for the vectors of columns from `panel` on. Returned in memory, because
-// GCC keeps sums in registers only while nothing else is done with them.
+// Sums of products over `steps` units: out[row][i] for the vectors of columns from `panel` on.
 template <Isa isa, Format format, int kRows, int kVectors, typename SumVector>
 FASTSSL_INLINE void multiply_tile(
     const uint32_t* const* rows,

@@ -86,12 +86,8 @@ FASTSSL_INLINE ByteRow convert_row(const scalar_t* x, int64_t channels, int64_t 
   return {1.0f, 0.0f};
 }
 
-// x = activation(norm(x)) for one row.
 template <Isa isa, bool kCoarse>
-FASTSSL_INLINE void activate_row(float* x, int64_t channels, bool gelu_follows) {
-  if (!gelu_follows) {
-    return;
-  }
+FASTSSL_INLINE void gelu_row(float* x, int64_t channels) {
   for (int64_t c = 0; c < channels; ++c) {
     x[c] = kCoarse ? coarse_gelu(x[c]) : fast_gelu(x[c]);
   }

@@ -152,7 +152,8 @@ class Op:
         inference = bool(self.forward and not self.backward)
         self.backends: dict[str, tuple[str, ...]] = {}
         (INFERENCE_BACKENDS if inference else BACKENDS)[name], MISSING[name] = self.backends, {}
-        for device, key in (("cpu", "CPU"), ("cuda", "CUDA"))[: 1 if inference else 2]:  # no inference op is for GPUs
+        keys = {"cpu": "CPU"} if inference else {"cpu": "CPU", "cuda": "CUDA"}  # no inference op is for GPUs
+        for device, key in keys.items():
             present, missing = [], MISSING[name]
             if self.forward and _has_native_kernel(f"{name}_fwd", key) and not COMPILED_MODULES[device]:
                 present.append("native")

@@ -1,12 +1,12 @@
 """A stack of strided convolutions for inference: the first one from the waveform, the others with prepacked weights.
 
 A block of frames passes through all layers before the next block starts, so the activations of a layer exist for one
-block at a time. Blocks overlap by the frames that windows share; these are computed twice. Sequences lie on the grids
-of `strided_conv`, so that a block is one sequence to each layer.
+block at a time. Blocks overlap by the frames that windows share; these are computed twice. Sequences are placed on the
+grids of `strided_conv`, so that a block is one sequence to each layer.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from fastssl.kernels.prepacked_conv.op import RowNorm, choose, prepacked_conv, r
 from fastssl.kernels.prepacked_conv.weights import PrepackedWeight
 from fastssl.kernels.strided_conv.blocks import Layer, grids
 from fastssl.kernels.strided_conv.op import strided_conv_stack
-from fastssl.kernels.strided_conv.plan import StridedConvLayer, plan_layers
+from fastssl.kernels.strided_conv.plan import LayerPlan, StridedConvLayer
 from fastssl.packing import Layout
 
 #: Number of frames of the last layer in a block: fewer are slower because blocks overlap, more do not fit in cache.
@@ -98,7 +98,20 @@ def _run_blocks(
     begins = [layout.cu_seqlens for layout in layouts]
     shapes = [(first.weight.shape[2], first.stride), *((layer.weight.shape[2], layer.stride) for layer in layers)]
     _, *layer_grids = grids(begins[1:], shapes)
-    (plan,) = plan_layers(begins[:2], [first.weight], *_as_lists(first, layouts[1].total))
+    plan = LayerPlan(
+        False,
+        begins[0],
+        begins[1],
+        first.weight,
+        first.bias,
+        first.norm_weight,
+        first.norm_bias,
+        layouts[1].total,
+        first.stride,
+        first.norm,
+        first.eps,
+        first.activation,
+    )
     computed = Layer(plan, layer_grids[0], x, x.new_empty(0, plan.channels), plan.new_statistics(x), from_input=True)
     if plan.norm == "group":
         computed.statistics = computed.first_statistics()[0]
@@ -131,17 +144,3 @@ def _run_blocks(
         out[start : start + len(block)] = block
     last = layouts[-1]
     return out.index_select(0, layer_grids[-1][:-1].index_select(0, last.sequence_ids) + last.positions)
-
-
-def _as_lists(layer: StridedConvLayer, total: int) -> list[list[Any]]:
-    """Return the lists of `plan_layers` after `weights`."""
-    return [
-        [layer.bias],
-        [layer.norm_weight],
-        [layer.norm_bias],
-        [total],
-        [layer.stride],
-        [layer.norm],
-        [layer.eps],
-        [layer.activation],
-    ]

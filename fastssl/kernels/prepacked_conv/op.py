@@ -1,6 +1,7 @@
 """The public functions of `prepacked_conv`, its operator and its checks."""
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -46,6 +47,7 @@ _OP = Op("prepacked_conv", _fake, schemas=(_SCHEMA, None))
 NATIVE.define("prepacked_conv_multiplies_bytes() -> bool")
 
 
+@cache
 def multiplies_bytes() -> bool:
     """Return whether the compiled kernel multiplies bytes on this processor; the reference does anywhere, slowly."""
     return (

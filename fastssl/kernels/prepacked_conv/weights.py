@@ -76,8 +76,8 @@ def prepack(
         Copies of the values, in the kernel's layout.
 
     Raises:
-        ValueError: A shape or dtype is invalid, a value is not finite, the format is unknown, or an int8 sum over the
-            input channels may not fit into 32 bits.
+        ValueError: A shape or dtype is invalid, the format is unknown, a value is not finite in "int8", or its sum over
+            the input channels may not fit into 32 bits.
     """
     if format not in FORMATS:
         raise ValueError(f"format: must be one of {', '.join(FORMATS)}, got {format!r}")
