@@ -58,8 +58,10 @@ def inference(title: str, lengths_s: Sequence[float], device: torch.device) -> R
     def invite(name: str, make: Callable[[], Encode]) -> None:
         def entry() -> Entry:
             encode = make()
-            # Each alone, because the group norm of a padded batch includes the padding.
-            check = lambda: _outputs([torch.from_numpy(encode([x])[0]) for x in _arrays(gate)])  # noqa: E731
+
+            def check() -> Outputs:  # each alone, because the group norm of a padded batch includes the padding
+                return _outputs([torch.from_numpy(encode([waveform])[0]) for waveform in _arrays(gate)])
+
             return lambda: encode(waveforms), check
 
         contenders.invite(name, entry)

@@ -191,7 +191,7 @@ def _openvino_model(
 
 
 def _quantised(model: Any, calibration: Sequence[Array]) -> Any:
-    """Quantise the linear layers; with its convolutions in int8, too, the features are useless."""
+    """Quantise the linear layers only: one scale per tensor is too coarse for the convolutions."""
     nncf: Any = importlib.import_module("nncf")
     return nncf.quantize(
         model,

@@ -40,8 +40,8 @@ def check_format(format: object) -> None:
         raise ValueError(f"inference: must be one of {', '.join(FORMATS)}, or None, got {format!r}")
     if format == "int8" and not multiplies_bytes():
         raise ValueError(
-            "inference: int8 needs a processor with the instructions AVX512-VNNI, which this one lacks, and the "
-            "compiled module _C_cpu; use 'bf16' or 'fp32'"
+            "inference: int8 needs a processor with the instructions AVX512-VNNI and the compiled module _C_cpu, and "
+            "one of them is missing here; use 'bf16' or 'fp32'"
         )
 
 
