@@ -10,7 +10,7 @@ AUDIO  ?=
 RUN    ?= runs/$(if $(AUDIO),$(shell basename "$$(realpath "$(AUDIO)")"),demo)
 STEPS  ?= 420
 CAPABILITIES ?= avx512 avx2 default
-SANITIZED_TESTS ?= -k "((native and cpu) or cpu_kernel or threads or single_frame) and not triton"
+SANITIZED_TESTS ?= -k "((native and cpu) or cpu_kernel or threads or single_frame or test_prepacked_conv) and not triton"
 
 BIN       := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
